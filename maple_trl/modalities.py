@@ -1,0 +1,67 @@
+"""Modalities and required modality tags (MAPLE, arXiv 2602.11596, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+
+class Modality(StrEnum):
+    """One signal of a clip."""
+
+    VIDEO = "V"
+    AUDIO = "A"
+    SUBTITLE = "S"
+
+
+class ModalityTag(StrEnum):
+    """
+    The minimal set of signals that a sample needs.
+
+    Members stand in the canonical order `V A S VA VS AS VAS`; their value is the canonical spelling.
+    """
+
+    V = "V"
+    A = "A"
+    S = "S"
+    VA = "VA"
+    VS = "VS"
+    AS = "AS"
+    VAS = "VAS"
+
+    @classmethod
+    def parse(cls, text: str | ModalityTag) -> ModalityTag:
+        """
+        Reads a tag in any order and case (`"sv"` is `VS`).
+
+        Raises:
+            ValueError: when `text` is not one of the seven tags; the message names it and lists them.
+        """
+        if isinstance(text, cls):
+            return text
+        canonical = "".join(m for m in "VAS" if isinstance(text, str) and m in text.upper())
+        if not isinstance(text, str) or sorted(text.strip().upper()) != sorted(canonical) or not canonical:
+            raise ValueError(f"{text!r} is not a modality tag; the tags are {', '.join(cls)} (any order and case)")
+        return cls(canonical)
+
+    @classmethod
+    def from_modalities(cls, modalities: Iterable[Modality]) -> ModalityTag:
+        """The tag of a non-empty set of modalities."""
+        return cls.parse("".join(sorted(modalities)))
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        return frozenset(Modality(letter) for letter in self.value)
+
+    @property
+    def arity(self) -> str:
+        """`"uni"`, `"bi"` or `"tri"`."""
+        return ("uni", "bi", "tri")[len(self.value) - 1]
+
+    def supersets(self) -> tuple[ModalityTag, ...]:
+        """Tags that hold strictly more than this one, in canonical order."""
+        return tuple(tag for tag in ModalityTag if tag.modalities > self.modalities)
+
+    def deficits(self) -> tuple[ModalityTag, ...]:
+        """Tags that lack at least one modality of this one, in canonical order."""
+        return tuple(tag for tag in ModalityTag if not tag.modalities >= self.modalities)
