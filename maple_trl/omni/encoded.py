@@ -1,0 +1,109 @@
+"""The unit of omni data: one unique prompt, encoded alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from maple_trl.modalities import ModalityTag
+
+
+class MediaMismatchError(RuntimeError):
+    """A prompt's placeholder tokens and its media features differ in number, or its media never reached the model."""
+
+
+@dataclass(eq=False)
+class EncodedPrompt:
+    """
+    One prompt with its media, ready for generation and for the training forward.
+
+    A prompt is encoded alone, so its positions carry its own audio-in-video flag and frame rate. Rows of a batch that
+    share a prompt share the object; nothing in it is repeated per completion.
+
+    Attributes:
+        key (`str`):
+            Names the prompt: equal content has an equal key.
+        input_ids (`Tensor` of shape (P,)):
+            Prompt tokens with one placeholder token per media feature.
+        position_ids (`Tensor` of shape (R, P)):
+            Rotary positions, R = 3 for models with multimodal rotary embeddings (time, height, width), else 1.
+        media (`dict[str, Tensor]`):
+            What the towers read: `pixel_values_videos` (patches, patch_dim) with `video_grid_thw` (videos, 3), and
+            `input_features` (audios, mel, frames) with `feature_attention_mask` (audios, frames).
+        media_tokens (`dict[str, int]`):
+            Tokens of the prompt per signal, for `video`, `audio` and `subtitle`.
+        tag (`ModalityTag`, *optional*):
+            The row's required modality tag.
+        notes (`tuple[str, ...]`):
+            What was unusual about the row's media, e.g. `no-audio-track`.
+    """
+
+    key: str
+    input_ids: Tensor
+    position_ids: Tensor
+    media: dict[str, Tensor] = field(default_factory=dict)
+    media_tokens: dict[str, int] = field(default_factory=dict)
+    tag: ModalityTag | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The towers that this prompt needs, of `video` and `audio`."""
+        return tuple(kind for kind in ("video", "audio") if self.media_tokens.get(kind))
+
+
+def unique_prompts(rows: Sequence[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
+    """
+    The distinct prompts of a batch in order of first appearance, and for each row the index of its prompt.
+    """
+    prompts: list[EncodedPrompt] = []
+    index: dict[int, int] = {}
+    row_to_prompt = []
+    for row in rows:
+        if id(row) not in index:
+            index[id(row)] = len(prompts)
+            prompts.append(row)
+        row_to_prompt.append(index[id(row)])
+    return prompts, row_to_prompt
+
+
+def batch_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int, completion_length: int = 0) -> Tensor:
+    """
+    Positions of a left-padded batch of prompts, each followed by `completion_length` tokens of text.
+
+    Text after a prompt goes on counting from the prompt's last position in every rotary dimension, as
+    `get_rope_index` of the Qwen models does. Padding has position 0; it is masked wherever it could matter.
+
+    Returns:
+        `Tensor` of shape (R, B, prompt_width + completion_length).
+    """
+    # Qwen3-Omni counts time in fractions, the other families in integers.
+    first = rows[0].position_ids
+    positions = torch.zeros(first.size(0), len(rows), prompt_width + completion_length, dtype=first.dtype)
+    steps = torch.arange(1, completion_length + 1)
+    for i, row in enumerate(rows):
+        positions[:, i, prompt_width - len(row) : prompt_width] = row.position_ids
+        positions[:, i, prompt_width:] = row.position_ids[:, -1:] + steps
+    return positions
+
+
+def generation_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int) -> Tensor:
+    """
+    Positions for `generate()`: row 0 counts text tokens, rows 1 to 3 are the rotary positions.
+
+    Returns:
+        `Tensor` of shape (4, B, prompt_width) for multimodal rotary embeddings, (B, prompt_width) otherwise.
+    """
+    rotary = batch_position_ids(rows, prompt_width)
+    if rotary.size(0) == 1:
+        return rotary[0]
+    text = torch.zeros(len(rows), prompt_width, dtype=rotary.dtype)
+    for i, row in enumerate(rows):
+        text[i, prompt_width - len(row) :] = torch.arange(len(row))
+    return torch.cat([text[None], rotary])

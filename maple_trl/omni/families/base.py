@@ -1,0 +1,254 @@
+"""What the library needs to know about a model family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
+from maple_trl.omni.media import AudioClip, VideoClip
+
+_FAMILIES: dict[str, type[OmniFamily]] = {}
+
+
+def register_family(cls: type[OmniFamily]) -> type[OmniFamily]:
+    """Class decorator that makes a family known under its `model_types`."""
+    for model_type in cls.model_types:
+        _FAMILIES[model_type] = cls
+    return cls
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def family_for(model: nn.Module, processor) -> OmniFamily:
+    """
+    The family of a model.
+
+    Raises:
+        ValueError: when the model type is not registered; the message lists those that are.
+    """
+    model = unwrap(model)
+    model_type = model.config.model_type
+    if model_type not in _FAMILIES:
+        hint = ""
+        if f"{model_type}_thinker" in _FAMILIES:
+            hint = " Train the Thinker: load the checkpoint with `maple_trl.omni.loading.load_model`."
+        raise ValueError(
+            f"No omni family is registered for model type {model_type!r}; known: {', '.join(sorted(_FAMILIES))}.{hint}"
+        )
+    return _FAMILIES[model_type](model, processor)
+
+
+class OmniFamily:
+    """
+    Encodes prompts and media of one model family.
+
+    A new family is a subclass in a file of its own: it names its model types, its placeholder tokens, the parts that
+    LoRA and freezing can address, and how the processor and `get_rope_index` want to be called.
+
+    Class attributes:
+        model_types: `config.model_type` values that the family serves.
+        placeholders: the token that stands for one feature, per kind of media (`video`, `audio`).
+        media_tokens: every special token that must not be sampled in a completion.
+        scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
+        rotary_dims: 3 for multimodal rotary embeddings, 1 for plain ones.
+        interleaves_audio: whether audio tokens can be interleaved with the video's.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    placeholders: ClassVar[dict[str, str]] = {}
+    media_tokens: ClassVar[tuple[str, ...]] = ()
+    scopes: ClassVar[dict[str, str]] = {}
+    rotary_dims: ClassVar[int] = 3
+    interleaves_audio: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, processor):
+        self.config = model.config
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._rope_index = getattr(self.core(model), "get_rope_index", None)
+        ids = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.media_tokens}
+        missing = [token for token in self.placeholders.values() if ids.get(token) in (None, self.tokenizer.unk_token_id)]
+        if missing:
+            raise ValueError(
+                f"The tokenizer lacks {', '.join(missing)}, which {type(self).__name__} needs; load the processor that "
+                "belongs to the model."
+            )
+        self.placeholder_ids = {kind: ids[token] for kind, token in self.placeholders.items()}
+        #: Token ids that a completion may never hold: the next forward would take them for media.
+        self.suppressed_ids = sorted(i for i in ids.values() if i not in (None, self.tokenizer.unk_token_id))
+
+    @staticmethod
+    def core(model: nn.Module) -> nn.Module:
+        """The module whose forward merges media into token embeddings."""
+        return unwrap(model).base_model
+
+    @property
+    def frame_multiple(self) -> int:
+        """Sides of a frame, in pixels, are multiples of this."""
+        video_processor = self.processor.video_processor
+        return video_processor.patch_size * video_processor.merge_size
+
+    @property
+    def frames_per_token(self) -> int:
+        return self.processor.video_processor.temporal_patch_size
+
+    @property
+    def sampling_rate(self) -> int:
+        return self.processor.feature_extractor.sampling_rate
+
+    def video_token_count(self, frames: int, height: int, width: int) -> int:
+        """Tokens of a clip of `frames` frames of `height` x `width` pixels."""
+        return -(-frames // self.frames_per_token) * (height // self.frame_multiple) * (width // self.frame_multiple)
+
+    # Encoding one prompt
+
+    def encode(
+        self, key: str, text: str, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool = False
+    ) -> EncodedPrompt:
+        """
+        Encodes one rendered prompt with its decoded media.
+
+        Args:
+            text (`str`): the rendered chat template, with one placeholder token per clip.
+            interleaved (`bool`): the i-th audio belongs to the i-th video and its tokens stand among the video's.
+
+        Raises:
+            MediaMismatchError: when the processor's placeholders and features differ in number.
+        """
+        batch = self.processor(text=[text], return_tensors="pt", **self.processor_kwargs(videos, audios, interleaved))
+        media = {name: batch[name] for name in self._media_names if name in batch}
+        if "feature_attention_mask" in media:
+            media = self.trim_audio(media)
+        input_ids = batch["input_ids"][0]
+        tokens = {kind: int((input_ids == token_id).sum()) for kind, token_id in self.placeholder_ids.items()}
+        features = {kind: sum(self.feature_counts(kind, media)) for kind in self.placeholder_ids}
+        if tokens != features:
+            raise MediaMismatchError(f"prompt {key}: placeholder tokens {tokens} but media features {features}")
+        if (bool(videos), bool(audios)) != (bool(features.get("video")), bool(features.get("audio"))):
+            raise MediaMismatchError(
+                f"prompt {key}: {len(videos)} video(s) and {len(audios)} audio(s) became features {features}; does the "
+                "chat template render video and audio blocks?"
+            )
+        position_ids = self.position_ids(batch, media, videos, interleaved)
+        return EncodedPrompt(key, input_ids, position_ids, media, {k: v for k, v in tokens.items() if v})
+
+    _media_names = ("pixel_values_videos", "video_grid_thw", "input_features", "feature_attention_mask")
+
+    def processor_kwargs(self, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool) -> dict:
+        """Arguments of the processor for already decoded, sampled and resized media."""
+        kwargs: dict = {}
+        if videos:
+            kwargs["videos"] = [clip.frames.copy() for clip in videos]  # cached frames are read-only
+            kwargs["videos_kwargs"] = {
+                "do_resize": False,
+                "do_sample_frames": False,
+                "input_data_format": "channels_last",
+                "fps": videos[0].fps,
+            }
+        if audios:
+            kwargs["audio"] = [clip.waveform for clip in audios]
+            kwargs["audio_kwargs"] = {"sampling_rate": self.sampling_rate, "max_length": self.audio_pad_length(audios)}
+        return kwargs
+
+    def audio_pad_length(self, audios: Sequence[AudioClip]) -> int:
+        """
+        Samples to pad waveforms to, so that no clip is cut and no 30 s of silence are transformed.
+
+        A window's worth of silence beyond the end gives the last frames the values that long padding gives them.
+        """
+        extractor = self.processor.feature_extractor
+        longest = max(len(clip.waveform) for clip in audios) + extractor.n_fft
+        return -(-longest // extractor.hop_length) * extractor.hop_length
+
+    def trim_audio(self, media: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Drops mel frames that are padding in every audio."""
+        length = int(media["feature_attention_mask"].sum(-1).max())
+        return media | {
+            "input_features": media["input_features"][..., :length],
+            "feature_attention_mask": media["feature_attention_mask"][..., :length],
+        }
+
+    def second_per_grid(self, videos: Sequence[VideoClip]) -> Tensor:
+        """Seconds between two temporal patches of each video, shape (videos,)."""
+        return torch.tensor([self.frames_per_token / clip.fps for clip in videos])
+
+    def position_ids(self, batch, media: dict[str, Tensor], videos: Sequence[VideoClip], interleaved: bool) -> Tensor:
+        """Rotary positions of one prompt, shape (R, P)."""
+        raise NotImplementedError
+
+    def feature_counts(self, kind: str, media: dict[str, Tensor]) -> list[int]:
+        """Features that the tower gives for each clip of a kind."""
+        if kind == "video":
+            grid = media.get("video_grid_thw")
+            merge = self.processor.video_processor.merge_size**2
+            return [] if grid is None else (grid.prod(-1) // merge).tolist()
+        mask = media.get("feature_attention_mask")
+        return [] if mask is None else [self.audio_token_count(n) for n in mask.sum(-1).tolist()]
+
+    def audio_token_count(self, mel_frames: int) -> int:
+        """Tokens of an audio of `mel_frames` mel frames."""
+        raise NotImplementedError
+
+    # Running the towers
+
+    def collate_media(self, prompts: Sequence[EncodedPrompt], kind: str, device: torch.device) -> dict[str, Tensor]:
+        """Media of several prompts, concatenated; mel frames are padded to the longest."""
+        if kind == "video":
+            names = ("pixel_values_videos", "video_grid_thw")
+            return {name: torch.cat([p.media[name] for p in prompts]).to(device) for name in names}
+        features = [audio.T for p in prompts for audio in p.media["input_features"]]
+        masks = [mask for p in prompts for mask in p.media["feature_attention_mask"]]
+        return {
+            "input_features": pad_sequence(features, batch_first=True).transpose(1, 2).to(device),
+            "feature_attention_mask": pad_sequence(masks, batch_first=True).to(device),
+        }
+
+    def video_outputs(self, core: nn.Module, prompts: Sequence[EncodedPrompt]):
+        """The vision tower's output for the prompts' videos, as `mm_encoder_outputs["video"]` holds it."""
+        device = core.get_input_embeddings().weight.device
+        return core.get_video_features(**self.collate_media(prompts, "video", device), return_dict=True)
+
+    def audio_embeddings(self, core: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """The audio tower's features of all prompts' audios, shape (sum of tokens, hidden)."""
+        device = core.get_input_embeddings().weight.device
+        media = self.collate_media(prompts, "audio", device)
+        return core.get_audio_features(**media, return_dict=True).last_hidden_state
+
+    def dummy_output(self, core: nn.Module, kind: str) -> Tensor:
+        """A scalar that depends on every parameter of a tower, from the smallest input that it takes."""
+        if kind == "audio":
+            mel, frames = self.processor.feature_extractor.feature_size, self.dummy_mel_frames
+            media = {
+                "input_features": torch.zeros(1, mel, frames),
+                "feature_attention_mask": torch.ones(1, frames, dtype=torch.long),
+            }
+            return self.audio_embeddings(core, [self._dummy_prompt(media)]).sum()
+        video = self.processor.video_processor
+        merge, patch_dim = video.merge_size, 3 * video.temporal_patch_size * video.patch_size**2
+        media = {
+            "pixel_values_videos": torch.zeros(merge**2, patch_dim),
+            "video_grid_thw": torch.tensor([[1, merge, merge]]),
+        }
+        outputs = self.video_outputs(core, [self._dummy_prompt(media)])
+        layers = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or [])]
+        return sum(feature.sum() for layer in layers for feature in layer)
+
+    dummy_mel_frames = 16
+
+    @staticmethod
+    def _dummy_prompt(media: dict[str, Tensor]) -> EncodedPrompt:
+        empty = torch.empty(0, dtype=torch.long)
+        return EncodedPrompt("dummy", empty, empty[None], media)
+
+    def scope_of(self, module_name: str) -> str | None:
+        """The part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
+        return next((scope for scope, pattern in self.scopes.items() if re.search(pattern, module_name)), None)

@@ -1,0 +1,73 @@
+"""Loads omni models, the Thinker alone where a checkpoint holds more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+BUILTIN_PREFIX = "builtin:"
+_THINKERS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+def resolve_checkpoint(name_or_path: str) -> str:
+    """
+    The folder of an embedded model (`builtin:tiny-omni`), or the name unchanged.
+
+    Raises:
+        ValueError: when no embedded model has this name.
+    """
+    if not name_or_path.startswith(BUILTIN_PREFIX):
+        return name_or_path
+    folder = _ASSETS / name_or_path.removeprefix(BUILTIN_PREFIX)
+    if not (folder / "config.json").is_file():
+        known = sorted(BUILTIN_PREFIX + path.parent.name for path in _ASSETS.glob("*/config.json"))
+        raise ValueError(f"There is no embedded model {name_or_path!r}; embedded: {', '.join(known) or 'none'}")
+    return str(folder)
+
+
+def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs: Any) -> PreTrainedModel:
+    """
+    Loads the class that can be trained: the Thinker of an Omni checkpoint (its talker and vocoder are neither read nor
+    kept in memory), else the architecture that the checkpoint names.
+
+    Args:
+        name_or_path (`str`): a folder, a Hub id, or `builtin:NAME`.
+        dtype (`str` or `torch.dtype`): precision of the weights, e.g. `"bfloat16"`.
+        kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given.
+
+    Raises:
+        ValueError: when weights of the model are missing from the checkpoint, naming them.
+    """
+    path = resolve_checkpoint(name_or_path)
+    config_names = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
+    config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in config_names if k in kwargs})
+    architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
+    if config.model_type in _THINKERS:
+        kwargs["config"] = config.thinker_config
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name_or_path}: {len(missing)} weights of {architecture} are not in the checkpoint, e.g. {missing[0]!r}"
+        )
+    return model
+
+
+def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin:
+    """The processor of a checkpoint, padding on the left as generation needs it."""
+    return AutoProcessor.from_pretrained(
+        resolve_checkpoint(name_or_path), padding_side="left", truncation_side="left", **kwargs
+    )

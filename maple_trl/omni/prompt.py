@@ -1,0 +1,359 @@
+"""From a row of the data set to an encoded prompt: which signals it is fed, and in what order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.families import OmniFamily
+from maple_trl.omni.media import AudioClip, MediaLoader, VideoClip
+
+SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json")
+
+
+class RowError(ValueError):
+    """A row of the data set that cannot be a prompt, whatever its files hold."""
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """
+    What a row feeds to the model, before anything is decoded.
+
+    Attributes:
+        messages: the conversation; media blocks are `{"type": "video"}` and `{"type": "audio"}`, in order. A plain
+            text prompt is a string, to which no chat template applies.
+        videos, audios: the files of those blocks, in order. With `interleaved`, audios belong to the videos.
+        subtitle: a file, or the text itself.
+        tag: the row's tag, where it has one.
+        fed: the signals that the row is fed.
+    """
+
+    messages: tuple[dict[str, Any], ...] | str
+    videos: tuple[str, ...] = ()
+    audios: tuple[str, ...] = ()
+    subtitle: str | None = None
+    interleaved: bool = False
+    tag: ModalityTag | None = None
+    fed: frozenset[Modality] = field(default_factory=frozenset)
+
+    @property
+    def key(self) -> str:
+        """A digest of the content: equal prompts have an equal key."""
+        content = [self.messages, self.videos, self.audios, self.subtitle, self.interleaved, self.tag]
+        text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class PromptBuilder:
+    """
+    Builds prompts from rows.
+
+    A row has a `prompt` (text or conversational messages) and may have `video`, `audio` and `subtitle` (paths below
+    the media root; `subtitle` may be the text itself), `tag` and `audio_in_video`. Video and audio may also stand as
+    content blocks in the messages. Audio without a file of its own is the video's track.
+
+    Args:
+        modality_access (`"required"` or `"all"`):
+            Feed a row exactly the signals of its tag (MAPLE's modality-aware input), or every signal it has. A row
+            without a tag is fed all it has.
+        audio_in_video (`bool`):
+            Interleave audio tokens with the video's, unless the row's own column says otherwise.
+        subtitle_template (`str`): text around a subtitle; holds `{subtitle}`.
+        max_prompt_length (`int`, *optional*):
+            Tokens per prompt. Only the subtitle is ever shortened; media, question and template are never cut.
+        max_media_tokens (`int`, *optional*):
+            Video and audio tokens per prompt. Frames are made smaller until they fit.
+    """
+
+    def __init__(
+        self,
+        family: OmniFamily,
+        loader: MediaLoader,
+        modality_access: Literal["required", "all"] = "required",
+        audio_in_video: bool = False,
+        subtitle_template: str = "Subtitles:\n{subtitle}\n",
+        max_prompt_length: int | None = None,
+        max_media_tokens: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        self.family = family
+        self.loader = loader
+        self.modality_access = modality_access
+        self.audio_in_video = audio_in_video
+        self.subtitle_template = subtitle_template
+        self.max_prompt_length = max_prompt_length
+        self.max_media_tokens = max_media_tokens
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    # The row's content
+
+    def spec(self, row: Mapping[str, Any]) -> PromptSpec:
+        """
+        Decides what a row is fed.
+
+        Raises:
+            RowError: naming the field, when the row cannot be a prompt or lacks what its tag needs.
+        """
+        messages, blocks = _split_blocks(row)
+        tag = None if row.get("tag") is None else _parse_tag(row["tag"])
+        videos = blocks["video"] or _as_files(row, "video")
+        own_audios = blocks["audio"] or _as_files(row, "audio")
+        subtitle = row.get("subtitle") or None
+        if subtitle is not None and not isinstance(subtitle, str):
+            raise RowError(f"field 'subtitle' is {type(subtitle).__name__}; it must be text or a path")
+        if isinstance(messages, str) and (videos or own_audios or subtitle):
+            raise RowError("a row with media needs a conversational 'prompt' (a list of messages), not plain text")
+        interleaved = row.get("audio_in_video")
+        interleaved = self.audio_in_video if interleaved is None else bool(interleaved)
+
+        # Without a tag the row says itself what it has: a video's track is used only where it is asked for.
+        audio_source = own_audios or (videos if tag is not None or interleaved else ())
+        sources = {Modality.VIDEO: videos, Modality.AUDIO: audio_source, Modality.SUBTITLE: subtitle}
+        present = frozenset(m for m, source in sources.items() if source)
+        if tag is not None and not tag.modalities <= present:
+            lacking = sorted(m.name.lower() for m in tag.modalities - present)
+            raise RowError(f"tag {tag} needs {' and '.join(lacking)}, but the row has no such field or content block")
+        fed = tag.modalities if tag is not None and self.modality_access == "required" else present
+        self._check_family(fed, tag)
+        interleaved = interleaved and {Modality.VIDEO, Modality.AUDIO} <= fed and self.family.interleaves_audio
+        if interleaved and len(audio_source) != len(videos):
+            raise RowError(
+                f"audio_in_video pairs each video with its audio, but the row has {len(videos)} video(s) and "
+                f"{len(audio_source)} audio(s)"
+            )
+        return PromptSpec(
+            messages=messages,
+            videos=videos if Modality.VIDEO in fed else (),
+            audios=audio_source if Modality.AUDIO in fed else (),
+            subtitle=subtitle if Modality.SUBTITLE in fed else None,
+            interleaved=interleaved,
+            tag=tag,
+            fed=fed,
+        )
+
+    def _check_family(self, fed: frozenset[Modality], tag: ModalityTag | None) -> None:
+        names = {Modality.VIDEO: "video", Modality.AUDIO: "audio"}
+        foreign = [kind for m, kind in names.items() if m in fed and kind not in self.family.placeholders]
+        if foreign:
+            raise RowError(
+                f"{type(self.family).__name__} reads no {' and '.join(foreign)}, which the row"
+                f"{f' (tag {tag})' if tag else ''} feeds; filter such rows out or choose an omni model"
+            )
+
+    # Encoding
+
+    def decode(self, row: Mapping[str, Any]) -> None:
+        """Decodes a row's clips into the loader's cache."""
+        spec = self.spec(row)
+        for path in spec.videos:
+            self._video(path)
+        for path in spec.audios:
+            self._audio(path)
+
+    def encode(self, row: Mapping[str, Any]) -> EncodedPrompt:
+        """
+        Decodes and encodes one row.
+
+        Raises:
+            RowError: when the row cannot be a prompt.
+            MediaError: when a file cannot be used, with the reason.
+        """
+        return self.encode_spec(self.spec(row))
+
+    def encode_spec(self, spec: PromptSpec) -> EncodedPrompt:
+        audios = [self._audio(path) for path in spec.audios]
+        notes = ("no-audio-track",) if None in audios else ()
+        present = [clip for clip in audios if clip is not None]
+        if spec.audios and not present and not spec.videos and not spec.subtitle:
+            raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
+        # A video without a track stands without audio; pairing by position needs a track for each.
+        interleaved = spec.interleaved and len(present) == len(spec.videos)
+        videos = self._videos_within_budget(spec, present)
+        subtitle = self._subtitle_text(spec.subtitle)
+
+        prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
+        if self.max_prompt_length is not None and len(prompt) > self.max_prompt_length:
+            subtitle = self._shortened(subtitle, len(prompt) - self.max_prompt_length, spec)
+            prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
+            notes += ("subtitle-shortened",)
+            if len(prompt) > self.max_prompt_length:
+                raise self._too_long(spec, len(prompt))
+        if subtitle:
+            prompt.media_tokens["subtitle"] = len(self._tokens(subtitle))
+        return replace(prompt, tag=spec.tag, notes=notes)
+
+    def _encode_text(
+        self,
+        spec: PromptSpec,
+        videos: list[VideoClip],
+        audios: list[AudioClip | None],
+        subtitle: str,
+        interleaved: bool,
+    ) -> EncodedPrompt:
+        text = spec.messages
+        if not isinstance(text, str):
+            own_place = {
+                "video": [True] * len(videos),
+                "audio": [clip is not None and not interleaved for clip in audios],
+            }
+            subtitle_text = self.subtitle_template.format(subtitle=subtitle) if subtitle else ""
+            text = self.family.processor.apply_chat_template(
+                _place_blocks(text, own_place, subtitle_text),
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.chat_template_kwargs,
+            )
+        return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
+
+    def _video(self, path: str, max_pixels: int | None = None) -> VideoClip:
+        return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels)
+
+    def _audio(self, path: str) -> AudioClip | None:
+        clip = self.loader.audio(path, sampling_rate=self.family.sampling_rate)
+        window = getattr(self.family, "max_audio_seconds", None)
+        if clip is not None and window is not None and len(clip.waveform) > window * clip.sampling_rate:
+            raise MediaError(
+                "too-long", path, f"{clip.duration:.1f} s of audio; {type(self.family).__name__} reads {window:g} s"
+            )
+        return clip
+
+    def _videos_within_budget(self, spec: PromptSpec, audios: list[AudioClip]) -> list[VideoClip]:
+        clips = [self._video(path) for path in spec.videos]
+        if self.max_media_tokens is None:
+            return clips
+        budget = self.max_media_tokens - sum(self._audio_tokens(clip) for clip in audios)
+        if sum(map(self._video_tokens, clips)) > budget:
+            steps = sum(-(-len(clip.frames) // self.family.frames_per_token) for clip in clips)
+            pixels = max(budget, 0) // steps * self.family.frame_multiple**2
+            if pixels >= self.loader.limits.min_pixels:
+                clips = [self._video(path, max_pixels=pixels) for path in spec.videos]
+        needed = sum(map(self._video_tokens, clips))
+        if needed > budget:
+            raise MediaError(
+                "media-tokens",
+                (spec.videos or spec.audios)[0],
+                f"{needed + self.max_media_tokens - budget} media tokens at the smallest frame size, but "
+                f"max_media_tokens is {self.max_media_tokens}: feed fewer frames or less audio",
+            )
+        return clips
+
+    def _video_tokens(self, clip: VideoClip) -> int:
+        return self.family.video_token_count(*clip.frames.shape[:3])
+
+    def _audio_tokens(self, clip: AudioClip) -> int:
+        return self.family.audio_token_count(
+            len(clip.waveform) // self.family.processor.feature_extractor.hop_length
+        )
+
+    def _subtitle_text(self, subtitle: str | None) -> str:
+        if subtitle is not None and subtitle.lower().endswith(SUBTITLE_SUFFIXES) and "\n" not in subtitle:
+            return self.loader.subtitle(subtitle)
+        return subtitle or ""
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.family.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _shortened(self, subtitle: str, overflow: int, spec: PromptSpec) -> str:
+        tokens = self._tokens(subtitle)
+        if len(tokens) <= overflow:
+            raise self._too_long(spec, self.max_prompt_length + overflow)
+        return self.family.tokenizer.decode(tokens[: len(tokens) - overflow])
+
+    def _too_long(self, spec: PromptSpec, length: int) -> MediaError:
+        first = next(iter(spec.videos + spec.audios), None)
+        return MediaError(
+            "prompt-too-long",
+            first,
+            f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; its subtitle is too "
+            "short to make up the difference and nothing else may be cut",
+        )
+
+
+def _parse_tag(value: Any) -> ModalityTag:
+    try:
+        return ModalityTag.parse(value)
+    except ValueError as error:
+        raise RowError(f"field 'tag': {error}") from error
+
+
+def _as_files(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = row.get(name)
+    if not value:
+        return ()
+    files = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else None
+    if files is None or not all(isinstance(file, str) and file for file in files):
+        raise RowError(
+            f"field '{name}' is {type(value).__name__}; it must be a path below the media root, or a list of paths "
+            "(keep decoded arrays out of the table: they turn into nested lists)"
+        )
+    return files
+
+
+def _split_blocks(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...] | str, dict[str, tuple[str, ...]]]:
+    """Separates text from media blocks; media blocks keep their place as bare markers."""
+    prompt = row.get("prompt")
+    blocks: dict[str, list[str]] = {"video": [], "audio": []}
+    if isinstance(prompt, str) and prompt:
+        return prompt, {kind: () for kind in blocks}
+    if not isinstance(prompt, list) or not prompt:
+        raise RowError("field 'prompt' must be a text or a non-empty list of messages with 'role' and 'content'")
+    messages = []
+    for message in prompt:
+        content = message.get("content")
+        if isinstance(content, str):
+            messages.append({"role": message["role"], "content": [{"type": "text", "text": content}]})
+            continue
+        parts = []
+        for block in content or []:
+            kind = block.get("type")
+            if kind == "text":
+                parts.append({"type": "text", "text": block["text"]})
+            elif kind in blocks:
+                file = block.get(kind) or block.get("path")
+                if not isinstance(file, str):
+                    raise RowError(f"a '{kind}' block of field 'prompt' holds no path (key '{kind}' or 'path')")
+                blocks[kind].append(file)
+                parts.append({"type": kind})
+            else:
+                raise RowError(f"field 'prompt' has a content block of type {kind!r}; known: text, video, audio")
+        messages.append({"role": message["role"], "content": parts})
+    return tuple(messages), {kind: tuple(files) for kind, files in blocks.items()}
+
+
+def _place_blocks(
+    messages: tuple[dict[str, Any], ...], own_place: dict[str, list[bool]], subtitle: str
+) -> list[dict[str, Any]]:
+    """
+    Messages as the chat template wants them.
+
+    Markers keep the place that the author gave them; clips without a marker and the subtitle lead the last user
+    message.
+
+    Args:
+        own_place: for each clip of a kind, in order, whether it has a block of its own. It has none when the row is
+            not fed that signal, when its audio is interleaved with a video, or when the file has no audio track.
+    """
+    waiting = {kind: list(flags) for kind, flags in own_place.items()}
+    placed = []
+    for message in messages:
+        parts = []
+        for block in message["content"]:
+            flags = waiting.get(block["type"])
+            if flags is None or (flags and flags.pop(0)):
+                parts.append(block)
+        placed.append({"role": message["role"], "content": parts})
+    lead = [{"type": kind} for kind, flags in waiting.items() for wanted in flags if wanted]
+    lead += [{"type": "text", "text": subtitle}] if subtitle else []
+    if lead:
+        users = [i for i, message in enumerate(placed) if message["role"] == "user"]
+        if not users:
+            raise RowError("field 'prompt' has no user message to put the media into")
+        placed[users[-1]]["content"] = lead + placed[users[-1]]["content"]
+    return placed

@@ -1,0 +1,105 @@
+"""Writes the media files that the tests read: real encoders and containers (PyAV), and real damage."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def picture(index: int, height: int, width: int) -> np.ndarray:
+    """RGB picture number `index`: a brightness of its own, and a corner that shows which way is up."""
+    frame = np.full((height, width, 3), (index * 37) % 200 + 20, dtype=np.uint8)
+    frame[: height // 3, : width // 3] = (250, 20, 20)
+    return frame
+
+
+def tone(seconds: float, rate: int, frequencies: tuple[float, ...] = (440.0,)) -> np.ndarray:
+    """One sine per channel, amplitude 0.5; float32 (channels, samples)."""
+    time = np.arange(round(seconds * rate)) / rate
+    return np.stack([0.5 * np.sin(2 * np.pi * f * time) for f in frequencies]).astype(np.float32)
+
+
+def _add_audio(container, wave: np.ndarray, rate: int, codec: str):
+    layout = {1: "mono", 2: "stereo"}[len(wave)]
+    stream = container.add_stream(codec, rate=rate, layout=layout)
+
+    def packets():
+        size = 1024
+        for start in range(0, wave.shape[1], size):
+            piece = np.ascontiguousarray(wave[:, start : start + size])
+            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+            yield from stream.encode(frame)
+        yield from stream.encode(None)
+
+    return packets
+
+
+def write_audio(path: Path, wave: np.ndarray, rate: int = 16000, codec: str = "pcm_s16le", **options) -> Path:
+    """An audio file of float32 (channels, samples)."""
+    with av.open(str(path), "w", **options) as container:
+        packets = _add_audio(container, wave, rate, codec)
+        for packet in packets():
+            container.mux(packet)
+    return path
+
+
+def write_video(
+    path: Path,
+    frames: int = 24,
+    fps: int = 24,
+    size: tuple[int, int] = (48, 64),
+    codec: str = "libx264",
+    pts: list[int] | None = None,
+    time_base: Fraction | None = None,
+    audio: np.ndarray | None = None,
+    audio_rate: int = 16000,
+    audio_codec: str = "aac",
+    gop: int = 12,
+    rotation: int = 0,
+    pixel_aspect: Fraction | None = None,
+    codec_options: dict[str, str] | None = None,
+    **options,
+) -> Path:
+    """A video of `frames` numbered pictures of `size` (height, width), at `fps` or at the given `pts`."""
+    height, width = size
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, rate=fps, options=codec_options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size = gop
+        stream.codec_context.time_base = time_base or Fraction(1, fps)
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
+        if rotation:
+            stream.set_display_rotation(rotation)
+        packets = None if audio is None else _add_audio(container, audio, audio_rate, audio_codec)
+        if not frames:  # a header without pictures
+            container.start_encoding()
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(index, height, width), format="rgb24")
+            frame.pts = pts[index] if pts else index
+            frame.time_base = time_base or Fraction(1, fps)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        if frames:
+            for packet in stream.encode(None):
+                container.mux(packet)
+        for packet in packets() if packets else ():
+            container.mux(packet)
+    return path
+
+
+def cut(path: Path, target: Path, part: float) -> Path:
+    """The first `part` of a file's bytes."""
+    data = path.read_bytes()
+    target.write_bytes(data[: int(len(data) * part)])
+    return target
+
+
+def sequential(path: Path, times: list[float]) -> list[np.ndarray]:
+    """Independent reference: decode all pictures from the start, keep the one on screen at each of `times` (ascending)."""
+    with av.open(str(path)) as container:
+        shown = [(frame.pts * frame.time_base, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    first = shown[0][0]
+    return [[image for at, image in shown if at - first <= time + 1e-6][-1] for time in times]

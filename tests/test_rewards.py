@@ -1,0 +1,259 @@
+"""Format and accuracy rewards: the published rule, and the ways in which a policy would cheat it."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maple_trl.rewards import accuracy_reward, extract_answer, format_reward, grade_answer
+from maple_trl.rewards.answers import completion_text, number, option_letter
+
+
+def conversational(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def both_forms(function, texts, **columns):
+    """Scores the texts as plain and as conversational completions; the two must agree."""
+    ids = [[0]] * len(texts)
+    plain = function(prompts=[""] * len(texts), completions=list(texts), completion_ids=ids, **columns)
+    chats = function(
+        prompts=[[{"role": "user", "content": ""}]] * len(texts),
+        completions=[conversational(text) for text in texts],
+        completion_ids=ids,
+        **columns,
+    )
+    assert plain == chats
+    return plain
+
+
+WELL_FORMED = [
+    "<think>red</think><answer>B</answer>",
+    "<think>red</think> <answer>B</answer>",
+    "\n <think>\nIt moves left.\n\nSo B.\n</think>\n\n<answer>\nB\n</answer>\n",
+    "<think>x < y and y > z, <b>bold</b></think><answer>B</answer>",
+    "<think>赤い</think><answer>正解</answer>",
+]
+MALFORMED = [
+    "",
+    " ",
+    ":",
+    "Thought process:",
+    "B",
+    "<answer>B</answer>",
+    "<think>red</think>B",
+    "<think>red</think>",
+    "<think>red<answer>B</answer>",
+    "<think>red</think><answer>B",
+    "red</think><answer>B</answer>",
+    "<think></think><answer>B</answer>",
+    "<think>red</think><answer> </answer>",
+    "<think> \n</think><answer>B</answer>",
+    "<answer>B</answer><think>red</think>",
+    "<think>red</think>so<answer>B</answer>",
+    "Sure! <think>red</think><answer>B</answer>",
+    "<think>red</think><answer>B</answer> Done.",
+    "<think>red</think><answer>B</answer>.",
+    "<think>red</think><answer>B</answer>\u200b",
+    "<think>red</think><answer>B</answer><answer>C</answer>",
+    "<think>red</think><answer>B</answer><think>red</think><answer>B</answer>",
+    "<think>red</think><think>blue</think><answer>B</answer>",
+    "<think><think>red</think></think><answer>B</answer>",
+    "<think>red</think><answer><answer>B</answer></answer>",
+    "<think><answer>B</answer></think><answer>B</answer>",
+    "<think>red <answer></think><answer>B</answer>",
+    "<think>red</think><answer><think>B</answer>",
+    "<THINK>red</THINK><ANSWER>B</ANSWER>",
+    "< think>red</ think>< answer>B</ answer>",
+    "＜think＞red＜/think＞＜answer＞B＜/answer＞",
+]
+
+
+@pytest.mark.parametrize("text", WELL_FORMED)
+def test_format_accepts(text):
+    assert both_forms(format_reward, [text]) == [1.0]
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_format_rejects(text):
+    assert both_forms(format_reward, [text]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<think>red</think><answer> B </answer>", "B"),
+        ("<answer>B</answer>", "B"),
+        # The chat template opened the think block: the completion begins inside it.
+        ("it is red</think><answer>B</answer>", "B"),
+        ("it is red <answer>B</answer></think>", None),
+        ("<think>maybe <answer>B</answer></think>", None),
+        ("<think>maybe <answer>B</answer>", None),
+        ("<think>a</think><think><answer>B</answer></think>", None),
+        ("<think><answer>B</answer></think><answer>B</answer>", None),
+        ("<answer>A</answer><answer>B</answer>", None),
+        ("<answer>B</answer></answer>", None),
+        ("<answer>A<answer>B</answer>", None),
+        ("</answer>B<answer>", None),
+        ("<answer>B", None),
+        ("<answer>B</think></answer>", None),
+        ("<answer></answer>", ""),
+        ("The answer is B.", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "answer", ["B", "b", "B.", "(B)", "(b)", "B)", "B:", "(B).", "B. a red square", "(B) red", "B) red"]
+)
+def test_right_option(answer):
+    for solution in ("B", "b", "(B)", "B. a red square", "<answer>B</answer>"):
+        assert both_forms(accuracy_reward, [f"<think>x</think><answer>{answer}</answer>"], solution=[solution]) == [
+            1.0
+        ]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("", " ", ":", ".", "()", "Thought process:", "A", "(A)", "A. B", "AB", "BB", "B C", "B, C", "A or B", "B/C"),
+        *("B because", "the answer is B", "option B", "A, B, C, D", "B.B", "((B))", "(B", "[B]", "*B*", "2"),
+        *("В", "Ｂ", "Ⓑ", "𝐁", "B\u200b", "ᴮ", "β"),  # look-alikes: Cyrillic, full width, circled, bold, superscript
+    ],
+)
+def test_wrong_option(answer):
+    assert both_forms(accuracy_reward, [f"<think>x</think><answer>{answer}</answer>"], solution=["B"]) == [0.0]
+
+
+def test_letters_that_only_case_folding_makes_equal():
+    kelvin, long_s = "\u212a", "\u017f"
+    assert kelvin.lower() == "k" and long_s.upper() == "S"
+    assert grade_answer(kelvin, "K") == 0.0
+    assert grade_answer(long_s, "S") == 0.0
+
+
+def test_the_indefinite_article_names_no_option():
+    assert option_letter("A cat") is None
+    assert grade_answer("A cat", "A") == 0.0
+    assert grade_answer("a  CAT", "A cat") == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer, solution, reward",
+    [
+        ("10", "10", 1.0),
+        ("9", "10", 0.9),
+        ("11", 10, 0.9),
+        ("5", 10.0, 0.5),
+        ("20", "10", 0.0),
+        ("21", "10", 0.0),
+        ("-10", "10", 0.0),
+        ("-9", "-10", 0.9),
+        ("1e1", "10", 1.0),
+        ("1,000", "1000", 1.0),
+        (".5", "0.5", 1.0),
+        ("+3", "3", 1.0),
+        ("0", "0", 1.0),
+        ("-0.0", 0, 1.0),
+        ("1e-9", "0", 0.0),
+        ("ten", "10", 0.0),
+        ("10 apples", "10", 0.0),
+        ("nan", "10", 0.0),
+        ("inf", "10", 0.0),
+        ("1e999", "10", 0.0),
+        ("1_0", "10", 0.0),
+        ("1,0", "10", 0.0),
+        ("１０", "10", 0.0),
+        ("٣", "3", 0.0),
+        ("", "10", 0.0),
+        (".", "0", 0.0),
+        ("e5", "0", 0.0),
+        ("-1e308", "1e308", 0.0),
+        ("1e308", "5e-324", 0.0),
+    ],
+)
+def test_numbers(answer, solution, reward):
+    (got,) = both_forms(accuracy_reward, [f"<think>x</think><answer>{answer}</answer>"], solution=[solution])
+    assert got == pytest.approx(reward, abs=1e-12)
+
+
+@pytest.mark.parametrize("solution", [None, "", "  ", math.nan, "<answer></answer>"])
+def test_a_row_without_solution_is_skipped(solution):
+    texts = ["<answer>B</answer>", "nothing"]
+    assert both_forms(accuracy_reward, texts, solution=[solution, "B"]) == [None, 0.0]
+
+
+def test_a_dataset_without_the_column_is_an_error():
+    with pytest.raises(ValueError, match=r"`solution` column.*\['answer', 'tag'\]"):
+        accuracy_reward(prompts=[""], completions=["<answer>B</answer>"], answer=["B"], tag=["V"])
+
+
+def test_as_many_solutions_as_completions():
+    with pytest.raises(ValueError):
+        accuracy_reward(completions=["<answer>B</answer>"] * 2, solution=["B"])
+
+
+@pytest.mark.parametrize("text", ["<answer>A</answer><answer>B</answer>", "<think><answer>B</answer></think>", "B"])
+def test_only_the_one_answer_outside_the_think_block_counts(text):
+    assert both_forms(accuracy_reward, [text], solution=["B"]) == [0.0]
+
+
+def test_completion_text():
+    blocks = [{"type": "text", "text": "<answer>"}, {"type": "image"}, {"type": "text", "text": "B</answer>"}]
+    assert completion_text([{"role": "assistant", "content": blocks}]) == "<answer>B</answer>"
+    assert completion_text([{"role": "assistant", "content": None}]) == ""
+    assert completion_text([]) == ""
+    # A tool's output is not the model's answer.
+    messages = [
+        {"role": "tool", "content": "<answer>A</answer>"},
+        {"role": "assistant", "content": "<answer>B</answer>"},
+    ]
+    assert extract_answer(completion_text(messages)) == "B"
+
+
+PIECES = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "B", "(B)", "12", "-0", "1e9", ",", ".", "\n", " ", "\x00", "Б"]
+)
+TEXTS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=12).map("".join))
+SOLUTIONS = st.one_of(
+    st.none(), st.integers(), st.floats(), st.sampled_from(["A", "B", "(C)", "0", "12", "red"]), TEXTS
+)
+
+
+@given(TEXTS, SOLUTIONS)
+def test_rewards_never_raise_and_stay_in_range(text, solution):
+    (form,) = both_forms(format_reward, [text])
+    (accuracy,) = both_forms(accuracy_reward, [text], solution=[solution])
+    assert form in (0.0, 1.0)
+    assert accuracy is None or 0.0 <= accuracy <= 1.0
+    if form:
+        assert extract_answer(text) is not None
+    if accuracy:
+        assert extract_answer(text)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_follow_the_formula(value, truth):
+    expected = float(value == 0) if truth == 0 else max(0.0, 1.0 - abs(value - truth) / abs(truth))
+    assert grade_answer(repr(value), truth) == expected
+    assert number(repr(value)) == value
+
+
+@given(st.text(alphabet="0123456789eE+-.,_ ", max_size=12))
+def test_number_reads_no_more_than_python_does(text):
+    value = number(text)
+    if value is not None:
+        assert value == float(text.replace(",", ""))
+
+
+def test_called_as_trl_calls_it():
+    """TRL passes everything by keyword: the dataset columns, and tools of its own that a reward may ignore."""
+    columns = {"solution": ["B", None], "tag": ["V", "A"], "trainer_state": None, "log_extra": None, "log_metric": None}
+    completions = [conversational("<think>x</think><answer>B</answer>")] * 2
+    arguments = {"prompts": [[], []], "completions": completions, "completion_ids": [[1], [1]]}
+    assert accuracy_reward(**arguments, **columns) == [1.0, None]
+    assert format_reward(**arguments, **columns) == [1.0, 1.0]
