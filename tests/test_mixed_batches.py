@@ -19,6 +19,7 @@ from maple_trl.omni.media import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 
+
 COMPLETION = 5
 
 
@@ -181,7 +182,9 @@ def test_media_are_encoded_once_per_unique_prompt(seven_tags):
     patches, audios = [], []
     core = builder.family.core(model)
     core.visual.register_forward_pre_hook(lambda m, args, kw: patches.append(args[0].size(0)), with_kwargs=True)
-    core.audio_tower.register_forward_pre_hook(lambda m, a, kw: audios.append(len(kw["feature_lens"])), with_kwargs=True)
+    core.audio_tower.register_forward_pre_hook(
+        lambda m, a, kw: audios.append(len(kw["feature_lens"])), with_kwargs=True
+    )
     with torch.no_grad(), serve_media(builder.family, model, rows):
         together = model(**inputs).logits
     assert patches == [prompt.media["pixel_values_videos"].size(0)]

@@ -1,0 +1,1 @@
+"""Omni prompts: media, encoding, model families, and their way into a model's forward."""

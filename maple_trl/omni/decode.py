@@ -131,7 +131,7 @@ def _ebml_number(file, keep_marker: bool) -> int | None:
 
 
 def _mp3_bytes(file) -> int | None:
-    """Length by the Xing header in the first frame of an mp3, less the one frame by which encoders disagree."""
+    """Length by the Xing header in the first frame of an mp3, less a trailing tag, which some count."""
     file.seek(0)
     head = file.read(10)
     start = 0
@@ -143,7 +143,7 @@ def _mp3_bytes(file) -> int | None:
     if at < 0 or len(frame) < at + 16:
         return None
     flags, _, length = struct.unpack(">III", frame[at + 4 : at + 16])
-    return start + length - 1441 if flags & 3 == 3 else None
+    return start + length - 128 if flags & 3 == 3 else None
 
 
 def declared_bytes(path: str) -> int | None:
@@ -202,7 +202,7 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
             yield container
     except (av.error.ExitError, av.error.TimeoutError) as error:
         raise source.error("decode-timeout", f"no data within {timeout:g} s: {error}") from error
-    except (av.error.HTTPError, av.error.ConnectionRefusedError) as error:
+    except (av.error.HTTPClientError, av.error.ConnectionRefusedError) as error:
         raise source.error("not-found", str(error)) from error
     except av.FFmpegError as error:
         if source.is_url or _looks_like_media(source.path):
@@ -376,7 +376,12 @@ class _Resizer:
 
 
 def decode_video(
-    source: Source, limits: MediaLimits, multiple: int, max_pixels: int, picker: Callable | None = None
+    source: Source,
+    limits: MediaLimits,
+    multiple: int,
+    min_pixels: int,
+    max_pixels: int,
+    picker: Callable | None = None,
 ) -> VideoClip:
     """
     Samples the frames of a file's video.
@@ -385,7 +390,7 @@ def decode_video(
         source (`Source`): the file.
         limits (`MediaLimits`): sampling and limits.
         multiple (`int`): both sides become multiples of it.
-        max_pixels (`int`): area of a frame, at most.
+        min_pixels, max_pixels (`int`): area of a frame.
         picker (`Callable`, *optional*): another decoder, called as `picker(path, seconds)`.
 
     Raises:
@@ -403,7 +408,7 @@ def decode_video(
             raise source.error("frame-too-large", f"{size}; at most {MAX_SOURCE_PIXELS} pixels are decoded")
         _header_seconds(source, container, limits)
         notes, zero, declared_end = _file_notes(source, container), _zero(container), _declared_end(container, stream)
-        resize = _Resizer(source, multiple, min(limits.min_pixels, max_pixels), max_pixels, stream.sample_aspect_ratio)
+        resize = _Resizer(source, multiple, min_pixels, max_pixels, stream.sample_aspect_ratio)
         line = _timeline(source, container, stream, limits, deadline)
     start, duration = int(line.pts[0]), float((line.end - int(line.pts[0])) * line.tick)
     if duration > limits.max_seconds:
@@ -476,15 +481,18 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             if pieces:
                 pieces += [piece.to_ndarray().mean(axis=0, dtype=np.float32) for piece in resampler.resample(None)]
     waveform = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
+    if declared_end is not None:  # without the padding of the last codec frame
+        waveform = waveform[: max(0, round((declared_end - zero) * sampling_rate))]
     if len(waveform) > most:
         if limits.overlong == "quarantine":
             raise source.error("too-long", f"over {limits.max_seconds:g} s, which is the limit")
-        waveform = waveform[:most].copy()
+        waveform = waveform[:most]
         notes.append("trimmed")
     duration = len(waveform) / sampling_rate
     if duration <= MIN_AUDIO_SECONDS:
         raise source.error("audio-too-short", f"{duration:.4f} s; an encoder needs more than {MIN_AUDIO_SECONDS} s")
     if not np.isfinite(waveform).all():
         raise source.error("non-finite-audio", f"{int((~np.isfinite(waveform)).sum())} samples are NaN or infinite")
+    waveform = waveform.copy()  # a view would keep, in the cache, what was cut off
     waveform.flags.writeable = False
     return AudioClip(waveform, sampling_rate, duration, source.path, tuple(notes))

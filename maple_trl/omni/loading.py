@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+
 BUILTIN_PREFIX = "builtin:"
 _THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -68,6 +69,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
 
 def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin:
     """The processor of a checkpoint, padding on the left as generation needs it."""
-    return AutoProcessor.from_pretrained(
-        resolve_checkpoint(name_or_path), padding_side="left", truncation_side="left", **kwargs
-    )
+    processor = AutoProcessor.from_pretrained(resolve_checkpoint(name_or_path), **kwargs)
+    # Not as arguments above: there they would reach the audio feature extractor as well.
+    processor.tokenizer.padding_side = processor.tokenizer.truncation_side = "left"
+    return processor

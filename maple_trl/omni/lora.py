@@ -11,6 +11,7 @@ from torch import nn
 
 from maple_trl.omni.families import OmniFamily, unwrap
 
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 

@@ -81,7 +81,7 @@ class MediaLoader:
     def __init__(
         self,
         root: str | os.PathLike,
-        limits: MediaLimits = MediaLimits(),
+        limits: MediaLimits | None = None,
         cache_bytes: int = 2 << 30,
         allow_network: bool = False,
         backend: Literal["auto", "pyav", "torchcodec"] = "auto",
@@ -91,7 +91,7 @@ class MediaLoader:
             raise FileNotFoundError(f"media root {os.fspath(root)!r} is not a folder")
         if backend not in ("auto", "pyav", "torchcodec"):
             raise ValueError(f"backend must be 'auto', 'pyav' or 'torchcodec', got {backend!r}")
-        self.limits, self.allow_network = limits, allow_network
+        self.limits, self.allow_network = limits or MediaLimits(), allow_network
         self.backend_note = torchcodec_problem() if backend != "pyav" else None
         if backend == "torchcodec" and self.backend_note:
             raise RuntimeError(
@@ -159,10 +159,13 @@ class MediaLoader:
 
     def video(self, path: str | os.PathLike, *, multiple: int = 28, max_pixels: int | None = None) -> VideoClip:
         """Frames of a video, sampled and resized. `max_pixels` can only lower the limit. Raises [`MediaError`]."""
-        most = min(self.limits.max_pixels, max_pixels or self.limits.max_pixels)
+        least, most = self.limits.min_pixels, self.limits.max_pixels
+        if max_pixels is not None and max_pixels < most:
+            most = max_pixels
+            least = min(least, most // 4)  # room for any usual aspect ratio below the lowered limit
         if most < multiple**2:
             raise ValueError(f"max_pixels={most} is less than one patch of {multiple}x{multiple} pixels")
-        return self._load("video", self._source(path), multiple, most)
+        return self._load("video", self._source(path), multiple, least, most)
 
     def audio(self, path: str | os.PathLike, *, sampling_rate: int = 16000) -> AudioClip | None:
         """

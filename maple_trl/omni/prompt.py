@@ -14,6 +14,7 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import OmniFamily
 from maple_trl.omni.media import AudioClip, MediaLoader, VideoClip
 
+
 SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json")
 
 
@@ -248,9 +249,7 @@ class PromptBuilder:
         return self.family.video_token_count(*clip.frames.shape[:3])
 
     def _audio_tokens(self, clip: AudioClip) -> int:
-        return self.family.audio_token_count(
-            len(clip.waveform) // self.family.processor.feature_extractor.hop_length
-        )
+        return self.family.audio_token_count(len(clip.waveform) // self.family.processor.feature_extractor.hop_length)
 
     def _subtitle_text(self, subtitle: str | None) -> str:
         if subtitle is not None and subtitle.lower().endswith(SUBTITLE_SUFFIXES) and "\n" not in subtitle:
@@ -301,7 +300,7 @@ def _split_blocks(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...] | 
     prompt = row.get("prompt")
     blocks: dict[str, list[str]] = {"video": [], "audio": []}
     if isinstance(prompt, str) and prompt:
-        return prompt, {kind: () for kind in blocks}
+        return prompt, dict.fromkeys(blocks, ())
     if not isinstance(prompt, list) or not prompt:
         raise RowError("field 'prompt' must be a text or a non-empty list of messages with 'role' and 'content'")
     messages = []

@@ -29,7 +29,9 @@ def _parse(text: str) -> pysubs2.SSAFile:
     start = text.lstrip()
     if start.startswith(("[", "{")):
         return pysubs2.load_from_whisper(json.loads(text))
-    return pysubs2.SSAFile.from_string(text, format_="vtt" if start.startswith("WEBVTT") else "srt")
+    format_ = "vtt" if start.startswith("WEBVTT") else "srt"
+    # pysubs2 takes "a < b > c" for a tag; `_TAG` is stricter.
+    return pysubs2.SSAFile.from_string(text, format_=format_, keep_unknown_html_tags=True)
 
 
 def subtitle_text(data: bytes, name: str) -> str:
@@ -49,7 +51,15 @@ def subtitle_text(data: bytes, name: str) -> str:
     text = _decode(data, name)
     try:
         cues = sorted(_parse(text), key=lambda cue: cue.start)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, pysubs2.Pysubs2Error) as error:
+    except (
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        pysubs2.Pysubs2Error,
+    ) as error:
         raise MediaError("bad-subtitle", name, f"cannot be parsed ({type(error).__name__}: {error})") from error
     lines: list[str] = []
     for cue in cues:

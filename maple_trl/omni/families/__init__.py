@@ -3,6 +3,7 @@
 from maple_trl.omni.families import qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
 from maple_trl.omni.families.base import OmniFamily, family_for, register_family, unwrap
 
+
 __all__ = [
     "OmniFamily",
     "family_for",

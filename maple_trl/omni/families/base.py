@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
 from maple_trl.omni.media import AudioClip, VideoClip
 
+
 _FAMILIES: dict[str, type[OmniFamily]] = {}
 
 
@@ -74,9 +75,15 @@ class OmniFamily:
         self.config = model.config
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        # `from_pretrained(..., padding_side="left")`, meant for text, reaches the audio extractor too and puts the
+        # silence before the sound.
+        if "audio" in self.placeholders:
+            processor.feature_extractor.padding_side = "right"
         self._rope_index = getattr(self.core(model), "get_rope_index", None)
         ids = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.media_tokens}
-        missing = [token for token in self.placeholders.values() if ids.get(token) in (None, self.tokenizer.unk_token_id)]
+        missing = [
+            token for token in self.placeholders.values() if ids.get(token) in (None, self.tokenizer.unk_token_id)
+        ]
         if missing:
             raise ValueError(
                 f"The tokenizer lacks {', '.join(missing)}, which {type(self).__name__} needs; load the processor that "

@@ -1,0 +1,33 @@
+"""RL post-training for language models that see video, hear audio and read subtitles."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Modality": "maple_trl.modalities",
+    "ModalityTag": "maple_trl.modalities",
+    "OmniGRPOConfig": "maple_trl.trainers.omni_grpo_config",
+    "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo",
+}
+__all__ = [*_EXPORTS]
+
+if TYPE_CHECKING:
+    from maple_trl.modalities import Modality, ModalityTag
+    from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
+    from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: torch and TRL take seconds, which `maple-trl --help` should not.
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,1 @@
+"""Algorithms as pure arithmetic and small stateful objects, apart from any trainer."""

@@ -1,0 +1,404 @@
+"""GRPO for prompts with video, audio and subtitles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids, unique_prompts
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.families import family_for, unwrap
+from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.serving import serve_media
+from maple_trl.trainers.lookahead import LookaheadSampler
+from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.quarantine import RowRegistry, write_quarantine
+from maple_trl.trainers.rollout_state import last_complete_checkpoint, load_rollout, regroup_rows, save_rollout
+
+
+PROMPTS_KEY = "omni_prompts"
+
+
+class OmniGRPOTrainer(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] whose prompts can hold video, audio and subtitles, each row its own, in one batch.
+
+    Media reach generation, the old and reference log-probabilities and the training forward; a row whose media were
+    not consumed raises. A text-only model (a tokenizer as `processing_class`) trains exactly as with TRL.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            A model of a registered family. From a full Omni checkpoint the Thinker alone is loaded.
+        reward_funcs: as in [`~trl.GRPOTrainer`]; every column of a row reaches them.
+        args ([`OmniGRPOConfig`], *optional*): configuration.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows with `prompt`, and where they apply `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
+            [`~maple_trl.omni.prompt.PromptBuilder`]).
+        eval_dataset: as in [`~trl.GRPOTrainer`], with the same columns.
+        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
+        kwargs: the other arguments of [`~trl.GRPOTrainer`]; tools, environments and rollout functions are rejected.
+
+    Raises:
+        RowError: for the first row that cannot be a prompt, with its number and field.
+        ValueError: when options do not fit together.
+    """
+
+    _tag_names = ["trl", "grpo", "omni", "maple-trl"]
+    _name = "Omni GRPO"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: OmniGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        for name in ("tools", "rollout_func", "environment_factory"):
+            if kwargs.get(name):
+                raise ValueError(f"{type(self).__name__} does not support `{name}`: its turns would not see the media")
+        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        args = OmniGRPOConfig(f"{name.split('/')[-1]}-Omni-GRPO") if args is None else args
+        if isinstance(model, str):
+            set_seed(args.seed)
+            model = load_model(model, **_model_init_kwargs(args, kwargs.pop("quantization_config", None)))
+        processing_class = load_processor(name) if processing_class is None else processing_class
+
+        self.family = None
+        self._registries: list[RowRegistry] = []
+        self._serving: list[EncodedPrompt] | None = None
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            self.family = family_for(model, processing_class)
+            self.loader = MediaLoader(
+                args.media_root,
+                args.media_limits(),
+                cache_bytes=args.media_cache_bytes,
+                allow_network=args.media_allow_network,
+                backend=args.media_backend,
+            )
+            self.prompt_builder = PromptBuilder(
+                self.family,
+                self.loader,
+                modality_access=args.modality_access,
+                audio_in_video=args.audio_in_video,
+                subtitle_template=args.subtitle_template,
+                max_prompt_length=args.max_prompt_length,
+                max_media_tokens=args.max_media_tokens,
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
+            train_dataset = self._without_unusable_rows(train_dataset, args)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {k: self._without_unusable_rows(v, args) for k, v in eval_dataset.items()}
+            else:
+                eval_dataset = self._without_unusable_rows(eval_dataset, args)
+            # A sampled media token would be taken for media by the next forward.
+            user_tokens = (args.generation_kwargs or {}).get("suppress_tokens") or []
+            suppressed = sorted({*self.family.suppressed_ids, *user_tokens})
+            args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": suppressed}
+
+        with _trl_expectations(unwrap(model)):
+            super().__init__(
+                model,
+                reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        if self._registries and self.accelerator.is_main_process:
+            self._write_quarantine()
+
+    # Rows
+
+    def _without_unusable_rows(self, dataset: Any, args: OmniGRPOConfig) -> Any:
+        """Checks a data set before hours are spent on it."""
+        columns = getattr(dataset, "column_names", None) or []
+        images = sorted({"image", "images"} & set(columns))
+        if images:
+            raise ValueError(
+                f"Column {images[0]!r}: {type(self).__name__} reads video, audio and subtitles. Give an image as a "
+                "one-frame video, or drop the column."
+            )
+        if not isinstance(dataset, Dataset):
+            return dataset
+        main = args.distributed_state is None or args.distributed_state.is_local_main_process
+        registry = RowRegistry(
+            dataset, self.prompt_builder, probe=args.media_check == "probe", progress=main and not args.disable_tqdm
+        )
+        self._registries.append(registry)
+        usable = registry.usable_rows()
+        if len(usable) == len(dataset):
+            return dataset
+        if main:
+            print(f"{len(dataset) - len(usable)} of {len(dataset)} rows left out: {registry.summary()}")
+        return dataset.select(usable)
+
+    def _write_quarantine(self) -> None:
+        rows = [row for registry in self._registries for row in registry.quarantined.values()]
+        if rows:
+            write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), rows)
+
+    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
+        """
+        Encodes rows, one prompt object per distinct prompt.
+
+        A row whose media cannot be used goes into quarantine and the next usable row of its data set stands in for
+        it, on all ranks alike. Every rank must call this together.
+
+        Returns:
+            the rows that are really used, and their prompts.
+        """
+        rows = list(rows)
+        encoded: dict[str, EncodedPrompt] = {}
+        while True:
+            keys = [self.prompt_builder.spec(row).key for row in rows]
+            failed: list[tuple[str, MediaError]] = []
+            for key, row in dict(zip(keys, rows, strict=True)).items():
+                if key not in encoded:
+                    try:
+                        encoded[key] = self.prompt_builder.encode(row)
+                    except MediaError as error:
+                        if not any(key in registry for registry in self._registries):
+                            raise  # a streamed row: nothing can stand in for it
+                        failed.append((key, error))
+            failed = gather_object(failed) if self.accelerator.num_processes > 1 else failed
+            if not failed:
+                return rows, [encoded[key] for key in keys]
+            stand_in = {key: self._quarantine(key, error) for key, error in failed}
+            rows = [stand_in.get(key, row) for key, row in zip(keys, rows, strict=True)]
+
+    def _quarantine(self, key: str, error: MediaError) -> dict[str, Any]:
+        registry = next(registry for registry in self._registries if key in registry)
+        registry.add(key, error)
+        if self.accelerator.is_main_process:
+            self._write_quarantine()
+        return registry.substitute(key)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None):
+        sampler = super()._get_train_sampler(dataset)
+        if self.family is None or not self.args.media_prefetch:
+            return sampler
+        batch = self.args.generation_batch_size
+        self._lookahead = LookaheadSampler(
+            sampler,
+            chunk=batch // self.accelerator.num_processes,
+            depth=batch * (self.num_iterations * self.args.steps_per_generation + 1),
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return self._lookahead
+
+    def _prefetch_next_batch(self, current: Sequence[EncodedPrompt]) -> None:
+        lookahead = getattr(self, "_lookahead", None)
+        if lookahead is None:
+            return
+        done = {prompt.key for prompt in current}
+        rows = [self.train_dataset[i] for i in lookahead.upcoming()]
+        calls = [
+            partial(self.prompt_builder.decode, row) for row in rows if self.prompt_builder.spec(row).key not in done
+        ]
+        self.loader.prefetch(calls)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "video", "audio", "subtitle", "tag", "audio_in_video"]
+
+    # Generation
+
+    @contextmanager
+    def _rows_in_use(self, prompts: list[EncodedPrompt] | None) -> Iterator[None]:
+        """The prompts of the rows that TRL's methods work on, which do not pass them on themselves."""
+        previous, self._serving = self._serving, prompts
+        try:
+            yield
+        finally:
+            self._serving = previous
+
+    def _serve(self, model: nn.Module, prompts: Sequence[EncodedPrompt]):
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return serve_media(self.family, model, prompts, touch_all_towers=self.is_fsdp_enabled or zero3)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.family is None:
+            return super()._generate_and_score_completions(inputs)
+        inputs, prompts = self.encode_rows(inputs)
+        if self.model.training:
+            self._prefetch_next_batch(prompts)
+        with self._rows_in_use(prompts):
+            output = super()._generate_and_score_completions(inputs)
+        self._log_media(prompts)
+        return output | {PROMPTS_KEY: prompts}
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, torch.Tensor]]:
+        if self.family is None:
+            return super()._tokenize_prompts(prompts)
+        rows = self._serving
+        width = max(map(len, rows))
+        if self.pad_to_multiple_of is not None:
+            width += -width % self.pad_to_multiple_of
+        return [row.input_ids.tolist() for row in rows], None, {"position_ids": generation_position_ids(rows, width)}
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self.family is None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with self._serve(self.model, self._serving):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    @torch.no_grad()
+    def generate_completions(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> list[str | None]:
+        """
+        Samples one completion per row with the run's own generation settings and code path.
+
+        The ranks share the work: every rank must call this with the same rows, and gets all completions.
+
+        Args:
+            batch_size: rows per rank at a time; default `per_device_eval_batch_size`.
+
+        Returns:
+            `list[str]`: texts in the rows' order, `None` for a row whose media cannot be used.
+        """
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batch_size = batch_size or self.args.per_device_eval_batch_size
+        padded = [*rows, *list(rows)[:1] * (-len(rows) % world)]  # equal shares: encoding is a collective call
+        share = padded[rank::world]
+        was_training = self.model.training
+        self.model.eval()
+        texts: list[str | None] = []
+        try:
+            for start in range(0, len(share), batch_size):
+                chunk = share[start : start + batch_size]
+                used, prompts = self.encode_rows(chunk)
+                with self._rows_in_use(prompts):
+                    prompt_ids, _, fields = self._tokenize_prompts([])
+                    ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
+                answers = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+                texts += [
+                    text if row is asked else None for text, row, asked in zip(answers, used, chunk, strict=True)
+                ]
+        finally:
+            self.model.train(was_training)
+        if world == 1:
+            return texts
+        gathered = gather_object([texts])
+        return [gathered[i % world][i // world] for i in range(len(rows))]
+
+    # Log-probabilities and loss
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._serving is not None:
+            served = partial(self._forward_with_media, model, iter(self._serving), logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            model if self._serving is None else served, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+
+    def _forward_with_media(self, model: nn.Module, rows: Iterator[EncodedPrompt], logits_to_keep: int, **inputs):
+        """Stands in for `model` in TRL's log-probability loop, which takes its rows in order, chunk by chunk."""
+        batch, length = inputs["input_ids"].shape
+        prompts = [next(rows) for _ in range(batch)]
+        positions = batch_position_ids(prompts, length - logits_to_keep, logits_to_keep)
+        positions = positions.to(inputs["input_ids"].device)
+        with self._serve(self.accelerator.unwrap_model(model), prompts):
+            return model(**inputs, position_ids=positions[0] if positions.size(0) == 1 else positions)
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or PROMPTS_KEY not in inputs:
+            return inputs
+        # TRL shuffles rows, which spreads a prompt's rows over micro-batches and encodes its media in each.
+        self._buffered_inputs = regroup_rows(self._buffered_inputs, PROMPTS_KEY)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _compute_loss(self, model, inputs):
+        with self._rows_in_use(inputs.get(PROMPTS_KEY)):
+            return super()._compute_loss(model, inputs)
+
+    # Metrics
+
+    def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
+        mode = "train" if self.model.training else "eval"
+        kinds = ("video", "audio", "subtitle")
+        local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
+        local += [sum("no-audio-track" in prompt.notes for prompt in prompts), len(unique_prompts(prompts)[0])]
+        total = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), reduction="sum").tolist()
+        for kind, tokens in zip(kinds, total, strict=False):
+            self._metrics[mode][f"media_tokens/{kind}"].append(float(tokens))
+        self._metrics[mode]["media/rows_without_audio_track"].append(float(total[3]))
+        quarantined = sum(len(registry.quarantined) for registry in self._registries)
+        self._metrics[mode]["media/quarantined_prompts"].append(float(quarantined))
+
+    # State
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        save_rollout(folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY)
+        super()._save_checkpoint(model, trial)
+
+    def _pending_chunks(self) -> list[dict[str, Any]] | None:
+        """Chunks of the last rollout, while some of its updates are still to come."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        return self._buffered_inputs if self._step % generate_every else None
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._step, self._buffered_inputs = load_rollout(
+            checkpoint, self.accelerator.process_index, self._prompts_by_key, PROMPTS_KEY, self.accelerator.device
+        )
+
+    def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
+        registry = self._registries[0]
+        encoded = {key: self.prompt_builder.encode(registry.row_of(key)) for key in dict.fromkeys(keys)}
+        return [encoded[key] for key in keys]
+
+
+def _model_init_kwargs(args: OmniGRPOConfig, quantization_config: Any) -> dict[str, Any]:
+    kwargs = dict(args.model_init_kwargs or {})
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    return kwargs
+
+
+@contextmanager
+def _trl_expectations(model: nn.Module) -> Iterator[None]:
+    """
+    Bridges two places of TRL's constructor that know vision-language models alone.
+
+    It reads `config.image_token_id` of every model with a processor (ours replaces the tokens that it suppresses), and
+    loads the reference model by the class that the checkpoint names, which for an Omni checkpoint is not the Thinker.
+    """
+    lent = not hasattr(model.config, "image_token_id")
+    if lent:
+        model.config.image_token_id = None
+    try:
+        with mock.patch.object(grpo_trainer, "create_model_from_path", load_model):
+            yield
+    finally:
+        if lent:
+            del model.config.image_token_id

@@ -1,0 +1,120 @@
+"""The rows of a rollout between generation and their last update: regrouping, saving, loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+Chunk = dict[str, Any]
+
+
+def merge_chunks(chunks: list[Chunk]) -> Chunk:
+    """Micro-batches as one batch: rows are concatenated, values of the whole batch (0-d) kept."""
+    merged = {}
+    for name, first in chunks[0].items():
+        if isinstance(first, torch.Tensor) and first.ndim:
+            merged[name] = torch.cat([chunk[name] for chunk in chunks])
+        elif isinstance(first, list):
+            merged[name] = [item for chunk in chunks for item in chunk[name]]
+        else:
+            merged[name] = first
+    return merged
+
+
+def take_rows(batch: Chunk, order: list[int]) -> Chunk:
+    """The given rows of a batch, in the given order."""
+    index = torch.tensor(order, dtype=torch.long)
+
+    def take(value):
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return value[index.to(value.device)]
+        return [value[i] for i in order] if isinstance(value, list) else value
+
+    return {name: take(value) for name, value in batch.items()}
+
+
+def regroup_rows(chunks: list[Chunk], prompts_key: str) -> list[Chunk]:
+    """
+    Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first.
+
+    The shuffle's own random draws are used, so the random stream stays TRL's.
+    """
+    batch = merge_chunks(chunks)
+    rows_of: dict[int, list[int]] = {}
+    for i, prompt in enumerate(batch[prompts_key]):
+        rows_of.setdefault(id(prompt), []).append(i)
+    order = [i for rows in rows_of.values() for i in rows]
+    size = len(order) // len(chunks)
+    return [take_rows(batch, order[i * size : (i + 1) * size]) for i in range(len(chunks))]
+
+
+def save_rollout(folder: str, rank: int, step: int, chunks: list[Chunk] | None, prompts_key: str) -> None:
+    """
+    Writes where a rank stands within its rollout, and the rollout's rows as long as updates on them are to come.
+
+    Prompts are written by key; their media are decoded again from the data set.
+    """
+    os.makedirs(folder, exist_ok=True)
+    state: dict[str, Any] = {"step": step, "chunks": 0}
+    if chunks:
+        batch = merge_chunks(chunks)
+        tensors = {name: value.contiguous().cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        others = sorted(set(batch) - set(tensors) - {prompts_key})
+        unknown = [name for name in others if batch[name] is not None]
+        if unknown:
+            raise TypeError(
+                f"rollout fields {', '.join(unknown)} are neither tensors nor prompts; they cannot be saved"
+            )
+        save_file(tensors, os.path.join(folder, f"rollout_{rank}.safetensors"))
+        prompts = batch.get(prompts_key)
+        state |= {"chunks": len(chunks), "prompts": prompts and [prompt.key for prompt in prompts]}
+    with open(os.path.join(folder, f"rollout_{rank}.json"), "w", encoding="utf-8") as file:
+        json.dump(state, file)
+
+
+def load_rollout(
+    folder: str, rank: int, prompts_by_key: Callable, prompts_key: str, device: torch.device
+) -> tuple[int, list[Chunk] | None]:
+    """
+    Reads what [`save_rollout`] wrote.
+
+    Raises:
+        FileNotFoundError: when the checkpoint holds no state for this rank.
+    """
+    path = os.path.join(folder, f"rollout_{rank}.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path} is missing: the checkpoint was written by another trainer or by fewer processes than {rank + 1}. "
+            "Resume with the same trainer and number of processes."
+        )
+    with open(path, encoding="utf-8") as file:
+        state = json.load(file)
+    if not state["chunks"]:
+        return state["step"], None
+    batch: Chunk = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"), device=str(device))
+    if state["prompts"]:
+        batch[prompts_key] = prompts_by_key(state["prompts"])
+    rows = next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+    size = rows // state["chunks"]
+    return state["step"], [take_rows(batch, list(range(i * size, (i + 1) * size))) for i in range(state["chunks"])]
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """
+    The newest checkpoint that was written to its end; `trainer_state.json` is the last file of one.
+
+    `None` when there is none, as for a first start.
+    """
+    found = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", name)
+        if match and os.path.exists(os.path.join(output_dir, name, "trainer_state.json")):
+            found.append((int(match[1]), os.path.join(output_dir, name)))
+    return max(found)[1] if found else None
