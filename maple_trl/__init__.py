@@ -14,7 +14,7 @@ _EXPORTS = {
     "OmniGRPOConfig": "maple_trl.trainers.omni_grpo_config",
     "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo",
 }
-__all__ = [*_EXPORTS]
+__all__ = ["Modality", "ModalityTag", "OmniGRPOConfig", "OmniGRPOTrainer"]
 
 if TYPE_CHECKING:
     from maple_trl.modalities import Modality, ModalityTag

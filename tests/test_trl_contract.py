@@ -1,0 +1,84 @@
+"""The private parts of TRL that the trainers rely on: a new TRL that moves one fails here, by name."""
+
+import inspect
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+
+
+SIGNATURES = {
+    "_get_train_sampler": ["self", "dataset"],
+    "_set_signature_columns_if_needed": ["self"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_tokenize_prompts": ["self", "prompts"],
+    "_generate_single_turn": [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    "_generate": ["self", "prompts"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    method = inspect.unwrap(getattr(GRPOTrainer, name))
+    assert list(inspect.signature(method).parameters) == SIGNATURES[name], f"TRL changed GRPOTrainer.{name}"
+
+
+def test_logps_signature_begins_as_we_call_it():
+    method = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
+    names = list(inspect.signature(method).parameters)
+    assert names[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+
+
+def source(name):
+    return inspect.getsource(inspect.unwrap(getattr(GRPOTrainer, name)))
+
+
+def test_the_log_prob_loop_only_calls_its_model_with_keywords():
+    """`_forward_with_media` stands in for the model there, and takes the rows chunk by chunk, in order."""
+    body = source("_get_per_token_logps_and_entropies")
+    assert "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)" in body
+    assert body.count("model(") == 1
+    assert 'model_inputs = {"input_ids": input_ids_batch, "attention_mask": attention_mask_batch}' in body
+
+
+def test_multimodal_tensors_reach_generate_unchanged():
+    body = source("_generate_single_turn")
+    assert "if isinstance(v, torch.Tensor):\n                    generate_inputs[k] = v" in body
+
+
+def test_user_generation_kwargs_replace_the_suppressed_tokens():
+    body = inspect.getsource(GRPOTrainer.__init__)
+    suppress = body.index('generation_kwargs["suppress_tokens"] = [model.config.image_token_id]')
+    assert suppress < body.index("generation_kwargs.update(args.generation_kwargs)")
+    assert "create_model_from_path(get_config_model_id(self.model.config)" in body
+    assert hasattr(grpo_trainer, "create_model_from_path")
+
+
+def test_a_list_of_objects_stays_with_its_rows():
+    prompts = [object() for _ in range(8)]
+    batch = {"prompt_ids": torch.arange(8)[:, None], "num_items_in_batch": torch.tensor(3.0), "omni_prompts": prompts}
+    shuffled = shuffle_sequence_dict(batch)
+    for part in split_tensor_dict(shuffled, 4):
+        assert [prompts[i] for i in part["prompt_ids"][:, 0]] == part["omni_prompts"]
+        assert part["num_items_in_batch"] == 3.0
+
+
+def test_attributes_that_we_read(tmp_path):
+    body = inspect.getsource(GRPOTrainer)
+    for name in ("_buffered_inputs", "_step", "_metrics", "num_iterations", "pad_to_multiple_of", "num_generations"):
+        assert f"self.{name}" in body, name
+    for name in ("steps_per_generation", "generation_batch_size", "generation_kwargs", "chat_template_kwargs"):
+        assert hasattr(GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), name), name
