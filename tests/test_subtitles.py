@@ -94,7 +94,11 @@ def test_loader_reads_once_and_the_content_decides(tmp_path):
     loader = MediaLoader(tmp_path, allow_network=True)
     assert loader.subtitle("a.srt") == loader.subtitle(tmp_path / "a.srt") == "Hello there\n3 < 4"
     assert loader.decodes == {("subtitle", str(tmp_path / "a.srt")): 1}
-    for path, reason in (("empty.srt", "empty-file"), ("b.srt", "not-found"), ("http://h/a.srt", "network-not-allowed")):
+    for path, reason in (
+        ("empty.srt", "empty-file"),
+        ("b.srt", "not-found"),
+        ("http://h/a.srt", "network-not-allowed"),
+    ):
         with pytest.raises(MediaError) as caught:
             loader.subtitle(path)
         assert caught.value.reason == reason

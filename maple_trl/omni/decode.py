@@ -6,6 +6,7 @@ URLs, which it then reads. Only containers that carry their own data are accepte
 """
 
 import os
+import re
 import struct
 import time
 from bisect import bisect_right
@@ -19,8 +20,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from .errors import MediaError
-from .sampling import MediaLimits, even_count, fit_size, sample_times
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, sample_times
 
 
 # FFmpeg's name of each accepted demuxer -> the file extensions that go with it.
@@ -106,6 +107,7 @@ class Source:
         return MediaError(reason, self.name, detail)
 
 
+_CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
 _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx", b"mfra", b"uuid", b"udta"}
 
 
@@ -245,11 +247,19 @@ def _zero(container) -> float:
     return max(0.0, float(min(starts, default=0)))
 
 
-def _declared_end(container, stream) -> float | None:
-    """Where the stream's header says it ends, in seconds; `None` where the header has no such claim of its own."""
-    # mp3: FFmpeg may have derived the length from size and bit rate, wrongly for variable rates.
-    if stream.duration is None or container.format.name == "mp3":
+def _declared_end(source: Source, container, stream) -> float | None:
+    """
+    Where the stream's header says it ends, in seconds; `None` where the header has no such claim of its own. Finds files
+    of full size whose end is empty, as an interrupted download leaves them.
+    """
+    for name, value in stream.metadata.items():  # Matroska: a tag such as 00:00:02.500000000
+        if name.upper().startswith("DURATION") and (match := _CLOCK.match(value)):
+            hours, minutes, seconds = match.groups()
+            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if stream.duration is None:
         return None
+    if container.format.name == "mp3" and (source.is_url or declared_bytes(source.path) is None):
+        return None  # without a Xing header FFmpeg guesses, wrongly for variable bit rates
     return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
 
 
@@ -272,6 +282,11 @@ class Timeline:
     keys: list[int]
     end: int
     tick: Fraction
+
+    @property
+    def longest_gap(self) -> float:
+        """Seconds. A last picture that is held may be stored without its length; it counts as no longer than this."""
+        return float(np.diff(self.pts).max() * self.tick) if len(self.pts) > 1 else float("inf")
 
     @property
     def variable(self) -> bool:
@@ -326,7 +341,8 @@ def _pick(
         frames, shown, ahead = container.decode(stream), None, None
         sought = False
         for target in wanted:
-            key = line.keys[bisect_right(line.keys, target) - 1] if line.keys else None
+            before = bisect_right(line.keys, target)
+            key = line.keys[before - 1] if before else None
             position = max((f.pts for f in (shown, ahead) if f is not None), default=int(line.pts[0]))
             if seek and key is not None and key > position:
                 container.seek(key, stream=stream)
@@ -357,7 +373,7 @@ class _Resizer:
     def __init__(self, source: Source, multiple: int, min_pixels: int, max_pixels: int, pixel_aspect: Fraction | None):
         self.source, self.budget, self.pixel_aspect = source, (multiple, min_pixels, max_pixels), pixel_aspect or 1
         self.size: tuple[int, int] | None = None  # (height, width) of the upright result
-        self.resized = self.rotated = False
+        self.resized = False
         self.reformatter = VideoReformatter()
 
     def __call__(self, frame: "av.VideoFrame") -> np.ndarray:
@@ -369,7 +385,7 @@ class _Resizer:
                 self.size = fit_size(*map(float, stored), *self.budget)
             except ValueError as error:
                 raise self.source.error("bad-aspect-ratio", str(error)) from error
-            self.resized, self.rotated = self.size != stored, turns != 0
+            self.resized = self.size != stored
         height, width = self.size if turns % 2 == 0 else self.size[::-1]
         rgb = self.reformatter.reformat(frame, width=width, height=height, format="rgb24", interpolation="BICUBIC")
         return np.rot90(rgb.to_ndarray(), turns)
@@ -407,7 +423,11 @@ def decode_video(
             size = f"{stream.codec_context.width}x{stream.codec_context.height}"
             raise source.error("frame-too-large", f"{size}; at most {MAX_SOURCE_PIXELS} pixels are decoded")
         _header_seconds(source, container, limits)
-        notes, zero, declared_end = _file_notes(source, container), _zero(container), _declared_end(container, stream)
+        notes, zero, declared_end = (
+            _file_notes(source, container),
+            _zero(container),
+            _declared_end(source, container, stream),
+        )
         resize = _Resizer(source, multiple, min_pixels, max_pixels, stream.sample_aspect_ratio)
         line = _timeline(source, container, stream, limits, deadline)
     start, duration = int(line.pts[0]), float((line.end - int(line.pts[0])) * line.tick)
@@ -416,7 +436,7 @@ def decode_video(
             raise source.error("too-long", f"over {duration:.2f} s; the limit is {limits.max_seconds:g} s")
         duration = limits.max_seconds
         notes.append("trimmed")
-    elif declared_end is not None and line.end * line.tick < declared_end - END_SLACK:
+    elif declared_end is not None and line.end * line.tick < declared_end - max(END_SLACK, line.longest_gap):
         raise source.error("truncated", f"pictures up to {float(line.end * line.tick):.2f} s of {declared_end:.2f} s")
     notes += ["variable-frame-rate"] if line.variable else []
     times, fps = sample_times(limits, duration)
@@ -434,7 +454,6 @@ def decode_video(
         except _SeekMissed:
             frames = [resize(frame) for frame in _pick(source, limits, line, wanted, deadline, seek=False)]
     notes += ["resized"] if resize.resized else []
-    notes += ["rotated"] if resize.rotated else []
     stacked = np.stack(even_count(frames))
     timestamps = np.array(even_count([tick * float(line.tick) - zero for tick in wanted]))
     stacked.flags.writeable = timestamps.flags.writeable = False  # shared by all users of the cache
@@ -456,7 +475,11 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
         if stream is None:
             return None
         _decodable(source, stream)
-        notes, zero, declared_end = _file_notes(source, container), _zero(container), _declared_end(container, stream)
+        notes, zero, declared_end = (
+            _file_notes(source, container),
+            _zero(container),
+            _declared_end(source, container, stream),
+        )
         resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
         most, count, end = round(limits.max_seconds * sampling_rate), 0, 0.0
         pieces: list[np.ndarray] = []

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import cachetools
 import numpy as np
 
-from .decode import AudioClip, MediaInfo, Source, VideoClip, decode_audio, decode_video, probe
-from .errors import MediaError
-from .sampling import MediaLimits
-from .subtitles import subtitle_text
+from maple_trl.omni.decode import AudioClip, MediaInfo, Source, VideoClip, decode_audio, decode_video, probe
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.sampling import MediaLimits
+from maple_trl.omni.subtitles import subtitle_text
 
 
 __all__ = ["AudioClip", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]

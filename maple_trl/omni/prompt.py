@@ -232,9 +232,8 @@ class PromptBuilder:
         budget = self.max_media_tokens - sum(self._audio_tokens(clip) for clip in audios)
         if sum(map(self._video_tokens, clips)) > budget:
             steps = sum(-(-len(clip.frames) // self.family.frames_per_token) for clip in clips)
-            pixels = max(budget, 0) // steps * self.family.frame_multiple**2
-            if pixels >= self.loader.limits.min_pixels:
-                clips = [self._video(path, max_pixels=pixels) for path in spec.videos]
+            pixels = max(budget // steps, 1) * self.family.frame_multiple**2
+            clips = [self._video(path, max_pixels=pixels) for path in spec.videos]
         needed = sum(map(self._video_tokens, clips))
         if needed > budget:
             raise MediaError(

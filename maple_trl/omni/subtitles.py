@@ -7,7 +7,7 @@ import re
 
 import pysubs2
 
-from .errors import MediaError
+from maple_trl.omni.errors import MediaError
 
 
 MAX_BYTES = 16 << 20  # hours of dense dialogue; anything above is not a subtitle

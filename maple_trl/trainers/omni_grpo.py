@@ -199,7 +199,9 @@ class OmniGRPOTrainer(GRPOTrainer):
         self._lookahead = LookaheadSampler(
             sampler,
             chunk=batch // self.accelerator.num_processes,
-            depth=batch * (self.num_iterations * self.args.steps_per_generation + 1),
+            ahead=batch * self.num_iterations * self.args.steps_per_generation,
+            # Trainer draws the batches of an optimizer step at once, accelerate one more.
+            behind=batch * (self.args.gradient_accumulation_steps + 1),
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )

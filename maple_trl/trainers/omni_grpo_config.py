@@ -61,8 +61,11 @@ class OmniGRPOConfig(GRPOConfig):
         default=False, metadata={"help": "Whether rows may name media by http(s) URL. Off: a URL quarantines its row."}
     )
     media_backend: str = field(
-        default="auto",
-        metadata={"help": "Decoder: 'pyav', 'torchcodec', or 'auto' (torchcodec where it works, else PyAV)."},
+        default="pyav",
+        metadata={
+            "help": "Decoder: 'pyav', 'torchcodec', or 'auto' (torchcodec where it works, else PyAV). The two differ in "
+            "single pixel values, so a run repeats exactly only with the same one."
+        },
     )
     num_frames: int | None = field(
         default=8, metadata={"help": "Frames per video, spread evenly over it. Exclusive with video_fps."}
