@@ -75,10 +75,6 @@ class OmniFamily:
         self.config = model.config
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        # `from_pretrained(..., padding_side="left")`, meant for text, reaches the audio extractor too and puts the
-        # silence before the sound.
-        if "audio" in self.placeholders:
-            processor.feature_extractor.padding_side = "right"
         self._rope_index = getattr(self.core(model), "get_rope_index", None)
         ids = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.media_tokens}
         missing = [
@@ -89,6 +85,10 @@ class OmniFamily:
                 f"The tokenizer lacks {', '.join(missing)}, which {type(self).__name__} needs; load the processor that "
                 "belongs to the model."
             )
+        # `from_pretrained(..., padding_side="left")`, meant for text, reaches the audio extractor too and puts the
+        # silence before the sound.
+        if "audio" in self.placeholders:
+            processor.feature_extractor.padding_side = "right"
         self.placeholder_ids = {kind: ids[token] for kind, token in self.placeholders.items()}
         #: Token ids that a completion may never hold: the next forward would take them for media.
         self.suppressed_ids = sorted(i for i in ids.values() if i not in (None, self.tokenizer.unk_token_id))

@@ -1,0 +1,256 @@
+"""From rows to prompts: what a row is fed, budgets, and errors that say what would be right."""
+
+import numpy as np
+import pytest
+from media_files import tone, write_audio, write_video
+from tiny_models import build_tiny
+
+from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.families import family_for, register_family
+from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.prompt import PromptBuilder, RowError
+
+SRT = "1\n00:00:00,000 --> 00:00:01,000\n{}\n"
+QUESTION = [{"role": "user", "content": "what color"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clips")
+    write_video(root / "clip.mp4", frames=24, audio=tone(1.0, 16000))
+    write_video(root / "other.mp4", frames=24, size=(64, 48), audio=tone(0.5, 16000))
+    write_video(root / "silent.mp4", frames=24)
+    write_audio(root / "sound.wav", tone(0.7, 16000))
+    (root / "words.srt").write_text(SRT.format("red green blue yellow " * 10))
+    (root / "word.srt").write_text(SRT.format("red"))
+    return root
+
+
+def builder(folder, name="qwen2_5_omni", limits=None, **kwargs):
+    limits = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096, **(limits or {}))
+    return PromptBuilder(family_for(*build_tiny(name)), MediaLoader(folder, limits), **kwargs)
+
+
+def text_of(build, prompt):
+    return build.family.tokenizer.decode(prompt.input_ids)
+
+
+# What is fed
+
+
+@pytest.mark.parametrize("tag", list(ModalityTag))
+@pytest.mark.parametrize("own_audio", [True, False])
+def test_a_tagged_row_is_fed_exactly_its_tag(folder, tag, own_audio):
+    row = {"prompt": QUESTION, "video": "clip.mp4", "subtitle": "word.srt", "tag": tag.value.lower()}
+    row |= {"audio": "sound.wav"} if own_audio else {}
+    build = builder(folder)
+    prompt = build.encode(row)
+    letters = {"video": "V", "audio": "A", "subtitle": "S"}
+    assert {letters[kind] for kind in prompt.media_tokens} == set(tag) and prompt.tag is tag
+    assert ("red" in text_of(build, prompt)) == ("S" in tag)
+    if "A" in tag:
+        seconds = 0.7 if own_audio else 1.0
+        assert prompt.media["feature_attention_mask"].sum() == round(seconds * 100)
+    everything = builder(folder, modality_access="all").encode(row)
+    assert set(everything.media_tokens) == set(letters)
+
+
+def test_a_row_without_a_tag_is_fed_what_it_names(folder):
+    build = builder(folder)
+    assert set(build.encode({"prompt": QUESTION, "video": "clip.mp4"}).media_tokens) == {"video"}
+    assert set(build.encode({"prompt": QUESTION, "audio": "sound.wav"}).media_tokens) == {"audio"}
+    both = build.encode({"prompt": QUESTION, "video": "clip.mp4", "audio_in_video": True})
+    assert set(both.media_tokens) == {"video", "audio"}
+    assert build.encode({"prompt": QUESTION}).media_tokens == {}
+
+
+def test_content_blocks_keep_their_place(folder):
+    build = builder(folder)
+    content = [
+        {"type": "text", "text": "red", "video": None, "audio": None},
+        {"type": "video", "video": "clip.mp4", "text": None},
+        {"type": "text", "text": "green"},
+        {"type": "audio", "audio": "sound.wav"},
+        {"type": "text", "text": "blue"},
+        {"type": "video", "path": "other.mp4"},
+    ]
+    prompt = build.encode({"prompt": [{"role": "user", "content": content}]})
+    assert len(prompt.media["video_grid_thw"]) == 2
+    text = text_of(build, prompt)
+    order = [text.index(part) for part in ("red", "<|VIDEO|>", "green", "<|AUDIO|>", "blue")]
+    assert order == sorted(order) and text.rindex("<|VIDEO|>") > order[-1]
+    # A tag that does not want a block leaves it out.
+    only_audio = build.encode({"prompt": [{"role": "user", "content": content}], "tag": "A"})
+    assert "<|VIDEO|>" not in text_of(build, only_audio) and set(only_audio.media_tokens) == {"audio"}
+
+
+def test_subtitle_is_a_file_or_the_text_itself(folder):
+    build = builder(folder, subtitle_template="[{subtitle}]")
+    assert "[red]" in text_of(build, build.encode({"prompt": QUESTION, "subtitle": "word.srt"}))
+    assert "[two\nlines.srt]" in text_of(build, build.encode({"prompt": QUESTION, "subtitle": "two\nlines.srt"}))
+
+
+def test_media_lead_the_last_user_message(folder):
+    build = builder(folder)
+    conversation = [
+        {"role": "system", "content": "green"},
+        {"role": "user", "content": "red"},
+        {"role": "assistant", "content": "blue"},
+        {"role": "user", "content": "yellow"},
+    ]
+    text = text_of(build, build.encode({"prompt": conversation, "video": "clip.mp4"}))
+    assert text.index("blue") < text.index("<|VIDEO|>") < text.index("yellow")
+
+
+def test_equal_content_has_an_equal_key(folder):
+    build = builder(folder)
+    row = {"prompt": QUESTION, "video": "clip.mp4", "tag": "V", "solution": "A"}
+    key = build.spec(row).key
+    assert key == build.spec({**row, "solution": "B"}).key
+    changes = [{"video": "other.mp4"}, {"prompt": [{"role": "user", "content": "low"}]}]
+    assert all(key != build.spec({**row, **change}).key for change in changes)
+    assert build.spec(row | {"tag": "VA"}).key != build.spec(row | {"tag": "VA", "audio_in_video": True}).key
+
+
+# Media that are not as asked
+
+
+def test_no_audio_track_is_a_normal_case(folder):
+    build = builder(folder)
+    for row in ({"tag": "VA"}, {"tag": "VA", "audio_in_video": True}):
+        prompt = build.encode({"prompt": QUESTION, "video": "silent.mp4"} | row)
+        assert set(prompt.media_tokens) == {"video"} and prompt.notes == ("no-audio-track",)
+    with pytest.raises(MediaError) as caught:
+        build.encode({"prompt": QUESTION, "video": "silent.mp4", "tag": "A"})
+    assert caught.value.reason == "no-signal" and caught.value.path == "silent.mp4"
+
+
+def test_missing_track_of_one_of_two_videos_keeps_the_other_in_place(folder):
+    build = builder(folder)
+    content = [
+        {"type": "video", "video": "silent.mp4"},
+        {"type": "audio", "audio": "silent.mp4"},
+        {"type": "text", "text": "red"},
+        {"type": "audio", "audio": "sound.wav"},
+    ]
+    text = text_of(build, build.encode({"prompt": [{"role": "user", "content": content}]}))
+    assert text.count("<|audio_bos|>") == 1 and text.index("red") < text.index("<|audio_bos|>")
+
+
+def test_frames_shrink_into_the_token_budget(folder):
+    row = {"prompt": QUESTION, "video": "clip.mp4", "tag": "VA"}
+    free = builder(folder).encode(row).media_tokens
+    budget = free["audio"] + free["video"] // 2
+    fitted = builder(folder, max_media_tokens=budget).encode(row).media_tokens
+    assert fitted["audio"] == free["audio"] and 0 < fitted["video"] <= free["video"] // 2
+    with pytest.raises(MediaError, match="max_media_tokens is 3") as caught:
+        builder(folder, max_media_tokens=3).encode(row)
+    assert caught.value.reason == "media-tokens"
+
+
+def test_truncation_shortens_the_subtitle_and_never_cuts_media(folder):
+    row = {"prompt": QUESTION, "video": "clip.mp4", "subtitle": "words.srt", "tag": "VAS"}
+    free = builder(folder).encode(row)
+    build = builder(folder, max_prompt_length=len(free) - 20)
+    prompt = build.encode(row)
+    assert len(prompt) <= len(free) - 20 and "subtitle-shortened" in prompt.notes
+    for kind in ("video", "audio"):
+        assert prompt.media_tokens[kind] == free.media_tokens[kind]
+    assert text_of(build, prompt).endswith("what color<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(MediaError) as caught:
+        builder(folder, max_prompt_length=len(free) - free.media_tokens["subtitle"] - 20).encode(row)
+    assert caught.value.reason == "prompt-too-long"
+
+
+def test_audio_beyond_a_fixed_window_is_named(folder):
+    build = builder(folder, name="qwen2_audio")
+    assert set(build.encode({"prompt": QUESTION, "audio": "sound.wav"}).media_tokens) == {"audio"}
+    write_audio(folder / "long.wav", tone(1.5, 16000))
+    with pytest.raises(MediaError, match="1.5 s of audio; Qwen2AudioFamily reads 1 s"):
+        build.encode({"prompt": QUESTION, "audio": "long.wav"})
+
+
+# Rows that are wrong
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": QUESTION, "tag": "VX"}, "field 'tag': 'VX' is not a modality tag; the tags are V, A"),
+        ({"prompt": QUESTION, "tag": "VS", "video": "clip.mp4"}, "tag VS needs subtitle, but the row has no such"),
+        ({"prompt": QUESTION, "tag": "VA"}, "tag VA needs audio and video"),
+        ({"prompt": "what", "video": "clip.mp4"}, "needs a conversational 'prompt'"),
+        ({"prompt": []}, "field 'prompt' must be a text or a non-empty list"),
+        ({"prompt": None}, "field 'prompt' must be"),
+        ({"prompt": QUESTION, "video": 3}, "field 'video' is int; it must be a path"),
+        ({"prompt": QUESTION, "audio": [[0.1, 0.2]]}, "field 'audio' is list.*keep decoded arrays out"),
+        ({"prompt": QUESTION, "subtitle": ["x"]}, "field 'subtitle' is list"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "content block of type 'image'"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "'video' block of field 'prompt' holds no"),
+        (
+            {"prompt": QUESTION, "video": ["clip.mp4", "clip.mp4"], "audio": "sound.wav", "audio_in_video": True},
+            "2 video\\(s\\) and 1 audio",
+        ),
+    ],
+)
+def test_bad_rows_say_what_is_wrong_and_what_would_be_right(folder, row, message):
+    with pytest.raises(RowError, match=message):
+        builder(folder).spec(row)
+
+
+def test_a_conversation_without_a_user_cannot_take_media(folder):
+    with pytest.raises(RowError, match="no user message"):
+        builder(folder).encode({"prompt": [{"role": "system", "content": "red"}], "video": "clip.mp4"})
+
+
+@pytest.mark.parametrize(("name", "tag"), [("qwen2_5_vl", "VA"), ("qwen3_vl", "A"), ("qwen2_audio", "V")])
+def test_a_family_says_what_it_does_not_read(folder, name, tag):
+    row = {"prompt": QUESTION, "video": "clip.mp4", "audio": "sound.wav", "tag": tag}
+    with pytest.raises(RowError, match=f"reads no (audio|video), which the row \\(tag {tag}\\) feeds"):
+        builder(folder, name=name).spec(row)
+
+
+# Families
+
+
+def test_unknown_family_lists_the_known(folder):
+    model, processor = build_tiny("qwen2_5_omni")
+    model.config.model_type = "qwen2_5_omni"
+    with pytest.raises(ValueError, match="known: .*qwen2_5_omni_thinker.*Train the Thinker"):
+        family_for(model, processor)
+
+
+def test_a_processor_of_another_model_is_refused():
+    model, _ = build_tiny("qwen2_5_omni")
+    _, processor = build_tiny("qwen3_vl")
+    with pytest.raises(ValueError, match=r"The tokenizer lacks <\|VIDEO\|>"):
+        family_for(model, processor)
+
+
+def test_a_new_family_is_one_small_class(folder):
+    from maple_trl.omni.families.qwen2_5_omni import Qwen2_5OmniFamily
+
+    @register_family
+    class ForkFamily(Qwen2_5OmniFamily):
+        model_types = ("my_fork",)
+
+    model, processor = build_tiny("qwen2_5_omni")
+    model.config.model_type = "my_fork"
+    assert isinstance(family_for(model, processor), ForkFamily)
+
+
+def test_left_padding_meant_for_text_does_not_shift_the_sound(folder):
+    """`from_pretrained(padding_side="left")` sets the audio extractor's side as well; the family sets it back."""
+    model, processor = build_tiny("qwen2_5_omni")
+    processor.feature_extractor.padding_side = "left"
+    row = {"prompt": QUESTION, "audio": "sound.wav"}
+    limits = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096)
+    shifted = PromptBuilder(family_for(model, processor), MediaLoader(folder, limits)).encode(row)
+    straight = builder(folder).encode(row)
+    np.testing.assert_array_equal(shifted.media["input_features"], straight.media["input_features"])
+
+
+def test_modalities_of_a_spec(folder):
+    spec = builder(folder).spec({"prompt": QUESTION, "video": "clip.mp4", "subtitle": "x", "tag": "SV"})
+    assert spec.fed == {Modality.VIDEO, Modality.SUBTITLE} and spec.videos == ("clip.mp4",) and not spec.audios

@@ -1,0 +1,199 @@
+"""Broken media: found before training or in the middle of it, named, counted, replaced, never a crash."""
+
+import json
+import os
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from media_files import cut, tone, write_video
+from omni_runs import build_config, build_trainer, spread_reward
+from tiny_models import build_tiny, build_tiny_text
+
+from maple_trl import OmniGRPOTrainer
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.prompt import RowError
+
+QUESTION = [{"role": "user", "content": "what color"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clips")
+    for i in range(4):
+        write_video(root / f"good{i}.mp4", frames=24, audio=tone(0.5 + 0.1 * i, 16000))
+    write_video(root / "silent.mp4", frames=24)
+    (root / "empty.mp4").write_bytes(b"")
+    (root / "text.mp4").write_text("not a film")
+    # Its header is whole and names the right length, its pictures are not: only decoding notices.
+    damaged = bytearray((root / "good0.mp4").read_bytes())
+    start = damaged.index(b"mdat") + 4
+    damaged[start : start + 4000] = bytes(4000)
+    (root / "damaged.mp4").write_bytes(damaged)
+    cut(root / "good1.mp4", root / "cut.mp4", 0.5)
+    return root
+
+
+def rows(*files, tag="VA"):
+    return Dataset.from_list([{"prompt": QUESTION, "video": name, "tag": tag, "solution": "A"} for name in files])
+
+
+def test_probe_finds_broken_files_before_training(folder, capsys):
+    data = rows("good0.mp4", "empty.mp4", "good1.mp4", "text.mp4", "cut.mp4", "good2.mp4", "missing.mp4", "good3.mp4")
+    trainer = build_trainer(folder, data, max_steps=2)
+    assert trainer.train_dataset["video"] == [f"good{i}.mp4" for i in range(4)]
+    said = capsys.readouterr().out
+    assert "4 of 8 rows left out" in said and "1 empty-file" in said and "1 not-found" in said
+    with open(os.path.join(trainer.args.output_dir, "quarantine.json")) as file:
+        written = {entry["path"]: entry["reason"] for entry in json.load(file)}
+    assert written == {
+        "empty.mp4": "empty-file",
+        "text.mp4": "not-media",
+        "cut.mp4": written["cut.mp4"],
+        "missing.mp4": "not-found",
+    }
+    assert written["cut.mp4"] in ("truncated", "unreadable")
+    trainer.train()
+    assert trainer.state.log_history[0]["media/quarantined_prompts"] == 4
+
+
+def test_a_clip_that_breaks_in_the_middle_is_replaced(folder):
+    data = rows("good0.mp4", "damaged.mp4", "good1.mp4", "silent.mp4")
+    trainer = build_trainer(
+        folder, data, shuffle_dataset=False, per_device_train_batch_size=16, gradient_accumulation_steps=1, max_steps=2
+    )
+    assert len(trainer.train_dataset) == 4  # the header is fine
+    _, prompts = trainer.encode_rows(data)
+    good1 = trainer.prompt_builder.spec(data[2]).key
+    assert [p.key for p in prompts].count(good1) == 2  # the next usable row stands in
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["media/quarantined_prompts"] == 1 and log["media/rows_without_audio_track"] == 4
+    with open(os.path.join(trainer.args.output_dir, "quarantine.json")) as file:
+        [entry] = json.load(file)
+    assert entry["path"] == "damaged.mp4" and entry["row"] == 1 and entry["detail"]
+
+
+def test_without_the_probe_training_meets_broken_files_itself(folder):
+    data = rows("good0.mp4", "empty.mp4", "good1.mp4", "good2.mp4")
+    trainer = build_trainer(folder, data, media_check="none", max_steps=4, num_train_epochs=4)
+    assert len(trainer.train_dataset) == 4
+    trainer.train()
+    assert trainer.state.log_history[-2]["media/quarantined_prompts"] == 1
+
+
+def test_audio_alone_without_a_track_is_left_out(folder):
+    data = rows("good0.mp4", "silent.mp4", "good1.mp4", tag="A")
+    trainer = build_trainer(folder, data)
+    assert trainer.train_dataset["video"] == ["good0.mp4", "good1.mp4"]
+
+
+def test_evaluation_counts_unusable_questions_apart(folder):
+    trainer = build_trainer(folder, rows("good0.mp4", "good1.mp4"))
+    asked = rows("good0.mp4", "good1.mp4", "damaged.mp4").to_list()
+    trainer._registries.append(type(trainer._registries[0])(Dataset.from_list(asked), trainer.prompt_builder))
+    answers = trainer.generate_completions(asked)
+    assert [answer is None for answer in answers] == [False, False, True]
+
+
+def test_nothing_left_is_an_error_that_counts(folder):
+    with pytest.raises(ValueError, match=r"No usable row is left: 2 rows quarantined \(1 empty-file, 1 not-media\)"):
+        build_trainer(folder, rows("empty.mp4", "text.mp4"))
+
+
+def test_a_bad_row_is_named_before_training(folder):
+    data = Dataset.from_list(
+        [
+            {"prompt": QUESTION, "video": "good0.mp4", "tag": "V"},
+            {"prompt": QUESTION, "video": None, "tag": "V"},
+        ]
+    )
+    with pytest.raises(RowError, match="row 1 of the data set: tag V needs video"):
+        build_trainer(folder, data)
+
+
+def test_files_outside_the_root_are_left_out(folder, tmp_path):
+    write_video(tmp_path / "secret.mp4", frames=24)
+    os.symlink(tmp_path / "secret.mp4", folder / "link.mp4")
+    data = rows("good0.mp4", "link.mp4", "../secret.mp4", "http://localhost/clip.mp4")
+    trainer = build_trainer(folder, data)
+    reasons = {row.path: row.reason for row in trainer._registries[0].quarantined.values()}
+    assert (
+        reasons["link.mp4"] == "outside-media-root" and reasons["http://localhost/clip.mp4"] == "network-not-allowed"
+    )
+    assert reasons["../secret.mp4"] in ("outside-media-root", "not-found")
+    assert trainer.train_dataset["video"] == ["good0.mp4"]
+
+
+def test_streamed_rows_train_and_a_broken_one_is_an_error(folder):
+    def stream(*files):
+        return IterableDataset.from_generator(lambda: iter(rows(*files).to_list()))
+
+    trainer = build_trainer(folder, stream("good0.mp4", "good1.mp4"), max_steps=2)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    trainer = build_trainer(folder, stream("empty.mp4", "good1.mp4"))
+    with pytest.raises(MediaError, match="empty-file"):
+        trainer.train()
+
+
+def test_duplicate_rows_are_left_out_together(folder):
+    trainer = build_trainer(folder, rows("empty.mp4", "good0.mp4", "empty.mp4", "good1.mp4"))
+    assert trainer.train_dataset["video"] == ["good0.mp4", "good1.mp4"]
+
+
+# Options that do not fit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modality_access": "some"}, "modality_access must be one of 'required', 'all'"),
+        ({"media_check": "deep"}, "media_check must be one of"),
+        ({"media_backend": "magic"}, "media_backend must be one of"),
+        ({"subtitle_template": "no place"}, "subtitle_template must hold"),
+        ({"max_media_tokens": 0}, "max_media_tokens must be positive"),
+        ({"num_frames": 4, "video_fps": 2.0}, "fps"),
+        ({"min_pixels": 10_000, "max_pixels": 100}, "pixels"),
+        ({"overlong_media": "ignore"}, "overlong"),
+        ({"use_vllm": True}, "use_vllm=True is not supported"),
+        ({"use_transformers_continuous_batching": True}, "does not support media"),
+    ],
+)
+def test_config_rejects_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_config(".", **options)
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_trainer_rejects_what_would_lose_media(folder, name):
+    model, processor = build_tiny("qwen2_5_omni")
+    with pytest.raises(ValueError, match=f"does not support `{name}`"):
+        OmniGRPOTrainer(
+            model,
+            spread_reward,
+            build_config(folder),
+            rows("good0.mp4"),
+            processing_class=processor,
+            **{name: [lambda: None]},
+        )
+
+
+def test_image_columns_are_rejected(folder):
+    data = Dataset.from_list([{"prompt": QUESTION, "image": "x.png"}])
+    with pytest.raises(ValueError, match="Column 'image'.*one-frame video"):
+        build_trainer(folder, data)
+
+
+def test_a_tokenizer_means_plain_grpo(tmp_path):
+    model, tokenizer = build_tiny_text()
+    data = Dataset.from_dict({"prompt": ["what color is", "low or high"]})
+    trainer = build_trainer(
+        tmp_path,
+        data,
+        model=model,
+        processing_class=tokenizer,
+        reward=lambda completions, **k: [0.5] * len(completions),
+    )
+    assert trainer.family is None
+    trainer.train()
