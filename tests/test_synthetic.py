@@ -1,17 +1,21 @@
 """The seven-tag set: the files are what they claim to be, and every modality of a tag is necessary for its answer."""
 
+import argparse
 import collections
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pysubs2
 import pytest
+import torch
 
 from maple_trl.data import synthetic
 from maple_trl.data.synthetic import (
@@ -23,7 +27,11 @@ from maple_trl.data.synthetic import (
     right_letter,
     write_seven_tags,
 )
+from maple_trl.data.tiny_omni import build_model, build_processor, target_text
 from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.families import family_for
+from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
+from maple_trl.rewards import accuracy_reward, format_reward
 
 
 SUBSETS = [frozenset(s) for n in range(4) for s in itertools.combinations(Modality, n)]
@@ -326,12 +334,122 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert len(load_seven_tags(tmp_path / "set", **SMALL)["train"]) == 28
 
 
-def _load_in_process(folder):
-    return load_seven_tags(folder, **SMALL)["train"]["id"][:]
-
-
 def test_concurrent_loads_share_one_set(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        first, second = pool.map(_load_in_process, [tmp_path / "set"] * 2)
-    assert first == second
+    code = f"from maple_trl.data import load_seven_tags; load_seven_tags({str(tmp_path / 'set')!r}, **{SMALL})"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
+    assert len(load_seven_tags(tmp_path / "set", **SMALL)["train"]) == 28
+
+
+# The tiny omni model that goes with the set.
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("builtin:tiny-omni"), load_processor("builtin:tiny-omni")
+
+
+def test_committed_checkpoint_is_small_and_without_pickle(tiny):
+    model, _ = tiny
+    files = {path.name: path.stat().st_size for path in Path(resolve_checkpoint("builtin:tiny-omni")).iterdir()}
+    assert sum(files.values()) <= 5 * 2**20
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".jinja"}
+    assert sum(parameter.numel() for parameter in model.parameters()) < 400_000
+    assert model.dtype == torch.float32
+
+
+def test_committed_checkpoint_is_what_the_code_builds(tiny, tmp_path):
+    """A change of the code that the checkpoint has not been rebuilt for fails here."""
+    model, committed = tiny
+    processor = build_processor()
+    processor.save_pretrained(tmp_path)
+    build_model(processor.tokenizer).save_pretrained(tmp_path)
+    built = load_processor(str(tmp_path))
+    assert built.tokenizer.backend_tokenizer.to_str() == committed.tokenizer.backend_tokenizer.to_str()
+    assert built.chat_template == committed.chat_template
+    for part in ("video_processor", "image_processor", "feature_extractor"):
+        assert getattr(built, part).to_dict() == getattr(committed, part).to_dict()
+    configs = [load_model(str(tmp_path)).config.to_dict(), model.config.to_dict()]
+    for config in configs:
+        del config["transformers_version"], config["_name_or_path"]
+    assert configs[0] == configs[1]
+
+
+def test_processor_keeps_its_settings_when_saved(tiny):
+    _, processor = tiny
+    assert processor.video_processor.do_resize is False
+    assert processor.feature_extractor.feature_size == 32
+    assert processor.feature_extractor.sampling_rate == 16_000
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    batch = processor(text=["<|vision_bos|><|VIDEO|><|vision_eos|>"], videos=[frames], return_tensors="pt")
+    assert batch["video_grid_thw"].tolist() == [[2, 4, 4]]  # class defaults would have scaled the frames up
+    assert (batch["input_ids"] == processor.tokenizer.video_token_id).sum() == 8
+
+
+def test_every_word_of_the_set_is_one_token(tiny):
+    _, processor = tiny
+    words = {word for values in ATTRIBUTES.values() for word in values} | {*synthetic.NOUNS.values(), *LETTERS}
+    for word in [
+        *words,
+        *(f" {word}" for word in words - set(LETTERS)),
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+    ]:
+        assert len(processor.tokenizer(word)["input_ids"]) == 1, word
+    text = "Any text, même ça: 日本語 <|im_end|>"
+    assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
+
+
+def test_target_text_is_perceived_values_and_letter(written):
+    _, tables = written
+    row = next(row for row in tables["test"] if row["tag"] == "VS")
+    expected = f"<think> {row['truth_V']} {row['truth_S']}</think><answer>{row['solution']}</answer>"
+    assert target_text(row) == expected
+    assert accuracy_reward(completions=[expected], solution=[row["solution"]]) == [1.0]
+    assert format_reward(completions=[expected]) == [1.0]
+    with pytest.raises(ValueError, match="answer must be one of A, B, C, D, got 'E'"):
+        target_text({**row, "answer": "E"})
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[1] / "scripts" / "make_tiny_omni.py"
+    spec = importlib.util.spec_from_file_location("make_tiny_omni", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_the_tiny_model_is_repeatable(script, written):
+    folder, tables = written
+    table = tables["train"].select(range(32))
+    args = argparse.Namespace(steps=3, batch_size=16, learning_rate=2e-3, seed=0)
+
+    def trained(seed):
+        processor = build_processor()
+        model = build_model(processor.tokenizer, seed=seed)
+        script.train(family_for(model, processor), model, table, folder, args)
+        return model.state_dict()
+
+    first, second, other = trained(0), trained(0), trained(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    start = build_model(build_processor().tokenizer, seed=0).state_dict()
+    # The Thinker holds this weight but reads the embeddings of its text tokens instead.
+    unused = {"model.audio_tower.audio_bos_eos_token.weight"}
+    assert {name for name in first if torch.equal(first[name], start[name])} == unused
+
+
+def test_committed_model_keeps_the_format_and_leaves_headroom(script, tiny, written, capsys):
+    """It perceives every modality, is far from perfect, and answers in the format, so that rewards are not sparse."""
+    folder, tables = written
+    script.evaluate(family_for(*tiny), tiny[0], tables["test"], folder)
+    numbers = {line[:16]: line.split()[2:] for line in capsys.readouterr().out.splitlines()}
+    accuracy = dict(zip(numbers["sampled accuracy"][::2], map(float, numbers["sampled accuracy"][1::2]), strict=True))
+    assert 0.5 < accuracy["all"] < 0.75
+    assert all(accuracy[tag] > 0.6 for tag in "VAS")
+    assert accuracy["VAS"] < 0.6
+    assert float(numbers["valid format    "][0]) > 0.88
