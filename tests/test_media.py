@@ -18,6 +18,7 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni import decode
+from maple_trl.omni.containers import declared_bytes
 from maple_trl.omni.errors import REASONS
 from maple_trl.omni.media import MediaError, MediaLimits, MediaLoader
 
@@ -316,7 +317,7 @@ def test_sizes_that_a_container_leaves_open_are_not_taken_for_truncation(tmp_pat
     files.write_audio(tmp_path / "bare.mp3", files.tone(1, 16000), codec="libmp3lame", options={"write_xing": "0"})
     mp4 = files.write_video(tmp_path / "a.mp4").read_bytes()
     (tmp_path / "tail.mp4").write_bytes(mp4 + b"\x7f\xff\xff\xffjunk of an editor")
-    assert [decode.declared_bytes(str(tmp_path / n)) for n in ("pipe.wav", "live.mkv", "bare.mp3")] == [None] * 3
+    assert [declared_bytes(str(tmp_path / n)) for n in ("pipe.wav", "live.mkv", "bare.mp3")] == [None] * 3
     loader = MediaLoader(tmp_path)
     assert loader.audio("pipe.wav").duration == 1
     assert len(loader.video("live.mkv").frames) == len(loader.video("tail.mp4").frames) == 8

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import cachetools
 import numpy as np
 
-from maple_trl.omni.decode import AudioClip, MediaInfo, Source, VideoClip, decode_audio, decode_video, probe
+from maple_trl.omni.clips import AudioClip, MediaInfo, Source, VideoClip
+from maple_trl.omni.decode import decode_audio, decode_video, probe
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
 from maple_trl.omni.subtitles import subtitle_text
