@@ -250,6 +250,26 @@ def test_clips_are_decoded_once_and_the_next_batch_meanwhile(seven_tags):
     assert decodes and set(decodes.values()) == {1}
 
 
+def test_towers_see_each_prompt_once_in_every_pass(seven_tags):
+    """Generation, old log-probs and every micro-batch of the loss: G rows of a prompt, one pass of its media."""
+    folder, dataset = seven_tags
+    rows = dataset.filter(lambda r: r["tag"] == "VA").select(range(2))
+    trainer = build_trainer(folder, rows, num_iterations=2, max_steps=2, shuffle_dataset=False)
+    _, prompts = trainer.encode_rows(rows)
+    own = [prompt.media["pixel_values_videos"].size(0) for prompt in prompts]
+    patches, audios = [], []
+    core = trainer.family.core(trainer.model)
+    core.visual.register_forward_pre_hook(lambda m, args, kw: patches.append(args[0].size(0)), with_kwargs=True)
+    core.audio_tower.register_forward_pre_hook(
+        lambda m, a, kw: audios.append(len(kw["feature_lens"])), with_kwargs=True
+    )
+    trainer.train()
+    # generation of both prompts; then old log-probs in two chunks, and two iterations of two micro-batches
+    assert patches[0] == sum(own) and audios[0] == 2
+    assert len(patches) == len(audios) == 1 + 2 + 4
+    assert set(patches[1:]) == set(own) and audios[1:] == [1] * 6
+
+
 def test_prefetch_decodes_what_comes_next(seven_tags):
     folder, dataset = seven_tags
     trainer = build_trainer(folder, dataset, max_steps=4)

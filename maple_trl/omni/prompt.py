@@ -229,18 +229,23 @@ class PromptBuilder:
         clips = [self._video(path) for path in spec.videos]
         if self.max_media_tokens is None:
             return clips
-        budget = self.max_media_tokens - sum(self._audio_tokens(clip) for clip in audios)
-        if sum(map(self._video_tokens, clips)) > budget:
+        audio_tokens = sum(map(self._audio_tokens, audios))
+        budget = self.max_media_tokens - audio_tokens
+        if clips and sum(map(self._video_tokens, clips)) > budget:
             steps = sum(-(-len(clip.frames) // self.family.frames_per_token) for clip in clips)
             pixels = max(budget // steps, 1) * self.family.frame_multiple**2
-            clips = [self._video(path, max_pixels=pixels) for path in spec.videos]
+            try:
+                clips = [self._video(path, max_pixels=pixels) for path in spec.videos]
+            except MediaError as error:
+                if error.reason != "bad-aspect-ratio":
+                    raise  # else: no smaller frame of this shape, so the clips stay too large
         needed = sum(map(self._video_tokens, clips))
         if needed > budget:
             raise MediaError(
                 "media-tokens",
                 (spec.videos or spec.audios)[0],
-                f"{needed + self.max_media_tokens - budget} media tokens at the smallest frame size, but "
-                f"max_media_tokens is {self.max_media_tokens}: feed fewer frames or less audio",
+                f"{needed + audio_tokens} media tokens at the smallest frame size, but max_media_tokens is "
+                f"{self.max_media_tokens}: feed fewer frames or less audio",
             )
         return clips
 
