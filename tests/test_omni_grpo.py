@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from omni_runs import build_trainer, one_row_per_tag, spread_reward
+from safetensors.torch import load_file
 from test_mixed_batches import alone_by_transformers
 from tiny_models import build_tiny, save_tiny, save_tiny_full
 from transformers import AutoProcessor, TrainerCallback
@@ -124,7 +125,7 @@ def test_unmodified_trl_drops_video_and_audio(seven_tags):
         lambda batch: {"prompt": [rows[i] for i in batch["i"]]}
     )
     model, processor = build_tiny("qwen2_5_omni")
-    options = dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=6, max_steps=1)
+    options = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "max_steps": 1}
     args = GRPOConfig(
         output_dir=ours.args.output_dir, report_to=[], use_cpu=True, bf16=False, save_strategy="no", **options
     )
@@ -509,6 +510,30 @@ def test_saved_model_and_processor_reload_to_the_same_logits(seven_tags, tmp_pat
     again = alone_by_transformers(family, reloaded, processor, trainer.prompt_builder, row, completion)
     assert torch.equal(trained, again)
     assert "image_token_id" not in json.loads((tmp_path / "config.json").read_text()) or family != "qwen2_audio"
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(seven_tags):
+    """transformers loads by the file's names, which are not this model's, and says nothing."""
+    folder, dataset = seven_tags
+    trainer = build_trainer(
+        folder,
+        dataset,
+        max_steps=4,
+        eval_dataset=one_row_per_tag(dataset).select(range(4)),
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="reward",
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    expected = type(trainer.model).from_pretrained(best).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+    assert not best.endswith("checkpoint-4")  # else the weights would be these anyway
+    assert set(load_file(f"{best}/model.safetensors")) - set(trainer.model.state_dict())
 
 
 def test_model_by_name_loads_its_own_processor(seven_tags, tmp_path):

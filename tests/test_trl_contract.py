@@ -4,9 +4,10 @@ import inspect
 
 import pytest
 import torch
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
 
 SIGNATURES = {
@@ -27,6 +28,9 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
+    "_save_rng_state": ["self", "output_dir"],
 }
 
 
@@ -74,6 +78,23 @@ def test_a_list_of_objects_stays_with_its_rows():
     for part in split_tensor_dict(shuffled, 4):
         assert [prompts[i] for i in part["prompt_ids"][:, 0]] == part["omni_prompts"]
         assert part["num_items_in_batch"] == 3.0
+
+
+def test_drawing_one_index_of_the_sampler_draws_the_order_of_an_epoch():
+    """A resumed run draws the orders of finished epochs so."""
+    samplers = [RepeatSampler(range(9), 2, 3, 2, shuffle=True, seed=4) for _ in range(2)]
+    epochs = [list(samplers[0]) for _ in range(3)]
+    for _ in range(2):
+        next(iter(samplers[1]))
+    assert list(samplers[1]) == epochs[2] != epochs[0]
+
+
+def test_state_is_loaded_in_the_order_we_rely_on():
+    """`_init_training_state` gives the finished epochs; rank files are complete before trainer_state.json is written."""
+    body = inspect.getsource(Trainer._init_training_state)
+    assert "return epochs_trained, steps_trained_in_current_epoch" in body
+    save = inspect.getsource(Trainer._save_checkpoint)
+    assert save.index("self._save_rng_state(output_dir)") < save.index("TRAINER_STATE_NAME")
 
 
 def test_attributes_that_we_read(tmp_path):

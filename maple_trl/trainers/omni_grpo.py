@@ -12,8 +12,10 @@ from unittest import mock
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
@@ -83,6 +85,8 @@ class OmniGRPOTrainer(GRPOTrainer):
         self.family = None
         self._registries: list[RowRegistry] = []
         self._serving: list[EncodedPrompt] | None = None
+        self._order: Sampler | None = None
+        self._lookahead: LookaheadSampler | None = None
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             self.family = family_for(model, processing_class)
             self.loader = MediaLoader(
@@ -192,7 +196,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         return registry.substitute(key)
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
-        sampler = super()._get_train_sampler(dataset)
+        sampler = self._order = super()._get_train_sampler(dataset)
         if self.family is None or not self.args.media_prefetch:
             return sampler
         batch = self.args.generation_batch_size
@@ -208,11 +212,10 @@ class OmniGRPOTrainer(GRPOTrainer):
         return self._lookahead
 
     def _prefetch_next_batch(self, current: Sequence[EncodedPrompt]) -> None:
-        lookahead = getattr(self, "_lookahead", None)
-        if lookahead is None:
+        if self._lookahead is None:
             return
         done = {prompt.key for prompt in current}
-        rows = [self.train_dataset[i] for i in lookahead.upcoming()]
+        rows = [self.train_dataset[i] for i in self._lookahead.upcoming()]
         calls = [
             partial(self.prompt_builder.decode, row) for row in rows if self.prompt_builder.spec(row).key not in done
         ]
@@ -360,10 +363,42 @@ class OmniGRPOTrainer(GRPOTrainer):
         save_rollout(folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY)
         super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next, which says that all files of all ranks are there.
+        self.accelerator.wait_for_everyone()
+
     def _pending_chunks(self) -> list[dict[str, Any]] | None:
         """Chunks of the last rollout, while some of its updates are still to come."""
         generate_every = self.args.steps_per_generation * self.num_iterations
         return self._buffered_inputs if self._step % generate_every else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_weights(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_weights(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _load_weights(self, checkpoint: str, model: nn.Module) -> bool:
+        """
+        Loads a whole model's weights by `from_pretrained`, which maps a checkpoint's names to the model's.
+
+        They differ for omni and vision-language models, and the parent passes over names that it does not find.
+        Returns False where the parent must do it: adapters, and weights that are sharded over processes.
+        """
+        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
+            return False
+        model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())
+        return True
+
+    def _init_training_state(self, *args, **kwargs):
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        # TRL's sampler draws an order per epoch: draw those of the epochs that are done.
+        for _ in range(epochs_trained if self._order is not None else 0):
+            next(iter(self._order), None)
+        return epochs_trained, steps_trained
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

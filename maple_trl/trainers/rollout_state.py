@@ -98,7 +98,8 @@ def load_rollout(
         state = json.load(file)
     if not state["chunks"]:
         return state["step"], None
-    batch: Chunk = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"), device=str(device))
+    tensors = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"))
+    batch: Chunk = {name: value.to(device) for name, value in tensors.items()}  # safetensors knows no "cpu:0"
     if state["prompts"]:
         batch[prompts_key] = prompts_by_key(state["prompts"])
     rows = next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
@@ -115,6 +116,16 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     found = []
     for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
         match = re.fullmatch(r"checkpoint-(\d+)", name)
-        if match and os.path.exists(os.path.join(output_dir, name, "trainer_state.json")):
+        if match and _is_json(os.path.join(output_dir, name, "trainer_state.json")):
             found.append((int(match[1]), os.path.join(output_dir, name)))
     return max(found)[1] if found else None
+
+
+def _is_json(path: str) -> bool:
+    """Whether a file exists and was written to its end."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return False
+    return True

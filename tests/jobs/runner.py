@@ -1,0 +1,113 @@
+"""Starts `train_job.py` from a test, alone or under a launcher, and reads what it wrote."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from tiny_models import save_tiny
+
+from maple_trl.data.synthetic import write_seven_tags
+
+
+JOB = Path(__file__).with_name("train_job.py")
+LIMIT = 300  # seconds; a run takes some, this only ends one that hangs
+
+ALONE = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills; the workers of pytest-xdist share it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tmp_path_factory.mktemp(name)
+        make(folder)
+        return folder
+    folder = tmp_path_factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    assert (folder / "made").exists(), f"{folder} was not made: another worker shows why"
+    return folder
+
+
+def write_inputs(folder: Path) -> list[dict]:
+    """A tiny model and real clips; returns the rows, four of each tag."""
+    save_tiny("qwen2_5_omni", folder / "model")
+    return write_seven_tags(folder / "media", 4, seed=0, splits=("train",), clips_per_pair=1)["train"].to_list()
+
+
+class Job:
+    """A started job and its whole process group."""
+
+    def __init__(self, launcher: list[str], folder: Path, out: str, rows: list[dict], runs: list[dict]):
+        self.out = folder / out
+        self.out.mkdir()
+        plan = {"rows": rows, "model": str(folder / "model"), "media_root": str(folder / "media")}
+        plan_file = folder / f"{out}.json"
+        plan_file.write_text(json.dumps({**plan, "out": str(self.out), "runs": runs}))
+        threads = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+        self.log = open(folder / f"{out}.log", "w+")  # closed by `wait` and `kill`
+        self.process = subprocess.Popen(
+            [*launcher, str(JOB), str(plan_file)],
+            env={**os.environ, **threads},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def kill(self) -> int:
+        """SIGKILL for the job and all that it started; returns the exit status."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.log.close()
+        return self.process.wait()
+
+    def wait(self) -> Path:
+        """Until it ends by itself; the folder of its results."""
+        try:
+            status = self.process.wait(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        self.log.seek(0)
+        text = self.log.read()
+        self.log.close()
+        assert status == 0, text[-6000:]
+        return self.out
+
+    def wait_for(self, name: str) -> None:
+        """Until the job has written this file."""
+        end = time.monotonic() + LIMIT
+        while not (self.out / name).exists():
+            running = self.process.poll() is None
+            if not running or time.monotonic() > end:
+                self.log.seek(0)
+                raise AssertionError(f"{name} was not written (running: {running})\n{self.log.read()[-6000:]}")
+            time.sleep(0.1)
+
+
+def facts(out: Path, name: str, rank: int = 0) -> dict:
+    return json.loads((out / f"{name}-{rank}.json").read_text())
+
+
+def weights(out: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    """The trained weights after a run."""
+    saved = load_file(out / f"{name}-{rank}.safetensors")
+    return {key: value for key, value in saved.items() if not key.startswith("before.")}
+
+
+def changes(out: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    """What a run added to each weight."""
+    saved = load_file(out / f"{name}-{rank}.safetensors")
+    return {key: value - saved[f"before.{key}"] for key, value in saved.items() if not key.startswith("before.")}

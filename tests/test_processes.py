@@ -1,0 +1,202 @@
+"""Two processes do what one does; they meet broken media together."""
+
+import itertools
+import json
+from collections import defaultdict
+
+import pytest
+import torch
+from jobs.runner import ACCELERATE, ALONE, TORCHRUN, Job, changes, facts, once, weights, write_inputs
+from tiny_models import save_tiny
+
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.media import MediaLoader
+
+
+# With two processes the first four prompts are rank 0's (no video among them), the others rank 1's.
+TAGS = ("A", "S", "AS", "A", "V", "VA", "VS", "VAS")
+ROWS = 16  # completions of one optimizer step
+COMBINATIONS = list(itertools.product(("full", "lora"), (1, 2), ("dapo", "grpo")))
+TOWERS = ("visual", "audio_tower", "language_model")
+
+
+def by_tag(rows, tags):
+    waiting = defaultdict(list)
+    for row in rows:
+        waiting[row["tag"]].append(row)
+    return [waiting[tag].pop(0) for tag in tags]
+
+
+def step_options(world, accumulation, **options):
+    """One plain gradient step, of which the change of the weights tells the gradient."""
+    return {
+        "optim": "sgd",
+        "learning_rate": 10.0,
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "shuffle_dataset": False,
+        "gradient_checkpointing": False,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": ROWS // accumulation // world,
+        **options,
+    }
+
+
+def gradient_runs(world, folder):
+    def run(name, accumulation=2, extra=None, **options):
+        return {"name": name, "fixed_completions": True, "options": step_options(world, accumulation, **options)} | (
+            extra or {}
+        )
+
+    runs = [
+        run(f"{kind}-{accumulation}-{loss}", accumulation, {"lora": kind == "lora"}, loss_type=loss)
+        for kind, accumulation, loss in COMBINATIONS
+    ]
+    runs.append(run("checkpointing", beta=0.1, gradient_checkpointing=True))
+    # The load-balancing term is a product of means over a micro-batch: not the same for other micro-batches.
+    runs.append(run("experts", extra={"model": str(folder / "experts")}, router_aux_loss_coef=0.0))
+    if world == 2:
+        runs.append(run("rank-reward", extra={"reward": "of_rank"}))
+        runs.append(run("unsynced", extra={"unsynced": True}))
+    return runs
+
+
+def long_run(name, **extra):
+    """Four steps on one rollout, gone over twice: a checkpoint of step 2 stands in its middle."""
+    options = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_checkpointing": False,
+        "beta": 0.05,
+    }
+    return {"name": name, "options": options, **extra}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results of the same plan on one process and on two."""
+
+    def make(folder):
+        rows = by_tag(write_inputs(folder), TAGS)
+        save_tiny("qwen3_omni", folder / "experts")
+        one = Job(ALONE, folder, "one", rows, gradient_runs(1, folder))
+        resumed = long_run("half", resume=str(folder / "two" / "whole" / "checkpoint-2"))
+        long_runs = [long_run("whole"), resumed]
+        two = Job(TORCHRUN, folder, "two", rows, gradient_runs(2, folder) + long_runs)
+        one.wait()
+        two.wait()
+
+    return once(tmp_path_factory, "two-processes", make)
+
+
+def worst(one, two):
+    """The largest relative difference between the same tensors of two gradients, and where."""
+    assert one.keys() == two.keys()
+    # Some gradients are zero but for rounding, such as that of a key's bias under softmax.
+    floor = 1e-4 * max(value.norm() for value in one.values())
+    errors = {name: float((two[name] - one[name]).norm() / max(one[name].norm(), floor)) for name in one}
+    return max((error, name) for name, error in errors.items())
+
+
+NAMES = ["-".join(map(str, combination)) for combination in COMBINATIONS]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "checkpointing", "experts"])
+def test_two_processes_give_the_gradient_of_one(results, name):
+    for rank in (0, 1):
+        told = facts(results / "two", name, rank)
+        assert (told["rank"], told["world"], told["backend"]) == (rank, 2, "gloo")
+    assert facts(results / "one", name)["world"] == 1
+    one, two = changes(results / "one", name), changes(results / "two", name)
+    error, where = worst(one, two)
+    assert error <= 1e-4, where
+    for tower in TOWERS:
+        assert any(value.norm() > 1e-4 for key, value in one.items() if tower in key), tower
+    other = weights(results / "two", name, 1)
+    assert all(torch.equal(value, other[key]) for key, value in weights(results / "two", name).items())
+
+
+def test_both_runs_saw_the_same_batch(results):
+    (one,) = facts(results / "one", "full-2-dapo")["used"]
+    ranks = [facts(results / "two", "full-2-dapo", rank)["used"][0] for rank in (0, 1)]
+    assert one == ranks[0] + ranks[1] and len(one) == ROWS
+    tag_of = {row["id"]: row["tag"] for row in json.loads((results / "one.json").read_text())["rows"]}
+    assert not any("V" in tag_of[row] for row in ranks[0]) and all("V" in tag_of[row] for row in ranks[1])
+    assert set(map(tag_of.get, one)) == set(TAGS)  # all seven
+
+
+def test_the_comparison_notices_a_broken_average(results):
+    one = changes(results / "one", "full-2-dapo")
+    # Rewards that depend on the rank: another objective.
+    assert worst(one, changes(results / "two", "rank-reward"))[0] > 0.01
+    # Ranks that keep their own gradients: rank 0 holds no video, so its vision tower stays as it was.
+    alone = changes(results / "two", "unsynced")
+    assert worst(one, alone)[0] > 0.01
+    assert not any(value.any() for key, value in alone.items() if "visual" in key)
+    assert worst(changes(results / "two", "unsynced", 1), alone)[0] > 0.01
+
+
+def test_two_processes_resume_in_the_middle_of_a_rollout(results):
+    out = results / "two"
+    assert len(list((out / "whole" / "checkpoint-2").glob("rollout_[01].safetensors"))) == 2
+    for rank in (0, 1):
+        assert len(facts(out, "whole", rank)["used"]) == 1
+        assert not facts(out, "half", rank)["used"]  # it goes on with the saved rollout
+        whole, half = weights(out, "whole", rank), weights(out, "half", rank)
+        assert all(torch.equal(whole[name], half[name]) for name in whole)
+    assert all(value.any() for key, value in changes(out, "whole").items() if "mlp" in key)
+
+
+# Broken media, under accelerate
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    def make(folder):
+        rows = by_tag(write_inputs(folder), ("VAS", "S", "A", "VS", "VA", "AS", "V"))
+        # Three prompts of four copies a step: the ranks share the second prompt of step 2, whose clip is broken.
+        source = (folder / "media" / rows[4]["video"]).read_bytes()
+        start, end = source.index(b"mdat") + 4, source.index(b"moov") - 4
+        (folder / "media" / "broken.mp4").write_bytes(source[:start] + bytes(end - start) + source[end:])
+        rows[4]["video"] = "broken.mp4"
+        options = {"num_generations": 4, "per_device_train_batch_size": 6, "max_steps": 2, "shuffle_dataset": False}
+        Job(ACCELERATE, folder, "out", rows, [{"name": "broken", "options": options}]).wait()
+
+    return once(tmp_path_factory, "launched", make)
+
+
+def test_accelerate_launch_starts_two_processes(launched):
+    told = [facts(launched / "out", "broken", rank) for rank in (0, 1)]
+    assert [(told[rank]["rank"], told[rank]["world"], told[rank]["backend"]) for rank in (0, 1)] == [
+        (0, 2, "gloo"),
+        (1, 2, "gloo"),
+    ]
+    steps = [entry for entry in told[0]["log"] if "loss" in entry]
+    assert len(steps) == 2
+    assert all(step["media_tokens/video"] > 0 and step["media_tokens/audio"] > 0 for step in steps)
+
+
+def test_ranks_meet_a_broken_clip_together(launched):
+    rows = [row["id"] for row in json.loads((launched / "out.json").read_text())["rows"]]
+    told = [facts(launched / "out", "broken", rank) for rank in (0, 1)]
+    assert told[0]["used"] == [[rows[0]] * 4 + [rows[1]] * 2, [rows[3]] * 4 + [rows[5]] * 2]
+    assert told[1]["used"] == [[rows[1]] * 2 + [rows[2]] * 4, [rows[5]] * 2 + [rows[5]] * 4]
+    assert told[0]["quarantined"] == told[1]["quarantined"] == ["broken.mp4"]
+    counted = [entry["media/quarantined_prompts"] for entry in told[0]["log"] if "loss" in entry]
+    assert counted == [0, 1]
+    (entry,) = json.loads((launched / "out" / "broken" / "quarantine.json").read_text())
+    assert entry["row"] == 4 and entry["path"] == "broken.mp4" and entry["reason"] in ("unreadable", "no-frames")
+    final = [weights(launched / "out", "broken", rank) for rank in (0, 1)]
+    assert all(torch.equal(value, final[1][key]) for key, value in final[0].items())
+
+
+def test_the_broken_clip_has_a_whole_header(launched):
+    loader = MediaLoader(launched / "media")
+    assert loader.probe("broken.mp4").has_video  # the check before training cannot see it
+    with pytest.raises(MediaError):
+        loader.video("broken.mp4")
