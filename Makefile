@@ -1,0 +1,54 @@
+# Every target makes its own environment first: Python 3.11 or newer and make are all it needs.
+# A Python under another name: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := dev,plots
+WORKERS ?= 2
+MIN_COVERAGE ?= 90
+
+# The models of the tests and of the demo are tiny: one thread is several times faster than two that share a core.
+export OMP_NUM_THREADS ?= 1
+
+SOURCES := maple_trl tests examples benchmarks scripts
+BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## Make .venv and install the package with the extras dev and plots
+
+demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go to runs/demo
+	$(BIN)/maple-trl train --config recipes/demo.yaml
+
+test: $(STAMP) ## Run the tests and require 90 % line coverage
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=maple_trl --cov-report=term-missing:skip-covered \
+		--cov-fail-under=$(MIN_COVERAGE)
+
+check: $(STAMP) ## Lint and check the formatting with ruff
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+
+bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
+	@mkdir -p runs/bench
+	@set -e; for file in $(BENCHES); do \
+		echo "== $$file"; $(BIN)/python $$file --json runs/bench/$$(basename $$file .py).json; \
+	done
+
+clean: ## Remove build output and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Done once, and again when the dependencies change.
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 <target>" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip install --python $(BIN)/python -e ".[$(EXTRAS)]"
+	@touch $@

@@ -1,0 +1,139 @@
+"""The command line `maple-trl`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+
+# Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
+
+_TRAIN_EXAMPLES = """\
+examples:
+  maple-trl train --config recipes/demo.yaml
+  maple-trl train --config recipes/demo.yaml --max_steps 20 --output_dir runs/short
+  maple-trl train --config recipes/demo.yaml --resume_from_checkpoint true
+
+Several processes: accelerate launch --num_processes N -m maple_trl.cli train --config FILE
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the commands; the options of a training job are read by [`~maple_trl.train.parse_args`]."""
+    parser = argparse.ArgumentParser(
+        prog="maple-trl",
+        description="Reinforcement learning for models that watch, listen and read: GRPO on video, audio and subtitles.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"maple-trl {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    train = commands.add_parser(
+        "train",
+        help="run a training job described by a YAML file",
+        description="Runs a training job. Every key of the YAML file is also an option, and options win.",
+        epilog=_TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", metavar="FILE", help="YAML file with option names and values")
+    train.add_argument("-h", "--help", action="store_true", help="show this help and the options of the job itself")
+    train.add_argument("--help-all", action="store_true", help="show every option, those of TRL and transformers too")
+    env = commands.add_parser(
+        "env",
+        help="show versions, devices and codecs, and what is missing",
+        description="Shows versions against the tested ranges, devices, and codecs that really decode; says what is "
+        "missing and what would bring it. Exits with 1 when something required is broken.",
+        allow_abbrev=False,
+    )
+    env.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("maple-trl")
+    except metadata.PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Command line without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        `int`: 0; 1 when `env` found something broken; 2 when the job is described wrongly.
+    """
+    parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        if rest:
+            parser.error(f"unknown argument {rest[0]}")
+        parser.print_help()
+        return 0
+    if arguments.command == "train":
+        return _train(parser, arguments, argv[argv.index("train") + 1 :])
+    if rest:
+        parser.error(f"unknown argument {rest[0]}")
+    return _env(arguments)
+
+
+def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:
+    if arguments.help or arguments.help_all:
+        _print_train_help(parser, everything=arguments.help_all)
+        return 0
+    if not words:
+        print("maple-trl train: name a job: --config FILE (maple-trl train --help)", file=sys.stderr)
+        return 2
+    from maple_trl.train import SetupError, parse_args, run
+
+    try:
+        run(*parse_args(words))
+    except SetupError as error:
+        print(f"maple-trl train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print_train_help(parser: argparse.ArgumentParser, everything: bool) -> None:
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    print(commands.choices["train"].format_help())
+    if everything:
+        from maple_trl.train import make_parser
+
+        job = make_parser()
+    else:
+        from trl import TrlParser
+
+        from maple_trl.train import OmniModelConfig, OmniScriptArguments
+
+        job = TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
+    job.usage = argparse.SUPPRESS
+    print("Options of a job (a YAML key has the same name, without the dashes):\n" + job.format_help())
+    if not everything:
+        print(
+            "and every field of OmniGRPOConfig (media_root, num_frames, modality_access, learning_rate, …): --help-all"
+        )
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from maple_trl.doctor import collect, print_report
+
+    report = collect()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
