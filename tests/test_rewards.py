@@ -252,7 +252,13 @@ def test_number_reads_no_more_than_python_does(text):
 
 def test_called_as_trl_calls_it():
     """TRL passes everything by keyword: the dataset columns, and tools of its own that a reward may ignore."""
-    columns = {"solution": ["B", None], "tag": ["V", "A"], "trainer_state": None, "log_extra": None, "log_metric": None}
+    columns = {
+        "solution": ["B", None],
+        "tag": ["V", "A"],
+        "trainer_state": None,
+        "log_extra": None,
+        "log_metric": None,
+    }
     completions = [conversational("<think>x</think><answer>B</answer>")] * 2
     arguments = {"prompts": [[], []], "completions": completions, "completion_ids": [[1], [1]]}
     assert accuracy_reward(**arguments, **columns) == [1.0, None]

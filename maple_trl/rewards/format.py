@@ -1,0 +1,54 @@
+"""Format reward (AVATAR, arXiv 2508.03100)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .answers import completion_text
+
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_SHAPE = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
+
+
+def has_answer_format(text: str) -> bool:
+    """
+    Whether a text is `<think>…</think><answer>…</answer>` and nothing else: each tag once, something in both blocks,
+    only white space before, between and after them.
+    """
+    match = _SHAPE.fullmatch(text)
+    return bool(match and match[1].strip() and match[2].strip() and all(text.count(tag) == 1 for tag in _TAGS))
+
+
+def format_reward(
+    prompts: list | None = None,
+    completions: list[str] | list[list[dict[str, Any]]] = None,
+    completion_ids: list[list[int]] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    r"""
+    1.0 for a completion that is `<think>…</think><answer>…</answer>` and nothing else, 0.0 for any other.
+
+    Args:
+        prompts (`list`, *optional*):
+            Not used; TRL passes it.
+        completions (`list[str]` or `list[list[dict]]`):
+            N completions, plain or conversational.
+        completion_ids (`list[list[int]]`, *optional*):
+            Not used; TRL passes it.
+        **kwargs:
+            The dataset columns; not used.
+
+    Returns:
+        `list[float]`: N rewards, each 0.0 or 1.0.
+
+    Example:
+    ```python
+    >>> from maple_trl.rewards import format_reward
+
+    >>> format_reward(completions=["<think>It is red.</think> <answer>B</answer>", "<answer>B</answer>"])
+    [1.0, 0.0]
+    ```
+    """
+    return [float(has_answer_format(completion_text(completion))) for completion in completions]
