@@ -11,6 +11,7 @@ from maple_trl.omni.families import family_for, register_family
 from maple_trl.omni.media import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder, RowError
 
+
 SRT = "1\n00:00:00,000 --> 00:00:01,000\n{}\n"
 QUESTION = [{"role": "user", "content": "what color"}]
 

@@ -14,6 +14,7 @@ from maple_trl import OmniGRPOTrainer
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import RowError
 
+
 QUESTION = [{"role": "user", "content": "what color"}]
 
 

@@ -1,0 +1,552 @@
+"""The command line, run as a person runs it: in a process of its own."""
+
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from maple_trl import cli, train
+from maple_trl.doctor import print_report
+from maple_trl.train import OmniModelConfig, OmniScriptArguments, SetupError, load_datasets, load_rewards, parse_args
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "demo.yaml"
+
+
+def maple(*words, timeout=300, **kwargs):
+    command = [sys.executable, "-m", "maple_trl.cli", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "119", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    environment.update(kwargs.pop("env", {}))
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **kwargs)
+
+
+def yaml_file(folder, text):
+    path = folder / "job.yaml"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return path
+
+
+# Help
+
+
+def test_help_names_the_commands_that_exist():
+    shown = maple("--help")
+    assert shown.returncode == 0
+    assert "train" in shown.stdout and "env" in shown.stdout
+    assert maple().stdout == shown.stdout
+    # Commands of later versions are no stubs here.
+    for absent in ("report", "export", "vllm-serve", "plan"):
+        assert absent not in shown.stdout
+        assert maple(absent).returncode == 2
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["env", "--help"]])
+def test_help_imports_nothing_heavy(words):
+    call = f"from maple_trl.cli import main\ntry:\n    main({words!r})\nexcept SystemExit: pass\n"
+    script = (
+        f"{call}import sys\nprint('HEAVY', sorted({{'torch', 'transformers', 'datasets', 'av'}} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stderr
+    assert "usage: maple-trl" in shown.stdout
+
+
+def test_train_help_lists_the_options_of_a_job(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--dataset_name", "--rewards", "--evaluate_before_after", "--lora_vision", "--freeze_audio"):
+        assert option in shown
+    assert cli.main(["train", "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    for option in ("--modality_access", "--media_root", "--num_generations", "--learning_rate", "--lora_vision"):
+        assert option in everything
+
+
+def test_env_takes_no_unknown_argument():
+    shown = maple("env", "--jsno")
+    assert shown.returncode == 2 and "--jsno" in shown.stderr
+
+
+# Arguments
+
+
+def test_the_recipe_parses_and_overrides_win():
+    script_args, training_args, model_args = parse_args(["--config", str(RECIPE)])
+    assert script_args.dataset_name == "builtin:seven-tags"
+    assert script_args.eval_questions_per_tag >= 64
+    assert model_args.model_name_or_path == "builtin:tiny-omni"
+    steps = training_args.max_steps
+    again = parse_args([f"--config={RECIPE}", "--max_steps", str(steps + 1), "--rewards", "accuracy_reward"])
+    assert again[1].max_steps == steps + 1
+    assert again[0].rewards == ["accuracy_reward"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("num_generation: 4", "unknown key 'num_generation'; did you mean num_generations?"),
+        ("modality_acces: all", "did you mean modality_access?"),
+        ("lora_visoin: true", "did you mean lora_vision?"),
+        ("zzzzqqq: 1", "unknown key 'zzzzqqq'; `maple-trl train --help-all` lists all options"),
+        ("max_steps: 2.5", "max_steps must be a whole number, got 2.5"),
+        ("max_steps: many", "invalid int value: 'many'"),
+        ("learning_rate: true", "learning_rate must be a number, got True"),
+        ("use_peft: 3", "use_peft must be true or false, got 3"),
+        ("dtype: float63", "dtype must be one of 'auto', 'bfloat16'"),
+        ("modality_access: some", "modality_access must be one of 'required', 'all', got 'some'"),
+        ("max_steps: 1\nmax_steps: 2", "line 2: 'max_steps' is given twice"),
+        ("- max_steps", "must hold a mapping"),
+        ("a: [", "is not a YAML file"),
+        ("env: 3", "env must be a mapping"),
+        ("rewards: []", "rewards must name at least one"),
+        ("eval_questions_per_tag: 0", "eval_questions_per_tag must be positive, got 0"),
+        ("freeze_vision: true\nuse_peft: true", "freeze_vision has no effect with use_peft"),
+        ("lora_llm: false", "lora_llm: false has no effect without use_peft"),
+        (
+            "use_peft: true\nlora_vision: false\nlora_audio: false\nlora_projectors: false\nlora_llm: false",
+            "use_peft needs at least one of lora_vision",
+        ),
+        ("use_peft: true\nlora_target_modules: [q_proj]", "replaced by lora_vision"),
+        ("lora_task_type: SEQ_CLS", "must be 'CAUSAL_LM'"),
+        ("load_in_4bit: true", "not supported for omni models"),
+    ],
+)
+def test_a_wrong_config_file_is_refused(tmp_path, text, message):
+    with pytest.raises(SetupError) as caught:
+        parse_args(["--config", str(yaml_file(tmp_path, text)), "--output_dir", str(tmp_path), "--bf16", "false"])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--num_generation", "4"], "unknown option --num_generation; did you mean --num_generations?"),
+        (["--learning-rat=1e-3"], "unknown option --learning-rat; did you mean --learning_rate?"),
+        (["loose"], "unexpected value 'loose'"),
+        (["--max_steps", "x"], "invalid int value"),
+        (["--config"], "--config needs a file name"),
+        (["--config", "no/such.yaml"], "cannot read the config file no/such.yaml"),
+    ],
+)
+def test_a_wrong_option_is_refused(words, message):
+    with pytest.raises(SetupError) as caught:
+        parse_args(words)
+    assert message in str(caught.value)
+
+
+def test_values_that_yaml_reads_in_its_own_way(tmp_path, monkeypatch):
+    monkeypatch.delenv("A_VARIABLE", raising=False)
+    path = yaml_file(
+        tmp_path,
+        f"""
+        output_dir: {tmp_path}
+        bf16: false
+        save_strategy: no            # YAML reads a bare no as false
+        learning_rate: 1e-5          # and this as text
+        rewards: accuracy_reward
+        num_frames: null
+        video_fps: 2
+        env: {{A_VARIABLE: 3}}
+        """,
+    )
+    script_args, training_args, _ = parse_args(["--config", str(path)])
+    assert str(training_args.save_strategy.value) == "no"
+    assert training_args.learning_rate == 1e-5
+    assert script_args.rewards == ["accuracy_reward"]
+    assert (training_args.num_frames, training_args.video_fps) == (None, 2)
+    assert os.environ["A_VARIABLE"] == "3"
+
+
+def test_wrong_jobs_end_with_code_2_and_one_line(tmp_path):
+    shown = maple("train", "--config", yaml_file(tmp_path, "num_generation: 4"))
+    assert shown.returncode == 2
+    assert shown.stderr.strip().splitlines()[-1].startswith("maple-trl train: ")
+    assert "did you mean num_generations?" in shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert maple("train").returncode == 2
+
+
+# Parts
+
+
+def test_load_rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def short(completions, **_):\n    return [0.0]\nNUMBER = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    functions = load_rewards(["format_reward", "accuracy_reward", "my_rewards:short"])
+    assert [function.__name__ for function in functions] == ["format_reward", "accuracy_reward", "short"]
+    for name, message in {
+        "acuracy_reward": "unknown reward 'acuracy_reward'; there are accuracy_reward, format_reward",
+        "extract_answer": "unknown reward",  # a helper of that package is no reward
+        "my_rewards:long": "cannot load the reward",
+        "no_such_module:f": "cannot load the reward",
+        "my_rewards:NUMBER": "is no function but int",
+    }.items():
+        with pytest.raises(SetupError, match=message):
+            load_rewards([name])
+
+
+ROWS = [{"prompt": "Which?", "solution": "B", "tag": "S", "subtitle": "cat"}] * 3
+
+
+def write_rows(path):
+    from datasets import Dataset
+
+    table = Dataset.from_list(ROWS)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_json(path, lines=path.suffix == ".jsonl")
+    return table
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json"])
+def test_a_data_file(tmp_path, suffix):
+    write_rows(tmp_path / f"rows{suffix}")
+    splits, root = load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / f"rows{suffix}")))
+    assert list(splits) == ["train"]
+    assert splits["train"].to_list() == ROWS
+    assert root == str(tmp_path)
+
+
+def test_a_data_folder(tmp_path):
+    write_rows(tmp_path / "train-00000-of-00002.parquet")
+    write_rows(tmp_path / "train-00001-of-00002.parquet")
+    write_rows(tmp_path / "test.parquet")
+    (tmp_path / "clip.mp4").write_bytes(b"media beside the tables are not rows")
+    splits, root = load_datasets(OmniScriptArguments(dataset_name=str(tmp_path)), media_root="/elsewhere")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "test": 3}
+    assert root == "/elsewhere"
+    with pytest.raises(SetupError, match=r"holds no dev\.parquet.*it has test\.parquet"):
+        load_datasets(OmniScriptArguments(dataset_name=str(tmp_path), dataset_train_split="dev"))
+
+
+def test_a_data_set_saved_to_disk(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    DatasetDict(dev=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "many")
+    assert len(load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / "one")))[0]["train"]) == 3
+    with pytest.raises(SetupError, match="has no split 'train'; its splits: dev"):
+        load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / "many")))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (None, "dataset_name is missing"),
+        ("builtin:eight-tags", "embedded: builtin:seven-tags"),
+        ("./nowhere", "no file or folder ./nowhere"),
+        ("nowhere.jsonl", "no file or folder nowhere.jsonl"),
+        ("somebody/no-such-data-set", "cannot load the data set 'somebody/no-such-data-set'"),
+    ],
+)
+def test_a_data_set_that_is_not_there(name, message):
+    with pytest.raises(SetupError) as caught:
+        load_datasets(OmniScriptArguments(dataset_name=name))
+    assert message in str(caught.value)
+
+
+def test_other_files_are_not_data(tmp_path):
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(SetupError, match=r"rows\.csv: a data file is one of \.parquet, \.jsonl, \.json"):
+        load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / "rows.csv")))
+    with pytest.raises(SetupError, match=r"cannot read .*broken\.jsonl: .*JSON parse error"):
+        load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / "broken.jsonl")))
+
+
+def test_checkpoint_to_resume(tmp_path):
+    class Args:
+        output_dir = str(tmp_path / "run")
+        resume_from_checkpoint = None
+
+    assert train.checkpoint_to_resume(Args) is None
+    Args.resume_from_checkpoint = "true"
+    with pytest.raises(SetupError, match="no checkpoint-N folder"):
+        train.checkpoint_to_resume(Args)
+    for step in (5, 10, 9):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    assert train.checkpoint_to_resume(Args).endswith("checkpoint-10")
+    Args.resume_from_checkpoint = str(tmp_path / "run" / "checkpoint-5")
+    assert train.checkpoint_to_resume(Args).endswith("checkpoint-5")
+    Args.resume_from_checkpoint = str(tmp_path / "missing")
+    with pytest.raises(SetupError, match="no folder"):
+        train.checkpoint_to_resume(Args)
+
+
+# Results
+
+
+def test_files_are_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "deep" / "summary.json"
+    train.write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        train.write_atomically(path, b"no text")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~train._umask()
+
+
+def test_metrics_are_strict_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    train.write_metrics([{"step": 1, "reward": math.nan, "more": [math.inf, 2]}, {"step": 2}], path)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert rows == [{"step": 1, "reward": None, "more": [None, 2]}, {"step": 2}]
+
+
+def test_summary_table(monkeypatch, capsys):
+    monkeypatch.setattr("rich.console.Console", lambda: Console(width=100, file=sys.stdout))
+    before, after = {"all": 0.5, "V": 0.25, "VAS": 0.75}, {"all": 0.75, "V": 0.5, "VAS": 1.0}
+    summary = {"before": before, "after": after, "seconds": 12.4, "steps": 3}
+    train.print_summary(summary, "runs/x")
+    lines = capsys.readouterr().out.splitlines()
+    body = [line.split("│")[1:-1] for line in lines if "│" in line]
+    assert [[cell.strip() for cell in row] for row in body] == [
+        ["V", "0.250", "0.500", "+0.250"],
+        ["VAS", "0.750", "1.000", "+0.250"],
+        ["all", "0.500", "0.750", "+0.250"],
+    ]
+    assert lines[-1] == "3 steps, 12 s in all; results in runs/x"
+
+
+def test_plot(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    from maple_trl.evaluation.plots import plot_training, reward_curves
+
+    log = [
+        {"step": 1, "reward": 0.2, "rewards/accuracy_reward/mean": 0.1, "loss": 0.0},
+        {"step": 2, "reward": math.nan, "rewards/accuracy_reward/mean": 0.4},
+        {"train_runtime": 3.0},
+    ]
+    assert reward_curves(log) == {"reward": [(1, 0.2)], "accuracy_reward": [(1, 0.1), (2, 0.4)]}
+    wide = plot_training(log, {"all": 0.5, "V": 0.5}, {"all": 0.9, "V": 0.9}, tmp_path / "new" / "wide.png")
+    narrow = plot_training([], None, None, tmp_path / "narrow.png")
+    with Image.open(wide) as a, Image.open(narrow) as b:
+        assert a.width > b.width
+    assert [path.name for path in wide.parent.iterdir()] == ["wide.png"]
+    # Without matplotlib: a job goes on, and says what would bring the plot.
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"maple-trl\[plots\]"):
+        plot_training([], None, None, tmp_path / "none.png")
+    train._draw([], None, None, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_model_switches():
+    args = OmniModelConfig(use_peft=True, lora_vision=False)
+    assert args.adapted == ["audio", "projectors", "llm"] and args.frozen == []
+    assert OmniModelConfig(freeze_vision=True, freeze_audio=True).frozen == ["vision", "audio"]
+
+
+# The doctor
+
+
+def test_env_reports_this_machine(capsys):
+    shown = maple("env", "--json")
+    assert shown.returncode == 0, shown.stderr
+    report = json.loads(shown.stdout)
+    assert report["python"] == ".".join(map(str, sys.version_info[:3]))
+    versions = {package["name"]: package["version"] for package in report["packages"]}
+    import torch
+    import trl
+
+    assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"] == torch.__version__
+    assert versions["trl"] == trl.__version__
+    assert {codec["name"]: codec["usable"] for codec in report["codecs"] if codec["required"]} == {
+        "h264": True,
+        "aac": True,
+    }
+    assert report["devices"][-1]["device"] == "cpu" and report["devices"][-1]["memory"] > 0
+    assert report["problems"] == []
+    print_report(report, Console(width=200))
+    text = capsys.readouterr().out
+    assert "Nothing required is broken." in text and "transformers" in text
+
+
+def test_env_finds_what_is_broken(tmp_path, capsys):
+    """A package that cannot be imported, as after a broken installation, ends with code 1 and is named."""
+    (tmp_path / "av.py").write_text("raise ImportError('libavcodec.so: cannot open shared object file')\n")
+    shown = maple("env", "--json", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert shown.returncode == 1
+    report = json.loads(shown.stdout)
+    assert any("av: import av fails: ImportError: libavcodec.so" in problem for problem in report["problems"])
+    assert any("h264 (video) can't be decoded" in problem for problem in report["problems"])
+    assert report["ffmpeg"] is None
+    print_report(report, Console(width=200))
+    assert "Something required is broken." in capsys.readouterr().out
+
+
+# The job itself, on the embedded model and data
+
+
+SHORT = [
+    *("--config", str(RECIPE), "--max_steps", "2", "--per_device_train_batch_size", "8", "--num_generations", "4"),
+    *(
+        "--eval_questions_per_tag",
+        "2",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "1",
+        "--use_cpu",
+        "true",
+        "--warmup_steps",
+        "0",
+    ),
+]
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def weights(folder):
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """Two steps of the demo recipe through the command line."""
+    folder = tmp_path_factory.mktemp("short")
+    shown = maple("train", *SHORT, "--output_dir", folder, timeout=600)
+    assert shown.returncode == 0, shown.stderr
+    return folder, shown
+
+
+def test_train_writes_its_results(short_run):
+    folder, shown = short_run
+    summary = read_json(folder / "summary.json")
+    tags = {"all", "V", "A", "S", "VA", "VS", "AS", "VAS"}
+    assert set(summary["before"]) == set(summary["after"]) == tags
+    assert all(0 <= value <= 1 for part in ("before", "after") for value in summary[part].values())
+    assert summary["questions"] == {tag: 14 if tag == "all" else 2 for tag in tags}
+    assert summary["steps"] == 2
+    assert summary["seconds"] > summary["train_seconds"] > 0
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics if "reward" in entry] == [1, 2]
+    assert all(0 <= e["rewards/accuracy_reward/mean"] <= 1 for e in metrics if "reward" in e)
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "Sampled accuracy" in shown.stdout and "VAS" in shown.stdout
+    assert "2/2" in shown.stderr  # the progress bar
+
+
+def test_train_leaves_a_model_that_loads_and_has_moved(short_run):
+    from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
+
+    folder, _ = short_run
+    model, processor = load_model(str(folder)), load_processor(str(folder))
+    assert type(model).__name__ == "Qwen2_5OmniThinkerForConditionalGeneration"
+    assert processor.tokenizer.padding_side == "left"
+    before, after = weights(Path(resolve_checkpoint("builtin:tiny-omni"))), weights(folder)
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    for part in ("visual", "audio_tower", "model.layers"):
+        assert any(part in name for name in moved), f"{part} has not moved"
+
+
+def run_here(tmp_path, monkeypatch, *words):
+    """The same two steps in this process, for its parts to be looked at."""
+    caught = {}
+    build = train.build_trainer
+
+    def keep(*args):
+        caught["trainer"], test = build(*args)
+        return caught["trainer"], test
+
+    monkeypatch.setattr(train, "build_trainer", keep)
+    words = [*SHORT, "--output_dir", str(tmp_path), "--evaluate_before_after", "false", *words]
+    summary = train.run(*parse_args(words))
+    return caught["trainer"], summary
+
+
+def test_train_goes_on_from_its_last_checkpoint(short_run, tmp_path, monkeypatch):
+    """A job that ends after step 1 and is resumed gives the weights of one that ran through."""
+    folder, _ = short_run
+    assert run_here(tmp_path, monkeypatch, "--max_steps", "1")[1]["steps"] == 1
+    assert read_json(tmp_path / "summary.json")["before"] is None
+    assert run_here(tmp_path, monkeypatch, "--resume_from_checkpoint", "true")[1]["steps"] == 2
+    through, pieces = weights(folder), weights(tmp_path)
+    assert all((through[name] == pieces[name]).all() for name in through)
+
+
+def test_train_with_lora(tmp_path, monkeypatch):
+    words = [
+        "--use_peft",
+        "true",
+        "--lora_r",
+        "2",
+        "--lora_vision",
+        "false",
+        "--lora_audio",
+        "false",
+        "--use_rslora",
+        "true",
+    ]
+    trainer, summary = run_here(tmp_path, monkeypatch, *words, "--no_lora_projectors")
+    assert summary["before"] is None and summary["steps"] == 2
+    adapted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert adapted and all("lora_" in name for name in adapted)
+    assert not any("visual" in name or "audio_tower" in name for name in adapted)
+    adapter = read_json(tmp_path / "adapter_config.json")
+    assert adapter["r"] == 2 and adapter["use_rslora"] is True
+    assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "processor_config.json").is_file()
+
+
+def test_train_with_frozen_parts(short_run, tmp_path, monkeypatch):
+    from maple_trl.omni.loading import resolve_checkpoint
+
+    start, free = weights(Path(resolve_checkpoint("builtin:tiny-omni"))), weights(short_run[0])
+    run_here(tmp_path, monkeypatch, "--freeze_vision", "true", "--freeze_audio", "true")
+    frozen = weights(tmp_path)
+    towers = ("visual.blocks.", "audio_tower.layers.")
+    for tower in towers:  # the same steps move them when they are free
+        assert any((start[name] != free[name]).any() for name in start if tower in name), tower
+        assert not any((start[name] != frozen[name]).any() for name in start if tower in name), tower
+    assert any((start[name] != frozen[name]).any() for name in start)
+
+
+def test_train_without_a_test_split(tmp_path):
+    write_rows(tmp_path / "train.parquet")
+    words = ["--config", str(RECIPE), "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SetupError, match="has no split 'test' to evaluate on"):
+        train.run(*parse_args([*words, "--use_cpu", "true"]))
+
+
+def test_train_names_the_row_that_is_no_prompt(tmp_path, capsys):
+    from datasets import Dataset
+
+    rows = [{**ROWS[0], "prompt": [{"role": "user", "content": "Which?"}], "tag": tag} for tag in ("S", "VX")]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    words = [*SHORT, "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["train", *words, "--evaluate_before_after", "false"]) == 2
+    assert re.search(r"maple-trl train: .*row 1 of the data set: .*'VX'", capsys.readouterr().err)
+
+
+def test_train_without_a_model(tmp_path):
+    with pytest.raises(SetupError, match="model_name_or_path is missing"):
+        train.load_model_and_processor(
+            OmniModelConfig(), parse_args(["--output_dir", str(tmp_path), "--bf16", "false"])[1]
+        )
+
+
+def test_the_example_does_the_same_job(short_run, tmp_path, monkeypatch):
+    folder, _ = short_run
+    monkeypatch.setattr(sys, "argv", ["train_omni_grpo.py", *SHORT, "--output_dir", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / "train_omni_grpo.py"), run_name="__main__")
+    ours, theirs = read_json(folder / "summary.json"), read_json(tmp_path / "summary.json")
+    assert (ours["before"], ours["after"]) == (theirs["before"], theirs["after"])
+    one, other = weights(folder), weights(tmp_path)
+    assert all((one[name] == other[name]).all() for name in one)
