@@ -272,10 +272,13 @@ def test_checkpoint_to_resume(tmp_path):
 
     assert train.checkpoint_to_resume(Args) is None
     Args.resume_from_checkpoint = "true"
-    with pytest.raises(SetupError, match="no checkpoint-N folder"):
+    with pytest.raises(SetupError, match="no complete checkpoint-N folder"):
         train.checkpoint_to_resume(Args)
-    for step in (5, 10, 9):
-        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    for step in (5, 10, 9, 11, 12):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if step < 12:  # the last file of a checkpoint: 12 was cut off before it, 11 within it
+            (folder / "trainer_state.json").write_text("{}" if step < 11 else '{"epoch": ')
     assert train.checkpoint_to_resume(Args).endswith("checkpoint-10")
     Args.resume_from_checkpoint = str(tmp_path / "run" / "checkpoint-5")
     assert train.checkpoint_to_resume(Args).endswith("checkpoint-5")
