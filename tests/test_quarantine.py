@@ -102,6 +102,14 @@ def test_nothing_left_is_an_error_that_counts(folder):
         build_trainer(folder, rows("empty.mp4", "text.mp4"))
 
 
+def test_too_few_rows_for_one_rollout_are_an_error(folder):
+    """TRL's sampler would drop them all and the run would end, with success, before its first step."""
+    data = rows("good0.mp4", "good1.mp4", "empty.mp4")
+    build_trainer(folder, data)  # two prompts a rollout
+    with pytest.raises(ValueError, match="2 usable rows, but one rollout takes 3 prompts"):
+        build_trainer(folder, data, per_device_train_batch_size=6)
+
+
 def test_a_bad_row_is_named_before_training(folder):
     data = Dataset.from_list(
         [
@@ -116,14 +124,14 @@ def test_a_bad_row_is_named_before_training(folder):
 def test_files_outside_the_root_are_left_out(folder, tmp_path):
     write_video(tmp_path / "secret.mp4", frames=24)
     os.symlink(tmp_path / "secret.mp4", folder / "link.mp4")
-    data = rows("good0.mp4", "link.mp4", "../secret.mp4", "http://localhost/clip.mp4")
+    data = rows("good0.mp4", "link.mp4", "../secret.mp4", "http://localhost/clip.mp4", "good1.mp4")
     trainer = build_trainer(folder, data)
     reasons = {row.path: row.reason for row in trainer._registries[0].quarantined.values()}
     assert (
         reasons["link.mp4"] == "outside-media-root" and reasons["http://localhost/clip.mp4"] == "network-not-allowed"
     )
     assert reasons["../secret.mp4"] in ("outside-media-root", "not-found")
-    assert trainer.train_dataset["video"] == ["good0.mp4"]
+    assert trainer.train_dataset["video"] == ["good0.mp4", "good1.mp4"]
 
 
 def test_streamed_rows_train_and_a_broken_one_is_an_error(folder):

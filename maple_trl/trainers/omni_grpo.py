@@ -128,6 +128,17 @@ class OmniGRPOTrainer(GRPOTrainer):
             )
         if self._registries and self.accelerator.is_main_process:
             self._write_quarantine()
+        self._check_rollout_size()
+
+    def _check_rollout_size(self) -> None:
+        """The sampler drops prompts that do not fill a rollout; from too few rows it would make no step at all."""
+        needed = self.args.generation_batch_size // self.num_generations
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < needed:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} usable rows, but one rollout takes {needed} prompts "
+                "(generation_batch_size / num_generations): lower per_device_train_batch_size or "
+                "gradient_accumulation_steps, or raise num_generations"
+            )
 
     # Rows
 
