@@ -150,6 +150,7 @@ def main() -> None:
 
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
+    (args.output / "model.safetensors").chmod(0o644)  # written for its owner alone
     weights = (args.output / "model.safetensors").read_bytes()
     print(f"{args.output}: {sum(f.stat().st_size for f in args.output.iterdir()) / 2**20:.2f} MiB")
     print(f"sha256 of the weights: {hashlib.sha256(weights).hexdigest()}")

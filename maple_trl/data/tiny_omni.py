@@ -114,7 +114,9 @@ def build_processor() -> Qwen2_5OmniProcessor:
     patches = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(**patches, do_resize=False),
-        video_processor=Qwen2VLVideoProcessor(**patches, do_resize=False, do_sample_frames=False),
+        video_processor=Qwen2VLVideoProcessor(
+            **patches, do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False
+        ),
         feature_extractor=WhisperFeatureExtractor(
             feature_size=MEL_BINS, sampling_rate=16_000, return_attention_mask=True
         ),
