@@ -178,7 +178,7 @@ def _row(record: Any, number: int, place: str) -> dict[str, Any]:
     if not re.fullmatch(r"[\w-]+", video_id):  # it becomes part of a path
         raise ValueError(f"{place}: field 'video_id' must be letters, digits, '_' and '-', but is {video_id!r}")
     options = _options(record.get("Choice"), f"{place}: field 'Choice'")
-    if answer not in LETTERS:
+    if answer not in tuple(LETTERS):
         raise ValueError(f"{place}: field 'Answer' must be one of {', '.join(LETTERS)}, but is {answer!r}")
     lines = [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)), INSTRUCTION]
     return {
