@@ -6,6 +6,7 @@ from media_files import tone, write_audio, write_video
 from tiny_models import build_tiny
 
 from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.encoded import MediaMismatchError
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import family_for, register_family
 from maple_trl.omni.media import MediaLimits, MediaLoader
@@ -191,7 +192,7 @@ def test_audio_beyond_a_fixed_window_is_named(folder):
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "'video' block of field 'prompt' holds no"),
         (
             {"prompt": QUESTION, "video": ["clip.mp4", "clip.mp4"], "audio": "sound.wav", "audio_in_video": True},
-            "2 video\\(s\\) and 1 audio",
+            "one video with one audio, but the row has 2 video",
         ),
     ],
 )
@@ -250,6 +251,35 @@ def test_left_padding_meant_for_text_does_not_shift_the_sound(folder):
     shifted = PromptBuilder(family_for(model, processor), MediaLoader(folder, limits)).encode(row)
     straight = builder(folder).encode(row)
     np.testing.assert_array_equal(shifted.media["input_features"], straight.media["input_features"])
+
+
+def test_a_template_that_drops_media_is_noticed(folder):
+    build = builder(folder)
+    build.family.processor.chat_template = "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}"
+    with pytest.raises((MediaMismatchError, ValueError), match="chat template|placeholder|token"):
+        build.encode({"prompt": QUESTION, "video": "clip.mp4"})
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_features_that_do_not_fill_the_placeholders_are_noticed(folder, change, monkeypatch):
+    """Fewer or more features than placeholders: transformers accepts one of the two in silence."""
+    build = builder(folder)
+    count = type(build.family).audio_token_count
+    monkeypatch.setattr(type(build.family), "audio_token_count", lambda self, frames: count(self, frames) + change)
+    with pytest.raises(MediaMismatchError, match="placeholder tokens .* but media features"):
+        build.encode({"prompt": QUESTION, "audio": "sound.wav"})
+
+
+def test_each_video_keeps_its_own_rate(folder):
+    """Two clips of different length: time positions of each follow its own sampled rate."""
+    write_video(folder / "slow.mp4", frames=48)
+    build = builder(folder)
+    content = [{"type": "video", "video": name} for name in ("clip.mp4", "slow.mp4")]
+    both = build.encode({"prompt": [{"role": "user", "content": content}]})
+    is_video = both.input_ids == build.family.placeholder_ids["video"]
+    times = both.position_ids[0][is_video].split(build.family.feature_counts("video", both.media))
+    steps = [int(t.unique().diff()[0]) for t in times]
+    assert steps == [int(25 * 2 / 4), int(25 * 2 / 2)]  # 4 frames over 1 s and over 2 s; 25 positions a second
 
 
 def test_modalities_of_a_spec(folder):

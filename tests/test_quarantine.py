@@ -75,6 +75,21 @@ def test_a_clip_that_breaks_in_the_middle_is_replaced(folder):
     assert entry["path"] == "damaged.mp4" and entry["row"] == 1 and entry["detail"]
 
 
+def test_a_resumed_run_remembers_the_quarantine(folder, tmp_path):
+    data = rows("good0.mp4", "damaged.mp4", "good1.mp4", "silent.mp4")
+    options = {"shuffle_dataset": False, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    build_trainer(folder, data, max_steps=1, **options).train()
+    (tmp_path / "quarantine.json").unlink()
+    resumed = build_trainer(folder, data, max_steps=2, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    with open(tmp_path / "checkpoint-2" / "quarantine.json") as file:
+        assert [entry["path"] for entry in json.load(file)] == ["damaged.mp4"]
+    damaged = os.path.realpath(folder / "damaged.mp4")
+    assert not resumed.loader.decodes["video", damaged]  # nor tried again
+
+
 def test_without_the_probe_training_meets_broken_files_itself(folder):
     data = rows("good0.mp4", "empty.mp4", "good1.mp4", "good2.mp4")
     trainer = build_trainer(folder, data, media_check="none", max_steps=4, num_train_epochs=4)
@@ -92,7 +107,6 @@ def test_audio_alone_without_a_track_is_left_out(folder):
 def test_evaluation_counts_unusable_questions_apart(folder):
     trainer = build_trainer(folder, rows("good0.mp4", "good1.mp4"))
     asked = rows("good0.mp4", "good1.mp4", "damaged.mp4").to_list()
-    trainer._registries.append(type(trainer._registries[0])(Dataset.from_list(asked), trainer.prompt_builder))
     answers = trainer.generate_completions(asked)
     assert [answer is None for answer in answers] == [False, False, True]
 

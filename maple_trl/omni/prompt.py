@@ -124,10 +124,11 @@ class PromptBuilder:
         fed = tag.modalities if tag is not None and self.modality_access == "required" else present
         self._check_family(fed, tag)
         interleaved = interleaved and {Modality.VIDEO, Modality.AUDIO} <= fed and self.family.interleaves_audio
-        if interleaved and len(audio_source) != len(videos):
+        # Processors take one frame rate per prompt, and it decides where among the video's tokens the audio's stand.
+        if interleaved and (len(videos), len(audio_source)) != (1, 1):
             raise RowError(
-                f"audio_in_video pairs each video with its audio, but the row has {len(videos)} video(s) and "
-                f"{len(audio_source)} audio(s)"
+                "audio_in_video interleaves one video with one audio, but the row has "
+                f"{len(videos)} video(s) and {len(audio_source)} audio(s)"
             )
         return PromptSpec(
             messages=messages,
@@ -174,8 +175,7 @@ class PromptBuilder:
         present = [clip for clip in audios if clip is not None]
         if spec.audios and not present and not spec.videos and not spec.subtitle:
             raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
-        # A video without a track stands without audio; pairing by position needs a track for each.
-        interleaved = spec.interleaved and len(present) == len(spec.videos)
+        interleaved = spec.interleaved and bool(present)
         videos = self._videos_within_budget(spec, present)
         subtitle = self._subtitle_text(spec.subtitle)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,14 @@ from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
-from maple_trl.trainers.quarantine import RowRegistry, write_quarantine
+from maple_trl.trainers.quarantine import RowRegistry, read_quarantine, write_quarantine
 from maple_trl.trainers.rollout_state import last_complete_checkpoint, load_rollout, regroup_rows, save_rollout
 
 
+logger = logging.getLogger(__name__)
+
 PROMPTS_KEY = "omni_prompts"
+QUARANTINE_FILE = "quarantine.json"
 
 
 class OmniGRPOTrainer(GRPOTrainer):
@@ -126,8 +130,7 @@ class OmniGRPOTrainer(GRPOTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-        if self._registries and self.accelerator.is_main_process:
-            self._write_quarantine()
+        self._write_quarantine(args.output_dir)
         self._check_rollout_size()
 
     def _check_rollout_size(self) -> None:
@@ -165,10 +168,10 @@ class OmniGRPOTrainer(GRPOTrainer):
             print(f"{len(dataset) - len(usable)} of {len(dataset)} rows left out: {registry.summary()}")
         return dataset.select(usable)
 
-    def _write_quarantine(self) -> None:
+    def _write_quarantine(self, folder: str) -> None:
         rows = [row for registry in self._registries for row in registry.quarantined.values()]
-        if rows:
-            write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), rows)
+        if rows and self.accelerator.is_main_process:
+            write_quarantine(os.path.join(folder, QUARANTINE_FILE), rows)
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
         """
@@ -180,9 +183,9 @@ class OmniGRPOTrainer(GRPOTrainer):
         Returns:
             the rows that are really used, and their prompts.
         """
-        rows = list(rows)
         encoded: dict[str, EncodedPrompt] = {}
         while True:
+            rows = [self._usable(row) for row in rows]
             keys = [self.prompt_builder.spec(row).key for row in rows]
             failed: list[tuple[str, MediaError]] = []
             for key, row in dict(zip(keys, rows, strict=True)).items():
@@ -196,15 +199,15 @@ class OmniGRPOTrainer(GRPOTrainer):
             failed = gather_object(failed) if self.accelerator.num_processes > 1 else failed
             if not failed:
                 return rows, [encoded[key] for key in keys]
-            stand_in = {key: self._quarantine(key, error) for key, error in failed}
-            rows = [stand_in.get(key, row) for key, row in zip(keys, rows, strict=True)]
+            for key, error in failed:
+                next(registry for registry in self._registries if key in registry).add(key, error)
+            self._write_quarantine(self.args.output_dir)
 
-    def _quarantine(self, key: str, error: MediaError) -> dict[str, Any]:
-        registry = next(registry for registry in self._registries if key in registry)
-        registry.add(key, error)
-        if self.accelerator.is_main_process:
-            self._write_quarantine()
-        return registry.substitute(key)
+    def _usable(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row, or the one that stands in for it."""
+        key = self.prompt_builder.spec(row).key
+        registry = next((registry for registry in self._registries if key in registry.quarantined), None)
+        return row if registry is None else registry.substitute(key)
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
         sampler = self._order = super()._get_train_sampler(dataset)
@@ -226,7 +229,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         if self._lookahead is None:
             return
         done = {prompt.key for prompt in current}
-        rows = [self.train_dataset[i] for i in self._lookahead.upcoming()]
+        rows = [self._usable(self.train_dataset[i]) for i in self._lookahead.upcoming()]
         calls = [
             partial(self.prompt_builder.decode, row) for row in rows if self.prompt_builder.spec(row).key not in done
         ]
@@ -292,28 +295,37 @@ class OmniGRPOTrainer(GRPOTrainer):
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batch_size = batch_size or self.args.per_device_eval_batch_size
-        padded = [*rows, *list(rows)[:1] * (-len(rows) % world)]  # equal shares: encoding is a collective call
-        share = padded[rank::world]
+        share = list(rows)[rank::world]
         was_training = self.model.training
         self.model.eval()
         texts: list[str | None] = []
         try:
             for start in range(0, len(share), batch_size):
-                chunk = share[start : start + batch_size]
-                used, prompts = self.encode_rows(chunk)
-                with self._rows_in_use(prompts):
-                    prompt_ids, _, fields = self._tokenize_prompts([])
-                    ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
-                answers = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-                texts += [
-                    text if row is asked else None for text, row, asked in zip(answers, used, chunk, strict=True)
-                ]
+                prompts = self._encode_where_possible(share[start : start + batch_size])
+                completions = iter(self._sample([prompt for prompt in prompts if prompt is not None]))
+                texts += [None if prompt is None else next(completions) for prompt in prompts]
         finally:
             self.model.train(was_training)
-        if world == 1:
-            return texts
-        gathered = gather_object([texts])
-        return [gathered[i % world][i // world] for i in range(len(rows))]
+        shares = gather_object([texts]) if world > 1 else [texts]
+        return [shares[i % world][i // world] for i in range(len(rows))]
+
+    def _encode_where_possible(self, rows: Sequence[dict[str, Any]]) -> list[EncodedPrompt | None]:
+        prompts: list[EncodedPrompt | None] = []
+        for row in rows:
+            try:
+                prompts.append(self.prompt_builder.encode(row))
+            except MediaError as error:
+                logger.warning("A question is left out: %s", error)
+                prompts.append(None)
+        return prompts
+
+    def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
+        if not prompts:
+            return []
+        with self._rows_in_use(prompts):
+            prompt_ids, _, fields = self._tokenize_prompts([])
+            ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
+        return self.processing_class.batch_decode(ids, skip_special_tokens=True)
 
     # Log-probabilities and loss
 
@@ -371,6 +383,7 @@ class OmniGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        self._write_quarantine(folder)
         save_rollout(folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY)
         super()._save_checkpoint(model, trial)
 
@@ -415,11 +428,18 @@ class OmniGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        for registry in self._registries:
+            registry.restore(read_quarantine(os.path.join(checkpoint, QUARANTINE_FILE)))
         self._step, self._buffered_inputs = load_rollout(
             checkpoint, self.accelerator.process_index, self._prompts_by_key, PROMPTS_KEY, self.accelerator.device
         )
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError(
+                "The checkpoint lies in the middle of a rollout, whose prompts cannot be found again in a streamed data "
+                "set. Resume from a checkpoint at the end of a rollout, or train on a map-style data set."
+            )
         registry = self._registries[0]
         encoded = {key: self.prompt_builder.encode(registry.row_of(key)) for key in dict.fromkeys(keys)}
         return [encoded[key] for key in keys]

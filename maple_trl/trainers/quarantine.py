@@ -91,6 +91,10 @@ class RowRegistry:
             self.quarantined[key] = QuarantinedRow(row, key, error.reason, error.path, error.detail)
             logger.warning("Row %d is quarantined: %s", row, error)
 
+    def restore(self, rows: list[QuarantinedRow]) -> None:
+        """Puts rows of this data set back into quarantine, as a resumed run left them."""
+        self.quarantined |= {row.key: row for row in rows if row.key in self}
+
     def usable_rows(self) -> list[int]:
         """Row numbers that are not in quarantine, in order."""
         return [i for i, key in enumerate(self._keys) if key not in self.quarantined]
@@ -123,3 +127,11 @@ def write_quarantine(path: str, rows: list[QuarantinedRow]) -> None:
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         json.dump([asdict(row) for row in rows], file, indent=2, ensure_ascii=False)
     os.replace(f"{path}.part", path)
+
+
+def read_quarantine(path: str) -> list[QuarantinedRow]:
+    """What [`write_quarantine`] wrote; nothing where there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [QuarantinedRow(**row) for row in json.load(file)]
