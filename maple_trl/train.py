@@ -462,7 +462,7 @@ def load_model_and_processor(
     if model_args.attn_implementation is not None:
         kwargs["attn_implementation"] = model_args.attn_implementation
     dtype = kwargs.pop("dtype", model_args.dtype)
-    training_args.model_init_kwargs = None  # used up here; TRL accepts them only where it loads the model itself
+    training_args.model_init_kwargs = kwargs | {"dtype": dtype}  # for the reference model
     model = load_model(model_args.model_name_or_path, dtype=dtype, **kwargs)
     return model, load_processor(model_args.model_name_or_path, **shared)
 

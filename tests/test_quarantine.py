@@ -84,8 +84,9 @@ def test_a_resumed_run_remembers_the_quarantine(folder, tmp_path):
     resumed = build_trainer(folder, data, max_steps=2, **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 2
-    with open(tmp_path / "checkpoint-2" / "quarantine.json") as file:
-        assert [entry["path"] for entry in json.load(file)] == ["damaged.mp4"]
+    with open(tmp_path / "checkpoint-2" / "rows.json") as file:
+        [entry] = json.load(file)["train_dataset"]["quarantined"]
+    assert entry["path"] == "damaged.mp4"
     damaged = os.path.realpath(folder / "damaged.mp4")
     assert not resumed.loader.decodes["video", damaged]  # nor tried again
 
@@ -112,7 +113,7 @@ def test_evaluation_counts_unusable_questions_apart(folder):
 
 
 def test_nothing_left_is_an_error_that_counts(folder):
-    with pytest.raises(ValueError, match=r"No usable row is left: 2 rows quarantined \(1 empty-file, 1 not-media\)"):
+    with pytest.raises(ValueError, match=r"train_dataset: no usable row is left: 2 rows quarantined \(1 empty-file, 1 not-media\)"):
         build_trainer(folder, rows("empty.mp4", "text.mp4"))
 
 
@@ -131,7 +132,7 @@ def test_a_bad_row_is_named_before_training(folder):
             {"prompt": QUESTION, "video": None, "tag": "V"},
         ]
     )
-    with pytest.raises(RowError, match="row 1 of the data set: tag V needs video"):
+    with pytest.raises(RowError, match="train_dataset, row 1: tag V needs video"):
         build_trainer(folder, data)
 
 
@@ -140,7 +141,7 @@ def test_files_outside_the_root_are_left_out(folder, tmp_path):
     os.symlink(tmp_path / "secret.mp4", folder / "link.mp4")
     data = rows("good0.mp4", "link.mp4", "../secret.mp4", "http://localhost/clip.mp4", "good1.mp4")
     trainer = build_trainer(folder, data)
-    reasons = {row.path: row.reason for row in trainer._registries[0].quarantined.values()}
+    reasons = {row.path: row.reason for row in trainer.rows.quarantined}
     assert (
         reasons["link.mp4"] == "outside-media-root" and reasons["http://localhost/clip.mp4"] == "network-not-allowed"
     )
@@ -188,7 +189,7 @@ def test_config_rejects_by_name(options, message):
         build_config(".", **options)
 
 
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory", "quantization_config"])
 def test_trainer_rejects_what_would_lose_media(folder, name):
     model, processor = build_tiny("qwen2_5_omni")
     with pytest.raises(ValueError, match=f"does not support `{name}`"):
@@ -204,7 +205,7 @@ def test_trainer_rejects_what_would_lose_media(folder, name):
 
 def test_image_columns_are_rejected(folder):
     data = Dataset.from_list([{"prompt": QUESTION, "image": "x.png"}])
-    with pytest.raises(ValueError, match="Column 'image'.*one-frame video"):
+    with pytest.raises(ValueError, match="train_dataset, column 'image'.*one-frame video"):
         build_trainer(folder, data)
 
 

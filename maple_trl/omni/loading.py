@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 BUILTIN_PREFIX = "builtin:"
@@ -67,9 +67,10 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
     return model
 
 
-def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin:
-    """The processor of a checkpoint, padding on the left as generation needs it."""
+def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor of a checkpoint (of a text model its tokenizer), padding on the left as generation needs it."""
     processor = AutoProcessor.from_pretrained(resolve_checkpoint(name_or_path), **kwargs)
+    tokenizer = getattr(processor, "tokenizer", processor)
     # Not as arguments above: there they would reach the audio feature extractor as well.
-    processor.tokenizer.padding_side = processor.tokenizer.truncation_side = "left"
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
     return processor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import OmniFamily
 from maple_trl.omni.media import AudioClip, MediaLoader, VideoClip
+from maple_trl.omni.sampling import sample_times
 
 
 SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json")
@@ -43,6 +45,11 @@ class PromptSpec:
     interleaved: bool = False
     tag: ModalityTag | None = None
     fed: frozenset[Modality] = field(default_factory=frozenset)
+
+    @property
+    def subtitle_file(self) -> bool:
+        """Whether the subtitle is a file rather than the text itself."""
+        return self.subtitle is not None and _is_subtitle_file(self.subtitle)
 
     @property
     def key(self) -> str:
@@ -104,18 +111,21 @@ class PromptBuilder:
         """
         messages, blocks = _split_blocks(row)
         tag = None if row.get("tag") is None else _parse_tag(row["tag"])
-        videos = blocks["video"] or _as_files(row, "video")
-        own_audios = blocks["audio"] or _as_files(row, "audio")
-        subtitle = row.get("subtitle") or None
-        if subtitle is not None and not isinstance(subtitle, str):
-            raise RowError(f"field 'subtitle' is {type(subtitle).__name__}; it must be text or a path")
+        videos, own_audios = (blocks[kind] or _as_files(row, kind) for kind in ("video", "audio"))
+        for kind in blocks:
+            if blocks[kind] and row.get(kind):
+                raise RowError(f"field '{kind}' and a '{kind}' block of field 'prompt' both name a file; keep one")
+        subtitle = _checked_subtitle(row.get("subtitle") or None)
+        self._check_text(messages, subtitle)
         if isinstance(messages, str) and (videos or own_audios or subtitle):
             raise RowError("a row with media needs a conversational 'prompt' (a list of messages), not plain text")
         interleaved = row.get("audio_in_video")
         interleaved = self.audio_in_video if interleaved is None else bool(interleaved)
 
-        # Without a tag the row says itself what it has: a video's track is used only where it is asked for.
-        audio_source = own_audios or (videos if tag is not None or interleaved else ())
+        # Without a tag the row says itself what it has: a video's track is used only where it is asked for. Nor is it
+        # assumed for a model that cannot hear.
+        hears = "audio" in self.family.placeholders or (tag is not None and Modality.AUDIO in tag.modalities)
+        audio_source = own_audios or (videos if hears and (tag is not None or interleaved) else ())
         sources = {Modality.VIDEO: videos, Modality.AUDIO: audio_source, Modality.SUBTITLE: subtitle}
         present = frozenset(m for m, source in sources.items() if source)
         if tag is not None and not tag.modalities <= present:
@@ -130,6 +140,8 @@ class PromptBuilder:
                 "audio_in_video interleaves one video with one audio, but the row has "
                 f"{len(videos)} video(s) and {len(audio_source)} audio(s)"
             )
+        if fed and not any(message["role"] == "user" for message in messages):
+            raise RowError("field 'prompt' has no user message to put the media into")
         return PromptSpec(
             messages=messages,
             videos=videos if Modality.VIDEO in fed else (),
@@ -139,6 +151,21 @@ class PromptBuilder:
             tag=tag,
             fed=fed,
         )
+
+    def _check_text(self, messages: tuple[dict[str, Any], ...] | str, subtitle: str | None) -> None:
+        """Text that spells a media token would be read as media."""
+        texts = {"prompt": [messages] if isinstance(messages, str) else [], "subtitle": [subtitle or ""]}
+        if not isinstance(messages, str):
+            texts["prompt"] = [block["text"] for m in messages for block in m["content"] if block["type"] == "text"]
+        for field_name, parts in texts.items():
+            token = self._media_token_in(parts)
+            if token:
+                raise RowError(
+                    f"field '{field_name}' holds the text {token!r}, which the model reads as media; remove it"
+                )
+
+    def _media_token_in(self, texts: Iterable[str]) -> str | None:
+        return next((token for text in texts for token in self.family.media_tokens if token in text), None)
 
     def _check_family(self, fed: frozenset[Modality], tag: ModalityTag | None) -> None:
         names = {Modality.VIDEO: "video", Modality.AUDIO: "audio"}
@@ -153,11 +180,7 @@ class PromptBuilder:
 
     def decode(self, row: Mapping[str, Any]) -> None:
         """Decodes a row's clips into the loader's cache."""
-        spec = self.spec(row)
-        for path in spec.videos:
-            self._video(path)
-        for path in spec.audios:
-            self._audio(path)
+        self._clips(self.spec(row))
 
     def encode(self, row: Mapping[str, Any]) -> EncodedPrompt:
         """
@@ -167,25 +190,19 @@ class PromptBuilder:
             RowError: when the row cannot be a prompt.
             MediaError: when a file cannot be used, with the reason.
         """
-        return self.encode_spec(self.spec(row))
-
-    def encode_spec(self, spec: PromptSpec) -> EncodedPrompt:
-        audios = [self._audio(path) for path in spec.audios]
-        notes = ("no-audio-track",) if None in audios else ()
-        present = [clip for clip in audios if clip is not None]
-        if spec.audios and not present and not spec.videos and not spec.subtitle:
+        spec = self.spec(row)
+        videos, audios = self._clips(spec)
+        if spec.fed == {Modality.AUDIO} and not any(audios):
             raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
-        interleaved = spec.interleaved and bool(present)
-        videos = self._videos_within_budget(spec, present)
-        subtitle = self._subtitle_text(spec.subtitle)
+        notes = ("no-audio-track",) if None in audios else ()
+        interleaved = spec.interleaved and None not in audios
+        subtitle = self._subtitle_text(spec)
 
         prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
-        if self.max_prompt_length is not None and len(prompt) > self.max_prompt_length:
-            subtitle = self._shortened(subtitle, len(prompt) - self.max_prompt_length, spec)
+        while self.max_prompt_length is not None and len(prompt) > self.max_prompt_length:
+            subtitle = self._shortened(subtitle, len(prompt), spec)
             prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
-            notes += ("subtitle-shortened",)
-            if len(prompt) > self.max_prompt_length:
-                raise self._too_long(spec, len(prompt))
+            notes = (*dict.fromkeys((*notes, "subtitle-shortened")),)
         if subtitle:
             prompt.media_tokens["subtitle"] = len(self._tokens(subtitle))
         return replace(prompt, tag=spec.tag, notes=notes)
@@ -204,7 +221,7 @@ class PromptBuilder:
                 "video": [True] * len(videos),
                 "audio": [clip is not None and not interleaved for clip in audios],
             }
-            subtitle_text = self.subtitle_template.format(subtitle=subtitle) if subtitle else ""
+            subtitle_text = self.subtitle_template.replace("{subtitle}", subtitle) if subtitle else ""
             text = self.family.processor.apply_chat_template(
                 _place_blocks(text, own_place, subtitle_text),
                 tokenize=False,
@@ -213,33 +230,14 @@ class PromptBuilder:
             )
         return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
 
-    def _video(self, path: str, max_pixels: int | None = None) -> VideoClip:
-        return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels)
-
-    def _audio(self, path: str) -> AudioClip | None:
-        clip = self.loader.audio(path, sampling_rate=self.family.sampling_rate)
-        window = getattr(self.family, "max_audio_seconds", None)
-        if clip is not None and window is not None and len(clip.waveform) > window * clip.sampling_rate:
-            raise MediaError(
-                "too-long", path, f"{clip.duration:.1f} s of audio; {type(self.family).__name__} reads {window:g} s"
-            )
-        return clip
-
-    def _videos_within_budget(self, spec: PromptSpec, audios: list[AudioClip]) -> list[VideoClip]:
-        clips = [self._video(path) for path in spec.videos]
+    def _clips(self, spec: PromptSpec) -> tuple[list[VideoClip], list[AudioClip | None]]:
+        audios = [self._audio(path) for path in spec.audios]
         if self.max_media_tokens is None:
-            return clips
-        audio_tokens = sum(map(self._audio_tokens, audios))
+            return [self._video(path) for path in spec.videos], audios
+        audio_tokens = sum(self._audio_tokens(clip) for clip in audios if clip is not None)
         budget = self.max_media_tokens - audio_tokens
-        if clips and sum(map(self._video_tokens, clips)) > budget:
-            steps = sum(-(-len(clip.frames) // self.family.frames_per_token) for clip in clips)
-            pixels = max(budget // steps, 1) * self.family.frame_multiple**2
-            try:
-                clips = [self._video(path, max_pixels=pixels) for path in spec.videos]
-            except MediaError as error:
-                if error.reason != "bad-aspect-ratio":
-                    raise  # else: no smaller frame of this shape, so the clips stay too large
-        needed = sum(map(self._video_tokens, clips))
+        videos = self._videos_within(budget, spec)
+        needed = sum(map(self._video_tokens, videos))
         if needed > budget:
             raise MediaError(
                 "media-tokens",
@@ -247,7 +245,42 @@ class PromptBuilder:
                 f"{needed + audio_tokens} media tokens at the smallest frame size, but max_media_tokens is "
                 f"{self.max_media_tokens}: feed fewer frames or less audio",
             )
-        return clips
+        return videos, audios
+
+    def _videos_within(self, budget: int, spec: PromptSpec) -> list[VideoClip]:
+        """A prompt's videos, their frames so small that all fit, if frames can be that small."""
+        if not spec.videos:
+            return []
+        # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
+        steps = sum(-(-self._frame_count(path) // self.family.frames_per_token) for path in spec.videos)
+        pixels = max(budget // steps, 1) * self.family.frame_multiple**2
+        try:
+            return [self._video(path, max_pixels=pixels) for path in spec.videos]
+        except MediaError as error:
+            if error.reason != "bad-aspect-ratio":
+                raise
+            return [self._video(path) for path in spec.videos]  # no smaller frame of this shape
+
+    def _frame_count(self, path: str) -> int:
+        limits = self.loader.limits
+        if limits.num_frames is not None:
+            return limits.num_frames
+        duration = self.loader.probe(path).duration
+        if duration is None:  # a live recording; only decoding tells
+            return len(self._video(path).frames)
+        return len(sample_times(limits, min(duration, limits.max_seconds))[0])
+
+    def _video(self, path: str, max_pixels: int | None = None) -> VideoClip:
+        return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels)
+
+    def _audio(self, path: str) -> AudioClip | None:
+        clip = self.loader.audio(path, sampling_rate=self.family.sampling_rate)
+        window = self.family.max_audio_seconds
+        if clip is not None and window is not None and len(clip.waveform) > window * clip.sampling_rate:
+            raise MediaError(
+                "too-long", path, f"{clip.duration:.1f} s of audio; {type(self.family).__name__} reads {window:g} s"
+            )
+        return clip
 
     def _video_tokens(self, clip: VideoClip) -> int:
         return self.family.video_token_count(*clip.frames.shape[:3])
@@ -255,28 +288,33 @@ class PromptBuilder:
     def _audio_tokens(self, clip: AudioClip) -> int:
         return self.family.audio_token_count(len(clip.waveform) // self.family.processor.feature_extractor.hop_length)
 
-    def _subtitle_text(self, subtitle: str | None) -> str:
-        if subtitle is not None and subtitle.lower().endswith(SUBTITLE_SUFFIXES) and "\n" not in subtitle:
-            return self.loader.subtitle(subtitle)
-        return subtitle or ""
+    def _subtitle_text(self, spec: PromptSpec) -> str:
+        if not spec.subtitle_file:
+            return spec.subtitle or ""
+        text = self.loader.subtitle(spec.subtitle)
+        token = self._media_token_in([text])
+        if token:
+            raise MediaError(
+                "bad-subtitle", spec.subtitle, f"it holds the text {token!r}, which the model reads as media"
+            )
+        return text
 
     def _tokens(self, text: str) -> list[int]:
         return self.family.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _shortened(self, subtitle: str, overflow: int, spec: PromptSpec) -> str:
+    def _shortened(self, subtitle: str, length: int, spec: PromptSpec) -> str:
+        """The subtitle without as many tokens at its end as the prompt is too long."""
         tokens = self._tokens(subtitle)
-        if len(tokens) <= overflow:
-            raise self._too_long(spec, self.max_prompt_length + overflow)
-        return self.family.tokenizer.decode(tokens[: len(tokens) - overflow])
-
-    def _too_long(self, spec: PromptSpec, length: int) -> MediaError:
-        first = next(iter(spec.videos + spec.audios), None)
-        return MediaError(
-            "prompt-too-long",
-            first,
-            f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; its subtitle is too "
-            "short to make up the difference and nothing else may be cut",
-        )
+        kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self.max_prompt_length))])
+        kept = kept.rstrip("\ufffd").rstrip()  # a token can end within a character
+        if not kept or len(kept) >= len(subtitle):
+            raise MediaError(
+                "prompt-too-long",
+                next(iter(spec.videos + spec.audios), None),
+                f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; its subtitle is too "
+                "short to make up the difference and nothing else may be cut",
+            )
+        return kept
 
 
 def _parse_tag(value: Any) -> ModalityTag:
@@ -284,6 +322,23 @@ def _parse_tag(value: Any) -> ModalityTag:
         return ModalityTag.parse(value)
     except ValueError as error:
         raise RowError(f"field 'tag': {error}") from error
+
+
+def _is_subtitle_file(subtitle: str) -> bool:
+    return subtitle.lower().endswith(SUBTITLE_SUFFIXES) and "\n" not in subtitle
+
+
+def _checked_subtitle(subtitle: Any) -> str | None:
+    if subtitle is None:
+        return None
+    if not isinstance(subtitle, str):
+        raise RowError(f"field 'subtitle' is {type(subtitle).__name__}; it must be text or a path")
+    if not _is_subtitle_file(subtitle) and re.fullmatch(r"\S*[\w/\\]\.[A-Za-z]\w{1,3}", subtitle):
+        raise RowError(
+            f"field 'subtitle' is {subtitle!r}, which looks like a file; files that are read end in "
+            f"{', '.join(SUBTITLE_SUFFIXES)}"
+        )
+    return subtitle
 
 
 def _as_files(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -309,9 +364,12 @@ def _split_blocks(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...] | 
         raise RowError("field 'prompt' must be a text or a non-empty list of messages with 'role' and 'content'")
     messages = []
     for message in prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RowError(f"field 'prompt' holds {message!r}, which is not a message with 'role' and 'content'")
         content = message.get("content")
+        rest = {name: value for name, value in message.items() if name != "content" and value is not None}
         if isinstance(content, str):
-            messages.append({"role": message["role"], "content": [{"type": "text", "text": content}]})
+            messages.append({**rest, "content": [{"type": "text", "text": content}]})
             continue
         parts = []
         for block in content or []:
@@ -326,7 +384,7 @@ def _split_blocks(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...] | 
                 parts.append({"type": kind})
             else:
                 raise RowError(f"field 'prompt' has a content block of type {kind!r}; known: text, video, audio")
-        messages.append({"role": message["role"], "content": parts})
+        messages.append({**rest, "content": parts})
     return tuple(messages), {kind: tuple(files) for kind, files in blocks.items()}
 
 
@@ -351,12 +409,10 @@ def _place_blocks(
             flags = waiting.get(block["type"])
             if flags is None or (flags and flags.pop(0)):
                 parts.append(block)
-        placed.append({"role": message["role"], "content": parts})
+        placed.append({**message, "content": parts})
     lead = [{"type": kind} for kind, flags in waiting.items() for wanted in flags if wanted]
     lead += [{"type": "text", "text": subtitle}] if subtitle else []
     if lead:
-        users = [i for i, message in enumerate(placed) if message["role"] == "user"]
-        if not users:
-            raise RowError("field 'prompt' has no user message to put the media into")
-        placed[users[-1]]["content"] = lead + placed[users[-1]]["content"]
+        last_user = max(i for i, message in enumerate(placed) if message["role"] == "user")
+        placed[last_user]["content"] = lead + placed[last_user]["content"]
     return placed

@@ -37,7 +37,8 @@ def serve_media(
     def merge(module: nn.Module, args: tuple, kwargs: dict):
         nonlocal served
         input_ids = kwargs.get("input_ids")
-        if input_ids is None or not (touch_all_towers or _has_placeholders(family, input_ids)):
+        first = not served  # a decoding step follows the forward that took the media, and has none of its own
+        if input_ids is None or not (first and touch_all_towers or _has_placeholders(family, input_ids)):
             return None
         served = True
         return args, kwargs | _merged_inputs(family, module, rows, input_ids, touch_all_towers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,23 +20,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids, unique_prompts
-from maple_trl.omni.errors import MediaError
-from maple_trl.omni.families import family_for, unwrap
+from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
+from maple_trl.omni.families import family_for, is_omni, unwrap
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
-from maple_trl.trainers.quarantine import RowRegistry, read_quarantine, write_quarantine
-from maple_trl.trainers.rollout_state import last_complete_checkpoint, load_rollout, regroup_rows, save_rollout
+from maple_trl.trainers.quarantine import Ranks, write_quarantine
+from maple_trl.trainers.rollout_state import (
+    last_complete_checkpoint,
+    load_rollout,
+    load_rows,
+    regroup_rows,
+    save_rollout,
+    save_rows,
+)
+from maple_trl.trainers.rows import RowEncoder
 
-
-logger = logging.getLogger(__name__)
 
 PROMPTS_KEY = "omni_prompts"
-QUARANTINE_FILE = "quarantine.json"
 
 
 class OmniGRPOTrainer(GRPOTrainer):
@@ -76,51 +80,38 @@ class OmniGRPOTrainer(GRPOTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        for name in ("tools", "rollout_func", "environment_factory"):
+        for name in ("tools", "rollout_func", "environment_factory", "quantization_config"):
             if kwargs.get(name):
-                raise ValueError(f"{type(self).__name__} does not support `{name}`: its turns would not see the media")
+                raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
-        args = OmniGRPOConfig(f"{name.split('/')[-1]}-Omni-GRPO") if args is None else args
+        args = OmniGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-Omni-GRPO") if args is None else copy.copy(args)
+        if not isinstance(args, OmniGRPOConfig):
+            raise TypeError(f"args must be an OmniGRPOConfig, got {type(args).__name__}")
+        # Taken from the arguments, for TRL would call them ignored although the reference model is loaded with them.
+        init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        args.model_init_kwargs = None
         if isinstance(model, str):
             set_seed(args.seed)
-            model = load_model(model, **_model_init_kwargs(args, kwargs.pop("quantization_config", None)))
-        processing_class = load_processor(name) if processing_class is None else processing_class
+            model = load_model(model, **init_kwargs)
+        if processing_class is None:
+            shared = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
+            processing_class = load_processor(name, **{k: init_kwargs[k] for k in shared if k in init_kwargs})
 
         self.family = None
-        self._registries: list[RowRegistry] = []
         self._serving: list[EncodedPrompt] | None = None
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            self.family = family_for(model, processing_class)
-            self.loader = MediaLoader(
-                args.media_root,
-                args.media_limits(),
-                cache_bytes=args.media_cache_bytes,
-                allow_network=args.media_allow_network,
-                backend=args.media_backend,
-            )
-            self.prompt_builder = PromptBuilder(
-                self.family,
-                self.loader,
-                modality_access=args.modality_access,
-                audio_in_video=args.audio_in_video,
-                subtitle_template=args.subtitle_template,
-                max_prompt_length=args.max_prompt_length,
-                max_media_tokens=args.max_media_tokens,
-                chat_template_kwargs=args.chat_template_kwargs,
-            )
-            train_dataset = self._without_unusable_rows(train_dataset, args)
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            _check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+        else:
+            self._prepare_omni(model, processing_class, args)
+            train_dataset = self.rows.register(train_dataset, "train_dataset")
             if isinstance(eval_dataset, dict):
-                eval_dataset = {k: self._without_unusable_rows(v, args) for k, v in eval_dataset.items()}
+                eval_dataset = {k: self.rows.register(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()}
             else:
-                eval_dataset = self._without_unusable_rows(eval_dataset, args)
-            # A sampled media token would be taken for media by the next forward.
-            user_tokens = (args.generation_kwargs or {}).get("suppress_tokens") or []
-            suppressed = sorted({*self.family.suppressed_ids, *user_tokens})
-            args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": suppressed}
+                eval_dataset = self.rows.register(eval_dataset, "eval_dataset")
 
-        with _trl_expectations(unwrap(model)):
+        with _trl_expectations(unwrap(model), init_kwargs):
             super().__init__(
                 model,
                 reward_funcs,
@@ -132,6 +123,33 @@ class OmniGRPOTrainer(GRPOTrainer):
             )
         self._write_quarantine(args.output_dir)
         self._check_rollout_size()
+
+    def _prepare_omni(self, model: nn.Module, processor: ProcessorMixin, args: OmniGRPOConfig) -> None:
+        self.family = family_for(model, processor)
+        self.loader = MediaLoader(
+            args.media_root,
+            args.media_limits(),
+            cache_bytes=args.media_cache_bytes,
+            allow_network=args.media_allow_network,
+            backend=args.media_backend,
+        )
+        self.prompt_builder = PromptBuilder(
+            self.family,
+            self.loader,
+            modality_access=args.modality_access,
+            audio_in_video=args.audio_in_video,
+            subtitle_template=args.subtitle_template,
+            max_prompt_length=args.max_prompt_length,
+            max_media_tokens=args.max_media_tokens,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
+        shows = args.local_process_index == 0 and not args.disable_tqdm
+        self.rows = RowEncoder(self.prompt_builder, ranks, probe=args.media_check == "probe", progress=shows)
+        # A sampled media token would be taken for media by the next forward.
+        user_tokens = (args.generation_kwargs or {}).get("suppress_tokens") or []
+        suppressed = sorted({*self.family.suppressed_ids, *user_tokens})
+        args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": suppressed}
 
     def _check_rollout_size(self) -> None:
         """The sampler drops prompts that do not fill a rollout; from too few rows it would make no step at all."""
@@ -145,69 +163,19 @@ class OmniGRPOTrainer(GRPOTrainer):
 
     # Rows
 
-    def _without_unusable_rows(self, dataset: Any, args: OmniGRPOConfig) -> Any:
-        """Checks a data set before hours are spent on it."""
-        columns = getattr(dataset, "column_names", None) or []
-        images = sorted({"image", "images"} & set(columns))
-        if images:
-            raise ValueError(
-                f"Column {images[0]!r}: {type(self).__name__} reads video, audio and subtitles. Give an image as a "
-                "one-frame video, or drop the column."
-            )
-        if not isinstance(dataset, Dataset):
-            return dataset
-        main = args.distributed_state is None or args.distributed_state.is_local_main_process
-        registry = RowRegistry(
-            dataset, self.prompt_builder, probe=args.media_check == "probe", progress=main and not args.disable_tqdm
-        )
-        self._registries.append(registry)
-        usable = registry.usable_rows()
-        if len(usable) == len(dataset):
-            return dataset
-        if main:
-            print(f"{len(dataset) - len(usable)} of {len(dataset)} rows left out: {registry.summary()}")
-        return dataset.select(usable)
-
     def _write_quarantine(self, folder: str) -> None:
-        rows = [row for registry in self._registries for row in registry.quarantined.values()]
-        if rows and self.accelerator.is_main_process:
-            write_quarantine(os.path.join(folder, QUARANTINE_FILE), rows)
+        if self.family is not None and self.rows.quarantined and self.accelerator.is_main_process:
+            write_quarantine(os.path.join(folder, "quarantine.json"), self.rows.quarantined)
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
         """
-        Encodes rows, one prompt object per distinct prompt.
-
-        A row whose media cannot be used goes into quarantine and the next usable row of its data set stands in for
-        it, on all ranks alike. Every rank must call this together.
-
-        Returns:
-            the rows that are really used, and their prompts.
+        Encodes rows for a rollout; see [`~maple_trl.trainers.rows.RowEncoder.encode`]. Every rank must call this together.
         """
-        encoded: dict[str, EncodedPrompt] = {}
-        while True:
-            rows = [self._usable(row) for row in rows]
-            keys = [self.prompt_builder.spec(row).key for row in rows]
-            failed: list[tuple[str, MediaError]] = []
-            for key, row in dict(zip(keys, rows, strict=True)).items():
-                if key not in encoded:
-                    try:
-                        encoded[key] = self.prompt_builder.encode(row)
-                    except MediaError as error:
-                        if not any(key in registry for registry in self._registries):
-                            raise  # a streamed row: nothing can stand in for it
-                        failed.append((key, error))
-            failed = gather_object(failed) if self.accelerator.num_processes > 1 else failed
-            if not failed:
-                return rows, [encoded[key] for key in keys]
-            for key, error in failed:
-                next(registry for registry in self._registries if key in registry).add(key, error)
+        known = len(self.rows.quarantined)
+        encoded = self.rows.encode(rows, evaluating=not self.model.training)
+        if len(self.rows.quarantined) > known:
             self._write_quarantine(self.args.output_dir)
-
-    def _usable(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row, or the one that stands in for it."""
-        key = self.prompt_builder.spec(row).key
-        registry = next((registry for registry in self._registries if key in registry.quarantined), None)
-        return row if registry is None else registry.substitute(key)
+        return encoded
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
         sampler = self._order = super()._get_train_sampler(dataset)
@@ -229,7 +197,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         if self._lookahead is None:
             return
         done = {prompt.key for prompt in current}
-        rows = [self._usable(self.train_dataset[i]) for i in self._lookahead.upcoming()]
+        rows = [self.rows.usable(self.train_dataset[i]) for i in self._lookahead.upcoming()]
         calls = [
             partial(self.prompt_builder.decode, row) for row in rows if self.prompt_builder.spec(row).key not in done
         ]
@@ -251,8 +219,14 @@ class OmniGRPOTrainer(GRPOTrainer):
             self._serving = previous
 
     def _serve(self, model: nn.Module, prompts: Sequence[EncodedPrompt]):
+        return serve_media(self.family, model, prompts, touch_all_towers=self._touch_all_towers)
+
+    @property
+    def _touch_all_towers(self) -> bool:
+        """Whether all ranks must run the same towers: their parameters are sharded, or DDP waits for each gradient."""
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        return serve_media(self.family, model, prompts, touch_all_towers=self.is_fsdp_enabled or zero3)
+        waits = self.accelerator.num_processes > 1 and not self.args.ddp_find_unused_parameters
+        return self.is_fsdp_enabled or zero3 or waits
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.family is None:
@@ -296,12 +270,13 @@ class OmniGRPOTrainer(GRPOTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batch_size = batch_size or self.args.per_device_eval_batch_size
         share = list(rows)[rank::world]
+        chunks = -(-len(rows) // (world * batch_size))  # on every rank, for generating can be a collective call
         was_training = self.model.training
         self.model.eval()
         texts: list[str | None] = []
         try:
-            for start in range(0, len(share), batch_size):
-                prompts = self._encode_where_possible(share[start : start + batch_size])
+            for start in range(0, chunks * batch_size, batch_size):
+                prompts = self.rows.encode_each(share[start : start + batch_size])
                 completions = iter(self._sample([prompt for prompt in prompts if prompt is not None]))
                 texts += [None if prompt is None else next(completions) for prompt in prompts]
         finally:
@@ -309,23 +284,16 @@ class OmniGRPOTrainer(GRPOTrainer):
         shares = gather_object([texts]) if world > 1 else [texts]
         return [shares[i % world][i // world] for i in range(len(rows))]
 
-    def _encode_where_possible(self, rows: Sequence[dict[str, Any]]) -> list[EncodedPrompt | None]:
-        prompts: list[EncodedPrompt | None] = []
-        for row in rows:
-            try:
-                prompts.append(self.prompt_builder.encode(row))
-            except MediaError as error:
-                logger.warning("A question is left out: %s", error)
-                prompts.append(None)
-        return prompts
-
     def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
-        if not prompts:
+        idle = not prompts
+        if idle and self.accelerator.num_processes == 1:
             return []
+        if idle:  # the other ranks generate
+            prompts = [self.prompt_builder.encode({"prompt": [{"role": "user", "content": "."}]})]
         with self._rows_in_use(prompts):
             prompt_ids, _, fields = self._tokenize_prompts([])
             ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
-        return self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
 
     # Log-probabilities and loss
 
@@ -348,7 +316,8 @@ class OmniGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or PROMPTS_KEY not in inputs:
+        fresh = self._buffered_inputs is not before and PROMPTS_KEY in inputs
+        if not fresh or not any(p.kinds for chunk in self._buffered_inputs for p in chunk[PROMPTS_KEY]):
             return inputs
         # TRL shuffles rows, which spreads a prompt's rows over micro-batches and encodes its media in each.
         self._buffered_inputs = regroup_rows(self._buffered_inputs, PROMPTS_KEY)
@@ -364,26 +333,40 @@ class OmniGRPOTrainer(GRPOTrainer):
         """Media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
         mode = "train" if self.model.training else "eval"
         kinds = ("video", "audio", "subtitle")
+        notes = {"no-audio-track": "rows_without_audio_track", "subtitle-shortened": "rows_with_shortened_subtitle"}
         local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
-        local += [sum("no-audio-track" in prompt.notes for prompt in prompts), len(unique_prompts(prompts)[0])]
+        local += [sum(note in prompt.notes for prompt in prompts) for note in notes]
         total = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), reduction="sum").tolist()
-        for kind, tokens in zip(kinds, total, strict=False):
-            self._metrics[mode][f"media_tokens/{kind}"].append(float(tokens))
-        self._metrics[mode]["media/rows_without_audio_track"].append(float(total[3]))
-        quarantined = sum(len(registry.quarantined) for registry in self._registries)
-        self._metrics[mode]["media/quarantined_prompts"].append(float(quarantined))
+        metrics = self._metrics[mode]
+        for name, value in zip(
+            [f"media_tokens/{k}" for k in kinds] + [f"media/{n}" for n in notes.values()], total, strict=True
+        ):
+            metrics[name].append(float(value))
+        metrics["media/quarantined_prompts"].append(float(len(self.rows.quarantined)))
 
     # State
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, str) and self.family is not None:
+            self._restore_rows(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _restore_rows(self, checkpoint: str) -> None:
+        """The run goes on with the rows that it began with, even where files broke or were mended in between."""
+        states = load_rows(checkpoint)
+        for name, registry in self.rows.registries.items():
+            if name in states:
+                registry.load_state_dict(states[name])
+        if "train_dataset" in self.rows.registries:
+            self.train_dataset = self.rows.registries["train_dataset"].usable_dataset()
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        self._write_quarantine(folder)
+        if self.family is not None and self.accelerator.is_main_process:
+            save_rows(folder, {name: registry.state_dict() for name, registry in self.rows.registries.items()})
         save_rollout(folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY)
         super()._save_checkpoint(model, trial)
 
@@ -428,8 +411,6 @@ class OmniGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        for registry in self._registries:
-            registry.restore(read_quarantine(os.path.join(checkpoint, QUARANTINE_FILE)))
         self._step, self._buffered_inputs = load_rollout(
             checkpoint, self.accelerator.process_index, self._prompts_by_key, PROMPTS_KEY, self.accelerator.device
         )
@@ -440,21 +421,30 @@ class OmniGRPOTrainer(GRPOTrainer):
                 "The checkpoint lies in the middle of a rollout, whose prompts cannot be found again in a streamed data "
                 "set. Resume from a checkpoint at the end of a rollout, or train on a map-style data set."
             )
-        registry = self._registries[0]
+        registry = self.rows.registries["train_dataset"]
         encoded = {key: self.prompt_builder.encode(registry.row_of(key)) for key in dict.fromkeys(keys)}
         return [encoded[key] for key in keys]
 
 
-def _model_init_kwargs(args: OmniGRPOConfig, quantization_config: Any) -> dict[str, Any]:
-    kwargs = dict(args.model_init_kwargs or {})
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    return kwargs
+def _check_text_only(model: nn.Module, datasets: dict[str, Any]) -> None:
+    """A tokenizer reads no media: refuses to train on the text alone."""
+    if is_omni(model):
+        raise ValueError(
+            f"processing_class is a tokenizer, but {type(unwrap(model)).__name__} reads media: pass the model's processor"
+        )
+    for name, dataset in datasets.items():
+        parts = dataset if isinstance(dataset, dict) else {name: dataset}
+        for part in parts.values():
+            columns = {"video", "audio", "subtitle"} & set(getattr(part, "column_names", None) or [])
+            if columns:
+                raise ValueError(
+                    f"{name} has the column {sorted(columns)[0]!r}, but processing_class is a tokenizer, which reads no "
+                    "media: use an omni model with its processor, or drop the column"
+                )
 
 
 @contextmanager
-def _trl_expectations(model: nn.Module) -> Iterator[None]:
+def _trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[None]:
     """
     Bridges two places of TRL's constructor that know vision-language models alone.
 
@@ -464,8 +454,12 @@ def _trl_expectations(model: nn.Module) -> Iterator[None]:
     lent = not hasattr(model.config, "image_token_id")
     if lent:
         model.config.image_token_id = None
+
+    def load_reference(path: str, **kwargs: Any) -> PreTrainedModel:
+        return load_model(path, **(kwargs | init_kwargs))
+
     try:
-        with mock.patch.object(grpo_trainer, "create_model_from_path", load_model):
+        with mock.patch.object(grpo_trainer, "create_model_from_path", load_reference):
             yield
     finally:
         if lent:

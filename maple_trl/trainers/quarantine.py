@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -18,6 +21,20 @@ from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """
+    This process among those of a run, before and after the trainer has an accelerator.
+
+    Attributes:
+        gather: concatenates the lists of all ranks, in rank order.
+    """
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[list], list] = list
 
 
 @dataclass(frozen=True)
@@ -37,88 +54,134 @@ class RowRegistry:
 
     Args:
         dataset: rows with the columns that [`PromptBuilder`] reads.
-        probe: open every media file once (headers only) and quarantine rows whose files cannot be used.
+        name: how errors call the data set.
+        probe: look at every media file once (headers; subtitles whole) and quarantine rows whose files cannot be used.
+            The ranks share the work and its result, so that all train on the same rows.
 
     Raises:
         RowError: for the first row that cannot be a prompt, with its number and field.
         ValueError: when no row is left.
     """
 
-    def __init__(self, dataset: Dataset, builder: PromptBuilder, probe: bool = True, progress: bool = True):
+    def __init__(
+        self,
+        dataset: Dataset,
+        builder: PromptBuilder,
+        name: str = "train_dataset",
+        probe: bool = True,
+        progress: bool = True,
+        ranks: Ranks | None = None,
+    ):
         self.dataset = dataset
         self.builder = builder
+        self.name = name
+        self.ranks = ranks or Ranks()
         self.quarantined: dict[str, QuarantinedRow] = {}
         specs = []
         for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=not progress, leave=False)):
             try:
                 specs.append(builder.spec(row))
             except RowError as error:
-                raise RowError(f"row {i} of the data set: {error}") from error
+                raise RowError(f"{name}, row {i}: {error}") from error
         self._keys = [spec.key for spec in specs]
         self._first_row = {key: i for i, key in reversed(list(enumerate(self._keys)))}
         if probe:
             self._probe({spec.key: spec for spec in specs}, progress)
-        if not self.usable_rows():
-            raise ValueError(f"No usable row is left: {self.summary()}")
+        self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
+        if len(self.left_out) == len(self._keys):
+            raise ValueError(f"{name}: no usable row is left: {self.summary()}")
 
     def _probe(self, specs: dict[str, PromptSpec], progress: bool) -> None:
-        files = sorted({file for spec in specs.values() for file in (*spec.videos, *spec.audios)})
+        media = {file for spec in specs.values() for file in (*spec.videos, *spec.audios)}
+        files = sorted(media | {spec.subtitle for spec in specs.values() if spec.subtitle_file})
 
-        def probe(file: str):
+        def probe(file: str) -> tuple[str, MediaError | None, bool]:
+            """The file, what is wrong with it, and whether it has sound."""
             try:
-                return self.builder.loader.probe(file)
+                if file in media:
+                    return file, None, self.builder.loader.probe(file).has_audio
+                self.builder.loader.subtitle(file)
+                return file, None, False
             except MediaError as error:
-                return error
+                return file, error, False
 
+        own = files[self.ranks.rank :: self.ranks.world]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            probed = tqdm(
-                pool.map(probe, files), total=len(files), desc="Probing media", disable=not progress, leave=False
-            )
-            outcome = dict(zip(files, probed, strict=True))
+            found = pool.map(probe, own)
+            found = list(tqdm(found, total=len(own), desc="Probing media", disable=not progress, leave=False))
+        found = self.ranks.gather(found)
+        errors = {file: error for file, error, _ in found if error is not None}
+        with_sound = {file for file, _, has_audio in found if has_audio}
         for key, spec in specs.items():
-            error = next(
-                (outcome[f] for f in (*spec.videos, *spec.audios) if isinstance(outcome[f], MediaError)), None
-            )
-            if error is None and spec.fed == {Modality.AUDIO} and not any(outcome[f].has_audio for f in spec.audios):
+            row_files = [*spec.videos, *spec.audios, *([spec.subtitle] if spec.subtitle_file else [])]
+            error = next((errors[file] for file in row_files if file in errors), None)
+            if error is None and spec.fed == {Modality.AUDIO} and not with_sound & set(spec.audios):
                 error = MediaError("no-signal", spec.audios[0], "the row is fed audio alone and the file has none")
             if error is not None:
                 self.add(key, error)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._first_row
 
     def add(self, key: str, error: MediaError) -> None:
         """Puts the rows of a prompt into quarantine."""
         row = self._first_row[key]
         if key not in self.quarantined:
             self.quarantined[key] = QuarantinedRow(row, key, error.reason, error.path, error.detail)
-            logger.warning("Row %d is quarantined: %s", row, error)
+            logger.warning("%s, row %d is quarantined: %s", self.name, row, error)
 
-    def restore(self, rows: list[QuarantinedRow]) -> None:
-        """Puts rows of this data set back into quarantine, as a resumed run left them."""
-        self.quarantined |= {row.key: row for row in rows if row.key in self}
+    def usable_dataset(self) -> Dataset:
+        """The rows that were not in quarantine when the run began, in order."""
+        left_out = set(self.left_out)
+        return (
+            self.dataset.select([i for i in range(len(self._keys)) if i not in left_out]) if left_out else self.dataset
+        )
 
-    def usable_rows(self) -> list[int]:
-        """Row numbers that are not in quarantine, in order."""
-        return [i for i, key in enumerate(self._keys) if key not in self.quarantined]
-
-    def substitute(self, key: str) -> dict:
+    def substitute(self, key: str) -> dict[str, Any]:
         """The next usable row after a quarantined one; every rank finds the same."""
         start = self._first_row[key]
         for i in [*range(start + 1, len(self._keys)), *range(start)]:
             if self._keys[i] not in self.quarantined:
                 return self.dataset[i]
-        raise ValueError(f"No usable row is left: {self.summary()}")
+        raise ValueError(f"{self.name}: no usable row is left: {self.summary()}")
 
-    def row_of(self, key: str) -> dict:
+    def row_of(self, key: str) -> dict[str, Any]:
         """A row with this prompt."""
         return self.dataset[self._first_row[key]]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._first_row
 
     def summary(self) -> str:
         """Counts by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
         counts = Counter(row.reason for row in self.quarantined.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         return f"{len(self.quarantined)} rows quarantined" + (f" ({reasons})" if reasons else "")
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to see the same rows in the same order."""
+        return {
+            "content": self._content(),
+            "left_out": self.left_out,
+            "quarantined": [asdict(row) for row in self.quarantined.values()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Takes over the rows and the quarantine of the run that is resumed, whatever has happened to the files since.
+
+        Raises:
+            ValueError: when the data set is not the one of that run.
+        """
+        if state["content"] != self._content():
+            raise ValueError(
+                f"{self.name} is not the data set of the checkpoint: its prompts or their order differ. Resume with the "
+                "same data, tags and modality_access."
+            )
+        self.left_out = state["left_out"]
+        self.quarantined |= {row["key"]: QuarantinedRow(**row) for row in state["quarantined"]}
+
+    def _content(self) -> str:
+        return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
 
 
 def write_quarantine(path: str, rows: list[QuarantinedRow]) -> None:
@@ -127,11 +190,3 @@ def write_quarantine(path: str, rows: list[QuarantinedRow]) -> None:
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         json.dump([asdict(row) for row in rows], file, indent=2, ensure_ascii=False)
     os.replace(f"{path}.part", path)
-
-
-def read_quarantine(path: str) -> list[QuarantinedRow]:
-    """What [`write_quarantine`] wrote; nothing where there is no file."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [QuarantinedRow(**row) for row in json.load(file)]

@@ -1,4 +1,4 @@
-"""The rows of a rollout between generation and their last update: regrouping, saving, loading."""
+"""Where a run stands: the rows of its data, and those of a rollout between generation and their last update."""
 
 from __future__ import annotations
 
@@ -105,6 +105,27 @@ def load_rollout(
     rows = next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
     size = rows // state["chunks"]
     return state["step"], [take_rows(batch, list(range(i * size, (i + 1) * size))) for i in range(state["chunks"])]
+
+
+def save_rows(folder: str, states: dict[str, Any]) -> None:
+    """Writes which rows of each data set a run uses."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "rows.json"), "w", encoding="utf-8") as file:
+        json.dump(states, file, ensure_ascii=False)
+
+
+def load_rows(folder: str) -> dict[str, Any]:
+    """
+    Reads what [`save_rows`] wrote.
+
+    Raises:
+        FileNotFoundError: when the folder holds none.
+    """
+    path = os.path.join(folder, "rows.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is missing: {folder} is not a checkpoint of OmniGRPOTrainer")
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

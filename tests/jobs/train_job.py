@@ -141,7 +141,7 @@ def do(run: dict, plan: dict) -> None:
     result |= {
         "log": trainer.state.log_history,
         "used": getattr(trainer, "used", []),
-        "quarantined": [row.path for registry in trainer._registries for row in registry.quarantined.values()],
+        "quarantined": [row.path for row in trainer.rows.quarantined],
     }
     result["find_unused"] = getattr(trainer.model_wrapped, "find_unused_parameters", None)
     after = trainable(trainer.accelerator.unwrap_model(trainer.model))

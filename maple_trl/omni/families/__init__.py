@@ -1,12 +1,13 @@
 """Model families. Each file holds one; importing this package registers them all."""
 
 from maple_trl.omni.families import qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
-from maple_trl.omni.families.base import OmniFamily, family_for, register_family, unwrap
+from maple_trl.omni.families.base import OmniFamily, family_for, is_omni, register_family, unwrap
 
 
 __all__ = [
     "OmniFamily",
     "family_for",
+    "is_omni",
     "qwen2_5_omni",
     "qwen2_5_vl",
     "qwen2_audio",

@@ -24,6 +24,11 @@ def register_family(cls: type[OmniFamily]) -> type[OmniFamily]:
     return cls
 
 
+def is_omni(model: nn.Module) -> bool:
+    """Whether a model belongs to a registered family."""
+    return unwrap(model).config.model_type in _FAMILIES
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -111,6 +116,11 @@ class OmniFamily:
     @property
     def sampling_rate(self) -> int:
         return self.processor.feature_extractor.sampling_rate
+
+    @property
+    def max_audio_seconds(self) -> float | None:
+        """The longest audio that the tower takes, where it has such a limit."""
+        return None
 
     def video_token_count(self, frames: int, height: int, width: int) -> int:
         """Tokens of a clip of `frames` frames of `height` x `width` pixels."""

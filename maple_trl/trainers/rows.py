@@ -1,0 +1,119 @@
+"""From rows to encoded prompts during a run: broken rows are replaced, on all ranks alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.trainers.quarantine import QuarantinedRow, Ranks, RowRegistry
+
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class RowEncoder:
+    """
+    Encodes rows, one prompt object per distinct prompt, and keeps account of those that cannot be used.
+
+    Args:
+        builder: encodes one row.
+        ranks: the processes of the run. `encode` is a collective call.
+        probe, progress: see [`RowRegistry`].
+    """
+
+    def __init__(self, builder: PromptBuilder, ranks: Ranks, probe: bool = True, progress: bool = True):
+        self.builder = builder
+        self.ranks = ranks
+        self.probe = probe
+        self.progress = progress
+        self.registries: dict[str, RowRegistry] = {}
+
+    def register(self, dataset: Any, name: str) -> Any:
+        """
+        Checks a data set before hours are spent on it, and gives back its usable rows. A streamed one passes unseen.
+
+        Raises:
+            RowError: for the first row that cannot be a prompt.
+            ValueError: for image columns, or when no row is usable.
+        """
+        columns = getattr(dataset, "column_names", None) or []
+        images = sorted({"image", "images"} & set(columns))
+        if images:
+            raise ValueError(
+                f"{name}, column {images[0]!r}: omni prompts hold video, audio and subtitles. Give an image as a one-frame "
+                "video, or drop the column."
+            )
+        if not isinstance(dataset, Dataset):
+            return dataset
+        registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
+        self.registries[name] = registry
+        if registry.left_out and self.ranks.rank == 0:
+            print(f"{name}: {len(registry.left_out)} of {len(dataset)} rows left out: {registry.summary()}")
+        return registry.usable_dataset()
+
+    @property
+    def quarantined(self) -> list[QuarantinedRow]:
+        return [row for registry in self.registries.values() for row in registry.quarantined.values()]
+
+    def encode(self, rows: Sequence[Row], evaluating: bool = False) -> tuple[list[Row], list[EncodedPrompt]]:
+        """
+        Encodes rows. One whose media cannot be used goes into quarantine, and the next usable row of its data set
+        stands in for it on all ranks. Every rank must call this together.
+
+        Returns:
+            the rows that are really used, and their prompts.
+
+        Raises:
+            MediaError: for a row of a streamed data set, for which nothing can stand in.
+        """
+        encoded: dict[str, EncodedPrompt] = {}
+        while True:
+            rows = [self.usable(row, evaluating) for row in rows]
+            keys = [self.builder.spec(row).key for row in rows]
+            failed: list[tuple[str, MediaError]] = []
+            for key, row in dict(zip(keys, rows, strict=True)).items():
+                if key not in encoded:
+                    try:
+                        encoded[key] = self.builder.encode(row)
+                    except MediaError as error:
+                        failed.append((key, error))
+            failed = self.ranks.gather(failed)
+            if not failed:
+                return rows, [encoded[key] for key in keys]
+            for key, error in failed:
+                registries = [registry for registry in self.registries.values() if key in registry]
+                if not registries:
+                    raise error
+                for registry in registries:
+                    registry.add(key, error)
+
+    def usable(self, row: Row, evaluating: bool = False) -> Row:
+        """The row, or the one of its data set that stands in for it, with the same columns."""
+        key = self.builder.spec(row).key
+        names = sorted(self.registries, key=lambda name: name.startswith("train") == evaluating)
+        for registry in (self.registries[name] for name in names):
+            if key in registry.quarantined:
+                stand_in = registry.substitute(key)
+                return {name: stand_in.get(name) for name in row}
+        return row
+
+    def encode_each(self, rows: Sequence[Row]) -> list[EncodedPrompt | None]:
+        """Encodes rows without replacing any: `None` stands where the media cannot be used. Not a collective call."""
+        encoded: dict[str, EncodedPrompt | None] = {}
+        keys = [self.builder.spec(row).key for row in rows]
+        for key, row in zip(keys, rows, strict=True):
+            if key not in encoded:
+                try:
+                    encoded[key] = self.builder.encode(row)
+                except MediaError as error:
+                    logger.warning("A row is left out: %s", error)
+                    encoded[key] = None
+        return [encoded[key] for key in keys]
