@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from maple_trl.data.daily_omni import load_daily_omni
+from maple_trl.job_args import OmniModelConfig
 from maple_trl.modalities import ModalityTag
-from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.rewards import accuracy_reward, format_reward
-from maple_trl.train import OmniModelConfig, choose_parameters
+from maple_trl.train import choose_parameters, load_model_and_processor
 from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
@@ -84,15 +84,14 @@ def main() -> None:
         parser.error("--data is missing: the folder that holds Daily-Omni's qa.json and Videos")
 
     training_args.media_root = data_args.data
-    model = load_model(model_args.model_name_or_path, dtype=model_args.dtype)
-    processor = load_processor(model_args.model_name_or_path)
+    model, processor = load_model_and_processor(model_args, training_args)
     trainer = OmniGRPOTrainer(
         model=model,
         reward_funcs=[form_reward, format_reward, accuracy_reward],
         args=training_args,
         train_dataset=load_daily_omni(data_args.data, tags=data_args.tags),
         processing_class=processor,
-        peft_config=choose_parameters(model, processor, model_args),
+        peft_config=choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0),
     )
     trainer.train()
     trainer.save_model()

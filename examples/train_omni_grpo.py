@@ -18,35 +18,42 @@ from pathlib import Path
 
 from maple_trl import OmniGRPOTrainer
 from maple_trl.evaluation import sampled_accuracy
-from maple_trl.omni.loading import load_model, load_processor
-from maple_trl.rewards import accuracy_reward, format_reward
-from maple_trl.train import choose_parameters, load_datasets, parse_args
+from maple_trl.job_args import parse_args
+from maple_trl.rewards import accuracy_reward
+from maple_trl.train import (
+    checkpoint_to_resume,
+    choose_parameters,
+    load_datasets,
+    load_model_and_processor,
+    load_rewards,
+)
 
 
 def main() -> None:
     script_args, training_args, model_args = parse_args(sys.argv[1:])
+    checkpoint = checkpoint_to_resume(training_args)
 
     # Rows hold a conversational prompt, a tag, a solution, and paths of media below media_root.
     data, training_args.media_root = load_datasets(script_args, training_args.media_root)
-    model = load_model(model_args.model_name_or_path, dtype=model_args.dtype)
-    processor = load_processor(model_args.model_name_or_path)
+    questions = data[script_args.dataset_test_split]
+    model, processor = load_model_and_processor(model_args, training_args)
 
     trainer = OmniGRPOTrainer(
         model=model,
-        reward_funcs=[format_reward, accuracy_reward],
+        reward_funcs=load_rewards(script_args.rewards),
         args=training_args,
-        train_dataset=data["train"],
+        train_dataset=data[script_args.dataset_train_split],
         processing_class=processor,
-        peft_config=choose_parameters(model, processor, model_args),
+        peft_config=choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0),
     )
 
     def accuracy() -> dict[str, float]:
         """What the policy answers now, sampled as in training: accuracy by tag, and over all under `all`."""
-        questions = {"questions_per_tag": script_args.eval_questions_per_tag, "seed": training_args.seed}
-        return sampled_accuracy(trainer.generate_completions, data["test"], accuracy_reward, **questions).accuracy
+        settings = {"questions_per_tag": script_args.eval_questions_per_tag, "seed": training_args.seed}
+        return sampled_accuracy(trainer.generate_completions, questions, accuracy_reward, **settings).accuracy
 
     before = accuracy()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = accuracy()
 
     trainer.save_model()

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command line without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        `int`: 0; 1 when `env` found something broken; 2 when the job is described wrongly.
+        `int`: 0; 1 when `env` found something broken; 2 when the job is described wrongly; 130 when interrupted.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -93,13 +93,21 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
     if not words:
         print("maple-trl train: name a job: --config FILE (maple-trl train --help)", file=sys.stderr)
         return 2
-    from maple_trl.train import SetupError, parse_args, run
+    from maple_trl.job_args import SetupError, parse_args
 
     try:
-        run(*parse_args(words))
+        job = parse_args(words)
+        from maple_trl.train import run
+
+        run(*job)
     except SetupError as error:
         print(f"maple-trl train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "maple-trl train: stopped; --resume_from_checkpoint true goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130
     return 0
 
 
@@ -107,13 +115,13 @@ def _print_train_help(parser: argparse.ArgumentParser, everything: bool) -> None
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     print(commands.choices["train"].format_help())
     if everything:
-        from maple_trl.train import make_parser
+        from maple_trl.job_args import make_parser
 
         job = make_parser()
     else:
         from trl import TrlParser
 
-        from maple_trl.train import OmniModelConfig, OmniScriptArguments
+        from maple_trl.job_args import OmniModelConfig, OmniScriptArguments
 
         job = TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
     job.usage = argparse.SUPPRESS

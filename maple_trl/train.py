@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
-import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# trl and its dataclasses without a trainer take a tenth of a second; torch and transformers are imported where they are
-# needed, so that the command line can show its help without them.
-from trl import ModelConfig
-
-from maple_trl.modalities import ModalityTag
+from maple_trl.evaluation.report import as_json, print_summary, write_atomically, write_metrics
+from maple_trl.job_args import SCOPES, OmniModelConfig, OmniScriptArguments, SetupError, parse_args
 
 
 if TYPE_CHECKING:
@@ -31,293 +25,10 @@ if TYPE_CHECKING:
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
+__all__ = ["OmniModelConfig", "OmniScriptArguments", "SetupError", "build_trainer", "parse_args", "run"]
+
 BUILTIN_DATASETS = ("builtin:seven-tags",)
-SCOPES = ("vision", "audio", "projectors", "llm")
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-
-
-class SetupError(ValueError):
-    """The job is described wrongly: an unknown key, a data set or reward that is not there. The message says which."""
-
-
-@dataclass
-class OmniScriptArguments:
-    r"""
-    What the job reads, rewards and reports.
-
-    Args:
-        dataset_name (`str`):
-            `builtin:seven-tags` (written into the user's cache when it is first used), a `.parquet`, `.json` or
-            `.jsonl` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
-            `save_to_disk`, or a Hub id. While `media_root` is left at `.`, local data have their own folder as media
-            root.
-        dataset_config (`str`, *optional*):
-            Configuration of a Hub data set.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split for evaluation; needed only where something is evaluated.
-        rewards (`list[str]`, *optional*, defaults to `["format_reward", "accuracy_reward"]`):
-            Reward functions: names from `maple_trl.rewards`, or `module:function`. Weights are `reward_weights`.
-        evaluate_before_after (`bool`, *optional*, defaults to `False`):
-            Measure sampled accuracy per tag before and after training.
-        eval_questions_per_tag (`int`, *optional*, defaults to `64`):
-            Most questions of each tag in that measurement.
-        summary_file (`str`, *optional*):
-            Where the summary goes; default `summary.json` in `output_dir`.
-        metrics_file (`str`, *optional*):
-            Where the logged metrics go, one JSON object a line; default `metrics.jsonl` in `output_dir`.
-        plot_file (`str`, *optional*):
-            Where the plot goes; default `training.png` in `output_dir`.
-    """
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data: 'builtin:seven-tags', a .parquet/.json/.jsonl file, a folder with one such file per split or "
-            "made by save_to_disk, or a Hub id. While media_root is '.', local data have their own folder as media root."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split for evaluation; needed only where something is evaluated."}
-    )
-    rewards: list[str] = field(
-        default_factory=lambda: ["format_reward", "accuracy_reward"],
-        metadata={"help": "Reward functions: names from maple_trl.rewards, or module:function."},
-    )
-    evaluate_before_after: bool = field(
-        default=False, metadata={"help": "Measure sampled accuracy per tag before and after training."}
-    )
-    eval_questions_per_tag: int = field(
-        default=64, metadata={"help": "Most questions of each tag in that measurement."}
-    )
-    summary_file: str | None = field(
-        default=None, metadata={"help": "Where the summary goes (default: summary.json in output_dir)."}
-    )
-    metrics_file: str | None = field(
-        default=None, metadata={"help": "Where the logged metrics go (default: metrics.jsonl in output_dir)."}
-    )
-    plot_file: str | None = field(
-        default=None, metadata={"help": "Where the plot goes (default: training.png in output_dir)."}
-    )
-
-    def __post_init__(self):
-        if not self.rewards:
-            raise ValueError("rewards must name at least one reward function, e.g. accuracy_reward")
-        if self.eval_questions_per_tag < 1:
-            raise ValueError(f"eval_questions_per_tag must be positive, got {self.eval_questions_per_tag}")
-
-
-@dataclass
-class OmniModelConfig(ModelConfig):
-    r"""
-    [`~trl.ModelConfig`] with switches for the parts of an omni model.
-
-    Args:
-        lora_vision, lora_audio, lora_projectors, lora_llm (`bool`, *optional*, defaults to `True`):
-            Parts that get LoRA adapters; with `use_peft` only.
-        freeze_vision, freeze_audio, freeze_projectors, freeze_llm (`bool`, *optional*, defaults to `False`):
-            Parts that full fine-tuning leaves as they are; without `use_peft` only.
-
-    Raises:
-        ValueError: for a switch that would have no effect, and for options of `ModelConfig` that omni models do not
-            support.
-    """
-
-    lora_vision: bool = field(default=True, metadata={"help": "LoRA on the vision encoder (with use_peft)."})
-    lora_audio: bool = field(default=True, metadata={"help": "LoRA on the audio encoder (with use_peft)."})
-    lora_projectors: bool = field(default=True, metadata={"help": "LoRA on the projectors (with use_peft)."})
-    lora_llm: bool = field(default=True, metadata={"help": "LoRA on the language model (with use_peft)."})
-    freeze_vision: bool = field(
-        default=False, metadata={"help": "Do not train the vision encoder (full fine-tuning)."}
-    )
-    freeze_audio: bool = field(default=False, metadata={"help": "Do not train the audio encoder (full fine-tuning)."})
-    freeze_projectors: bool = field(
-        default=False, metadata={"help": "Do not train the projectors (full fine-tuning)."}
-    )
-    freeze_llm: bool = field(default=False, metadata={"help": "Do not train the language model (full fine-tuning)."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.use_peft and self.frozen:
-            raise ValueError(
-                f"{_listed('freeze', self.frozen)} has no effect with use_peft: LoRA freezes the whole base model. Choose "
-                "what is adapted with lora_vision, lora_audio, lora_projectors, lora_llm."
-            )
-        not_adapted = [scope for scope in SCOPES if scope not in self.adapted]
-        if not self.use_peft and not_adapted:
-            raise ValueError(
-                f"{_listed('lora', not_adapted)}: false has no effect without use_peft. Set use_peft: true, or freeze "
-                f"parts of full fine-tuning with {_listed('freeze', not_adapted)}."
-            )
-        if self.use_peft and not self.adapted:
-            raise ValueError(f"use_peft needs at least one of {_listed('lora', SCOPES)}")
-        if self.lora_target_modules or self.lora_target_parameters:
-            raise ValueError(f"lora_target_modules is replaced by {_listed('lora', SCOPES)}")
-        if self.lora_task_type != "CAUSAL_LM":
-            raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {self.lora_task_type!r}")
-        if self.load_in_4bit or self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit are not supported for omni models in this version")
-
-    @property
-    def adapted(self) -> list[str]:
-        """Scopes with LoRA switched on."""
-        return [scope for scope in SCOPES if getattr(self, f"lora_{scope}")]
-
-    @property
-    def frozen(self) -> list[str]:
-        """Scopes that full fine-tuning leaves out."""
-        return [scope for scope in SCOPES if getattr(self, f"freeze_{scope}")]
-
-
-def _listed(prefix: str, scopes: Sequence[str]) -> str:
-    return ", ".join(f"{prefix}_{scope}" for scope in scopes)
-
-
-# Arguments
-
-
-def make_parser():
-    """The [`~trl.TrlParser`] of a training job; it reports errors as [`SetupError`] instead of ending the process."""
-    from trl import TrlParser
-
-    from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
-
-    class JobParser(TrlParser):
-        def error(self, message):
-            raise SetupError(message)
-
-    types = (OmniScriptArguments, OmniGRPOConfig, OmniModelConfig)
-    return JobParser(types, prog="maple-trl train", allow_abbrev=False, add_help=False)
-
-
-def parse_args(argv: Sequence[str]) -> tuple[OmniScriptArguments, OmniGRPOConfig, OmniModelConfig]:
-    """
-    Reads `--config FILE` and the overrides behind it; what stands on the command line wins.
-
-    Args:
-        argv (`Sequence[str]`):
-            Command line without the program's name.
-
-    Returns:
-        `tuple`: script, training and model arguments.
-
-    Raises:
-        SetupError: for a key that no dataclass has (naming the closest one that exists), a value of the wrong type, a
-            key given twice, an unreadable file, and whatever the dataclasses reject.
-    """
-    parser = make_parser()
-    path, options = _split_config(argv)
-    if path is not None:
-        config = _read_config(path)
-        environment = config.pop("env", None) or {}
-        if not isinstance(environment, Mapping):
-            raise SetupError(f"{path}: env must be a mapping of variable names to values")
-        parser.set_defaults_with_config(**_checked(parser, config, path))
-        os.environ.update({key: str(value) for key, value in environment.items()})
-    unknown = parser.parse_known_args(options)[1]
-    if unknown:
-        flag = next((text for text in unknown if text.startswith("-")), None)
-        if flag is None:
-            raise SetupError(f"unexpected value {unknown[0]!r}; options are written --name value")
-        name = flag.split("=")[0].lstrip("-")
-        raise SetupError(f"unknown option --{name}{_closest(name.replace('-', '_'), _keys(parser), '--')}")
-    try:
-        return parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
-    except (ValueError, TypeError) as error:
-        raise SetupError(str(error)) from error
-
-
-def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config` (in either spelling, the last one counts) and the other arguments."""
-    path, rest, words = None, [], iter(argv)
-    for word in words:
-        if word == "--config":
-            path = next(words, None)
-            if path is None:
-                raise SetupError("--config needs a file name")
-        elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    return path, rest
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that is written twice, of which YAML would silently take the last."""
-
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise SetupError(f"{path}: line {key_node.start_mark.line + 1}: {key!r} is given twice")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
-
-    try:
-        config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader: it builds plain data only
-    except OSError as error:
-        raise SetupError(f"cannot read the config file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(config, dict):
-        raise SetupError(f"{path} must hold a mapping of option names to values, as recipes/demo.yaml does")
-    return config
-
-
-def _keys(parser) -> dict[str, Any]:
-    """Actions of a parser by the name under which a config file gives their value."""
-    return {action.dest: action for action in reversed(parser._actions)}
-
-
-def _closest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{close[0]}?" if close else "; `maple-trl train --help-all` lists all options"
-
-
-def _checked(parser, config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The values of a config file, held to the types that the command line enforces."""
-    actions = _keys(parser)
-    checked = {}
-    for key, value in config.items():
-        if key not in actions:
-            raise SetupError(f"{path}: unknown key {key!r}{_closest(str(key), actions)}")
-        action = actions[key]
-        if action.nargs == "+" and value is not None and not isinstance(value, list):
-            value = [value]
-        if value is False and key.endswith("_strategy"):
-            value = "no"  # YAML reads a bare no as false
-        for item in value if isinstance(value, list) else [value]:
-            _check_value(action, key, item, path)
-        checked[key] = value
-    return checked
-
-
-def _check_value(action, key: str, value: Any, path: str) -> None:
-    if value is None or isinstance(value, dict):
-        return
-    if action.choices is not None and value not in action.choices:
-        raise SetupError(f"{path}: {key} must be one of {', '.join(map(repr, action.choices))}, got {value!r}")
-    is_switch = getattr(action.type, "__name__", "") == "string_to_bool" or action.nargs == 0
-    wanted = getattr(action.type, "__name__", "")
-    if isinstance(value, str):
-        wrong = False  # the parser converts text itself, as on the command line
-    elif is_switch:
-        wanted, wrong = "true or false", not isinstance(value, bool)
-    elif wanted == "int":
-        wanted, wrong = "a whole number", isinstance(value, bool) or not isinstance(value, int)
-    elif wanted == "float":
-        wanted, wrong = "a number", isinstance(value, bool) or not isinstance(value, int | float)
-    else:
-        wrong = False
-    if wrong:
-        raise SetupError(f"{path}: {key} must be {wanted}, got {value!r}")
 
 
 # Parts of a job
@@ -349,8 +60,8 @@ def load_rewards(names: Sequence[str]) -> list[Callable]:
             sys.path.insert(0, os.getcwd())
         try:
             function = getattr(importlib.import_module(module_name), function_name)
-        except (ImportError, AttributeError) as error:
-            raise SetupError(f"cannot load the reward {name!r}: {error}") from error
+        except Exception as error:  # the module is the user's: importing it can fail in any way
+            raise SetupError(f"cannot load the reward {name!r}: {type(error).__name__}: {error}") from error
         if not callable(function):
             raise SetupError(f"the reward {name!r} is no function but {type(function).__name__}")
         found.append(function)
@@ -397,7 +108,9 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
         try:
             splits = load_dataset(name, script_args.dataset_config)
         except (OSError, ValueError, DatasetsError) as error:
-            raise SetupError(f"cannot load the data set {name!r}: {error}") from error
+            raise SetupError(
+                f"cannot load the data set {name!r}: there is no such local folder, and as a Hub id: {error}"
+            ) from error
     if wanted[0] not in splits:
         raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
     root = media_root if folder is None or media_root != "." else str(folder.resolve())
@@ -428,8 +141,9 @@ def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
     reader = _READERS[Path(next(iter(files.values()))[0]).suffix]
     try:
         return load_dataset(reader, data_files=files)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise SetupError(f"cannot read {path}: {error.__cause__ or error}") from error
+    except (OSError, ValueError, DatasetsError, StopIteration) as error:
+        reason = error.__cause__ or error
+        raise SetupError(f"cannot read {path}: {reason if str(reason) else 'it holds no row'}") from error
 
 
 def _shards(folder: Path, split: str) -> list[str]:
@@ -519,9 +233,9 @@ def build_trainer(
     Raises:
         SetupError: when a part that the arguments name is not there.
     """
-    from maple_trl.omni.prompt import RowError
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
 
+    _check_writable(training_args.output_dir)
     rewards = load_rewards(script_args.rewards)
     splits, training_args.media_root = load_datasets(script_args, training_args.media_root)
     test = splits.get(script_args.dataset_test_split)
@@ -531,8 +245,8 @@ def build_trainer(
             f"{script_args.dataset_name} has no split {script_args.dataset_test_split!r} to evaluate on; name another "
             "with dataset_test_split, or switch off evaluate_before_after and eval_strategy"
         )
-    model, processor = load_model_and_processor(model_args, training_args)
     try:
+        model, processor = load_model_and_processor(model_args, training_args)
         trainer = OmniGRPOTrainer(
             model=model,
             reward_funcs=rewards,
@@ -542,9 +256,19 @@ def build_trainer(
             processing_class=processor,
             peft_config=choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0),
         )
-    except RowError as error:
-        raise SetupError(f"{script_args.dataset_name}: {error}") from error
+    except (ValueError, OSError, RuntimeError) as error:  # nothing has been trained: what is described does not fit
+        raise SetupError(str(error)) from error
     return trainer, test
+
+
+def _check_writable(output_dir: str | None) -> None:
+    """Before the model is loaded: can results be written?"""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise SetupError(f"output_dir: cannot write into {output_dir}: {error}") from error
 
 
 def checkpoint_to_resume(training_args: OmniGRPOConfig) -> str | None:
@@ -569,6 +293,8 @@ def checkpoint_to_resume(training_args: OmniGRPOConfig) -> str | None:
         return last
     if not os.path.isdir(wanted):
         raise SetupError(f"resume_from_checkpoint: there is no folder {wanted}")
+    if not os.path.exists(os.path.join(wanted, "trainer_state.json")):
+        raise SetupError(f"resume_from_checkpoint: {wanted} is no checkpoint, or one that was not written to its end")
     return str(wanted)
 
 
@@ -586,7 +312,7 @@ def run(
 
     Returns:
         `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
-        `evaluate_before_after`), `questions` (how many stand behind each), `seconds` (the whole job), `train_seconds`,
+        `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job), `train_seconds`,
         `steps`, `model`, `dataset`.
 
     Raises:
@@ -610,6 +336,7 @@ def run(
         "before": before and before.accuracy,
         "after": after and after.accuracy,
         "questions": after and after.questions,
+        "unusable": after and after.unusable,
         "seconds": round(time.monotonic() - started, 2),
         "train_seconds": round(train_seconds, 2),
         "steps": trainer.state.global_step,
@@ -621,7 +348,7 @@ def run(
         plot_path = _place(script_args.plot_file, training_args, "training.png")
         summary_path = _place(script_args.summary_file, training_args, "summary.json")
         _draw(trainer.state.log_history, summary["before"], summary["after"], plot_path)
-        write_atomically(summary_path, json.dumps(_plain(summary), indent=2) + "\n")
+        write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
         print_summary(summary, training_args.output_dir)
     trainer.accelerator.end_training()
     return summary
@@ -653,70 +380,3 @@ def _draw(log_history: list[dict], before: Mapping | None, after: Mapping | None
         plot_training(log_history, before, after, path)
     except ImportError as error:
         print(f"no plot: {error}")
-
-
-# Results
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(scratch, 0o666 & ~_umask())
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
-
-
-def _umask() -> int:
-    """The process's umask; a scratch file is private, the finished one is not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes a trainer's log as JSON lines; values that JSON cannot hold (NaN, infinity) become `null`."""
-    write_atomically(path, "".join(json.dumps(_plain(entry)) + "\n" for entry in log_history))
-
-
-def _plain(value: Any) -> Any:
-    """A value as strict JSON knows it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def accuracy_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Before and after by tag, in canonical order and `all` last."""
-    names = [*(tag.value for tag in ModalityTag), "all"]
-    return [(name, before[name], after[name]) for name in names if name in before and name in after]
-
-
-def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
-    """Prints accuracy per tag before and after, and where the results are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if summary["before"] is not None:
-        table = Table(title="Sampled accuracy", title_justify="left")
-        table.add_column("tag")
-        for column in ("before", "after", "change"):
-            table.add_column(column, justify="right")
-        for name, old, new in accuracy_rows(summary["before"], summary["after"]):
-            if name == "all":
-                table.add_section()
-            table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
-        console.print(table)
-    steps, seconds = summary["steps"], summary["seconds"]
-    console.print(f"{steps} steps, {seconds:.0f} s in all; results in {output_dir}", highlight=False)

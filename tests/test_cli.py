@@ -15,7 +15,9 @@ from rich.console import Console
 
 from maple_trl import cli, train
 from maple_trl.doctor import print_report
-from maple_trl.train import OmniModelConfig, OmniScriptArguments, SetupError, load_datasets, load_rewards, parse_args
+from maple_trl.evaluation import report
+from maple_trl.job_args import OmniModelConfig, OmniScriptArguments, SetupError, parse_args
+from maple_trl.train import load_datasets, load_rewards
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,17 +294,17 @@ def test_checkpoint_to_resume(tmp_path):
 
 def test_files_are_replaced_as_a_whole(tmp_path):
     path = tmp_path / "deep" / "summary.json"
-    train.write_atomically(path, "old")
+    report.write_atomically(path, "old")
     with pytest.raises(TypeError):
-        train.write_atomically(path, b"no text")
+        report.write_atomically(path, b"no text")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~train._umask()
+    assert path.stat().st_mode & 0o777 == 0o666 & ~report._umask()
 
 
 def test_metrics_are_strict_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    train.write_metrics([{"step": 1, "reward": math.nan, "more": [math.inf, 2]}, {"step": 2}], path)
+    report.write_metrics([{"step": 1, "reward": math.nan, "more": [math.inf, 2]}, {"step": 2}], path)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert rows == [{"step": 1, "reward": None, "more": [None, 2]}, {"step": 2}]
 
@@ -311,7 +313,7 @@ def test_summary_table(monkeypatch, capsys):
     monkeypatch.setattr("rich.console.Console", lambda: Console(width=100, file=sys.stdout))
     before, after = {"all": 0.5, "V": 0.25, "VAS": 0.75}, {"all": 0.75, "V": 0.5, "VAS": 1.0}
     summary = {"before": before, "after": after, "seconds": 12.4, "steps": 3}
-    train.print_summary(summary, "runs/x")
+    report.print_summary(summary, "runs/x")
     lines = capsys.readouterr().out.splitlines()
     body = [line.split("│")[1:-1] for line in lines if "│" in line]
     assert [[cell.strip() for cell in row] for row in body] == [
@@ -535,7 +537,7 @@ def test_train_names_the_row_that_is_no_prompt(tmp_path, capsys):
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     words = [*SHORT, "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     assert cli.main(["train", *words, "--evaluate_before_after", "false"]) == 2
-    assert re.search(r"maple-trl train: .*row 1 of the data set: .*'VX'", capsys.readouterr().err)
+    assert re.search(r"maple-trl train: .*train_dataset, row 1: .*'VX'", capsys.readouterr().err)
 
 
 def test_train_without_a_model(tmp_path):

@@ -25,12 +25,14 @@ def dataset(conversational):
 
 
 def run(trainer_class, config_class, model, processing_class, folder, data, **options):
+    options = {"max_completion_length": 6} | options
+    if options["max_completion_length"] > 6:  # many tokens end a completion, so that lengths differ
+        model.generation_config.eos_token_id = list(range(0, 400, 6))
     args = config_class(
         output_dir=str(folder),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         num_generations=4,
-        max_completion_length=6,
         max_steps=3,
         learning_rate=1e-3,
         logging_steps=1,
@@ -67,6 +69,9 @@ CASES = {
     "grpo loss": {"loss_type": "grpo"},
     "bnpo, reference model": {"loss_type": "bnpo", "beta": 0.1},
     "two iterations": {"num_iterations": 2, "epsilon_high": 0.3},
+    "several steps per rollout": {"steps_per_generation": 4, "num_iterations": 2},
+    "bnpo loss, lengths differ": {"loss_type": "bnpo", "max_completion_length": 12},
+    "high-entropy tokens": {"top_entropy_quantile": 0.5, "max_completion_length": 12},
     "padded to a multiple, no checkpointing": {"pad_to_multiple_of": 8, "gradient_checkpointing": False},
 }
 
@@ -109,6 +114,8 @@ def test_same_losses_gradients_and_weights(kind, options, tmp_path):
     for name, value in expected[2].items():
         torch.testing.assert_close(ours[2][name], value, rtol=1e-4, atol=1e-6)
     assert max(entry["grad_norm"] for entry in expected[0]) > 1e-3
+    if options.get("max_completion_length"):
+        assert expected[0][0]["completions/min_length"] < expected[0][0]["completions/max_length"]
 
 
 def test_another_model_is_told_apart(tmp_path):

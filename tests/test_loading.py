@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build_tiny, save_tiny, save_tiny_full
+from tiny_models import build_tiny, build_tiny_text, save_tiny, save_tiny_full
 
 from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
 
@@ -51,3 +51,16 @@ def test_an_unknown_architecture_is_named(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ValueError, match="no architecture 'NoSuchModel'"):
         load_model(str(folder))
+
+
+def test_an_adapter_is_not_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a LoRA adapter, not a model: merge it"):
+        load_model(str(tmp_path))
+
+
+def test_the_processor_of_a_text_model_is_its_tokenizer(tmp_path):
+    model, tokenizer = build_tiny_text()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_processor(str(tmp_path)).padding_side == "left"

@@ -269,6 +269,34 @@ def test_unused_towers_can_be_touched_without_moving_anything(name, seven_tags):
     assert reached and reached == {n for n, p in towers.items() if p.grad is not None}
 
 
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_touched_towers_run_once_in_a_generation(name, seven_tags):
+    """Sharded towers run in the prefill on every rank, whatever its rows hold, and in no decoding step."""
+    folder, dataset = seven_tags
+    model, processor, builder = setup(name, folder)
+    prompts = [builder.encode(row) for row in rows_of(name, dataset)]
+    text = [prompt for prompt in prompts if not prompt.kinds]
+    calls = []
+    core = builder.family.core(model)
+    towers = [
+        tower for tower in (getattr(core, "visual", None), getattr(core, "audio_tower", None)) if tower is not None
+    ]
+    for tower in towers:
+        tower.register_forward_pre_hook(lambda *a: calls.append(1), with_kwargs=True)
+
+    def generate(batch, touch):
+        inputs, width = batched(batch, torch.empty(len(batch), 0, dtype=torch.long), processor.tokenizer.pad_token_id)
+        inputs["position_ids"] = generation_position_ids(batch, width)
+        settings = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": builder.family.suppressed_ids}
+        with torch.no_grad(), serve_media(builder.family, model, batch, touch_all_towers=touch):
+            return model.generate(**inputs, **settings)
+
+    for batch in (prompts, text):
+        calls.clear()
+        assert torch.equal(generate(batch, touch=True), generate(batch, touch=False))
+    assert len(calls) == len(towers)  # of the text rows: the prefill with touch, nothing without
+
+
 def test_padding_silence_does_not_change_mel_frames():
     """Short padding gives the mel frames that the extractor's own long padding gives."""
     for name in ("qwen2_5_omni", "qwen3_omni"):

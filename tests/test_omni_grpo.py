@@ -1,21 +1,25 @@
 """OmniGRPOTrainer through `train()`: what rows are fed, what reaches the loss, and the ways to train."""
 
+import functools
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from omni_runs import build_trainer, one_row_per_tag, spread_reward
+from omni_runs import build_config, build_trainer, one_row_per_tag, spread_reward
 from safetensors.torch import load_file
 from test_mixed_batches import alone_by_transformers
-from tiny_models import build_tiny, save_tiny, save_tiny_full
+from tiny_models import build_tiny, build_tiny_text, save_tiny, save_tiny_full
 from transformers import AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from maple_trl import ModalityTag, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.data.synthetic import write_seven_tags
+from maple_trl.omni import media
 from maple_trl.omni.encoded import MediaMismatchError
+from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config, freeze
 
@@ -239,16 +243,41 @@ def test_media_tokens_are_logged_per_modality(seven_tags):
 # Work done once
 
 
-def test_clips_are_decoded_once_and_the_next_batch_meanwhile(seven_tags):
+@pytest.mark.parametrize("options", [{}, {"max_media_tokens": 14}], ids=["free", "within a budget"])
+def test_clips_are_decoded_once(seven_tags, options):
     folder, dataset = seven_tags
-    trainer = build_trainer(folder, dataset, max_steps=14, num_iterations=2)
-    ahead = []
-    original = trainer.loader.prefetch
-    trainer.loader.prefetch = lambda calls: ahead.append(len(list(calls))) or original([])
+    # Of one tag, for a clip that two rows need in two sizes is decoded in both.
+    rows = dataset.filter(lambda r: r["tag"] == "VA") if options else dataset
+    trainer = build_trainer(folder, rows, max_steps=14, num_iterations=2, **options)
     trainer.train()
-    assert sum(ahead) > 0
     decodes = trainer.loader.decodes
     assert decodes and set(decodes.values()) == {1}
+
+
+def test_decoding_of_the_next_batch_overlaps_with_the_step(seven_tags, monkeypatch):
+    """Clips of later batches are decoded by background threads, while the main thread is within a training step."""
+    folder, dataset = seven_tags
+    by_thread, within_step = {"main": 0, "background": 0}, []
+    in_step = threading.Event()
+    original = media.decode_video
+
+    def decode_video(source, *args, **kwargs):
+        main = threading.current_thread() is threading.main_thread()
+        by_thread["main" if main else "background"] += 1
+        if not main:
+            within_step.append(in_step.wait(timeout=60))
+        return original(source, *args, **kwargs)
+
+    class Watched(OmniGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            in_step.set()
+            return super()._compute_loss(model, inputs)
+
+    monkeypatch.setattr(media, "decode_video", decode_video)
+    rows = dataset.filter(lambda r: r["tag"] == "V")
+    build_trainer(folder, rows, trainer_class=Watched, max_steps=2, shuffle_dataset=False).train()
+    assert by_thread == {"main": 2, "background": 2}  # two prompts a batch: the first has nothing before it
+    assert within_step == [True, True]
 
 
 def test_towers_see_each_prompt_once_in_every_pass(seven_tags):
@@ -397,8 +426,6 @@ SCOPES = {"vision": "visual.blocks", "audio": "audio_tower.layers", "projectors"
 def test_lora_adapts_the_chosen_scope_alone(seven_tags, scope, capsys):
     folder, dataset = seven_tags
     model, processor = build_tiny("qwen2_5_omni")
-    from maple_trl.omni.families import family_for
-
     switches = {name: name == scope for name in SCOPES}
     config = build_lora_config(model, family_for(model, processor), **switches, r=2, alpha=4)
     table = capsys.readouterr().out
@@ -423,8 +450,6 @@ def test_lora_adapts_the_chosen_scope_alone(seven_tags, scope, capsys):
 
 def test_lora_on_every_scope_trains_and_merges(seven_tags, tmp_path):
     from peft import PeftModel
-
-    from maple_trl.omni.families import family_for
 
     folder, dataset = seven_tags
     path = save_tiny("qwen2_5_omni", tmp_path / "base")
@@ -459,8 +484,6 @@ def test_lora_on_every_scope_trains_and_merges(seven_tags, tmp_path):
 
 
 def test_lora_without_a_match_fails(seven_tags):
-    from maple_trl.omni.families import family_for
-
     model, processor = build_tiny("qwen2_5_omni")
     family = family_for(model, processor)
     off = dict.fromkeys(SCOPES, False)
@@ -472,8 +495,6 @@ def test_lora_without_a_match_fails(seven_tags):
 
 
 def test_frozen_towers_stay_and_the_rest_moves(seven_tags):
-    from maple_trl.omni.families import family_for
-
     folder, dataset = seven_tags
     model, processor = build_tiny("qwen2_5_omni")
     counts = freeze(model, family_for(model, processor), "vision", "audio")
@@ -545,6 +566,107 @@ def test_model_by_name_loads_its_own_processor(seven_tags, tmp_path):
     trainer.train()
 
 
-def test_default_config_is_named_after_the_model(tmp_path, monkeypatch):
+def test_the_output_folder_is_named_after_the_model(seven_tags, tmp_path, monkeypatch):
+    folder, dataset = seven_tags
     monkeypatch.chdir(tmp_path)
-    assert OmniGRPOConfig(output_dir="x", use_cpu=True, bf16=False).modality_access == "required"
+    model, tokenizer = build_tiny_text()
+    model.config._name_or_path = "org/tiny-model/"
+    settings = {"use_cpu": True, "bf16": False}
+    monkeypatch.setattr(OmniGRPOConfig, "__init__", functools.partialmethod(OmniGRPOConfig.__init__, **settings))
+    data = Dataset.from_dict({"prompt": ["a", "b", "c"]})
+    trainer = OmniGRPOTrainer(model, spread_reward, train_dataset=data, processing_class=tokenizer)
+    assert trainer.args.output_dir == "tiny-model-Omni-GRPO"
+
+
+def test_the_callers_arguments_stay_as_they_are(seven_tags):
+    folder, dataset = seven_tags
+    args = build_config(folder, model_init_kwargs={"dtype": "float32"})
+    model, processor = build_tiny("qwen2_5_omni")
+    trainer = OmniGRPOTrainer(model, spread_reward, args, dataset, processing_class=processor)
+    assert args.generation_kwargs is None and args.model_init_kwargs == {"dtype": "float32"}
+    assert trainer.generation_config.suppress_tokens == trainer.family.suppressed_ids
+
+
+def test_the_reference_model_is_loaded_as_the_policy_was(seven_tags, tmp_path):
+    """Same revision and precision: a KL to another model would be wrong without a sign."""
+    folder, dataset = seven_tags
+    path = str(save_tiny("qwen2_5_omni", tmp_path))
+    loads = []
+
+    def load(name, **kwargs):
+        loads.append(kwargs)
+        return load_model(name, **{k: v for k, v in kwargs.items() if k != "revision"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maple_trl.trainers.omni_grpo.load_model", load)
+        patch.setattr(
+            "maple_trl.trainers.omni_grpo.load_processor", lambda name, **k: loads.append(k) or load_processor(name)
+        )
+        init = {"revision": "abc", "dtype": "bfloat16"}
+        trainer = build_trainer(
+            folder, dataset, model=path, processing_class=None, beta=0.1, model_init_kwargs=init, bf16=True
+        )
+    assert [kwargs.get("revision") for kwargs in loads] == ["abc"] * 3  # policy, processor, reference
+    assert trainer.ref_model.dtype is trainer.model.dtype is torch.bfloat16
+
+
+def test_a_tokenizer_with_media_is_refused(seven_tags):
+    """It would train on the text alone."""
+    folder, dataset = seven_tags
+    model, processor = build_tiny("qwen2_5_omni")
+    with pytest.raises(ValueError, match="reads media: pass the model's processor"):
+        build_trainer(folder, dataset, model=model, processing_class=processor.tokenizer)
+    model, tokenizer = build_tiny_text()
+    with pytest.raises(ValueError, match="train_dataset has the column 'subtitle'.*tokenizer, which reads no"):
+        build_trainer(folder, dataset, model=model, processing_class=tokenizer)
+
+
+def test_other_arguments_are_refused(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    model, processor = build_tiny("qwen2_5_omni")
+    with pytest.raises(TypeError, match="args must be an OmniGRPOConfig, got GRPOConfig"):
+        OmniGRPOTrainer(
+            model,
+            spread_reward,
+            GRPOConfig(str(tmp_path), use_cpu=True, bf16=False),
+            dataset,
+            processing_class=processor,
+        )
+    freeze(model, family_for(model, processor), *family_for(model, processor).scopes)
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match="Nothing is left to train"):
+        build_trainer(folder, dataset, model=model, processing_class=processor)
+
+
+def test_trains_with_sharded_towers_setting(seven_tags):
+    """What FSDP and ZeRO-3 switch on: every forward runs every tower. The numbers stay what they are."""
+    folder, dataset = seven_tags
+
+    class Sharded(OmniGRPOTrainer):
+        _touch_all_towers = True
+
+    rows = one_row_per_tag(dataset)
+    options = {"per_device_train_batch_size": 14, "gradient_accumulation_steps": 1, "num_generations": 2}
+    plain = grads_after_one_step(build_trainer(folder, rows, **options))
+    touched = grads_after_one_step(build_trainer(folder, rows, trainer_class=Sharded, **options))
+    assert plain.keys() == touched.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(touched[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_completions_are_logged(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    trainer = build_trainer(folder, dataset, log_completions=True, output_dir=str(tmp_path))
+    trainer.train()
+    [table] = (tmp_path / "completions").glob("*.parquet")
+    assert len(Dataset.from_parquet(str(table))) == 8
+
+
+def test_unused_columns_can_be_dropped(seven_tags):
+    folder, dataset = seven_tags
+    rows = Dataset.from_list(
+        [dict(row, video="gone.mp4" if i == 0 else row["video"]) for i, row in enumerate(dataset)]
+    )
+    trainer = build_trainer(folder, rows, remove_unused_columns=True, media_check="none", shuffle_dataset=False)
+    trainer.train()
+    assert trainer.state.log_history[0]["media/quarantined_prompts"] == 1

@@ -190,7 +190,7 @@ def test_ranks_meet_a_broken_clip_together(launched):
     counted = [entry["media/quarantined_prompts"] for entry in told[0]["log"] if "loss" in entry]
     assert counted == [0, 1]
     (entry,) = json.loads((launched / "out" / "broken" / "quarantine.json").read_text())
-    assert entry["row"] == 4 and entry["path"] == "broken.mp4" and entry["reason"] in ("unreadable", "no-frames")
+    assert entry["rows"] == [4] and entry["path"] == "broken.mp4" and entry["reason"] in ("unreadable", "no-frames")
     final = [weights(launched / "out", "broken", rank) for rank in (0, 1)]
     assert all(torch.equal(value, final[1][key]) for key, value in final[0].items())
 

@@ -151,6 +151,45 @@ def test_frames_shrink_into_the_token_budget(folder):
     assert caught.value.reason == "media-tokens"
 
 
+@pytest.mark.parametrize("text", ["日本語の字幕です。" * 8, "café déjà vu " * 8, "😀🎉" * 12])
+def test_a_shortened_subtitle_ends_between_characters(folder, text):
+    row = {"prompt": QUESTION, "subtitle": text, "tag": "S"}
+    free = builder(folder).encode(row)
+    for limit in range(len(free) - 40, len(free), 3):
+        prompt = builder(folder, max_prompt_length=limit).encode(row)
+        assert len(prompt) <= limit and "\ufffd" not in text_of(builder(folder), prompt)
+
+
+def test_a_subtitle_keeps_braces_and_its_file_may_not_spell_media(folder):
+    build = builder(folder, subtitle_template="{lang} {subtitle}")
+    assert "{lang} {red}" in text_of(build, build.encode({"prompt": QUESTION, "subtitle": "{red}"}))
+    (folder / "evil.srt").write_text(SRT.format("he said VIDEO").replace("VIDEO", "&lt;|VIDEO|&gt;"))
+    with pytest.raises(MediaError, match="reads as media") as caught:
+        build.encode({"prompt": QUESTION, "subtitle": "evil.srt"})
+    assert caught.value.reason == "bad-subtitle" and caught.value.path == "evil.srt"
+    assert build.spec({"prompt": QUESTION, "subtitle": "word.srt "}).subtitle_file
+
+
+def test_a_model_that_cannot_hear_is_not_fed_the_track(folder):
+    row = {"prompt": QUESTION, "video": "clip.mp4", "tag": "V"}
+    assert set(builder(folder, "qwen2_5_vl", modality_access="all").encode(row).media_tokens) == {"video"}
+
+
+def test_frames_by_rate_fit_a_budget_in_one_decode(folder):
+    write_video(folder / "long.mp4", frames=72, size=(96, 96))
+    limits = MediaLimits(num_frames=None, fps=4.0, min_pixels=784, max_pixels=96 * 96)
+    loader = MediaLoader(folder, limits)
+    build = PromptBuilder(family_for(*build_tiny("qwen2_5_omni")), loader, max_media_tokens=12)
+    prompt = build.encode({"prompt": QUESTION, "video": "long.mp4", "tag": "V"})
+    assert 0 < prompt.media_tokens["video"] <= 12 and set(loader.decodes.values()) == {1}
+
+
+def test_other_keys_of_a_message_stay(folder):
+    message = {"role": "assistant", "content": "ok", "name": "bob", "tool_calls": None}
+    spec = builder(folder).spec({"prompt": [*QUESTION, message]})
+    assert spec.messages[1] == {"role": "assistant", "name": "bob", "content": [{"type": "text", "text": "ok"}]}
+
+
 def test_truncation_shortens_the_subtitle_and_never_cuts_media(folder):
     row = {"prompt": QUESTION, "video": "clip.mp4", "subtitle": "words.srt", "tag": "VAS"}
     free = builder(folder).encode(row)
@@ -188,8 +227,25 @@ def test_audio_beyond_a_fixed_window_is_named(folder):
         ({"prompt": QUESTION, "video": 3}, "field 'video' is int; it must be a path"),
         ({"prompt": QUESTION, "audio": [[0.1, 0.2]]}, "field 'audio' is list.*keep decoded arrays out"),
         ({"prompt": QUESTION, "subtitle": ["x"]}, "field 'subtitle' is list"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "content block of type 'image'"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+            "holds the content block .'type': 'image'.; known are text",
+        ),
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "'video' block of field 'prompt' holds no"),
+        ({"prompt": ["color?"]}, "holds 'color.', which is not a message with 'role'"),
+        ({"prompt": [{"content": "hi"}]}, "which is not a message with 'role'"),
+        ({"prompt": [{"role": "user", "content": {"type": "text"}}]}, "whose content is"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "text \\(key 'text'\\)"),
+        ({"prompt": [{"role": "system", "content": "x"}], "video": "clip.mp4"}, "no user message"),
+        ({"prompt": [{"role": "user", "content": "what is <|AUDIO|>"}]}, "field 'prompt' holds the text '<.AUDIO.>'"),
+        ({"prompt": QUESTION, "subtitle": "a <|VIDEO|> b"}, "field 'subtitle' holds the text '<.VIDEO.>'"),
+        ({"prompt": QUESTION, "subtitle": "subs/clip.txt"}, "looks like a file; files that are read end in .srt"),
+        ({"prompt": QUESTION, "subtitle": "clip.ass"}, "looks like a file"),
+        ({"prompt": QUESTION, "video": "clip.mp4", "audio_in_video": "false"}, "'audio_in_video' is 'false'; it must"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "video", "video": "clip.mp4"}]}], "video": "other.mp4"},
+            "field 'video' and a 'video' block of field 'prompt' both name a file",
+        ),
         (
             {"prompt": QUESTION, "video": ["clip.mp4", "clip.mp4"], "audio": "sound.wav", "audio_in_video": True},
             "one video with one audio, but the row has 2 video",
@@ -199,11 +255,6 @@ def test_audio_beyond_a_fixed_window_is_named(folder):
 def test_bad_rows_say_what_is_wrong_and_what_would_be_right(folder, row, message):
     with pytest.raises(RowError, match=message):
         builder(folder).spec(row)
-
-
-def test_a_conversation_without_a_user_cannot_take_media(folder):
-    with pytest.raises(RowError, match="no user message"):
-        builder(folder).encode({"prompt": [{"role": "system", "content": "red"}], "video": "clip.mp4"})
 
 
 @pytest.mark.parametrize(("name", "tag"), [("qwen2_5_vl", "VA"), ("qwen3_vl", "A"), ("qwen2_audio", "V")])

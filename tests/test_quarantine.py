@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from media_files import cut, tone, write_video
+from media_files import cut, tone, write_audio, write_video
 from omni_runs import build_config, build_trainer, spread_reward
 from tiny_models import build_tiny, build_tiny_text
 
@@ -72,7 +72,7 @@ def test_a_clip_that_breaks_in_the_middle_is_replaced(folder):
     assert log["media/quarantined_prompts"] == 1 and log["media/rows_without_audio_track"] == 4
     with open(os.path.join(trainer.args.output_dir, "quarantine.json")) as file:
         [entry] = json.load(file)
-    assert entry["path"] == "damaged.mp4" and entry["row"] == 1 and entry["detail"]
+    assert entry["path"] == "damaged.mp4" and entry["rows"] == [1] and entry["detail"]
 
 
 def test_a_resumed_run_remembers_the_quarantine(folder, tmp_path):
@@ -99,6 +99,79 @@ def test_without_the_probe_training_meets_broken_files_itself(folder):
     assert trainer.state.log_history[-2]["media/quarantined_prompts"] == 1
 
 
+def test_probe_reads_subtitles_and_tracks(folder):
+    (folder / "bad.srt").write_bytes(b"\xff\xfe\xfa")
+    write_audio(folder / "sound.wav", tone(0.5, 16000))
+    data = [dict(row, subtitle=None) for row in rows("good0.mp4", "sound.wav", "good1.mp4", "good2.mp4")]
+    data[2]["subtitle"], data[2]["tag"] = "bad.srt", "VS"
+    trainer = build_trainer(folder, Dataset.from_list(data))
+    reasons = {prompt.path: prompt.reason for prompt in trainer.rows.quarantined}
+    assert reasons == {"sound.wav": "no-video-track", "bad.srt": "bad-subtitle"}
+    assert trainer.train_dataset["video"] == ["good0.mp4", "good2.mp4"]
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("videos", "video"), ("audios", "audio"), ("subtitles", "subtitle")])
+def test_a_misspelt_media_column_is_refused(folder, wrong, right):
+    data = Dataset.from_list([{"prompt": QUESTION, wrong: "good0.mp4"}] * 2)
+    with pytest.raises(
+        ValueError, match=f"train_dataset has the column '{wrong}', which is not read.*rename it to '{right}'"
+    ):
+        build_trainer(folder, data)
+
+
+def test_the_start_says_what_rows_are_fed(folder, capsys):
+    build_trainer(folder, rows("good0.mp4", "good1.mp4"))
+    assert "train_dataset: 2 rows; fed video 2, audio 2, subtitle 0" in capsys.readouterr().out
+
+
+def test_many_broken_files_do_not_flood_the_log(folder, caplog):
+    data = rows("good0.mp4", "good1.mp4", *[f"missing{i}.mp4" for i in range(50)])
+    trainer = build_trainer(folder, data)
+    assert len(trainer.rows.quarantined) == 50
+    assert sum("quarantined" in record.message for record in caplog.records) == 11
+
+
+def test_an_evaluation_row_is_replaced_by_one_of_its_own_set(folder):
+    train = rows("good0.mp4", "damaged.mp4", "good1.mp4").map(lambda row: {"split": "train"})
+    test = rows("damaged.mp4", "good2.mp4", "good3.mp4").map(lambda row: {"split": "test"})
+    trainer = build_trainer(folder, train, eval_dataset=test)
+    for training, split in ((True, "train"), (False, "test")):
+        trainer.model.train(training)
+        used, _ = trainer.encode_rows([(train if training else test)[1 if training else 0]])
+        assert used[0]["split"] == split and used[0]["video"] != "damaged.mp4"
+
+
+def test_a_resumed_run_keeps_its_rows_when_files_change(folder, tmp_path):
+    """Files that broke or were mended in between change neither the rows nor their order."""
+    for i in range(6):
+        (tmp_path / f"c{i}.mp4").write_bytes((folder / f"good{i % 4}.mp4").read_bytes() + bytes(i))
+    (tmp_path / "c2.mp4").write_bytes(b"")
+
+    def order(trainer):
+        seen = []
+        original = trainer.rows.encode
+        trainer.rows.encode = lambda rows, **k: seen.append([row["video"] for row in rows[::4]]) or original(rows, **k)
+        return seen
+
+    data = rows(*[f"c{i}.mp4" for i in range(6)])
+    options = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "run"), "max_steps": 4}
+    whole = build_trainer(tmp_path, data, **options)
+    expected = order(whole)
+    whole.train()
+    (tmp_path / "c2.mp4").write_bytes((folder / "good2.mp4").read_bytes())
+    resumed = build_trainer(tmp_path, data, **options)
+    assert len(resumed.train_dataset) == 6
+    seen = order(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert seen == expected[2:]
+    other = build_trainer(tmp_path, data.select(range(5, -1, -1)), **options)
+    with pytest.raises(ValueError, match="train_dataset is not the data set of the checkpoint"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    changed = build_trainer(tmp_path, data, **options | {"num_generations": 2})
+    with pytest.raises(ValueError, match="other settings: num_generations 4 -> 2"):
+        changed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
 def test_audio_alone_without_a_track_is_left_out(folder):
     data = rows("good0.mp4", "silent.mp4", "good1.mp4", tag="A")
     trainer = build_trainer(folder, data)
@@ -113,7 +186,9 @@ def test_evaluation_counts_unusable_questions_apart(folder):
 
 
 def test_nothing_left_is_an_error_that_counts(folder):
-    with pytest.raises(ValueError, match=r"train_dataset: no usable row is left: 2 rows quarantined \(1 empty-file, 1 not-media\)"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset: no usable row is left: 2 rows quarantined \(1 empty-file, 1 not-media\)"
+    ):
         build_trainer(folder, rows("empty.mp4", "text.mp4"))
 
 
@@ -177,9 +252,10 @@ def test_duplicate_rows_are_left_out_together(folder):
         ({"media_backend": "magic"}, "media_backend must be one of"),
         ({"subtitle_template": "no place"}, "subtitle_template must hold"),
         ({"max_media_tokens": 0}, "max_media_tokens must be positive"),
-        ({"num_frames": 4, "video_fps": 2.0}, "fps"),
-        ({"min_pixels": 10_000, "max_pixels": 100}, "pixels"),
-        ({"overlong_media": "ignore"}, "overlong"),
+        ({"num_frames": 4, "video_fps": 2.0}, "num_frames and video_fps"),
+        ({"min_pixels": 10_000, "max_pixels": 100}, "min_pixels=10000 is above max_pixels"),
+        ({"overlong_media": "ignore"}, "overlong_media must be"),
+        ({"media_decode_timeout": 0.0}, "media_decode_timeout must be positive"),
         ({"use_vllm": True}, "use_vllm=True is not supported"),
         ({"use_transformers_continuous_batching": True}, "does not support media"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         ValueError: when weights of the model are missing from the checkpoint, naming them.
     """
     path = resolve_checkpoint(name_or_path)
+    if os.path.exists(os.path.join(path, "adapter_config.json")) and not os.path.exists(
+        os.path.join(path, "config.json")
+    ):
+        raise ValueError(
+            f"{name_or_path} holds a LoRA adapter, not a model: merge it into its base model and save that "
+            "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
+        )
     config_names = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
     config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in config_names if k in kwargs})
     architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]

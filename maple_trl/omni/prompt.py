@@ -119,8 +119,9 @@ class PromptBuilder:
         self._check_text(messages, subtitle)
         if isinstance(messages, str) and (videos or own_audios or subtitle):
             raise RowError("a row with media needs a conversational 'prompt' (a list of messages), not plain text")
-        interleaved = row.get("audio_in_video")
-        interleaved = self.audio_in_video if interleaved is None else bool(interleaved)
+        interleaved = self.audio_in_video if row.get("audio_in_video") is None else row["audio_in_video"]
+        if not isinstance(interleaved, bool):
+            raise RowError(f"field 'audio_in_video' is {interleaved!r}; it must be true, false or empty")
 
         # Without a tag the row says itself what it has: a video's track is used only where it is asked for. Nor is it
         # assumed for a model that cannot hear.
@@ -311,8 +312,8 @@ class PromptBuilder:
             raise MediaError(
                 "prompt-too-long",
                 next(iter(spec.videos + spec.audios), None),
-                f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; its subtitle is too "
-                "short to make up the difference and nothing else may be cut",
+                f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; only a subtitle can be "
+                "shortened, and that is not enough",
             )
         return kept
 
@@ -333,7 +334,9 @@ def _checked_subtitle(subtitle: Any) -> str | None:
         return None
     if not isinstance(subtitle, str):
         raise RowError(f"field 'subtitle' is {type(subtitle).__name__}; it must be text or a path")
-    if not _is_subtitle_file(subtitle) and re.fullmatch(r"\S*[\w/\\]\.[A-Za-z]\w{1,3}", subtitle):
+    if _is_subtitle_file(subtitle.strip()):
+        return subtitle.strip()
+    if re.fullmatch(r"\S*[\w/\\]\.[A-Za-z]\w{1,3}", subtitle):
         raise RowError(
             f"field 'subtitle' is {subtitle!r}, which looks like a file; files that are read end in "
             f"{', '.join(SUBTITLE_SUFFIXES)}"
@@ -373,8 +376,12 @@ def _split_blocks(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...] | 
             continue
         parts = []
         for block in content or []:
+            if not isinstance(block, Mapping):
+                raise RowError(
+                    f"field 'prompt' has a message whose content is {content!r}; a text or a list of blocks"
+                )
             kind = block.get("type")
-            if kind == "text":
+            if kind == "text" and isinstance(block.get("text"), str):
                 parts.append({"type": "text", "text": block["text"]})
             elif kind in blocks:
                 file = block.get(kind) or block.get("path")
@@ -383,7 +390,9 @@ def _split_blocks(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...] | 
                 blocks[kind].append(file)
                 parts.append({"type": kind})
             else:
-                raise RowError(f"field 'prompt' has a content block of type {kind!r}; known: text, video, audio")
+                raise RowError(
+                    f"field 'prompt' holds the content block {block!r}; known are text (key 'text'), video and audio"
+                )
         messages.append({**rest, "content": parts})
     return tuple(messages), {kind: tuple(files) for kind, files in blocks.items()}
 

@@ -12,6 +12,8 @@ from maple_trl.omni.errors import MediaError
 
 MAX_BYTES = 16 << 20  # hours of dense dialogue; anything above is not a subtitle
 
+_EXPECTED = 'expected .srt, .vtt, or JSON as [{"start": s, "end": s, "text": "..."}] or {"segments": [...]}'
+
 _TAG = re.compile(r"</?[a-zA-Z0-9][^<>]*>")
 
 
@@ -60,7 +62,9 @@ def subtitle_text(data: bytes, name: str) -> str:
         RecursionError,
         pysubs2.Pysubs2Error,
     ) as error:
-        raise MediaError("bad-subtitle", name, f"cannot be parsed ({type(error).__name__}: {error})") from error
+        raise MediaError(
+            "bad-subtitle", name, f"cannot be parsed: {_EXPECTED}; found {type(error).__name__}: {error}"
+        ) from error
     lines: list[str] = []
     for cue in cues:
         for line in html.unescape(_TAG.sub("", cue.plaintext)).splitlines():
@@ -68,5 +72,5 @@ def subtitle_text(data: bytes, name: str) -> str:
             if line and lines[-1:] != [line]:
                 lines.append(line)
     if not lines:
-        raise MediaError("bad-subtitle", name, "no cue with text; expected .srt, .vtt, or JSON with start, end, text")
+        raise MediaError("bad-subtitle", name, f"{_EXPECTED}; found no cue with text")
     return "\n".join(lines)

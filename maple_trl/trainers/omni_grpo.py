@@ -121,8 +121,10 @@ class OmniGRPOTrainer(GRPOTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-        self._write_quarantine(args.output_dir)
+        self._write_quarantine()
         self._check_rollout_size()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _prepare_omni(self, model: nn.Module, processor: ProcessorMixin, args: OmniGRPOConfig) -> None:
         self.family = family_for(model, processor)
@@ -163,9 +165,9 @@ class OmniGRPOTrainer(GRPOTrainer):
 
     # Rows
 
-    def _write_quarantine(self, folder: str) -> None:
-        if self.family is not None and self.rows.quarantined and self.accelerator.is_main_process:
-            write_quarantine(os.path.join(folder, "quarantine.json"), self.rows.quarantined)
+    def _write_quarantine(self) -> None:
+        if self.family is not None and self.accelerator.is_main_process:
+            write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), self.rows.quarantined)
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
         """
@@ -174,7 +176,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         known = len(self.rows.quarantined)
         encoded = self.rows.encode(rows, evaluating=not self.model.training)
         if len(self.rows.quarantined) > known:
-            self._write_quarantine(self.args.output_dir)
+            self._write_quarantine()
         return encoded
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
@@ -342,6 +344,8 @@ class OmniGRPOTrainer(GRPOTrainer):
             [f"media_tokens/{k}" for k in kinds] + [f"media/{n}" for n in notes.values()], total, strict=True
         ):
             metrics[name].append(float(value))
+        for note, clips in self.loader.notes.items():
+            metrics[f"media/clips_{note}"].append(float(clips))
         metrics["media/quarantined_prompts"].append(float(len(self.rows.quarantined)))
 
     # State
@@ -359,6 +363,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         for name, registry in self.rows.registries.items():
             if name in states:
                 registry.load_state_dict(states[name])
+        self._write_quarantine()
         if "train_dataset" in self.rows.registries:
             self.train_dataset = self.rows.registries["train_dataset"].usable_dataset()
 
@@ -367,8 +372,15 @@ class OmniGRPOTrainer(GRPOTrainer):
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.family is not None and self.accelerator.is_main_process:
             save_rows(folder, {name: registry.state_dict() for name, registry in self.rows.registries.items()})
-        save_rollout(folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY)
+        save_rollout(
+            folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY, self._geometry()
+        )
         super()._save_checkpoint(model, trial)
+
+    def _geometry(self) -> dict[str, int]:
+        """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
+        names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
+        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -412,7 +424,12 @@ class OmniGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         self._step, self._buffered_inputs = load_rollout(
-            checkpoint, self.accelerator.process_index, self._prompts_by_key, PROMPTS_KEY, self.accelerator.device
+            checkpoint,
+            self.accelerator.process_index,
+            self._prompts_by_key,
+            PROMPTS_KEY,
+            self.accelerator.device,
+            self._geometry(),
         )
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
 from maple_trl.omni.media import MediaLimits
+
+
+_FIELD_OF_LIMIT = {
+    "fps": "video_fps",
+    "max_seconds": "max_media_seconds",
+    "overlong": "overlong_media",
+    "decode_timeout": "media_decode_timeout",
+}
 
 
 @dataclass
@@ -123,7 +132,19 @@ class OmniGRPOConfig(GRPOConfig):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
 
     def media_limits(self) -> MediaLimits:
-        """The limits that the media loader applies."""
+        """
+        The limits that the media loader applies.
+
+        Raises:
+            ValueError: when they contradict each other, in terms of the fields here.
+        """
+        try:
+            return self._media_limits()
+        except ValueError as error:
+            names = "|".join(_FIELD_OF_LIMIT)
+            raise ValueError(re.sub(rf"\b({names})\b", lambda m: _FIELD_OF_LIMIT[m[0]], str(error))) from None
+
+    def _media_limits(self) -> MediaLimits:
         return MediaLimits(
             num_frames=self.num_frames,
             fps=self.video_fps,

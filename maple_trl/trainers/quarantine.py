@@ -38,14 +38,25 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class QuarantinedRow:
-    """A row that is left out of training, and why."""
+class QuarantinedPrompt:
+    """
+    A prompt that is left out of training, and why.
 
-    row: int
+    Attributes:
+        dataset: the argument of the trainer that holds it.
+        rows: the rows with this prompt, counted from 0.
+        path: the file that cannot be used, as the row names it.
+    """
+
+    dataset: str
+    rows: list[int]
     key: str
     reason: str
     path: str | None
     detail: str
+
+
+_SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
 
 
 class RowRegistry:
@@ -76,7 +87,7 @@ class RowRegistry:
         self.builder = builder
         self.name = name
         self.ranks = ranks or Ranks()
-        self.quarantined: dict[str, QuarantinedRow] = {}
+        self.quarantined: dict[str, QuarantinedPrompt] = {}
         specs = []
         for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=not progress, leave=False)):
             try:
@@ -84,7 +95,10 @@ class RowRegistry:
             except RowError as error:
                 raise RowError(f"{name}, row {i}: {error}") from error
         self._keys = [spec.key for spec in specs]
-        self._first_row = {key: i for i, key in reversed(list(enumerate(self._keys)))}
+        self._fed = Counter(modality for spec in specs for modality in spec.fed)
+        self._rows_of: dict[str, list[int]] = {}
+        for i, key in enumerate(self._keys):
+            self._rows_of.setdefault(key, []).append(i)
         if probe:
             self._probe({spec.key: spec for spec in specs}, progress)
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
@@ -95,13 +109,20 @@ class RowRegistry:
         media = {file for spec in specs.values() for file in (*spec.videos, *spec.audios)}
         files = sorted(media | {spec.subtitle for spec in specs.values() if spec.subtitle_file})
 
+        videos = {file for spec in specs.values() for file in spec.videos}
+
         def probe(file: str) -> tuple[str, MediaError | None, bool]:
             """The file, what is wrong with it, and whether it has sound."""
             try:
-                if file in media:
-                    return file, None, self.builder.loader.probe(file).has_audio
-                self.builder.loader.subtitle(file)
-                return file, None, False
+                if file not in media:
+                    self.builder.loader.subtitle(file)
+                    return file, None, False
+                info = self.builder.loader.probe(file)
+                if file in videos and not info.has_video:
+                    raise MediaError(
+                        "no-video-track", file, "the row's video has sound alone; name it in field 'audio'"
+                    )
+                return file, None, info.has_audio
             except MediaError as error:
                 return file, error, False
 
@@ -121,14 +142,18 @@ class RowRegistry:
                 self.add(key, error)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._first_row
+        return key in self._rows_of
 
     def add(self, key: str, error: MediaError) -> None:
         """Puts the rows of a prompt into quarantine."""
-        row = self._first_row[key]
-        if key not in self.quarantined:
-            self.quarantined[key] = QuarantinedRow(row, key, error.reason, error.path, error.detail)
-            logger.warning("%s, row %d is quarantined: %s", self.name, row, error)
+        if key in self.quarantined:
+            return
+        rows = self._rows_of[key]
+        self.quarantined[key] = QuarantinedPrompt(self.name, rows, key, error.reason, error.path, error.detail)
+        if len(self.quarantined) <= _SPOKEN:
+            logger.warning("%s, row %d is quarantined: %s", self.name, rows[0], error)
+        elif len(self.quarantined) == _SPOKEN + 1:
+            logger.warning("%s: further rows are quarantined; quarantine.json lists them", self.name)
 
     def usable_dataset(self) -> Dataset:
         """The rows that were not in quarantine when the run began, in order."""
@@ -139,7 +164,7 @@ class RowRegistry:
 
     def substitute(self, key: str) -> dict[str, Any]:
         """The next usable row after a quarantined one; every rank finds the same."""
-        start = self._first_row[key]
+        start = self._rows_of[key][0]
         for i in [*range(start + 1, len(self._keys)), *range(start)]:
             if self._keys[i] not in self.quarantined:
                 return self.dataset[i]
@@ -147,13 +172,20 @@ class RowRegistry:
 
     def row_of(self, key: str) -> dict[str, Any]:
         """A row with this prompt."""
-        return self.dataset[self._first_row[key]]
+        return self.dataset[self._rows_of[key][0]]
 
     def summary(self) -> str:
-        """Counts by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
-        counts = Counter(row.reason for row in self.quarantined.values())
+        """Counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
+        counts: Counter = Counter()
+        for prompt in self.quarantined.values():
+            counts[prompt.reason] += len(prompt.rows)
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        return f"{len(self.quarantined)} rows quarantined" + (f" ({reasons})" if reasons else "")
+        return f"{counts.total()} rows quarantined" + (f" ({reasons})" if reasons else "")
+
+    def fed_summary(self) -> str:
+        """How many rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
+        counts = ", ".join(f"{m.name.lower()} {self._fed[m]}" for m in Modality)
+        return f"{len(self._keys)} rows; fed {counts}"
 
     # State
 
@@ -178,13 +210,13 @@ class RowRegistry:
                 "same data, tags and modality_access."
             )
         self.left_out = state["left_out"]
-        self.quarantined |= {row["key"]: QuarantinedRow(**row) for row in state["quarantined"]}
+        self.quarantined |= {row["key"]: QuarantinedPrompt(**row) for row in state["quarantined"]}
 
     def _content(self) -> str:
         return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
 
 
-def write_quarantine(path: str, rows: list[QuarantinedRow]) -> None:
+def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:
     """Writes the list as JSON, replacing the file in one step."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.part", "w", encoding="utf-8") as file:

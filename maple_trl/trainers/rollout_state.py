@@ -55,14 +55,17 @@ def regroup_rows(chunks: list[Chunk], prompts_key: str) -> list[Chunk]:
     return [take_rows(batch, order[i * size : (i + 1) * size]) for i in range(len(chunks))]
 
 
-def save_rollout(folder: str, rank: int, step: int, chunks: list[Chunk] | None, prompts_key: str) -> None:
+def save_rollout(
+    folder: str, rank: int, step: int, chunks: list[Chunk] | None, prompts_key: str, geometry: dict[str, int]
+) -> None:
     """
     Writes where a rank stands within its rollout, and the rollout's rows as long as updates on them are to come.
 
-    Prompts are written by key; their media are decoded again from the data set.
+    Prompts are written by key; their media are decoded again from the data set. `geometry` (processes, batch sizes) is
+    what the numbers of a run depend on.
     """
     os.makedirs(folder, exist_ok=True)
-    state: dict[str, Any] = {"step": step, "chunks": 0}
+    state: dict[str, Any] = {"step": step, "chunks": 0, "geometry": geometry}
     if chunks:
         batch = merge_chunks(chunks)
         tensors = {name: value.contiguous().cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -80,13 +83,19 @@ def save_rollout(folder: str, rank: int, step: int, chunks: list[Chunk] | None, 
 
 
 def load_rollout(
-    folder: str, rank: int, prompts_by_key: Callable, prompts_key: str, device: torch.device
+    folder: str,
+    rank: int,
+    prompts_by_key: Callable,
+    prompts_key: str,
+    device: torch.device,
+    geometry: dict[str, int],
 ) -> tuple[int, list[Chunk] | None]:
     """
     Reads what [`save_rollout`] wrote.
 
     Raises:
         FileNotFoundError: when the checkpoint holds no state for this rank.
+        ValueError: when the run has another geometry.
     """
     path = os.path.join(folder, f"rollout_{rank}.json")
     if not os.path.exists(path):
@@ -96,6 +105,15 @@ def load_rollout(
         )
     with open(path, encoding="utf-8") as file:
         state = json.load(file)
+    changed = [
+        f"{name} {state['geometry'][name]} -> {now}"
+        for name, now in geometry.items()
+        if state["geometry"][name] != now
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was written by a run with other settings: {', '.join(changed)}. Resume with those."
+        )
     if not state["chunks"]:
         return state["step"], None
     tensors = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"))

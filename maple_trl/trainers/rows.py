@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from datasets import Dataset
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder
-from maple_trl.trainers.quarantine import QuarantinedRow, Ranks, RowRegistry
+from maple_trl.trainers.quarantine import QuarantinedPrompt, Ranks, RowRegistry
 
 
 logger = logging.getLogger(__name__)
@@ -51,16 +52,19 @@ class RowEncoder:
                 f"{name}, column {images[0]!r}: omni prompts hold video, audio and subtitles. Give an image as a one-frame "
                 "video, or drop the column."
             )
+        _check_spelling(columns, name)
         if not isinstance(dataset, Dataset):
             return dataset
         registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
         self.registries[name] = registry
-        if registry.left_out and self.ranks.rank == 0:
-            print(f"{name}: {len(registry.left_out)} of {len(dataset)} rows left out: {registry.summary()}")
+        if self.ranks.rank == 0:
+            print(f"{name}: {registry.fed_summary()}")
+            if registry.left_out:
+                print(f"{name}: {len(registry.left_out)} of {len(dataset)} rows left out: {registry.summary()}")
         return registry.usable_dataset()
 
     @property
-    def quarantined(self) -> list[QuarantinedRow]:
+    def quarantined(self) -> list[QuarantinedPrompt]:
         return [row for registry in self.registries.values() for row in registry.quarantined.values()]
 
     def encode(self, rows: Sequence[Row], evaluating: bool = False) -> tuple[list[Row], list[EncodedPrompt]]:
@@ -117,3 +121,16 @@ class RowEncoder:
                     logger.warning("A row is left out: %s", error)
                     encoded[key] = None
         return [encoded[key] for key in keys]
+
+
+def _check_spelling(columns: Sequence[str], name: str) -> None:
+    """A misspelt media column would be left unread, and the run would train on text alone."""
+    for column in ("video", "audio", "subtitle", "tag"):
+        if column in columns:
+            continue
+        close = difflib.get_close_matches(column, columns, n=1, cutoff=0.8)
+        if close:
+            raise ValueError(
+                f"{name} has the column {close[0]!r}, which is not read, and no column {column!r}: rename it to "
+                f"{column!r}, or to something less alike if it means something else"
+            )
