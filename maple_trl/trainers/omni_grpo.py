@@ -268,7 +268,12 @@ class OmniGRPOTrainer(GRPOTrainer):
 
         Returns:
             `list[str]`: texts in the rows' order, `None` for a row whose media cannot be used.
+
+        Raises:
+            ValueError: for a text-only model.
         """
+        if self.family is None:
+            raise ValueError("generate_completions needs an omni model with its processor")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batch_size = batch_size or self.args.per_device_eval_batch_size
         share = list(rows)[rank::world]
