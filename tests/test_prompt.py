@@ -93,6 +93,14 @@ def test_subtitle_is_a_file_or_the_text_itself(folder):
     assert "[two\nlines.srt]" in text_of(build, build.encode({"prompt": QUESTION, "subtitle": "two\nlines.srt"}))
 
 
+@pytest.mark.parametrize(
+    "text", ["Hello.", "wait...what", "U.S.A", "3.14", "example.com", "see a.b/c", "No/yes.", "red"]
+)
+def test_short_text_is_no_file(folder, text):
+    spec = builder(folder).spec({"prompt": QUESTION, "subtitle": text})
+    assert spec.subtitle == text and not spec.subtitle_file
+
+
 def test_media_lead_the_last_user_message(folder):
     build = builder(folder)
     conversation = [

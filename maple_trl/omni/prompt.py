@@ -18,6 +18,10 @@ from maple_trl.omni.sampling import sample_times
 
 
 SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json")
+# A path, or the name of a file of another subtitle format: fed as text, it would be read out to the model.
+_OTHER_FILE = re.compile(
+    r"(?!\w+://)\S+[/\\]\S+\.\w{2,4}|\S+\.(ass|ssa|sub|sbv|ttml|dfxp|smi|lrc|txt|tsv)", re.IGNORECASE
+)
 
 
 class RowError(ValueError):
@@ -336,7 +340,7 @@ def _checked_subtitle(subtitle: Any) -> str | None:
         raise RowError(f"field 'subtitle' is {type(subtitle).__name__}; it must be text or a path")
     if _is_subtitle_file(subtitle.strip()):
         return subtitle.strip()
-    if re.fullmatch(r"\S*[\w/\\]\.[A-Za-z]\w{1,3}", subtitle):
+    if _OTHER_FILE.fullmatch(subtitle.strip()):
         raise RowError(
             f"field 'subtitle' is {subtitle!r}, which looks like a file; files that are read end in "
             f"{', '.join(SUBTITLE_SUFFIXES)}"
