@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,8 +257,11 @@ def build_trainer(
             processing_class=processor,
             peft_config=choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0),
         )
-    except (ValueError, OSError, RuntimeError) as error:  # nothing has been trained: what is described does not fit
-        raise SetupError(str(error)) from error
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise SetupError(f"{error} (raised in {where.filename}, line {where.lineno})") from error
+    if script_args.evaluate_before_after and trainer.family is None:
+        raise SetupError("evaluate_before_after needs an omni model; switch it off for a text-only one")
     return trainer, test
 
 
@@ -318,6 +322,8 @@ def run(
     Raises:
         SetupError: when the arguments name something that is not there; nothing has been trained then.
     """
+    from maple_trl.trainers.rollout_state import ResumeError
+
     started = time.monotonic()
     checkpoint = checkpoint_to_resume(training_args)
     trainer, test = build_trainer(script_args, training_args, model_args)
@@ -325,8 +331,10 @@ def run(
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except ResumeError as error:
+        raise SetupError(str(error)) from error
     finally:  # a run that is interrupted leaves what it had logged
-        if trainer.is_world_process_zero():
+        if trainer.is_world_process_zero() and trainer.state.log_history:
             metrics_path = _place(script_args.metrics_file, training_args, "metrics.jsonl")
             write_metrics(trainer.state.log_history, metrics_path)
     train_seconds = time.monotonic() - train_started

@@ -24,6 +24,9 @@ def test_precision_is_that_asked_for(tmp_path):
     folder = str(save_tiny("qwen2_5_vl", tmp_path))
     assert load_model(folder).dtype is torch.float32
     assert load_model(folder, dtype="bfloat16").dtype is torch.bfloat16
+    assert load_model(folder, torch_dtype="bfloat16").dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="dtype 'bf16' is unknown; e.g. 'float32'"):
+        load_model(folder, dtype="bf16")
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_omni"])

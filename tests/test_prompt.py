@@ -190,6 +190,10 @@ def test_frames_by_rate_fit_a_budget_in_one_decode(folder):
     build = PromptBuilder(family_for(*build_tiny("qwen2_5_omni")), loader, max_media_tokens=12)
     prompt = build.encode({"prompt": QUESTION, "video": "long.mp4", "tag": "V"})
     assert 0 < prompt.media_tokens["video"] <= 12 and set(loader.decodes.values()) == {1}
+    # Sound that outlasts the pictures takes nothing from them: 1 s of pictures at 4 a second is two steps of 9 tokens.
+    write_video(folder / "overlong.mp4", frames=24, size=(96, 96), audio=tone(6.0, 16000))
+    build.max_media_tokens = 18
+    assert build.encode({"prompt": QUESTION, "video": "overlong.mp4", "tag": "V"}).media_tokens == {"video": 18}
 
 
 def test_other_keys_of_a_message_stay(folder):

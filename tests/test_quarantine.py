@@ -102,15 +102,17 @@ def test_without_the_probe_training_meets_broken_files_itself(folder):
 def test_probe_reads_subtitles_and_tracks(folder):
     (folder / "bad.srt").write_bytes(b"\xff\xfe\xfa")
     write_audio(folder / "sound.wav", tone(0.5, 16000))
-    data = [dict(row, subtitle=None) for row in rows("good0.mp4", "sound.wav", "good1.mp4", "good2.mp4")]
+    files = ("good0.mp4", "sound.wav", "good1.mp4", "good2.mp4", "sound.wav")
+    data = [dict(row, subtitle=None, video_id="x", tags="y") for row in rows(*files)]
     data[2]["subtitle"], data[2]["tag"] = "bad.srt", "VS"
+    data[4]["tag"] = "A"  # needs the sound alone, which is there
     trainer = build_trainer(folder, Dataset.from_list(data))
     reasons = {prompt.path: prompt.reason for prompt in trainer.rows.quarantined}
     assert reasons == {"sound.wav": "no-video-track", "bad.srt": "bad-subtitle"}
-    assert trainer.train_dataset["video"] == ["good0.mp4", "good2.mp4"]
+    assert trainer.train_dataset["video"] == ["good0.mp4", "good2.mp4", "sound.wav"]
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("videos", "video"), ("audios", "audio"), ("subtitles", "subtitle")])
+@pytest.mark.parametrize(("wrong", "right"), [("videos", "video"), ("Audio", "audio"), ("sub_titles", "subtitle")])
 def test_a_misspelt_media_column_is_refused(folder, wrong, right):
     data = Dataset.from_list([{"prompt": QUESTION, wrong: "good0.mp4"}] * 2)
     with pytest.raises(
@@ -155,6 +157,7 @@ def test_a_resumed_run_keeps_its_rows_when_files_change(folder, tmp_path):
 
     data = rows(*[f"c{i}.mp4" for i in range(6)])
     options = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "run"), "max_steps": 4}
+    options |= {"eval_dataset": {"x": rows("c1.mp4", "c2.mp4", "c3.mp4")}}
     whole = build_trainer(tmp_path, data, **options)
     expected = order(whole)
     whole.train()
@@ -162,7 +165,8 @@ def test_a_resumed_run_keeps_its_rows_when_files_change(folder, tmp_path):
     resumed = build_trainer(tmp_path, data, **options)
     assert len(resumed.train_dataset) == 6
     seen = order(resumed)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    assert resumed.eval_dataset["x"]["video"] == whole.eval_dataset["x"]["video"] == ["c1.mp4", "c3.mp4"]
     assert seen == expected[2:]
     other = build_trainer(tmp_path, data.select(range(5, -1, -1)), **options)
     with pytest.raises(ValueError, match="train_dataset is not the data set of the checkpoint"):

@@ -50,7 +50,10 @@ class AudioClip:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What the header says. `duration` (seconds) is `None` where the header does not tell (live recordings)."""
+    """
+    What the header says. `duration` (of the file) and `video_seconds` (of its pictures) are `None` where the header does
+    not tell, as in live recordings.
+    """
 
     path: str
     has_video: bool
@@ -59,6 +62,7 @@ class MediaInfo:
     width: int | None
     height: int | None
     format: str
+    video_seconds: float | None = None
 
 
 @dataclass(frozen=True)

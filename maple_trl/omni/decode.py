@@ -130,8 +130,10 @@ def probe(source: Source, limits: MediaLimits) -> MediaInfo:
         video, audio = (_track(container, kind) for kind in ("video", "audio"))
         codec = video.codec_context if video is not None else None
         width, height = (codec.width, codec.height) if codec is not None else (None, None)
+        end = _declared_end(source, container, video) if video is not None else None
+        pictures = None if end is None else end - float((video.start_time or 0) * video.time_base)
         name = container.format.name
-        return MediaInfo(source.path, video is not None, audio is not None, seconds, width, height, name)
+        return MediaInfo(source.path, video is not None, audio is not None, seconds, width, height, name, pictures)
 
 
 @dataclass(frozen=True)

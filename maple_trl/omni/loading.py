@@ -64,7 +64,10 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
     if config.model_type in _THINKERS:
         kwargs["config"] = config.thinker_config
+    dtype = kwargs.pop("torch_dtype", dtype)  # its older name
     if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
         dtype = getattr(torch, dtype)
     model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
     if info["missing_keys"]:

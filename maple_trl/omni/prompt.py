@@ -270,8 +270,8 @@ class PromptBuilder:
         limits = self.loader.limits
         if limits.num_frames is not None:
             return limits.num_frames
-        duration = self.loader.probe(path).duration
-        if duration is None:  # a live recording; only decoding tells
+        duration = self.loader.probe(path).video_seconds
+        if not duration:  # a live recording; only decoding tells
             return len(self._video(path).frames)
         return len(sample_times(limits, min(duration, limits.max_seconds))[0])
 

@@ -30,6 +30,7 @@ from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 from maple_trl.trainers.quarantine import Ranks, write_quarantine
 from maple_trl.trainers.rollout_state import (
+    ResumeError,
     last_complete_checkpoint,
     load_rollout,
     load_rows,
@@ -87,13 +88,16 @@ class OmniGRPOTrainer(GRPOTrainer):
         args = OmniGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-Omni-GRPO") if args is None else copy.copy(args)
         if not isinstance(args, OmniGRPOConfig):
             raise TypeError(f"args must be an OmniGRPOConfig, got {type(args).__name__}")
-        # Taken from the arguments, for TRL would call them ignored although the reference model is loaded with them.
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-        args.model_init_kwargs = None
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if not any(isinstance(reward, str) for reward in rewards):  # reward models are loaded with them too
+            args.model_init_kwargs = None  # TRL would call them ignored, although the reference model gets them here
         if isinstance(model, str):
             set_seed(args.seed)
             model = load_model(model, **init_kwargs)
         if processing_class is None:
+            if not name:
+                raise ValueError("The model does not know where it was loaded from: pass its processing_class")
             shared = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
             processing_class = load_processor(name, **{k: init_kwargs[k] for k in shared if k in init_kwargs})
 
@@ -356,6 +360,15 @@ class OmniGRPOTrainer(GRPOTrainer):
     # State
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        As in [`~transformers.Trainer`]. `resume_from_checkpoint=True` goes on from the last complete checkpoint in
+        `output_dir`, and begins anew where there is none.
+
+        Raises:
+            ResumeError: when this run cannot go on from the checkpoint: other data, batch sizes or number of processes.
+        """
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, str) and self.family is not None:
@@ -369,13 +382,20 @@ class OmniGRPOTrainer(GRPOTrainer):
             if name in states:
                 registry.load_state_dict(states[name])
         self._write_quarantine()
-        if "train_dataset" in self.rows.registries:
-            self.train_dataset = self.rows.registries["train_dataset"].usable_dataset()
+
+        def restored(dataset: Any, name: str) -> Any:
+            return self.rows.registries[name].usable_dataset() if name in self.rows.registries else dataset
+
+        self.train_dataset = restored(self.train_dataset, "train_dataset")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {k: restored(v, f"eval_dataset[{k!r}]") for k, v in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = restored(self.eval_dataset, "eval_dataset")
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.family is not None and self.accelerator.is_main_process:
+        if self.family is not None and self.args.should_save:
             save_rows(folder, {name: registry.state_dict() for name, registry in self.rows.registries.items()})
         save_rollout(
             folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY, self._geometry()
@@ -439,7 +459,7 @@ class OmniGRPOTrainer(GRPOTrainer):
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
         if not isinstance(self.train_dataset, Dataset):
-            raise ValueError(
+            raise ResumeError(
                 "The checkpoint lies in the middle of a rollout, whose prompts cannot be found again in a streamed data "
                 "set. Resume from a checkpoint at the end of a rollout, or train on a map-style data set."
             )

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from maple_trl.modalities import Modality
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
+from maple_trl.trainers.rollout_state import ResumeError
 
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,12 @@ class RowRegistry:
             except RowError as error:
                 raise RowError(f"{name}, row {i}: {error}") from error
         self._keys = [spec.key for spec in specs]
-        self._fed = Counter(modality for spec in specs for modality in spec.fed)
         self._rows_of: dict[str, list[int]] = {}
         for i, key in enumerate(self._keys):
             self._rows_of.setdefault(key, []).append(i)
         if probe:
             self._probe({spec.key: spec for spec in specs}, progress)
+        self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
         if len(self.left_out) == len(self._keys):
             raise ValueError(f"{name}: no usable row is left: {self.summary()}")
@@ -109,33 +110,33 @@ class RowRegistry:
         media = {file for spec in specs.values() for file in (*spec.videos, *spec.audios)}
         files = sorted(media | {spec.subtitle for spec in specs.values() if spec.subtitle_file})
 
-        videos = {file for spec in specs.values() for file in spec.videos}
-
-        def probe(file: str) -> tuple[str, MediaError | None, bool]:
-            """The file, what is wrong with it, and whether it has sound."""
+        def probe(file: str) -> tuple[str, MediaError | None, bool, bool]:
+            """The file, what is wrong with it, and whether it has pictures and sound."""
             try:
-                if file not in media:
-                    self.builder.loader.subtitle(file)
-                    return file, None, False
-                info = self.builder.loader.probe(file)
-                if file in videos and not info.has_video:
-                    raise MediaError(
-                        "no-video-track", file, "the row's video has sound alone; name it in field 'audio'"
-                    )
-                return file, None, info.has_audio
+                if file in media:
+                    info = self.builder.loader.probe(file)
+                    return file, None, info.has_video, info.has_audio
+                self.builder.loader.subtitle(file)
+                return file, None, False, False
             except MediaError as error:
-                return file, error, False
+                return file, error, False, False
 
         own = files[self.ranks.rank :: self.ranks.world]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(probe, own)
             found = list(tqdm(found, total=len(own), desc="Probing media", disable=not progress, leave=False))
         found = self.ranks.gather(found)
-        errors = {file: error for file, error, _ in found if error is not None}
-        with_sound = {file for file, _, has_audio in found if has_audio}
+        errors = {file: error for file, error, *_ in found if error is not None}
+        with_pictures = {file for file, _, has_video, _ in found if has_video}
+        with_sound = {file for file, *_, has_audio in found if has_audio}
         for key, spec in specs.items():
             row_files = [*spec.videos, *spec.audios, *([spec.subtitle] if spec.subtitle_file else [])]
             error = next((errors[file] for file in row_files if file in errors), None)
+            blind = next((file for file in spec.videos if file not in with_pictures), None)
+            if error is None and blind is not None:
+                error = MediaError(
+                    "no-video-track", blind, "the row's video has sound alone; name it in field 'audio'"
+                )
             if error is None and spec.fed == {Modality.AUDIO} and not with_sound & set(spec.audios):
                 error = MediaError("no-signal", spec.audios[0], "the row is fed audio alone and the file has none")
             if error is not None:
@@ -183,9 +184,9 @@ class RowRegistry:
         return f"{counts.total()} rows quarantined" + (f" ({reasons})" if reasons else "")
 
     def fed_summary(self) -> str:
-        """How many rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
+        """How many usable rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
         counts = ", ".join(f"{m.name.lower()} {self._fed[m]}" for m in Modality)
-        return f"{len(self._keys)} rows; fed {counts}"
+        return f"{len(self._keys) - len(self.left_out)} rows; fed {counts}"
 
     # State
 
@@ -202,10 +203,10 @@ class RowRegistry:
         Takes over the rows and the quarantine of the run that is resumed, whatever has happened to the files since.
 
         Raises:
-            ValueError: when the data set is not the one of that run.
+            ResumeError: when the data set is not the one of that run.
         """
         if state["content"] != self._content():
-            raise ValueError(
+            raise ResumeError(
                 f"{self.name} is not the data set of the checkpoint: its prompts or their order differ. Resume with the "
                 "same data, tags and modality_access."
             )

@@ -15,6 +15,10 @@ from safetensors.torch import load_file, save_file
 Chunk = dict[str, Any]
 
 
+class ResumeError(ValueError):
+    """A checkpoint with which this run cannot go on; the message says what differs or is missing."""
+
+
 def merge_chunks(chunks: list[Chunk]) -> Chunk:
     """Micro-batches as one batch: rows are concatenated, values of the whole batch (0-d) kept."""
     merged = {}
@@ -94,12 +98,11 @@ def load_rollout(
     Reads what [`save_rollout`] wrote.
 
     Raises:
-        FileNotFoundError: when the checkpoint holds no state for this rank.
-        ValueError: when the run has another geometry.
+        ResumeError: when the checkpoint holds no state for this rank, or the run has another geometry.
     """
     path = os.path.join(folder, f"rollout_{rank}.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(
+        raise ResumeError(
             f"{path} is missing: the checkpoint was written by another trainer or by fewer processes than {rank + 1}. "
             "Resume with the same trainer and number of processes."
         )
@@ -111,7 +114,7 @@ def load_rollout(
         if state["geometry"][name] != now
     ]
     if changed:
-        raise ValueError(
+        raise ResumeError(
             f"{folder} was written by a run with other settings: {', '.join(changed)}. Resume with those."
         )
     if not state["chunks"]:
@@ -137,11 +140,11 @@ def load_rows(folder: str) -> dict[str, Any]:
     Reads what [`save_rows`] wrote.
 
     Raises:
-        FileNotFoundError: when the folder holds none.
+        ResumeError: when the folder holds none.
     """
     path = os.path.join(folder, "rows.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is missing: {folder} is not a checkpoint of OmniGRPOTrainer")
+        raise ResumeError(f"{path} is missing: {folder} is not a checkpoint of OmniGRPOTrainer")
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 

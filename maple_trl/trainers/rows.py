@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,12 +125,10 @@ class RowEncoder:
 
 def _check_spelling(columns: Sequence[str], name: str) -> None:
     """A misspelt media column would be left unread, and the run would train on text alone."""
-    for column in ("video", "audio", "subtitle", "tag"):
-        if column in columns:
-            continue
-        close = difflib.get_close_matches(column, columns, n=1, cutoff=0.8)
-        if close:
+    for column in ("video", "audio", "subtitle"):
+        alike = [other for other in columns if re.sub(r"[\W_]", "", other.lower()).removesuffix("s") == column]
+        if alike and column not in columns:
             raise ValueError(
-                f"{name} has the column {close[0]!r}, which is not read, and no column {column!r}: rename it to "
+                f"{name} has the column {alike[0]!r}, which is not read, and no column {column!r}: rename it to "
                 f"{column!r}, or to something less alike if it means something else"
             )

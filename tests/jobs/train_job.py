@@ -34,6 +34,7 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
 from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.rollout_state import ResumeError
 
 
 DEFAULTS = {
@@ -136,7 +137,7 @@ def do(run: dict, plan: dict) -> None:
         result["backend"] = torch.distributed.get_backend()
     try:
         trainer.train(resume_from_checkpoint=run.get("resume"))
-    except FileNotFoundError as error:
+    except ResumeError as error:
         result["error"] = str(error)
     result |= {
         "log": trainer.state.log_history,
