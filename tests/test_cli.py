@@ -487,6 +487,19 @@ def test_train_goes_on_from_its_last_checkpoint(short_run, tmp_path, monkeypatch
     assert all((through[name] == pieces[name]).all() for name in through)
 
 
+def test_a_refused_resume_says_why_and_keeps_the_log(tmp_path, monkeypatch):
+    run_here(tmp_path, monkeypatch, "--max_steps", "1")
+    logged = (tmp_path / "metrics.jsonl").read_text()
+    assert logged
+    for change, why in (
+        ("--modality_access=all", "not the data set"),
+        ("--num_iterations=2", "num_iterations 1 -> 2"),
+    ):
+        with pytest.raises(SetupError, match=why):
+            run_here(tmp_path, monkeypatch, "--resume_from_checkpoint", "true", *change.split("="))
+    assert (tmp_path / "metrics.jsonl").read_text() == logged
+
+
 def test_train_with_lora(tmp_path, monkeypatch):
     words = [
         "--use_peft",
@@ -538,6 +551,27 @@ def test_train_names_the_row_that_is_no_prompt(tmp_path, capsys):
     words = [*SHORT, "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     assert cli.main(["train", *words, "--evaluate_before_after", "false"]) == 2
     assert re.search(r"maple-trl train: .*train_dataset, row 1: .*'VX'", capsys.readouterr().err)
+
+
+def test_train_that_does_not_fit_says_so_before_it_begins(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train.jsonl").write_text("")
+    cases = {
+        ("--output_dir", str(tmp_path / "file" / "below")): "output_dir: cannot write into",
+        ("--media_root", str(tmp_path / "nowhere")): "media root .* is not a folder",
+        ("--model_name_or_path", "builtin:huge"): "no embedded model 'builtin:huge'",
+        ("--dataset_name", str(tmp_path / "empty")): "cannot read .*empty: it holds no row",
+        (
+            "--per_device_train_batch_size",
+            "8000",
+        ): "14 usable rows, but one rollout takes|usable rows, but one rollout",
+        ("--attn_implementation", "flash_attention_2"): "FlashAttention2|flash_attn|flash-attn",
+    }
+    for words, why in cases.items():
+        options = [*SHORT, "--output_dir", str(tmp_path / "out"), "--evaluate_before_after", "false", *words]
+        assert cli.main(["train", *options]) == 2, words
+        assert re.search(f"maple-trl train: .*({why})", capsys.readouterr().err, re.DOTALL), words
 
 
 def test_train_without_a_model(tmp_path):

@@ -31,6 +31,7 @@ from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 from maple_trl.trainers.quarantine import Ranks, write_quarantine
 from maple_trl.trainers.rollout_state import (
     ResumeError,
+    check_geometry,
     last_complete_checkpoint,
     load_rollout,
     load_rows,
@@ -371,8 +372,10 @@ class OmniGRPOTrainer(GRPOTrainer):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if isinstance(resume_from_checkpoint, str) and self.family is not None:
-            self._restore_rows(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, str):
+            check_geometry(resume_from_checkpoint, self.accelerator.process_index, self._geometry())
+            if self.family is not None:
+                self._restore_rows(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _restore_rows(self, checkpoint: str) -> None:
@@ -449,12 +452,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         self._step, self._buffered_inputs = load_rollout(
-            checkpoint,
-            self.accelerator.process_index,
-            self._prompts_by_key,
-            PROMPTS_KEY,
-            self.accelerator.device,
-            self._geometry(),
+            checkpoint, self.accelerator.process_index, self._prompts_by_key, PROMPTS_KEY, self.accelerator.device
         )
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:

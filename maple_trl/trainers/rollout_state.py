@@ -86,20 +86,7 @@ def save_rollout(
         json.dump(state, file)
 
 
-def load_rollout(
-    folder: str,
-    rank: int,
-    prompts_by_key: Callable,
-    prompts_key: str,
-    device: torch.device,
-    geometry: dict[str, int],
-) -> tuple[int, list[Chunk] | None]:
-    """
-    Reads what [`save_rollout`] wrote.
-
-    Raises:
-        ResumeError: when the checkpoint holds no state for this rank, or the run has another geometry.
-    """
+def _read_state(folder: str, rank: int) -> dict[str, Any]:
     path = os.path.join(folder, f"rollout_{rank}.json")
     if not os.path.exists(path):
         raise ResumeError(
@@ -107,16 +94,34 @@ def load_rollout(
             "Resume with the same trainer and number of processes."
         )
     with open(path, encoding="utf-8") as file:
-        state = json.load(file)
-    changed = [
-        f"{name} {state['geometry'][name]} -> {now}"
-        for name, now in geometry.items()
-        if state["geometry"][name] != now
-    ]
+        return json.load(file)
+
+
+def check_geometry(folder: str, rank: int, geometry: dict[str, int]) -> None:
+    """
+    Holds a run against the one that wrote a checkpoint.
+
+    Raises:
+        ResumeError: when the checkpoint holds no state for this rank, or was written with other numbers.
+    """
+    written = _read_state(folder, rank)["geometry"]
+    changed = [f"{name} {written[name]} -> {now}" for name, now in geometry.items() if written[name] != now]
     if changed:
         raise ResumeError(
             f"{folder} was written by a run with other settings: {', '.join(changed)}. Resume with those."
         )
+
+
+def load_rollout(
+    folder: str, rank: int, prompts_by_key: Callable, prompts_key: str, device: torch.device
+) -> tuple[int, list[Chunk] | None]:
+    """
+    Reads what [`save_rollout`] wrote.
+
+    Raises:
+        ResumeError: when the checkpoint holds no state for this rank.
+    """
+    state = _read_state(folder, rank)
     if not state["chunks"]:
         return state["step"], None
     tensors = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"))
