@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 # needed, so that the command line can show its help without them.
 from trl import ModelConfig
 
+from maple_trl.omni.scopes import SCOPES
+
 
 if TYPE_CHECKING:
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
-
-SCOPES = ("vision", "audio", "projectors", "llm")
 
 
 class SetupError(ValueError):

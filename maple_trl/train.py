@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.evaluation.report import as_json, print_summary, write_atomically, write_metrics
-from maple_trl.job_args import SCOPES, OmniModelConfig, OmniScriptArguments, SetupError, parse_args
+from maple_trl.job_args import OmniModelConfig, OmniScriptArguments, SetupError, parse_args
+from maple_trl.omni.scopes import SCOPES
 
 
 if TYPE_CHECKING:

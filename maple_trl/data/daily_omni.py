@@ -28,15 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
-from datasets import List as ListOf
 
+from maple_trl.data.schema import LETTERS, QUESTION_COLUMNS
 from maple_trl.modalities import Modality, ModalityTag
 
 
 logger = logging.getLogger(__name__)
 
 QUESTIONS_FILE = "qa.json"
-LETTERS = "ABCD"
 CAPTION_FILES = ("audio_revised_captions.txt", "audio_detail_captions.txt")
 """Files that may stand in for a clip's subtitles; the first that exists and is not empty is taken."""
 
@@ -50,14 +49,7 @@ DETAILS = ("Type", "content_parent_category", "content_fine_category", "video_ca
 
 FEATURES = Features(
     {
-        "id": Value("string"),
-        "prompt": ListOf({"role": Value("string"), "content": Value("string")}),
-        "question": Value("string"),
-        "options": ListOf(Value("string")),
-        "answer": Value("string"),
-        "solution": Value("string"),
-        "tag": Value("string"),
-        "video": Value("string"),
+        **QUESTION_COLUMNS,
         "audio": Value("string"),
         "subtitle": Value("string"),
         "video_id": Value("string"),

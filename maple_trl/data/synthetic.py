@@ -35,16 +35,14 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Value
-from datasets import List as ListOf
 from filelock import FileLock
 
+from maple_trl.data.schema import LETTERS, QUESTION_COLUMNS
 from maple_trl.modalities import Modality, ModalityTag
 
 
 VERSION = 1
 """Version of what the generator writes; a set of another version is rebuilt by [`load_seven_tags`]."""
-
-LETTERS = "ABCD"
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (255, 0, 0),
@@ -74,14 +72,7 @@ STAMP_NAME = "seven_tags.json"
 
 FEATURES = Features(
     {
-        "id": Value("string"),
-        "prompt": ListOf({"role": Value("string"), "content": Value("string")}),
-        "question": Value("string"),
-        "options": ListOf(Value("string")),
-        "answer": Value("string"),
-        "solution": Value("string"),
-        "tag": Value("string"),
-        "video": Value("string"),
+        **QUESTION_COLUMNS,
         "subtitle": Value("string"),
         "truth_V": Value("string"),
         "truth_A": Value("string"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
+_HUB_ARGUMENTS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -33,6 +35,11 @@ def resolve_checkpoint(name_or_path: str) -> str:
         known = sorted(BUILTIN_PREFIX + path.parent.name for path in _ASSETS.glob("*/config.json"))
         raise ValueError(f"There is no embedded model {name_or_path!r}; embedded: {', '.join(known) or 'none'}")
     return str(folder)
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained` for a model, those that its config and processor take as well."""
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
 def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs: Any) -> PreTrainedModel:
@@ -56,8 +63,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             f"{name_or_path} holds a LoRA adapter, not a model: merge it into its base model and save that "
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
-    config_names = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
-    config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in config_names if k in kwargs})
+    config = AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
     architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:

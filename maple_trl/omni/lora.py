@@ -10,12 +10,11 @@ from rich.table import Table
 from torch import nn
 
 from maple_trl.omni.families import OmniFamily, unwrap
+from maple_trl.omni.scopes import SCOPES
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-SCOPES = ("vision", "audio", "projectors", "llm")
 
 
 def linear_modules(model: nn.Module, family: OmniFamily) -> dict[str, list[str]]:

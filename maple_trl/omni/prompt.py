@@ -159,10 +159,11 @@ class PromptBuilder:
 
     def _check_text(self, messages: tuple[dict[str, Any], ...] | str, subtitle: str | None) -> None:
         """Text that spells a media token would be read as media."""
-        texts = {"prompt": [messages] if isinstance(messages, str) else [], "subtitle": [subtitle or ""]}
-        if not isinstance(messages, str):
-            texts["prompt"] = [block["text"] for m in messages for block in m["content"] if block["type"] == "text"]
-        for field_name, parts in texts.items():
+        if isinstance(messages, str):
+            prompt_texts = [messages]
+        else:
+            prompt_texts = [block["text"] for m in messages for block in m["content"] if block["type"] == "text"]
+        for field_name, parts in (("prompt", prompt_texts), ("subtitle", [subtitle or ""])):
             token = self._media_token_in(parts)
             if token:
                 raise RowError(
@@ -201,13 +202,14 @@ class PromptBuilder:
             raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
         notes = ("no-audio-track",) if None in audios else ()
         interleaved = spec.interleaved and None not in audios
-        subtitle = self._subtitle_text(spec)
+        subtitle = whole_subtitle = self._subtitle_text(spec)
 
         prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
         while self.max_prompt_length is not None and len(prompt) > self.max_prompt_length:
             subtitle = self._shortened(subtitle, len(prompt), spec)
             prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
-            notes = (*dict.fromkeys((*notes, "subtitle-shortened")),)
+        if subtitle != whole_subtitle:
+            notes += ("subtitle-shortened",)
         if subtitle:
             prompt.media_tokens["subtitle"] = len(self._tokens(subtitle))
         return replace(prompt, tag=spec.tag, notes=notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from trl.trainer import grpo_trainer
 
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
 from maple_trl.omni.families import family_for, is_omni, unwrap
-from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.loading import hub_arguments, load_model, load_processor
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
@@ -99,8 +99,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         if processing_class is None:
             if not name:
                 raise ValueError("The model does not know where it was loaded from: pass its processing_class")
-            shared = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
-            processing_class = load_processor(name, **{k: init_kwargs[k] for k in shared if k in init_kwargs})
+            processing_class = load_processor(name, **hub_arguments(init_kwargs))
 
         self.family = None
         self._serving: list[EncodedPrompt] | None = None
@@ -111,10 +110,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         else:
             self._prepare_omni(model, processing_class, args)
             train_dataset = self.rows.register(train_dataset, "train_dataset")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {k: self.rows.register(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()}
-            else:
-                eval_dataset = self.rows.register(eval_dataset, "eval_dataset")
+            eval_dataset = _each_dataset(eval_dataset, "eval_dataset", self.rows.register)
 
         with _trl_expectations(unwrap(model), init_kwargs):
             super().__init__(
@@ -390,10 +386,7 @@ class OmniGRPOTrainer(GRPOTrainer):
             return self.rows.registries[name].usable_dataset() if name in self.rows.registries else dataset
 
         self.train_dataset = restored(self.train_dataset, "train_dataset")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {k: restored(v, f"eval_dataset[{k!r}]") for k, v in self.eval_dataset.items()}
-        else:
-            self.eval_dataset = restored(self.eval_dataset, "eval_dataset")
+        self.eval_dataset = _each_dataset(self.eval_dataset, "eval_dataset", restored)
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
@@ -464,6 +457,13 @@ class OmniGRPOTrainer(GRPOTrainer):
         registry = self.rows.registries["train_dataset"]
         encoded = {key: self.prompt_builder.encode(registry.row_of(key)) for key in dict.fromkeys(keys)}
         return [encoded[key] for key in keys]
+
+
+def _each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> Any:
+    """Applies a function to a data set and its name, or to each of a dictionary of data sets."""
+    if isinstance(dataset, dict):
+        return {key: apply(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+    return apply(dataset, name)
 
 
 def _check_text_only(model: nn.Module, datasets: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from maple_trl.evaluation.report import write_atomically
 from maple_trl.modalities import Modality
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
@@ -219,7 +220,4 @@ class RowRegistry:
 
 def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:
     """Writes the list as JSON, replacing the file in one step."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        json.dump([asdict(row) for row in rows], file, indent=2, ensure_ascii=False)
-    os.replace(f"{path}.part", path)
+    write_atomically(path, json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))

@@ -44,6 +44,12 @@ def take_rows(batch: Chunk, order: list[int]) -> Chunk:
     return {name: take(value) for name, value in batch.items()}
 
 
+def split_rows(batch: Chunk, order: list[int], parts: int) -> list[Chunk]:
+    """The rows of a batch in the given order, in `parts` chunks of equal size."""
+    size = len(order) // parts
+    return [take_rows(batch, order[i * size : (i + 1) * size]) for i in range(parts)]
+
+
 def regroup_rows(chunks: list[Chunk], prompts_key: str) -> list[Chunk]:
     """
     Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first.
@@ -55,8 +61,7 @@ def regroup_rows(chunks: list[Chunk], prompts_key: str) -> list[Chunk]:
     for i, prompt in enumerate(batch[prompts_key]):
         rows_of.setdefault(id(prompt), []).append(i)
     order = [i for rows in rows_of.values() for i in rows]
-    size = len(order) // len(chunks)
-    return [take_rows(batch, order[i * size : (i + 1) * size]) for i in range(len(chunks))]
+    return split_rows(batch, order, len(chunks))
 
 
 def save_rollout(
@@ -129,8 +134,7 @@ def load_rollout(
     if state["prompts"]:
         batch[prompts_key] = prompts_by_key(state["prompts"])
     rows = next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
-    size = rows // state["chunks"]
-    return state["step"], [take_rows(batch, list(range(i * size, (i + 1) * size))) for i in range(state["chunks"])]
+    return state["step"], split_rows(batch, list(range(rows)), state["chunks"])
 
 
 def save_rows(folder: str, states: dict[str, Any]) -> None:

@@ -65,7 +65,6 @@ class OmniFamily:
         placeholders: the token that stands for one feature, per kind of media (`video`, `audio`).
         media_tokens: every special token that must not be sampled in a completion.
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
-        rotary_dims: 3 for multimodal rotary embeddings, 1 for plain ones.
         interleaves_audio: whether audio tokens can be interleaved with the video's.
     """
 
@@ -73,7 +72,6 @@ class OmniFamily:
     placeholders: ClassVar[dict[str, str]] = {}
     media_tokens: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[dict[str, str]] = {}
-    rotary_dims: ClassVar[int] = 3
     interleaves_audio: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, processor):

@@ -20,7 +20,6 @@ class Qwen2AudioFamily(OmniFamily):
         "audio": r"(^|\.)audio_tower\.",
         "llm": r"(^|\.)language_model\.",
     }
-    rotary_dims = 1
 
     def position_ids(self, batch, media, videos, interleaved):
         return torch.arange(batch["input_ids"].size(1))[None]
