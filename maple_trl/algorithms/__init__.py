@@ -1,1 +1,29 @@
-"""Algorithms as pure arithmetic and small stateful objects, apart from any trainer."""
+"""Arithmetic and small stateful objects behind the trainers: tensors and numbers in, numbers out."""
+
+from maple_trl.algorithms.advantages import group_advantages
+from maple_trl.algorithms.aggregation import row_coefficients, stratum_totals
+from maple_trl.algorithms.curriculum import TagCurriculum
+from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
+from maple_trl.algorithms.gradients import GradientMoments, GradientSample
+from maple_trl.algorithms.sampling import DynamicSampling, informative_groups
+from maple_trl.algorithms.schedule import PromptBatch, StratifiedSchedule, rank_share
+from maple_trl.algorithms.weights import AdaptiveTagWeights
+
+
+__all__ = [
+    "AdaptiveTagWeights",
+    "DynamicSampling",
+    "GradientMoments",
+    "GradientSample",
+    "PromptBatch",
+    "StratifiedSchedule",
+    "TagCurriculum",
+    "bernoulli_kl",
+    "beta_histogram_kl",
+    "group_advantages",
+    "informative_groups",
+    "rank_share",
+    "row_coefficients",
+    "stratum_totals",
+    "tag_difficulty",
+]

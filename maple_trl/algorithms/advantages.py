@@ -1,0 +1,94 @@
+"""Advantages of completions under four choices of baseline and scale (MAPLE, arXiv 2602.11596, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maple_trl.modalities import ModalityTag
+
+
+SCOPES = ("group", "tag", "tag_whitened", "batch")
+
+
+def group_advantages(
+    rewards_N: Tensor,
+    prompt_ids_N: Tensor | Sequence[int],
+    tags_N: Tensor | Sequence[ModalityTag | str],
+    scope: str = "tag",
+    eps: float = 1e-4,
+) -> Tensor:
+    """
+    How much better than expected each completion of a generation batch is.
+
+    With q the prompt of a completion, M its tag and B the batch:
+
+    | scope | advantage | source |
+    | --- | --- | --- |
+    | `group` | (r - mean_q) / (std_q + eps) | GRPO; MAPLE Table 7 |
+    | `tag` | (r - mean_q) / (std_M + eps) | MAPLE 4.1, a prompt's own baseline scaled within its tag |
+    | `tag_whitened` | (r - mean_M) / (std_M + eps) | MAPLE 4.1 and Algorithm 2, read literally |
+    | `batch` | (r - mean_B) / (std_B + eps) | MAPLE 4.1, the estimator that ignores tags, read literally |
+
+    Standard deviations are unbiased, and 0 where there are fewer than two rewards. They are those of the rewards
+    given, so pass the completions of all ranks.
+
+    Args:
+        rewards_N: shape (N,). NaN marks a completion that no reward function could score: its advantage is 0, and
+            it counts in no mean and no standard deviation.
+        prompt_ids_N: completions of one prompt share a number; any order.
+        tags_N: tags in any spelling, or an integer tensor of positions in `list(ModalityTag)`.
+        scope: one of `SCOPES`.
+
+    Returns:
+        float32 tensor of shape (N,) on the device of the rewards.
+
+    Raises:
+        ValueError: for an unknown scope, arguments of different lengths, an infinite reward, or a bad tag.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"Unknown advantage scope {scope!r}; choose one of {', '.join(SCOPES)}")
+    if rewards_N.dim() != 1 or not len(rewards_N) == len(prompt_ids_N) == len(tags_N):
+        raise ValueError(
+            f"Expected one prompt and one tag per reward, got rewards of shape {tuple(rewards_N.shape)}, "
+            f"{len(prompt_ids_N)} prompts and {len(tags_N)} tags"
+        )
+    if rewards_N.isinf().any():
+        raise ValueError(f"Reward {int(rewards_N.isinf().nonzero()[0])} of the batch is infinite")
+    device = rewards_N.device
+    # In float64 the mean of equal float32 rewards is exactly that reward, so their advantages are exactly 0.
+    rewards_N = rewards_N.double()
+    scorable_N = ~rewards_N.isnan()
+    prompts_N = torch.as_tensor(prompt_ids_N, device=device).unique(return_inverse=True)[1]
+    tags_N = _tag_positions(tags_N).to(device)
+    batch_N = torch.zeros_like(prompts_N)
+    baseline_N = {"tag_whitened": tags_N, "batch": batch_N}.get(scope, prompts_N)
+    scale_N = {"group": prompts_N, "batch": batch_N}.get(scope, tags_N)
+    mean_N, _ = _moments(rewards_N, baseline_N, scorable_N)
+    _, std_N = _moments(rewards_N, scale_N, scorable_N)
+    return torch.where(scorable_N, (rewards_N - mean_N) / (std_N + eps), 0.0).float()
+
+
+def _tag_positions(tags: Tensor | Sequence[ModalityTag | str]) -> Tensor:
+    known = list(ModalityTag)
+    if not isinstance(tags, Tensor):
+        return torch.tensor([known.index(ModalityTag.parse(tag)) for tag in tags], dtype=torch.long)
+    if tags.is_floating_point() or ((tags < 0) | (tags >= len(known))).any():
+        raise ValueError(f"Tags given as a tensor must be integers from 0 to {len(known) - 1}, got {tags.tolist()}")
+    return tags.long()
+
+
+def _moments(values_N: Tensor, groups_N: Tensor, counted_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of each row's group, over the rows that count."""
+    size = int(groups_N.max()) + 1 if len(groups_N) else 0
+
+    def total(summands_N: Tensor) -> Tensor:
+        sums = torch.zeros(size, dtype=torch.float64, device=summands_N.device)
+        return sums.index_add_(0, groups_N, summands_N.masked_fill(~counted_N, 0.0))[groups_N]
+
+    count_N = total(torch.ones_like(values_N))
+    mean_N = total(values_N) / count_N.clamp(min=1)
+    variance_N = total((values_N - mean_N) ** 2) / (count_N - 1).clamp(min=1)
+    return mean_N, variance_N.sqrt()
