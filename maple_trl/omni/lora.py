@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -66,15 +65,8 @@ def build_lora_config(
     targets = [name for scope, names in layers.items() if chosen[scope] for name in names]
     if not targets:
         raise ValueError(f"LoRA has nothing to adapt: switch on one of {', '.join(layers)}")
-    return LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_as_pattern(targets), task_type="CAUSAL_LM"
-    )
-
-
-def _as_pattern(names: list[str]) -> str:
-    """One short regular expression that matches exactly these module names, with layer numbers left open."""
-    numbered = sorted({re.sub(r"\\?\.\d+(?=\\?\.)", r"\\.\\d+", re.escape(name)) for name in names})
-    return "|".join(numbered)
+    # Whole names, not a pattern: of a mixture of experts PEFT takes a pattern apart and matches the pieces.
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def _print_table(chosen: dict[str, bool], layers: dict[str, list[str]], console: Console) -> None:
