@@ -32,12 +32,15 @@ from maple_trl.trainers.quarantine import Ranks, write_quarantine
 from maple_trl.trainers.rollout_state import (
     ResumeError,
     check_geometry,
+    count_rows,
     last_complete_checkpoint,
     load_rollout,
     load_rows,
+    merge_chunks,
     regroup_rows,
     save_rollout,
     save_rows,
+    split_rows,
 )
 from maple_trl.trainers.rows import RowEncoder
 
@@ -197,14 +200,16 @@ class OmniGRPOTrainer(GRPOTrainer):
         return self._lookahead
 
     def _prefetch_next_batch(self, current: Sequence[EncodedPrompt]) -> None:
-        if self._lookahead is None:
-            return
+        if self._lookahead is not None:
+            self._prefetch([self.train_dataset[i] for i in self._lookahead.upcoming()], current)
+
+    def _prefetch(self, rows: Sequence[dict[str, Any]], current: Sequence[EncodedPrompt]) -> None:
+        """Begins to decode the media of rows to come, but for those of the current prompts."""
+        waiting = {}
+        for row in map(self.rows.usable, rows):
+            waiting.setdefault(self.prompt_builder.spec(row).key, partial(self.prompt_builder.decode, row))
         done = {prompt.key for prompt in current}
-        rows = [self.rows.usable(self.train_dataset[i]) for i in self._lookahead.upcoming()]
-        calls = [
-            partial(self.prompt_builder.decode, row) for row in rows if self.prompt_builder.spec(row).key not in done
-        ]
-        self.loader.prefetch(calls)
+        self.loader.prefetch([decode for key, decode in waiting.items() if key not in done])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -328,7 +333,8 @@ class OmniGRPOTrainer(GRPOTrainer):
         if not fresh or not any(p.kinds for chunk in self._buffered_inputs for p in chunk[PROMPTS_KEY]):
             return inputs
         # TRL shuffles rows, which spreads a prompt's rows over micro-batches and encodes its media in each.
-        self._buffered_inputs = regroup_rows(self._buffered_inputs, PROMPTS_KEY)
+        sizes = [count_rows(chunk) for chunk in self._buffered_inputs]
+        self._buffered_inputs = split_rows(regroup_rows(merge_chunks(self._buffered_inputs), PROMPTS_KEY), sizes)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _compute_loss(self, model, inputs):
@@ -398,7 +404,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         )
         super()._save_checkpoint(model, trial)
 
-    def _geometry(self) -> dict[str, int]:
+    def _geometry(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
@@ -430,7 +436,10 @@ class OmniGRPOTrainer(GRPOTrainer):
         """
         if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
             return False
-        model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        # One part may be kept in float32: reading it as the rest would round it.
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        model.load_state_dict(load_model(checkpoint, dtype=dtype).state_dict())
         return True
 
     def _init_training_state(self, *args, **kwargs):
@@ -486,21 +495,36 @@ def _check_text_only(model: nn.Module, datasets: dict[str, Any]) -> None:
 @contextmanager
 def _trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[None]:
     """
-    Bridges two places of TRL's constructor that know vision-language models alone.
+    Bridges places of TRL's constructor that know vision-language or text models alone.
 
-    It reads `config.image_token_id` of every model with a processor (ours replaces the tokens that it suppresses), and
-    loads the reference model by the class that the checkpoint names, which for an Omni checkpoint is not the Thinker.
+    It reads `config.image_token_id` of every model with a processor (ours replaces the tokens that it suppresses),
+    loads the reference model by the class that the checkpoint names, which for an Omni checkpoint is not the Thinker,
+    and to keep an LM head in float32 asks whether it is tied, and for the embedding, where text models have them.
     """
-    lent = not hasattr(model.config, "image_token_id")
-    if lent:
-        model.config.image_token_id = None
+    borrowers: list[tuple[Any, str]] = []
+
+    def lend(owner: Any, name: str, value: Any) -> None:
+        if not hasattr(owner, name):
+            vars(owner)[name] = value
+            borrowers.append((owner, name))
+
+    def lend_parts(model: nn.Module) -> None:
+        lend(model.config, "image_token_id", None)
+        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        lend(model.config, "tie_word_embeddings", tied)
+        for part in (model, getattr(model, "model", None)):  # TRL looks in a model with adapters, else in its core
+            if part is not None:
+                lend(part, "embed_tokens", model.get_input_embeddings())
 
     def load_reference(path: str, **kwargs: Any) -> PreTrainedModel:
-        return load_model(path, **(kwargs | init_kwargs))
+        reference = load_model(path, **(kwargs | init_kwargs))
+        lend_parts(reference)
+        return reference
 
+    lend_parts(model)
     try:
         with mock.patch.object(grpo_trainer, "create_model_from_path", load_reference):
             yield
     finally:
-        if lent:
-            del model.config.image_token_id
+        for owner, name in borrowers:
+            del vars(owner)[name]

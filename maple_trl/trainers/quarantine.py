@@ -97,6 +97,7 @@ class RowRegistry:
             except RowError as error:
                 raise RowError(f"{name}, row {i}: {error}") from error
         self._keys = [spec.key for spec in specs]
+        self._tags = [spec.tag for spec in specs]
         self._rows_of: dict[str, list[int]] = {}
         for i, key in enumerate(self._keys):
             self._rows_of.setdefault(key, []).append(i)
@@ -165,12 +166,13 @@ class RowRegistry:
         )
 
     def substitute(self, key: str) -> dict[str, Any]:
-        """The next usable row after a quarantined one; every rank finds the same."""
+        """The next usable row after a quarantined one, of its tag where there is one; every rank finds the same."""
         start = self._rows_of[key][0]
-        for i in [*range(start + 1, len(self._keys)), *range(start)]:
-            if self._keys[i] not in self.quarantined:
-                return self.dataset[i]
-        raise ValueError(f"{self.name}: no usable row is left: {self.summary()}")
+        order = [*range(start + 1, len(self._keys)), *range(start)]
+        usable = [i for i in order if self._keys[i] not in self.quarantined]
+        if not usable:
+            raise ValueError(f"{self.name}: no usable row is left: {self.summary()}")
+        return self.dataset[next((i for i in usable if self._tags[i] == self._tags[start]), usable[0])]
 
     def row_of(self, key: str) -> dict[str, Any]:
         """A row with this prompt."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,28 +45,59 @@ def take_rows(batch: Chunk, order: list[int]) -> Chunk:
     return {name: take(value) for name, value in batch.items()}
 
 
-def split_rows(batch: Chunk, order: list[int], parts: int) -> list[Chunk]:
-    """The rows of a batch in the given order, in `parts` chunks of equal size."""
-    size = len(order) // parts
-    return [take_rows(batch, order[i * size : (i + 1) * size]) for i in range(parts)]
+def count_rows(batch: Chunk) -> int:
+    """How many rows a batch has."""
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
-def regroup_rows(chunks: list[Chunk], prompts_key: str) -> list[Chunk]:
+def split_rows(batch: Chunk, sizes: list[int]) -> list[Chunk]:
+    """The rows of a batch in order, in chunks of the given sizes."""
+    ends = list(accumulate(sizes))
+    return [take_rows(batch, list(range(end - size, end))) for size, end in zip(sizes, ends, strict=True)]
+
+
+def regroup_rows(batch: Chunk, prompts_key: str) -> Chunk:
     """
     Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first.
 
     The shuffle's own random draws are used, so the random stream stays TRL's.
     """
-    batch = merge_chunks(chunks)
     rows_of: dict[int, list[int]] = {}
     for i, prompt in enumerate(batch[prompts_key]):
         rows_of.setdefault(id(prompt), []).append(i)
-    order = [i for rows in rows_of.values() for i in rows]
-    return split_rows(batch, order, len(chunks))
+    return take_rows(batch, [i for rows in rows_of.values() for i in rows])
+
+
+def concat_rows(batches: list[Chunk], pad_token_id: int) -> Chunk:
+    """
+    The rows of several batches as one, each padded as TRL pads: prompts on the left, completions on the right.
+
+    Values of a whole batch (0-d) are those of the first.
+    """
+    joined = {}
+    for name, first in batches[0].items():
+        values = [batch[name] for batch in batches]
+        if isinstance(first, list):
+            joined[name] = [item for value in values for item in value]
+        elif not isinstance(first, torch.Tensor) or not first.ndim:
+            joined[name] = first
+        elif first.ndim == 1:
+            joined[name] = torch.cat(values)
+        else:
+            width = max(value.size(1) for value in values)
+            filler = pad_token_id if name.endswith("_ids") else 0
+            left = name.startswith("prompt_")
+            joined[name] = torch.cat([_widened(value, width, filler, left) for value in values])
+    return joined
+
+
+def _widened(rows: torch.Tensor, width: int, filler: int, left: bool) -> torch.Tensor:
+    missing = width - rows.size(1)
+    return torch.nn.functional.pad(rows, (missing, 0) if left else (0, missing), value=filler)
 
 
 def save_rollout(
-    folder: str, rank: int, step: int, chunks: list[Chunk] | None, prompts_key: str, geometry: dict[str, int]
+    folder: str, rank: int, step: int, chunks: list[Chunk] | None, prompts_key: str, geometry: dict[str, Any]
 ) -> None:
     """
     Writes where a rank stands within its rollout, and the rollout's rows as long as updates on them are to come.
@@ -74,7 +106,7 @@ def save_rollout(
     what the numbers of a run depend on.
     """
     os.makedirs(folder, exist_ok=True)
-    state: dict[str, Any] = {"step": step, "chunks": 0, "geometry": geometry}
+    state: dict[str, Any] = {"step": step, "chunks": [], "geometry": geometry}
     if chunks:
         batch = merge_chunks(chunks)
         tensors = {name: value.contiguous().cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -86,7 +118,8 @@ def save_rollout(
             )
         save_file(tensors, os.path.join(folder, f"rollout_{rank}.safetensors"))
         prompts = batch.get(prompts_key)
-        state |= {"chunks": len(chunks), "prompts": prompts and [prompt.key for prompt in prompts]}
+        sizes = [count_rows(chunk) for chunk in chunks]
+        state |= {"chunks": sizes, "prompts": prompts and [prompt.key for prompt in prompts]}
     with open(os.path.join(folder, f"rollout_{rank}.json"), "w", encoding="utf-8") as file:
         json.dump(state, file)
 
@@ -102,7 +135,7 @@ def _read_state(folder: str, rank: int) -> dict[str, Any]:
         return json.load(file)
 
 
-def check_geometry(folder: str, rank: int, geometry: dict[str, int]) -> None:
+def check_geometry(folder: str, rank: int, geometry: dict[str, Any]) -> None:
     """
     Holds a run against the one that wrote a checkpoint.
 
@@ -110,7 +143,7 @@ def check_geometry(folder: str, rank: int, geometry: dict[str, int]) -> None:
         ResumeError: when the checkpoint holds no state for this rank, or was written with other numbers.
     """
     written = _read_state(folder, rank)["geometry"]
-    changed = [f"{name} {written[name]} -> {now}" for name, now in geometry.items() if written[name] != now]
+    changed = [f"{name} {written.get(name)} -> {now}" for name, now in geometry.items() if written.get(name) != now]
     if changed:
         raise ResumeError(
             f"{folder} was written by a run with other settings: {', '.join(changed)}. Resume with those."
@@ -133,8 +166,7 @@ def load_rollout(
     batch: Chunk = {name: value.to(device) for name, value in tensors.items()}  # safetensors knows no "cpu:0"
     if state["prompts"]:
         batch[prompts_key] = prompts_by_key(state["prompts"])
-    rows = next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
-    return state["step"], split_rows(batch, list(range(rows)), state["chunks"])
+    return state["step"], split_rows(batch, state["chunks"])
 
 
 def save_rows(folder: str, states: dict[str, Any]) -> None:
