@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "MAPOConfig": "maple_trl.trainers.mapo_config",
+    "MAPOTrainer": "maple_trl.trainers.mapo",
     "Modality": "maple_trl.modalities",
     "ModalityTag": "maple_trl.modalities",
     "OmniGRPOConfig": "maple_trl.trainers.omni_grpo_config",
     "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo",
 }
-__all__ = ["Modality", "ModalityTag", "OmniGRPOConfig", "OmniGRPOTrainer"]
+__all__ = ["MAPOConfig", "MAPOTrainer", "Modality", "ModalityTag", "OmniGRPOConfig", "OmniGRPOTrainer"]
 
 if TYPE_CHECKING:
     from maple_trl.modalities import Modality, ModalityTag
+    from maple_trl.trainers.mapo import MAPOTrainer
+    from maple_trl.trainers.mapo_config import MAPOConfig
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 

@@ -24,6 +24,18 @@ SIGNATURES = {
         "has_tool_images",
     ],
     "_generate": ["self", "prompts"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "set_initial_training_values": ["self", "args", "dataloader"],
+    "_init_training_state": [
+        "self",
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ],
     "_generate_and_score_completions": ["self", "inputs"],
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
@@ -61,6 +73,39 @@ def test_the_log_prob_loop_only_calls_its_model_with_keywords():
 def test_multimodal_tensors_reach_generate_unchanged():
     body = source("_generate_single_turn")
     assert "if isinstance(v, torch.Tensor):\n                    generate_inputs[k] = v" in body
+
+
+def test_rewards_can_be_known_before_the_passes_over_the_completions():
+    """Dynamic sampling scores what `_generate` returns, and spares dropped groups the passes that come after it."""
+    body = source("_generate_and_score_completions")
+    assert body.index("= self._generate(prompts)") < body.index("self._get_per_token_logps_and_entropies(")
+    assert "= self._calculate_rewards(inputs, prompts, completions, completion_ids_list)" in body
+    assert (
+        inspect.getsource(inspect.unwrap(GRPOTrainer._generate))
+        .rstrip()
+        .endswith(
+            "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images"
+        )
+    )
+
+
+def test_the_losses_are_linear_in_the_size_of_the_advantage():
+    """`_fold_weights` lets the weight of a row stand in its advantage, and undoes these divisors."""
+    body = source("_compute_loss")
+    assert 'normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes' in body
+    assert "normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation" in body
+    assert "loss = ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()" in body
+
+
+def test_the_trainer_ends_an_epoch_where_it_is_told_to():
+    body = inspect.getsource(Trainer._run_epoch)
+    assert "if self.control.should_epoch_stop or self.control.should_training_stop:" in body
+    assert inspect.getsource(Trainer._inner_training_loop).count("set_initial_training_values(") == 1
+
+
+def test_a_float32_head_is_found_where_text_models_have_their_embedding():
+    body = inspect.getsource(GRPOTrainer.__init__)
+    assert "target_model.model.embed_tokens.register_forward_hook" in body
 
 
 def test_user_generation_kwargs_replace_the_suppressed_tokens():

@@ -1,0 +1,86 @@
+"""What the ranks generated together, as far as it decides what is learned from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from maple_trl.algorithms import informative_groups
+from maple_trl.modalities import ModalityTag
+from maple_trl.trainers.tag_metrics import TAGS, means_by_tag
+
+
+_PER_COMPLETION = ("scores", "rewards", "tags", "lengths", "media_tokens")
+
+
+@dataclass(frozen=True)
+class Round:
+    """
+    Completions for some prompts, over all ranks, those of a prompt next to each other.
+
+    Attributes:
+        rows (`list[int]`): rows of the data set, one per prompt.
+        group_size (`int`): completions of a prompt.
+        scores (`Tensor` of shape (N, reward functions)): NaN where a function gave none.
+        rewards (`Tensor` of shape (N,)): their weighted sum, NaN where no function gave one.
+        tags, lengths, media_tokens (`Tensor` of shape (N,)): tag as a number; tokens of completion and of media.
+    """
+
+    rows: list[int]
+    group_size: int
+    scores: Tensor
+    rewards: Tensor
+    tags: Tensor
+    lengths: Tensor
+    media_tokens: Tensor
+
+    @classmethod
+    def joined(cls, rounds: Sequence[Round]) -> Round:
+        """Several rounds, one after the other."""
+        columns = {name: torch.cat([getattr(r, name) for r in rounds]) for name in _PER_COMPLETION}
+        return replace(rounds[0], rows=[row for r in rounds for row in r.rows], **columns)
+
+    @property
+    def groups(self) -> Tensor:
+        """Number of each completion's prompt; shape (N,)."""
+        return torch.arange(len(self.tags), device=self.tags.device) // self.group_size
+
+    @property
+    def informative(self) -> Tensor:
+        """Whether each prompt's completions were rewarded differently; shape (prompts,), bool."""
+        return informative_groups(self.rewards.view(-1, self.group_size))
+
+    @property
+    def prompt_tags(self) -> list[ModalityTag]:
+        return [TAGS[i] for i in self.tags[:: self.group_size].tolist()]
+
+    def metrics(self, task: int | None = None, advantages: Tensor | None = None) -> dict[str, float]:
+        """
+        Means per tag and over all, as `tag/<TAG>/<name>`.
+
+        Args:
+            task: the reward function whose mean is the accuracy.
+            advantages (`Tensor` of shape (N,)): logged with their standard deviation where given.
+        """
+        values = {
+            "reward": self.rewards,
+            "unscorable": self.rewards.isnan().float(),
+            "completion_length": self.lengths.float(),
+            "media_tokens": self.media_tokens.float(),
+        }
+        if task is not None:
+            values["accuracy"] = self.scores[:, task]
+        if advantages is not None:
+            values["advantage_mean"] = advantages
+        metrics = {}
+        for name, value in values.items():
+            metrics |= means_by_tag(name, value, self.tags)
+        metrics |= means_by_tag("zero_variance", (~self.informative).float(), self.tags[:: self.group_size])
+        if advantages is not None:
+            for key, square in means_by_tag("advantage_std", advantages.square(), self.tags).items():
+                mean = metrics[key.replace("advantage_std", "advantage_mean")]
+                metrics[key] = max(square - mean**2, 0.0) ** 0.5
+        return metrics

@@ -1,0 +1,81 @@
+"""Means per tag, over all ranks and over the micro-batches of an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from maple_trl.modalities import ModalityTag
+
+
+TAGS = list(ModalityTag)
+UNTAGGED = len(TAGS)
+"""The number of rows without a tag, which count among `all` alone."""
+
+
+@cache
+def tag_number(tag: str | None) -> int:
+    """A tag as the number by which tensors hold it."""
+    return TAGS.index(ModalityTag.parse(tag)) if tag else UNTAGGED
+
+
+def means_by_tag(name: str, values_N: Tensor, tags_N: Tensor) -> dict[str, float]:
+    """
+    `tag/<TAG>/<name>` for each tag that has a value, and `tag/all/<name>`.
+
+    Args:
+        values_N (`Tensor` of shape (N,)): NaN values are left out.
+        tags_N (`Tensor` of shape (N,)): tags as numbers.
+    """
+    sums = TagSums([name], values_N.device)
+    counted = ~values_N.isnan()
+    sums.add(tags_N[counted], {name: values_N[counted]}, torch.ones_like(values_N[counted]))
+    return sums.means()
+
+
+class TagSums:
+    """
+    Sums of quantities and of the tokens (or rows) that they were measured on, per tag.
+
+    Args:
+        names: quantities, the same on every rank.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = list(names)
+        self._sums = torch.zeros(len(self.names) + 1, UNTAGGED + 1, dtype=torch.float64, device=device)
+
+    def add(self, tags_N: Tensor, sums_N: dict[str, Tensor], counts_N: Tensor) -> None:
+        """
+        Adds rows.
+
+        Args:
+            tags_N (`Tensor` of shape (N,)): tags as numbers.
+            sums_N: for each name, the sum over a row's tokens, shape (N,).
+            counts_N (`Tensor` of shape (N,)): each row's tokens.
+        """
+        rows = torch.stack([*(sums_N[name] for name in self.names), counts_N]).detach().to(self._sums)
+        self._sums.index_add_(1, tags_N.to(self._sums.device), rows)
+
+    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Adds up the sums of all ranks; a collective call."""
+        self._sums = reduce(self._sums)
+
+    def tags(self) -> list[ModalityTag]:
+        """Tags of the rows that were added."""
+        return [tag for tag, count in zip(TAGS, self._sums[-1].tolist(), strict=False) if count]
+
+    def means(self) -> dict[str, float]:
+        """`tag/<TAG>/<name>` for each tag that was added, and `tag/all/<name>`."""
+        *sums, counts = self._sums.cpu()
+        means = {}
+        for name, sum_M in zip(self.names, sums, strict=True):
+            if counts.sum():
+                means[f"tag/all/{name}"] = float(sum_M.sum() / counts.sum())
+            for i, tag in enumerate(TAGS):
+                if counts[i]:
+                    means[f"tag/{tag}/{name}"] = float(sum_M[i] / counts[i])
+        return means

@@ -1,0 +1,187 @@
+"""From the kept rows of a rollout to micro-batches: every row once, the same work on all ranks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maple_trl.trainers.rollout_state import concat_rows, count_rows
+from maple_trl.trainers.updates import even_parts, micro_batches, owners
+
+
+BALLAST = -1
+
+
+def rows_of(numbers):
+    """A batch that is nothing but numbered rows, with a list and a value of the whole batch beside them."""
+    numbers = list(numbers)
+    return {
+        "row": torch.tensor(numbers, dtype=torch.long),
+        "wide": torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1).repeat(1, 3),
+        "name": [f"row {number}" for number in numbers],
+        "tokens": torch.tensor(7),
+    }
+
+
+def numbers(chunk):
+    found = chunk["row"].tolist()
+    assert chunk["name"] == [f"row {number}" for number in found]
+    assert chunk["wide"].tolist() == [[number] * 3 for number in found] and chunk["tokens"] == 7
+    return found
+
+
+# Shares
+
+
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_even_parts_differ_by_one_at_most_and_the_larger_come_first(rows, parts):
+    sizes = even_parts(rows, parts)
+    assert len(sizes) == parts and sum(sizes) == rows
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6))
+def test_owners_share_rows_out_evenly_and_in_order(rows_per_rank):
+    owner = owners(rows_per_rank)
+    world, total = len(rows_per_rank), sum(rows_per_rank)
+    assert owner == sorted(owner) and len(owner) == total
+    assert [owner.count(rank) for rank in range(world)] == [
+        total // world + (rank < total % world) for rank in range(world)
+    ]
+    even = [total // world + (rank < total % world) for rank in range(world)]
+    if rows_per_rank == even:  # nothing moves where nothing has to
+        assert owner == [rank for rank, count in enumerate(rows_per_rank) for _ in range(count)]
+
+
+def test_owners_of_a_worked_case():
+    assert owners([6, 0, 1]) == [0, 0, 0, 1, 1, 2, 2]
+
+
+# Micro-batches
+
+
+@st.composite
+def splits(draw):
+    world, steps, slots = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    largest = draw(st.integers(1, 5))
+    total = draw(st.integers(0, world * steps * slots * largest))
+    return even_parts(total, world), steps, slots, largest
+
+
+@settings(deadline=None, max_examples=300)
+@given(splits())
+def test_micro_batches_of_all_ranks(split):
+    rows_per_rank, steps, slots, largest = split
+    ranks, start = [], 0
+    for count in rows_per_rank:
+        batch = rows_of(range(start, start + count))
+        chunks = micro_batches(batch, rows_per_rank, steps, slots, largest, rows_of([BALLAST]))
+        assert len(chunks) == steps * slots
+        ranks.append([numbers(chunk) for chunk in chunks])
+        start += count
+    for count, chunks in zip(rows_per_rank, ranks, strict=True):
+        real = [row for chunk in chunks for row in chunk if row != BALLAST]
+        first = real[0] if real else 0
+        assert real == list(range(first, first + count)), "every row once, in order"
+        assert all(len(chunk) <= largest for chunk in chunks)
+        assert all(chunk == [BALLAST] or BALLAST not in chunk for chunk in chunks)
+        per_step = [[c for c in chunks[i : i + slots] if c] for i in range(0, steps * slots, slots)]
+        sizes = [sum(row != BALLAST for chunk in step for row in chunk) for step in per_step]
+        assert sizes == even_parts(count, steps)
+    assert sorted(row for chunks in ranks for chunk in chunks for row in chunk if row != BALLAST) == list(range(start))
+    for slot in range(steps * slots):
+        used = [bool(chunks[slot]) for chunks in ranks]
+        assert len(set(used)) == 1, "all ranks run the same micro-batches"
+        real = [chunks[slot] != [BALLAST] for chunks in ranks if chunks[slot]]
+        assert not real or any(real), "ballast stands only beside rows of another rank"
+    for step in range(0, steps * slots, slots):
+        for chunks in ranks:
+            used = [bool(chunk) for chunk in chunks[step : step + slots]]
+            assert used == sorted(used), "empty ones come first"
+        most = max(sum(row != BALLAST for chunk in chunks[step : step + slots] for row in chunk) for chunks in ranks)
+        assert sum(bool(chunk) for chunk in ranks[0][step : step + slots]) == -(-most // largest), "as few as can be"
+
+
+def test_a_full_batch_needs_no_ballast():
+    chunks = micro_batches(rows_of(range(8)), [8, 8], 2, 2, 2, rows_of([BALLAST]))
+    assert [numbers(chunk) for chunk in chunks] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_rank_without_a_row_gets_ballast_where_others_have_one():
+    first = micro_batches(rows_of([0]), [1, 0], 1, 3, 2, rows_of([BALLAST]))
+    second = micro_batches(rows_of([]), [1, 0], 1, 3, 2, rows_of([BALLAST]))
+    assert [numbers(chunk) for chunk in first] == [[], [], [0]]
+    assert [numbers(chunk) for chunk in second] == [[], [], [BALLAST]]
+
+
+def test_without_rows_all_micro_batches_are_empty():
+    chunks = micro_batches(rows_of([]), [0, 0], 2, 2, 4, rows_of([BALLAST]))
+    assert [count_rows(chunk) for chunk in chunks] == [0] * 4
+    assert chunks[0]["wide"].shape == (0, 3)
+
+
+# Joining rounds of different widths
+
+
+PAD = 99
+
+
+def round_of(rows, prompt, completion, first):
+    ids = torch.arange(first, first + rows * (prompt + completion)).reshape(rows, prompt + completion)
+    return {
+        "prompt_ids": ids[:, :prompt],
+        "prompt_mask": torch.ones(rows, prompt, dtype=torch.long),
+        "completion_ids": ids[:, prompt:],
+        "completion_mask": torch.ones(rows, completion, dtype=torch.long),
+        "old_per_token_logps": -ids[:, prompt:].float(),
+        "advantages": torch.arange(rows) + 0.5,
+        "omni_prompts": [f"prompt {first + i}" for i in range(rows)],
+        "num_items_in_batch": torch.tensor(first),
+        "absent": None,
+    }
+
+
+shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(shapes)
+def test_rounds_are_padded_as_trl_pads(shapes):
+    rounds = [round_of(*shape, first=1000 * (i + 1)) for i, shape in enumerate(shapes)]
+    joined = concat_rows(rounds, PAD)
+    width = {"prompt": max(p for _, p, _ in shapes), "completion": max(c for _, _, c in shapes)}
+    i = 0
+    for part in rounds:
+        for row in range(count_rows(part)):
+            for side in ("prompt", "completion"):
+                own = part[f"{side}_ids"][row].tolist()
+                missing = width[side] - len(own)
+                left, right = (missing, 0) if side == "prompt" else (0, missing)
+                assert joined[f"{side}_ids"][i].tolist() == [PAD] * left + own + [PAD] * right
+                assert joined[f"{side}_mask"][i].tolist() == [0] * left + [1] * len(own) + [0] * right
+            logps = part["old_per_token_logps"][row].tolist()
+            assert joined["old_per_token_logps"][i].tolist() == logps + [0.0] * (width["completion"] - len(logps))
+            assert joined["advantages"][i] == part["advantages"][row]
+            assert joined["omni_prompts"][i] == part["omni_prompts"][row]
+            i += 1
+    assert count_rows(joined) == i
+    assert joined["num_items_in_batch"] == 1000 and joined["absent"] is None
+    for name, value in rounds[0].items():
+        if isinstance(value, torch.Tensor):
+            assert joined[name].dtype == value.dtype
+
+
+def test_one_round_stays_as_it_is():
+    part = round_of(2, 3, 4, 10)
+    joined = concat_rows([part], PAD)
+    assert all(
+        torch.equal(joined[name], value) if isinstance(value, torch.Tensor) else joined[name] == value
+        for name, value in part.items()
+    )
+
+
+@pytest.mark.parametrize("name", ["prompt_ids", "completion_ids"])
+def test_padding_on_the_other_side_would_be_noticed(name):
+    """The control: what the property above checks is not true of the other side."""
+    joined = concat_rows([round_of(1, 1, 1, 1), round_of(1, 3, 3, 100)], PAD)[name][0].tolist()
+    assert joined != joined[::-1] and joined.count(PAD) == 2
