@@ -1,5 +1,5 @@
 """
-The job of `maple-trl train`, written out: omni-modal GRPO on the embedded model and data, or on your own.
+The job of `maple-trl train`, written out: any trainer, on the embedded model and data or on your own.
 
     python examples/train_omni_grpo.py --config recipes/demo.yaml
     accelerate launch --num_processes 2 examples/train_omni_grpo.py --config recipes/demo.yaml
@@ -16,9 +16,8 @@ import json
 import sys
 from pathlib import Path
 
-from maple_trl import OmniGRPOTrainer
 from maple_trl.evaluation import sampled_accuracy
-from maple_trl.job_args import parse_args
+from maple_trl.job_args import parse_args, trainer_class
 from maple_trl.rewards import accuracy_reward
 from maple_trl.train import (
     checkpoint_to_resume,
@@ -38,7 +37,7 @@ def main() -> None:
     questions = data[script_args.dataset_test_split]
     model, processor = load_model_and_processor(model_args, training_args)
 
-    trainer = OmniGRPOTrainer(
+    trainer = trainer_class(script_args.trainer)(
         model=model,
         reward_funcs=load_rewards(script_args.rewards),
         args=training_args,

@@ -16,6 +16,7 @@ examples:
   maple-trl train --config recipes/demo.yaml
   maple-trl train --config recipes/demo.yaml --max_steps 20 --output_dir runs/short
   maple-trl train --config recipes/demo.yaml --resume_from_checkpoint true
+  maple-trl train --config recipes/tiny/full_recipe.yaml
 
 Several processes: accelerate launch --num_processes N -m maple_trl.cli train --config FILE
 """
@@ -88,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.help or arguments.help_all:
-        _print_train_help(parser, everything=arguments.help_all)
-        return 0
+        return _print_train_help(parser, words, everything=arguments.help_all)
     if not words:
         print("maple-trl train: name a job: --config FILE (maple-trl train --help)", file=sys.stderr)
         return 2
@@ -111,25 +111,37 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
     return 0
 
 
-def _print_train_help(parser: argparse.ArgumentParser, everything: bool) -> None:
+def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everything: bool) -> int:
+    from trl import TrlParser
+
+    from maple_trl.job_args import (
+        DEFAULT_TRAINER,
+        TRAINERS,
+        OmniModelConfig,
+        OmniScriptArguments,
+        SetupError,
+        make_parser,
+        trainer_option,
+    )
+
+    try:
+        trainer = trainer_option(words) or DEFAULT_TRAINER
+        job = make_parser(trainer) if everything else TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
+    except SetupError as error:
+        print(f"maple-trl train: {error}", file=sys.stderr)
+        return 2
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     print(commands.choices["train"].format_help())
-    if everything:
-        from maple_trl.job_args import make_parser
-
-        job = make_parser()
-    else:
-        from trl import TrlParser
-
-        from maple_trl.job_args import OmniModelConfig, OmniScriptArguments
-
-        job = TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
     job.usage = argparse.SUPPRESS
     print("Options of a job (a YAML key has the same name, without the dashes):\n" + job.format_help())
-    if not everything:
-        print(
-            "and every field of OmniGRPOConfig (media_root, num_frames, modality_access, learning_rate, …): --help-all"
-        )
+    if everything:
+        print(f"These are the options with --trainer {trainer}. Others have options of their own:")
+    else:
+        print("and the trainer's own (media_root, num_frames, modality_access, learning_rate, …):")
+    for name in TRAINERS:
+        if name != trainer or not everything:
+            print(f"  maple-trl train --trainer {name} --help-all")
+    return 0
 
 
 def _env(arguments: argparse.Namespace) -> int:

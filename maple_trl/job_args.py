@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from maple_trl.omni.scopes import SCOPES
 
 
 if TYPE_CHECKING:
+    from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
 
@@ -24,12 +27,53 @@ class SetupError(ValueError):
     """The job is described wrongly: an unknown key, a data set or reward that is not there. The message says which."""
 
 
+# Trainers
+
+# What `trainer` may name: the config class and the trainer, as `module:class`, for importing them loads torch and TRL.
+TRAINERS = {
+    "omni_grpo": (
+        "maple_trl.trainers.omni_grpo_config:OmniGRPOConfig",
+        "maple_trl.trainers.omni_grpo:OmniGRPOTrainer",
+    ),
+    "mapo": ("maple_trl.trainers.mapo_config:MAPOConfig", "maple_trl.trainers.mapo:MAPOTrainer"),
+}
+DEFAULT_TRAINER = "omni_grpo"
+
+
+def config_class(trainer: str) -> type[OmniGRPOConfig]:
+    """The config class of a trainer in `TRAINERS`; SetupError for another name."""
+    _check_trainer(trainer)
+    return _load(TRAINERS[trainer][0])
+
+
+def trainer_class(trainer: str) -> type[OmniGRPOTrainer]:
+    """The trainer behind a name in `TRAINERS`; SetupError for another name."""
+    _check_trainer(trainer)
+    return _load(TRAINERS[trainer][1])
+
+
+def _check_trainer(name: Any) -> None:
+    if name not in list(TRAINERS):
+        raise SetupError(f"trainer must be one of {', '.join(map(repr, TRAINERS))}, got {name!r}")
+
+
+def _load(place: str) -> type:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# Dataclasses
+
+
 @dataclass
 class OmniScriptArguments:
     r"""
-    What the job reads, rewards and reports.
+    What the job trains with, reads, rewards and reports.
 
     Args:
+        trainer (`str`, *optional*, defaults to `"omni_grpo"`):
+            `omni_grpo` ([`OmniGRPOTrainer`]) or `mapo` ([`MAPOTrainer`], for MAPLE's MAPO and MUPO); it decides which
+            config class the other options belong to.
         dataset_name (`str`):
             `builtin:seven-tags` (written into the user's cache when it is first used), a `.parquet`, `.json` or
             `.jsonl` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
@@ -55,6 +99,13 @@ class OmniScriptArguments:
             Where the plot goes; default `training.png` in `output_dir`.
     """
 
+    trainer: str = field(
+        default=DEFAULT_TRAINER,
+        metadata={
+            "help": "'omni_grpo' (options of OmniGRPOConfig) or 'mapo' (options of MAPOConfig: stratified batches, tag "
+            "weights, curricula, dynamic sampling)."
+        },
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -88,6 +139,7 @@ class OmniScriptArguments:
     )
 
     def __post_init__(self):
+        _check_trainer(self.trainer)
         if not self.rewards:
             raise ValueError("rewards must name at least one reward function, e.g. accuracy_reward")
         if self.eval_questions_per_tag < 1:
@@ -163,17 +215,21 @@ def _listed(prefix: str, scopes: Sequence[str]) -> str:
 # Arguments
 
 
-def make_parser():
-    """The [`~trl.TrlParser`] of a training job; it reports errors as [`SetupError`] instead of ending the process."""
-    from trl import TrlParser
+def make_parser(trainer: str = DEFAULT_TRAINER):
+    """
+    The [`~trl.TrlParser`] of a training job; it reports errors as [`SetupError`] instead of ending the process.
 
-    from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+    Args:
+        trainer (`str`, *optional*, defaults to `"omni_grpo"`):
+            Key of `TRAINERS`, whose config class the parser fills.
+    """
+    from trl import TrlParser
 
     class JobParser(TrlParser):
         def error(self, message):
             raise SetupError(message)
 
-    types = (OmniScriptArguments, OmniGRPOConfig, OmniModelConfig)
+    types = (OmniScriptArguments, config_class(trainer), OmniModelConfig)
     return JobParser(types, prog="maple-trl train", allow_abbrev=False, add_help=False)
 
 
@@ -181,52 +237,92 @@ def parse_args(argv: Sequence[str]) -> tuple[OmniScriptArguments, OmniGRPOConfig
     """
     Reads `--config FILE` and the overrides behind it; what stands on the command line wins.
 
+    A config file may build on others with `extends: FILE` or `extends: [FILES]`, relative to itself. Later files win
+    over earlier ones and the file itself over all of them; a file that is reached twice counts where it is reached
+    first.
+
     Args:
         argv (`Sequence[str]`):
             Command line without the program's name.
 
     Returns:
-        `tuple`: script, training and model arguments.
+        `tuple`: script, training and model arguments; the class of the second is that of the `trainer`.
 
     Raises:
-        SetupError: for a key that no dataclass has (naming the closest one that exists), a value of the wrong type, a
-            key given twice, an unreadable file, and whatever the dataclasses reject.
+        SetupError: for a key that no dataclass has (naming the closest one that exists, or the trainer that has it), a
+            value of the wrong type, a key given twice, an unreadable file, files that extend each other, and whatever
+            the dataclasses reject.
     """
-    parser = make_parser()
-    path, options = _split_config(argv)
-    if path is not None:
-        config = _read_config(path)
-        environment = config.pop("env", None) or {}
-        if not isinstance(environment, Mapping):
-            raise SetupError(f"{path}: env must be a mapping of variable names to values")
-        parser.set_defaults_with_config(**_checked(parser, config, path))
-        os.environ.update({key: str(value) for key, value in environment.items()})
+    path, options = _take_option(argv, "--config")
+    files = [] if path is None else _config_files(path)
+    trainer = trainer_option(options)
+    for _, config in reversed(files):
+        trainer = trainer or config.get("trainer")
+    trainer = trainer or DEFAULT_TRAINER
+    parser = make_parser(trainer)
+    environment = {}
+    for file, config in files:
+        variables = config.pop("env", None) or {}
+        if not isinstance(variables, Mapping):
+            raise SetupError(f"{file}: env must be a mapping of variable names to values")
+        environment.update(variables)
+        parser.set_defaults_with_config(**_checked(parser, trainer, config, file))
+    os.environ.update({key: str(value) for key, value in environment.items()})
     unknown = parser.parse_known_args(options)[1]
     if unknown:
         flag = next((text for text in unknown if text.startswith("-")), None)
         if flag is None:
             raise SetupError(f"unexpected value {unknown[0]!r}; options are written --name value")
         name = flag.split("=")[0].lstrip("-")
-        raise SetupError(f"unknown option --{name}{_closest(name.replace('-', '_'), _keys(parser), '--')}")
+        raise SetupError(f"unknown option --{name}{_instead(name.replace('-', '_'), trainer, _keys(parser), '--')}")
     try:
         return parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
     except (ValueError, TypeError) as error:
         raise SetupError(str(error)) from error
 
 
-def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config` (in either spelling, the last one counts) and the other arguments."""
-    path, rest, words = None, [], iter(argv)
+def trainer_option(words: Sequence[str]) -> str | None:
+    """What `--trainer` says on a command line; `None` where it is not given."""
+    return _take_option(words, "--trainer")[0]
+
+
+def _take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of one option (in either spelling, the last one counts) and the other arguments."""
+    value, rest, words = None, [], iter(argv)
     for word in words:
-        if word == "--config":
-            path = next(words, None)
-            if path is None:
-                raise SetupError("--config needs a file name")
-        elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
+        if word == name:
+            value = next(words, None)
+            if value is None:
+                raise SetupError(f"{name} needs a value")
+        elif word.startswith(f"{name}="):
+            value = word.removeprefix(f"{name}=")
         else:
             rest.append(word)
-    return path, rest
+    return value, rest
+
+
+# Config files
+
+
+def _config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """A config file and those that it extends, in the order in which they count, each with its own keys."""
+    try:
+        config = _read_config(path)
+    except SetupError as error:
+        raise SetupError(f"{above[-1]}: extends {path}: {error}" if above else str(error)) from error
+    bases = config.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise SetupError(f"{path}: extends must be a file or a list of files, got {bases!r}")
+    chain = (*above, path)
+    files = {}
+    for base in bases:
+        base = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        if os.path.realpath(base) in map(os.path.realpath, chain):
+            raise SetupError(f"{path}: extends {base}, which is built on it: {' -> '.join((*chain, base))}")
+        for file, keys in _config_files(base, chain):
+            files.setdefault(os.path.realpath(file), (file, keys))
+    return [*files.values(), (path, config)]
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -260,18 +356,22 @@ def _keys(parser) -> dict[str, Any]:
     return {action.dest: action for action in reversed(parser._actions)}
 
 
-def _closest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
+def _instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "") -> str:
+    """What to write instead of a name that the job's parser does not know."""
+    for other in TRAINERS:
+        if other != trainer and name in (field.name for field in dataclasses.fields(config_class(other))):
+            return f", which is an option of {config_class(other).__name__}: set trainer: {other}"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {prefix}{close[0]}?" if close else "; `maple-trl train --help-all` lists all options"
 
 
-def _checked(parser, config: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The values of a config file, held to the types that the command line enforces."""
     actions = _keys(parser)
     checked = {}
     for key, value in config.items():
         if key not in actions:
-            raise SetupError(f"{path}: unknown key {key!r}{_closest(str(key), actions)}")
+            raise SetupError(f"{path}: unknown key {key!r}{_instead(str(key), trainer, actions)}")
         action = actions[key]
         if action.nargs == "+" and value is not None and not isinstance(value, list):
             value = [value]

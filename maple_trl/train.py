@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.evaluation.report import as_json, print_summary, write_atomically, write_metrics
-from maple_trl.job_args import OmniModelConfig, OmniScriptArguments, SetupError, parse_args
+from maple_trl.job_args import OmniModelConfig, OmniScriptArguments, SetupError, parse_args, trainer_class
 from maple_trl.omni.scopes import SCOPES
 
 
@@ -63,7 +63,10 @@ def load_rewards(names: Sequence[str]) -> list[Callable]:
         try:
             function = getattr(importlib.import_module(module_name), function_name)
         except Exception as error:  # the module is the user's: importing it can fail in any way
-            raise SetupError(f"cannot load the reward {name!r}: {type(error).__name__}: {error}") from error
+            raise SetupError(
+                f"cannot load the reward {name!r}: {type(error).__name__}: {error}; name a function of yours as "
+                "module:function, from the current folder or an installed package"
+            ) from error
         if not callable(function):
             raise SetupError(f"the reward {name!r} is no function but {type(function).__name__}")
         found.append(function)
@@ -230,13 +233,12 @@ def build_trainer(
     Everything that a job needs, ready to train.
 
     Returns:
-        `tuple[OmniGRPOTrainer, Dataset | None]`: the trainer, and the test split where there is one.
+        `tuple[OmniGRPOTrainer, Dataset | None]`: the trainer, of the class that `script_args.trainer` names, and the
+        test split where there is one.
 
     Raises:
         SetupError: when a part that the arguments name is not there.
     """
-    from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
-
     _check_writable(training_args.output_dir)
     rewards = load_rewards(script_args.rewards)
     splits, training_args.media_root = load_datasets(script_args, training_args.media_root)
@@ -249,7 +251,7 @@ def build_trainer(
         )
     try:
         model, processor = load_model_and_processor(model_args, training_args)
-        trainer = OmniGRPOTrainer(
+        trainer = trainer_class(script_args.trainer)(
             model=model,
             reward_funcs=rewards,
             args=training_args,

@@ -135,7 +135,7 @@ def test_a_wrong_config_file_is_refused(tmp_path, text, message):
         (["--learning-rat=1e-3"], "unknown option --learning-rat; did you mean --learning_rate?"),
         (["loose"], "unexpected value 'loose'"),
         (["--max_steps", "x"], "invalid int value"),
-        (["--config"], "--config needs a file name"),
+        (["--config"], "--config needs a value"),
         (["--config", "no/such.yaml"], "cannot read the config file no/such.yaml"),
     ],
 )

@@ -84,7 +84,8 @@ def test_the_wheel_holds_every_module_and_asset(unpacked):
 
 def test_the_wheel_holds_recipes_license_and_command(unpacked):
     (data,) = unpacked.glob("*.data/data/share/maple_trl/recipes")
-    assert {path.name for path in data.iterdir()} == {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    installed = {str(path.relative_to(data)) for path in data.rglob("*.yaml")}
+    assert installed == {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*.yaml")}
     (license_file,) = unpacked.glob("*.dist-info/licenses/LICENSE")
     text = license_file.read_text()
     assert "Apache License" in text and "Version 2.0" in text and "END OF TERMS AND CONDITIONS" in text

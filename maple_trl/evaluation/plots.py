@@ -36,14 +36,14 @@ def plot_training(
     path: str | os.PathLike,
 ) -> Path:
     """
-    Draws the reward over the steps, and the accuracy of each tag before and after training.
+    Draws the reward over the steps, for each tag where the log has it, and accuracies before and after training.
 
     Args:
         log_history (`Sequence[Mapping]`):
-            A trainer's `state.log_history`: `step`, `reward` and `rewards/NAME/mean` are drawn, entries without a
-            reward are passed over.
+            A trainer's `state.log_history`: `step`, `reward`, `rewards/NAME/mean` and `tag/TAG/reward` are drawn,
+            entries without a reward are passed over.
         before, after (`Mapping[str, float]`, *optional*):
-            Accuracy in `[0, 1]` by tag and under `all`; without them there is no second panel.
+            Accuracy in `[0, 1]` by tag and under `all`; without them there is no panel for them.
         path (`str` or `os.PathLike`):
             The image file; its ending gives the format.
 
@@ -53,12 +53,16 @@ def plot_training(
     Raises:
         ImportError: without matplotlib, naming the extra that brings it.
     """
+    tags = tag_curves(log_history)
     bars = before is not None and after is not None
-    figure = _figure(11 if bars else 6, 4)
-    axes = figure.subplots(1, 2 if bars else 1, squeeze=False)[0]
+    panels = 1 + bool(tags) + bars
+    figure = _figure(5.5 * panels, 4)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     _draw_rewards(axes[0], log_history)
+    if tags:
+        _draw_tags(axes[1], tags)
     if bars:
-        _draw_accuracies(axes[1], before, after)
+        _draw_accuracies(axes[-1], before, after)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Drawn beside its place and then moved, so that a viewer never opens half an image.
@@ -88,6 +92,25 @@ def reward_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tu
     return curves
 
 
+def tag_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The mean reward of each tag in a log, as `(step, value)`; empty where it is not logged by tag."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for tag in map(str, ModalityTag):
+        for entry in log_history:
+            value = entry.get(f"tag/{tag}/reward")
+            if isinstance(value, int | float) and math.isfinite(value) and "step" in entry:
+                curves.setdefault(tag, []).append((entry["step"], value))
+    return curves
+
+
+def _draw_tags(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    for tag, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=tag, linewidth=1, marker=".", markersize=4)
+    axes.set(xlabel="optimizer step", ylabel="mean reward", title="Reward by tag")
+    axes.grid(alpha=0.3)
+    _legend_below(axes, columns=len(curves))
+
+
 def _draw_rewards(axes, log_history: Sequence[Mapping[str, Any]]) -> None:
     for name, points in reward_curves(log_history).items():
         steps, values = zip(*points, strict=True)
@@ -109,4 +132,9 @@ def _draw_accuracies(axes, before: Mapping[str, float], after: Mapping[str, floa
     axes.set(ylim=(0, 1.1), ylabel="sampled accuracy", title="Accuracy by tag")
     axes.set_xticks(range(len(names)), names)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)  # below: bars fill the panel
+    _legend_below(axes, columns=2)
+
+
+def _legend_below(axes, columns: int) -> None:
+    """A legend outside of a panel that is full."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, frameon=False, columnspacing=1)

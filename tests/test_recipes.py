@@ -1,0 +1,326 @@
+"""Recipes hold what the paper's tables say, and config files that build on others are read as they are meant."""
+
+import json
+import os
+import re
+import runpy
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maple_trl import cli, train
+from maple_trl.job_args import SetupError, parse_args, trainer_class
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+GPUS = 4
+
+# MAPLE, Tables 1 and 2 (QA) and 3 (Caption): what each row changes, and the paper's accuracy and seconds per step.
+QA = {
+    "mupo": ({"method": "mupo"}, "58.58", "523.28"),
+    "mapo_token": ({}, "58.68", "389.11"),
+    "mapo_sample": ({"loss_aggregation": "sample"}, "58.86", "395.03"),
+    "asymmetric_clipping": ({"epsilon_high": 0.3}, "58.62", "379.40"),
+    "early_filtering": ({"dynamic_sampling": "early"}, "58.00", "197.02"),
+    "mid_training": ({"dynamic_sampling": "mid"}, "58.39", "265.13"),
+    "curriculum": ({"curriculum": "static"}, "59.05", "424.03"),
+    "full_recipe": (
+        {"loss_aggregation": "sample", "epsilon_high": 0.3, "dynamic_sampling": "early", "curriculum": "static"},
+        "58.72",
+        "164.72",
+    ),
+    "adaptive_weights": ({"tag_weights": "adaptive", "num_train_epochs": 5}, "58.98", None),
+    "adaptive_curriculum": ({"curriculum": "adaptive", "num_train_epochs": 5}, "59.38", None),
+    "adaptive_weights_curriculum": (
+        {"tag_weights": "adaptive", "curriculum": "static", "num_train_epochs": 5},
+        "59.73",
+        None,
+    ),
+    "best": ({"tag_weights": "adaptive", "curriculum": "adaptive", "num_train_epochs": 5}, "59.82", None),
+}
+CAPTION = {
+    "mupo": ({"method": "mupo"}, "67.67"),
+    "mapo": ({}, "73.88"),
+    "adaptive_weights": ({"tag_weights": "adaptive"}, "72.89"),
+    "curriculum": ({"curriculum": "static"}, "71.95"),
+    "adaptive_curriculum": ({"curriculum": "adaptive"}, "72.07"),
+    "adaptive_weights_curriculum": ({"tag_weights": "adaptive", "curriculum": "static"}, "73.47"),
+    "best": ({"tag_weights": "adaptive", "curriculum": "adaptive"}, "74.00"),
+}
+# Table 7 and section 5.1, without the axes of Tables 1 to 3
+SHARED = {
+    "bf16": True,
+    "gradient_checkpointing": True,
+    "max_prompt_length": 8192,
+    "max_completion_length": 2048,
+    "num_generations": 8,
+    "learning_rate": 2e-6,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 1.0,
+    "beta": 0.0,
+    "max_steps": -1,
+    "cast_lm_head_to_fp32": True,
+    "num_iterations": 1,
+}
+AXES = {
+    "method": "mapo",
+    "loss_aggregation": "token",
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "dynamic_sampling": "none",
+    "curriculum": "none",
+    "tag_weights": "none",
+}
+OF_SET = {
+    "maple_qa": {"temperature": 0.6, "top_p": 0.95, "difficulty": "binary", "num_train_epochs": 2},
+    "maple_caption": {"temperature": 0.7, "top_p": 0.9, "difficulty": "continuous", "num_train_epochs": 5},
+}
+ROWS = [("maple_qa", name) for name in QA] + [("maple_caption", name) for name in CAPTION]
+
+
+def parsed(path, *words):
+    return parse_args(["--config", str(path), "--use_cpu", "true", *words])
+
+
+def values(path):
+    """Every value of a job by its name."""
+    return {name: value for part in parsed(path) for name, value in vars(part).items() if not name.startswith("_")}
+
+
+def tiny_of(folder, name):
+    return RECIPES / "tiny" / f"{'caption_' if folder == 'maple_caption' else ''}{name}.yaml"
+
+
+def own_keys(path):
+    return set(yaml.safe_load(path.read_text(encoding="utf-8"))) - {"extends"}
+
+
+# What the files hold
+
+
+def test_every_row_of_the_tables_has_its_recipe_and_a_tiny_variant():
+    def files(folder):
+        return {path.name for path in (RECIPES / folder).iterdir()} - {"base.yaml"}
+
+    assert files("maple_qa") == {f"{name}.yaml" for name in QA}
+    assert files("maple_caption") == {f"{name}.yaml" for name in CAPTION}
+    assert files("tiny") == {tiny_of(*row).name for row in ROWS}
+
+
+@pytest.mark.parametrize("folder, name", ROWS)
+def test_a_recipe_has_the_values_of_its_row(folder, name):
+    change, *_ = (QA if folder == "maple_qa" else CAPTION)[name]
+    script_args, training_args, model_args = parsed(RECIPES / folder / f"{name}.yaml")
+    assert type(training_args).__name__ == "MAPOConfig" and script_args.trainer == "mapo"
+    expected = SHARED | OF_SET[folder] | AXES | change
+    assert {field: getattr(training_args, field) for field in expected} == expected
+    assert model_args.model_name_or_path == "Qwen/Qwen2.5-Omni-3B"
+    assert not model_args.use_peft and not model_args.frozen and model_args.dtype == "float32"
+    assert training_args.output_dir == f"runs/{folder}/{name}"
+    # What `method` fills in: the recipes leave it alone.
+    aware = change.get("method") != "mupo"
+    assert training_args.modality_access == ("required" if aware else "all")
+    assert training_args.batching == ("stratified" if aware else "mixed")
+    assert training_args.loss_strata == ("tag" if aware else "batch")
+
+
+@pytest.mark.parametrize("folder, name", ROWS)
+def test_a_recipe_says_which_row_it_is_and_changes_nothing_else(folder, name):
+    path = RECIPES / folder / f"{name}.yaml"
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    change, *figures = (QA if folder == "maple_qa" else CAPTION)[name]
+    assert re.match(r"# MAPLE Tables? [123]\b", first)
+    for figure in figures:
+        assert figure is None or figure in first
+    assert own_keys(path) <= {*AXES, "num_train_epochs", "output_dir"}
+    assert set(change) <= own_keys(path)
+
+
+@pytest.mark.parametrize(
+    "folder, prompts_per_rollout, updates, prompts_per_update",
+    [("maple_qa", 256, 8, 32), ("maple_caption", 64, 1, 64)],
+)
+def test_batches_are_those_of_the_paper(folder, prompts_per_rollout, updates, prompts_per_update):
+    """For the number of processes that the file's comment names; here there is one."""
+    path = RECIPES / folder / "base.yaml"
+    args = parsed(path)[1]
+    assert f"For {GPUS} GPUs" in path.read_text(encoding="utf-8")
+    micro_batch = args.per_device_train_batch_size * GPUS
+    assert micro_batch * args.steps_per_generation == prompts_per_rollout * args.num_generations
+    assert divmod(args.steps_per_generation, args.gradient_accumulation_steps) == (updates, 0)
+    assert micro_batch * args.gradient_accumulation_steps == prompts_per_update * args.num_generations
+
+
+@pytest.mark.parametrize("folder, name", ROWS)
+def test_a_tiny_variant_is_the_recipe_with_the_tiny_settings_over_it(folder, name):
+    tiny, real = values(tiny_of(folder, name)), values(RECIPES / folder / f"{name}.yaml")
+    small = own_keys(RECIPES / "tiny" / "base.yaml")
+    # TRL and transformers compute these from others.
+    derived = {"generation_batch_size", "mixed_precision", "activation_checkpointing", "distributed_state"}
+    differ = {key for key in real if tiny[key] != real[key]} - derived
+    assert differ <= small | {"output_dir"}
+    assert not small & {*AXES, "trainer", "difficulty"}
+    assert own_keys(tiny_of(folder, name)) == {"output_dir"}
+    assert (tiny["model_name_or_path"], tiny["dataset_name"]) == ("builtin:tiny-omni", "builtin:seven-tags")
+    assert tiny["output_dir"].startswith("runs/tiny/") and tiny["output_dir"] != real["output_dir"]
+    assert tiny["steps_per_generation"] > tiny["gradient_accumulation_steps"]  # else nothing is ever clipped
+
+
+def test_a_caption_recipe_without_a_judge_says_so_before_anything_is_loaded(tmp_path):
+    words = ["--config", str(RECIPES / "maple_caption" / "mapo.yaml"), "--use_cpu", "true"]
+    job = parse_args([*words, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SetupError, match="'your_judge:caption_score'.*No module named.*module:function"):
+        train.build_trainer(*job)
+
+
+# extends
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    file.folder = tmp_path
+    return file
+
+
+def test_later_files_and_the_file_itself_win(write, monkeypatch):
+    monkeypatch.delenv("ONE_VARIABLE", raising=False)
+    monkeypatch.delenv("OTHER_VARIABLE", raising=False)
+    monkeypatch.chdir(write.folder)
+    write("far/root.yaml", "seed: 1\nmax_steps: 1\nlogging_steps: 1\nsave_steps: 1\nenv: {ONE_VARIABLE: 1}")
+    write("far/near.yaml", "extends: root.yaml\nmax_steps: 2\nlogging_steps: 2\nsave_steps: 2")
+    write("other.yaml", "bf16: false\nlogging_steps: 3\nsave_steps: 3\nenv: {ONE_VARIABLE: 3, OTHER_VARIABLE: 3}")
+    write("job.yaml", "extends: [far/near.yaml, other.yaml]\nsave_steps: 4")
+    args = parsed("job.yaml", "--output_dir", str(write.folder))[1]
+    assert (args.seed, args.max_steps, args.logging_steps, args.save_steps) == (1, 2, 3, 4)
+    assert (os.environ["ONE_VARIABLE"], os.environ["OTHER_VARIABLE"]) == ("3", "3")
+    again = parsed("job.yaml", "--output_dir", str(write.folder), "--save_steps", "5")[1]
+    assert again.save_steps == 5
+    turned = write("turned.yaml", "extends: [other.yaml, far/near.yaml]")
+    assert parsed(turned, "--output_dir", str(write.folder))[1].logging_steps == 2
+
+
+def test_a_file_that_two_others_share_counts_once(write):
+    """Were it read again after the first of them, it would undo what that one changes."""
+    write("shared.yaml", "seed: 1\nmax_steps: 1\nbf16: false")
+    write("one.yaml", "extends: shared.yaml\nseed: 2")
+    write("other.yaml", "extends: ./shared.yaml\nmax_steps: 3")
+    args = parsed(write("job.yaml", "extends: [one.yaml, other.yaml]"), "--output_dir", str(write.folder))[1]
+    assert (args.seed, args.max_steps) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"job": "extends: gone.yaml"}, r"job\.yaml: extends .*gone\.yaml: cannot read the config file .*gone\.yaml"),
+        ({"job": "extends: a.yaml", "a": "extends: b.yaml"}, r"[\\/]a\.yaml: extends .*b\.yaml: cannot read"),
+        ({"job": "extends: job.yaml"}, r"job\.yaml: extends .*job\.yaml, which is built on it: .*job\.yaml -> .*job"),
+        (
+            {"job": "extends: a.yaml", "a": "extends: b.yaml", "b": "extends: a.yaml"},
+            r"[\\/]b\.yaml: extends .*[\\/]a\.yaml, which is built on it: .*job\.yaml -> .*a\.yaml -> .*b\.yaml -> .*a",
+        ),
+        ({"job": "extends: 3"}, r"job\.yaml: extends must be a file or a list of files, got 3"),
+        ({"job": "extends:"}, r"job\.yaml: extends must be a file or a list of files, got None"),
+        ({"job": "extends: [a.yaml, 3]", "a": "seed: 1"}, r"extends must be a file or a list of files, got \['a"),
+        ({"job": "extends: a.yaml\nseed: 1", "a": "sead: 1"}, r"[\\/]a\.yaml: unknown key 'sead'; did you mean seed"),
+        ({"job": "extends: a.yaml\nsead: 1", "a": "seed: 1"}, r"job\.yaml: unknown key 'sead'"),
+        ({"job": "extends: a.yaml", "a": "seed: 1.5"}, r"[\\/]a\.yaml: seed must be a whole number, got 1\.5"),
+        ({"job": "extends: a.yaml", "a": "seed: 1\nseed: 2"}, r"[\\/]a\.yaml: line 2: 'seed' is given twice"),
+        ({"job": "extends: a.yaml", "a": "env: 3"}, r"[\\/]a\.yaml: env must be a mapping"),
+    ],
+)
+def test_wrong_bases_are_refused_with_the_file(write, files, message):
+    paths = {name: write(f"{name}.yaml", text) for name, text in files.items()}
+    with pytest.raises(SetupError, match=message):
+        parsed(paths["job"], "--output_dir", str(write.folder), "--bf16", "false")
+
+
+# Which trainer
+
+
+def test_the_trainer_decides_the_config_class(write):
+    words = ["--output_dir", str(write.folder), "--bf16", "false"]
+    plain = write("plain.yaml", "seed: 1")
+    mapo = write("mapo.yaml", "extends: plain.yaml\ntrainer: mapo\ncurriculum: static")
+    back = write("back.yaml", "extends: mapo.yaml\ntrainer: omni_grpo")
+    assert type(parsed(plain, *words)[1]).__name__ == "OmniGRPOConfig"
+    assert parsed(mapo, *words)[1].curriculum == "static"
+    script_args, training_args, _ = parsed(plain, *words, "--trainer=mapo", "--curriculum", "static")
+    assert (script_args.trainer, training_args.curriculum) == ("mapo", "static")
+    for case in ([back], [mapo, "--trainer", "omni_grpo"]):  # the key of the other trainer stays behind
+        with pytest.raises(
+            SetupError, match=r"mapo\.yaml: unknown key 'curriculum', .* MAPOConfig: set trainer: mapo"
+        ):
+            parsed(*case, *words)
+    with pytest.raises(SetupError, match="unknown option --tag-weights, .* MAPOConfig: set trainer: mapo"):
+        parsed(plain, *words, "--tag-weights", "adaptive")
+    assert "set trainer" not in refusal(plain, *words, "--no_such_option", "1")
+
+
+def refusal(*words):
+    with pytest.raises(SetupError) as caught:
+        parsed(*words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["grpo", "[mapo]", "3"])
+def test_an_unknown_trainer_is_refused(write, name):
+    path = write("job.yaml", f"trainer: {name}")
+    assert "trainer must be one of 'omni_grpo', 'mapo', got" in refusal(path)
+    assert "got 'nope'" in refusal(path, "--trainer", "nope")
+    assert refusal(path, "--trainer") == "--trainer needs a value"
+
+
+def test_trainers_by_name():
+    from maple_trl import MAPOTrainer, OmniGRPOTrainer
+
+    assert (trainer_class("mapo"), trainer_class("omni_grpo")) == (MAPOTrainer, OmniGRPOTrainer)
+    with pytest.raises(SetupError, match="got 'avatar'"):
+        trainer_class("avatar")
+
+
+def test_help_shows_the_options_of_the_chosen_trainer(capsys):
+    assert cli.main(["train", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert "--dynamic_sampling" not in shown and "maple-trl train --trainer mapo --help-all" in shown
+    assert cli.main(["train", "--trainer", "mapo", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert "--dynamic_sampling" in shown and "--media_root" in shown
+    assert "maple-trl train --trainer omni_grpo --help-all" in shown
+    assert cli.main(["train", "--trainer", "nope", "--help-all"]) == 2
+    assert "trainer must be one of" in capsys.readouterr().err
+
+
+# The jobs themselves
+
+
+@pytest.mark.parametrize("name", ["mupo", "full_recipe", "caption_best"])
+def test_a_tiny_recipe_runs(name, tmp_path):
+    words = ["--config", RECIPES / "tiny" / f"{name}.yaml", "--output_dir", tmp_path, "--max_steps", 2, "--use_cpu"]
+    words += ["true", "--evaluate_before_after", "false", "--logging_steps", 1, "--per_device_train_batch_size", 16]
+    words += ["--num_generations", 4, "--save_strategy", "no"]
+    if name == "caption_best":
+        words += ["--zero_shot_questions", 2]
+    assert cli.main(["train", *map(str, words)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 2 and (tmp_path / "model.safetensors").is_file()
+
+
+def test_the_example_trains_and_tells(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_mapo.py", "--steps", "2", "--output_dir", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / "train_mapo.py"), run_name="__main__")
+    assert (tmp_path / "model.safetensors").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[lines.index("tag    before  after") + 1 :]]
+    assert {row[0] for row in table} >= {"V", "A", "S", "VA", "VS", "AS", "VAS", "all"}
+    assert all(0 <= float(value) <= 1 for row in table for value in row[1:])
