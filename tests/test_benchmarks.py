@@ -132,3 +132,35 @@ def test_step_time_check_catches_a_side_that_computes_something_else(script, mon
     monkeypatch.setattr(script, "build_trainer", darkened)
     with pytest.raises(AssertionError, match="differ"):
         script.run(script.parse_args(OPTIONS), tmp_path)
+
+
+def run_benchmark(name, folder, *options):
+    file = folder / f"{name}.json"
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", str(file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(file.read_text()), done.stdout
+
+
+def test_mapo_vs_mupo_compares_what_the_recipes_say(tmp_path):
+    result, output = run_benchmark(
+        "mapo_vs_mupo", tmp_path, "--steps", "4", "--seeds", "0", "1", "--questions", "2", "--coordinates", "64",
+        "--variants", "MUPO", "MAPO", "full recipe",
+    )  # fmt: skip
+    mupo, mapo, full = (result["variants"][name] for name in ("MUPO", "MAPO", "full recipe"))
+    assert mupo["media_tokens"]["mean"] == 16 > mapo["media_tokens"]["mean"]  # every row is fed all that it has
+    assert mupo["rows_trained"]["mean"] == mapo["rows_trained"]["mean"] == 128 > full["rows_trained"]["mean"]
+    for name, runs in result["runs"].items():
+        seconds = [run["seconds"] for run in runs]
+        assert result["variants"][name]["seconds"]["mean"] == pytest.approx(sum(seconds) / 2)
+        for run in runs:
+            assert run["seconds"] == pytest.approx(run["seconds_rollout"] + run["seconds_update"])
+            assert run["grad_variance"] > 0 and 0 < run["grad_variance_relative"] < 1.01
+    assert "523.28" in output and "full recipe" in output
+
+
+def test_mapo_bookkeeping_is_measured(tmp_path):
+    result, output = run_benchmark("mapo_bookkeeping", tmp_path, "--steps", "4", "--pair-steps", "2", "--pairs", "2")
+    assert result["share"]["n"] == 3 and 0 < result["share"]["median"] < 1
+    assert result["pairs_cpu_time"]["n"] == 2
+    assert "share of a step" in output
