@@ -154,7 +154,8 @@ class MAPOTrainer(OmniGRPOTrainer):
             skipped=self.sampling.skipped,
         )
         rollouts = self.schedule.batches_per_epoch
-        self.tag_weights = AdaptiveTagWeights(args.kl_window or max(rollouts, 2), args.weight_history)
+        difficulties = rollouts * (1 if args.batching == "stratified" else len(set(self.schedule.tags)))
+        self.tag_weights = AdaptiveTagWeights(args.kl_window or max(difficulties, 2), args.weight_history)
         self.gradient_moments = GradientMoments(args.gradient_probe_window)
         self._gradient_sample: GradientSample | None = None
         return RolloutClock(rollouts, args.generation_batch_size, self._updates_per_rollout)

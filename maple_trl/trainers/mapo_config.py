@@ -112,7 +112,7 @@ class MAPOConfig(OmniGRPOConfig):
         },
     )
     kl_window: int | None = field(
-        default=None, metadata={"help": "Length of that history in KL values. Null: the rollouts of an epoch."}
+        default=None, metadata={"help": "Length of that history in KL values. Null: those of an epoch."}
     )
     curriculum: str = field(
         default="none",

@@ -5,7 +5,8 @@ The plan holds `rows` (the data set), `media_root`, `out` (where results go) and
 has a `name` and may have
 
     model             folder of the model; the plan's `model` by default
-    options           fields of `OmniGRPOConfig` that differ from `DEFAULTS`
+    trainer           a key of `TRAINERS`
+    options           fields of its configuration that differ from `DEFAULTS`
     lora              adapt all towers by LoRA instead of training every weight
     fixed_completions completions that depend on nothing but the prompt and the number of the copy
     reward            a key of `REWARDS`
@@ -13,8 +14,9 @@ has a `name` and may have
     resume            a checkpoint to go on from; `true` means the last complete one of `output_dir`
     unsynced          never average gradients over the ranks
 
-Every rank writes `NAME-RANK.json` (world size, rows that it used, log, error) and `NAME-RANK.safetensors` (the trained
-weights, and under `before.` what they were).
+Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass, checksums of weights and
+of optimizer state after each step, error; what a MAPO trainer knew and trained on) and `NAME-RANK.safetensors` (the
+trained weights, and under `before.` what they were).
 """
 
 import json
@@ -32,7 +34,9 @@ from transformers import TrainerCallback, set_seed
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
-from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
+from maple_trl.trainers.mapo import MAPOTrainer
+from maple_trl.trainers.mapo_config import MAPOConfig
+from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 from maple_trl.trainers.rollout_state import ResumeError
 
@@ -62,7 +66,26 @@ def _of_rank(completion_ids, **_):
     return [zlib.crc32(f"{rank}{list(ids)}".encode()) % 101 / 101 for ids in completion_ids]
 
 
-REWARDS = {"of_completion": _of_completion, "of_rank": _of_rank}
+def _in_thirds(completion_ids, **_):
+    return [zlib.crc32(str(list(ids)).encode()) % 3 / 2 for ids in completion_ids]
+
+
+def _in_halves(completion_ids, **_):
+    return [float(zlib.crc32(str(list(ids)).encode()) % 2) for ids in completion_ids]
+
+
+def _where_varied(completion_ids, varied, **_):
+    """Rows say themselves whether their completions are told apart."""
+    return [value if told else 0.5 for value, told in zip(_of_completion(completion_ids), varied, strict=True)]
+
+
+REWARDS = {
+    "of_completion": _of_completion,
+    "of_rank": _of_rank,
+    "in_halves": _in_halves,
+    "in_thirds": _in_thirds,
+    "where_varied": _where_varied,
+}
 
 
 class Hold(TrainerCallback):
@@ -75,8 +98,28 @@ class Hold(TrainerCallback):
             time.sleep(600)
 
 
-class JobTrainer(OmniGRPOTrainer):
-    """The trainer under test, watched: it notes which rows each rank really used."""
+class Checksums(TrainerCallback):
+    """What changes from step to step, in two numbers."""
+
+    def __init__(self):
+        self.of_steps: list[tuple[int, int]] = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        weights = [parameter.detach() for parameter in model.parameters()]
+        states = optimizer.state.values()
+        moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        self.of_steps.append((_checksum(weights), _checksum(moments)))
+
+
+def _checksum(tensors) -> int:
+    total = 0
+    for tensor in tensors:
+        total = zlib.crc32(tensor.contiguous().numpy().tobytes(), total)
+    return total
+
+
+class Watched:
+    """A trainer under test, watched: it notes which rows each rank really used."""
 
     run: dict = {}
 
@@ -88,21 +131,46 @@ class JobTrainer(OmniGRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if not self.run.get("fixed_completions"):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        first = self.accelerator.process_index * len(prompt_ids)
+        copies = [row % self.num_generations for row in range(first, first + len(prompt_ids))]
+        return [self.fixed_completion(*row) for row in zip(self._serving, copies, strict=True)], None
+
+    def fixed_completion(self, prompt, copy: int) -> list[int]:
         tokenizer = self.processing_class.tokenizer
         special = {*tokenizer.all_special_ids, *self.family.suppressed_ids}
         words = [i for i in range(len(tokenizer)) if i not in special]
-        first = self.accelerator.process_index * len(prompt_ids)
-        completions = []
-        for row, prompt in enumerate(self._serving, start=first):
-            draw = random.Random(f"{prompt.key} {row % self.num_generations}")
-            completions.append(draw.choices(words, k=draw.randint(2, 6)))
-        return completions, None
+        draw = random.Random(f"{prompt.key} {copy}")
+        return draw.choices(words, k=draw.randint(2, 6))
 
     def training_step(self, model, *args, **kwargs):
         if not self.run.get("unsynced"):
             return super().training_step(model, *args, **kwargs)
         with model.no_sync():
             return super().training_step(model, *args, **kwargs)
+
+
+class JobTrainer(Watched, OmniGRPOTrainer):
+    pass
+
+
+class MAPOJobTrainer(Watched, MAPOTrainer):
+    """It notes what it knows after each step, and which completions were trained on, by micro-batch."""
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            parts = (self.schedule, self.curriculum, self.sampling, self.tag_weights)
+            known = {type(part).__name__: part.state_dict() for part in parts}
+            self.known = [*getattr(self, "known", []), known]
+        super().log(logs, *args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        rows = zip(inputs.get(PROMPTS_KEY, ()), inputs["completion_ids"], inputs["completion_mask"], strict=True)
+        trained = [(prompt.key, ids[mask.bool()].tolist()) for prompt, ids, mask in rows if mask.any()]
+        self.trained = [*getattr(self, "trained", []), trained]
+        return super()._compute_loss(model, inputs)
+
+
+TRAINERS = {"omni": (JobTrainer, OmniGRPOConfig), "mapo": (MAPOJobTrainer, MAPOConfig)}
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
@@ -113,15 +181,17 @@ def do(run: dict, plan: dict) -> None:
     out = Path(plan["out"])
     path = run.get("model", plan["model"])
     options = {"output_dir": str(out / run["name"]), "media_root": plan["media_root"], **DEFAULTS}
-    args = OmniGRPOConfig(**{**options, **run.get("options", {})})
+    trainer_class, config_class = TRAINERS[run.get("trainer", "omni")]
+    args = config_class(**{**options, **run.get("options", {})})
     set_seed(7)  # adapters are drawn at random
-    model, kwargs = path, {}
+    checksums = Checksums()
+    model, kwargs = path, {"callbacks": [checksums]}
     if run.get("lora"):
         model = load_model(path, dtype="float32")
         kwargs["peft_config"] = build_lora_config(model, family_for(model, load_processor(path)), r=4, alpha=8)
     if "hold_at" in run:
-        kwargs["callbacks"] = [Hold(run["hold_at"], out / f"{run['name']}.held")]
-    trainer = JobTrainer(
+        kwargs["callbacks"] += [Hold(run["hold_at"], out / f"{run['name']}.held")]
+    trainer = trainer_class(
         model,
         REWARDS[run.get("reward", "of_completion")],
         args,
@@ -131,6 +201,12 @@ def do(run: dict, plan: dict) -> None:
     )
     trainer.run = run
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    passes: list[int] = []
+
+    def count(module, args, kwargs):
+        passes.append(len(kwargs["input_ids"]))
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     before = trainable(trainer.model)
     result = {"rank": rank, "world": world, "backend": None, "error": None}
     if world > 1:
@@ -143,6 +219,10 @@ def do(run: dict, plan: dict) -> None:
         "log": trainer.state.log_history,
         "used": getattr(trainer, "used", []),
         "quarantined": [row.path for row in trainer.rows.quarantined],
+        "checksums": checksums.of_steps,
+        "passes": passes,
+        "known": getattr(trainer, "known", []),
+        "trained": getattr(trainer, "trained", []),
     }
     result["find_unused"] = getattr(trainer.model_wrapped, "find_unused_parameters", None)
     after = trainable(trainer.accelerator.unwrap_model(trainer.model))
