@@ -1,6 +1,6 @@
 """
 MAPO from Python, without a config file: adaptive tag weights and the adaptive curriculum of MAPLE (arXiv 2602.11596) on the
-embedded model and data. The same settings as a file: recipes/tiny/best.yaml.
+embedded model and data, much like recipes/tiny/best.yaml.
 
     python examples/train_mapo.py --steps 56
     accelerate launch --num_processes 2 examples/train_mapo.py --output_dir runs/mapo

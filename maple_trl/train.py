@@ -265,6 +265,11 @@ def build_trainer(
         raise SetupError(f"{error} (raised in {where.filename}, line {where.lineno})") from error
     if script_args.evaluate_before_after and trainer.family is None:
         raise SetupError("evaluate_before_after needs an omni model; switch it off for a text-only one")
+    if script_args.evaluate_before_after and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise SetupError(
+            "evaluate_before_after looks at the model before FSDP or DeepSpeed has spread it over the processes; switch it "
+            "off, and use eval_strategy to evaluate during training"
+        )
     return trainer, test
 
 

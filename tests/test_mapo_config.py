@@ -113,11 +113,11 @@ REFUSED = [
     ),
     (
         {"dynamic_sampling": "early", "entropy_coef": 0.01},
-        "entropy_coef and use_adaptive_entropy average over full batches, which dynamic_sampling does not keep",
+        "average over full batches, which dynamic_sampling does not keep: switch one of the two off",
     ),
     (
         {"dynamic_sampling": "mid", "use_adaptive_entropy": True},
-        "entropy_coef and use_adaptive_entropy average over full batches",
+        "entropy_coef, use_adaptive_entropy and beta with loss_type='sapo' average over full batches",
     ),
 ]
 
@@ -150,13 +150,13 @@ ACCURACY = {"V": 0.5, "sv": 0, "VAS": 1}
 
 def test_accuracies_may_be_a_mapping_or_json(tmp_path):
     expected = {"V": 0.5, "sv": 0, "VAS": 1}
-    text = json.dumps(ACCURACY)
-    assert config(tmp_path, zero_shot_accuracy=dict(ACCURACY)).zero_shot_accuracy == expected
-    assert config(tmp_path, zero_shot_accuracy=text).zero_shot_accuracy == expected
-    assert parsed(tmp_path, f"zero_shot_accuracy: {text}").zero_shot_accuracy == expected
-    assert parsed(tmp_path, f"zero_shot_accuracy: '{text}'").zero_shot_accuracy == expected
-    assert parsed(tmp_path, "", "--zero_shot_accuracy", text).zero_shot_accuracy == expected
-    assert parsed(tmp_path, "zero_shot_accuracy: null").zero_shot_accuracy is None
+    text, used = json.dumps(ACCURACY), "curriculum: adaptive\n"
+    for given in (dict(ACCURACY), text):
+        assert config(tmp_path, curriculum="adaptive", zero_shot_accuracy=given).zero_shot_accuracy == expected
+    assert parsed(tmp_path, f"{used}zero_shot_accuracy: {text}").zero_shot_accuracy == expected
+    assert parsed(tmp_path, f"{used}zero_shot_accuracy: '{text}'").zero_shot_accuracy == expected
+    assert parsed(tmp_path, used, "--zero_shot_accuracy", text).zero_shot_accuracy == expected
+    assert parsed(tmp_path, f"{used}zero_shot_accuracy: null").zero_shot_accuracy is None
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,7 @@ def test_adaptive_weights(world, reference_model, aggregation):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(("scope", "aggregation"), zip(("tag", "batch", "group"), AGGREGATIONS, strict=True))
+@pytest.mark.parametrize(("scope", "aggregation"), zip(("tag", "group", "tag"), AGGREGATIONS, strict=True))
 def test_dropped_groups_are_in_no_mean_and_no_forward_pass(world, first_step, scope, aggregation, split):
     options = {"advantage_scope": scope, "loss_aggregation": aggregation, "dynamic_sampling": "early"}
     training = train(world, **options, **split)
@@ -357,7 +357,7 @@ def test_without_filtering_all_rows_are_computed(world):
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_refill(world, reference_model, rounds):
-    training = train(world, dynamic_sampling="early", refill_rounds=rounds, advantage_scope="batch", beta=0.1)
+    training = train(world, dynamic_sampling="early", refill_rounds=rounds, advantage_scope="tag", beta=0.1)
     # Two prompts are missing; of the two drawn for them one is alike too, and one more is drawn for that.
     visited = range(PROMPTS + 2) if rounds == 1 else range(PROMPTS + 3)
     assert [len(ids) // COPIES for ids in training.trainer.used] == [6, 2, 1][: rounds + 1]
@@ -365,10 +365,10 @@ def test_refill(world, reference_model, rounds):
     kept = informative(completions)
     assert kept == [0, 2, 3, 5, 7, 8][: rounds + 4]
     assert training.rows_in_model == training.rows_in_reference == len(kept) * COPIES
-    set_advantages(completions, "batch")  # over all rounds
+    set_advantages(completions, "tag")  # over all rounds
     run = (training, world, reference_model, completions, kept, "sample")
     check(training, expected_gradients(*run, beta=0.1))
-    set_advantages([c for c in completions if c.prompt in kept], "batch")
+    set_advantages([c for c in completions if c.prompt in kept], "tag")
     assert worst(expected_gradients(*run, beta=0.1)[0], training.gradients[0])[0] > 1e-2
 
 

@@ -219,7 +219,10 @@ def waiting(checkpoint):
     [
         ("no-state", "mapo.json is missing: .*checkpoint-4 is not a checkpoint of"),
         ("other-leftover", "written by a run with other settings: leftover fill -> mixed. Resume with those"),
-        ("other-batching", "written by a run with other settings: batching stratified -> mixed. Resume with those"),
+        (
+            "other-batching",
+            "written by a run with other settings: batching stratified -> mixed, curriculum adaptive -> none. Resume with those",
+        ),
         ("other-seed", "mapo.json, schedule: the rows, their tags, the seed or the batching differ"),
         ("other-history", "mapo.json, tag_weights: The state holds a 'pooled' history"),
     ],

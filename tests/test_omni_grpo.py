@@ -624,7 +624,7 @@ def test_a_tokenizer_with_media_is_refused(seven_tags):
 def test_other_arguments_are_refused(seven_tags, tmp_path):
     folder, dataset = seven_tags
     model, processor = build_tiny("qwen2_5_omni")
-    with pytest.raises(TypeError, match="args must be an OmniGRPOConfig, got GRPOConfig"):
+    with pytest.raises(TypeError, match="args must be of type OmniGRPOConfig, got GRPOConfig"):
         OmniGRPOTrainer(
             model,
             spread_reward,

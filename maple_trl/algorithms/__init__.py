@@ -2,6 +2,7 @@
 
 from maple_trl.algorithms.advantages import group_advantages
 from maple_trl.algorithms.aggregation import row_coefficients, stratum_totals
+from maple_trl.algorithms.clipping import clipped_tokens
 from maple_trl.algorithms.curriculum import TagCurriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
@@ -20,6 +21,7 @@ __all__ = [
     "TagCurriculum",
     "bernoulli_kl",
     "beta_histogram_kl",
+    "clipped_tokens",
     "group_advantages",
     "informative_groups",
     "rank_share",

@@ -76,7 +76,10 @@ class StratifiedSchedule:
         shuffle (`bool`, *optional*, defaults to `True`), seed (`int`, *optional*, defaults to `0`):
             With one stratum the order is that of TRL's sampler with the same seed.
         skipped (`Callable`, *optional*):
-            Given an epoch (counted from 0), the rows that it leaves out; asked when the epoch begins.
+            Given an epoch (counted from 0), the rows that it leaves out; asked when the epoch begins. An epoch that
+            leaves out rows is to be short: its last batches stay short as well, and no row is taken again but
+        multiple_of (`int`, *optional*, defaults to `1`):
+            to make the number of prompts a multiple of this one.
 
     Raises:
         ValueError: for an unknown option or tag, no rows, or a batch size below 1.
@@ -93,6 +96,7 @@ class StratifiedSchedule:
         shuffle: bool = True,
         seed: int = 0,
         skipped: Callable[[int], Collection[int]] = lambda epoch: (),
+        multiple_of: int = 1,
     ):
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
@@ -108,6 +112,7 @@ class StratifiedSchedule:
         self.leftover = leftover
         self.shuffle = shuffle
         self.seed = seed
+        self.multiple_of = multiple_of
         self._skipped = skipped
         self._position = _Position()
         self._queues: dict[str, list[int]] = {}
@@ -239,7 +244,7 @@ class StratifiedSchedule:
 
     def _filled(self, rows: list[int], stratum: str) -> PromptBatch:
         """The batch made full with rows of its stratum that this epoch visits anyway."""
-        missing = self.batch_size - len(rows)
+        missing = -len(rows) % self.multiple_of if self._position.skipped else self.batch_size - len(rows)
         names = [stratum] if stratum in self._queues else list(self._queues)
         others = [row for name in names for row in self._queues[name] if row not in rows] if missing else []
         draw = random.Random(f"{self.seed} fill {self.epoch} {stratum}")

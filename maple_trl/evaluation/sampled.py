@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,7 @@ def sampled_accuracy(
         generate: one completion per row, `None` for a row whose media cannot be used, e.g.
             [`~maple_trl.OmniGRPOTrainer.generate_completions`].
         rows: questions with a `tag` and what `score` reads.
-        score: a reward function with TRL's signature; its mean is the accuracy, `None` leaves a question out.
+        score: a reward function with TRL's signature; its mean is the accuracy, `None` or NaN leaves a question out.
 
     Raises:
         ValueError: when no question could be scored.
@@ -72,7 +73,7 @@ def sampled_accuracy(
     answered = [(row, text) for row, text in zip(chosen, completions, strict=True) if text is not None]
     scores: dict[str, list[float]] = defaultdict(list)
     for (row, _), value in zip(answered, _scores(score, answered), strict=True):
-        if value is not None:
+        if value is not None and not math.isnan(value):
             for group in dict.fromkeys(("all", _tag(row))):
                 scores[group].append(value)
     if not scores:

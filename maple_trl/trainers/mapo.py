@@ -28,6 +28,7 @@ from maple_trl.algorithms import (
     PromptBatch,
     StratifiedSchedule,
     TagCurriculum,
+    clipped_tokens,
     group_advantages,
     rank_share,
     row_coefficients,
@@ -51,7 +52,7 @@ from maple_trl.trainers.rollout_state import (
     take_rows,
 )
 from maple_trl.trainers.rounds import Round
-from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, TagSums, tag_number
+from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, RunningMeans, TagSums, tag_number
 from maple_trl.trainers.updates import even_parts, micro_batches, share_out
 from maple_trl.trainers.zero_shot import check_measurable, zero_shot_accuracy
 
@@ -81,6 +82,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "omni", "mapo", "maple-trl"]
     _name = "MAPO"
+    _config_class = MAPOConfig
     _paper = {
         "title": "MAPLE: Modality-Aware Post-training and Learning Ecosystem",
         "id": "2602.11596",
@@ -96,18 +98,13 @@ class MAPOTrainer(OmniGRPOTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = MAPOConfig(f"{name.rstrip('/').split('/')[-1]}-MAPO")
-        if not isinstance(args, MAPOConfig):
-            raise TypeError(f"args must be a MAPOConfig, got {type(args).__name__}")
         _check_tags(train_dataset)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         self._task_reward = self._find_task_reward()
-        if self.args.gradient_probe and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("gradient_probe reads whole gradients, which FSDP and DeepSpeed do not keep: set it to 0")
-        if self.args.curriculum == "adaptive" and self.args.zero_shot_accuracy is None:
-            check_measurable(self, self._task_reward)
+        if self.args.curriculum == "adaptive":
+            self._check_zero_shot()
+        self._gradient_sample = self._choose_coordinates() if self.args.gradient_probe else None
+        self.schedule: StratifiedSchedule | None = None
         self._epoch_began = 0  # the value of `_step` when the schedule's epoch began
         self._rows_in_round: list[dict[str, Any]] = []
         self._dropping = False
@@ -116,13 +113,16 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._kept: list[int] | None = None
         self._update_chunks: list[Chunk] | None = None
         self._last_pass: tuple[Tensor, Tensor] | None = None
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._window_tag: ModalityTag | None = None
+        self._window_has_rows = False
         self._begin_window()
 
     def _find_task_reward(self) -> int | None:
         names = self.reward_func_names
-        wanted = self.args.task_reward
-        if wanted is None:
-            wanted = names[0] if len(names) == 1 else "accuracy_reward"
+        wanted = self.args.task_reward or "accuracy_reward"
+        if self.args.task_reward is None and self._needs_difficulty and len(names) == 1:
+            wanted = names[0]
         if wanted in names:
             return names.index(wanted)
         if self.args.task_reward is not None or self._needs_difficulty:
@@ -132,13 +132,48 @@ class MAPOTrainer(OmniGRPOTrainer):
             )
         return None
 
+    def _check_zero_shot(self) -> None:
+        given = self.args.zero_shot_accuracy
+        if given is None:
+            check_measurable(self, self._task_reward)
+            return
+        missing = {ModalityTag.parse(tag) for tag in self.train_dataset["tag"]} - set(map(ModalityTag.parse, given))
+        if missing:
+            raise ValueError(
+                f"zero_shot_accuracy has no accuracy for tag {min(missing)} of train_dataset; give one for each tag"
+            )
+
+    def _choose_coordinates(self) -> GradientSample:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("gradient_probe reads whole gradients, which FSDP and DeepSpeed do not keep: set it to 0")
+        args = self.args
+        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        try:
+            return GradientSample(parameters, args.gradient_probe, args.seed, args.gradient_probe_pattern)
+        except ValueError as error:
+            raise ValueError(f"gradient_probe_pattern: {error}") from error
+
+    def _check_rollout_size(self) -> None:
+        """Any number of rows will do: the schedule fills a rollout up."""
+
     @property
     def _needs_difficulty(self) -> bool:
         return self.args.tag_weights == "adaptive" or self.args.curriculum == "adaptive"
 
     # Schedule
 
+    def train(self, *args, **kwargs):
+        self.schedule = None  # made anew of the rows that this run uses
+        return super().train(*args, **kwargs)
+
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        if self.schedule is None:
+            self._make_schedule()
+        return RolloutClock(
+            self.schedule.batches_per_epoch, self.args.generation_batch_size, self._updates_per_rollout
+        )
+
+    def _make_schedule(self) -> None:
         args = self.args
         self.curriculum = TagCurriculum(args.curriculum, args.curriculum_window, args.zero_shot_accuracy)
         self.sampling = DynamicSampling(args.dynamic_sampling, args.refill_rounds)
@@ -152,13 +187,17 @@ class MAPOTrainer(OmniGRPOTrainer):
             shuffle=self.shuffle_dataset,
             seed=args.seed,
             skipped=self.sampling.skipped,
+            multiple_of=self._prompts_that_ranks_share,
         )
         rollouts = self.schedule.batches_per_epoch
         difficulties = rollouts * (1 if args.batching == "stratified" else len(set(self.schedule.tags)))
         self.tag_weights = AdaptiveTagWeights(args.kl_window or max(difficulties, 2), args.weight_history)
         self.gradient_moments = GradientMoments(args.gradient_probe_window)
-        self._gradient_sample: GradientSample | None = None
-        return RolloutClock(rollouts, args.generation_batch_size, self._updates_per_rollout)
+
+    @property
+    def _prompts_that_ranks_share(self) -> int:
+        """The completions of a multiple of this number of prompts can be shared by the ranks equally."""
+        return self.accelerator.num_processes // gcd(self.accelerator.num_processes, self.num_generations)
 
     @property
     def _updates_per_rollout(self) -> int:
@@ -191,7 +230,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         """A rollout of the schedule's next prompts; the data loader's rows are read in evaluation alone."""
         if not self.model.training:
             output, scored = self._roll_out(inputs, [])
-            self._log_all(scored.metrics(self._task_reward), "eval")
+            self._means["eval"].add(scored.totals(self._task_reward))
             return output
         epoch = self.schedule.epoch
         batch = self.schedule.next_batch()
@@ -267,7 +306,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         missing = len(batch.rows) - informative
         if missing <= 0 or len(rounds) > self.sampling.refill_rounds:
             return []
-        step = self.accelerator.num_processes // gcd(self.accelerator.num_processes, self.num_generations)
+        step = self._prompts_that_ranks_share
         return self.schedule.draw(batch.stratum, missing + -missing % step, multiple_of=step)
 
     def _finish_rollout(self, batch: PromptBatch, outputs: list[Chunk], rounds: list[Round]) -> Chunk:
@@ -277,7 +316,9 @@ class MAPOTrainer(OmniGRPOTrainer):
         kept = scored.informative if self._dropping else torch.ones_like(scored.informative)
         kept = kept & (kept.cumsum(0) <= len(batch.rows))  # a refill can bring more than was missing
         self._learn(scored, kept)
-        self._log_all(scored.metrics(self._task_reward, advantages) | {"schedule/filled_rows": batch.filled})
+        self._means["train"].add(scored.totals(self._task_reward, advantages))
+        surplus = int((scored.informative & ~kept).sum())
+        self._log_all({"schedule/filled_rows": batch.filled, "sampling/surplus_groups": surplus})
         self._replace_logged_advantages(advantages)
         parts, counts, start = [], torch.zeros(self.accelerator.num_processes, dtype=torch.long), 0
         for output, r in zip(outputs, rounds, strict=True):
@@ -288,7 +329,8 @@ class MAPOTrainer(OmniGRPOTrainer):
             mask = kept.repeat_interleave(self.num_generations)[rows]
             counts += mask.view(len(counts), -1).sum(dim=1).cpu()
             parts.append(take_rows(output, self._own(mask).nonzero().flatten().tolist()))
-        if len(rounds) > 1 or not kept.all():
+        whole = int(kept.sum()) * self.num_generations == self.args.generation_batch_size
+        if len(rounds) > 1 or not whole:
             self._update_chunks = self._split(concat_rows(parts, self._pad_token_id), counts.tolist(), outputs[0])
         return outputs[0]
 
@@ -454,8 +496,14 @@ class MAPOTrainer(OmniGRPOTrainer):
         if self._step % self.args.gradient_accumulation_steps == 0:
             self._end_window()
         if self._step % self._updates_per_rollout == 0 and self.schedule.exhausted:
-            self.control.should_epoch_stop = True
+            self._end_epoch()
         return loss
+
+    def _end_epoch(self) -> None:
+        """Ends the epoch where the schedule does, which may be before the data loader does."""
+        self.control.should_epoch_stop = True
+        if self.args.max_steps <= 0 and self.schedule.epoch + 1 >= self.state.num_train_epochs:
+            self.state.max_steps = self.state.global_step + 1  # the step that saves and evaluates as the last one does
 
     # Metrics
 
@@ -471,7 +519,8 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _begin_window(self) -> None:
         """A window is the micro-batches of one optimizer step."""
-        self._window = TagSums(["entropy", "clip_fraction"], self.accelerator.device)
+        names = ["entropy"] if self.args.loss_type in ("sapo", "vespo") else ["entropy", "clip_fraction"]
+        self._window = TagSums(names, self.accelerator.device)
         self._window_seconds = 0.0
 
     def _add_to_window(self, inputs: Chunk) -> None:
@@ -481,20 +530,23 @@ class MAPOTrainer(OmniGRPOTrainer):
         log_ratio = torch.zeros_like(logps) if old is None else (logps - old) * mask
         if self.importance_sampling_level == "sequence":
             log_ratio = (log_ratio.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(logps)
-        ratio, advantages = log_ratio.exp(), inputs["advantages"][:, None]
-        clipped = (ratio > 1 + self.epsilon_high) & (advantages > 0) | (ratio < 1 - self.epsilon_low) & (
-            advantages < 0
+        sums = {"entropy": (entropies * mask).sum(dim=1)}
+        clipped = clipped_tokens(
+            log_ratio.exp(), inputs["advantages"], self.epsilon_low, self.epsilon_high, self.loss_type
         )
-        sums = {"entropy": (entropies * mask).sum(dim=1), "clip_fraction": (clipped * mask).sum(dim=1)}
+        if clipped is not None:
+            sums["clip_fraction"] = (clipped * mask).sum(dim=1)
         self._window.add(inputs[TAG_KEY], sums, mask.sum(dim=1))
 
     def _end_window(self) -> None:
         self._window.reduce(self._summed)
         tags = self._window.tags()
         self._window_tag = tags[0] if len(tags) == 1 else None
-        self._log_all(self._window.means() | {"sampling/steps_without_update": not tags})
+        self._window_has_rows = bool(tags)
+        self._means["train"].add(self._window.totals())
+        self._log_all({"sampling/steps_without_update": not tags})
         self._log_of_window("seconds", self._window_seconds)
-        if self.args.gradient_probe and tags:
+        if self._gradient_sample is not None and tags:
             self._probe_gradient()
         self._begin_window()
 
@@ -506,16 +558,16 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._log_of_window("grad_norm", norm)
+        if norm is not None and self._window_has_rows:
+            self._log_of_window("grad_norm", norm)
         return norm
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._log_all(self._means[mode].take(), mode)
+        super().log(logs, start_time)
+
     def _probe_gradient(self) -> None:
-        if self._gradient_sample is None:
-            parameters = self.accelerator.unwrap_model(self.model).named_parameters()
-            args = self.args
-            self._gradient_sample = GradientSample(
-                parameters, args.gradient_probe, args.seed, args.gradient_probe_pattern
-            )
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
         self.gradient_moments.observe(self._gradient_sample() / scale, self._window_tag)
@@ -552,12 +604,15 @@ class MAPOTrainer(OmniGRPOTrainer):
         trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is not None:
-            return self._restore(resume_from_checkpoint)
-        if self.args.curriculum == "adaptive" and self.args.zero_shot_accuracy is None:
+        return trained if resume_from_checkpoint is None else self._restore(resume_from_checkpoint)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        measured = self.args.curriculum == "adaptive" and self.args.zero_shot_accuracy is None
+        if measured and resume_from_checkpoint is None:
             accuracy = zero_shot_accuracy(self, self._task_reward)
             self.curriculum.load_state_dict({"histories": {}, "zero_shot": accuracy})
-        return trained
+        return prepared
 
     def _restore(self, checkpoint: str) -> tuple[int, int]:
         """Epochs that are done, and micro-batches of the one that has begun."""
@@ -571,11 +626,21 @@ class MAPOTrainer(OmniGRPOTrainer):
                 part.load_state_dict(state[name])
             except ValueError as error:
                 raise ResumeError(f"{path}, {name}: {error}") from error
-        self.gradient_moments.load_state_dict(load_file(os.path.join(checkpoint, PROBE_FILE)))
+        self._restore_probe(load_file(os.path.join(checkpoint, PROBE_FILE)))
         self._epoch_began = state["epoch_began"]
         if self.schedule.exhausted and state["step"] % self._updates_per_rollout == 0:
             return self.schedule.epoch + 1, 0
         return max(self.schedule.epoch, 0), state["step"] - self._epoch_began
+
+    def _restore_probe(self, state: dict[str, Tensor]) -> None:
+        if self._gradient_sample is None or not state:
+            return
+        if len(state["all.vector"]) != self._gradient_sample.count:
+            raise ResumeError(
+                f"gradient_probe: the checkpoint's has {len(state['all.vector'])} coordinates, this run's "
+                f"{self._gradient_sample.count}; resume with the same or with 0"
+            )
+        self.gradient_moments.load_state_dict(state)
 
 
 def _check_tags(dataset: Any) -> None:

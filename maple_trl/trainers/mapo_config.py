@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 
 from maple_trl.algorithms.advantages import SCOPES
 from maple_trl.algorithms.aggregation import AGGREGATIONS
@@ -200,6 +201,8 @@ class MAPOConfig(OmniGRPOConfig):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self._check_tags()
         self._check_loss()
+        self._check_sampling()
+        self._check_unused()
 
     def _check_tags(self) -> None:
         if self.tag_weights == "adaptive" and self.loss_strata != "tag":
@@ -250,8 +253,48 @@ class MAPOConfig(OmniGRPOConfig):
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
                 f"({self.gradient_accumulation_steps}): an optimizer step takes its rows from one rollout"
             )
-        if self.dynamic_sampling != "none" and (self.entropy_coef or self.use_adaptive_entropy):
+
+    def _check_sampling(self) -> None:
+        if self.dynamic_sampling == "none":
+            return
+        if self.entropy_coef or self.use_adaptive_entropy or (self.loss_type == "sapo" and self.beta):
             raise ValueError(
-                "entropy_coef and use_adaptive_entropy average over full batches, which dynamic_sampling does not keep: "
-                "switch one of the two off"
+                "entropy_coef, use_adaptive_entropy and beta with loss_type='sapo' average over full batches, which "
+                "dynamic_sampling does not keep: switch one of the two off"
             )
+        if self.advantage_scope in ("tag_whitened", "batch"):
+            raise ValueError(
+                f"dynamic_sampling drops prompts whose completions were all rewarded alike, but with advantage_scope="
+                f"{self.advantage_scope!r} those have a gradient too: choose 'tag' or 'group', or dynamic_sampling='none'"
+            )
+        if self.fp16:
+            raise ValueError("fp16's gradient scaler fails on the steps that dynamic_sampling leaves empty: use bf16")
+
+    def _check_unused(self) -> None:
+        """Options that would silently do nothing, or undo what the schedule does."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, other, value in (
+            ("kl_window", "tag_weights", "adaptive"),
+            ("weight_history", "tag_weights", "adaptive"),
+            ("curriculum_window", "curriculum", "adaptive"),
+            ("zero_shot_accuracy", "curriculum", "adaptive"),
+            ("curriculum_granularity", "batching", "stratified"),
+            ("leftover", "batching", "stratified"),
+        ):
+            if getattr(self, name) != defaults[name] and getattr(self, other) != value:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without {other}={value!r}")
+        if self.gradient_probe_pattern is not None and not self.gradient_probe:
+            raise ValueError("gradient_probe_pattern has no effect without gradient_probe, the number of coordinates")
+        if self.gradient_probe_pattern is not None:
+            try:
+                re.compile(self.gradient_probe_pattern)
+            except re.error as error:
+                raise ValueError(f"gradient_probe_pattern is no regular expression: {error}") from error
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay False: rewards and evaluation need every column")
+        if self.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip must stay False: the schedule knows where it stands, nothing is skipped"
+            )
+        if self.accelerator_config.split_batches:
+            raise ValueError("accelerator_config.split_batches must stay False: rollouts are shared by rank already")

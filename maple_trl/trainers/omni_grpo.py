@@ -74,6 +74,7 @@ class OmniGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
+    _config_class = OmniGRPOConfig
 
     def __init__(
         self,
@@ -89,9 +90,11 @@ class OmniGRPOTrainer(GRPOTrainer):
             if kwargs.get(name):
                 raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
-        args = OmniGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-Omni-GRPO") if args is None else copy.copy(args)
-        if not isinstance(args, OmniGRPOConfig):
-            raise TypeError(f"args must be an OmniGRPOConfig, got {type(args).__name__}")
+        if args is None:
+            args = self._config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, self._config_class):
+            raise TypeError(f"args must be of type {self._config_class.__name__}, got {type(args).__name__}")
+        args = copy.copy(args)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if not any(isinstance(reward, str) for reward in rewards):  # reward models are loaded with them too

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maple_trl.algorithms import informative_groups
 from maple_trl.modalities import ModalityTag
-from maple_trl.trainers.tag_metrics import TAGS, means_by_tag
+from maple_trl.trainers.tag_metrics import TAGS, Totals, totals_by_tag
 
 
 _PER_COMPLETION = ("scores", "rewards", "tags", "lengths", "media_tokens")
@@ -57,13 +57,13 @@ class Round:
     def prompt_tags(self) -> list[ModalityTag]:
         return [TAGS[i] for i in self.tags[:: self.group_size].tolist()]
 
-    def metrics(self, task: int | None = None, advantages: Tensor | None = None) -> dict[str, float]:
+    def totals(self, task: int | None = None, advantages: Tensor | None = None) -> Totals:
         """
-        Means per tag and over all, as `tag/<TAG>/<name>`.
+        What is logged per tag and over all.
 
         Args:
             task: the reward function whose mean is the accuracy.
-            advantages (`Tensor` of shape (N,)): logged with their standard deviation where given.
+            advantages (`Tensor` of shape (N,)): logged where given.
         """
         values = {
             "reward": self.rewards,
@@ -74,13 +74,8 @@ class Round:
         if task is not None:
             values["accuracy"] = self.scores[:, task]
         if advantages is not None:
-            values["advantage_mean"] = advantages
-        metrics = {}
+            values |= {"advantage_mean": advantages, "advantage_square": advantages.square()}
+        totals = dict(totals_by_tag("zero_variance", (~self.informative).float(), self.tags[:: self.group_size]))
         for name, value in values.items():
-            metrics |= means_by_tag(name, value, self.tags)
-        metrics |= means_by_tag("zero_variance", (~self.informative).float(), self.tags[:: self.group_size])
-        if advantages is not None:
-            for key, square in means_by_tag("advantage_std", advantages.square(), self.tags).items():
-                mean = metrics[key.replace("advantage_std", "advantage_mean")]
-                metrics[key] = max(square - mean**2, 0.0) ** 0.5
-        return metrics
+            totals |= totals_by_tag(name, value, self.tags)
+        return totals

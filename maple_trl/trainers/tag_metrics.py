@@ -1,8 +1,9 @@
-"""Means per tag, over all ranks and over the micro-batches of an optimizer step."""
+"""Means per tag, over all ranks and over all rows between two log entries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -15,6 +16,9 @@ TAGS = list(ModalityTag)
 UNTAGGED = len(TAGS)
 """The number of rows without a tag, which count among `all` alone."""
 
+Totals = Mapping[str, tuple[float, float]]
+"""Sum and number of the values behind each metric."""
+
 
 @cache
 def tag_number(tag: str | None) -> int:
@@ -22,7 +26,7 @@ def tag_number(tag: str | None) -> int:
     return TAGS.index(ModalityTag.parse(tag)) if tag else UNTAGGED
 
 
-def means_by_tag(name: str, values_N: Tensor, tags_N: Tensor) -> dict[str, float]:
+def totals_by_tag(name: str, values_N: Tensor, tags_N: Tensor) -> Totals:
     """
     `tag/<TAG>/<name>` for each tag that has a value, and `tag/all/<name>`.
 
@@ -33,7 +37,7 @@ def means_by_tag(name: str, values_N: Tensor, tags_N: Tensor) -> dict[str, float
     sums = TagSums([name], values_N.device)
     counted = ~values_N.isnan()
     sums.add(tags_N[counted], {name: values_N[counted]}, torch.ones_like(values_N[counted]))
-    return sums.means()
+    return sums.totals()
 
 
 class TagSums:
@@ -48,7 +52,7 @@ class TagSums:
         self.names = list(names)
         self._sums = torch.zeros(len(self.names) + 1, UNTAGGED + 1, dtype=torch.float64, device=device)
 
-    def add(self, tags_N: Tensor, sums_N: dict[str, Tensor], counts_N: Tensor) -> None:
+    def add(self, tags_N: Tensor, sums_N: Mapping[str, Tensor], counts_N: Tensor) -> None:
         """
         Adds rows.
 
@@ -68,14 +72,33 @@ class TagSums:
         """Tags of the rows that were added."""
         return [tag for tag, count in zip(TAGS, self._sums[-1].tolist(), strict=False) if count]
 
-    def means(self) -> dict[str, float]:
+    def totals(self) -> Totals:
         """`tag/<TAG>/<name>` for each tag that was added, and `tag/all/<name>`."""
-        *sums, counts = self._sums.cpu()
-        means = {}
+        *sums, counts = self._sums.tolist()
+        found = {}
         for name, sum_M in zip(self.names, sums, strict=True):
-            if counts.sum():
-                means[f"tag/all/{name}"] = float(sum_M.sum() / counts.sum())
-            for i, tag in enumerate(TAGS):
-                if counts[i]:
-                    means[f"tag/{tag}/{name}"] = float(sum_M[i] / counts[i])
+            for whose, total, count in zip(("all", *TAGS), (sum(sum_M), *sum_M), (sum(counts), *counts), strict=False):
+                if count:
+                    found[f"tag/{whose}/{name}"] = (total, count)
+        return found
+
+
+class RunningMeans:
+    """Means over everything that was added since they were last taken: each row or token weighs the same."""
+
+    def __init__(self):
+        self._totals: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+
+    def add(self, totals: Totals) -> None:
+        for name, (total, count) in totals.items():
+            before, rows = self._totals[name]
+            self._totals[name] = (before + total, rows + count)
+
+    def take(self) -> dict[str, float]:
+        """The means, which begin anew. Of `…_square` and `…_mean` the standard deviation is given as `…_std`."""
+        means = {name: total / count for name, (total, count) in self._totals.items()}
+        self._totals.clear()
+        for name in [name for name in means if name.endswith("_square")]:
+            stem = name.removesuffix("_square")
+            means[f"{stem}_std"] = max(means.pop(name) - means[f"{stem}_mean"] ** 2, 0.0) ** 0.5
         return means

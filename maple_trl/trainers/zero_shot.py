@@ -5,21 +5,38 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from torch import nn
+from trl import GRPOConfig
 
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.report import write_atomically
+from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
 
 if TYPE_CHECKING:
     from maple_trl.trainers.mapo import MAPOTrainer
 
 ZERO_SHOT_FILE = "zero_shot.json"
-_SETTINGS = ("seed", "zero_shot_questions", "temperature", "top_p", "top_k", "max_completion_length", "num_frames")
+_SETTINGS = (
+    "seed",
+    "zero_shot_questions",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    *(f.name for f in fields(OmniGRPOConfig) if f.name not in {g.name for g in fields(GRPOConfig)}),
+)
+"""What the accuracy depends on beside rows, reward and weights."""
 
 
 def check_measurable(trainer: MAPOTrainer, task_reward: int) -> None:
@@ -38,43 +55,64 @@ def check_measurable(trainer: MAPOTrainer, task_reward: int) -> None:
 def zero_shot_accuracy(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
     """
     Accuracy of the untrained policy on training prompts, by tag, from `zero_shot.json` in the output folder where the
-    same measurement has been made before. A collective call.
+    same measurement has been made before. A collective call; the main process alone scores.
 
     Args:
         task_reward: number of the reward function.
+
+    Raises:
+        ValueError: for a reward outside [0, 1], or when none could be scored.
     """
-    args, path = trainer.args, os.path.join(trainer.args.output_dir, ZERO_SHOT_FILE)
+    path = os.path.join(trainer.args.output_dir, ZERO_SHOT_FILE)
     key = _identity(trainer, task_reward)
-    known = _read(path, key)
-    if trainer.accelerator.num_processes > 1:
-        known = gather_object([known])[0]
-    if known is not None:
-        return known
-    tokenizer, reward = trainer._tokenizer, trainer.reward_funcs[task_reward]
-
-    def score(completions: list, **columns: Any) -> list[float | None]:
-        ids = [tokenizer.encode(completion[0]["content"], add_special_tokens=False) for completion in completions]
-        return reward(completions=completions, completion_ids=ids, trainer_state=trainer.state, **columns)
-
-    found = sampled_accuracy(
-        trainer.generate_completions, trainer.train_dataset, score, args.zero_shot_questions, args.seed
-    )
-    accuracy = {tag: value for tag, value in found.accuracy.items() if tag != "all"}
-    if trainer.accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
-        write_atomically(path, json.dumps({"key": key, "accuracy": accuracy}, indent=2))
+    accuracy = _of_main_process(trainer, _read(path, key))
+    if accuracy is None:
+        accuracy = _of_main_process(trainer, _measure(trainer, task_reward))
+        if trainer.accelerator.is_main_process:
+            os.makedirs(trainer.args.output_dir, exist_ok=True)
+            write_atomically(path, json.dumps({"key": key, "accuracy": accuracy}, indent=2, allow_nan=False))
     return accuracy
 
 
+def _of_main_process(trainer: MAPOTrainer, value: Any) -> Any:
+    return gather_object([value])[0] if trainer.accelerator.num_processes > 1 else value
+
+
+def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
+    tokenizer, reward = trainer._tokenizer, trainer.reward_funcs[task_reward]
+
+    def score(completions: list, **columns: Any) -> list[float | None]:
+        if not trainer.accelerator.is_main_process:
+            return [0.0] * len(completions)
+        ids = [tokenizer.encode(completion[0]["content"], add_special_tokens=False) for completion in completions]
+        scores = reward(completions=completions, completion_ids=ids, trainer_state=trainer.state, **columns)
+        for value in scores:
+            if value is not None and not math.isnan(value) and not 0 <= value <= 1:
+                raise ValueError(
+                    f"The reward function {trainer.reward_func_names[task_reward]!r} gave {value}: accuracy is the mean of "
+                    "rewards in [0, 1]; choose another with task_reward"
+                )
+        return scores
+
+    found = sampled_accuracy(
+        trainer.generate_completions,
+        trainer.train_dataset,
+        score,
+        trainer.args.zero_shot_questions,
+        trainer.args.seed,
+    )
+    return {tag: value for tag, value in found.accuracy.items() if tag != "all"}
+
+
 def _identity(trainer: MAPOTrainer, task_reward: int) -> str:
-    """What the accuracy depends on: rows, reward, settings and weights."""
+    reward = trainer.reward_funcs[task_reward]
     facts = [
         trainer.rows.registries["train_dataset"].state_dict()["content"],
-        trainer.reward_func_names[task_reward],
+        [getattr(reward, name, None) for name in ("__module__", "__qualname__")],
         [getattr(trainer.args, name) for name in _SETTINGS],
         [float(weight.detach().float().sum()) for weight in trainer.model.parameters()],
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
 def _read(path: str, key: str) -> dict[str, float] | None:
