@@ -86,7 +86,14 @@ class MAPOTrainer(OmniGRPOTrainer):
     _paper = {
         "title": "MAPLE: Modality-Aware Post-training and Learning Ecosystem",
         "id": "2602.11596",
-        "citation": "",
+        "citation": """\
+@article{verma2026maple,
+    title  = {{MAPLE: Modality-Aware Post-training and Learning Ecosystem}},
+    author = {Nikhil Verma and Minjung Kim and JooYoung Yoo and Kyung-Min Jin and Manasa Bharadwaj and Kevin Ferreira and
+              Ko Keun Kim and Youngjoon Kim},
+    year   = 2026,
+    eprint = {arXiv:2602.11596},
+}""",
     }
 
     def __init__(
