@@ -163,6 +163,14 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
+def speedups(base: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], clock: str) -> dict[str, Any]:
+    """The base variant's time over each variant's, of the same seed."""
+    return {
+        name: spread([first[clock] / run[clock] for first, run in zip(base, values, strict=True)])
+        for name, values in runs.items()
+    }
+
+
 def summarized(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of every number."""
     summary: dict[str, Any] = {}
@@ -181,7 +189,7 @@ def print_tables(result: dict[str, Any]) -> None:
     def shown(value: dict[str, float] | None, digits: int = 3) -> str:
         return "–" if value is None else f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
 
-    console = Console(width=200)
+    console = Console(width=220)
     table = Table(title="Per rollout with its optimizer steps; mean ± std over seeds")
     for column in (
         "",
@@ -205,6 +213,7 @@ def print_tables(result: dict[str, Any]) -> None:
             shown(values["rows_trained"], 1),
             shown(values["media_tokens"], 1),
             shown(result["speedup"][name], 2),
+            shown(result["speedup_cpu"][name], 2),
             "–" if seconds is None else f"{seconds:.2f}",
             "–" if seconds is None else f"{PAPER_SECONDS['MUPO'] / seconds:.2f}",
         )
@@ -264,10 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     base = runs.get("MUPO", runs[args.variants[0]])
     result = {
         "variants": {name: summarized(values) for name, values in runs.items()},
-        "speedup": {
-            name: spread([first["seconds"] / run["seconds"] for first, run in zip(base, values, strict=True)])
-            for name, values in runs.items()
-        },
+        "speedup": speedups(base, runs, "seconds"),
+        "speedup_cpu": speedups(base, runs, "cpu_seconds"),
         "tags": list(base[0]["accuracy"]),
         "runs": runs,
         "paper": {"seconds": PAPER_SECONDS, "accuracy": PAPER_ACCURACY},
