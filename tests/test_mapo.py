@@ -230,7 +230,7 @@ def test_tags_in_another_spelling_are_the_same_tags(seven_tags, build):
     assert [tags_in(entry, "reward") for entry in logs(trainer)] == [{"S", "all"}, {"VS", "all"}]
 
 
-def test_a_tag_with_fewer_rows_than_a_batch_is_filled(seven_tags, build):
+def test_a_tag_with_fewer_rows_than_a_batch_is_filled(seven_tags, build, caplog):
     diary = Diary(varied)
     data = take(seven_tags[1], S=4, AS=1)
     trainer = build(data, diary, curriculum="static", max_steps=-1, num_train_epochs=1)
@@ -239,6 +239,7 @@ def test_a_tag_with_fewer_rows_than_a_batch_is_filled(seven_tags, build):
     assert sorted(diary.calls[0]["prompts"] + diary.calls[1]["prompts"]) == sorted(data["id"][:4])
     assert diary.calls[2]["ids"] == [data["id"][4]] * 2 * G
     assert logs(trainer)[2]["tag/AS/kept"] == 2
+    assert "Tag AS has 1 rows, fewer than the 2 prompts of a rollout" in caplog.text and "Tag S has" not in caplog.text
 
 
 def test_left_over_rows_of_all_tags_can_share_the_last_batch(seven_tags, build):

@@ -54,7 +54,7 @@ def gradient_runs(world, rows, of_one_tag):
         run("early", varied=LAST_RANKS_KEEP_NONE, **EARLY),
         run("early-most", varied=ONE_RANK_KEEPS_MOST, accumulation=1, **EARLY),
         run("early-sapo", varied=ONE_RANK_KEEPS_MOST, loss_type="sapo", **EARLY),
-        run("early-one", varied=ONE_PROMPT, advantage_scope="batch", loss_strata="batch", **EARLY),
+        run("early-one", varied=ONE_PROMPT, advantage_scope="group", loss_strata="batch", **EARLY),
         run("early-passes", varied=ONE_PROMPT, **passes),
         # Adapters, because the model has a weight that no forward pass uses, which DDP does not accept here.
         run("early-waiting", varied=ONE_PROMPT, lora=True, ddp_find_unused_parameters=False, **passes | {"beta": 0.0}),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import gcd
@@ -56,6 +58,8 @@ from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, RunningMeans, TagSums
 from maple_trl.trainers.updates import even_parts, micro_batches, share_out
 from maple_trl.trainers.zero_shot import check_measurable, zero_shot_accuracy
 
+
+logger = logging.getLogger(__name__)
 
 TAG_KEY = "tag_numbers"
 STATE_FILE = "mapo.json"
@@ -160,9 +164,6 @@ class MAPOTrainer(OmniGRPOTrainer):
         except ValueError as error:
             raise ValueError(f"gradient_probe_pattern: {error}") from error
 
-    def _check_rollout_size(self) -> None:
-        """Any number of rows will do: the schedule fills a rollout up."""
-
     @property
     def _needs_difficulty(self) -> bool:
         return self.args.tag_weights == "adaptive" or self.args.curriculum == "adaptive"
@@ -171,6 +172,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def train(self, *args, **kwargs):
         self.schedule = None  # made anew of the rows that this run uses
+        self._step, self._buffered_inputs = 0, None  # a run before this one may have stopped within a rollout
         return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -196,10 +198,24 @@ class MAPOTrainer(OmniGRPOTrainer):
             skipped=self.sampling.skipped,
             multiple_of=self._prompts_that_ranks_share,
         )
+        self._tell_of_rare_tags()
         rollouts = self.schedule.batches_per_epoch
         difficulties = rollouts * (1 if args.batching == "stratified" else len(set(self.schedule.tags)))
         self.tag_weights = AdaptiveTagWeights(args.kl_window or max(difficulties, 2), args.weight_history)
         self.gradient_moments = GradientMoments(args.gradient_probe_window)
+
+    def _tell_of_rare_tags(self) -> None:
+        if self.args.batching != "stratified" or self.args.leftover != "fill" or not self.accelerator.is_main_process:
+            return
+        for tag, rows in Counter(self.schedule.tags).items():
+            if rows < self.schedule.batch_size:
+                logger.warning(
+                    "Tag %s has %d rows, fewer than the %d prompts of a rollout, which takes them again until it is full. "
+                    "Lower the batch size, or set leftover to 'mixed'.",
+                    tag,
+                    rows,
+                    self.schedule.batch_size,
+                )
 
     @property
     def _prompts_that_ranks_share(self) -> int:

@@ -92,7 +92,7 @@ class MAPOConfig(OmniGRPOConfig):
         default=None,
         metadata={
             "help": "Name of the reward function, with values in [0, 1], that says whether a task is solved: difficulty and "
-            "accuracy come from it. Null: the only one, or accuracy_reward."
+            "accuracy come from it. Null: accuracy_reward, or the only one where difficulty is needed."
         },
     )
     difficulty: str = field(

@@ -161,7 +161,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": suppressed}
 
     def _check_rollout_size(self) -> None:
-        """The sampler drops prompts that do not fill a rollout; from too few rows it would make no step at all."""
+        """From fewer rows than a rollout takes, TRL's sampler would make no step at all."""
         needed = self.args.generation_batch_size // self.num_generations
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < needed:
             raise ValueError(

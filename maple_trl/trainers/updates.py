@@ -59,9 +59,9 @@ def micro_batches(
     """
     Splits a rank's rows over optimizer steps, and those of a step over as few micro-batches as every rank can.
 
-    All ranks run the same micro-batches, since their forward and backward passes wait for each other. A micro-batch for
-    which a rank has no row gets the ballast; those that no rank needs are empty and cost nothing. Empty ones come first:
-    the gradients of the ranks are averaged in the last.
+    All ranks run the same micro-batches of the same size, since their passes wait for each other and their metrics are
+    gathered: where a rank is a row short, the ballast stands in. Micro-batches that no rank needs are empty and cost
+    nothing. Empty ones come first: the gradients of the ranks are averaged in the last.
 
     Args:
         batch: this rank's rows, in the order in which to train on them.
@@ -69,7 +69,7 @@ def micro_batches(
         steps: optimizer steps on the rollout.
         slots: micro-batches of an optimizer step.
         largest: most rows of a micro-batch.
-        ballast: one row that adds nothing to the loss.
+        ballast: one row that adds nothing to the loss, as wide as the batch.
 
     Returns:
         `list[Chunk]` of length `steps * slots`.
@@ -80,7 +80,8 @@ def micro_batches(
     for part, most in zip(split_rows(batch, own), busiest, strict=True):
         used = -(-most // largest)
         chunks += [take_rows(ballast, [])] * (slots - used)
-        if used:
-            sizes = even_parts(count_rows(part), used)
-            chunks += [chunk if count_rows(chunk) else ballast for chunk in split_rows(part, sizes)]
+        widths = even_parts(most, used) if used else []
+        sizes = even_parts(count_rows(part), used) if used else []
+        for chunk, width in zip(split_rows(part, sizes), widths, strict=True):
+            chunks.append(concat_rows([chunk] + [ballast] * (width - count_rows(chunk)), pad_token_id=0))
     return chunks

@@ -108,7 +108,7 @@ def _identity(trainer: MAPOTrainer, task_reward: int) -> str:
     reward = trainer.reward_funcs[task_reward]
     facts = [
         trainer.rows.registries["train_dataset"].state_dict()["content"],
-        [getattr(reward, name, None) for name in ("__module__", "__qualname__")],
+        [getattr(reward, name, None) for name in ("__module__", "__qualname__", "__name__")],
         [getattr(trainer.args, name) for name in _SETTINGS],
         [float(weight.detach().float().sum()) for weight in trainer.model.parameters()],
     ]
@@ -119,6 +119,7 @@ def _read(path: str, key: str) -> dict[str, float] | None:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-        return found["accuracy"] if found["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or not what is written above: measured again
+        valid = all(0 <= value <= 1 for value in found["accuracy"].values())
+        return found["accuracy"] if found["key"] == key and valid else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or not what is written above
         return None

@@ -61,9 +61,12 @@ def _of_completion(completion_ids, **_):
     return [zlib.crc32(str(list(ids)).encode()) % 101 / 101 for ids in completion_ids]
 
 
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 def _of_rank(completion_ids, **_):
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    return [zlib.crc32(f"{rank}{list(ids)}".encode()) % 101 / 101 for ids in completion_ids]
+    return [zlib.crc32(f"{_rank()}{list(ids)}".encode()) % 101 / 101 for ids in completion_ids]
 
 
 def _in_thirds(completion_ids, **_):
@@ -79,9 +82,30 @@ def _where_varied(completion_ids, varied, **_):
     return [value if told else 0.5 for value, told in zip(_of_completion(completion_ids), varied, strict=True)]
 
 
+def _of_tag(tag, first: int) -> list[float]:
+    """One process finds the tags easy that the other finds hard."""
+    easy = dict(zip(("S", "A", "VA"), (0.25, 0.5, 0.75), strict=True))
+    return [easy[one] if _rank() == first else 1 - easy[one] for one in tag]
+
+
+def _of_tag_and_rank(tag, **_):
+    return _of_tag(tag, first=0)
+
+
+def _of_tag_and_other_rank(tag, **_):
+    return _of_tag(tag, first=1)
+
+
+def _unpredictable(completion_ids, **_):
+    return [random.SystemRandom().random() for _ in completion_ids]
+
+
 REWARDS = {
     "of_completion": _of_completion,
     "of_rank": _of_rank,
+    "of_tag_and_rank": _of_tag_and_rank,
+    "of_tag_and_other_rank": _of_tag_and_other_rank,
+    "unpredictable": _unpredictable,
     "in_halves": _in_halves,
     "in_thirds": _in_thirds,
     "where_varied": _where_varied,
@@ -154,7 +178,14 @@ class JobTrainer(Watched, OmniGRPOTrainer):
 
 
 class MAPOJobTrainer(Watched, MAPOTrainer):
-    """It notes what it knows after each step, and which completions were trained on, by micro-batch."""
+    """
+    It notes what it knows after each step, which completions were trained on, by micro-batch, and what the model was
+    wrapped in when it was asked for completions outside of training.
+    """
+
+    def generate_completions(self, rows, batch_size=None):
+        self.asked = [*getattr(self, "asked", []), [type(self.model_wrapped).__name__, len(rows)]]
+        return super().generate_completions(rows, batch_size)
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
@@ -223,6 +254,7 @@ def do(run: dict, plan: dict) -> None:
         "passes": passes,
         "known": getattr(trainer, "known", []),
         "trained": getattr(trainer, "trained", []),
+        "asked": getattr(trainer, "asked", []),
     }
     result["find_unused"] = getattr(trainer.model_wrapped, "find_unused_parameters", None)
     after = trainable(trainer.accelerator.unwrap_model(trainer.model))
