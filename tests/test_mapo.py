@@ -575,7 +575,8 @@ def test_metrics_are_those_of_the_recorded_rewards(seven_tags, build):
     dull = {data["id"][0]}
     table = {"V": [1, 0, 0, 1], "S": [1, 1, 1, 0], "VA": [0, 0, 0, 1]}
     diary = Diary(lambda one, tag, copy, call: 1.0 if one in dull else float(table[tag][copy]))
-    options = {"tag_weights": "adaptive", "curriculum": "static", "num_iterations": 2, "learning_rate": 0.05}
+    options = {"tag_weights": "adaptive", "curriculum": "adaptive", "num_iterations": 2, "learning_rate": 0.05}
+    options["zero_shot_accuracy"] = {"V": 0.1, "S": 0.2, "VA": 0.3}
     trainer = build(data, diary, Watched, max_steps=6, shuffle_dataset=False, **options)
     trainer.train()
     history, rollouts = [], logs(trainer)[::2]  # two optimizer steps on each

@@ -243,6 +243,27 @@ def test_a_trainer_that_stopped_within_a_rollout_can_train_again(seven_tags, bui
     assert trainer.state.global_step == 3 and len(diary.calls) == 4
 
 
+def test_a_run_that_failed_within_a_rollout_leaves_nothing_to_the_next(seven_tags, build):
+    data = take(seven_tags[1], V=4)
+    diary = Diary(varied)
+    options = {"dynamic_sampling": "early", "num_iterations": 2, "max_steps": 2}
+    trainer = build(data, diary, **options)
+    log_probs = trainer._get_per_token_logps_and_entropies
+
+    def fail(*args, **kwargs):
+        raise MemoryError("as a pass over the completions may")
+
+    trainer._get_per_token_logps_and_entropies = fail
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert len(diary.calls) == 1
+    trainer._get_per_token_logps_and_entropies = log_probs
+    trainer.train()
+    assert len(diary.calls) == 2, "the new completions are scored"
+    fresh = diary.calls[1]["rewards"]
+    assert logs(trainer)[0]["tag/all/reward"] == pytest.approx(sum(fresh) / len(fresh))
+
+
 def test_a_trainer_can_evaluate_before_it_trains(seven_tags, build):
     data = take(seven_tags[1], V=4, S=4)
 

@@ -59,6 +59,16 @@ CASES = [
         {"remove_unused_columns": False},
     ),
     (
+        {"gradient_probe_window": 7},
+        "gradient_probe_window has no effect without gradient_probe",
+        {"gradient_probe_window": 7, "gradient_probe": 8},
+    ),
+    (
+        {"zero_shot_questions": 7},
+        "zero_shot_questions=7 has no effect without curriculum='adaptive'",
+        {"zero_shot_questions": 7, "curriculum": "adaptive"},
+    ),
+    (
         {"ignore_data_skip": True},
         "ignore_data_skip must stay False: the schedule knows where it stands",
         {"ignore_data_skip": False},

@@ -56,7 +56,7 @@ from maple_trl.trainers.rollout_state import (
 from maple_trl.trainers.rounds import Round
 from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, RunningMeans, TagSums, tag_number
 from maple_trl.trainers.updates import even_parts, micro_batches, share_out
-from maple_trl.trainers.zero_shot import check_measurable, zero_shot_accuracy
+from maple_trl.trainers.zero_shot import check_measurable, fingerprint, zero_shot_accuracy
 
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,11 @@ class MAPOTrainer(OmniGRPOTrainer):
         if self.args.curriculum == "adaptive":
             self._check_zero_shot()
         self._gradient_sample = self._choose_coordinates() if self.args.gradient_probe else None
-        self.schedule: StratifiedSchedule | None = None
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        """Nothing of a run before this one is left, wherever it stopped."""
+        self.schedule: StratifiedSchedule | None = None  # made of the rows that the run uses
         self._epoch_began = 0  # the value of `_step` when the schedule's epoch began
         self._rows_in_round: list[dict[str, Any]] = []
         self._dropping = False
@@ -147,6 +151,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         given = self.args.zero_shot_accuracy
         if given is None:
             check_measurable(self, self._task_reward)
+            self.initial_weights = fingerprint(self.model)
             return
         missing = {ModalityTag.parse(tag) for tag in self.train_dataset["tag"]} - set(map(ModalityTag.parse, given))
         if missing:
@@ -171,8 +176,7 @@ class MAPOTrainer(OmniGRPOTrainer):
     # Schedule
 
     def train(self, *args, **kwargs):
-        self.schedule = None  # made anew of the rows that this run uses
-        self._step, self._buffered_inputs = 0, None  # a run before this one may have stopped within a rollout
+        self._begin_run()
         return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -210,8 +214,8 @@ class MAPOTrainer(OmniGRPOTrainer):
         for tag, rows in Counter(self.schedule.tags).items():
             if rows < self.schedule.batch_size:
                 logger.warning(
-                    "Tag %s has %d rows, fewer than the %d prompts of a rollout, which takes them again until it is full. "
-                    "Lower the batch size, or set leftover to 'mixed'.",
+                    "Tag %s has %d rows, fewer than the %d prompts of a rollout: they are taken again until it is full (in "
+                    "epochs that leave out prompts it stays short). Lower the batch size, or set leftover to 'mixed'.",
                     tag,
                     rows,
                     self.schedule.batch_size,
@@ -275,7 +279,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
-            self._kept = None
+            self._kept = self._rewards_in_advance = None
         return output, replace(self._round, rows=rows)
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
@@ -363,7 +367,9 @@ class MAPOTrainer(OmniGRPOTrainer):
         self.tag_weights.observe(difficulties)
         self.curriculum.observe(difficulties)
         self.sampling.observe(scored.rows, scored.prompt_tags, scored.informative.tolist(), kept.tolist())
-        metrics = {f"tag/{tag}/kl": value for tag, value in difficulties.items()} | self.curriculum.metrics()
+        metrics = {f"tag/{tag}/kl": value for tag, value in difficulties.items()}
+        if self.args.curriculum == "adaptive":
+            metrics |= self.curriculum.metrics()
         if self.args.tag_weights == "adaptive":
             metrics |= self.tag_weights.metrics()
         for name in ("kl", "priority", "weight"):
@@ -396,7 +402,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         """Micro-batches of the rows that are trained on, shared out over the ranks."""
         rank = self.accelerator.process_index
         batch = share_out(batch, rows_per_rank, rank, self._exchange, self._pad_token_id)
-        spare = take_rows(rollout, [0])
+        spare = take_rows(batch if count_rows(batch) else rollout, [0])
         spare["completion_mask"] = torch.zeros_like(spare["completion_mask"])
         spare["advantages"] = torch.zeros_like(spare["advantages"])
         spare[TAG_KEY] = torch.full_like(spare[TAG_KEY], UNTAGGED)
@@ -493,7 +499,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         rows = self._kept
         if self._touch_all_towers:  # the ranks wait for each other
             most = int(self.accelerator.gather(torch.tensor([len(rows)], device=input_ids.device)).max())
-            rows = rows + [0] * (most - len(rows))
+            rows = rows + (rows[:1] or [0]) * (most - len(rows))
         logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
         if rows:
             with self._rows_in_use(self._serving and [self._serving[i] for i in rows]):

@@ -84,8 +84,8 @@ class MAPOConfig(OmniGRPOConfig):
     leftover: str = field(
         default="fill",
         metadata={
-            "help": "A tag's last rows that are fewer than a batch: 'fill' takes further rows of the tag again, 'mixed' puts "
-            "those of all tags together at the end of the epoch."
+            "help": "A tag's last rows that are fewer than a batch: 'fill' takes further rows of the tag again (not in "
+            "epochs that leave out prompts), 'mixed' puts those of all tags together at the end of the epoch."
         },
     )
     task_reward: str | None = field(
@@ -278,13 +278,15 @@ class MAPOConfig(OmniGRPOConfig):
             ("weight_history", "tag_weights", "adaptive"),
             ("curriculum_window", "curriculum", "adaptive"),
             ("zero_shot_accuracy", "curriculum", "adaptive"),
+            ("zero_shot_questions", "curriculum", "adaptive"),
             ("curriculum_granularity", "batching", "stratified"),
             ("leftover", "batching", "stratified"),
         ):
             if getattr(self, name) != defaults[name] and getattr(self, other) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect without {other}={value!r}")
-        if self.gradient_probe_pattern is not None and not self.gradient_probe:
-            raise ValueError("gradient_probe_pattern has no effect without gradient_probe, the number of coordinates")
+        for name in ("gradient_probe_pattern", "gradient_probe_window"):
+            if getattr(self, name) != defaults[name] and not self.gradient_probe:
+                raise ValueError(f"{name} has no effect without gradient_probe, the number of coordinates")
         if self.gradient_probe_pattern is not None:
             try:
                 re.compile(self.gradient_probe_pattern)

@@ -161,7 +161,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": suppressed}
 
     def _check_rollout_size(self) -> None:
-        """From fewer rows than a rollout takes, TRL's sampler would make no step at all."""
+        """From fewer rows than a rollout takes, TRL's sampler would make no step, and a schedule would repeat them."""
         needed = self.args.generation_batch_size // self.num_generations
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < needed:
             raise ValueError(
@@ -381,6 +381,7 @@ class OmniGRPOTrainer(GRPOTrainer):
             check_geometry(resume_from_checkpoint, self.accelerator.process_index, self._geometry())
             if self.family is not None:
                 self._restore_rows(resume_from_checkpoint)
+        self._step, self._buffered_inputs = 0, None  # a run before this one may have stopped within a rollout
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _restore_rows(self, checkpoint: str) -> None:

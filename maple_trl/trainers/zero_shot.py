@@ -74,6 +74,11 @@ def zero_shot_accuracy(trainer: MAPOTrainer, task_reward: int) -> dict[str, floa
     return accuracy
 
 
+def fingerprint(model: nn.Module) -> list[float]:
+    """Tells weights apart; taken before they are spread over processes."""
+    return [float(weight.detach().float().sum()) for weight in model.parameters()]
+
+
 def _of_main_process(trainer: MAPOTrainer, value: Any) -> Any:
     return gather_object([value])[0] if trainer.accelerator.num_processes > 1 else value
 
@@ -85,7 +90,8 @@ def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
         if not trainer.accelerator.is_main_process:
             return [0.0] * len(completions)
         ids = [tokenizer.encode(completion[0]["content"], add_special_tokens=False) for completion in completions]
-        scores = reward(completions=completions, completion_ids=ids, trainer_state=trainer.state, **columns)
+        columns |= {"trainer_state": trainer.state, "log_extra": _unlogged, "log_metric": _unlogged}
+        scores = reward(completions=completions, completion_ids=ids, **columns)
         for value in scores:
             if value is not None and not math.isnan(value) and not 0 <= value <= 1:
                 raise ValueError(
@@ -104,13 +110,17 @@ def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
     return {tag: value for tag, value in found.accuracy.items() if tag != "all"}
 
 
+def _unlogged(*_: Any) -> None:
+    """Stands in for TRL's logging of what a reward function tells, of which this is no step."""
+
+
 def _identity(trainer: MAPOTrainer, task_reward: int) -> str:
     reward = trainer.reward_funcs[task_reward]
     facts = [
         trainer.rows.registries["train_dataset"].state_dict()["content"],
         [getattr(reward, name, None) for name in ("__module__", "__qualname__", "__name__")],
         [getattr(trainer.args, name) for name in _SETTINGS],
-        [float(weight.detach().float().sum()) for weight in trainer.model.parameters()],
+        trainer.initial_weights,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
