@@ -164,3 +164,11 @@ def test_mapo_bookkeeping_is_measured(tmp_path):
     assert result["share"]["n"] == 3 and 0 < result["share"]["median"] < 1
     assert result["pairs_cpu_time"]["n"] == 2
     assert "share of a step" in output
+
+
+def test_replay_buffer_is_measured(tmp_path):
+    result, output = run_benchmark("replay_buffer", tmp_path, "--capacity", "300", "--tokens", "16", "--repeats", "3")
+    assert {"make", "add", "sample", "retier"} <= result["milliseconds"].keys()
+    assert all(values["wall"]["median"] > 0 for values in result["milliseconds"].values())
+    assert result["tensor_bytes"] == 300 * 16 * 8  # int32 tokens and float32 log-probabilities
+    assert "300 experiences of 16 tokens" in output

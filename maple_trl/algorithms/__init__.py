@@ -6,19 +6,25 @@ from maple_trl.algorithms.clipping import clipped_tokens
 from maple_trl.algorithms.curriculum import TagCurriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
+from maple_trl.algorithms.replay import Experience, ReplayStateError, StratifiedReplayBuffer, Vcrs
 from maple_trl.algorithms.sampling import DynamicSampling, informative_groups
 from maple_trl.algorithms.schedule import PromptBatch, StratifiedSchedule, rank_share
+from maple_trl.algorithms.shaping import tas_weights
 from maple_trl.algorithms.weights import AdaptiveTagWeights
 
 
 __all__ = [
     "AdaptiveTagWeights",
     "DynamicSampling",
+    "Experience",
     "GradientMoments",
     "GradientSample",
     "PromptBatch",
+    "ReplayStateError",
+    "StratifiedReplayBuffer",
     "StratifiedSchedule",
     "TagCurriculum",
+    "Vcrs",
     "bernoulli_kl",
     "beta_histogram_kl",
     "clipped_tokens",
@@ -28,4 +34,5 @@ __all__ = [
     "row_coefficients",
     "stratum_totals",
     "tag_difficulty",
+    "tas_weights",
 ]

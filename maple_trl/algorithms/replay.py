@@ -1,0 +1,697 @@
+"""Replay of past completions from tiers of difficulty, and their baseline (AVATAR, arXiv 2508.03100, 4.1 and 4.4)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+TIERS = ("easy", "medium", "hard")
+SHARES = {"easy": 0.25, "medium": 0.35, "hard": 0.40}
+QUANTILES = (0.40, 0.75)
+SAME_REWARD = 1e-6
+"""Rewards that differ by no more count as equal."""
+
+MANIFEST = "replay.json"
+FORMAT = {"format": "maple_trl replay buffer", "version": 1}
+_SHARD = 1000  # experiences of a file of tokens: joining all at once would double the memory of the buffer
+_COLUMNS = pa.schema(
+    {
+        "prompt": pa.string(),
+        "row": pa.int64(),
+        "reward": pa.float64(),
+        "step": pa.int64(),
+        "hinted": pa.bool_(),
+        "tier": pa.string(),
+        "rewards": pa.map_(pa.string(), pa.float64()),
+    }
+)
+
+
+class ReplayStateError(ValueError):
+    """A saved buffer that is missing, damaged, or not the one that is asked for."""
+
+
+class Vcrs:
+    """
+    The video-context reference score: the mean of a prompt's latest on-policy rewards (AVATAR 4.4).
+
+    It is the baseline of replayed completions, and it says how difficult a prompt is.
+
+    Args:
+        window (`int`, *optional*, defaults to `20`):
+            How many rewards of a prompt count.
+
+    Raises:
+        ValueError: for a window below 1.
+    """
+
+    def __init__(self, window: int = 20):
+        if window < 1:
+            raise ValueError(f"The window must hold at least 1 reward, got {window}")
+        self.window = window
+        self._positions: dict[str, int] = {}
+        self._rewards: list[array] = []
+        self._baselines = array("d")
+
+    def observe(self, prompt: str, rewards: Iterable[float]) -> None:
+        """
+        Adds rewards of fresh completions of a prompt, in the order in which they were generated.
+
+        NaN, the reward that no function could give, is left out. A prompt with no other reward stays unseen.
+
+        Raises:
+            ValueError: for an infinite reward; nothing is changed then.
+        """
+        values = [value for value in map(float, rewards) if not math.isnan(value)]
+        if any(map(math.isinf, values)):
+            raise ValueError(f"A reward of prompt {prompt!r} is infinite")
+        if not values:
+            return
+        position = self._positions.setdefault(prompt, len(self._rewards))
+        if position == len(self._rewards):
+            self._rewards.append(array("d"))
+            self._baselines.append(0.0)
+        latest = self._rewards[position]
+        latest.extend(values)
+        del latest[: -self.window]
+        self._baselines[position] = math.fsum(latest) / len(latest)
+
+    def baseline(self, prompt: str) -> float | None:
+        """The mean of the prompt's latest rewards, `None` while it has none."""
+        position = self._positions.get(prompt)
+        return None if position is None else self._baselines[position]
+
+    def baselines(self) -> np.ndarray:
+        """A copy of the baselines of all prompts seen, float64 of shape (prompts,)."""
+        return np.array(self._baselines)
+
+    def metrics(self) -> dict[str, float]:
+        """The number of prompts seen, the mean of their baselines, and quantiles of these."""
+        metrics = {"vcrs/prompts": float(len(self._positions))}
+        if self._positions:
+            baselines = self.baselines()
+            metrics["vcrs/mean"] = float(baselines.mean())
+            for percent in (10, 25, 50, 75, 90):
+                metrics[f"vcrs/p{percent}"] = float(np.quantile(baselines, percent / 100))
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The latest rewards of each prompt, ready for JSON."""
+        return {prompt: list(self._rewards[position]) for prompt, position in self._positions.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Goes on from [`state_dict`]. When the window has shrunk, the oldest rewards are left out."""
+        self._positions, self._rewards, self._baselines = {}, [], array("d")
+        for prompt, rewards in state.items():
+            self.observe(prompt, rewards)
+
+
+def tier_thresholds(
+    baselines_P: np.ndarray | Sequence[float], quantiles: tuple[float, float] = QUANTILES
+) -> tuple[float, float]:
+    """
+    The highest baseline that is still Hard, and the highest that is still Medium.
+
+    With P prompts, those are the baselines of rank ceil(0.40 P) and ceil(0.75 P) in ascending order. Prompts of equal
+    baselines share a tier, the harder one of those that they straddle: a prompt is Hard when fewer than 40 % of the
+    prompts are below it. So all are Hard while all are equal, such as at the start of a run that fails everywhere.
+
+    Args:
+        baselines_P (array of shape (P,)):
+            Of all prompts, at least one.
+        quantiles (`tuple[float, float]`, *optional*, defaults to `(0.40, 0.75)`):
+            The share of prompts that are Hard, and that of those that are Hard or Medium.
+
+    Raises:
+        ValueError: when there is no baseline.
+    """
+    baselines_P = np.asarray(baselines_P, dtype=np.float64)
+    if not len(baselines_P):
+        raise ValueError("Tiers need the baseline of at least one prompt")
+    # Without the small shift, rounding in 0.07 * 100 would make rank 8 of it.
+    ranks = [math.ceil(quantile * len(baselines_P) - 1e-9) for quantile in quantiles]
+    ordered = np.partition(baselines_P, [max(rank - 1, 0) for rank in ranks])
+    hard, medium = (float(ordered[rank - 1]) if rank else -math.inf for rank in ranks)
+    return hard, medium
+
+
+def tier_of(baseline: float, thresholds: tuple[float, float]) -> str:
+    """The tier of a prompt with this baseline; thresholds as [`tier_thresholds`] returns them."""
+    hard, medium = thresholds
+    return "hard" if baseline <= hard else "medium" if baseline <= medium else "easy"
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """
+    A completion that may be replayed.
+
+    Args:
+        prompt (`str`):
+            Key of the prompt: what the baseline is kept by, and a reference to what it shows, never that itself.
+        row (`int`):
+            Its row of the data set.
+        completion_ids (`Tensor` or array of shape (L,)):
+            Token ids, without padding, at least one. Copied to the CPU as int32.
+        logps (`Tensor` or array of shape (L,)):
+            Log-probability of each token under the policy that wrote it. Copied to the CPU as float32: a ratio to a
+            policy that has not moved since is then exactly 1, which half precision would round away.
+        reward (`float`):
+            The reward that it was trained with. A completion without a reward (NaN) cannot be replayed.
+        step (`int`):
+            Optimizer step of the policy that wrote it.
+        hinted (`bool`, *optional*, defaults to `False`):
+            Whether the prompt held its hint.
+        rewards (`Mapping[str, float]`, *optional*):
+            The reward of each function; NaN is allowed.
+
+    Raises:
+        ValueError: when tokens and log-probabilities are not equally many, or some value is none that a completion can
+            have.
+    """
+
+    prompt: str
+    row: int
+    completion_ids: Tensor
+    logps: Tensor
+    reward: float
+    step: int
+    hinted: bool = False
+    rewards: Mapping[str, float] | None = None
+
+    def __post_init__(self):
+        ids, logps = torch.as_tensor(self.completion_ids), torch.as_tensor(self.logps)
+        if ids.dim() != 1 or ids.shape != logps.shape or not len(ids):
+            raise ValueError(
+                f"Expected at least one token id and as many log-probabilities for prompt {self.prompt!r}, "
+                f"got shapes {tuple(ids.shape)} and {tuple(logps.shape)}"
+            )
+        if ids.is_floating_point() or int(ids.min()) < 0:
+            raise ValueError(f"Token ids of prompt {self.prompt!r} must be integers of at least 0")
+        # Copies: a view would keep the whole batch in memory that the completion was cut out of.
+        ids = ids.detach().to("cpu", torch.int32, copy=True)
+        logps = logps.detach().to("cpu", torch.float32, copy=True)
+        if not logps.isfinite().all():
+            raise ValueError(f"A log-probability of prompt {self.prompt!r} is not finite")
+        reward = float(self.reward)
+        if not math.isfinite(reward):
+            raise ValueError(f"The reward of an experience must be finite, got {reward} for prompt {self.prompt!r}")
+        rewards = self.rewards and {name: float(value) for name, value in self.rewards.items()}
+        values = {"row": int(self.row), "step": int(self.step), "hinted": bool(self.hinted), "reward": reward}
+        values |= {"completion_ids": ids, "logps": logps, "rewards": rewards or None}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass
+class _Counters:
+    """What a buffer has to remember beside its experiences; the random draws follow from the seed and `draws`."""
+
+    step: int = 0
+    draws: int = 0
+    evicted: int = 0
+    expired: int = 0
+    discarded: int = 0
+    promoted: int = 0
+    demoted: int = 0
+    sampled_at: int = -1
+    asked: int = 0
+    served: int = 0
+
+
+class StratifiedReplayBuffer:
+    """
+    Keeps experiences in three tiers of fixed capacity, so that easy prompts cannot push out hard ones (AVATAR 4.1).
+
+    **Filing.** A new experience goes to the tier that its prompt is in now: the prompt's baseline against quantiles of
+    the baselines of all prompts seen ([`tier_thresholds`]). A full tier evicts the one of its experiences that was
+    added to the buffer first, never one of another tier. Those already filed stay where they are, as in the paper,
+    until [`retier`] is called.
+
+    **Sampling.** A group trains on completions of one prompt, so [`sample`] draws by prompt, whatever tiers hold its
+    experiences; the tiers act through what is still kept. [`sample_batch`] draws any prompts, by tier.
+
+    Experiences are handed out as they are stored: do not write to their tensors.
+
+    Args:
+        capacity (`int`, *optional*, defaults to `10_000`):
+            Experiences kept at most. The paper finds more to be too stale.
+        shares (`Mapping[str, float]`, *optional*):
+            Share of the capacity of each tier, adding up to 1. Capacities are rounded by largest remainder, and add
+            up to `capacity`; equal remainders favour the harder tier. By default easy 0.25, medium 0.35, hard 0.40.
+        quantiles (`tuple[float, float]`, *optional*, defaults to `(0.40, 0.75)`):
+            The share of prompts that are Hard, and that of those that are Hard or Medium.
+        max_age (`int`, *optional*):
+            Experiences written more than this many optimizer steps ago are not sampled but dropped.
+        seed (`int`, *optional*, defaults to `0`):
+            The draws depend on it, on what is stored, and on how many were made before.
+
+    Raises:
+        ValueError: for an option out of its range.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 10_000,
+        shares: Mapping[str, float] | None = None,
+        quantiles: tuple[float, float] = QUANTILES,
+        max_age: int | None = None,
+        seed: int = 0,
+    ):
+        shares = dict(SHARES if shares is None else shares)
+        if capacity < 1:
+            raise ValueError(f"A buffer must hold at least 1 experience, got a capacity of {capacity}")
+        if set(shares) != set(TIERS) or not all(share >= 0 for share in shares.values()):
+            raise ValueError(f"Expected a share of at least 0 for each of {', '.join(TIERS)}, got {shares}")
+        total = sum(shares.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"The shares of the tiers must add up to 1, got {total}")
+        if not (len(quantiles) == 2 and 0 <= quantiles[0] <= quantiles[1] <= 1):
+            raise ValueError(f"The quantiles must be two ascending numbers in [0, 1], got {quantiles}")
+        if max_age is not None and max_age < 0:
+            raise ValueError(f"The age limit must be at least 0 optimizer steps, got {max_age}")
+        self.capacity = capacity
+        self.shares = {tier: shares[tier] / total for tier in TIERS}
+        self.quantiles = quantiles
+        self.max_age = max_age
+        self.seed = seed
+        self.capacities = _rounded_shares(self.shares, capacity)
+        self._counters = _Counters()
+        # Experiences have numbers in the order of their adding. Within a tier they are sorted by them.
+        self._next_number = 0
+        self._tiers: dict[str, OrderedDict[int, Experience]] = {tier: OrderedDict() for tier in TIERS}
+        self._prompts: dict[str, dict[int, str]] = {}
+        self._oldest_step = math.inf
+
+    # What is stored
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tiers.values()))
+
+    def sizes(self) -> dict[str, int]:
+        """Experiences of each tier."""
+        return {tier: len(members) for tier, members in self._tiers.items()}
+
+    def stored(self, prompt: str) -> list[Experience]:
+        """The experiences of a prompt, oldest first. Those too old are among them until the next draw."""
+        return [self._tiers[tier][number] for number, tier in self._prompts.get(prompt, {}).items()]
+
+    def available(self, prompt: str, step: int) -> int:
+        """How many experiences of a prompt can be sampled at an optimizer step: as many fresh ones can be saved."""
+        self._expire(step)
+        return len(self._prompts.get(prompt, ()))
+
+    # What comes in and goes out
+
+    def add(self, experiences: Iterable[Experience], baselines: Vcrs) -> None:
+        """
+        Files experiences by the tiers that their prompts are in now, those given first being the older ones.
+
+        Args:
+            experiences (`Iterable[Experience]`):
+                New completions. On several ranks, those of all ranks in the same order, so that the buffers agree.
+            baselines ([`Vcrs`]):
+                Has observed the rewards of each prompt.
+
+        Raises:
+            ValueError: when a prompt was never observed; nothing is stored then.
+        """
+        experiences = list(experiences)
+        unseen = [e.prompt for e in experiences if baselines.baseline(e.prompt) is None]
+        if unseen:
+            raise ValueError(f"Prompt {unseen[0]!r} has no baseline; observe its rewards before adding experiences")
+        if not experiences:
+            return
+        thresholds = tier_thresholds(baselines.baselines(), self.quantiles)
+        for experience in experiences:
+            self._store(experience, tier_of(baselines.baseline(experience.prompt), thresholds))
+        for tier in TIERS:
+            self._evict(tier)
+
+    def tier(self, prompt: str, baselines: Vcrs) -> str | None:
+        """The tier that a prompt is in now, `None` when it was never observed."""
+        baseline = baselines.baseline(prompt)
+        return None if baseline is None else tier_of(baseline, tier_thresholds(baselines.baselines(), self.quantiles))
+
+    def retier(self, baselines: Vcrs) -> None:
+        """
+        Moves stored experiences to the tiers that their prompts are in now.
+
+        A tier that gets too many evicts those added first, be it those that just came. Experiences of prompts without
+        a baseline stay.
+        """
+        known = baselines.baselines()
+        if not len(known):
+            return
+        thresholds = tier_thresholds(known, self.quantiles)
+        moves = []
+        for prompt, members in self._prompts.items():
+            baseline = baselines.baseline(prompt)
+            if baseline is not None:
+                tier = tier_of(baseline, thresholds)
+                moves += [(prompt, number, old, tier) for number, old in members.items() if old != tier]
+        for prompt, number, old, tier in moves:
+            self._prompts[prompt][number] = tier
+            self._tiers[tier][number] = self._tiers[old].pop(number)
+            if TIERS.index(tier) < TIERS.index(old):
+                self._counters.promoted += 1
+            else:
+                self._counters.demoted += 1
+        for tier in {tier for *_, tier in moves}:
+            self._tiers[tier] = OrderedDict(sorted(self._tiers[tier].items()))
+            self._evict(tier)
+
+    def discard(self, prompt: str) -> int:
+        """Takes out the experiences of a prompt that cannot be shown any more, and says how many they were."""
+        numbers = list(self._prompts.get(prompt, {}).items())
+        for number, tier in numbers:
+            self._remove(number, tier)
+        self._counters.discarded += len(numbers)
+        return len(numbers)
+
+    def _store(self, experience: Experience, tier: str) -> None:
+        self._tiers[tier][self._next_number] = experience
+        self._prompts.setdefault(experience.prompt, {})[self._next_number] = tier
+        self._next_number += 1
+        self._oldest_step = min(self._oldest_step, experience.step)
+        self._counters.step = max(self._counters.step, experience.step)
+
+    def _remove(self, number: int, tier: str) -> None:
+        prompt = self._tiers[tier].pop(number).prompt
+        del self._prompts[prompt][number]
+        if not self._prompts[prompt]:
+            del self._prompts[prompt]
+
+    def _evict(self, tier: str) -> None:
+        while len(self._tiers[tier]) > self.capacities[tier]:
+            self._remove(next(iter(self._tiers[tier])), tier)
+            self._counters.evicted += 1
+
+    def _expire(self, step: int) -> None:
+        """Drops what is too old at a step. Looks through the buffer only where something may be."""
+        self._counters.step = max(self._counters.step, step)
+        if self.max_age is None or step - self._oldest_step <= self.max_age:
+            return
+        for tier, members in self._tiers.items():
+            for number in [n for n, experience in members.items() if step - experience.step > self.max_age]:
+                self._remove(number, tier)
+                self._counters.expired += 1
+        self._oldest_step = min(
+            (e.step for members in self._tiers.values() for e in members.values()), default=math.inf
+        )
+
+    # Sampling
+
+    def sample(self, prompt: str | None, count: int, fresh_rewards: Iterable[float], step: int) -> list[Experience]:
+        """
+        Draws experiences for a group of completions of one prompt, none twice.
+
+        Where the fresh rewards are all equal, experiences with another reward are drawn before those with the same, so
+        that the group has reward variance if the buffer allows it. Otherwise all of the prompt's experiences are
+        equally likely. Without fresh rewards the first one drawn stands in for them.
+
+        Args:
+            prompt (`str`):
+                Key of the prompt. `None` draws any prompts, as [`sample_batch`] does.
+            count (`int`):
+                How many; fewer are returned where the buffer holds fewer.
+            fresh_rewards (`Iterable[float]`):
+                Of the group's other completions; NaN is left out.
+            step (`int`):
+                The current optimizer step, which ages are counted to.
+
+        Raises:
+            ValueError: for a negative count.
+        """
+        if prompt is None:
+            return self.sample_batch(count, step)
+        draw = self._begin_draw(prompt, count, step)
+        stored = self.stored(prompt)
+        draw.shuffle(stored)
+        known = [reward for reward in map(float, fresh_rewards) if not math.isnan(reward)]
+        first = [] if known else stored[:1]
+        others = stored[len(first) :]
+        known = known or [experience.reward for experience in first]
+        if known and max(known) - min(known) <= SAME_REWARD:
+            others.sort(key=lambda experience: abs(experience.reward - known[0]) <= SAME_REWARD)
+        chosen = (first + others)[:count]
+        self._counters.served += len(chosen)
+        return chosen
+
+    def sample_batch(self, count: int, step: int) -> list[Experience]:
+        """
+        Draws experiences of any prompts, none twice.
+
+        The tier of each is drawn by the shares, among the tiers that have some left, so that counts are in proportion
+        to the shares on average even where they are small. Within a tier all are equally likely.
+
+        Args:
+            count (`int`):
+                How many; fewer are returned where the buffer holds fewer.
+            step (`int`):
+                The current optimizer step, which ages are counted to.
+
+        Raises:
+            ValueError: for a negative count.
+        """
+        draw = self._begin_draw(None, count, step)
+        counts = dict.fromkeys(TIERS, 0)
+        for _ in range(min(count, len(self))):
+            left = [tier for tier in TIERS if counts[tier] < len(self._tiers[tier])]
+            counts[draw.choices(left, [self.shares[tier] for tier in left])[0]] += 1
+        chosen = [e for tier, number in counts.items() for e in draw.sample(list(self._tiers[tier].values()), number)]
+        draw.shuffle(chosen)
+        self._counters.served += len(chosen)
+        return chosen
+
+    def _begin_draw(self, prompt: str | None, count: int, step: int) -> random.Random:
+        if count < 0:
+            raise ValueError(f"The number of experiences to sample must be at least 0, got {count}")
+        self._expire(step)
+        counters = self._counters
+        if counters.sampled_at != step:
+            counters.sampled_at, counters.asked, counters.served = step, 0, 0
+        counters.asked += count
+        counters.draws += 1
+        return random.Random(f"{self.seed} {counters.draws} {prompt}")
+
+    # State
+
+    def metrics(self) -> dict[str, float]:
+        """
+        What is stored and what became of the rest.
+
+        `replay/size` and `replay/size/hard` and so on count experiences. `replay/evicted`, `replay/expired` (too old),
+        `replay/discarded`, `replay/promoted` and `replay/demoted` count them since the run began. `replay/hit_rate` is
+        the share served of what was asked for at the last step that asked. `replay/age_mean` and `replay/age_max` are
+        optimizer steps.
+        """
+        counters = self._counters
+        metrics = {"replay/size": float(len(self))}
+        metrics |= {f"replay/size/{tier}": float(size) for tier, size in self.sizes().items()}
+        for name in ("evicted", "expired", "discarded", "promoted", "demoted"):
+            metrics[f"replay/{name}"] = float(getattr(counters, name))
+        if counters.asked:
+            metrics["replay/hit_rate"] = counters.served / counters.asked
+        ages = [counters.step - e.step for members in self._tiers.values() for e in members.values()]
+        if ages:
+            metrics |= {"replay/age_mean": sum(ages) / len(ages), "replay/age_max": float(max(ages))}
+        return metrics
+
+    def save(self, folder: str | os.PathLike, fingerprint: str = "") -> None:
+        """
+        Writes the buffer: files `replay-*.safetensors` (tokens), `replay-*.parquet` (the rest) and, last,
+        `replay.json`, which holds their sizes and SHA-256.
+
+        Files appear under their names when they are complete, and the names hold what they contain. So a state that
+        was in the folder before stays whole until `replay.json` of the new one takes its place.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                For this buffer alone; made if it is missing.
+            fingerprint (`str`, *optional*, defaults to `""`):
+                What the experiences depend on, e.g. data set and tokenizer. [`load`] asks for the same.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = sorted(
+            ((number, tier, e) for tier, members in self._tiers.items() for number, e in members.items()),
+            key=lambda entry: entry[0],
+        )
+        experiences = [experience for *_, experience in entries]
+        table = _table([tier for _, tier, _ in entries], experiences)
+        content = {
+            "fingerprint": fingerprint,
+            "experiences": len(entries),
+            "counters": asdict(self._counters),
+            "table": _write_part(folder, ".parquet", lambda path: pq.write_table(table, path)),
+            "tensors": [
+                _write_part(folder, ".safetensors", lambda path, some=some: save_file(_tensors(some), path))
+                for some in (experiences[i : i + _SHARD] for i in range(0, len(experiences), _SHARD))
+            ],
+        }
+        manifest = FORMAT | {"sha256": _digest(content), "content": content}
+        scratch = folder / "replay-partial.json"
+        scratch.write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
+        _flush(scratch)
+        _flush(folder)  # the names of the other files, which this one must not come before
+        os.replace(scratch, folder / MANIFEST)
+        _flush(folder)
+        current = {_part_name(part) for part in (content["table"], *content["tensors"])}
+        for path in folder.glob("replay-*"):
+            if path.name not in current:
+                path.unlink()
+
+    def load(self, folder: str | os.PathLike, fingerprint: str = "") -> None:
+        """
+        Takes over what [`save`] wrote; the buffer then samples as the saved one would have. What it held before is
+        gone. Options stay those of this buffer: a tier that has become smaller evicts its oldest.
+
+        Raises:
+            ReplayStateError: when a file is missing, cut short, changed or of another format, or the fingerprint
+                differs; the buffer stays as it was then.
+        """
+        folder = Path(folder)
+        content = _read_manifest(folder / MANIFEST, fingerprint)
+        table, *tensors = (_check_part(folder, part) for part in (content["table"], *content["tensors"]))
+        try:
+            entries = _read_parts(table, tensors)
+            counters = _Counters(**content["counters"])
+        except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ReplayStateError(f"{folder} holds no readable replay buffer: {error}") from error
+        if len(entries) != content["experiences"]:
+            raise ReplayStateError(f"{folder} holds {len(entries)} experiences, not {content['experiences']}")
+        self._counters = counters
+        self._next_number, self._oldest_step = 0, math.inf
+        self._tiers = {tier: OrderedDict() for tier in TIERS}
+        self._prompts = {}
+        for tier, experience in entries:
+            self._store(experience, tier)
+        for tier in TIERS:
+            self._evict(tier)
+
+
+def _rounded_shares(shares: Mapping[str, float], capacity: int) -> dict[str, int]:
+    """The largest-remainder method."""
+    quotas = {tier: share * capacity for tier, share in shares.items()}
+    # Rounding may leave a whole number a hair below itself.
+    whole = {tier: math.floor(quota + 1e-9) for tier, quota in quotas.items()}
+    by_remainder = sorted(TIERS, key=lambda tier: (quotas[tier] - whole[tier], TIERS.index(tier)), reverse=True)
+    for tier in by_remainder[: capacity - sum(whole.values())]:
+        whole[tier] += 1
+    return whole
+
+
+# Files of a saved buffer
+
+
+def _tensors(experiences: Sequence[Experience]) -> dict[str, Tensor]:
+    """Some completions joined, and the length of each."""
+    return {
+        "completion_ids": torch.cat([e.completion_ids for e in experiences]),
+        "logps": torch.cat([e.logps for e in experiences]),
+        "lengths": torch.tensor([len(e.completion_ids) for e in experiences]),
+    }
+
+
+def _table(tiers: Sequence[str], experiences: Sequence[Experience]) -> pa.Table:
+    fields = ("prompt", "row", "reward", "step", "hinted")
+    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in experiences] for name in fields}
+    columns |= {"tier": list(tiers), "rewards": [e.rewards and list(e.rewards.items()) for e in experiences]}
+    return pa.table(columns, schema=_COLUMNS)
+
+
+def _read_parts(table: Path, tensors: Sequence[Path]) -> list[tuple[str, Experience]]:
+    rows = pq.read_table(table, schema=_COLUMNS).to_pylist()
+    entries = []
+    for path in tensors:
+        shard = load_file(path)
+        lengths = shard["lengths"].tolist()
+        for ids, logps in zip(shard["completion_ids"].split(lengths), shard["logps"].split(lengths), strict=True):
+            row = rows[len(entries)]
+            tier, rewards = row.pop("tier"), row.pop("rewards")
+            entries.append(
+                (tier, Experience(**row, completion_ids=ids, logps=logps, rewards=rewards and dict(rewards)))
+            )
+    return entries
+
+
+def _write_part(folder: Path, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    scratch = folder / f"replay-partial{suffix}"
+    write(scratch)
+    _flush(scratch)
+    part = {"suffix": suffix, "bytes": scratch.stat().st_size, "sha256": _file_digest(scratch)}
+    os.replace(scratch, folder / _part_name(part))
+    return part
+
+
+def _part_name(part: Mapping[str, Any]) -> str:
+    return f"replay-{part['sha256'][:16]}{part['suffix']}"
+
+
+def _check_part(folder: Path, part: Mapping[str, Any]) -> Path:
+    path = folder / _part_name(part)
+    if not path.is_file():
+        raise ReplayStateError(f"{path} is missing")
+    size = path.stat().st_size
+    if size != part["bytes"]:
+        raise ReplayStateError(f"{path} has {size} bytes instead of {part['bytes']}: it was not written to its end")
+    if _file_digest(path) != part["sha256"]:
+        raise ReplayStateError(f"{path} was changed after it was written: its SHA-256 is not the one in {MANIFEST}")
+    return path
+
+
+def _read_manifest(path: Path, fingerprint: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ReplayStateError(f"{path} is missing: no replay buffer was saved there, or saving it did not finish")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReplayStateError(f"{path} is cut short or damaged: {error}") from error
+    found = {name: manifest.get(name) for name in FORMAT} if isinstance(manifest, dict) else {}
+    if found != FORMAT:
+        raise ReplayStateError(f"{path} is of another format: expected {FORMAT}, found {found}")
+    content = manifest.get("content")
+    if manifest.get("sha256") != _digest(content):
+        raise ReplayStateError(f"{path} was changed after it was written: its content does not match its SHA-256")
+    if content["fingerprint"] != fingerprint:
+        raise ReplayStateError(
+            f"{path} belongs to other data: its fingerprint is {content['fingerprint']!r}, this run's {fingerprint!r}"
+        )
+    return content
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
