@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 
 # One thread: the models here are tiny, and the workers of pytest-xdist share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,3 +12,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+
+@pytest.fixture(scope="module")
+def seven_tags(tmp_path_factory):
+    """A folder with real clips, and four rows of each tag. Some modules make a set of their own under this name."""
+    from maple_trl.data.synthetic import write_seven_tags  # not before the settings above
+
+    folder = tmp_path_factory.mktemp("seven-tags")
+    return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]

@@ -7,34 +7,34 @@ from tiny_models import build_tiny
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
 
 
+DEFAULTS = {
+    "num_frames": 4,
+    "min_pixels": 32 * 32,
+    "max_pixels": 64 * 64,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "max_steps": 1,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+}
+
+
 def spread_reward(completions, **kwargs):
     """Different completions get different rewards, so that every group has a gradient."""
     return [sum(map(ord, c[0]["content"])) % 11 / 11 for c in completions]
 
 
 def build_config(media_root, **options):
-    options = {
-        "output_dir": tempfile.mkdtemp(prefix="omni-run-"),
-        "media_root": str(media_root),
-        "num_frames": 4,
-        "min_pixels": 32 * 32,
-        "max_pixels": 64 * 64,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        **options,
-    }
-    return OmniGRPOConfig(**options)
+    folders = {"output_dir": tempfile.mkdtemp(prefix="omni-run-"), "media_root": str(media_root)}
+    return OmniGRPOConfig(**(folders | DEFAULTS | options))
 
 
 def build_trainer(

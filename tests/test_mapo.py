@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from media_files import tone, write_video
+from omni_runs import DEFAULTS as OMNI_DEFAULTS
 from omni_runs import spread_reward
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, build_tiny, build_tiny_text, save_tiny
@@ -17,7 +18,6 @@ from transformers import TrainerCallback
 
 from maple_trl import MAPOConfig, MAPOTrainer, ModalityTag
 from maple_trl.algorithms import bernoulli_kl
-from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model
 from maple_trl.omni.lora import build_lora_config
@@ -25,31 +25,7 @@ from maple_trl.omni.prompt import RowError
 
 
 G = 4  # completions of a prompt
-DEFAULTS = {
-    "num_frames": 4,
-    "min_pixels": 32 * 32,
-    "max_pixels": 64 * 64,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "num_generations": G,
-    "max_completion_length": 6,
-    "max_steps": 2,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-}
-
-
-@pytest.fixture(scope="module")
-def seven_tags(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("seven-tags")
-    return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]
+DEFAULTS = OMNI_DEFAULTS | {"num_generations": G, "max_steps": 2, "lr_scheduler_type": "constant"}
 
 
 @pytest.fixture

@@ -16,18 +16,11 @@ from tiny_models import build_tiny
 
 from maple_trl import MAPOConfig
 from maple_trl.algorithms.schedule import GRANULARITIES, LEFTOVERS, StratifiedSchedule
-from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.modalities import ModalityTag
 
 
 G = 4  # completions of a prompt
 EARLY = {"dynamic_sampling": "early"}
-
-
-@pytest.fixture(scope="module")
-def seven_tags(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("seven-tags")
-    return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]
 
 
 @pytest.fixture

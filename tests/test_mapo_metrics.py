@@ -13,14 +13,7 @@ from tiny_models import build_tiny
 
 from maple_trl import MAPOConfig
 from maple_trl.algorithms import clipped_tokens
-from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.trainers.rollout_state import ResumeError
-
-
-@pytest.fixture(scope="module")
-def seven_tags(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("seven-tags")
-    return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]
 
 
 class Tokens(Watched):

@@ -9,17 +9,10 @@ from test_mapo import DEFAULTS, Diary, Watched, follow, take
 from tiny_models import build_tiny
 
 from maple_trl import MAPOConfig
-from maple_trl.data.synthetic import write_seven_tags
 
 
 ACCURACY = {"V": 0.75, "S": 0.25, "AS": 0.5}
 EPOCH = {"curriculum": "adaptive", "max_steps": -1, "num_train_epochs": 1, "learning_rate": 0.0}
-
-
-@pytest.fixture(scope="module")
-def seven_tags(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("seven-tags")
-    return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]
 
 
 @pytest.fixture

@@ -226,11 +226,6 @@ class MAPOTrainer(OmniGRPOTrainer):
         """The completions of a multiple of this number of prompts can be shared by the ranks equally."""
         return self.accelerator.num_processes // gcd(self.accelerator.num_processes, self.num_generations)
 
-    @property
-    def _updates_per_rollout(self) -> int:
-        """Micro-batches that are trained on before the next rollout."""
-        return self.args.steps_per_generation * self.num_iterations
-
     def set_initial_training_values(self, args, dataloader):
         epochs, *others = super().set_initial_training_values(args, dataloader)
         if args.max_steps > 0 and self.args.dynamic_sampling != "none":
@@ -618,7 +613,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         }
 
     def _save_checkpoint(self, model, trial):
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        folder = self._checkpoint_folder(trial)
         if self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             state = {"step": self._step, "epoch_began": self._epoch_began}

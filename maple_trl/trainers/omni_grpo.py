@@ -194,7 +194,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         self._lookahead = LookaheadSampler(
             sampler,
             chunk=batch // self.accelerator.num_processes,
-            ahead=batch * self.num_iterations * self.args.steps_per_generation,
+            ahead=batch * self._updates_per_rollout,
             # Trainer draws the batches of an optimizer step at once, accelerate one more.
             behind=batch * (self.args.gradient_accumulation_steps + 1),
             rank=self.accelerator.process_index,
@@ -400,13 +400,16 @@ class OmniGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        folder = self._checkpoint_folder(trial)
         if self.family is not None and self.args.should_save:
             save_rows(folder, {name: registry.state_dict() for name, registry in self.rows.registries.items()})
         save_rollout(
             folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY, self._geometry()
         )
         super()._save_checkpoint(model, trial)
+
+    def _checkpoint_folder(self, trial: Any) -> str:
+        return os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
 
     def _geometry(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
@@ -420,8 +423,12 @@ class OmniGRPOTrainer(GRPOTrainer):
 
     def _pending_chunks(self) -> list[dict[str, Any]] | None:
         """Chunks of the last rollout, while some of its updates are still to come."""
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        return self._buffered_inputs if self._step % generate_every else None
+        return self._buffered_inputs if self._step % self._updates_per_rollout else None
+
+    @property
+    def _updates_per_rollout(self) -> int:
+        """Micro-batches that are trained on before the next rollout."""
+        return self.args.steps_per_generation * self.num_iterations
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self._load_weights(resume_from_checkpoint, self.model if model is None else model):
