@@ -187,7 +187,7 @@ def test_load_rewards(tmp_path, monkeypatch):
     functions = load_rewards(["format_reward", "accuracy_reward", "my_rewards:short"])
     assert [function.__name__ for function in functions] == ["format_reward", "accuracy_reward", "short"]
     for name, message in {
-        "acuracy_reward": "unknown reward 'acuracy_reward'; there are accuracy_reward, format_reward",
+        "acuracy_reward": "unknown reward 'acuracy_reward'; there are accuracy_reward, .*format_reward",
         "extract_answer": "unknown reward",  # a helper of that package is no reward
         "my_rewards:long": "cannot load the reward",
         "no_such_module:f": "cannot load the reward",

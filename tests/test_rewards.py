@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import accuracy_reward, extract_answer, format_reward, grade_answer
-from maple_trl.rewards.answers import completion_text, number, option_letter
+from maple_trl.rewards.answers import chosen_option, completion_text, number, option_letter, option_texts
 
 
 def conversational(text):
@@ -129,6 +130,89 @@ def test_wrong_option(answer):
     assert both_forms(accuracy_reward, [f"<think>x</think><answer>{answer}</answer>"], solution=["B"]) == [0.0]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("B. C", "B. C.", "B. C. D.", "B) C)", "(B) (C)", "(B) or (C)", "B. or C.", "B. and C", "B: C: D", "B. / C"),
+        *("B. red C) blue", "B. red (c) blue", "B. red or C. blue", "B. red, C", "B. red or C", "B. red\nC. blue"),
+        *("B. red\n  C. blue", "B. red; C: blue", "(B) it may be\r\n(C)", "B. b", "B. A, C & D"),
+    ],
+)
+def test_hedging_behind_a_letter_earns_nothing(answer):
+    texts = ["<think>x</think><answer>" + answer + "</answer>"]
+    for solution in "ABCD":
+        assert both_forms(accuracy_reward, texts, solution=[solution]) == [0.0]
+        assert both_forms(accuracy_reward, texts, solution=[solution], options=[["a", "b", "c", "d"]]) == [
+            # With the options known, "B. b" is B with its text.
+            float(answer == "B. b" and solution == "B")
+        ]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["B. Tom and Ann", "B. vitamin C", "B) f(x1, y)", "(B) Mr. T. is here", "B. I do", "B. 3.5 m", "B. or else"],
+)
+def test_texts_that_name_no_second_option(answer):
+    assert chosen_option(answer) == "B"
+
+
+OPTIONS = ["red", "dark  Red", "3", "The cat."]
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        *(
+            ("B", "B"),
+            ("(b)", "B"),
+            ("dark red", "B"),
+            ("DARK RED.", "B"),
+            ("B. dark red", "B"),
+            ("B) it is dark", "B"),
+        ),
+        *(("red", "A"), ("A. red", "A"), ("3", "C"), ("C. 3", "C"), ("(d) the cat", "D"), ("the cat", "D")),
+        # The text of another option behind the letter; letters that are no options; texts that are none.
+        *(("B. red", None), ("A. dark red", None), ("A. red or dark red", None), ("D. the cat is red", None)),
+        *(("E", None), ("E. red", None), ("redd", None), ("it is red", None), ("3.0", None), ("red, 3", None)),
+        *(("", None), (":", None), (".", None), ("red dark red", None), ("A: red (C) 3", None)),
+    ],
+)
+def test_options_by_letter_and_text(answer, letter):
+    given_as = [OPTIONS, [f"{x}. {text}" for x, text in zip("ABCD", OPTIONS, strict=True)]]
+    given_as += [dict(zip("ABCD", OPTIONS, strict=True)), {"E": None, **dict(zip("abcd", OPTIONS, strict=True))}]
+    for options in given_as:
+        assert chosen_option(answer, option_texts(options)) == letter
+        for right, text in zip("ABCD", OPTIONS, strict=True):
+            for solution in (right, f"({right})", text):
+                texts = [f"<think>x</think><answer>{answer}</answer>"]
+                expected = [float(letter == right)]
+                assert both_forms(accuracy_reward, texts, solution=[solution], options=[options]) == expected
+                assert both_forms(accuracy_reward, texts, solution=[solution], choices=[options]) == expected
+
+
+def test_a_letter_is_a_letter_where_options_are_letters():
+    """Options "B", "A": the answer `B` is the letter, for it can't be both."""
+    assert grade_answer("B", "B", ["B", "A"]) == 1.0
+    assert grade_answer("B", "A", ["B", "A"]) == 0.0
+    # A text that looks like an option of its own.
+    assert grade_answer("A. Smith", "B", ["B. Jones", "A. Smith"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    "options", [None, [], ["red"], "red", "A. red", 3, [1, 2], {"V": 1}, {"first": "red"}, ["a"] * 27]
+)
+def test_other_columns_of_that_name_are_left_alone(options):
+    assert option_texts(options) == {}
+    assert grade_answer("B. red", "B", options) == 1.0
+    assert grade_answer("9", "10", options) == 0.9
+
+
+def test_options_that_do_not_hold_the_solution_are_not_used():
+    assert grade_answer("9", "10", ["red", "blue"]) == 0.9
+    assert grade_answer("E", "E", ["red", "blue"]) == 1.0
+    assert grade_answer("red", "red", ["red", "red"]) == 1.0  # doubled: no letter can be told
+
+
 def test_letters_that_only_case_folding_makes_equal():
     kelvin, long_s = "\u212a", "\u017f"
     assert kelvin.lower() == "k" and long_s.upper() == "S"
@@ -224,6 +308,46 @@ SOLUTIONS = st.one_of(
 )
 
 
+OPTION_COLUMNS = st.one_of(
+    st.none(), st.lists(st.sampled_from(["red", "B", "12", "a cat", "A. x", ""]), max_size=4), TEXTS
+)
+
+
+@given(TEXTS, SOLUTIONS, OPTION_COLUMNS)
+def test_options_never_raise_and_give_one_letter_at_most(text, solution, options):
+    (accuracy,) = both_forms(accuracy_reward, [text], solution=[solution], options=[options])
+    assert accuracy is None or 0.0 <= accuracy <= 1.0
+    # One answer is right for one letter at most: naming several can't pay.
+    answer = f"<answer>{text}</answer>"
+    letters = [letter for letter in "ABCDXYZ" if accuracy_reward(completions=[answer], solution=[letter]) == [1.0]]
+    assert len(letters) <= 1
+
+
+def naive_choice(answer, options):
+    """All the ways to write the choice of one option, written out."""
+    ways = {}
+    for letter, text in zip("ABCD", options, strict=True):
+        for way in (
+            text,
+            *(f"{x}{rest}" for x in (letter, letter.lower()) for rest in ("", ".", ")", ":", f". {text}")),
+        ):
+            ways.setdefault(way, set()).add(letter)
+    found = ways.get(answer, set())
+    return min(found) if len(found) == 1 else None
+
+
+@given(
+    st.lists(st.sampled_from(["red", "blue", "a cat", "seven", "12", "up"]), min_size=4, max_size=4, unique=True),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.sampled_from(["{0}", "{1}", "{0}.", "{0})", "{0}: ", "{0}. {1}", "{0}, {2}", "{1} {3}", "{0}. {3}", "{0} {1}"]),
+)
+def test_choices_against_all_ways_written_out(options, one, other, form):
+    answer = form.format("ABCD"[one], options[one], "ABCD"[other], options[other]).strip()
+    expected = naive_choice(answer, options)
+    assert chosen_option(answer, option_texts(options)) == expected
+
+
 @given(TEXTS, SOLUTIONS)
 def test_rewards_never_raise_and_stay_in_range(text, solution):
     (form,) = both_forms(format_reward, [text])
@@ -254,7 +378,8 @@ def test_called_as_trl_calls_it():
     """TRL passes everything by keyword: the dataset columns, and tools of its own that a reward may ignore."""
     columns = {
         "solution": ["B", None],
-        "tag": ["V", "A"],
+        "tag": [ModalityTag.V, "A"],
+        "options": [["red", "blue"], None],
         "trainer_state": None,
         "log_extra": None,
         "log_metric": None,

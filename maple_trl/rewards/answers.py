@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from string import ascii_letters, ascii_uppercase
 from typing import Any
 
 
@@ -12,8 +14,16 @@ _THINK_TAG = re.compile(r"</?think>")
 # Written out without re.IGNORECASE and without \d on purpose: with Unicode case folding the Kelvin sign would match K
 # and the long s would match S, and \d takes digits of every script.
 _OPTION = re.compile(
-    r"(?:([A-Za-z])[.):]?|\(([A-Za-z])\)[.:]?)|(?:([A-Za-z])[.):]|\(([A-Za-z])\)[.:]?)\s.*", re.DOTALL
+    r"(?:([A-Za-z])[.):]?|\(([A-Za-z])\)[.:]?)|(?:([A-Za-z])[.):]|\(([A-Za-z])\)[.:]?)\s(.*)", re.DOTALL
 )
+# What in the text behind an option's letter names a second option: "(C)", "C)", "or C.", "C." where a line begins,
+# ", C" where one ends.
+_SECOND_OPTION = re.compile(
+    r"(?:^|[\s,;/])(?:\([A-Za-z]\)|[A-Z]\))|(?:^|[,;/] ?|\b(?:or|and) )[A-Z][.:](?=\s|$)|(?:[,;/] ?|\bor )[A-Z]$",
+    re.MULTILINE,
+)
+_BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]]+")
+_WORDS = re.compile(r"\w+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
 
 
@@ -80,9 +90,138 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def grade_answer(answer: str | None, solution: Any) -> float | None:
+def option_texts(options: Any) -> dict[str, str]:
+    """
+    A row's options by letter.
+
+    Args:
+        options (`Sequence[str]` or `Mapping[str, str]`):
+            The texts in the order of their letters, with or without them (`"red"` or `"A. red"`), or the texts by
+            letter; a letter without a text (`None`) is left out.
+
+    Returns:
+        `dict[str, str]`: texts by upper-case letter; empty for a row without options, and for a column of that name
+        that holds anything else.
+    """
+    if isinstance(options, Mapping):
+        texts = {
+            key.strip().upper(): text for key, text in options.items() if isinstance(key, str) and text is not None
+        }
+    elif isinstance(options, Sequence) and not isinstance(options, str) and len(options) <= len(ascii_uppercase):
+        texts = dict(zip(ascii_uppercase, options, strict=False))
+    else:
+        return {}
+    if len(texts) < 2 or not all(
+        len(letter) == 1 and letter in ascii_uppercase and isinstance(text, str) for letter, text in texts.items()
+    ):
+        return {}
+    parted = {letter: _OPTION.fullmatch(text.strip()) for letter, text in texts.items()}
+    if all(match and match[5] and option_letter(match[0]) == letter for letter, match in parted.items()):
+        return {letter: match[5] for letter, match in parted.items()}
+    return texts
+
+
+def row_options(options: list | None, choices: list | None, rows: int) -> list:
+    """The options of each row: the first of the columns `options` and `choices` that is there, else `None` per row."""
+    return next((column for column in (options, choices) if column is not None), [None] * rows)
+
+
+def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | None:
+    """
+    The one option that an answer chooses.
+
+    The forms of [`option_letter`] count, but not where the text behind the letter names a second option (`B. or C.`,
+    `(B) (C)`, `B. red, C. blue`). That is seen by the letters alone; with the options' texts it is certain: the text
+    behind the letter may not hold another option's text, the letter must be one of theirs, and an option may also be
+    chosen by its text (case, white space and a full stop at the end do not matter).
+
+    Args:
+        answer (`str`):
+            The content of the answer tag.
+        texts (`Mapping[str, str]`, *optional*):
+            What [`option_texts`] returned.
+
+    Returns:
+        `str` or `None`: the upper-case letter; `None` when the answer chooses none or several.
+    """
+    match = _OPTION.fullmatch(answer.strip())
+    letter = option_letter(answer) if match else None
+    if letter is not None and not match[5]:
+        return letter if not texts or letter in texts else None
+    if texts:
+        named = [name for name, text in texts.items() if _plain(text) and _plain(text) == _plain(answer)]
+        if len(named) == 1:
+            return named[0]
+        if letter not in texts:
+            return None
+        return None if _contradicts(match[5], letter, texts) else letter
+    return None if letter is None or _names_second_option(match[5]) else letter
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(" .")
+
+
+def _words(text: str) -> str:
+    return f" {' '.join(_WORDS.findall(text.casefold()))} "
+
+
+def _contradicts(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
+    """Whether the text behind the letter of an option speaks of another one."""
+    if _plain(rest) == _plain(texts[letter]):
+        return False
+    own = _words(texts[letter])
+    others = {_words(text) for text in texts.values()} - {own, "  "}
+    # "red" inside the own text "dark red" is no second option; "dark red" around the own text "red" is.
+    said, remaining = _words(rest), _words(rest).replace(own, " | ")
+    return any(other in (said if own in other else remaining) for other in others) or _names_second_option(rest)
+
+
+def _names_second_option(rest: str) -> bool:
+    lines = "\n".join(" ".join(line.split()) for line in rest.splitlines())
+    return bool(_letters(rest) or _SECOND_OPTION.search(lines))
+
+
+def _letters(text: str) -> list[str]:
+    """The letters of a text that lists nothing but single letters (`B, C or D`); else none."""
+    words = [word for word in _BETWEEN_LETTERS.split(text) if word and word not in ("or", "and")]
+    return words if all(len(word) == 1 and word in ascii_letters for word in words) else []
+
+
+def answer_key(answer: str | None, options: Any = None) -> tuple | None:
+    """
+    What an answer says, such that two answers that say the same have equal keys.
+
+    `B`, `(b)` and `B. text` are one option, `12`, `12.0` and `1.2e1` one number, `Red  cat` and `red cat` one text.
+
+    Args:
+        answer (`str`, *optional*):
+            What [`extract_answer`] returned.
+        options (`Sequence[str]` or `Mapping[str, str]`, *optional*):
+            The row's options; with them an answer that chooses none of them says nothing.
+
+    Returns:
+        `tuple` or `None`: a hashable key; `None` for an answer that says nothing (no answer, no letter or digit in it)
+        or names several options.
+    """
+    if answer is None or not any(map(str.isalnum, answer)):
+        return None
+    texts = option_texts(options)
+    letter = chosen_option(answer, texts)
+    if letter is not None:
+        return ("option", letter)
+    if texts or option_letter(answer) is not None or len(_letters(answer)) > 1:
+        return None
+    value = number(answer)
+    return ("text", " ".join(answer.casefold().split())) if value is None else ("number", value)
+
+
+def grade_answer(answer: str | None, solution: Any, options: Any = None) -> float | None:
     """
     Grades one extracted answer against the row's solution.
+
+    Letters and digits are ASCII ones: look-alikes of other scripts, widths and styles (Cyrillic `В`, full-width `Ｂ`,
+    `𝐁`) name no option and no number, and texts are compared without Unicode normalisation.
 
     Args:
         answer (`str`, *optional*):
@@ -90,24 +229,27 @@ def grade_answer(answer: str | None, solution: Any) -> float | None:
         solution (`Any`):
             The row's solution: an option (`"B"`, `"(B)"`, `"B. text"`), a number or its text, or any other text; an
             `<answer>` wrapper around it is taken off.
+        options (`Sequence[str]` or `Mapping[str, str]`, *optional*):
+            The row's options as in [`option_texts`]. If the solution is the letter or the text of one of them, that
+            option must be chosen, by letter or by text (see [`chosen_option`]); otherwise they are not used.
 
     Returns:
         `float` or `None`: in `[0, 1]`; 1 for the right option (case does not matter), `max(0, 1 - |y' - y| / |y|)` for
         a number `y != 0`, exact equality for `y = 0`, equality up to case and white space for other text. `None` when
         there is no solution (`None`, NaN or blank): the row can't be graded.
     """
-    if solution is None or (isinstance(solution, float) and math.isnan(solution)):
-        return None
-    expected = str(solution).strip()
-    wrapped = extract_answer(expected)
-    expected = expected if wrapped is None else wrapped
-    if not expected:
+    expected = solution_text(solution)
+    if expected is None:
         return None
     if answer is None:
         return 0.0
     letter = option_letter(expected)
+    texts = option_texts(options)
+    right = letter if letter in texts else chosen_option(expected, texts) if texts else None
+    if right is not None:
+        return float(chosen_option(answer, texts) == right)
     if letter is not None:
-        return float(option_letter(answer) == letter)
+        return float(chosen_option(answer) == letter or answer == expected)
     truth = number(expected)
     if truth is not None:
         value = number(answer)
@@ -115,3 +257,12 @@ def grade_answer(answer: str | None, solution: Any) -> float | None:
             return 0.0
         return float(value == 0.0) if truth == 0.0 else max(0.0, 1.0 - abs(value - truth) / abs(truth))
     return float(answer.casefold().split() == expected.casefold().split())
+
+
+def solution_text(solution: Any) -> str | None:
+    """A row's solution as stripped text, without an `<answer>` wrapper; `None` for `None`, NaN and blank."""
+    if solution is None or (isinstance(solution, float) and math.isnan(solution)):
+        return None
+    text = str(solution).strip()
+    wrapped = extract_answer(text)
+    return (text if wrapped is None else wrapped) or None
