@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 from statistics import fmean
@@ -54,7 +54,7 @@ from maple_trl.trainers.rollout_state import (
     take_rows,
 )
 from maple_trl.trainers.rounds import Round
-from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, RunningMeans, TagSums, tag_number
+from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, TagSums, tag_number
 from maple_trl.trainers.updates import even_parts, micro_batches, share_out
 from maple_trl.trainers.zero_shot import check_measurable, fingerprint, zero_shot_accuracy
 
@@ -128,7 +128,6 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._kept: list[int] | None = None
         self._update_chunks: list[Chunk] | None = None
         self._last_pass: tuple[Tensor, Tensor] | None = None
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._window_tag: ModalityTag | None = None
         self._window_has_rows = False
         self._begin_window()
@@ -297,9 +296,6 @@ class MAPOTrainer(OmniGRPOTrainer):
         if rewards is not None:
             return rewards
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        for name, values in zip(self.reward_func_names, rewards.T, strict=True):
-            if values.isinf().any():
-                raise ValueError(f"The reward function {name!r} returned an infinite reward; use a finite one or None")
         media = [sum(p.media_tokens.get(kind, 0) for kind in ("video", "audio")) for p in self._serving or ()]
         facts = torch.tensor(
             [
@@ -308,19 +304,9 @@ class MAPOTrainer(OmniGRPOTrainer):
             ],
             device=self.accelerator.device,
         )
-        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        total = total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        self._round = Round([], group_size, rewards, total, *self.accelerator.gather(facts).unbind(1))
+        self._round = Round([], group_size, rewards, self._total_rewards(rewards), *self.accelerator.gather(facts).unbind(1))
         return rewards
-
-    def _summed(self, values: Tensor) -> Tensor:
-        """The sum over all ranks; a collective call."""
-        return self.accelerator.reduce(values, reduction="sum") if self.accelerator.num_processes > 1 else values
-
-    def _own(self, values: Tensor) -> Tensor:
-        """This rank's rows of values over all ranks."""
-        return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _refill(self, batch: PromptBatch, rounds: list[Round]) -> list[int]:
         """Further prompts for the groups that the rounds so far could not fill, as far as the ranks can share them."""
@@ -531,16 +517,6 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     # Metrics
 
-    def _log_all(self, metrics: Mapping[str, float], mode: str = "train") -> None:
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(float(value))
-
-    def _replace_logged_advantages(self, advantages: Tensor) -> None:
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-
     def _begin_window(self) -> None:
         """A window is the micro-batches of one optimizer step."""
         names = ["entropy"] if self.args.loss_type in ("sapo", "vespo") else ["entropy", "clip_fraction"]
@@ -585,11 +561,6 @@ class MAPOTrainer(OmniGRPOTrainer):
         if norm is not None and self._window_has_rows:
             self._log_of_window("grad_norm", norm)
         return norm
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._log_all(self._means[mode].take(), mode)
-        super().log(logs, start_time)
 
     def _probe_gradient(self) -> None:
         scaler = self.accelerator.scaler

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
+from trl.trainer.utils import pad
 
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
 from maple_trl.omni.families import family_for, is_omni, unwrap
@@ -30,6 +32,7 @@ from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 from maple_trl.trainers.quarantine import Ranks, write_quarantine
 from maple_trl.trainers.rollout_state import (
+    Chunk,
     ResumeError,
     check_geometry,
     count_rows,
@@ -43,6 +46,7 @@ from maple_trl.trainers.rollout_state import (
     split_rows,
 )
 from maple_trl.trainers.rows import RowEncoder
+from maple_trl.trainers.tag_metrics import RunningMeans
 
 
 PROMPTS_KEY = "omni_prompts"
@@ -111,6 +115,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         self._serving: list[EncodedPrompt] | None = None
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         if isinstance(processing_class, PreTrainedTokenizerBase):
             _check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         else:
@@ -187,7 +192,7 @@ class OmniGRPOTrainer(GRPOTrainer):
         return encoded
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
-        sampler = self._order = super()._get_train_sampler(dataset)
+        sampler = self._order = self._row_order(dataset)
         if self.family is None or not self.args.media_prefetch:
             return sampler
         batch = self.args.generation_batch_size
@@ -201,6 +206,10 @@ class OmniGRPOTrainer(GRPOTrainer):
             num_processes=self.accelerator.num_processes,
         )
         return self._lookahead
+
+    def _row_order(self, dataset: Dataset | None) -> Sampler | None:
+        """Yields the rows of the rollouts, each once per completion, micro-batch and iteration."""
+        return super()._get_train_sampler(dataset)
 
     def _prefetch_next_batch(self, current: Sequence[EncodedPrompt]) -> None:
         if self._lookahead is not None:
@@ -241,12 +250,18 @@ class OmniGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.family is None:
-            return super()._generate_and_score_completions(inputs)
+            return self._complete(inputs, None)
         inputs, prompts = self.encode_rows(inputs)
         if self.model.training:
             self._prefetch_next_batch(prompts)
+        return self._complete(inputs, prompts)
+
+    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Chunk:
+        """A rollout of this rank's rows, whose prompts are encoded; `None` for a text-only model."""
         with self._rows_in_use(prompts):
-            output = super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions(rows)
+        if prompts is None:
+            return output
         self._log_media(prompts)
         return output | {PROMPTS_KEY: prompts}
 
@@ -311,6 +326,61 @@ class OmniGRPOTrainer(GRPOTrainer):
             ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
         return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
 
+    # Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """Rewards are handed `group_ids` and, where one of them asks for it, `completion_logprobs` besides the columns."""
+        columns = {}
+        if self._serving is not None:
+            columns["group_ids"] = [prompt.key for prompt in self._serving]
+        if any(map(_wants_logprobs, self.reward_funcs)):
+            columns["completion_logprobs"] = self._completion_logprobs(prompts, completion_ids_list)
+        inputs = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
+        scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for name, values in zip(self.reward_func_names, scores.T, strict=True):
+            if values.isinf().any():
+                raise ValueError(f"The reward function {name!r} returned an infinite reward; use a finite one or None")
+        return scores
+
+    @torch.no_grad()
+    def _completion_logprobs(self, prompts: list, completion_ids: list[list[int]]) -> list[list[float]]:
+        """Log-probability of each token of this rank's completions under the policy."""
+        if self._serving is None:
+            prompt_ids = [torch.tensor(ids) for ids in self._tokenize_prompts(prompts)[0]]
+        else:
+            prompt_ids = [prompt.input_ids for prompt in self._serving]
+        completions = [torch.tensor(ids, dtype=torch.long) for ids in completion_ids]
+        sides = []
+        for rows, side in ((prompt_ids, "left"), (completions, "right")):
+            mask = [torch.ones_like(row) for row in rows]
+            sides.append((pad(rows, self._tokenizer.pad_token_id, side), pad(mask, 0, side)))
+        ids, mask = (torch.cat(pair, dim=1).to(self.accelerator.device) for pair in zip(*sides, strict=True))
+        training = self.model.training
+        batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        width = sides[1][0].size(1)
+        logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=batch_size)
+        return [row[: len(tokens)].tolist() for row, tokens in zip(logps, completions, strict=True)]
+
+    def _total_rewards(self, scores: torch.Tensor) -> torch.Tensor:
+        """
+        The weighted sum of the reward functions; NaN for a completion that none could score.
+
+        Args:
+            scores (`Tensor` of shape (N, reward functions)): NaN where a function gave no reward.
+        """
+        total = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
+        return total.masked_fill(scores.isnan().all(dim=1), torch.nan)
+
+    # Ranks
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks; a collective call."""
+        return self.accelerator.reduce(values, reduction="sum") if self.accelerator.num_processes > 1 else values
+
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of values over all ranks."""
+        return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
     # Log-probabilities and loss
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
@@ -345,6 +415,21 @@ class OmniGRPOTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
 
     # Metrics
+
+    def _log_all(self, metrics: Mapping[str, float], mode: str = "train") -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(float(value))
+
+    def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._log_all(self._means[mode].take(), mode)
+        super().log(logs, start_time)
 
     def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
@@ -381,6 +466,7 @@ class OmniGRPOTrainer(GRPOTrainer):
             check_geometry(resume_from_checkpoint, self.accelerator.process_index, self._geometry())
             if self.family is not None:
                 self._restore_rows(resume_from_checkpoint)
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._step, self._buffered_inputs = 0, None  # a run before this one may have stopped within a rollout
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -477,6 +563,13 @@ class OmniGRPOTrainer(GRPOTrainer):
         registry = self.rows.registries["train_dataset"]
         encoded = {key: self.prompt_builder.encode(registry.row_of(key)) for key in dict.fromkeys(keys)}
         return [encoded[key] for key in keys]
+
+
+def _wants_logprobs(reward: Any) -> bool:
+    """Whether a reward function names the argument `completion_logprobs`, which costs a pass over the completions."""
+    if isinstance(reward, nn.Module) or not callable(reward):
+        return False
+    return "completion_logprobs" in inspect.signature(reward).parameters
 
 
 def _each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> Any:

@@ -1,0 +1,83 @@
+"""What the trainer hands to reward functions besides the columns of the rows: groups and log-probabilities."""
+
+import torch
+from datasets import Dataset
+from omni_runs import build_trainer, one_row_per_tag, spread_reward
+from tiny_models import build_tiny_text
+
+from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
+from maple_trl.omni.encoded import batch_position_ids
+from maple_trl.omni.serving import serve_media
+
+
+SEEN = {}
+
+
+def watching_reward(completions, completion_ids, completion_logprobs, group_ids=None, **columns):
+    SEEN.update(ids=completion_ids, logprobs=completion_logprobs, groups=group_ids, prompts=columns["prompts"])
+    return spread_reward(completions) if isinstance(completions[0], list) else [float(len(c)) for c in completions]
+
+
+def plain_reward(completions, **columns):
+    SEEN.update(columns=sorted(columns))
+    return spread_reward(completions)
+
+
+def test_log_probs_of_omni_completions_are_those_of_each_row_alone(seven_tags):
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset).select(range(4))
+    trainer = build_trainer(folder, rows, reward=watching_reward, learning_rate=0.0, temperature=0.7)
+    trainer.train()
+    model, size = trainer.model.eval(), trainer.num_generations
+    assert len(set(SEEN["groups"])) == len(SEEN["ids"]) // size
+    assert all(len(set(SEEN["groups"][i : i + size])) == 1 for i in range(0, len(SEEN["groups"]), size))
+    prompts = trainer._prompts_by_key(SEEN["groups"])
+    moved = 0.0
+    for prompt, ids, handed in zip(prompts, SEEN["ids"], SEEN["logprobs"], strict=True):
+        whole = torch.cat([prompt.input_ids, torch.tensor(ids)])[None]
+        positions = batch_position_ids([prompt], len(prompt), len(ids))
+        with torch.no_grad(), serve_media(trainer.family, model, [prompt]):
+            logits = model(input_ids=whole, attention_mask=torch.ones_like(whole), position_ids=positions).logits
+        logits = logits[0, len(prompt) - 1 : -1].float()
+        for temperature, equal in ((0.7, True), (1.0, False)):
+            wanted = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            if equal:
+                torch.testing.assert_close(torch.tensor(handed), wanted, rtol=1e-4, atol=1e-5)
+            else:
+                moved = max(moved, float((torch.tensor(handed) - wanted).abs().max()))
+    assert moved > 1e-3
+
+
+def test_log_probs_of_a_text_model_in_training_and_evaluation(tmp_path):
+    model, tokenizer = build_tiny_text()
+    rows = Dataset.from_list([{"prompt": "one two"}, {"prompt": "three"}])
+    config = OmniGRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=2, max_completion_length=5, max_steps=1,
+        per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1, save_strategy="no", report_to=[], use_cpu=True,
+        bf16=False, disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = OmniGRPOTrainer(model, watching_reward, config, rows, rows, tokenizer)
+    trainer.train()
+    assert SEEN["groups"] is None
+    assert [len(row) for row in SEEN["logprobs"]] == [len(ids) for ids in SEEN["ids"]]
+    prompt = tokenizer(SEEN["prompts"][0], add_special_tokens=False)["input_ids"]
+    whole = torch.tensor([prompt + SEEN["ids"][0]])
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=whole).logits[0, len(prompt) - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(1, torch.tensor(SEEN["ids"][0])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(SEEN["logprobs"][0]), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_no_pass_is_made_where_no_reward_asks_for_log_probs(seven_tags, monkeypatch):
+    folder, dataset = seven_tags
+    trainer = build_trainer(folder, one_row_per_tag(dataset), reward=plain_reward)
+    passes = []
+    inner = trainer._get_per_token_logps_and_entropies
+    monkeypatch.setattr(
+        trainer,
+        "_get_per_token_logps_and_entropies",
+        lambda *a, **k: passes.append(torch.is_grad_enabled()) or inner(*a, **k),
+    )
+    trainer.train()
+    assert passes and all(passes)
+    assert "group_ids" in SEEN["columns"] and "completion_logprobs" not in SEEN["columns"]
