@@ -1,0 +1,25 @@
+"""
+A client for OpenAI-compatible chat endpoints that outlives their faults: a batch of requests goes in, as many results come
+out, in order, and none of them is an exception.
+
+The `openai` package and what else a request needs come with the extra `judge`; importing this package needs none of them.
+"""
+
+from maple_trl.chat.client import ChatClient
+from maple_trl.chat.messages import ChatRequest, fence, image_block, text_block
+from maple_trl.chat.options import ChatOptions, ChatSetupError
+from maple_trl.chat.results import REASONS, ChatResult, ChatUsage
+
+
+__all__ = [
+    "REASONS",
+    "ChatClient",
+    "ChatOptions",
+    "ChatRequest",
+    "ChatResult",
+    "ChatSetupError",
+    "ChatUsage",
+    "fence",
+    "image_block",
+    "text_block",
+]

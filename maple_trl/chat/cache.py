@@ -1,0 +1,118 @@
+"""Answers kept on disk: an SQLite file of JSON texts, bounded in size."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, used REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS answers_used ON answers (used);
+"""
+_FRESH = 3600.0  # an entry's time of use is written anew when it is older than this: reading stays reading
+
+
+class ChatCache:
+    """
+    A map from digests to JSON objects in an SQLite file, for one thread; several processes may share the file.
+
+    Every `put` is a transaction: a process that is killed loses none that returned. Nothing is ever unpickled, so a
+    file from elsewhere can do no more than give wrong answers. The file belongs on a local disk, as SQLite's write-ahead
+    log does not work across machines.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; a damaged one is moved aside to `PATH.damaged`.
+        max_bytes (`int`, *optional*, defaults to 1 GiB):
+            Size of what it holds; the entries not used for longest go first, a tenth at a time.
+
+    Attributes:
+        errors (`int`): reads and writes that failed (disk full, file locked); the cache goes on without them.
+    """
+
+    def __init__(self, path: str | os.PathLike, max_bytes: int = 1 << 30):
+        self.path, self.max_bytes, self.errors = Path(path), max_bytes, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._connection = self._open()
+        except sqlite3.OperationalError:  # no permission, a folder: nothing is damaged
+            raise
+        except sqlite3.DatabaseError as error:
+            aside = self.path.with_name(self.path.name + ".damaged")
+            logger.warning("%s is damaged (%s); moved to %s, starting anew", self.path, error, aside)
+            os.replace(self.path, aside)
+            for suffix in ("-wal", "-shm"):  # they belong to the damaged file
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+            self._connection = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.executescript(_SCHEMA)
+        except sqlite3.DatabaseError:
+            connection.close()
+            raise
+        return connection
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The object under `key`; `None` when there is none, or none that can be read."""
+        try:
+            row = self._connection.execute("SELECT value, used FROM answers WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                return None
+            value = json.loads(row[0])
+            if time.time() - row[1] > _FRESH:
+                self._connection.execute("UPDATE answers SET used = ? WHERE key = ?", (time.time(), key))
+        except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
+            self._count(error)
+            return None
+        return value if isinstance(value, dict) else None
+
+    def put(self, key: str, value: dict[str, Any]) -> None:
+        """Keeps an object; a failure is counted, not raised."""
+        try:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, json.dumps(value), time.time())
+            )
+            if self.nbytes > self.max_bytes:
+                self._shrink()
+        except (sqlite3.Error, ValueError) as error:
+            self._count(error)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use."""
+        pages, free, size = (self._pragma(name) for name in ("page_count", "freelist_count", "page_size"))
+        return (pages - free) * size
+
+    def _shrink(self) -> None:
+        while self.nbytes > self.max_bytes * 0.9 and len(self) > 0:
+            number = max(1, len(self) // 10)
+            oldest = "SELECT key FROM answers ORDER BY used LIMIT ?"
+            self._connection.execute(f"DELETE FROM answers WHERE key IN ({oldest})", (number,))
+        self._connection.execute("PRAGMA incremental_vacuum").fetchall()
+
+    def _pragma(self, name: str) -> int:
+        return self._connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+    def _count(self, error: Exception) -> None:
+        if not self.errors:
+            logger.warning("the answer cache %s fails (%s); going on without it", self.path, error)
+        self.errors += 1
+
+    def __len__(self) -> int:
+        return self._connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+
+    def close(self) -> None:
+        self._connection.close()

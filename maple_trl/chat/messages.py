@@ -1,0 +1,147 @@
+"""Requests: messages, pictures in them, foreign text fenced off, and the digest that tells two requests apart."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from maple_trl.chat.options import ChatOptions, check_sampling
+
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# For estimates only: bytes of UTF-8 text per token, and tokens of a picture of a few hundred pixels a side.
+BYTES_PER_TOKEN = 4
+TOKENS_PER_IMAGE = 800
+DEFAULT_ANSWER_TOKENS = 1024
+
+SCHEMA_PROMPT = "Answer with one JSON object and nothing else, neither before nor after it. It must match this JSON schema:\n{schema}"
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """
+    One request.
+
+    Args:
+        messages (`Sequence[Mapping]`):
+            Messages as the API takes them: `role`, and `content` that is text or a list of blocks ([`text_block`],
+            [`image_block`]).
+        json_schema (`Mapping`, *optional*):
+            JSON schema of the answer, an object; the result then holds the object that was read, as `data`.
+        sampling (`Mapping`, *optional*):
+            Fields of the body that win over those of the options.
+        sample (`int`, *optional*, defaults to 0):
+            Tells requests apart that are equal on purpose, to get several answers. It is not sent.
+
+    Raises:
+        ValueError: for a field of `sampling` that the client sets itself.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    json_schema: Mapping[str, Any] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sample: int = 0
+
+    def __post_init__(self):
+        check_sampling(self.sampling)
+
+
+def text_block(text: str) -> dict[str, Any]:
+    """A content block with text."""
+    return {"type": "text", "text": text}
+
+
+def image_block(picture: np.ndarray, quality: int = 90) -> dict[str, Any]:
+    """
+    A content block with a picture as a data URL (JPEG).
+
+    Args:
+        picture (`np.ndarray`):
+            uint8, shape (H, W, 3), RGB.
+        quality (`int`, *optional*, defaults to 90):
+            JPEG quality.
+    """
+    from PIL import Image
+
+    if picture.ndim != 3 or picture.shape[2] != 3 or str(picture.dtype) != "uint8":
+        raise ValueError(f"a picture is uint8 of shape (H, W, 3), got {picture.dtype} of shape {picture.shape}")
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="JPEG", quality=quality)
+    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def fence(name: str, text: str) -> str:
+    """
+    `text` between two marks that it cannot hold, so that a prompt can say where foreign text begins and ends.
+
+    The marks carry a digest of the text: whoever wrote the text could not have closed the fence inside it.
+
+    Args:
+        name (`str`):
+            What the text is, in letters, digits and `_`.
+        text (`str`):
+            The foreign text.
+    """
+    mark = hashlib.sha256(f"{name}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"<data-{mark} name={json.dumps(name)}>\n{text}\n</data-{mark}>"
+
+
+def request_body(request: ChatRequest, options: ChatOptions, structured: bool) -> dict[str, Any]:
+    """
+    The JSON body of a request.
+
+    Args:
+        structured (`bool`):
+            Send the schema as `response_format` as well. It always stands in the last user message.
+    """
+    messages = [dict(message) for message in request.messages]
+    body: dict[str, Any] = {"model": options.model, "messages": messages, **options.sampling, **request.sampling}
+    if request.json_schema is None:
+        return body
+    schema = SCHEMA_PROMPT.format(schema=json.dumps(request.json_schema, sort_keys=True))
+    last = next((i for i in range(len(messages) - 1, -1, -1) if messages[i].get("role") == "user"), None)
+    if last is None:
+        messages.append({"role": "user", "content": schema})
+    else:
+        content = messages[last]["content"]
+        joined = f"{content}\n\n{schema}" if isinstance(content, str) else [*content, text_block(schema)]
+        messages[last]["content"] = joined
+    if structured:
+        wanted = {"name": "answer", "schema": request.json_schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+    return body
+
+
+def request_key(request: ChatRequest, options: ChatOptions) -> str:
+    """
+    The SHA-256 under which an answer is kept: model, messages with their pictures, sampling fields, schema and sample.
+
+    The server's address is not part of it, so that answers outlive a local server's port.
+
+    Raises:
+        TypeError, ValueError: when the request is no JSON.
+    """
+    content = [request_body(request, options, structured=False), request.json_schema, request.sample]
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def estimate_tokens(body: Mapping[str, Any]) -> int:
+    """Tokens that a request may take, prompt and longest answer together; a rough guess for the rate limit."""
+    total = 0
+    for message in body["messages"]:
+        content = message.get("content") or ""
+        blocks = [text_block(content)] if isinstance(content, str) else content
+        for block in blocks:
+            text = block.get("text")
+            total += TOKENS_PER_IMAGE if text is None else len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN + 4
+    answer = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_ANSWER_TOKENS
+    return total + int(answer)

@@ -1,0 +1,208 @@
+"""Does a hint give the answer away? Plain strings in, a reason out."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from maple_trl.data.plain_words import STOP_WORDS, number_value, plain, same_shapes, stems, words
+
+
+LEAKS: dict[str, str] = {
+    "empty": "it has no words",
+    "too-long": "it is longer than {max_words} words",
+    "markup": "it holds a tag such as <answer> or <think>, a \\boxed{{…}}, or a special token",
+    "names-option": "it names an option by its letter or position",
+    "option-text": "it holds the text of the right option, or the words that set it apart",
+    "number": "it holds the number that is the answer, in digits or words",
+    "answer-text": "it holds the answer, or the words that it consists of",
+}
+"""Why a hint is refused: the closed list of what [`leaks_answer`] returns, as the teacher is told."""
+
+CHARACTERS_PER_WORD = 15
+_MAX_LISTS = 50  # places looked at, from the end, where a row of options may begin
+
+_MARKUP = re.compile(
+    r"<\s*/?\s*(?:answer|think|hint|data-)|<\s*\||\|\s*>|\\boxed|<\s*/?\s*(?:im_|s\s*>)", re.IGNORECASE
+)
+_WRAPPED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?|([A-Za-z])\)")
+_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.):])\s+(\S.*)", re.DOTALL)
+_OPTION_MARK = re.compile(r"(?:^|(?<=\s))[(\[]?([A-Z])[.):\]]+\s+", re.MULTILINE)
+
+_KIND = r"(?:option|choice|alternative)"
+_PLACE = r"(?:first|second|third|fourth|fifth|sixth|last|final|middle|1st|2nd|3rd|[4-9]th)"
+_NUMBER = r"(?:[1-9]|one|two|three|four|five|six)"
+_BY_POSITION = re.compile(
+    rf"\b{_PLACE}\s+{_KIND}\b|\b{_KIND}\s*(?:number|no\.?|#)?\s*{_NUMBER}\b|\banswer\s+(?:number|no\.?|#)\s*{_NUMBER}\b"
+    rf"|\b{_PLACE}\s+of\s+the\s+(?:\w+\s+)?(?:{_KIND}|answer)s\b",
+    re.IGNORECASE,
+)
+
+
+def leaks_answer(hint: str, prompt_text: str, solution: Any, *, max_words: int = 60) -> str | None:
+    """
+    Why a hint must not be given, or `None`.
+
+    Compared are plain forms: compatibility and look-alike characters, case, accents, white space, hyphens between the
+    letters of a word, plural and verb endings, and numbers in digits or English words make no difference. A paraphrase
+    in other words, or in another language, is not found.
+
+    Args:
+        hint (`str`):
+            The hint.
+        prompt_text (`str`):
+            The question as the student reads it, with its options (`A. …`, `(A) …`) where it has any.
+        solution (`Any`):
+            An option (`"B"`, `"(B)"`, `"B. text"`), a number or its text, or any other text; as the accuracy reward
+            takes it.
+        max_words (`int`, *optional*, defaults to 60):
+            Longest hint; at most 15 characters a word count.
+
+    Returns:
+        `str` or `None`: a key of [`LEAKS`]. Any option that is named counts, not only the right one: a hint that rules
+        out the others names it, too.
+    """
+    if not re.search(r"[^\W_]", hint):
+        return "empty"
+    if len(hint.split()) > max_words or len(hint) > max_words * CHARACTERS_PER_WORD:
+        return "too-long"
+    if _MARKUP.search(same_shapes(hint)):
+        return "markup"
+    problem = _Problem.read(prompt_text, solution)
+    if problem.letter is not None and _names_option(hint, problem.letters):
+        return "names-option"
+    if problem.number is not None and _holds_number(hint, problem.number):
+        return "number"
+    if problem.text and _holds_text(hint, problem):
+        return "answer-text" if problem.letter is None else "option-text"
+    return None
+
+
+@dataclass
+class _Problem:
+    """Question and answer taken apart; `letter` is `None` where the answer is no option."""
+
+    question: str
+    options: dict[str, str]
+    letter: str | None
+    text: str
+    number: float | None
+
+    @property
+    def letters(self) -> str:
+        return "".join(sorted({*(self.options or "ABCD"), self.letter}))
+
+    @classmethod
+    def read(cls, prompt_text: str, solution: Any) -> _Problem:
+        question, options = split_options(prompt_text)
+        text = (
+            "" if solution is None or (isinstance(solution, float) and math.isnan(solution)) else str(solution).strip()
+        )
+        wrapped = _WRAPPED.fullmatch(text)
+        text = wrapped[1].strip() if wrapped else text
+        alone, both = _LETTER.fullmatch(text), _LETTER_AND_TEXT.fullmatch(text)
+        letter = None
+        if alone:
+            letter = (alone[1] or alone[2]).upper()
+            text = options.get(letter, "")
+        elif both:
+            letter, text = (both[1] or both[2]).upper(), both[3]
+        elif text:
+            letter = next((name for name, option in options.items() if plain(option) == plain(text)), None)
+        return cls(question, options, letter, text, number_value(text))
+
+
+def split_options(prompt_text: str) -> tuple[str, dict[str, str]]:
+    """
+    The question without its options, and the options by letter; none where no `A. … B. …` stands in the text. The
+    last such row counts, and the last option ends with its line.
+    """
+    marks = list(_OPTION_MARK.finditer(prompt_text))
+    starts = [index for index, mark in enumerate(marks) if mark[1] == "A"]
+    for start in reversed(starts[-_MAX_LISTS:]):
+        run = [marks[start]]
+        for mark in marks[start + 1 :]:
+            if ord(mark[1]) == ord(run[-1][1]) + 1:
+                run.append(mark)
+        if len(run) < 2:
+            continue
+        options, last_end = {}, run[-1].end()
+        for mark, following in zip(run, [*run[1:], None], strict=True):
+            if following is not None:
+                options[mark[1]] = prompt_text[mark.end() : following.start()].strip()
+            else:
+                line = prompt_text[mark.end() :].split("\n", 1)[0]
+                options[mark[1]], last_end = line.strip(), mark.end() + len(line)
+        return prompt_text[: run[0].start()] + prompt_text[last_end:], options
+    return prompt_text, {}
+
+
+def _names_option(hint: str, letters: str) -> bool:
+    text = same_shapes(hint)
+    # "a" and "i" are words; alone they name an option only where a word could not stand.
+    plain_letters = "".join(letters + letters.lower()).translate({ord("a"): None, ord("i"): None})
+    article = "".join(char for char in "ai" if char.upper() in letters)
+    letter = f"(?:[{plain_letters}]" + (rf"|[{article}](?=\s*(?:[.,;:!?)\]\"'*]|$)))" if article else ")")
+    any_letter = f"[{letters}{letters.lower()}]"
+    capitals = letters.replace("A", "").replace("I", "")
+    kinds = r"(?:option|choice|alternative|letter|answer|candidate|solution|pick|choose|select)s?"
+    verb = r"(?:is|are|was|be|to\s+be|would\s+be|must\s+be|should\s+be)"
+    patterns = [
+        rf"[(\[{{\"'*_`]\s*{any_letter}\s*[)\]}}\"'*_`.]",
+        rf"(?:^|(?<=\s)){any_letter}[):](?!\w)",
+        rf"^\W*{any_letter}\W*$",
+        rf"\b(?i:{kinds})\b[\s:=\-\"'*(\[]*(?:(?i:{verb})\b)?[\s:=\-\"'*(\[]*{letter}(?!\w)",
+    ]
+    if capitals:
+        patterns.append(rf"(?<![\w']){f'[{capitals}]'}(?![\w'])")
+    if (
+        "A" in letters
+    ):  # a capital A before a word is an article, unless that word is a verb or joins it to another letter
+        patterns.append(r"(?<![\w'])A(?![\w'])(?!\s+\w)")
+        patterns.append(
+            r"(?<![\w'])A\s+(?:is|was|and|or|nor|not|fits|matches|holds|wins|must|cannot|can't|seems|looks)\b"
+        )
+    return any(re.search(pattern, text) for pattern in patterns) or bool(_BY_POSITION.search(text))
+
+
+def _holds_number(hint: str, number: float) -> bool:
+    wanted = [abs(number)]
+    if re.search(r"%|\bper\s?cent", plain(hint)):  # a share and a percentage are one answer
+        wanted += [abs(number) * 100, abs(number) / 100]
+    values = [value for value in map(number_value, words(hint)) if value is not None]
+    return any(math.isclose(value, one) for value in values for one in wanted)
+
+
+def _holds_text(hint: str, problem: _Problem) -> bool:
+    answer, said = words(problem.text), words(hint)
+    if not answer:
+        return problem.text in hint
+    if len(answer) == 1 and answer[0] in ("a", "i"):
+        return False
+    if _spelled(problem.text, hint) or _run_of(stems(answer), stems(said)):
+        return True
+    telling = set(stems(word for word in answer if word not in STOP_WORDS))
+    telling -= set(stems(words(problem.question)))
+    others = [text for letter, text in problem.options.items() if letter != problem.letter]
+    own = telling - set(stems(words(" ".join(others))))
+    # Words that other options have as well tell nothing one by one.
+    if not own and len(telling) < 2:
+        return False
+    wanted = own or telling
+    found = len(wanted & set(stems(said)))
+    return found == len(wanted) if len(wanted) < 5 else found >= 0.8 * len(wanted)
+
+
+def _spelled(answer: str, hint: str) -> bool:
+    """The letters of the answer in a row, whatever stands between them: `r-e-d`, `R E D`, `redsquare`."""
+    letters = re.findall(r"[^\W_]", plain(answer))
+    if not letters or all(char.isdigit() for char in letters):  # "1, 2" is not 12
+        return False
+    return re.search(r"(?<!\w)" + r"[\W_]*".join(map(re.escape, letters)) + r"(?:e?s)?(?!\w)", plain(hint)) is not None
+
+
+def _run_of(part: list[str], whole: list[str]) -> bool:
+    return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
