@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AvatarConfig": "maple_trl.trainers.avatar_config",
+    "AvatarTrainer": "maple_trl.trainers.avatar",
     "MAPOConfig": "maple_trl.trainers.mapo_config",
     "MAPOTrainer": "maple_trl.trainers.mapo",
     "Modality": "maple_trl.modalities",
@@ -16,10 +18,21 @@ _EXPORTS = {
     "OmniGRPOConfig": "maple_trl.trainers.omni_grpo_config",
     "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo",
 }
-__all__ = ["MAPOConfig", "MAPOTrainer", "Modality", "ModalityTag", "OmniGRPOConfig", "OmniGRPOTrainer"]
+__all__ = [
+    "AvatarConfig",
+    "AvatarTrainer",
+    "MAPOConfig",
+    "MAPOTrainer",
+    "Modality",
+    "ModalityTag",
+    "OmniGRPOConfig",
+    "OmniGRPOTrainer",
+]
 
 if TYPE_CHECKING:
     from maple_trl.modalities import Modality, ModalityTag
+    from maple_trl.trainers.avatar import AvatarTrainer
+    from maple_trl.trainers.avatar_config import AvatarConfig
     from maple_trl.trainers.mapo import MAPOTrainer
     from maple_trl.trainers.mapo_config import MAPOConfig
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer

@@ -6,6 +6,14 @@ from maple_trl.algorithms.clipping import clipped_tokens
 from maple_trl.algorithms.curriculum import TagCurriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
+from maple_trl.algorithms.hinting import HintTrigger
+from maple_trl.algorithms.off_policy import (
+    effective_share,
+    policy_divergence,
+    replay_advantages,
+    replayed_slots,
+    term_scales,
+)
 from maple_trl.algorithms.replay import Experience, ReplayStateError, StratifiedReplayBuffer, Vcrs
 from maple_trl.algorithms.sampling import DynamicSampling, informative_groups
 from maple_trl.algorithms.schedule import PromptBatch, StratifiedSchedule, rank_share
@@ -19,6 +27,7 @@ __all__ = [
     "Experience",
     "GradientMoments",
     "GradientSample",
+    "HintTrigger",
     "PromptBatch",
     "ReplayStateError",
     "StratifiedReplayBuffer",
@@ -28,11 +37,16 @@ __all__ = [
     "bernoulli_kl",
     "beta_histogram_kl",
     "clipped_tokens",
+    "effective_share",
     "group_advantages",
     "informative_groups",
+    "policy_divergence",
     "rank_share",
+    "replay_advantages",
+    "replayed_slots",
     "row_coefficients",
     "stratum_totals",
     "tag_difficulty",
     "tas_weights",
+    "term_scales",
 ]

@@ -36,12 +36,13 @@ def plot_training(
     path: str | os.PathLike,
 ) -> Path:
     """
-    Draws the reward over the steps, for each tag where the log has it, and accuracies before and after training.
+    Draws the reward over the steps, for each tag where the log has it, the training signal over the positions in a
+    completion where the log has that, and accuracies before and after training.
 
     Args:
         log_history (`Sequence[Mapping]`):
-            A trainer's `state.log_history`: `step`, `reward`, `rewards/NAME/mean` and `tag/TAG/reward` are drawn,
-            entries without a reward are passed over.
+            A trainer's `state.log_history`: `step`, `reward`, `rewards/NAME/mean`, `tag/TAG/reward` and
+            `loss_profile/N` are drawn, entries without a reward are passed over.
         before, after (`Mapping[str, float]`, *optional*):
             Accuracy in `[0, 1]` by tag and under `all`; without them there is no panel for them.
         path (`str` or `os.PathLike`):
@@ -53,16 +54,17 @@ def plot_training(
     Raises:
         ImportError: without matplotlib, naming the extra that brings it.
     """
-    tags = tag_curves(log_history)
-    bars = before is not None and after is not None
-    panels = 1 + bool(tags) + bars
-    figure = _figure(5.5 * panels, 4)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    _draw_rewards(axes[0], log_history)
+    tags, profile = tag_curves(log_history), signal_profile(log_history)
+    draw = [lambda axes: _draw_rewards(axes, log_history)]
     if tags:
-        _draw_tags(axes[1], tags)
-    if bars:
-        _draw_accuracies(axes[-1], before, after)
+        draw.append(lambda axes: _draw_tags(axes, tags))
+    if profile:
+        draw.append(lambda axes: _draw_profile(axes, profile))
+    if before is not None and after is not None:
+        draw.append(lambda axes: _draw_accuracies(axes, before, after))
+    figure = _figure(5.5 * len(draw), 4)
+    for panel, axes in zip(draw, figure.subplots(1, len(draw), squeeze=False)[0], strict=True):
+        panel(axes)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Drawn beside its place and then moved, so that a viewer never opens half an image.
@@ -101,6 +103,27 @@ def tag_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
             if isinstance(value, int | float) and math.isfinite(value) and "step" in entry:
                 curves.setdefault(tag, []).append((entry["step"], value))
     return curves
+
+
+def signal_profile(log_history: Sequence[Mapping[str, Any]]) -> list[float]:
+    """
+    The size of the training signal over the positions in a completion, as a share of its mean over the positions.
+
+    Means of `loss_profile/0`, `loss_profile/1`, … over a log (AVATAR, arXiv 2508.03100, Fig. 8); empty without them.
+    """
+    means = []
+    while values := [entry[name] for entry in log_history if (name := f"loss_profile/{len(means)}") in entry]:
+        means.append(sum(values) / len(values))
+    return [mean * len(means) / sum(means) for mean in means] if sum(means) else []
+
+
+def _draw_profile(axes, profile: Sequence[float]) -> None:
+    positions = [index / (len(profile) - 1) for index in range(len(profile))]
+    axes.plot(positions, profile, marker=".")
+    axes.axhline(1, color="gray", linewidth=1, linestyle="--")
+    axes.set(xlabel="position in the completion", ylabel="signal / mean signal", title="Training signal by position")
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    axes.grid(alpha=0.3)
 
 
 def _draw_tags(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:

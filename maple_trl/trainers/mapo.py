@@ -305,7 +305,9 @@ class MAPOTrainer(OmniGRPOTrainer):
             device=self.accelerator.device,
         )
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        self._round = Round([], group_size, rewards, self._total_rewards(rewards), *self.accelerator.gather(facts).unbind(1))
+        self._round = Round(
+            [], group_size, rewards, self._total_rewards(rewards), *self.accelerator.gather(facts).unbind(1)
+        )
         return rewards
 
     def _refill(self, batch: PromptBatch, rounds: list[Round]) -> list[int]:

@@ -174,9 +174,13 @@ class RowRegistry:
             raise ValueError(f"{self.name}: no usable row is left: {self.summary()}")
         return self.dataset[next((i for i in usable if self._tags[i] == self._tags[start]), usable[0])]
 
+    def row_number(self, key: str) -> int:
+        """The first row with this prompt, counted from 0."""
+        return self._rows_of[key][0]
+
     def row_of(self, key: str) -> dict[str, Any]:
         """A row with this prompt."""
-        return self.dataset[self._rows_of[key][0]]
+        return self.dataset[self.row_number(key)]
 
     def summary(self) -> str:
         """Counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""

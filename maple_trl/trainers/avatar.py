@@ -1,0 +1,507 @@
+"""AVATAR: GRPO with stratified replay and temporal advantage shaping (arXiv 2508.03100)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from maple_trl.algorithms import (
+    Experience,
+    HintTrigger,
+    ReplayStateError,
+    StratifiedSchedule,
+    Vcrs,
+    group_advantages,
+    informative_groups,
+    policy_divergence,
+    replay_advantages,
+    tas_weights,
+    term_scales,
+)
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.errors import MediaError
+from maple_trl.trainers.avatar_checks import check_hints, check_places, check_tags
+from maple_trl.trainers.avatar_config import AvatarConfig
+from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
+from maple_trl.trainers.avatar_state import load_memory, provenance, save_memory
+from maple_trl.trainers.hinted_rows import HINT_COLUMN, has_hint, with_hint
+from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
+from maple_trl.trainers.replay_memory import Group, MixedRollout, ReplayMemory, Written
+from maple_trl.trainers.rollout_state import Chunk, ResumeError, concat_rows
+from maple_trl.trainers.stratified_sampler import StratifiedSampler
+from maple_trl.trainers.tag_metrics import tag_number, totals_by_tag
+
+
+logger = logging.getLogger(__name__)
+
+REPLAYED_KEY = "replayed"
+NUMBER_KEY = "completion_numbers"
+FRESH_SCALE_KEY = "fresh_scale"
+_HINTED = "+hint"
+"""Ends the key of a prompt that is shown with its hint."""
+
+
+class AvatarTrainer(OmniGRPOTrainer):
+    """
+    AVATAR's off-policy GRPO: each group mixes fresh completions with replayed ones of the same prompt, out of a buffer in
+    tiers of difficulty; replayed ones are held against a moving baseline (VCRS); advantages are shaped over token
+    positions (TAS); prompts that are stuck are shown with a hint.
+
+    With `replayed_generations=0` and `tas_lambda=0` it is TRL's GRPO.
+
+    Args:
+        model, reward_funcs, eval_dataset, processing_class, kwargs: as in [`OmniGRPOTrainer`].
+        args ([`AvatarConfig`], *optional*): configuration.
+        train_dataset: as in [`OmniGRPOTrainer`]; with `hints=True` a column `hint`, with scopes or batches by tag a `tag`
+            in each row.
+
+    Raises:
+        RowError: for the first row that cannot be a prompt, with or without its hint.
+        ValueError: when options do not fit together.
+    """
+
+    _tag_names = ["trl", "grpo", "omni", "avatar", "maple-trl"]
+    _name = "AVATAR"
+    _config_class = AvatarConfig
+    _paper = {
+        "title": "AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video",
+        "id": "2508.03100",
+    }
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: AvatarConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+        check_tags(self)
+        check_hints(self)
+        check_places(self)
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        """Nothing of a run before this one is left, wherever it stopped."""
+        args = self.args
+        self.memory = ReplayMemory(
+            args.new_buffer(),
+            Vcrs(args.vcrs_window),
+            args.replayed_generations,
+            HintTrigger(args.hint_visits, args.hint_max_kl) if args.hints else None,
+            args.hint_below,
+            args.replay_retier,
+        )
+        self._scores: Tensor | None = None
+        self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
+        self._digests: dict[str, str] | None = None
+        self._filling: Chunk | None = None
+        self._logps: Tensor | None = None
+        self._begin_window()
+
+    def train(self, *args, **kwargs):
+        self._begin_run()
+        return super().train(*args, **kwargs)
+
+    # Rows
+
+    def _row_order(self, dataset: Dataset | None) -> Sampler | None:
+        if self.args.batching == "mixed":
+            return super()._row_order(dataset)
+        schedule = StratifiedSchedule(
+            (dataset or self.train_dataset)["tag"],
+            self.args.generation_batch_size // self.num_generations,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+        return StratifiedSampler(schedule, self.num_generations, self._updates_per_rollout)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, HINT_COLUMN]
+
+    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
+        encoded = super().encode_rows(rows)
+        self._discard_quarantined()
+        return encoded
+
+    def _discard_quarantined(self) -> None:
+        """What cannot be shown any more cannot be replayed; quarantine.json names the reasons."""
+        for prompt in self.rows.quarantined if self.family is not None else ():
+            count = self.memory.buffer.discard(prompt.key)
+            if count:
+                logger.warning("%d completions of prompt %s are not replayed: %s", count, prompt.key, prompt.detail)
+
+    def _group_of(self, row: dict[str, Any], prompt: EncodedPrompt | None) -> Group:
+        if prompt is None:
+            # Rewards may read any column, and rows can ask the same and want another answer.
+            content = {name: value for name, value in row.items() if name != HINT_COLUMN}
+            text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+            key, number = hashlib.sha256(text.encode()).hexdigest()[:16], -1
+        else:
+            key = prompt.key
+            registry = self.rows.registries.get("train_dataset")
+            number = registry.row_number(key) if registry is not None and key in registry else -1
+        hintable = has_hint(row)
+        if hintable and prompt is not None and self.memory.may_hint(key):
+            hintable = self._hinted_prompt(row, prompt) is not None
+        return Group(key, number, tag_number(row.get("tag")), hintable)
+
+    def _hinted_prompt(self, row: dict[str, Any], prompt: EncodedPrompt) -> EncodedPrompt | None:
+        """The row's prompt with its hint; `None` where that does not fit."""
+        if prompt.key not in self._hinted_prompts:
+            try:
+                encoded = self.prompt_builder.encode(with_hint(row, self.args.hint_template))
+                self._hinted_prompts[prompt.key] = replace(encoded, key=prompt.key + _HINTED)
+            except MediaError as error:
+                logger.warning("Prompt %s is shown without its hint: %s", prompt.key, error)
+                self._hinted_prompts[prompt.key] = None
+        return self._hinted_prompts[prompt.key]
+
+    def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
+        plain = dict(zip(keys, super()._prompts_by_key([key.removesuffix(_HINTED) for key in keys]), strict=True))
+        registry = self.rows.registries["train_dataset"]
+        self._hinted_prompts = {}
+        return [
+            self._hinted_prompt(registry.row_of(prompt.key), prompt) if key.endswith(_HINTED) else prompt
+            for key, prompt in ((key, plain[key]) for key in keys)
+        ]
+
+    # Rollout
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._scores
+
+    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Chunk:
+        if not self.model.training:
+            return super()._complete(rows, prompts)
+        if not self.args.replayed_generations:
+            output = super()._complete(rows, prompts)
+            output[REPLAYED_KEY] = torch.zeros_like(output["advantages"], dtype=torch.long)
+            return self._shaped(output)
+        self._hinted_prompts = {}
+        slots = list(zip(rows, prompts or [None] * len(rows), strict=True))
+        groups = gather_object([self._group_of(*slot) for slot in slots])[:: self.num_generations]
+        step, world = self.state.global_step, self.accelerator.num_processes
+        rollout = self.memory.plan(groups, self.num_generations, step, world)
+        first = self.accelerator.process_index * len(slots)
+        own = range(first, first + len(slots))
+        fresh = [self._shown(*slots[place - first], rollout.hinted[place // rollout.group_size]) for place in own]
+        fresh = [shown for place, shown in zip(own, fresh, strict=True) if not rollout.replayed[place]]
+        output = self._complete_fresh(fresh)
+        rewards = self._total_rewards(self._scores)
+        experiences = self.memory.learn(rollout, rewards, self._scores, self.reward_func_names, step)
+        of_place = dict(zip(rollout.places(replayed=True), experiences, strict=True))
+        replayed = [(*slots[place - first], of_place[place]) for place in own if place in of_place]
+        return self._mixed(rollout, output, rewards, replayed, experiences, own)
+
+    def _shown(
+        self, row: dict[str, Any], prompt: EncodedPrompt | None, hinted: bool
+    ) -> tuple[dict[str, Any], EncodedPrompt | None]:
+        """A row and its prompt as they are shown to the model."""
+        if not hinted:
+            return row, prompt
+        hinted_prompt = None if prompt is None else self._hinted_prompt(row, prompt)
+        return with_hint(row, self.args.hint_template), hinted_prompt
+
+    def _complete_fresh(self, shown: list[tuple[dict[str, Any], EncodedPrompt | None]]) -> Chunk:
+        """TRL's rollout of rows that are no whole groups; its advantages are replaced afterwards."""
+        rows, prompts = (list(part) for part in zip(*shown, strict=True))
+        group_size, self.num_generations = self.num_generations, 1
+        try:
+            return super()._complete(rows, None if self.family is None else prompts)
+        finally:
+            self.num_generations = group_size
+
+    def _mixed(
+        self,
+        rollout: MixedRollout,
+        fresh: Chunk,
+        rewards: Tensor,
+        replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]],
+        experiences: list[Experience],
+        own: range,
+    ) -> Chunk:
+        """
+        The rank's fresh and replayed completions as one batch.
+
+        Args:
+            rewards (`Tensor` of shape (fresh,)): of all ranks' fresh completions.
+            replayed: this rank's replayed completions with the rows and prompts of their places.
+            experiences: those of all ranks.
+            own: this rank's places.
+        """
+        device = self.accelerator.device
+        fresh_advantages, replayed_advantages = self._advantages(rollout, rewards, experiences)
+        batch = dict(fresh)
+        batch["advantages"] = self._own(fresh_advantages)
+        batch[REPLAYED_KEY] = torch.zeros_like(batch["advantages"], dtype=torch.long)
+        unknown = torch.full(fresh["completion_ids"].shape, torch.nan, device=device)
+        batch.setdefault("old_per_token_logps", unknown)  # those of the pass that trains on them
+        if replayed:
+            parts = [batch, self._replayed_chunk(replayed, self._own(replayed_advantages), batch)]
+            batch = concat_rows(parts, self._tokenizer.pad_token_id)
+        own_places = [place for flag in (False, True) for place in own if rollout.replayed[place] == flag]
+        batch[NUMBER_KEY] = torch.tensor(own_places, device=device) + rollout.first_number
+        self._log_rollout(rollout, rewards, experiences, fresh_advantages)
+        return self._shaped(self._balanced(batch, rollout))
+
+    def _advantages(
+        self, rollout: MixedRollout, rewards: Tensor, experiences: list[Experience]
+    ) -> tuple[Tensor, Tensor]:
+        """Of fresh and of replayed completions, over all ranks."""
+        device = rewards.device
+        past = torch.tensor([e.reward for e in experiences], dtype=torch.float64, device=device)
+        baselines = [self.memory.vcrs.baseline(e.prompt) for e in experiences]
+        baselines = torch.tensor(baselines, dtype=torch.float64, device=device)
+        off_policy = replay_advantages(past, baselines, self.args.replay_advantage_limit)
+        groups = rollout.groups_of(rollout.places(replayed=False)).to(device)
+        tags = torch.tensor([group.tag for group in rollout.groups], device=device)[groups]
+        if self.args.advantage_group == "mixed":
+            replayed_groups = rollout.groups_of(rollout.places(replayed=True)).to(device)
+            everyone = torch.cat([rewards.double(), past]), torch.cat([groups, replayed_groups])
+            on_policy = group_advantages(*everyone, torch.zeros_like(everyone[1]), "group")[: len(rewards)]
+        else:
+            scope = self.args.advantage_scope
+            by_tag = scope in ("tag", "tag_whitened")
+            on_policy = group_advantages(rewards, groups, tags if by_tag else torch.zeros_like(tags), scope)
+        self._replace_logged_advantages(on_policy)
+        return on_policy, off_policy
+
+    def _replayed_chunk(
+        self,
+        replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]],
+        advantages: Tensor,
+        like: Chunk,
+    ) -> Chunk:
+        """Replayed completions with the prompts that they were written under, as a batch with the fields of another."""
+        shown = [self._shown(row, prompt, experience.hinted) for row, prompt, experience in replayed]
+        prompts = [prompt for _, prompt in shown]
+        if self.family is None:
+            prompt_ids = self._tokenize_prompts([row["prompt"] for row, _ in shown])[0]
+        else:
+            prompt_ids = [prompt.input_ids for prompt in prompts]
+        pad = self._tokenizer.pad_token_id
+        rows = []
+        for ids, (_, _, experience) in zip(prompt_ids, replayed, strict=True):
+            prompt = torch.as_tensor(ids, dtype=like["prompt_ids"].dtype)[None]
+            completion = experience.completion_ids.to(like["completion_ids"].dtype)[None]
+            rows.append(
+                {
+                    "prompt_ids": prompt,
+                    "prompt_mask": torch.ones_like(prompt, dtype=like["prompt_mask"].dtype),
+                    "completion_ids": completion,
+                    "completion_mask": torch.ones_like(completion, dtype=like["completion_mask"].dtype),
+                    "old_per_token_logps": experience.logps[None],
+                }
+            )
+        chunk = {name: value.to(self.accelerator.device) for name, value in concat_rows(rows, pad).items()}
+        chunk |= {"advantages": advantages, REPLAYED_KEY: torch.ones_like(advantages, dtype=torch.long)}
+        if "ref_per_token_logps" in like:  # the penalty is on the fresh ones alone
+            chunk["ref_per_token_logps"] = torch.full_like(chunk["old_per_token_logps"], torch.nan)
+        if self.family is not None:
+            chunk[PROMPTS_KEY] = prompts
+        return chunk | {"num_items_in_batch": like["num_items_in_batch"]}
+
+    def _balanced(self, batch: Chunk, rollout: MixedRollout) -> Chunk:
+        """
+        Scales the advantages so that TRL's mean over all completions becomes J_on + alpha J_off (AVATAR eq. 3).
+
+        The surrogates are linear in the size of the advantage, so a term's weight can stand in it.
+        """
+        replayed = batch[REPLAYED_KEY].bool()
+        lengths = batch["completion_mask"].sum(dim=1)
+        counted = lengths if self.loss_type in ("dapo", "cispo") else torch.ones_like(lengths)
+        totals = torch.stack([counted[~replayed].sum(), counted[replayed].sum(), lengths.sum()])
+        fresh, past, tokens = self._summed(totals.double()).tolist()
+        filled = sum(rollout.replayed) / (len(rollout.groups) * self.args.replayed_generations)
+        fresh_scale, replayed_scale = term_scales(fresh, past, filled, self.args.replay_alpha)
+        if past:
+            batch["advantages"] = batch["advantages"] * torch.where(replayed, replayed_scale, fresh_scale)
+        batch["num_items_in_batch"] = torch.full_like(batch["num_items_in_batch"], int(tokens))
+        batch[FRESH_SCALE_KEY] = torch.tensor(fresh_scale, device=self.accelerator.device)
+        return batch
+
+    def _shaped(self, batch: Chunk) -> Chunk:
+        """Advantages per token, by their place in the completion (AVATAR eq. 6)."""
+        if self.args.tas_lambda:
+            weights = tas_weights(batch["completion_mask"], self.args.tas_lambda, self.args.tas_shape)
+            batch["advantages"] = batch["advantages"][:, None] * weights
+        return batch
+
+    # Loss
+
+    def _compute_loss(self, model, inputs):
+        if REPLAYED_KEY not in inputs:
+            return super()._compute_loss(model, inputs)
+        inputs = dict(inputs)  # what is filled in here holds for this pass alone
+        self._filling = inputs
+        try:
+            with self._objective_of(inputs):
+                loss = super()._compute_loss(model, inputs)
+            self._record(inputs)
+        finally:
+            self._filling = self._logps = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._filling is not None:
+            self._logps = found[0].detach()
+            # TRL reads them after this pass. Unknown ones are those of the pass itself.
+            for name in ("old_per_token_logps", "ref_per_token_logps"):
+                values = self._filling.get(name)
+                if values is not None:
+                    self._filling[name] = torch.where(values.isnan(), self._logps, values)
+        return found
+
+    @contextmanager
+    def _objective_of(self, inputs: Chunk) -> Iterator[None]:
+        """The clip of each row, and a penalty that is a mean over the fresh ones, where TRL's loss reads them."""
+        before = {name: getattr(self, name) for name in ("epsilon_low", "epsilon_high", "beta")}
+        replayed = inputs[REPLAYED_KEY].bool()[:, None]
+        own = {"epsilon_low": self.args.replay_epsilon, "epsilon_high": self.args.replay_epsilon_high}
+        own = {name: before[name] if value is None else value for name, value in own.items()}
+        if any(own[name] != before[name] for name in own):
+            for name, value in own.items():
+                setattr(self, name, torch.where(replayed, value, before[name]))
+        if self.beta and FRESH_SCALE_KEY in inputs:
+            self.beta = self.beta * float(inputs[FRESH_SCALE_KEY])
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    def _record(self, inputs: Chunk) -> None:
+        """Takes what a training pass found out: log-probabilities of fresh completions, ratios of replayed ones."""
+        mask, replayed = inputs["completion_mask"], inputs[REPLAYED_KEY].bool()
+        old = inputs.get("old_per_token_logps")
+        log_ratios = torch.zeros_like(self._logps) if old is None else (self._logps - old) * mask
+        advantages = inputs["advantages"]
+        signal = (log_ratios.exp() * (advantages if advantages.dim() == 2 else advantages[:, None])).abs()
+        self._sums.add_signal(signal, mask)
+        if NUMBER_KEY not in inputs:
+            return
+        divergences = (policy_divergence(log_ratios) * mask).sum(dim=1)
+        numbers, flags = inputs[NUMBER_KEY].tolist(), replayed.tolist()
+        for i, number in enumerate(numbers):
+            tokens = mask[i].bool()
+            if flags[i]:
+                self._sums.add_log_ratios(log_ratios[i][tokens])
+            if not self.memory.waits_for(number):
+                continue
+            if flags[i]:
+                self._written.divergences.append((number, float(divergences[i]), float(tokens.sum())))
+            else:
+                ids, logps = inputs["completion_ids"][i][tokens], old[i][tokens]
+                self._written.completions.append((number, ids.cpu(), logps.float().cpu()))
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._end_window()
+        return loss
+
+    def _begin_window(self) -> None:
+        """A window is the micro-batches of one optimizer step."""
+        self._written = Written()
+        self._sums = PassSums()
+
+    def _end_window(self) -> None:
+        found = gather_object([(self._written, self._sums)])
+        self._log_all(pass_metrics([sums for _, sums in found]))
+        if self.args.replayed_generations:
+            self.memory.write([written for written, _ in found])
+            self._log_all(self.memory.metrics())
+        self._begin_window()
+
+    # Metrics
+
+    def _log_rollout(
+        self, rollout: MixedRollout, rewards: Tensor, experiences: list[Experience], advantages: Tensor
+    ) -> None:
+        size = len(rollout.groups), rollout.group_size
+        everyone = torch.full(size, torch.nan, dtype=torch.float64).flatten()
+        everyone[rollout.places(replayed=False)] = rewards.double().cpu()
+        fresh_only = ~informative_groups(everyone.view(size))
+        everyone[rollout.places(replayed=True)] = torch.tensor([e.reward for e in experiences], dtype=torch.float64)
+        mixed = ~informative_groups(everyone.view(size))
+        # TRL took each fresh completion for a group.
+        self._metrics["train"]["frac_reward_zero_std"][-1] = float(fresh_only.float().mean())
+        names = self.reward_func_names
+        task = self._scores[:, names.index("accuracy_reward")] if "accuracy_reward" in names else rewards
+        groups = rollout.groups_of(rollout.places(replayed=False))
+        tags = torch.tensor([group.tag for group in rollout.groups])
+        self._log_all(
+            {
+                "replay/zero_variance_fresh": float(fresh_only.float().mean()),
+                "replay/zero_variance_mixed": float(mixed.float().mean()),
+                "replay/share": sum(rollout.replayed) / len(rollout.replayed),
+                "replay/generated": float(len(rewards)),
+                "rewardless": float(not (task.nan_to_num(nan=0.0) > 0).any()),
+            }
+        )
+        if self.memory.hints is not None:
+            self._log_all({"hint/rate": sum(rollout.hinted) / len(rollout.hinted)})
+        values = {"reward": rewards, "unscorable": rewards.isnan().float()}
+        if task is not rewards:
+            values["accuracy"] = task
+        values |= {"advantage_mean": advantages, "advantage_square": advantages.square()}
+        for name, value in values.items():
+            self._means["train"].add(totals_by_tag(name, value.cpu(), tags[groups]))
+        for name, value in (("zero_variance", fresh_only), ("zero_variance_mixed", mixed)):
+            self._means["train"].add(totals_by_tag(name, value.float(), tags))
+
+    # State
+
+    def _geometry(self) -> dict[str, Any]:
+        names = ("replayed_generations", "advantage_group", "batching", "hints", "vcrs_window")
+        return super()._geometry() | {name: getattr(self.args, name) for name in names}
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save and self.args.replayed_generations:
+            save_memory(self._checkpoint_folder(trial), self.memory, self._provenance)
+        super()._save_checkpoint(model, trial)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None and self.args.replayed_generations:
+            self._restore(resume_from_checkpoint)
+        return trained
+
+    def _restore(self, checkpoint: str) -> None:
+        try:
+            load_memory(checkpoint, self.memory, self._provenance)
+        except ReplayStateError as error:
+            if self.args.replay_recovery != "empty":
+                raise ResumeError(
+                    f"{error}. Set replay_recovery='empty' to go on with an empty replay buffer."
+                ) from error
+            logger.warning("The run goes on with an empty replay buffer: %s", error)
+            self._begin_run()
+        self._discard_quarantined()
+
+    @property
+    def _provenance(self) -> dict[str, str]:
+        if self._digests is None:
+            self._digests = provenance(self)
+        return self._digests

@@ -1,0 +1,80 @@
+"""What AVATAR's options ask of the data and of the batch, looked at before training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from maple_trl.algorithms import replayed_slots
+from maple_trl.modalities import ModalityTag
+from maple_trl.omni.prompt import RowError
+from maple_trl.trainers.hinted_rows import HINT_COLUMN, has_hint, with_hint
+
+
+if TYPE_CHECKING:
+    from maple_trl.trainers.avatar import AvatarTrainer
+
+
+def check_tags(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        RowError: for the first row without a tag, where an option needs one.
+        ValueError: for a streamed data set, where rows are batched or scaled by tag.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    by_tag = args.advantage_scope in ("tag", "tag_whitened")
+    if args.batching != "stratified" and not by_tag:
+        return
+    name = "advantage_scope" if by_tag else "batching"
+    option = f"{name}={getattr(args, name)!r}"
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{option} needs a map-style Dataset, got {type(dataset).__name__}")
+    for i, tag in enumerate(dataset["tag"] if "tag" in dataset.column_names else [None]):
+        try:
+            ModalityTag.parse(tag)
+        except ValueError as error:
+            raise RowError(f"train_dataset, row {i}: {option} needs a field 'tag': {error}") from error
+
+
+def check_hints(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        RowError: for the first row that cannot be a prompt with its hint.
+        ValueError: when no row has a hint.
+    """
+    dataset = trainer.train_dataset
+    if not trainer.args.hints or not isinstance(dataset, Dataset):
+        return
+    if HINT_COLUMN not in dataset.column_names:
+        raise ValueError(
+            f"hints=True, but train_dataset has no column {HINT_COLUMN!r} (its columns: "
+            f"{', '.join(dataset.column_names)}); `maple-trl data hints` writes one"
+        )
+    hinted = [i for i, hint in enumerate(dataset[HINT_COLUMN]) if has_hint({HINT_COLUMN: hint})]
+    if not hinted:
+        raise ValueError(f"hints=True, but every {HINT_COLUMN!r} of train_dataset is empty")
+    for i in hinted:
+        try:
+            row = with_hint(dataset[i], trainer.args.hint_template)
+            if trainer.family is not None:
+                trainer.prompt_builder.spec(row)
+        except RowError as error:
+            raise RowError(f"train_dataset, row {i}, with its field {HINT_COLUMN!r}: {error}") from error
+
+
+def check_places(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        ValueError: when no completion of a rollout could ever be replayed.
+    """
+    args, world = trainer.args, trainer.accelerator.num_processes
+    if not args.replayed_generations:
+        return
+    groups = args.generation_batch_size // trainer.num_generations
+    if not any(replayed_slots([args.replayed_generations] * groups, trainer.num_generations, world)):
+        raise ValueError(
+            f"Nothing can be replayed: each of the {world} processes has {args.generation_batch_size // world} "
+            "completion(s) of a rollout, and all generate equally many. Raise per_device_train_batch_size or "
+            "steps_per_generation, or set replayed_generations=0"
+        )

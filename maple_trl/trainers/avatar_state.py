@@ -1,0 +1,80 @@
+"""An AVATAR run's memory in a checkpoint: `avatar.json`, and the buffer's own files in `replay/`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from maple_trl.algorithms import ReplayStateError
+from maple_trl.evaluation.report import write_atomically
+from maple_trl.trainers.hinted_rows import HINT_COLUMN
+from maple_trl.trainers.replay_memory import ReplayMemory
+
+
+if TYPE_CHECKING:
+    from maple_trl.trainers.avatar import AvatarTrainer
+
+
+STATE_FILE = "avatar.json"
+BUFFER_FOLDER = "replay"
+
+
+def provenance(trainer: AvatarTrainer) -> dict[str, str]:
+    """What stored completions and their rewards depend on, as digests by name."""
+    args, dataset = trainer.args, trainer.train_dataset
+    prompting = ("modality_access", "audio_in_video", "subtitle_template", "max_prompt_length", "hint_template")
+    parts = {
+        "reward functions and weights": [trainer.reward_func_names, trainer.reward_weights.tolist()],
+        "tokenizer": [sorted(trainer._tokenizer.get_vocab().items()), trainer.processing_class.chat_template],
+        "prompt options": [*(str(getattr(args, name)) for name in prompting), args.chat_template_kwargs],
+    }
+    if isinstance(dataset, Dataset):
+        columns = [name for name in ("prompt", HINT_COLUMN) if name in dataset.column_names]
+        parts["data set"] = [dataset[name][:] for name in columns]
+        if trainer.family is not None:
+            parts["data set"].append(trainer.rows.registries["train_dataset"].state_dict()["content"])
+    text = {name: json.dumps(part, sort_keys=True, default=str) for name, part in parts.items()}
+    return {name: hashlib.sha256(part.encode()).hexdigest()[:16] for name, part in text.items()}
+
+
+def save_memory(folder: str, memory: ReplayMemory, written_with: Mapping[str, str]) -> None:
+    """
+    Writes a memory.
+
+    Args:
+        written_with: what it depends on; see [`provenance`].
+    """
+    os.makedirs(folder, exist_ok=True)
+    state = {"provenance": written_with, "memory": memory.state_dict()}
+    write_atomically(os.path.join(folder, STATE_FILE), json.dumps(state))
+    memory.buffer.save(os.path.join(folder, BUFFER_FOLDER))
+
+
+def load_memory(folder: str, memory: ReplayMemory, needed: Mapping[str, str]) -> None:
+    """
+    Reads what [`save_memory`] wrote.
+
+    Raises:
+        ReplayStateError: when a file is missing or damaged, or the memory depends on something that has changed. What
+            has been read by then stays in the memory.
+    """
+    path = os.path.join(folder, STATE_FILE)
+    if not os.path.exists(path):
+        raise ReplayStateError(f"{path} is missing: {folder} holds no state of AvatarTrainer with replay")
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        written = state["provenance"]
+        changed = sorted(name for name in {*written, *needed} if written.get(name) != needed.get(name))
+        if not changed:
+            memory.load_state_dict(state["memory"])
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ReplayStateError(f"{path} is cut short or damaged: {error!r}") from error
+    if changed:
+        raise ReplayStateError(f"the replay buffer of {folder} was written with another {', another '.join(changed)}")
+    memory.buffer.load(os.path.join(folder, BUFFER_FOLDER))

@@ -1,0 +1,270 @@
+"""What an AVATAR run remembers of its prompts and completions, and the groups that are mixed out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maple_trl.algorithms import Experience, HintTrigger, StratifiedReplayBuffer, Vcrs, replayed_slots
+
+
+@dataclass(frozen=True)
+class Group:
+    """
+    A prompt of a rollout, the same on every rank.
+
+    Attributes:
+        key (`str`): its key, without a hint.
+        row (`int`): its row of the data set, -1 where that is not known.
+        tag (`int`): its tag as a number.
+        has_hint (`bool`): whether it can be shown with a hint.
+    """
+
+    key: str
+    row: int
+    tag: int
+    has_hint: bool
+
+
+@dataclass(frozen=True)
+class MixedRollout:
+    """
+    Which completions of a rollout are generated and which are replayed, over all ranks.
+
+    Completions have places, counted over the rollout, and numbers, counted over the run.
+
+    Attributes:
+        groups (`list[Group]`): the prompts, in order.
+        group_size (`int`): completions of each.
+        hinted (`list[bool]`): whether each prompt is shown with its hint.
+        replayed (`list[bool]`): whether the completion of each place is replayed.
+        first_number (`int`): number of the completion of the first place.
+    """
+
+    groups: list[Group]
+    group_size: int
+    hinted: list[bool]
+    replayed: list[bool]
+    first_number: int
+
+    def places(self, replayed: bool) -> list[int]:
+        """Places of the fresh or of the replayed completions."""
+        return [place for place, flag in enumerate(self.replayed) if flag == replayed]
+
+    def groups_of(self, places: Sequence[int]) -> Tensor:
+        """Number of each one's group, of shape (places,)."""
+        return torch.tensor(places, dtype=torch.long) // self.group_size
+
+
+@dataclass
+class Pending:
+    """A fresh completion whose tokens have not been trained on yet, so that their log-probabilities are not known."""
+
+    key: str
+    row: int
+    reward: float
+    step: int
+    hinted: bool
+    rewards: dict[str, float]
+
+
+@dataclass
+class Written:
+    """
+    What a rank found out in its training passes since it was last taken.
+
+    Attributes:
+        completions: number, token ids and behaviour log-probabilities of fresh completions.
+        divergences: number of a replayed completion, sum of its token KL, and its tokens.
+    """
+
+    completions: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    divergences: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+class ReplayMemory:
+    """
+    The buffer, the baselines and the hints of a run. Every rank holds the same and is told the same.
+
+    A prompt's completions of one rollout go through three steps: [`plan`] says which are generated, [`learn`] takes the
+    rewards of those and hands out the replayed ones, and [`write`] stores the fresh ones once their log-probabilities
+    are known.
+
+    Args:
+        buffer ([`StratifiedReplayBuffer`]), vcrs ([`Vcrs`]): experiences, and the prompts' baselines.
+        replayed (`int`): replayed completions that a group is to have.
+        hints ([`HintTrigger`], *optional*): without it no prompt is hinted.
+        hint_below (`float`): a Hard prompt is stuck while its baseline is below this.
+        retier (`bool`): whether stored experiences move along when their prompt changes its tier.
+    """
+
+    def __init__(
+        self,
+        buffer: StratifiedReplayBuffer,
+        vcrs: Vcrs,
+        replayed: int,
+        hints: HintTrigger | None = None,
+        hint_below: float = 0.75,
+        retier: bool = False,
+    ):
+        self.buffer = buffer
+        self.vcrs = vcrs
+        self.replayed = replayed
+        self.hints = hints
+        self.hint_below = hint_below
+        self.retier = retier
+        self.unstorable = 0
+        self._next_number = 0
+        self._pending: dict[int, Pending] = {}
+        self._replaying: dict[int, str] = {}
+
+    def may_hint(self, key: str) -> bool:
+        """Whether the hinted form of a prompt may be needed at its next visit."""
+        if self.hints is None:
+            return False
+        return self.hints.due(key) or any(experience.hinted for experience in self.buffer.stored(key))
+
+    def plan(self, groups: Sequence[Group], group_size: int, step: int, ranks: int) -> MixedRollout:
+        """
+        Decides which completions of a rollout are generated: as few as what is stored allows.
+
+        Args:
+            groups: the rollout's prompts over all ranks, in order.
+            step: the current optimizer step.
+        """
+        hinted = [self.hints is not None and group.has_hint and self.hints.due(group.key) for group in groups]
+        for group, shown in zip(groups, hinted, strict=True):
+            if shown:
+                self.hints.give(group.key)
+        wanted = [min(self.replayed, self.buffer.available(group.key, step)) for group in groups]
+        replayed = replayed_slots(wanted, group_size, ranks)
+        rollout = MixedRollout(list(groups), group_size, hinted, replayed, self._next_number)
+        self._next_number += len(replayed)
+        return rollout
+
+    def learn(
+        self, rollout: MixedRollout, rewards_F: Tensor, scores_FR: Tensor, names: Sequence[str], step: int
+    ) -> list[Experience]:
+        """
+        Takes the rewards of the fresh completions, over all ranks and in the order of their places.
+
+        Args:
+            rewards_F (`Tensor` of shape (fresh,)): what they are trained with, NaN where no function gave any.
+            scores_FR (`Tensor` of shape (fresh, reward functions)): of each function.
+            names: of the reward functions.
+
+        Returns:
+            `list[Experience]`: the replayed completions, in the order of their places.
+        """
+        fresh_of: dict[int, list[int]] = {}
+        places = rollout.places(replayed=False)
+        for i, place in enumerate(places):
+            fresh_of.setdefault(place // rollout.group_size, []).append(i)
+        rewards = rewards_F.tolist()
+        for number, group in enumerate(rollout.groups):
+            self.vcrs.observe(group.key, [rewards[i] for i in fresh_of[number]])
+        if self.hints is not None:
+            for group in rollout.groups:
+                self.hints.observe(group.key, self._is_stuck(group.key))
+        counts = rollout.groups_of(rollout.places(replayed=True)).bincount(minlength=len(rollout.groups)).tolist()
+        experiences = []
+        for number, group in enumerate(rollout.groups):
+            if counts[number]:
+                known = [rewards[i] for i in fresh_of[number]]
+                experiences += self.buffer.sample(group.key, counts[number], known, step)
+        self._note(rollout, places, rewards, scores_FR.tolist(), names, step)
+        return experiences
+
+    def _is_stuck(self, key: str) -> bool:
+        baseline = self.vcrs.baseline(key)
+        return baseline is not None and baseline < self.hint_below and self.buffer.tier(key, self.vcrs) == "hard"
+
+    def _note(self, rollout: MixedRollout, places, rewards, scores, names, step: int) -> None:
+        """Notes what will be known of the completions when they are trained on."""
+        for place, reward, row_scores in zip(places, rewards, scores, strict=True):
+            number = place // rollout.group_size
+            group = rollout.groups[number]
+            if reward != reward:  # NaN: no function could score it
+                self.unstorable += 1
+                continue
+            self._pending[rollout.first_number + place] = Pending(
+                group.key, group.row, reward, step, rollout.hinted[number], dict(zip(names, row_scores, strict=True))
+            )
+        for place in rollout.places(replayed=True):
+            self._replaying[rollout.first_number + place] = rollout.groups[place // rollout.group_size].key
+
+    def waits_for(self, number: int) -> bool:
+        """Whether a completion has not been trained on before."""
+        return number in self._pending or number in self._replaying
+
+    def write(self, found: Iterable[Written]) -> None:
+        """
+        Stores fresh completions and takes note of divergences.
+
+        Args:
+            found: what each rank found out, in the order of the ranks.
+        """
+        found = list(found)
+        experiences = []
+        # In the order in which they were generated, however the micro-batches were shuffled and shared.
+        for number, ids, logps in sorted((c for part in found for c in part.completions), key=lambda c: c[0]):
+            pending = self._pending.pop(number, None)
+            if pending is None:  # it was in two passes since
+                continue
+            if not len(ids):
+                self.unstorable += 1
+                continue
+            experiences.append(
+                Experience(
+                    pending.key,
+                    pending.row,
+                    ids,
+                    logps,
+                    pending.reward,
+                    pending.step,
+                    pending.hinted,
+                    pending.rewards,
+                )
+            )
+        self.buffer.add(experiences, self.vcrs)
+        if self.retier:
+            self.buffer.retier(self.vcrs)
+        for number, total, tokens in sorted(d for part in found for d in part.divergences):
+            key = self._replaying.pop(number, None)
+            if key is not None and self.hints is not None:
+                self.hints.observe_divergence(key, total, tokens)
+
+    # State
+
+    def metrics(self) -> dict[str, float]:
+        """
+        Those of the buffer, of the baselines and of the hints, and `replay/unstorable`: completions without a reward or
+        a token.
+        """
+        metrics = self.buffer.metrics() | self.vcrs.metrics() | {"replay/unstorable": float(self.unstorable)}
+        return metrics if self.hints is None else metrics | self.hints.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the buffer, which has files of its own; ready for JSON."""
+        return {
+            "vcrs": self.vcrs.state_dict(),
+            "hints": None if self.hints is None else self.hints.state_dict(),
+            "unstorable": self.unstorable,
+            "next_number": self._next_number,
+            "pending": {str(number): vars(pending) for number, pending in self._pending.items()},
+            "replaying": {str(number): key for number, key in self._replaying.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from [`state_dict`]."""
+        self.vcrs.load_state_dict(state["vcrs"])
+        if self.hints is not None and state["hints"] is not None:
+            self.hints.load_state_dict(state["hints"])
+        self.unstorable = state["unstorable"]
+        self._next_number = state["next_number"]
+        self._pending = {int(number): Pending(**pending) for number, pending in state["pending"].items()}
+        self._replaying = {int(number): key for number, key in state["replaying"].items()}
