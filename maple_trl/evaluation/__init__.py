@@ -1,6 +1,47 @@
 """Evaluation."""
 
+from maple_trl.evaluation.gaps import ModalityGap, modality_gap, modality_gap_intervals, tag_disparity
+from maple_trl.evaluation.hf_metrics import metric_folder
+from maple_trl.evaluation.intervals import Estimate, UndefinedMetricError, bootstrap_mean
+from maple_trl.evaluation.metrics import (
+    TagAccuracies,
+    TrainingEfficiency,
+    fused_samples,
+    fusion_gain,
+    pass_at_k,
+    pass_at_k_interval,
+    tag_accuracies,
+    training_efficiency,
+)
 from maple_trl.evaluation.sampled import SampledAccuracy, choose_questions, sampled_accuracy
+from maple_trl.evaluation.significance import PairedComparison, align_runs, compare_runs, mcnemar_exact
+from maple_trl.evaluation.spread import EmbeddingSpread, embedding_spread
 
 
-__all__ = ["SampledAccuracy", "choose_questions", "sampled_accuracy"]
+__all__ = [
+    "EmbeddingSpread",
+    "Estimate",
+    "ModalityGap",
+    "PairedComparison",
+    "SampledAccuracy",
+    "TagAccuracies",
+    "TrainingEfficiency",
+    "UndefinedMetricError",
+    "align_runs",
+    "bootstrap_mean",
+    "choose_questions",
+    "compare_runs",
+    "embedding_spread",
+    "fused_samples",
+    "fusion_gain",
+    "mcnemar_exact",
+    "metric_folder",
+    "modality_gap",
+    "modality_gap_intervals",
+    "pass_at_k",
+    "pass_at_k_interval",
+    "sampled_accuracy",
+    "tag_accuracies",
+    "tag_disparity",
+    "training_efficiency",
+]
