@@ -598,9 +598,11 @@ def test_the_reference_model_is_loaded_as_the_policy_was(seven_tags, tmp_path):
         return load_model(name, **{k: v for k, v in kwargs.items() if k != "revision"})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maple_trl.trainers.omni_grpo.load_model", load)
+        for module in ("media_trainer", "trl_bridge"):
+            patch.setattr(f"maple_trl.trainers.{module}.load_model", load)
         patch.setattr(
-            "maple_trl.trainers.omni_grpo.load_processor", lambda name, **k: loads.append(k) or load_processor(name)
+            "maple_trl.trainers.media_trainer.load_processor",
+            lambda name, **k: loads.append(k) or load_processor(name),
         )
         init = {"revision": "abc", "dtype": "bfloat16"}
         trainer = build_trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,13 @@ import torch
 from torch import Tensor
 
 from maple_trl.modalities import ModalityTag
+
+
+MEDIA_NAMES = {
+    "video": ("pixel_values_videos", "video_grid_thw"),
+    "audio": ("input_features", "feature_attention_mask"),
+}
+"""The tensors that each tower reads."""
 
 
 class MediaMismatchError(RuntimeError):
@@ -48,14 +56,30 @@ class EncodedPrompt:
     media_tokens: dict[str, int] = field(default_factory=dict)
     tag: ModalityTag | None = None
     notes: tuple[str, ...] = ()
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.input_ids.numel()
+
+    def media_digest(self, kind: str) -> str:
+        """A digest of what the tower of a kind reads: equal clips, sampled and resized alike, have an equal one."""
+        if kind not in self._digests:
+            digest = hashlib.blake2b(digest_size=16)
+            for name in MEDIA_NAMES[kind]:
+                digest.update(f"{name} {self.media[name].dtype} {tuple(self.media[name].shape)}".encode())
+                digest.update(tensor_bytes(self.media[name]))
+            self._digests[kind] = digest.hexdigest()
+        return self._digests[kind]
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The towers that this prompt needs, of `video` and `audio`."""
         return tuple(kind for kind in ("video", "audio") if self.media_tokens.get(kind))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor, for digests."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def unique_prompts(rows: Sequence[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:

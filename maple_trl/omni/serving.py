@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, unique_prompts
 from maple_trl.omni.families.base import OmniFamily
+from maple_trl.omni.towers import Features, TowerCache, run_tower
 
 
 @contextmanager
 def serve_media(
-    family: OmniFamily, model: nn.Module, rows: Sequence[EncodedPrompt], touch_all_towers: bool = False
+    family: OmniFamily,
+    model: nn.Module,
+    rows: Sequence[EncodedPrompt],
+    touch_all_towers: bool = False,
+    packed: bool = False,
+    cache: TowerCache | None = None,
 ) -> Iterator[None]:
     """
     Inside this context, a forward of `model` over `rows` merges the rows' media into its embeddings.
@@ -27,6 +34,10 @@ def serve_media(
         touch_all_towers (`bool`):
             Run towers that no row needs on a dummy, weighted by zero. Sharded parameters (FSDP, ZeRO-3) are gathered
             by collective calls, so all ranks must run the same towers.
+        packed (`bool`):
+            The forward has a single row, in which the prompts stand one after the other.
+        cache ([`TowerCache`], *optional*):
+            What frozen towers have made of clips before.
 
     Raises:
         MediaMismatchError: when a row's placeholders and features differ in number, or no forward took the media.
@@ -41,7 +52,8 @@ def serve_media(
         if input_ids is None or not (first and touch_all_towers or _has_placeholders(family, input_ids)):
             return None
         served = True
-        return args, kwargs | _merged_inputs(family, module, rows, input_ids, touch_all_towers)
+        (_check_packed_placeholders if packed else _check_placeholders)(family, rows, input_ids)
+        return args, kwargs | _merged_inputs(family, module, rows, input_ids, touch_all_towers, cache)
 
     handle = family.core(model).register_forward_pre_hook(merge, with_kwargs=True)
     try:
@@ -61,20 +73,32 @@ def _has_placeholders(family: OmniFamily, input_ids: Tensor) -> bool:
 
 
 def _merged_inputs(
-    family: OmniFamily, core: nn.Module, rows: list[EncodedPrompt], input_ids: Tensor, touch_all_towers: bool
+    family: OmniFamily,
+    core: nn.Module,
+    rows: list[EncodedPrompt],
+    input_ids: Tensor,
+    touch_all_towers: bool,
+    cache: TowerCache | None,
 ) -> dict:
     """Arguments for the core's forward: embeddings with audio in place, and the vision tower's output per row."""
-    _check_placeholders(family, rows, input_ids)
     token_embeddings = embeddings = core.get_input_embeddings()(input_ids)
     inputs: dict = {}
     for kind in family.placeholder_ids:
         holders = [row for row in rows if kind in row.kinds]
         if holders:
             prompts, order = unique_prompts(holders)
+            known = (
+                run_tower(family, core, kind, prompts)
+                if cache is None
+                else cache.features(family, core, kind, prompts)
+            )
+            features = [known[i] for i in order]
             if kind == "audio":
-                embeddings = _scatter_audio(family, core, prompts, order, input_ids, embeddings)
+                mask = (input_ids == family.placeholder_ids["audio"]).unsqueeze(-1)
+                tokens = torch.cat([row["tokens"] for row in features])
+                embeddings = embeddings.masked_scatter(mask, tokens.to(embeddings.dtype))
             else:
-                inputs["mm_encoder_outputs"] = {"video": _video_per_row(family, core, prompts, order)}
+                inputs["mm_encoder_outputs"] = {"video": _video_per_row(features)}
         elif touch_all_towers:
             embeddings = embeddings + 0.0 * family.dummy_output(core, kind).to(embeddings.dtype)
     if embeddings is not token_embeddings:
@@ -82,6 +106,15 @@ def _merged_inputs(
         if "mm_encoder_outputs" not in inputs:
             inputs["input_ids"] = None  # the vision-language cores take one of the two
     return inputs
+
+
+def _video_per_row(features: list[Features]) -> SimpleNamespace:
+    """The rows' features as the core reads the vision tower's output."""
+    names = [name for name in features[0] if name.startswith("deepstack.")]
+    return SimpleNamespace(
+        pooler_output=tuple(row["tokens"] for row in features),
+        deepstack_features=[tuple(row[name] for row in features) for name in names],
+    )
 
 
 def _check_placeholders(family: OmniFamily, rows: list[EncodedPrompt], input_ids: Tensor) -> None:
@@ -97,26 +130,11 @@ def _check_placeholders(family: OmniFamily, rows: list[EncodedPrompt], input_ids
                 )
 
 
-def _scatter_audio(family, core, prompts, order, input_ids, embeddings) -> Tensor:
-    counts = [prompt.media_tokens["audio"] for prompt in prompts]
-    features = family.audio_embeddings(core, prompts).to(embeddings.dtype)
-    if features.size(0) != sum(counts):
-        raise MediaMismatchError(f"the audio tower gave {features.size(0)} features for {sum(counts)} placeholders")
-    per_prompt = features.split(counts)
-    mask = (input_ids == family.placeholder_ids["audio"]).unsqueeze(-1)
-    return embeddings.masked_scatter(mask, torch.cat([per_prompt[i] for i in order]))
-
-
-def _video_per_row(family, core, prompts, order):
-    """The vision tower's output with each prompt's videos repeated for its rows."""
-    outputs = family.video_outputs(core, prompts)
-    ends = torch.tensor([len(prompt.media["video_grid_thw"]) for prompt in prompts]).cumsum(0).tolist()
-    slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-    def per_row(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(feature for i in order for feature in features[slices[i]])
-
-    outputs.pooler_output = per_row(outputs.pooler_output)
-    if getattr(outputs, "deepstack_features", None) is not None:
-        outputs.deepstack_features = [per_row(layer) for layer in outputs.deepstack_features]
-    return outputs
+def _check_packed_placeholders(family: OmniFamily, prompts: list[EncodedPrompt], input_ids: Tensor) -> None:
+    for kind, token_id in family.placeholder_ids.items():
+        found, wanted = int((input_ids == token_id).sum()), sum(p.media_tokens.get(kind, 0) for p in prompts)
+        if found != wanted:
+            raise MediaMismatchError(
+                f"a packed row has {found} {kind} placeholder(s) in its tokens, but its {len(prompts)} prompt(s) have "
+                f"{wanted} {kind} feature(s)"
+            )

@@ -1,0 +1,151 @@
+"""What the vision and audio towers make of prompts, kept while the towers do not change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from cachetools import LRUCache
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, tensor_bytes
+from maple_trl.omni.families.base import OmniFamily
+
+
+Features = dict[str, Tensor]
+"""A prompt's features of one kind: `tokens` of shape (tokens, hidden), and `deepstack.0` and so on where there are."""
+
+_TOWER_SCOPES = {"video": "vision", "audio": "audio"}
+
+
+def run_tower(family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]) -> list[Features]:
+    """One pass of a tower over the media of some prompts."""
+    counts = [prompt.media_tokens[kind] for prompt in prompts]
+    if kind == "audio":
+        features = family.audio_embeddings(core, prompts)
+        if len(features) != sum(counts):
+            raise MediaMismatchError(f"the audio tower gave {len(features)} features for {sum(counts)} placeholders")
+        return [{"tokens": tokens} for tokens in features.split(counts)]
+    outputs = family.video_outputs(core, prompts)
+    layers = {"tokens": outputs.pooler_output}
+    layers |= {f"deepstack.{i}": layer for i, layer in enumerate(getattr(outputs, "deepstack_features", None) or [])}
+    split = {name: torch.cat(tuple(features)).split(counts) for name, features in layers.items()}
+    return [{name: parts[i] for name, parts in split.items()} for i in range(len(prompts))]
+
+
+class TowerCache:
+    """
+    Features of clips that frozen towers have seen, in memory and, where a folder is given, on disk.
+
+    A tower is frozen while no parameter of it and of its projector is trained; those of another are never kept. What
+    decides an entry is its content: the tower's weights, and the tensors that it reads, which frames, sizes and rates have
+    gone into.
+
+    Args:
+        max_bytes (`int`): in memory, at most; 0 keeps none.
+        folder (`str`, *optional*): for entries on disk; several processes may share it.
+        max_disk_bytes (`int`): on disk, at most; the entries not used for longest go first.
+
+    Attributes:
+        hits, misses (`int`): prompts that were found and that a tower had to read, of frozen towers.
+    """
+
+    def __init__(self, max_bytes: int, folder: str | os.PathLike | None = None, max_disk_bytes: int = 8 << 30):
+        self._memory: LRUCache[str, Features] = LRUCache(max(max_bytes, 1), getsizeof=_size)
+        self.folder = None if folder is None else Path(folder)
+        self.max_disk_bytes = max_disk_bytes
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._weights: dict[tuple[int, str], tuple[int, str]] = {}
+        self.hits = self.misses = 0
+
+    def features(
+        self, family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]
+    ) -> list[Features]:
+        """The features of prompts that have media of a kind; one tower pass for those that are not known."""
+        parameters = _tower_parameters(family, core, kind)
+        # An adapter that is switched off for a reference pass asks for no gradient either, but will be trained on.
+        if any(parameter.requires_grad or "lora_" in name for name, parameter in parameters):
+            return run_tower(family, core, kind, prompts)
+        weights = self._weights_digest(core, kind, parameters)
+        keys = [f"{weights}-{prompt.media_digest(kind)}" for prompt in prompts]
+        found = {key: self._read(key) for key in dict.fromkeys(keys)}
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if found[key] is None}
+        self.hits += len(found) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            computed = run_tower(family, core, kind, list(missing.values()))
+            for key, features in zip(missing, computed, strict=True):
+                found[key] = features
+                self._keep(key, {name: values.detach().cpu() for name, values in features.items()})
+        device = core.get_input_embeddings().weight.device
+        return [{name: values.to(device) for name, values in found[key].items()} for key in keys]
+
+    def _weights_digest(self, core: nn.Module, kind: str, parameters: list[tuple[str, nn.Parameter]]) -> str:
+        """Of a tower's weights; computed again when something has written to them."""
+        version = sum(parameter._version for _, parameter in parameters)
+        known = self._weights.get((id(core), kind))
+        if known is None or known[0] != version:
+            digest = hashlib.blake2b(kind.encode(), digest_size=12)
+            for name, parameter in parameters:
+                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+                digest.update(tensor_bytes(parameter))
+            known = self._weights[id(core), kind] = (version, digest.hexdigest())
+        return known[1]
+
+    def _read(self, key: str) -> Features | None:
+        if key in self._memory:
+            return self._memory[key]
+        if self.folder is None:
+            return None
+        path = self.folder / f"{key}.safetensors"
+        try:
+            features = load_file(path)
+            os.utime(path)
+        except (OSError, SafetensorError):  # missing, or half gone: it is computed again
+            return None
+        self._remember(key, features)
+        return features
+
+    def _keep(self, key: str, features: Features) -> None:
+        self._remember(key, features)
+        if self.folder is None:
+            return
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as scratch:
+            save_file({name: values.contiguous() for name, values in features.items()}, scratch.name)
+        os.replace(scratch.name, self.folder / f"{key}.safetensors")
+        self._shrink()
+
+    def _remember(self, key: str, features: Features) -> None:
+        if _size(features) <= self._memory.maxsize:
+            self._memory[key] = features
+
+    def _shrink(self) -> None:
+        entries = []
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                entries.append((path.stat().st_mtime, path.stat().st_size, path))
+            except FileNotFoundError:  # another process was faster
+                continue
+        excess = sum(size for _, size, _ in entries) - self.max_disk_bytes
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tuple[str, nn.Parameter]]:
+    """Of a tower and its projector; projectors of both kinds count for either."""
+    wanted = (_TOWER_SCOPES[kind], "projectors")
+    return [(name, parameter) for name, parameter in core.named_parameters() if family.scope_of(name) in wanted]
+
+
+def _size(features: Features) -> int:
+    return sum(values.nbytes for values in features.values())

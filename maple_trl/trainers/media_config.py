@@ -1,0 +1,163 @@
+"""The options of every trainer whose rows hold media: what rows are fed, and how their files are read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from maple_trl.omni.media import MediaLimits
+
+
+_FIELD_OF_LIMIT = {
+    "fps": "video_fps",
+    "max_seconds": "max_media_seconds",
+    "overlong": "overlong_media",
+    "decode_timeout": "media_decode_timeout",
+}
+
+
+@dataclass
+class MediaConfig:
+    r"""
+    Fields of a trainer's configuration that decide what rows are fed and how their media are read.
+
+    A mixin: it stands before a configuration class of TRL among the bases. Limits come from here alone, never from
+    environment variables.
+
+    Raises:
+        ValueError: for options that contradict each other, naming the field.
+    """
+
+    modality_access: str = field(
+        default="required",
+        metadata={
+            "help": "What a row with a tag is fed: 'required' feeds exactly the signals of its tag (modality-aware), "
+            "'all' feeds every signal the row has (modality-unaware)."
+        },
+    )
+    audio_in_video: bool = field(
+        default=False,
+        metadata={
+            "help": "Interleave audio tokens with the video's tokens, for rows that are fed both. A row's own column "
+            "'audio_in_video' overrides it."
+        },
+    )
+    subtitle_template: str = field(
+        default="Subtitles:\n{subtitle}\n",
+        metadata={"help": "Text around a subtitle in the prompt; must hold '{subtitle}'."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per prompt. A longer prompt has its subtitle shortened; media placeholders and the question "
+            "are never cut, a row that still does not fit is quarantined."
+        },
+    )
+    max_media_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Video and audio tokens per prompt. Frames are made smaller until they fit; a row that does not fit "
+            "with the smallest frames is quarantined."
+        },
+    )
+    media_root: str = field(
+        default=".",
+        metadata={"help": "The folder below which all media lie. Links are resolved; nothing outside it is read."},
+    )
+    media_allow_network: bool = field(
+        default=False, metadata={"help": "Whether rows may name media by http(s) URL. Off: a URL quarantines its row."}
+    )
+    media_backend: str = field(
+        default="pyav",
+        metadata={
+            "help": "Decoder: 'pyav', 'torchcodec', or 'auto' (torchcodec where it works, else PyAV). The two differ in "
+            "single pixel values, so a run repeats exactly only with the same one."
+        },
+    )
+    num_frames: int | None = field(
+        default=8, metadata={"help": "Frames per video, spread evenly over it. Exclusive with video_fps."}
+    )
+    video_fps: float | None = field(
+        default=None, metadata={"help": "Frames per second of video, at most max_frames. Set num_frames to null."}
+    )
+    max_frames: int = field(default=64, metadata={"help": "Most frames of one video."})
+    min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "Fewest pixels (height x width) of a frame."})
+    max_pixels: int = field(default=128 * 28 * 28, metadata={"help": "Most pixels (height x width) of a frame."})
+    max_media_seconds: float = field(default=300.0, metadata={"help": "Longest clip that is read, in seconds."})
+    overlong_media: str = field(
+        default="quarantine",
+        metadata={"help": "What happens to a longer clip: 'quarantine' drops its row, 'trim' reads its beginning."},
+    )
+    media_decode_timeout: float = field(
+        default=60.0, metadata={"help": "Seconds that decoding one clip may take before its row is quarantined."}
+    )
+    media_cache_bytes: int = field(
+        default=2 << 30, metadata={"help": "Bytes of decoded clips kept in memory, shared by rollout and training."}
+    )
+    media_prefetch: bool = field(
+        default=True, metadata={"help": "Decode the next batch's clips in the background while this one trains."}
+    )
+    encoder_cache_bytes: int = field(
+        default=1 << 30,
+        metadata={
+            "help": "Bytes of memory for what vision and audio towers that are not trained have made of clips. 0: none."
+        },
+    )
+    encoder_cache_dir: str | None = field(
+        default=None, metadata={"help": "A folder that keeps it on disk too, for other processes and later runs."}
+    )
+    encoder_cache_disk_bytes: int = field(
+        default=8 << 30, metadata={"help": "Most bytes in that folder; what was not used for longest is removed."}
+    )
+    media_check: str = field(
+        default="probe",
+        metadata={
+            "help": "Look at every media file before training: 'probe' reads headers and quarantines rows with broken "
+            "files, 'none' leaves it to the step that meets them."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choice("modality_access", ("required", "all"))
+        self._check_choice("media_check", ("probe", "none"))
+        self._check_choice("media_backend", ("auto", "pyav", "torchcodec"))
+        if "{subtitle}" not in self.subtitle_template:
+            raise ValueError(f"subtitle_template must hold '{{subtitle}}', got {self.subtitle_template!r}")
+        for name in ("max_prompt_length", "max_media_tokens", "media_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("encoder_cache_bytes", "encoder_cache_disk_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        self.media_limits()
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+
+    def media_limits(self) -> MediaLimits:
+        """
+        The limits that the media loader applies.
+
+        Raises:
+            ValueError: when they contradict each other, in terms of the fields here.
+        """
+        try:
+            return self._media_limits()
+        except ValueError as error:
+            names = "|".join(_FIELD_OF_LIMIT)
+            raise ValueError(re.sub(rf"\b({names})\b", lambda m: _FIELD_OF_LIMIT[m[0]], str(error))) from None
+
+    def _media_limits(self) -> MediaLimits:
+        return MediaLimits(
+            num_frames=self.num_frames,
+            fps=self.video_fps,
+            max_frames=self.max_frames,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            max_seconds=self.max_media_seconds,
+            overlong=self.overlong_media,
+            decode_timeout=self.media_decode_timeout,
+        )

@@ -1,0 +1,289 @@
+"""What trainers of prompts with video, audio and subtitles have in common, whatever their loss is."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
+from maple_trl.omni.loading import hub_arguments, load_model, load_processor
+from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.serving import serve_media
+from maple_trl.omni.towers import TowerCache
+from maple_trl.trainers.media_config import MediaConfig
+from maple_trl.trainers.quarantine import Ranks, write_quarantine
+from maple_trl.trainers.rollout_state import check_geometry, last_complete_checkpoint, load_rows
+from maple_trl.trainers.rows import RowEncoder
+
+
+class MediaTrainer:
+    """
+    Mixed into a TRL trainer: reads rows with their media, samples completions, resumes with the same rows.
+
+    Attributes:
+        family (`OmniFamily`, *optional*): of the model; `None` where it reads text alone.
+        towers ([`~maple_trl.omni.towers.TowerCache`], *optional*): what frozen towers have made of clips.
+    """
+
+    family: OmniFamily | None = None
+    towers: TowerCache | None = None
+
+    def _prepare_media(self, model: nn.Module, processor: ProcessorMixin, args: MediaConfig) -> None:
+        """Before the parent's constructor: what reads the rows' media."""
+        self.family = family_for(model, processor)
+        self.loader = MediaLoader(
+            args.media_root,
+            args.media_limits(),
+            cache_bytes=args.media_cache_bytes,
+            allow_network=args.media_allow_network,
+            backend=args.media_backend,
+        )
+        self.prompt_builder = PromptBuilder(
+            self.family,
+            self.loader,
+            modality_access=args.modality_access,
+            audio_in_video=args.audio_in_video,
+            subtitle_template=args.subtitle_template,
+            max_prompt_length=args.max_prompt_length,
+            max_media_tokens=args.max_media_tokens,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
+        shows = args.local_process_index == 0 and not args.disable_tqdm
+        self.rows = RowEncoder(self.prompt_builder, ranks, probe=args.media_check == "probe", progress=shows)
+
+    def _make_tower_cache(self) -> TowerCache | None:
+        args = self.args
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank sees whole weights
+        if self.family is None or sharded or not (args.encoder_cache_bytes or args.encoder_cache_dir):
+            return None
+        return TowerCache(args.encoder_cache_bytes, args.encoder_cache_dir, args.encoder_cache_disk_bytes)
+
+    # Rows
+
+    def _write_quarantine(self) -> None:
+        if self.family is not None and self.accelerator.is_main_process:
+            write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), self.rows.quarantined)
+
+    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
+        """
+        Encodes rows for a rollout; see [`~maple_trl.trainers.rows.RowEncoder.encode`]. Every rank must call this together.
+        """
+        known = len(self.rows.quarantined)
+        encoded = self.rows.encode(rows, evaluating=not self.model.training)
+        if len(self.rows.quarantined) > known:
+            self._write_quarantine()
+        return encoded
+
+    def _prefetch(self, rows: Sequence[dict[str, Any]], current: Sequence[EncodedPrompt]) -> None:
+        """Begins to decode the media of rows to come, but for those of the current prompts."""
+        waiting = {}
+        for row in map(self.rows.usable, rows):
+            waiting.setdefault(self.prompt_builder.spec(row).key, partial(self.prompt_builder.decode, row))
+        done = {prompt.key for prompt in current}
+        self.loader.prefetch([decode for key, decode in waiting.items() if key not in done])
+
+    # Media and generation
+
+    def _serve(self, model: nn.Module, prompts: Sequence[EncodedPrompt], packed: bool = False):
+        return serve_media(
+            self.family, model, prompts, touch_all_towers=self._touch_all_towers, packed=packed, cache=self.towers
+        )
+
+    @property
+    def _touch_all_towers(self) -> bool:
+        """Whether all ranks must run the same towers: their parameters are sharded, or DDP waits for each gradient."""
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        waits = self.accelerator.num_processes > 1 and not self.args.ddp_find_unused_parameters
+        return self.is_fsdp_enabled or zero3 or waits
+
+    @torch.no_grad()
+    def generate_completions(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> list[str | None]:
+        """
+        Samples one completion per row with the run's own generation settings and code path.
+
+        The ranks share the work: every rank must call this with the same rows, and gets all completions.
+
+        Args:
+            batch_size: rows per rank at a time; default `per_device_eval_batch_size`.
+
+        Returns:
+            `list[str]`: texts in the rows' order, `None` for a row whose media cannot be used.
+
+        Raises:
+            ValueError: for a text-only model.
+        """
+        if self.family is None:
+            raise ValueError("generate_completions needs an omni model with its processor")
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batch_size = batch_size or self.args.per_device_eval_batch_size
+        share = list(rows)[rank::world]
+        chunks = -(-len(rows) // (world * batch_size))  # on every rank, for generating can be a collective call
+        was_training = self.model.training
+        self.model.eval()
+        texts: list[str | None] = []
+        try:
+            for start in range(0, chunks * batch_size, batch_size):
+                prompts = self.rows.encode_each(share[start : start + batch_size])
+                completions = iter(self._sample([prompt for prompt in prompts if prompt is not None]))
+                texts += [None if prompt is None else next(completions) for prompt in prompts]
+        finally:
+            self.model.train(was_training)
+        shares = gather_object([texts]) if world > 1 else [texts]
+        return [shares[i % world][i // world] for i in range(len(rows))]
+
+    def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
+        mode = "train" if self.model.training else "eval"
+        kinds = ("video", "audio", "subtitle")
+        notes = {"no-audio-track": "rows_without_audio_track", "subtitle-shortened": "rows_with_shortened_subtitle"}
+        local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
+        local += [sum(note in prompt.notes for prompt in prompts) for note in notes]
+        total = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), reduction="sum").tolist()
+        metrics = self._metrics[mode]
+        for name, value in zip(
+            [f"media_tokens/{k}" for k in kinds] + [f"media/{n}" for n in notes.values()], total, strict=True
+        ):
+            metrics[name].append(float(value))
+        for note, clips in self.loader.notes.items():
+            metrics[f"media/clips_{note}"].append(float(clips))
+        metrics["media/quarantined_prompts"].append(float(len(self.rows.quarantined)))
+
+    # State
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        As in [`~transformers.Trainer`]. `resume_from_checkpoint=True` goes on from the last complete checkpoint in
+        `output_dir`, and begins anew where there is none.
+
+        Raises:
+            ResumeError: when this run cannot go on from the checkpoint: other data, batch sizes or number of processes.
+        """
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, str):
+            self._check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        """Whether the run can go on from a checkpoint, and with which rows."""
+        if self.family is not None:
+            check_geometry(checkpoint, self.accelerator.process_index, self._geometry())
+            self._restore_rows(checkpoint)
+
+    def _restore_rows(self, checkpoint: str) -> None:
+        """The run goes on with the rows that it began with, even where files broke or were mended in between."""
+        states = load_rows(checkpoint)
+        for name, registry in self.rows.registries.items():
+            if name in states:
+                registry.load_state_dict(states[name])
+        self._write_quarantine()
+
+        def restored(dataset: Any, name: str) -> Any:
+            return self.rows.registries[name].usable_dataset() if name in self.rows.registries else dataset
+
+        self.train_dataset = restored(self.train_dataset, "train_dataset")
+        self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", restored)
+
+    def _checkpoint_folder(self, trial: Any) -> str:
+        return os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next, which says that all files of all ranks are there.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_weights(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_weights(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _load_weights(self, checkpoint: str, model: nn.Module) -> bool:
+        """
+        Loads a whole model's weights by `from_pretrained`, which maps a checkpoint's names to the model's.
+
+        They differ for omni and vision-language models, and the parent passes over names that it does not find.
+        Returns False where the parent must do it: adapters, and weights that are sharded over processes.
+        """
+        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
+            return False
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        # One part may be kept in float32: reading it as the rest would round it.
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        model.load_state_dict(load_model(checkpoint, dtype=dtype).state_dict())
+        return True
+
+
+def load_parts(
+    model: str | nn.Module, processing_class: ProcessorMixin | PreTrainedTokenizerBase | None, seed: int, options: dict
+) -> tuple[nn.Module, ProcessorMixin | PreTrainedTokenizerBase]:
+    """
+    The model and its processor, loaded where they are not given.
+
+    Raises:
+        ValueError: when there is no processor, and the model does not know where it came from.
+    """
+    name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+    if isinstance(model, str):
+        set_seed(seed)
+        model = load_model(model, **options)
+    if processing_class is None:
+        if not name:
+            raise ValueError("The model does not know where it was loaded from: pass its processing_class")
+        processing_class = load_processor(name, **hub_arguments(options))
+    return model, processing_class
+
+
+def own_config(args: Any, config_class: type, model: str | nn.Module, trainer: str) -> Any:
+    """
+    A copy of a trainer's arguments, made up where there are none.
+
+    Raises:
+        TypeError: for arguments of another class.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        args = config_class(f"{name.rstrip('/').split('/')[-1]}-{trainer.replace(' ', '-')}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"args must be of type {config_class.__name__}, got {type(args).__name__}")
+    return copy.copy(args)
+
+
+def each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> Any:
+    """Applies a function to a data set and its name, or to each of a dictionary of data sets."""
+    if isinstance(dataset, dict):
+        return {key: apply(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+    return apply(dataset, name)
+
+
+def check_text_only(model: nn.Module, datasets: dict[str, Any]) -> None:
+    """A tokenizer reads no media: refuses to train on the text alone."""
+    if is_omni(model):
+        raise ValueError(
+            f"processing_class is a tokenizer, but {type(unwrap(model)).__name__} reads media: pass the model's processor"
+        )
+    for name, dataset in datasets.items():
+        parts = dataset if isinstance(dataset, dict) else {name: dataset}
+        for part in parts.values():
+            columns = {"video", "audio", "subtitle"} & set(getattr(part, "column_names", None) or [])
+            if columns:
+                raise ValueError(
+                    f"{name} has the column {sorted(columns)[0]!r}, but processing_class is a tokenizer, which reads no "
+                    "media: use an omni model with its processor, or drop the column"
+                )
