@@ -17,6 +17,8 @@ _EXPORTS = {
     "ModalityTag": "maple_trl.modalities",
     "OmniGRPOConfig": "maple_trl.trainers.omni_grpo_config",
     "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo",
+    "OmniSFTConfig": "maple_trl.trainers.omni_sft_config",
+    "OmniSFTTrainer": "maple_trl.trainers.omni_sft",
 }
 __all__ = [
     "AvatarConfig",
@@ -27,6 +29,8 @@ __all__ = [
     "ModalityTag",
     "OmniGRPOConfig",
     "OmniGRPOTrainer",
+    "OmniSFTConfig",
+    "OmniSFTTrainer",
 ]
 
 if TYPE_CHECKING:
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from maple_trl.trainers.mapo_config import MAPOConfig
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+    from maple_trl.trainers.omni_sft import OmniSFTTrainer
+    from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
 
 def __getattr__(name: str) -> Any:

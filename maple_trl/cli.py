@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from maple_trl.data_cli import add_data_commands, run_data
+
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
 
@@ -17,6 +19,7 @@ examples:
   maple-trl train --config recipes/demo.yaml --max_steps 20 --output_dir runs/short
   maple-trl train --config recipes/demo.yaml --resume_from_checkpoint true
   maple-trl train --config recipes/tiny/full_recipe.yaml
+  maple-trl train --config recipes/avatar/tiny/stages.yaml
 
 Several processes: accelerate launch --num_processes N -m maple_trl.cli train --config FILE
 """
@@ -51,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_data_commands(commands)
     return parser
 
 
@@ -70,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command line without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        `int`: 0; 1 when `env` found something broken; 2 when the job is described wrongly; 130 when interrupted.
+        `int`: 0; 1 when `env` found something broken or too many rows of `data` failed; 2 when the job is described
+        wrongly; 130 when interrupted.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
     if rest:
         parser.error(f"unknown argument {rest[0]}")
-    return _env(arguments)
+    return run_data(arguments) if arguments.command == "data" else _env(arguments)
 
 
 def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:
@@ -94,8 +99,14 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
         print("maple-trl train: name a job: --config FILE (maple-trl train --help)", file=sys.stderr)
         return 2
     from maple_trl.job_args import SetupError, parse_args
+    from maple_trl.stages import load_plan, run_stages
 
+    plan = None
     try:
+        plan = load_plan(words)
+        if plan is not None:
+            run_stages(plan)
+            return 0
         job = parse_args(words)
         from maple_trl.train import run
 
@@ -104,9 +115,8 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
         print(f"maple-trl train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "maple-trl train: stopped; --resume_from_checkpoint true goes on from the last checkpoint", file=sys.stderr
-        )
+        again = "--resume_from_checkpoint true" if plan is None else "the same command"
+        print(f"maple-trl train: stopped; {again} goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 # trl and its dataclasses without a trainer take a tenth of a second; torch and transformers are imported where they are
@@ -21,6 +23,8 @@ from maple_trl.omni.scopes import SCOPES
 if TYPE_CHECKING:
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+    from maple_trl.trainers.omni_sft import OmniSFTTrainer
+    from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
 
 class SetupError(ValueError):
@@ -36,17 +40,24 @@ TRAINERS = {
         "maple_trl.trainers.omni_grpo:OmniGRPOTrainer",
     ),
     "mapo": ("maple_trl.trainers.mapo_config:MAPOConfig", "maple_trl.trainers.mapo:MAPOTrainer"),
+    "avatar": ("maple_trl.trainers.avatar_config:AvatarConfig", "maple_trl.trainers.avatar:AvatarTrainer"),
+    "omni_sft": (
+        "maple_trl.trainers.omni_sft_config:OmniSFTConfig",
+        "maple_trl.trainers.omni_sft:OmniSFTTrainer",
+    ),
 }
 DEFAULT_TRAINER = "omni_grpo"
+SUPERVISED = ("omni_sft",)
+"""Trainers that learn from a column `completion` and take no rewards."""
 
 
-def config_class(trainer: str) -> type[OmniGRPOConfig]:
+def config_class(trainer: str) -> type[OmniGRPOConfig | OmniSFTConfig]:
     """The config class of a trainer in `TRAINERS`; SetupError for another name."""
     _check_trainer(trainer)
     return _load(TRAINERS[trainer][0])
 
 
-def trainer_class(trainer: str) -> type[OmniGRPOTrainer]:
+def trainer_class(trainer: str) -> type[OmniGRPOTrainer | OmniSFTTrainer]:
     """The trainer behind a name in `TRAINERS`; SetupError for another name."""
     _check_trainer(trainer)
     return _load(TRAINERS[trainer][1])
@@ -72,8 +83,9 @@ class OmniScriptArguments:
 
     Args:
         trainer (`str`, *optional*, defaults to `"omni_grpo"`):
-            `omni_grpo` ([`OmniGRPOTrainer`]) or `mapo` ([`MAPOTrainer`], for MAPLE's MAPO and MUPO); it decides which
-            config class the other options belong to.
+            `omni_grpo` ([`OmniGRPOTrainer`]), `mapo` ([`MAPOTrainer`], for MAPLE's MAPO and MUPO), `avatar`
+            ([`AvatarTrainer`]) or `omni_sft` ([`OmniSFTTrainer`], supervised); it decides which config class the other
+            options belong to.
         dataset_name (`str`):
             `builtin:seven-tags` (written into the user's cache when it is first used), a `.parquet`, `.json` or
             `.jsonl` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
@@ -85,8 +97,14 @@ class OmniScriptArguments:
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             Split for evaluation; needed only where something is evaluated.
+        dataset_filter (`dict[str, list]`, *optional*):
+            Rows that the job uses, in every split: those whose column has one of the values, for each column named.
+        completion_template (`str`, *optional*):
+            With `omni_sft`: builds the column `completion`, e.g. `<think>...</think><answer>{solution}</answer>`, where
+            `{solution}` is the row's column of that name.
         rewards (`list[str]`, *optional*, defaults to `["format_reward", "accuracy_reward"]`):
             Reward functions: names from `maple_trl.rewards`, or `module:function`. Weights are `reward_weights`.
+            `omni_sft` uses none.
         evaluate_before_after (`bool`, *optional*, defaults to `False`):
             Measure sampled accuracy per tag before and after training.
         eval_questions_per_tag (`int`, *optional*, defaults to `64`):
@@ -102,8 +120,9 @@ class OmniScriptArguments:
     trainer: str = field(
         default=DEFAULT_TRAINER,
         metadata={
-            "help": "'omni_grpo' (options of OmniGRPOConfig) or 'mapo' (options of MAPOConfig: stratified batches, tag "
-            "weights, curricula, dynamic sampling)."
+            "help": "'omni_grpo' (options of OmniGRPOConfig), 'mapo' (options of MAPOConfig: stratified batches, tag "
+            "weights, curricula, dynamic sampling), 'avatar' (options of AvatarConfig: replay, shaped advantages, hints) "
+            "or 'omni_sft' (options of OmniSFTConfig: supervised, without rewards)."
         },
     )
     dataset_name: str | None = field(
@@ -117,6 +136,20 @@ class OmniScriptArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split for evaluation; needed only where something is evaluated."}
+    )
+    dataset_filter: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows to use, in every split: a mapping of columns to the values allowed there, e.g. {tag: [V, VA]}; "
+            "as JSON on the command line."
+        },
+    )
+    completion_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "With omni_sft: builds the column 'completion' from others, e.g. "
+            "'<think>...</think><answer>{solution}</answer>'. Braces that are meant as such are doubled."
+        },
     )
     rewards: list[str] = field(
         default_factory=lambda: ["format_reward", "accuracy_reward"],
@@ -142,8 +175,57 @@ class OmniScriptArguments:
         _check_trainer(self.trainer)
         if not self.rewards:
             raise ValueError("rewards must name at least one reward function, e.g. accuracy_reward")
+        self.dataset_filter = _checked_filter(self.dataset_filter)
+        if self.completion_template is not None:
+            if self.trainer not in SUPERVISED:
+                raise ValueError(f"completion_template has no effect with trainer {self.trainer}; it is for omni_sft")
+            template_columns(self.completion_template)
         if self.eval_questions_per_tag < 1:
             raise ValueError(f"eval_questions_per_tag must be positive, got {self.eval_questions_per_tag}")
+
+
+def _checked_filter(value: Any) -> dict[str, list] | None:
+    """The filter with a list of values for each column."""
+    if value is None:
+        return None
+    form = 'a mapping of columns to lists of values, e.g. {"tag": ["V", "VA"]}'
+    try:
+        columns = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"dataset_filter must be {form}; {value!r} is no JSON: {error}") from error
+    if not isinstance(columns, dict) or not columns:
+        raise ValueError(f"dataset_filter must be {form}, got {value!r}")
+    columns = {name: values if isinstance(values, list) else [values] for name, values in columns.items()}
+    for name, values in columns.items():
+        if not values or any(isinstance(item, dict | list) for item in values):
+            raise ValueError(f"dataset_filter must be {form}; for {name!r} it has {values!r}")
+    return columns
+
+
+def template_columns(template: str) -> list[str]:
+    """
+    The columns that a `completion_template` names.
+
+    Raises:
+        ValueError: when it names none, or holds something else in braces.
+    """
+    example = "e.g. '<think>...</think><answer>{solution}</answer>'"
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"completion_template {template!r}: {error}; {example}") from error
+    fields = [(name, form, conversion) for _, name, form, conversion in parts if name is not None]
+    for name, form, conversion in fields:
+        if not name.isidentifier() or form or conversion:
+            raise ValueError(
+                f"completion_template {template!r}: what stands in braces must be the name of a column; braces that are "
+                f"meant as such are doubled; {example}"
+            )
+    if not fields:
+        raise ValueError(
+            f"completion_template {template!r} names no column, so that all rows would teach the same; {example}"
+        )
+    return list(dict.fromkeys(name for name, *_ in fields))
 
 
 @dataclass
@@ -233,7 +315,9 @@ def make_parser(trainer: str = DEFAULT_TRAINER):
     return JobParser(types, prog="maple-trl train", allow_abbrev=False, add_help=False)
 
 
-def parse_args(argv: Sequence[str]) -> tuple[OmniScriptArguments, OmniGRPOConfig, OmniModelConfig]:
+def parse_args(
+    argv: Sequence[str], above: tuple[str, Mapping[str, Any]] | None = None
+) -> tuple[OmniScriptArguments, OmniGRPOConfig | OmniSFTConfig, OmniModelConfig]:
     """
     Reads `--config FILE` and the overrides behind it; what stands on the command line wins.
 
@@ -244,6 +328,8 @@ def parse_args(argv: Sequence[str]) -> tuple[OmniScriptArguments, OmniGRPOConfig
     Args:
         argv (`Sequence[str]`):
             Command line without the program's name.
+        above (`tuple[str, Mapping[str, Any]]`, *optional*):
+            A file's name and keys that win over the config file, not over the command line.
 
     Returns:
         `tuple`: script, training and model arguments; the class of the second is that of the `trainer`.
@@ -253,12 +339,10 @@ def parse_args(argv: Sequence[str]) -> tuple[OmniScriptArguments, OmniGRPOConfig
             value of the wrong type, a key given twice, an unreadable file, files that extend each other, and whatever
             the dataclasses reject.
     """
-    path, options = _take_option(argv, "--config")
+    path, options = take_option(argv, "--config")
     files = [] if path is None else _config_files(path)
-    trainer = trainer_option(options)
-    for _, config in reversed(files):
-        trainer = trainer or config.get("trainer")
-    trainer = trainer or DEFAULT_TRAINER
+    trainer = trainer_option(options) or _trainer_of(files)
+    files += [] if above is None else [above]
     parser = make_parser(trainer)
     environment = {}
     for file, config in files:
@@ -274,7 +358,9 @@ def parse_args(argv: Sequence[str]) -> tuple[OmniScriptArguments, OmniGRPOConfig
         if flag is None:
             raise SetupError(f"unexpected value {unknown[0]!r}; options are written --name value")
         name = flag.split("=")[0].lstrip("-")
-        raise SetupError(f"unknown option --{name}{_instead(name.replace('-', '_'), trainer, _keys(parser), '--')}")
+        raise SetupError(
+            f"unknown option --{name}{instead(name.replace('-', '_'), trainer, option_keys(parser), '--')}"
+        )
     try:
         return parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
     except (ValueError, TypeError) as error:
@@ -283,10 +369,19 @@ def parse_args(argv: Sequence[str]) -> tuple[OmniScriptArguments, OmniGRPOConfig
 
 def trainer_option(words: Sequence[str]) -> str | None:
     """What `--trainer` says on a command line; `None` where it is not given."""
-    return _take_option(words, "--trainer")[0]
+    return take_option(words, "--trainer")[0]
 
 
-def _take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+def trainer_of(path: str) -> str:
+    """The trainer that a config file, or one that it builds on, names."""
+    return _trainer_of(_config_files(path))
+
+
+def _trainer_of(files: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    return next((config["trainer"] for _, config in reversed(files) if config.get("trainer")), DEFAULT_TRAINER)
+
+
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     """The value of one option (in either spelling, the last one counts) and the other arguments."""
     value, rest, words = None, [], iter(argv)
     for word in words:
@@ -307,7 +402,7 @@ def _take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]
 def _config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """A config file and those that it extends, in the order in which they count, each with its own keys."""
     try:
-        config = _read_config(path)
+        config = read_config(path)
     except SetupError as error:
         raise SetupError(f"{above[-1]}: extends {path}: {error}" if above else str(error)) from error
     bases = config.pop("extends", [])
@@ -325,7 +420,13 @@ def _config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dic
     return [*files.values(), (path, config)]
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
+    """
+    The keys of a config file, without those of the files that it extends.
+
+    Raises:
+        SetupError: when it cannot be read, is no mapping, or gives a key twice.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -351,12 +452,12 @@ def _read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def _keys(parser) -> dict[str, Any]:
+def option_keys(parser) -> dict[str, Any]:
     """Actions of a parser by the name under which a config file gives their value."""
     return {action.dest: action for action in reversed(parser._actions)}
 
 
-def _instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "") -> str:
+def instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "") -> str:
     """What to write instead of a name that the job's parser does not know."""
     for other in TRAINERS:
         if other != trainer and name in (field.name for field in dataclasses.fields(config_class(other))):
@@ -367,11 +468,11 @@ def _instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = ""
 
 def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The values of a config file, held to the types that the command line enforces."""
-    actions = _keys(parser)
+    actions = option_keys(parser)
     checked = {}
     for key, value in config.items():
         if key not in actions:
-            raise SetupError(f"{path}: unknown key {key!r}{_instead(str(key), trainer, actions)}")
+            raise SetupError(f"{path}: unknown key {key!r}{instead(str(key), trainer, actions)}")
         action = actions[key]
         if action.nargs == "+" and value is not None and not isinstance(value, list):
             value = [value]

@@ -14,23 +14,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.evaluation.report import as_json, print_summary, write_atomically, write_metrics
-from maple_trl.job_args import OmniModelConfig, OmniScriptArguments, SetupError, parse_args, trainer_class
+from maple_trl.job_args import (
+    SUPERVISED,
+    OmniModelConfig,
+    OmniScriptArguments,
+    SetupError,
+    parse_args,
+    trainer_class,
+)
+from maple_trl.job_data import evaluates, load_datasets, prepare_data
 from maple_trl.omni.scopes import SCOPES
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, ProcessorMixin
 
     from maple_trl.evaluation import SampledAccuracy
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+    from maple_trl.trainers.omni_sft import OmniSFTTrainer
+    from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
-__all__ = ["OmniModelConfig", "OmniScriptArguments", "SetupError", "build_trainer", "parse_args", "run"]
-
-BUILTIN_DATASETS = ("builtin:seven-tags",)
-_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+__all__ = [
+    "OmniModelConfig",
+    "OmniScriptArguments",
+    "SetupError",
+    "build_trainer",
+    "load_datasets",
+    "parse_args",
+    "run",
+]
 
 
 # Parts of a job
@@ -73,101 +88,26 @@ def load_rewards(names: Sequence[str]) -> list[Callable]:
     return found
 
 
-def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tuple[dict[str, Dataset], str]:
-    """
-    The splits of a job's data set that exist, and the folder to which their media paths are relative.
+def adapter_base(name_or_path: str | None) -> str | None:
+    """The model that a folder with a LoRA adapter was trained on; `None` for everything else."""
+    path = os.path.join(name_or_path or "", "adapter_config.json")
+    if not os.path.exists(path) or os.path.exists(os.path.join(name_or_path, "config.json")):
+        return None
+    from peft import PeftConfig
 
-    Args:
-        script_args ([`OmniScriptArguments`]):
-            Names the data set, and the splits to read.
-        media_root (`str`, *optional*, defaults to `"."`):
-            The media root that the user set; at `"."` local data sets use their own folder.
-
-    Returns:
-        `tuple[dict[str, Dataset], str]`: data sets by split (the training split always, the test split where it
-        exists), and the media root.
-
-    Raises:
-        SetupError: when there is no such data set or training split, listing what is there.
-    """
-    name = script_args.dataset_name
-    if not name:
-        raise SetupError("dataset_name is missing; for a first run: builtin:seven-tags")
-    wanted = (script_args.dataset_train_split, script_args.dataset_test_split)
-    if name.startswith("builtin:"):
-        if name not in BUILTIN_DATASETS:
-            raise SetupError(f"there is no embedded data set {name!r}; embedded: {', '.join(BUILTIN_DATASETS)}")
-        from maple_trl.data import default_folder, load_seven_tags
-
-        folder, splits = default_folder(), load_seven_tags()
-    elif Path(name).exists():
-        folder = Path(name) if Path(name).is_dir() else Path(name).parent
-        splits = _read_local(Path(name), wanted)
-    elif name.startswith(("/", "./", "../", "~")) or Path(name).suffix in _READERS:
-        raise SetupError(f"dataset_name: there is no file or folder {name}")
-    else:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        folder = None
-        try:
-            splits = load_dataset(name, script_args.dataset_config)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise SetupError(
-                f"cannot load the data set {name!r}: there is no such local folder, and as a Hub id: {error}"
-            ) from error
-    if wanted[0] not in splits:
-        raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
-    root = media_root if folder is None or media_root != "." else str(folder.resolve())
-    return {split: splits[split] for split in wanted if split in splits}, root
-
-
-def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    if path.is_file():
-        if path.suffix not in _READERS:
-            raise SetupError(f"{path}: a data file is one of {', '.join(_READERS)}")
-        files = {wanted[0]: [str(path)]}
-    elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        stored = load_from_disk(str(path))
-        return stored if isinstance(stored, DatasetDict) else {wanted[0]: stored}
-    else:
-        # Not load_dataset(folder): it would take the media files beside the tables for the data.
-        files = {split: _shards(path, split) for split in wanted}
-        files = {split: shards for split, shards in files.items() if shards}
-        if wanted[0] not in files:
-            there = sorted(p.name for p in path.iterdir() if p.suffix in _READERS)
-            raise SetupError(
-                f"{path} holds no {wanted[0]}.parquet, {wanted[0]}.jsonl or {wanted[0]}.json"
-                + (f"; it has {', '.join(there)}" if there else " and no other table either")
-            )
-    reader = _READERS[Path(next(iter(files.values()))[0]).suffix]
-    try:
-        return load_dataset(reader, data_files=files)
-    except (OSError, ValueError, DatasetsError, StopIteration) as error:
-        reason = error.__cause__ or error
-        raise SetupError(f"cannot read {path}: {reason if str(reason) else 'it holds no row'}") from error
-
-
-def _shards(folder: Path, split: str) -> list[str]:
-    """Files of one split: `train.parquet`, or the shards `train-00000-of-00002.parquet`, …"""
-    for suffix in _READERS:
-        whole = folder / f"{split}{suffix}"
-        if whole.is_file():
-            return [str(whole)]
-        shards = sorted(str(path) for path in folder.glob(f"{split}-*-of-*{suffix}"))
-        if shards:
-            return shards
-    return []
+    base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+    if not base:
+        raise SetupError(f"{path} does not say which model the adapter belongs to (base_model_name_or_path)")
+    return base
 
 
 def load_model_and_processor(
-    model_args: OmniModelConfig, training_args: OmniGRPOConfig
+    model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     The model in the form that can be trained (of a full Omni checkpoint the Thinker alone) and its processor.
+
+    Of a folder with a LoRA adapter this is the model that the adapter was trained on; see [`continue_adapter`].
 
     Raises:
         SetupError: without `model_name_or_path`.
@@ -182,8 +122,11 @@ def load_model_and_processor(
         kwargs["attn_implementation"] = model_args.attn_implementation
     dtype = kwargs.pop("dtype", model_args.dtype)
     training_args.model_init_kwargs = kwargs | {"dtype": dtype}  # for the reference model
-    model = load_model(model_args.model_name_or_path, dtype=dtype, **kwargs)
-    return model, load_processor(model_args.model_name_or_path, **shared)
+    folder = model_args.model_name_or_path
+    name = adapter_base(folder) or folder
+    model = load_model(name, dtype=dtype, **kwargs)
+    beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+    return model, load_processor(folder if beside else name, **shared)
 
 
 def choose_parameters(
@@ -226,40 +169,76 @@ def choose_parameters(
     return lora_config
 
 
+def continue_adapter(model: PreTrainedModel, folder: str, wanted: LoraConfig | None) -> PeftModel:
+    """
+    The model with a LoRA adapter from a folder, to be trained on.
+
+    Args:
+        wanted (`LoraConfig`, *optional*): what the job asks for.
+
+    Raises:
+        SetupError: when the job asks for another adapter than the one in the folder.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if wanted is None:
+        raise SetupError(
+            f"{folder} holds a LoRA adapter: set use_peft: true to train it on, or merge it into its model and save that "
+            "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
+        )
+    continued = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    config = continued.peft_config["default"]
+    names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    names |= {"use_rslora": "use_rslora", "use_dora": "use_dora", "modules_to_save": "lora_modules_to_save"}
+    for field, option in names.items():
+        if getattr(config, field) != getattr(wanted, field):
+            raise SetupError(
+                f"{option} is {getattr(wanted, field)!r}, but the adapter in {folder} was made with "
+                f"{getattr(config, field)!r}: use that"
+            )
+    adapted = {name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
+    differing = sorted(adapted ^ set(wanted.target_modules))
+    if differing:
+        raise SetupError(
+            f"the adapter in {folder} is on other layers than lora_vision, lora_audio, lora_projectors and lora_llm say, "
+            f"e.g. {differing[0]}: choose the parts that it was made with"
+        )
+    return continued
+
+
 def build_trainer(
-    script_args: OmniScriptArguments, training_args: OmniGRPOConfig, model_args: OmniModelConfig
-) -> tuple[OmniGRPOTrainer, Dataset | None]:
+    script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig, model_args: OmniModelConfig
+) -> tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]:
     """
     Everything that a job needs, ready to train.
 
     Returns:
-        `tuple[OmniGRPOTrainer, Dataset | None]`: the trainer, of the class that `script_args.trainer` names, and the
-        test split where there is one.
+        `tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]`: the trainer, of the class that
+        `script_args.trainer` names, and the test split where there is one.
 
     Raises:
         SetupError: when a part that the arguments name is not there.
     """
     _check_writable(training_args.output_dir)
-    rewards = load_rewards(script_args.rewards)
-    splits, training_args.media_root = load_datasets(script_args, training_args.media_root)
-    test = splits.get(script_args.dataset_test_split)
-    evaluates = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"
-    if test is None and (evaluates or script_args.evaluate_before_after):
-        raise SetupError(
-            f"{script_args.dataset_name} has no split {script_args.dataset_test_split!r} to evaluate on; name another "
-            "with dataset_test_split, or switch off evaluate_before_after and eval_strategy"
-        )
+    rewards = {} if script_args.trainer in SUPERVISED else {"reward_funcs": load_rewards(script_args.rewards)}
+    train, test = prepare_data(script_args, training_args)
     try:
         model, processor = load_model_and_processor(model_args, training_args)
+        lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)
+        if adapter_base(model_args.model_name_or_path) is not None:
+            model, lora = continue_adapter(model, model_args.model_name_or_path, lora), None
         trainer = trainer_class(script_args.trainer)(
             model=model,
-            reward_funcs=rewards,
+            **rewards,
             args=training_args,
-            train_dataset=splits[script_args.dataset_train_split],
-            eval_dataset=test if evaluates else None,
+            train_dataset=train,
+            eval_dataset=test if evaluates(training_args) else None,
             processing_class=processor,
-            peft_config=choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0),
+            peft_config=lora,
         )
+    except SetupError:
+        raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise SetupError(f"{error} (raised in {where.filename}, line {where.lineno})") from error
@@ -283,7 +262,7 @@ def _check_writable(output_dir: str | None) -> None:
         raise SetupError(f"output_dir: cannot write into {output_dir}: {error}") from error
 
 
-def checkpoint_to_resume(training_args: OmniGRPOConfig) -> str | None:
+def checkpoint_to_resume(training_args: OmniGRPOConfig | OmniSFTConfig) -> str | None:
     """
     The checkpoint from which a job goes on.
 
@@ -314,13 +293,20 @@ def checkpoint_to_resume(training_args: OmniGRPOConfig) -> str | None:
 
 
 def run(
-    script_args: OmniScriptArguments, training_args: OmniGRPOConfig, model_args: OmniModelConfig
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+    last: bool = True,
 ) -> dict[str, Any]:
     """
     Runs a job: builds everything, evaluates, trains, evaluates again, and writes the results.
 
     Written into `output_dir`: the model with its processor, `metrics.jsonl`, `training.png` (where matplotlib is
     installed) and `summary.json`. Only the first process prints and writes these.
+
+    Args:
+        last (`bool`, *optional*, defaults to `True`):
+            No other job follows in this process: the processes part at the end.
 
     Returns:
         `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
@@ -366,11 +352,17 @@ def run(
         _draw(trainer.state.log_history, summary["before"], summary["after"], plot_path)
         write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
         print_summary(summary, training_args.output_dir)
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()  # all of the results are there
+    if trainer.family is not None:
+        trainer.loader.close()
+    if last:
+        trainer.accelerator.end_training()
     return summary
 
 
-def _evaluate(trainer: OmniGRPOTrainer, dataset: Dataset, script_args: OmniScriptArguments) -> SampledAccuracy:
+def _evaluate(
+    trainer: OmniGRPOTrainer | OmniSFTTrainer, dataset: Dataset, script_args: OmniScriptArguments
+) -> SampledAccuracy:
     """Accuracy by tag of the answers that the policy samples now; every process takes part."""
     from maple_trl.evaluation import sampled_accuracy
     from maple_trl.rewards import accuracy_reward
@@ -384,7 +376,7 @@ def _evaluate(trainer: OmniGRPOTrainer, dataset: Dataset, script_args: OmniScrip
     )
 
 
-def _place(path: str | None, training_args: OmniGRPOConfig, name: str) -> Path:
+def _place(path: str | None, training_args: OmniGRPOConfig | OmniSFTConfig, name: str) -> Path:
     return Path(path) if path else Path(training_args.output_dir) / name
 
 
