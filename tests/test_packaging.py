@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 # Import names that differ from the distribution's.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "bert_score": "bert-score"}
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +116,7 @@ def test_extras_bring_what_the_core_does_without(unpacked):
     assert {"vllm", "judge", "plots", "torchcodec", "dev"} <= set(read_metadata(unpacked).get_all("Provides-Extra"))
     wanted = {
         "vllm": {"vllm"},
-        "judge": {"openai", "evaluate", "tenacity", "aiolimiter", "jsonschema"},
+        "judge": {"openai", "evaluate", "tenacity", "aiolimiter", "jsonschema", "bert-score"},
         "plots": {"matplotlib"},
         "torchcodec": {"torchcodec"},
     }

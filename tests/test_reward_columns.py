@@ -8,6 +8,7 @@ from tiny_models import build_tiny_text
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.omni.encoded import batch_position_ids
 from maple_trl.omni.serving import serve_media
+from maple_trl.rewards import for_tags
 
 
 SEEN = {}
@@ -81,3 +82,11 @@ def test_no_pass_is_made_where_no_reward_asks_for_log_probs(seven_tags, monkeypa
     trainer.train()
     assert passes and all(passes)
     assert "group_ids" in SEEN["columns"] and "completion_logprobs" not in SEEN["columns"]
+
+
+def test_a_routed_reward_is_handed_what_the_inner_one_names(seven_tags):
+    folder, dataset = seven_tags
+    SEEN.clear()
+    routed = for_tags(watching_reward, ["V", "A", "S", "VA", "VS", "AS", "VAS"])
+    build_trainer(folder, one_row_per_tag(dataset), reward=routed).train()
+    assert [len(row) for row in SEEN["logprobs"]] == [len(ids) for ids in SEEN["ids"]]

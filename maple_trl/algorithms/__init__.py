@@ -3,6 +3,7 @@
 from maple_trl.algorithms.advantages import group_advantages
 from maple_trl.algorithms.aggregation import row_coefficients, stratum_totals
 from maple_trl.algorithms.clipping import clipped_tokens
+from maple_trl.algorithms.crw import contrastive_rewards
 from maple_trl.algorithms.curriculum import TagCurriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
@@ -37,6 +38,7 @@ __all__ = [
     "bernoulli_kl",
     "beta_histogram_kl",
     "clipped_tokens",
+    "contrastive_rewards",
     "effective_share",
     "group_advantages",
     "informative_groups",

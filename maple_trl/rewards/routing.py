@@ -8,6 +8,8 @@ from typing import Any
 
 from maple_trl.modalities import ModalityTag
 
+from .signatures import joint_signature
+
 
 def for_tags(
     reward: Callable[..., list[float | None]], tags: Iterable[str | ModalityTag], name: str | None = None
@@ -118,6 +120,8 @@ class _RoutedReward:
     def __init__(self, reward: Callable, column: str, wanted: set, read: Callable, name: str):
         self.reward, self.column, self.wanted, self.read = reward, column, wanted, read
         self.__name__ = name
+        # By this the trainer sees what the inner reward asks for.
+        self.__signature__ = joint_signature(_RoutedReward.__call__, reward)
         self._logged: dict[str, None] = {}  # columns of the completions table, in the order of their coming
 
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns: Any) -> list[float | None]:

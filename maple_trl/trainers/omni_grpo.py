@@ -280,17 +280,18 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     @torch.no_grad()
     def _deficit_completions(self, rows: Sequence[dict[str, Any]]) -> list[str | None]:
         """
-        For each row what the policy says to its prompt without some of its tag's signals, sampled once per prompt.
+        For each row what the policy says to its prompt without some of its tag's signals, sampled once per prompt of this
+        rank.
 
         `None` where nothing can be taken away: a row without a tag, of one signal, or fed all signals whatever its tag.
         """
-        draw = random.Random(f"{self.args.seed} {self._step}")
         deficits: dict[str, dict[str, Any]] = {}
         for row, prompt in zip(rows, self._serving, strict=True):
             tag = ModalityTag.parse(row["tag"]) if row.get("tag") else None
             if prompt.key not in deficits and tag is not None and self.prompt_builder.modality_access == "required":
                 smaller = [other for other in ModalityTag if other.modalities < tag.modalities]
                 if smaller:
+                    draw = random.Random(f"{self.args.seed} {self._step} {prompt.key}")  # the same on every rank
                     deficits[prompt.key] = {**row, "tag": draw.choice(smaller).value}
         encoded = self.rows.encode_each(list(deficits.values()))
         completions = iter(self._sample([prompt for prompt in encoded if prompt is not None]))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from torch import nn
 from trl import GRPOConfig
+from trl.trainer.utils import is_async_callable
 
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.report import write_atomically
@@ -45,7 +46,7 @@ def check_measurable(trainer: MAPOTrainer, task_reward: int) -> None:
         ValueError: where the accuracy cannot be measured and so has to be given.
     """
     reward = trainer.reward_funcs[task_reward]
-    if trainer.family is None or isinstance(reward, nn.Module) or inspect.iscoroutinefunction(reward):
+    if trainer.family is None or isinstance(reward, nn.Module) or is_async_callable(reward):
         raise ValueError(
             "The first epoch of the adaptive curriculum needs zero-shot accuracies, which are measured with an omni model "
             "and a reward that is a plain function: give zero_shot_accuracy"
@@ -90,6 +91,9 @@ def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
         if not trainer.accelerator.is_main_process:
             return [0.0] * len(completions)
         ids = [tokenizer.encode(completion[0]["content"], add_special_tokens=False) for completion in completions]
+        # Of one completion alone there is nothing to tell.
+        named = {"completion_logprobs", "deficit_completions"} & set(inspect.signature(reward).parameters)
+        columns |= {name: [None] * len(ids) for name in named}
         columns |= {"trainer_state": trainer.state, "log_extra": _unlogged, "log_metric": _unlogged}
         scores = reward(completions=completions, completion_ids=ids, **columns)
         for value in scores:
