@@ -310,6 +310,10 @@ class StratifiedReplayBuffer:
         """Experiences of each tier."""
         return {tier: len(members) for tier, members in self._tiers.items()}
 
+    def prompts(self) -> list[str]:
+        """Keys of the prompts that have experiences."""
+        return list(self._prompts)
+
     def stored(self, prompt: str) -> list[Experience]:
         """The experiences of a prompt, oldest first. Those too old are among them until the next draw."""
         return [self._tiers[tier][number] for number, tier in self._prompts.get(prompt, {}).items()]

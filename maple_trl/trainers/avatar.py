@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +33,10 @@ from maple_trl.trainers.avatar_checks import check_hints, check_places, check_ta
 from maple_trl.trainers.avatar_config import AvatarConfig
 from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar_state import load_memory, provenance, save_memory
-from maple_trl.trainers.hinted_rows import HINT_COLUMN, has_hint, with_hint
+from maple_trl.trainers.hinted_rows import HINT_COLUMN, HINTED, has_hint, prompt_key, row_digest, row_key, with_hint
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
 from maple_trl.trainers.replay_memory import Group, MixedRollout, ReplayMemory, Written
-from maple_trl.trainers.rollout_state import Chunk, ResumeError, concat_rows
+from maple_trl.trainers.rollout_state import Chunk, LostPromptsError, ResumeError, concat_rows
 from maple_trl.trainers.stratified_sampler import StratifiedSampler
 from maple_trl.trainers.tag_metrics import tag_number, totals_by_tag
 
@@ -48,8 +46,6 @@ logger = logging.getLogger(__name__)
 REPLAYED_KEY = "replayed"
 NUMBER_KEY = "completion_numbers"
 FRESH_SCALE_KEY = "fresh_scale"
-_HINTED = "+hint"
-"""Ends the key of a prompt that is shown with its hint."""
 
 
 class AvatarTrainer(OmniGRPOTrainer):
@@ -140,21 +136,18 @@ class AvatarTrainer(OmniGRPOTrainer):
 
     def _discard_quarantined(self) -> None:
         """What cannot be shown any more cannot be replayed; quarantine.json names the reasons."""
-        for prompt in self.rows.quarantined if self.family is not None else ():
-            count = self.memory.buffer.discard(prompt.key)
-            if count:
-                logger.warning("%d completions of prompt %s are not replayed: %s", count, prompt.key, prompt.detail)
+        reasons = {} if self.family is None else {prompt.key: prompt.detail for prompt in self.rows.quarantined}
+        for key in self.memory.buffer.prompts() if reasons else ():
+            reason = reasons.get(prompt_key(key))
+            if reason is not None:
+                count = self.memory.buffer.discard(key)
+                logger.warning("%d completions of prompt %s are not replayed: %s", count, key, reason)
 
     def _group_of(self, row: dict[str, Any], prompt: EncodedPrompt | None) -> Group:
-        if prompt is None:
-            # Rewards may read any column, and rows can ask the same and want another answer.
-            content = {name: value for name, value in row.items() if name != HINT_COLUMN}
-            text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-            key, number = hashlib.sha256(text.encode()).hexdigest()[:16], -1
-        else:
-            key = prompt.key
+        key, number = row_key(row, prompt), -1
+        if prompt is not None:
             registry = self.rows.registries.get("train_dataset")
-            number = registry.row_number(key) if registry is not None and key in registry else -1
+            number = registry.row_number(prompt.key) if registry is not None and prompt.key in registry else -1
         hintable = has_hint(row)
         if hintable and prompt is not None and self.memory.may_hint(key):
             hintable = self._hinted_prompt(row, prompt) is not None
@@ -162,23 +155,34 @@ class AvatarTrainer(OmniGRPOTrainer):
 
     def _hinted_prompt(self, row: dict[str, Any], prompt: EncodedPrompt) -> EncodedPrompt | None:
         """The row's prompt with its hint; `None` where that does not fit."""
-        if prompt.key not in self._hinted_prompts:
+        key = row_key(row, prompt)
+        if key not in self._hinted_prompts:
             try:
-                encoded = self.prompt_builder.encode(with_hint(row, self.args.hint_template))
-                self._hinted_prompts[prompt.key] = replace(encoded, key=prompt.key + _HINTED)
+                self._hinted_prompts[key] = self._encode_hinted(row, key)
             except MediaError as error:
-                logger.warning("Prompt %s is shown without its hint: %s", prompt.key, error)
-                self._hinted_prompts[prompt.key] = None
-        return self._hinted_prompts[prompt.key]
+                logger.warning("Prompt %s is shown without its hint: %s", key, error)
+                self._hinted_prompts[key] = None
+        return self._hinted_prompts[key]
+
+    def _encode_hinted(self, row: dict[str, Any], key: str) -> EncodedPrompt:
+        encoded = self.prompt_builder.encode(with_hint(row, self.args.hint_template))
+        return replace(encoded, key=key + HINTED)
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
-        plain = dict(zip(keys, super()._prompts_by_key([key.removesuffix(_HINTED) for key in keys]), strict=True))
-        registry = self.rows.registries["train_dataset"]
-        self._hinted_prompts = {}
-        return [
-            self._hinted_prompt(registry.row_of(prompt.key), prompt) if key.endswith(_HINTED) else prompt
-            for key, prompt in ((key, plain[key]) for key in keys)
-        ]
+        plain = iter(super()._prompts_by_key([key for key in keys if not key.endswith(HINTED)]))
+        encoded: dict[str, EncodedPrompt] = {}
+        for key in dict.fromkeys(key for key in keys if key.endswith(HINTED)):
+            row_key = key.removesuffix(HINTED)
+            try:
+                encoded[key] = self._encode_hinted(self._row_of(row_key), row_key)
+            except MediaError as error:
+                raise LostPromptsError([(prompt_key(row_key), error)]) from error
+        return [encoded[key] if key.endswith(HINTED) else next(plain) for key in keys]
+
+    def _row_of(self, key: str) -> dict[str, Any]:
+        """The row behind a key of the memory."""
+        rows = self.rows.registries["train_dataset"].rows_of(prompt_key(key))
+        return next(row for row in rows if row_digest(row) == key.removeprefix(f"{prompt_key(key)}-"))
 
     # Rollout
 
@@ -354,6 +358,8 @@ class AvatarTrainer(OmniGRPOTrainer):
             with self._objective_of(inputs):
                 loss = super()._compute_loss(model, inputs)
             self._record(inputs)
+            if self.beta:
+                self._correct_divergence(inputs)
         finally:
             self._filling = self._logps = None
         return loss
@@ -411,6 +417,14 @@ class AvatarTrainer(OmniGRPOTrainer):
                 ids, logps = inputs["completion_ids"][i][tokens], old[i][tokens]
                 self._written.completions.append((number, ids.cpu(), logps.float().cpu()))
 
+    def _correct_divergence(self, inputs: Chunk) -> None:
+        """TRL has logged the penalty's mean over all tokens; it is on the fresh ones alone."""
+        lengths = inputs["completion_mask"].sum(dim=1)
+        fresh = lengths[~inputs[REPLAYED_KEY].bool()].sum()
+        fresh, everything = self._summed(torch.stack([fresh, lengths.sum()]).double()).tolist()
+        logged = self._metrics["train"]["kl"]
+        logged[-1] = logged[-1] * everything / fresh if fresh else float("nan")
+
     def training_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -427,7 +441,8 @@ class AvatarTrainer(OmniGRPOTrainer):
         self._log_all(pass_metrics([sums for _, sums in found]))
         if self.args.replayed_generations:
             self.memory.write([written for written, _ in found])
-            self._log_all(self.memory.metrics())
+            for name, value in self.memory.metrics().items():
+                self._metrics["train"][name] = [value]  # as things stand, not a mean since the last entry
         self._begin_window()
 
     # Metrics
@@ -451,6 +466,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             {
                 "replay/zero_variance_fresh": float(fresh_only.float().mean()),
                 "replay/zero_variance_mixed": float(mixed.float().mean()),
+                "replay/hit_rate": sum(rollout.replayed) / (len(rollout.groups) * self.args.replayed_generations),
                 "replay/share": sum(rollout.replayed) / len(rollout.replayed),
                 "replay/generated": float(len(rewards)),
                 "rewardless": float(not (task.nan_to_num(nan=0.0) > 0).any()),

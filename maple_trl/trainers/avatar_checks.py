@@ -44,13 +44,16 @@ def check_hints(trainer: AvatarTrainer) -> None:
         ValueError: when no row has a hint.
     """
     dataset = trainer.train_dataset
-    if not trainer.args.hints or not isinstance(dataset, Dataset):
+    columns = getattr(dataset, "column_names", None)
+    if not trainer.args.hints or not columns:
         return
-    if HINT_COLUMN not in dataset.column_names:
+    if HINT_COLUMN not in columns:
         raise ValueError(
-            f"hints=True, but train_dataset has no column {HINT_COLUMN!r} (its columns: "
-            f"{', '.join(dataset.column_names)}); `maple-trl data hints` writes one"
+            f"hints=True, but train_dataset has no column {HINT_COLUMN!r} (its columns: {', '.join(columns)}); "
+            "`maple-trl data hints` writes one"
         )
+    if not isinstance(dataset, Dataset):  # streamed rows are looked at when they come
+        return
     hinted = [i for i, hint in enumerate(dataset[HINT_COLUMN]) if has_hint({HINT_COLUMN: hint})]
     if not hinted:
         raise ValueError(f"hints=True, but every {HINT_COLUMN!r} of train_dataset is empty")

@@ -12,7 +12,6 @@ from datasets import Dataset
 
 from maple_trl.algorithms import ReplayStateError
 from maple_trl.evaluation.report import write_atomically
-from maple_trl.trainers.hinted_rows import HINT_COLUMN
 from maple_trl.trainers.replay_memory import ReplayMemory
 
 
@@ -34,12 +33,9 @@ def provenance(trainer: AvatarTrainer) -> dict[str, str]:
         "prompt options": [*(str(getattr(args, name)) for name in prompting), args.chat_template_kwargs],
     }
     if isinstance(dataset, Dataset):
-        columns = [name for name in ("prompt", HINT_COLUMN) if name in dataset.column_names]
-        parts["data set"] = [dataset[name][:] for name in columns]
-        if trainer.family is not None:
-            parts["data set"].append(trainer.rows.registries["train_dataset"].state_dict()["content"])
+        parts["data set"] = {name: dataset[name][:] for name in dataset.column_names}
     text = {name: json.dumps(part, sort_keys=True, default=str) for name, part in parts.items()}
-    return {name: hashlib.sha256(part.encode()).hexdigest()[:16] for name, part in text.items()}
+    return {name: _digest(part) for name, part in text.items()}
 
 
 def save_memory(folder: str, memory: ReplayMemory, written_with: Mapping[str, str]) -> None:
@@ -51,8 +47,9 @@ def save_memory(folder: str, memory: ReplayMemory, written_with: Mapping[str, st
     """
     os.makedirs(folder, exist_ok=True)
     state = {"provenance": written_with, "memory": memory.state_dict()}
-    write_atomically(os.path.join(folder, STATE_FILE), json.dumps(state))
-    memory.buffer.save(os.path.join(folder, BUFFER_FOLDER))
+    text = json.dumps(state)
+    write_atomically(os.path.join(folder, STATE_FILE), text)
+    memory.buffer.save(os.path.join(folder, BUFFER_FOLDER), fingerprint=_digest(text))
 
 
 def load_memory(folder: str, memory: ReplayMemory, needed: Mapping[str, str]) -> None:
@@ -68,7 +65,8 @@ def load_memory(folder: str, memory: ReplayMemory, needed: Mapping[str, str]) ->
         raise ReplayStateError(f"{path} is missing: {folder} holds no state of AvatarTrainer with replay")
     try:
         with open(path, encoding="utf-8") as file:
-            state = json.load(file)
+            text = file.read()
+        state = json.loads(text)
         written = state["provenance"]
         changed = sorted(name for name in {*written, *needed} if written.get(name) != needed.get(name))
         if not changed:
@@ -77,4 +75,13 @@ def load_memory(folder: str, memory: ReplayMemory, needed: Mapping[str, str]) ->
         raise ReplayStateError(f"{path} is cut short or damaged: {error!r}") from error
     if changed:
         raise ReplayStateError(f"the replay buffer of {folder} was written with another {', another '.join(changed)}")
-    memory.buffer.load(os.path.join(folder, BUFFER_FOLDER))
+    try:
+        memory.buffer.load(os.path.join(folder, BUFFER_FOLDER), fingerprint=_digest(text))
+    except ReplayStateError as error:
+        raise ReplayStateError(
+            f"{error} ({path} and {BUFFER_FOLDER}/ are of one checkpoint, and as it wrote them)"
+        ) from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,14 +1,40 @@
-"""Rows whose prompt is shown with its hint."""
+"""Rows as AVATAR's memory knows them, and their prompts with a hint."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.prompt import RowError
 
 
 HINT_COLUMN = "hint"
+HINTED = "+hint"
+"""Ends the key of a prompt that is shown with its hint."""
+
+
+def row_digest(row: Mapping[str, Any]) -> str:
+    """Of all that a row says: rows can show the same and want another answer, or have another hint."""
+    text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def row_key(row: Mapping[str, Any], prompt: EncodedPrompt | None) -> str:
+    """
+    What a row's completions and rewards are remembered by.
+
+    Args:
+        prompt: the row's own, without a hint; `None` for a text-only model.
+    """
+    return row_digest(row) if prompt is None else f"{prompt.key}-{row_digest(row)}"
+
+
+def prompt_key(key: str) -> str:
+    """The prompt's own key in a key of [`row_key`]."""
+    return key.partition("-")[0]
 
 
 def has_hint(row: Mapping[str, Any]) -> bool:

@@ -21,15 +21,19 @@ from trl.trainer.utils import pad
 
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids, unique_prompts
+from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
 from maple_trl.omni.shared_prefill import share_prefill
 from maple_trl.omni.shared_prefix import PackedOutput, install, pack, packed_forward
 from maple_trl.omni.sharing import sharing_error
+from maple_trl.rewards import judge_callbacks
+from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 from maple_trl.trainers.rollout_state import (
     Chunk,
+    LostPromptsError,
     ResumeError,
     check_geometry,
     count_rows,
@@ -121,6 +125,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
+        if not any(isinstance(callback, JudgeCallback) for callback in self.callback_handler.callbacks):
+            for callback in judge_callbacks(reward_funcs):
+                self.add_callback(callback)
         self.towers = self._make_tower_cache()
         self._write_quarantine()
         self._check_rollout_size()
@@ -458,9 +465,27 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._step, self._buffered_inputs = load_rollout(
-            checkpoint, self.accelerator.process_index, self._prompts_by_key, PROMPTS_KEY, self.accelerator.device
-        )
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        lost: list[tuple[str, MediaError]] = []
+        try:
+            self._step, self._buffered_inputs = load_rollout(
+                checkpoint, rank, self._prompts_by_key, PROMPTS_KEY, device
+            )
+        except LostPromptsError as error:
+            self._step, lost = error.step, error.failed
+        self._drop_rollout(gather_object(lost))
+
+    def _drop_rollout(self, lost: list[tuple[str, MediaError]]) -> None:
+        """Goes on with a new rollout where some rank cannot show prompts of the one that was under way."""
+        if not lost:
+            return
+        self._buffered_inputs = None
+        for key, error in lost:
+            logger.warning(
+                "The rest of the rollout is generated anew: prompt %s cannot be shown any more: %s", key, error
+            )
+            self.rows.registries["train_dataset"].add(key, error)
+        self._write_quarantine()
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
         if not isinstance(self.train_dataset, Dataset):
@@ -469,5 +494,12 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 "set. Resume from a checkpoint at the end of a rollout, or train on a map-style data set."
             )
         registry = self.rows.registries["train_dataset"]
-        encoded = {key: self.prompt_builder.encode(registry.row_of(key)) for key in dict.fromkeys(keys)}
+        encoded, failed = {}, []
+        for key in dict.fromkeys(keys):
+            try:
+                encoded[key] = self.prompt_builder.encode(registry.row_of(key))
+            except MediaError as error:
+                failed.append((key, error))
+        if failed:
+            raise LostPromptsError(failed)
         return [encoded[key] for key in keys]

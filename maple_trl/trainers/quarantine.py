@@ -182,6 +182,10 @@ class RowRegistry:
         """A row with this prompt."""
         return self.dataset[self.row_number(key)]
 
+    def rows_of(self, key: str) -> list[dict[str, Any]]:
+        """All rows with this prompt, in order."""
+        return [self.dataset[i] for i in self._rows_of[key]]
+
     def summary(self) -> str:
         """Counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
         counts: Counter = Counter()

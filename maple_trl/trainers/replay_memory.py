@@ -18,7 +18,7 @@ class Group:
     A prompt of a rollout, the same on every rank.
 
     Attributes:
-        key (`str`): its key, without a hint.
+        key (`str`): that of its row, without a hint; see [`~maple_trl.trainers.hinted_rows.row_key`].
         row (`int`): its row of the data set, -1 where that is not known.
         tag (`int`): its tag as a number.
         has_hint (`bool`): whether it can be shown with a hint.
@@ -168,8 +168,8 @@ class ReplayMemory:
         for number, group in enumerate(rollout.groups):
             self.vcrs.observe(group.key, [rewards[i] for i in fresh_of[number]])
         if self.hints is not None:
-            for group in rollout.groups:
-                self.hints.observe(group.key, self._is_stuck(group.key))
+            for key in dict.fromkeys(group.key for group in rollout.groups):
+                self.hints.observe(key, self._is_stuck(key))
         counts = rollout.groups_of(rollout.places(replayed=True)).bincount(minlength=len(rollout.groups)).tolist()
         experiences = []
         for number, group in enumerate(rollout.groups):
@@ -246,6 +246,7 @@ class ReplayMemory:
         a token.
         """
         metrics = self.buffer.metrics() | self.vcrs.metrics() | {"replay/unstorable": float(self.unstorable)}
+        metrics.pop("replay/hit_rate", None)  # of what was planned, which the buffer always has
         return metrics if self.hints is None else metrics | self.hints.metrics()
 
     def state_dict(self) -> dict[str, Any]:

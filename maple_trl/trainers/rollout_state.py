@@ -20,6 +20,21 @@ class ResumeError(ValueError):
     """A checkpoint with which this run cannot go on; the message says what differs or is missing."""
 
 
+class LostPromptsError(RuntimeError):
+    """
+    Prompts of a rollout that cannot be shown any more.
+
+    Attributes:
+        failed: their keys, and what is wrong with their media.
+        step (`int`): where the run stood, in micro-batches.
+    """
+
+    def __init__(self, failed: list[tuple[str, Exception]]):
+        super().__init__("; ".join(f"prompt {key}: {error}" for key, error in failed))
+        self.failed = failed
+        self.step = 0
+
+
 def merge_chunks(chunks: list[Chunk]) -> Chunk:
     """Micro-batches as one batch: rows are concatenated, values of the whole batch (0-d) kept."""
     merged = {}
@@ -158,6 +173,7 @@ def load_rollout(
 
     Raises:
         ResumeError: when the checkpoint holds no state for this rank.
+        LostPromptsError: when `prompts_by_key` raises it.
     """
     state = _read_state(folder, rank)
     if not state["chunks"]:
@@ -165,7 +181,11 @@ def load_rollout(
     tensors = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"))
     batch: Chunk = {name: value.to(device) for name, value in tensors.items()}  # safetensors knows no "cpu:0"
     if state["prompts"]:
-        batch[prompts_key] = prompts_by_key(state["prompts"])
+        try:
+            batch[prompts_key] = prompts_by_key(state["prompts"])
+        except LostPromptsError as error:
+            error.step = state["step"]
+            raise
     return state["step"], split_rows(batch, state["chunks"])
 
 

@@ -15,8 +15,8 @@ has a `name` and may have
     unsynced          never average gradients over the ranks
 
 Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass, checksums of weights and
-of optimizer state after each step, error; what a MAPO trainer knew and trained on) and `NAME-RANK.safetensors` (the
-trained weights, and under `before.` what they were).
+of optimizer state after each step, error; what a MAPO or AVATAR trainer knew and trained on) and `NAME-RANK.safetensors`
+(the trained weights, and under `before.` what they were).
 """
 
 import json
@@ -24,9 +24,11 @@ import random
 import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
@@ -34,6 +36,8 @@ from transformers import TrainerCallback, set_seed
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
+from maple_trl.trainers.avatar import AvatarTrainer
+from maple_trl.trainers.avatar_config import AvatarConfig
 from maple_trl.trainers.mapo import MAPOTrainer
 from maple_trl.trainers.mapo_config import MAPOConfig
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
@@ -82,6 +86,11 @@ def _where_varied(completion_ids, varied, **_):
     return [value if told else 0.5 for value, told in zip(_of_completion(completion_ids), varied, strict=True)]
 
 
+def _where_known(completion_ids, known, **_):
+    """Rows say themselves whether their completions can be scored."""
+    return [value if told else None for value, told in zip(_of_completion(completion_ids), known, strict=True)]
+
+
 def _of_tag(tag, first: int) -> list[float]:
     """One process finds the tags easy that the other finds hard."""
     easy = dict(zip(("S", "A", "VA"), (0.25, 0.5, 0.75), strict=True))
@@ -109,6 +118,7 @@ REWARDS = {
     "in_halves": _in_halves,
     "in_thirds": _in_thirds,
     "where_varied": _where_varied,
+    "where_known": _where_known,
 }
 
 
@@ -201,7 +211,51 @@ class MAPOJobTrainer(Watched, MAPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-TRAINERS = {"omni": (JobTrainer, OmniGRPOConfig), "mapo": (MAPOJobTrainer, MAPOConfig)}
+class AvatarJobTrainer(Watched, AvatarTrainer):
+    """It notes what it remembers after each step, and which completions were trained on, by micro-batch."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if not self.run.get("fixed_completions"):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        # A rank's fresh rows are no whole groups: copies are counted over all ranks, and over a prompt's visits.
+        self.made = getattr(self, "made", Counter())
+        own = []
+        for rank, keys in enumerate(gather_object([[prompt.key for prompt in self._serving]])):
+            for key in keys:
+                if rank == self.accelerator.process_index:
+                    own.append(self.made[key])
+                self.made[key] += 1
+        return [self.fixed_completion(*row) for row in zip(self._serving, own, strict=True)], None
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            memory = self.memory
+            stored = [e for prompt in memory.vcrs.state_dict() for e in memory.buffer.stored(prompt)]
+            fields = ("prompt", "row", "reward", "step", "hinted", "rewards")
+            experiences = [
+                {name: getattr(e, name) for name in fields}
+                | {"ids": e.completion_ids.tolist(), "logps": e.logps.tolist()}
+                for e in stored
+            ]
+            known = {"sizes": memory.buffer.sizes(), "experiences": experiences, **memory.state_dict()}
+            self.known = [*getattr(self, "known", []), known]
+        super().log(logs, *args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        columns = [inputs[name] for name in (PROMPTS_KEY, "completion_ids", "completion_mask", "replayed")]
+        trained = [
+            (prompt.key, ids[mask.bool()].tolist(), bool(replayed))
+            for prompt, ids, mask, replayed in zip(*columns, strict=True)
+        ]
+        self.trained = [*getattr(self, "trained", []), trained]
+        return super()._compute_loss(model, inputs)
+
+
+TRAINERS = {
+    "omni": (JobTrainer, OmniGRPOConfig),
+    "mapo": (MAPOJobTrainer, MAPOConfig),
+    "avatar": (AvatarJobTrainer, AvatarConfig),
+}
 
 
 def trainable(model) -> dict[str, torch.Tensor]:

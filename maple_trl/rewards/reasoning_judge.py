@@ -1,0 +1,144 @@
+"""Judge of the steps of a reasoning (AVATAR, arXiv 2508.03100, section 4 and appendix B.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
+
+from maple_trl.chat import ChatOptions, fence, image_block, text_block
+from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.errors import MediaError
+from maple_trl.rewards.judge import OpenAIJudge, Question, Scorer
+from maple_trl.rewards.judge_prompts import REASONING_AXES, reasoning_system
+from maple_trl.rewards.judge_texts import as_text, harmless, prompt_text, think_block
+
+
+if TYPE_CHECKING:
+    from maple_trl.omni.media import MediaLoader
+
+CUE_COLUMNS = {
+    "audio_cues": "audio_cues",
+    "visual_objects": "visual_objects",
+    "spatial_locations": "spatial_locations",
+    "caption": "caption",
+}
+_SEEN = ("visual_objects", "spatial_locations")
+_CLIPS_AT_HAND = 64
+
+
+class StepwiseReasoningJudge(OpenAIJudge):
+    r"""
+    Grades the `<think>` block of a completion on up to four axes, each 0.0, 0.2, … 1.0: `audio_cues`, `visual_objects`,
+    `spatial_locations` and `caption`. The reward is their mean.
+
+    The judge sees the question, the row's cues, and the block; no `<answer>` of the completion (one inside the block is
+    cut out) and no solution of the row. Thoughts that name an option are not changed, so that put no `solution` among
+    the cues.
+
+    An axis is graded where the row has a cue for it; with pictures, what is seen is graded without one too. A row
+    without any is not scored. A completion without exactly one closed block earns 0.0, and so does one whose block has
+    more than 16000 characters (see [`OpenAIJudge`] for what else is decided by rule).
+
+    Args:
+        scorer (`ChatOptions`, `ChatClient` or `LocalScorer`):
+            Where answers come from.
+        cue_columns (`Mapping[str, str]`, *optional*):
+            Column by axis, text or a list of texts; default is for each axis the column of its name. Axes that are left
+            out are not graded.
+        frames (`int`, *optional*, defaults to 0):
+            Pictures shown of the row's video, spread over it, if its tag (where it has one) holds `V`; for judges that
+            take pictures.
+        loader (`MediaLoader`, *optional*):
+            What reads the videos; needed for `frames`. Its `num_frames` limits how many there are.
+        max_pixels (`int`, *optional*, defaults to 448 x 448):
+            Area of a picture.
+        video_column, tag_column (`str`, *optional*, default to `"video"` and `"tag"`):
+            The row's video and tag.
+        **kwargs:
+            As in [`OpenAIJudge`].
+
+    Raises:
+        ValueError: for an unknown axis, or frames without a loader; when called: for a data set with none of the columns.
+    """
+
+    default_name = "stepwise_reasoning_judge"
+
+    def __init__(
+        self,
+        scorer: ChatOptions | Scorer,
+        *,
+        cue_columns: Mapping[str, str] | None = None,
+        frames: int = 0,
+        loader: MediaLoader | None = None,
+        max_pixels: int = 448 * 448,
+        video_column: str = "video",
+        tag_column: str = "tag",
+        **kwargs: Any,
+    ):
+        super().__init__(scorer, **kwargs)
+        self.cue_columns = dict(CUE_COLUMNS if cue_columns is None else cue_columns)
+        unknown = [axis for axis in self.cue_columns if axis not in REASONING_AXES]
+        if unknown or not self.cue_columns:
+            raise ValueError(f"cue_columns must name axes of {', '.join(REASONING_AXES)}, got {unknown or 'none'}")
+        if frames < 0 or (frames and loader is None):
+            raise ValueError(f"frames={frames} needs a MediaLoader as `loader`, and must not be negative")
+        self.frames, self.loader, self.max_pixels = frames, loader, max_pixels
+        self.video_column, self.tag_column = video_column, tag_column
+        self.guideline = reasoning_system(tuple(REASONING_AXES), pictures=True)
+        self._pictures: LRUCache = LRUCache(_CLIPS_AT_HAND)
+
+    def _check_columns(self, columns: Mapping[str, Any]) -> None:
+        if not self.frames and all(columns.get(column) is None for column in self.cue_columns.values()):
+            raise ValueError(
+                f"{self.__name__} needs one of the columns {', '.join(self.cue_columns.values())} in the dataset (or "
+                f"`frames`); columns that came with this batch: {sorted(columns) or 'none'}"
+            )
+
+    def judged_text(self, text: str) -> str | None:
+        return think_block(text)
+
+    def question(self, text: str, row: Mapping[str, Any]) -> Question | None:
+        try:
+            pictures = self._pictures_of(row)
+        except MediaError:
+            return None
+        cues = {axis: as_text(row.get(column)) for axis, column in self.cue_columns.items()}
+        axes = tuple(
+            axis for axis in REASONING_AXES if cues.get(axis) or (pictures and axis in cues and axis in _SEEN)
+        )
+        if not axes:
+            return None
+        parts = []
+        asked = prompt_text(row.get("prompt") or "")
+        if asked:
+            parts.append(self._fenced("question", asked))
+        parts += [self._fenced(f"notes_{axis}", cues[axis]) for axis in axes if cues[axis]]
+        parts += [fence("reasoning", harmless(text)), "Grade the reasoning."]
+        words = "\n\n".join(parts)
+        # Servers of text models often take only a string.
+        content = [*pictures, text_block(words)] if pictures else words
+        system = reasoning_system(axes, bool(pictures))
+        return Question([{"role": "system", "content": system}, {"role": "user", "content": content}], axes)
+
+    def _fenced(self, name: str, text: str) -> str:
+        return fence(name, harmless(text, self.max_reference_characters))
+
+    def _pictures_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Blocks with the pictures of a row's first video; none where it has no video that counts."""
+        video = row.get(self.video_column)
+        video = video[0] if isinstance(video, (list, tuple)) and video else video
+        tag = row.get(self.tag_column)
+        if not self.frames or not video or (tag and Modality.VIDEO not in ModalityTag.parse(tag).modalities):
+            return []
+        if video not in self._pictures:
+            clip = self.loader.video(video, max_pixels=self.max_pixels)
+            count = min(self.frames, len(clip.frames))
+            chosen = [round(i * (len(clip.frames) - 1) / max(count - 1, 1)) for i in range(count)]
+            times = ", ".join(f"{clip.timestamps[i]:.1f}" for i in chosen)
+            self._pictures[video] = [
+                text_block(f"{count} pictures of the clip, at {times} seconds:"),
+                *(image_block(clip.frames[i]) for i in chosen),
+            ]
+        return self._pictures[video]

@@ -1,0 +1,249 @@
+"""AVATAR on one and two processes: the same groups, losses and weights, one buffer, and no rank that waits."""
+
+import json
+import signal
+
+import pytest
+import torch
+from jobs.runner import ALONE, TORCHRUN, Job, changes, facts, once, weights, write_inputs
+from test_mapo_resume import per_step
+from test_processes import by_tag, worst
+
+
+PLAIN = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "max_grad_norm": 0.0,
+    "max_steps": 4,
+    "shuffle_dataset": False,
+    "gradient_checkpointing": False,
+    "replayed_generations": 2,
+}
+# Several steps add up what rounding makes of each, the more the further they go.
+SLOW = {"learning_rate": 0.02}
+# Rows of a rollout by run, and how many of them a process takes at once; two micro-batches but for the first.
+RUNS = {
+    # One prompt a rollout: its group lies on both ranks.
+    "spanning": {"rows": 8, "accumulation": 1, "num_generations": 8, "replayed_generations": 4, **SLOW},
+    "spanning-most": {"rows": 8, "accumulation": 1, "num_generations": 8, "replayed_generations": 6, **SLOW},
+    "wide": {"rows": 16, "num_generations": 4, "advantage_scope": "tag", "loss_type": "grpo", **SLOW},
+    "stratified": {"rows": 16, "num_generations": 4, "batching": "stratified", "advantage_group": "mixed"},
+    "passes": {
+        "rows": 16,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "beta": 0.1,
+        "replay_alpha": 0.5,
+        "max_steps": 6,
+        **SLOW,
+    },
+    "hints": {
+        "rows": 16,
+        "num_generations": 4,
+        "hints": True,
+        "hint_visits": 1,
+        "hint_max_kl": 1e6,
+        "replay_quantiles": [1.0, 1.0],
+        "max_steps": 5,
+    },
+}
+UNEQUAL = ("unequal", "unequal-spanning")
+LONG = {
+    "max_steps": 6,
+    "learning_rate": 1e-3,
+    "num_generations": 8,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 4,
+    "replay_retier": True,
+    "gradient_checkpointing": False,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+
+
+def plan(world, rows):
+    runs = []
+
+    def add(name, rows_of_rollout, accumulation=2, reward="of_completion", rows=rows, **options):
+        sizes = {
+            "gradient_accumulation_steps": accumulation,
+            "per_device_train_batch_size": rows_of_rollout // accumulation // world,
+        }
+        run = {"name": name, "trainer": "avatar", "reward": reward, "fixed_completions": True, "rows": rows}
+        runs.append(run | {"options": PLAIN | sizes | options})
+
+    for name, options in RUNS.items():
+        options = dict(options)
+        used = [rows[0], rows[1]] if name.startswith("spanning") else rows
+        add(name, options.pop("rows"), rows=[row | {"known": True} for row in used], **options)
+    # The second rank's first prompt (its whole share of a rollout, or a part) never gets a reward.
+    told = [row | {"known": i != 2} for i, row in enumerate(rows)]
+    add("unequal", 16, rows=told, reward="where_known", num_generations=4)
+    told = [row | {"known": i != 0} for i, row in enumerate(rows[:3])]
+    add("unequal-spanning", 24, accumulation=1, rows=told, reward="where_known", num_generations=8)
+    if world == 2:
+        options = {name: value for name, value in RUNS["wide"].items() if name != "rows"}
+        add("unsynced", 16, rows=[row | {"known": True} for row in rows], **options)
+        runs[-1]["unsynced"] = True
+    return runs
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    def prepare(folder):
+        inputs = write_inputs(folder)
+        rows = by_tag(inputs, ("VA", "AS", "VA", "AS"))
+        rows = [row | {"hint": f"hint {i}" if i % 2 else None} for i, row in enumerate(rows)]
+        long = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": LONG}
+        alone = Job(ALONE, folder, "1", rows, plan(1, rows))
+        alone.wait()
+        Job(TORCHRUN, folder, "2", rows, [*plan(2, rows), long]).wait()
+        killed = Job(TORCHRUN, folder, "killed", rows, [long | {"hold_at": 3}])
+        killed.wait_for("long.held")
+        (folder / "status.json").write_text(json.dumps(killed.kill()))
+        options = LONG | {"output_dir": str(folder / "killed" / "long")}
+        Job(TORCHRUN, folder, "resumed", rows, [long | {"resume": True, "options": options}]).wait()
+
+    return once(tmp_path_factory, "avatar-processes", prepare)
+
+
+def told(results, world, name, rank=0):
+    return facts(results / f"{world}", name, rank)
+
+
+def trained(results, world, name):
+    """The completions that were trained on at each step of each rank: prompt, tokens and whether it was replayed."""
+    steps = []
+    for rank in range(world):
+        batches = told(results, world, name, rank)["trained"]
+        steps.append([[(key, tuple(ids), past) for key, ids, past in batch] for batch in batches])
+    return steps
+
+
+NAMES = ("loss", "grad_norm", "reward", "replay/", "vcrs/", "hint/", "tag/", "loss_profile/", "rewardless", "frac_")
+
+
+def close(one, other, name=""):
+    """Whether two things of JSON are the same but for the rounding of their numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key], key) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(close(a, b, name) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) and isinstance(other, float):
+        return one == pytest.approx(other, rel=1e-4, abs=2e-5, nan_ok=True)
+    return one == other
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_give_the_same_losses_and_weights(results, name):
+    one, two = changes(results / "1", name), changes(results / "2", name)
+    error, where = worst(one, two)
+    print(f"{name}: {error:.1e}")
+    assert error <= 1e-4, where
+    assert any(value.norm() > 1e-4 for value in one.values())
+    for alone, shared in zip(
+        per_step(told(results, 1, name)).values(), per_step(told(results, 2, name)).values(), strict=True
+    ):
+        of_run = {entry for entry in alone if entry.startswith(NAMES)}
+        assert of_run == {entry for entry in shared if entry.startswith(NAMES)}
+        # TRL takes the loss from the first rank; the gradient is that of all.
+        for entry in of_run - {"loss"}:
+            assert shared[entry] == pytest.approx(alone[entry], rel=2e-4, abs=2e-5), entry
+    for rank in (0, 1):
+        facts_of_rank = told(results, 2, name, rank)
+        assert (facts_of_rank["rank"], facts_of_rank["world"], facts_of_rank["backend"]) == (rank, 2, "gloo")
+    other = weights(results / "2", name, 1)
+    assert all(torch.equal(value, other[key]) for key, value in weights(results / "2", name).items())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_replay_the_same_completions(results, name):
+    (alone,) = trained(results, 1, name)
+    shared = trained(results, 2, name)
+    assert sorted(row for batch in alone for row in batch) == sorted(row for r in shared for b in r for row in b)
+    assert any(past for batch in alone for *_, past in batch)
+    counts = [[sum(past for *_, past in batch) for batch in rank] for rank in shared]
+    assert sum(counts[0]) == sum(counts[1]) > 0
+
+
+@pytest.mark.parametrize("name", [*RUNS, *UNEQUAL, "unsynced", "long"])
+def test_both_ranks_remember_the_same(results, name):
+    first, second = told(results, 2, name, 0), told(results, 2, name, 1)
+    assert first["known"] == second["known"] and len(first["known"]) == len(per_step(first))
+    assert first["known"][-1]["experiences"] and first["known"][-1]["vcrs"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_remember_what_one_does(results, name):
+    one, two = told(results, 1, name)["known"], told(results, 2, name)["known"]
+    assert close(one, two)
+    assert not close(one[:-1], two[1:])
+
+
+@pytest.mark.parametrize("name", ["spanning", "spanning-most"])
+def test_a_group_lies_on_both_ranks(results, name):
+    replayed = RUNS[name]["replayed_generations"]
+    first, second = trained(results, 2, name)
+    for step, (one, two) in enumerate(zip(first, second, strict=True)):
+        assert len(one) == len(two) == 4 and len({key for key, *_ in one + two}) == 1
+        past = [sum(flag for *_, flag in rows) for rows in (one, two)]
+        assert past == ([0, 0] if step < 2 else [replayed // 2] * 2)
+
+
+def test_hints_are_given_on_both_ranks(results):
+    first, second = trained(results, 2, "hints")
+    for rank in (first, second):
+        keys = [key for batch in rank for key, *_ in batch]
+        assert {key.endswith("+hint") for key in keys} == {True, False}
+    assert per_step(told(results, 2, "hints"))[5]["hint/given"] == 2
+
+
+def test_ranks_generate_equally_many_where_one_has_less_to_replay(results):
+    """The second rank holds two prompts, one of which is never stored: it can replay two completions, the first four."""
+    first, second = trained(results, 2, "unequal")
+    for one, two in zip(first, second, strict=True):
+        assert len(one) == len(two)
+    passes = [told(results, 2, "unequal", rank)["passes"] for rank in (0, 1)]
+    assert passes[0] == passes[1]
+    logged = per_step(told(results, 2, "unequal"))
+    assert [logged[step]["replay/share"] for step in (1, 2, 3, 4)] == [0, 4 / 16, 4 / 16, 4 / 16]
+    alone = per_step(told(results, 1, "unequal"))
+    assert [alone[step]["replay/share"] for step in (1, 2, 3, 4)] == [0, 6 / 16, 6 / 16, 6 / 16]
+    assert logged[4]["replay/unstorable"] > alone[4]["replay/unstorable"] * 0.9
+
+
+def test_a_group_without_anything_stored_on_both_ranks(results):
+    """Three groups of eight: the first has nothing stored, the second lies on both ranks."""
+    first, second = trained(results, 2, "unequal-spanning")
+    past = [[sum(flag for *_, flag in batch) for batch in rank] for rank in (first, second)]
+    assert past[0] == past[1] and past[0][0] == 0 and 0 < past[0][1] <= 4
+    assert [len(batch) for batch in first] == [len(batch) for batch in second] == [12] * 4
+    assert told(results, 2, "unequal-spanning", 0)["passes"] == told(results, 2, "unequal-spanning", 1)["passes"]
+
+
+def test_the_comparison_notices_other_completions(results):
+    assert worst(changes(results / "1", "wide"), changes(results / "2", "stratified"))[0] > 0.01
+    assert not close(told(results, 1, "wide")["known"], told(results, 2, "unsynced")["known"])
+
+
+# Kill and resume
+
+
+def test_a_killed_run_of_two_processes_goes_on(results):
+    assert json.loads((results / "status.json").read_text()) == -signal.SIGKILL
+    held = results / "killed" / "long" / "checkpoint-3"
+    state = json.loads((held / "avatar.json").read_text())["memory"]
+    assert state["pending"] and (held / "rollout_1.json").exists()  # in the middle of a rollout
+    for rank in (0, 1):
+        whole, resumed = told(results, 2, "long", rank), facts(results / "resumed", "long", rank)
+        assert resumed["error"] is None and len(resumed["known"]) == 3
+        for what in ("known", "used", "trained", "checksums"):
+            assert resumed[what] and resumed[what] == whole[what][-len(resumed[what]) :], what
+        expected, got = per_step(whole), per_step(resumed)
+        assert {step: got[step] for step in (4, 5, 6)} == {step: expected[step] for step in (4, 5, 6)}
+        one, other = weights(results / "2", "long", rank), weights(results / "resumed", "long", rank)
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert any(past for batch in facts(results / "resumed", "long")["trained"] for *_, past in batch)
+    sampled = [trained(results, 2, "long")[rank][0] for rank in (0, 1)]
+    assert sampled[0] != sampled[1]  # every rank draws its own
