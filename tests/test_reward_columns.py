@@ -90,3 +90,27 @@ def test_a_routed_reward_is_handed_what_the_inner_one_names(seven_tags):
     routed = for_tags(watching_reward, ["V", "A", "S", "VA", "VS", "AS", "VAS"])
     build_trainer(folder, one_row_per_tag(dataset), reward=routed).train()
     assert [len(row) for row in SEEN["logprobs"]] == [len(ids) for ids in SEEN["ids"]]
+
+
+def test_each_reward_is_logged_by_tag(seven_tags):
+    folder, dataset = seven_tags
+    graded = {}
+
+    def graded_reward(completions, tag, **columns):
+        values = [None if t == "S" else v for t, v in zip(tag, spread_reward(completions), strict=True)]
+        for t, v in zip(tag, values, strict=True):
+            graded.setdefault(t, []).append(v)
+        return values
+
+    trainer = build_trainer(folder, one_row_per_tag(dataset), reward=[graded_reward, plain_reward], max_steps=3)
+    trainer.args.logging_steps = trainer.state.logging_steps = 3
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
+    known = {tag: [v for v in values if v is not None] for tag, values in graded.items()}
+    for tag, values in known.items():
+        name = f"tag/{tag}/rewards/graded_reward"
+        assert (name in entry) == bool(values)
+        if values:
+            assert abs(entry[name] - sum(values) / len(values)) < 1e-5
+    everything = [v for values in known.values() for v in values]
+    assert abs(entry["tag/all/rewards/graded_reward"] - sum(everything) / len(everything)) < 1e-5

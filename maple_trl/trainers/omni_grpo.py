@@ -44,7 +44,7 @@ from maple_trl.trainers.rollout_state import (
     save_rows,
     split_rows,
 )
-from maple_trl.trainers.tag_metrics import RunningMeans
+from maple_trl.trainers.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.trl_bridge import trl_expectations
 
 
@@ -259,7 +259,17 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         for name, values in zip(self.reward_func_names, scores.T, strict=True):
             if values.isinf().any():
                 raise ValueError(f"The reward function {name!r} returned an infinite reward; use a finite one or None")
+        self._count_by_tag(inputs, scores)
         return scores
+
+    def _count_by_tag(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
+        """Means of each reward function by tag, as `tag/<TAG>/rewards/<name>`; for rows that have tags."""
+        tags = torch.tensor([tag_number(row.get("tag")) for row in rows], device=self.accelerator.device)
+        tags = self.accelerator.gather(tags)
+        if (tags != UNTAGGED).any():
+            mode = "train" if self.model.training else "eval"
+            for name, values in zip(self.reward_func_names, scores.T, strict=True):
+                self._means[mode].add(totals_by_tag(f"rewards/{name}", values, tags))
 
     @torch.no_grad()
     def _completion_logprobs(self, prompts: list, completion_ids: list[list[int]]) -> list[list[float]]:
