@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from maple_trl.data_cli import add_data_commands, run_data
+from maple_trl.eval_cli import add_eval_command, run_eval
 
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
     add_data_commands(commands)
+    add_eval_command(commands)
     return parser
 
 
@@ -74,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command line without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        `int`: 0; 1 when `env` found something broken or too many rows of `data` failed; 2 when the job is described
-        wrongly; 130 when interrupted.
+        `int`: 0; 1 when `env` found something broken, too many rows of `data` or `eval` failed; 2 when the job is
+        described wrongly; 130 when interrupted.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
     if rest:
         parser.error(f"unknown argument {rest[0]}")
-    return run_data(arguments) if arguments.command == "data" else _env(arguments)
+    return {"data": run_data, "eval": run_eval, "env": _env}[arguments.command](arguments)
 
 
 def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:
@@ -99,6 +101,7 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
         print("maple-trl train: name a job: --config FILE (maple-trl train --help)", file=sys.stderr)
         return 2
     from maple_trl.job_args import SetupError, parse_args
+    from maple_trl.rewards import JudgeUnavailableError
     from maple_trl.stages import load_plan, run_stages
 
     plan = None
@@ -114,6 +117,9 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
     except SetupError as error:
         print(f"maple-trl train: {error}", file=sys.stderr)
         return 2
+    except JudgeUnavailableError as error:
+        print(f"maple-trl train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         again = "--resume_from_checkpoint true" if plan is None else "the same command"
         print(f"maple-trl train: stopped; {again} goes on from the last checkpoint", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""Records of a benchmark's published tables, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from maple_trl.data.hint_tables import RowTable, TableError
+
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+_ROWS_AT_ONCE = 32  # a row may carry whole pictures and sounds
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """
+    The records of one file, one at a time.
+
+    Raises:
+        TableError: when it cannot be read, naming the file, and the line where there is one.
+    """
+    if path.suffix != ".parquet":
+        table = RowTable(path)
+        columns = [table.column(name) for name in table.columns]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(table.columns, values, strict=True))
+        return
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(f"cannot read {path}: {error}") from error
+
+
+def find_tables(path: Path, patterns: tuple[str, ...], split: str) -> list[Path]:
+    """
+    The tables of a split: `path` itself where it is a file, else the files of the first pattern that has any.
+
+    Args:
+        path: file or folder.
+        patterns: globs below the folder; `{split}` stands for the split's name.
+        split: name of the split.
+
+    Raises:
+        FileNotFoundError: when there is none, saying what was looked for and what is there.
+    """
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise TableError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    looked = [pattern.format(split=split) for pattern in patterns]
+    for pattern in looked:
+        found = sorted(file for file in path.glob(pattern) if file.suffix in SUFFIXES)
+        if found:
+            return found
+    there = sorted(file.name for file in path.iterdir())
+    raise FileNotFoundError(
+        f"{path} holds no table of split {split!r}: looked for {', '.join(looked)}; it holds "
+        f"{', '.join(there[:20]) or 'nothing'}{', …' if len(there) > 20 else ''}"
+    )
+
+
+def media_root(path: Path, patterns: tuple[str, ...]) -> Path:
+    """
+    The folder that a benchmark's media paths are relative to: `path`, or of a table the folder that its pattern starts at.
+
+    Args:
+        path: file or folder.
+        patterns: as of [`find_tables`].
+    """
+    if path.is_dir():
+        return path
+    file = path.resolve()
+    for pattern in patterns:
+        depth = len(PurePosixPath(pattern).parts)
+        if file.match(pattern.format(split="*")) and depth <= len(file.parents):
+            return file.parents[depth - 1]
+    return file.parent

@@ -1,0 +1,229 @@
+"""From the lines of an evaluation to its accuracies."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from maple_trl.evaluation.gaps import WEIGHTINGS, modality_gap_intervals, tag_disparity
+from maple_trl.evaluation.intervals import UndefinedMetricError, bootstrap_mean
+from maple_trl.evaluation.metrics import fused_samples, pass_at_k_interval, tag_accuracies
+from maple_trl.evaluation.report import as_json
+from maple_trl.modalities import ModalityTag
+
+
+# A sample counts as right for pass@k when its score is full, but for rounding.
+_FULL = 1 - 1e-9
+
+
+@dataclass
+class _Question:
+    """A question under one access: the scores of its samples, or why there are none."""
+
+    row: int
+    tag: str | None
+    category: str | None
+    status: str
+    reason: str | None
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.scores) / len(self.scores) if self.scores else math.nan
+
+
+def evaluation_results(
+    lines: pa.Table,
+    accesses: Sequence[str],
+    samples: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    What an evaluation found, as JSON values.
+
+    A question's score is the mean of its samples, so that accuracy is pass@1 estimated from all of them (MAPLE,
+    arXiv 2602.11596, 3.1). A question whose media are broken (`error`) or that could not be graded (`unscored`) is in no
+    mean: it is counted, and `bounds` say what the accuracy would be if all such were wrong and if all were right. A
+    question that lacks a signal of an access (`lacking`) does not belong to that access, nor to its bounds.
+
+    Args:
+        lines: with the columns of [`~maple_trl.evaluation.eval_store.LINES`].
+        accesses: in the order to report them.
+        samples: completions per question, for pass@k.
+        confidence, resamples, seed: as in [`bootstrap_mean`].
+
+    Returns:
+        `accesses`: for each what [`_access_results`] gives; `fusion_gain`; `errors`: every question that ended so, by
+        name. A value that is undefined is `{"undefined": reason}`.
+    """
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    by_access: dict[str, dict[int, _Question]] = {access: {} for access in accesses}
+    completions: dict[str, Counter] = {access: Counter() for access in accesses}
+    errors = []
+    for line in lines.to_pylist():
+        questions = by_access[line["access"]]
+        question = questions.setdefault(
+            line["row"], _Question(line["row"], line["tag"], line["category"], line["status"], line["reason"])
+        )
+        if line["score"] is not None:
+            question.status = "scored"
+            question.scores.append(line["score"])
+        if line["sample"] is not None:
+            _count_completion(completions[line["access"]], line)
+        elif line["status"] == "error":
+            errors.append({name: line[name] for name in ("row", "id", "access", "reason", "path", "detail")})
+    return as_json(
+        {
+            "accesses": {
+                access: _access_results(list(by_access[access].values()), samples, options)
+                | {"completions": dict(sorted(completions[access].items()))}
+                for access in accesses
+            },
+            "fusion_gain": _or_reason(lambda: _fusion_gain(by_access, options)),
+            "errors": sorted(errors, key=lambda error: (error["row"], accesses.index(error["access"]))),
+        }
+    )
+
+
+def _count_completion(counts: Counter, line: Mapping[str, Any]) -> None:
+    counts["all"] += 1
+    counts["cut"] += line["finish"] == "length"
+    counts["without_answer"] += line["answer"] is None
+    counts["tokens"] += line["completion_tokens"]
+    for kind in ("video", "audio", "subtitle"):
+        counts[f"{kind}_tokens"] += line[f"{kind}_tokens"]
+    for note in line["notes"]:
+        counts[f"note:{note}"] += 1
+
+
+def _access_results(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Accuracies of one access.
+
+    Returns:
+        `accuracy` over all questions (`sample_mean`), as the plain mean over tags (`tag_mean`), by tag and by category;
+        `bounds`; `pass_at_k`; `modality_gap` by weighting; `tag_disparity`; `counts` of questions, over all and by tag.
+    """
+    belonging = [question for question in questions if question.status != "lacking"]
+    scores = np.array([question.mean for question in belonging])
+    tags = [question.tag for question in belonging]
+    return {
+        "accuracy": _or_reason(lambda: _accuracy(belonging, scores, tags, options)),
+        "bounds": {
+            "sample_mean": _bounds(scores),
+            "per_tag": {
+                tag: _bounds(scores[[other == tag for other in tags]]) for tag in map(str, ModalityTag) if tag in tags
+            },
+        },
+        "pass_at_k": _pass_at_k(belonging, samples, options),
+        "modality_gap": {
+            weighting: _or_reason(
+                lambda weighting=weighting: {
+                    name: asdict(estimate)
+                    for name, estimate in modality_gap_intervals(scores, tags, weighting, **options).items()
+                }
+            )
+            for weighting in WEIGHTINGS
+        },
+        "tag_disparity": _or_reason(lambda: _disparity(scores, tags)),
+        "counts": _counts(questions)
+        | {"per_tag": {tag or "": _counts([q for q in questions if q.tag == tag]) for tag in _present(questions)}},
+        "reasons": dict(sorted(Counter(q.reason for q in questions if q.status != "scored").items())),
+    }
+
+
+def _or_reason(compute: Callable[[], Any]) -> Any:
+    try:
+        return compute()
+    except UndefinedMetricError as error:
+        return {"undefined": str(error)}
+
+
+def _accuracy(
+    questions: list[_Question], scores: np.ndarray, tags: list[str | None], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    if not questions:
+        raise UndefinedMetricError("No question has the signals of this access")
+    found = tag_accuracies(scores, tags, **options)
+    by_category = defaultdict(list)
+    for question in questions:
+        if question.category is not None and question.scores:
+            by_category[question.category].append(question.mean)
+    return {
+        "sample_mean": asdict(found.sample_mean),
+        "tag_mean": found.tag_mean and asdict(found.tag_mean),
+        "per_tag": {tag: asdict(estimate) for tag, estimate in found.per_tag.items()},
+        "missing_tags": list(found.missing),
+        "per_category": {
+            category: asdict(bootstrap_mean(values, [category] * len(values), **options))
+            for category, values in sorted(by_category.items())
+        },
+    }
+
+
+def _bounds(scores: np.ndarray) -> dict[str, float] | None:
+    """The mean if all that have no score were wrong, and if all were right."""
+    if not len(scores):
+        return None
+    known = scores[~np.isnan(scores)]
+    total, unknown = math.fsum(known), len(scores) - len(known)
+    return {"low": total / len(scores), "high": (total + unknown) / len(scores)}
+
+
+def _pass_at_k(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """By k, the powers of two up to the samples and their number; a sample is right when its score is full."""
+    counted = [question for question in questions if question.scores]
+    n = [len(question.scores) for question in counted]
+    right = [sum(score >= _FULL for score in question.scores) for question in counted]
+    strata = [question.tag or "" for question in counted]
+    powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    return {
+        str(k): _or_reason(
+            lambda k=k: asdict(pass_at_k_interval(np.array(n, int), np.array(right, int), k, strata, **options))
+        )
+        for k in dict.fromkeys([*powers, samples])
+    }
+
+
+def _disparity(scores: np.ndarray, tags: Sequence[str | None]) -> list[list[float]]:
+    by_tag = {tag: scores[[other == tag for other in tags]] for tag in map(str, ModalityTag)}
+    known = {tag: values[~np.isnan(values)] for tag, values in by_tag.items()}
+    return tag_disparity({tag: float(values.mean()) for tag, values in known.items() if len(values)}).tolist()
+
+
+def _counts(questions: Sequence[_Question]) -> dict[str, int]:
+    by_status = Counter(question.status for question in questions)
+    names = {"scored": "scored", "unscored": "unscored", "error": "errors", "lacking": "lacking"}
+    return {"questions": len(questions)} | {name: by_status[status] for status, name in names.items()}
+
+
+def _present(questions: Sequence[_Question]) -> list[str | None]:
+    there = {question.tag for question in questions}
+    return [tag for tag in (*map(str, ModalityTag), None) if tag in there]
+
+
+def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Over the questions that were scored under all seven tags as access, and how many were not."""
+    missing = [tag for tag in map(str, ModalityTag) if tag not in by_access]
+    if missing:
+        raise UndefinedMetricError(
+            f"The fusion gain needs the accesses {','.join(ModalityTag)}; not asked: {', '.join(missing)}"
+        )
+    columns = [by_access[tag] for tag in map(str, ModalityTag)]
+    rows = sorted(set.union(*(set(column) for column in columns)))
+    whole = [row for row in rows if all(row in column and column[row].scores for column in columns)]
+    if not whole:
+        raise UndefinedMetricError(f"The fusion gain is undefined: none of {len(rows)} rows was scored under all tags")
+    fused = fused_samples(
+        {tag: [column[row].mean for row in whole] for tag, column in zip(map(str, ModalityTag), columns, strict=True)}
+    )
+    strata = [columns[0][row].tag or "" for row in whole]
+    return asdict(bootstrap_mean(fused, strata, **options)) | {"left_out": len(rows) - len(whole)}

@@ -1,0 +1,184 @@
+"""
+The folder of an evaluation: what was asked is kept batch by batch, so that a run that was stopped goes on.
+
+Layout:
+
+    evaluation.json      what decides the numbers; written first
+    batches/00000.parquet …  finished batches, while the evaluation is going on
+    rows.parquet         all lines, once every batch is done; see `LINES`
+    result.json          accuracies and all that decides them; the same bytes for the same evaluation
+    run.json             times, processes and threads
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from maple_trl.evaluation.eval_identity import differences
+from maple_trl.evaluation.eval_options import EvaluationError
+from maple_trl.evaluation.report import write_atomically
+
+
+LINES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("tag", pa.string()),
+        ("solution", pa.string()),
+        ("category", pa.string()),
+        ("access", pa.string()),
+        ("status", pa.string()),  # scored, unscored, error or lacking
+        ("sample", pa.int64()),  # null where the question was not asked
+        ("completion", pa.string()),
+        ("answer", pa.string()),
+        ("score", pa.float64()),
+        ("reason", pa.string()),  # why there is no score
+        ("detail", pa.string()),
+        ("path", pa.string()),
+        ("finish", pa.string()),  # end, or length where the completion was cut
+        ("completion_tokens", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("video_tokens", pa.int64()),
+        ("audio_tokens", pa.int64()),
+        ("subtitle_tokens", pa.int64()),
+        ("notes", pa.list_(pa.string())),
+        ("inputs", pa.string()),  # digest of the tokens, positions, frames and sound that the model read
+    ]
+)
+"""Columns of `rows.parquet`: a line per sample, and one for each question that was not asked under an access."""
+
+_SHOWN = 5  # differences between two evaluations that an error lists
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    A finished evaluation.
+
+    Attributes:
+        lines: the table `rows.parquet`, with the columns of `LINES`.
+        result: what `result.json` holds.
+        run: what `run.json` holds.
+    """
+
+    lines: pa.Table
+    result: dict[str, Any]
+    run: dict[str, Any]
+
+
+def load_evaluation(folder: str | os.PathLike) -> Evaluation:
+    """
+    Reads the folder of a finished evaluation, e.g. for a report.
+
+    Raises:
+        FileNotFoundError: when there is none, or it has not been finished.
+    """
+    folder = Path(folder)
+    result, run = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("result.json", "run.json"))
+    return Evaluation(pq.read_table(folder / "rows.parquet", schema=LINES), result, run)
+
+
+class EvalStore:
+    """
+    Reads and writes the folder of an evaluation.
+
+    A file appears whole or not at all, whenever the process is killed. Several processes may write batches; one of
+    them begins and finishes.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.batches = self.folder / "batches"
+        self.table = self.folder / "rows.parquet"
+
+    @property
+    def complete(self) -> bool:
+        return self.table.is_file()
+
+    def begin(self, identity: Mapping[str, Any], overwrite: bool = False) -> None:
+        """
+        Opens the folder for an evaluation, a new one or the one that it holds.
+
+        Args:
+            identity: what decides the numbers, as JSON values.
+            overwrite: remove the evaluation that is there.
+
+        Raises:
+            EvaluationError: when the folder holds another evaluation, naming what differs, or something else.
+        """
+        note = self.folder / "evaluation.json"
+        if overwrite and note.is_file():
+            shutil.rmtree(self.batches, ignore_errors=True)
+            for name in ("rows.parquet", "result.json", "run.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            note.unlink()
+        if note.is_file():
+            found = differences(json.loads(note.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
+            if found:
+                more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+                raise EvaluationError(
+                    f"{self.folder} holds another evaluation: {'; '.join(found[:_SHOWN])}{more}. Name another folder "
+                    "with --output, or replace it with --overwrite"
+                )
+        elif self.table.exists() or self.batches.exists() or (self.folder / "result.json").exists():
+            raise EvaluationError(
+                f"{self.folder} holds files of an evaluation but no evaluation.json; name another folder with --output"
+            )
+        self.batches.mkdir(parents=True, exist_ok=True)
+        if not note.is_file():
+            write_atomically(note, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+
+    def has(self, number: int) -> bool:
+        """Whether a batch is done."""
+        return self._batch(number).is_file()
+
+    def write(self, number: int, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Keeps the lines of a finished batch."""
+        _write_table(pa.Table.from_pylist(list(lines), LINES), self._batch(number))
+
+    def finish(self, batches: int, skipped: Iterable[Mapping[str, Any]]) -> None:
+        """
+        Joins all batches into the one table, in the order of access, rows and samples.
+
+        Raises:
+            EvaluationError: for a batch that is missing or cannot be read.
+        """
+        if self.complete:
+            shutil.rmtree(self.batches, ignore_errors=True)
+            return
+        tables = [pa.Table.from_pylist(list(skipped), LINES)]
+        for number in range(batches):
+            try:
+                tables.append(pq.read_table(self._batch(number), schema=LINES))
+            except (OSError, pa.ArrowInvalid) as error:
+                raise EvaluationError(
+                    f"{self._batch(number)} cannot be read ({error}); remove it and give the same command again"
+                ) from error
+        whole = pa.concat_tables(tables)
+        _write_table(whole.sort_by([(name, "ascending") for name in ("access", "row", "sample")]), self.table)
+        shutil.rmtree(self.batches)
+
+    def lines(self) -> pa.Table:
+        """All lines of a finished evaluation."""
+        return pq.read_table(self.table, schema=LINES)
+
+    def _batch(self, number: int) -> Path:
+        return self.batches / f"{number:05}.parquet"
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(scratch, "wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
+    os.replace(scratch, path)
