@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, unique_prompts
+from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
 from maple_trl.omni.families.base import OmniFamily
 from maple_trl.omni.towers import Features, TowerCache, run_tower
 
@@ -86,13 +86,11 @@ def _merged_inputs(
     for kind in family.placeholder_ids:
         holders = [row for row in rows if kind in row.kinds]
         if holders:
-            prompts, order = unique_prompts(holders)
-            known = (
-                run_tower(family, core, kind, prompts)
-                if cache is None
-                else cache.features(family, core, kind, prompts)
-            )
-            features = [known[i] for i in order]
+            clips = {row.media_digest(kind): row for row in holders}  # prompts about one clip read it once
+            prompts = list(clips.values())
+            run = run_tower if cache is None else cache.features
+            known = dict(zip(clips, run(family, core, kind, prompts), strict=True))
+            features = [known[row.media_digest(kind)] for row in holders]
             if kind == "audio":
                 mask = (input_ids == family.placeholder_ids["audio"]).unsqueeze(-1)
                 tokens = torch.cat([row["tokens"] for row in features])

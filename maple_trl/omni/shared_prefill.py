@@ -7,8 +7,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from maple_trl.omni.encoded import EncodedPrompt, unique_prompts
+
+
+def grows_cache(config: GenerationConfig) -> bool:
+    """Whether generation grows a key-value cache, whose rows [`share_prefill`] can repeat; others it cannot share."""
+    return config.use_cache is not False and config.cache_implementation in (None, "dynamic")
 
 
 @contextmanager
@@ -21,7 +27,8 @@ def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[No
 
     Args:
         core: the module whose hidden states the LM head reads.
-        rows: one prompt per row of `generate()`, rows of a prompt sharing the object.
+        rows: one prompt per row of `generate()`, rows of a prompt sharing the object. Its settings satisfy
+            [`grows_cache`].
     """
     prompts, order = unique_prompts(rows)
     first = {}

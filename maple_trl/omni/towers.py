@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from cachetools import LRUCache
@@ -18,6 +21,9 @@ from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, tensor_byt
 from maple_trl.omni.families.base import OmniFamily
 
 
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
 Features = dict[str, Tensor]
 """A prompt's features of one kind: `tokens` of shape (tokens, hidden), and `deepstack.0` and so on where there are."""
 
@@ -62,7 +68,9 @@ class TowerCache:
         self.max_disk_bytes = max_disk_bytes
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._weights: dict[tuple[int, str], tuple[int, str]] = {}
+            _remove_leftovers(self.folder)
+        self._weights: WeakKeyDictionary[nn.Module, dict[str, tuple[bytes, str]]] = WeakKeyDictionary()
+        self._disk_fails = False
         self.hits = self.misses = 0
 
     def features(
@@ -73,8 +81,9 @@ class TowerCache:
         # An adapter that is switched off for a reference pass asks for no gradient either, but will be trained on.
         if any(parameter.requires_grad or "lora_" in name for name, parameter in parameters):
             return run_tower(family, core, kind, prompts)
-        weights = self._weights_digest(core, kind, parameters)
-        keys = [f"{weights}-{prompt.media_digest(kind)}" for prompt in prompts]
+        device = core.get_input_embeddings().weight.device
+        weights = self._weights_digest(family, core, kind, parameters)
+        keys = [f"{weights}-{_precision(device)}-{prompt.media_digest(kind)}" for prompt in prompts]
         found = {key: self._read(key) for key in dict.fromkeys(keys)}
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if found[key] is None}
         self.hits += len(found) - len(missing)
@@ -84,20 +93,23 @@ class TowerCache:
             for key, features in zip(missing, computed, strict=True):
                 found[key] = features
                 self._keep(key, {name: values.detach().cpu() for name, values in features.items()})
-        device = core.get_input_embeddings().weight.device
-        return [{name: values.to(device) for name, values in found[key].items()} for key in keys]
+        # Copies, so that nobody writes to what is kept.
+        return [{name: values.to(device, copy=True) for name, values in found[key].items()} for key in keys]
 
-    def _weights_digest(self, core: nn.Module, kind: str, parameters: list[tuple[str, nn.Parameter]]) -> str:
-        """Of a tower's weights; computed again when something has written to them."""
-        version = sum(parameter._version for _, parameter in parameters)
-        known = self._weights.get((id(core), kind))
-        if known is None or known[0] != version:
-            digest = hashlib.blake2b(kind.encode(), digest_size=12)
+    def _weights_digest(
+        self, family: OmniFamily, core: nn.Module, kind: str, parameters: list[tuple[str, nn.Parameter]]
+    ) -> str:
+        """Of a tower's weights and configuration; computed again when something has written to the weights."""
+        known = self._weights.setdefault(core, {})
+        state = _quick_state([parameter for _, parameter in parameters])
+        if kind not in known or known[kind][0] != state:
+            config = getattr(family.config, f"{_TOWER_SCOPES[kind]}_config")
+            digest = hashlib.blake2b(f"{kind} {config.to_json_string()}".encode(), digest_size=12)
             for name, parameter in parameters:
                 digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
                 digest.update(tensor_bytes(parameter))
-            known = self._weights[id(core), kind] = (version, digest.hexdigest())
-        return known[1]
+            known[kind] = (state, digest.hexdigest())
+        return known[kind][1]
 
     def _read(self, key: str) -> Features | None:
         if key in self._memory:
@@ -117,10 +129,15 @@ class TowerCache:
         self._remember(key, features)
         if self.folder is None:
             return
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as scratch:
-            save_file({name: values.contiguous() for name, values in features.items()}, scratch.name)
-        os.replace(scratch.name, self.folder / f"{key}.safetensors")
-        self._shrink()
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=PARTIAL, delete=False) as scratch:
+                save_file({name: values.contiguous() for name, values in features.items()}, scratch.name)
+            os.replace(scratch.name, self.folder / f"{key}.safetensors")
+            self._shrink()
+        except (OSError, SafetensorError) as error:  # a full disk must not end a run
+            if not self._disk_fails:
+                logger.warning("The encoder cache cannot write into %s; going on without it: %s", self.folder, error)
+            self._disk_fails = True
 
     def _remember(self, key: str, features: Features) -> None:
         if _size(features) <= self._memory.maxsize:
@@ -128,7 +145,7 @@ class TowerCache:
 
     def _shrink(self) -> None:
         entries = []
-        for path in self.folder.glob("*.safetensors"):
+        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob(f"*{PARTIAL}")):
             try:
                 entries.append((path.stat().st_mtime, path.stat().st_size, path))
             except FileNotFoundError:  # another process was faster
@@ -145,6 +162,31 @@ def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tu
     """Of a tower and its projector; projectors of both kinds count for either."""
     wanted = (_TOWER_SCOPES[kind], "projectors")
     return [(name, parameter) for name, parameter in core.named_parameters() if family.scope_of(name) in wanted]
+
+
+def _quick_state(parameters: list[nn.Parameter]) -> bytes:
+    """
+    What changes when weights do, at the cost of one value of each: some writers (`.data`) leave no other trace.
+    """
+    probe = torch.stack([parameter.detach().flatten()[parameter.numel() // 2].double() for parameter in parameters])
+    marks = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+    return hashlib.blake2b(repr(marks).encode() + bytes(tensor_bytes(probe))).digest()
+
+
+def _precision(device: torch.device) -> str:
+    """What the towers compute in, where it is not what their weights are kept in."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if enabled else "own"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of processes that were killed while writing, long ago enough that none still writes."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        try:
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink(missing_ok=True)
+        except OSError:
+            continue
 
 
 def _size(features: Features) -> int:

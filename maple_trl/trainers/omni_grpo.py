@@ -23,7 +23,7 @@ from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids, unique_prompts
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
-from maple_trl.omni.shared_prefill import share_prefill
+from maple_trl.omni.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.shared_prefix import PackedOutput, install, pack, packed_forward
 from maple_trl.omni.sharing import sharing_error
 from maple_trl.rewards import judge_callbacks
@@ -129,6 +129,10 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             for callback in judge_callbacks(reward_funcs):
                 self.add_callback(callback)
         self.towers = self._make_tower_cache()
+        if self.towers is not None and self.ref_model is not None:
+            self.ref_model.requires_grad_(
+                False
+            )  # TRL leaves it as it is loaded, and towers that are trained are not kept
         self._write_quarantine()
         self._check_rollout_size()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -220,9 +224,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.family is None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        if self._sharing is None:
-            self._sharing = self._try_sharing(self._serving[0])
-        if not self._sharing:
+        if not (self._shares(self._serving[0]) and grows_cache(self.generation_config)):
             with self._serve(self.model, self._serving):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         core = self.family.core(self.accelerator.unwrap_model(self.model))
@@ -350,7 +352,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """Stands in for `model` in TRL's log-probability loop, which takes its rows in order, chunk by chunk."""
         batch, length = inputs["input_ids"].shape
         prompts = [next(rows) for _ in range(batch)]
-        if self._sharing and not inputs.get("output_router_logits"):  # whose loss counts a prompt once per row
+        # The routers' balancing loss counts a prompt once per row.
+        if self._shares(prompts[0]) and not inputs.get("output_router_logits"):
             return self._forward_packed(model, prompts, logits_to_keep, **inputs)
         positions = batch_position_ids(prompts, length - logits_to_keep, logits_to_keep)
         positions = positions.to(inputs["input_ids"].device)
@@ -364,6 +367,12 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         batch = pack(prompts, inputs["input_ids"][:, -width:], lengths)
         with self._serve(unwrapped, batch.prompts, packed=True):
             return packed_forward(model, self.family.core(unwrapped), batch, (len(prompts), width))
+
+    def _shares(self, prompt: EncodedPrompt) -> bool:
+        """Whether completions share their prompts; found out at the first prompt, at which all ranks are together."""
+        if self._sharing is None:
+            self._sharing = self._try_sharing(prompt)
+        return self._sharing
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
@@ -386,22 +395,29 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
         if not fits:
             logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)
-        elif self.args.per_device_train_batch_size % self.num_generations:
-            logger.info(
+        if fits and self.aux_loss_enabled:
+            logger.warning(
+                "Training passes a prompt once per completion (shared_prefix): the loss that balances the experts counts it so. "
+                "router_aux_loss_coef=0 lets completions share it."
+            )
+        if fits and self.args.per_device_train_batch_size % self.args.num_generations:
+            logger.warning(
                 "per_device_train_batch_size (%d) is not a multiple of num_generations (%d): a prompt is passed once for each "
                 "micro-batch that holds some of its completions",
                 self.args.per_device_train_batch_size,
-                self.num_generations,
+                self.args.num_generations,
             )
         return fits
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        fresh = self._buffered_inputs is not before and PROMPTS_KEY in inputs
-        if not fresh or not any(p.kinds for chunk in self._buffered_inputs for p in chunk[PROMPTS_KEY]):
+        if self._buffered_inputs is before or PROMPTS_KEY not in inputs:
             return inputs
-        # TRL shuffles rows, which spreads a prompt's rows over micro-batches and encodes its media in each.
+        media = any(prompt.kinds for chunk in self._buffered_inputs for prompt in chunk[PROMPTS_KEY])
+        if not media and self.args.shared_prefix != "on":
+            return inputs  # as TRL does
+        # TRL shuffles rows, which spreads a prompt's rows over micro-batches and passes it once in each.
         sizes = [count_rows(chunk) for chunk in self._buffered_inputs]
         self._buffered_inputs = split_rows(regroup_rows(merge_chunks(self._buffered_inputs), PROMPTS_KEY), sizes)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]

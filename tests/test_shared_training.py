@@ -1,0 +1,668 @@
+"""Training with prompts that are passed once is training with prompts that are passed once per completion."""
+
+import dataclasses
+import json
+import logging
+from collections import defaultdict
+from contextlib import contextmanager
+
+import pytest
+import torch
+from datasets import Dataset
+from omni_runs import DEFAULTS, one_row_per_tag, spread_reward
+from tiny_models import FAMILIES, build_tiny, save_tiny
+from trl.trainer import utils as trl_utils
+
+from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
+from maple_trl.omni import sharing
+from maple_trl.omni.families import family_for
+from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.lora import build_lora_config, freeze
+from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.serving import serve_media
+from maple_trl.omni.shared_prefix import ATTENTION, install
+from maple_trl.trainers import omni_grpo
+
+
+BOUND = 1e-5
+G = 4
+# Plain gradient descent: Adam makes steps of one size out of gradients that are rounding alone.
+SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_steps": 3, "num_generations": G}
+LOGGED = ("loss", "kl", "entropy", "grad_norm", "reward", "reward_std", "completions/mean_length")
+
+
+class Watched:
+    """Notes what is sampled, and what is trained on in which way."""
+
+    def __init__(self, *args, **kwargs):
+        self.sampled, self.trained, self.packed, self.plain = [], [], 0, 0
+        super().__init__(*args, **kwargs)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        found = super()._generate_single_turn(*args, **kwargs)
+        self.sampled += [list(map(int, ids)) for ids in found[0]]
+        return found
+
+    def _forward_with_media(self, *args, **inputs):
+        self.plain += 1
+        return super()._forward_with_media(*args, **inputs)
+
+    def _forward_packed(self, *args, **inputs):
+        self.plain, self.packed = self.plain - 1, self.packed + 1
+        return super()._forward_packed(*args, **inputs)
+
+    def _compute_loss(self, model, inputs):
+        self.trained.append([(p.key, p.tag, int(m.sum())) for p, m in zip(*self.columns(inputs), strict=True)])
+        return super()._compute_loss(model, inputs)
+
+    @staticmethod
+    def columns(inputs):
+        return inputs[omni_grpo.PROMPTS_KEY], inputs["completion_mask"]
+
+
+class Omni(Watched, OmniGRPOTrainer):
+    pass
+
+
+class MAPO(Watched, MAPOTrainer):
+    pass
+
+
+class Avatar(Watched, AvatarTrainer):
+    pass
+
+
+CONFIGS = {Omni: OmniGRPOConfig, MAPO: MAPOConfig, Avatar: AvatarConfig}
+
+
+def build(folder, rows, tmp_path, shared, kind=Omni, family="qwen2_5_omni", reward=spread_reward, **options):
+    given = {name: options.pop(name) for name in ("model", "processing_class", "peft_config") if name in options}
+    eval_dataset = options.pop("eval_dataset", None)
+    if "model" not in given:
+        given["model"], given["processing_class"] = build_tiny(family)
+    options = {**DEFAULTS, **SGD, "output_dir": str(tmp_path / f"run-{shared}"), "media_root": str(folder), **options}
+    args = CONFIGS[kind](shared_prefix=shared, **options)
+    return kind(reward_funcs=reward, args=args, train_dataset=rows, eval_dataset=eval_dataset, **given)
+
+
+def trained(*args, **options):
+    trainer = build(*args, **options)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    after = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    return trainer, after
+
+
+def logged(trainer, names=LOGGED):
+    return [{name: e[name] for name in names if name in e} for e in trainer.state.log_history if "loss" in e]
+
+
+def worst(one, two):
+    """The largest relative difference (L2) of two sets of weights, and where."""
+    floor = 1e-3 * max(float(value.norm()) for value in one.values())
+    return max((float((two[n] - v).norm()) / max(float(v.norm()), floor), n) for n, v in one.items())
+
+
+def both(folder, rows, tmp_path, prepared=dict, **options):
+    """The same run with and without sharing; `prepared` makes what a run needs of its own."""
+    off, plain = trained(folder, rows, tmp_path, "off", **prepared(), **options)
+    on, shared = trained(folder, rows, tmp_path, "on", **prepared(), **options)
+    assert (off.packed, on.packed > 0) == (0, True)
+    assert on.sampled == off.sampled
+    assert on.trained == off.trained
+    assert len(logged(on)) == len(logged(off)) >= 3
+    for one, two in zip(logged(off), logged(on), strict=True):
+        assert one.keys() == two.keys() and two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    error, where = worst(plain, shared)
+    assert error <= BOUND, (error, where)
+    return off, on
+
+
+# The same numbers
+
+WAYS = {
+    "one update": {},
+    "several updates": {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 4},
+    "accumulation": {"gradient_accumulation_steps": 4, "steps_per_generation": 8},
+    "no multiple of the group": {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
+    "less than a group": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "single rows": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    "several groups": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+    "checkpointing": {"gradient_checkpointing": True},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "top entropy": {"top_entropy_quantile": 0.5},
+    "masked truncation": {"mask_truncated_completions": True, "generation_kwargs": {"forced_eos_token_id": None}},
+    "sequences": {"importance_sampling_level": "sequence", "num_iterations": 2, "max_steps": 4},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=list(WAYS))
+def test_training_is_the_same(options, seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    if "mask_truncated_completions" in options:  # else none ends by itself, and there is nothing to train on
+        options = {"mask_truncated_completions": True, "max_completion_length": 40, "temperature": 2.0}
+    both(folder, dataset, tmp_path, **options)
+
+
+def from_disk(tmp_path, family="qwen2_5_omni"):
+    """TRL loads a reference model from where the policy was loaded."""
+    path = str(save_tiny(family, tmp_path / "model"))
+
+    def prepared():
+        return {"model": load_model(path, dtype="float32"), "processing_class": load_processor(path)}
+
+    return prepared
+
+
+def test_with_a_reference_model_on_mixed_batches(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    options = {"beta": 0.1, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 4}
+    rows = one_row_per_tag(dataset)
+    off, on = both(folder, rows, tmp_path, from_disk(tmp_path), **options, per_device_train_batch_size=6)
+    assert [entry["kl"] > 1e-6 for entry in logged(on)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_5_omni"])
+def test_in_every_family(family, seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    spec = FAMILIES[family]
+    fed = [tag for tag in dataset["tag"] if ("V" not in tag or spec.has_vision) and ("A" not in tag or spec.has_audio)]
+    rows = dataset.filter(lambda r: r["tag"] in set(fed))
+    # A load-balancing loss of experts is the reason of another test.
+    options = {"router_aux_loss_coef": 0.0} if family == "qwen3_omni" else {}
+    both(folder, rows, tmp_path, family=family, per_device_train_batch_size=8, **options)
+
+
+def test_with_experts_the_training_pass_is_shared_where_it_can_be(seven_tags, tmp_path):
+    """The load-balancing loss counts a prompt once per completion; without it nothing speaks against sharing."""
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    off, on = both(folder, rows, tmp_path, family="qwen3_omni", router_aux_loss_coef=0.0)
+    assert on.plain == 0
+
+
+def test_of_experts_with_a_balancing_loss_it_is_said(seven_tags, tmp_path, caplog):
+    """It is on by default for these models: then 'on' does not share the training pass, which a user must be told."""
+    folder, dataset = seven_tags
+    with caplog.at_level(logging.INFO, logger="maple_trl"):
+        trainer, _ = trained(folder, one_row_per_tag(dataset), tmp_path, "on", family="qwen3_omni")
+    assert trainer.plain > 0
+    assert any("router" in record.message or "balanc" in record.message for record in caplog.records)
+
+
+def test_with_adapters(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+
+    def prepared():
+        torch.manual_seed(0)
+        model, processor = build_tiny("qwen2_5_omni")
+        config = build_lora_config(model, family_for(model, processor), r=4, alpha=8)
+        return {"model": model, "processing_class": processor, "peft_config": config}
+
+    rows = one_row_per_tag(dataset)
+    # From zero, B must first grow: larger steps than of whole weights.
+    both(folder, rows, tmp_path, prepared, beta=0.05, learning_rate=1.0, gradient_checkpointing=True)
+
+
+def test_with_frozen_towers_and_their_cache(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+
+    def prepared():
+        model, processor = build_tiny("qwen2_5_omni")
+        freeze(model, family_for(model, processor), "vision", "audio", "projectors")
+        return {"model": model, "processing_class": processor}
+
+    off, on = both(folder, one_row_per_tag(dataset), tmp_path, prepared, num_iterations=2, max_steps=4)
+    assert on.towers.misses > 0 and on.towers.hits > 0
+
+
+def test_interleaved_rows(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    rows = dataset.filter(lambda r: r["tag"] in ("VA", "VAS"))
+    both(folder, rows, tmp_path, audio_in_video=True, per_device_train_batch_size=8)
+
+
+def test_bfloat16_stays_within_its_noise(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    (off, one), (on, two) = (
+        trained(folder, rows, tmp_path, shared, bf16=True, max_steps=2) for shared in ("off", "on")
+    )
+    assert on.packed > 0 and worst(one, two)[0] < 0.02
+    # The first rollout is drawn from the same weights; rounding alone may change a token of it.
+    same = sum(a == b for a, b in zip(on.sampled[:8], off.sampled[:8], strict=True))
+    assert same >= 6
+
+
+@pytest.mark.parametrize("batching", ["mixed", "stratified"])
+def test_mapo(batching, seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    # Rollouts without any media are regrouped only where sharing is asked for.
+    rows = dataset.filter(lambda r: r["tag"] in ("VA", "A", "VAS"))
+    options = {"batching": batching, "per_device_train_batch_size": 6, "max_steps": 3}
+    both(folder, rows, tmp_path, kind=MAPO, **options)
+
+
+def of_all_but_text(completions, tag, **kwargs):
+    """Groups of a subtitle alone are rewarded alike, and dropped."""
+    return [0.5 if t == "S" else v for t, v in zip(tag, spread_reward(completions), strict=True)]
+
+
+def test_mapo_with_filtering_and_a_reference_model(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    options = {
+        "dynamic_sampling": "early",
+        "beta": 0.05,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "batching": "mixed",
+    }
+    rows = dataset.filter(lambda r: r["tag"] in ("VA", "S", "VAS", "A"))
+    prepared = from_disk(tmp_path)
+    off, on = both(folder, rows, tmp_path, prepared, kind=MAPO, reward=of_all_but_text, **options)
+    tags = {tag for batch in on.trained for _, tag, count in batch if count}
+    assert (
+        tags and "S" not in tags and len(on.sampled) > sum(len(batch) for batch in on.trained) / 2
+    )  # some were dropped
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.05, "num_iterations": 2, "steps_per_generation": 2}])
+def test_avatar_with_replayed_rows_and_hints(options, seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    rows = [dict(row, hint="Look closely.") for row in one_row_per_tag(dataset).select(range(4))]
+
+    def hard(completions, **kwargs):
+        return [value * 0.2 for value in spread_reward(completions)]
+
+    options = {
+        "replayed_generations": 2,
+        "hints": True,
+        "hint_visits": 1,
+        "hint_max_kl": 10.0,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 12,
+        **options,
+    }
+    off, on = both(folder, Dataset.from_list(rows), tmp_path, from_disk(tmp_path), kind=Avatar, reward=hard, **options)
+    keys = [key for batch in on.trained for key, _, _ in batch]
+    assert any(key.endswith("+hint") for key in keys) and not all(key.endswith("+hint") for key in keys)
+    assert len(on.memory.buffer.sizes()) and on.state.log_history[-2].get("replay/rate", 1) != 0
+
+
+# Rewards that need a pass of their own
+
+
+def test_log_probabilities_for_rewards(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    seen = defaultdict(list)
+
+    def reward(completions, completion_logprobs, **kwargs):
+        seen[len(seen)] = completion_logprobs
+        return spread_reward(completions)
+
+    both(folder, one_row_per_tag(dataset), tmp_path, reward=reward)
+    calls = list(seen.values())
+    half = len(calls) // 2
+    for one, two in zip(calls[:half], calls[half:], strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert b == pytest.approx(a, abs=1e-4)
+
+
+# Counts
+
+
+class Counts:
+    """Per call: clips that a tower reads, tokens of the language model and rows of its head."""
+
+    def __init__(self, trainer, monkeypatch):
+        core = trainer.family.core(trainer.model)
+        self.clips, self.tokens, self.head = [], [], []
+        if hasattr(core, "visual"):
+            core.visual.register_forward_pre_hook(
+                lambda m, a, k: self.clips.append(("video", len(k["grid_thw"]))), with_kwargs=True
+            )
+        core.audio_tower.register_forward_pre_hook(
+            lambda m, a, k: self.clips.append(("audio", len(k["feature_lens"]))), with_kwargs=True
+        )
+        core.language_model.register_forward_pre_hook(
+            lambda m, a, k: self.tokens.append(k["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+        )
+        kernel = trl_utils._ChunkedLogProbFunction
+        counts = self
+
+        class Counting:
+            @staticmethod
+            def apply(hidden, *args):
+                counts.head.append(len(hidden))
+                return kernel.apply(hidden, *args)
+
+        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counting)
+
+    def clear(self):
+        for values in (self.clips, self.tokens, self.head):
+            values.clear()
+
+
+ONE_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
+
+
+class ByStep(Omni):
+    """Clears the counts before each training pass, and keeps them after it."""
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        self.per_pass = getattr(self, "per_pass", [])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _compute_loss(self, model, inputs):
+        self.counts.clear()
+        loss = super()._compute_loss(model, inputs)
+        prompts = {id(p): p for p in self.columns(inputs)[0]}.values()
+        tokens = int(inputs["completion_mask"].sum())
+        self.per_pass.append(
+            (list(self.counts.clips), list(self.counts.tokens), list(self.counts.head), list(prompts), tokens)
+        )
+        return loss
+
+
+CONFIGS[ByStep] = OmniGRPOConfig
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_a_training_pass_reads_each_prompt_and_clip_once(size, seven_tags, tmp_path, monkeypatch):
+    folder, dataset = seven_tags
+    rows = dataset.filter(lambda r: r["tag"] == "VAS")
+    trainer = build(folder, rows, tmp_path, "on", kind=ByStep, per_device_train_batch_size=size)
+    trainer.counts = Counts(trainer, monkeypatch)
+    trainer.train()
+    slots = trainer.args.gradient_accumulation_steps
+    assert len(trainer.per_pass) == 3 * slots
+    for start in range(0, len(trainer.per_pass), slots):  # an optimizer step
+        passes = trainer.per_pass[start : start + slots]
+        prompts = {p.key for *_, own, _ in passes for p in own}
+        assert len(prompts) == size * slots // G
+        for kind in ("video", "audio"):
+            assert sum(n for clips, *_ in passes for name, n in clips if name == kind) <= len(prompts)
+        for _, tokens, head, own, completion in passes:
+            assert len(own) == size // G
+            assert sum(tokens) <= sum(map(len, own)) + completion
+            assert head and sum(head) <= completion
+
+
+def test_frozen_and_cached_towers_are_not_read_in_the_training_pass(seven_tags, tmp_path, monkeypatch):
+    folder, dataset = seven_tags
+    rows = dataset.filter(lambda r: r["tag"] == "VAS")
+    model, processor = build_tiny("qwen2_5_omni")
+    freeze(model, family_for(model, processor), "vision", "audio", "projectors")
+    trainer = build(folder, rows, tmp_path, "on", kind=ByStep, model=model, processing_class=processor)
+    trainer.counts = Counts(trainer, monkeypatch)
+    trainer.train()
+    assert len(trainer.per_pass) == 6 and not any(clips for clips, *_ in trainer.per_pass)
+
+
+def test_two_prompts_about_one_clip_read_it_once(seven_tags, tmp_path, monkeypatch):
+    """A tower pass per unique clip, not per unique prompt, where towers are trained."""
+    folder, dataset = seven_tags
+    row = next(r for r in dataset if r["tag"] == "VA")
+    rows = Dataset.from_list([row, dict(row, prompt=[{"role": "user", "content": "And what else?"}])])
+    trainer = build(folder, rows, tmp_path, "on", kind=ByStep, **ONE_BATCH)
+    trainer.counts = Counts(trainer, monkeypatch)
+    trainer.train()
+    for clips, _, _, prompts, _ in trainer.per_pass:
+        assert len(prompts) == 2 and len({p.media_digest("video") for p in prompts}) == 1
+        assert dict(clips) == {"video": 1, "audio": 1}
+
+
+def test_the_rollout_reads_each_prompt_once(seven_tags, tmp_path, monkeypatch):
+    folder, dataset = seven_tags
+    rows = dataset.filter(lambda r: r["tag"] == "VAS").select(range(2))
+    trainer = build(folder, rows, tmp_path, "on", **ONE_BATCH)
+    counts = Counts(trainer, monkeypatch)
+    _, prompts = trainer.encode_rows([row for row in rows for _ in range(G)])
+    with trainer._rows_in_use(prompts):
+        ids, _, fields = trainer._tokenize_prompts([])
+        trainer._generate_single_turn(ids, None, fields, 1)  # compares both ways first
+        counts.clear()
+        trainer._generate_single_turn(ids, None, fields, 1)
+    unique = {p.key: p for p in prompts}.values()
+    clips = {kind: len({prompt.media_digest(kind) for prompt in unique}) for kind in ("video", "audio")}
+    assert counts.clips == list(clips.items())
+    assert counts.tokens[0] == 2 * max(map(len, unique)) and counts.tokens[1:] == [8] * (len(counts.tokens) - 1)
+
+
+# Groups stay together
+
+
+@pytest.mark.parametrize("tag", ["VA", "S"])
+def test_groups_stay_together(tag, seven_tags, tmp_path):
+    """Also of prompts without media: their text is shared as well."""
+    folder, dataset = seven_tags
+    rows = dataset.filter(lambda r: r["tag"] == tag)
+    trainer, _ = trained(folder, rows, tmp_path, "on", gradient_accumulation_steps=4, generation_batch_size=16)
+    assert [len({key for key, *_ in batch}) for batch in trainer.trained] == [1] * len(trainer.trained)
+
+
+def test_a_size_that_splits_groups_is_told_once(seven_tags, tmp_path, caplog):
+    folder, dataset = seven_tags
+    with caplog.at_level(logging.INFO, logger="maple_trl"):
+        trained(folder, one_row_per_tag(dataset), tmp_path, "on", per_device_train_batch_size=6)
+    told = [r for r in caplog.records if "not a multiple of num_generations" in r.message]
+    assert len(told) == 1 and "(6)" in told[0].message and "(4)" in told[0].message
+
+
+# Falling back
+
+
+def late_positions(original, steps=3):
+    def pack(rows, completions, lengths):
+        batch = original(rows, completions, lengths)
+        positions = batch.position_ids.clone()
+        positions[..., batch.suffix] += steps
+        return dataclasses.replace(batch, position_ids=positions)
+
+    return pack
+
+
+def swapped_prefill(original):
+    @contextmanager
+    def share_prefill(core, rows):
+        def last_but_one(module, args, kwargs, output):
+            if output.last_hidden_state.size(1) > 1:
+                output.last_hidden_state = output.last_hidden_state[:, :-1]
+            return output
+
+        handle = core.register_forward_hook(last_but_one, with_kwargs=True)
+        try:
+            with original(core, rows):
+                yield
+        finally:
+            handle.remove()
+
+    return share_prefill
+
+
+FAULTS = {"pack": late_positions, "share_prefill": swapped_prefill}
+
+
+def test_a_fault_in_training_moves_the_weights(seven_tags, tmp_path, monkeypatch):
+    """The control of the comparisons above: a fault that only training meets, one position late."""
+    folder, dataset = seven_tags
+    _, plain = trained(folder, dataset, tmp_path, "off")
+    monkeypatch.setattr(omni_grpo, "pack", late_positions(omni_grpo.pack, 1))
+    on, shared = trained(folder, dataset, tmp_path, "on")
+    assert on.packed > 0 and worst(plain, shared)[0] > 100 * BOUND
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_auto_falls_back_where_both_ways_differ(name, seven_tags, tmp_path, monkeypatch, caplog):
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    off, plain = trained(folder, rows, tmp_path, "off")
+    for module in (sharing, omni_grpo):
+        monkeypatch.setattr(module, name, FAULTS[name](getattr(module, name)))
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        auto, weights = trained(folder, rows, tmp_path, "auto")
+    [warning] = [r for r in caplog.records if "shared_prefix='auto'" in r.getMessage()]
+    assert "times as much as rounding explains" in warning.getMessage()
+    assert auto.packed == 0 and auto.sampled == off.sampled
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    with pytest.raises(ValueError, match="shared_prefix='on', but prompts cannot be shared: log-probabilities differ"):
+        trained(folder, rows, tmp_path, "on")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_shares_where_both_ways_agree(family, seven_tags, tmp_path, caplog):
+    folder, dataset = seven_tags
+    tag = {"qwen2_5_vl": "VS", "qwen3_vl": "VS", "qwen2_audio": "AS"}.get(family, "VAS")
+    rows = dataset.filter(lambda r: r["tag"] == tag)
+    options = {"router_aux_loss_coef": 0.0} if family == "qwen3_omni" else {}
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        auto, _ = trained(folder, rows, tmp_path, "auto", family=family, max_steps=1, **options)
+    assert auto.packed > 0 and auto.plain == 0
+    assert not [r for r in caplog.records if "shared_prefix" in r.getMessage()]
+
+
+def measured(family_name, folder, rows, precision, monkeypatch):
+    """What the comparison finds for sharing that is right, and for positions that are one too late."""
+    right, wrong = [], []
+    for seed in range(3):
+        model, processor = build_tiny(family_name, seed)
+        family = family_for(model, processor)
+        if precision == "bfloat16":
+            model.bfloat16()
+        trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        assert install(model)
+        builder = PromptBuilder(
+            family, MediaLoader(folder, MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096))
+        )
+
+        def serve(model, prompts, packed=False, family=family):
+            return serve_media(family, model, prompts, packed=packed)
+
+        prompts = [builder.encode(row) for row in rows]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "mixed"):
+            for prompt in prompts:
+                right.append(sharing.sharing_error(model, family.core(model), prompt, serve))
+                with monkeypatch.context() as patch:
+                    patch.setattr(sharing, "pack", late_positions(sharing.pack, 1))
+                    wrong.append(sharing.sharing_error(model, family.core(model), prompt, serve))
+    return right, wrong
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_comparison_tells_rounding_from_faults(family, precision, seven_tags, monkeypatch):
+    folder, dataset = seven_tags
+    spec = FAMILIES[family]
+    rows = [r for r in one_row_per_tag(dataset) if set(r["tag"]) <= {"S", spec.has_vision * "V", spec.has_audio * "A"}]
+    right, wrong = measured(family, folder, rows, precision, monkeypatch)
+    assert max(right) <= 1, (max(right), min(wrong))
+    assert min(wrong) > 1, (max(right), min(wrong))
+
+
+def test_other_attention_falls_back(seven_tags, tmp_path, caplog):
+    folder, dataset = seven_tags
+    path = str(save_tiny("qwen2_5_omni", tmp_path / "model"))
+
+    def prepared():
+        model = load_model(path, dtype="float32", attn_implementation="eager")
+        return {"model": model, "processing_class": load_processor(path)}
+
+    rows = one_row_per_tag(dataset)
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        auto, weights = trained(folder, rows, tmp_path, "auto", **prepared())
+    assert auto.packed == 0 and "is not sdpa over the whole sequence" in caplog.text
+    _, plain = trained(folder, rows, tmp_path, "off", **prepared())
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    with pytest.raises(ValueError, match="shared_prefix='on', but prompts cannot be shared: the attention"):
+        trained(folder, rows, tmp_path, "on", **prepared())
+
+
+def test_a_reference_model_with_other_attention_falls_back(seven_tags, tmp_path, caplog):
+    folder, dataset = seven_tags
+    prepared = from_disk(tmp_path)
+    trainer = build(folder, one_row_per_tag(dataset), tmp_path, "auto", beta=0.1, **prepared())
+    trainer.ref_model.config.get_text_config()._attn_implementation = "eager"
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        trainer.train()
+    assert trainer.packed == 0 and "is not sdpa over the whole sequence" in caplog.text
+
+
+def test_the_comparison_draws_no_random_numbers(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    trainer = build(folder, rows, tmp_path, "on")
+    _, prompts = trainer.encode_rows(rows)
+    state = torch.get_rng_state()
+    trainer.model.train()
+    modes = [module.training for module in trainer.model.modules()]
+    assert trainer._try_sharing(prompts[0]) is True
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in trainer.model.modules()] == modes
+
+
+def test_other_values_are_refused(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    with pytest.raises(ValueError, match="shared_prefix must be one of 'auto', 'on', 'off', got 'yes'"):
+        build(folder, dataset, tmp_path, "yes")
+
+
+# Around the training
+
+
+def test_evaluation_and_completions(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    found = []
+    for shared in ("off", "on"):
+        options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "max_steps": 3}
+        trainer = build(folder, rows, tmp_path, shared, eval_dataset=rows.select(range(4)), **options)
+        torch.manual_seed(0)
+        first = trainer.evaluate()
+        torch.manual_seed(0)
+        texts = trainer.generate_completions(rows.to_list(), batch_size=3)
+        trainer.train()
+        entries = [e for e in trainer.state.log_history if "eval_reward" in e]
+        found.append((first, texts, entries, trainer))
+    (first, texts, entries, off), (shared_first, shared_texts, shared_entries, on) = found
+    assert shared_texts == texts and len(texts) == 7
+    assert len(entries) == len(shared_entries) >= 3 and on.packed > 0
+    for one, two in [(first, shared_first), *zip(entries, shared_entries, strict=True)]:
+        names = [name for name in one if "loss" in name or "reward" in name or "entropy" in name]
+        assert names and {n: two[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-4, abs=1e-5)
+
+
+def test_checkpoints_are_those_of_plain_transformers(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    for family in ("qwen2_5_omni", "qwen3_vl", "qwen2_audio"):
+        tags = {"qwen3_vl": ("VS",), "qwen2_audio": ("AS",)}.get(family, ("VAS",))
+        rows = dataset.filter(lambda r, tags=tags: r["tag"] in tags)
+        options = {"family": family, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+        trainer, weights = trained(folder, rows, tmp_path / family, "on", **options)
+        trainer.save_model(str(tmp_path / family / "final"))
+        assert trainer.packed and trainer.model.config.get_text_config()._attn_implementation == ATTENTION
+        for saved in (tmp_path / family / "final", *(tmp_path / family).glob("run-on/checkpoint-1")):
+            for file in saved.glob("*.json"):
+                assert ATTENTION not in file.read_text() and "maple" not in file.read_text().lower(), file
+            assert "attn_implementation" not in json.loads((saved / "config.json").read_text())
+            loaded = type(trainer.model).from_pretrained(saved)
+            assert loaded.config.get_text_config()._attn_implementation == "sdpa"
+            assert all(torch.equal(p, weights[name]) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [Omni, MAPO])
+def test_a_run_that_is_resumed_goes_on_bit_for_bit(kind, seven_tags, tmp_path):
+    """Also in the middle of a rollout, where nothing is generated before the next update."""
+    folder, dataset = seven_tags
+    rows = dataset.filter(lambda r: r["tag"] in ("VA", "VAS"))
+    options = {"kind": kind, "num_iterations": 2, "steps_per_generation": 4, "max_steps": 4}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    whole, weights = trained(folder, rows, tmp_path, "on", **options)
+    half = build(folder, rows, tmp_path / "half", "on", **options)
+    half.train(resume_from_checkpoint=str(tmp_path / "run-on" / "checkpoint-2"))
+    assert not half.sampled  # it goes on with the saved rollout
+    assert half.packed > 0 and half.plain == 0
+    different = [name for name, p in half.model.named_parameters() if not torch.equal(p, weights[name])]
+    assert not different
