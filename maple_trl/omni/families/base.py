@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -266,4 +267,9 @@ class OmniFamily:
 
     def scope_of(self, module_name: str) -> str | None:
         """The part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
-        return next((scope for scope, pattern in self.scopes.items() if re.search(pattern, module_name)), None)
+        return _scope_of(tuple(self.scopes.items()), module_name)
+
+
+@cache
+def _scope_of(scopes: tuple[tuple[str, str], ...], module_name: str) -> str | None:
+    return next((scope for scope, pattern in scopes if re.search(pattern, module_name)), None)

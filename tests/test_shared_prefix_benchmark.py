@@ -1,0 +1,156 @@
+"""The benchmark of shared prompts at sizes far too small to measure anything: both sides agree, what it counts adds up."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PROMPT, COMPLETIONS, GENERATIONS, REPEATS = 256, (4, 6), 3, 2
+MODEL = {"hidden": 48, "layers": 2, "heads": 2, "kv-heads": 1, "vocab": 512, "tower": 32, "tower-layers": 2}
+OPTIONS = [text for name, value in MODEL.items() for text in (f"--{name}", str(value))]
+OPTIONS += ["--generations", str(GENERATIONS), "--repeats", str(REPEATS), "--prompt", str(PROMPT)]
+OPTIONS += ["--completions", *map(str, COMPLETIONS)]
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    file = tmp_path_factory.mktemp("bench") / "shared_prefix.json"
+    return run(file, *OPTIONS)
+
+
+def run(file, *options):
+    command = [sys.executable, str(BENCHMARKS / "shared_prefix.py"), "--json", str(file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(file.read_text(encoding="utf-8")), done.stdout
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    # Undone afterwards: the benchmark decides for its whole process which tokens the head reads.
+    from trl.trainer import utils
+
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)
+    module = importlib.import_module("shared_prefix")
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_the_headline_is_the_smallest_of_the_details(benchmark):
+    result, output = benchmark
+    assert list(result)[:4] == ["share_of_bound", "step_speedup_4", "step_speedup_6", "train_memory_ratio"]
+    passes = result["passes"][str(PROMPT)]
+    entries = [e for name in ("train", "log_probs") for at in passes[name].values() for e in at["against"].values()]
+    # Two passes, two lengths, two baselines, two ways of ours.
+    assert len(entries) == 16 and result["share_of_bound"] == min(entry["share_of_bound"] for entry in entries)
+    for length in COMPLETIONS:
+        against = result["steps"][str(length)]["against"]
+        assert against.keys() == {"trl/shared", "rows/shared"}
+        assert result[f"step_speedup_{length}"] == min(entry["speedup"] for entry in against.values())
+    ratios = [r for at in result["memory"][str(PROMPT)].values() for r in at["ratio"].values()]
+    assert len(ratios) == 8 and result["train_memory_ratio"] == min(ratios)
+    assert result["machine"]["threads"] == 1 and result["machine"]["cores"] == os.cpu_count()
+    assert "share_of_bound: " in output and "whole step" in output
+
+
+def test_figures_follow_from_the_times_and_the_operations(benchmark):
+    passes = benchmark[0]["passes"][str(PROMPT)]
+    for name in ("train", "log_probs", "generate"):
+        for length in COMPLETIONS:
+            part = passes[name][str(length)]
+            for pair, entry in part["against"].items():
+                slow, fast = pair.split("/")
+                medians = [part["seconds"][side]["cpu"]["median"] for side in (slow, fast)]
+                assert entry["speedup"] == pytest.approx(medians[0] / medians[1])
+                assert entry["bound"] == pytest.approx(part["operations"][slow] / part["operations"][fast])
+                assert entry["share_of_bound"] == pytest.approx(entry["speedup"] / entry["bound"])
+            for side in part["seconds"].values():
+                assert (
+                    side["cpu"]["n"] == REPEATS and side["cpu"]["p10"] <= side["cpu"]["median"] <= side["cpu"]["p90"]
+                )
+
+
+def test_both_sides_computed_the_same(benchmark):
+    result, _ = benchmark
+    for agreement in result["passes"][str(PROMPT)]["agreement"].values():
+        for side in ("rows", "shared", "cached"):
+            assert agreement[side]["gradient"] < 1e-5 and agreement[side]["log_probs"] < 1e-4
+            assert agreement[side]["same_tokens"] == 1
+    for step in result["steps"].values():
+        assert all(report["same_tokens"] and report["gradient"] < 1e-4 for report in step["agreement"].values())
+
+
+def test_operations_are_those_that_pytorch_counts(benchmark):
+    counted = benchmark[0]["operations_counted_by_torch"]
+    assert counted.keys() == {"trl", "rows", "shared"}
+    assert all(ratio == pytest.approx(1.0, abs=0.005) for ratio in counted.values())
+
+
+def test_bound_of_the_usual_sizes(script):
+    """By hand: P 1024, G 8. A pass over tokens alone saves G (P + R) / (P + G R); attention and head change it."""
+    sizes = script.sizes
+    plain, shared = sizes.plain_work(1024, 64, 8), sizes.shared_work(1024, 64, 8)
+    assert plain.tokens / shared.tokens == pytest.approx(8 * 1088 / 1536)
+    assert plain.head == shared.head == 8 * 64
+    assert plain.pairs == 8 * 1088**2 / 2
+    assert shared.pairs == 1024**2 / 2 + 8 * (64 * 1024 + 64**2 / 2)
+    # The first token comes with the prompt, so decoding passes one less; the last is never passed.
+    assert sizes.generation_work(1024, 64, 8, True).tokens == 1024 + 8 * 63
+
+
+def test_sweeps_are_drawn(tmp_path):
+    plot = tmp_path / "sweep.png"
+    result, _ = run(
+        tmp_path / "sweep.json", *OPTIONS, "--completions", "4", "--sweep", "prompt", "group", "--plot", str(plot),
+        "--sweep-prompts", "128", "256", "--sweep-groups", "2", "3",
+    )  # fmt: skip
+    assert [(point["prompt"], point["generations"]) for point in result["sweeps"]["prompt"]] == [(128, 3), (256, 3)]
+    assert [(point["prompt"], point["generations"]) for point in result["sweeps"]["group"]] == [(256, 2), (256, 3)]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", "1000"], "--prompt must be a multiple of 128, got 1000"),
+        (["--generations", "1"], "must be at least 2"),
+        (["--repeats", "0"], "must be at least 1"),
+        (["--plot", "a.png"], "add --sweep"),
+        (["--real"], "--real needs --device cuda"),
+    ],
+)
+def test_sizes_that_mean_nothing_are_refused(script, options, words, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(options)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--device", "cuda", "--real"])
+    assert "PyTorch finds no GPU here" in capsys.readouterr().err
+
+
+def test_the_check_catches_wrong_positions(script, monkeypatch):
+    """The negative control of the agreement: completions go on one place too far."""
+    pack = script.passes.pack
+
+    def shifted(rows, completion_ids, lengths):
+        batch = pack(rows, completion_ids, lengths)
+        batch.position_ids[..., batch.suffix] += 1
+        return batch
+
+    monkeypatch.setattr(script.passes, "pack", shifted)
+    args = script.parse_args([*OPTIONS, "--parts", "passes"])
+    with pytest.raises(AssertionError, match="shared and trl differ"):
+        script.run(args)
