@@ -12,6 +12,7 @@ import difflib
 import gc
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,11 @@ _RESERVED = {
     "plot_file": "each stage writes its own into its folder",
 }
 # Not part of what a stage does: where things are, which the folders say, and facts about a process.
-_PLACES = {"output_dir", "logging_dir", "resume_from_checkpoint", "model_name_or_path", "media_root", "local_rank"}
+_PLACES = {"output_dir", "logging_dir", "resume_from_checkpoint", "media_root", "local_rank"}
+# Not what it learns either.
+_REPORTING = re.compile(
+    r"(logging|save|eval|report|hub|push|log|disable_tqdm|run_name|do_|dataloader|generation_batch_size)"
+)
 
 
 @dataclass
@@ -289,7 +294,11 @@ def resolved_options(job: tuple) -> dict[str, Any]:
     """Every option of a job by its name, as JSON knows it, but for places and facts about the process."""
     script_args, training_args, model_args = job
     options = dataclasses.asdict(script_args) | dataclasses.asdict(model_args) | training_args.to_dict()
-    options = {name: value for name, value in options.items() if name not in _PLACES and not name.startswith("_")}
+    options = {
+        name: value
+        for name, value in options.items()
+        if name not in _PLACES and not name.startswith("_") and not _REPORTING.match(name)
+    }
     return json.loads(json.dumps(as_json(options), default=str))
 
 
@@ -338,7 +347,9 @@ class StageState:
         if not entry["done"] and _last_checkpoint(folder) is None:
             return
         before, now = entry["options"], resolved_options(job)
-        changed = [key for key in before if key in now and before[key] != now[key]]
+        # Later stages start from the folder of the one before, which may have moved with all of them.
+        ignored = {"model_name_or_path"} if index else set()
+        changed = [key for key in before if key in now and key not in ignored and before[key] != now[key]]
         if changed:
             differences = ", ".join(f"{key} {before[key]!r} -> {now[key]!r}" for key in changed)
             what = "is done" if entry["done"] else "was begun"

@@ -60,6 +60,7 @@ max_steps: 2
 SECOND = """
 extends: base.yaml
 num_generations: 2
+temperature: 2.0          # two equal completions teach nothing
 rewards: [held:spread]
 dataset_filter: {tag: [V, VS, A]}
 max_steps: 4

@@ -94,6 +94,9 @@ class Vcrs:
         del latest[: -self.window]
         self._baselines[position] = math.fsum(latest) / len(latest)
 
+    def __len__(self) -> int:
+        return len(self._positions)
+
     def baseline(self, prompt: str) -> float | None:
         """The mean of the prompt's latest rewards, `None` while it has none."""
         position = self._positions.get(prompt)
@@ -318,10 +321,15 @@ class StratifiedReplayBuffer:
         """The experiences of a prompt, oldest first. Those too old are among them until the next draw."""
         return [self._tiers[tier][number] for number, tier in self._prompts.get(prompt, {}).items()]
 
-    def available(self, prompt: str, step: int) -> int:
-        """How many experiences of a prompt can be sampled at an optimizer step: as many fresh ones can be saved."""
+    def available(self, prompt: str, step: int, hinted: bool = True) -> int:
+        """
+        How many experiences of a prompt can be sampled at an optimizer step: as many fresh ones can be saved.
+
+        Args:
+            hinted (`bool`, *optional*, defaults to `True`): whether those written under a hint count.
+        """
         self._expire(step)
-        return len(self._prompts.get(prompt, ()))
+        return len(self.stored(prompt)) if hinted else sum(not e.hinted for e in self.stored(prompt))
 
     # What comes in and goes out
 
@@ -424,7 +432,9 @@ class StratifiedReplayBuffer:
 
     # Sampling
 
-    def sample(self, prompt: str | None, count: int, fresh_rewards: Iterable[float], step: int) -> list[Experience]:
+    def sample(
+        self, prompt: str | None, count: int, fresh_rewards: Iterable[float], step: int, hinted: bool = True
+    ) -> list[Experience]:
         """
         Draws experiences for a group of completions of one prompt, none twice.
 
@@ -441,6 +451,8 @@ class StratifiedReplayBuffer:
                 Of the group's other completions; NaN is left out.
             step (`int`):
                 The current optimizer step, which ages are counted to.
+            hinted (`bool`, *optional*, defaults to `True`):
+                Whether those written under a hint may be drawn.
 
         Raises:
             ValueError: for a negative count.
@@ -448,7 +460,7 @@ class StratifiedReplayBuffer:
         if prompt is None:
             return self.sample_batch(count, step)
         draw = self._begin_draw(prompt, count, step)
-        stored = self.stored(prompt)
+        stored = [experience for experience in self.stored(prompt) if hinted or not experience.hinted]
         draw.shuffle(stored)
         known = [reward for reward in map(float, fresh_rewards) if not math.isnan(reward)]
         first = [] if known else stored[:1]

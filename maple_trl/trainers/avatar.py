@@ -29,7 +29,7 @@ from maple_trl.algorithms import (
 )
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
-from maple_trl.trainers.avatar_checks import check_hints, check_places, check_tags
+from maple_trl.trainers.avatar_checks import check_dropout, check_hints, check_places, check_tags, check_visits
 from maple_trl.trainers.avatar_config import AvatarConfig
 from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar_state import load_memory, provenance, save_memory
@@ -88,6 +88,8 @@ class AvatarTrainer(OmniGRPOTrainer):
         check_tags(self)
         check_hints(self)
         check_places(self)
+        check_dropout(self)
+        check_visits(self)
         self._begin_run()
 
     def _begin_run(self) -> None:
@@ -130,8 +132,10 @@ class AvatarTrainer(OmniGRPOTrainer):
         self._signature_columns = [*self._signature_columns, HINT_COLUMN]
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
+        known = len(self.rows.quarantined)
         encoded = super().encode_rows(rows)
-        self._discard_quarantined()
+        if len(self.rows.quarantined) > known:
+            self._discard_quarantined()
         return encoded
 
     def _discard_quarantined(self) -> None:
@@ -199,7 +203,11 @@ class AvatarTrainer(OmniGRPOTrainer):
             return self._shaped(output)
         self._hinted_prompts = {}
         slots = list(zip(rows, prompts or [None] * len(rows), strict=True))
-        groups = gather_object([self._group_of(*slot) for slot in slots])[:: self.num_generations]
+        places = gather_object([self._group_of(*slot) for slot in slots])
+        groups = [
+            replace(places[i], has_hint=all(place.has_hint for place in places[i : i + self.num_generations]))
+            for i in range(0, len(places), self.num_generations)
+        ]
         step, world = self.state.global_step, self.accelerator.num_processes
         rollout = self.memory.plan(groups, self.num_generations, step, world)
         first = self.accelerator.process_index * len(slots)
@@ -505,14 +513,16 @@ class AvatarTrainer(OmniGRPOTrainer):
         return trained
 
     def _restore(self, checkpoint: str) -> None:
+        errors: list[str] = []
         try:
             load_memory(checkpoint, self.memory, self._provenance)
         except ReplayStateError as error:
-            if self.args.replay_recovery != "empty":
-                raise ResumeError(
-                    f"{error}. Set replay_recovery='empty' to go on with an empty replay buffer."
-                ) from error
-            logger.warning("The run goes on with an empty replay buffer: %s", error)
+            errors = [str(error)]
+        errors = gather_object(errors)  # all ranks go on with the same memory
+        if errors and self.args.replay_recovery != "empty":
+            raise ResumeError(f"{errors[0]}. Set replay_recovery='empty' to go on with an empty replay buffer.")
+        if errors:
+            logger.warning("The run goes on with an empty replay buffer: %s", errors[0])
             self._begin_run()
         self._discard_quarantined()
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from torch import nn
 
 from maple_trl.algorithms import replayed_slots
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.prompt import RowError
-from maple_trl.trainers.hinted_rows import HINT_COLUMN, has_hint, with_hint
+from maple_trl.trainers.hinted_rows import HINT_COLUMN, has_hint, row_digest, with_hint
 
 
 if TYPE_CHECKING:
     from maple_trl.trainers.avatar import AvatarTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def check_tags(trainer: AvatarTrainer) -> None:
@@ -80,4 +84,54 @@ def check_places(trainer: AvatarTrainer) -> None:
             f"Nothing can be replayed: each of the {world} processes has {args.generation_batch_size // world} "
             "completion(s) of a rollout, and all generate equally many. Raise per_device_train_batch_size or "
             "steps_per_generation, or set replayed_generations=0"
+        )
+
+
+def check_dropout(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        ValueError: when log-probabilities are random, so that those of a replayed completion cannot be compared with the
+            ones it was written with.
+    """
+    if not trainer.args.replayed_generations:
+        return
+    dropouts = [name for name, part in trainer.model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    if dropouts:
+        raise ValueError(
+            f"Replay compares log-probabilities over time, which {len(dropouts)} dropout layer(s) make random (first: "
+            f"{dropouts[0]}): set lora_dropout to 0, or disable_dropout=True"
+        )
+
+
+def check_visits(trainer: AvatarTrainer) -> None:
+    """
+    Tells of runs in which prompts do not come back while their completions are stored.
+
+    Raises:
+        ValueError: when the run is one epoch long, so that nothing could ever be replayed. Of one that `max_steps` ends
+            within an epoch it is only told, for that may be a first try.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    if not args.replayed_generations or not isinstance(dataset, Dataset):
+        return
+    prompts = args.generation_batch_size // trainer.num_generations
+    updates = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps
+    visits = args.max_steps / updates * prompts if args.max_steps > 0 else args.num_train_epochs * len(dataset)
+    distinct = len({row_digest(row) for row in dataset}) if visits <= len(dataset) else 0
+    if visits <= len(dataset) and distinct == len(dataset):
+        text = (
+            f"Nothing is replayed: completions are when their prompt comes back, and this run visits {visits:.0f} of "
+            f"{len(dataset)} rows once. Raise num_train_epochs or max_steps, or set replayed_generations=0"
+        )
+        if args.max_steps <= 0:
+            raise ValueError(text)
+        logger.warning("%s", text)
+    written = len(dataset) * (trainer.num_generations - args.replayed_generations)
+    if written > args.replay_capacity and trainer.accelerator.is_main_process:
+        logger.warning(
+            "An epoch over %d rows writes at least %d completions, more than replay_capacity (%d): most are gone before "
+            "their prompt comes back. Raise replay_capacity, or train on fewer rows.",
+            len(dataset),
+            written,
+            args.replay_capacity,
         )

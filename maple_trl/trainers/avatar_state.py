@@ -6,18 +6,34 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
 from maple_trl.algorithms import ReplayStateError
 from maple_trl.evaluation.report import write_atomically
+from maple_trl.trainers.hinted_rows import is_plain
+from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.replay_memory import ReplayMemory
 
 
 if TYPE_CHECKING:
     from maple_trl.trainers.avatar import AvatarTrainer
 
+
+_HARMLESS = (
+    "media_root",
+    "media_allow_network",
+    "media_cache_bytes",
+    "media_prefetch",
+    "media_check",
+    "media_decode_timeout",
+    "encoder_cache_bytes",
+    "encoder_cache_dir",
+    "encoder_cache_disk_bytes",
+)
+"""Options that change where and how media are read, not what a prompt shows."""
 
 STATE_FILE = "avatar.json"
 BUFFER_FOLDER = "replay"
@@ -26,15 +42,16 @@ BUFFER_FOLDER = "replay"
 def provenance(trainer: AvatarTrainer) -> dict[str, str]:
     """What stored completions and their rewards depend on, as digests by name."""
     args, dataset = trainer.args, trainer.train_dataset
-    prompting = ("modality_access", "audio_in_video", "subtitle_template", "max_prompt_length", "hint_template")
+    prompting = [f.name for f in fields(MediaConfig) if f.name not in _HARMLESS] + ["hint_template", "temperature"]
     parts = {
         "reward functions and weights": [trainer.reward_func_names, trainer.reward_weights.tolist()],
         "tokenizer": [sorted(trainer._tokenizer.get_vocab().items()), trainer.processing_class.chat_template],
         "prompt options": [*(str(getattr(args, name)) for name in prompting), args.chat_template_kwargs],
     }
     if isinstance(dataset, Dataset):
-        parts["data set"] = {name: dataset[name][:] for name in dataset.column_names}
-    text = {name: json.dumps(part, sort_keys=True, default=str) for name, part in parts.items()}
+        plain = [name for name, value in dataset[0].items() if is_plain(value)]
+        parts["data set"] = {name: dataset[name][:] for name in plain}
+    text = {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
     return {name: _digest(part) for name, part in text.items()}
 
 
@@ -73,11 +90,13 @@ def load_memory(folder: str, memory: ReplayMemory, needed: Mapping[str, str]) ->
             memory.load_state_dict(state["memory"])
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ReplayStateError(f"{path} is cut short or damaged: {error!r}") from error
+    except OSError as error:
+        raise ReplayStateError(f"{path} cannot be read: {error}") from error
     if changed:
         raise ReplayStateError(f"the replay buffer of {folder} was written with another {', another '.join(changed)}")
     try:
         memory.buffer.load(os.path.join(folder, BUFFER_FOLDER), fingerprint=_digest(text))
-    except ReplayStateError as error:
+    except (ReplayStateError, OSError) as error:
         raise ReplayStateError(
             f"{error} ({path} and {BUFFER_FOLDER}/ are of one checkpoint, and as it wrote them)"
         ) from error

@@ -16,9 +16,23 @@ HINTED = "+hint"
 """Ends the key of a prompt that is shown with its hint."""
 
 
+def is_plain(value: Any) -> bool:
+    """Whether JSON knows a value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def row_digest(row: Mapping[str, Any]) -> str:
-    """Of all that a row says: rows can show the same and want another answer, or have another hint."""
-    text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
+    """
+    Of all that a row says: rows can show the same and want another answer, or have another hint.
+
+    Columns that JSON does not know (decoded pictures and the like) have no lasting text, and are left out.
+    """
+    plain = {name: value for name, value in row.items() if is_plain(value)}
+    text = json.dumps(plain, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

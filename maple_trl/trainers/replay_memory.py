@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maple_trl.algorithms import Experience, HintTrigger, StratifiedReplayBuffer, Vcrs, replayed_slots
+from maple_trl.algorithms.replay import tier_of, tier_thresholds
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Group:
         key (`str`): that of its row, without a hint; see [`~maple_trl.trainers.hinted_rows.row_key`].
         row (`int`): its row of the data set, -1 where that is not known.
         tag (`int`): its tag as a number.
-        has_hint (`bool`): whether it can be shown with a hint.
+        has_hint (`bool`): whether it can be shown with a hint, on every rank that holds a part of the group.
     """
 
     key: str
@@ -140,7 +141,9 @@ class ReplayMemory:
         for group, shown in zip(groups, hinted, strict=True):
             if shown:
                 self.hints.give(group.key)
-        wanted = [min(self.replayed, self.buffer.available(group.key, step)) for group in groups]
+        wanted = [
+            min(self.replayed, self.buffer.available(group.key, step, hinted=group.has_hint)) for group in groups
+        ]
         replayed = replayed_slots(wanted, group_size, ranks)
         rollout = MixedRollout(list(groups), group_size, hinted, replayed, self._next_number)
         self._next_number += len(replayed)
@@ -168,20 +171,21 @@ class ReplayMemory:
         for number, group in enumerate(rollout.groups):
             self.vcrs.observe(group.key, [rewards[i] for i in fresh_of[number]])
         if self.hints is not None:
+            thresholds = tier_thresholds(self.vcrs.baselines(), self.buffer.quantiles) if len(self.vcrs) else None
             for key in dict.fromkeys(group.key for group in rollout.groups):
-                self.hints.observe(key, self._is_stuck(key))
+                self.hints.observe(key, self._is_stuck(key, thresholds))
         counts = rollout.groups_of(rollout.places(replayed=True)).bincount(minlength=len(rollout.groups)).tolist()
         experiences = []
         for number, group in enumerate(rollout.groups):
             if counts[number]:
                 known = [rewards[i] for i in fresh_of[number]]
-                experiences += self.buffer.sample(group.key, counts[number], known, step)
+                experiences += self.buffer.sample(group.key, counts[number], known, step, hinted=group.has_hint)
         self._note(rollout, places, rewards, scores_FR.tolist(), names, step)
         return experiences
 
-    def _is_stuck(self, key: str) -> bool:
+    def _is_stuck(self, key: str, thresholds: tuple[float, float] | None) -> bool:
         baseline = self.vcrs.baseline(key)
-        return baseline is not None and baseline < self.hint_below and self.buffer.tier(key, self.vcrs) == "hard"
+        return baseline is not None and baseline < self.hint_below and tier_of(baseline, thresholds) == "hard"
 
     def _note(self, rollout: MixedRollout, places, rewards, scores, names, step: int) -> None:
         """Notes what will be known of the completions when they are trained on."""
