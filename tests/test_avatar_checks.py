@@ -1,0 +1,149 @@
+"""What AvatarTrainer refuses or tells before it trains, what its memory depends on, and hints that fail on the way."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, Image, Sequence, Value
+from PIL import Image as Pictures
+from test_avatar import MODEL, G, contents_of, data, logs, make, take
+from test_avatar_hints import USUAL, VISITS, stuck, with_hints
+from torch import nn
+
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.families import family_for
+from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.lora import build_lora_config
+from maple_trl.trainers.avatar_state import provenance
+from maple_trl.trainers.hinted_rows import row_digest
+from maple_trl.trainers.rollout_state import ResumeError
+
+
+__all__ = ["data"]  # a fixture
+
+
+# Prompts that do not come back
+
+
+def test_a_single_epoch_is_refused(data, tmp_path):
+    rows = take(data[1], V=4, S=4)
+    with pytest.raises(ValueError, match="this run visits 8 of 8 rows once. Raise num_train_epochs or max_steps"):
+        make(data[0], tmp_path, rows, max_steps=-1, num_train_epochs=1)
+    assert make(data[0], tmp_path, rows, max_steps=-1, num_train_epochs=2).memory.replayed
+    make(data[0], tmp_path, rows, max_steps=-1, num_train_epochs=1, replayed_generations=0)
+
+
+def test_a_first_try_of_a_few_steps_is_only_told(data, tmp_path, caplog):
+    rows = take(data[1], V=8, S=8)
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        make(data[0], tmp_path, rows, max_steps=1)
+    assert "Nothing is replayed" in caplog.text
+
+
+def test_a_buffer_that_an_epoch_fills_is_told(data, tmp_path, caplog):
+    rows = take(data[1], V=4, S=4)
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        make(data[0], tmp_path / "large", rows, max_steps=20)
+        assert "replay_capacity" not in caplog.text
+        make(data[0], tmp_path / "small", rows, max_steps=20, replay_capacity=8)
+    assert "An epoch over 8 rows writes at least" in caplog.text and "replay_capacity (8)" in caplog.text
+
+
+# Random log-probabilities
+
+
+def test_dropout_is_refused_with_replay(data, tmp_path):
+    rows = take(data[1], V=4)
+    model, processor = load_model(MODEL, dtype="float32"), load_processor(MODEL)
+    config = build_lora_config(model, family_for(model, processor), r=4, alpha=8, dropout=0.05)
+    given = {"model": model, "processing_class": processor, "peft_config": config}
+    with pytest.raises(ValueError, match=r"dropout layer\(s\) make random .*set lora_dropout to 0"):
+        make(data[0], tmp_path, rows, **given)
+
+
+def test_without_dropout_adapters_of_any_size_have_ratios_of_one(data, tmp_path):
+    rows = take(data[1], V=4)
+    model, processor = load_model(MODEL, dtype="float32"), load_processor(MODEL)
+    config = build_lora_config(model, family_for(model, processor), r=4, alpha=8, dropout=0.0)
+    given = {"model": model, "processing_class": processor, "peft_config": config}
+    trainer = make(data[0], tmp_path, rows, **given, max_steps=3, learning_rate=0.0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    trainer.train()
+    last = logs(trainer)[-1]
+    assert last["replay/share"] > 0
+    assert last["replay/ratio_max"] == pytest.approx(1, abs=1e-4) == last["replay/ratio_p05"]
+
+
+# What rows are remembered by
+
+
+def with_picture(rows):
+    pictures = [{**row, "thumb": Pictures.new("RGB", (4, 4), (i, 0, 0))} for i, row in enumerate(rows)]
+    return Dataset.from_list(pictures).cast_column("thumb", Image())
+
+
+def test_a_column_of_pictures_neither_stops_replay_nor_changes_the_data_set(data, tmp_path):
+    rows = with_picture(take(data[1], V=4))
+    assert row_digest(rows[0]) == row_digest(rows[0]) != row_digest(rows[1])
+    trainer = make(data[0], tmp_path, rows, max_steps=3)
+    trainer.train()
+    assert logs(trainer)[-1]["replay/share"] > 0
+    assert provenance(trainer) == provenance(trainer)
+
+
+def test_digests_follow_every_plain_column():
+    rows = Dataset.from_list([{"prompt": "p", "solution": "A", "cues": ["x"]}])
+    rows = rows.cast_column("cues", Sequence(Value("string")))
+    row = rows[0]
+    for change in ({"solution": "B"}, {"cues": ["y"]}, {"prompt": "q"}, {"more": 1}):
+        assert row_digest(row | change) != row_digest(row)
+    assert row_digest(dict(reversed(row.items()))) == row_digest(row)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 0.5},
+        {"num_frames": 2},
+        {"max_pixels": 32 * 32, "min_pixels": 32 * 32},
+        {"max_media_tokens": 60},
+    ],
+    ids=str,
+)
+def test_what_prompts_show_and_how_they_are_sampled_must_not_change(changed, data, tmp_path):
+    rows = take(data[1], V=4)
+    saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(data[0], tmp_path, rows, **saved).train()
+    again = make(data[0], tmp_path, rows, **(saved | {"max_steps": 4} | changed))
+    with pytest.raises(ResumeError, match="written with another prompt options.*replay_recovery='empty'"):
+        again.train(resume_from_checkpoint=True)
+    harmless = {"max_steps": 4, "media_prefetch": False, "media_cache_bytes": 1 << 20, "encoder_cache_bytes": 0}
+    make(data[0], tmp_path, rows, **(saved | harmless)).train(resume_from_checkpoint=True)
+
+
+# Hints that fail
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_hint_that_cannot_be_shown_for_once_ends_nothing(failing, data, tmp_path, monkeypatch):
+    """As when decoding times out: completions written under the hint wait for the next visit."""
+    rows = with_hints(take(data[1], VAS=2, S=2), "zebra quartz", None, None, None)
+    trainer = make(data[0], tmp_path / "run", rows, stuck(rows["id"][0]), **(USUAL | {"max_steps": VISITS + 6}))
+    encode, calls = trainer._encode_hinted, []
+
+    def sometimes(row, key):
+        calls.append(key)
+        if len(calls) == failing:
+            raise MediaError("decode-timeout", row["video"], "it took too long")
+        return encode(row, key)
+
+    monkeypatch.setattr(trainer, "_encode_hinted", sometimes)
+    trainer.train()
+    shown = [entry["hint/rate"] for entry in logs(trainer)]
+    assert len(calls) > failing and shown.count(0.25) >= 3
+    assert shown[VISITS + failing - 1] == 0
+    assert any(e.hinted for e in contents_of(trainer)) and G
