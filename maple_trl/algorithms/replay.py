@@ -331,6 +331,11 @@ class StratifiedReplayBuffer:
         self._expire(step)
         return len(self.stored(prompt)) if hinted else sum(not e.hinted for e in self.stored(prompt))
 
+    def elsewhere(self, prompts: Iterable[str], step: int) -> int:
+        """How many experiences of other prompts than these can be sampled at an optimizer step."""
+        self._expire(step)
+        return len(self) - sum(len(self._prompts.get(prompt, ())) for prompt in set(prompts))
+
     # What comes in and goes out
 
     def add(self, experiences: Iterable[Experience], baselines: Vcrs) -> None:
@@ -472,7 +477,7 @@ class StratifiedReplayBuffer:
         self._counters.served += len(chosen)
         return chosen
 
-    def sample_batch(self, count: int, step: int) -> list[Experience]:
+    def sample_batch(self, count: int, step: int, exclude: Iterable[str] = ()) -> list[Experience]:
         """
         Draws experiences of any prompts, none twice.
 
@@ -484,16 +489,20 @@ class StratifiedReplayBuffer:
                 How many; fewer are returned where the buffer holds fewer.
             step (`int`):
                 The current optimizer step, which ages are counted to.
+            exclude (`Iterable[str]`, *optional*):
+                Prompts of which none is drawn.
 
         Raises:
             ValueError: for a negative count.
         """
         draw = self._begin_draw(None, count, step)
+        exclude = set(exclude)
+        members = {tier: [e for e in held.values() if e.prompt not in exclude] for tier, held in self._tiers.items()}
         counts = dict.fromkeys(TIERS, 0)
-        for _ in range(min(count, len(self))):
-            left = [tier for tier in TIERS if counts[tier] < len(self._tiers[tier])]
+        for _ in range(min(count, sum(map(len, members.values())))):
+            left = [tier for tier in TIERS if counts[tier] < len(members[tier])]
             counts[draw.choices(left, [self.shares[tier] for tier in left])[0]] += 1
-        chosen = [e for tier, number in counts.items() for e in draw.sample(list(self._tiers[tier].values()), number)]
+        chosen = [e for tier, number in counts.items() for e in draw.sample(members[tier], number)]
         draw.shuffle(chosen)
         self._counters.served += len(chosen)
         return chosen

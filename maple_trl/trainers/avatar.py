@@ -102,10 +102,12 @@ class AvatarTrainer(OmniGRPOTrainer):
             HintTrigger(args.hint_visits, args.hint_max_kl) if args.hints else None,
             args.hint_below,
             args.replay_retier,
+            args.replay_scope == "buffer",
         )
         self._scores: Tensor | None = None
         self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
         self._digests: dict[str, str] | None = None
+        self._numbers: dict[str, int] | None = None
         self._filling: Chunk | None = None
         self._logps: Tensor | None = None
         self._begin_window()
@@ -185,6 +187,10 @@ class AvatarTrainer(OmniGRPOTrainer):
 
     def _row_of(self, key: str) -> dict[str, Any]:
         """The row behind a key of the memory."""
+        if self.family is None:
+            if self._numbers is None:
+                self._numbers = {row_digest(row): i for i, row in enumerate(self.train_dataset)}
+            return self.train_dataset[self._numbers[key]]
         rows = self.rows.registries["train_dataset"].rows_of(prompt_key(key))
         return next(row for row in rows if row_digest(row) == key.removeprefix(f"{prompt_key(key)}-"))
 
@@ -219,7 +225,46 @@ class AvatarTrainer(OmniGRPOTrainer):
         experiences = self.memory.learn(rollout, rewards, self._scores, self.reward_func_names, step)
         of_place = dict(zip(rollout.places(replayed=True), experiences, strict=True))
         replayed = [(*slots[place - first], of_place[place]) for place in own if place in of_place]
+        if self.memory.fill:
+            replayed = self._with_own_prompts(replayed)
         return self._mixed(rollout, output, rewards, replayed, experiences, own)
+
+    def _with_own_prompts(
+        self, replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]]
+    ) -> list[tuple[dict[str, Any], EncodedPrompt | None, Experience]]:
+        """
+        Replayed completions with the rows and prompts that they were written under. Every rank must call this together.
+
+        Where media have gone, the completion stays in the place of its group, without a token that counts.
+        """
+        shown: dict[str, tuple[dict[str, Any], EncodedPrompt | None]] = {}
+        failed: dict[str, MediaError] = {}
+        found = []
+        for row, prompt, experience in replayed:
+            key = experience.prompt
+            if key not in shown and key not in failed:
+                try:
+                    shown[key] = self._row_and_prompt(row, prompt, key, experience.hinted)
+                except MediaError as error:
+                    failed[key] = error
+            found.append((*shown.get(key, (row, prompt)), None if key in failed else experience))
+        for key, error in gather_object([(prompt_key(key), error) for key, error in failed.items()]):
+            self.rows.registries["train_dataset"].add(key, error)
+            self._discard_quarantined()
+        return found
+
+    def _row_and_prompt(
+        self, row: dict[str, Any], prompt: EncodedPrompt | None, key: str, hinted: bool
+    ) -> tuple[dict[str, Any], EncodedPrompt | None]:
+        if row_key(row, prompt) == key:
+            return row, prompt
+        row = self._row_of(key)
+        if self.family is None:
+            return row, None
+        prompt = self.prompt_builder.encode(row)
+        if hinted and self._hinted_prompt(row, prompt) is None:
+            raise MediaError("prompt-too-long", row.get("video"), "the prompt cannot be shown with its hint")
+        return row, prompt
 
     def _shown(
         self, row: dict[str, Any], prompt: EncodedPrompt | None, hinted: bool
@@ -284,7 +329,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         groups = rollout.groups_of(rollout.places(replayed=False)).to(device)
         tags = torch.tensor([group.tag for group in rollout.groups], device=device)[groups]
         if self.args.advantage_group == "mixed":
-            replayed_groups = rollout.groups_of(rollout.places(replayed=True)).to(device)
+            replayed_groups = self._groups_of_replayed(rollout, experiences).to(device)
             everyone = torch.cat([rewards.double(), past]), torch.cat([groups, replayed_groups])
             on_policy = group_advantages(*everyone, torch.zeros_like(everyone[1]), "group")[: len(rewards)]
         else:
@@ -294,6 +339,14 @@ class AvatarTrainer(OmniGRPOTrainer):
         self._replace_logged_advantages(on_policy)
         return on_policy, off_policy
 
+    def _groups_of_replayed(self, rollout: MixedRollout, experiences: list[Experience]) -> Tensor:
+        """Number of the group of each replayed completion; those of other prompts are each a group of their own."""
+        groups = rollout.groups_of(rollout.places(replayed=True))
+        strange = [e.prompt != rollout.groups[i].key for e, i in zip(experiences, groups.tolist(), strict=True)]
+        return torch.where(
+            torch.tensor(strange, dtype=torch.bool), len(rollout.groups) + torch.arange(len(groups)), groups
+        )
+
     def _replayed_chunk(
         self,
         replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]],
@@ -301,7 +354,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         like: Chunk,
     ) -> Chunk:
         """Replayed completions with the prompts that they were written under, as a batch with the fields of another."""
-        shown = [self._shown(row, prompt, experience.hinted) for row, prompt, experience in replayed]
+        shown = [self._shown(row, prompt, e is not None and e.hinted) for row, prompt, e in replayed]
         prompts = [prompt for _, prompt in shown]
         if self.family is None:
             prompt_ids = self._tokenize_prompts([row["prompt"] for row, _ in shown])[0]
@@ -311,14 +364,16 @@ class AvatarTrainer(OmniGRPOTrainer):
         rows = []
         for ids, (_, _, experience) in zip(prompt_ids, replayed, strict=True):
             prompt = torch.as_tensor(ids, dtype=like["prompt_ids"].dtype)[None]
-            completion = experience.completion_ids.to(like["completion_ids"].dtype)[None]
+            tokens = torch.tensor([pad]) if experience is None else experience.completion_ids
+            completion = tokens.to(like["completion_ids"].dtype)[None]
+            counts = torch.full_like(completion, experience is not None, dtype=like["completion_mask"].dtype)
             rows.append(
                 {
                     "prompt_ids": prompt,
                     "prompt_mask": torch.ones_like(prompt, dtype=like["prompt_mask"].dtype),
                     "completion_ids": completion,
-                    "completion_mask": torch.ones_like(completion, dtype=like["completion_mask"].dtype),
-                    "old_per_token_logps": experience.logps[None],
+                    "completion_mask": counts,
+                    "old_per_token_logps": torch.zeros(1, 1) if experience is None else experience.logps[None],
                 }
             )
         chunk = {name: value.to(self.accelerator.device) for name, value in concat_rows(rows, pad).items()}
@@ -462,7 +517,9 @@ class AvatarTrainer(OmniGRPOTrainer):
         everyone = torch.full(size, torch.nan, dtype=torch.float64).flatten()
         everyone[rollout.places(replayed=False)] = rewards.double().cpu()
         fresh_only = ~informative_groups(everyone.view(size))
-        everyone[rollout.places(replayed=True)] = torch.tensor([e.reward for e in experiences], dtype=torch.float64)
+        past = torch.tensor([e.reward for e in experiences], dtype=torch.float64)
+        strange = self._groups_of_replayed(rollout, experiences) >= len(rollout.groups)
+        everyone[rollout.places(replayed=True)] = past.masked_fill(strange, torch.nan)
         mixed = ~informative_groups(everyone.view(size))
         # TRL took each fresh completion for a group.
         self._metrics["train"]["frac_reward_zero_std"][-1] = float(fresh_only.float().mean())
@@ -475,6 +532,7 @@ class AvatarTrainer(OmniGRPOTrainer):
                 "replay/zero_variance_fresh": float(fresh_only.float().mean()),
                 "replay/zero_variance_mixed": float(mixed.float().mean()),
                 "replay/hit_rate": sum(rollout.replayed) / (len(rollout.groups) * self.args.replayed_generations),
+                "replay/of_other_prompts": float(strange.sum()) / len(rollout.replayed),
                 "replay/share": sum(rollout.replayed) / len(rollout.replayed),
                 "replay/generated": float(len(rewards)),
                 "rewardless": float(not (task.nan_to_num(nan=0.0) > 0).any()),

@@ -112,7 +112,11 @@ def check_visits(trainer: AvatarTrainer) -> None:
             within an epoch it is only told, for that may be a first try.
     """
     args, dataset = trainer.args, trainer.train_dataset
-    if not args.replayed_generations or not isinstance(dataset, Dataset):
+    if args.replay_scope == "buffer" and not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"replay_scope='buffer' shows rows again, so it needs a map-style Dataset, got {type(dataset).__name__}"
+        )
+    if not args.replayed_generations or not isinstance(dataset, Dataset) or args.replay_scope == "buffer":
         return
     prompts = args.generation_batch_size // trainer.num_generations
     updates = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps

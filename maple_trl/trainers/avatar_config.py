@@ -37,6 +37,14 @@ class AvatarConfig(OmniGRPOConfig):
             "many of the prompt; only the others are generated. 0: no replay."
         },
     )
+    replay_scope: str = field(
+        default="prompt",
+        metadata={
+            "help": "Which completions a group replays: 'prompt', those of its own prompt, or 'buffer', where these do not "
+            "suffice also those of other prompts, by tier in proportion to replay_shares. The latter is for data sets whose "
+            "prompts come back late; each such completion passes its own prompt through the model."
+        },
+    )
     replay_alpha: float = field(
         default=1.0,
         metadata={"help": "Weight of the replayed completions' loss beside that of the fresh ones (AVATAR eq. 3)."},
@@ -150,6 +158,7 @@ class AvatarConfig(OmniGRPOConfig):
             "advantage_scope": SCOPES,
             "batching": ("mixed", "stratified"),
             "replay_recovery": ("refuse", "empty"),
+            "replay_scope": ("prompt", "buffer"),
         }.items():
             self._check_choice(name, choices)
         self._check_numbers()
@@ -200,6 +209,8 @@ class AvatarConfig(OmniGRPOConfig):
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError("multi_objective_aggregation must stay 'sum_then_normalize' with replay")
+        if self.replay_scope == "buffer" and self.batching == "stratified":
+            raise ValueError("replay_scope='buffer' brings other tags into a rollout: it needs batching='mixed'")
         if self.advantage_group == "mixed" and self.advantage_scope != "group":
             raise ValueError("advantage_group='mixed' is about a prompt's group: it needs advantage_scope='group'")
 

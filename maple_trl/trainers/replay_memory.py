@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class ReplayMemory:
         replayed (`int`): replayed completions that a group is to have.
         hints ([`HintTrigger`], *optional*): without it no prompt is hinted.
         hint_below (`float`): a Hard prompt is stuck while its baseline is below this.
+        fill (`bool`): whether places that a prompt's own completions leave are filled with those of other prompts.
         retier (`bool`): whether stored experiences move along when their prompt changes its tier.
     """
 
@@ -111,6 +113,7 @@ class ReplayMemory:
         hints: HintTrigger | None = None,
         hint_below: float = 0.75,
         retier: bool = False,
+        fill: bool = False,
     ):
         self.buffer = buffer
         self.vcrs = vcrs
@@ -118,6 +121,7 @@ class ReplayMemory:
         self.hints = hints
         self.hint_below = hint_below
         self.retier = retier
+        self.fill = fill
         self.unstorable = 0
         self._next_number = 0
         self._pending: dict[int, Pending] = {}
@@ -144,6 +148,12 @@ class ReplayMemory:
         wanted = [
             min(self.replayed, self.buffer.available(group.key, step, hinted=group.has_hint)) for group in groups
         ]
+        if self.fill:
+            left = self.buffer.elsewhere((group.key for group in groups), step)
+            for i, count in enumerate(wanted):
+                more = min(self.replayed - count, left)
+                wanted[i] += more
+                left -= more
         replayed = replayed_slots(wanted, group_size, ranks)
         rollout = MixedRollout(list(groups), group_size, hinted, replayed, self._next_number)
         self._next_number += len(replayed)
@@ -175,12 +185,19 @@ class ReplayMemory:
             for key in dict.fromkeys(group.key for group in rollout.groups):
                 self.hints.observe(key, self._is_stuck(key, thresholds))
         counts = rollout.groups_of(rollout.places(replayed=True)).bincount(minlength=len(rollout.groups)).tolist()
-        experiences = []
+        drawn: list[list[Experience]] = [[] for _ in rollout.groups]
         for number, group in enumerate(rollout.groups):
             if counts[number]:
                 known = [rewards[i] for i in fresh_of[number]]
-                experiences += self.buffer.sample(group.key, counts[number], known, step, hinted=group.has_hint)
+                drawn[number] = self.buffer.sample(group.key, counts[number], known, step, hinted=group.has_hint)
+        missing = [count - len(own) for count, own in zip(counts, drawn, strict=True)]
+        if any(missing):
+            keys = [group.key for group in rollout.groups]
+            others = iter(self.buffer.sample_batch(sum(missing), step, exclude=keys))
+            drawn = [[*own, *islice(others, count)] for own, count in zip(drawn, missing, strict=True)]
+        experiences = [experience for group in drawn for experience in group]
         self._note(rollout, places, rewards, scores_FR.tolist(), names, step)
+        self._note_replayed(rollout, experiences)
         return experiences
 
     def _is_stuck(self, key: str, thresholds: tuple[float, float] | None) -> bool:
@@ -198,8 +215,12 @@ class ReplayMemory:
             self._pending[rollout.first_number + place] = Pending(
                 group.key, group.row, reward, step, rollout.hinted[number], dict(zip(names, row_scores, strict=True))
             )
-        for place in rollout.places(replayed=True):
-            self._replaying[rollout.first_number + place] = rollout.groups[place // rollout.group_size].key
+
+    def _note_replayed(self, rollout: MixedRollout, experiences: Sequence[Experience]) -> None:
+        """Notes which completions tell how far the policy has moved on the prompts that are visited."""
+        for place, experience in zip(rollout.places(replayed=True), experiences, strict=True):
+            if experience.prompt == rollout.groups[place // rollout.group_size].key:
+                self._replaying[rollout.first_number + place] = experience.prompt
 
     def waits_for(self, number: int) -> bool:
         """Whether a completion has not been trained on before."""
