@@ -214,7 +214,7 @@ def test_what_fits_together_is_accepted(tmp_path, options):
 FIELDS = {
     "replayed_generations": 2,
     "replay_alpha": 0.5,
-    "replay_scope": "buffer",
+    "replay_scope": "prompt",
     "replay_capacity": 100,
     "replay_shares": {"easy": 0.2, "medium": 0.3, "hard": 0.5},
     "replay_quantiles": [0.3, 0.6],

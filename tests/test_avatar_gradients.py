@@ -637,7 +637,7 @@ def test_replayed_rows_are_counted(kind, text_model, omni_model, seven_tags, tmp
     if kind == "text":
         training = train_text(text_model, tmp_path, by_model=True, steps=6)
     else:
-        training = train_omni(omni_model, seven_tags, tmp_path, by_model=True, steps=6)
+        training = train_omni(omni_model, seven_tags, tmp_path, by_model=True, steps=6, shared_prefix="off")
     counts = bookkeeping(training)
     assert counts[0] == 0 and sum(counts) >= 3 * REPLAYED
     assert training.rows_in_model == 6 * GROUPS * COPIES

@@ -76,7 +76,7 @@ class TowerCache:
     def features(
         self, family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]
     ) -> list[Features]:
-        """The features of prompts that have media of a kind; one tower pass for those that are not known."""
+        """The features of prompts that have media of a kind; of a frozen tower, a pass for each that is not known."""
         parameters = _tower_parameters(family, core, kind)
         # An adapter that is switched off for a reference pass asks for no gradient either, but will be trained on.
         if any(parameter.requires_grad or "lora_" in name for name, parameter in parameters):
@@ -88,11 +88,10 @@ class TowerCache:
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if found[key] is None}
         self.hits += len(found) - len(missing)
         self.misses += len(missing)
-        if missing:
-            computed = run_tower(family, core, kind, list(missing.values()))
-            for key, features in zip(missing, computed, strict=True):
-                found[key] = features
-                self._keep(key, {name: values.detach().cpu() for name, values in features.items()})
+        for key, prompt in missing.items():
+            # Alone: in a batch, rounding would depend on what else is not known yet, and a resumed run knows less.
+            (found[key],) = run_tower(family, core, kind, [prompt])
+            self._keep(key, {name: values.detach().cpu() for name, values in found[key].items()})
         # Copies, so that nobody writes to what is kept.
         return [{name: values.to(device, copy=True) for name, values in found[key].items()} for key in keys]
 
