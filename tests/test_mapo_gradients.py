@@ -88,6 +88,7 @@ def train(world, steps=1, reward="where_varied", **options):
         "gradient_checkpointing": False,
         "epsilon": LOW,
         "epsilon_high": HIGH,
+        "shared_prefix": "off",  # rows are counted in the passes
         **SPLITS[2],
         **options,
     }
