@@ -84,7 +84,7 @@ class RowByRowTrainer(OmniGRPOTrainer):
         # either: see `media_cache_bytes` below.)
         prompts = [self.prompt_builder.encode(row) for row in rows]
         for number, prompt in enumerate(prompts):  # or equal clips would pass a tower once
-            prompt._digests = {kind: f"row {number}" for kind in ("video", "audio")}
+            prompt._digests = dict.fromkeys(("video", "audio"), f"row {number}")
         return list(rows), prompts
 
 
@@ -238,6 +238,7 @@ def build_trainer(side: str, args: argparse.Namespace, checkpoint: Path, dataset
         str(out / side),
         media_root=media_root,
         media_cache_bytes=1 if side == "naive" else 2 << 30,
+        encoder_cache_bytes=0,  # measured is one pass per prompt, not none
         num_frames=args.frames,
         min_pixels=28 * 28,
         max_pixels=args.side**2,
