@@ -44,7 +44,7 @@ from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.rewards.answers import extract_answer
 from maple_trl.train import adapter_base, load_rewards
 from maple_trl.trainers.media_config import MediaConfig
-from maple_trl.trainers.rows import _check_spelling
+from maple_trl.trainers.rows import check_spelling
 
 
 FORMAT = 1
@@ -298,7 +298,7 @@ def load_questions(job: EvalJob) -> Questions:
     if "prompt" not in dataset.column_names:
         raise SetupError(f"{name} has no column 'prompt'; its columns: {', '.join(dataset.column_names)}")
     try:
-        _check_spelling(dataset.column_names, name)
+        check_spelling(dataset.column_names, name)
     except ValueError as error:
         raise SetupError(str(error)) from error
     if job.filter is not None:

@@ -23,6 +23,7 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.shared_prefill import share_prefill
+from maple_trl.omni.sharing import prefill_difference
 
 
 # Mean difference of log-probabilities that rounding explains, of half-precision and of other models.
@@ -285,12 +286,7 @@ class Evaluator:
             EvaluationError: when they differ by more than rounding explains.
         """
         prompt = self._builders[ALL].encode({"prompt": [{"role": "user", "content": "."}]})
-        rows = [prompt, prompt]
-        inputs = self._inputs(rows) | {"use_cache": True}
-        apart = self.model(**inputs).logits[:, -1]
-        with share_prefill(self.core, rows):
-            together = self.model(**inputs).logits[:, -1]
-        error = float((apart.float().log_softmax(-1) - together.float().log_softmax(-1)).abs().mean())
+        error = prefill_difference(self.model, self.core, prompt, partial(serve_media, self.family))
         if not error <= _ROUNDING.get(self.core.get_input_embeddings().weight.dtype, 1e-4):
             raise EvaluationError(
                 f"samples of this model cannot share their prompt: log-probabilities differ by {error:.2g}. "

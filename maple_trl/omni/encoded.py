@@ -117,6 +117,11 @@ def batch_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int, complet
     return positions
 
 
+def forward_position_ids(positions: Tensor) -> Tensor:
+    """Positions of shape (R, B, T) as a model's forward takes them: without the first dimension where R is 1."""
+    return positions[0] if positions.size(0) == 1 else positions
+
+
 def generation_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int) -> Tensor:
     """
     Positions for `generate()`: row 0 counts text tokens, rows 1 to 3 are the rotary positions.

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from maple_trl.omni.encoded import EncodedPrompt, unique_prompts
+from maple_trl.omni.encoded import EncodedPrompt, forward_position_ids, unique_prompts
 
 
 ATTENTION = "maple_shared_prefix"
@@ -232,12 +232,11 @@ def packed_forward(model: nn.Module, core: nn.Module, batch: PackedBatch, size: 
         output.last_hidden_state = output.last_hidden_state[:, batch.suffix]
         return output
 
-    positions = batch.position_ids
     handle = core.register_forward_hook(suffixes_only)
     try:
         output = model(
             input_ids=batch.input_ids,
-            position_ids=positions[0] if positions.size(0) == 1 else positions,
+            position_ids=forward_position_ids(batch.position_ids),
             # transformers takes a mask of four dimensions as it is, instead of making one of L x L that none reads.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
             shift_labels=batch.labels,

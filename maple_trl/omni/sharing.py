@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
+from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.shared_prefill import share_prefill
 from maple_trl.omni.shared_prefix import pack, packed_forward
 
@@ -48,7 +48,7 @@ def sharing_error(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serv
     try:
         with torch.autocast(weight.device.type, enabled=False) if exact else nullcontext():
             apart, together, shifted = _log_probs(model, core, prompt, serve)
-            prefill = _prefill_difference(model, core, prompt, serve)
+            prefill = prefill_difference(model, core, prompt, serve)
     finally:
         model.train(was_training)
     tolerance = _TOLERANCE if exact else _TOLERATED_SHARE * float((apart - shifted).abs().mean())
@@ -68,7 +68,7 @@ def _log_probs(
     ids = torch.cat([prompt.input_ids.to(device).expand(2, -1), completions], dim=1)
     labels = ids.clone()
     labels[:, : len(prompt)] = -100
-    positions = _of_text_models(batch_position_ids(rows, len(prompt), width)).to(device)
+    positions = forward_position_ids(batch_position_ids(rows, len(prompt), width)).to(device)
     with serve(model, rows):
         apart = model(
             input_ids=ids,
@@ -88,7 +88,8 @@ def _log_probs(
     return apart, *found
 
 
-def _prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
+def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
+    """Mean difference of the next token's log-probabilities between a prompt that is read once for two rows and twice."""
     device = core.get_input_embeddings().weight.device
     rows = [prompt, prompt]
     ids = prompt.input_ids.to(device).expand(2, -1)
@@ -104,7 +105,3 @@ def _prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt
     with share_prefill(core, rows), serve(model, rows[:1]):
         together = model(**inputs).logits[:, -1]
     return float((apart.float().log_softmax(-1) - together.float().log_softmax(-1)).abs().mean())
-
-
-def _of_text_models(positions: Tensor) -> Tensor:
-    return positions[0] if positions.size(0) == 1 else positions

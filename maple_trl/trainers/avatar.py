@@ -178,11 +178,11 @@ class AvatarTrainer(OmniGRPOTrainer):
         plain = iter(super()._prompts_by_key([key for key in keys if not key.endswith(HINTED)]))
         encoded: dict[str, EncodedPrompt] = {}
         for key in dict.fromkeys(key for key in keys if key.endswith(HINTED)):
-            row_key = key.removesuffix(HINTED)
+            plain_key = key.removesuffix(HINTED)
             try:
-                encoded[key] = self._encode_hinted(self._row_of(row_key), row_key)
+                encoded[key] = self._encode_hinted(self._row_of(plain_key), plain_key)
             except MediaError as error:
-                raise LostPromptsError([(prompt_key(row_key), error)]) from error
+                raise LostPromptsError([(prompt_key(plain_key), error)]) from error
         return [encoded[key] if key.endswith(HINTED) else next(plain) for key in keys]
 
     def _row_of(self, key: str) -> dict[str, Any]:
@@ -248,8 +248,10 @@ class AvatarTrainer(OmniGRPOTrainer):
                 except MediaError as error:
                     failed[key] = error
             found.append((*shown.get(key, (row, prompt)), None if key in failed else experience))
-        for key, error in gather_object([(prompt_key(key), error) for key, error in failed.items()]):
+        lost = gather_object([(prompt_key(key), error) for key, error in failed.items()])
+        for key, error in lost:
             self.rows.registries["train_dataset"].add(key, error)
+        if lost:
             self._discard_quarantined()
         return found
 

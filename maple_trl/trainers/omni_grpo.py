@@ -20,7 +20,13 @@ from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
 from maple_trl.modalities import ModalityTag
-from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids, unique_prompts
+from maple_trl.omni.encoded import (
+    EncodedPrompt,
+    batch_position_ids,
+    forward_position_ids,
+    generation_position_ids,
+    unique_prompts,
+)
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
 from maple_trl.omni.shared_prefill import grows_cache, share_prefill
@@ -130,9 +136,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 self.add_callback(callback)
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
-            self.ref_model.requires_grad_(
-                False
-            )  # TRL leaves it as it is loaded, and towers that are trained are not kept
+            # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
+            self.ref_model.requires_grad_(False)
         self._write_quarantine()
         self._check_rollout_size()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -358,7 +363,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         positions = batch_position_ids(prompts, length - logits_to_keep, logits_to_keep)
         positions = positions.to(inputs["input_ids"].device)
         with self._serve(self.accelerator.unwrap_model(model), prompts):
-            return model(**inputs, position_ids=positions[0] if positions.size(0) == 1 else positions)
+            return model(**inputs, position_ids=forward_position_ids(positions))
 
     def _forward_packed(self, model: nn.Module, prompts: list[EncodedPrompt], width: int, **inputs) -> PackedOutput:
         """The same, each prompt passed once for all of its rows in the chunk."""

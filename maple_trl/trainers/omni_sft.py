@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
-from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
+from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY
@@ -217,7 +217,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "position_ids": positions[0] if positions.size(0) == 1 else positions,
+            "position_ids": forward_position_ids(positions),
             "labels": labels,
         }
 

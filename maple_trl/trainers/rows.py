@@ -52,7 +52,7 @@ class RowEncoder:
                 f"{name}, column {images[0]!r}: omni prompts hold video, audio and subtitles. Give an image as a one-frame "
                 "video, or drop the column."
             )
-        _check_spelling(columns, name)
+        check_spelling(columns, name)
         if not isinstance(dataset, Dataset):
             return dataset
         registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
@@ -123,7 +123,7 @@ class RowEncoder:
         return [encoded[key] for key in keys]
 
 
-def _check_spelling(columns: Sequence[str], name: str) -> None:
+def check_spelling(columns: Sequence[str], name: str) -> None:
     """A misspelt media column would be left unread, and the run would train on text alone."""
     for column in ("video", "audio", "subtitle"):
         alike = [other for other in columns if re.sub(r"[\W_]", "", other.lower()).removesuffix("s") == column]

@@ -8,6 +8,7 @@ has a `name` and may have
     trainer           a key of `TRAINERS`
     options           fields of its configuration that differ from `DEFAULTS`
     lora              adapt all towers by LoRA instead of training every weight
+    dtype             type of the model's weights; as saved by default
     fixed_completions completions that depend on nothing but the prompt and the number of the copy
     reward            a key of `REWARDS`
     hold_at           in the middle of the accumulation that follows this step: write `NAME.held`, wait to be killed
@@ -271,6 +272,8 @@ def do(run: dict, plan: dict) -> None:
     set_seed(7)  # adapters are drawn at random
     checksums = Checksums()
     model, kwargs = path, {"callbacks": [checksums]}
+    if "dtype" in run:
+        model = load_model(path, dtype=run["dtype"])
     if run.get("lora"):
         model = load_model(path, dtype="float32")
         kwargs["peft_config"] = build_lora_config(model, family_for(model, load_processor(path)), r=4, alpha=8)
