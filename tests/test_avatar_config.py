@@ -154,6 +154,10 @@ REFUSED = [
         ({name: value}, f"{name}={value!r} has no effect without hints=True".replace("{", r"\{").replace("}", r"\}"))
         for name, value in WITHOUT_HINTS.items()
     ),
+    *(
+        ({"loss_type": loss, name: 0.1}, f"{name}=0.1 has no effect with loss_type='{loss}'")
+        for loss, name in (("sapo", "replay_epsilon"), ("sapo", "replay_epsilon_high"), ("cispo", "replay_epsilon"))
+    ),
     ({"tas_lambda": 0.0, "tas_shape": "uniform"}, "tas_shape='uniform' has no effect with tas_lambda=0"),
     ({"use_vllm": True}, "use_vllm=True is not supported"),  # what the parent refuses
     ({"modality_access": "bogus"}, "modality_access must be one of"),

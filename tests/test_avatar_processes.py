@@ -26,6 +26,8 @@ RUNS = {
     "spanning-most": {"rows": 8, "accumulation": 1, "num_generations": 8, "replayed_generations": 6},
     "wide": {"rows": 16, "num_generations": 4, "advantage_scope": "tag", "loss_type": "grpo"},
     "stratified": {"rows": 16, "num_generations": 4, "batching": "stratified", "advantage_group": "mixed"},
+    # Two of the four prompts a rollout: their first time, they are filled up with completions of the others.
+    "buffer": {"rows": 8, "num_generations": 4, "replay_scope": "buffer"},
     "passes": {
         "rows": 16,
         "num_generations": 4,
@@ -188,6 +190,11 @@ def test_a_group_lies_on_both_ranks(results, name):
         assert len(one) == len(two) == 4 and len({key for key, *_ in one + two}) == 1
         past = [sum(flag for *_, flag in rows) for rows in (one, two)]
         assert past == ([0, 0] if step < 2 else [replayed // 2] * 2)
+
+
+def test_completions_of_other_prompts_fill_groups_on_both_ranks(results):
+    logged = per_step(told(results, 2, "buffer"))
+    assert [logged[step]["replay/of_other_prompts"] for step in (1, 2, 3)] == [0, 0.5, 0]
 
 
 def test_hints_are_given_on_both_ranks(results):

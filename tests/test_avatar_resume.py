@@ -53,7 +53,19 @@ CASES = {
         "hold_at": 5,
         "options": {**COMMON, "steps_per_generation": 4, "beta": 0.05, "replay_alpha": 0.5, "save_steps": 5},
     },
-    # As before, with prompts that are shown with their hint from the third rollout on.
+    # A prompt a rollout of two steps, filled up with completions of the others: the second when it is killed, the third after.
+    "buffer": {
+        "hold_at": 3,
+        "options": {
+            **COMMON,
+            "max_steps": 6,
+            "per_device_train_batch_size": 1,
+            "steps_per_generation": 4,
+            "replay_scope": "buffer",
+            "save_steps": 3,
+        },
+    },
+    # As "rollout", with prompts that are shown with their hint from the third rollout on.
     "hints": {
         "hold_at": 5,
         "options": {
@@ -137,6 +149,8 @@ def test_the_cases_show_what_they_are_there_for(runs):
         assert later["replay/size"] > 0
     last = per_step(told["epoch"])[8]
     assert last["replay/expired"] + last["replay/evicted"] > 0 and last["replay/promoted"] + last["replay/demoted"] > 0
+    filled = [entry.get("replay/of_other_prompts") for entry in per_step(told["buffer"]).values()]
+    assert [value for value in filled if value is not None] == [0, 0.5, 0.5]
     for name in ("rollout", "hints"):
         state = json.loads((runs / name / name / "checkpoint-5" / "avatar.json").read_text())["memory"]
         assert len(state["pending"]) == len(state["replaying"]) == 4  # half of the rollout is not trained on yet

@@ -12,6 +12,8 @@ from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
 
 _MIXABLE_LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "sapo")
+# Clips that a loss does not read: sapo has none, cispo one of large ratios alone.
+_UNREAD_CLIPS = {"sapo": ("replay_epsilon", "replay_epsilon_high"), "cispo": ("replay_epsilon",)}
 _SHAPEABLE_LOSSES = (*_MIXABLE_LOSSES, "bnpo")
 
 
@@ -225,6 +227,9 @@ class AvatarConfig(OmniGRPOConfig):
         for name in ("hint_visits", "hint_max_kl", "hint_below", "hint_template"):
             if getattr(self, name) != defaults[name] and not self.hints:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect without hints=True")
+        for name in _UNREAD_CLIPS.get(self.loss_type, ()):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect with loss_type={self.loss_type!r}")
         if self.tas_shape != "parabolic" and not self.tas_lambda:
             raise ValueError(f"tas_shape={self.tas_shape!r} has no effect with tas_lambda=0")
 
