@@ -102,8 +102,10 @@ class OmniScriptArguments:
         completion_template (`str`, *optional*):
             With `omni_sft`: builds the column `completion`, e.g. `<think>...</think><answer>{solution}</answer>`, where
             `{solution}` is the row's column of that name.
-        rewards (`list[str]`, *optional*, defaults to `["format_reward", "accuracy_reward"]`):
-            Reward functions: names from `maple_trl.rewards`, or `module:function`. Weights are `reward_weights`.
+        rewards (`list`, *optional*, defaults to `["format_reward", "accuracy_reward"]`):
+            Reward functions: names from `maple_trl.rewards`, `module:function`, or mappings for what takes parameters,
+            such as `{reward: caption_judge, server: {model: ..., base_url: ...}}` (see
+            [`~maple_trl.job_rewards.read_entries`]; as JSON on the command line). Weights are `reward_weights`.
             `omni_sft` uses none.
         evaluate_before_after (`bool`, *optional*, defaults to `False`):
             Measure sampled accuracy per tag before and after training.
@@ -153,7 +155,11 @@ class OmniScriptArguments:
     )
     rewards: list[str] = field(
         default_factory=lambda: ["format_reward", "accuracy_reward"],
-        metadata={"help": "Reward functions: names from maple_trl.rewards, or module:function."},
+        metadata={
+            "help": "Reward functions: names from maple_trl.rewards, module:function, or mappings for judges and other "
+            "rewards with parameters, e.g. {reward: caption_judge, server: {model: NAME, base_url: URL}}; those as JSON on "
+            "the command line."
+        },
     )
     evaluate_before_after: bool = field(
         default=False, metadata={"help": "Measure sampled accuracy per tag before and after training."}
@@ -175,6 +181,9 @@ class OmniScriptArguments:
         _check_trainer(self.trainer)
         if not self.rewards:
             raise ValueError("rewards must name at least one reward function, e.g. accuracy_reward")
+        from maple_trl.job_rewards import read_entries
+
+        self.rewards = read_entries(self.rewards)
         self.dataset_filter = _checked_filter(self.dataset_filter)
         if self.completion_template is not None:
             if self.trainer not in SUPERVISED:
@@ -480,6 +489,10 @@ def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict
             value = "no"  # YAML reads a bare no as false
         for item in value if isinstance(value, list) else [value]:
             _check_value(action, key, item, path)
+        if key == "rewards" and value is not None:
+            from maple_trl.job_rewards import read_entries
+
+            read_entries(value, f"{path}: rewards")
         checked[key] = value
     return checked
 

@@ -233,7 +233,7 @@ def run_stages(plan: Plan) -> list[dict[str, Any]]:
 def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
     """What can be known to be wrong before hours are spent on the stages before it."""
     from maple_trl.job_data import prepare_data
-    from maple_trl.train import load_rewards
+    from maple_trl.job_rewards import load_rewards
 
     adapted = None
     for i, (script_args, training_args, model_args) in enumerate(jobs):
@@ -248,7 +248,7 @@ def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
             continue
         try:
             if script_args.trainer not in SUPERVISED:
-                load_rewards(script_args.rewards)
+                load_rewards(script_args.rewards, training_args)
             prepare_data(script_args, training_args)
         except SetupError as error:
             raise SetupError(f"stage {name}: {error}") from error
@@ -291,9 +291,15 @@ def print_stages(plan: Plan, summaries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def resolved_options(job: tuple) -> dict[str, Any]:
-    """Every option of a job by its name, as JSON knows it, but for places and facts about the process."""
+    """
+    Every option of a job by its name, as JSON knows it, but for places, facts about the process, and the way to a judge's
+    server.
+    """
+    from maple_trl.job_rewards import what_is_learned
+
     script_args, training_args, model_args = job
     options = dataclasses.asdict(script_args) | dataclasses.asdict(model_args) | training_args.to_dict()
+    options["rewards"] = what_is_learned(script_args.rewards)
     options = {
         name: value
         for name, value in options.items()

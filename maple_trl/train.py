@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from maple_trl.job_args import (
     trainer_class,
 )
 from maple_trl.job_data import evaluates, load_datasets, prepare_data
+from maple_trl.job_rewards import close_rewards, load_rewards
 from maple_trl.omni.scopes import SCOPES
 
 
@@ -43,49 +42,13 @@ __all__ = [
     "SetupError",
     "build_trainer",
     "load_datasets",
+    "load_rewards",
     "parse_args",
     "run",
 ]
 
 
 # Parts of a job
-
-
-def load_rewards(names: Sequence[str]) -> list[Callable]:
-    """
-    The reward functions of a job.
-
-    Args:
-        names (`Sequence[str]`):
-            Names from `maple_trl.rewards` or `module:function`; a module may lie in the current folder.
-
-    Raises:
-        SetupError: for a name that leads to no function, listing those of `maple_trl.rewards`.
-    """
-    from maple_trl import rewards
-
-    builtin = [name for name in rewards.__all__ if name.endswith("_reward")]
-    found = []
-    for name in names:
-        if name in builtin:
-            found.append(getattr(rewards, name))
-            continue
-        module_name, _, function_name = name.partition(":")
-        if not function_name:
-            raise SetupError(f"unknown reward {name!r}; there are {', '.join(builtin)}, or write module:function")
-        if os.getcwd() not in sys.path:  # a console script's sys.path starts at its own folder
-            sys.path.insert(0, os.getcwd())
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except Exception as error:  # the module is the user's: importing it can fail in any way
-            raise SetupError(
-                f"cannot load the reward {name!r}: {type(error).__name__}: {error}; name a function of yours as "
-                "module:function, from the current folder or an installed package"
-            ) from error
-        if not callable(function):
-            raise SetupError(f"the reward {name!r} is no function but {type(function).__name__}")
-        found.append(function)
-    return found
 
 
 def adapter_base(name_or_path: str | None) -> str | None:
@@ -221,7 +184,9 @@ def build_trainer(
         SetupError: when a part that the arguments name is not there.
     """
     _check_writable(training_args.output_dir)
-    rewards = {} if script_args.trainer in SUPERVISED else {"reward_funcs": load_rewards(script_args.rewards)}
+    rewards = {}
+    if script_args.trainer not in SUPERVISED:
+        rewards["reward_funcs"] = load_rewards(script_args.rewards, training_args)
     train, test = prepare_data(script_args, training_args)
     try:
         model, processor = load_model_and_processor(model_args, training_args)
@@ -328,6 +293,7 @@ def run(
     except ResumeError as error:
         raise SetupError(str(error)) from error
     finally:  # a run that is interrupted leaves what it had logged
+        close_rewards(getattr(trainer, "reward_funcs", []))
         if trainer.is_world_process_zero() and trainer.state.log_history:
             metrics_path = _place(script_args.metrics_file, training_args, "metrics.jsonl")
             write_metrics(trainer.state.log_history, metrics_path)

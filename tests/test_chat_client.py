@@ -6,7 +6,9 @@ import json
 import logging
 import multiprocessing
 import random
+import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -70,6 +72,8 @@ def client(server, **options):
         (status(429), "rate-limited", 3),
         (status(429, code="insufficient_quota"), "quota", 1),
         (status(429, headers={"Retry-After": "9999"}), "rate-limited", 1),
+        (status(429, headers={"Retry-After": formatdate(4102444800, usegmt=True)}), "rate-limited", 1),
+        (status(429, headers={"Retry-After": "-3"}), "rate-limited", 3),
         (status(408), "timeout", 3),
         (status(400), "bad-request", 1),
         (status(400, code="content_filter"), "content-filter", 1),
@@ -130,6 +134,9 @@ def test_retry_after_is_read_in_every_form():
     assert retry_after({"retry-after-ms": "250", "retry-after": "2"}) == 0.25
     assert retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0.0  # a date that has passed
     assert 3000 < retry_after({"retry-after": formatdate(4102444800, usegmt=True)})
+    assert retry_after({"retry-after": "-5"}) == retry_after({"retry-after-ms": "-1"}) == 0.0
+    assert retry_after({"retry-after": "1e9"}) == 1e9  # more than retry_after_max: the request ends
+    assert retry_after({"retry-after": "1e999", "retry-after-ms": "x"}) is None
     for nonsense in ({}, {"retry-after": ""}, {"retry-after": "soon"}, {"retry-after": "nan"}, {"retry-after": "inf"}):
         assert retry_after(nonsense) is None
 
@@ -258,14 +265,55 @@ def _in_a_fork(url):
     return chat.complete_many([ask("from a fork")])[0].text
 
 
-def test_a_client_made_before_a_fork_works_after_it():
-    with ChatServer(lambda n, body: say(body["messages"][0]["content"])) as server, client(server) as chat:
+def test_a_client_made_before_a_fork_works_after_it(tmp_path):
+    echo = lambda n, body: say(body["messages"][0]["content"])  # noqa: E731
+    with ChatServer(echo) as server, client(server, cache_file=tmp_path / "c.sqlite") as chat:
         chat.complete_many([ask("before")])
         _PARENT["chat"] = chat
         with multiprocessing.get_context("fork").Pool(1) as pool:
             assert pool.apply_async(_in_a_fork, (server.url,)).get(60) == "from a fork"
         _PARENT.clear()
         assert chat.complete_many([ask("after")])[0].text == "after"
+        # What either process has written is there for the other.
+        results = chat.complete_many([ask("before"), ask("from a fork"), ask("after")])
+        assert [result.source for result in results] == ["cache"] * 3 and chat.usage.cache_errors == 0
+
+
+INTERRUPTED = """
+import sys, time
+from maple_trl.chat import ChatClient, ChatOptions, ChatRequest
+
+chat = ChatClient(ChatOptions(model="m", base_url=sys.argv[1], timeout=600))
+ask = lambda text: chat.complete_many([ChatRequest([{"role": "user", "content": f"{text} {i}"}]) for i in range(3)])
+try:
+    ask("slow")
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+sys.stdin.readline()
+print([result.text for result in ask("quick")], flush=True)
+"""
+
+
+def test_an_interrupt_ends_what_is_under_way_and_nothing_else():
+    choose = lambda n, body: say("red", delay=600 if "slow" in str(body["messages"]) else 0)  # noqa: E731
+    with ChatServer(choose) as server:
+        command = [sys.executable, "-c", INTERRUPTED, server.url]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command, text=True, **pipes)
+        try:
+            while server.open_now < 3 and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "interrupted\n"
+            deadline = time.monotonic() + 20
+            while server.open_now and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert server.open_now == 0 and process.poll() is None  # hung up on, by a process that goes on
+            told, errors = process.communicate("go on\n", timeout=60)
+        finally:
+            process.kill()
+        assert (told, errors, process.returncode) == ("['red', 'red', 'red']\n", "", 0)
+        assert len(server.calls) == 6
 
 
 def test_whoever_waits_is_let_go_when_the_client_closes():
@@ -328,6 +376,20 @@ def test_a_bad_request_does_not_switch_the_schema_off():
         assert "response_format" in server.calls[-1].body
 
 
+def test_one_answer_without_the_schema_does_not_switch_it_off_for_others():
+    """While the one that is refused is sent again in words, another has shown that the server takes the field."""
+
+    def choose(_, body):
+        if "large" in str(body["messages"]):
+            return status(400, "too large") if "response_format" in body else say('{"score": 0}', delay=0.6)
+        return say('{"score": 0}', delay=0.2)
+
+    with ChatServer(choose) as server, client(server) as chat:
+        assert all(r.ok for r in chat.complete_many([ask(name, json_schema=SCHEMA) for name in ("large", "small")]))
+        assert chat.complete_many([ask("next", json_schema=SCHEMA)])[0].ok
+        assert "response_format" in server.calls[-1].body
+
+
 def test_objects_that_do_not_match():
     answers = {"prose": "I'd say four.", "range": '{"score": 7}', "type": '{"score": "1"}', "nan": '{"score": NaN}'}
     choose = lambda n, body: say(answers[body["messages"][0]["content"].split()[0]])  # noqa: E731
@@ -352,6 +414,9 @@ def test_the_object_is_found_among_other_text():
         '{"score": 0.25} {"other": 1}',
     ):
         assert read_object(text, SCHEMA) == {"score": 0.25}
+    for text in ('{"score": 0, "score": 1}', '[{"score": 1, "score": 0}]'):  # which of them?
+        with pytest.raises(NoObjectError):
+            read_object(text, SCHEMA)
     for text in ("", "{", '{"a":' * 5000, "[" * 5000, '"{"', "null", '{"score": true}', '{"score": 1e999}'):
         with pytest.raises(NoObjectError):
             read_object(text, SCHEMA)
@@ -445,6 +510,49 @@ def test_a_cache_that_fails_later_stops_nothing(tmp_path, caplog):
     cache.close()
 
 
+def test_a_locked_cache_holds_nothing_up(tmp_path):
+    """It is waited for once, and left alone for a while."""
+    cache = ChatCache(tmp_path / "c.sqlite", lock_timeout=0.1)
+    cache.put("a", {"text": "x"})
+    other = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    for number in range(100):
+        cache.put(str(number), {"text": "x"})
+    assert cache.errors == 1 and cache.get("a") == {"text": "x"}  # a reader needs no lock
+    other.execute("COMMIT")
+    other.close()
+    cache._paused["write"] = 0.0
+    cache.put("b", {"text": "y"})
+    assert cache.get("b") == {"text": "y"} and cache.errors == 1
+    cache.close()
+
+
+def _fill(path, worker, barrier, told):
+    barrier.wait()
+    cache = ChatCache(path)
+    for number in range(40):
+        cache.put(f"{worker}-{number}", {"text": f"{worker}-{number}"})
+        cache.get(f"{worker - 1}-{number}")
+    told.put(cache.errors)
+    cache.close()
+
+
+def test_processes_share_a_cache(tmp_path):
+    """They make the file at the same moment, and lose nothing."""
+    context = multiprocessing.get_context("fork")
+    for round_ in range(3):
+        path, barrier, told = tmp_path / f"{round_}.sqlite", context.Barrier(6), context.Queue()
+        workers = [context.Process(target=_fill, args=(path, worker, barrier, told)) for worker in range(6)]
+        for worker in workers:
+            worker.start()
+        assert [told.get(timeout=60) for _ in workers] == [0] * 6
+        for worker in workers:
+            worker.join()
+        cache = ChatCache(path)
+        assert len(cache) == 240 and cache.get("5-39") == {"text": "5-39"}
+        cache.close()
+
+
 def test_a_cache_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "below.sqlite"):
@@ -467,10 +575,11 @@ def test_tokens_and_cost_are_counted():
         assert (usage.prompt_tokens, usage.completion_tokens) == (200, 50)
         assert usage.cost == pytest.approx((200 * 2 + 50 * 10) / 1e6)
         assert json.loads(json.dumps(usage.as_dict()))["faults"] == {"empty": 1}
-    body = json.dumps({"choices": [{"message": {"content": "red"}}]}).encode()
-    with ChatServer(in_turn(raw(body))) as server, client(server, prompt_price=2.0) as chat:
-        assert chat.complete_many([ask()])[0].text == "red"
-        assert (chat.usage.unmetered, chat.usage.cost) == (1, 0.0)
+    for usage in ({}, None, "many", [1], {"prompt_tokens": "ten"}, {"prompt_tokens": -5, "completion_tokens": True}):
+        body = json.dumps({"choices": [{"message": {"content": "red"}}], "usage": usage}).encode()
+        with ChatServer(in_turn(raw(body))) as server, client(server, prompt_price=2.0) as chat:
+            assert chat.complete_many([ask()])[0].text == "red"
+            assert (chat.usage.unmetered, chat.usage.cost) == (1, 0.0), usage
 
 
 def test_a_dry_run_sends_nothing(tmp_path, monkeypatch):
@@ -567,6 +676,18 @@ def test_where_keys_come_from(tmp_path, monkeypatch):
         ({"max_attempts": 0}, "max_attempts must be a whole number of at least 1"),
         ({"structured": "yes"}, "structured must be 'auto'"),
         ({"sampling": {"stream": True}}, "sampling must not hold 'stream'"),
+        ({"sampling": ["stream"]}, "sampling must map fields to values, got list"),
+        ({"sampling": {"Api-Key": KEY}}, "sampling must not hold 'Api-Key'; keys come from"),
+        ({"sampling": {"extra_headers": {"x": KEY}}}, "sampling must not hold 'extra_headers'"),
+        ({"api_key_env": KEY}, "api_key_env must be the name of an environment variable"),
+        ({"api_key_env": None}, "api_key_env must be the name of an environment variable"),
+        ({"cache_file": 3}, "cache_file must be a path"),
+        ({"timeout": None}, "timeout must be positive and finite, got None"),
+        ({"timeout": "60"}, "timeout must be positive and finite, got '60'"),
+        ({"retry_wait": None}, "retry_wait must be at least 0 and finite"),
+        ({"max_attempts": True}, "max_attempts must be a whole number"),
+        ({"dry_run": "no"}, "dry_run must be true or false, got 'no'"),
+        ({"base_url": 8000}, "base_url must look like"),
         ({"base_url": "localhost:8000"}, "base_url must look like"),
         ({"base_url": f"http://user:{KEY}@host/v1"}, "must hold no user name, password"),
         ({"base_url": f"http://host/v1?key={KEY}"}, "must hold no user name, password"),

@@ -138,6 +138,8 @@ def test_the_caption_in_a_completion():
     assert caption_text("hm</think> a cat") == "a cat"
     assert caption_text("<think>never closed: a cat") == ""
     assert caption_text("<answer>a</answer><answer>b</answer>") == "<answer>a</answer><answer>b</answer>"
+    assert caption_text("<think>a<answer>a cat</answer></think>") == ""  # only a thought
+    assert caption_text("<answer>a cat") == "<answer>a cat"
 
 
 def test_long_references_are_cut_where_it_is_said():
@@ -180,6 +182,16 @@ def test_the_reward_is_the_mean_of_the_grades():
         "missing: 0.7\nerrors: 1\nfusion: 1",
         "missing: -1.0\nerrors: 1\nfusion: 1",
         "missing: 1.0\nmissing: 0.0\nerrors: 1\nfusion: 1",
+        '{"missing": 0.0, "missing": 1.0, "errors": 1.0, "fusion": 1.0}',
+        f"{verdict(0, 0.2, 0)} The caption says {verdict(1, 1, 1)} of itself.",
+        f"The caption says {verdict(1, 1, 1)} of itself. {verdict(0, 0.2, 0)}",
+        f"[{verdict(1, 1, 1)}, {verdict(0, 0, 0)}]",
+        json.dumps({"missing": [1.0], "errors": {"grade": 1.0}, "fusion": None}),
+        json.dumps({"missing": 1.0, "errors": 1.0, "fusion": 1.0, "bonus": 1.0}),
+        '{"missing": 1e999, "errors": 1, "fusion": 1}',
+        "missing: ١\nerrors: 1\nfusion: 1",
+        verdict(1, 1, 1).translate(str.maketrans("{}", "()")),
+        "\x00\ud83d" + "{" * 5000,
         "A fine caption, full marks!",
     ],
 )
@@ -204,12 +216,17 @@ def test_plain_lines_are_read_too():
     for hostile in (":" * 20_000, "a" * 20_000, "a:" * 10_000, "missing " * 3000, "\n" * 20_000, "a_ " * 7000 + ":"):
         assert read_plain_grades(hostile, AXES, SCALE) is None
     assert time.perf_counter() - start < 30  # a guard against exponential time, not a measurement
+
+
+def test_a_server_that_answers_in_lines_is_asked_once(tmp_path):
+    """Not again for JSON, and not by another process either."""
     with ChatServer(in_turn(say("Missing: 0.8\nErrors: 1.0\nFusion: 0.6"))) as server:
-        judge = CaptionJudge(options(server))
         for _ in range(2):
+            judge = CaptionJudge(options(server, cache_file=tmp_path / "answers.sqlite"))
             assert ask(judge, ["a cat"], reference="cat") == [pytest.approx(0.8)]
-        assert len(server.calls) == 2  # both to the first: a plain answer is asked for as JSON once more
-        judge.close()
+            assert judge.usage.failed == {} and judge.counts["failed"] == 0
+            judge.close()
+        assert len(server.calls) == 1
 
 
 def test_a_server_without_structured_output():
@@ -305,6 +322,9 @@ def test_refusals():
         ({"max_failure_rate": 1.0}, r"max_failure_rate must be in \[0, 1\) or None, got 1.0"),
         ({"min_requests": 0}, "min_requests must be a whole number of at least 1, got 0"),
         ({"max_characters": 0}, "max_characters must be"),
+        ({"max_failure_rate": "0.2"}, r"max_failure_rate must be in \[0, 1\) or None, got '0.2'"),
+        ({"max_failure_rate": float("nan")}, r"max_failure_rate must be in \[0, 1\) or None, got nan"),
+        ({"unimodal_columns": ["V"]}, "unimodal_columns must map signals to columns"),
         ({"unimodal_columns": {"X": "reference_x"}}, "'X' is not a valid Modality"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -315,6 +335,13 @@ def test_refusals():
         StepwiseReasoningJudge(ChatOptions(**url), cue_columns={"smell": "smell"})
     with pytest.raises(ValueError, match="frames=2 needs a MediaLoader"):
         StepwiseReasoningJudge(ChatOptions(**url), frames=2)
+    for changes, why in (
+        ({"frames": -1}, "frames must be a whole number of at least 0, got -1"),
+        ({"max_pixels": 0.5}, "max_pixels must be a whole number of at least 1, got 0.5"),
+        ({"cue_columns": "caption"}, "cue_columns must map axes to columns"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            StepwiseReasoningJudge(ChatOptions(**url), **changes)
     with pytest.raises(TypeError, match="abstract"):
         OpenAIJudge(ChatOptions(**url))
     with pytest.raises(ValueError, match="'VX' is not a modality tag"):
@@ -345,7 +372,8 @@ def test_faults_in_a_third_of_the_calls_for_a_thousand_completions(record_proper
             injected += 1
             return dice.choice(faults)
         number = int(re.search(r"caption no (\d+)", str(body["messages"]))[1])
-        return say(verdict(*(SCALE[number // 6**power % 6] for power in range(3))))
+        # A judge takes some time; a time-out here is twenty times as long.
+        return say(verdict(*(SCALE[number // 6**power % 6] for power in range(3))), delay=0.1)
 
     expected = [fmean(SCALE[i // 6**power % 6] for power in range(3)) for i in range(1000)]
     with ChatServer(choose) as server:
@@ -360,6 +388,8 @@ def test_faults_in_a_third_of_the_calls_for_a_thousand_completions(record_proper
         assert all(got is None or got == pytest.approx(value) for got, value in zip(rewards, expected, strict=True))
         numbers = [int(re.search(r"caption no (\d+)", str(call.body["messages"]))[1]) for call in server.calls]
         assert set(numbers) == set(range(1000)) and max(map(numbers.count, set(numbers))) <= 4
+        # What faults cost in calls; the seconds are noted below.
+        assert len(server.calls) + judge.usage.faults["timeout"] < 2 * 1000
     failed = rewards.count(None)
     assert judge.counts["failed"] == failed and judge.counts["scored"] == 1000 - failed and 0 < failed < 100
     record_property("seconds without faults", round(clean, 2))

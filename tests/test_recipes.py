@@ -172,11 +172,26 @@ def test_a_tiny_variant_is_the_recipe_with_the_tiny_settings_over_it(folder, nam
     assert tiny["steps_per_generation"] > tiny["gradient_accumulation_steps"]  # else nothing is ever clipped
 
 
-def test_a_caption_recipe_without_a_judge_says_so_before_anything_is_loaded(tmp_path):
+def test_a_caption_recipe_without_a_key_says_so_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     words = ["--config", str(RECIPES / "maple_caption" / "mapo.yaml"), "--use_cpu", "true"]
     job = parse_args([*words, "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(SetupError, match="'your_judge:caption_score'.*No module named.*module:function"):
+    with pytest.raises(SetupError, match=r"\(caption_judge\): no key: set the environment variable OPENAI_API_KEY"):
         train.build_trainer(*job)
+
+
+def test_the_judge_of_the_caption_recipes(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-0123456789abcdefghijklmnop")
+    path = RECIPES / "maple_caption" / "best.yaml"
+    (judge,) = train.load_rewards(parsed(path)[0].rewards)
+    options = judge.scorer.options
+    assert (judge.__name__, options.model, options.sampling["temperature"]) == ("caption_judge", "gpt-4o", 0)
+    # The line that is commented out is right too.
+    lines = (RECIPES / "maple_caption" / "base.yaml").read_text(encoding="utf-8").splitlines()
+    (line,) = [line.strip("# ") for line in lines if "# contrastive:" in line]
+    (entry,) = parsed(path)[0].rewards
+    (weighed,) = train.load_rewards([entry | yaml.safe_load(line)])
+    assert (weighed.__name__, weighed.alpha) == ("caption_judge_crw", 0.5)
 
 
 # AVATAR's stages

@@ -159,6 +159,9 @@ def test_routing_by_another_column():
         "solution": ["1-2", "B", "C", "B"],
     }
     assert [reward(**columns) for reward in rewards] == [[1.0, None, None, None], [None, 1.0, 0.0, None]]
+    # A cell that cannot be a value, as a list is, is none of them.
+    odd = {"completions": ["<answer>B</answer>"] * 3, "solution": ["B"] * 3, "kind": [["what"], {"a": 1}, None]}
+    assert rewards[1](**odd) == [None, None, 1.0]
     # Unrouted, the same rows are an error: an option is no interval.
     with pytest.raises(ValueError, match="the solution of row 1"):
         temporal_iou_reward(**columns)

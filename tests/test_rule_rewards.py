@@ -11,6 +11,8 @@ from trl.rewards import get_soft_overlong_punishment
 
 from maple_trl import rewards
 from maple_trl.rewards import LengthReward, box_iou_reward, temporal_iou_reward
+from maple_trl.rewards.judge_prompts import CAPTION_SYSTEM, SCALE
+from maple_trl.rewards.judge_texts import caption_text, echoes, harmless, read_plain_grades, says_nothing, think_block
 from maple_trl.rewards.localisation import box_iou, interval_iou, parse_box, parse_intervals
 
 
@@ -202,11 +204,14 @@ def test_rows_without_a_solution_are_skipped(reward, solution):
         (temporal_iou_reward, [0, math.inf], "start < end"),
         (temporal_iou_reward, ["1", "2"], "start < end"),
         (temporal_iou_reward, 7.5, "'7.5'"),
+        (temporal_iou_reward, [0, 10**400], "start < end"),
+        (temporal_iou_reward, [math.nan, 2], "start < end"),
         (box_iou_reward, "B", r"a box \[x1, y1, x2, y2\] with x1 < x2 and y1 < y2, got 'B'"),
         (box_iou_reward, [1, 2, 3], "a box"),
         (box_iou_reward, [3, 0, 1, 1], "x1 < x2"),
         (box_iou_reward, [0, 0, math.nan, 1], "x1 < x2"),
         (box_iou_reward, [[0, 0, 1, 1]], "x1 < x2"),
+        (box_iou_reward, [0, 0, 10**400, 1], "x1 < x2"),
     ],
 )
 def test_a_malformed_solution_is_an_error_that_names_the_row(reward, solution, said):
@@ -350,6 +355,20 @@ def test_long_completions_take_linear_time(shape):
             assert 0.0 <= plain <= 1.0 and 0.0 <= chosen <= 1.0
 
     assert growth(all_rewards, LONG[shape]) < BOUND
+
+
+@pytest.mark.parametrize("shape", LONG)
+def test_what_judges_do_by_rule_takes_linear_time(shape):
+    """Reading the judged text, the rules that need no call, and making text harmless."""
+
+    def by_rule(text):
+        for read in (caption_text, think_block):
+            says_nothing(read(text) or "")
+        echoes(text[:16_000], CAPTION_SYSTEM)
+        harmless(text)
+        read_plain_grades(text, ("missing", "errors", "fusion"), SCALE)
+
+    assert growth(by_rule, LONG[shape]) < BOUND
 
 
 def test_the_control_of_linear_time():

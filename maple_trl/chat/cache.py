@@ -18,6 +18,7 @@ CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, u
 CREATE INDEX IF NOT EXISTS answers_used ON answers (used);
 """
 _FRESH = 3600.0  # an entry's time of use is written anew when it is older than this: reading stays reading
+_PAUSE = 60.0  # seconds without reads or writes after one that failed: a lock waited for each time holds up a batch
 
 
 class ChatCache:
@@ -33,13 +34,17 @@ class ChatCache:
             The file; a damaged one is moved aside to `PATH.damaged`.
         max_bytes (`int`, *optional*, defaults to 1 GiB):
             Size of what it holds; the entries not used for longest go first, a tenth at a time.
+        lock_timeout (`float`, *optional*, defaults to 5):
+            Seconds that a read or write waits for another process that has locked the file.
 
     Attributes:
-        errors (`int`): reads and writes that failed (disk full, file locked); the cache goes on without them.
+        errors (`int`): reads and writes that failed (disk full, file locked); reads or writes are
+            then left out for a minute.
     """
 
-    def __init__(self, path: str | os.PathLike, max_bytes: int = 1 << 30):
-        self.path, self.max_bytes, self.errors = Path(path), max_bytes, 0
+    def __init__(self, path: str | os.PathLike, max_bytes: int = 1 << 30, lock_timeout: float = 5.0):
+        self.path, self.max_bytes, self.lock_timeout, self.errors = Path(path), max_bytes, lock_timeout, 0
+        self._paused = {"read": 0.0, "write": 0.0}  # until when
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._connection = self._open()
@@ -54,7 +59,7 @@ class ChatCache:
             self._connection = self._open()
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
+        connection = sqlite3.connect(self.path, timeout=self.lock_timeout, isolation_level=None)
         try:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
@@ -67,20 +72,24 @@ class ChatCache:
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The object under `key`; `None` when there is none, or none that can be read."""
+        if self._pauses("read"):
+            return None
         try:
             row = self._connection.execute("SELECT value, used FROM answers WHERE key = ?", (key,)).fetchone()
             if row is None:
                 return None
             value = json.loads(row[0])
-            if time.time() - row[1] > _FRESH:
+            if time.time() - row[1] > _FRESH and not self._pauses("write"):
                 self._connection.execute("UPDATE answers SET used = ? WHERE key = ?", (time.time(), key))
         except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
-            self._count(error)
+            self._count(error, "read")
             return None
         return value if isinstance(value, dict) else None
 
     def put(self, key: str, value: dict[str, Any]) -> None:
         """Keeps an object; a failure is counted, not raised."""
+        if self._pauses("write"):
+            return
         try:
             self._connection.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, json.dumps(value), time.time())
@@ -88,7 +97,7 @@ class ChatCache:
             if self.nbytes > self.max_bytes:
                 self._shrink()
         except (sqlite3.Error, ValueError) as error:
-            self._count(error)
+            self._count(error, "write")
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +115,15 @@ class ChatCache:
     def _pragma(self, name: str) -> int:
         return self._connection.execute(f"PRAGMA {name}").fetchone()[0]
 
-    def _count(self, error: Exception) -> None:
+    def _pauses(self, what: str) -> bool:
+        return time.monotonic() < self._paused[what]
+
+    def _count(self, error: Exception, what: str) -> None:
         if not self.errors:
             logger.warning("the answer cache %s fails (%s); going on without it", self.path, error)
         self.errors += 1
+        if isinstance(error, sqlite3.Error):  # and not an entry that cannot be read, which says nothing about others
+            self._paused[what] = time.monotonic() + _PAUSE
 
     def __len__(self) -> int:
         return self._connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0]

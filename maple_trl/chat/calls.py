@@ -165,7 +165,8 @@ def read_reply(content: bytes) -> Reply:
         body = json.loads(content)
         if "choices" not in body and body.get("error"):  # some servers report errors with status 200
             raise CallFailure("server-error", f"error object in a successful response: {json.dumps(body['error'])}")
-        choice, usage = body["choices"][0], body.get("usage") or {}
+        choice, usage = body["choices"][0], body.get("usage")
+        usage = usage if isinstance(usage, Mapping) else {}
         message = choice["message"]
         text, refusal = _text(message.get("content")), message.get("refusal")
         finish_reason = choice.get("finish_reason")

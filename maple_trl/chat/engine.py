@@ -13,7 +13,7 @@ from maple_trl.chat.messages import ChatRequest, estimate_tokens, request_body, 
 from maple_trl.chat.options import ApiKey, ChatOptions, ChatSetupError
 from maple_trl.chat.results import ChatResult, ChatUsage
 from maple_trl.chat.sender import ChatSender
-from maple_trl.chat.structured import NoObjectError, read_object
+from maple_trl.chat.structured import NoObjectError
 
 
 class ChatEngine:
@@ -91,7 +91,7 @@ class ChatEngine:
         if kept is None or not isinstance(kept.get("text"), str):
             return None
         try:
-            data = None if request.json_schema is None else read_object(kept["text"], request.json_schema)
+            data = request.read(kept["text"])
         except NoObjectError:
             return None
         return ChatResult(kept["text"], data, source="cache", finish_reason=kept.get("finish_reason"))

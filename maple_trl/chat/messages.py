@@ -6,11 +6,12 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.options import ChatOptions, check_sampling
+from maple_trl.chat.structured import read_object
 
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class ChatRequest:
             Fields of the body that win over those of the options.
         sample (`int`, *optional*, defaults to 0):
             Tells requests apart that are equal on purpose, to get several answers. It is not sent.
+        reader (`Callable`, *optional*):
+            Takes the text of an answer and gives `data`, where the last object that matches `json_schema` is not what
+            is wanted; raises [`~maple_trl.chat.structured.NoObjectError`] for a text that holds no answer. It is not sent,
+            and no part of what tells two requests apart.
 
     Raises:
         ValueError: for a field of `sampling` that the client sets itself.
@@ -48,9 +53,21 @@ class ChatRequest:
     json_schema: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sample: int = 0
+    reader: Callable[[str], Any] | None = None
 
     def __post_init__(self):
         check_sampling(self.sampling)
+
+    def read(self, text: str) -> Any:
+        """
+        What was asked for, out of the text of an answer; `None` for a request of plain text.
+
+        Raises:
+            NoObjectError: when it is not there.
+        """
+        if self.reader is not None:
+            return self.reader(text)
+        return None if self.json_schema is None else read_object(text, self.json_schema)
 
 
 def text_block(text: str) -> dict[str, Any]:

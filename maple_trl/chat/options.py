@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from urllib.parse import urlsplit
 
 # What the client writes into the body itself.
 _OWN_FIELDS = ("model", "messages", "response_format", "stream", "n")
+# Where people put keys that belong in the environment or a file of their own.
+_SECRET_FIELDS = ("api_key", "authorization", "extra_headers", "extra_query", "extra_body")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 MAX_CONCURRENCY = 1000  # connections that the HTTP client of the openai package keeps at most
 
 
@@ -31,7 +35,7 @@ class ChatOptions:
         base_url (`str`, *optional*):
             Root of the API, such as `http://127.0.0.1:8000/v1`; default is that of the `openai` package.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable with the key. May be unset for a server that asks for none.
+            Environment variable with the key, in capitals. May be unset for a server that asks for none.
         api_key_file (`str`, *optional*):
             File with nothing but the key; wins over the variable.
         concurrency (`int`, *optional*, defaults to 16):
@@ -93,16 +97,30 @@ class ChatOptions:
     def __post_init__(self):
         if not isinstance(self.model, str) or not self.model.strip():
             raise ValueError(f"model must name a model of the server, got {self.model!r}")
-        for name in ("timeout", "batch_timeout", "requests_per_minute", "tokens_per_minute"):
-            self._check_number(name, exclusive=True)
+        for name in ("batch_timeout", "requests_per_minute", "tokens_per_minute"):
+            if getattr(self, name) is not None:
+                self._check_number(name, exclusive=True)
+        self._check_number("timeout", exclusive=True)
         for name in ("retry_wait", "retry_wait_max", "retry_after_max", "prompt_price", "completion_price"):
             self._check_number(name, exclusive=False)
         for name, least in (("max_attempts", 1), ("invalid_attempts", 1), ("cache_bytes", 1 << 16)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not _is_whole(value) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if not isinstance(self.concurrency, int) or not 1 <= self.concurrency <= MAX_CONCURRENCY:
+        if not _is_whole(self.concurrency) or not 1 <= self.concurrency <= MAX_CONCURRENCY:
             raise ValueError(f"concurrency must be in [1, {MAX_CONCURRENCY}], got {self.concurrency!r}")
+        if not isinstance(self.dry_run, bool):
+            raise ValueError(f"dry_run must be true or false, got {self.dry_run!r}")
+        # What is refused is not shown: it may be the key itself.
+        if not isinstance(self.api_key_env, str) or not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "api_key_env must be the name of an environment variable, in capitals, such as OPENAI_API_KEY; the key "
+                "itself belongs into that variable, or alone into a file that api_key_file names"
+            )
+        for name in ("api_key_file", "cache_file"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value).strip()):
+                raise ValueError(f"{name} must be a path")
         if self.structured not in ("auto", "always", "never"):
             raise ValueError(f"structured must be 'auto', 'always' or 'never', got {self.structured!r}")
         check_sampling(self.sampling)
@@ -111,11 +129,12 @@ class ChatOptions:
 
     def _check_number(self, name: str, exclusive: bool) -> None:
         value = getattr(self, name)
-        if value is not None and not (math.isfinite(value) and (value > 0 if exclusive else value >= 0)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < 0 or (exclusive and value == 0):
             raise ValueError(f"{name} must be {'positive' if exclusive else 'at least 0'} and finite, got {value!r}")
 
     def _check_url(self) -> None:
-        parts = urlsplit(self.base_url)
+        parts = urlsplit(self.base_url if isinstance(self.base_url, str) else "")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("base_url must look like http://HOST:PORT/v1")
         # The address is logged and shown; a secret in it would be, too.
@@ -126,10 +145,19 @@ class ChatOptions:
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """ValueError for a field that the client itself sets."""
+    """ValueError for a field that the client itself sets, and for one that could hold a key."""
+    if not isinstance(sampling, Mapping):
+        raise ValueError(f"sampling must map fields to values, got {type(sampling).__name__}")
     for name in _OWN_FIELDS:
         if name in sampling:
             raise ValueError(f"sampling must not hold {name!r}, which the client sets itself")
+    for name in sampling:
+        if str(name).lower().replace("-", "_") in _SECRET_FIELDS:
+            raise ValueError(f"sampling must not hold {name!r}; keys come from api_key_env or api_key_file")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class ApiKey:

@@ -11,7 +11,7 @@ from maple_trl.chat.limits import RateLimits
 from maple_trl.chat.messages import ChatRequest, estimate_tokens, request_body
 from maple_trl.chat.options import ApiKey, ChatOptions
 from maple_trl.chat.results import ChatResult, ChatUsage
-from maple_trl.chat.structured import NoObjectError, read_object
+from maple_trl.chat.structured import NoObjectError
 
 
 if TYPE_CHECKING:
@@ -108,10 +108,8 @@ class ChatSender:
         """One answer, and the object in it where one was asked for."""
         async with self._slots:
             reply = await self._exchange(request, spent)
-        if request.json_schema is None:
-            return reply, None
         try:
-            return reply, read_object(self._key.redact(reply.text), request.json_schema)
+            return reply, request.read(self._key.redact(reply.text))
         except NoObjectError as error:
             reason = "truncated" if reply.finish_reason == "length" else "invalid-json"
             self._usage.faults[reason] += 1
@@ -132,7 +130,8 @@ class ChatSender:
             if self._takes_schema is not None or failure.status not in UNSUPPORTED_STATUSES:
                 raise
             reply = await self._post(request, False, spent)
-            self._takes_schema = False
+            if self._takes_schema is None:  # no other request has shown meanwhile that it does
+                self._takes_schema = False
         else:
             self._takes_schema = True
         return reply

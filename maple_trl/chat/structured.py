@@ -36,28 +36,41 @@ def read_object(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         NoObjectError: when there is none.
     """
+    return matching_objects(text, schema)[-1]
+
+
+def matching_objects(text: str, schema: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """
+    All objects that [`read_object`] chooses from, in order; at least one.
+
+    Raises:
+        NoObjectError: when there is none.
+    """
     import jsonschema
 
     text = _THINKING.sub("", text[-MAX_CHARACTERS:])
     validator = jsonschema.validators.validator_for(schema)(schema)
-    found, problem = None, "no JSON object in it"
+    found, problem = [], "no JSON object in it"
     for candidate in _objects(text):
         try:
             error = next(iter(validator.iter_errors(candidate)), None)
             if error is None:
-                found = candidate
+                found.append(candidate)
             else:
                 problem = f"{error.json_path}: {error.message}"[:300]
         except RecursionError:
             problem = "an object nested too deeply"
-    if found is None:
+    if not found:
         raise NoObjectError(problem)
     return found
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
-    """The outermost objects of a text, in order; numbers that JSON does not know (NaN, Infinity) spoil theirs."""
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    """
+    The outermost objects of a text, in order; numbers that JSON does not know (NaN, Infinity) and names that are given
+    twice spoil theirs.
+    """
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_distinct)
     objects, position = [], 0
     for _ in range(MAX_STARTS):
         position = text.find("{", position)
@@ -74,3 +87,9 @@ def _objects(text: str) -> list[dict[str, Any]]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name is given twice")
+    return dict(pairs)

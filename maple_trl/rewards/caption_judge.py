@@ -70,6 +70,8 @@ class CaptionJudge(OpenAIJudge):
     ):
         super().__init__(scorer, **kwargs)
         names = UNIMODAL_COLUMNS if unimodal_columns is None else unimodal_columns
+        if not isinstance(names, Mapping):
+            raise ValueError(f"unimodal_columns must map signals to columns, e.g. {UNIMODAL_COLUMNS}, got {names!r}")
         self.unimodal_columns = {Modality(signal): column for signal, column in names.items()}
         self.reference_column, self.tag_column = reference_column, tag_column
         self.columns = (reference_column,)

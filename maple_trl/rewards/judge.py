@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -12,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cachetools import LRUCache
-
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, ChatUsage
 from maple_trl.rewards.answers import completion_text
 from maple_trl.rewards.judge_limits import FailureWindow, JudgeUnavailableError
 from maple_trl.rewards.judge_prompts import SCALE
-from maple_trl.rewards.judge_texts import echoes, read_plain_grades, says_nothing, verdict_schema
+from maple_trl.rewards.judge_texts import echoes, read_verdict, says_nothing, verdict_schema
 
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH_TIMEOUT = 600.0  # seconds; below the 1800 s that ranks wait for each other by default (`ddp_timeout`)
-_PLAIN_VERDICTS = 4096
 
 
 class Scorer(Protocol):
@@ -63,7 +60,8 @@ class OpenAIJudge(ABC):
     By rule, without a call, 0.0 is given to a completion with nothing to grade: no letter or digit, longer than
     `max_characters`, or mostly a copy of the judge's own guideline. Everything else is shown to the judge between the
     marks of a [`~maple_trl.chat.fence`], and the verdict is read out of the judge's message alone. A grade that is not on
-    the scale makes an answer invalid: it is asked for again, and then the call has failed.
+    the scale, and a second verdict that differs (the judge may quote one that the completion holds), make an answer
+    invalid: it is asked for again, and then the call has failed.
 
     When more than `max_failure_rate` of a batch fails, the run stops. With the judge's [`~OpenAIJudge.callback`] among
     the trainer's callbacks, the step is finished, a checkpoint written and [`JudgeUnavailableError`] raised by `train()`
@@ -118,7 +116,8 @@ class OpenAIJudge(ABC):
         max_characters: int | None = None,
         max_reference_characters: int = 8000,
     ):
-        if max_failure_rate is not None and not 0 <= max_failure_rate < 1:
+        is_number = isinstance(max_failure_rate, (int, float)) and not isinstance(max_failure_rate, bool)
+        if max_failure_rate is not None and not (is_number and 0 <= max_failure_rate < 1):
             raise ValueError(f"max_failure_rate must be in [0, 1) or None, got {max_failure_rate!r}")
         max_characters = self.default_characters if max_characters is None else max_characters
         limits = {
@@ -134,8 +133,6 @@ class OpenAIJudge(ABC):
         self.max_characters, self.max_reference_characters = max_characters, max_reference_characters
         self.scorer = _as_scorer(scorer)
         self.counts: Counter = Counter()
-        # Verdicts in plain lines are no answers to the client, which keeps only objects in its cache.
-        self._plain: LRUCache = LRUCache(_PLAIN_VERDICTS)
         self.guard(None)
 
     # What subclasses say
@@ -256,24 +253,15 @@ class OpenAIJudge(ABC):
 
     def _answers(self, questions: list[Question]) -> list[ChatResult]:
         """A result for each question; that of one that went well has the grades as `data`."""
-        requests = [ChatRequest(q.messages, json_schema=verdict_schema(q.axes, self.scale)) for q in questions]
-        keys = [_digest(question) for question in questions]
-        known = {place: self._plain[key] for place, key in enumerate(keys) if key in self._plain}
-        sent = [place for place in range(len(requests)) if place not in known]
-        answers = self.scorer.complete_many([requests[place] for place in sent]) if sent else []
-        results: list[ChatResult | None] = [None] * len(requests)
-        for place, grades in known.items():
-            results[place] = ChatResult(data=dict(grades), source="cache")
-        for place, result in zip(sent, answers, strict=True):
-            if result.reason == "invalid-json":
-                grades = read_plain_grades(result.text or "", questions[place].axes, self.scale)
-                if grades is not None:
-                    self._plain[keys[place]] = grades
-                    result = dataclasses.replace(result, data=grades, reason=None)
-            elif result.ok:
-                result = dataclasses.replace(result, data={axis: float(v) for axis, v in result.data.items()})
-            results[place] = result
-        return results
+        requests = [
+            ChatRequest(
+                question.messages,
+                json_schema=verdict_schema(question.axes, self.scale),
+                reader=functools.partial(read_verdict, axes=tuple(question.axes), scale=tuple(self.scale)),
+            )
+            for question in questions
+        ]
+        return self.scorer.complete_many(requests) if requests else []
 
     @property
     def usage(self) -> ChatUsage:
@@ -346,7 +334,7 @@ def judge_callbacks(reward_funcs: Any) -> list[TrainerCallback]:
         reward_funcs: one reward function, or a list of them.
     """
     rewards = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    judges = {id(judge): judge for judge in map(_inner_judge, rewards) if judge is not None}
+    judges = {id(judge): judge for judge in map(inner_judge, rewards) if judge is not None}
     if not judges:
         return []
     from maple_trl.rewards.judge_callback import JudgeCallback
@@ -354,7 +342,8 @@ def judge_callbacks(reward_funcs: Any) -> list[TrainerCallback]:
     return [JudgeCallback(judges.values())]
 
 
-def _inner_judge(reward: Any) -> OpenAIJudge | None:
+def inner_judge(reward: Any) -> OpenAIJudge | None:
+    """The judge that a reward function is, or that it is wrapped around; `None` where there is none."""
     seen = set()
     while reward is not None and not isinstance(reward, OpenAIJudge) and id(reward) not in seen:
         seen.add(id(reward))
@@ -379,8 +368,3 @@ def _rows(prompts: list | None, count: int, columns: Mapping[str, Any]) -> list[
     if prompts is not None:
         lists["prompt"] = prompts
     return [{name: values[i] for name, values in lists.items()} for i in range(count)]
-
-
-def _digest(question: Question) -> str:
-    text = json.dumps([question.messages, list(question.axes)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maple_trl.chat.structured import NoObjectError, matching_objects
 from maple_trl.rewards.answers import extract_answer
 
 
@@ -127,6 +128,27 @@ def verdict_schema(axes: Sequence[str], scale: Sequence[float]) -> dict[str, Any
         "required": list(axes),
         "additionalProperties": False,
     }
+
+
+def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict[str, float]:
+    """
+    The grades in a judge's message: a JSON object, or lines where there is none (see [`read_plain_grades`]).
+
+    Several objects must agree. A judge may quote a verdict that the judged text holds, before its own or behind it.
+
+    Raises:
+        NoObjectError: when there are no grades of the scale, or several that differ.
+    """
+    try:
+        found = matching_objects(text, verdict_schema(axes, scale))
+    except NoObjectError:
+        grades = read_plain_grades(text, axes, scale)
+        if grades is None:
+            raise
+        return grades
+    if any(verdict != found[0] for verdict in found):
+        raise NoObjectError("several verdicts that differ")
+    return {axis: float(found[0][axis]) for axis in axes}
 
 
 def read_plain_grades(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ from cachetools import LRUCache
 
 from maple_trl.chat import ChatOptions, ChatRequest, ChatResult, ChatUsage
 from maple_trl.chat.messages import request_body, request_key
-from maple_trl.chat.structured import NoObjectError, read_object
+from maple_trl.chat.structured import NoObjectError
 
 
 _ANSWERS_KEPT = 16_384
@@ -170,9 +170,9 @@ def _with_pictures(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read(answer: ChatResult, request: ChatRequest) -> ChatResult:
-    if not answer.ok or request.json_schema is None:
+    if not answer.ok:
         return answer
     try:
-        return dataclasses.replace(answer, data=read_object(answer.text, request.json_schema))
+        return dataclasses.replace(answer, data=request.read(answer.text))
     except NoObjectError as error:
         return dataclasses.replace(answer, reason="invalid-json", detail=str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -286,4 +287,5 @@ def _true_box(solution: Sequence) -> Box | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that a float can hold: not NaN, not infinite, no integer beyond them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
@@ -51,7 +51,8 @@ class StepwiseReasoningJudge(OpenAIJudge):
             Pictures shown of the row's video, spread over it, if its tag (where it has one) holds `V`; for judges that
             take pictures.
         loader (`MediaLoader`, *optional*):
-            What reads the videos; needed for `frames`. Its `num_frames` limits how many there are.
+            What reads the videos, or a function that makes it when it is first needed; needed for `frames`. Its
+            `num_frames` limits how many there are.
         max_pixels (`int`, *optional*, defaults to 448 x 448):
             Area of a picture.
         video_column, tag_column (`str`, *optional*, default to `"video"` and `"tag"`):
@@ -71,19 +72,25 @@ class StepwiseReasoningJudge(OpenAIJudge):
         *,
         cue_columns: Mapping[str, str] | None = None,
         frames: int = 0,
-        loader: MediaLoader | None = None,
+        loader: MediaLoader | Callable[[], MediaLoader] | None = None,
         max_pixels: int = 448 * 448,
         video_column: str = "video",
         tag_column: str = "tag",
         **kwargs: Any,
     ):
         super().__init__(scorer, **kwargs)
-        self.cue_columns = dict(CUE_COLUMNS if cue_columns is None else cue_columns)
+        cue_columns = CUE_COLUMNS if cue_columns is None else cue_columns
+        if not isinstance(cue_columns, Mapping):
+            raise ValueError(f"cue_columns must map axes to columns, e.g. {CUE_COLUMNS}, got {cue_columns!r}")
+        self.cue_columns = dict(cue_columns)
         unknown = [axis for axis in self.cue_columns if axis not in REASONING_AXES]
         if unknown or not self.cue_columns:
             raise ValueError(f"cue_columns must name axes of {', '.join(REASONING_AXES)}, got {unknown or 'none'}")
-        if frames < 0 or (frames and loader is None):
-            raise ValueError(f"frames={frames} needs a MediaLoader as `loader`, and must not be negative")
+        for field, value, least in (("frames", frames, 0), ("max_pixels", max_pixels, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{field} must be a whole number of at least {least}, got {value!r}")
+        if frames and loader is None:
+            raise ValueError(f"frames={frames} needs a MediaLoader as `loader`")
         self.frames, self.loader, self.max_pixels = frames, loader, max_pixels
         self.video_column, self.tag_column = video_column, tag_column
         self.guideline = reasoning_system(tuple(REASONING_AXES), pictures=True)
@@ -132,13 +139,16 @@ class StepwiseReasoningJudge(OpenAIJudge):
         tag = row.get(self.tag_column)
         if not self.frames or not video or (tag and Modality.VIDEO not in ModalityTag.parse(tag).modalities):
             return []
-        if video not in self._pictures:
+        if callable(self.loader):
+            self.loader = self.loader()
+        place = self.loader.resolve(video)  # MediaError for what is no path
+        if place not in self._pictures:
             clip = self.loader.video(video, max_pixels=self.max_pixels)
             count = min(self.frames, len(clip.frames))
             chosen = [round(i * (len(clip.frames) - 1) / max(count - 1, 1)) for i in range(count)]
             times = ", ".join(f"{clip.timestamps[i]:.1f}" for i in chosen)
-            self._pictures[video] = [
+            self._pictures[place] = [
                 text_block(f"{count} pictures of the clip, at {times} seconds:"),
                 *(image_block(clip.frames[i]) for i in chosen),
             ]
-        return self._pictures[video]
+        return self._pictures[place]

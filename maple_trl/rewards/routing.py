@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from maple_trl.modalities import ModalityTag
@@ -94,8 +94,9 @@ def _read_tag(value: Any) -> ModalityTag | None:
     return ModalityTag.parse(value) if value else None
 
 
-def _read_value(value: Any) -> Any:
-    return value
+def _read_value(value: Any) -> Hashable:
+    """A list or a mapping is none of the values."""
+    return value if isinstance(value, Hashable) else _OTHER
 
 
 def _routed(
@@ -112,6 +113,9 @@ def _routed(
         raise ValueError("a reward for no row at all: name the tags or values that it is for")
     kind = _AsyncRoutedReward if is_async_callable(reward) else _RoutedReward
     return kind(reward, column, wanted, read, name or "_".join((get_callable_name(reward), "for", *map(str, ordered))))
+
+
+_OTHER = object()
 
 
 class _RoutedReward:
