@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from maple_trl.eval_config import settle, take_settings_apart
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -18,17 +21,23 @@ examples:
   maple-trl eval --model builtin:tiny-omni --data builtin:seven-tags --num-frames 4 --max-new-tokens 14 --output runs/eval
   maple-trl eval --model NAME --adapter runs/mapo --data rows.parquet --access required,V,A,S,VA,VS,AS,VAS --output OUT
   maple-trl eval --model NAME --benchmark daily-omni --data FOLDER --output OUT
+  maple-trl eval --model NAME --server http://127.0.0.1:8000/v1 --data rows.parquet --output OUT
+  maple-trl eval --model NAME --data captions.parquet --judge caption_judge --judge-model NAME --judge-server URL --output OUT
+  maple-trl eval --config eval.yaml --limit 100
 
 Several processes: accelerate launch --num_processes N -m maple_trl.cli eval ...
 
-Written into OUTPUT: result.json (accuracies, and all that decides them), rows.parquet (every completion) and run.json
-(times). An evaluation that was stopped goes on when the same command is given again.
+Written into OUTPUT: result.json (accuracies, and all that decides them), rows.parquet (every completion), run.json
+(times) and with --report report.html. An evaluation that was stopped goes on when the same command is given again.
+
+A config file holds the options as keys, with _ for -; what stands on the command line wins. extends: names files to build
+on. A key that is no option is refused.
 
 A question whose media cannot be used is in no accuracy: it is counted and named, and result.json says what the accuracy
 would be if all of these were wrong, and if all were right.
 
 Exit status: 0; 1 when more rows have errors than --max-errors allows, no question could be scored, or the scoring
-function failed; 2 for a wrong description; 130 when interrupted.
+function or the server failed; 2 for a wrong description; 130 when interrupted.
 """
 
 _MEDIA = (
@@ -58,22 +67,39 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these options")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="NAME", help="folder, Hub id, builtin:tiny-omni, or adapter")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help="folder, Hub id, builtin:tiny-omni, or adapter; with --server the name there (required)",
+    )
     model.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter for the model")
     model.add_argument("--dtype", default="auto", metavar="TYPE", help="precision (that of the checkpoint)")
     model.add_argument("--attn-implementation", metavar="NAME", help="attention, e.g. sdpa")
     model.add_argument("--revision", default="main", metavar="NAME", help="of a model on the Hub (main)")
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
-    model.add_argument("--server", metavar="URL", help=argparse.SUPPRESS)  # refused by name, not as a misspelling
     model.add_argument("--device", choices=("auto", "cpu"), default="auto", help="where to compute (auto)")
+    served = parser.add_argument_group("a model behind a server")
+    served.add_argument("--server", metavar="URL", help="OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1")
+    served.add_argument(
+        "--server-video",
+        default="images",
+        metavar="FORM",
+        help="how frames are sent: images (each as a picture) or video_url (as one video, which vLLM reads) (images)",
+    )
+    served.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key (OPENAI_API_KEY)"
+    )
+    served.add_argument("--api-key-file", metavar="FILE", help="file with the key, instead of the variable")
+    served.add_argument("--concurrency", type=int, default=16, metavar="N", help="calls open at once (16)")
+    served.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds of one call (600)")
     data = parser.add_argument_group("questions")
     data.add_argument(
         "--data",
-        required=True,
         metavar="NAME",
         help="builtin:seven-tags, a .parquet/.json/.jsonl file, a folder with one per split, a Hub id; with --benchmark "
-        "the folder of its files",
+        "the folder of its files (required)",
     )
     data.add_argument("--benchmark", metavar="NAME", help="read --data as this benchmark, e.g. daily-omni")
     data.add_argument("--prompt-style", default="think", metavar="NAME", help="form of a benchmark's prompts (think)")
@@ -107,7 +133,11 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
         "--min-p", type=float, default=0.0, metavar="P", help="share of the best token's probability (0)"
     )
     asking.add_argument(
-        "--generation", type=_json_object, default={}, metavar="JSON", help="further options of GenerationConfig"
+        "--generation",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="further options of GenerationConfig; with --server further fields of a request",
     )
     asking.add_argument("--no-shared-prompt", action="store_true", help="pass the prompt once for each sample")
     asking.add_argument(
@@ -121,19 +151,33 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
     media.add_argument("--audio-in-video", action="store_true", default=None, help="interleave audio with the video")
     media.add_argument("--media-allow-network", action="store_true", default=None, help="take http(s) URLs")
     results = parser.add_argument_group("results")
-    results.add_argument("--output", required=True, metavar="FOLDER", help="folder of the results")
+    results.add_argument("--output", metavar="FOLDER", help="folder of the results (required)")
     results.add_argument(
         "--judge",
         default="accuracy_reward",
         metavar="NAME",
-        help="what scores completions, from 0 to 1: a name from maple_trl.rewards, or module:function with the signature "
-        "of TRL's rewards (accuracy_reward)",
+        help="what scores completions, from 0 to 1, as an entry of a training job's rewards: a name, module:function, or a "
+        'mapping as JSON, e.g. {"reward": "caption_judge", "server": {"model": "NAME"}} (accuracy_reward)',
+    )
+    results.add_argument(
+        "--judge-model", metavar="NAME", help="model of a judge that is given by its name, e.g. --judge caption_judge"
+    )
+    results.add_argument(
+        "--judge-server", metavar="URL", help="where that model is: a URL, or local: in this process (the API's own)"
     )
     results.add_argument("--max-errors", type=int, default=0, metavar="N", help="rows with errors allowed (0)")
     results.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
     results.add_argument("--overwrite", action="store_true", help="begin anew where OUTPUT holds an evaluation")
+    results.add_argument(
+        "--report",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write an HTML report as well, as maple-trl report does (report.html in OUTPUT)",
+    )
     results.add_argument("--quiet", action="store_true", help="show no progress")
     results.add_argument("--json", action="store_true", help="print result.json")
+    take_settings_apart(parser)
 
 
 def _json_object(text: str) -> dict:
@@ -148,15 +192,17 @@ def _json_object(text: str) -> dict:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """Runs the command; the exit status is as the help says."""
-    from maple_trl.evaluation.eval_options import EvaluationError, ScoringError
+    from maple_trl.evaluation.eval_options import EvaluationError, ScoringError, ServerError
     from maple_trl.job_args import SetupError
 
     try:
+        arguments = settle(arguments)
         job = _job(arguments)
-        from maple_trl.eval_job import print_results, run_evaluation
+        from maple_trl.eval_job import run_evaluation
+        from maple_trl.eval_print import print_results
 
         result = run_evaluation(job)
-    except ScoringError as error:
+    except (ScoringError, ServerError) as error:
         print(f"maple-trl eval: {error}; the same command goes on from the last finished batch", file=sys.stderr)
         return 1
     except (SetupError, EvaluationError) as error:
@@ -171,17 +217,28 @@ def run_eval(arguments: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         print_results(result, job.output)
-    return _status(result, arguments.max_errors)
+    status = _status(result, arguments.max_errors)
+    return status if arguments.report is None else max(status, _report(job.output, arguments.report))
+
+
+def _report(folder: str, file: str) -> int:
+    """Writes the report; the numbers are there already, so that what stops it costs nothing."""
+    path = Path(file or Path(folder, "report.html"))
+    try:
+        from maple_trl.reports import ReportError, write_report
+
+        write_report([folder], path)
+    except (ReportError, ImportError, OSError) as error:
+        print(f"maple-trl eval: no report: {error}", file=sys.stderr)
+        return 1
+    print(f"report: {path}", file=sys.stderr)
+    return 0
 
 
 def _job(arguments: argparse.Namespace) -> EvalJob:
     from maple_trl.evaluation.eval_options import EvalOptions, parse_access
     from maple_trl.job_args import SetupError
 
-    if arguments.server is not None:
-        raise SetupError(
-            "--server: models behind a server cannot be evaluated; name a folder or a Hub id with --model"
-        )
     if arguments.max_errors < 0:
         raise SetupError(f"--max-errors must be 0 or more, got {arguments.max_errors}")
     names = "samples batch_size seed max_new_tokens temperature top_p top_k min_p generation".split()
@@ -208,6 +265,7 @@ def _job(arguments: argparse.Namespace) -> EvalJob:
         raise SetupError(str(error)) from error
     names = "model adapter data benchmark split prompt_style missing_media filter limit judge output chat_template_kwargs dtype"
     names += " attn_implementation revision trust_remote_code device confidence overwrite quiet"
+    names += " judge_model judge_server server server_video api_key_env api_key_file concurrency timeout"
     return EvalJob(options=options, media=media, **{name: getattr(arguments, name) for name in names.split()})
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,36 +18,26 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from maple_trl.evaluation.eval_identity import (
-    describe_function,
-    device_name,
-    digest,
-    files_digest,
-    rows_digest,
-    versions,
-    weights_digest,
-)
-from maple_trl.evaluation.eval_options import EvalOptions, EvaluationError
+from maple_trl.eval_judge import Scoring
+from maple_trl.eval_models import LocalModel, ServedModel
+from maple_trl.evaluation.asking import Asker
+from maple_trl.evaluation.eval_identity import PARSER_VERSION, describe_function, digest, rows_digest, versions
+from maple_trl.evaluation.eval_options import EvalOptions, EvaluationError, ServerError
 from maple_trl.evaluation.eval_results import evaluation_results
 from maple_trl.evaluation.eval_store import EvalStore
-from maple_trl.evaluation.evaluator import Evaluator
 from maple_trl.evaluation.report import as_json, write_atomically
 from maple_trl.job_args import OmniScriptArguments, SetupError
 from maple_trl.job_data import filter_rows, load_datasets
-from maple_trl.omni.families import family_for
-from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.rewards.answers import extract_answer
-from maple_trl.train import adapter_base, load_rewards
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rows import check_spelling
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of what `result.json` and `rows.parquet` hold."""
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Of the media options, those that decide what the model reads.
 _DECIDING = (
     "num_frames",
@@ -67,9 +54,6 @@ _DECIDING = (
     "max_media_tokens",
     "subtitle_template",
 )
-
-
-_SHOWN = 10  # rows with errors that are printed
 
 
 class _Plain:
@@ -97,7 +81,12 @@ class EvalJob:
         prompt_style, missing_media: of a benchmark, see [`~maple_trl.data.benchmarks.read_benchmark`].
         filter: rows to use, as `dataset_filter` of a training job.
         limit: the first so many of these rows.
-        judge: name of the function that scores, from `maple_trl.rewards` or as `module:function`.
+        judge: what scores: an entry of a training job's `rewards` (a name, `module:function`, or a mapping or its JSON).
+        judge_model, judge_server: of a judge by its name: its model, and where that is (`None`: the API's own address,
+            `local`: in this process).
+        server: root of the OpenAI-compatible endpoint where `model` is; `None`: in this process.
+        server_video: how frames are sent there, see [`~maple_trl.evaluation.served_prompts.VIDEO_FORMS`].
+        api_key_env, api_key_file, concurrency, timeout: as of [`~maple_trl.chat.ChatOptions`].
         options, media: how questions are asked, and what rows are fed.
         chat_template_kwargs: further arguments of the chat template.
         dtype, attn_implementation, revision, trust_remote_code: as in `from_pretrained`.
@@ -117,7 +106,15 @@ class EvalJob:
     missing_media: str = "keep"
     filter: str | None = None
     limit: int | None = None
-    judge: str = "accuracy_reward"
+    judge: str | Mapping[str, Any] = "accuracy_reward"
+    judge_model: str | None = None
+    judge_server: str | None = None
+    server: str | None = None
+    server_video: str = "images"
+    api_key_env: str = "OPENAI_API_KEY"
+    api_key_file: str | None = None
+    concurrency: int = 16
+    timeout: float = 600.0
     options: EvalOptions = field(default_factory=EvalOptions)
     media: EvalMedia = field(default_factory=EvalMedia)
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -150,54 +147,51 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         raise SetupError(f"limit must be 1 or more, got {job.limit}")
     if not 0 < job.confidence < 1:
         raise SetupError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {job.confidence}")
-    (score,) = load_rewards([job.judge])
     questions = load_questions(job)
-    model, processor, described = load_policy(job, state)
-    family = family_for(model, processor)
-    loader = MediaLoader(
-        questions.media_root,
-        job.media.media_limits(),
-        cache_bytes=job.media.media_cache_bytes,
-        allow_network=job.media.media_allow_network,
-        backend=job.media.media_backend,
-    )
-    with loader:
-        builder = PromptBuilder(
-            family,
-            loader,
-            audio_in_video=job.media.audio_in_video,
-            subtitle_template=job.media.subtitle_template,
-            max_prompt_length=job.media.max_prompt_length,
-            max_media_tokens=job.media.max_media_tokens,
-            chat_template_kwargs=job.chat_template_kwargs,
-        )
-        evaluator = Evaluator(model, builder, questions.rows, score, extract_answer, job.options)
-        store = EvalStore(job.output)
-        lock = FileLock(store.folder / ".lock")
-        identity = _on_first(
-            state,
-            lambda: _begin(
-                store, lock, _identity(job, questions, evaluator, described, score, state.device), job.overwrite
-            ),
-        )
-        resumed = sum(store.has(batch.number) for batch in evaluator.batches)
-        state.wait_for_everyone()  # until all have counted
-        if not store.complete:
-            if job.options.shared_prompt and job.options.samples > 1:
-                evaluator.check_shared_prompt()
-            _ask(evaluator, store, state, job.quiet)
-        state.wait_for_everyone()
+    scoring = Scoring(job, questions.media_root)
+    model = LocalModel(job, state) if job.server is None else ServedModel(job)
+    store = EvalStore(job.output)
+    lock = FileLock(store.folder / ".lock")
+    try:
+        with _loader(job, questions.media_root) as loader:
+            builder = PromptBuilder(
+                model.family,
+                loader,
+                audio_in_video=job.media.audio_in_video,
+                subtitle_template=job.media.subtitle_template,
+                max_prompt_length=job.media.max_prompt_length,
+                max_media_tokens=job.media.max_media_tokens,
+                chat_template_kwargs=job.chat_template_kwargs,
+            )
+            asker = model.asker(builder, questions.rows, scoring.function, extract_answer, job.options)
+            identity = _on_first(
+                state, lambda: _begin(store, lock, _identity(job, questions, asker, model, scoring), job.overwrite)
+            )
+            resumed = sum(store.has(batch.number) for batch in asker.batches)
+            state.wait_for_everyone()  # until all have counted
+            if not store.complete:
+                if isinstance(model, LocalModel):
+                    model.check(asker)
+                else:
+                    _on_first(state, lambda: model.check(asker))
+                _ask(asker, store, state, job.quiet)
+            state.wait_for_everyone()
+    finally:
+        model.close()
+        scoring.close()
     if not state.is_main_process:
         return None
-    store.finish(len(evaluator.batches), evaluator.skipped)
+    store.finish(len(asker.batches), asker.skipped)
     result = {**identity, **_results(store, job), "left_out": questions.left_out}
     run = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 2),
         "processes": state.num_processes,
         "threads": torch.get_num_threads(),
-        "batches": len(evaluator.batches),
+        "batches": len(asker.batches),
         "batches_done_before": resumed,
+        "server": job.server,
+        "judging": scoring.spent,
     }
     write_atomically(store.folder / "run.json", json.dumps(run, indent=2) + "\n")
     write_atomically(store.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -205,18 +199,32 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     return result
 
 
+def _loader(job: EvalJob, root: str) -> MediaLoader:
+    media = job.media
+    try:
+        return MediaLoader(
+            root,
+            media.media_limits(),
+            cache_bytes=media.media_cache_bytes,
+            allow_network=media.media_allow_network,
+            backend=media.media_backend,
+        )
+    except (FileNotFoundError, RuntimeError) as error:
+        raise SetupError(str(error)) from error
+
+
 def _on_first(state: PartialState, compute: Callable[[], Any]) -> Any:
     """What the first process computes, or the error that it met, in all processes."""
-    found: list[Any] = [None, None]
+    found: list[Any] = [None, None, False]
     if state.is_main_process:
         try:
-            found = [compute(), None]
+            found[0] = compute()
         except (EvaluationError, SetupError, OSError) as error:
-            found = [None, str(error)]
+            found[1:] = str(error), isinstance(error, ServerError)
     if state.num_processes > 1:
         broadcast_object_list(found)
     if found[1] is not None:
-        raise EvaluationError(found[1])
+        raise (ServerError if found[2] else EvaluationError)(found[1])
     return found[0]
 
 
@@ -230,9 +238,9 @@ def _begin(store: EvalStore, lock: FileLock, identity: dict[str, Any], overwrite
     return identity
 
 
-def _ask(evaluator: Evaluator, store: EvalStore, state: PartialState, quiet: bool) -> None:
+def _ask(asker: Asker, store: EvalStore, state: PartialState, quiet: bool) -> None:
     """Asks this process's share of the batches that are not done."""
-    share = evaluator.batches[state.process_index :: state.num_processes]
+    share = asker.batches[state.process_index :: state.num_processes]
     waiting = [batch for batch in share if not store.has(batch.number)]
     shows = state.is_local_main_process and not quiet
     questions = sum(len(batch.rows) for batch in share)
@@ -240,12 +248,12 @@ def _ask(evaluator: Evaluator, store: EvalStore, state: PartialState, quiet: boo
     with tqdm(total=questions, initial=done, desc="Questions", disable=None if shows else True) as bar:
         for batch, following in zip(waiting, [*waiting[1:], None], strict=True):
             if following is not None:
-                evaluator.prefetch(following)
+                asker.prefetch(following)
             try:
-                store.write(batch.number, evaluator.run(batch))
+                store.write(batch.number, asker.run(batch))
             except torch.OutOfMemoryError as error:
                 raise EvaluationError(
-                    f"out of memory with {len(batch.rows)} questions of {evaluator.options.samples} samples: give a "
+                    f"out of memory with {len(batch.rows)} questions of {asker.options.samples} samples: give a "
                     f"smaller --batch-size, which is another evaluation (--overwrite). {error}"
                 ) from error
             bar.update(len(batch.rows))
@@ -301,6 +309,7 @@ def load_questions(job: EvalJob) -> Questions:
         check_spelling(dataset.column_names, name)
     except ValueError as error:
         raise SetupError(str(error)) from error
+    allowed = None
     if job.filter is not None:
         try:
             allowed = OmniScriptArguments(dataset_filter=job.filter).dataset_filter
@@ -308,7 +317,7 @@ def load_questions(job: EvalJob) -> Questions:
             raise SetupError(str(error)) from error
         dataset = filter_rows(dataset, allowed, name)
     rows = dataset.select(range(min(job.limit or len(dataset), len(dataset)))).to_list()
-    described = {"name": job.data, "benchmark": job.benchmark, "filter": job.filter, "limit": job.limit} | described
+    described = {"name": job.data, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit} | described
     return Questions(rows, root, described | {"rows": len(rows), "sha256": rows_digest(rows)}, left_out)
 
 
@@ -336,90 +345,31 @@ def _read_benchmark(job: EvalJob):
         raise SetupError(f"benchmark {job.benchmark!r}: {error}") from error
 
 
-def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, Any]]:
-    """
-    The model with its adapter, in evaluation mode on its device; its processor; and what describes it (with a digest of
-    the weights in the first process).
-
-    Raises:
-        SetupError: when there is no such model or adapter, or the adapter does not fit.
-    """
-    name, adapter = job.model, job.adapter
-    base = adapter_base(name)
-    if base is not None:
-        if adapter is not None:
-            raise SetupError(f"{name} is an adapter itself; with --adapter, --model names the model below it: {base}")
-        name, adapter = base, name
-    if adapter is not None and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
-        raise SetupError(f"adapter: {adapter} holds no adapter_config.json; name a folder with a LoRA adapter")
-    shared = {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
-    kwargs = shared | ({"attn_implementation": job.attn_implementation} if job.attn_implementation else {})
-    beside = adapter is not None and os.path.exists(os.path.join(adapter, "tokenizer_config.json"))
-    try:
-        model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
-        processor = load_processor(adapter if beside else name, **shared)
-    except (OSError, ValueError, ImportError) as error:
-        raise SetupError(f"model: cannot load {name!r}: {error}") from error
-    described = {
-        "name": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "architecture": type(model).__name__,
-        # Before the adapter, which moves the weights below it to other names.
-        "sha256": weights_digest(model) if state.is_main_process else None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "adapter": None if adapter is None else {"name": adapter, "sha256": files_digest(adapter, _ADAPTER_FILES)},
-    }
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    return model.eval(), processor, described
-
-
-def _with_adapter(model: Any, folder: str) -> Any:
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():
-            # PEFT only warns, and would evaluate a model whose adapter is half there.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, RuntimeError, UserWarning) as error:
-        raise SetupError(f"adapter: {folder} does not fit the model: {error}") from error
-
-
 def _identity(
-    job: EvalJob,
-    questions: Questions,
-    evaluator: Evaluator,
-    described: Mapping[str, Any],
-    score: Callable,
-    device: torch.device,
+    job: EvalJob, questions: Questions, asker: Asker, model: LocalModel | ServedModel, scoring: Scoring
 ) -> dict[str, Any]:
     """All that decides the numbers and is known before the first question."""
-    processor = evaluator.family.processor
     return as_json(
         {
             "format": FORMAT,
-            "model": {**described, "family": type(evaluator.family).__name__},
+            "model": model.described,
             "data": questions.described,
             "prompt": {
                 "sha256": digest([row.get("prompt") for row in questions.rows]),
-                "chat_template_sha256": digest(_chat_template(processor)),
+                "chat_template_sha256": model.chat_template_sha256,
                 "chat_template_kwargs": dict(job.chat_template_kwargs),
             },
-            "media": {name: getattr(job.media, name) for name in _DECIDING}
-            | {"media_backend": evaluator.loader.backend},
+            "media": {name: getattr(job.media, name) for name in _DECIDING} | {"media_backend": asker.loader.backend},
             "asking": dataclasses.asdict(job.options),
-            "generation": evaluator.generation_config.to_diff_dict(),
-            "scoring": {"score": describe_function(score), "parser": describe_function(extract_answer)},
-            "device": device_name(device),
+            "generation": asker.generation,
+            "scoring": {
+                "score": scoring.described,
+                "parser": {"version": PARSER_VERSION} | describe_function(extract_answer),
+            },
+            "device": model.device,
             "versions": versions(),
         }
     )
-
-
-def _chat_template(processor: Any) -> Any:
-    return getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
 
 
 def _results(store: EvalStore, job: EvalJob) -> dict[str, Any]:
@@ -432,54 +382,3 @@ def _results(store: EvalStore, job: EvalJob) -> dict[str, Any]:
 
 def _columns(lines: Any, *names: str) -> Sequence[tuple]:
     return list(zip(*(lines[name].to_pylist() for name in names), strict=True))
-
-
-# What is printed
-
-
-def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
-    """Prints accuracy by access and tag, the modality gap, and what went wrong."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from maple_trl.modalities import ModalityTag
-
-    console, accesses = Console(), result["accesses"]
-    table = Table(title="Accuracy (pass@1)", title_justify="left")
-    table.add_column("tag")
-    for access in accesses:
-        table.add_column(access, justify="right")
-
-    def add(name: str, value: Callable[[Mapping[str, Any]], Any]) -> None:
-        table.add_row(name, *(_plain(value(found)) for found in accesses.values()))
-
-    for tag in map(str, ModalityTag):
-        if any(tag in found["accuracy"].get("per_tag", {}) for found in accesses.values()):
-            add(tag, lambda found, tag=tag: found["accuracy"].get("per_tag", {}).get(tag, {}).get("value"))
-    table.add_section()
-    for name, end in (("all", "value"), ("  from", "low"), ("  to", "high")):
-        add(name, lambda found, end=end: found["accuracy"].get("sample_mean", {}).get(end))
-    add("mean of tags", lambda found: (found["accuracy"].get("tag_mean") or {}).get("value"))
-    add("modality gap", lambda found: found["modality_gap"]["sample"].get("mean", {}).get("value"))
-    table.add_section()
-    for name in ("scored", "errors", "unscored", "lacking"):
-        add(name, lambda found, name=name: found["counts"][name])
-    console.print(table)
-    if "value" in result["fusion_gain"]:
-        console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
-    failed: dict[tuple, list[str]] = {}
-    for error in result["errors"]:
-        where = error["path"] or error["detail"]
-        failed.setdefault((error["row"], error["id"], error["reason"], where), []).append(error["access"])
-    for (row, name, reason, where), under in list(failed.items())[:_SHOWN]:
-        text = f"row {row} ({name}), access {', '.join(under)}: {reason}: {where}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-    if len(failed) > _SHOWN:
-        console.print(f"and {len(failed) - _SHOWN} more; result.json names them all", highlight=False)
-    if result["left_out"]:
-        console.print(f"{len(result['left_out'])} questions were left out; result.json names them", highlight=False)
-    console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _plain(value: float | int | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

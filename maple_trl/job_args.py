@@ -349,7 +349,7 @@ def parse_args(
             the dataclasses reject.
     """
     path, options = take_option(argv, "--config")
-    files = [] if path is None else _config_files(path)
+    files = [] if path is None else config_files(path)
     trainer = trainer_option(options) or _trainer_of(files)
     files += [] if above is None else [above]
     parser = make_parser(trainer)
@@ -383,7 +383,7 @@ def trainer_option(words: Sequence[str]) -> str | None:
 
 def trainer_of(path: str) -> str:
     """The trainer that a config file, or one that it builds on, names."""
-    return _trainer_of(_config_files(path))
+    return _trainer_of(config_files(path))
 
 
 def _trainer_of(files: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -408,7 +408,7 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 # Config files
 
 
-def _config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+def config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """A config file and those that it extends, in the order in which they count, each with its own keys."""
     try:
         config = read_config(path)
@@ -424,7 +424,7 @@ def _config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dic
         base = os.path.normpath(os.path.join(os.path.dirname(path), base))
         if os.path.realpath(base) in map(os.path.realpath, chain):
             raise SetupError(f"{path}: extends {base}, which is built on it: {' -> '.join((*chain, base))}")
-        for file, keys in _config_files(base, chain):
+        for file, keys in config_files(base, chain):
             files.setdefault(os.path.realpath(file), (file, keys))
     return [*files.values(), (path, config)]
 

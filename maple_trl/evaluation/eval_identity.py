@@ -30,6 +30,13 @@ PACKAGES = (
 )
 
 
+PARSER_VERSION = 1
+"""
+Version of how answers are read out of completions and compared with solutions (`maple_trl.rewards.answers`). It counts up
+with every change of that code: accuracies of two versions are not comparable.
+"""
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a value's JSON text, keys sorted; what JSON does not know counts by its `str`."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)

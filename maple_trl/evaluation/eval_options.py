@@ -31,6 +31,10 @@ class ScoringError(EvaluationError):
     """The scoring function failed; what was asked before is kept."""
 
 
+class ServerError(EvaluationError):
+    """The model's server does not answer, or not as it must; what was asked before is kept."""
+
+
 def parse_access(text: str) -> tuple[str, ...]:
     """
     Reads a list of accesses, e.g. `required`, `all`, or `V,A,S,VA,VS,AS,VAS`.

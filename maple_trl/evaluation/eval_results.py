@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +68,8 @@ def evaluation_results(
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     by_access: dict[str, dict[int, _Question]] = {access: {} for access in accesses}
     completions: dict[str, Counter] = {access: Counter() for access in accesses}
+    grades: dict[str, dict[str, list[float]]] = {access: defaultdict(list) for access in accesses}
+    texts: dict[tuple[str, int], list[str]] = defaultdict(list)
     errors = []
     for line in lines.to_pylist():
         questions = by_access[line["access"]]
@@ -78,13 +81,20 @@ def evaluation_results(
             question.scores.append(line["score"])
         if line["sample"] is not None:
             _count_completion(completions[line["access"]], line)
+            texts[line["access"], line["row"]].append(line["completion"])
+            for name, value in _grades(line["extra"]):
+                grades[line["access"]][name].append(value)
         elif line["status"] == "error":
             errors.append({name: line[name] for name in ("row", "id", "access", "reason", "path", "detail")})
+    for (access, _), same in texts.items():
+        # Of all questions: the server or the options sample nothing.
+        completions[access]["questions_with_equal_samples"] += len(same) > 1 and len(set(same)) == 1
     return as_json(
         {
             "accesses": {
                 access: _access_results(list(by_access[access].values()), samples, options)
                 | {"completions": dict(sorted(completions[access].items()))}
+                | {"grades": {name: math.fsum(v) / len(v) for name, v in sorted(grades[access].items())}}
                 for access in accesses
             },
             "fusion_gain": _or_reason(lambda: _fusion_gain(by_access, options)),
@@ -97,11 +107,24 @@ def _count_completion(counts: Counter, line: Mapping[str, Any]) -> None:
     counts["all"] += 1
     counts["cut"] += line["finish"] == "length"
     counts["without_answer"] += line["answer"] is None
-    counts["tokens"] += line["completion_tokens"]
-    for kind in ("video", "audio", "subtitle"):
-        counts[f"{kind}_tokens"] += line[f"{kind}_tokens"]
+    for column in ("completion_tokens", "video_tokens", "audio_tokens", "subtitle_tokens"):
+        if line[column] is not None:  # a server may count none
+            counts[column.removeprefix("completion_")] += line[column]
     for note in line["notes"]:
         counts[f"note:{note}"] += 1
+
+
+def _grades(extra: str | None) -> list[tuple[str, float]]:
+    """Numbers in what the scoring function noted about a sample, e.g. `("errors", 0.8)` of a judge."""
+    found = []
+    for name, value in (json.loads(extra) if extra else {}).items():
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+        parts = value if isinstance(value, dict) else {name: value}
+        found += [(part, float(v)) for part, v in parts.items() if isinstance(v, int | float) and math.isfinite(v)]
+    return found
 
 
 def _access_results(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ LINES = pa.schema(
         ("subtitle_tokens", pa.int64()),
         ("notes", pa.list_(pa.string())),
         ("inputs", pa.string()),  # digest of the tokens, positions, frames and sound that the model read
+        ("extra", pa.string()),  # what the scoring function noted, as JSON, e.g. a judge's grades
     ]
 )
 """Columns of `rows.parquet`: a line per sample, and one for each question that was not asked under an access."""
@@ -81,10 +82,11 @@ def load_evaluation(folder: str | os.PathLike) -> Evaluation:
 
     Raises:
         FileNotFoundError: when there is none, or it has not been finished.
+        EvaluationError: for a file that is damaged.
     """
     folder = Path(folder)
-    result, run = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("result.json", "run.json"))
-    return Evaluation(pq.read_table(folder / "rows.parquet", schema=LINES), result, run)
+    result, run = (_read_json(folder / name) for name in ("result.json", "run.json"))
+    return Evaluation(_read_table(folder / "rows.parquet"), result, run)
 
 
 class EvalStore:
@@ -122,7 +124,7 @@ class EvalStore:
                 (self.folder / name).unlink(missing_ok=True)
             note.unlink()
         if note.is_file():
-            found = differences(json.loads(note.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
+            found = differences(_read_json(note), json.loads(json.dumps(identity)))
             if found:
                 more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
                 raise EvaluationError(
@@ -133,13 +135,18 @@ class EvalStore:
             raise EvaluationError(
                 f"{self.folder} holds files of an evaluation but no evaluation.json; name another folder with --output"
             )
+        for scratch in (*self.folder.glob(".*.partial"), *self.batches.glob(".*.partial")):
+            scratch.unlink(missing_ok=True)  # of a process that was killed
         self.batches.mkdir(parents=True, exist_ok=True)
         if not note.is_file():
             write_atomically(note, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
 
     def has(self, number: int) -> bool:
-        """Whether a batch is done."""
-        return self._batch(number).is_file()
+        """Whether a batch is done; one whose file is damaged is not."""
+        try:
+            return pq.read_schema(self._batch(number)).equals(LINES)
+        except (OSError, pa.ArrowInvalid):
+            return False
 
     def write(self, number: int, lines: Iterable[Mapping[str, Any]]) -> None:
         """Keeps the lines of a finished batch."""
@@ -159,7 +166,7 @@ class EvalStore:
         for number in range(batches):
             try:
                 tables.append(pq.read_table(self._batch(number), schema=LINES))
-            except (OSError, pa.ArrowInvalid) as error:
+            except (OSError, pa.ArrowException) as error:
                 raise EvaluationError(
                     f"{self._batch(number)} cannot be read ({error}); remove it and give the same command again"
                 ) from error
@@ -168,11 +175,32 @@ class EvalStore:
         shutil.rmtree(self.batches)
 
     def lines(self) -> pa.Table:
-        """All lines of a finished evaluation."""
-        return pq.read_table(self.table, schema=LINES)
+        """
+        All lines of a finished evaluation.
+
+        Raises:
+            EvaluationError: when the table is damaged.
+        """
+        return _read_table(self.table)
 
     def _batch(self, number: int) -> Path:
         return self.batches / f"{number:05}.parquet"
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=LINES)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(f"{path} cannot be read ({error}): begin anew with --overwrite") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"{path} cannot be read ({error}): begin anew with --overwrite") from error
 
 
 def _write_table(table: pa.Table, path: Path) -> None:

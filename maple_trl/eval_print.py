@@ -1,0 +1,58 @@
+"""What `maple-trl eval` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+_SHOWN = 10  # rows with errors that are printed
+
+
+def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
+    """Prints accuracy by access and tag, the modality gap, and what went wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from maple_trl.modalities import ModalityTag
+
+    console, accesses = Console(), result["accesses"]
+    table = Table(title="Accuracy (pass@1)", title_justify="left")
+    table.add_column("tag")
+    for access in accesses:
+        table.add_column(access, justify="right")
+
+    def add(name: str, value: Callable[[Mapping[str, Any]], Any]) -> None:
+        table.add_row(name, *(_plain(value(found)) for found in accesses.values()))
+
+    for tag in map(str, ModalityTag):
+        if any(tag in found["accuracy"].get("per_tag", {}) for found in accesses.values()):
+            add(tag, lambda found, tag=tag: found["accuracy"].get("per_tag", {}).get(tag, {}).get("value"))
+    table.add_section()
+    for name, end in (("all", "value"), ("  from", "low"), ("  to", "high")):
+        add(name, lambda found, end=end: found["accuracy"].get("sample_mean", {}).get(end))
+    add("mean of tags", lambda found: (found["accuracy"].get("tag_mean") or {}).get("value"))
+    add("modality gap", lambda found: found["modality_gap"]["sample"].get("mean", {}).get("value"))
+    table.add_section()
+    for name in ("scored", "errors", "unscored", "lacking"):
+        add(name, lambda found, name=name: found["counts"][name])
+    console.print(table)
+    if "value" in result["fusion_gain"]:
+        console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
+    failed: dict[tuple, list[str]] = {}
+    for error in result["errors"]:
+        where = error["path"] or error["detail"]
+        failed.setdefault((error["row"], error["id"], error["reason"], where), []).append(error["access"])
+    for (row, name, reason, where), under in list(failed.items())[:_SHOWN]:
+        text = f"row {row} ({name}), access {', '.join(under)}: {reason}: {where}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if len(failed) > _SHOWN:
+        console.print(f"and {len(failed) - _SHOWN} more; result.json names them all", highlight=False)
+    if result["left_out"]:
+        console.print(f"{len(result['left_out'])} questions were left out; result.json names them", highlight=False)
+    console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _plain(value: float | int | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

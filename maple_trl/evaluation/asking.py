@@ -1,0 +1,297 @@
+"""What every way of asking a data set has in common: which row is fed what, in which batches, and how it is scored."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from maple_trl.evaluation.eval_options import ALL, REQUIRED, EvalOptions, EvaluationError, ScoringError
+from maple_trl.modalities import ModalityTag
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.prompt import PromptBuilder, RowError
+
+
+Row = Mapping[str, Any]
+Line = dict[str, Any]
+"""One line of the table of results: a sample, or a question that was not asked and why."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions that pass the model together: rows by number, under one access."""
+
+    number: int
+    access: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    One sample.
+
+    Attributes:
+        text: the completion.
+        finish: `"end"`, or `"length"` where it was cut.
+        tokens: of the completion; `None` where nobody counted them.
+        prompt_tokens: likewise.
+        ids: the tokens themselves; `None` where they are not known.
+    """
+
+    text: str
+    finish: str
+    tokens: int | None
+    prompt_tokens: int | None
+    ids: list[int] | None = None
+
+
+class Asker(ABC):
+    """
+    Asks and scores batch by batch; what is kept of it is the caller's business.
+
+    Args:
+        builder ([`~maple_trl.omni.prompt.PromptBuilder`]):
+            How rows become prompts; its own `modality_access` is not used.
+        rows: with `prompt`, where they apply `video`, `audio`, `subtitle` and `tag`, and what `score` reads. A column
+            `id`, where it names every row differently, decides the samples; else the row's number does.
+        score: a reward function with TRL's signature, whose scores lie in [0, 1]; `None` for what it cannot score.
+        extract: the answer in a completion's text, or `None`.
+        options: how questions are asked.
+
+    Attributes:
+        batches (`list[Batch]`): all work, in order; the same in every process.
+        skipped (`list[Line]`): questions that are not asked under an access, for the row lacks a signal or is no prompt.
+        generation (`dict`): what decides a completion beyond the prompt, as JSON values.
+
+    Raises:
+        EvaluationError: without a row, for a tag that is none, and when no row can be asked.
+    """
+
+    generation: dict[str, Any]
+
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        rows: Sequence[Row],
+        score: Callable[..., Sequence[float | None]],
+        extract: Callable[[str], str | None],
+        options: EvalOptions,
+    ):
+        self.family = builder.family
+        self.loader = builder.loader
+        self.rows = rows
+        self.score, self.extract = score, extract
+        self.options = options
+        self._builders = {name: _with_access(builder, name) for name in (REQUIRED, ALL)}
+        if not len(rows):
+            raise EvaluationError("the data set holds no row")
+        self.tags = [_tag(row, number) for number, row in enumerate(rows)]
+        self.names = _names(rows)
+        self.batches, self.skipped = self._plan()
+        if not self.batches:
+            first = self.skipped[0]
+            raise EvaluationError(
+                f"no row can be asked under access {', '.join(options.access)}: row {first['row']}: {first['detail']}"
+            )
+
+    def run(self, batch: Batch) -> list[Line]:
+        """
+        Asks and scores one batch.
+
+        Returns:
+            a line per sample, and one for each row that could not be asked, in the order of rows and samples.
+
+        Raises:
+            EvaluationError: when a score is no number in [0, 1].
+            ScoringError: when the scoring function fails.
+        """
+        found = {number: self._encode(number, batch.access) for number in batch.rows}
+        answers = self._answers({n: prompt for n, prompt in found.items() if not isinstance(prompt, dict)}, batch)
+        lines = {number: [found[number]] for number in batch.rows if number not in answers}
+        lines |= {number: [given] for number, given in answers.items() if isinstance(given, dict)}
+        samples = [(n, i, answer) for n in answers if n not in lines for i, answer in enumerate(answers[n])]
+        scores, extra = self._scores([(n, answer) for n, _, answer in samples], [found[n].key for n, *_ in samples])
+        read = {number: self._read(found[number]) for number in answers if number not in lines}
+        for (number, sample, answer), score, noted in zip(samples, scores, extra, strict=True):
+            line = self._line(
+                number,
+                batch.access,
+                "unscored" if score is None else "scored",
+                sample=sample,
+                completion=answer.text,
+                answer=self.extract(answer.text),
+                score=score,
+                reason="no-score" if score is None else None,
+                finish=answer.finish,
+                completion_tokens=answer.tokens,
+                prompt_tokens=answer.prompt_tokens,
+                extra=noted,
+                **read[number],
+            )
+            lines.setdefault(number, []).append(line)
+        return [line for number in batch.rows for line in lines[number]]
+
+    @abstractmethod
+    def _answers(self, prompts: Mapping[int, Any], batch: Batch) -> dict[int, list[Answer] | Line]:
+        """For each prompt by row its samples, or the line that says why there are none."""
+
+    @abstractmethod
+    def _read(self, prompt: Any) -> dict[str, Any]:
+        """Columns of a line that say what was read of a prompt."""
+
+    # What is asked
+
+    def _plan(self) -> tuple[list[Batch], list[Line]]:
+        skipped: list[Line] = []
+        chunks = []
+        for place, access in enumerate(self.options.access):
+            usable = []
+            for number in range(len(self.rows)):
+                try:
+                    self._spec(number, access)
+                    usable.append(number)
+                except RowError as error:
+                    lacking = access in list(ModalityTag) and self._is_prompt(number)
+                    status, reason = ("lacking", "no-such-signal") if lacking else ("error", "invalid-row")
+                    skipped.append(self._line(number, access, status, reason=reason, detail=str(error)))
+            size = self.options.batch_size
+            chunks += [(usable[i], place, access, tuple(usable[i : i + size])) for i in range(0, len(usable), size)]
+        # By rows, then access: the clips of some rows are decoded once for all accesses.
+        return [Batch(i, access, rows) for i, (_, _, access, rows) in enumerate(sorted(chunks))], skipped
+
+    def _fed(self, number: int, access: str) -> tuple[PromptBuilder, Row]:
+        """The builder and the row that feed a row what an access says."""
+        if access in (REQUIRED, ALL):
+            return self._builders[access], self.rows[number]
+        return self._builders[REQUIRED], {**self.rows[number], "tag": access}
+
+    def _spec(self, number: int, access: str):
+        builder, row = self._fed(number, access)
+        return builder.spec(row)
+
+    def _is_prompt(self, number: int) -> bool:
+        """Whether a row can be asked under any choice of signals."""
+        row = self.rows[number]
+        for tag in (None, "V", "A", "S"):
+            try:
+                self._builders[REQUIRED].spec({**row, "tag": tag})
+                return True
+            except RowError:
+                continue
+        return False
+
+    def prefetch(self, batch: Batch) -> None:
+        """Begins to decode a batch's media in the background."""
+        calls = [self._fed(number, batch.access) for number in batch.rows]
+        self.loader.prefetch([partial(builder.decode, row) for builder, row in calls])
+
+    def _encode(self, number: int, access: str) -> Any:
+        """A row's prompt, or the line (a `dict`) that says why there is none."""
+        builder, row = self._fed(number, access)
+        chosen = access not in (REQUIRED, ALL)
+        try:
+            prompt = builder.encode(row)
+        except MediaError as error:
+            # The file is whole and has no sound: it lacks the signal as a row without the field does.
+            status = "lacking" if chosen and error.reason == "no-signal" else "error"
+            return self._line(number, access, status, reason=error.reason, detail=error.detail, path=error.path)
+        if chosen and "no-audio-track" in prompt.notes:
+            return self._line(number, access, "lacking", reason="no-signal", detail="the file has no audio track")
+        return prompt
+
+    def _line(self, number: int, access: str, status: str, **values: Any) -> Line:
+        row = self.rows[number]
+        texts = {name: _text(row.get(name)) for name in ("solution", "category")}
+        return {"id": self.names[number], "row": number, "tag": self.tags[number], **texts} | {
+            "access": access,
+            "status": status,
+            **values,
+        }
+
+    def _scores(
+        self, asked: list[tuple[int, Answer]], groups: list[str]
+    ) -> tuple[list[float | None], list[str | None]]:
+        """A score for each sample, and what the scoring function noted about it, as JSON."""
+        if not asked:
+            return [], []
+        rows = [self.rows[number] for number, _ in asked]
+        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        messages = [
+            answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]
+            for row, (_, answer) in zip(rows, asked, strict=True)
+        ]
+        columns["group_ids"] = groups
+        if all(answer.ids is not None for _, answer in asked):
+            columns["completion_ids"] = [answer.ids for _, answer in asked]
+        noted: dict[str, list] = {}
+        if _takes(self.score, "log_extra"):
+            columns["log_extra"] = noted.__setitem__
+        try:
+            scores = self.score(prompts=[row["prompt"] for row in rows], completions=messages, **columns)
+        except Exception as error:  # it is the user's, or asks a server: it can fail in any way
+            raise ScoringError(f"the scoring function failed: {type(error).__name__}: {error}") from error
+        for name, values in (("scores", scores), *noted.items()):
+            if len(values) != len(asked):
+                raise EvaluationError(f"the scoring function gave {len(values)} {name} for {len(asked)} completions")
+        extra = [
+            {name: values[i] for name, values in noted.items() if values[i] is not None} for i in range(len(asked))
+        ]
+        return (
+            [_checked_score(score, number) for score, (number, _) in zip(scores, asked, strict=True)],
+            [
+                json.dumps(values, ensure_ascii=False, sort_keys=True, default=str) if values else None
+                for values in extra
+            ],
+        )
+
+
+def _with_access(builder: PromptBuilder, access: str) -> PromptBuilder:
+    builder = copy.copy(builder)
+    builder.modality_access = access
+    return builder
+
+
+def _tag(row: Row, number: int) -> str | None:
+    try:
+        return ModalityTag.parse(row["tag"]).value if row.get("tag") else None
+    except ValueError as error:
+        raise EvaluationError(f"row {number}, field 'tag': {error}") from None
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """The rows' ids where they tell all rows apart, else their numbers."""
+    ids = [row.get("id") for row in rows]
+    usable = all(isinstance(name, str | int) and name != "" for name in ids) and len(set(map(str, ids))) == len(ids)
+    return [str(name) for name in (ids if usable else range(len(ids)))]
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _checked_score(score: Any, number: int) -> float | None:
+    if score is None:
+        return None
+    try:
+        value = float(score)
+    except (TypeError, ValueError):
+        raise EvaluationError(f"row {number}: the scoring function gave {score!r}; a score is a number") from None
+    if math.isnan(value):
+        return None
+    if not 0 <= value <= 1:
+        raise EvaluationError(f"row {number}: the scoring function gave {value}; scores must lie in [0, 1]")
+    return value
+
+
+def _takes(function: Callable, name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return False

@@ -1,0 +1,164 @@
+"""Rows as messages of a chat endpoint: what the local families make of a row, in the form in which servers take it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import wave
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from maple_trl.chat import image_block, text_block
+from maple_trl.evaluation.eval_options import EvaluationError
+from maple_trl.modalities import ModalityTag
+from maple_trl.omni.clips import AudioClip, VideoClip
+from maple_trl.omni.families import OmniFamily
+
+
+VIDEO_FORMS = ("images", "video_url")
+"""How frames are sent: each as a picture (every server that takes pictures), or together as one video (vLLM)."""
+
+_PREFIX = "data:image/jpeg;base64,"
+
+
+@dataclass(frozen=True)
+class ServedPrompt:
+    """
+    One prompt for a server.
+
+    Attributes:
+        key: equal for rows with the same content.
+        messages: as the API takes them.
+        kinds: of its media, `video` and `audio`.
+        media_tokens: empty; only the server knows.
+        tag, notes: as of [`~maple_trl.omni.encoded.EncodedPrompt`].
+    """
+
+    key: str
+    messages: list[dict[str, Any]]
+    kinds: tuple[str, ...] = ()
+    media_tokens: dict[str, int] = field(default_factory=dict)
+    tag: ModalityTag | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Of all that is sent."""
+        text = json.dumps(self.messages, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class ServedFamily(OmniFamily):
+    """
+    Stands where a model's family does, so that a [`~maple_trl.omni.prompt.PromptBuilder`] feeds a server's rows as it
+    feeds those of a model here: the same signals, frames, sound and subtitles, in the same order.
+
+    Tokens are the server's business: a builder for it must not limit them.
+
+    Args:
+        video_form: one of `VIDEO_FORMS`.
+
+    Raises:
+        EvaluationError: for another form.
+    """
+
+    placeholders = {"video": "", "audio": ""}
+    # Whatever the model is: text that spells one would be read as media.
+    media_tokens = tuple(sorted({token for family in OmniFamily.__subclasses__() for token in family.media_tokens}))
+    frame_multiple = 28
+    frames_per_token = 2
+    sampling_rate = 16_000
+
+    def __init__(self, video_form: str = "images"):
+        if video_form not in VIDEO_FORMS:
+            raise EvaluationError(f"the form of videos must be one of {', '.join(VIDEO_FORMS)}, got {video_form!r}")
+        self.video_form = video_form
+        self.processor = _Messages()
+
+    def tokenizer(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": []}  # nobody here can count them
+
+    def encode(
+        self,
+        key: str,
+        text: list[dict[str, Any]],
+        videos: Sequence[VideoClip],
+        audios: Sequence[AudioClip],
+        interleaved: bool = False,
+    ) -> ServedPrompt:
+        """
+        Puts media into messages.
+
+        Args:
+            text: messages with bare markers for media, in order.
+            interleaved: has no effect: how a server places sound is its own business.
+        """
+        clips, sounds = iter(videos), iter(audios)
+        messages = []
+        for message in text:
+            content: list[dict[str, Any]] = []
+            for block in message["content"]:
+                if block["type"] == "video":
+                    content += video_blocks(next(clips).frames, self.video_form)
+                elif block["type"] == "audio":
+                    clip = next(sounds)
+                    content.append(audio_block(clip.waveform, clip.sampling_rate))
+                else:
+                    content.append(text_block(block["text"]))
+            texts = [block["text"] for block in content if block["type"] == "text"]
+            # Plain text where it is nothing else, which every server takes, in system messages too.
+            messages.append({**message, "content": "".join(texts) if len(texts) == len(content) else content})
+        kinds = (*(("video",) if videos else ()), *(("audio",) if audios else ()))
+        return ServedPrompt(key, messages, kinds)
+
+
+class _Messages:
+    """In place of a processor: the chat template is the server's."""
+
+    @staticmethod
+    def apply_chat_template(messages: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
+        return messages
+
+
+def video_blocks(frames: np.ndarray, form: str) -> list[dict[str, Any]]:
+    """
+    Content blocks of sampled frames.
+
+    Args:
+        frames: uint8, shape (T, H, W, 3).
+        form: `"images"`: T pictures (JPEG). `"video_url"`: one video, whose data URL holds them one after another,
+            joined by commas, as vLLM reads `video/jpeg`.
+    """
+    blocks = [image_block(frame) for frame in frames]
+    if form == "images":
+        return blocks
+    pictures = [block["image_url"]["url"].removeprefix(_PREFIX) for block in blocks]
+    return [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(pictures)}}]
+
+
+def audio_block(waveform: np.ndarray, sampling_rate: int) -> dict[str, Any]:
+    """A content block with a sound (16-bit WAV): float32 of shape (n,), in [-1, 1]."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(sampling_rate)
+        sound.writeframes((np.clip(waveform, -1, 1) * 32767).round().astype("<i2").tobytes())
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+
+def without_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages less their media blocks."""
+    kept = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [block for block in content if block["type"] == "text"]
+        kept.append({**message, "content": content})
+    return kept

@@ -1,0 +1,264 @@
+"""Evaluations that are interrupted, damaged, watched, and asked of odd rows."""
+
+import ast
+import hashlib
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from maple_trl import cli
+from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.evaluation.eval_identity import PARSER_VERSION
+from maple_trl.rewards import answers
+
+
+ASKED = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
+ASKED += ["--samples", "2", "--batch-size", "2", "--quiet"]
+SEVEN = ["--data", "builtin:seven-tags", "--limit", "8"]
+
+JUDGE = """
+import os, signal
+from maple_trl.rewards import accuracy_reward
+
+calls = 0
+
+def stops(completions, **columns):
+    global calls
+    calls += 1
+    if calls == 3 and "STOPPED_BY" in os.environ:
+        os.kill(os.getpid(), int(os.environ["STOPPED_BY"]))
+    return accuracy_reward(completions=completions, **columns)
+"""
+
+
+def evaluate(*words):
+    return cli.main(["eval", *ASKED, *map(str, words)])
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def lines_of(folder):
+    return pq.read_table(folder / "rows.parquet").to_pylist()
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """Words with a scoring function that ends its process in the third batch."""
+    (tmp_path / "stopping.py").write_text(JUDGE)
+    monkeypatch.chdir(tmp_path)
+    yield [*SEVEN, "--judge", "stopping:stops"]
+    sys.modules.pop("stopping", None)
+
+
+# Interruptions
+
+
+def test_an_interrupt_says_how_to_go_on(judged, tmp_path, monkeypatch, capsys):
+    assert evaluate(*judged, "--output", "whole") == 0
+    sys.modules.pop("stopping")
+    monkeypatch.setenv("STOPPED_BY", str(int(signal.SIGINT)))
+    assert evaluate(*judged, "--output", "cut") == 130
+    assert "stopped; the same command goes on from the last finished batch" in capsys.readouterr().err
+    assert len(list(Path("cut/batches").glob("*.parquet"))) == 2
+    monkeypatch.delenv("STOPPED_BY")
+    assert evaluate(*judged, "--output", "cut") == 0
+    for name in ("result.json", "rows.parquet"):
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_two_processes_of_accelerate_are_killed_and_one_goes_on(judged, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["-m", "maple_trl.cli", "eval", *ASKED, *judged, "--limit", "14", "--output", "cut"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = {"capture_output": True, "text": True, "timeout": 300}
+    ended = subprocess.run(launch, env=environment | {"STOPPED_BY": str(int(signal.SIGKILL))}, **run)
+    assert ended.returncode != 0 and 0 < len(list(Path("cut/batches").glob("*.parquet"))) < 7, ended.stderr[-3000:]
+    shutil.copytree("cut", "alone")
+    ended = subprocess.run(launch, env=environment, **run)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert json.loads(Path("cut/run.json").read_text())["processes"] == 2
+    assert ended.stdout.count("Accuracy (pass@1)") == 1
+    for output in ("alone", "whole"):
+        assert evaluate(*judged, "--limit", "14", "--output", output) == 0
+        for name in ("result.json", "rows.parquet"):
+            assert Path("cut", name).read_bytes() == Path(output, name).read_bytes()
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert evaluate(*SEVEN, "--output", folder / "out") == 0
+    return folder / "out"
+
+
+def test_a_batch_that_is_damaged_is_asked_again(judged, whole, monkeypatch):
+    monkeypatch.setenv("STOPPED_BY", str(int(signal.SIGINT)))
+    assert evaluate(*judged, "--output", "cut") == 130
+    first = Path("cut/batches/00000.parquet")
+    first.write_bytes(first.read_bytes()[:200])  # as a disk that was full leaves it
+    Path("cut/batches/.00001.parquet.77.partial").write_bytes(b"half")
+    Path("cut/.rows.parquet.77.partial").write_bytes(b"half")
+    monkeypatch.delenv("STOPPED_BY")
+    assert evaluate(*judged, "--output", "cut") == 0
+    assert lines_of(Path("cut")) == lines_of(whole)
+    assert json.loads(Path("cut/run.json").read_text())["batches_done_before"] == 1
+    assert sorted(path.name for path in Path("cut").iterdir()) == [
+        ".lock",
+        "evaluation.json",
+        "result.json",
+        "rows.parquet",
+        "run.json",
+    ]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "evaluation.json"])
+def test_a_finished_file_that_is_damaged_is_named(whole, tmp_path, capsys, name):
+    shutil.copytree(whole, tmp_path / "out")
+    content = (whole / name).read_bytes()
+    (tmp_path / "out" / name).write_bytes(content[: len(content) // 2])
+    assert evaluate(*SEVEN, "--output", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert f"{name} cannot be read" in told and "begin anew with --overwrite" in told
+    assert evaluate(*SEVEN, "--output", tmp_path / "out", "--overwrite") == 0
+    assert (tmp_path / "out" / "result.json").read_bytes() == (whole / "result.json").read_bytes()
+
+
+# The report
+
+
+def test_a_report_is_written_beside_the_numbers(whole, tmp_path, capsys):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("plotly")
+    shutil.copytree(whole, tmp_path / "out")
+    before = (whole / "result.json").read_bytes()
+    assert evaluate(*SEVEN, "--output", tmp_path / "out", "--report") == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+    assert evaluate(*SEVEN, "--output", tmp_path / "out", "--report", tmp_path / "other.html") == 0
+    assert (tmp_path / "other.html").is_file() and (tmp_path / "out" / "result.json").read_bytes() == before
+    capsys.readouterr()
+    assert evaluate(*SEVEN, "--output", tmp_path / "out", "--report", tmp_path) == 1  # a folder
+    assert "maple-trl eval: no report: " in capsys.readouterr().err
+
+
+# Rows
+
+
+def test_odd_rows_have_a_clear_outcome(tmp_path, capsys):
+    """Ids that are given twice, text in any script, a prompt of no message, a column of another type."""
+    rows = load_seven_tags()["test"].select(range(7)).to_list()
+    for row in rows:
+        row["id"] = "same ж\u0301 中 😀"
+        row["prompt"][0]["content"] += " é中😀\u202e \u0000"
+        row["category"] = "Катего́рия"
+    rows[3]["prompt"] = []
+    rows[4]["audio_in_video"] = None
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data", tmp_path, "--media-root", default_folder()]
+    assert evaluate(*words, "--output", tmp_path / "out") == 1
+    found = result_of(tmp_path / "out")
+    assert [(error["row"], error["reason"]) for error in found["errors"]] == [(3, "invalid-row")]
+    assert found["accesses"]["required"]["counts"]["scored"] == 6
+    assert list(found["accesses"]["required"]["accuracy"]["per_category"]) == ["Катего́рия"]
+    assert {line["id"] for line in lines_of(tmp_path / "out")} == set("0123456")
+    before = (tmp_path / "out" / "result.json").read_bytes()
+    assert evaluate(*words, "--output", tmp_path / "out", "--max-errors", "1") == 0
+    assert (tmp_path / "out" / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--media-root", "nowhere"], "media root 'nowhere' is not a folder"),
+        (["--filter", '{"tag": []}'], "dataset_filter must be a mapping of columns to lists of values"),
+        (["--filter", "tag=V"], "is no JSON"),
+    ],
+)
+def test_more_wrong_commands(tmp_path, capsys, words, message):
+    assert evaluate(*SEVEN, *words, "--output", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_samples_that_are_all_equal_are_counted(tmp_path):
+    """Which shows that nothing is sampled, whatever the options say."""
+    assert evaluate(*SEVEN, "--top-k", "1", "--output", tmp_path / "equal") == 0
+    assert evaluate(*SEVEN, "--temperature", "5", "--output", tmp_path / "spread") == 0
+    name = "questions_with_equal_samples"
+    equal, spread = (
+        result_of(tmp_path / out)["accesses"]["required"]["completions"][name] for out in ("equal", "spread")
+    )
+    assert equal == 8 and spread == 0
+
+
+# Watching
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path):
+    main, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    words = [word for word in ASKED if word != "--quiet"]
+    command = [sys.executable, "-m", "maple_trl.cli", "eval", *words, *SEVEN, "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                part = os.read(main, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+    os.close(main)
+    assert process.returncode == 0
+    assert re.search(rb"Questions:\s+0%", shown) and re.search(rb"Questions: 100%.* 8/8", shown)
+
+
+# The parser
+
+
+def source_digest(module):
+    """Of a module's code, without comments and docstrings."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+PARSERS = {1: "196976531b3ae0039d7cf764fdab0f75d17e6c63c8e93ffb84e3f208680dd629"}
+
+
+def test_a_changed_parser_has_a_new_version(whole):
+    """When this fails, accuracies of before and after may differ: raise `PARSER_VERSION` and add the digest here."""
+    assert PARSERS[PARSER_VERSION] == source_digest(answers) and max(PARSERS) == PARSER_VERSION
+    parser = result_of(whole)["scoring"]["parser"]
+    assert parser["version"] == PARSER_VERSION and parser["name"] == "maple_trl.rewards.answers:extract_answer"
+
+
+def test_the_digest_sees_code_and_not_words(tmp_path):
+    from types import SimpleNamespace
+
+    text = 'def f(a):\n    """What."""\n    return a + 1  # why\n'
+    digests = []
+    for version in (text, text.replace("What", "Other").replace("why", "else"), text.replace("1", "2")):
+        (tmp_path / "module.py").write_text(version)
+        digests.append(source_digest(SimpleNamespace(__file__=str(tmp_path / "module.py"))))
+    assert digests[0] == digests[1] != digests[2]
