@@ -183,6 +183,8 @@ def build_trainer(
     Raises:
         SetupError: when a part that the arguments name is not there.
     """
+    from maple_trl.trainers.tracking_callback import TRACKERS, TrackingCallback
+
     _check_writable(training_args.output_dir)
     rewards = {}
     if script_args.trainer not in SUPERVISED:
@@ -207,6 +209,8 @@ def build_trainer(
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise SetupError(f"{error} (raised in {where.filename}, line {where.lineno})") from error
+    if set(TRACKERS) & set(training_args.report_to or []):
+        trainer.add_callback(TrackingCallback(trainer))
     if script_args.evaluate_before_after and trainer.family is None:
         raise SetupError("evaluate_before_after needs an omni model; switch it off for a text-only one")
     if script_args.evaluate_before_after and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

@@ -15,10 +15,10 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_server import ChatServer, drip, half, hang_up, in_turn, raw, say, status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,11 +36,6 @@ from maple_trl.chat import (
 from maple_trl.chat.cache import ChatCache
 from maple_trl.chat.calls import retry_after
 from maple_trl.chat.structured import NoObjectError, read_object
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, drip, half, hang_up, in_turn, raw, say, status  # noqa: E402
 
 
 KEY = "sk-test-0123456789abcdefghijklmnop"

@@ -2,19 +2,13 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from chat_server import ChatServer, say, status
 
 from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, say, status  # noqa: E402
 
 
 ASKED = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]

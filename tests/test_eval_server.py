@@ -3,27 +3,21 @@
 import base64
 import io
 import json
-import sys
 import wave
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from chat_server import ChatServer, completion, say, status
 from PIL import Image
+from test_judge_server import Served, needs_server
+from tiny_models import build_tiny_text, save_tiny
 
 from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.omni.media import MediaLimits, MediaLoader
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, completion, say, status  # noqa: E402
-from test_judge_server import Served, needs_server  # noqa: E402
-from tiny_models import build_tiny_text, save_tiny  # noqa: E402
 
 
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]

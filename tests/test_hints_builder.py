@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from chat_server import ChatServer, hang_up, in_turn, say, status
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,11 +30,6 @@ from maple_trl.data.plain_words import number_value, words
 from maple_trl.job_args import OmniScriptArguments
 from maple_trl.omni.media import MediaLimits, MediaLoader
 from maple_trl.train import load_datasets
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, hang_up, in_turn, say, status  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]

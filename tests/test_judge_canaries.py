@@ -2,24 +2,18 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from chat_server import ChatServer, in_turn, say
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import build_tiny_text
 
 from maple_trl.chat import ChatOptions, fence
 from maple_trl.rewards import CaptionJudge, StepwiseReasoningJudge
 from maple_trl.rewards.judge import Question
 from maple_trl.rewards.judge_prompts import CAPTION_SYSTEM, RULES, SCALE, reasoning_system
 from maple_trl.rewards.judge_texts import echoes, harmless
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, in_turn, say  # noqa: E402
-from tiny_models import build_tiny_text  # noqa: E402
 
 
 HONEST = "A brown dog waits in front of a red door and barks twice while rain falls."

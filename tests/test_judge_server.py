@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import build_tiny_text, save_tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, image_block, text_block
@@ -21,11 +22,6 @@ from maple_trl.omni.media import MediaLoader
 from maple_trl.rewards import CaptionJudge, JudgeUnavailableError, LocalScorer, StepwiseReasoningJudge
 from maple_trl.rewards.judge_prompts import SCALE
 from maple_trl.rewards.judge_texts import verdict_schema
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_models import build_tiny_text, save_tiny  # noqa: E402
 
 
 VERDICT = '{"missing": 0.8, "errors": 0.6, "fusion": 1.0}'

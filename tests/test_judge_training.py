@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_server import ChatServer, half, hang_up, raw, say, status
 from datasets import Dataset
 
 from maple_trl import MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
@@ -23,11 +24,6 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.rewards import CaptionJudge, JudgeUnavailableError, for_tags, format_reward, judge_callbacks
 from maple_trl.trainers.mapo import MAPOTrainer
 from maple_trl.trainers.rollout_state import last_complete_checkpoint
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, half, hang_up, raw, say, status  # noqa: E402
 
 
 MODEL = "builtin:tiny-omni"

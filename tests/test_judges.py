@@ -8,12 +8,11 @@ import multiprocessing
 import pickle
 import random
 import re
-import sys
 import time
-from pathlib import Path
 from statistics import fmean
 
 import pytest
+from chat_server import ChatServer, drip, half, hang_up, in_turn, raw, say, status
 from PIL import Image
 
 from maple_trl.chat import ChatClient, ChatOptions
@@ -32,11 +31,6 @@ from maple_trl.rewards import (
 )
 from maple_trl.rewards.judge_limits import FailureWindow
 from maple_trl.rewards.judge_texts import caption_text, read_plain_grades, think_block
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import ChatServer, drip, half, hang_up, in_turn, raw, say, status  # noqa: E402
 
 
 KEY = "sk-test-0123456789abcdefghijklmnop"

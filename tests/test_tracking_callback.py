@@ -13,16 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omni_runs import build_trainer, one_row_per_tag
 from PIL import Image
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from omni_runs import build_trainer, one_row_per_tag  # noqa: E402
-
-from maple_trl import MAPOTrainer  # noqa: E402
-from maple_trl.trainers.mapo_config import MAPOConfig  # noqa: E402
-from maple_trl.trainers.tracking_callback import (  # noqa: E402
+from maple_trl import MAPOTrainer, cli
+from maple_trl.trainers.mapo_config import MAPOConfig
+from maple_trl.trainers.tracking_callback import (
     PLOT,
     TABLE,
     TrackingCallback,
@@ -91,6 +87,17 @@ def test_without_the_callback_there_are_numbers_alone(seven_tags, tmp_path):
     run(seven_tags, tmp_path, "tensorboard", callback=False)
     tags = events(event_folder(tmp_path)).Tags()
     assert tags["scalars"] and not tags["images"] and f"{TABLE}/text_summary" not in tags["tensors"]
+
+
+@needs_tensorboard
+@needs_plots
+def test_a_job_sends_them_by_itself(tmp_path):
+    recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    words = ["--max_steps", "2", "--output_dir", str(tmp_path), "--report_to", "tensorboard", "--logging_steps", "1"]
+    words += ["--evaluate_before_after", "false"]
+    assert cli.main(["train", "--config", str(recipe), *words]) == 0
+    tags = events(event_folder(tmp_path)).Tags()
+    assert PLOT in tags["images"] and f"{TABLE}/text_summary" in tags["tensors"]
 
 
 @needs_tensorboard
