@@ -10,6 +10,7 @@ from importlib import metadata
 
 from maple_trl.data_cli import add_data_commands, run_data
 from maple_trl.eval_cli import add_eval_command, run_eval
+from maple_trl.report_cli import add_report_command, run_report
 
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     env.add_argument("--json", action="store_true", help="print the report as JSON")
     add_data_commands(commands)
     add_eval_command(commands)
+    add_report_command(commands)
     return parser
 
 
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
     if rest:
         parser.error(f"unknown argument {rest[0]}")
-    return {"data": run_data, "eval": run_eval, "env": _env}[arguments.command](arguments)
+    return {"data": run_data, "eval": run_eval, "report": run_report, "env": _env}[arguments.command](arguments)
 
 
 def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:

@@ -46,7 +46,7 @@ def test_help_names_the_commands_that_exist():
     assert "train" in shown.stdout and "env" in shown.stdout
     assert maple().stdout == shown.stdout
     # Commands of later versions are no stubs here.
-    for absent in ("report", "export", "vllm-serve", "plan"):
+    for absent in ("export", "vllm-serve", "plan"):
         assert absent not in shown.stdout
         assert maple(absent).returncode == 2
 

@@ -37,6 +37,7 @@ from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.rollout_log import LiveLog, RolloutLog
 from maple_trl.trainers.rollout_state import (
     Chunk,
     LostPromptsError,
@@ -134,6 +135,14 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if not any(isinstance(callback, JudgeCallback) for callback in self.callback_handler.callbacks):
             for callback in judge_callbacks(reward_funcs):
                 self.add_callback(callback)
+        self.add_callback(LiveLog)
+        self.rollout_log = RolloutLog(
+            self.args.output_dir,
+            self.args.rollout_log_size,
+            self.args.generation_batch_size,
+            writes=self.accelerator.is_main_process,
+            media_root=self.args.media_root,
+        )
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
@@ -254,6 +263,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         Besides the columns, rewards are handed `group_ids`, and what one of them names as an argument of
         `completion_logprobs` and `deficit_completions`, which cost a pass and a generation.
         """
+        self.rollout_log.note(self, inputs, completion_ids_list)
         columns = {}
         if self._serving is not None:
             columns["group_ids"] = [prompt.key for prompt in self._serving]
@@ -417,6 +427,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            self.rollout_log.write(self)
         if self._buffered_inputs is before or PROMPTS_KEY not in inputs:
             return inputs
         media = any(prompt.kinds for chunk in self._buffered_inputs for prompt in chunk[PROMPTS_KEY])
@@ -454,6 +466,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         # A run before this one may have stopped within a rollout.
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._step, self._buffered_inputs = 0, None
+        self.rollout_log.begin()
         return super().train(*args, **kwargs)
 
     def _check_checkpoint(self, checkpoint: str) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from maple_trl.trainers.media_config import MediaConfig
+from maple_trl.trainers.rollout_log import RolloutLogConfig
 
 
 @dataclass
-class OmniGRPOConfig(MediaConfig, GRPOConfig):
+class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
     r"""
     Configuration class for [`OmniGRPOTrainer`].
 

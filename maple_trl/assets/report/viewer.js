@@ -1,0 +1,246 @@
+// The viewer of completions. The index of all is in memory; texts are unpacked as they are shown.
+
+const PER_PAGE = 8;
+const REPLAYED = 1, HINTED = 2;
+
+async function viewer() {
+  const body = bodyOf("rollouts");
+  REPORT.runs.forEach((run, index) => { if (run.rollouts.missing) body.append(missing(index, run.rollouts.missing)); });
+  const runs = [];
+  for (const [index, found] of ROLLOUTS.entries()) {
+    if (!found) continue;
+    const [data, questions, media] = await Promise.all([unpack(found.index), unpack(found.questions), unpack(found.media)]);
+    runs.push({ run: index, ...found, data, questions, media, texts: new Map() });
+    const left = found.count < found.total ? ` of ${found.total.toLocaleString("en")}, whole groups left out evenly over the run` : "";
+    body.append(node("p", { class: "what", text: `${REPORT.runs[index].name}: ${found.count.toLocaleString("en")} completions${left}, in ${found.groups.toLocaleString("en")} groups.` }));
+  }
+  if (!runs.length) { markAbsent("rollouts"); return; }
+  new Viewer(body, runs).start();
+}
+
+class Viewer {
+  constructor(body, runs) {
+    this.runs = runs;
+    this.page = 0;
+    this.asked = 0; // counts searches and pages, so that a slow one does not overwrite a newer one
+    this.tags = new Set([...REPORT.tags, ""].filter((tag) => runs.some((run) => run.data.tag.includes(REPORT.tags.indexOf(tag)))));
+    this.shownTags = new Set(this.tags);
+    this.question = null;
+    this.controls = node("div", { class: "controls", id: "rollout-filters" });
+    this.above = node("div", { class: "pager" });
+    this.list = node("div", { id: "rollout-list" });
+    this.below = node("div", { class: "pager" });
+    body.append(this.controls, this.above, this.list, this.below);
+    this.makeControls();
+  }
+
+  start() { this.filter(); }
+
+  makeControls() {
+    const act = () => { this.page = 0; this.filter(); };
+    const field = (label, input, name) => { input.id = `filter-${name}`; this[name] = input; input.addEventListener("change", act); return node("label", {}, label, input); };
+    const select = (options) => node("select", {}, ...options.map(([value, text]) => node("option", { value, text })));
+    if (this.runs.length > 1) this.controls.append(field("Run", select([["", "both"], ...this.runs.map((run) => [String(run.run), REPORT.runs[run.run].name])]), "inRun"));
+    const tags = node("fieldset", { class: "tags", "aria-label": "Tags" });
+    for (const tag of this.tags) {
+      const box = node("input", { type: "checkbox", id: `tag-${tag || "none"}` });
+      box.checked = true;
+      box.addEventListener("change", () => { if (box.checked) this.shownTags.add(tag); else this.shownTags.delete(tag); act(); });
+      tags.append(node("label", {}, box, tagBadge(tag)));
+    }
+    this.controls.append(tags);
+    const bound = (label, name, more) => field(label, node("input", { type: "number", step: "any", placeholder: "any", ...more }), name);
+    this.controls.append(bound("Reward from", "least"), bound("to", "most"));
+    const stepped = this.runs.some((run) => run.data.step.some((step) => step !== null));
+    if (stepped) this.controls.append(bound("Step from", "firstStep"), bound("to", "lastStep"));
+    const asked = REPORT.runs.flatMap((run) => Object.keys(run.accuracy.accesses || {}));
+    const accesses = [...new Set([...asked, ...this.runs.flatMap((run) => run.accesses)])];
+    if (accesses.length) {
+      this.controls.append(field("Access", select([["", "any"], ...accesses.map((a) => [a, a])]), "access"));
+      this.access.value = accesses[0];
+    }
+    const flagged = (flag) => this.runs.some((run) => run.data.flags.some((flags) => flags & flag));
+    const kinds = [["", "all"]];
+    if (flagged(REPLAYED)) kinds.push(["fresh", "fresh alone"], ["replayed", "replayed"]);
+    if (flagged(HINTED)) kinds.push(["hinted", "with a hint"]);
+    if (kinds.length > 1) this.controls.append(field("Completions", select(kinds), "kind"));
+    this.controls.append(field("Groups", select([["", "all"], ["differ", "whose rewards differ"], ["alike", "whose rewards are equal"]]), "spread"));
+    this.controls.append(field("Sort", select([...(stepped ? [["late", "latest first"], ["early", "earliest first"]] : [["early", "in order"]]),
+      ["high", "highest mean reward"], ["low", "lowest mean reward"]]), "sort"));
+    this.controls.append(field("Text contains", node("input", { type: "search" }), "text"));
+    this.reset = node("button", { type: "button", text: "Show all", onclick: () => this.clear() });
+    this.controls.append(this.reset);
+  }
+
+  clear() {
+    for (const name of ["inRun", "least", "most", "firstStep", "lastStep", "access", "kind", "spread", "text"]) if (this[name]) this[name].value = "";
+    this.shownTags = new Set(this.tags);
+    this.controls.querySelectorAll("input[type=checkbox]").forEach((box) => { box.checked = true; });
+    this.question = null;
+    this.page = 0;
+    this.filter();
+  }
+
+  // Which completions fit, by their index alone.
+  fits(run, group, line) {
+    const { data } = run;
+    const tag = data.tag[line] < 0 ? "" : REPORT.tags[data.tag[line]];
+    if (!this.shownTags.has(tag)) return false;
+    const reward = data.reward[line];
+    if (this.bounds.least !== null && !(reward !== null && reward >= this.bounds.least)) return false;
+    if (this.bounds.most !== null && !(reward !== null && reward <= this.bounds.most)) return false;
+    const kind = this.kind ? this.kind.value : "";
+    if (kind === "fresh" && data.flags[line] & REPLAYED) return false;
+    if (kind === "replayed" && !(data.flags[line] & REPLAYED)) return false;
+    return !(kind === "hinted" && !(data.flags[line] & HINTED));
+  }
+
+  async filter() {
+    const asked = ++this.asked;
+    const value = (input) => (input && input.value !== "" ? Number(input.value) : null);
+    this.bounds = { least: value(this.least), most: value(this.most), first: value(this.firstStep), last: value(this.lastStep) };
+    const found = [];
+    let completions = 0;
+    for (const run of this.runs) {
+      if (this.inRun && this.inRun.value !== "" && Number(this.inRun.value) !== run.run) continue;
+      const { data } = run;
+      const access = this.access && this.access.value;
+      for (let group = 0; group < data.first.length; group++) {
+        const step = data.step[group];
+        if (this.bounds.first !== null && !(step >= this.bounds.first)) continue;
+        if (this.bounds.last !== null && !(step !== null && step <= this.bounds.last)) continue;
+        if (access && run.accesses[data.access[group]] !== access) continue;
+        if (this.question !== null && run.questions[data.question[group]] !== this.question) continue;
+        const start = data.first[group], end = group + 1 < data.first.length ? data.first[group + 1] : data.tag.length;
+        let fitting = 0, sum = 0, given = 0, low = Infinity, high = -Infinity;
+        for (let line = start; line < end; line++) {
+          if (this.fits(run, group, line)) fitting += 1;
+          const reward = data.reward[line];
+          if (reward !== null) { sum += reward; given += 1; low = Math.min(low, reward); high = Math.max(high, reward); }
+        }
+        if (!fitting) continue;
+        if (this.spread.value === "differ" && !(high - low > 1e-6)) continue;
+        if (this.spread.value === "alike" && !(given && high - low <= 1e-6)) continue;
+        completions += fitting;
+        found.push({ run, group, start, end, mean: given ? sum / given : null, order: found.length });
+      }
+    }
+    const rank = { late: (a, b) => (b.run.data.step[b.group] - a.run.data.step[a.group]) || a.order - b.order,
+      early: (a, b) => (a.run.data.step[a.group] - b.run.data.step[b.group]) || a.order - b.order,
+      high: (a, b) => (b.mean ?? -Infinity) - (a.mean ?? -Infinity) || a.order - b.order,
+      low: (a, b) => (a.mean ?? Infinity) - (b.mean ?? Infinity) || a.order - b.order };
+    found.sort(rank[this.sort.value]);
+    const wanted = this.text.value.toLowerCase();
+    const kept = wanted ? await this.search(found, wanted, asked) : found;
+    if (asked !== this.asked) return;
+    this.found = kept;
+    this.completions = wanted ? null : completions;
+    await this.show();
+  }
+
+  async search(found, wanted, asked) {
+    const kept = [];
+    for (const [i, item] of found.entries()) {
+      if (i % 2000 === 0) this.pagers(`Searching, ${Math.round((100 * i) / found.length)} % …`);
+      const texts = await this.textsOf(item, found.length > 4000);
+      if (asked !== this.asked) return [];
+      const fitting = texts.completions.some((completion, k) => this.fits(item.run, item.group, item.start + k) && completion.text.toLowerCase().includes(wanted));
+      if (fitting || (texts.prompt || "").toLowerCase().includes(wanted)) kept.push(item);
+    }
+    return kept;
+  }
+
+  async textsOf({ run, group }, many = false) {
+    const number = run.data.chunk[group];
+    if (!run.texts.has(number)) {
+      if (run.texts.size >= (many ? 300 : 40)) run.texts.delete(run.texts.keys().next().value);
+      run.texts.set(number, await unpack(document.getElementById(`chunk-${run.run}-${number}`).textContent));
+    }
+    const chunk = run.texts.get(number);
+    return chunk.groups[group - chunk.first];
+  }
+
+  pagers(text) {
+    const pages = this.found ? Math.max(1, Math.ceil(this.found.length / PER_PAGE)) : 1;
+    for (const [place, where] of [[this.above, "above"], [this.below, "below"]]) {
+      const go = (page) => () => { this.page = Math.min(Math.max(page, 0), pages - 1); this.show(); if (where === "below") this.above.scrollIntoView(); };
+      const button = (label, page, name) => { const made = node("button", { type: "button", text: label, onclick: go(page), "data-go": name }); made.disabled = page < 0 || page >= pages || page === this.page; return made; };
+      const at = node("input", { type: "number", min: 1, max: pages, value: this.page + 1, "aria-label": "Page" });
+      at.addEventListener("change", () => go((Number(at.value) || 1) - 1)());
+      place.replaceChildren(button("First", 0, "first"), button("Back", this.page - 1, "back"), node("label", {}, "page", at, `of ${pages.toLocaleString("en")}`),
+        button("Next", this.page + 1, "next"), button("Last", pages - 1, "last"), node("span", { class: "status", text }));
+      if (this.question !== null) place.append(node("button", { type: "button", class: "link", text: `only question ${this.question}: show all questions`, onclick: () => { this.question = null; this.page = 0; this.filter(); } }));
+    }
+  }
+
+  async show() {
+    const asked = ++this.asked;
+    const items = this.found.slice(this.page * PER_PAGE, (this.page + 1) * PER_PAGE);
+    const shown = [];
+    for (const item of items) shown.push(this.groupNode(item, await this.textsOf(item)));
+    if (asked !== this.asked) return;
+    const count = this.completions === null ? "" : `, ${this.completions.toLocaleString("en")} completions`;
+    this.pagers(`${this.found.length.toLocaleString("en")} groups${count} fit`);
+    if (!shown.length) shown.push(node("p", { class: "missing", text: "No completion fits these filters." }));
+    this.list.replaceChildren(...shown);
+    this.list.dataset.drawn = Number(this.list.dataset.drawn || 0) + 1;
+  }
+
+  groupNode(item, texts) {
+    const { run, group, start, end } = item;
+    const tag = run.data.tag[start] < 0 ? "" : REPORT.tags[run.data.tag[start]];
+    const question = run.questions[run.data.question[group]];
+    const head = node("header", {});
+    if (REPORT.runs.length > 1) head.append(node("span", { class: `run run-${run.run}`, text: REPORT.runs[run.run].name }));
+    head.append(tagBadge(tag));
+    const step = run.data.step[group];
+    if (step !== null) head.append(node("span", { text: `step ${step}` }));
+    if (run.accesses.length) head.append(node("span", { text: `access ${run.accesses[run.data.access[group]]}` }));
+    head.append(node("button", { type: "button", class: "link", text: question, title: "Show this question alone, at all steps and in all runs",
+      onclick: () => { this.question = question; this.page = 0; this.filter(); } }));
+    head.append(node("span", { text: `mean reward ${number(item.mean)}` }), node("span", { class: "status", text: `${end - start} completions` }));
+    const asked = node("div", { class: "asked" });
+    asked.append(node("div", { class: "prompt" }, texts.prompt === null ? node("p", { class: "what", text: "The prompt is not in the files of the run." }) : node("pre", { text: texts.prompt }),
+      texts.solution !== null ? node("p", { class: "what", text: `Solution: ${texts.solution}` }) : null));
+    if (texts.media.length) asked.append(node("div", { class: "media" }, ...texts.media.map((i) => mediaNode(run.media[i]))));
+    const completions = node("div", { class: "completions" });
+    texts.completions.forEach((completion, k) => completions.append(this.completionNode(item, completion, start + k)));
+    return node("article", { class: "group" }, head, asked, completions);
+  }
+
+  completionNode(item, completion, line) {
+    const { run, group } = item;
+    const { data } = run;
+    const scores = node("div", { class: "scores" }, node("span", { class: "reward", text: `reward ${number(data.reward[line])}` }));
+    run.rewards.forEach((name, i) => scores.append(node("span", { text: `${name.replace(/_reward$/, "")} ${number(completion.rewards[i])}` })));
+    if (completion.advantage !== undefined) scores.append(node("span", { text: `advantage ${number(completion.advantage)}` }));
+    if (completion.tokens !== undefined) scores.append(node("span", { text: `${completion.tokens} tokens` }));
+    if (completion.answer !== undefined) scores.append(node("span", { text: `answer ${completion.answer}` }));
+    if (data.flags[line] & REPLAYED) scores.append(node("span", { class: "badge", text: completion.writtenAt === undefined ? "replayed" : `replayed, of step ${completion.writtenAt}` }));
+    if (data.flags[line] & HINTED) scores.append(node("span", { class: "badge", text: "with a hint" }));
+    if (completion.cut) scores.append(node("span", { class: "badge", text: "cut at the longest length" }));
+    const made = node("div", { class: this.fits(run, group, line) ? "completion" : "completion dim" });
+    const reward = data.reward[line];
+    if (reward !== null) {
+      const filled = node("span");
+      filled.style.width = `${100 * Math.min(Math.max(reward, 0), 1)}%`;
+      made.append(node("div", { class: "bar", title: `reward ${number(reward)}` }, filled));
+    }
+    made.append(scores, node("pre", { text: completion.text || "(empty)" }));
+    return made;
+  }
+}
+
+function mediaNode(entry) {
+  const caption = node("figcaption", { text: entry.name });
+  if (!entry.href && entry.kind !== "subtitle") return node("figure", {}, node("figcaption", { text: `${entry.kind}: ${entry.name} (${entry.why})` }));
+  if (entry.kind === "subtitle") {
+    const text = entry.text === undefined ? `(${entry.why})` : entry.text;
+    return node("figure", {}, node("pre", { text }), entry.href ? node("figcaption", {}, node("a", { href: entry.href, text: entry.name })) : caption);
+  }
+  const failed = () => { caption.textContent = `${entry.name} (cannot be played: the file has moved, or this browser does not know its format)`; };
+  const player = node(entry.kind, { controls: "", preload: entry.thumb || entry.kind === "audio" ? "none" : "metadata", src: entry.href, poster: entry.thumb, onerror: failed });
+  return node("figure", {}, player, caption);
+}
+
+viewer();

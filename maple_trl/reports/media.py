@@ -1,0 +1,100 @@
+"""Clips and subtitles of completions as a page can show them: links beside it, and small pictures in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+
+_SUBTITLES = (".srt", ".vtt", ".json")
+_WIDTH = 160
+_SHOWN = 800  # characters of a subtitle
+
+
+class MediaTable:
+    """
+    The media of a report, each once.
+
+    Only files below the media root are linked to, and nothing from a network.
+
+    Args:
+        media_root: the folder below which they lie; `None` where it is not known.
+        page: folder of the page, which links are relative to.
+        thumbnails: pictures of at most so many videos are put into the page.
+    """
+
+    def __init__(self, media_root: str | os.PathLike | None, page: Path, thumbnails: int):
+        self.root = None if media_root is None else Path(media_root).resolve()
+        self.page = page.resolve()
+        self.thumbnails = thumbnails
+        self.entries: list[dict[str, Any]] = []
+        self._numbers: dict[tuple[str, str], int] = {}
+
+    def add(self, kind: str, name: str) -> int:
+        """The number of a medium's entry. A subtitle is a file or the text itself."""
+        if (kind, name) not in self._numbers:
+            self._numbers[kind, name] = len(self.entries)
+            self.entries.append(self._entry(kind, name))
+        return self._numbers[kind, name]
+
+    def _entry(self, kind: str, name: str) -> dict[str, Any]:
+        if kind == "subtitle" and not name.lower().endswith(_SUBTITLES):
+            return {"kind": kind, "name": "subtitle text", "text": name[:_SHOWN]}
+        entry = {"kind": kind, "name": name}
+        path, why = self._find(name)
+        if path is None:
+            return entry | {"why": why}
+        entry["href"] = quote(os.path.relpath(path, self.page).replace(os.sep, "/"))
+        if kind == "subtitle":
+            with open(path, encoding="utf-8", errors="replace") as file:
+                entry["text"] = file.read(_SHOWN)
+        elif kind == "video" and self.thumbnails > 0:
+            self.thumbnails -= 1
+            picture = thumbnail(path)
+            if picture is not None:
+                entry["thumb"] = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+        return entry
+
+    def _find(self, name: str) -> tuple[Path | None, str | None]:
+        if urlsplit(name).scheme in ("http", "https", "ftp", "s3", "hf"):
+            return None, "a network address, which a report does not open"
+        if self.root is None:
+            return None, "its folder is not known; name it with --media-root"
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root):
+            return None, "outside of the media root"
+        return (path, None) if path.is_file() else (None, "not found at the time of the report")
+
+
+def thumbnail(path: str | os.PathLike, width: int = _WIDTH) -> bytes | None:
+    """A picture out of a video as JPEG; `None` where it cannot be decoded."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            if stream.duration and stream.time_base and stream.duration * stream.time_base > 4:
+                container.seek(int(stream.duration // 3), stream=stream)
+            frame = next(container.decode(stream))
+            height = max(1, round(frame.height * width / frame.width))
+            picture = frame.to_image(width=width, height=height)
+    except (av.FFmpegError, IndexError, StopIteration, ValueError, OSError):
+        return None
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=70)
+    return buffer.getvalue()
+
+
+def media_of(table: MediaTable, columns: dict[str, list], line: int) -> list[int]:
+    """Numbers of the media of a line."""
+    found = []
+    for kind in ("video", "audio", "subtitle"):
+        names: str | Sequence[str] | None = columns[kind][line] if kind in columns else None
+        names = [names] if isinstance(names, str) else names or []
+        found += [table.add(kind, name) for name in names]
+    return found

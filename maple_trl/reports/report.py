@@ -1,0 +1,239 @@
+"""A report on one run or two: the data, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maple_trl.evaluation.intervals import UndefinedMetricError
+from maple_trl.evaluation.report import as_json, write_atomically
+from maple_trl.evaluation.significance import compare_runs
+from maple_trl.reports.folders import ReportError, RunData, read_run
+from maple_trl.reports.media import MediaTable
+from maple_trl.reports.page import render
+from maple_trl.reports.projection import project
+from maple_trl.reports.rollouts import Rollouts, packed, rollouts_of
+from maple_trl.reports.sections import all_sections, missing, near_perfect
+from maple_trl.reports.series import TAGS, ends, series_of, thinned
+
+
+FORMAT = 1
+"""Version of what the JSON file holds."""
+MOST_ROLLOUTS = 100_000
+MOST_THUMBNAILS = 200
+
+
+def write_report(
+    runs: str | os.PathLike | Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    json_path: str | os.PathLike | None = None,
+    media_root: str | os.PathLike | None = None,
+    max_rollouts: int = MOST_ROLLOUTS,
+    thumbnails: int = MOST_THUMBNAILS,
+    embeddings: str | None = None,
+) -> Path:
+    """
+    Writes a report as one HTML file that needs no network.
+
+    Args:
+        runs: a folder, or two to compare: output folders of training jobs or of evaluations, finished or going on.
+        output: the HTML file. Links to media are relative to its folder.
+        json_path: a file for the same data as JSON.
+        media_root: the folder below which the media lie, where the run's own is not known or has moved.
+        max_rollouts: completions of a run in the report, at most; whole groups are left out evenly.
+        thumbnails: pictures of so many videos of a run are put into the page; others are loaded when they are played.
+        embeddings: a model whose hidden states place completions in the projection; without it, their wording does.
+
+    Returns:
+        `Path`: the HTML file.
+
+    Raises:
+        ReportError: when a folder holds no run, or there are none or more than two.
+        ImportError: without jinja2 or plotly, naming the extra that brings them.
+    """
+    folders = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
+    if not 1 <= len(folders) <= 2:
+        raise ReportError(f"a report is on one run or two, got {len(folders)}")
+    output = Path(output)
+    read = [read_run(folder) for folder in folders]
+    rollouts = [None if run.table is None else rollouts_of(run.table, run.kind, max_rollouts) for run in read]
+    data = report_data(read, rollouts, embeddings)
+    shown = []
+    for run, found in zip(read, rollouts, strict=True):
+        media = MediaTable(media_root or run.media_root, output.parent, thumbnails)
+        shown.append(None if found is None or not len(found) else packed(found, media))
+    write_atomically(output, render(data, shown))
+    if json_path is not None:
+        for run, found in zip(data["runs"], rollouts, strict=True):
+            run["rollouts"] |= {} if found is None else {"completions": _columns(found)}
+        write_atomically(json_path, json.dumps(as_json(data), ensure_ascii=False, allow_nan=False) + "\n")
+    return output
+
+
+def report_data(
+    runs: Sequence[RunData], rollouts: Sequence[Rollouts | None], embeddings: str | None = None
+) -> dict[str, Any]:
+    """What a report says of one run or two, but for the completions themselves, as JSON values."""
+    names = _distinct([run.name for run in runs])
+    projections = project(runs, rollouts, embeddings)
+    described = []
+    for run, name, found, projection in zip(runs, names, rollouts, projections, strict=True):
+        series = series_of(run.log)
+        curves, per_point = thinned(series)
+        described.append(
+            {
+                "name": name,
+                "folder": str(run.folder),
+                "kind": run.kind,
+                "finished": run.finished,
+                "updated": run.updated,
+                "notes": run.notes,
+                "facts": _facts(run, series, found),
+                "curves": {"source": run.log_source, "metrics": curves, "entries_per_point": per_point}
+                if curves
+                else missing("An evaluation has no training log." if run.kind == "evaluation" else _no_log(run)),
+                **all_sections(run, series, found),
+                "projection": projection,
+                "rollouts": _about_rollouts(run, found),
+            }
+        )
+    return as_json(
+        {
+            "format": FORMAT,
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "tags": TAGS,
+            "near_perfect": near_perfect(),
+            "runs": described,
+            "comparison": comparison(runs),
+        }
+    )
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=False)]
+
+
+def _no_log(run: RunData) -> str:
+    return f"{run.folder} holds neither metrics.jsonl nor a checkpoint with a log."
+
+
+def _about_rollouts(run: RunData, rollouts: Rollouts | None) -> dict[str, Any]:
+    if rollouts is None or not len(rollouts):
+        if run.kind == "evaluation":
+            return missing("No question has been answered yet.")
+        return missing("The run kept no completions: rollout_log_size of its trainer says how many it keeps.")
+    return {"count": len(rollouts), "total": rollouts.total, "groups": int(rollouts.groups[-1]) + 1}
+
+
+def _columns(rollouts: Rollouts) -> dict[str, list]:
+    columns = {name: values for name, values in rollouts.columns.items() if name != "rewards"}
+    if "rewards" in rollouts.columns:
+        columns["rewards"] = [dict(rewards or ()) for rewards in rollouts.columns["rewards"]]
+    return columns | {"group_number": rollouts.groups.tolist()}
+
+
+def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None) -> list[tuple[str, Any]]:
+    """What the overview says of a run: names and values."""
+    if run.kind == "evaluation":
+        return _evaluation_facts(run)
+    summary = run.summary or {}
+    facts: list[tuple[str, Any]] = [("model", summary.get("model")), ("data", summary.get("dataset"))]
+    steps = [step for steps, _ in series.values() for step in steps]
+    facts.append(("last step logged", max(steps) if steps else None))
+    for label, name in (
+        ("reward", "reward"),
+        ("seconds per step", "step_time"),
+        ("completion tokens", "completions/mean_length"),
+    ):
+        if name in series:
+            own, values = series[name]
+            early, late = ends(own)
+            first = np.mean([value for step, value in zip(own, values, strict=True) if step <= early])
+            last = np.mean([value for step, value in zip(own, values, strict=True) if step >= late])
+            facts.append((f"{label}, first → last fifth of the log", f"{first:.4g} → {last:.4g}"))
+    for name in ("before", "after"):
+        value = (summary.get(name) or {}).get("all")
+        facts.append((f"accuracy {name} training", None if value is None else f"{value:.3f}"))
+    facts.append(("seconds in all", summary.get("seconds")))
+    facts.append(("questions left out for their media", summary.get("unusable")))
+    facts.append(("completions kept", None if rollouts is None else rollouts.total))
+    return [(name, value) for name, value in facts if value is not None]
+
+
+def _evaluation_facts(run: RunData) -> list[tuple[str, Any]]:
+    result = run.result or {}
+    facts: list[tuple[str, Any]] = [
+        ("model", result.get("model", {}).get("name")),
+        ("adapter", (result.get("model", {}).get("adapter") or {}).get("name")),
+        ("data", result.get("data", {}).get("name")),
+        ("samples per question", result.get("asking", {}).get("samples")),
+    ]
+    for access, found in result.get("accesses", {}).items():
+        estimate = found["accuracy"].get("sample_mean")
+        text = None if estimate is None else _interval(estimate)
+        counts = found["counts"]
+        text = f"{text or 'undefined'}; {counts['scored']} of {counts['questions']} questions scored"
+        facts.append((f"accuracy, access {access}", text))
+    facts.append(("seconds", (run.summary or {}).get("seconds")))
+    return [(name, value) for name, value in facts if value is not None]
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    if estimate.get("low") is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+# Two evaluations
+
+
+def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
+    """
+    Paired comparison of two evaluations, by access, over the questions that both have scored.
+
+    A question is the row with the same id and the same tag; `left_out` counts those that only one run has scored.
+    """
+    if len(runs) < 2:
+        return missing("There is one run.")
+    if not all(run.kind == "evaluation" and run.table is not None for run in runs):
+        return missing(
+            "A paired test needs two evaluations: the completions of training runs are not of the same questions."
+        )
+    first, second = (_question_scores(run) for run in runs)
+    found = {}
+    for access in [access for access in runs[0].accesses if access in first and access in second]:
+        both = [key for key in first[access] if key in second[access]]
+        scores = [[run[access][key] for key in both] for run in (first, second)]
+        try:
+            result = compare_runs(*scores, strata=[key[1] or "" for key in both], resamples=2000)
+        except UndefinedMetricError:
+            found[access] = missing("The runs have scored no question in common.")
+            continue
+        names = ("difference", "low", "high", "p_value", "test", "better", "worse", "count")
+        left_out = len(first[access]) + len(second[access]) - 2 * len(both)
+        found[access] = {name: getattr(result, name) for name in names} | {"left_out": left_out}
+    if not found:
+        return missing("The evaluations have no access in common.")
+    data = [(run.result or {}).get("data", {}).get("sha256") for run in runs]
+    return {"accesses": found, "same_data": data[0] == data[1]}
+
+
+def _question_scores(run: RunData) -> dict[str, dict[tuple, float]]:
+    """Mean score of each question by access, id (where rows have none, the row) and tag."""
+    sums: dict[str, dict[tuple, list[float]]] = {}
+    columns = [run.table[name].to_pylist() for name in ("access", "id", "row", "tag", "score")]
+    for access, name, row, tag, score in zip(*columns, strict=True):
+        if score is not None:
+            sums.setdefault(access, {}).setdefault((name if name else row, tag), []).append(score)
+    return {
+        access: {key: sum(scores) / len(scores) for key, scores in questions.items()}
+        for access, questions in sums.items()
+    }

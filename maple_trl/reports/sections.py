@@ -1,0 +1,316 @@
+"""The parts of a report, as JSON values. A part for which a run has no data is `{"missing": why}`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from maple_trl.algorithms.difficulty import tag_difficulty
+from maple_trl.evaluation.gaps import tag_disparity
+from maple_trl.evaluation.plots import signal_profile
+from maple_trl.reports.folders import RunData
+from maple_trl.reports.rollouts import Rollouts
+from maple_trl.reports.series import TAGS, Series, ends, metrics_by_tag, rounded
+
+
+BINS = 50
+"""Bins of the histograms of rewards, as many as MAPLE's difficulty has."""
+COLUMNS = 120
+"""Columns of the map of tags over steps, at most."""
+
+Section = dict[str, Any]
+
+
+def missing(why: str) -> Section:
+    return {"missing": why}
+
+
+def near_perfect() -> dict[str, list[float]]:
+    """
+    Share of each bin under Beta(100, 1), the rewards of a tag that is nearly solved (MAPLE, arXiv 2602.11596, 4.2).
+
+    The distribution function is x^100, so that nothing is approximated.
+    """
+    borders = np.linspace(0, 1, BINS + 1)
+    return {"reward": rounded((borders[:-1] + borders[1:]) / 2), "share": rounded(np.diff(borders**100))}
+
+
+def all_sections(run: RunData, series: Series, rollouts: Rollouts | None) -> dict[str, Section]:
+    """Every part of a run but its curves, its projection and its completions."""
+    made: dict[str, Callable[[], Section]] = {
+        "rewards": lambda: reward_section(run, rollouts),
+        "weights": lambda: weights_section(run, series),
+        "curriculum": lambda: curriculum_section(run, series, rollouts),
+        "disparity": lambda: disparity_section(run, series),
+        "positions": lambda: positions_section(run),
+        "replay": lambda: replay_section(run, series),
+        "ratios": lambda: ratios_section(run, series),
+        "accuracy": lambda: accuracy_section(run),
+    }
+    return {name: make() for name, make in made.items()}
+
+
+# Rewards
+
+
+def reward_section(run: RunData, rollouts: Rollouts | None) -> Section:
+    """
+    Histograms of the task reward by tag, with the difficulty of the tag: of the first and the last fifth of the steps
+    at which the tag was trained; of an evaluation, of all completions under its first access.
+    """
+    if rollouts is None or not len(rollouts):
+        return missing(_no_rollouts(run))
+    what, values = task_rewards(rollouts)
+    given = [value for value in values if value is not None]
+    if not given:
+        return missing("No completion has a reward.")
+    if min(given) < 0 or max(given) > 1:
+        return missing(
+            f"Beta(100, 1) is a distribution over [0, 1], but {what} goes from {min(given):g} to {max(given):g}."
+        )
+    found: dict[str, dict[str, Section]] = {}
+    for tag, own in lines_by_tag(rollouts).items():
+        own = [line for line in own if values[line] is not None]
+        phases = {name: lines for name, lines in _phases(run, rollouts, own).items() if lines}
+        if phases:
+            steps = rollouts.get("step")
+            found[tag] = {
+                name: _histogram([values[line] for line in lines])
+                | ({} if steps[lines[0]] is None else {"steps": [steps[lines[0]], steps[lines[-1]]]})
+                for name, lines in phases.items()
+            }
+    if not found:
+        return missing("The completions have no tags.")
+    return {"reward": what, "bins": BINS, "tags": found}
+
+
+def lines_by_tag(rollouts: Rollouts) -> dict[str, list[int]]:
+    """Numbers of the fresh completions of each tag, in canonical order."""
+    found: dict[str, list[int]] = {tag: [] for tag in TAGS}
+    for line, (tag, replayed) in enumerate(zip(rollouts.get("tag"), rollouts.get("replayed"), strict=True)):
+        if tag in found and not replayed:
+            found[tag].append(line)
+    return {tag: lines for tag, lines in found.items() if lines}
+
+
+def _phases(run: RunData, rollouts: Rollouts, lines: list[int]) -> dict[str, list[int]]:
+    if run.kind == "evaluation":
+        accesses, first = rollouts.get("access"), run.accesses[0]
+        return {f"access {first}": [line for line in lines if accesses[line] == first]}
+    steps = rollouts.get("step")
+    if not lines:
+        return {}
+    early, late = ends([steps[line] for line in lines])
+    return {
+        "first fifth": [line for line in lines if steps[line] <= early],
+        "last fifth": [line for line in lines if steps[line] >= late],
+    }
+
+
+def task_rewards(rollouts: Rollouts) -> tuple[str, list[float | None]]:
+    """The reward that says whether a task was solved: `accuracy_reward` where there is one, else the weighted sum."""
+    named = [dict(rewards or ()) for rewards in rollouts.get("rewards")]
+    if any("accuracy_reward" in rewards for rewards in named):
+        return "accuracy_reward", [rewards.get("accuracy_reward") for rewards in named]
+    return ("the score" if "access" in rollouts.columns else "the weighted sum of rewards"), rollouts.get("reward")
+
+
+def _histogram(values: list[float]) -> Section:
+    positions = np.minimum((np.asarray(values) * BINS + 1e-4).astype(int), BINS - 1)
+    return {
+        "count": len(values),
+        "mean": math.fsum(values) / len(values),
+        "share": rounded(np.bincount(positions, minlength=BINS) / len(values)),
+        "kl_binary": tag_difficulty(values, "binary"),
+        "kl_continuous": tag_difficulty(values, "continuous"),
+    }
+
+
+# Weights and curriculum
+
+
+def weights_section(run: RunData, series: Series) -> Section:
+    """Names of the curves of each tag's weight, priority and difficulty."""
+    found = {
+        name: {tag: f"tag/{tag}/{name}" for tag in metrics_by_tag(series, name)}
+        for name in ("weight", "priority", "kl")
+    }
+    found = {name: curves for name, curves in found.items() if curves}
+    if found:
+        return found
+    if run.kind == "evaluation":
+        return missing("An evaluation has no weights.")
+    return missing(
+        "The log has no weights, priorities or difficulties of tags: MAPOTrainer logs them with tag_weights or "
+        "curriculum 'adaptive', or where task_reward names a reward."
+    )
+
+
+def curriculum_section(run: RunData, series: Series, rollouts: Rollouts | None) -> Section:
+    """Which tags were trained when: the share of each tag among the completions of a step."""
+    if run.kind == "evaluation":
+        return missing("An evaluation has no curriculum.")
+    if rollouts is not None and any(tag in TAGS for tag in rollouts.get("tag")):
+        steps, tags = rollouts.get("step"), rollouts.get("tag")
+        source = "completions kept in rollouts/"
+    else:
+        curves = metrics_by_tag(series, "reward")
+        if not curves:
+            return missing("Neither completions nor a log by tag say which tags were trained when.")
+        steps = [step for tag in curves for step in curves[tag][0]]
+        tags = [tag for tag in curves for _ in curves[tag][0]]
+        source = "log entries in which the tag has a reward"
+    known = sorted(set(steps))
+    size = -(-len(known) // COLUMNS)
+    column = {step: i // size for i, step in enumerate(known)}
+    counts = np.zeros((len(TAGS), -(-len(known) // size)))
+    for step, tag in zip(steps, tags, strict=True):
+        if tag in TAGS:
+            counts[TAGS.index(tag), column[step]] += 1
+    total = counts.sum(axis=0)
+    shares = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
+    rows = [i for i in range(len(TAGS)) if counts[i].any()]
+    return {
+        "source": source,
+        "step": known[::size],
+        "tags": [TAGS[i] for i in rows],
+        "share": [rounded(shares[i], 4) for i in rows],
+    }
+
+
+# Disparity
+
+
+def disparity_section(run: RunData, series: Series) -> Section:
+    """|accuracy of a tag - accuracy of another|, for each state of the model or each access."""
+    if run.kind == "evaluation":
+        panels = [
+            _panel(f"access {access}", {t: e["value"] for t, e in found["accuracy"].get("per_tag", {}).items()})
+            for access, found in (run.result or {}).get("accesses", {}).items()
+        ]
+        source = "pass@1 of the evaluation"
+    elif run.summary is not None and run.summary.get("before") and run.summary.get("after"):
+        panels = [_panel(f"{name} training", run.summary[name]) for name in ("before", "after")]
+        source = "sampled accuracy before and after training (summary.json)"
+    else:
+        curves = metrics_by_tag(series, "accuracy") or metrics_by_tag(series, "rewards/accuracy_reward")
+        if not curves:
+            return missing(
+                "There are no accuracies by tag: set evaluate_before_after, train with accuracy_reward on rows with "
+                "tags, or name the folders of two evaluations."
+            )
+        both: dict[str, dict[str, float]] = {"first fifth": {}, "last fifth": {}}
+        for tag, (steps, values) in curves.items():
+            early, late = ends(steps)
+            by_step = list(zip(steps, values, strict=True))
+            both["first fifth"][tag] = float(np.mean([value for step, value in by_step if step <= early]))
+            both["last fifth"][tag] = float(np.mean([value for step, value in by_step if step >= late]))
+        panels = [_panel(title, means) for title, means in both.items()]
+        source = "accuracy of the completions that were trained on, first and last fifth of each tag's log entries"
+    panels = [panel for panel in panels if panel is not None]
+    return {"source": source, "panels": panels} if panels else missing("No question with a tag has been scored.")
+
+
+def _panel(title: str, accuracy: Mapping[str, float | None]) -> Section | None:
+    known = {tag: float(accuracy[tag]) for tag in TAGS if accuracy.get(tag) is not None}
+    if not known:
+        return None
+    matrix = tag_disparity(known)
+    return {"title": title, "accuracy": known, "matrix": [rounded(row) for row in matrix]}
+
+
+# Positions, replay, ratios
+
+
+def positions_section(run: RunData) -> Section:
+    """The size of the training signal over positions in a completion, of all steps and of both ends of the log."""
+    log = [entry for entry in run.log if "loss_profile/0" in entry]
+    if not log:
+        return missing("The log has no loss_profile: AvatarTrainer writes it.")
+    early, late = ends([entry["step"] for entry in log])
+    phases = {
+        "all steps": log,
+        f"steps up to {early:g}": [entry for entry in log if entry["step"] <= early],
+        f"from step {late:g}": [entry for entry in log if entry["step"] >= late],
+    }
+    profiles = {name: rounded(profile) for name, part in phases.items() if (profile := signal_profile(part))}
+    if not profiles:
+        return missing("Every loss_profile in the log is 0.")
+    points = len(next(iter(profiles.values())))
+    return {"position": rounded([i / (points - 1) for i in range(points)]), "profiles": profiles}
+
+
+def replay_section(run: RunData, series: Series) -> Section:
+    """Names of the curves of the replay buffer's tiers and ages, and of what it serves."""
+    if "replay/size" not in series:
+        return missing("The log has no replay buffer: AvatarTrainer has one with replayed_generations above 0.")
+    names = {
+        "tiers": ["replay/size/easy", "replay/size/medium", "replay/size/hard"],
+        "ages": ["replay/age_mean", "replay/age_max"],
+        "shares": [
+            "replay/share",
+            "replay/hit_rate",
+            "replay/of_other_prompts",
+            "replay/zero_variance_fresh",
+            "replay/zero_variance_mixed",
+            "hint/rate",
+        ],
+    }
+    return {part: [name for name in curves if name in series] for part, curves in names.items()}
+
+
+def ratios_section(run: RunData, series: Series) -> Section:
+    """Names of the curves of the quantiles of importance ratios."""
+    names = [f"replay/ratio_{name}" for name in ("p05", "p50", "p95", "max")]
+    names = [name for name in names if name in series]
+    if not names:
+        return missing("The log has no importance ratios: AvatarTrainer logs those of replayed tokens.")
+    return {"quantiles": names, "effective": [name for name in ["replay/effective_share"] if name in series]}
+
+
+# Evaluations
+
+
+def accuracy_section(run: RunData) -> Section:
+    """Accuracies with intervals, gaps and counts by access, and what decides them."""
+    if run.kind == "evaluation" and run.result is not None:
+        return {
+            name: run.result.get(name)
+            for name in ("accesses", "fusion_gain", "errors", "confidence", "left_out")
+            if name in run.result
+        } | {"decided_by": decided_by(run.result)}
+    before_after = {name: (run.summary or {}).get(name) for name in ("before", "after", "questions")}
+    if before_after["before"] and before_after["after"]:
+        return before_after
+    if run.kind == "evaluation":
+        return missing("No question has been answered yet.")
+    return missing(
+        "No accuracy was measured before and after training: set evaluate_before_after; a run that is going on writes "
+        "summary.json at its end."
+    )
+
+
+def decided_by(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What decides an evaluation's numbers, as names and values."""
+    parts = "model data prompt media asking generation scoring device versions".split()
+    found: list[tuple[str, str]] = []
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                add(f"{name}.{key}", item)
+        elif value is not None:
+            found.append((name, str(value)))
+
+    for part in parts:
+        add(part, result.get(part))
+    return found
+
+
+def _no_rollouts(run: RunData) -> str:
+    if run.kind == "evaluation":
+        return "No question has been answered yet."
+    return "The run kept no completions: its trainer writes them to rollouts/ while rollout_log_size is above 0."

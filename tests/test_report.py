@@ -1,0 +1,492 @@
+"""`maple-trl report`: its data from runs that ended, go on or broke off, and what it refuses."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from maple_trl import cli
+from maple_trl.reports import ReportError, write_report
+from maple_trl.reports.projection import principal_components, text_vectors, write_embeddings
+from maple_trl.reports.rollout_files import write_rollout
+from maple_trl.reports.rollouts import rollouts_of
+from maple_trl.reports.sections import near_perfect
+from maple_trl.reports.series import series_of, thinned
+
+
+TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
+ROOT = Path(__file__).resolve().parents[1]
+EVAL = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
+EVAL += ["--data", "builtin:seven-tags", "--limit", "12", "--samples", "2", "--quiet"]
+
+
+def write_log(folder, entries, tail=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + tail)
+
+
+def line(step, tag, group, text, reward, **others):
+    return {
+        "rollout": step,
+        "step": step,
+        "group": f"g{group}",
+        "row": group,
+        "id": f"row-{group}",
+        "tag": tag,
+        "prompt": f"user: question {group}",
+        "completion": text,
+        "solution": "A",
+        "rewards": {"accuracy_reward": reward},
+        "reward": reward,
+        "advantage": 0.0,
+        "tokens": 3,
+        "replayed": False,
+        "hinted": False,
+    } | others
+
+
+def training_run(folder, steps=10, finished=True):
+    """A small run by hand: tag V gets better from 0 to 1, tag A stays at one half."""
+    entries = []
+    (folder / "rollouts").mkdir(parents=True)
+    for step in range(steps):
+        entries.append(
+            {"loss": 0.1, "reward": 0.5, "tag/V/reward": step / 10, "tag/V/accuracy": step / 10, "step": step + 1}
+        )
+        entries[-1] |= {"tag/A/accuracy": 0.5}
+        good = float(step >= steps // 2)
+        lines = [line(step, "V", 0, f"sees {i}", good) for i in range(4)]
+        lines += [line(step, "A", 1, f"hears {i}", float(i % 2)) for i in range(4)]
+        write_rollout(folder / "rollouts", step, lines, str(folder))
+    if finished:
+        entries.append({"train_runtime": 3.0, "step": steps})
+    write_log(folder, entries)
+    return folder
+
+
+def report(tmp_path, *folders, **options):
+    """The JSON data of a report."""
+    write_report(folders, tmp_path / "report.html", tmp_path / "report.json", **options)
+    return json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+# Training runs
+
+
+def test_what_a_run_is_said_to_be(tmp_path):
+    (found,) = report(tmp_path, training_run(tmp_path / "run"))["runs"]
+    assert found["name"] == "run" and found["kind"] == "training" and found["finished"] is True
+    assert ["last step logged", 10] in found["facts"] and ["completions kept", 80] in found["facts"]
+    assert found["curves"]["metrics"]["tag/V/reward"] == {
+        "step": [float(step) for step in range(1, 11)],
+        "value": [step / 10 for step in range(10)],
+    }
+
+
+def test_rewards_are_held_against_a_nearly_perfect_tag(tmp_path):
+    """Difficulties against closed forms: a share p of right answers, and Beta(100, 1) whose distribution is x^100."""
+    data = report(tmp_path, training_run(tmp_path / "run"))
+    (found,) = data["runs"]
+    tags = found["rewards"]["tags"]
+    assert list(tags) == ["V", "A"] and found["rewards"]["reward"] == "accuracy_reward"
+    assert tags["V"]["first fifth"]["mean"] == 0 and tags["V"]["last fifth"]["mean"] == 1
+    assert tags["V"]["first fifth"]["steps"] == [0, 1] and tags["V"]["last fifth"]["steps"] == [8, 9]
+    assert tags["A"]["first fifth"]["count"] == 8
+    p, near = 0.5, 100 / 101
+    expected = p * math.log(p / near) + (1 - p) * math.log((1 - p) / (1 - near))
+    assert tags["A"]["last fifth"]["kl_binary"] == pytest.approx(expected)
+    assert tags["A"]["last fifth"]["share"] == [0.5] + [0.0] * 48 + [0.5]
+    assert sum(data["near_perfect"]["share"]) == pytest.approx(1)
+    draws = np.random.default_rng(0).beta(100, 1, 200_000)
+    assert near_perfect()["share"][-1] == pytest.approx((draws >= 0.98).mean(), abs=3e-3)
+
+
+def test_disparity_before_and_after(tmp_path):
+    folder = training_run(tmp_path / "run")
+    (live,) = report(tmp_path, folder)["runs"]
+    # Without a summary: the accuracies of the first and the last fifth of the log.
+    first, last = live["disparity"]["panels"]
+    assert first["accuracy"] == pytest.approx({"V": 0.05, "A": 0.5}) and first["matrix"][0][1] == pytest.approx(0.45)
+    assert last["matrix"][1][0] == pytest.approx(0.35) and last["matrix"][0][2] is None
+    before, after = ({"V": 0.2, "A": 0.7, "all": 0.4}, {"V": 0.6, "A": 0.7, "all": 0.6})
+    (folder / "summary.json").write_text(json.dumps({"before": before, "after": after}))
+    (found,) = report(tmp_path, folder)["runs"]
+    assert [panel["title"] for panel in found["disparity"]["panels"]] == ["before training", "after training"]
+    assert [panel["matrix"][0][1] for panel in found["disparity"]["panels"]] == pytest.approx([0.5, 0.1])
+
+
+def test_the_curriculum_is_read_from_completions(tmp_path):
+    (found,) = report(tmp_path, training_run(tmp_path / "run"))["runs"]
+    assert found["curriculum"]["tags"] == ["V", "A"] and found["curriculum"]["step"] == list(range(10))
+    assert found["curriculum"]["share"] == [[0.5] * 10] * 2
+
+
+def test_a_part_without_data_says_so(tmp_path):
+    write_log(tmp_path / "bare", [{"loss": 1.0, "step": 1}])
+    (found,) = report(tmp_path, tmp_path / "bare")["runs"]
+    why = {name: part["missing"] for name, part in found.items() if isinstance(part, dict) and "missing" in part}
+    assert set(why) == set(
+        "rewards weights curriculum disparity positions replay ratios accuracy projection rollouts".split()
+    )
+    assert "rollout_log_size" in why["rollouts"] and "loss_profile" in why["positions"]
+    assert "AvatarTrainer" in why["replay"] and "evaluate_before_after" in why["accuracy"]
+    # Negative control: a run with completions lacks neither them nor their rewards.
+    (other,) = report(tmp_path, training_run(tmp_path / "run"))["runs"]
+    assert not {"rewards", "rollouts", "projection", "curriculum", "disparity"} & {
+        name for name, part in other.items() if isinstance(part, dict) and "missing" in part
+    }
+
+
+def test_rewards_outside_of_the_unit_interval_are_not_compared(tmp_path):
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    lines = [line(0, "V", 0, "x", 3.0, rewards={"length": 3.0}) for _ in range(4)]
+    write_rollout(tmp_path / "run" / "rollouts", 0, lines, ".")
+    (found,) = report(tmp_path, tmp_path / "run")["runs"]
+    assert found["rewards"]["missing"].startswith("Beta(100, 1) is a distribution over [0, 1]")
+    assert "goes from 3 to 3" in found["rewards"]["missing"]
+
+
+# Runs that are going on
+
+
+def test_a_run_that_is_going_on(tmp_path):
+    folder = training_run(tmp_path / "run", finished=False)
+    (folder / "summary.json").write_text(json.dumps({"before": {"V": 0.0}, "after": {"V": 1.0}}))  # of an earlier run
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"loss": 0.2, "st')
+    (folder / "rollouts" / ".00000010.parquet.77.partial").write_bytes(b"half")
+    (folder / "rollouts" / "00000011.parquet").write_bytes(b"damaged")
+    (found,) = report(tmp_path, folder)["runs"]
+    assert found["finished"] is False and found["rollouts"]["count"] == 80
+    assert found["notes"] == ["1 files of rollouts cannot be read and are left out: 00000011.parquet"]
+    assert found["disparity"]["panels"][0]["title"] == "first fifth"
+    assert max(found["curves"]["metrics"]["loss"]["step"]) == 10
+    assert "is not finished" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_log_of_a_checkpoint_stands_in(tmp_path):
+    """A trainer without the live log leaves its log in checkpoints: the newest one counts."""
+    for step in (2, 10):
+        state = {"log_history": [{"loss": 1.0, "step": i} for i in range(1, step + 1)]}
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "run" / "checkpoint-12").mkdir()  # being written
+    (found,) = report(tmp_path, tmp_path / "run")["runs"]
+    assert found["curves"]["source"] == "checkpoint-10/trainer_state.json"
+    assert len(found["curves"]["metrics"]["loss"]["step"]) == 10
+    # An older file of a run before it does not hide it, a newer one does.
+    write_log(tmp_path / "run", [{"loss": 1.0, "step": 1}])
+    os.utime(tmp_path / "run" / "metrics.jsonl", (1, 1))
+    assert report(tmp_path, tmp_path / "run")["runs"][0]["curves"]["source"].startswith("checkpoint-10")
+    write_log(tmp_path / "run", [{"loss": 1.0, "step": 1}])
+    os.utime(tmp_path / "run" / "checkpoint-10" / "trainer_state.json", (1, 1))
+    os.utime(tmp_path / "run" / "checkpoint-2" / "trainer_state.json", (1, 1))
+    assert report(tmp_path, tmp_path / "run")["runs"][0]["curves"]["source"] == "metrics.jsonl"
+
+
+def test_long_curves_are_thinned_by_means():
+    log = [{"step": step, "loss": float(step), "bad": math.nan, "flag": True} for step in range(2500)]
+    curves, per_point = thinned(series_of(log))
+    assert set(curves) == {"loss"} and per_point == 3 and len(curves["loss"]["step"]) == 834
+    assert curves["loss"]["value"][:2] == [1.0, 4.0] and curves["loss"]["value"][-1] == 2499.0
+
+
+# Evaluations
+
+
+@pytest.fixture(scope="module")
+def evaluations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluations")
+    for name, seed in (("first", 0), ("second", 1)):
+        words = [*EVAL, "--access", "required,all", "--seed", str(seed), "--output", str(folder / name)]
+        assert cli.main(["eval", *words]) == 0
+    return folder
+
+
+def test_two_evaluations_are_compared_question_by_question(evaluations, tmp_path):
+    data = report(tmp_path, evaluations / "first", evaluations / "second")
+    rows = [pq.read_table(evaluations / name / "rows.parquet").to_pylist() for name in ("first", "second")]
+    for access in ("required", "all"):
+        means = []
+        for lines in rows:
+            scores = {}
+            for entry in lines:
+                if entry["access"] == access:
+                    scores.setdefault(entry["id"], []).append(entry["score"])
+            means.append({name: sum(values) / len(values) for name, values in scores.items()})
+        first, second = means
+        found = data["comparison"]["accesses"][access]
+        assert found["count"] == 12 and found["left_out"] == 0
+        assert found["difference"] == pytest.approx(sum(second[name] - first[name] for name in first) / 12)
+        assert found["better"] == sum(second[name] > first[name] for name in first)
+        assert found["low"] <= found["difference"] <= found["high"] and 0 < found["p_value"] <= 1
+    assert list(data["comparison"]["accesses"]) == ["required", "all"] and data["comparison"]["same_data"]
+    for run, name in zip(data["runs"], ("first", "second"), strict=True):
+        result = json.loads((evaluations / name / "result.json").read_text())
+        assert run["accuracy"]["accesses"] == result["accesses"]
+        assert ["asking.seed", str(int(name == "second"))] in run["accuracy"]["decided_by"]
+        assert run["rollouts"]["count"] == 48 and len(run["rollouts"]["completions"]["completion"]) == 48
+        assert set(run["projection"]["tag"]) <= set(TAGS)
+
+
+def test_an_evaluation_that_is_going_on(evaluations, tmp_path):
+    """Batches that are done are counted as `result.json` counts them in the end."""
+    live = tmp_path / "live"
+    (live / "batches").mkdir(parents=True)
+    shutil.copy(evaluations / "first" / "evaluation.json", live)
+    whole = pq.read_table(evaluations / "first" / "rows.parquet")
+    pq.write_table(whole, live / "batches" / "00000.parquet")
+    (found,) = report(tmp_path, live)["runs"]
+    assert found["finished"] is False and "not finished" in found["notes"][0]
+    result = json.loads((evaluations / "first" / "result.json").read_text())
+    assert found["accuracy"]["accesses"] == result["accesses"]
+    pq.write_table(whole.slice(0, 8), live / "batches" / "00000.parquet")
+    (less,) = report(tmp_path, live)["runs"]
+    assert less["rollouts"]["count"] == 8
+
+
+def test_a_training_run_beside_an_evaluation(evaluations, tmp_path):
+    data = report(tmp_path, training_run(tmp_path / "run"), evaluations / "first")
+    assert "two evaluations" in data["comparison"]["missing"]
+    assert [run["kind"] for run in data["runs"]] == ["training", "evaluation"]
+
+
+# Completions
+
+
+def test_groups_stay_whole_when_there_are_too_many(tmp_path):
+    training_run(tmp_path / "run", steps=50)
+    data = report(tmp_path, tmp_path / "run", max_rollouts=100)
+    found = data["runs"][0]["rollouts"]
+    assert found["total"] == 400 and found["count"] == 100 and found["groups"] == 25
+    columns = found["completions"]
+    assert set(np.bincount(columns["group_number"]).tolist()) == {4}
+    assert min(columns["step"]) == 0 and max(columns["step"]) == 49
+
+
+def test_replayed_completions_join_their_group():
+    """They are written behind all fresh ones."""
+    lines = [line(0, "V", group, f"{group}", 1.0) for group in (0, 1, 0)]
+    lines[2] |= {"replayed": True, "completion": "replayed"}
+    rollouts = rollouts_of(pa.Table.from_pylist(lines), "training", 100)
+    assert rollouts.groups.tolist() == [0, 0, 1] and rollouts.columns["completion"] == ["0", "replayed", "1"]
+
+
+def test_media_are_linked_only_below_their_root(tmp_path):
+    """Addresses of a network, files outside and missing ones are named, not linked to."""
+    from maple_trl.data import default_folder, load_seven_tags
+
+    clip = load_seven_tags()["test"][0]["video"]
+    root = tmp_path / "media root"
+    (root / "train").mkdir(parents=True)
+    shutil.copy(default_folder() / clip, root / "train" / "a #1.mp4")
+    (tmp_path / "secret.mp4").write_bytes(b"x")
+    os.symlink(tmp_path / "secret.mp4", root / "link.mp4")
+    (root / "words.srt").write_text("<b>dog</b>")
+    from maple_trl.reports.media import MediaTable
+
+    table = MediaTable(root, tmp_path / "page", thumbnails=1)
+    for kind, name in [
+        ("video", "train/a #1.mp4"),
+        ("video", "https://example.org/a.mp4"),
+        ("video", "../secret.mp4"),
+        ("video", "link.mp4"),
+        ("audio", "missing.wav"),
+        ("subtitle", "words.srt"),
+        ("subtitle", "said <script>"),
+    ]:
+        table.add(kind, name)
+    good, address, outside, link, gone, file, text = table.entries
+    assert good["href"] == "../media%20root/train/a%20%231.mp4"
+    assert good["thumb"].startswith("data:image/jpeg;base64,") and len(good["thumb"]) < 20_000
+    assert "href" not in address and "network" in address["why"]
+    assert "href" not in outside and outside["why"] == link["why"] == "outside of the media root"
+    assert gone["why"].startswith("not found")
+    assert file["text"] == "<b>dog</b>" and text["text"] == "said <script>" and "href" not in text
+    assert table.add("video", "train/a #1.mp4") == 0 and len(table.entries) == 7
+    unknown = MediaTable(None, tmp_path, 1)
+    unknown.add("video", "a.mp4")
+    assert "--media-root" in unknown.entries[0]["why"]
+
+
+# Projection
+
+
+@given(arrays(np.float64, st.tuples(st.integers(3, 12), st.integers(1, 6)), elements=st.integers(-5, 5).map(float)))
+def test_projection_is_that_of_the_singular_values(vectors):
+    points, explained = principal_components(vectors)
+    centred = vectors - vectors.mean(axis=0)
+    values = np.linalg.svd(centred, compute_uv=False)
+    total = (values**2).sum()
+    expected = np.zeros(2)
+    expected[: min(2, len(values))] = (values**2 / total if total > 1e-12 else values * 0)[:2]
+    assert explained == pytest.approx(expected, abs=1e-8)
+    assert (points**2).sum(axis=0) == pytest.approx(expected * total, abs=1e-6)
+
+
+def test_wording_is_what_text_vectors_show():
+    parts = text_vectors([["the red circle", "the red circle!"], ["a low tone"]])
+    same, other = (float(parts[0][0] @ vector) for vector in (parts[0][1], parts[1][0]))
+    assert same > 0.8 > 0.2 > other
+    assert np.linalg.norm(np.concatenate(parts), axis=1) == pytest.approx(1)
+
+
+def test_vectors_of_a_file_are_drawn_instead(tmp_path):
+    folder = training_run(tmp_path / "run")
+    (plain,) = report(tmp_path, folder)["runs"]
+    assert "wording" in plain["projection"]["method"]
+    embeddings = np.eye(4)[[0, 0, 1, 1]] + 0.1
+    write_embeddings(folder, embeddings, ["V", "V", "A", "A"], ["a", "b", "c", "d"])
+    (found,) = report(tmp_path, folder)["runs"]
+    assert found["projection"]["method"] == "vectors of embeddings.parquet"
+    x = found["projection"]["x"]
+    assert x[0] == x[1] and x[2] == x[3] and x[0] == pytest.approx(-x[2], abs=1e-3)
+    assert found["projection"]["explained"][0] == pytest.approx(1)
+    assert found["projection"]["spread"]["dispersion"] == pytest.approx(0, abs=1e-9)
+
+
+def test_hidden_states_are_means_over_tokens(tmp_path):
+    """Against one text at a time, without padding, and through the command."""
+    import torch
+
+    from maple_trl.omni.loading import load_model, load_processor
+    from maple_trl.reports.hidden_states import mean_hidden_states
+
+    texts = ["red circle", "", "a much longer text about a blue circle <answer>A</answer>"]
+    found = mean_hidden_states("builtin:tiny-omni", texts, batch_size=3)
+    model, tokenizer = load_model("builtin:tiny-omni").eval(), load_processor("builtin:tiny-omni").tokenizer
+    for text, row in zip(texts, found, strict=True):
+        ids = torch.tensor([tokenizer.encode(text or " ", add_special_tokens=False)])
+        with torch.no_grad():
+            alone = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0].double().mean(dim=0)
+        assert row == pytest.approx(alone.numpy(), abs=1e-4)
+    folder = training_run(tmp_path / "run")
+    words = ["report", str(folder), "--embeddings", "builtin:tiny-omni", "--json", str(tmp_path / "data.json")]
+    assert cli.main(words) == 0
+    (run,) = json.loads((tmp_path / "data.json").read_text())["runs"]
+    assert "hidden states of builtin:tiny-omni" in run["projection"]["method"]
+
+
+# The page as text
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.scripts, self.links, self.tags = 0, [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "data", "action", "poster")]
+
+
+def test_nothing_is_loaded_and_nothing_of_a_run_is_markup(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    folder = tmp_path / "run<b>"
+    (folder / "rollouts").mkdir(parents=True)
+    rewards = {f"r{evil}": 1.0}
+    lines = [line(0, "V", 0, evil, 1.0, prompt=evil, solution=evil, id=evil, rewards=rewards, subtitle=evil)]
+    write_rollout(folder / "rollouts", 0, lines, ".")
+    write_log(folder, [{f"rewards/{evil}/mean": 1.0, "step": 1}])
+    write_report(folder, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert (
+        evil not in text and "<script>alert" not in text and "<img" not in text.split("<body>")[1].split("<script")[0]
+    )
+    assert "img" not in page.tags and page.tags.count("b") == 0
+    assert all(link.startswith("#") for link in page.links), page.links
+    # Two that run, two of data, one of a chunk of completions.
+    assert page.tags.count("script") == 5 and "connect-src" not in text and "default-src 'none'" in text
+
+
+def test_colours_of_tags_stand_out_from_the_page():
+    """Against white each colour has the contrast of 3:1 that WCAG asks of graphics."""
+    text = (ROOT / "maple_trl" / "assets" / "report" / "data.js").read_text()
+    colors = dict(re.findall(r'(\w+): \{ color: "#([0-9a-f]{6})", symbol', text))
+    assert set(colors) == {*TAGS, "all"} and len(set(colors.values())) == 8
+    for color in colors.values():
+        parts = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert 1.05 / (luminance + 0.05) >= 3 - 0.05, color
+
+
+# The command
+
+
+def test_the_command(tmp_path, capsys):
+    folder = training_run(tmp_path / "run")
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report.html").stat().st_size > 1e6
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    other = [
+        "report",
+        str(folder),
+        str(folder),
+        "--output",
+        str(tmp_path / "two.html"),
+        "--json",
+        str(tmp_path / "two.json"),
+    ]
+    assert cli.main(other) == 0
+    assert [run["name"] for run in json.loads((tmp_path / "two.json").read_text())["runs"]] == ["run (A)", "run (B)"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["nowhere"], "there is no folder"),
+        (["parent"], r"holds no run: neither metrics.jsonl.*Folders in it that do: run"),
+        (["parent/run", "parent/run", "parent/run"], "one run or two, got 3"),
+        (["parent/run", "--output", "parent"], "parent is a folder; name a file in it"),
+        (["parent/run", "--max-rollouts", "0"], "--max-rollouts must be 1 or more, got 0"),
+    ],
+)
+def test_a_wrong_command_says_why(tmp_path, monkeypatch, capsys, words, why):
+    monkeypatch.chdir(tmp_path)
+    training_run(tmp_path / "parent" / "run", steps=2)
+    assert cli.main(["report", *words]) == 2
+    assert re.search(why, capsys.readouterr().err)
+    assert not list(tmp_path.glob("**/*.html"))
+
+
+def test_the_extra_is_named_where_it_is_missing(tmp_path):
+    training_run(tmp_path / "run", steps=2)
+    script = (
+        "import sys; sys.modules['plotly'] = None; from maple_trl.cli import main; sys.exit(main(['report', 'run']))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert shown.returncode == 2 and 'pip install "maple-trl[report]"' in shown.stderr, shown.stderr
+
+
+def test_an_empty_list_of_runs(tmp_path):
+    with pytest.raises(ReportError, match="one run or two, got 0"):
+        write_report([], tmp_path / "x.html")
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
+    """At a size far too small to measure anything, and without a browser."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = __import__("report")
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    options = ["--questions", "21", "--completions", "160", "--entries", "4", "--json", str(tmp_path / "bench.json")]
+    benchmark.main(options)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["evaluation"]["questions"] == 21 and found["run"]["completions"] == 160
+    assert found["run"]["bytes"] > 1e6 and "browser" not in found
+    assert "no Chromium was found" in capsys.readouterr().out

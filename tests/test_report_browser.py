@@ -1,0 +1,378 @@
+"""The page of a report in a real browser: no errors, filters, pages, clips that play, and markup that stays text."""
+
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from maple_trl import AvatarConfig, AvatarTrainer
+from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.reports import write_report
+from maple_trl.reports.rollout_files import write_rollout
+from maple_trl.rewards import accuracy_reward, format_reward
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+SECTIONS = "accuracy curves rewards weights curriculum disparity positions replay ratios projection rollouts".split()
+EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium: the page cannot be opened (Debian: apt-get install chromium)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive Chromium with")
+    home = str(tmp_path_factory.mktemp("home"))
+    with sync_api.sync_playwright() as driver:
+        made = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[*FLAGS.split(), "--disable-component-update"],
+            env={**os.environ, "HOME": home},
+        )
+        yield made
+        made.close()
+
+
+class Opened:
+    """A page with all that went wrong in it."""
+
+    def __init__(self, browser, path):
+        self.page = browser.new_page(viewport={"width": 1400, "height": 900})
+        self.errors, self.asked = [], []
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.errors.append("a dialog"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(Path(path).as_uri())
+        self.page.wait_for_selector("#rollout-list[data-drawn='1']", timeout=60_000)
+
+    def after(self, act):
+        """Does something that draws the completions anew, and waits for that."""
+        drawn = int(self.page.get_attribute("#rollout-list", "data-drawn"))
+        act()
+        self.page.wait_for_selector(f"#rollout-list[data-drawn='{drawn + 1}']", timeout=60_000)
+
+    def set(self, name, value):
+        self.after(lambda: (self.page.fill(f"#filter-{name}", value), self.page.press(f"#filter-{name}", "Enter")))
+
+    def fitting(self):
+        """Groups and completions that the page says fit."""
+        text = self.page.inner_text("#rollouts .pager >> nth=0").replace(",", "")
+        return tuple(map(int, re.search(r"(\d+) groups (\d+) completions fit", text).groups()))
+
+    def texts(self):
+        return self.page.locator(".completion pre").all_inner_texts()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A real run of AvatarTrainer on clips, in the folder that its report will stand in."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = {"num_frames": 4, "max_pixels": 3136, "max_prompt_length": 128, "max_completion_length": 14}
+    options |= {"num_generations": 4, "replayed_generations": 2, "per_device_train_batch_size": 28, "max_steps": 5}
+    options |= {"learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True}
+    options |= {"bf16": False, "disable_tqdm": True, "gradient_checkpointing": False, "gradient_accumulation_steps": 1}
+    options |= {"num_train_epochs": 5, "reward_weights": [0.2, 0.8], "tas_lambda": 0.5}
+    data = load_seven_tags()["train"]
+    first = {tag: i for i, tag in reversed(list(enumerate(data["tag"])))}
+    trainer = AvatarTrainer(
+        model=load_model("builtin:tiny-omni", dtype="float32"),
+        processing_class=load_processor("builtin:tiny-omni"),
+        reward_funcs=[format_reward, accuracy_reward],
+        args=AvatarConfig(output_dir=str(folder / "run"), media_root=str(default_folder()), **options),
+        train_dataset=data.select(sorted(first.values())),
+    )
+    trainer.train()
+    write_report(folder / "run", folder / "run" / "report.html")
+    return folder / "run"
+
+
+def lines_of(folder):
+    return [line for path in sorted((folder / "rollouts").iterdir()) for line in pq.read_table(path).to_pylist()]
+
+
+@pytest.fixture
+def opened(browser, trained):
+    found = Opened(browser, trained / "report.html")
+    yield found
+    found.page.close()
+
+
+def looks(image):
+    """How many colours an image has, and what share of it is not white."""
+    pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).reshape(-1, 3)
+    return len(np.unique(pixels, axis=0)), float((pixels < 240).any(axis=1).mean())
+
+
+# A real run
+
+
+def test_the_page_opens_without_errors_and_draws(opened):
+    page = opened.page
+    assert page.title().startswith("run")
+    for section in SECTIONS:
+        page.locator(f"#{section}").scroll_into_view_if_needed()
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
+        charts = page.locator(f"#{section} .chart")
+        for i in range(charts.count()):
+            charts.nth(i).scroll_into_view_if_needed()
+            charts.nth(i).locator(".main-svg").first.wait_for(timeout=30_000)
+    assert opened.errors == []
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked), opened.asked
+    drawn = {section: page.locator(f"#{section} .main-svg").count() for section in SECTIONS}
+    assert all(drawn[section] for section in SECTIONS if section not in ("accuracy", "weights", "rollouts")), drawn
+    # What this run has not got is said, here and in the list of sections.
+    for section in ("accuracy", "weights"):
+        assert page.locator(f"#{section} .missing").inner_text().startswith("No data.")
+        assert "(no data)" in page.locator(f"nav a[href='#{section}']").inner_text()
+    for section in ("curves", "rewards", "replay", "rollouts"):
+        colors, inked = looks(page.locator(f"#{section}").screenshot())
+        assert colors > 100 and inked > 0.02, section
+    # Negative control: an empty page is told from a drawn one.
+    page.goto("about:blank")
+    assert looks(page.screenshot()) == (1, 0.0)
+
+
+def test_curves_of_each_tag_can_be_chosen(opened):
+    page = opened.page
+    page.locator("#curves-by-tag .main-svg").first.wait_for()
+    names = page.locator("#curves-by-tag .legendtext").all_text_contents()
+    assert names == ["all", "V", "A", "S", "VA", "VS", "AS", "VAS"]
+    stroke = "#curves-by-tag .scatterlayer .trace:nth-child(2) path.js-line"
+    before = page.get_attribute(stroke, "d")
+    assert "rgb(18, 89, 168)" in page.get_attribute(stroke, "style")  # the colour of V
+    page.select_option("#curves .controls select >> nth=0", label="share of right answers")
+    title = page.locator("#curves-by-tag .gtitle")
+    title.filter(has_text="share of right answers").wait_for()
+    assert page.get_attribute(stroke, "d") != before
+    page.select_option("#curves .controls select >> nth=1", "5")
+    assert opened.errors == []
+
+
+def test_filters_show_what_fits(opened, trained):
+    """Counted anew from the files of the run."""
+    lines = lines_of(trained)
+
+    def expected(fits):
+        found = [line for line in lines if fits(line)]
+        return len({(line["rollout"], line["group"]) for line in found}), len(found)
+
+    assert opened.fitting() == expected(lambda line: True)
+    opened.after(lambda: opened.page.uncheck("#tag-V"))
+    opened.after(lambda: opened.page.uncheck("#tag-VAS"))
+    assert opened.fitting() == expected(lambda line: line["tag"] not in ("V", "VAS"))
+    badges = opened.page.locator(".group .tag").all_inner_texts()
+    assert badges and not {"V", "VAS"} & set(badges)
+    opened.set("least", "0.5")
+    assert opened.fitting() == expected(lambda line: line["tag"] not in ("V", "VAS") and line["reward"] >= 0.5)
+    dim = opened.page.locator(".completion.dim .reward").all_inner_texts()
+    bright = opened.page.locator(".completion:not(.dim) .reward").all_inner_texts()
+    assert all(float(text.split()[1]) < 0.5 for text in dim) and all(float(text.split()[1]) >= 0.5 for text in bright)
+    opened.after(lambda: opened.page.click("text=Show all"))
+    assert opened.fitting() == expected(lambda line: True)
+    opened.after(lambda: opened.page.select_option("#filter-kind", "replayed"))
+    assert opened.fitting() == expected(lambda line: line["replayed"])
+    assert "replayed, of step" in opened.page.inner_text(".badge >> nth=0")
+    opened.set("lastStep", "2")
+    assert opened.fitting() == expected(lambda line: line["replayed"] and line["step"] <= 2)
+    opened.set("least", "99")
+    assert opened.fitting() == (0, 0) and "No completion fits" in opened.page.inner_text("#rollout-list")
+    assert opened.errors == []
+
+
+def test_pages_go_through_all_groups(opened, trained):
+    seen = []
+    pages = -(-opened.fitting()[0] // 8)
+    for page in range(pages):
+        seen += opened.texts()
+        if page < pages - 1:
+            opened.after(lambda: opened.page.click("button[data-go=next] >> nth=0"))
+    assert sorted(seen) == sorted(line["completion"] or "(empty)" for line in lines_of(trained))
+    assert opened.page.locator("button[data-go=next]").first.is_disabled()
+    opened.after(lambda: opened.page.click("button[data-go=first] >> nth=0"))
+    assert opened.texts() == seen[: len(opened.texts())]
+
+
+def test_texts_are_searched_and_questions_followed(opened, trained):
+    lines = lines_of(trained)
+    word = lines[-1]["completion"].split(">")[1].split()[0][:6]
+    opened.set("text", word)
+    groups = {(line["rollout"], line["group"]) for line in lines if word in line["completion"]}
+    assert f"{len(groups)} groups" in opened.page.inner_text("#rollouts .pager >> nth=0")
+    opened.after(lambda: opened.page.click("text=Show all"))
+    name = opened.page.inner_text(".group .link >> nth=0")
+    opened.after(lambda: opened.page.click(".group .link >> nth=0"))
+    assert opened.fitting()[1] == sum(line["id"] == name for line in lines)
+
+
+def test_clips_play_and_have_a_picture(opened):
+    """H.264 and AAC, from the files beside the page."""
+    page = opened.page
+    for _ in range(4):
+        if page.locator(".group video").count() and page.locator(".group audio").count():
+            break
+        opened.after(lambda: page.click("button[data-go=next] >> nth=0"))
+    video = page.locator(".group video").first
+    assert video.get_attribute("poster").startswith("data:image/jpeg;base64,")
+    for kind in ("video", "audio"):
+        place = page.locator(f".group {kind}").first
+        assert not place.get_attribute("src").startswith(("/", "http", "file"))
+        place.evaluate("player => { player.preload = 'auto'; player.load(); }")
+        place.evaluate(
+            "player => new Promise((done, failed) => { player.oncanplay = done; "
+            "player.onerror = () => failed('it cannot play'); if (player.readyState > 2) done(); })"
+        )
+        assert place.evaluate("player => player.duration") > 0.1
+    assert opened.errors == []
+
+
+# Markup in what models say
+
+
+def evil_run(folder):
+    """Each field that a model, a data set or a job writes tries to be markup."""
+    (folder / "rollouts").mkdir(parents=True)
+    lines = [
+        {
+            "rollout": 0,
+            "step": i // 4,
+            "group": f"{i // 4}",
+            "id": EVIL,
+            "tag": "V",
+            "prompt": EVIL,
+            "completion": f"{EVIL} {i}",
+            "solution": EVIL,
+            "rewards": {EVIL: 0.5},
+            "reward": 0.5,
+            "replayed": False,
+            "video": [f"{EVIL}.mp4", "javascript:window.hacked=1"],
+            "subtitle": EVIL,
+        }
+        for i in range(12)
+    ]
+    write_rollout(folder / "rollouts", 0, lines, str(folder))
+    entries = [
+        {f"rewards/{EVIL}/mean": 0.5, "tag/V/reward": 0.5, f"tag/V/{EVIL}": 1.0, EVIL: 1.0, "step": i}
+        for i in range(3)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    accuracy = {"V": 0.5, "A": 0.25, "all": 0.4}
+    summary = {
+        "before": accuracy,
+        "after": accuracy,
+        "model": EVIL,
+        "dataset": EVIL,
+        "questions": {"V": 1, "A": 1, "all": 2},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_a_script_in_a_completion_does_nothing(browser, tmp_path):
+    folder = evil_run(tmp_path / "<script>window.hacked=1<")
+    write_report([folder, folder], tmp_path / "report.html")
+    opened = Opened(browser, tmp_path / "report.html")
+    page = opened.page
+    assert opened.texts()[0].startswith(EVIL), "the completion is shown as it was written"
+    for section in SECTIONS:
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
+        page.wait_for_timeout(100)
+    page.select_option("#any-metric select", EVIL)
+    page.hover("#curves .chart >> nth=0")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hacked") is None and opened.errors == []
+    assert page.locator("img, iframe, object, embed").count() == 0
+    assert page.locator("script").count() == 6  # two that run, two of data, a chunk of each run
+    assert (
+        page.locator("a").evaluate_all("links => links.filter((a) => !a.getAttribute('href').startsWith('#')).length")
+        == 0
+    )
+    page.close()
+
+
+def test_the_policy_of_the_page_stops_what_gets_in(browser, tmp_path):
+    """Negative control of the test above: put into the page as markup, the same text would run, but for the policy."""
+    folder = evil_run(tmp_path / "run")
+    write_report(folder, tmp_path / "report.html")
+    text = (
+        (tmp_path / "report.html").read_text(encoding="utf-8").replace("<h2>Overview</h2>", f"<h2>Overview</h2>{EVIL}")
+    )
+    (tmp_path / "broken.html").write_text(text, encoding="utf-8")
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    (tmp_path / "open.html").write_text(policy.sub("", text), encoding="utf-8")
+    stopped, ran = Opened(browser, tmp_path / "broken.html"), Opened(browser, tmp_path / "open.html")
+    assert ran.page.evaluate("window.hacked") == 1
+    assert stopped.page.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in error for error in stopped.errors)
+    stopped.page.close()
+    ran.page.close()
+
+
+# Two runs, and many completions
+
+
+def test_two_runs_stand_side_by_side(browser, trained, tmp_path):
+    write_report([trained, evil_run(tmp_path / "other")], tmp_path / "two.html")
+    opened = Opened(browser, tmp_path / "two.html")
+    assert opened.page.inner_text("h1") == "run against other"
+    both = opened.fitting()
+    opened.after(lambda: opened.page.select_option("#filter-inRun", "1"))
+    assert opened.fitting() == (3, 12) and both == (3 + opened_groups(trained), 12 + len(lines_of(trained)))
+    page = opened.page
+    page.locator("#curves-by-tag .main-svg").first.wait_for()
+    dashes = page.locator("#curves-by-tag .scatterlayer path.js-line").evaluate_all(
+        "lines => new Set(lines.map((line) => line.style.strokeDasharray)).size"
+    )
+    assert dashes == 2, "solid for the first run, dashed for the second"
+    assert page.locator("#replay .missing").inner_text().startswith("No data. other:")
+    assert opened.errors == []
+    page.close()
+
+
+def opened_groups(folder):
+    return len({(line["rollout"], line["group"]) for line in lines_of(folder)})
+
+
+def test_many_completions_are_paged(browser, tmp_path):
+    """20 000 in 2500 groups: texts are unpacked for the groups that are shown alone."""
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    for number in range(25):
+        lines = [
+            {
+                "rollout": number,
+                "step": number,
+                "group": f"{number}-{i // 8}",
+                "row": i // 8,
+                "tag": "VA",
+                "prompt": "user: q",
+            }
+            | {"completion": f"text {number} {i}", "reward": (i % 8) / 7, "rewards": {}, "replayed": False}
+            for i in range(800)
+        ]
+        write_rollout(tmp_path / "run" / "rollouts", number, lines, ".")
+    write_report(tmp_path / "run", tmp_path / "report.html")
+    opened = Opened(browser, tmp_path / "report.html")
+    assert opened.fitting() == (2500, 20_000)
+    assert opened.page.locator(".completion").count() == 64
+    assert opened.texts()[0] == "text 24 0"
+    opened.after(lambda: opened.page.click("button[data-go=last] >> nth=0"))
+    assert opened.texts()[-1] == "text 0 799" and opened.page.locator(".completion").count() <= 64
+    opened.set("least", "0.9")
+    assert opened.fitting() == (2500, 2500)
+    opened.set("text", "text 7 8")
+    # In rollout 7, texts 8, 80 to 89 and so on; of these the ones with the highest reward.
+    wanted = {i // 8 for i in range(800) if str(i).startswith("8") and i % 8 == 7}
+    assert f"{len(wanted)} groups" in opened.page.inner_text("#rollouts .pager >> nth=0")
+    assert opened.errors == []
+    opened.page.close()
