@@ -25,7 +25,7 @@ was measured as a part of its bound. It can exceed 1: large batches of long rows
 On a GPU TRL's head reads completions alone, on a CPU all tokens. Here it reads completions alone on both, which favours
 the baselines; `--head all` leaves it as it is. All rows are of one length, which favours the baselines too. On a CPU
 TRL's head also makes several copies of the logits of up to 4096 tokens at a time, equally many on all sides, of which a
-GPU has none: with `--head-tile 256` the peaks of memory compare rather as they do there.
+GPU has none. So memory is measured with a head that reads 256 tokens at a time; `--memory-head-tile 4096` leaves it as it is.
 
 Times are of the processor, which does not count what else the machine does. On a GPU they are of the clock.
 """
@@ -261,6 +261,7 @@ def peak_of(side: str, args: argparse.Namespace, prompt: int, length: int) -> in
         before = torch.cuda.memory_allocated()
         passes.PASSES["train"](group, side)
         return torch.cuda.max_memory_allocated() - before
+    chunked_logprob.TOKEN_CHUNK_SIZE = args.memory_head_tile
     ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, for the pass to take it anew
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before = _status("VmRSS")
@@ -453,6 +454,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=chunked_logprob.TOKEN_CHUNK_SIZE,
         help="tokens that TRL's head reads at a time",
     )
+    add("--memory-head-tile", type=int, default=256, help="the same, while memory is measured on a CPU")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--real", action="store_true", help="the sizes of Qwen2.5-Omni-3B in bfloat16, passes and memory; needs a GPU")
     add("--seed", type=int, default=0)
@@ -472,8 +474,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be a multiple of {sizes.PROMPT_UNIT}, got {bad[0]}")
     if min([args.generations, *args.sweep_groups]) < 2:
         parser.error("--generations and --sweep-groups must be at least 2: GRPO compares completions")
-    if min([*args.completions, args.repeats, args.threads, args.head_tile]) < 1:
-        parser.error("--completions, --repeats, --threads and --head-tile must be at least 1")
+    if min([*args.completions, args.repeats, args.threads, args.head_tile, args.memory_head_tile]) < 1:
+        parser.error("--completions, --repeats, --threads and the head's tiles must be at least 1")
     if args.hidden % args.heads or (args.hidden // args.heads) % 2 or args.heads % args.kv_heads:
         parser.error("--hidden must be an even multiple of --heads, and --heads a multiple of --kv-heads")
     if args.plot and not args.sweep:

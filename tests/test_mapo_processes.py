@@ -43,6 +43,7 @@ def gradient_runs(world, rows, of_one_tag):
     def run(name, accumulation=2, varied=(True,) * 8, reward="where_varied", rows=rows, lora=False, **more):
         told = [row | {"varied": v} for row, v in zip(rows, varied, strict=False)]
         settings = {"rows": told, "fixed_completions": True, "trainer": "mapo", "reward": reward, "lora": lora}
+        settings["dtype"] = "float64"  # in float32 the smallest gradients are rounding
         return {"name": name, "options": options(world, accumulation, **more), **settings}
 
     passes = {"beta": 0.1, "num_iterations": 2, "max_steps": 2, "learning_rate": 0.01, **EARLY}
@@ -155,7 +156,7 @@ CASES = [(name, world) for name in KEPT for world in WORLDS[1:] if world < 4 or 
 def test_any_number_of_processes_gives_the_same_gradient(results, name, world):
     one, many = changes(results / "1", name), changes(results / f"{world}", name)
     error, where = worst(one, many)
-    assert error <= 1e-4, where
+    assert error <= 1e-5, where
     for tower in ("audio_tower", "visual", "language_model"):
         moved = any(value.norm() > 1e-4 for key, value in one.items() if tower in key)
         assert moved or (tower == "visual" and name in NO_VIDEO), tower

@@ -284,7 +284,7 @@ def test_towers_see_each_prompt_once_in_every_pass(seven_tags):
     """Generation, old log-probs and every micro-batch of the loss: G rows of a prompt, one pass of its media."""
     folder, dataset = seven_tags
     rows = dataset.filter(lambda r: r["tag"] == "VA").select(range(2))
-    trainer = build_trainer(folder, rows, num_iterations=2, max_steps=2, shuffle_dataset=False)
+    trainer = build_trainer(folder, rows, num_iterations=2, max_steps=2, shuffle_dataset=False, shared_prefix="off")
     _, prompts = trainer.encode_rows(rows)
     own = [prompt.media["pixel_values_videos"].size(0) for prompt in prompts]
     patches, audios = [], []

@@ -380,6 +380,23 @@ def test_the_attention_is_that_of_an_explicit_mask(groups, key_heads):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+def test_other_devices_mask_full_heads(monkeypatch):
+    """The fused kernels of GPUs take no mask together with fewer key heads; `meta` stands for such a device."""
+    calls = []
+    original = shared_prefix.F.scaled_dot_product_attention
+
+    def attend(query, key, value, **options):
+        calls.append((query.size(1), key.size(1), options.get("attn_mask") is not None, options["enable_gqa"]))
+        return original(query, key, value, **options)
+
+    monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", attend)
+    layout = PackedLayout(((6, (1, 5, 2)),))
+    states = [torch.empty(1, heads, len(layout), 8, device="meta") for heads in (4, 2, 2)]
+    found, _ = shared_prefix_attention(torch.nn.Module(), *states, None, shared_prefix=layout)
+    assert found.shape == (1, len(layout), 4, 8)
+    assert sorted(calls) == [(4, 2, False, True), (4, 4, True, False)]
+
+
 # What a packed row holds
 
 

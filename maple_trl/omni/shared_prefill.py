@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicLayer
 
 from maple_trl.omni.encoded import EncodedPrompt, unique_prompts
+from maple_trl.omni.growing_cache import GrowingLayer
 
 
 def grows_cache(config: GenerationConfig) -> bool:
@@ -60,7 +62,7 @@ def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[No
         hidden = output.last_hidden_state[:, -1:]
         output.last_hidden_state = hidden.index_select(0, expand.to(hidden.device))
         if output.past_key_values is not None:
-            output.past_key_values.batch_select_indices(expand.to(hidden.device))
+            _give_each_row_its_prompt(output.past_key_values, expand.to(hidden.device))
         return output
 
     handles = [
@@ -72,3 +74,11 @@ def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _give_each_row_its_prompt(cache: Cache, rows: Tensor) -> None:
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer(layer, rows)
+        else:
+            layer.batch_select_indices(rows)

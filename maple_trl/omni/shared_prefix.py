@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -190,9 +190,15 @@ def _group_attention(
         torch.cat([shared.expand(count, -1, -1, -1), own], dim=2)
         for shared, own in zip(head[1:], tails[1:], strict=True)
     )
+    if options["enable_gqa"] and query.device.type != "cpu":
+        # The fused kernels of GPUs take a mask or fewer key heads, not both.
+        keys, values = (repeat_kv(states, query.size(1) // key.size(1)) for states in (keys, values))
+        masked_options = options | {"enable_gqa": False}
+    else:
+        masked_options = options
     # A completion sees the whole prefix and what stands before it in itself.
     visible = torch.ones(longest, prefix + longest, dtype=torch.bool, device=query.device).tril(prefix)
-    tail = attend(tails[0], keys, values, attn_mask=visible, **options)
+    tail = attend(tails[0], keys, values, attn_mask=visible, **masked_options)
     if min(suffixes) == longest:
         flat = tail.transpose(0, 1).flatten(1, 2)
     else:

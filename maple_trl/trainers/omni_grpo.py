@@ -213,6 +213,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self.family is None:
             return self._complete(inputs, None)
         inputs, prompts = self.encode_rows(inputs)
+        self._agree_on_sharing(prompts)
         if self.model.training:
             self._prefetch_next_batch(prompts)
         return self._complete(inputs, prompts)
@@ -238,7 +239,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.family is None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        if not (self._shares(self._serving[0]) and grows_cache(self.generation_config)):
+        self._agree_on_sharing(self._serving)
+        if not (self._sharing and grows_cache(self.generation_config)):
             with self._serve(self.model, self._serving):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         core = self.family.core(self.accelerator.unwrap_model(self.model))
@@ -250,11 +252,15 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if idle and self.accelerator.num_processes == 1:
             return []
         if idle:  # the other ranks generate
-            prompts = [self.prompt_builder.encode({"prompt": [{"role": "user", "content": "."}]})]
+            prompts = [self._stand_in_prompt()]
         with self._rows_in_use(prompts):
             prompt_ids, _, fields = self._tokenize_prompts([])
             ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
         return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
+
+    def _stand_in_prompt(self) -> EncodedPrompt:
+        """For a rank without rows where the others pass theirs."""
+        return self.prompt_builder.encode({"prompt": [{"role": "user", "content": "."}]})
 
     # Rewards
 
@@ -368,7 +374,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         batch, length = inputs["input_ids"].shape
         prompts = [next(rows) for _ in range(batch)]
         # The routers' balancing loss counts a prompt once per row.
-        if self._shares(prompts[0]) and not inputs.get("output_router_logits"):
+        if self._sharing and not inputs.get("output_router_logits"):
             return self._forward_packed(model, prompts, logits_to_keep, **inputs)
         positions = batch_position_ids(prompts, length - logits_to_keep, logits_to_keep)
         positions = positions.to(inputs["input_ids"].device)
@@ -383,11 +389,10 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         with self._serve(unwrapped, batch.prompts, packed=True):
             return packed_forward(model, self.family.core(unwrapped), batch, (len(prompts), width))
 
-    def _shares(self, prompt: EncodedPrompt) -> bool:
-        """Whether completions share their prompts; found out at the first prompt, at which all ranks are together."""
+    def _agree_on_sharing(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Finds out whether completions share their prompts, unless that is known. Every rank must call this together."""
         if self._sharing is None:
-            self._sharing = self._try_sharing(prompt)
-        return self._sharing
+            self._sharing = self._try_sharing(prompts[0] if prompts else self._stand_in_prompt())
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
@@ -518,6 +523,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         except LostPromptsError as error:
             self._step, lost = error.step, error.failed
         self._drop_rollout(gather_object(lost))
+        chunks = self._buffered_inputs
+        if chunks is not None and self.family is not None:  # trained on before anything is generated
+            self._agree_on_sharing([prompt for chunk in chunks for prompt in chunk[PROMPTS_KEY]])
 
     def _drop_rollout(self, lost: list[tuple[str, MediaError]]) -> None:
         """Goes on with a new rollout where some rank cannot show prompts of the one that was under way."""

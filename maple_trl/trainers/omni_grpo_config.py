@@ -23,7 +23,7 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
     """
 
     shared_prefix: str = field(
-        default="off",
+        default="auto",
         metadata={
             "help": "Pass a prompt through the model once for all completions of its group that stand in a batch: 'auto' "
             "compares both ways on a first prompt and goes on without where they differ, 'on' raises there, 'off' passes "

@@ -15,9 +15,9 @@ has a `name` and may have
     resume            a checkpoint to go on from; `true` means the last complete one of `output_dir`
     unsynced          never average gradients over the ranks
 
-Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass, checksums of weights and
-of optimizer state after each step, error; what a MAPO or AVATAR trainer knew and trained on) and `NAME-RANK.safetensors`
-(the trained weights, and under `before.` what they were).
+Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass and in how many of them
+rows shared their prompt, checksums of weights and of optimizer state after each step, error; what a MAPO or AVATAR trainer
+knew and trained on) and `NAME-RANK.safetensors` (the trained weights, and under `before.` what they were).
 """
 
 import json
@@ -157,6 +157,7 @@ class Watched:
     """A trainer under test, watched: it notes which rows each rank really used."""
 
     run: dict = {}
+    comparing = False  # whether prompts can be shared
 
     def encode_rows(self, rows):
         used, prompts = super().encode_rows(rows)
@@ -176,6 +177,13 @@ class Watched:
         words = [i for i in range(len(tokenizer)) if i not in special]
         draw = random.Random(f"{prompt.key} {copy}")
         return draw.choices(words, k=draw.randint(2, 6))
+
+    def _try_sharing(self, prompt):
+        self.comparing = True
+        try:
+            return super()._try_sharing(prompt)
+        finally:
+            self.comparing = False
 
     def training_step(self, model, *args, **kwargs):
         if not self.run.get("unsynced"):
@@ -272,10 +280,9 @@ def do(run: dict, plan: dict) -> None:
     set_seed(7)  # adapters are drawn at random
     checksums = Checksums()
     model, kwargs = path, {"callbacks": [checksums]}
-    if "dtype" in run:
-        model = load_model(path, dtype=run["dtype"])
+    if "dtype" in run or run.get("lora"):
+        model = load_model(path, dtype=run.get("dtype", "float32"))
     if run.get("lora"):
-        model = load_model(path, dtype="float32")
         kwargs["peft_config"] = build_lora_config(model, family_for(model, load_processor(path)), r=4, alpha=8)
     if "hold_at" in run:
         kwargs["callbacks"] += [Hold(run["hold_at"], out / f"{run['name']}.held")]
@@ -290,9 +297,13 @@ def do(run: dict, plan: dict) -> None:
     trainer.run = run
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     passes: list[int] = []
+    packed: list[int] = []
 
     def count(module, args, kwargs):
-        passes.append(len(kwargs["input_ids"]))
+        layout = kwargs.get("shared_prefix")
+        if not trainer.comparing:
+            passes.append(len(kwargs["input_ids"]) if layout is None else sum(len(own) for _, own in layout.groups))
+            packed.append(layout is not None)
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     before = trainable(trainer.model)
@@ -309,6 +320,7 @@ def do(run: dict, plan: dict) -> None:
         "quarantined": [row.path for row in trainer.rows.quarantined],
         "checksums": checksums.of_steps,
         "passes": passes,
+        "packed": sum(packed),
         "known": getattr(trainer, "known", []),
         "trained": getattr(trainer, "trained", []),
         "asked": getattr(trainer, "asked", []),
