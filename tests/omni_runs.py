@@ -7,7 +7,16 @@ from tiny_models import build_tiny
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
 
 
-DEFAULTS = {
+# A short run whose log is read afterwards.
+QUIET_ON_CPU = {
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+DEFAULTS = QUIET_ON_CPU | {
     "num_frames": 4,
     "min_pixels": 32 * 32,
     "max_pixels": 64 * 64,
@@ -17,12 +26,6 @@ DEFAULTS = {
     "max_completion_length": 6,
     "max_steps": 1,
     "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
     "gradient_checkpointing": False,
 }
 

@@ -8,6 +8,7 @@ from statistics import fmean, pstdev, stdev
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from omni_runs import QUIET_ON_CPU
 from tiny_models import build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer
@@ -20,7 +21,7 @@ from maple_trl.trainers.hinted_rows import prompt_key
 
 
 G = 8  # completions of a prompt
-DEFAULTS = {
+DEFAULTS = QUIET_ON_CPU | {
     "num_frames": 4,
     "max_pixels": 3136,
     "max_prompt_length": 128,
@@ -31,12 +32,6 @@ DEFAULTS = {
     "max_steps": 4,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
     "gradient_checkpointing": False,
 }
 MODEL = "builtin:tiny-omni"

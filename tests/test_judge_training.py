@@ -17,6 +17,7 @@ import pytest
 import torch
 from chat_server import ChatServer, half, hang_up, raw, say, status
 from datasets import Dataset
+from omni_runs import QUIET_ON_CPU
 
 from maple_trl import MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.chat import ChatOptions
@@ -29,7 +30,7 @@ from maple_trl.trainers.rollout_state import last_complete_checkpoint
 MODEL = "builtin:tiny-omni"
 KEY = "sk-test-0123456789abcdefghijklmnop"
 SCALE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-OPTIONS = {
+OPTIONS = QUIET_ON_CPU | {
     "num_frames": 4,
     "max_pixels": 3136,
     "per_device_train_batch_size": 8,
@@ -39,12 +40,6 @@ OPTIONS = {
     "max_steps": 4,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
     "gradient_checkpointing": False,
     "reward_weights": [0.1, 1.0],
     "seed": 5,
