@@ -589,8 +589,10 @@ def test_a_dry_run_sends_nothing(tmp_path, monkeypatch):
         with client(server, cache_file=tmp_path / "c", dry_run=True) as chat:
             assert chat.complete_many([ask("known")])[0].text == "red"
         assert len(server.calls) == 1
-    with ChatClient(ChatOptions(model="m", dry_run=True)) as chat:  # needs neither key nor server
+    # Neither key nor server is needed, and no file is left.
+    with ChatClient(ChatOptions(model="m", dry_run=True, cache_file=tmp_path / "none")) as chat:
         assert chat.complete_many([ask()])[0].reason == "dry-run"
+    assert not (tmp_path / "none").exists()
 
 
 # Keys

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import sqlite3
 from collections.abc import Sequence
+from pathlib import Path
 
 from maple_trl.chat.cache import ChatCache
 from maple_trl.chat.messages import ChatRequest, estimate_tokens, request_body, request_key
@@ -32,8 +33,10 @@ class ChatEngine:
     def __init__(self, options: ChatOptions, key: ApiKey, usage: ChatUsage):
         self._options, self._key, self._usage = options, key, usage
         self._sender = None if options.dry_run else ChatSender(options, key, usage)
+        self._cache = None
         try:
-            self._cache = None if options.cache_file is None else ChatCache(options.cache_file, options.cache_bytes)
+            if options.cache_file is not None and (not options.dry_run or Path(options.cache_file).exists()):
+                self._cache = ChatCache(options.cache_file, options.cache_bytes)
         except (OSError, sqlite3.Error) as error:
             raise ChatSetupError(f"cache_file {options.cache_file}: cannot be opened: {error}") from error
 
