@@ -38,12 +38,11 @@ class BenchmarkTrainer(OmniGRPOTrainer):
     sampled: Tensor
 
     def encode_rows(self, rows):
-        def fresh() -> EncodedPrompt:
-            return replace(self.prompt, _digests={})
-
-        if self.repeats_media:
-            return list(rows), [fresh() for _ in rows]
-        return list(rows), [fresh()] * len(rows)
+        if not self.repeats_media:
+            return list(rows), [replace(self.prompt, _digests={})] * len(rows)
+        # A clip is told by its digest: with one for each row, each row's passes the towers.
+        digests = [dict.fromkeys(self.prompt.kinds, f"row {i}") for i in range(len(rows))]
+        return list(rows), [replace(self.prompt, _digests=own) for own in digests]
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)

@@ -95,6 +95,24 @@ def test_operations_are_those_that_pytorch_counts(benchmark):
     assert all(ratio == pytest.approx(1.0, abs=0.005) for ratio in counted.values())
 
 
+def test_media_pass_the_towers_as_often_as_the_sides_say(script, tmp_path):
+    args = script.parse_args([*OPTIONS, "--completions", "4"])
+    script.steps.save_model(args, tmp_path / "model")
+    patches = {}
+    for side in script.steps.SIDES:
+        trainer = script.steps.make_trainer(side, args, PROMPT, 4, GENERATIONS, tmp_path)
+        counted = patches[side] = []
+        for model in (trainer.model, trainer.ref_model):
+            visual = trainer.family.core(model).visual
+            visual.register_forward_pre_hook(lambda m, inputs, counted=counted: counted.append(len(inputs[0])))
+        trainer._agree_on_sharing([trainer.prompt])
+        counted.clear()
+        script.steps.step(trainer, seed=0)
+    own = len(trainer.prompt.media["pixel_values_videos"])
+    # Rollout, reference and loss for each row, or once for all.
+    assert patches == {"trl": [GENERATIONS * own] * 3, "rows": [own], "shared": [own]}
+
+
 def test_bound_of_the_usual_sizes(script):
     """By hand: P 1024, G 8. A pass over tokens alone saves G (P + R) / (P + G R); attention and head change it."""
     sizes = script.sizes
