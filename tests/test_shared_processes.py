@@ -1,10 +1,13 @@
 """Two processes that share prompts do what they do without, and what one process does."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from jobs.runner import ALONE, TORCHRUN, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import ALONE, LIMIT, TORCHRUN, Job, changes, facts, once, weights, write_inputs
 from test_processes import TAGS, by_tag, step_options, worst
 
 
@@ -117,3 +120,39 @@ def test_groups_are_split_over_ranks(results):
     tag_of = {row["id"]: row["tag"] for row in json.loads((results / "two.json").read_text())["rows"]}
     ranks = [facts(results / "two", "odd-on", rank)["used"][0] for rank in (0, 1)]
     assert set(ranks[0]) & set(ranks[1]) and set(map(tag_of.get, ranks[0])) != set(map(tag_of.get, ranks[1]))
+
+
+ONE_RANK_APART = """
+import json, sys
+from pathlib import Path
+from datasets import Dataset
+sys.path.insert(0, sys.argv[1])
+from omni_runs import build_trainer
+from accelerate import PartialState
+from maple_trl.omni.loading import load_model, load_processor
+folder, rows = Path(sys.argv[2]), json.loads(sys.argv[3])
+rank = PartialState(cpu=True).process_index
+model = load_model(str(folder / "model"), dtype="float32", attn_implementation=["sdpa", "eager"][rank])
+trainer = build_trainer(
+    folder / "media",
+    Dataset.from_list(rows),
+    model=model,
+    processing_class=load_processor(str(folder / "model")),
+    output_dir=str(folder / "run"),
+)
+trainer.train()
+(folder / f"{rank}.json").write_text(json.dumps([trainer._sharing, trainer.state.global_step]))
+"""
+
+
+def test_where_one_process_cannot_share_none_does(tmp_path):
+    """Their passes wait for each other."""
+    rows = by_tag(write_inputs(tmp_path), TAGS)
+    program = tmp_path / "program.py"
+    program.write_text(ONE_RANK_APART)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*TORCHRUN, str(program), str(Path(__file__).parent), str(tmp_path), json.dumps(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[False, 1]] * 2
+    assert done.stderr.count("Each completion passes its prompt on its own") >= 1

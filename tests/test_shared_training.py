@@ -317,19 +317,15 @@ def test_log_probabilities_for_rewards(seven_tags, tmp_path):
 class Counts:
     """Per call: clips that a tower reads, tokens of the language model and rows of its head."""
 
-    def __init__(self, trainer, monkeypatch):
-        core = trainer.family.core(trainer.model)
+    def __init__(self, core, monkeypatch):
         self.clips, self.tokens, self.head = [], [], []
-        if hasattr(core, "visual"):
-            core.visual.register_forward_pre_hook(
-                lambda m, a, k: self.clips.append(("video", len(k["grid_thw"]))), with_kwargs=True
-            )
+        core.visual.register_forward_pre_hook(
+            lambda m, a, k: self.clips.append(("video", len(k["grid_thw"]))), with_kwargs=True
+        )
         core.audio_tower.register_forward_pre_hook(
             lambda m, a, k: self.clips.append(("audio", len(k["feature_lens"]))), with_kwargs=True
         )
-        core.language_model.register_forward_pre_hook(
-            lambda m, a, k: self.tokens.append(k["inputs_embeds"].shape[:2].numel()), with_kwargs=True
-        )
+        core.language_model.register_forward_pre_hook(self._note_tokens, with_kwargs=True)
         kernel = trl_utils._ChunkedLogProbFunction
         counts = self
 
@@ -341,65 +337,128 @@ class Counts:
 
         monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counting)
 
-    def clear(self):
-        for values in (self.clips, self.tokens, self.head):
-            values.clear()
+    def _note_tokens(self, module, args, kwargs):
+        size, mask = kwargs["inputs_embeds"].shape[:2], kwargs.get("attention_mask")
+        # The padding between prompts of different lengths is no token.
+        self.tokens.append(int(mask.sum()) if mask is not None and mask.shape == size else size.numel())
+
+    def take(self):
+        """What was counted since the last time."""
+        found = dataclasses.make_dataclass("Counted", ("clips", "tokens", "head"))(self.clips, self.tokens, self.head)
+        self.clips, self.tokens, self.head = [], [], []
+        return found
 
 
-ONE_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
+class Counted(Omni):
+    """Keeps what passes in each rollout and in each training pass; whatever passes elsewhere is in `elsewhere`."""
 
+    counts: Counts
 
-class ByStep(Omni):
-    """Clears the counts before each training pass, and keeps them after it."""
+    def __init__(self, *args, **kwargs):
+        self.rollouts, self.passes, self.elsewhere = [], [], []
+        super().__init__(*args, **kwargs)
 
-    def training_step(self, model, inputs, num_items_in_batch):
-        self.per_pass = getattr(self, "per_pass", [])
-        return super().training_step(model, inputs, num_items_in_batch)
+    def _try_sharing(self, prompt):
+        fits = super()._try_sharing(prompt)
+        self.compared = prompt
+        self.counts.take()
+        return fits
+
+    def _generate_single_turn(self, *args, **kwargs):
+        self.elsewhere.append(self.counts.take())
+        found = super()._generate_single_turn(*args, **kwargs)
+        self.rollouts.append((self.counts.take(), list(self._serving), found[0]))
+        return found
 
     def _compute_loss(self, model, inputs):
-        self.counts.clear()
+        self.elsewhere.append(self.counts.take())
         loss = super()._compute_loss(model, inputs)
-        prompts = {id(p): p for p in self.columns(inputs)[0]}.values()
-        tokens = int(inputs["completion_mask"].sum())
-        self.per_pass.append(
-            (list(self.counts.clips), list(self.counts.tokens), list(self.counts.head), list(prompts), tokens)
-        )
+        prompts, mask = self.columns(inputs)
+        self.passes.append((self.counts.take(), list(prompts), int(mask.sum())))
         return loss
 
 
-CONFIGS[ByStep] = OmniGRPOConfig
+CONFIGS[Counted] = OmniGRPOConfig
 
 
-@pytest.mark.parametrize("size", [4, 8])
-def test_a_training_pass_reads_each_prompt_and_clip_once(size, seven_tags, tmp_path, monkeypatch):
-    folder, dataset = seven_tags
-    rows = dataset.filter(lambda r: r["tag"] == "VAS")
-    trainer = build(folder, rows, tmp_path, "on", kind=ByStep, per_device_train_batch_size=size)
-    trainer.counts = Counts(trainer, monkeypatch)
-    trainer.train()
-    slots = trainer.args.gradient_accumulation_steps
-    assert len(trainer.per_pass) == 3 * slots
-    for start in range(0, len(trainer.per_pass), slots):  # an optimizer step
-        passes = trainer.per_pass[start : start + slots]
-        prompts = {p.key for *_, own, _ in passes for p in own}
-        assert len(prompts) == size * slots // G
-        for kind in ("video", "audio"):
-            assert sum(n for clips, *_ in passes for name, n in clips if name == kind) <= len(prompts)
-        for _, tokens, head, own, completion in passes:
-            assert len(own) == size // G
-            assert sum(tokens) <= sum(map(len, own)) + completion
-            assert head and sum(head) <= completion
-
-
-def test_frozen_and_cached_towers_are_not_read_in_the_training_pass(seven_tags, tmp_path, monkeypatch):
-    folder, dataset = seven_tags
-    rows = dataset.filter(lambda r: r["tag"] == "VAS")
+def counted(folder, rows, tmp_path, monkeypatch, frozen=False, **options):
+    """A run with sharing, watched."""
     model, processor = build_tiny("qwen2_5_omni")
-    freeze(model, family_for(model, processor), "vision", "audio", "projectors")
-    trainer = build(folder, rows, tmp_path, "on", kind=ByStep, model=model, processing_class=processor)
-    trainer.counts = Counts(trainer, monkeypatch)
+    if frozen:
+        freeze(model, family_for(model, processor), "vision", "audio", "projectors")
+    trainer = build(folder, rows, tmp_path, "on", kind=Counted, model=model, processing_class=processor, **options)
+    trainer.counts = Counts(trainer.family.core(trainer.model), monkeypatch)
     trainer.train()
-    assert len(trainer.per_pass) == 6 and not any(clips for clips, *_ in trainer.per_pass)
+    return trainer
+
+
+def unique(prompts):
+    return list({prompt.key: prompt for prompt in prompts}.values())
+
+
+def clips_of(prompts):
+    return {(kind, prompt.media_digest(kind)) for prompt in prompts for kind in prompt.kinds}
+
+
+def about_different_clips(dataset):
+    """One row per clip."""
+    first = {}
+    for i, clip in enumerate(dataset["video"]):
+        first.setdefault(clip, i)
+    return dataset.select([i for clip, i in first.items() if clip])
+
+
+def read(counts):
+    """How many clips the towers read."""
+    return sum(number for found in counts for _, number in found.clips)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("size", [4, 8])
+def test_each_prompt_and_clip_is_read_once(size, frozen, seven_tags, tmp_path, monkeypatch):
+    """
+    In a rollout and in an optimizer step on it; of frozen towers, in the whole run. Nothing else passes through the model.
+    """
+    folder, dataset = seven_tags
+    rows = about_different_clips(dataset)
+    options = {"per_device_train_batch_size": size, "max_steps": 4}
+    trainer = counted(folder, rows, tmp_path, monkeypatch, frozen, **options)
+    slots = trainer.args.gradient_accumulation_steps
+    assert len(trainer.rollouts) == 4 and len(trainer.passes) == 4 * slots
+    assert not any(found.clips or found.tokens or found.head for found in trainer.elsewhere)
+    known = clips_of([trainer.compared]) if frozen else set()
+    for counts, prompts, completions in trainer.rollouts:
+        clips, once = clips_of(prompts), unique(prompts)
+        assert len(prompts) == size * slots == G * len(once)
+        assert read([counts]) == len(clips - known)
+        assert counts.tokens[0] == sum(map(len, once))
+        steps = max(map(len, completions)) - 1  # the first token comes with the prompt
+        assert counts.tokens[1:] == [len(prompts)] * steps
+        known |= clips if frozen else set()
+    for start in range(0, len(trainer.passes), slots):  # an optimizer step
+        step = trainer.passes[start : start + slots]
+        clips = clips_of(prompt for _, prompts, _ in step for prompt in prompts)
+        assert read(counts for counts, *_ in step) == (0 if frozen else len(clips))
+        for counts, prompts, completion in step:
+            once = unique(prompts)
+            assert len(once) == size // G
+            # A completion's first token is read off the prompt's last, which stands before each completion.
+            assert sum(counts.tokens) == sum(map(len, once)) - len(once) + completion
+            assert sum(counts.head) == completion
+    assert len(clips_of(prompt for _, prompts, _ in trainer.passes for prompt in prompts)) >= 4
+
+
+def test_without_sharing_the_counts_say_so(seven_tags, tmp_path, monkeypatch):
+    """The control of the counts."""
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    trainer = build(folder, rows, tmp_path, "off", kind=Counted, max_steps=1)
+    trainer.counts = Counts(trainer.family.core(trainer.model), monkeypatch)
+    trainer.train()
+    [(counts, prompts, _)] = trainer.rollouts
+    assert counts.tokens[0] == sum(map(len, prompts)) == G * sum(map(len, unique(prompts)))
+    for counts, prompts, completion in trainer.passes:
+        assert sum(counts.tokens) == sum(map(len, prompts)) + completion
 
 
 def test_two_prompts_about_one_clip_read_it_once(seven_tags, tmp_path, monkeypatch):
@@ -407,29 +466,12 @@ def test_two_prompts_about_one_clip_read_it_once(seven_tags, tmp_path, monkeypat
     folder, dataset = seven_tags
     row = next(r for r in dataset if r["tag"] == "VA")
     rows = Dataset.from_list([row, dict(row, prompt=[{"role": "user", "content": "And what else?"}])])
-    trainer = build(folder, rows, tmp_path, "on", kind=ByStep, **ONE_BATCH)
-    trainer.counts = Counts(trainer, monkeypatch)
-    trainer.train()
-    for clips, _, _, prompts, _ in trainer.per_pass:
-        assert len(prompts) == 2 and len({p.media_digest("video") for p in prompts}) == 1
-        assert dict(clips) == {"video": 1, "audio": 1}
-
-
-def test_the_rollout_reads_each_prompt_once(seven_tags, tmp_path, monkeypatch):
-    folder, dataset = seven_tags
-    rows = dataset.filter(lambda r: r["tag"] == "VAS").select(range(2))
-    trainer = build(folder, rows, tmp_path, "on", **ONE_BATCH)
-    counts = Counts(trainer, monkeypatch)
-    _, prompts = trainer.encode_rows([row for row in rows for _ in range(G)])
-    with trainer._rows_in_use(prompts):
-        ids, _, fields = trainer._tokenize_prompts([])
-        trainer._generate_single_turn(ids, None, fields, 1)  # compares both ways first
-        counts.clear()
-        trainer._generate_single_turn(ids, None, fields, 1)
-    unique = {p.key: p for p in prompts}.values()
-    clips = {kind: len({prompt.media_digest(kind) for prompt in unique}) for kind in ("video", "audio")}
-    assert counts.clips == list(clips.items())
-    assert counts.tokens[0] == 2 * max(map(len, unique)) and counts.tokens[1:] == [8] * (len(counts.tokens) - 1)
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer = counted(folder, rows, tmp_path, monkeypatch, **options)
+    assert len(trainer.rollouts) == len(trainer.passes) == 1
+    for counts, prompts, _ in trainer.rollouts + trainer.passes:
+        assert len(unique(prompts)) == 2 and len(clips_of(prompts)) == 2
+        assert counts.clips == [("video", 1), ("audio", 1)]
 
 
 # Groups stay together
@@ -483,7 +525,27 @@ def swapped_prefill(original):
     return share_prefill
 
 
-FAULTS = {"pack": late_positions, "share_prefill": swapped_prefill}
+def no_numbers(original):
+    def spoil(module, args, output):
+        output.last_hidden_state.fill_(torch.nan)
+
+    @contextmanager
+    def share_prefill(core, rows):
+        with original(core, rows):
+            handle = core.register_forward_hook(spoil)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+    return share_prefill
+
+
+FAULTS = {
+    "late positions": ("pack", late_positions),
+    "another position": ("share_prefill", swapped_prefill),
+    "no numbers": ("share_prefill", no_numbers),
+}
 
 
 def test_a_fault_in_training_moves_the_weights(seven_tags, tmp_path, monkeypatch):
@@ -495,13 +557,13 @@ def test_a_fault_in_training_moves_the_weights(seven_tags, tmp_path, monkeypatch
     assert on.packed > 0 and worst(plain, shared)[0] > 100 * BOUND
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_auto_falls_back_where_both_ways_differ(name, seven_tags, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("name", "fault"), FAULTS.values(), ids=list(FAULTS))
+def test_auto_falls_back_where_both_ways_differ(name, fault, seven_tags, tmp_path, monkeypatch, caplog):
     folder, dataset = seven_tags
     rows = one_row_per_tag(dataset)
     off, plain = trained(folder, rows, tmp_path, "off")
     for module in (sharing, omni_grpo):
-        monkeypatch.setattr(module, name, FAULTS[name](getattr(module, name)))
+        monkeypatch.setattr(module, name, fault(getattr(module, name)))
     with caplog.at_level(logging.WARNING, logger="maple_trl"):
         auto, weights = trained(folder, rows, tmp_path, "auto")
     [warning] = [r for r in caplog.records if "shared_prefix='auto'" in r.getMessage()]
@@ -510,6 +572,38 @@ def test_auto_falls_back_where_both_ways_differ(name, seven_tags, tmp_path, monk
     assert all(torch.equal(value, weights[name]) for name, value in plain.items())
     with pytest.raises(ValueError, match="shared_prefix='on', but prompts cannot be shared: log-probabilities differ"):
         trained(folder, rows, tmp_path, "on")
+
+
+def late_after_media(original):
+    late = late_positions(original)
+
+    def pack(rows, completions, lengths):
+        return (late if any(row.kinds for row in rows) else original)(rows, completions, lengths)
+
+    return pack
+
+
+def test_the_comparison_is_on_a_prompt_with_media(seven_tags, tmp_path, monkeypatch, caplog):
+    """Where a batch begins with text: of that, positions are easy."""
+    folder, dataset = seven_tags
+    rows = [next(row for row in dataset if row["tag"] == tag) for tag in ("S", "VA")]
+    for module in (sharing, omni_grpo):
+        monkeypatch.setattr(module, "pack", late_after_media(module.pack))
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        auto, _ = trained(folder, Dataset.from_list(rows), tmp_path, "auto", max_steps=1, shuffle_dataset=False)
+    assert auto.packed == 0 and "times as much as rounding explains" in caplog.text
+
+
+def test_the_comparison_needs_no_logits_of_the_prompt(seven_tags, tmp_path):
+    """Which after 8192 tokens take gigabytes, where training itself never has them."""
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    trainer = build(folder, rows, tmp_path, "on")
+    _, prompts = trainer.encode_rows(rows)
+    sizes = []
+    trainer.model.get_output_embeddings().register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[:2]))
+    assert trainer._try_sharing(prompts[0])
+    assert sizes == [(2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

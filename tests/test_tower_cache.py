@@ -1,7 +1,12 @@
 """What frozen towers have made of clips is kept, found again, and never taken for something else."""
 
+import errno
 import json
+import logging
+import multiprocessing
 import os
+import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -358,8 +363,7 @@ def test_another_precision_is_another_entry(world, tmp_path):
 
 
 def test_memory_is_bounded_and_the_oldest_go_first(seven_tags):
-    world = world_of("qwen2_5_omni", seven_tags, tags=("V", "VA", "VS", "VAS"))
-    prompts = list({p.media_digest("video"): p for p in world.prompts}.values())
+    world = world_of("qwen2_5_omni", seven_tags, tags=("V",))
     folder, dataset = seven_tags
     videos = sorted({row["video"] for row in dataset})
     rows = [{"prompt": [{"role": "user", "content": "?"}], "video": video, "tag": "V"} for video in videos]
@@ -411,11 +415,19 @@ def test_the_disk_is_bounded_and_the_oldest_go_first(seven_tags, tmp_path):
 
 
 def test_the_bound_of_the_disk_counts_what_a_killed_run_left(world, tmp_path):
-    """A file half written, under a name of its own, is removed some day or at least counted."""
-    (tmp_path / "tmpkilled.partial").write_bytes(bytes(1 << 20))
+    """A file half written, under a name of its own, goes as soon as nobody can be at it any more."""
     cache = TowerCache(0, tmp_path, max_disk_bytes=1 << 19)
+    killed, writing = tmp_path / "killed.partial", tmp_path / "writing.partial"
+    for path in (killed, writing):
+        path.write_bytes(bytes(1 << 20))
+    os.utime(killed, (1e9, 1e9))
     world.logits(cache)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1 << 19
+    assert not killed.exists() and writing.exists()  # another process is still at it
+    assert len(entries(tmp_path)) == 2
+    killed.touch()
+    os.utime(killed, (1e9, 1e9))
+    TowerCache(0, tmp_path)
+    assert not killed.exists() and writing.exists()
 
 
 # The folder
@@ -425,7 +437,6 @@ SECOND_PROCESS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from tiny_models import build_tiny
-from maple_trl.omni.encoded import tensor_bytes
 from maple_trl.omni.encoded import tensor_bytes
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import freeze
@@ -458,6 +469,36 @@ def test_a_second_process_finds_the_entries(seven_tags, tmp_path):
     assert found == [bytes(tensor_bytes(values)).hex() for values in own]
 
 
+def _use(folder, seed, told):
+    """Reads and writes entries in a folder that holds a third of them."""
+    draw, cache = random.Random(seed), TowerCache(0, folder, max_disk_bytes=10 * 13_000)
+    found = wrong = 0
+    try:
+        for number in draw.choices(range(30), k=400):
+            features = cache._read(str(number))
+            if features is None:
+                cache._keep(str(number), {"tokens": torch.full((50, 64), float(number))})
+            else:
+                found += 1
+                wrong += not torch.equal(features["tokens"], torch.full((50, 64), float(number)))
+        told.put((found > 0, wrong, cache._disk_fails))
+    except BaseException as error:
+        told.put(repr(error))
+
+
+def test_processes_write_and_remove_entries_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    processes = [context.Process(target=_use, args=(tmp_path, seed, told)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    found = [told.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [(True, 0, False)] * 3
+    assert sum(entries(tmp_path).values()) <= 10 * 13_000 and not list(tmp_path.glob("*.partial"))
+
+
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_file_is_computed_again(part, world, tmp_path):
     expected = world.logits(TowerCache(0, tmp_path))
@@ -482,12 +523,48 @@ def test_entries_are_safetensors_and_nothing_else(world, tmp_path):
         assert b"pickle" not in path.read_bytes()[:16] and path.read_bytes()[:2] != b"PK"
 
 
-def test_a_folder_that_cannot_be_written_stops_nothing(world, tmp_path):
-    """A full or read-only disk costs the entries, not the run."""
+def test_a_folder_that_is_gone_stops_nothing(world, tmp_path):
     expected = world.logits(None)
     cache = TowerCache(1 << 30, tmp_path / "features")
     (tmp_path / "features").rmdir()
     assert torch.equal(world.logits(cache), expected)
+
+
+def test_a_full_disk_costs_the_entries_not_the_run(world, tmp_path, caplog):
+    """Said once, and what was half written goes. A limit of the process stands for the disk's."""
+    expected = world.logits(None)
+    cache = TowerCache(1 << 30, tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, limit[1]))
+    try:
+        with caplog.at_level(logging.WARNING, logger="maple_trl"):
+            assert torch.equal(world.logits(cache), expected)
+            left = list(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = [record.getMessage() for record in caplog.records if "encoder cache" in record.getMessage()]
+    assert len(told) == 1 and f"cannot write into {tmp_path}; going on without it" in told[0]
+    assert not left and world.passes_of(cache) == 0
+
+
+def test_a_folder_that_may_only_be_read_is_read(world, tmp_path, monkeypatch):
+    """As one on a file system that was mounted so: it refuses to note that an entry was used."""
+    expected = world.logits(TowerCache(0, tmp_path))
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    cache = TowerCache(0, tmp_path)
+    assert world.passes_of(cache) == 0 and cache.hits == 2
+    assert torch.equal(world.logits(cache), expected)
+
+
+def test_entries_can_be_read_by_whom_the_folder_is_shared_with(world, tmp_path):
+    """As the folder's other files."""
+    world.logits(TowerCache(0, tmp_path))
+    (tmp_path / "other").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 # In training

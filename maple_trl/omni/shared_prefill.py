@@ -10,13 +10,24 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from maple_trl.omni.encoded import EncodedPrompt, unique_prompts
+from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, unique_prompts
 from maple_trl.omni.growing_cache import GrowingLayer
 
 
-def grows_cache(config: GenerationConfig) -> bool:
-    """Whether generation grows a key-value cache, whose rows [`share_prefill`] can repeat; others it cannot share."""
-    return config.use_cache is not False and config.cache_implementation in (None, "dynamic")
+def grows_cache(config: GenerationConfig, defaults: GenerationConfig | None = None) -> bool:
+    """
+    Whether generation grows a key-value cache, whose rows [`share_prefill`] can repeat; others it cannot share.
+
+    Args:
+        config: what `generate()` is given.
+        defaults: the model's own, from which `generate()` takes what `config` leaves open.
+    """
+
+    def setting(name: str):
+        value = getattr(config, name)
+        return getattr(defaults, name, None) if value is None else value
+
+    return setting("use_cache") is not False and setting("cache_implementation") in (None, "dynamic")
 
 
 @contextmanager
@@ -31,6 +42,9 @@ def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[No
         core: the module whose hidden states the LM head reads.
         rows: one prompt per row of `generate()`, rows of a prompt sharing the object. Its settings satisfy
             [`grows_cache`].
+
+    Raises:
+        MediaMismatchError: when that forward has more or fewer rows, as with `num_beams` or `num_return_sequences`.
     """
     prompts, order = unique_prompts(rows)
     first = {}
@@ -47,6 +61,9 @@ def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[No
         if done:
             return None
         kwargs = dict(kwargs)
+        given = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+        if len(given) != len(rows):
+            raise MediaMismatchError(f"{len(rows)} prompts were given for a forward of {len(given)} rows")
         for name in ("input_ids", "attention_mask", "inputs_embeds"):
             kwargs[name] = take(kwargs.get(name))
         positions = kwargs.get("position_ids")

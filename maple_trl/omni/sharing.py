@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -52,7 +53,10 @@ def sharing_error(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serv
     finally:
         model.train(was_training)
     tolerance = _TOLERANCE if exact else _TOLERATED_SHARE * float((apart - shifted).abs().mean())
-    return max(float((apart - together).abs().mean()), prefill) / max(tolerance, _TOLERANCE)
+    training = float((apart - together).abs().mean())
+    if math.isnan(training + prefill):  # of two numbers, `max` may give the other
+        return math.nan
+    return max(training, prefill) / max(tolerance, _TOLERANCE)
 
 
 def _log_probs(
@@ -100,8 +104,18 @@ def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt,
         "position_ids": generation_position_ids(rows, len(prompt)).to(device),
         "use_cache": True,
     }
-    with serve(model, rows):
-        apart = model(**inputs).logits[:, -1]
+    # Of all positions, logits would take gigabytes after a long prompt.
+    handle = core.register_forward_hook(_last_position)
+    try:
+        with serve(model, rows):
+            apart = model(**inputs).logits[:, -1]
+    finally:
+        handle.remove()
     with share_prefill(core, rows), serve(model, rows[:1]):
         together = model(**inputs).logits[:, -1]
     return float((apart.float().log_softmax(-1) - together.float().log_softmax(-1)).abs().mean())
+
+
+def _last_position(module: nn.Module, args: tuple, output):
+    output.last_hidden_state = output.last_hidden_state[:, -1:]
+    return output

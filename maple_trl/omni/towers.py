@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import torch
 from cachetools import LRUCache
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, tensor_bytes
@@ -24,6 +25,8 @@ from maple_trl.omni.families.base import OmniFamily
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+_ABANDONED = 600
+"""Seconds after which nobody is still writing a file."""
 Features = dict[str, Tensor]
 """A prompt's features of one kind: `tokens` of shape (tokens, hidden), and `deepstack.0` and so on where there are."""
 
@@ -68,7 +71,9 @@ class TowerCache:
         self.max_disk_bytes = max_disk_bytes
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.folder)
+            for path in _leftovers(self.folder):
+                with suppress(OSError):  # another process was faster, or the folder may only be read
+                    path.unlink()
         self._weights: WeakKeyDictionary[nn.Module, dict[str, tuple[bytes, str]]] = WeakKeyDictionary()
         self._disk_fails = False
         self.hits = self.misses = 0
@@ -117,10 +122,12 @@ class TowerCache:
             return None
         path = self.folder / f"{key}.safetensors"
         try:
-            features = load_file(path)
-            os.utime(path)
+            # In one piece: what another process removes must not vanish between two looks at it.
+            features = load(path.read_bytes())
         except (OSError, SafetensorError):  # missing, or half gone: it is computed again
             return None
+        with suppress(OSError):  # it is another user's, or gone since
+            os.utime(path)
         self._remember(key, features)
         return features
 
@@ -128,12 +135,14 @@ class TowerCache:
         self._remember(key, features)
         if self.folder is None:
             return
+        scratch = self.folder / f"{uuid4().hex}{PARTIAL}"
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=PARTIAL, delete=False) as scratch:
-                save_file({name: values.contiguous() for name, values in features.items()}, scratch.name)
-            os.replace(scratch.name, self.folder / f"{key}.safetensors")
+            scratch.write_bytes(save({name: values.contiguous() for name, values in features.items()}))
+            scratch.replace(self.folder / f"{key}.safetensors")
             self._shrink()
-        except (OSError, SafetensorError) as error:  # a full disk must not end a run
+        except OSError as error:  # a full disk must not end a run
+            with suppress(OSError):
+                scratch.unlink()
             if not self._disk_fails:
                 logger.warning("The encoder cache cannot write into %s; going on without it: %s", self.folder, error)
             self._disk_fails = True
@@ -144,7 +153,7 @@ class TowerCache:
 
     def _shrink(self) -> None:
         entries = []
-        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob(f"*{PARTIAL}")):
+        for path in (*self.folder.glob("*.safetensors"), *_leftovers(self.folder)):
             try:
                 entries.append((path.stat().st_mtime, path.stat().st_size, path))
             except FileNotFoundError:  # another process was faster
@@ -178,14 +187,14 @@ def _precision(device: torch.device) -> str:
     return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if enabled else "own"
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Of processes that were killed while writing, long ago enough that none still writes."""
+def _leftovers(folder: Path) -> list[Path]:
+    """Of processes that were killed while writing, long enough ago that none still writes."""
+    found = []
     for path in folder.glob(f"*{PARTIAL}"):
-        try:
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink(missing_ok=True)
-        except OSError:
-            continue
+        with suppress(OSError):  # gone since
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                found.append(path)
+    return found
 
 
 def _size(features: Features) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         else:
             self._prepare_media(model, processing_class, args)
             self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out
-            self._suppress_media_tokens(args)
+            self._adapt_generation(args)
             train_dataset = self.rows.register(train_dataset, "train_dataset")
             eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.rows.register)
 
@@ -152,11 +153,17 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
-    def _suppress_media_tokens(self, args: OmniGRPOConfig) -> None:
-        """A sampled media token would be taken for media by the next forward."""
-        user_tokens = (args.generation_kwargs or {}).get("suppress_tokens") or []
-        suppressed = sorted({*self.family.suppressed_ids, *user_tokens})
-        args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": suppressed}
+    def _adapt_generation(self, args: OmniGRPOConfig) -> None:
+        """A sampled media token would be taken for media by the next forward; each row takes one completion."""
+        options = dict(args.generation_kwargs or {})
+        for name in ("num_beams", "num_return_sequences"):
+            if (options.get(name) or 1) > 1:
+                raise ValueError(
+                    f"generation_kwargs: {name}={options[name]} is not supported for prompts with media, of which a row has "
+                    "one completion; num_generations says how many a prompt has"
+                )
+        suppressed = sorted({*self.family.suppressed_ids, *(options.get("suppress_tokens") or [])})
+        args.generation_kwargs = {**options, "suppress_tokens": suppressed}
 
     def _check_rollout_size(self) -> None:
         """From fewer rows than a rollout takes, TRL's sampler would make no step, and a schedule would repeat them."""
@@ -240,11 +247,14 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self.family is None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self._agree_on_sharing(self._serving)
-        if not (self._sharing and grows_cache(self.generation_config)):
+        model = self.accelerator.unwrap_model(self.model)
+        if not (self._sharing and grows_cache(self.generation_config, unwrap(model).generation_config)):
             with self._serve(self.model, self._serving):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        core = self.family.core(self.accelerator.unwrap_model(self.model))
-        with share_prefill(core, self._serving), self._serve(self.model, unique_prompts(self._serving)[0]):
+        with (
+            share_prefill(self.family.core(model), self._serving),
+            self._serve(self.model, unique_prompts(self._serving)[0]),
+        ):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
@@ -390,9 +400,13 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return packed_forward(model, self.family.core(unwrapped), batch, (len(prompts), width))
 
     def _agree_on_sharing(self, prompts: Sequence[EncodedPrompt]) -> None:
-        """Finds out whether completions share their prompts, unless that is known. Every rank must call this together."""
+        """
+        Finds out whether completions share their prompts, unless that is known, on a prompt with as many kinds of media as
+        there are here. Every rank must call this together.
+        """
         if self._sharing is None:
-            self._sharing = self._try_sharing(prompts[0] if prompts else self._stand_in_prompt())
+            telling = max(prompts or [self._stand_in_prompt()], key=lambda prompt: (len(prompt.kinds), -len(prompt)))
+            self._sharing = self._try_sharing(telling)
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
@@ -402,32 +416,32 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             ValueError: when they cannot and `shared_prefix` is `"on"`.
         """
         models = [model for model in (self.model, self.ref_model) if model is not None]
-        installed = [install(unwrap(self.accelerator.unwrap_model(model))) for model in models]
-        fits = all(installed)
-        reason = "the attention of the language model is not sdpa over the whole sequence"
-        if fits:
+        error = math.inf
+        if all(install(unwrap(self.accelerator.unwrap_model(model))) for model in models):
             core = self.family.core(self.accelerator.unwrap_model(self.model))
             error = sharing_error(self.model, core, prompt, self._serve)
-            error = max(gather_object([error]))
-            fits = error <= 1
-            reason = f"log-probabilities differ {error:.1f} times as much as rounding explains"
-        if not fits and self.args.shared_prefix == "on":
-            raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
-        if not fits:
+        wrong = [error for error in gather_object([error]) if not error <= 1]  # as NaN is
+        if wrong:
+            reason = f"log-probabilities differ {wrong[0]:.1f} times as much as rounding explains"
+            if math.inf in wrong:
+                reason = "the attention of the language model is not sdpa over the whole sequence"
+            if self.args.shared_prefix == "on":
+                raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
             logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)
-        if fits and self.aux_loss_enabled:
+            return False
+        if self.aux_loss_enabled:
             logger.warning(
                 "Training passes a prompt once per completion (shared_prefix): the loss that balances the experts counts it so. "
                 "router_aux_loss_coef=0 lets completions share it."
             )
-        if fits and self.args.per_device_train_batch_size % self.args.num_generations:
+        if self.args.per_device_train_batch_size % self.args.num_generations:
             logger.warning(
                 "per_device_train_batch_size (%d) is not a multiple of num_generations (%d): a prompt is passed once for each "
                 "micro-batch that holds some of its completions",
                 self.args.per_device_train_batch_size,
                 self.args.num_generations,
             )
-        return fits
+        return True
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
