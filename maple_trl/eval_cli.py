@@ -197,6 +197,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     try:
         arguments = settle(arguments)
+        if arguments.quiet:
+            _hush()
         job = _job(arguments)
         from maple_trl.eval_job import run_evaluation
         from maple_trl.eval_print import print_results
@@ -219,6 +221,15 @@ def run_eval(arguments: argparse.Namespace) -> int:
         print_results(result, job.output)
     status = _status(result, arguments.max_errors)
     return status if arguments.report is None else max(status, _report(job.output, arguments.report))
+
+
+def _hush() -> None:
+    """No progress of the libraries below, which show theirs in files of a log as well."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def _report(folder: str, file: str) -> int:
@@ -272,8 +283,9 @@ def _job(arguments: argparse.Namespace) -> EvalJob:
 def _status(result: dict, max_errors: int) -> int:
     rows = {error["row"] for error in result["errors"]}
     if len(rows) > max_errors:
+        found = "1 row has errors" if len(rows) == 1 else f"{len(rows)} rows have errors"
         print(
-            f"maple-trl eval: {len(rows)} rows have errors, more than --max-errors {max_errors}; result.json names them",
+            f"maple-trl eval: {found}, more than --max-errors {max_errors}; result.json names them",
             file=sys.stderr,
         )
     scored = any(found["counts"]["scored"] for found in result["accesses"].values())

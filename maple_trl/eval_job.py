@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rows import check_spelling
 
 
-FORMAT = 2
+FORMAT = 3
 """Version of what `result.json` and `rows.parquet` hold."""
 
 # Of the media options, those that decide what the model reads.
@@ -164,8 +165,14 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
                 chat_template_kwargs=job.chat_template_kwargs,
             )
             asker = model.asker(builder, questions.rows, scoring.function, extract_answer, job.options)
+            # What a report needs of an evaluation that is going on, too.
+            run = {
+                "started": started.isoformat(timespec="seconds"),
+                "media_root": os.path.abspath(questions.media_root),
+            }
             identity = _on_first(
-                state, lambda: _begin(store, lock, _identity(job, questions, asker, model, scoring), job.overwrite)
+                state,
+                lambda: _begin(store, lock, _identity(job, questions, asker, model, scoring), run, job.overwrite),
             )
             resumed = sum(store.has(batch.number) for batch in asker.batches)
             state.wait_for_everyone()  # until all have counted
@@ -183,8 +190,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         return None
     store.finish(len(asker.batches), asker.skipped)
     result = {**identity, **_results(store, job), "left_out": questions.left_out}
-    run = {
-        "started": started.isoformat(timespec="seconds"),
+    run |= {
         "seconds": round(time.monotonic() - clock, 2),
         "processes": state.num_processes,
         "threads": torch.get_num_threads(),
@@ -193,7 +199,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         "server": job.server,
         "judging": scoring.spent,
     }
-    write_atomically(store.folder / "run.json", json.dumps(run, indent=2) + "\n")
+    _write_run(store, run)
     write_atomically(store.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     lock.release()
     return result
@@ -228,14 +234,24 @@ def _on_first(state: PartialState, compute: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _begin(store: EvalStore, lock: FileLock, identity: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    store.folder.mkdir(parents=True, exist_ok=True)
+def _begin(
+    store: EvalStore, lock: FileLock, identity: dict[str, Any], run: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"--output: {store.folder} cannot be made a folder: {error.strerror}") from error
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise EvaluationError(f"another evaluation is writing into {store.folder}") from None
     store.begin(identity, overwrite)
+    _write_run(store, run)
     return identity
+
+
+def _write_run(store: EvalStore, run: Mapping[str, Any]) -> None:
+    write_atomically(store.folder / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
 
 
 def _ask(asker: Asker, store: EvalStore, state: PartialState, quiet: bool) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 
 _SHOWN = 10  # rows with errors that are printed
+_CHARACTERS = 300  # of what is said of one
 
 
 def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
@@ -42,7 +44,7 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
     failed: dict[tuple, list[str]] = {}
     for error in result["errors"]:
-        where = error["path"] or error["detail"]
+        where = shorten(": ".join(filter(None, (error["path"], error["detail"]))), _CHARACTERS, placeholder=" …")
         failed.setdefault((error["row"], error["id"], error["reason"], where), []).append(error["access"])
     for (row, name, reason, where), under in list(failed.items())[:_SHOWN]:
         text = f"row {row} ({name}), access {', '.join(under)}: {reason}: {where}"

@@ -62,8 +62,9 @@ def run_report(arguments: argparse.Namespace) -> int:
             option = name.replace("_", "-")
             return _refuse(f"--{option} must be {least} or more, got {getattr(arguments, name)}")
     output = Path(arguments.output or Path(arguments.runs[0], "report.html"))
-    if output.is_dir():
-        return _refuse(f"--output: {output} is a folder; name a file in it, as {output / 'report.html'}")
+    for option, file, name in (("--output", output, "report.html"), ("--json", arguments.json, "report.json")):
+        if file is not None and Path(file).is_dir():
+            return _refuse(f"{option}: {file} is a folder; name a file in it, as {Path(file, name)}")
     try:
         from maple_trl.reports import ReportError, write_report
 

@@ -11,6 +11,7 @@ from test_avatar_hints import with_hints
 
 from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
 from maple_trl.rewards import accuracy_reward
+from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
 from maple_trl.trainers.hinted_rows import prompt_key
 
 
@@ -191,7 +192,25 @@ def test_ratios(run):
             assert entry[f"replay/ratio_p{percent:02d}"] == pytest.approx(at, rel=1e-5)
         assert entry["replay/ratio_max"] == pytest.approx(ratios[-1], rel=1e-5)
         differ.append(1 - expected)
+        edges = [0.25, 0.5, 0.8, 0.9, 0.95, 1 / 0.95, 1 / 0.9, 1.25, 2, 4]
+        bins = Counter(sum(ratio >= edge for edge in edges) for ratio in ratios)
+        assert shares_of(entry) == pytest.approx([bins[i] / len(ratios) for i in range(11)])
     assert max(differ) > 0.01
+    assert len(bins) > 3
+
+
+def shares_of(metrics):
+    assert "replay/ratio_share/11" not in metrics
+    return [metrics[f"replay/ratio_share/{i}"] for i in range(11)]
+
+
+def test_the_histogram_of_ratios_by_hand():
+    """Of three passes on two ranks."""
+    passes = [PassSums(), PassSums()]
+    for place, ratios in ((0, [1.0, 1.0, 0.96, 0.1]), (0, [0.51, 2.1]), (1, [100.0, 1.06])):
+        passes[place].add_log_ratios(torch.tensor(ratios).log())
+    assert shares_of(pass_metrics(passes)) == [1 / 8, 0, 1 / 8, 0, 0, 3 / 8, 1 / 8, 0, 0, 1 / 8, 1 / 8]
+    assert not any(name.startswith("replay/") for name in pass_metrics([PassSums()]))
 
 
 def zero_variance(trainer, diary):

@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import build_tiny
@@ -361,12 +362,55 @@ MALFORMED = [
 ]
 
 
+HALF = "holds half of a character (a surrogate without the other), which is no text"
+LONG = "must be a path of at most 1000 bytes, 200 a name, but is 'ж"
+# Of JSON alone; the column of another's type is told by Arrow.
+MALFORMED += [
+    ("daily-omni", {"Question": "what \ud800?"}, f"field 'Question' {HALF}"),
+    ("daily-omni", {"video_category": ["\udfff"]}, f"field 'video_category' {HALF}"),
+    ("daily-omni", {"video_id": "ж" * 101}, f"field 'video_id' {LONG}"),
+    ("tomato", {"video_path": "/".join(["ж" * 50] * 11)}, f"field 'video_path' {LONG}"),
+    ("av-counting", {"answer": "1" * 5000}, "field 'answer' must be a whole number of 0 or more, but is '111"),
+]
+
+
 @pytest.mark.parametrize(("name", "change", "words"), MALFORMED)
 def test_malformed_records_are_named(name, change, words, tmp_path):
     published(tmp_path, name, {}, change)
     with pytest.raises(BenchmarkError, match=re.escape(words)) as error:
         load_benchmark(name, tmp_path)
     assert f"{CASES[name][0]}, record 1: " in str(error.value)
+
+
+# What fields are read for: letters, numbers, lists as text, marks of media, paths; and what no file of text can hold.
+ODD = ["A", "(B)", "['x', 'y']", "(" * 9000, "3", "1e3", "1" * 5000, "[img9]", "[audio1]", "../x", "/x", "a\0.mp4"]
+ODD += ["<answer>A</answer>", "video", "image_audio", "judge", "multiple-choice", "x" * 5000, "{}%s", "\ud800", "", -1]
+JSON = st.sampled_from(ODD) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(ODD),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["A", "B", "path"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_value_in_any_field_gives_rows_or_names_its_place(name, data):
+    table, record, _, _ = CASES[name]
+    embedded = {"image": "p.png", "audio": "a.wav"} if name == "omnibench" else {}
+    record = record | embedded
+    change = data.draw(st.dictionaries(st.sampled_from(sorted(record)), JSON, min_size=1, max_size=2))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, Path(table).stem + ".json")
+        path.write_text(json.dumps([record, record | change]))
+        try:
+            found = read_benchmark(name, path, missing_media="keep")
+        except BenchmarkError as error:
+            assert re.search(r"\.json, record 1: .*field '", str(error), re.DOTALL), error
+        else:
+            assert found.records == 2 and len(found.dataset) + len(found.left_out) >= 2
 
 
 def test_check_lists_every_fault(tmp_path):

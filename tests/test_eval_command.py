@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from forks import start, status_of
 
 from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
@@ -93,8 +94,13 @@ def base(folder):
 @pytest.fixture(scope="module")
 def killed(folder):
     """An evaluation that was ended by SIGKILL within its sixth batch."""
-    ended = process(*ASKED, "--output", "killed", KILLED_AT="6")
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+    def ends():
+        os.environ["KILLED_AT"] = "6"
+        return evaluate(*ASKED, "--output", "killed")
+
+    sys.modules.pop("graded", None)  # in which calls are counted
+    assert status_of(start(ends)) == -signal.SIGKILL
     return folder / "killed"
 
 
@@ -167,6 +173,19 @@ def test_samples_differ_and_are_named(base):
         assert line["answer"] is None or line["answer"] in line["completion"]
         assert line["finish"] == ("end" if line["completion_tokens"] < 14 else line["finish"])
     assert max(map(len, of_question.values())) == 3
+
+
+def test_lines_say_what_was_fed(base):
+    """A report shows it; where the files lie is beside the numbers, not in them."""
+    rows = load_seven_tags()["test"].select(range(24)).to_list()
+    for line in lines_of(base):
+        row = rows[line["row"]]
+        signals = row["tag"] if line["access"] == "required" else "VAS"
+        assert line["prompt"] == f"user: {row['prompt'][0]['content']}"
+        assert [line["video"], line["audio"]] == [[row["video"]] if s in signals else [] for s in "VA"]
+        assert line["subtitle"] == (row["subtitle"] if "S" in signals else None)
+    assert Path(run_of(base)["media_root"]) == default_folder()
+    assert str(default_folder()) not in (base / "result.json").read_text()
 
 
 def test_what_decides_the_numbers_is_written_down(base):
@@ -340,6 +359,28 @@ def test_errors_may_be_allowed(mixed, capsys):
     assert (out / "result.json").read_bytes() == before
 
 
+def test_what_is_printed_of_an_error_says_why_and_stays_short(folder, capsys):
+    words = [*MODEL, "--data", "builtin:seven-tags", "--limit", "1", "--samples", "1", "--quiet"]
+    assert evaluate(*words, "--max-prompt-length", "1", "--output", "short", "--overwrite") == 1
+    told = capsys.readouterr()
+    assert re.search(
+        r"prompt-too-long: test/clip-052.mp4: the prompt has \d+ tokens and max_prompt_length is 1", told.out
+    )
+    assert "1 row has errors, more than --max-errors 0" in told.err
+    # Nor is there progress of other libraries.
+    assert "%|" not in told.err and "examples/s" not in told.err
+    row = {"prompt": [{"role": "user", "content": "?"}], "solution": "A", "tag": "V", "video": "x" * 5000 + ".mp4"}
+    (folder / "long.jsonl").write_text(json.dumps(row) + "\n")
+    words = [*MODEL, "--data", "long.jsonl", "--split", "train", "--samples", "1", "--quiet"]
+    assert evaluate(*words, "--output", "long") == 1
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 400
+
+
+def test_an_output_that_is_no_folder(folder, capsys):
+    assert evaluate(*ASKED, "--output", "graded.py") == 2
+    assert "--output: graded.py cannot be made a folder: File exists" in capsys.readouterr().err
+
+
 def test_undefined_values_say_why(folder, capsys):
     words = [*MODEL, "--data", "builtin:seven-tags", "--samples", "1", "--quiet", "--output", "few"]
     assert evaluate(*words, "--filter", '{"tag": ["V", "VA"]}', "--limit", "4", "--access", "S,required") == 0
@@ -392,6 +433,8 @@ def test_when_nothing_can_be_scored(folder, capsys):
         (["--model", "builtin:huge"], "There is no embedded model 'builtin:huge'"),
         (["--adapter", "nowhere"], "adapter: nowhere holds no adapter_config.json"),
         (["--dtype", "float63"], "dtype 'float63' is unknown"),
+        (["--generation", '{"repetition_penalty": -1}'], "the model refuses: `penalty` has to be a strictly positive"),
+        (["--generation", '{"penalty_alpha": "x"}'], "generation {'penalty_alpha': 'x'}: the model refuses: "),
     ],
 )
 def test_a_wrong_command_is_refused(folder, tmp_path, capsys, words, message):

@@ -8,13 +8,18 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
+import threading
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from accelerate import PartialState
+from forks import start, status_of
 
 from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
@@ -78,21 +83,35 @@ def test_an_interrupt_says_how_to_go_on(judged, tmp_path, monkeypatch, capsys):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_two_processes_of_accelerate_are_killed_and_one_goes_on(judged, tmp_path):
+def test_two_processes_are_killed_and_two_of_accelerate_or_one_go_on(judged, tmp_path):
+    words = [*judged, "--limit", "14"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def ends(rank):
+        PartialState._reset_state()
+        os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+        os.environ["STOPPED_BY"] = str(int(signal.SIGKILL))
+        return evaluate(*words, "--output", "cut")
+
+    processes = [start(partial(ends, rank)) for rank in range(2)]
+    assert [status_of(process) for process in processes] == [-signal.SIGKILL] * 2
+    assert sorted(path.name for path in Path("cut/batches").glob("*.parquet")) == [
+        f"0000{i}.parquet" for i in range(4)
+    ]
+    shutil.copytree("cut", "alone")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += ["-m", "maple_trl.cli", "eval", *ASKED, *judged, "--limit", "14", "--output", "cut"]
+    launch += ["-m", "maple_trl.cli", "eval", *ASKED, *words, "--output", "cut"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = {"capture_output": True, "text": True, "timeout": 300}
-    ended = subprocess.run(launch, env=environment | {"STOPPED_BY": str(int(signal.SIGKILL))}, **run)
-    assert ended.returncode != 0 and 0 < len(list(Path("cut/batches").glob("*.parquet"))) < 7, ended.stderr[-3000:]
-    shutil.copytree("cut", "alone")
-    ended = subprocess.run(launch, env=environment, **run)
+    ended = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert json.loads(Path("cut/run.json").read_text())["processes"] == 2
+    assert json.loads(Path("cut/run.json").read_text())["batches_done_before"] == 4
     assert ended.stdout.count("Accuracy (pass@1)") == 1
     for output in ("alone", "whole"):
-        assert evaluate(*judged, "--limit", "14", "--output", output) == 0
+        assert evaluate(*words, "--output", output) == 0
         for name in ("result.json", "rows.parquet"):
             assert Path("cut", name).read_bytes() == Path(output, name).read_bytes()
 
@@ -209,26 +228,33 @@ def test_samples_that_are_all_equal_are_counted(tmp_path):
 # Watching
 
 
-def test_progress_is_shown_on_a_terminal(tmp_path):
+def shown_on_a_terminal(tmp_path, monkeypatch, *words):
     main, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    words = [word for word in ASKED if word != "--quiet"]
-    command = [sys.executable, "-m", "maple_trl.cli", "eval", *words, *SEVEN, "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal, env=environment) as process:
-        os.close(terminal)
-        shown = b""
-        while True:
-            try:
-                part = os.read(main, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not part:
-                break
-            shown += part
+    shown = bytearray()
+
+    def read():
+        try:
+            while part := os.read(main, 65536):
+                shown.extend(part)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    asked = [word for word in ASKED if word != "--quiet"]
+    with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stderr)
+        assert cli.main(["eval", *asked, *SEVEN, "--output", str(tmp_path / "out"), *words]) == 0
+    reader.join()
     os.close(main)
-    assert process.returncode == 0
+    return bytes(shown)
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path, monkeypatch):
+    shown = shown_on_a_terminal(tmp_path, monkeypatch)
     assert re.search(rb"Questions:\s+0%", shown) and re.search(rb"Questions: 100%.* 8/8", shown)
+    assert b"Questions" not in shown_on_a_terminal(tmp_path, monkeypatch, "--overwrite", "--quiet")
 
 
 # The parser

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,10 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from maple_trl import cli
+from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.reports import ReportError, write_report
+from maple_trl.reports.folders import read_run
+from maple_trl.reports.media import MediaTable
 from maple_trl.reports.projection import principal_components, text_vectors, write_embeddings
 from maple_trl.reports.rollout_files import write_rollout
-from maple_trl.reports.rollouts import rollouts_of
+from maple_trl.reports.rollouts import packed, rollouts_of
 from maple_trl.reports.sections import near_perfect
 from maple_trl.reports.series import series_of, thinned
 
@@ -258,10 +260,160 @@ def test_an_evaluation_that_is_going_on(evaluations, tmp_path):
     assert less["rollouts"]["count"] == 8
 
 
+def test_an_evaluation_shows_prompts_and_clips(evaluations, tmp_path):
+    """While it is going on, too: the media lie where its data set does."""
+    rows = {row["id"]: row for row in load_seven_tags()["test"]}
+    (found,) = report(tmp_path, evaluations / "first")["runs"]
+    shown = found["rollouts"]["completions"]
+    for i, name in enumerate(shown["id"]):
+        row, signals = rows[name], rows[name]["tag"] if shown["access"][i] == "required" else "VAS"
+        assert shown["prompt"][i] == f"user: {row['prompt'][0]['content']}"
+        assert shown["video"][i] == ([row["video"]] if "V" in signals else [])
+        assert shown["audio"][i] == ([row["video"]] if "A" in signals else [])
+        assert shown["subtitle"][i] == (row["subtitle"] if "S" in signals else None)
+    live = tmp_path / "live"
+    (live / "batches").mkdir(parents=True)
+    for name in ("evaluation.json", "run.json"):
+        shutil.copy(evaluations / "first" / name, live)
+    shutil.copy(evaluations / "first" / "rows.parquet", live / "batches" / "00000.parquet")
+    for folder in (live, evaluations / "first"):
+        run = read_run(folder)
+        assert Path(run.media_root) == default_folder()
+        table = MediaTable(run.media_root, tmp_path, 10)
+        packed(rollouts_of(run.table, run.kind, 100), table)
+        kinds = {entry["kind"] for entry in table.entries if "href" in entry}
+        assert kinds == {"video", "audio", "subtitle"} and not any("why" in entry for entry in table.entries)
+
+
 def test_a_training_run_beside_an_evaluation(evaluations, tmp_path):
     data = report(tmp_path, training_run(tmp_path / "run"), evaluations / "first")
     assert "two evaluations" in data["comparison"]["missing"]
     assert [run["kind"] for run in data["runs"]] == ["training", "evaluation"]
+
+
+# Damage
+
+
+def foreign(path):
+    pq.write_table(pa.table({"x": [1]}), path)
+
+
+def remove_last(folder, *names):
+    for name in names:
+        (folder / name).unlink()
+
+
+EVALUATION_DAMAGE = [
+    (lambda f: (f / "rows.parquet").write_bytes(b"PAR1 half"), r"rows.parquet cannot be read \(.*\) and is left out"),
+    (lambda f: foreign(f / "rows.parquet"), "rows.parquet has other columns than `maple-trl eval` writes"),
+    (lambda f: (f / "evaluation.json").write_text("{"), "evaluation.json cannot be read"),
+    (
+        lambda f: ((f / "evaluation.json").write_text("{}"), remove_last(f, "result.json")),
+        "evaluation.json is none of",
+    ),
+    (lambda f: (f / "result.json").write_text('{"accesses": 3}'), "result.json is none of `maple-trl eval`"),
+    (lambda f: (f / "result.json").write_text('{"accesses": {"required": {}}}'), "result.json is none of"),
+    (lambda f: (f / "result.json").write_text("{}"), "result.json is none of"),
+    (lambda f: (f / "run.json").write_text("{"), "run.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("damage", "note"), EVALUATION_DAMAGE)
+def test_an_evaluation_that_is_damaged_is_shown_as_far_as_it_goes(evaluations, tmp_path, damage, note):
+    shutil.copytree(evaluations / "first", tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    (found,) = report(tmp_path, tmp_path / "damaged")["runs"]
+    assert any(re.search(note, text) for text in found["notes"]), found["notes"]
+    assert ("missing" in found["rollouts"]) == ("rows.parquet" in note)
+    assert ("missing" in found["accuracy"]) == ("evaluation.json is none" in note)
+
+
+def test_a_batch_that_is_damaged_is_left_out(evaluations, tmp_path):
+    (tmp_path / "live" / "batches").mkdir(parents=True)
+    shutil.copy(evaluations / "first" / "evaluation.json", tmp_path / "live")
+    whole = pq.read_table(evaluations / "first" / "rows.parquet")
+    pq.write_table(whole.slice(0, 8), tmp_path / "live" / "batches" / "00000.parquet")
+    (tmp_path / "live" / "batches" / "00001.parquet").write_bytes(b"PAR1")
+    (found,) = report(tmp_path, tmp_path / "live")["runs"]
+    assert found["rollouts"]["count"] == 8 and "00001.parquet cannot be read" in found["notes"][0]
+
+
+def log_of(*lines):
+    return lambda f: (f / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+
+
+TRAINING_DAMAGE = [
+    (log_of('{"step": 1, "reward": 1}', "what", "[1]", "{", "no"), "metrics.jsonl: 3 lines, the first 2, are no JSON"),
+    (log_of("what", '{"step": 1, "reward": 1}'), "metrics.jsonl: line 1 is no JSON and left out"),
+    (log_of('{"step": "x", "reward": 1}', '{"step": 1, "reward": "a", "loss_profile/0": "x"}', '{"reward": 1}'), None),
+    (log_of('{"step": 1, "loss_profile/0": 1}', '{"step": null, "loss": 1}'), None),
+    (lambda f: (remove_last(f, "metrics.jsonl"), (f / "trainer_state.json").write_text('{"log_history": 3}')), None),
+    (
+        lambda f: (
+            remove_last(f, "metrics.jsonl"),
+            (f / "trainer_state.json").write_text('{"log_history": [3, {"step": 1}]}'),
+        ),
+        None,
+    ),
+    (lambda f: (f / "summary.json").write_text('{"before": 3, "after": 4}'), "summary.json is none of a training job"),
+    (
+        lambda f: (f / "summary.json").write_text('{"before": {"V": "x"}, "after": {"V": 1}}'),
+        "summary.json is none of a training job",
+    ),
+    (lambda f: foreign(f / "rollouts" / "00000099.parquet"), "1 files of rollouts cannot be read.*00000099.parquet"),
+    (lambda f: foreign(f / "embeddings.parquet"), None),
+    (lambda f: (f / "embeddings.parquet").write_bytes(b"x"), None),
+    (lambda f: pq.write_table(pa.table({"tag": ["V"], "embedding": [["x"]]}), f / "embeddings.parquet"), None),
+]
+
+
+@pytest.mark.parametrize(("damage", "note"), TRAINING_DAMAGE)
+def test_a_run_that_is_damaged_is_shown_as_far_as_it_goes(tmp_path, damage, note):
+    damage(training_run(tmp_path / "run"))
+    (found,) = report(tmp_path, tmp_path / "run")["runs"]
+    assert found["notes"] == [] if note is None else any(re.search(note, text) for text in found["notes"])
+    assert found["rollouts"]["count"] == 80
+    odd = (tmp_path / "run" / "embeddings.parquet").exists()
+    assert odd == ("embeddings.parquet cannot be read" in found["projection"].get("missing", ""))
+
+
+@pytest.mark.parametrize("write", [foreign, lambda path: path.write_text("{}")])
+def test_files_of_others_are_no_run(tmp_path, write):
+    (tmp_path / "rollouts").mkdir()
+    write(tmp_path / "rollouts" / "00000000.parquet")
+    with pytest.raises(
+        ReportError, match=r"holds no run: 1 files of rollouts cannot be read.*; neither metrics.jsonl"
+    ):
+        write_report(tmp_path, tmp_path / "x.html")
+    (tmp_path / "result.json").write_text('{"results": {"task": 0.5}}')
+    with pytest.raises(ReportError, match="holds no run: result.json is none of `maple-trl eval`"):
+        write_report(tmp_path, tmp_path / "x.html")
+
+
+# Ratios
+
+
+def test_ratios_of_the_first_and_the_last_steps(tmp_path):
+    """By hand: of ten entries the first two and the last two, of those that have replayed tokens at all."""
+    entries = [{"step": 0, "reward": 0.5}]
+    for step in range(1, 11):
+        near = 1 - step / 100
+        shares = {f"replay/ratio_share/{i}": {5: near, 6: 1 - near}.get(i, 0.0) for i in range(11)}
+        entries.append({"step": step, "replay/ratio_p50": 1.0} | shares)
+    write_log(tmp_path / "run", entries)
+    (found,) = report(tmp_path, tmp_path / "run")["runs"]
+    histogram = found["ratios"]["histogram"]
+    assert histogram["edges"] == pytest.approx([1 / 4, 1 / 2, 0.8, 0.9, 0.95, 1 / 0.95, 1 / 0.9, 1.25, 2, 4], rel=1e-5)
+    assert histogram["phases"] == {
+        "steps up to 2": pytest.approx([0] * 5 + [0.985, 0.015] + [0] * 4),
+        "from step 9": pytest.approx([0] * 5 + [0.905, 0.095] + [0] * 4),
+    }
+    # A run of before there were histograms.
+    write_log(tmp_path / "old", [{"step": 1, "replay/ratio_p50": 1.0}])
+    assert report(tmp_path, tmp_path / "old")["runs"][0]["ratios"] == {
+        "quantiles": ["replay/ratio_p50"],
+        "effective": [],
+    }
 
 
 # Completions
@@ -287,8 +439,6 @@ def test_replayed_completions_join_their_group():
 
 def test_media_are_linked_only_below_their_root(tmp_path):
     """Addresses of a network, files outside and missing ones are named, not linked to."""
-    from maple_trl.data import default_folder, load_seven_tags
-
     clip = load_seven_tags()["test"][0]["video"]
     root = tmp_path / "media root"
     (root / "train").mkdir(parents=True)
@@ -296,8 +446,6 @@ def test_media_are_linked_only_below_their_root(tmp_path):
     (tmp_path / "secret.mp4").write_bytes(b"x")
     os.symlink(tmp_path / "secret.mp4", root / "link.mp4")
     (root / "words.srt").write_text("<b>dog</b>")
-    from maple_trl.reports.media import MediaTable
-
     table = MediaTable(root, tmp_path / "page", thumbnails=1)
     for kind, name in [
         ("video", "train/a #1.mp4"),
@@ -454,6 +602,11 @@ def test_the_command(tmp_path, capsys):
         (["parent"], r"holds no run: neither metrics.jsonl.*Folders in it that do: run"),
         (["parent/run", "parent/run", "parent/run"], "one run or two, got 3"),
         (["parent/run", "--output", "parent"], "parent is a folder; name a file in it"),
+        (["parent/run", "--json", "parent"], "--json: parent is a folder; name a file in it"),
+        (["parent/run", "--output", "/proc/x.html"], "/proc/x.html cannot be written: No such file"),
+        (["parent/run", "--media-root", "none"], "media root: there is no folder none"),
+        (["parent/run", "--embeddings", "builtin:none"], "--embeddings builtin:none: There is no embedded model"),
+        (["parent/run/metrics.jsonl", "--output", "x.html"], "metrics.jsonl is a file; name its folder"),
         (["parent/run", "--max-rollouts", "0"], "--max-rollouts must be 1 or more, got 0"),
     ],
 )
@@ -465,13 +618,12 @@ def test_a_wrong_command_says_why(tmp_path, monkeypatch, capsys, words, why):
     assert not list(tmp_path.glob("**/*.html"))
 
 
-def test_the_extra_is_named_where_it_is_missing(tmp_path):
+@pytest.mark.parametrize("package", ["jinja2", "plotly.offline"])
+def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys, package):
     training_run(tmp_path / "run", steps=2)
-    script = (
-        "import sys; sys.modules['plotly'] = None; from maple_trl.cli import main; sys.exit(main(['report', 'run']))"
-    )
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert shown.returncode == 2 and 'pip install "maple-trl[report]"' in shown.stderr, shown.stderr
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["report", str(tmp_path / "run")]) == 2
+    assert 'pip install "maple-trl[report]"' in capsys.readouterr().err
 
 
 def test_an_empty_list_of_runs(tmp_path):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from maple_trl import AvatarConfig, AvatarTrainer
+from maple_trl import AvatarConfig, AvatarTrainer, cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.reports import write_report
@@ -132,6 +132,19 @@ def test_the_page_opens_without_errors_and_draws(opened):
     assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked), opened.asked
     drawn = {section: page.locator(f"#{section} .main-svg").count() for section in SECTIONS}
     assert all(drawn[section] for section in SECTIONS if section not in ("accuracy", "weights", "rollouts")), drawn
+    # Every plot says what it shows, and every section has a sentence on it.
+    titles = (
+        "place => [place.layout.title, place.layout.xaxis.title, place.layout.yaxis.title].map((title) => title.text)"
+    )
+    shown = page.evaluate(f"[...document.querySelectorAll('.chart')].map({titles})")
+    assert len(shown) > 25 and all(map(all, shown)), shown
+    for section in SECTIONS:
+        assert len(page.locator(f"#{section} .what").first.inner_text()) > 30, section
+    # The shares of each histogram of ratios add up to 1.
+    bars = page.evaluate("[...document.querySelectorAll('#ratios .chart')].map((place) => place.data)")[0]
+    assert len(bars) == 2 and all(trace["type"] == "bar" and len(trace["x"]) == 11 for trace in bars)
+    assert all(sum(trace["y"]) == pytest.approx(1, abs=1e-3) for trace in bars)
+    assert [bars[0]["x"][i] for i in (0, 5, 10)] == ["< 0.25", "0.95–1.05", "≥ 4"]
     # What this run has not got is said, here and in the list of sections.
     for section in ("accuracy", "weights"):
         assert page.locator(f"#{section} .missing").inner_text().startswith("No data.")
@@ -235,6 +248,44 @@ def test_clips_play_and_have_a_picture(opened):
         )
         assert place.evaluate("player => player.duration") > 0.1
     assert opened.errors == []
+
+
+# An evaluation
+
+
+def test_an_evaluation_shows_its_questions_clips_and_errors(browser, tmp_path):
+    rows = load_seven_tags()["test"].select(range(14)).to_list()
+    rows[0]["video"] = "gone.mp4"
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", "builtin:tiny-omni", "--data", str(tmp_path), "--media-root", str(default_folder())]
+    words += ["--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14", "--samples", "2", "--quiet"]
+    words += ["--access", "required,all", "--max-errors", "1", "--output", str(tmp_path / "eval"), "--report"]
+    assert cli.main(["eval", *words]) == 0
+    opened = Opened(browser, tmp_path / "eval" / "report.html")
+    page = opened.page
+    assert opened.fitting() == (13, 26)
+    opened.set("text", rows[1]["prompt"][0]["content"])
+    prompts = page.locator(".group .prompt pre").all_inner_texts()
+    assert prompts and set(prompts) == {f"user: {rows[1]['prompt'][0]['content']}"}
+    opened.after(lambda: page.click("text=Show all"))
+    opened.after(lambda: page.select_option("#filter-access", "required"))
+    for row in rows[1:5]:
+        group = page.locator(".group").filter(has=page.get_by_role("button", name=row["id"], exact=True))
+        assert [group.locator(kind).count() for kind in ("video", "audio")] == [int(s in row["tag"]) for s in "VA"]
+        assert (row["subtitle"] in group.inner_text()) == ("S" in row["tag"])
+    place = page.locator(".group video").first
+    place.evaluate(
+        "player => new Promise((done, failed) => { player.oncanplay = done; player.onerror = () => failed('no'); "
+        "player.preload = 'auto'; player.load(); })"
+    )
+    page.click("text=Questions with errors")
+    told = page.inner_text("#accuracy details")
+    assert "not-found" in told and "gone.mp4" in told and "no such file under" in told
+    for section in ("accuracy", "rewards", "disparity", "projection"):
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
+        page.locator(f"#{section} .main-svg").first.wait_for(timeout=30_000)
+    assert opened.errors == []
+    page.close()
 
 
 # Markup in what models say

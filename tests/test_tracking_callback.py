@@ -187,7 +187,7 @@ def test_wandb_gets_plots_and_tables_offline(seven_tags, tmp_path, monkeypatch):
 
 def test_tables_hold_text_and_nothing_else():
     text = plain_text([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "which?"}]}])
-    assert text == "user: [video]which?"
+    assert text == "user: [video] which?"
     assert plain_text("x" * 2000) == "x" * 999 + "…"
     rendered = markdown_table(
         {"said": ["<script>alert(1)</script>", "a|b\n**bold** [x](javascript:y)"], "n": [0.5, None]}

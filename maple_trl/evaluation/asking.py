@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from maple_trl.evaluation.eval_options import ALL, REQUIRED, EvalOptions, EvaluationError, ScoringError
+from maple_trl.evaluation.fed import fed_columns
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, RowError
@@ -209,7 +210,11 @@ class Asker(ABC):
     def _line(self, number: int, access: str, status: str, **values: Any) -> Line:
         row = self.rows[number]
         texts = {name: _text(row.get(name)) for name in ("solution", "category")}
-        return {"id": self.names[number], "row": number, "tag": self.tags[number], **texts} | {
+        try:
+            fed = fed_columns(self._spec(number, access))
+        except RowError:
+            fed = {}
+        return {"id": self.names[number], "row": number, "tag": self.tags[number], **texts, **fed} | {
             "access": access,
             "status": status,
             **values,

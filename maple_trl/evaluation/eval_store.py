@@ -7,7 +7,7 @@ Layout:
     batches/00000.parquet …  finished batches, while the evaluation is going on
     rows.parquet         all lines, once every batch is done; see `LINES`
     result.json          accuracies and all that decides them; the same bytes for the same evaluation
-    run.json             times, processes and threads
+    run.json             times, processes, threads, and the folder of the media
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ LINES = pa.schema(
         ("tag", pa.string()),
         ("solution", pa.string()),
         ("category", pa.string()),
+        ("prompt", pa.string()),  # null, with the three below, where the row is no prompt under the access
+        ("video", pa.list_(pa.string())),  # the files that are fed, as the row names them
+        ("audio", pa.list_(pa.string())),
+        ("subtitle", pa.string()),  # a file, or the text itself
         ("access", pa.string()),
         ("status", pa.string()),  # scored, unscored, error or lacking
         ("sample", pa.int64()),  # null where the question was not asked
@@ -206,7 +210,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write_table(table: pa.Table, path: Path) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(scratch, "wb") as file:
-        pq.write_table(table, file)
+        pq.write_table(table, file, compression="zstd")  # prompts repeat from sample to sample
         file.flush()
         os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
     os.replace(scratch, path)

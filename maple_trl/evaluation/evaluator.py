@@ -89,11 +89,16 @@ class Evaluator(Asker):
             share_prefill(self.core, rows) if shared else nullcontext(),
             serve_media(self.family, self.model, prompts if shared else rows),
         ):
-            output = self.model.generate(
-                **inputs,
-                generation_config=self.generation_config,
-                logits_processor=_processors(options, torch.from_numpy(np.stack(streams)), width),
-            )
+            try:
+                output = self.model.generate(
+                    **inputs,
+                    generation_config=self.generation_config,
+                    logits_processor=_processors(options, torch.from_numpy(np.stack(streams)), width),
+                )
+            except (TypeError, ValueError) as error:
+                if not options.generation:
+                    raise
+                raise EvaluationError(f"generation {dict(options.generation)}: the model refuses: {error}") from error
         return [self._until_end(ids) for ids in output[:, width:].tolist()]
 
     def _inputs(self, rows: list[EncodedPrompt]) -> dict[str, torch.Tensor]:

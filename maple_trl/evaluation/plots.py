@@ -12,6 +12,13 @@ from typing import Any
 from maple_trl.modalities import ModalityTag
 
 
+RATIO_EDGES = (1 / 4, 1 / 2, 4 / 5, 9 / 10, 19 / 20, 20 / 19, 10 / 9, 5 / 4, 2, 4)
+"""
+Borders of the bins of importance ratios, for `replay/ratio_share/0` to `/10`: below the first, from each to the next, and
+from the last on. The bin in the middle is within 5 % of 1; on either side the same ratios up and down.
+"""
+
+
 def _figure(width: float, height: float):
     """
     A figure that belongs to nobody's interactive session.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,8 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maple_trl.evaluation.eval_results import evaluation_results
-from maple_trl.reports.rollout_files import ROLLOUTS, read_rollouts
+from maple_trl.evaluation.eval_store import LINES
+from maple_trl.reports.rollout_files import ROLLOUTS, is_table_of, read_rollouts
 
+
+# Without these columns of `LINES` there is nothing to show, and these parts of an access' results are drawn.
+_COLUMNS = tuple(name for name in LINES.names if name not in ("prompt", "video", "audio", "subtitle"))
+_OF_AN_ACCESS = {"accuracy", "bounds", "pass_at_k", "modality_gap", "counts"}
 
 _MARKS = ("metrics.jsonl", "trainer_state.json", "summary.json", "rollouts", "result.json", "evaluation.json")
 
@@ -61,7 +67,9 @@ class RunData:
     @property
     def accesses(self) -> list[str]:
         """What the questions of an evaluation were asked under, in the order in which they were asked for."""
-        return list((self.result or {}).get("accesses", {}))
+        if self.result is not None:
+            return list(self.result["accesses"])
+        return [] if self.table is None else list(dict.fromkeys(self.table["access"].to_pylist()))
 
 
 def read_run(folder: str | os.PathLike) -> RunData:
@@ -73,13 +81,15 @@ def read_run(folder: str | os.PathLike) -> RunData:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ReportError(f"there is no folder {folder}")
+        raise ReportError(
+            f"{folder} is a file; name its folder" if folder.exists() else f"there is no folder {folder}"
+        )
     if (folder / "evaluation.json").is_file() or (folder / "result.json").is_file():
         run = _read_evaluation(folder)
     else:
         run = _read_training(folder)
     if not run.log and run.table is None and run.summary is None and run.result is None:
-        raise ReportError(f"{folder} holds no run: {_what_instead(folder)}")
+        raise ReportError(f"{folder} holds no run: {'; '.join([*run.notes, _what_instead(folder)])}")
     return run
 
 
@@ -107,6 +117,9 @@ def _read_training(folder: Path) -> RunData:
     notes: list[str] = []
     log, source = _read_log(folder, notes)
     summary = _read_json(folder / "summary.json", notes)
+    if summary is not None and not all(_numbers(summary.get(name) or {}) for name in ("before", "after", "questions")):
+        notes.append("summary.json is none of a training job and is left out")
+        summary = None
     table, media_root, broken = read_rollouts(folder / ROLLOUTS)
     if broken:
         notes.append(f"{len(broken)} files of {ROLLOUTS} cannot be read and are left out: {', '.join(broken[:3])}")
@@ -123,7 +136,7 @@ def _read_training(folder: Path) -> RunData:
 def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     """The log that goes furthest: `metrics.jsonl`, or that of a newer checkpoint."""
     path = folder / "metrics.jsonl"
-    log = _read_lines(path, notes) if path.is_file() else []
+    log = _read_metrics(path, notes) if path.is_file() else []
     source = path.name if log else None
     checkpoints = sorted(
         (int(match[1]), other)
@@ -135,7 +148,7 @@ def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str
         newer = not log or (state.is_file() and state.stat().st_mtime > path.stat().st_mtime + 1)
         if not state.is_file() or not newer:
             continue
-        found = (_read_json(state, notes) or {}).get("log_history") or []
+        found = _log_entries((_read_json(state, notes) or {}).get("log_history"))
         if found and (not log or _last_step(found) > _last_step(log)):
             return found, str(state.relative_to(folder))
         break
@@ -143,25 +156,42 @@ def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str
 
 
 def _last_step(log: list[dict[str, Any]]) -> int:
-    return max((entry["step"] for entry in log if isinstance(entry.get("step"), int)), default=-1)
+    return max((entry["step"] for entry in log), default=-1)
 
 
-def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _log_entries(log: Any) -> list[dict[str, Any]]:
+    """The entries of a log that have a step, and their numbers."""
+    found = [
+        {name: value for name, value in entry.items() if _number(value) and math.isfinite(value)}
+        for entry in (log if isinstance(log, list) else ())
+        if isinstance(entry, dict)
+    ]
+    return [entry for entry in found if "step" in entry]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(map(_number, values.values()))
+
+
+def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Entries of a file of JSON lines. The last line may be half there: a run that is going on, or was killed."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    entries = []
+    entries, odd = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entries.append(json.loads(line))
         except ValueError:
-            if number < len(lines):
-                notes.append(f"{path.name}, line {number} is no JSON and is left out")
-            continue
-        if isinstance(entry, dict):
-            entries.append(entry)
-    return entries
+            odd += [number] if number < len(lines) else []
+    if odd:
+        which = f"line {odd[0]} is" if len(odd) == 1 else f"{len(odd)} lines, the first {odd[0]}, are"
+        notes.append(f"{path.name}: {which} no JSON and left out")
+    return _log_entries(entries)
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
@@ -180,23 +210,58 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 def _read_evaluation(folder: Path) -> RunData:
     notes: list[str] = []
-    result, run_facts = (_read_json(folder / name, notes) for name in ("result.json", "run.json"))
+    identity, result, facts = (
+        _read_json(folder / name, notes) for name in ("evaluation.json", "result.json", "run.json")
+    )
+    if result is not None and not _is_result(result):
+        notes.append("result.json is none of `maple-trl eval` and is left out")
+        result = None
+    table = _read_answers(folder, notes)
     finished = result is not None and (folder / "rows.parquet").is_file()
-    table = None
-    if (folder / "rows.parquet").is_file():
-        table = pq.ParquetFile(folder / "rows.parquet").read()
-    else:
-        batches = [pq.ParquetFile(path).read() for path in sorted((folder / "batches").glob("*.parquet"))]
-        table = pa.concat_tables(batches) if batches else None
-    identity = _read_json(folder / "evaluation.json", notes)
     if not finished and table is not None and identity is not None:
-        result = {**identity, **results_so_far(table, identity)}
-        notes.append("The evaluation is not finished: its numbers are of the questions that were answered so far.")
+        try:
+            result = {**identity, **results_so_far(table, identity)}
+            notes.append("The evaluation is not finished: its numbers are of the questions that were answered so far.")
+        except (KeyError, TypeError):
+            notes.append("evaluation.json is none of `maple-trl eval` and is left out")
     parts = [folder / name for name in ("result.json", "rows.parquet", "batches", "evaluation.json")]
     run = RunData(folder, _name(folder), "evaluation", finished, _updated(parts))
     run.result, run.table, run.notes = result, table, notes
-    run.summary = run_facts
+    run.summary, run.media_root = facts, (facts or {}).get("media_root")
     return run
+
+
+def _is_result(result: Mapping[str, Any]) -> bool:
+    accesses = result.get("accesses")
+    return isinstance(accesses, Mapping) and all(
+        isinstance(found, Mapping) and found.keys() >= _OF_AN_ACCESS for found in accesses.values()
+    )
+
+
+def _read_answers(folder: Path, notes: list[str]) -> pa.Table | None:
+    """The table of a finished evaluation, or the batches of one that is going on."""
+    whole = folder / "rows.parquet"
+    batches = (
+        [] if whole.is_file() else [_read_lines(path, notes) for path in sorted(folder.glob("batches/*.parquet"))]
+    )
+    if whole.is_file():  # an evaluation that has just ended has joined its batches, and removed them
+        return _read_lines(whole, notes)
+    batches = [batch for batch in batches if batch is not None]
+    return pa.concat_tables(batches, promote_options="default") if batches else None
+
+
+def _read_lines(path: Path, notes: list[str]) -> pa.Table | None:
+    try:
+        table = pq.ParquetFile(path).read()
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowException) as error:
+        notes.append(f"{path.name} cannot be read ({error}) and is left out")
+        return None
+    if not is_table_of(table, LINES, _COLUMNS):
+        notes.append(f"{path.name} has other columns than `maple-trl eval` writes and is left out")
+        return None
+    return table
 
 
 def results_so_far(table: pa.Table, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from maple_trl.evaluation.intervals import UndefinedMetricError
 from maple_trl.evaluation.report import as_json
 from maple_trl.evaluation.spread import embedding_spread
-from maple_trl.reports.folders import RunData
+from maple_trl.reports.folders import ReportError, RunData
 from maple_trl.reports.rollouts import Rollouts
 from maple_trl.reports.sections import lines_by_tag
 from maple_trl.reports.series import TAGS, ends, rounded
@@ -50,7 +50,10 @@ def project(
     """
     files = [run.folder / EMBEDDINGS_FILE for run in runs]
     if all(path.is_file() for path in files):
-        parts = [_from_file(path) for path in files]
+        try:
+            parts = [_from_file(path) for path in files]
+        except (OSError, KeyError, ValueError) as error:  # what Arrow raises is a ValueError
+            return [{"missing": f"{EMBEDDINGS_FILE} cannot be read: {error}"} for _ in runs]
         method = f"vectors of {EMBEDDINGS_FILE}"
         vectors = [part[0] for part in parts]
         if len({part.shape[1] for part in vectors}) > 1:
@@ -67,7 +70,10 @@ def project(
             from maple_trl.reports.hidden_states import mean_hidden_states
 
             method = f"means of the last hidden states of {model}, which reads each completion's text alone"
-            states = mean_hidden_states(model, [text for part in parts for text in part[2]])
+            try:
+                states = mean_hidden_states(model, [text for part in parts for text in part[2]])
+            except (OSError, ValueError) as error:
+                raise ReportError(f"--embeddings {model}: {error}") from error
             vectors = np.split(states, np.cumsum([len(part[2]) for part in parts])[:-1])
     counts = [len(part[1]) for part in parts]
     if sum(counts) < 3:

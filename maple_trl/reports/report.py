@@ -54,12 +54,14 @@ def write_report(
         `Path`: the HTML file.
 
     Raises:
-        ReportError: when a folder holds no run, or there are none or more than two.
+        ReportError: when a folder holds no run, there are none or more than two, or a file cannot be written.
         ImportError: without jinja2 or plotly, naming the extra that brings them.
     """
     folders = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
     if not 1 <= len(folders) <= 2:
         raise ReportError(f"a report is on one run or two, got {len(folders)}")
+    if media_root is not None and not Path(media_root).is_dir():
+        raise ReportError(f"media root: there is no folder {media_root}")
     output = Path(output)
     read = [read_run(folder) for folder in folders]
     rollouts = [None if run.table is None else rollouts_of(run.table, run.kind, max_rollouts) for run in read]
@@ -68,12 +70,19 @@ def write_report(
     for run, found in zip(read, rollouts, strict=True):
         media = MediaTable(media_root or run.media_root, output.parent, thumbnails)
         shown.append(None if found is None or not len(found) else packed(found, media))
-    write_atomically(output, render(data, shown))
+    _write(output, render(data, shown))
     if json_path is not None:
         for run, found in zip(data["runs"], rollouts, strict=True):
             run["rollouts"] |= {} if found is None else {"completions": _columns(found)}
-        write_atomically(json_path, json.dumps(as_json(data), ensure_ascii=False, allow_nan=False) + "\n")
+        _write(json_path, json.dumps(as_json(data), ensure_ascii=False, allow_nan=False) + "\n")
     return output
+
+
+def _write(path: str | os.PathLike, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def report_data(

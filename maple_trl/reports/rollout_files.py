@@ -16,6 +16,7 @@ ROLLOUTS = "rollouts"
 """The folder with the files, in the output folder of a run."""
 
 _METADATA = b"maple_trl"
+_COLUMNS = ("rollout", "step", "group", "tag", "completion", "rewards", "reward", "replayed")
 
 LINES = pa.schema(
     [
@@ -76,10 +77,19 @@ def read_rollouts(folder: Path) -> tuple[pa.Table | None, str | None, list[str]]
                 table = pq.ParquetFile(file).read()
         except FileNotFoundError:
             continue
-        except (OSError, pa.ArrowInvalid):
+        except (OSError, pa.ArrowException):
+            broken.append(path.name)
+            continue
+        if not is_table_of(table, LINES, _COLUMNS):
             broken.append(path.name)
             continue
         about = (table.schema.metadata or {}).get(_METADATA)
         media_root = json.loads(about)["media_root"] if about else media_root
         tables.append(table.replace_schema_metadata(None))
     return pa.concat_tables(tables, promote_options="default") if tables else None, media_root, broken
+
+
+def is_table_of(table: pa.Table, schema: pa.Schema, columns: Iterable[str]) -> bool:
+    """Whether a table has these columns of a schema, and none of them, nor another of the schema, with another type."""
+    shared = [name for name in schema.names if name in table.column_names]
+    return set(columns) <= set(shared) and all(schema.field(n).type == table.schema.field(n).type for n in shared)

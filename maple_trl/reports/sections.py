@@ -10,7 +10,7 @@ import numpy as np
 
 from maple_trl.algorithms.difficulty import tag_difficulty
 from maple_trl.evaluation.gaps import tag_disparity
-from maple_trl.evaluation.plots import signal_profile
+from maple_trl.evaluation.plots import RATIO_EDGES, signal_profile
 from maple_trl.reports.folders import RunData
 from maple_trl.reports.rollouts import Rollouts
 from maple_trl.reports.series import TAGS, Series, ends, metrics_by_tag, rounded
@@ -240,7 +240,7 @@ def positions_section(run: RunData) -> Section:
     if not profiles:
         return missing("Every loss_profile in the log is 0.")
     points = len(next(iter(profiles.values())))
-    return {"position": rounded([i / (points - 1) for i in range(points)]), "profiles": profiles}
+    return {"position": rounded([i / max(points - 1, 1) for i in range(points)]), "profiles": profiles}
 
 
 def replay_section(run: RunData, series: Series) -> Section:
@@ -263,12 +263,31 @@ def replay_section(run: RunData, series: Series) -> Section:
 
 
 def ratios_section(run: RunData, series: Series) -> Section:
-    """Names of the curves of the quantiles of importance ratios."""
+    """
+    Importance ratios of replayed tokens: names of the curves of their quantiles, and histograms of the first and the
+    last fifth of the log entries that have any.
+    """
     names = [f"replay/ratio_{name}" for name in ("p05", "p50", "p95", "max")]
     names = [name for name in names if name in series]
     if not names:
         return missing("The log has no importance ratios: AvatarTrainer logs those of replayed tokens.")
-    return {"quantiles": names, "effective": [name for name in ["replay/effective_share"] if name in series]}
+    found: Section = {"quantiles": names}
+    found["effective"] = [name for name in ["replay/effective_share"] if name in series]
+    bins = [series.get(f"replay/ratio_share/{i}") for i in range(len(RATIO_EDGES) + 1)]
+    if all(bins):
+        early, late = ends(bins[0][0])
+        phases = {
+            f"steps up to {early:g}": lambda step: step <= early,
+            f"from step {late:g}": lambda step: step >= late,
+        }
+        found["histogram"] = {
+            "edges": rounded(RATIO_EDGES),
+            "phases": {
+                name: rounded([np.mean([v for step, v in zip(*one, strict=True) if fits(step)]) for one in bins], 4)
+                for name, fits in phases.items()
+            },
+        }
+    return found
 
 
 # Evaluations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maple_trl.algorithms import effective_share
+from maple_trl.evaluation.plots import RATIO_EDGES
 
 
 POINTS = 11
@@ -60,7 +61,9 @@ def pass_metrics(found: Sequence[PassSums]) -> dict[str, float]:
     What the passes of all ranks show together.
 
     `replay/ratio_p05`, `replay/ratio_p50`, `replay/ratio_p95` and `replay/ratio_max` are of the importance ratios of
-    replayed tokens, `replay/effective_share` their effective sample size as a share of their number.
+    replayed tokens, `replay/effective_share` their effective sample size as a share of their number, and
+    `replay/ratio_share/0` to `replay/ratio_share/10` the shares of them in the bins of
+    [`~maple_trl.evaluation.plots.RATIO_EDGES`], a histogram.
     `loss_profile/0` to `loss_profile/10` are the mean size of the signal at the first token, after a tenth of the
     completion, and so on to its last token.
     """
@@ -73,6 +76,10 @@ def pass_metrics(found: Sequence[PassSums]) -> dict[str, float]:
         for share in QUANTILES:
             metrics[f"replay/ratio_p{round(100 * share):02d}"] = float(ordered[round(share * (len(ordered) - 1))])
         metrics["replay/ratio_max"] = float(ordered[-1])
+        edges = torch.tensor(RATIO_EDGES, dtype=torch.float64)
+        counts = torch.bincount(torch.bucketize(ordered, edges, right=True), minlength=len(edges) + 1)
+        for i, count in enumerate(counts.tolist()):
+            metrics[f"replay/ratio_share/{i}"] = count / len(ordered)
     sums, counts = sum(part.profile for part in found)
     for i in range(POINTS):
         if counts[i]:

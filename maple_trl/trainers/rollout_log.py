@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from maple_trl.evaluation.fed import fed_columns, prompt_text
 from maple_trl.evaluation.report import as_json, write_metrics
 from maple_trl.reports.rollout_files import ROLLOUTS, rollout_of, write_rollout
 from maple_trl.trainers.hinted_rows import HINTED, prompt_key, row_digest
@@ -176,29 +177,13 @@ def row_facts(trainer: OmniGRPOTrainer, row: Mapping[str, Any], prompt: EncodedP
     return facts | {
         "group": group,
         "row": registry.row_number(group) if registry is not None and group in registry else None,
-        "prompt": prompt_text(spec.messages),
         "hinted": prompt.key.endswith(HINTED),
-        "video": list(spec.videos),
-        "audio": list(spec.audios),
-        "subtitle": spec.subtitle,
+        **fed_columns(spec),
     }
 
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def prompt_text(messages: str | Iterable[Mapping[str, Any]]) -> str:
-    """A conversation as plain text; media stand as `[video]` and `[audio]`."""
-    if isinstance(messages, str):
-        return messages
-    parts = []
-    for message in messages:
-        content = message["content"]
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        said = [block["text"] if block["type"] == "text" else f"[{block['type']}]" for block in blocks]
-        parts.append(f"{message['role']}: {' '.join(said)}")
-    return "\n".join(parts)
 
 
 def _fresh_lines(trainer: OmniGRPOTrainer, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:

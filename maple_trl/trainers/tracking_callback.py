@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from maple_trl.evaluation.fed import prompt_text
 from maple_trl.evaluation.plots import plot_training, reward_curves
 
 
@@ -179,15 +180,7 @@ def _table_sender(module: Any, log: Any):
 
 def plain_text(cell: Any) -> str:
     """A prompt or completion as text: of messages, who says what; of their media, what kind they are."""
-    if isinstance(cell, list):
-        parts = []
-        for message in cell:
-            content = message.get("content") if isinstance(message, Mapping) else message
-            if isinstance(content, list):
-                content = "".join(block.get("text") or f"[{block.get('type')}]" for block in content)
-            parts.append(f"{message.get('role', '')}: {content}" if isinstance(message, Mapping) else str(content))
-        cell = "\n".join(parts)
-    text = str(cell)
+    text = prompt_text(cell) if isinstance(cell, list) else str(cell)
     return text if len(text) <= _CHARACTERS else text[: _CHARACTERS - 1] + "…"
 
 

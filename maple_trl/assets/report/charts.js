@@ -69,7 +69,7 @@ function runSuffix(index) {
 }
 
 function marker(points, symbol) {
-  return points > 250 ? { mode: "lines" } : { mode: "lines+markers", marker: { size: 5.5, symbol } };
+  return points > 60 ? { mode: "lines" } : { mode: "lines+markers", marker: { size: 5.5, symbol } };
 }
 
 // A metric of each tag, of all runs: the tag is the colour, the run is the dash.
@@ -125,7 +125,7 @@ function matrixChart(parent, panel, title, largest) {
     colorbar: { thickness: 10, outlinewidth: 0, title: { text: "|Δ|", side: "top" } },
     hovertemplate: "%{y} and %{x}: %{z:.3f}<extra></extra>",
   }], {
-    title, x: "", y: "", legend: false, hovermode: "closest", height: 330,
+    title, x: "tag", y: "tag", legend: false, hovermode: "closest", height: 340,
     xaxis: { showgrid: false }, yaxis: { autorange: "reversed", showgrid: false },
   });
 }

@@ -92,7 +92,7 @@ function curves() {
   }
   const all = [...names].sort();
   let one = all.includes("reward") ? "reward" : all[0];
-  const anyOptions = () => [metricTraces([one], {}, state.span), { title: plain(one), x: STEP, y: "", legend: REPORT.runs.length > 1 }];
+  const anyOptions = () => [metricTraces([one], {}, state.span), { title: plain(one), x: STEP, y: "value, as logged", legend: REPORT.runs.length > 1 }];
   const picker = node("div", { class: "controls", id: "any-metric" }, chooser("Any metric of the log:", all.map((name) => [name, name]), one,
     (value) => { one = value; redraw(any, ...anyOptions()); }));
   body.append(picker);
@@ -237,12 +237,22 @@ function ratios() {
         line: { color: key === "max" ? "#b5494b" : RUN_STYLE[index].color, width: line[key][1], dash: key === "max" ? "dot" : "solid" },
         fill: key === "p95" || key === "p50" ? "tonexty" : undefined, fillcolor: "rgba(27, 54, 93, 0.12)" };
     });
+    if (part.histogram) ratioHistogram(grid, part.histogram, index);
     chart(grid, traces, { title: "Quantiles of the ratios", x: STEP, y: "ratio (logarithmic)", height: 360, yaxis: { type: "log", dtick: "D2" } });
     if (part.effective.length) {
       chart(grid, metricTraces(part.effective, { "replay/effective_share": "effective sample size" }, 1, [index]), { title: "Effective sample size", x: STEP,
         y: "share of the replayed tokens", height: 360, legend: false, yaxis: { range: [0, 1.05] } });
     }
   });
+}
+
+function ratioHistogram(grid, { edges, phases }, index) {
+  const told = edges.map((edge) => number(edge, 2));
+  const bins = [`< ${told[0]}`, ...told.slice(1).map((edge, i) => `${told[i]}–${edge}`), `≥ ${told[told.length - 1]}`];
+  const marker = [{ color: "#d5dbe1", line: { color: "#57606a", width: 1 } }, { color: RUN_STYLE[index].color }];
+  const traces = Object.entries(phases).map(([phase, y], i) => ({ type: "bar", x: bins, y, name: phase, marker: marker[i], hovertemplate: "%{y:.3f}" }));
+  chart(grid, traces, { title: "Histogram of the ratios", x: "ratio", y: "share of the replayed tokens", height: 360, barmode: "group",
+    xaxis: { type: "category" }, yaxis: { rangemode: "tozero" } });
 }
 
 // Projection
@@ -377,9 +387,9 @@ function numbers(body, run, index) {
   if (gain) body.append(node("p", { class: "what", text: gain.undefined ? gain.undefined : `Fusion gain (questions that fused signals answer better than single ones): ${withInterval(gain)}.` }));
   const errors = run.accuracy.errors || [];
   if (errors.length) {
-    const shown = errors.slice(0, 50).map((e) => [String(e.row), e.id || "", e.access, e.reason, e.path || e.detail || ""]);
+    const shown = errors.slice(0, 50).map((e) => [String(e.row), e.id || "", e.access, e.reason, e.path || "", (e.detail || "").slice(0, 500)]);
     const more = errors.length > 50 ? `, the first 50 of ${errors.length}` : "";
-    body.append(node("details", {}, node("summary", { text: `Questions with errors${more}` }), table(null, [["row", "id", "access", "reason", "file"], ...shown], { text: true })));
+    body.append(node("details", {}, node("summary", { text: `Questions with errors${more}` }), table(null, [["row", "id", "access", "reason", "file", "why"], ...shown], { text: true })));
   }
 }
 

@@ -143,16 +143,25 @@ class Record:
         return described(self.fields[name]) if name in self.fields else "missing"
 
 
+_LONGEST_NAME, _LONGEST_PATH = 200, 1000
+"""Bytes, such that there is room for a suffix and a folder."""
+
+
 def relative_path(value: Any) -> str:
     """
     A path below the media root, with `/`.
 
     Raises:
-        FormError: when it is no text, absolute, or leads out.
+        FormError: when it is no text, absolute, leads out, or is longer than file systems take.
     """
     parts = PurePosixPath(value.strip().replace("\\", "/")).parts if isinstance(value, str) else ()
     if not parts or parts[0] == "/" or ".." in parts:
         raise FormError(f"must be a path below the media root, but is {described(value)}")
+    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in parts]
+    if max(sizes) > _LONGEST_NAME or sum(sizes) > _LONGEST_PATH:
+        raise FormError(
+            f"must be a path of at most {_LONGEST_PATH} bytes, {_LONGEST_NAME} a name, but is {described(value)}"
+        )
     return "/".join(parts)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value
 
-from maple_trl.data.benchmarks.base import Benchmark, BenchmarkError, LeaveOut, Medium, Question, Record
+from maple_trl.data.benchmarks.base import Benchmark, BenchmarkError, FieldError, LeaveOut, Medium, Question, Record
 from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
 from maple_trl.data.benchmarks.omni import OMNI_BENCHMARKS
 from maple_trl.data.benchmarks.options import described, shuffled
@@ -293,6 +293,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """The rows of one record: one, or one per tag asked for."""
     _check_fields(benchmark, fields)
+    record = _record_text(fields)
     try:
         question = benchmark.read(Record(fields, file.stem))
     except LeaveOut as reason:
@@ -319,7 +320,7 @@ def _rows(
                 raise BenchmarkError(f"{error}; {benchmark.title}: {benchmark.media}") from error
             left_out.append(LeftOut(own, place, str(error), "missing" if error.missing else "unreadable"))
             continue
-        rows.append(_row(benchmark, question, own, name, tag, fields, options) | media)
+        rows.append(_row(benchmark, question, own, name, tag, record, options) | media)
     return rows
 
 
@@ -401,7 +402,7 @@ def _row(
     name: str,
     drawn_by: str,
     tag: ModalityTag,
-    fields: Mapping[str, Any],
+    record: str,
     options: _Options,
 ) -> dict[str, Any]:
     texts, solution = list(question.options), question.solution
@@ -418,8 +419,33 @@ def _row(
         "benchmark": benchmark.name,
         "category": question.category,
         "answer_kind": question.kind,
-        "record": json.dumps(fields, ensure_ascii=False, default=_as_json),
+        "record": record,
     }
+
+
+def _record_text(fields: Mapping[str, Any]) -> str:
+    """
+    A record as JSON.
+
+    Raises:
+        FieldError: for a field that no file of text can hold, which is a JSON file's alone.
+    """
+    text = json.dumps(fields, ensure_ascii=False, default=_as_json)
+    if not _encodes(text):
+        parts = {
+            name: json.dumps({name: value}, ensure_ascii=False, default=_as_json) for name, value in fields.items()
+        }
+        name = next(name for name, part in parts.items() if not _encodes(part))
+        raise FieldError(name, "holds half of a character (a surrogate without the other), which is no text")
+    return text
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_json(value: Any) -> Any:

@@ -124,7 +124,7 @@ def read_number(value: Any) -> str:
         FormError: when it is no whole number of 0 or more.
     """
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"[0-9]+", text):
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,18}", text):
         raise FormError(f"must be a whole number of 0 or more, but is {described(value)}")
     return str(int(text))
 
