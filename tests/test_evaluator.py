@@ -125,12 +125,16 @@ def test_a_shared_prompt_changes_nothing(parts):
     evaluator(parts).check_shared_prompt()
 
 
-def test_a_prompt_that_cannot_be_shared_is_noticed(parts):
+@pytest.mark.parametrize("shortest", [0, 20])  # tokens; a prompt without media has fewer
+def test_a_prompt_that_cannot_be_shared_is_noticed(parts, shortest):
     asking = evaluator(parts)
 
     # A model that computes otherwise for a single row, as one that keeps something per row would.
     handle = asking.core.language_model.layers[0].register_forward_pre_hook(
-        lambda module, args: ((args[0] * 2 if len(args[0]) == 1 else args[0]) + 0, *args[1:])
+        lambda module, args: (
+            (args[0] * 2 if len(args[0]) == 1 and args[0].size(1) > shortest else args[0]) + 0,
+            *args[1:],
+        )
     )
     try:
         with pytest.raises(EvaluationError, match="cannot share their prompt.*--no-shared-prompt"):

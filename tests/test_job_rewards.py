@@ -141,13 +141,13 @@ def test_two_rewards_of_one_name():
 
 
 def test_every_kind_of_entry(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("def score(completions, **_):\n    return [0.25] * len(completions)\n")
+    (tmp_path / "entry_rewards.py").write_text("def score(completions, **_):\n    return [0.25] * len(completions)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     entries = [
         "accuracy_reward",
-        "my_rewards:score",
-        {"reward": "my_rewards:score", "rows": {"kind": ["a", 3]}},
+        "entry_rewards:score",
+        {"reward": "entry_rewards:score", "rows": {"kind": ["a", 3]}},
         json.dumps(LENGTH),
         LENGTH | {"name": "short", "tags": ["SAV", "va"]},
         JUDGE | {"max_failure_rate": 0.5, "min_requests": 4, "reference_column": "gold"},

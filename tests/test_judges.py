@@ -372,7 +372,9 @@ def test_faults_in_a_third_of_the_calls_for_a_thousand_completions(record_proper
     expected = [fmean(SCALE[i // 6**power % 6] for power in range(3)) for i in range(1000)]
     with ChatServer(choose) as server:
         judge, rewards, clean = _run_thousand(server)
-        assert rewards == [pytest.approx(value) for value in expected] and len(server.calls) == 1000
+        assert rewards == [pytest.approx(value) for value in expected]
+        # A busy machine lets calls time out, which are made again.
+        assert 1000 <= len(server.calls) <= 1000 + sum(judge.usage.faults.values())
     share = 0.3
     with ChatServer(choose) as server:
         judge, rewards, faulty = _run_thousand(server)

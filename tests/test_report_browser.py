@@ -55,13 +55,14 @@ class Opened:
         self.page.on("dialog", lambda dialog: (self.errors.append("a dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(Path(path).as_uri())
-        self.page.wait_for_selector("#rollout-list[data-drawn='1']", timeout=60_000)
+        self.page.wait_for_selector("#rollout-list[data-drawn]", timeout=60_000)
 
     def after(self, act):
         """Does something that draws the completions anew, and waits for that."""
         drawn = int(self.page.get_attribute("#rollout-list", "data-drawn"))
         act()
-        self.page.wait_for_selector(f"#rollout-list[data-drawn='{drawn + 1}']", timeout=60_000)
+        newer = "before => Number(document.querySelector('#rollout-list').dataset.drawn) > before"
+        self.page.wait_for_function(newer, arg=drawn, timeout=60_000)
 
     def set(self, name, value):
         self.after(lambda: (self.page.fill(f"#filter-{name}", value), self.page.press(f"#filter-{name}", "Enter")))

@@ -16,7 +16,8 @@ from maple_trl.evaluation.asking import Answer, Asker, Batch, Row
 from maple_trl.evaluation.eval_options import ALL, EvalOptions, EvaluationError
 from maple_trl.evaluation.eval_sampling import StreamSampler, sample_stream
 from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids, tensor_bytes
-from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.shared_prefill import share_prefill
 from maple_trl.omni.sharing import prefill_difference
@@ -24,6 +25,8 @@ from maple_trl.omni.sharing import prefill_difference
 
 # Mean difference of log-probabilities that rounding explains, of half-precision and of other models.
 _ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.1}
+
+_FIRST = 16  # questions among which one with media is looked for
 
 
 class Evaluator(Asker):
@@ -123,18 +126,32 @@ class Evaluator(Asker):
     @torch.no_grad()
     def check_shared_prompt(self) -> None:
         """
-        Compares the next token's probabilities of a text prompt that is read once for two rows, and once for each.
+        Compares the next token's probabilities of a prompt that is read once for two rows, and once for each; of one of the
+        first questions with as many kinds of media as they have.
 
         Raises:
             EvaluationError: when they differ by more than rounding explains.
         """
-        prompt = self._builders[ALL].encode({"prompt": [{"role": "user", "content": "."}]})
+        prompt = self._telling_prompt()
         error = prefill_difference(self.model, self.core, prompt, partial(serve_media, self.family))
         if not error <= _ROUNDING.get(self.core.get_input_embeddings().weight.dtype, 1e-4):
             raise EvaluationError(
                 f"samples of this model cannot share their prompt: log-probabilities differ by {error:.2g}. "
                 "Set --no-shared-prompt"
             )
+
+    def _telling_prompt(self) -> EncodedPrompt:
+        builder = self._builders[ALL]
+        prompts = []
+        for number in range(min(len(self.rows), _FIRST)):
+            try:
+                prompts.append(builder.encode(self.rows[number]))
+            except (MediaError, RowError):  # named when the row has its turn
+                continue
+            if len(prompts[-1].kinds) == len(self.family.placeholder_ids):
+                break
+        plain = builder.encode({"prompt": [{"role": "user", "content": "."}]})
+        return max([plain, *prompts], key=lambda prompt: len(prompt.kinds))
 
 
 def _input_digest(prompt: EncodedPrompt) -> str:
