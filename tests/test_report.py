@@ -9,6 +9,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
+import media_files as files
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -468,6 +470,20 @@ def test_media_are_linked_only_below_their_root(tmp_path):
     unknown = MediaTable(None, tmp_path, 1)
     unknown.add("video", "a.mp4")
     assert "--media-root" in unknown.entries[0]["why"]
+
+
+def test_a_script_that_poses_as_a_clip_gives_no_picture(tmp_path):
+    """FFmpeg would follow it to a file outside of the root, as the control shows."""
+    secret = files.write_video(tmp_path / "secret.ts", format="mpegts")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.ts").symlink_to(secret)
+    (root / "clip.mp4").write_text("ffconcat version 1.0\nfile 'link.ts'\n")
+    table = MediaTable(root, tmp_path, thumbnails=2)
+    table.add("video", "clip.mp4")
+    assert "thumb" not in table.entries[0]
+    with av.open(str(root / "clip.mp4")) as container:
+        assert next(container.decode(video=0)).width == 64
 
 
 # Projection

@@ -85,6 +85,28 @@ def _decodable(source: Source, stream) -> None:
         raise source.error("unreadable", f"FFmpeg has no decoder for the {stream.type} track")
 
 
+@contextmanager
+def opened_video(
+    source: Source, limits: MediaLimits
+) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
+    """
+    An open container and its main video, which can be decoded within bounds.
+
+    Raises:
+        MediaError: `no-video-track`, `unreadable`, `frame-too-large`, `truncated`, `decode-timeout`, `not-media`,
+            `not-found`.
+    """
+    with _opened(source, limits) as container:
+        stream = _track(container, "video")
+        if stream is None:
+            raise source.error("no-video-track", "the file has no video track")
+        _decodable(source, stream)
+        if stream.codec_context.width * stream.codec_context.height > MAX_SOURCE_PIXELS:
+            size = f"{stream.codec_context.width}x{stream.codec_context.height}"
+            raise source.error("frame-too-large", f"{size}; at most {MAX_SOURCE_PIXELS} pixels are decoded")
+        yield container, stream
+
+
 def _file_notes(source: Source, container) -> list[str]:
     """What is special about the file as a whole. The content decides how it is read, not the name."""
     extension = os.path.splitext(urlsplit(source.path).path if source.is_url else source.path)[1][1:].lower()
@@ -276,14 +298,7 @@ def decode_video(
             `bad-aspect-ratio`, `decode-timeout`, `not-media`, `not-found`.
     """
     deadline = _Deadline(source, limits.decode_timeout)
-    with _opened(source, limits) as container:
-        stream = _track(container, "video")
-        if stream is None:
-            raise source.error("no-video-track", "the file has no video track")
-        _decodable(source, stream)
-        if stream.codec_context.width * stream.codec_context.height > MAX_SOURCE_PIXELS:
-            size = f"{stream.codec_context.width}x{stream.codec_context.height}"
-            raise source.error("frame-too-large", f"{size}; at most {MAX_SOURCE_PIXELS} pixels are decoded")
+    with opened_video(source, limits) as (container, stream):
         _header_seconds(source, container, limits)
         notes, zero, declared_end = (
             _file_notes(source, container),

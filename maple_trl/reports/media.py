@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import av
+
+from maple_trl.omni.clips import Source
+from maple_trl.omni.decode import opened_video
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.sampling import MediaLimits
+
 
 _SUBTITLES = (".srt", ".vtt", ".json")
 _WIDTH = 160
@@ -72,18 +79,15 @@ class MediaTable:
 
 
 def thumbnail(path: str | os.PathLike, width: int = _WIDTH) -> bytes | None:
-    """A picture out of a video as JPEG; `None` where it cannot be decoded."""
-    import av
-
+    """A picture out of a video as JPEG; `None` where it cannot be decoded, or is no file that training would read."""
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        with opened_video(Source(str(path), str(path)), MediaLimits()) as (container, stream):
             if stream.duration and stream.time_base and stream.duration * stream.time_base > 4:
                 container.seek(int(stream.duration // 3), stream=stream)
             frame = next(container.decode(stream))
             height = max(1, round(frame.height * width / frame.width))
             picture = frame.to_image(width=width, height=height)
-    except (av.FFmpegError, IndexError, StopIteration, ValueError, OSError):
+    except (MediaError, av.FFmpegError, StopIteration, ValueError, OSError):
         return None
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=70)
