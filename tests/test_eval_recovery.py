@@ -63,7 +63,10 @@ def judged(tmp_path, monkeypatch):
     """Words with a scoring function that ends its process in the third batch."""
     (tmp_path / "stopping.py").write_text(JUDGE)
     monkeypatch.chdir(tmp_path)
+    # A shell has its background jobs ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield [*SEVEN, "--judge", "stopping:stops"]
+    signal.signal(signal.SIGINT, before)
     sys.modules.pop("stopping", None)
 
 
