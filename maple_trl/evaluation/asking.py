@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from maple_trl.evaluation.eval_options import ALL, REQUIRED, EvalOptions, EvaluationError, ScoringError
-from maple_trl.evaluation.fed import fed_columns
+from maple_trl.evaluation.fed import as_text, fed_columns
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, RowError
@@ -209,7 +209,7 @@ class Asker(ABC):
 
     def _line(self, number: int, access: str, status: str, **values: Any) -> Line:
         row = self.rows[number]
-        texts = {name: _text(row.get(name)) for name in ("solution", "category")}
+        texts = {name: as_text(row.get(name)) for name in ("solution", "category")}
         try:
             fed = fed_columns(self._spec(number, access))
         except RowError:
@@ -275,10 +275,6 @@ def _names(rows: Sequence[Row]) -> list[str]:
     ids = [row.get("id") for row in rows]
     usable = all(isinstance(name, str | int) and name != "" for name in ids) and len(set(map(str, ids))) == len(ids)
     return [str(name) for name in (ids if usable else range(len(ids)))]
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _checked_score(score: Any, number: int) -> float | None:

@@ -154,7 +154,7 @@ class EvalStore:
 
     def write(self, number: int, lines: Iterable[Mapping[str, Any]]) -> None:
         """Keeps the lines of a finished batch."""
-        _write_table(pa.Table.from_pylist(list(lines), LINES), self._batch(number))
+        write_table(pa.Table.from_pylist(list(lines), LINES), self._batch(number))
 
     def finish(self, batches: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """
@@ -175,7 +175,7 @@ class EvalStore:
                     f"{self._batch(number)} cannot be read ({error}); remove it and give the same command again"
                 ) from error
         whole = pa.concat_tables(tables)
-        _write_table(whole.sort_by([(name, "ascending") for name in ("access", "row", "sample")]), self.table)
+        write_table(whole.sort_by([(name, "ascending") for name in ("access", "row", "sample")]), self.table)
         shutil.rmtree(self.batches)
 
     def lines(self) -> pa.Table:
@@ -207,10 +207,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise EvaluationError(f"{path} cannot be read ({error}): begin anew with --overwrite") from error
 
 
-def _write_table(table: pa.Table, path: Path) -> None:
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes a Parquet file so that it appears whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(scratch, "wb") as file:
-        pq.write_table(table, file, compression="zstd")  # prompts repeat from sample to sample
+        pq.write_table(table, file, compression="zstd")  # prompts repeat
         file.flush()
         os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
     os.replace(scratch, path)

@@ -34,3 +34,8 @@ def prompt_text(messages: str | Iterable[Mapping[str, Any]]) -> str:
         said = [block["text"] if block["type"] == "text" else f"[{block['type']}]" for block in blocks]
         parts.append(f"{message['role']}: {' '.join(said)}")
     return "\n".join(parts)
+
+
+def as_text(value: Any) -> str | None:
+    """A cell of a column of texts."""
+    return None if value is None else str(value)

@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maple_trl.evaluation.eval_store import write_table
+
 
 ROLLOUTS = "rollouts"
 """The folder with the files, in the output folder of a run."""
@@ -53,13 +55,7 @@ def write_rollout(folder: Path, number: int, lines: Iterable[Mapping[str, Any]],
     """Writes the completions of a rollout, so that the file appears whole or not at all."""
     about = json.dumps({"format": 1, "media_root": os.path.abspath(media_root)})
     table = pa.Table.from_pylist(list(lines), LINES.with_metadata({_METADATA: about.encode()}))
-    path = folder / f"{number:08}.parquet"
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(scratch, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
-    os.replace(scratch, path)
+    write_table(table, folder / f"{number:08}.parquet")
 
 
 def read_rollouts(folder: Path) -> tuple[pa.Table | None, str | None, list[str]]:

@@ -357,6 +357,7 @@ class AvatarTrainer(OmniGRPOTrainer):
     ) -> Chunk:
         """Replayed completions with the prompts that they were written under, as a batch with the fields of another."""
         shown = [self._shown(row, prompt, e is not None and e.hinted) for row, prompt, e in replayed]
+        self.rollout_log.note_replayed(self, shown, [experience for *_, experience in replayed])
         prompts = [prompt for _, prompt in shown]
         if self.family is None:
             prompt_ids = self._tokenize_prompts([row["prompt"] for row, _ in shown])[0]

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from maple_trl.evaluation.fed import fed_columns, prompt_text
+from maple_trl.evaluation.fed import as_text, fed_columns, prompt_text
 from maple_trl.evaluation.report import as_json, write_metrics
 from maple_trl.reports.rollout_files import ROLLOUTS, rollout_of, write_rollout
-from maple_trl.trainers.hinted_rows import HINTED, prompt_key, row_digest
+from maple_trl.rewards.answers import completion_text
+from maple_trl.trainers.hinted_rows import HINTED, row_digest
 
 
 if TYPE_CHECKING:
+    from maple_trl.algorithms import Experience
     from maple_trl.omni.encoded import EncodedPrompt
     from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
 
@@ -82,6 +84,7 @@ class RolloutLog:
     def begin(self) -> None:
         """A run begins, or goes on."""
         self._facts: list[dict[str, Any]] = []
+        self._replayed: list[dict[str, Any]] = []
         self._opened, self._stride = False, 0
 
     def keeps(self, number: int) -> bool:
@@ -104,19 +107,50 @@ class RolloutLog:
         facts = []
         for row, prompt, ids in zip(rows, prompts, completion_ids, strict=True):
             # Rows can show the same and want another answer.
-            same = (id(prompt), _text(row.get("id")), _text(row.get("solution")))
+            same = (id(prompt), as_text(row.get("id")), as_text(row.get("solution")))
             if prompt is None or same not in known:
                 known[same] = row_facts(trainer, row, prompt)
             facts.append(known[same] | {"tokens": len(ids), "replayed": False})
         self._facts += gather_object(facts)
+
+    def note_replayed(
+        self,
+        trainer: OmniGRPOTrainer,
+        shown: Sequence[tuple[Mapping[str, Any], EncodedPrompt | None]],
+        experiences: Sequence[Experience | None],
+    ) -> None:
+        """
+        Takes down this rank's replayed completions.
+
+        Args:
+            shown: the row and the prompt that each stands under.
+            experiences: `None` for one whose media have gone.
+        """
+        if not self.keeps(rollout_number(trainer)):
+            return
+        for (row, prompt), experience in zip(shown, experiences, strict=True):
+            if experience is None:
+                continue
+            ids = experience.completion_ids.tolist()
+            self._replayed.append(
+                row_facts(trainer, row, prompt)
+                | {
+                    "completion": trainer._tokenizer.decode(ids, skip_special_tokens=True),
+                    "tokens": len(ids),
+                    "replayed": True,
+                    "rewards": experience.rewards,
+                    "reward": experience.reward,
+                    "written_at": experience.step,
+                }
+            )
 
     def write(self, trainer: OmniGRPOTrainer) -> None:
         """Writes the rollout that TRL has just finished. All ranks must call this."""
         number = rollout_number(trainer)
         if not trainer.model.training or not self.keeps(number):
             return
-        replayed = gather_object(replayed_lines(trainer))
-        facts, self._facts = self._facts, []
+        replayed = gather_object(self._replayed)
+        facts, self._facts, self._replayed = self._facts, [], []
         if not self.writes:
             return
         lines = [*_fresh_lines(trainer, facts), *replayed]
@@ -168,7 +202,7 @@ def rollout_number(trainer: OmniGRPOTrainer) -> int:
 
 def row_facts(trainer: OmniGRPOTrainer, row: Mapping[str, Any], prompt: EncodedPrompt | None) -> dict[str, Any]:
     """What a row is, and what it was fed."""
-    facts = {name: _text(row.get(name)) for name in ("id", "tag", "solution")}
+    facts = {name: as_text(row.get(name)) for name in ("id", "tag", "solution")}
     if prompt is None:
         return facts | {"group": row_digest(row), "prompt": prompt_text(row["prompt"]), "hinted": None}
     group = prompt.key.removesuffix(HINTED)
@@ -180,10 +214,6 @@ def row_facts(trainer: OmniGRPOTrainer, row: Mapping[str, Any], prompt: EncodedP
         "hinted": prompt.key.endswith(HINTED),
         **fed_columns(spec),
     }
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _fresh_lines(trainer: OmniGRPOTrainer, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,59 +242,8 @@ def _fresh_lines(trainer: OmniGRPOTrainer, facts: list[dict[str, Any]]) -> list[
     return lines
 
 
-def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a completion, which a conversational one is a message around."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] for message in completion if isinstance(message["content"], str))
-
-
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def replayed_lines(trainer: OmniGRPOTrainer) -> list[dict[str, Any]]:
-    """
-    This rank's replayed completions of the rollout.
-
-    Their rewards are looked up in the buffer by prompt and tokens; they are `None` where it has let the completion go
-    since. Those of text-only models, whose rows are not known here, are left out.
-    """
-    memory, chunks = getattr(trainer, "memory", None), trainer._buffered_inputs or ()
-    if memory is None or trainer.family is None:
-        return []
-    keys: dict[str, list[str]] = {}
-    lines = []
-    for chunk in chunks:
-        flags = chunk["replayed"].tolist() if "replayed" in chunk else []
-        for i in (i for i, flag in enumerate(flags) if flag):
-            ids = chunk["completion_ids"][i][chunk["completion_mask"][i].bool()].tolist()
-            if not ids:  # stands in for one whose media have gone
-                continue
-            if not keys:
-                for key in memory.buffer.prompts():
-                    keys.setdefault(prompt_key(key), []).append(key)
-            prompt = chunk["omni_prompts"][i]
-            plain = prompt.key.removesuffix(HINTED)
-            stored = (e for key in keys.get(plain, ()) for e in memory.buffer.stored(key))
-            found = next((e for e in stored if e.completion_ids.tolist() == ids), None)
-            registry = trainer.rows.registries.get("train_dataset")
-            if registry is not None and plain in registry:
-                facts = row_facts(trainer, registry.row_of(plain), prompt)
-            else:  # a streamed row, which cannot be found again
-                facts = {"group": plain, "tag": _text(prompt.tag), "hinted": prompt.key.endswith(HINTED)}
-            lines.append(
-                facts
-                | {
-                    "completion": trainer._tokenizer.decode(ids, skip_special_tokens=True),
-                    "tokens": len(ids),
-                    "replayed": True,
-                    "rewards": dict((found and found.rewards) or {}),
-                    "reward": found and found.reward,
-                    "written_at": found and found.step,
-                }
-            )
-    return lines
 
 
 class LiveLog(TrainerCallback):
