@@ -65,17 +65,17 @@ def splits(draw):
     world, steps, slots = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     largest = draw(st.integers(1, 5))
     total = draw(st.integers(0, world * steps * slots * largest))
-    return even_parts(total, world), steps, slots, largest
+    return even_parts(total, world), steps, slots, largest, draw(st.integers(1, 4))
 
 
 @settings(deadline=None, max_examples=300)
 @given(splits())
 def test_micro_batches_of_all_ranks(split):
-    rows_per_rank, steps, slots, largest = split
+    rows_per_rank, steps, slots, largest, group = split
     ranks, start = [], 0
     for count in rows_per_rank:
         batch = rows_of(range(start, start + count))
-        chunks = micro_batches(batch, rows_per_rank, steps, slots, largest, rows_of([BALLAST]))
+        chunks = micro_batches(batch, rows_per_rank, steps, slots, largest, rows_of([BALLAST]), group)
         assert len(chunks) == steps * slots
         ranks.append([numbers(chunk) for chunk in chunks])
         start += count
@@ -98,6 +98,24 @@ def test_micro_batches_of_all_ranks(split):
             assert used == sorted(used), "empty ones come first"
         most = max(sum(row != BALLAST for chunk in chunks[step : step + slots] for row in chunk) for chunks in ranks)
         assert sum(bool(chunk) for chunk in ranks[0][step : step + slots]) == -(-most // largest), "as few as can be"
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(0, 12), st.integers(1, 4), st.integers(1, 3))
+def test_groups_are_not_cut(group, groups, most_groups, world):
+    rows, slots = group * groups, 12
+    chunks = micro_batches(
+        rows_of(range(rows)), [rows] * world, 1, slots, group * most_groups, rows_of([BALLAST]), group
+    )
+    sizes = [count_rows(chunk) for chunk in chunks if count_rows(chunk)]
+    assert len(sizes) == -(-groups // most_groups) and sum(sizes) == rows
+    assert all(size % group == 0 for size in sizes) and max(sizes, default=0) - min(sizes, default=0) <= group
+
+
+def test_without_the_size_of_groups_they_are_cut():
+    """The control: rows as even as they can be."""
+    cuts = [micro_batches(rows_of(range(12)), [12], 1, 2, 8, rows_of([BALLAST]), group) for group in (1, 4)]
+    assert [[count_rows(chunk) for chunk in chunks] for chunks in cuts] == [[6, 6], [8, 4]]
 
 
 def test_a_full_batch_needs_no_ballast():

@@ -403,6 +403,7 @@ class MAPOTrainer(OmniGRPOTrainer):
             slots=self.args.gradient_accumulation_steps,
             largest=self.args.per_device_train_batch_size,
             ballast=ballast,
+            group=self.num_generations,
         )
 
     def _exchange(self, parcels: dict[int, Chunk]) -> list[Chunk | None]:

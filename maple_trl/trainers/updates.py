@@ -54,7 +54,13 @@ def share_out(
 
 
 def micro_batches(
-    batch: Chunk, rows_per_rank: Sequence[int], steps: int, slots: int, largest: int, ballast: Chunk
+    batch: Chunk,
+    rows_per_rank: Sequence[int],
+    steps: int,
+    slots: int,
+    largest: int,
+    ballast: Chunk,
+    group: int = 1,
 ) -> list[Chunk]:
     """
     Splits a rank's rows over optimizer steps, and those of a step over as few micro-batches as every rank can.
@@ -70,6 +76,7 @@ def micro_batches(
         slots: micro-batches of an optimizer step.
         largest: most rows of a micro-batch.
         ballast: one row that adds nothing to the loss, as wide as the batch.
+        group: rows of a prompt, which stay in one micro-batch where a step and a micro-batch hold whole groups.
 
     Returns:
         `list[Chunk]` of length `steps * slots`.
@@ -78,10 +85,15 @@ def micro_batches(
     busiest = even_parts(max(rows_per_rank), steps)
     chunks = []
     for part, most in zip(split_rows(batch, own), busiest, strict=True):
-        used = -(-most // largest)
-        chunks += [take_rows(ballast, [])] * (slots - used)
-        widths = even_parts(most, used) if used else []
-        sizes = even_parts(count_rows(part), used) if used else []
+        widths = _widths(most, largest, group)
+        chunks += [take_rows(ballast, [])] * (slots - len(widths))
+        sizes = [*widths[:-1], widths[-1] - most + count_rows(part)] if widths else []
         for chunk, width in zip(split_rows(part, sizes), widths, strict=True):
             chunks.append(concat_rows([chunk] + [ballast] * (width - count_rows(chunk)), pad_token_id=0))
     return chunks
+
+
+def _widths(rows: int, largest: int, group: int) -> list[int]:
+    """Rows of as few micro-batches as hold them, as equal as whole groups allow."""
+    unit = group if rows % group == largest % group == 0 else 1
+    return [unit * size for size in even_parts(rows // unit, -(-rows // largest))] if rows else []
