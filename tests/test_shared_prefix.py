@@ -10,14 +10,15 @@ from test_mixed_batches import rows_of
 from tiny_models import FAMILIES, build_tiny
 from trl.trainer.utils import add_fused_lm_head
 
-from maple_trl.omni import shared_prefix
+from maple_trl.omni import packed_attention
 from maple_trl.omni.encoded import batch_position_ids
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import build_lora_config, freeze
 from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.packed_attention import install
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
-from maple_trl.omni.shared_prefix import PackedLayout, install, pack, packed_forward, shared_prefix_attention
+from maple_trl.omni.shared_prefix import pack, packed_forward
 
 
 LIMITS = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096)
@@ -308,7 +309,7 @@ def blind_to_the_prompt(query, key, value, prefix, suffixes, options):
 def test_a_wrong_mask_is_noticed(attention, seven_tags, monkeypatch):
     """A completion that sees the completions before it, and one that sees no prompt."""
     folder, dataset = seven_tags
-    monkeypatch.setattr(shared_prefix, "_group_attention", attention)
+    monkeypatch.setattr(packed_attention, "_group_attention", attention)
     errors, gradients, _ = compare("qwen2_5_omni", folder, rows_of("qwen2_5_omni", dataset))
     assert min(errors) > 1e-2 and gradients[0] > 1e-2
 
@@ -316,85 +317,15 @@ def test_a_wrong_mask_is_noticed(attention, seven_tags, monkeypatch):
 def test_a_prompt_without_its_share_of_the_gradient_is_noticed(seven_tags, monkeypatch):
     """Log-probabilities are right, gradients are not: what a detached key-value cache would do."""
     folder, dataset = seven_tags
-    original = shared_prefix._group_attention
+    original = packed_attention._group_attention
 
     def detached(query, key, value, prefix, suffixes, options):
         key, value = (torch.cat([s[:, :, :prefix].detach(), s[:, :, prefix:]], dim=2) for s in (key, value))
         return original(query, key, value, prefix, suffixes, options)
 
-    monkeypatch.setattr(shared_prefix, "_group_attention", detached)
+    monkeypatch.setattr(packed_attention, "_group_attention", detached)
     errors, gradients, _ = compare("qwen2_5_omni", folder, rows_of("qwen2_5_omni", dataset))
     assert max(errors) <= BOUND and gradients[0] > 1e-2
-
-
-# The attention by itself
-
-
-LAYOUTS = {
-    "one of each": ((5, (3,)),),
-    "equal lengths": ((6, (4, 4, 4)),),
-    "ragged": ((6, (1, 5, 2)),),
-    "no prefix": ((0, (2, 3)),),
-    "no prefix, one": ((0, (4,)),),
-    "single tokens": ((1, (1, 1, 1, 1)),),
-    "several groups": ((3, (2, 1)), (0, (1,)), (7, (5,)), (2, (4, 4)), (5, (1, 6, 3))),
-}
-
-
-def explicit_mask(layout):
-    """Who sees whom, from the definition: token by token."""
-    owner = []  # (group, completion or None)
-    for group, (prefix, suffixes) in enumerate(layout.groups):
-        owner += [(group, None)] * prefix
-        owner += [(group, i) for i, size in enumerate(suffixes) for _ in range(size)]
-    rows = range(len(owner))
-    return torch.tensor(
-        [[j <= i and owner[j][0] == owner[i][0] and owner[j][1] in (None, owner[i][1]) for j in rows] for i in rows]
-    )
-
-
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
-@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_the_attention_is_that_of_an_explicit_mask(groups, key_heads):
-    layout = PackedLayout(groups)
-    mask = explicit_mask(layout)
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(heads):
-        return torch.randn(1, heads, len(layout), 8, dtype=torch.float64, generator=generator).requires_grad_()
-
-    query, key, value = drawn(4), drawn(key_heads), drawn(key_heads)
-    weight = torch.randn(1, len(layout), 4, 8, dtype=torch.float64, generator=generator)
-    module = torch.nn.Module().train()
-
-    keys, values = (states.repeat_interleave(4 // key_heads, dim=1) for states in (key, value))
-    scores = (query @ keys.transpose(-1, -2) * 0.3).masked_fill(~mask, -torch.inf)
-    expected = (scores.softmax(-1) @ values).transpose(1, 2)
-    expected_gradients = torch.autograd.grad((expected * weight).sum(), (query, key, value))
-
-    found, none = shared_prefix_attention(module, query, key, value, None, scaling=0.3, shared_prefix=layout)
-    gradients = torch.autograd.grad((found * weight).sum(), (query, key, value))
-    assert none is None and found.shape == expected.shape
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    for a, b in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-
-
-def test_other_devices_mask_full_heads(monkeypatch):
-    """The fused kernels of GPUs take no mask together with fewer key heads; `meta` stands for such a device."""
-    calls = []
-    original = shared_prefix.F.scaled_dot_product_attention
-
-    def attend(query, key, value, **options):
-        calls.append((query.size(1), key.size(1), options.get("attn_mask") is not None, options["enable_gqa"]))
-        return original(query, key, value, **options)
-
-    monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", attend)
-    layout = PackedLayout(((6, (1, 5, 2)),))
-    states = [torch.empty(1, heads, len(layout), 8, device="meta") for heads in (4, 2, 2)]
-    found, _ = shared_prefix_attention(torch.nn.Module(), *states, None, shared_prefix=layout)
-    assert found.shape == (1, len(layout), 4, 8)
-    assert sorted(calls) == [(4, 2, False, True), (4, 4, True, False)]
 
 
 # What a packed row holds
@@ -430,14 +361,3 @@ def test_unpacked_values_stand_where_their_tokens_do(seven_tags):
     packed = pack(batch.rows, batch.completions, batch.lengths)
     tokens = packed.unpack(packed.labels.clamp(min=0), *batch.completions.shape)
     assert torch.equal(tokens, batch.completions * batch.mask)
-
-
-def test_attention_that_cannot_be_shared_is_left_alone():
-    for name in FAMILIES:
-        model, _ = build_tiny(name)
-        text = model.config.get_text_config()
-        text._attn_implementation = "eager"
-        assert not install(model) and text._attn_implementation == "eager"
-        text._attn_implementation = "sdpa"
-        text.layer_types = ["sliding_attention", "full_attention"]
-        assert not install(model) and text._attn_implementation == "sdpa"

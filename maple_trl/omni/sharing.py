@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import is_flash_attention_requested
 
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.shared_prefill import share_prefill
@@ -35,7 +36,7 @@ def sharing_error(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serv
     How far two completions of a prompt come out differently when they share it, as a multiple of what rounding explains:
     the larger of the mean differences of log-probabilities and of the next token's.
 
-    Weights in float32 are compared in float32, whatever the run computes in.
+    Weights in float32 are compared in float32, whatever the run computes in; FlashAttention has no kernels for that.
 
     Args:
         model: has TRL's fused head, and an attention that reads packed rows.
@@ -43,7 +44,9 @@ def sharing_error(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serv
         prompt: any; its last tokens stand in for completions.
     """
     weight = core.get_input_embeddings().weight
-    exact = weight.dtype in (torch.float32, torch.float64)
+    exact = weight.dtype in (torch.float32, torch.float64) and not is_flash_attention_requested(
+        core.config.get_text_config()
+    )
     was_training = model.training
     model.eval()
     try:

@@ -30,8 +30,9 @@ from maple_trl.omni.encoded import (
 )
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
+from maple_trl.omni.packed_attention import install
 from maple_trl.omni.shared_prefill import grows_cache, share_prefill
-from maple_trl.omni.shared_prefix import PackedOutput, install, pack, packed_forward
+from maple_trl.omni.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.sharing import sharing_error
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.judge_callback import JudgeCallback
@@ -424,7 +425,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if wrong:
             reason = f"log-probabilities differ {wrong[0]:.1f} times as much as rounding explains"
             if math.inf in wrong:
-                reason = "the attention of the language model is not sdpa over the whole sequence"
+                reason = (
+                    "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
+                )
             if self.args.shared_prefix == "on":
                 raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
             logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)

@@ -27,7 +27,7 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
         metadata={
             "help": "Pass a prompt through the model once for all completions of its group that stand in a batch: 'auto' "
             "compares both ways on a first prompt and goes on without where they differ, 'on' raises there, 'off' passes "
-            "it once per completion."
+            "it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
         },
     )
 

@@ -1,0 +1,295 @@
+"""Attention over packed rows is that of an explicit mask, with each of the kernels that can compute it."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_mixed_batches import rows_of
+from test_shared_prefix import (
+    BOUND,
+    apart,
+    assert_equal,
+    backward,
+    build,
+    encode,
+    gradient_error,
+    mixed_batch,
+    together,
+)
+from test_shared_training import from_disk, one_row_per_tag, trained
+from tiny_models import FAMILIES, build_tiny
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from maple_trl.omni import packed_attention
+from maple_trl.omni.packed_attention import (
+    PackedAttention,
+    PackedLayout,
+    install,
+    packed_flash,
+    packed_flex,
+    packed_sdpa,
+)
+
+
+LAYOUTS = {
+    "one of each": ((5, (3,)),),
+    "equal lengths": ((6, (4, 4, 4)),),
+    "ragged": ((6, (1, 5, 2)),),
+    "no prefix": ((0, (2, 3)),),
+    "no prefix, one": ((0, (4,)),),
+    "single tokens": ((1, (1, 1, 1, 1)),),
+    "several groups": ((3, (2, 1)), (0, (1,)), (7, (5,)), (2, (4, 4)), (5, (1, 6, 3))),
+}
+
+
+# What FlashAttention says that its functions compute, for the machines that cannot run them
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False, from_end=True
+):
+    """
+    Sequences one after the other, (total, heads, D). "If causal, the causal mask is aligned to the bottom right corner of
+    the attention matrix"; query heads come in groups, one for each key head.
+    """
+    assert int(cu_seqlens_q[-1]) == len(q) and int(cu_seqlens_k[-1]) == len(k) == len(v)
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert int(cu_seqlens_q.diff().max()) == max_seqlen_q and int(cu_seqlens_k.diff().max()) == max_seqlen_k
+    outputs = []
+    for query, key, value in zip(
+        q.split(cu_seqlens_q.diff().tolist()),
+        k.split(cu_seqlens_k.diff().tolist()),
+        v.split(cu_seqlens_k.diff().tolist()),
+        strict=True,
+    ):
+        seen = torch.ones(len(query), len(key), dtype=torch.bool)
+        if causal:
+            seen = seen.tril(len(key) - len(query) if from_end else 0)
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, seen, scale=softmax_scale, enable_gqa=True)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+    """The same for a batch of equal lengths, (B, length, heads, D)."""
+    ends = [torch.arange(0, len(x) * x.size(1) + 1, x.size(1), dtype=torch.int32) for x in (q, k)]
+    rows = [states.flatten(0, 1) for states in (q, k, v)]
+    return flash_attn_varlen_func(*rows, *ends, q.size(1), k.size(1), softmax_scale, causal).unflatten(0, q.shape[:2])
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Puts functions where transformers finds FlashAttention's; given the alignment of the causal mask."""
+
+    def put(from_end=True):
+        varlen = partial(flash_attn_varlen_func, from_end=from_end)
+        functions = (flash_attn_func, varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+        process = flash_utils._lazy_define_process_function(flash_attn_varlen_func)
+        monkeypatch.setattr(
+            flash_utils, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, (process, None))
+        )
+
+    put()
+    return put
+
+
+def with_attention(model, implementation):
+    model.config.get_text_config()._attn_implementation = implementation
+    return model
+
+
+# The attention by itself
+
+
+def explicit_mask(layout):
+    """Who sees whom, from the definition: token by token."""
+    owner = []  # (group, completion or None)
+    for group, (prefix, suffixes) in enumerate(layout.groups):
+        owner += [(group, None)] * prefix
+        owner += [(group, i) for i, size in enumerate(suffixes) for _ in range(size)]
+    rows = range(len(owner))
+    return torch.tensor(
+        [[j <= i and owner[j][0] == owner[i][0] and owner[j][1] in (None, owner[i][1]) for j in rows] for i in rows]
+    )
+
+
+def drawn(layout, heads, key_heads, width=8, device="cpu", dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, n, len(layout), width, generator=generator) for n in (heads, key_heads, key_heads)]
+    weight = torch.randn(1, len(layout), heads, width, generator=generator)
+    return [x.to(device, dtype).requires_grad_() for x in states], weight.to(device, dtype)
+
+
+def expected_of(layout, states, scaling):
+    """By way of all scores."""
+    query, key, value = states
+    keys, values = (x.repeat_interleave(query.size(1) // key.size(1), dim=1) for x in (key, value))
+    mask = explicit_mask(layout).to(query.device)
+    scores = (query @ keys.transpose(-1, -2) * scaling).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ values).transpose(1, 2)
+
+
+class Layer(torch.nn.Linear):
+    """What FlashAttention's interface asks a layer for."""
+
+    is_causal = True
+
+    def __init__(self, implementation):
+        super().__init__(1, 1)
+        self.config = type("Config", (), {"_attn_implementation": implementation})
+
+
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
+@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
+def test_the_attention_is_that_of_an_explicit_mask(name, groups, heads, key_heads, flash):
+    layout = PackedLayout(groups)
+    states, weight = drawn(layout, heads, key_heads)
+    expected = expected_of(layout, states, 0.3)
+    packed = {"sdpa": packed_sdpa, "flash_attention_2": packed_flash, "flex_attention": packed_flex}[name]
+    attention = PackedAttention(flash_attention_forward if "flash" in name else None, packed)
+    given = [x.detach() for x in states] if name == "flex_attention" else states  # which has no backward on CPUs
+    found, none = attention(Layer(name), *given, None, scaling=0.3, shared_prefix=layout)
+    assert none is None and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    if name != "flex_attention":
+        gradients = torch.autograd.grad((found * weight).sum(), states)
+        for a, b in zip(gradients, torch.autograd.grad((expected * weight).sum(), states), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (28, 4)])
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
+def test_the_kernels_of_gpus(name, heads, key_heads):
+    if "flash" in name and not flash_utils.is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    for groups in (*LAYOUTS.values(), ((700, (130, 64, 1, 99)), (257, (33,)))):
+        layout = PackedLayout(groups)
+        states, weight = drawn(layout, heads, key_heads, 64, "cuda", torch.bfloat16)
+        exact = [x.detach().double().requires_grad_() for x in states]
+        expected = expected_of(layout, exact, 0.125)
+        expected_gradients = torch.autograd.grad((expected * weight).sum(), exact)
+        model = type("Model", (), {"config": Layer(name).config})
+        model.config.get_text_config = lambda model=model: model.config
+        assert install(model)
+        attention = ALL_ATTENTION_FUNCTIONS[name]
+        found, _ = attention(Layer(name).cuda().bfloat16(), *states, None, scaling=0.125, shared_prefix=layout)
+        gradients = torch.autograd.grad((found * weight).sum(), states)
+        for a, b in zip((found, *gradients), (expected, *expected_gradients), strict=True):
+            assert (a - b).norm() <= 0.02 * b.norm(), (name, groups)
+
+
+def test_other_devices_mask_full_heads(monkeypatch):
+    """The fused kernels of GPUs take no mask together with fewer key heads; `meta` stands for such a device."""
+    calls = []
+    original = F.scaled_dot_product_attention
+
+    def attend(query, key, value, **options):
+        calls.append((query.size(1), key.size(1), options.get("attn_mask") is not None, options["enable_gqa"]))
+        return original(query, key, value, **options)
+
+    monkeypatch.setattr(packed_attention.F, "scaled_dot_product_attention", attend)
+    layout = PackedLayout(((6, (1, 5, 2)),))
+    states = [torch.empty(1, heads, len(layout), 8, device="meta") for heads in (4, 2, 2)]
+    found, _ = packed_sdpa(None, torch.nn.Module(), *states, layout)
+    assert found.shape == (1, len(layout), 4, 8)
+    assert sorted(calls) == [(4, 2, False, True), (4, 4, True, False)]
+
+
+# In a model
+
+
+def compare(name, implementation, folder, rows, checkpointing=False, gradients=True):
+    """Of packed rows with an implementation against rows apart with sdpa: errors of values, and of gradients."""
+    plain, _, family = build(name)
+    batch = mixed_batch(encode(family, folder, rows))
+    model, _, family = build(name, lambda model, _: with_attention(model, implementation))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert install(model)
+    with torch.set_grad_enabled(gradients):
+        expected, found = apart(plain, family, batch), together(model, family, batch)
+    errors = [float(((a - b).detach().abs() * batch.mask).max()) for a, b in zip(expected, found, strict=True)]
+    if not gradients:
+        return errors, None
+    return errors, gradient_error(backward(plain, batch, expected[0]), backward(model, batch, found[0]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flash_attention_gives_the_numbers_of_the_rows_apart(name, checkpointing, seven_tags, flash):
+    folder, dataset = seven_tags
+    assert_equal(*compare(name, "flash_attention_2", folder, rows_of(name, dataset), checkpointing))
+
+
+def test_a_mask_that_begins_at_the_first_key_is_noticed(seven_tags, flash):
+    """As of versions of FlashAttention before 2.1."""
+    folder, dataset = seven_tags
+    flash(from_end=False)
+    errors, gradients = compare("qwen2_5_omni", "flash_attention_2", folder, rows_of("qwen2_5_omni", dataset))
+    assert min(errors) > 1e-2 and gradients[0] > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flex_attention_gives_the_numbers_of_the_rows_apart(name, seven_tags):
+    folder, dataset = seven_tags
+    errors, _ = compare(name, "flex_attention", folder, rows_of(name, dataset), gradients=False)
+    assert max(errors) <= BOUND
+
+
+def test_a_kernel_that_was_loaded_again_is_adapted_again(seven_tags, flash):
+    """As transformers loads those of the Hub, for each model that asks for one."""
+    folder, dataset = seven_tags
+    model, _, family = build("qwen2_5_omni", lambda model, _: with_attention(model, "flash_attention_2"))
+    assert install(model)
+    batch = mixed_batch(encode(family, folder, rows_of("qwen2_5_omni", dataset)))
+    with torch.no_grad():
+        before = together(model, family, batch)[0]
+        ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", flash_attention_forward)
+        assert torch.equal(together(model, family, batch)[0], before)
+
+
+def test_attention_that_cannot_be_shared_is_left_alone():
+    for name in FAMILIES:
+        model, _ = build_tiny(name)
+        text = model.config.get_text_config()
+        text._attn_implementation = "eager"
+        assert not install(model)
+        text._attn_implementation = "sdpa"
+        text.layer_types = ["sliding_attention", "full_attention"]
+        assert not install(model)
+
+
+# In training
+
+
+def with_flash(prepare):
+    parts = prepare()
+    with_attention(parts["model"], "flash_attention_2")
+    return parts
+
+
+def test_training_with_flash_attention(seven_tags, tmp_path, flash):
+    """Rollouts, comparison and updates; the weights are those of sdpa."""
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    prepare = from_disk(tmp_path)
+    shared, weights = trained(folder, rows, tmp_path / "flash", "on", **with_flash(prepare))
+    assert shared.packed > 0 and shared.plain == 0
+    _, expected = trained(folder, rows, tmp_path / "sdpa", "off", **prepare())
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_training_falls_back_from_kernels_that_differ(seven_tags, tmp_path, flash, caplog):
+    folder, dataset = seven_tags
+    flash(from_end=False)
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        auto, _ = trained(folder, one_row_per_tag(dataset), tmp_path, "auto", **with_flash(from_disk(tmp_path)))
+    assert auto.packed == 0 and "times as much as rounding explains" in caplog.text
