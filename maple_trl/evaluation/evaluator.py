@@ -20,7 +20,7 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.shared_prefill import share_prefill
-from maple_trl.omni.sharing import prefill_difference
+from maple_trl.omni.sharing import prefill_difference, telling_prompt
 
 
 # Mean difference of log-probabilities that rounding explains, of half-precision and of other models.
@@ -151,7 +151,7 @@ class Evaluator(Asker):
             if len(prompts[-1].kinds) == len(self.family.placeholder_ids):
                 break
         plain = builder.encode({"prompt": [{"role": "user", "content": "."}]})
-        return max([plain, *prompts], key=lambda prompt: len(prompt.kinds))
+        return telling_prompt([plain, *prompts])
 
 
 def _input_digest(prompt: EncodedPrompt) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -28,6 +28,11 @@ a token to another expert; otherwise 0.07), positions that are wrong by one at l
 
 Serve = Callable[..., AbstractContextManager]
 """`serve(model, prompts, packed=False)`: the context in which a forward reads the prompts' media."""
+
+
+def telling_prompt(prompts: Iterable[EncodedPrompt]) -> EncodedPrompt:
+    """The one to compare on: with the most kinds of media, and of those the shortest."""
+    return max(prompts, key=lambda prompt: (len(prompt.kinds), -len(prompt)))
 
 
 @torch.no_grad()

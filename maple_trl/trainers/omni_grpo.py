@@ -33,7 +33,7 @@ from maple_trl.omni.families import unwrap
 from maple_trl.omni.packed_attention import install
 from maple_trl.omni.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.shared_prefix import PackedOutput, pack, packed_forward
-from maple_trl.omni.sharing import sharing_error
+from maple_trl.omni.sharing import sharing_error, telling_prompt
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.trainers.lookahead import LookaheadSampler
@@ -406,8 +406,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         there are here. Every rank must call this together.
         """
         if self._sharing is None:
-            telling = max(prompts or [self._stand_in_prompt()], key=lambda prompt: (len(prompt.kinds), -len(prompt)))
-            self._sharing = self._try_sharing(telling)
+            self._sharing = self._try_sharing(telling_prompt(prompts or [self._stand_in_prompt()]))
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
