@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.evaluation.eval_identity import describe_function, digest
 from maple_trl.job_args import SetupError
-from maple_trl.job_rewards import JUDGES, load_rewards, what_is_learned
+from maple_trl.job_rewards import JUDGES, close_rewards, load_rewards, what_is_learned
+from maple_trl.rewards.judge import inner_judge
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Scoring:
         media = dataclasses.replace(job.media, media_root=media_root)
         (self.function,) = load_rewards([entry], media, place="--judge")
         self.described: dict[str, Any] = describe_function(self.function)
-        self._judge = _judge(self.function)
+        self._judge = inner_judge(self.function)
         if isinstance(entry, dict):
             self.described["entry"] = what_is_learned([entry])[0]
         if self._judge is not None:
@@ -58,8 +58,7 @@ class Scoring:
 
     def close(self) -> None:
         """Closes a judge's connections."""
-        if self._judge is not None:
-            self._judge.close()
+        close_rewards([self.function])
 
 
 def _entry(job: EvalJob) -> str | dict[str, Any]:
@@ -86,9 +85,3 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
         kept = {"cache_file": str(Path(job.output) / "judge.sqlite")}
         entry = {**entry, "server": kept | entry["server"]}
     return entry
-
-
-def _judge(function: Callable) -> Any:
-    from maple_trl.rewards.judge import inner_judge
-
-    return inner_judge(function)
