@@ -17,8 +17,8 @@ from maple_trl.evaluation.report import as_json
 from maple_trl.evaluation.spread import embedding_spread
 from maple_trl.reports.folders import ReportError, RunData
 from maple_trl.reports.rollouts import Rollouts
-from maple_trl.reports.sections import lines_by_tag
-from maple_trl.reports.series import TAGS, ends, rounded
+from maple_trl.reports.sections import lines_by_phase, lines_by_tag
+from maple_trl.reports.series import TAGS, rounded
 
 
 EMBEDDINGS_FILE = "embeddings.parquet"
@@ -107,13 +107,7 @@ def _sample(run: RunData, rollouts: Rollouts | None) -> tuple[None, list[str], l
         return None, [], []
     picked = []
     for lines in lines_by_tag(rollouts).values():
-        if run.kind == "evaluation":
-            accesses = rollouts.get("access")
-            lines = [line for line in lines if accesses[line] == run.accesses[0]]
-        else:
-            steps = rollouts.get("step")
-            late = ends([steps[line] for line in lines])[1]
-            lines = [line for line in lines if steps[line] >= late]
+        *_, lines = lines_by_phase(run, rollouts, lines).values()
         picked += [lines[i] for i in np.unique(np.linspace(0, len(lines) - 1, PER_TAG).astype(int))] if lines else []
     tags = rollouts.get("tag")
     texts = rollouts.get("completion")

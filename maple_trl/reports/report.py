@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maple_trl.evaluation.intervals import UndefinedMetricError
 from maple_trl.evaluation.report import as_json, write_atomically
 from maple_trl.evaluation.significance import compare_runs
@@ -19,8 +17,8 @@ from maple_trl.reports.media import MediaTable
 from maple_trl.reports.page import render
 from maple_trl.reports.projection import project
 from maple_trl.reports.rollouts import Rollouts, packed, rollouts_of
-from maple_trl.reports.sections import all_sections, missing, near_perfect
-from maple_trl.reports.series import TAGS, ends, series_of, thinned
+from maple_trl.reports.sections import all_sections, missing, near_perfect, no_rollouts
+from maple_trl.reports.series import TAGS, end_means, series_of, thinned
 
 
 FORMAT = 1
@@ -136,9 +134,7 @@ def _no_log(run: RunData) -> str:
 
 def _about_rollouts(run: RunData, rollouts: Rollouts | None) -> dict[str, Any]:
     if rollouts is None or not len(rollouts):
-        if run.kind == "evaluation":
-            return missing("No question has been answered yet.")
-        return missing("The run kept no completions: rollout_log_size of its trainer says how many it keeps.")
+        return no_rollouts(run)
     return {"count": len(rollouts), "total": rollouts.total, "groups": int(rollouts.groups[-1]) + 1}
 
 
@@ -163,10 +159,7 @@ def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None)
         ("completion tokens", "completions/mean_length"),
     ):
         if name in series:
-            own, values = series[name]
-            early, late = ends(own)
-            first = np.mean([value for step, value in zip(own, values, strict=True) if step <= early])
-            last = np.mean([value for step, value in zip(own, values, strict=True) if step >= late])
+            first, last = end_means(*series[name])
             facts.append((f"{label}, first → last fifth of the log", f"{first:.4g} → {last:.4g}"))
     for name in ("before", "after"):
         value = (summary.get(name) or {}).get("all")

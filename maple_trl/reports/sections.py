@@ -13,7 +13,7 @@ from maple_trl.evaluation.gaps import tag_disparity
 from maple_trl.evaluation.plots import RATIO_EDGES, signal_profile
 from maple_trl.reports.folders import RunData
 from maple_trl.reports.rollouts import Rollouts
-from maple_trl.reports.series import TAGS, Series, ends, metrics_by_tag, rounded
+from maple_trl.reports.series import TAGS, Series, end_means, ends, metrics_by_tag, rounded
 
 
 BINS = 50
@@ -62,7 +62,7 @@ def reward_section(run: RunData, rollouts: Rollouts | None) -> Section:
     at which the tag was trained; of an evaluation, of all completions under its first access.
     """
     if rollouts is None or not len(rollouts):
-        return missing(_no_rollouts(run))
+        return no_rollouts(run)
     what, values = task_rewards(rollouts)
     given = [value for value in values if value is not None]
     if not given:
@@ -74,7 +74,7 @@ def reward_section(run: RunData, rollouts: Rollouts | None) -> Section:
     found: dict[str, dict[str, Section]] = {}
     for tag, own in lines_by_tag(rollouts).items():
         own = [line for line in own if values[line] is not None]
-        phases = {name: lines for name, lines in _phases(run, rollouts, own).items() if lines}
+        phases = {name: lines for name, lines in lines_by_phase(run, rollouts, own).items() if lines}
         if phases:
             steps = rollouts.get("step")
             found[tag] = {
@@ -96,7 +96,8 @@ def lines_by_tag(rollouts: Rollouts) -> dict[str, list[int]]:
     return {tag: lines for tag, lines in found.items() if lines}
 
 
-def _phases(run: RunData, rollouts: Rollouts, lines: list[int]) -> dict[str, list[int]]:
+def lines_by_phase(run: RunData, rollouts: Rollouts, lines: list[int]) -> dict[str, list[int]]:
+    """Those of the first and of the last fifth of the lines' steps; of an evaluation, those under its first access."""
     if run.kind == "evaluation":
         accesses, first = rollouts.get("access"), run.accesses[0]
         return {f"access {first}": [line for line in lines if accesses[line] == first]}
@@ -202,13 +203,11 @@ def disparity_section(run: RunData, series: Series) -> Section:
                 "There are no accuracies by tag: set evaluate_before_after, train with accuracy_reward on rows with "
                 "tags, or name the folders of two evaluations."
             )
-        both: dict[str, dict[str, float]] = {"first fifth": {}, "last fifth": {}}
-        for tag, (steps, values) in curves.items():
-            early, late = ends(steps)
-            by_step = list(zip(steps, values, strict=True))
-            both["first fifth"][tag] = float(np.mean([value for step, value in by_step if step <= early]))
-            both["last fifth"][tag] = float(np.mean([value for step, value in by_step if step >= late]))
-        panels = [_panel(title, means) for title, means in both.items()]
+        means = {tag: end_means(*curve) for tag, curve in curves.items()}
+        panels = [
+            _panel(title, {tag: both[i] for tag, both in means.items()})
+            for i, title in enumerate(("first fifth", "last fifth"))
+        ]
         source = "accuracy of the completions that were trained on, first and last fifth of each tag's log entries"
     panels = [panel for panel in panels if panel is not None]
     return {"source": source, "panels": panels} if panels else missing("No question with a tag has been scored.")
@@ -276,16 +275,10 @@ def ratios_section(run: RunData, series: Series) -> Section:
     bins = [series.get(f"replay/ratio_share/{i}") for i in range(len(RATIO_EDGES) + 1)]
     if all(bins):
         early, late = ends(bins[0][0])
-        phases = {
-            f"steps up to {early:g}": lambda step: step <= early,
-            f"from step {late:g}": lambda step: step >= late,
-        }
+        first, last = zip(*(end_means(*one) for one in bins), strict=True)
         found["histogram"] = {
             "edges": rounded(RATIO_EDGES),
-            "phases": {
-                name: rounded([np.mean([v for step, v in zip(*one, strict=True) if fits(step)]) for one in bins], 4)
-                for name, fits in phases.items()
-            },
+            "phases": {f"steps up to {early:g}": rounded(first, 4), f"from step {late:g}": rounded(last, 4)},
         }
     return found
 
@@ -329,7 +322,10 @@ def decided_by(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _no_rollouts(run: RunData) -> str:
+def no_rollouts(run: RunData) -> Section:
+    """What stands in place of a part that needs completions."""
     if run.kind == "evaluation":
-        return "No question has been answered yet."
-    return "The run kept no completions: its trainer writes them to rollouts/ while rollout_log_size is above 0."
+        return missing("No question has been answered yet.")
+    return missing(
+        "The run kept no completions: its trainer writes them to rollouts/ while rollout_log_size is above 0."
+    )

@@ -70,6 +70,13 @@ def ends(steps: Sequence[float], share: float = 0.2) -> tuple[float, float]:
     return ordered[count - 1], ordered[-count]
 
 
+def end_means(steps: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Means of a curve over the first and over the last fifth of its steps."""
+    early, late = ends(steps)
+    at, curve = np.asarray(steps), np.asarray(values, float)
+    return float(curve[at <= early].mean()), float(curve[at >= late].mean())
+
+
 def metrics_by_tag(series: Series, metric: str) -> dict[str, tuple[list[float], list[float]]]:
     """A metric's curves by tag, in canonical order; those of evaluations left out."""
     return {tag: series[f"tag/{tag}/{metric}"] for tag in TAGS if f"tag/{tag}/{metric}" in series}
