@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -54,20 +52,16 @@ def settle(given: argparse.Namespace) -> argparse.Namespace:
 def _from_files(parser: argparse.ArgumentParser, path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
-    from maple_trl.job_args import SetupError, config_files
+    from maple_trl.job_args import SetupError, config_files, did_you_mean, take_env
 
     actions = {action.dest: action for action in parser._actions if action.dest not in _NOT_IN_FILES}
     found: dict[str, Any] = {}
     for file, config in config_files(path):
-        variables = config.pop("env", None) or {}
-        if not isinstance(variables, Mapping):
-            raise SetupError(f"{file}: env must be a mapping of variable names to values")
-        os.environ.update({name: str(value) for name, value in variables.items()})
+        os.environ.update(take_env(config, file))
         for key, value in config.items():
             if key not in actions:
-                close = difflib.get_close_matches(str(key), actions, n=1)
-                more = f"did you mean {close[0]}?" if close else "`maple-trl eval --help` lists all options"
-                raise SetupError(f"{file}: unknown key {key!r}; {more}")
+                advice = did_you_mean(str(key), actions, "`maple-trl eval --help` lists all options")
+                raise SetupError(f"{file}: unknown key {key!r}{advice}")
             found[key] = parser.settled[key] if value is None else _read(actions[key], key, value, file)
     return found
 

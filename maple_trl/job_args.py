@@ -7,7 +7,7 @@ import difflib
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -353,14 +353,11 @@ def parse_args(
     trainer = trainer_option(options) or _trainer_of(files)
     files += [] if above is None else [above]
     parser = make_parser(trainer)
-    environment = {}
+    environment: dict[str, str] = {}
     for file, config in files:
-        variables = config.pop("env", None) or {}
-        if not isinstance(variables, Mapping):
-            raise SetupError(f"{file}: env must be a mapping of variable names to values")
-        environment.update(variables)
+        environment |= take_env(config, file)
         parser.set_defaults_with_config(**_checked(parser, trainer, config, file))
-    os.environ.update({key: str(value) for key, value in environment.items()})
+    os.environ.update(environment)
     unknown = parser.parse_known_args(options)[1]
     if unknown:
         flag = next((text for text in unknown if text.startswith("-")), None)
@@ -461,6 +458,19 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
+def take_env(config: dict[str, Any], path: str) -> dict[str, str]:
+    """
+    Takes `env`, the environment variables that a config file sets, out of its keys.
+
+    Raises:
+        SetupError: when it is no mapping.
+    """
+    variables = config.pop("env", None) or {}
+    if not isinstance(variables, Mapping):
+        raise SetupError(f"{path}: env must be a mapping of variable names to values")
+    return {name: str(value) for name, value in variables.items()}
+
+
 def option_keys(parser) -> dict[str, Any]:
     """Actions of a parser by the name under which a config file gives their value."""
     return {action.dest: action for action in reversed(parser._actions)}
@@ -471,8 +481,14 @@ def instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "")
     for other in TRAINERS:
         if other != trainer and name in (field.name for field in dataclasses.fields(config_class(other))):
             return f", which is an option of {config_class(other).__name__}: set trainer: {other}"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{close[0]}?" if close else "; `maple-trl train --help-all` lists all options"
+    return did_you_mean(name, known, "`maple-trl train --help-all` lists all options", prefix)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
+    """How an error about an unknown name ends: the closest known one, else other advice where there is any."""
+    close = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {prefix}{close[0]}?" if close else otherwise
+    return f"; {advice}" if advice else ""
 
 
 def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict[str, Any]:

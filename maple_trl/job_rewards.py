@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.job_args import SetupError
+from maple_trl.job_args import SetupError, did_you_mean
 
 
 if TYPE_CHECKING:
@@ -313,9 +312,8 @@ class _Entry:
                     f"{where}: {name!r} is no field: a key stands in no job's file. Name the environment variable that holds "
                     "it with api_key_env, or a file with api_key_file"
                 )
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-            advice = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}"
-            raise SetupError(f"{where}: unknown field {name!r}; {advice}")
+            advice = did_you_mean(str(name), known, f"the fields are {', '.join(known)}")
+            raise SetupError(f"{where}: unknown field {name!r}{advice}")
 
     def _guarded(self, part: str, make: Callable, *args: Any, **kwargs: Any) -> Any:
         """What `make` makes, with the entry's place in its errors."""
@@ -332,9 +330,9 @@ def _known() -> list[str]:
 
 
 def _unknown_reward(name: str) -> str:
-    close = difflib.get_close_matches(name, _known(), n=1, cutoff=0.6)
-    advice = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown reward {name!r}; there are {', '.join(_known())}, or write module:function{advice}"
+    known = _known()
+    advice = did_you_mean(name, known)
+    return f"unknown reward {name!r}; there are {', '.join(known)}, or write module:function{advice}"
 
 
 def _parameters(reward: str) -> list[str]:

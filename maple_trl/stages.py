@@ -8,7 +8,6 @@ reinforcement learning, each with its own data and rewards.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import gc
 import json
 import os
@@ -22,6 +21,7 @@ from maple_trl.evaluation.report import as_json, write_atomically
 from maple_trl.job_args import (
     SUPERVISED,
     SetupError,
+    did_you_mean,
     make_parser,
     option_keys,
     parse_args,
@@ -183,8 +183,7 @@ def _check_shareable(place: str, key: str) -> None:
 
 def _closest(name: str, parsers: list, prefix: str = "") -> str:
     known = dict.fromkeys(key for parser in parsers for key in option_keys(parser))
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    return did_you_mean(name, known, prefix=prefix)
 
 
 # Running
