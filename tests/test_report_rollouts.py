@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from omni_runs import QUIET_ON_CPU
+from tiny_models import build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.data import load_seven_tags
@@ -170,6 +173,38 @@ def test_replayed_completions_are_those_that_were_sampled_before(tmp_path):
             fresh.setdefault((line["group"], line["step"]), {})[line["completion"]] = line["reward"]
     # From the second rollout on, two of four.
     assert [sum(line["replayed"] for line in lines) for lines in lines_of(tmp_path)] == [0, 8, 8, 8, 8, 8]
+
+
+def test_replayed_completions_of_a_text_model_stand_with_their_rows(tmp_path):
+    """Also those that a small buffer has let go since: such a model has no encoded prompts to find their rows by."""
+    model, tokenizer = build_tiny_text()
+    words = ["three", "four", "five", "six", "seven", "one"]
+    rows = Dataset.from_list([{"id": f"row-{word}", "prompt": f"one two {word}"} for word in words])
+    asked = []  # by rollout
+
+    def noted(completions, prompts, id, **columns):
+        rewards = [len(text) % 4 / 4 for text in completions]  # which a float32 holds exactly
+        asked.append(dict(zip(zip(id, prompts, completions, strict=True), rewards, strict=True)))
+        return rewards
+
+    options = {name: DEFAULTS[name] for name in ("num_generations", "learning_rate", "gradient_checkpointing")}
+    options |= {"replayed_generations": 2, "replay_scope": "buffer", "replay_capacity": 8}
+    options |= {"per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 8}
+    config = AvatarConfig(output_dir=str(tmp_path), **QUIET_ON_CPU, **options)
+    trainer = AvatarTrainer(model, noted, config, rows, processing_class=tokenizer)
+    trainer.train()
+
+    replayed = [line for lines in lines_of(tmp_path) for line in lines if line["replayed"]]
+    assert [sum(line["replayed"] for line in lines) for lines in lines_of(tmp_path)] == [0] + [4] * 7
+    for line in replayed:
+        then = asked[line["written_at"]]
+        assert line["written_at"] < line["step"] and line["advantage"] is None
+        assert line["reward"] == then[line["id"], line["prompt"], line["completion"]]
+        assert dict(line["rewards"]) == {"noted": line["reward"]}
+    buffer = trainer.memory.buffer
+    held = {experience.step for key in buffer.prompts() for experience in buffer.stored(key)}
+    assert {line["written_at"] for line in replayed} - held
+    assert len({line["id"] for line in replayed}) > 1
 
 
 # Bounds
