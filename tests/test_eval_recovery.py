@@ -16,58 +16,31 @@ import threading
 from functools import partial
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import eval_runs
 import pytest
 from accelerate import PartialState
+from eval_runs import MODEL, folder_with_ending, lines_of, result_of, run_of
 from forks import start, status_of
 
-from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.evaluation.eval_identity import PARSER_VERSION
 from maple_trl.rewards import answers
 
 
-ASKED = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
-ASKED += ["--samples", "2", "--batch-size", "2", "--quiet"]
+ASKED = [*MODEL, "--samples", "2", "--batch-size", "2", "--quiet"]
 SEVEN = ["--data", "builtin:seven-tags", "--limit", "8"]
-
-JUDGE = """
-import os, signal
-from maple_trl.rewards import accuracy_reward
-
-calls = 0
-
-def stops(completions, **columns):
-    global calls
-    calls += 1
-    if calls == 3 and "STOPPED_BY" in os.environ:
-        os.kill(os.getpid(), int(os.environ["STOPPED_BY"]))
-    return accuracy_reward(completions=completions, **columns)
-"""
-
-
-def evaluate(*words):
-    return cli.main(["eval", *ASKED, *map(str, words)])
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def lines_of(folder):
-    return pq.read_table(folder / "rows.parquet").to_pylist()
+evaluate = partial(eval_runs.evaluate, *ASKED)
 
 
 @pytest.fixture
 def judged(tmp_path, monkeypatch):
-    """Words with a scoring function that ends its process in the third batch."""
-    (tmp_path / "stopping.py").write_text(JUDGE)
-    monkeypatch.chdir(tmp_path)
+    """Words with a scoring function that an interrupt stops in the third batch, once `ENDED_AT` says so."""
+    monkeypatch.setenv("ENDED_BY", str(int(signal.SIGINT)))
     # A shell has its background jobs ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield [*SEVEN, "--judge", "stopping:stops"]
+    with folder_with_ending(tmp_path):
+        yield [*SEVEN, "--judge", "ending:ending"]
     signal.signal(signal.SIGINT, before)
-    sys.modules.pop("stopping", None)
 
 
 # Interruptions
@@ -75,12 +48,12 @@ def judged(tmp_path, monkeypatch):
 
 def test_an_interrupt_says_how_to_go_on(judged, tmp_path, monkeypatch, capsys):
     assert evaluate(*judged, "--output", "whole") == 0
-    sys.modules.pop("stopping")
-    monkeypatch.setenv("STOPPED_BY", str(int(signal.SIGINT)))
+    sys.modules.pop("ending")  # in which calls are counted
+    monkeypatch.setenv("ENDED_AT", "3")
     assert evaluate(*judged, "--output", "cut") == 130
     assert "stopped; the same command goes on from the last finished batch" in capsys.readouterr().err
     assert len(list(Path("cut/batches").glob("*.parquet"))) == 2
-    monkeypatch.delenv("STOPPED_BY")
+    monkeypatch.delenv("ENDED_AT")
     assert evaluate(*judged, "--output", "cut") == 0
     for name in ("result.json", "rows.parquet"):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
@@ -95,7 +68,7 @@ def test_two_processes_are_killed_and_two_of_accelerate_or_one_go_on(judged, tmp
     def ends(rank):
         PartialState._reset_state()
         os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-        os.environ["STOPPED_BY"] = str(int(signal.SIGKILL))
+        os.environ |= {"ENDED_AT": "3", "ENDED_BY": str(int(signal.SIGKILL))}
         return evaluate(*words, "--output", "cut")
 
     processes = [start(partial(ends, rank)) for rank in range(2)]
@@ -110,8 +83,8 @@ def test_two_processes_are_killed_and_two_of_accelerate_or_one_go_on(judged, tmp
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert json.loads(Path("cut/run.json").read_text())["processes"] == 2
-    assert json.loads(Path("cut/run.json").read_text())["batches_done_before"] == 4
+    assert run_of(Path("cut"))["processes"] == 2
+    assert run_of(Path("cut"))["batches_done_before"] == 4
     assert ended.stdout.count("Accuracy (pass@1)") == 1
     for output in ("alone", "whole"):
         assert evaluate(*words, "--output", output) == 0
@@ -130,16 +103,16 @@ def whole(tmp_path_factory):
 
 
 def test_a_batch_that_is_damaged_is_asked_again(judged, whole, monkeypatch):
-    monkeypatch.setenv("STOPPED_BY", str(int(signal.SIGINT)))
+    monkeypatch.setenv("ENDED_AT", "3")
     assert evaluate(*judged, "--output", "cut") == 130
     first = Path("cut/batches/00000.parquet")
     first.write_bytes(first.read_bytes()[:200])  # as a disk that was full leaves it
     Path("cut/batches/.00001.parquet.77.partial").write_bytes(b"half")
     Path("cut/.rows.parquet.77.partial").write_bytes(b"half")
-    monkeypatch.delenv("STOPPED_BY")
+    monkeypatch.delenv("ENDED_AT")
     assert evaluate(*judged, "--output", "cut") == 0
     assert lines_of(Path("cut")) == lines_of(whole)
-    assert json.loads(Path("cut/run.json").read_text())["batches_done_before"] == 1
+    assert run_of(Path("cut"))["batches_done_before"] == 1
     assert sorted(path.name for path in Path("cut").iterdir()) == [
         ".lock",
         "evaluation.json",
@@ -248,7 +221,7 @@ def shown_on_a_terminal(tmp_path, monkeypatch, *words):
     asked = [word for word in ASKED if word != "--quiet"]
     with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", stderr)
-        assert cli.main(["eval", *asked, *SEVEN, "--output", str(tmp_path / "out"), *words]) == 0
+        assert eval_runs.evaluate(*asked, *SEVEN, "--output", tmp_path / "out", *words) == 0
     reader.join()
     os.close(main)
     return bytes(shown)

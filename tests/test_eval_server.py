@@ -5,36 +5,25 @@ import io
 import json
 import wave
 from collections import Counter
+from functools import partial
 
+import eval_runs
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 from chat_server import ChatServer, completion, say, status
+from eval_runs import SMALL, lines_of, result_of
 from PIL import Image
 from test_judge_server import Served, needs_server
 from tiny_models import build_tiny_text, save_tiny
 
-from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.omni.media import MediaLimits, MediaLoader
 
 
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
-ASKED = ["--data", "builtin:seven-tags", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
-ASKED += ["--samples", "2", "--batch-size", "3", "--quiet"]
-
-
-def evaluate(*words):
-    return cli.main(["eval", "--model", "served", *map(str, words)])
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def lines_of(folder):
-    return pq.read_table(folder / "rows.parquet").to_pylist()
+ASKED = ["--data", "builtin:seven-tags", *SMALL, "--samples", "2", "--batch-size", "3", "--quiet"]
+evaluate = partial(eval_runs.evaluate, "--model", "served")
 
 
 def blocks(body, kind):
@@ -332,10 +321,10 @@ def test_a_real_server_that_sees(tmp_path, capsys):
     words += ["--samples", "1", "--temperature", "0", "--quiet", "--filter", '{"tag": ["V"]}', "--limit", "3"]
     try:
         server.wait()
-        words = ["eval", "--model", model, *words, "--server", server.url]
-        assert cli.main([*map(str, words), "--output", str(tmp_path / "seen"), "--access", "V,S"]) == 0
-        assert cli.main([*map(str, words), "--output", str(tmp_path / "again"), "--access", "V,S"]) == 0
-        assert cli.main([*map(str, words), "--output", str(tmp_path / "heard"), "--access", "A"]) == 1
+        words = ["--model", model, *words, "--server", server.url]
+        assert eval_runs.evaluate(*words, "--output", tmp_path / "seen", "--access", "V,S") == 0
+        assert eval_runs.evaluate(*words, "--output", tmp_path / "again", "--access", "V,S") == 0
+        assert eval_runs.evaluate(*words, "--output", tmp_path / "heard", "--access", "A") == 1
         assert "the server does not take audio" in capsys.readouterr().err
     finally:
         server.stop()
@@ -354,12 +343,12 @@ def test_a_real_server_that_leaves_out_what_it_does_not_know(tmp_path, capsys):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "text")
     server = Served(tmp_path / "text", tmp_path / "home")
-    words = ["eval", "--model", tmp_path / "text", *ASKED, "--limit", "4", "--server", server.url, "--output"]
+    words = ["--model", tmp_path / "text", *ASKED, "--limit", "4", "--server", server.url, "--output"]
     try:
         server.wait()
-        assert cli.main([*map(str, words), str(tmp_path / "seen"), "--access", "V"]) == 1
+        assert eval_runs.evaluate(*words, tmp_path / "seen", "--access", "V") == 1
         assert "the server ignores video: a prompt has" in capsys.readouterr().err
-        assert cli.main([*map(str, words), str(tmp_path / "read"), "--access", "S"]) == 0
+        assert eval_runs.evaluate(*words, tmp_path / "read", "--access", "S") == 0
     finally:
         server.stop()
     assert result_of(tmp_path / "read")["accesses"]["S"]["counts"]["scored"] == 4

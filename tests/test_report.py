@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from eval_runs import MODEL, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -33,8 +34,7 @@ from maple_trl.reports.series import series_of, thinned
 
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
 ROOT = Path(__file__).resolve().parents[1]
-EVAL = ["--model", "builtin:tiny-omni", "--num-frames", "4", "--max-pixels", "3136", "--max-new-tokens", "14"]
-EVAL += ["--data", "builtin:seven-tags", "--limit", "12", "--samples", "2", "--quiet"]
+EVAL = [*MODEL, "--data", "builtin:seven-tags", "--limit", "12", "--samples", "2", "--quiet"]
 
 
 def write_log(folder, entries, tail=""):
@@ -215,8 +215,7 @@ def test_long_curves_are_thinned_by_means():
 def evaluations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluations")
     for name, seed in (("first", 0), ("second", 1)):
-        words = [*EVAL, "--access", "required,all", "--seed", str(seed), "--output", str(folder / name)]
-        assert cli.main(["eval", *words]) == 0
+        assert evaluate(*EVAL, "--access", "required,all", "--seed", seed, "--output", folder / name) == 0
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from eval_runs import folder_with_ending
 from hypothesis import given
 from hypothesis import strategies as st
 from omni_runs import QUIET_ON_CPU
@@ -26,7 +27,7 @@ from maple_trl.trainers.rollout_log import stride
 
 
 MODEL = "builtin:tiny-omni"
-DEFAULTS = {
+DEFAULTS = QUIET_ON_CPU | {
     "num_frames": 4,
     "max_pixels": 3136,
     "max_prompt_length": 128,
@@ -36,12 +37,6 @@ DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "max_steps": 3,
     "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
     "gradient_checkpointing": False,
 }
 
@@ -187,10 +182,9 @@ def test_replayed_completions_of_a_text_model_stand_with_their_rows(tmp_path):
         asked.append(dict(zip(zip(id, prompts, completions, strict=True), rewards, strict=True)))
         return rewards
 
-    options = {name: DEFAULTS[name] for name in ("num_generations", "learning_rate", "gradient_checkpointing")}
-    options |= {"replayed_generations": 2, "replay_scope": "buffer", "replay_capacity": 8}
-    options |= {"per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 8}
-    config = AvatarConfig(output_dir=str(tmp_path), **QUIET_ON_CPU, **options)
+    options = {"replayed_generations": 2, "replay_scope": "buffer", "replay_capacity": 8, "max_steps": 8}
+    options |= {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6}
+    config = AvatarConfig(output_dir=str(tmp_path), gradient_checkpointing=False, **QUIET_ON_CPU, **options)
     trainer = AvatarTrainer(model, noted, config, rows, processing_class=tokenizer)
     trainer.train()
 
@@ -255,31 +249,13 @@ gradient_checkpointing: false
 seed: 4
 rewards: ["ending:ending"]
 """
-REWARD = """
-import os, signal
-from maple_trl.rewards import accuracy_reward
-
-calls = 0
-
-def ending(completions, **columns):
-    global calls
-    calls += 1
-    if os.environ.get("KILLED_AT") == str(calls):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return accuracy_reward(completions=completions, **columns)
-"""
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("job")
-    (folder / "job.yaml").write_text(JOB)
-    (folder / "ending.py").write_text(REWARD)
-    before = Path.cwd()
-    os.chdir(folder)
-    yield folder
-    os.chdir(before)
-    sys.modules.pop("ending", None)
+    with folder_with_ending(tmp_path_factory.mktemp("job")) as folder:
+        (folder / "job.yaml").write_text(JOB)
+        yield folder
 
 
 def process(*words, launcher=(), **environment):
@@ -291,7 +267,7 @@ def process(*words, launcher=(), **environment):
 def test_a_killed_run_goes_on_without_a_step_twice(job):
     run(*parse_args(["--config", "job.yaml", "--output_dir", "whole"]), last=False)
     # In the fifth rollout: the checkpoint is of the fourth step.
-    ended = process("--output_dir", "killed", KILLED_AT="6")
+    ended = process("--output_dir", "killed", ENDED_AT="6")
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
     assert files_of("killed") == [f"{number:08}.parquet" for number in range(5)]
     with open("killed/metrics.jsonl", "a", encoding="utf-8") as file:
