@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from omni_runs import DEFAULTS, one_row_per_tag, spread_reward
 from tiny_models import FAMILIES, build_tiny, save_tiny
@@ -606,12 +608,14 @@ def test_the_comparison_needs_no_logits_of_the_prompt(seven_tags, tmp_path):
     assert sizes == [(2, 1), (2, 1)]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_auto_shares_where_both_ways_agree(family, seven_tags, tmp_path, caplog):
+def test_auto_shares_where_both_ways_agree(family, bf16, seven_tags, tmp_path, caplog):
+    """Also under autocast to bfloat16, which TRL switches on unless told otherwise."""
     folder, dataset = seven_tags
     tag = {"qwen2_5_vl": "VS", "qwen3_vl": "VS", "qwen2_audio": "AS"}.get(family, "VAS")
     rows = dataset.filter(lambda r: r["tag"] == tag)
-    options = {"router_aux_loss_coef": 0.0} if family == "qwen3_omni" else {}
+    options = {"bf16": bf16} | ({"router_aux_loss_coef": 0.0} if family == "qwen3_omni" else {})
     with caplog.at_level(logging.WARNING, logger="maple_trl"):
         auto, _ = trained(folder, rows, tmp_path, "auto", family=family, max_steps=1, **options)
     assert auto.packed > 0 and auto.plain == 0
@@ -628,6 +632,11 @@ def measured(family_name, folder, rows, precision, monkeypatch):
             model.bfloat16()
         trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         assert install(model)
+        core = family.core(model)
+        if precision == "mixed":
+            AcceleratorState._reset_state()
+            model = Accelerator(mixed_precision="bf16").prepare_model(model)
+            AcceleratorState._reset_state()
         builder = PromptBuilder(
             family, MediaLoader(folder, MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096))
         )
@@ -636,12 +645,11 @@ def measured(family_name, folder, rows, precision, monkeypatch):
             return serve_media(family, model, prompts, packed=packed)
 
         prompts = [builder.encode(row) for row in rows]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "mixed"):
-            for prompt in prompts:
-                right.append(sharing.sharing_error(model, family.core(model), prompt, serve))
-                with monkeypatch.context() as patch:
-                    patch.setattr(sharing, "pack", late_positions(sharing.pack, 1))
-                    wrong.append(sharing.sharing_error(model, family.core(model), prompt, serve))
+        for prompt in prompts:
+            right.append(sharing.sharing_error(model, core, prompt, serve))
+            with monkeypatch.context() as patch:
+                patch.setattr(sharing, "pack", late_positions(sharing.pack, 1))
+                wrong.append(sharing.sharing_error(model, core, prompt, serve))
     return right, wrong
 
 
