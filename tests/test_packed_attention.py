@@ -1,6 +1,8 @@
 """Attention over packed rows is that of an explicit mask, with each of the kernels that can compute it."""
 
 import logging
+import random
+import shutil
 from functools import partial
 
 import pytest
@@ -20,6 +22,7 @@ from test_shared_prefix import (
 )
 from test_shared_training import from_disk, one_row_per_tag, trained
 from tiny_models import FAMILIES, build_tiny
+from torch._dynamo.utils import counters
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -185,6 +188,31 @@ def test_the_kernels_of_gpus(name, heads, key_heads):
             assert (a - b).norm() <= 0.02 * b.norm(), (name, groups)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_flex_attention_compiled(monkeypatch):
+    """As for GPUs; further layouts are not compiled anew."""
+    compiled = partial(packed_attention._compiled, device="another")
+    monkeypatch.setattr(packed_attention, "_compiled", lambda function, device: compiled(function))
+    graphs = []
+    for seed in range(8):
+        draw = random.Random(seed)
+        groups = [(draw.randint(100, 200), [draw.randint(5, 40) for _ in range(draw.randint(1, 4))]) for _ in range(2)]
+        layout = PackedLayout(tuple((prefix, tuple(suffixes)) for prefix, suffixes in groups))
+        states = [x.detach() for x in drawn(layout, 4, 2, 16, dtype=torch.float32)[0]]
+        with torch.no_grad():
+            found, _ = packed_flex(None, None, *states, layout, scaling=0.3)
+        torch.testing.assert_close(found, expected_of(layout, states, 0.3), atol=1e-5, rtol=0)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[-1], graphs
+
+
+def test_flex_attention_refuses_dropout():
+    """As transformers does, instead of going on without it."""
+    layout = PackedLayout(LAYOUTS["ragged"])
+    with pytest.raises(ValueError, match=r"no attention dropout, which the model's configuration sets to 0\.1"):
+        packed_flex(None, None, *drawn(layout, 4, 2)[0], layout, dropout=0.1)
+
+
 def test_other_devices_mask_full_heads(monkeypatch):
     """The fused kernels of GPUs take no mask together with fewer key heads; `meta` stands for such a device."""
     calls = []
@@ -253,6 +281,46 @@ def test_a_kernel_that_was_loaded_again_is_adapted_again(seven_tags, flash):
         before = together(model, family, batch)[0]
         ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", flash_attention_forward)
         assert torch.equal(together(model, family, batch)[0], before)
+
+
+def test_kernels_of_the_hub_are_loaded_before_they_are_adapted(seven_tags, flash, monkeypatch):
+    """transformers puts its own function into the table as it loads one, which a model with another one makes it do again."""
+    folder, dataset = seven_tags
+    name, given = "some/flash-attn", flash_utils.lazy_import_flash_attention
+    loaded = []
+
+    def load(implementation, *args, **kwargs):
+        if loaded != [implementation]:
+            loaded[:] = [implementation]
+            if "/" in implementation:
+                ALL_ATTENTION_FUNCTIONS.register(implementation, flash_attention_forward)
+        return given(implementation)
+
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", load)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash_attention_forward)
+    model, _, family = build("qwen2_5_omni", lambda model, _: with_attention(model, name))
+    assert install(model) and loaded == [name]
+    batch = mixed_batch(encode(family, folder, rows_of("qwen2_5_omni", dataset)))
+    plain, _, family = build("qwen2_5_omni")
+    with torch.no_grad():
+        expected = apart(plain, family, batch)[0]
+        for _ in range(2):
+            found = together(model, family, batch)[0]
+            assert float(((found - expected).abs() * batch.mask).max()) <= BOUND
+            load("flash_attention_2")  # by another model
+
+
+def test_attention_that_was_changed_since_is_refused(seven_tags):
+    """Of other attentions most would ignore where the prompts are."""
+    folder, dataset = seven_tags
+    model, _, family = build("qwen2_5_omni")
+    assert install(model)
+    batch = mixed_batch(encode(family, folder, rows_of("qwen2_5_omni", dataset)))
+    with_attention(model, "eager")
+    with pytest.raises(
+        RuntimeError, match="The attention 'eager', set since prompts began to be shared, cannot read packed"
+    ):
+        together(model, family, batch)
 
 
 def test_attention_that_cannot_be_shared_is_left_alone():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
@@ -81,6 +82,10 @@ def install(model: nn.Module) -> bool:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if packed is None or layers != {"full_attention"}:
         return False
+    if (
+        "/" in config._attn_implementation
+    ):  # of the Hub: loading it puts its own function into the table, so before ours
+        flash_utils.lazy_import_flash_attention(config._attn_implementation)
     plain = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     if not isinstance(plain, PackedAttention):
         ALL_ATTENTION_FUNCTIONS.register(config._attn_implementation, PackedAttention(plain, packed))
@@ -223,25 +228,32 @@ def packed_flex(
     key: Tensor,
     value: Tensor,
     layout: PackedLayout,
+    dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """
     The packed row as it is, under a mask of blocks. PyTorch has no backward of it on CPUs, and there computes it without a
     fused kernel.
+
+    Raises:
+        ValueError: for dropout, which FlexAttention does not have.
     """
+    if dropout:
+        raise ValueError(f"flex_attention has no attention dropout, which the model's configuration sets to {dropout}")
     heads, repeats = query.size(1), query.size(1) // key.size(1)
     if heads & (heads - 1):  # as transformers does: not every kernel takes fewer key heads then
         key, value, repeats = repeat_kv(key, repeats), repeat_kv(value, repeats), 1
-    attend = flex_attention if query.device.type == "cpu" else _compiled_flex_attention()
+    attend = _compiled(flex_attention, query.device.type)
     mask = _block_mask(layout, query.device)
     output = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=repeats > 1)
     return output.transpose(1, 2).contiguous(), None
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex_attention() -> Callable:
-    return torch.compile(flex_attention, dynamic=True)  # packed rows differ in length
+@lru_cache
+def _compiled(function: Callable, device: str) -> Callable:
+    """Without compiling, both hold a value for each pair of tokens. Packed rows differ in length."""
+    return function if device == "cpu" else torch.compile(function, dynamic=True)
 
 
 @lru_cache(maxsize=4)  # each layer asks for the same
@@ -257,5 +269,4 @@ def _block_mask(layout: PackedLayout, device: torch.device) -> BlockMask:
         return (key <= query) & (group[key] == group[query]) & own
 
     length = len(layout)
-    compiled = device.type != "cpu"  # else it would hold a value per pair of tokens
-    return create_block_mask(sees, None, None, length, length, device=device, _compile=compiled)
+    return _compiled(create_block_mask, device.type)(sees, None, None, length, length, device=device)

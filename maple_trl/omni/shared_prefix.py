@@ -117,13 +117,20 @@ def packed_forward(model: nn.Module, core: nn.Module, batch: PackedBatch, size: 
         model: has the fused head; may be wrapped.
         core: the module inside it whose hidden states the head reads.
         size: (B, T), rows and width of the batch that was packed.
+
+    Raises:
+        RuntimeError: when the model's attention cannot read packed rows.
     """
 
     def suffixes_only(module: nn.Module, args: tuple, output):
         output.last_hidden_state = output.last_hidden_state[:, batch.suffix]
         return output
 
-    install(core)  # again: loading another model can bring a kernel of the Hub anew
+    if not install(core):  # again: its attention may have been set since, or another model have loaded a kernel anew
+        raise RuntimeError(
+            f"The attention {core.config.get_text_config()._attn_implementation!r}, set since prompts began to be shared, "
+            "cannot read packed rows: set it before training, or train with shared_prefix='off'"
+        )
     handle = core.register_forward_hook(suffixes_only)
     try:
         output = model(

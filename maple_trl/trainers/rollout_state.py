@@ -73,14 +73,16 @@ def split_rows(batch: Chunk, sizes: list[int]) -> list[Chunk]:
 
 def regroup_rows(batch: Chunk, prompts_key: str) -> Chunk:
     """
-    Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first.
+    Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first; those with fewer
+    rows here come last, so that the others begin where micro-batches do.
 
     The shuffle's own random draws are used, so the random stream stays TRL's.
     """
     rows_of: dict[int, list[int]] = {}
     for i, prompt in enumerate(batch[prompts_key]):
         rows_of.setdefault(id(prompt), []).append(i)
-    return take_rows(batch, [i for rows in rows_of.values() for i in rows])
+    groups = sorted(rows_of.values(), key=len, reverse=True)
+    return take_rows(batch, [i for rows in groups for i in rows])
 
 
 def concat_rows(batches: list[Chunk], pad_token_id: int) -> Chunk:

@@ -76,7 +76,8 @@ def micro_batches(
         slots: micro-batches of an optimizer step.
         largest: most rows of a micro-batch.
         ballast: one row that adds nothing to the loss, as wide as the batch.
-        group: rows of a prompt, which stay in one micro-batch where a step and a micro-batch hold whole groups.
+        group: rows of a prompt, which stay in one micro-batch where a step begins with a whole group and `largest` is a
+            multiple.
 
     Returns:
         `list[Chunk]` of length `steps * slots`.
@@ -94,6 +95,10 @@ def micro_batches(
 
 
 def _widths(rows: int, largest: int, group: int) -> list[int]:
-    """Rows of as few micro-batches as hold them, as equal as whole groups allow."""
-    unit = group if rows % group == largest % group == 0 else 1
-    return [unit * size for size in even_parts(rows // unit, -(-rows // largest))] if rows else []
+    """Rows of as few micro-batches as hold them, as equal as whole groups allow; the last one has what is left of a group."""
+    if not rows:
+        return []
+    unit = 1 if largest % group else group
+    groups = -(-rows // unit)
+    widths = [unit * size for size in even_parts(groups, -(-rows // largest))]
+    return [*widths[:-1], widths[-1] - groups * unit + rows]
