@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 
 import pytest
@@ -24,7 +24,8 @@ from maple_trl.omni.media import MediaLimits, MediaLoader
 from maple_trl.omni.packed_attention import install
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
-from maple_trl.trainers import omni_grpo
+from maple_trl.trainers import mapo, omni_grpo
+from maple_trl.trainers.updates import micro_batches
 
 
 BOUND = 1e-5
@@ -486,6 +487,20 @@ def test_groups_stay_together(tag, seven_tags, tmp_path):
     rows = dataset.filter(lambda r: r["tag"] == tag)
     trainer, _ = trained(folder, rows, tmp_path, "on", gradient_accumulation_steps=4, generation_batch_size=16)
     assert [len({key for key, *_ in batch}) for batch in trainer.trained] == [1] * len(trainer.trained)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_groups_stay_together_when_others_were_dropped(whole, seven_tags, tmp_path, monkeypatch):
+    """Three of four groups, two to a micro-batch; and rows as even as they can be, as the control."""
+    folder, dataset = seven_tags
+    if not whole:
+        monkeypatch.setattr(mapo, "micro_batches", lambda *args, group, **kwargs: micro_batches(*args, **kwargs))
+    rows = one_row_per_tag(dataset).filter(lambda r: r["tag"] in ("VA", "S", "VAS", "A"))
+    options = {"dynamic_sampling": "early", "batching": "mixed", "per_device_train_batch_size": 2 * G, "max_steps": 2}
+    trainer, _ = trained(folder, rows, tmp_path, "on", kind=MAPO, reward=of_all_but_text, **options)
+    sizes = [Counter(key for key, *_ in batch) for batch in trainer.trained]
+    assert [sum(size.values()) for size in sizes] == ([8, 4] if whole else [6, 6]) * 2
+    assert all(count == G for size in sizes for count in size.values()) == whole
 
 
 def test_a_size_that_splits_groups_is_told_once(seven_tags, tmp_path, caplog):
