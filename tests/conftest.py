@@ -1,6 +1,7 @@
 """Settings that every test needs before torch, TRL or the hub client is imported."""
 
 import os
+import signal
 
 import pytest
 
@@ -12,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+# A shell has its background jobs, and so what they start, ignore the interrupts that tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

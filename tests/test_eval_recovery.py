@@ -36,11 +36,8 @@ evaluate = partial(eval_runs.evaluate, *ASKED)
 def judged(tmp_path, monkeypatch):
     """Words with a scoring function that an interrupt stops in the third batch, once `ENDED_AT` says so."""
     monkeypatch.setenv("ENDED_BY", str(int(signal.SIGINT)))
-    # A shell has its background jobs ignore it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with folder_with_ending(tmp_path):
         yield [*SEVEN, "--judge", "ending:ending"]
-    signal.signal(signal.SIGINT, before)
 
 
 # Interruptions
