@@ -87,10 +87,9 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
 
 @pytest.fixture
 def flash(monkeypatch):
-    """Puts functions where transformers finds FlashAttention's; given the alignment of the causal mask."""
+    """Puts functions where transformers finds FlashAttention's."""
 
-    def put(from_end=True):
-        varlen = partial(flash_attn_varlen_func, from_end=from_end)
+    def put(varlen=flash_attn_varlen_func):
         functions = (flash_attn_func, varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
         process = flash_utils._lazy_define_process_function(flash_attn_varlen_func)
         monkeypatch.setattr(
@@ -259,7 +258,7 @@ def test_flash_attention_gives_the_numbers_of_the_rows_apart(name, checkpointing
 def test_a_mask_that_begins_at_the_first_key_is_noticed(seven_tags, flash):
     """As of versions of FlashAttention before 2.1."""
     folder, dataset = seven_tags
-    flash(from_end=False)
+    flash(partial(flash_attn_varlen_func, from_end=False))
     errors, gradients = compare("qwen2_5_omni", "flash_attention_2", folder, rows_of("qwen2_5_omni", dataset))
     assert min(errors) > 1e-2 and gradients[0] > 1e-2
 
@@ -357,7 +356,29 @@ def test_training_with_flash_attention(seven_tags, tmp_path, flash):
 
 def test_training_falls_back_from_kernels_that_differ(seven_tags, tmp_path, flash, caplog):
     folder, dataset = seven_tags
-    flash(from_end=False)
+    flash(partial(flash_attn_varlen_func, from_end=False))
     with caplog.at_level(logging.WARNING, logger="maple_trl"):
         auto, _ = trained(folder, one_row_per_tag(dataset), tmp_path, "auto", **with_flash(from_disk(tmp_path)))
     assert auto.packed == 0 and "times as much as rounding explains" in caplog.text
+
+
+def test_training_goes_on_without_sharing_where_a_kernel_refuses(seven_tags, tmp_path, flash, caplog):
+    folder, dataset = seven_tags
+    rows, prepare = one_row_per_tag(dataset), from_disk(tmp_path)
+
+    def refuses(q, k, *args, max_seqlen_q, **kwargs):
+        if len(q) != len(k) and max_seqlen_q > 1:  # else it decodes
+            raise RuntimeError("no kernel for these lengths\nand much more")
+        return flash_attn_varlen_func(q, k, *args, max_seqlen_q=max_seqlen_q, **kwargs)
+
+    flash(refuses)
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        auto, weights = trained(folder, rows, tmp_path, "auto", **with_flash(prepare))
+    [warning] = [r.getMessage() for r in caplog.records if "shared_prefix" in r.getMessage()]
+    assert auto.packed == 0 and warning.endswith("ended with RuntimeError: no kernel for these lengths")
+    with pytest.raises(
+        ValueError, match="shared_prefix='on', but prompts cannot be shared: comparing both ways ended"
+    ):
+        trained(folder, rows, tmp_path, "on", **with_flash(prepare))
+    _, plain = trained(folder, rows, tmp_path, "off", **with_flash(prepare))
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -415,18 +414,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         Raises:
             ValueError: when they cannot and `shared_prefix` is `"on"`.
         """
-        models = [model for model in (self.model, self.ref_model) if model is not None]
-        error = math.inf
-        if all(install(unwrap(self.accelerator.unwrap_model(model))) for model in models):
-            core = self.family.core(self.accelerator.unwrap_model(self.model))
-            error = sharing_error(self.model, core, prompt, self._serve)
-        wrong = [error for error in gather_object([error]) if not error <= 1]  # as NaN is
-        if wrong:
-            reason = f"log-probabilities differ {wrong[0]:.1f} times as much as rounding explains"
-            if math.inf in wrong:
-                reason = (
-                    "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
-                )
+        reasons = [reason for reason in gather_object([self._why_apart(prompt)]) if reason]
+        if reasons:
+            reason = reasons[0]
             if self.args.shared_prefix == "on":
                 raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
             logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)
@@ -444,6 +434,20 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 self.args.num_generations,
             )
         return True
+
+    def _why_apart(self, prompt: EncodedPrompt) -> str | None:
+        """What keeps completions from sharing their prompt on this rank; `None` if nothing does."""
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        if not all(install(unwrap(self.accelerator.unwrap_model(model))) for model in models):
+            return "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
+        core = self.family.core(self.accelerator.unwrap_model(self.model))
+        try:
+            error = sharing_error(self.model, core, prompt, self._serve)
+        except RuntimeError as failure:  # a kernel does not take what it is given, or does not compile
+            logger.debug("Comparing shared prompts failed", exc_info=True)
+            first_line = str(failure).split("\n", 1)[0]
+            return f"comparing both ways ended with {type(failure).__name__}: {first_line}"
+        return None if error <= 1 else f"log-probabilities differ {error:.1f} times as much as rounding explains"
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
