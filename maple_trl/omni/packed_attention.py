@@ -82,9 +82,8 @@ def install(model: nn.Module) -> bool:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if packed is None or layers != {"full_attention"}:
         return False
-    if (
-        "/" in config._attn_implementation
-    ):  # of the Hub: loading it puts its own function into the table, so before ours
+    # Loading a kernel of the Hub puts its own function into the table, so it has to come before ours.
+    if "/" in config._attn_implementation:
         flash_utils.lazy_import_flash_attention(config._attn_implementation)
     plain = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     if not isinstance(plain, PackedAttention):

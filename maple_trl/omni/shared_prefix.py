@@ -98,9 +98,6 @@ def pack(rows: Sequence[EncodedPrompt], completion_ids: Tensor, lengths: Sequenc
     )
 
 
-# Forward
-
-
 @dataclass
 class PackedOutput:
     """What TRL reads of a forward with its fused head; tensors of shape (B, T), 0 where a row has no token."""
