@@ -150,8 +150,7 @@ class Evaluator(Asker):
                 continue
             if len(prompts[-1].kinds) == len(self.family.placeholder_ids):
                 break
-        plain = builder.encode({"prompt": [{"role": "user", "content": "."}]})
-        return telling_prompt([plain, *prompts])
+        return telling_prompt([builder.stand_in(), *prompts])
 
 
 def _input_digest(prompt: EncodedPrompt) -> str:

@@ -188,6 +188,10 @@ class PromptBuilder:
         """Decodes a row's clips into the loader's cache."""
         self._clips(self.spec(row))
 
+    def stand_in(self) -> EncodedPrompt:
+        """The shortest of prompts, for where one has to be passed and there is none."""
+        return self.encode({"prompt": [{"role": "user", "content": "."}]})
+
     def encode(self, row: Mapping[str, Any]) -> EncodedPrompt:
         """
         Decodes and encodes one row.

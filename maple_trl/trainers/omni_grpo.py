@@ -262,15 +262,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if idle and self.accelerator.num_processes == 1:
             return []
         if idle:  # the other ranks generate
-            prompts = [self._stand_in_prompt()]
+            prompts = [self.prompt_builder.stand_in()]
         with self._rows_in_use(prompts):
             prompt_ids, _, fields = self._tokenize_prompts([])
             ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
         return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
-
-    def _stand_in_prompt(self) -> EncodedPrompt:
-        """For a rank without rows where the others pass theirs."""
-        return self.prompt_builder.encode({"prompt": [{"role": "user", "content": "."}]})
 
     # Rewards
 
@@ -405,7 +401,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         there are here. Every rank must call this together.
         """
         if self._sharing is None:
-            self._sharing = self._try_sharing(telling_prompt(prompts or [self._stand_in_prompt()]))
+            self._sharing = self._try_sharing(telling_prompt(prompts or [self.prompt_builder.stand_in()]))
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
