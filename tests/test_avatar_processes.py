@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from jobs.runner import ALONE, TORCHRUN, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from test_mapo_resume import per_step
 from test_processes import by_tag, worst
 
@@ -97,14 +97,14 @@ def results(tmp_path_factory):
         rows = by_tag(inputs, ("VA", "AS", "VA", "AS"))
         rows = [row | {"hint": f"hint {i}" if i % 2 else None} for i, row in enumerate(rows)]
         long = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": LONG}
-        alone = Job(ALONE, folder, "1", rows, plan(1, rows))
+        alone = Job(1, folder, "1", rows, plan(1, rows))
         alone.wait()
-        Job(TORCHRUN, folder, "2", rows, [*plan(2, rows), long]).wait()
-        killed = Job(TORCHRUN, folder, "killed", rows, [long | {"hold_at": 3}])
+        Job(2, folder, "2", rows, [*plan(2, rows), long]).wait()
+        killed = Job(2, folder, "killed", rows, [long | {"hold_at": 3}])
         killed.wait_for("long.held")
         (folder / "status.json").write_text(json.dumps(killed.kill()))
         options = LONG | {"output_dir": str(folder / "killed" / "long")}
-        Job(TORCHRUN, folder, "resumed", rows, [long | {"resume": True, "options": options}]).wait()
+        Job(2, folder, "resumed", rows, [long | {"resume": True, "options": options}]).wait()
 
     return once(tmp_path_factory, "avatar-processes", prepare)
 

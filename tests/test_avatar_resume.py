@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import yaml
-from jobs.runner import ALONE, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from safetensors.torch import load_file
 from test_avatar import DEFAULTS, MODEL, G, Worth, contents, contents_of, data, logs, make, take
 from test_mapo_resume import per_step, same
@@ -91,8 +91,8 @@ def runs(tmp_path_factory):
         rows = [row | {"hint": f"hint {i}" if i % 2 == 0 else None} for i, row in enumerate(rows)]
         usual = {"trainer": "avatar", "reward": "in_thirds"}
         cases = {name: {"name": name, **usual, "options": case["options"]} for name, case in CASES.items()}
-        whole = Job(ALONE, folder, "whole", rows, list(cases.values()))
-        jobs = {n: Job(ALONE, folder, n, rows, [cases[n] | {"hold_at": CASES[n]["hold_at"]}]) for n in cases}
+        whole = Job(1, folder, "whole", rows, list(cases.values()))
+        jobs = {n: Job(1, folder, n, rows, [cases[n] | {"hold_at": CASES[n]["hold_at"]}]) for n in cases}
         status = {}
         for name, job in jobs.items():
             job.wait_for(f"{name}.held")
@@ -109,7 +109,7 @@ def runs(tmp_path_factory):
         (target / "avatar.json").unlink()
         options = cases["rollout"]["options"] | {"replay_recovery": "empty", "output_dir": str(target.parent)}
         resumed.append(cases["rollout"] | {"name": "forgetful", "resume": True, "options": options})
-        Job(ALONE, folder, "resumed", rows, resumed).wait()
+        Job(1, folder, "resumed", rows, resumed).wait()
 
     return once(tmp_path_factory, "avatar-resume", prepare)
 

@@ -3,10 +3,9 @@
 import importlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 
@@ -35,8 +34,8 @@ OPTIONS = [text for name, value in TINY.items() for text in (f"--{name}", str(va
 @pytest.fixture(scope="module")
 def step_time(tmp_path_factory):
     file = tmp_path_factory.mktemp("bench") / "step_time.json"
-    command = [sys.executable, str(BENCHMARKS / "step_time.py"), "--json", str(file), *OPTIONS]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [str(BENCHMARKS / "step_time.py"), "--json", str(file), *OPTIONS]
+    done = programs.run(command)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text(encoding="utf-8")), done.stdout
 
@@ -136,8 +135,8 @@ def test_step_time_check_catches_a_side_that_computes_something_else(script, mon
 
 def run_benchmark(name, folder, *options):
     file = folder / f"{name}.json"
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", str(file), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [str(BENCHMARKS / f"{name}.py"), "--json", str(file), *options]
+    done = programs.run(command)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text()), done.stdout
 

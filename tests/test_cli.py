@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import programs
 import pytest
 from rich.console import Console
 
@@ -24,11 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "demo.yaml"
 
 
-def maple(*words, timeout=300, **kwargs):
-    command = [sys.executable, "-m", "maple_trl.cli", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "119", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    environment.update(kwargs.pop("env", {}))
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **kwargs)
+def maple(*words, timeout=300, cwd=None, env=None):
+    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "119", "NO_COLOR": "1"} | (env or {})
+    return programs.run(["-m", "maple_trl.cli", *words], environment, cwd, timeout)
 
 
 def yaml_file(folder, text):

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import yaml
 from chat_server import ChatServer, hang_up, in_turn, say, status
@@ -297,9 +297,8 @@ def faulty(number, body):
 def test_a_job_with_judge_weighting_and_routing_from_its_file_alone(job, maple, tmp_path):
     out = tmp_path / "out"
     with ChatServer(faulty) as server:
-        command = [sys.executable, "-m", "maple_trl.cli", "train", "--config", str(job(server.url))]
-        environment = {**os.environ, "JUDGE_KEY": KEY}
-        shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        command = ["-m", "maple_trl.cli", "train", "--config", job(server.url)]
+        shown = programs.run(command, {"JUDGE_KEY": KEY})
         assert shown.returncode == 0, shown.stderr[-3000:]
         calls = len(server.calls)
         assert calls > 8 and {call.headers["Authorization"] for call in server.calls} == {f"Bearer {KEY}"}

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from chat_server import ChatServer, half, hang_up, raw, say, status
 from datasets import Dataset
 from omni_runs import QUIET_ON_CPU
+from programs import Ranks
 
 from maple_trl import MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.chat import ChatOptions
@@ -262,16 +262,9 @@ def test_a_judge_that_one_of_two_ranks_cannot_reach_stops_both(seven_tags, tmp_p
     folder, rows = seven_tags
     judged(rows).to_json(tmp_path / "rows.jsonl")
     with ChatServer(grade) as server:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = {**os.environ, "JUDGE_KEY": KEY, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        job = subprocess.run(
-            [*command, __file__, str(folder), str(tmp_path), server.url],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)], job.stdout + job.stderr
+        log = tmp_path.with_suffix(".log")
+        Ranks(2, [__file__, folder, tmp_path, server.url], log, {"JUDGE_KEY": KEY}).wait()
+    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)], log.read_text()
     errors = [rank["error"] for rank in told[0]]
     assert errors[0] == errors[1] and "connection" in errors[0] and "Stopped after step" in errors[0], told[1][-3000:]
     steps = {rank["step"] for rank in told[0]}

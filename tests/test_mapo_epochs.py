@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs.runner import ALONE, TORCHRUN, Job, changes, facts, once, write_inputs
+from jobs.runner import Job, changes, facts, once, write_inputs
 from omni_runs import spread_reward
 from test_mapo import DEFAULTS, Diary, Snapshots, Watched, dull_of, follow, logs, take, varied
 from test_processes import by_tag, worst
@@ -319,8 +319,7 @@ def results(tmp_path_factory):
                     options = common | sizes | more | {"gradient_accumulation_steps": 4 // world}
                     yield {"name": f"{name}-{mode}", "options": options, **settings}
 
-        launchers = {1: ALONE, 2: TORCHRUN}
-        for job in [Job(launcher, folder, str(n), rows, list(runs(n))) for n, launcher in launchers.items()]:
+        for job in [Job(world, folder, str(world), rows, list(runs(world))) for world in (1, 2)]:
             job.wait()
 
     return once(tmp_path_factory, "mapo-epochs", make)

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from jobs.runner import ALONE, Job, changes, facts, once, torchrun, weights, write_inputs
+from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from test_processes import by_tag, worst
 
 
@@ -112,7 +112,7 @@ def results(tmp_path_factory):
             runs = gradient_runs(world, few, of_one_tag) + alike_runs(world, rows[:12])
             if world == 2:
                 runs += controls(few) + [long_run(of_three)]
-            jobs.append(Job(torchrun(world) if world > 1 else ALONE, folder, f"{world}", rows, runs))
+            jobs.append(Job(world, folder, f"{world}", rows, runs))
             if world == 2:
                 for job in jobs:  # four more at the same time would be too many for the memory of a small machine
                     job.wait()

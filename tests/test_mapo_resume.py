@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from jobs.runner import ALONE, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import Job, changes, facts, once, weights, write_inputs
 
 
 COMMON = {
@@ -91,10 +91,10 @@ def runs(tmp_path_factory):
         cases = {name: {"name": name, **usual, "options": case["options"]} for name, case in CASES.items()}
         options = CASES["rollout"]["options"] | {"seed": 1}
         empty = cases["rollout"] | {"name": "rollout-empty", "options": options}
-        whole = Job(ALONE, folder, "whole", rows, [*cases.values(), empty])
+        whole = Job(1, folder, "whole", rows, [*cases.values(), empty])
         status = {}
         for pair in (("epoch", "cycle"), ("filtering", "rollout")):  # a process per core
-            jobs = {n: Job(ALONE, folder, n, rows, [cases[n] | {"hold_at": CASES[n]["hold_at"]}]) for n in pair}
+            jobs = {n: Job(1, folder, n, rows, [cases[n] | {"hold_at": CASES[n]["hold_at"]}]) for n in pair}
             for name, job in jobs.items():
                 job.wait_for(f"{name}.held")
                 status[name] = job.kill()
@@ -125,7 +125,7 @@ def runs(tmp_path_factory):
         control("other-batching", batching="mixed", curriculum="none", zero_shot_accuracy=None)
         control("other-seed", seed=1)
         control("other-history", weight_history="per_tag")
-        Job(ALONE, folder, "resumed", rows, resumed).wait()
+        Job(1, folder, "resumed", rows, resumed).wait()
 
     return once(tmp_path_factory, "mapo-resume", make)
 

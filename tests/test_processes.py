@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from jobs.runner import ACCELERATE, ALONE, TORCHRUN, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import ACCELERATE, Job, changes, facts, once, weights, write_inputs
 from tiny_models import save_tiny
 
 from maple_trl.omni.errors import MediaError
@@ -84,10 +84,10 @@ def results(tmp_path_factory):
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
         save_tiny("qwen3_omni", folder / "experts")
-        one = Job(ALONE, folder, "one", rows, gradient_runs(1, folder))
+        one = Job(1, folder, "one", rows, gradient_runs(1, folder))
         resumed = long_run("half", resume=str(folder / "two" / "whole" / "checkpoint-2"))
         long_runs = [long_run("whole"), resumed]
-        two = Job(TORCHRUN, folder, "two", rows, gradient_runs(2, folder) + long_runs)
+        two = Job(2, folder, "two", rows, gradient_runs(2, folder) + long_runs)
         one.wait()
         two.wait()
 

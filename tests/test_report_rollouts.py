@@ -1,10 +1,7 @@
 """The completions and the log that a run leaves for reports: through `train()`, kills, resumes and two processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from eval_runs import folder_with_ending
 from hypothesis import given
 from hypothesis import strategies as st
 from omni_runs import QUIET_ON_CPU
+from programs import Ranks
 from tiny_models import build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
@@ -258,17 +256,18 @@ def job(tmp_path_factory):
         yield folder
 
 
-def process(*words, launcher=(), **environment):
-    command = [sys.executable, *launcher, "-m", "maple_trl.cli", "train", "--config", "job.yaml", *words]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+def process(*words, processes=1, **environment):
+    """The exit status and what was printed."""
+    log = Path(f"{words[1]}.log")
+    command = ["-m", "maple_trl.cli", "train", "--config", "job.yaml", *words]
+    return Ranks(processes, command, log, environment).wait(), log.read_text()
 
 
 def test_a_killed_run_goes_on_without_a_step_twice(job):
     run(*parse_args(["--config", "job.yaml", "--output_dir", "whole"]), last=False)
     # In the fifth rollout: the checkpoint is of the fourth step.
     ended = process("--output_dir", "killed", ENDED_AT="6")
-    assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
+    assert ended[0] == -signal.SIGKILL, ended[1][-3000:]
     assert files_of("killed") == [f"{number:08}.parquet" for number in range(5)]
     with open("killed/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"loss": 0.1, "st')  # as a kill in the middle of a line leaves it
@@ -288,9 +287,8 @@ def test_a_killed_run_goes_on_without_a_step_twice(job):
 
 
 def test_two_processes_write_one_file_with_all_completions(job):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ended = process("--output_dir", "shared", "--max_steps", "2", "--save_strategy", "no", launcher=launcher)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = process("--output_dir", "shared", "--max_steps", "2", "--save_strategy", "no", processes=2)
+    assert ended[0] == 0, ended[1][-3000:]
     lines = lines_of("shared")
     assert [len(part) for part in lines] == [16, 16]  # 8 of each process
     for part in lines:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from jobs.runner import ALONE, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import Job, changes, facts, once, weights, write_inputs
 
 from maple_trl.trainers.rollout_state import last_complete_checkpoint
 
@@ -38,10 +38,8 @@ def runs(tmp_path_factory):
         # 16 prompts, 4 a step: the second pass over them begins after step 4.
         passes = {"rows": rows[:16], "options": OPTIONS}
         cases = CASES | {"passes": passes}
-        whole = Job(ALONE, folder, "whole", rows, [{"name": name, **case} for name, case in cases.items()])
-        killed = {
-            name: Job(ALONE, folder, name, rows, [{"name": name, "hold_at": 2, **CASES[name]}]) for name in CASES
-        }
+        whole = Job(1, folder, "whole", rows, [{"name": name, **case} for name, case in cases.items()])
+        killed = {name: Job(1, folder, name, rows, [{"name": name, "hold_at": 2, **CASES[name]}]) for name in CASES}
         status = {}
         for name, job in killed.items():
             job.wait_for(f"{name}.held")
@@ -73,7 +71,7 @@ def runs(tmp_path_factory):
         no_random = copy("no-random", 2)
         (no_random / "checkpoint-2" / "rng_state.pth").unlink()
         resume("no-random", CASES["plain"], no_random)
-        Job(ALONE, folder, "resumed", rows, resumed).wait()
+        Job(1, folder, "resumed", rows, resumed).wait()
 
     return once(tmp_path_factory, "resume", make)
 

@@ -3,11 +3,10 @@
 import importlib
 import json
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -27,8 +26,8 @@ def benchmark(tmp_path_factory):
 
 
 def run(file, *options):
-    command = [sys.executable, str(BENCHMARKS / "shared_prefix.py"), "--json", str(file), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [str(BENCHMARKS / "shared_prefix.py"), "--json", str(file), *options]
+    done = programs.run(command)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text(encoding="utf-8")), done.stdout
 

@@ -1,13 +1,12 @@
 """Two processes that share prompts do what they do without, and what one process does."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from jobs.runner import ALONE, LIMIT, TORCHRUN, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import Job, changes, facts, once, weights, write_inputs
+from programs import Ranks
 from test_processes import TAGS, by_tag, step_options, worst
 
 
@@ -67,8 +66,8 @@ def one_step(world):
 def results(tmp_path_factory):
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
-        one = Job(ALONE, folder, "one", rows, one_step(1))
-        two = Job(TORCHRUN, folder, "two", rows, one_step(2) + long_runs())
+        one = Job(1, folder, "one", rows, one_step(1))
+        two = Job(2, folder, "two", rows, one_step(2) + long_runs())
         one.wait()
         two.wait()
 
@@ -150,9 +149,9 @@ def test_where_one_process_cannot_share_none_does(tmp_path):
     rows = by_tag(write_inputs(tmp_path), TAGS)
     program = tmp_path / "program.py"
     program.write_text(ONE_RANK_APART)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*TORCHRUN, str(program), str(Path(__file__).parent), str(tmp_path), json.dumps(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = tmp_path / "log"
+    ranks = Ranks(2, [program, Path(__file__).parent, tmp_path, json.dumps(rows)], log)
+    told = (ranks.wait(), log.read_text())
+    assert told[0] == 0, told[1][-4000:]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[False, 1]] * 2
-    assert done.stderr.count("Each completion passes its prompt on its own") >= 1
+    assert told[1].count("Each completion passes its prompt on its own") >= 1

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -14,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from jobs.runner import once, torchrun
+from jobs.runner import once
 from media_files import cut
+from programs import Ranks
 from safetensors.torch import load_file
 
 from maple_trl import cli
@@ -117,25 +117,18 @@ def job(tmp_path, monkeypatch):
     sys.modules.pop("held", None)
 
 
-def start(folder, *words, launcher=(sys.executable,), **variables):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launcher, "-m", "maple_trl.cli", "train", *map(str, words)]
-    log = open(folder / "log.txt", "w+")
-    options = {"cwd": folder, "env": environment | variables, "stdout": log, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, start_new_session=True, **options), log
+def start(folder, *words, processes=1, **variables):
+    log = folder / "log.txt"
+    log.write_text("")
+    return Ranks(
+        processes, ["-m", "maple_trl.cli", "train", *words], log, {"PYTHONPATH": str(ROOT)} | variables, folder
+    ), log
 
 
 def finish(process, log):
-    try:
-        status = process.wait(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    log.seek(0)
-    text = log.read()
-    log.close()
-    assert status == 0, text[-6000:]
-    return text
+    status = process.wait()
+    assert status == 0, log.read_text()[-6000:]
+    return log.read_text()
 
 
 def kill_when_held(folder, *words, at):
@@ -144,12 +137,9 @@ def kill_when_held(folder, *words, at):
     while not (folder / "held").exists():
         running = process.poll() is None
         if not running or time.monotonic() > end:
-            log.seek(0)
-            raise AssertionError(log.read()[-6000:])
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    log.close()
-    assert process.wait() == -signal.SIGKILL
+            raise AssertionError(log.read_text()[-6000:])
+        time.sleep(0.05)
+    assert process.kill() == -signal.SIGKILL
     (folder / "held").unlink()
 
 
@@ -445,7 +435,7 @@ def test_two_processes_run_the_stages_in_step(job):
     (job / "pair.yaml").write_text("stages: [first.yaml, second.yaml]\noutput_dir: out\nsave_strategy: 'no'\n")
     common = ["--config", "pair.yaml", "--media_check", "none", "--optim", "sgd", "--learning_rate", "0.5"]
     common += ["--max_grad_norm", "0", "--max_steps", "3"]
-    launched = start(job, *common, "--per_device_train_batch_size", "2", launcher=torchrun(2))
+    launched = start(job, *common, "--per_device_train_batch_size", "2", processes=2)
     told = finish(*launched)
     assert told.count("Stage 1 of 2") == told.count("Stages") == 1
     assert [entry["done"] for entry in state(job)] == [True, True]

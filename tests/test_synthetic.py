@@ -7,12 +7,11 @@ import importlib.util
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
+import programs
 import pysubs2
 import pytest
 import torch
@@ -336,8 +335,8 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_concurrent_loads_share_one_set(tmp_path):
     code = f"from maple_trl.data import load_seven_tags; load_seven_tags({str(tmp_path / 'set')!r}, **{SMALL})"
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    processes = [programs.Program(["-c", code], tmp_path.with_suffix(".log")) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
     assert len(load_seven_tags(tmp_path / "set", **SMALL)["train"]) == 28
 

@@ -7,10 +7,9 @@ import multiprocessing
 import os
 import random
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from media_files import tone, write_audio, write_video
@@ -461,8 +460,7 @@ def test_a_second_process_finds_the_entries(seven_tags, tmp_path):
     cache = TowerCache(0, tmp_path)
     own = [cache.features(world.family, world.core, kind, world.prompts)[0]["tokens"] for kind in ("video", "audio")]
     facts = json.dumps([str(folder), str(tmp_path), row, LIMITS])
-    program = [sys.executable, "-c", SECOND_PROCESS, str(Path(__file__).parent), facts]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    done = programs.run(["-c", SECOND_PROCESS, Path(__file__).parent, facts])
     assert done.returncode == 0, done.stderr[-3000:]
     hits, misses, found = json.loads(done.stdout.splitlines()[-1])
     assert (hits, misses) == (2, 0)

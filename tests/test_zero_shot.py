@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from jobs.runner import TORCHRUN, Job, facts, once, write_inputs
+from jobs.runner import Job, facts, once, write_inputs
 from test_mapo import DEFAULTS, Diary, Watched, follow, take
 from tiny_models import build_tiny
 
@@ -212,7 +212,7 @@ def results(tmp_path_factory):
         ]
         again = {"output_dir": str(folder / "two" / "main")}
         runs.append(runs[0] | {"name": "again", "options": options | again})
-        Job(TORCHRUN, folder, "two", rows, runs).wait()
+        Job(2, folder, "two", rows, runs).wait()
 
     return once(tmp_path_factory, "zero-shot", make) / "two"
 

@@ -2,15 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from programs import LIMIT, Program, Ranks
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
@@ -18,17 +16,7 @@ from maple_trl.data.synthetic import write_seven_tags
 
 
 JOB = Path(__file__).with_name("train_job.py")
-LIMIT = 300  # seconds; a run takes some, this only ends one that hangs
-
-ALONE = [sys.executable]
-
-
-def torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-
-
-TORCHRUN = torchrun(2)
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
@@ -55,41 +43,33 @@ def write_inputs(folder: Path) -> list[dict]:
 
 
 class Job:
-    """A started job and its whole process group."""
+    """
+    A started job.
 
-    def __init__(self, launcher: list[str], folder: Path, out: str, rows: list[dict], runs: list[dict]):
+    Args:
+        launcher: on how many processes, or the arguments of a launcher that starts them.
+    """
+
+    def __init__(self, launcher: int | list[str], folder: Path, out: str, rows: list[dict], runs: list[dict]):
         self.out = folder / out
         self.out.mkdir()
         plan = {"rows": rows, "model": str(folder / "model"), "media_root": str(folder / "media")}
         plan_file = folder / f"{out}.json"
         plan_file.write_text(json.dumps({**plan, "out": str(self.out), "runs": runs}))
-        threads = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-        self.log = open(folder / f"{out}.log", "w+")  # closed by `wait` and `kill`
-        self.process = subprocess.Popen(
-            [*launcher, str(JOB), str(plan_file)],
-            env={**os.environ, **threads},
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.log = folder / f"{out}.log"
+        if isinstance(launcher, list):
+            self.process = Program([*launcher, JOB, plan_file], self.log)
+        else:
+            self.process = Ranks(launcher, [JOB, plan_file], self.log)
 
     def kill(self) -> int:
         """SIGKILL for the job and all that it started; returns the exit status."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.log.close()
-        return self.process.wait()
+        return self.process.kill()
 
     def wait(self) -> Path:
         """Until it ends by itself; the folder of its results."""
-        try:
-            status = self.process.wait(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-        self.log.seek(0)
-        text = self.log.read()
-        self.log.close()
-        assert status == 0, text[-6000:]
+        status = self.process.wait()
+        assert status == 0, self.log.read_text()[-6000:]
         return self.out
 
     def wait_for(self, name: str) -> None:
@@ -98,9 +78,8 @@ class Job:
         while not (self.out / name).exists():
             running = self.process.poll() is None
             if not running or time.monotonic() > end:
-                self.log.seek(0)
-                raise AssertionError(f"{name} was not written (running: {running})\n{self.log.read()[-6000:]}")
-            time.sleep(0.1)
+                raise AssertionError(f"{name} was not written (running: {running})\n{self.log.read_text()[-6000:]}")
+            time.sleep(0.05)
 
 
 def facts(out: Path, name: str, rank: int = 0) -> dict:

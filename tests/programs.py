@@ -1,0 +1,211 @@
+"""
+Python programs in processes of their own that need not import torch, transformers and TRL anew.
+
+Those imports cost more than most of what tests then run. A server process of multiprocessing makes them once and is
+copied for each program; it has run nothing else, so that copies may train, which a copy of the test's own process may not.
+"""
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+IMPORTED = [
+    "av",
+    "coverage",
+    "datasets",
+    "peft",
+    "pyarrow.parquet",
+    "torch",
+    "transformers",
+    "trl.trainer.grpo_trainer",
+    "trl.trainer.sft_trainer",
+    "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
+    "transformers.models.qwen2_5_omni.processing_qwen2_5_omni",
+]
+LIMIT = 300  # seconds; a program takes some, this only ends one that hangs
+ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+_PR_SET_PDEATHSIG = 1
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def _ensure_server() -> None:
+    """Starts the server unless it runs. Coverage begins in its copies: under it imports take twice as long."""
+    _context.set_forkserver_preload(IMPORTED)
+    measured = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if measured is not None:
+            os.environ["COVERAGE_PROCESS_CONFIG"] = measured
+
+
+def _become(arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str | None) -> None:
+    """Does in this copy of the server what `python *arguments` does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name, path in ((1, "stdout", output), (2, "stderr", errors or output)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+        stream = open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    if "COVERAGE_PROCESS_CONFIG" in environment:
+        import coverage
+
+        coverage.process_startup(force=True)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    try:
+        _interpret(arguments)
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+
+
+def _interpret(arguments: list[str]) -> None:
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path.insert(0, "")
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        sys.path.insert(0, "")
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+class Program:
+    """
+    A started program.
+
+    Args:
+        arguments: as after `python`: a script, `-m module` or `-c code`, and what follows.
+        output: the file to which its output is appended, and its errors where `errors` names no other.
+        variables: what its environment has beyond this process's and `ON_CPU`.
+        folder: where it starts; this process's folder by default.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str | os.PathLike],
+        output: str | os.PathLike,
+        errors: str | os.PathLike | None = None,
+        variables: Mapping[str, str] | None = None,
+        folder: str | os.PathLike | None = None,
+    ):
+        _ensure_server()
+        environment = os.environ | ON_CPU | dict(variables or {})
+        given = (list(map(str, arguments)), environment, str(folder or os.getcwd()), os.path.abspath(output))
+        self.process = _context.Process(target=_become, args=(*given, errors and os.path.abspath(errors)))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        """Its exit status, or the negative number of the signal that ended it; `None` while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float = LIMIT) -> int:
+        """Waits until it ends by itself; its exit status. One that does not is ended."""
+        self.process.join(timeout)
+        if self.poll() is None:
+            self.kill()
+            raise subprocess.TimeoutExpired("program", timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        """SIGKILL for the program and all that it started; returns the exit status."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.join()
+        return self.poll()
+
+
+class Ranks:
+    """The processes of one distributed program, as torchrun starts them: when one fails, the others are ended."""
+
+    def __init__(self, processes: int, arguments, output, variables: Mapping[str, str] | None = None, folder=None):
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        told = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+        }
+        told |= variables or {}
+        self.programs = [
+            Program(arguments, output, None, told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder)
+            for rank in range(processes)
+        ]
+
+    @property
+    def pid(self) -> int:
+        return self.programs[0].pid
+
+    def poll(self) -> int | None:
+        """`None` while all run or the others are still to end; else the first failure's status, or 0."""
+        statuses = [program.poll() for program in self.programs]
+        failed = [status for status in statuses if status]
+        return failed[0] if failed else None if None in statuses else 0
+
+    def wait(self, timeout: float = LIMIT) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        status = self.poll()
+        if status != 0:
+            self.kill()
+        if status is None:
+            raise subprocess.TimeoutExpired("ranks", timeout)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        for program in self.programs:
+            program.send_signal(number)
+
+    def kill(self) -> int:
+        return [program.kill() for program in self.programs][0]
+
+
+def run(
+    arguments: Sequence[str | os.PathLike],
+    variables: Mapping[str, str] | None = None,
+    folder: str | os.PathLike | None = None,
+    timeout: float = LIMIT,
+) -> subprocess.CompletedProcess:
+    """Runs a program to its end; its exit status, output and errors, as `subprocess.run(…, text=True)` gives them."""
+    with tempfile.TemporaryDirectory() as files:
+        output, errors = Path(files, "output"), Path(files, "errors")
+        output.touch()
+        errors.touch()
+        status = Program(arguments, output, errors, variables, folder).wait(timeout)
+        return subprocess.CompletedProcess(list(arguments), status, output.read_text(), errors.read_text())
