@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
         "missing and what would bring it. Exits with 1 when something required is broken.",
         allow_abbrev=False,
     )
+    env.add_argument(
+        "--imports", action="store_true", help="import every required package too, and ask torch for devices"
+    )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
     add_data_commands(commands)
     add_eval_command(commands)
@@ -165,7 +168,7 @@ def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everyth
 def _env(arguments: argparse.Namespace) -> int:
     from maple_trl.doctor import collect, print_report
 
-    report = collect()
+    report = collect(arguments.imports)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:

@@ -6,6 +6,8 @@ import importlib
 import io
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -78,16 +80,21 @@ class Codec:
     error: str | None = None
 
 
-def collect() -> dict[str, Any]:
+def collect(imports: bool = False) -> dict[str, Any]:
     """
     Looks at the machine.
 
+    Args:
+        imports (`bool`, *optional*, defaults to `False`):
+            Also import every required package, and ask torch for the devices: half a minute, and the only way to find a
+            package that is installed but broken. Without it devices are the system's word.
+
     Returns:
-        `dict`: `python`, `platform`, `packages`, `ffmpeg`, `devices`, `codecs` (plain data, ready for JSON), `missing`
-        (what could be added, each with the command that brings it), `warnings` (works, but outside the tested ranges)
-        and `problems` (required things that are broken; empty on a sound machine).
+        `dict`: `python`, `platform`, `imports`, `packages`, `ffmpeg`, `devices`, `codecs` (plain data, ready for JSON),
+        `missing` (what could be added, each with the command that brings it), `warnings` (works, but outside the tested
+        ranges) and `problems` (required things that are broken; empty on a sound machine).
     """
-    packages = _packages()
+    packages = _packages(imports)
     codecs = _codecs()
     problems = [f"{p.name}: {p.error or 'not installed'}" + _hint(p) for p in packages if p.broken]
     undecodable = [(f"{c.name} ({c.kind}) can't be decoded: {c.error}", c.required) for c in codecs if not c.usable]
@@ -109,9 +116,10 @@ def collect() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "imports": imports,
         "packages": [asdict(p) for p in packages],
         "ffmpeg": _ffmpeg_version(),
-        "devices": _devices(),
+        "devices": _torch_devices() if imports else _system_devices(),
         "codecs": [asdict(codec) for codec in codecs],
         "missing": missing,
         "warnings": warnings,
@@ -143,19 +151,21 @@ def _requirements() -> dict[str, tuple[Requirement, str | None]]:
     return found
 
 
-def _packages() -> list[Package]:
+def _packages(imports: bool) -> list[Package]:
     requirements = _requirements()
     rows = []
     for name, (requirement, extra) in requirements.items():
         tested = str(requirement.specifier) or None
-        rows.append(_package(name, tested=tested, required=extra is None, extra=extra))
+        rows.append(_package(name, imports, tested=tested, required=extra is None, extra=extra))
     if not requirements:
-        rows = [_package(name, required=True) for name in ("torch", "transformers", "trl", "accelerate", "av")]
-    rows += [_package(name, note=note) for name, note in _UNMANAGED.items()]
+        rows = [
+            _package(name, imports, required=True) for name in ("torch", "transformers", "trl", "accelerate", "av")
+        ]
+    rows += [_package(name, imports, note=note) for name, note in _UNMANAGED.items()]
     return rows
 
 
-def _package(name: str, *, tested: str | None = None, **fields: Any) -> Package:
+def _package(name: str, imports: bool, *, tested: str | None = None, **fields: Any) -> Package:
     from packaging.specifiers import SpecifierSet
 
     try:
@@ -167,7 +177,7 @@ def _package(name: str, *, tested: str | None = None, **fields: Any) -> Package:
     package = Package(name, version, tested, in_range, **fields)
     # Other optional packages are not imported: some take seconds, and nothing here depends on them. torchcodec is often
     # installed without the FFmpeg libraries that it needs.
-    if package.required or name == "torchcodec":
+    if imports and (package.required or name == "torchcodec"):
         package.error = _import_error(_IMPORT_NAMES.get(name, name))
     return package
 
@@ -190,7 +200,24 @@ def _ffmpeg_version() -> str | None:
     return f"{getattr(av, 'ffmpeg_version_info', 'unknown')} ({libraries})"
 
 
-def _devices() -> list[dict[str, Any]]:
+def _system_devices() -> list[dict[str, Any]]:
+    """Devices that the system names: whether torch can use them, and bfloat16 there, only torch can tell."""
+    devices = []
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
+    if shutil.which(query[0]):
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=60)
+        for line in shown.stdout.splitlines() if shown.returncode == 0 else ():
+            index, name, mebibytes = (part.strip() for part in line.split(","))
+            memory = int(mebibytes) << 20 if mebibytes.isdigit() else None
+            devices.append({"device": f"cuda:{index}", "name": name, "memory": memory, "bf16": None})
+    return [*devices, {"device": "cpu", "name": _processor(), "memory": _memory(), "bf16": None}]
+
+
+def _processor() -> str:
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _torch_devices() -> list[dict[str, Any]]:
     """Devices that torch can use, fastest first: name, memory in bytes, and whether bfloat16 works there."""
     try:
         import torch
@@ -210,7 +237,7 @@ def _devices() -> list[dict[str, Any]]:
     devices.append(
         {
             "device": "cpu",
-            "name": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used",
+            "name": f"{_processor()}, {torch.get_num_threads()} used",
             "memory": _memory(),
             "bf16": _multiplies_bf16("cpu"),
         }
@@ -307,7 +334,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         table.add_column(column)
     for device in report["devices"]:
         memory = f"{device['memory'] / 2**30:.1f} GiB" if device["memory"] else "?"
-        table.add_row(device["device"], device["name"], memory, "yes" if device["bf16"] else "no")
+        table.add_row(device["device"], device["name"], memory, {True: "yes", False: "no", None: "?"}[device["bf16"]])
     console.print(table)
     codecs = [f"{c['name']} {'yes' if c['usable'] else 'NO'}" for c in report["codecs"]]
     console.print(f"Codecs that decoded a clip just now: {', '.join(codecs)}", highlight=False)
@@ -317,6 +344,10 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
     for text in report["problems"]:
         console.print(f"[red]problem:[/] {escape(text)}", highlight=False)
+    if not report["imports"]:
+        console.print(
+            "Nothing was imported: `maple-trl env --imports` tries every package and asks torch for devices."
+        )
     console.print("Nothing required is broken." if not report["problems"] else "Something required is broken.")
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 # needed, so that the command line can show its help without them.
 from trl import ModelConfig
 
+from maple_trl.declared import declared_class
 from maple_trl.omni.scopes import SCOPES
 
 
@@ -306,13 +307,16 @@ def _listed(prefix: str, scopes: Sequence[str]) -> str:
 # Arguments
 
 
-def make_parser(trainer: str = DEFAULT_TRAINER):
+def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False):
     """
     The [`~trl.TrlParser`] of a training job; it reports errors as [`SetupError`] instead of ending the process.
 
     Args:
         trainer (`str`, *optional*, defaults to `"omni_grpo"`):
             Key of `TRAINERS`, whose config class the parser fills.
+        declared (`bool`, *optional*, defaults to `False`):
+            Read that class from its source. Such a parser knows the same options within a fraction of a second, and
+            accepts at least what the other does; its values are of no use.
     """
     from trl import TrlParser
 
@@ -320,8 +324,13 @@ def make_parser(trainer: str = DEFAULT_TRAINER):
         def error(self, message):
             raise SetupError(message)
 
-    types = (OmniScriptArguments, config_class(trainer), OmniModelConfig)
-    return JobParser(types, prog="maple-trl train", allow_abbrev=False, add_help=False)
+    _check_trainer(trainer)
+    config = declared_class(TRAINERS[trainer][0]) if declared else config_class(trainer)
+    types = (OmniScriptArguments, config, OmniModelConfig)
+    parser = JobParser(types, prog="maple-trl train", allow_abbrev=False, add_help=False)
+    for action in parser._actions if declared else ():
+        action.nargs, action.required = action.nargs or "?", False
+    return parser
 
 
 def parse_args(
@@ -352,12 +361,25 @@ def parse_args(
     files = [] if path is None else config_files(path)
     trainer = trainer_option(options) or _trainer_of(files)
     files += [] if above is None else [above]
-    parser = make_parser(trainer)
     environment: dict[str, str] = {}
     for file, config in files:
         environment |= take_env(config, file)
-        parser.set_defaults_with_config(**_checked(parser, trainer, config, file))
+    _read(
+        make_parser(trainer, declared=True), trainer, files, options
+    )  # most mistakes, before torch and TRL are loaded
     os.environ.update(environment)
+    parser = make_parser(trainer)
+    _read(parser, trainer, files, options)
+    try:
+        return parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        raise SetupError(str(error)) from error
+
+
+def _read(parser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]) -> None:
+    """Makes the values of config files the parser's defaults; SetupError for what it does not know."""
+    for file, config in files:
+        parser.set_defaults_with_config(**_checked(parser, trainer, config, file))
     unknown = parser.parse_known_args(options)[1]
     if unknown:
         flag = next((text for text in unknown if text.startswith("-")), None)
@@ -367,10 +389,6 @@ def parse_args(
         raise SetupError(
             f"unknown option --{name}{instead(name.replace('-', '_'), trainer, option_keys(parser), '--')}"
         )
-    try:
-        return parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
-    except (ValueError, TypeError) as error:
-        raise SetupError(str(error)) from error
 
 
 def trainer_option(words: Sequence[str]) -> str | None:
@@ -479,8 +497,9 @@ def option_keys(parser) -> dict[str, Any]:
 def instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "") -> str:
     """What to write instead of a name that the job's parser does not know."""
     for other in TRAINERS:
-        if other != trainer and name in (field.name for field in dataclasses.fields(config_class(other))):
-            return f", which is an option of {config_class(other).__name__}: set trainer: {other}"
+        config = declared_class(TRAINERS[other][0])
+        if other != trainer and name in (field.name for field in dataclasses.fields(config)):
+            return f", which is an option of {config.__name__}: set trainer: {other}"
     return did_you_mean(name, known, "`maple-trl train --help-all` lists all options", prefix)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import leftovers
 import pytest
 
 
@@ -24,3 +25,8 @@ def seven_tags(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("seven-tags")
     return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # once, in the process that all others come from
+        leftovers.watch()

@@ -50,15 +50,31 @@ def test_help_names_the_commands_that_exist():
         assert maple(absent).returncode == 2
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["env", "--help"]])
-def test_help_imports_nothing_heavy(words):
-    call = f"from maple_trl.cli import main\ntry:\n    main({words!r})\nexcept SystemExit: pass\n"
+LIGHT = {
+    "--help": ("usage: maple-trl", {"av"}),
+    "train --help": ("usage: maple-trl", {"av"}),
+    "env --help": ("usage: maple-trl", {"av"}),
+    "env": ("maple-trl env --imports", set()),
+    "env --json": ('"imports": false', set()),
+    "train --max_stepz 3": ("did you mean --max_steps?", {"av"}),
+    f"train --config {RECIPE} --max_steps many": ("invalid int value: 'many'", {"av"}),
+    f"train --config {RECIPE} --tag_weight adaptive": ("did you mean", {"av"}),
+    "train --trainer omni_grpo --tag_weights adaptive": ("option of MAPOConfig: set trainer: mapo", {"av"}),
+    "train --config nowhere.yaml": ("cannot read the config file nowhere.yaml", {"av"}),
+}
+
+
+@pytest.mark.parametrize("line", LIGHT)
+def test_help_and_mistakes_import_nothing_heavy(line):
+    told, more = LIGHT[line]
+    heavy = {"torch", "transformers", "datasets"} | more
     script = (
-        f"{call}import sys\nprint('HEAVY', sorted({{'torch', 'transformers', 'datasets', 'av'}} & set(sys.modules)))"
+        f"import sys\nfrom maple_trl.cli import main\ntry:\n    main({line.split()!r})\nexcept SystemExit: pass\n"
+        f"print('HEAVY', sorted({heavy!r} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stderr
-    assert "usage: maple-trl" in shown.stdout
+    assert told in shown.stdout + shown.stderr
 
 
 def test_train_help_lists_the_options_of_a_job(capsys):
@@ -358,7 +374,7 @@ def test_model_switches():
 
 
 def test_env_reports_this_machine(capsys):
-    shown = maple("env", "--json")
+    shown = maple("env", "--imports", "--json")
     assert shown.returncode == 0, shown.stderr
     report = json.loads(shown.stdout)
     assert report["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -381,15 +397,37 @@ def test_env_reports_this_machine(capsys):
 
 def test_env_finds_what_is_broken(tmp_path, capsys):
     """A package that cannot be imported, as after a broken installation, ends with code 1 and is named."""
-    (tmp_path / "av.py").write_text("raise ImportError('libavcodec.so: cannot open shared object file')\n")
-    shown = maple("env", "--json", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    (tmp_path / "pysubs2.py").write_text("raise ImportError('half of it is missing')\n")
+    broken = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    shown = maple("env", "--imports", "--json", env=broken)
     assert shown.returncode == 1
     report = json.loads(shown.stdout)
-    assert any("av: import av fails: ImportError: libavcodec.so" in problem for problem in report["problems"])
-    assert any("h264 (video) can't be decoded" in problem for problem in report["problems"])
-    assert report["ffmpeg"] is None
+    assert report["problems"] == ["pysubs2: import pysubs2 fails: ImportError: half of it is missing"]
     print_report(report, Console(width=200))
     assert "Something required is broken." in capsys.readouterr().out
+    assert maple("env", env=broken).returncode == 0  # nothing was imported, which the report says
+
+
+def test_env_finds_a_broken_decoder_without_imports(tmp_path):
+    (tmp_path / "av.py").write_text("raise ImportError('libavcodec.so: cannot open shared object file')\n")
+    command = [sys.executable, "-m", "maple_trl.cli", "env", "--json"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert shown.returncode == 1
+    report = json.loads(shown.stdout)
+    assert any("h264 (video) can't be decoded: ImportError: libavcodec.so" in text for text in report["problems"])
+    assert report["ffmpeg"] is None
+
+
+def test_env_names_the_devices_of_the_system(tmp_path):
+    """A GPU is there before torch is: what the driver's own tool says."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '0, NVIDIA H200, 143771'\necho '1, NVIDIA H200, [N/A]'\n")
+    tool.chmod(0o755)
+    shown = maple("env", "--json", env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
+    first, second, _ = json.loads(shown.stdout)["devices"]
+    assert first == {"device": "cuda:0", "name": "NVIDIA H200", "memory": 143771 << 20, "bf16": None}
+    assert second["memory"] is None
 
 
 # The job itself, on the embedded model and data

@@ -9,10 +9,12 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 PACKAGES = (
@@ -58,6 +60,8 @@ def weights_digest(model: nn.Module) -> str:
     Of the loaded weights and not of files: a checkpoint that was cut into other shards is the same model, one that was
     loaded with another precision is not.
     """
+    import torch
+
     whole = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         whole.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -105,7 +109,11 @@ def versions() -> dict[str, str | None]:
 
 def device_name(device: torch.device) -> str:
     """What computes: `cpu` with its architecture, or the name of the accelerator."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    if device.type != "cuda":
+        return f"{device.type} ({platform.machine()})"
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from maple_trl.modalities import ModalityTag
 
 
@@ -67,6 +65,8 @@ def sampled_accuracy(
         ValueError: when no question could be scored.
     """
     chosen = choose_questions(rows, questions_per_tag, seed)
+    import torch
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         completions = generate(chosen)
