@@ -5,6 +5,7 @@ FFmpeg guesses a file's format from its content, and some formats (HLS playlists
 URLs, which it then reads. Only containers that carry their own data are accepted here, whatever the file's name.
 """
 
+import errno
 import os
 import re
 import time
@@ -67,6 +68,8 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
     except (av.error.HTTPClientError, av.error.ConnectionRefusedError) as error:
         raise source.error("not-found", str(error)) from error
     except av.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
         if source.is_url or looks_like_media(source.path):
             raise source.error("unreadable", f"FFmpeg: {error.strerror}") from error
         detail = f"the content is none of {', '.join(FORMATS)} (FFmpeg: {error.strerror})"
@@ -337,6 +340,11 @@ def decode_video(
     return VideoClip(stacked, timestamps, fps, duration, source.path, tuple(notes))
 
 
+def _mono(frame: "av.AudioFrame") -> np.ndarray:
+    """Mean of the channels, however many. Of packed samples: PyAV counts the planes of 8 and more channels wrongly."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
+
+
 def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> AudioClip | None:
     """
     The file's audio, mono (mean of the channels) at `sampling_rate`; `None` if the file has no audio track.
@@ -357,7 +365,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             _zero(container),
             _declared_end(source, container, stream),
         )
-        resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
+        resampler = av.AudioResampler(format="flt", rate=sampling_rate)
         most, count, end = round(limits.max_seconds * sampling_rate), 0, 0.0
         pieces: list[np.ndarray] = []
         for frame in container.decode(stream):
@@ -371,7 +379,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             except ValueError as error:
                 raise source.error("unreadable", f"the sound changes its format midway: {error}") from error
             for piece in resampled:
-                pieces.append(piece.to_ndarray().mean(axis=0, dtype=np.float32))
+                pieces.append(_mono(piece))
                 count += piece.samples
             if count > most + sampling_rate:
                 break
@@ -379,7 +387,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             if declared_end is not None and end < declared_end - END_SLACK:
                 raise source.error("truncated", f"sound up to {end:.2f} s of {declared_end:.2f} s")
             if pieces:
-                pieces += [piece.to_ndarray().mean(axis=0, dtype=np.float32) for piece in resampler.resample(None)]
+                pieces += [_mono(piece) for piece in resampler.resample(None)]
     waveform = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
     if declared_end is not None:  # without the padding of the last codec frame
         waveform = waveform[: max(0, round((declared_end - zero) * sampling_rate))]
