@@ -21,18 +21,11 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.clips import AudioClip, MediaInfo, Source, VideoClip
-from maple_trl.omni.containers import declared_bytes, looks_like_media
+from maple_trl.omni.containers import declared_bytes
+from maple_trl.omni.formats import FORMATS, Format, accepted, format_of, found_in
 from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, sample_times
 
 
-# FFmpeg's name of each accepted demuxer -> the file extensions that go with it.
-FORMATS = {
-    "mov": {"mp4", "m4a", "m4v", "m4b", "mov", "qt", "3gp", "3g2", "mj2"},
-    "matroska": {"mkv", "webm", "mka", "mk3d"},
-    "wav": {"wav", "wave"},
-    "mp3": {"mp3"},
-    "flac": {"flac"},
-}
 MAX_SOURCE_PIXELS = 1 << 26  # 8192 x 8192: a header can claim any size, and the decoder allocates it
 MIN_AUDIO_SECONDS = 0.02
 END_SLACK = 0.1  # seconds by which a header without byte counts may overstate the length: a few codec frames
@@ -70,9 +63,11 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
     except av.FFmpegError as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError(str(error)) from error
-        if source.is_url or looks_like_media(source.path):
-            raise source.error("unreadable", f"FFmpeg: {error.strerror}") from error
-        detail = f"the content is none of {', '.join(FORMATS)} (FFmpeg: {error.strerror})"
+        entry = None if source.is_url else format_of(source.path)
+        if source.is_url or entry is not None:
+            found = "" if entry is None else f"begins as {entry.title}, but "
+            raise source.error("unreadable", f"{found}FFmpeg: {error.strerror}") from error
+        detail = f"the content is {found_in(source.path)} (FFmpeg: {error.strerror}); read are {accepted()}"
         raise source.error("not-media", detail) from error
 
 
@@ -110,16 +105,20 @@ def opened_video(
         yield container, stream
 
 
+def _format(container) -> Format:
+    return FORMATS[container.format.name.split(",")[0]]
+
+
 def _file_notes(source: Source, container) -> list[str]:
     """What is special about the file as a whole. The content decides how it is read, not the name."""
     extension = os.path.splitext(urlsplit(source.path).path if source.is_url else source.path)[1][1:].lower()
-    own = FORMATS[container.format.name.split(",")[0]]
-    return ["extension-mismatch"] if extension and extension not in own else []
+    return ["extension-mismatch"] if extension and extension not in _format(container).suffixes else []
 
 
 def _header_seconds(source: Source, container, limits: MediaLimits) -> float | None:
     """Length in the header; raises where that alone is too much."""
-    seconds = None if container.duration is None else container.duration / 1e6
+    guessed = container.duration is None or not _format(container).says_length
+    seconds = None if guessed else container.duration / 1e6
     if seconds is not None and seconds > limits.max_seconds and limits.overlong == "quarantine":
         raise source.error("too-long", f"{seconds:.2f} s; the limit is {limits.max_seconds:g} s")
     return seconds
@@ -141,7 +140,7 @@ def _declared_end(source: Source, container, stream) -> float | None:
         if name.upper().startswith("DURATION") and (match := _CLOCK.match(value)):
             hours, minutes, seconds = match.groups()
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if stream.duration is None:
+    if stream.duration is None or not _format(container).says_length:
         return None
     if container.format.name == "mp3" and (source.is_url or declared_bytes(source.path) is None):
         return None  # without a Xing header FFmpeg guesses, wrongly for variable bit rates
