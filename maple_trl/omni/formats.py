@@ -140,7 +140,9 @@ def found_in(path: str) -> str:
         return known
     if not head.strip(b"\0"):
         return "zeros"
-    return "text" if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head) else "data of a kind that is not known here"
+    return (
+        "text" if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head) else "data of a kind that is not known here"
+    )
 
 
 def _head(path: str) -> bytes:
