@@ -372,7 +372,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             if not pieces and frame.time is not None:  # a track that starts after the video keeps its place in time
                 count = max(0, round((frame.time - zero) * sampling_rate))
                 pieces.append(np.zeros(count, dtype=np.float32))
-            end = (frame.time or 0.0) + frame.samples / frame.sample_rate
+            end = (end if frame.time is None else frame.time) + frame.samples / frame.sample_rate
             try:
                 resampled = resampler.resample(frame)
             except ValueError as error:
