@@ -5,6 +5,7 @@ FFmpeg guesses a file's format from its content, and some formats (HLS playlists
 URLs, which it then reads. Only containers that carry their own data are accepted here, whatever the file's name.
 """
 
+import errno
 import os
 import re
 import time
@@ -20,18 +21,11 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.clips import AudioClip, MediaInfo, Source, VideoClip
-from maple_trl.omni.containers import declared_bytes, looks_like_media
+from maple_trl.omni.containers import declared_bytes
+from maple_trl.omni.formats import FORMATS, Format, accepted, format_of, found_in
 from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, sample_times
 
 
-# FFmpeg's name of each accepted demuxer -> the file extensions that go with it.
-FORMATS = {
-    "mov": {"mp4", "m4a", "m4v", "m4b", "mov", "qt", "3gp", "3g2", "mj2"},
-    "matroska": {"mkv", "webm", "mka", "mk3d"},
-    "wav": {"wav", "wave"},
-    "mp3": {"mp3"},
-    "flac": {"flac"},
-}
 MAX_SOURCE_PIXELS = 1 << 26  # 8192 x 8192: a header can claim any size, and the decoder allocates it
 MIN_AUDIO_SECONDS = 0.02
 END_SLACK = 0.1  # seconds by which a header without byte counts may overstate the length: a few codec frames
@@ -67,9 +61,13 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
     except (av.error.HTTPClientError, av.error.ConnectionRefusedError) as error:
         raise source.error("not-found", str(error)) from error
     except av.FFmpegError as error:
-        if source.is_url or looks_like_media(source.path):
-            raise source.error("unreadable", f"FFmpeg: {error.strerror}") from error
-        detail = f"the content is none of {', '.join(FORMATS)} (FFmpeg: {error.strerror})"
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
+        entry = None if source.is_url else format_of(source.path)
+        if source.is_url or entry is not None:
+            found = "" if entry is None else f"begins as {entry.title}, but "
+            raise source.error("unreadable", f"{found}FFmpeg: {error.strerror}") from error
+        detail = f"the content is {found_in(source.path)} (FFmpeg: {error.strerror}); read are {accepted()}"
         raise source.error("not-media", detail) from error
 
 
@@ -107,16 +105,20 @@ def opened_video(
         yield container, stream
 
 
+def _format(container) -> Format:
+    return FORMATS[container.format.name.split(",")[0]]
+
+
 def _file_notes(source: Source, container) -> list[str]:
     """What is special about the file as a whole. The content decides how it is read, not the name."""
     extension = os.path.splitext(urlsplit(source.path).path if source.is_url else source.path)[1][1:].lower()
-    own = FORMATS[container.format.name.split(",")[0]]
-    return ["extension-mismatch"] if extension and extension not in own else []
+    return ["extension-mismatch"] if extension and extension not in _format(container).suffixes else []
 
 
 def _header_seconds(source: Source, container, limits: MediaLimits) -> float | None:
     """Length in the header; raises where that alone is too much."""
-    seconds = None if container.duration is None else container.duration / 1e6
+    guessed = container.duration is None or not _format(container).says_length
+    seconds = None if guessed else container.duration / 1e6
     if seconds is not None and seconds > limits.max_seconds and limits.overlong == "quarantine":
         raise source.error("too-long", f"{seconds:.2f} s; the limit is {limits.max_seconds:g} s")
     return seconds
@@ -138,7 +140,7 @@ def _declared_end(source: Source, container, stream) -> float | None:
         if name.upper().startswith("DURATION") and (match := _CLOCK.match(value)):
             hours, minutes, seconds = match.groups()
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if stream.duration is None:
+    if stream.duration is None or not _format(container).says_length:
         return None
     if container.format.name == "mp3" and (source.is_url or declared_bytes(source.path) is None):
         return None  # without a Xing header FFmpeg guesses, wrongly for variable bit rates
@@ -337,6 +339,11 @@ def decode_video(
     return VideoClip(stacked, timestamps, fps, duration, source.path, tuple(notes))
 
 
+def _mono(frame: "av.AudioFrame") -> np.ndarray:
+    """Mean of the channels, however many. Of packed samples: PyAV counts the planes of 8 and more channels wrongly."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
+
+
 def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> AudioClip | None:
     """
     The file's audio, mono (mean of the channels) at `sampling_rate`; `None` if the file has no audio track.
@@ -357,7 +364,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             _zero(container),
             _declared_end(source, container, stream),
         )
-        resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
+        resampler = av.AudioResampler(format="flt", rate=sampling_rate)
         most, count, end = round(limits.max_seconds * sampling_rate), 0, 0.0
         pieces: list[np.ndarray] = []
         for frame in container.decode(stream):
@@ -365,13 +372,13 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             if not pieces and frame.time is not None:  # a track that starts after the video keeps its place in time
                 count = max(0, round((frame.time - zero) * sampling_rate))
                 pieces.append(np.zeros(count, dtype=np.float32))
-            end = (frame.time or 0.0) + frame.samples / frame.sample_rate
+            end = (end if frame.time is None else frame.time) + frame.samples / frame.sample_rate
             try:
                 resampled = resampler.resample(frame)
             except ValueError as error:
                 raise source.error("unreadable", f"the sound changes its format midway: {error}") from error
             for piece in resampled:
-                pieces.append(piece.to_ndarray().mean(axis=0, dtype=np.float32))
+                pieces.append(_mono(piece))
                 count += piece.samples
             if count > most + sampling_rate:
                 break
@@ -379,7 +386,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int) -> Aud
             if declared_end is not None and end < declared_end - END_SLACK:
                 raise source.error("truncated", f"sound up to {end:.2f} s of {declared_end:.2f} s")
             if pieces:
-                pieces += [piece.to_ndarray().mean(axis=0, dtype=np.float32) for piece in resampler.resample(None)]
+                pieces += [_mono(piece) for piece in resampler.resample(None)]
     waveform = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
     if declared_end is not None:  # without the padding of the last codec frame
         waveform = waveform[: max(0, round((declared_end - zero) * sampling_rate))]

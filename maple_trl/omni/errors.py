@@ -7,7 +7,7 @@ REASONS: dict[str, str] = {
     "network-not-allowed": "the path is a URL; allow_network is off, or the scheme is not http or https",
     # what the file is
     "empty-file": "the file has no bytes",
-    "not-media": "the content is none of the accepted containers: mp4/mov/m4a, mkv/webm, wav, mp3, flac",
+    "not-media": "the content is none of the accepted containers, which maple_trl/omni/formats.py lists",
     "unreadable": "an accepted container that cannot be parsed or decoded: index missing, data damaged, no decoder",
     "truncated": "the data end before the length that the container declares",
     # what is in it
@@ -21,6 +21,8 @@ REASONS: dict[str, str] = {
     "frame-too-large": "the coded picture is larger than any frame this library decodes",
     "bad-aspect-ratio": "no size with the picture's aspect ratio fits the pixel budget",
     "decode-timeout": "decoding took longer than decode_timeout",
+    "decoder-crashed": "the decoder process ended while it decoded the file",
+    "decoder-memory": "decoding needs more memory than a decoder process may have",
     "media-tokens": "the row's media take more tokens than the budget of one prompt",
     # rows
     "no-signal": "nothing that the row's tag asks for is left",
