@@ -14,7 +14,6 @@ from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import OmniFamily
 from maple_trl.omni.media import AudioClip, MediaLoader, VideoClip
-from maple_trl.omni.sampling import sample_times
 
 
 SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json")
@@ -273,13 +272,7 @@ class PromptBuilder:
             return [self._video(path) for path in spec.videos]  # no smaller frame of this shape
 
     def _frame_count(self, path: str) -> int:
-        limits = self.loader.limits
-        if limits.num_frames is not None:
-            return limits.num_frames
-        duration = self.loader.probe(path).video_seconds
-        if not duration:  # a live recording; only decoding tells
-            return len(self._video(path).frames)
-        return len(sample_times(limits, min(duration, limits.max_seconds))[0])
+        return self.loader.frame_count(path)
 
     def _video(self, path: str, max_pixels: int | None = None) -> VideoClip:
         return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels)
