@@ -102,7 +102,7 @@ def test_seeking_changes_nothing(tmp_path, monkeypatch):
         return inner(source, limits, line, wanted, deadline, seek=False)
 
     monkeypatch.setattr(decode, "_pick", straight)
-    again = MediaLoader(tmp_path, backend="pyav").video(path)
+    again = MediaLoader(tmp_path, backend="pyav", workers=0).video(path)  # here, where `straight` is
     assert seeks == [True, False]
     np.testing.assert_array_equal(sought.frames, again.frames)
 
@@ -423,7 +423,7 @@ def test_decode_timeout(tmp_path):
 def test_pictures_of_absurd_size(tmp_path, monkeypatch):
     files.write_video(tmp_path / "thin.mp4", size=(2, 1000))
     files.write_video(tmp_path / "a.mp4")
-    loader = MediaLoader(tmp_path)
+    loader = MediaLoader(tmp_path, workers=0)  # here, where the limit is lowered
     assert reason_of(lambda: loader.video("thin.mp4")) == "bad-aspect-ratio"
     monkeypatch.setattr(decode, "MAX_SOURCE_PIXELS", 48 * 64 - 1)
     assert reason_of(lambda: loader.video("a.mp4")) == "frame-too-large"
