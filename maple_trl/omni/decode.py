@@ -313,12 +313,11 @@ def _choose(
         if end < declared_end - zero - max(END_SLACK, line.longest_gap):
             raise source.error("truncated", f"pictures up to {end:.2f} s of {declared_end - zero:.2f} s")
     if not request.whole:
-        if start >= end or (stop is not None and stop < seconds[0] - PICTURE_SLACK):
-            raise source.error(
-                "segment-outside",
-                f"{_segment(request)} was asked for and its pictures are shown from {max(0.0, seconds[0]):.2f} s to "
-                f"{end:.2f} s",
-            )
+        asked = f"{_segment(request)} was asked for"
+        if start >= end:
+            raise source.error("segment-outside", f"{asked} and its pictures end at {end:.2f} s")
+        if stop is not None and stop < seconds[0] - PICTURE_SLACK:
+            raise source.error("segment-outside", f"{asked} and its first picture is shown at {seconds[0]:.2f} s")
         if stop is not None and stop > end + max(END_SLACK, line.longest_gap if len(line.pts) > 1 else 0):
             notes.append("segment-shortened")
     inside = seconds >= start - PICTURE_SLACK
