@@ -22,18 +22,11 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
-from maple_trl.omni.containers import declared_bytes, looks_like_media
+from maple_trl.omni.containers import declared_bytes
+from maple_trl.omni.formats import FORMATS, Format, accepted, format_of, found_in
 from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, sample_indices
 
 
-# FFmpeg's name of each accepted demuxer -> the file extensions that go with it.
-FORMATS = {
-    "mov": {"mp4", "m4a", "m4v", "m4b", "mov", "qt", "3gp", "3g2", "mj2"},
-    "matroska": {"mkv", "webm", "mka", "mk3d"},
-    "wav": {"wav", "wave"},
-    "mp3": {"mp3"},
-    "flac": {"flac"},
-}
 MAX_SOURCE_PIXELS = 1 << 26  # 8192 x 8192: a header can claim any size, and the decoder allocates it
 MIN_AUDIO_SECONDS = 0.02
 END_SLACK = 0.1  # seconds by which a header without byte counts may overstate the length: a few codec frames
@@ -77,9 +70,11 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
     except av.FFmpegError as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError(str(error)) from error
-        if source.is_url or looks_like_media(source.path):
-            raise source.error("unreadable", f"FFmpeg: {error.strerror}") from error
-        detail = f"the content is none of {', '.join(FORMATS)} (FFmpeg: {error.strerror})"
+        entry = None if source.is_url else format_of(source.path)
+        if source.is_url or entry is not None:
+            found = "" if entry is None else f"begins as {entry.title}, but "
+            raise source.error("unreadable", f"{found}FFmpeg: {error.strerror}") from error
+        detail = f"the content is {found_in(source.path)} (FFmpeg: {error.strerror}); read are {accepted()}"
         raise source.error("not-media", detail) from error
 
 
@@ -117,19 +112,23 @@ def opened_video(
         yield container, stream
 
 
+def _format(container) -> Format:
+    return FORMATS[container.format.name.split(",")[0]]
+
+
 def _file_notes(source: Source, container) -> list[str]:
     """What is special about the file as a whole. The content decides how it is read, not the name."""
     extension = os.path.splitext(urlsplit(source.path).path if source.is_url else source.path)[1][1:].lower()
-    own = FORMATS[container.format.name.split(",")[0]]
-    return ["extension-mismatch"] if extension and extension not in own else []
+    return ["extension-mismatch"] if extension and extension not in _format(container).suffixes else []
 
 
 def _header_seconds(container) -> float | None:
     """
     Length in the header: a hint, no more. It may count from 0 rather than from the first picture, include a caption that
-    stays up, or be wrong.
+    stays up, or be wrong. `None` where it says nothing and FFmpeg guesses.
     """
-    return None if container.duration is None else container.duration / 1e6
+    guessed = container.duration is None or not _format(container).says_length
+    return None if guessed else container.duration / 1e6
 
 
 def _overlong(source: Source, limits: MediaLimits, kind: str, request: ClipRequest) -> bool:
@@ -180,7 +179,7 @@ def _declared_end(source: Source, container, stream) -> float | None:
         if name.upper().startswith("DURATION") and (match := _CLOCK.match(value)):
             hours, minutes, seconds = match.groups()
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if stream.duration is None:
+    if stream.duration is None or not _format(container).says_length:
         return None
     if container.format.name == "mp3" and (source.is_url or declared_bytes(source.path) is None):
         return None  # without a Xing header FFmpeg guesses, wrongly for variable bit rates
@@ -632,13 +631,14 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
         if request.end is not None:
             wanted = min(wanted, round((request.end - start) * sampling_rate))
         end, ended = 0.0, False
-        for frame in _frames_from(container, stream, zero + start):
+        for end, frame in _frames_from(container, stream, zero + start):
             deadline.check()
+            if frame is None:
+                continue
             if frame.time is not None and (frame.time - zero - start) * sampling_rate > wanted:
                 sound.fill(wanted)  # a gap may be of any length
                 break
             sound.add(frame)
-            end = (frame.time or 0.0) + frame.samples / frame.sample_rate
             if sound.filled >= wanted:
                 break
         else:
@@ -676,11 +676,19 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
     return AudioClip(waveform, sampling_rate, duration, source.path, tuple(notes))
 
 
-def _frames_from(container, stream, start: float) -> Iterator["av.AudioFrame"]:
-    """Decoded sound that may be heard at `start` (in the stream's seconds) or later; what precedes is not decoded."""
+def _frames_from(container, stream, start: float) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
+    """
+    Decoded sound that may be heard at `start` (in the stream's seconds) or later, each frame with where it ends. What
+    precedes is not decoded, and is `None`.
+    """
+    end = 0.0
     for packet in container.demux(stream):
         if packet.pts is not None:
-            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            if end < start - PREROLL:
+            packet_end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            if packet_end < start - PREROLL:
+                end = packet_end
+                yield end, None
                 continue
-        yield from packet.decode()
+        for frame in packet.decode():
+            end = (end if frame.time is None else frame.time) + frame.samples / frame.sample_rate
+            yield end, frame
