@@ -43,7 +43,7 @@ class Timed:
 
     @property
     def rate(self) -> int:
-        return {"libopus": 48000, "libmp3lame": 32000}.get(self.audio_codec, 16000)
+        return {"libopus": 48000, "libmp3lame": 32000, "ac3": 32000}.get(self.audio_codec, 16000)
 
     def shown_at(self, number: int) -> float:
         return self.video_start + number / self.fps
@@ -87,7 +87,8 @@ def write(path: Path, clip: Timed) -> Path:
         video = out.add_stream(clip.video_codec, rate=clip.fps, options={"preset": "ultrafast"})
         video.width = video.height = SIDE
         video.pix_fmt, video.codec_context.gop_size = "yuv420p", 8
-        video.codec_context.time_base = Fraction(1, 1000)
+        # AVI counts pictures, and would be filled with as many empty ones as there are milliseconds.
+        video.codec_context.time_base = Fraction(1, clip.fps if clip.suffix == "avi" else 1000)
         video.codec_context.max_b_frames = 2 if clip.reordered else 0
         audio = out.add_stream(clip.audio_codec, rate=clip.rate, layout="mono")
         packets = [*video_packets(video, clip), *audio_packets(audio, clip)]
@@ -100,7 +101,8 @@ def video_packets(stream, clip: Timed) -> list:
     packets = []
     for number in range(clip.pictures):
         frame = av.VideoFrame.from_ndarray(picture_of(number), format="rgb24")
-        frame.pts, frame.time_base = round(1000 * clip.shown_at(number)), Fraction(1, 1000)
+        frame.time_base = stream.codec_context.time_base
+        frame.pts = round(clip.shown_at(number) / frame.time_base)
         packets += stream.encode(frame)
     return packets + stream.encode(None)
 

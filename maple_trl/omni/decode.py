@@ -34,6 +34,9 @@ STAMP_JITTER = (
     0.01  # seconds: sound is moved where its time stamps say so by more; less is rounding, or a live recorder's
 )
 STAMP_RETURN = 1.0  # seconds: sound whose time goes back by more has been put together wrongly
+IN_ORDER = {
+    "avi"
+}  # containers that say when pictures are decoded, not when they are shown: they are shown in this order
 PREROLL = 1.0  # seconds of sound decoded ahead of a segment: codecs need some frames to settle
 PICTURE_SLACK = 0.0005  # seconds: half of a time stamp in milliseconds
 
@@ -181,6 +184,8 @@ def _declared_end(source: Source, container, stream) -> float | None:
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     if stream.duration is None or not _format(container).says_length:
         return None
+    if stream.type == "audio" and container.format.name in IN_ORDER:
+        return None  # it counts the empty pieces by which such a file lets sound begin late, and which nobody plays
     if container.format.name == "mp3" and (source.is_url or declared_bytes(source.path) is None):
         return None  # without a Xing header FFmpeg guesses, wrongly for variable bit rates
     return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
@@ -219,7 +224,8 @@ def _too_long(source: Source, limits: MediaLimits) -> Exception:
 class Timeline:
     """
     What the packets tell without decoding: when pictures are shown (in ticks, sorted), and which are key frames.
-    `complete` unless reading stopped where what follows is not used.
+    `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder gives is
+    shown at the k-th time, and its own time stamp is a guess.
     """
 
     pts: np.ndarray
@@ -227,6 +233,7 @@ class Timeline:
     end: int
     tick: Fraction
     complete: bool
+    in_order: bool
 
     @property
     def longest_gap(self) -> float:
@@ -246,21 +253,23 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     for the time of the first packet, the time up to which pictures can matter, in the stream's seconds.
     """
     _only(container, stream)
+    in_order = container.format.name in IN_ORDER
     shown: dict[int, bool] = {}
     end, stop, complete = 0, None, True
     for packet in container.demux(stream):
         deadline.check()
         if packet.is_corrupt:
             raise source.error("truncated", "a picture's data end early")
-        if packet.pts is None or packet.is_discard:
+        pts = packet.dts if in_order else packet.pts
+        if pts is None or packet.is_discard:
             continue
-        decoding = float((packet.pts if packet.dts is None else packet.dts) * stream.time_base)
+        decoding = float((pts if packet.dts is None else packet.dts) * stream.time_base)
         stop = last(decoding) if stop is None else stop
         if decoding > stop + 1:  # 1 s: pictures are stored out of order
             complete = False
             break
-        shown[packet.pts] = packet.is_keyframe
-        end = max(end, packet.pts + (packet.duration or 0))
+        shown[pts] = packet.is_keyframe
+        end = max(end, pts + (packet.duration or 0))
     if not shown:
         missing = stream.frames
         raise source.error("truncated" if missing else "no-frames", f"{missing} pictures declared, none there")
@@ -268,7 +277,7 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     if end <= pts[-1]:  # the last picture has no length of its own: the usual one
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((stream.guessed_rate or 25) * stream.time_base)
         end = int(pts[-1] + max(1, round(float(usual))))
-    return Timeline(pts, sorted(p for p, key in shown.items() if key), end, stream.time_base, complete)
+    return Timeline(pts, sorted(p for p, key in shown.items() if key), end, stream.time_base, complete, in_order)
 
 
 @dataclass(frozen=True)
@@ -367,6 +376,8 @@ def _pick(
         stream.codec_context.thread_count = 1  # the loader's threads work on different clips instead
         _only(container, stream)
         frames, shown, ahead = container.decode(stream), None, None
+        if line.in_order:
+            frames, seek = _stamped(frames, line.pts), False
         sought = False
         for target in wanted:
             before = bisect_right(line.keys, target)
@@ -393,6 +404,13 @@ def _pick(
             if picture.is_corrupt:
                 raise source.error("unreadable", f"the picture at {float(target * line.tick):.2f} s is damaged")
             yield picture
+
+
+def _stamped(frames: Iterator["av.VideoFrame"], pts: np.ndarray) -> Iterator["av.VideoFrame"]:
+    """Decoded frames with the times at which they are shown, one after the other."""
+    for frame, tick in zip(frames, pts.tolist(), strict=False):
+        frame.pts = tick
+        yield frame
 
 
 def upright(picture: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
@@ -492,7 +510,7 @@ def decode_video(
         choice = _choose(source, container, stream, limits, request, deadline)
     line, wanted, notes = choice.line, choice.ticks, choice.notes
     # torchcodec turns pictures, in some versions, and mirrors none: what is not upright as stored is left to PyAV.
-    if picker is not None and _stored_upright(source, limits):
+    if picker is not None and not line.in_order and _stored_upright(source, limits):
         try:  # half a tick later: the float must not fall before the picture
             pictures = picker(source.path, [float((tick + Fraction(1, 2)) * line.tick) for tick in wanted])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -631,11 +649,13 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
         if request.end is not None:
             wanted = min(wanted, round((request.end - start) * sampling_rate))
         end, ended = 0.0, False
-        for end, frame in _frames_from(container, stream, zero + start):
+        for frame_end, frame in _frames_from(container, stream, zero + start):
             deadline.check()
+            end = frame_end
             if frame is None:
                 continue
             if frame.time is not None and (frame.time - zero - start) * sampling_rate > wanted:
+                sound.finish()
                 sound.fill(wanted)  # a gap may be of any length
                 break
             sound.add(frame)
