@@ -109,7 +109,7 @@ def _flv_bytes(file, size: int) -> int | None:
 
 
 def _gif_bytes(file, size: int) -> int:
-    """Where the last block ends that has begun; the closing byte may be missing."""
+    """Where the last block ends that has begun, or the closing byte that follows it."""
     file.seek(0)
     data = file.read()
     flags = data[10] if size > 10 else 0
@@ -123,7 +123,7 @@ def _gif_bytes(file, size: int) -> int:
         while end < size and data[end]:
             end += 1 + data[end]
         end += 1
-    return end
+    return end + 1
 
 
 def declared_bytes(path: str) -> int | None:
@@ -139,6 +139,10 @@ def declared_bytes(path: str) -> int | None:
             declared = struct.unpack("<I", head[4:8])[0]
             # 0 and all ones are what a writer that cannot seek leaves; the last pad byte is often forgotten.
             return None if declared in (0, 0xFFFFFFFF) else declared + 7
+        if head[:4] == b"RF64":
+            file.seek(12)
+            kind, _, length = struct.unpack("<4sIQ", file.read(16).ljust(16, b"\0"))
+            return length + 7 if kind == b"ds64" else None
         if head[:4] == b"\x1aE\xdf\xa3":
             file.seek(4)
             file.seek(_ebml_number(file, keep_marker=False) or 0, os.SEEK_CUR)

@@ -34,9 +34,8 @@ STAMP_JITTER = (
     0.01  # seconds: sound is moved where its time stamps say so by more; less is rounding, or a live recorder's
 )
 STAMP_RETURN = 1.0  # seconds: sound whose time goes back by more has been put together wrongly
-IN_ORDER = {
-    "avi"
-}  # containers that say when pictures are decoded, not when they are shown: they are shown in this order
+# Containers that say when pictures are decoded and not when they are shown: one after the other, in the same rhythm.
+IN_ORDER = {"avi"}
 PREROLL = 1.0  # seconds of sound decoded ahead of a segment: codecs need some frames to settle
 PICTURE_SLACK = 0.0005  # seconds: half of a time stamp in milliseconds
 
@@ -184,8 +183,9 @@ def _declared_end(source: Source, container, stream) -> float | None:
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     if stream.duration is None or not _format(container).says_length:
         return None
-    if stream.type == "audio" and container.format.name in IN_ORDER:
-        return None  # it counts the empty pieces by which such a file lets sound begin late, and which nobody plays
+    # ASF gives the length of the file to each track. AVI counts the empty pieces by which it lets sound begin late.
+    if container.format.name == "asf" or (container.format.name == "avi" and stream.type == "audio"):
+        return None
     if container.format.name == "mp3" and (source.is_url or declared_bytes(source.path) is None):
         return None  # without a Xing header FFmpeg guesses, wrongly for variable bit rates
     return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
