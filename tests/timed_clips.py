@@ -43,7 +43,8 @@ class Timed:
 
     @property
     def rate(self) -> int:
-        return {"libopus": 48000, "libmp3lame": 32000, "ac3": 32000}.get(self.audio_codec, 16000)
+        known = {"libopus": 48000, "libmp3lame": 32000, "mp2": 32000, "ac3": 32000, "wmav2": 44100}
+        return known.get(self.audio_codec, 16000)
 
     def shown_at(self, number: int) -> float:
         return self.video_start + number / self.fps
@@ -84,13 +85,16 @@ def write(path: Path, clip: Timed) -> Path:
     """Writes a clip. Sound is left out packet by packet, as a stream that lost some has it."""
     options = {"avoid_negative_ts": "disabled"} if clip.suffix in ("mkv", "mka", "webm") else {}
     with av.open(str(path), "w", options=options) as out:
-        video = out.add_stream(clip.video_codec, rate=clip.fps, options={"preset": "ultrafast"})
+        fast = {"preset": "ultrafast"} if clip.video_codec == "libx264" else {}
+        video = out.add_stream(clip.video_codec, rate=clip.fps, options=fast)
         video.width = video.height = SIDE
         video.pix_fmt, video.codec_context.gop_size = "yuv420p", 8
-        # AVI counts pictures, and would be filled with as many empty ones as there are milliseconds.
-        video.codec_context.time_base = Fraction(1, clip.fps if clip.suffix == "avi" else 1000)
+        # AVI counts pictures, and would be filled with as many empty ones as there are milliseconds; MPEG knows few rates.
+        ticks = clip.fps if clip.suffix == "avi" or clip.video_codec == "mpeg2video" else 1000
+        video.codec_context.time_base = Fraction(1, ticks)
         video.codec_context.max_b_frames = 2 if clip.reordered else 0
         audio = out.add_stream(clip.audio_codec, rate=clip.rate, layout="mono")
+        audio.codec_context.bit_rate = 64000
         packets = [*video_packets(video, clip), *audio_packets(audio, clip)]
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
             out.mux(packet)

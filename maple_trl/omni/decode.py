@@ -30,9 +30,8 @@ from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, sample_in
 MAX_SOURCE_PIXELS = 1 << 26  # 8192 x 8192: a header can claim any size, and the decoder allocates it
 MIN_AUDIO_SECONDS = 0.02
 END_SLACK = 0.1  # seconds by which a header without byte counts may overstate the length: a few codec frames
-STAMP_JITTER = (
-    0.01  # seconds: sound is moved where its time stamps say so by more; less is rounding, or a live recorder's
-)
+# Seconds. Sound is moved where its time stamps say so by more; less is rounding, or the jitter of a live recorder.
+STAMP_JITTER = 0.01
 STAMP_RETURN = 1.0  # seconds: sound whose time goes back by more has been put together wrongly
 # Containers that say when pictures are decoded and not when they are shown: one after the other, in the same rhythm.
 IN_ORDER = {"avi"}
