@@ -16,7 +16,7 @@ from maple_trl.omni.clips import AudioClip, MediaInfo, Source, VideoClip
 from maple_trl.omni.decode import decode_audio, decode_video, probe
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
-from maple_trl.omni.subtitles import subtitle_text
+from maple_trl.omni.subtitles import read_subtitle
 
 
 __all__ = ["AudioClip", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
@@ -178,7 +178,7 @@ class MediaLoader:
         return self._load("audio", self._source(path), sampling_rate)
 
     def subtitle(self, path: str | os.PathLike) -> str:
-        """Plain text of a local .srt, .vtt or .json subtitle file. Raises [`MediaError`]."""
+        """Plain text of a local subtitle file. Raises [`MediaError`]."""
         source = self._source(path)
         if source.is_url:
             raise MediaError("network-not-allowed", source.name, "subtitles are read from the media root only")
@@ -189,18 +189,23 @@ class MediaLoader:
             self.decodes[kind, source.path] += 1
         if kind == "subtitle":
             with open(source.path, "rb") as file:
-                return subtitle_text(file.read(), source.name)
+                text, notes = read_subtitle(file.read(), source.name)
+            self._note(source, notes)
+            return text
         if kind == "video":
             picker = _torchcodec_pictures if self.backend == "torchcodec" else None
             clip = decode_video(source, self.limits, *options, picker=picker)
         else:
             clip = decode_audio(source, self.limits, *options)
+        self._note(source, (NO_AUDIO,) if clip is None else clip.notes)
+        return clip
+
+    def _note(self, source: Source, notes: Iterable[str]) -> None:
         with self._lock:
-            for note in (NO_AUDIO,) if clip is None else clip.notes:
+            for note in notes:
                 if (note, source.path) not in self._noted:  # once a clip, however often it is decoded
                     self._noted.add((note, source.path))
                     self.notes[note] += 1
-        return clip
 
     # Background
 
