@@ -16,6 +16,7 @@ REASONS: dict[str, str] = {
     "audio-too-short": "the audio track is no longer than 0.02 s, less than one step of an audio encoder",
     "non-finite-audio": "the audio holds NaN or infinite samples",
     "bad-subtitle": "the subtitle file has no readable text: wrong encoding, broken structure, or no cue with text",
+    "segment-outside": "the segment that the row asks for lies outside of the clip",
     # limits
     "too-long": "longer than max_seconds, and overlong media are quarantined rather than trimmed",
     "frame-too-large": "the coded picture is larger than any frame this library decodes",

@@ -12,16 +12,17 @@ from typing import Any, Literal
 import cachetools
 import numpy as np
 
-from maple_trl.omni.clips import AudioClip, MediaInfo, Source, VideoClip
-from maple_trl.omni.decode import decode_audio, decode_video, probe
+from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
+from maple_trl.omni.decode import count_frames, decode_audio, decode_video, probe
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
 from maple_trl.omni.subtitles import read_subtitle
 
 
-__all__ = ["AudioClip", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
+__all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
 
 NO_AUDIO = "no-audio-track"
+WHOLE = ClipRequest()
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*://")
 
@@ -45,8 +46,8 @@ def _torchcodec_pictures(path: str, seconds: list[float]) -> list:
 
 
 def _cost(value: Any) -> int:
-    """Bytes of a cache entry; text and `None` (no audio track) are small but not free."""
-    return getattr(value, "nbytes", None) or 64 + len(value or "")
+    """Bytes of a cache entry; text, counts and `None` (no audio track) are small but not free."""
+    return getattr(value, "nbytes", None) or 64 + (len(value) if isinstance(value, str) else 0)
 
 
 class MediaLoader:
@@ -154,28 +155,49 @@ class MediaLoader:
 
     # Media
 
-    def probe(self, path: str | os.PathLike) -> MediaInfo:
-        """What the file's header says, without decoding. Raises [`MediaError`] for what a header already shows."""
-        return probe(self._source(path), self.limits)
+    def probe(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> MediaInfo:
+        """
+        What the file's header says, without decoding. Raises [`MediaError`] for what a header already shows; the length
+        is judged by the segment that `request` names.
+        """
+        return probe(self._source(path), self.limits, request)
 
-    def video(self, path: str | os.PathLike, *, multiple: int = 28, max_pixels: int | None = None) -> VideoClip:
-        """Frames of a video, sampled and resized. `max_pixels` can only lower the limit. Raises [`MediaError`]."""
-        least, most = self.limits.min_pixels, self.limits.max_pixels
+    def video(
+        self,
+        path: str | os.PathLike,
+        *,
+        multiple: int = 28,
+        max_pixels: int | None = None,
+        request: ClipRequest = WHOLE,
+    ) -> VideoClip:
+        """
+        Frames of a video, sampled and resized: the whole clip as the loader does it, or as `request` says. `max_pixels`
+        can only lower the limit. Raises [`MediaError`], and `ValueError` where `request` goes beyond the loader's limits.
+        """
+        request.limits(self.limits)
+        least, most = request.pixels(self.limits)
         if max_pixels is not None and max_pixels < most:
             most = max_pixels
             least = min(least, most // 4)  # room for any usual aspect ratio below the lowered limit
         if most < multiple**2:
             raise ValueError(f"max_pixels={most} is less than one patch of {multiple}x{multiple} pixels")
-        return self._load("video", self._source(path), multiple, least, most)
+        return self._load("video", self._source(path), multiple, least, most, request)
 
-    def audio(self, path: str | os.PathLike, *, sampling_rate: int = 16000) -> AudioClip | None:
+    def frame_count(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> int:
+        """How many frames [`~MediaLoader.video`] will give, without decoding any. Raises [`MediaError`]."""
+        return self._load("frames", self._source(path), request)
+
+    def audio(
+        self, path: str | os.PathLike, *, sampling_rate: int = 16000, request: ClipRequest = WHOLE
+    ) -> AudioClip | None:
         """
         Mono waveform of an audio file, or of a video's audio track; `None` if a valid file has no audio track, which
-        is counted under the note `"no-audio-track"`. Raises [`MediaError`].
+        is counted under the note `"no-audio-track"`. Of `request` it follows the segment. Raises [`MediaError`].
         """
         if sampling_rate <= 0:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
-        return self._load("audio", self._source(path), sampling_rate)
+        segment = ClipRequest(start=request.start, end=request.end)  # other sampling of pictures is the same sound
+        return self._load("audio", self._source(path), sampling_rate, segment)
 
     def subtitle(self, path: str | os.PathLike) -> str:
         """Plain text of a local subtitle file. Raises [`MediaError`]."""
@@ -184,7 +206,9 @@ class MediaLoader:
             raise MediaError("network-not-allowed", source.name, "subtitles are read from the media root only")
         return self._load("subtitle", source)
 
-    def _decode(self, kind: str, source: Source, *options: int) -> VideoClip | AudioClip | str | None:
+    def _decode(self, kind: str, source: Source, *options: Any) -> VideoClip | AudioClip | str | int | None:
+        if kind == "frames":
+            return count_frames(source, self.limits, *options)
         with self._lock:
             self.decodes[kind, source.path] += 1
         if kind == "subtitle":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from itertools import zip_longest
 
-from maple_trl.omni.families.base import OmniFamily, register_family
+import torch
+from torch import Tensor
+
+from maple_trl.omni.families.base import OmniFamily, mean_steps, register_family
 
 
 @register_family
@@ -47,6 +50,52 @@ class Qwen2_5OmniFamily(OmniFamily):
             second_per_grids=self.second_per_grid(videos) if videos else None,
         )
         return positions[:, 0]
+
+    def interleave(self, input_ids, position_ids, clip):
+        """
+        Places the video's tokens by the times of their pictures, on the clock of the sound.
+
+        The processor and `get_rope_index` take it that pictures follow each other evenly from the sound's first sample
+        on. Where they do, nothing changes here.
+        """
+        seen, heard = (input_ids == self.placeholder_ids[kind] for kind in ("video", "audio"))
+        video, audio = position_ids[:, seen], position_ids[:, heard]
+        zero, seconds = audio[0, 0].clone(), self.patch_seconds(clip)
+        # The arithmetic of `get_rope_index`, in single precision, which integer positions round down.
+        numbers = torch.arange(len(seconds)).clamp(min=1)
+        times = (numbers * mean_steps(seconds) * self.config.position_id_per_seconds).to(position_ids.dtype)
+        video[0] = zero + times.repeat_interleave(video.size(1) // len(seconds))
+        order = self.token_order(video[0] - zero, audio[0] - zero)
+        media = (seen | heard).nonzero()[:, 0]
+        input_ids, position_ids, last = input_ids.clone(), position_ids.clone(), position_ids[:, media[-1]].max()
+        input_ids[media] = torch.cat([input_ids[seen], input_ids[heard]])[order]
+        position_ids[:, media] = torch.cat([video, audio], dim=1)[:, order]
+        position_ids[:, media[-1] + 1 :] += (
+            position_ids[:, media[-1]].max() - last
+        )  # text counts on from the last token
+        return input_ids, position_ids
+
+    def token_order(self, video: Tensor, audio: Tensor) -> Tensor:
+        """
+        Order of the tokens of a video and its sound, given the time position of each.
+
+        Tokens stand in chunks of some seconds, and in each the video's come first.
+
+        Returns:
+            `Tensor` of shape (tokens,): indices into the video's tokens followed by the sound's.
+        """
+        per_chunk = int(self.config.position_id_per_seconds * self.config.seconds_per_chunk)
+        late = int(video[0]) // per_chunk  # chunks that end before the first picture
+        starts = [(0, 0)] * late
+        chunks = [
+            starts + self.processor.get_chunked_index(video - late * per_chunk, per_chunk),
+            self.processor.get_chunked_index(audio, per_chunk),
+        ]
+        order, offsets = [], (0, len(video))
+        for pair in zip_longest(*chunks, fillvalue=(0, 0)):
+            for (first, end), offset in zip(pair, offsets, strict=True):
+                order += range(offset + first, offset + end)
+        return torch.tensor(order)
 
     def audio_token_count(self, mel_frames):
         return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
