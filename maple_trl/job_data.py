@@ -37,6 +37,8 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     Raises:
         SetupError: when there is no such data set or training split, listing what is there.
     """
+    from maple_trl.omni.embedded import as_paths
+
     name = script_args.dataset_name
     if not name:
         raise SetupError("dataset_name is missing; for a first run: builtin:seven-tags")
@@ -66,7 +68,7 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     if wanted[0] not in splits:
         raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
     root = media_root if folder is None or media_root != "." else str(folder.resolve())
-    return {split: splits[split] for split in wanted if split in splits}, root
+    return {split: as_paths(splits[split]) for split in wanted if split in splits}, root
 
 
 def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
@@ -191,7 +193,13 @@ def prepare_data(
 
 
 def _prepared(dataset: Dataset, script_args: OmniScriptArguments, split: str, strict: bool) -> Dataset:
+    from maple_trl.trainers.rows import check_spelling
+
     name = f"{script_args.dataset_name}, split {split!r}"
+    try:
+        check_spelling(dataset.column_names, name)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     if script_args.dataset_filter is not None:
         dataset = filter_rows(dataset, script_args.dataset_filter, name, strict)
     if script_args.completion_template is not None:

@@ -151,7 +151,7 @@ def _media_file(block: Mapping[str, Any], kind: str) -> MediaFile | None:
         return MediaFile(file, ClipRequest(**{keys[name]: value for name, value in settings.items()}))
     except ValueError as error:
         raise RowError(
-            f"a '{kind}' block of field 'prompt' has {_listed(settings)}: {_in_words_of_the_block(str(error), keys)}"
+            f"a '{kind}' block of field 'prompt' has {_listed(settings)}: {in_block_words(str(error), kind)}"
         ) from error
 
 
@@ -175,10 +175,10 @@ def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
-def _in_words_of_the_block(text: str, keys: Mapping[str, str]) -> str:
-    for name, ours in keys.items():
-        if name != ours:
-            text = re.sub(rf"\b{ours}\b", name, text)
+def in_block_words(text: str, kind: str) -> str:
+    """An error about a [`ClipRequest`] in the words of a content block."""
+    for key, name in SEGMENT_KEYS[kind].items():
+        text = re.sub(rf"\b{name}\b", key, text)
     return text
 
 

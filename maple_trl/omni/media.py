@@ -14,6 +14,7 @@ import numpy as np
 
 from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
 from maple_trl.omni.decode import count_frames, decode_audio, decode_video, probe
+from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
 from maple_trl.omni.subtitles import read_subtitle
@@ -125,6 +126,10 @@ class MediaLoader:
         if not isinstance(path, (str, os.PathLike)):
             raise MediaError("not-found", None, f"expected a path, got {type(path).__name__}")
         name = os.fspath(path)
+        if (stored := stored_path(name)) is not None:
+            if not os.path.isfile(stored):
+                raise MediaError("not-found", name, f"bytes of a table that are not on this machine ({stored})")
+            return stored
         if _SCHEME.match(name):
             if not self.allow_network:
                 raise MediaError("network-not-allowed", name, "a URL; give a path under the media root")

@@ -15,6 +15,7 @@ from maple_trl.omni.content import (
     Content,
     MediaFile,
     check_places,
+    in_block_words,
     path_of,
     place_blocks,
     read_content,
@@ -59,6 +60,12 @@ class PromptSpec:
     def subtitle_file(self) -> bool:
         """Whether the subtitle is a file rather than the text itself."""
         return self.subtitle is not None and is_subtitle_file(self.subtitle)
+
+    @property
+    def clips(self) -> tuple[tuple[str, ClipRequest], ...]:
+        """Videos and audios, each with what is wanted of it."""
+        files, requests = (*self.videos, *self.audios), (*self.video_requests, *self.audio_requests)
+        return tuple(zip(files, requests, strict=True))
 
     @property
     def key(self) -> str:
@@ -183,17 +190,15 @@ class PromptBuilder:
         return tuple(content.files[kind]) or _as_files(row, kind)
 
     def _check_request(self, request: ClipRequest, kind: str) -> None:
-        """What cannot be asked of any clip is known before one is decoded."""
+        """What can be asked of no clip is known before one is decoded."""
         try:
             request.limits(self.loader.limits)
+            if kind == "video" and kind in self.family.placeholders:
+                least = self.family.frame_multiple**2
+                if request.max_pixels is not None and request.max_pixels < least:
+                    raise ValueError(f"max_pixels={request.max_pixels} is less than one patch, {least} pixels")
         except ValueError as error:
-            raise RowError(f"a '{kind}' block of field 'prompt' asks for too much: {error}") from error
-        least = self.family.frame_multiple**2 if request.max_pixels is not None else 0
-        if request.max_pixels is not None and request.max_pixels < least:
-            raise RowError(
-                f"a '{kind}' block of field 'prompt' has max_pixels={request.max_pixels}; it must be at least {least}, which "
-                "is one patch"
-            )
+            raise RowError(f"a '{kind}' block of field 'prompt': {in_block_words(str(error), kind)}") from error
 
     def _checked_subtitle(self, subtitle: Any) -> str | None:
         if subtitle is None:
@@ -295,9 +300,9 @@ class PromptBuilder:
         return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
 
     def _clips(self, spec: PromptSpec) -> tuple[list[VideoClip], list[AudioClip | None]]:
-        audios = [self._audio(*clip) for clip in zip(spec.audios, spec.audio_requests, strict=True)]
+        audios = [self._audio(*clip) for clip in spec.clips[len(spec.videos) :]]
         if self.max_media_tokens is None:
-            return [self._video(*clip) for clip in zip(spec.videos, spec.video_requests, strict=True)], audios
+            return [self._video(*clip) for clip in spec.clips[: len(spec.videos)]], audios
         audio_tokens = sum(self._audio_tokens(clip) for clip in audios if clip is not None)
         budget = self.max_media_tokens - audio_tokens
         videos = self._videos_within(budget, spec)
@@ -316,7 +321,7 @@ class PromptBuilder:
         if not spec.videos:
             return []
         # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
-        clips = list(zip(spec.videos, spec.video_requests, strict=True))
+        clips = spec.clips[: len(spec.videos)]
         steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips)
         pixels = max(budget // steps, 1) * self.family.frame_multiple**2
         try:

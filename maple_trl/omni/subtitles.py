@@ -78,7 +78,7 @@ def unread_file(text: str, root: str) -> str | None:
         return None
     if len(text) < 1024 and "\0" not in text and os.path.isfile(os.path.join(root, text)):
         return "names a file below the media root" if not os.path.isabs(text) else "names a file"
-    return "looks like the name of a file" if _NAME.fullmatch(text) or _PATH.fullmatch(text) else None
+    return "looks like a file" if _NAME.fullmatch(text) or _PATH.fullmatch(text) else None
 
 
 def subtitle_text(data: bytes, name: str) -> str:
