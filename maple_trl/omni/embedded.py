@@ -61,8 +61,9 @@ def as_paths(dataset: Dataset | IterableDataset | Any) -> Dataset | IterableData
     if not isinstance(dataset, (Dataset, IterableDataset)) or features is None:
         return dataset
     undecoded = Features({name: _undecoded(feature) for name, feature in features.items()})
-    if undecoded != features:
-        dataset = dataset.cast(undecoded)
+    for name, feature in undecoded.items():
+        if feature != features[name]:
+            dataset = dataset.cast_column(name, feature)  # of a column itself, this copies nothing
     names = [name for name in ("video", "audio") if _embeds(undecoded.get(name))]
     if not names:
         return dataset
