@@ -69,7 +69,7 @@ def test_text(data, expected):
 @pytest.mark.parametrize(
     ("data", "detail"),
     [
-        (SRT.replace("first line", "Здравствуй").encode("cp1251"), "UTF-8"),
+        (SRT.replace("first", "Здравствуй").encode("cp1251"), "UTF-8"),
         ("1\n00:00:00,000 --> 00:00:01,000\nこんにちは\n".encode("shift-jis"), "UTF-8"),
         ("1\n00:00:00,000 --> 00:00:01,000\nün œuf brûlé\n".encode()[:-2] + b"\n", "UTF-8"),  # cut within a letter
         (b"PG\x00\x00\x00\x01", "binary"),

@@ -157,13 +157,15 @@ def _unicode(data: bytes) -> str:
 
 
 def _windows_1252(data: bytes) -> str | None:
-    """The text, unless it must be something else: damaged UTF-8, or a script whose words have no ASCII letter."""
+    """The text, unless it must be something else: damaged UTF-8, or a script whose words have few or no ASCII letters."""
     try:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
         return None
     words = re.findall(r"[^\W\d_]+", text)
     foreign = sum(len(word) > 3 and not re.search("[a-zA-Z]", word) for word in words) > 0.05 * len(words)
+    letters = "".join(words)
+    foreign = foreign or sum(not letter.isascii() for letter in letters) > 0.75 * len(letters)
     utf8 = data.decode("utf-8", errors="replace")
     damaged = sum(not letter.isascii() for letter in utf8) > 2 * utf8.count("\ufffd")
     return None if foreign or damaged else text
