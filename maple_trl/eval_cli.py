@@ -48,6 +48,8 @@ _MEDIA = (
     ("max_pixels", int, "N", "most pixels of a frame (100352)"),
     ("max_media_seconds", float, "S", "longest clip (300)"),
     ("media_decode_timeout", float, "S", "seconds that decoding one clip may take (60)"),
+    ("media_workers", int, "N", "processes that decode media; 0: decode in this process (2)"),
+    ("media_worker_bytes", int, "N", "memory that each of them may have (4 GiB)"),
     ("media_cache_bytes", int, "N", "memory for decoded clips (2 GiB)"),
     ("max_prompt_length", int, "N", "tokens per prompt; a subtitle is shortened to fit"),
     ("max_media_tokens", int, "N", "video and audio tokens per prompt; frames are made smaller to fit"),

@@ -214,6 +214,8 @@ def _loader(job: EvalJob, root: str) -> MediaLoader:
             cache_bytes=media.media_cache_bytes,
             allow_network=media.media_allow_network,
             backend=media.media_backend,
+            workers=media.media_workers,
+            worker_bytes=media.media_worker_bytes,
         )
     except (FileNotFoundError, RuntimeError) as error:
         raise SetupError(str(error)) from error

@@ -161,7 +161,12 @@ def _media_loader(args: OmniGRPOConfig) -> MediaLoader:
     from maple_trl.omni.media import MediaLoader
 
     return MediaLoader(
-        args.media_root, args.media_limits(), allow_network=args.media_allow_network, backend=args.media_backend
+        args.media_root,
+        args.media_limits(),
+        allow_network=args.media_allow_network,
+        backend=args.media_backend,
+        workers=args.media_workers,
+        worker_bytes=args.media_worker_bytes,
     )
 
 

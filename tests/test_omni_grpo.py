@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from maple_trl import ModalityTag, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.data.synthetic import write_seven_tags
-from maple_trl.omni import media
+from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.encoded import MediaMismatchError
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
@@ -259,21 +259,21 @@ def test_decoding_of_the_next_batch_overlaps_with_the_step(seven_tags, monkeypat
     folder, dataset = seven_tags
     by_thread, within_step = {"main": 0, "background": 0}, []
     in_step = threading.Event()
-    original = media.decode_video
+    original = MediaLoader._decode
 
-    def decode_video(source, *args, **kwargs):
+    def decode(loader, *args):
         main = threading.current_thread() is threading.main_thread()
         by_thread["main" if main else "background"] += 1
         if not main:
             within_step.append(in_step.wait(timeout=60))
-        return original(source, *args, **kwargs)
+        return original(loader, *args)
 
     class Watched(OmniGRPOTrainer):
         def _compute_loss(self, model, inputs):
             in_step.set()
             return super()._compute_loss(model, inputs)
 
-    monkeypatch.setattr(media, "decode_video", decode_video)
+    monkeypatch.setattr(MediaLoader, "_decode", decode)
     rows = dataset.filter(lambda r: r["tag"] == "V")
     build_trainer(folder, rows, trainer_class=Watched, max_steps=2, shuffle_dataset=False).train()
     assert by_thread == {"main": 2, "background": 2}  # two prompts a batch: the first has nothing before it

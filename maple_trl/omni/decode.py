@@ -5,6 +5,7 @@ FFmpeg guesses a file's format from its content, and some formats (HLS playlists
 URLs, which it then reads. Only containers that carry their own data are accepted here, whatever the file's name.
 """
 
+import errno
 import os
 import re
 import time
@@ -74,6 +75,8 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
     except (av.error.HTTPClientError, av.error.ConnectionRefusedError) as error:
         raise source.error("not-found", str(error)) from error
     except av.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
         if source.is_url or looks_like_media(source.path):
             raise source.error("unreadable", f"FFmpeg: {error.strerror}") from error
         detail = f"the content is none of {', '.join(FORMATS)} (FFmpeg: {error.strerror})"
@@ -394,7 +397,7 @@ def _pick(
             yield picture
 
 
-def _upright(picture: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
+def upright(picture: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
     """
     A stored picture (H, W, C) as a player shows it: turned by quarters and mirrored as FFmpeg's display matrix says.
 
@@ -415,10 +418,16 @@ def _turns_aside(matrix: Sequence[int] | None) -> bool:
     return matrix is not None and abs(matrix[1]) + abs(matrix[3]) > abs(matrix[0]) + abs(matrix[4])
 
 
-def _display_matrix(frame: "av.VideoFrame") -> tuple[int, ...] | None:
+def display_matrix(frame: "av.VideoFrame") -> tuple[int, ...] | None:
     """The nine numbers of the frame's display matrix, from its container or its own data; `None` without one."""
     data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     return None if data is None else tuple(np.frombuffer(data, dtype=np.int32).tolist())
+
+
+def _stored_upright(source: Source, limits: MediaLimits) -> bool:
+    with opened_video(source, limits) as (container, stream):
+        frame = next(container.decode(stream), None)
+        return frame is not None and display_matrix(frame) is None
 
 
 class _Resizer:
@@ -440,7 +449,7 @@ class _Resizer:
         self.reformatter = VideoReformatter()
 
     def __call__(self, frame: "av.VideoFrame") -> np.ndarray:
-        matrix = _display_matrix(frame)
+        matrix = display_matrix(frame)
         aside = _turns_aside(matrix)
         if self.size is None:
             height, width = frame.height, frame.width * self.pixel_aspect
@@ -452,7 +461,7 @@ class _Resizer:
             self.resized = self.size != stored
         height, width = self.size[::-1] if aside else self.size
         rgb = self.reformatter.reformat(frame, width=width, height=height, format="rgb24", interpolation="BICUBIC")
-        return _upright(rgb.to_ndarray(), matrix)
+        return upright(rgb.to_ndarray(), matrix)
 
 
 def decode_video(
@@ -484,7 +493,8 @@ def decode_video(
         resize = _Resizer(source, multiple, min_pixels, max_pixels, stream.sample_aspect_ratio, request)
         choice = _choose(source, container, stream, limits, request, deadline)
     line, wanted, notes = choice.line, choice.ticks, choice.notes
-    if picker is not None:
+    # torchcodec turns pictures, in some versions, and mirrors none: what is not upright as stored is left to PyAV.
+    if picker is not None and _stored_upright(source, limits):
         try:  # half a tick later: the float must not fall before the picture
             pictures = picker(source.path, [float((tick + Fraction(1, 2)) * line.tick) for tick in wanted])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -500,6 +510,11 @@ def decode_video(
     timestamps = np.array(even_count(choice.seconds))
     stacked.flags.writeable = timestamps.flags.writeable = False  # shared by all users of the cache
     return VideoClip(stacked, timestamps, choice.fps, choice.duration, source.path, tuple(notes))
+
+
+def _mono(frame: "av.AudioFrame") -> np.ndarray:
+    """Mean of the channels, however many. Of packed samples: PyAV counts the planes of 8 and more channels wrongly."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
 
 
 @dataclass
@@ -524,7 +539,7 @@ class _Sound:
         self._restart()
 
     def _restart(self) -> None:
-        self._resampler = av.AudioResampler(format="fltp", rate=self.rate)
+        self._resampler = av.AudioResampler(format="flt", rate=self.rate)
 
     def add(self, frame: "av.AudioFrame") -> None:
         """Takes a decoded frame, at the time that its stamp says."""
@@ -562,7 +577,7 @@ class _Sound:
         except ValueError as error:
             raise self.source.error("unreadable", f"the sound changes its format midway: {error}") from error
         for piece in resampled:
-            self._put(piece.to_ndarray().mean(axis=0, dtype=np.float32))
+            self._put(_mono(piece))
 
     def _put(self, samples: np.ndarray) -> None:
         """Appends what of `samples`, which stand at `at`, is not yet there."""

@@ -22,6 +22,8 @@ REASONS: dict[str, str] = {
     "frame-too-large": "the coded picture is larger than any frame this library decodes",
     "bad-aspect-ratio": "no size with the picture's aspect ratio fits the pixel budget",
     "decode-timeout": "decoding took longer than decode_timeout",
+    "decoder-crashed": "the decoder process ended while it decoded the file",
+    "decoder-memory": "decoding needs more memory than a decoder process may have",
     "media-tokens": "the row's media take more tokens than the budget of one prompt",
     # rows
     "no-signal": "nothing that the row's tag asks for is left",

@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import cachetools
-import numpy as np
 
 from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
-from maple_trl.omni.decode import count_frames, decode_audio, decode_video, probe
 from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
 from maple_trl.omni.subtitles import read_subtitle
+from maple_trl.omni.tasks import Task, perform
+from maple_trl.omni.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
 
 
 __all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
@@ -35,15 +35,6 @@ def torchcodec_problem() -> str | None:
     except Exception as error:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
     return None
-
-
-def _torchcodec_pictures(path: str, seconds: list[float]) -> list:
-    """The frames shown at `seconds`, by torchcodec, as PyAV frames: choice of times and resize stay the same."""
-    import av
-    from torchcodec.decoders import VideoDecoder
-
-    batch = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1).get_frames_played_at(seconds)
-    return [av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in batch.data.numpy()]
 
 
 def _cost(value: Any) -> int:
@@ -70,6 +61,11 @@ class MediaLoader:
         backend (`"auto"`, `"pyav"` or `"torchcodec"`, *optional*, defaults to `"auto"`):
             Decoder of video frames; audio is always PyAV's. `"auto"` takes torchcodec where it works, and else PyAV,
             with the reason in `backend_note`.
+        workers (`int`, *optional*, defaults to 2):
+            Processes that decode, so that a file that crashes or hangs the decoder does not end this one; all loaders of
+            this process share them. 0: decode in this process.
+        worker_bytes (`int`, *optional*, defaults to 4 GiB):
+            Memory that each of them may have. A file that needs more is refused as `decoder-memory`.
 
     Attributes:
         decodes (`Counter`): `(kind, resolved path)` -> how often it was really decoded.
@@ -88,12 +84,19 @@ class MediaLoader:
         cache_bytes: int = 2 << 30,
         allow_network: bool = False,
         backend: Literal["auto", "pyav", "torchcodec"] = "auto",
+        workers: int = WORKERS,
+        worker_bytes: int = WORKER_BYTES,
     ):
         self.root = os.path.realpath(root)
         if not os.path.isdir(self.root):
             raise FileNotFoundError(f"media root {os.fspath(root)!r} is not a folder")
         if backend not in ("auto", "pyav", "torchcodec"):
             raise ValueError(f"backend must be 'auto', 'pyav' or 'torchcodec', got {backend!r}")
+        if workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
+        if worker_bytes < LEAST_BYTES:
+            raise ValueError(f"worker_bytes must be at least {LEAST_BYTES} (256 MiB), got {worker_bytes}")
+        self.workers, self.worker_bytes = workers, worker_bytes
         self.limits, self.allow_network = limits or MediaLimits(), allow_network
         self.backend_note = torchcodec_problem() if backend != "pyav" else None
         if backend == "torchcodec" and self.backend_note:
@@ -165,7 +168,7 @@ class MediaLoader:
         What the file's header says, without decoding. Raises [`MediaError`] for what a header already shows; the length
         is judged by the segment that `request` names.
         """
-        return probe(self._source(path), self.limits, request)
+        return self._perform("probe", self._source(path), request)
 
     def video(
         self,
@@ -213,7 +216,7 @@ class MediaLoader:
 
     def _decode(self, kind: str, source: Source, *options: Any) -> VideoClip | AudioClip | str | int | None:
         if kind == "frames":
-            return count_frames(source, self.limits, *options)
+            return self._perform("frames", source, *options)
         with self._lock:
             self.decodes[kind, source.path] += 1
         if kind == "subtitle":
@@ -221,11 +224,7 @@ class MediaLoader:
                 text, notes = read_subtitle(file.read(), source.name)
             self._note(source, notes)
             return text
-        if kind == "video":
-            picker = _torchcodec_pictures if self.backend == "torchcodec" else None
-            clip = decode_video(source, self.limits, *options, picker=picker)
-        else:
-            clip = decode_audio(source, self.limits, *options)
+        clip = self._perform(kind, source, *options)
         self._note(source, (NO_AUDIO,) if clip is None else clip.notes)
         return clip
 
@@ -236,16 +235,20 @@ class MediaLoader:
                     self._noted.add((note, source.path))
                     self.notes[note] += 1
 
+    def _perform(self, kind: str, source: Source, *options: Any) -> Any:
+        task = Task(kind, source, self.limits, options, self.backend)
+        return decoder_pool(self.workers, self.worker_bytes, self.backend).run(task) if self.workers else perform(task)
+
     # Background
 
     def prefetch(self, calls: Iterable[Callable[[], Any]]) -> None:
         """
-        Runs `calls` (each loads a clip) in background threads. FFmpeg releases the interpreter lock while it decodes.
+        Runs `calls` (each loads a clip) in background threads, which keep the decoder processes busy.
         Errors are dropped here: the foreground call for the same clip meets and reports them.
         """
         with self._lock:
             if self._pool is None:
-                workers = min(4, os.cpu_count() or 1)
+                workers = self.workers or min(4, os.cpu_count() or 1)
                 self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="maple-media")
             for call in calls:
                 self._pool.submit(call)

@@ -29,6 +29,8 @@ _HARMLESS = (
     "media_prefetch",
     "media_check",
     "media_decode_timeout",
+    "media_workers",
+    "media_worker_bytes",
     "encoder_cache_bytes",
     "encoder_cache_dir",
     "encoder_cache_disk_bytes",

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from maple_trl.omni.media import MediaLimits
+from maple_trl.omni.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
 
 
 _FIELD_OF_LIMIT = {
@@ -91,6 +92,17 @@ class MediaConfig:
     media_decode_timeout: float = field(
         default=60.0, metadata={"help": "Seconds that decoding one clip may take before its row is quarantined."}
     )
+    media_workers: int = field(
+        default=WORKERS,
+        metadata={
+            "help": "Processes that decode media, so that a file that crashes or hangs the decoder costs its row and not the "
+            "run. 0: decode in the training process."
+        },
+    )
+    media_worker_bytes: int = field(
+        default=WORKER_BYTES,
+        metadata={"help": "Memory that each of them may have. A clip that needs more is quarantined."},
+    )
     media_cache_bytes: int = field(
         default=2 << 30, metadata={"help": "Bytes of decoded clips kept in memory, shared by rollout and training."}
     )
@@ -128,7 +140,11 @@ class MediaConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("encoder_cache_bytes", "encoder_cache_disk_bytes"):
+        if self.media_worker_bytes < LEAST_BYTES:
+            raise ValueError(
+                f"media_worker_bytes must be at least {LEAST_BYTES} (256 MiB), got {self.media_worker_bytes}"
+            )
+        for name in ("encoder_cache_bytes", "encoder_cache_disk_bytes", "media_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.media_limits()

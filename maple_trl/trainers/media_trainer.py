@@ -48,6 +48,8 @@ class MediaTrainer:
             cache_bytes=args.media_cache_bytes,
             allow_network=args.media_allow_network,
             backend=args.media_backend,
+            workers=args.media_workers,
+            worker_bytes=args.media_worker_bytes,
         )
         self.prompt_builder = PromptBuilder(
             self.family,
