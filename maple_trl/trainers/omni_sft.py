@@ -13,8 +13,8 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
-from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.embedded import as_paths
+from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY
