@@ -632,7 +632,8 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
         wanted = most + sampling_rate
         if request.end is not None:
             wanted = min(wanted, round((request.end - start) * sampling_rate))
-        end, ended = 0.0, False
+        # Behind the end there is nothing to decode, and nothing is missing.
+        end, ended = min(zero + start, declared_end or 0.0), False
         for frame in _frames_from(container, stream, zero + start):
             deadline.check()
             if frame.time is not None and (frame.time - zero - start) * sampling_rate > wanted:
