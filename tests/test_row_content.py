@@ -185,7 +185,7 @@ def test_what_cannot_be_followed_is_refused(build, block, message):
         build.spec(row_of(block))
 
 
-def test_training_takes_two_segments_for_two_rows(folder):
+def test_training_takes_two_segments_for_two_rows(folder, caplog):
     """One lies behind the clip's end: it is quarantined, and the other of the same file is trained on."""
     blocks = [
         {"type": "video", "video": "ten.mp4", "video_start": start, "video_end": start + 1}
@@ -203,6 +203,8 @@ def test_training_takes_two_segments_for_two_rows(folder):
     with open(os.path.join(trainer.args.output_dir, "quarantine.json")) as file:
         [entry] = json.load(file)
     assert entry["path"] == "ten.mp4" and entry["rows"] == [2] and entry["reason"] == "segment-outside"
+    # Media near the end of a prompt do not keep completions from sharing it.
+    assert "comparing both ways" not in caplog.text
 
 
 # Marks
@@ -322,6 +324,13 @@ def test_marks_and_files_must_be_as_many(build, marks, files, kind):
 def test_marks_that_place_nothing_are_refused(build, row, message):
     with pytest.raises(RowError, match=message):
         build.spec(row)
+
+
+def test_what_a_table_fills_in_is_no_key(build):
+    """Rows with blocks of several kinds: Arrow gives every block the keys of all, and some writers put empty texts."""
+    video = {"type": "video", "video": "v0.mp4", "text": None, "video_start": None, "audio": ""}
+    text = {"type": "text", "text": "", "video": None, "audio": "", "nframes": None}
+    assert build.spec(row_of(video, text)).videos == ("v0.mp4",)
 
 
 def test_other_marks_are_text(build):

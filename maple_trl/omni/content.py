@@ -90,7 +90,8 @@ def _message(message: Any, content: Content) -> dict[str, Any]:
 
 def _parts(block: Mapping[str, Any], content: Content) -> Iterator[dict[str, Any]]:
     """A block as bare blocks: a text is split at its marks."""
-    block = {name: value for name, value in block.items() if value is not None}  # a table fills in what a row lacks
+    # A table fills in what a row lacks.
+    block = {name: value for name, value in block.items() if value is not None and (value != "" or name == "text")}
     kind = block.get("type")
     if kind == "text" and isinstance(block.get("text"), str):
         _check_keys(block, "text", ("text",))
