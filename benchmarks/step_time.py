@@ -19,6 +19,9 @@ A step is what one optimizer step needs up to the optimizer: the rollout of `gro
 reference's log-probabilities, and for each micro-batch (one group's worth of rows) loss and backward. Before anything
 is timed, both sides must sample the same completions and agree on loss and gradient.
 
+A second comparison is about where clips are decoded: in threads of this process (`media_workers=0`) or in decoder processes,
+which are the default. Here each batch is decoded while the step before runs, as in training; a few steps, in turns again.
+
 The model has random weights and the shape of Qwen2.5-Omni, whose parts stand in the proportions of the 3B model: per
 media token the vision tower does about as much work as the language model.
 """
@@ -55,11 +58,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from maple_trl.data.daily_omni import load_daily_omni
 from maple_trl.data.tiny_omni import build_model, build_processor
+from maple_trl.omni.workers import WORKERS, close_decoders
 from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
 
 SIDES = ("naive", "ours")
+PLACES = {"threads": 0, "processes": WORKERS}
+BATCHES = 3  # of the comparison of places: the first is decoded by its own step, the others ahead
 PHASES = {
     "decode_encode": "decode + encode",
     "prefill": "rollout: towers + prefill",
@@ -213,15 +219,15 @@ def write_clip(path: Path, seconds: float, side: int, rng: np.random.Generator) 
 
 
 def make_rows(args: argparse.Namespace, folder: Path) -> tuple[Dataset, str]:
-    """The prompts, all with video and audio, and their media root."""
+    """Prompts of up to `BATCHES` steps, all with video and audio, and their media root."""
     if args.daily_omni:
         dataset = load_daily_omni(args.daily_omni)
         if len(dataset) < args.groups:
             raise SystemExit(f"--groups {args.groups}: only {len(dataset)} questions have their clip")
-        dataset = dataset.select(range(args.groups))
+        dataset = dataset.select(range(min(len(dataset), BATCHES * args.groups)))
         return dataset.select_columns(["prompt", "tag", "video", "audio"]), args.daily_omni
     rows = []
-    for index in range(args.groups):
+    for index in range(BATCHES * args.groups):
         write_clip(folder / f"{index}.mp4", args.seconds, args.clip_side, np.random.default_rng([args.seed, index]))
         question = f"Clip {index}: which colour moves fastest while the chord sounds? A. red B. green C. blue"
         rows.append({"prompt": [{"role": "user", "content": question}], "tag": "VA", "video": f"{index}.mp4"})
@@ -238,6 +244,7 @@ def build_trainer(side: str, args: argparse.Namespace, checkpoint: Path, dataset
         str(out / side),
         media_root=media_root,
         media_cache_bytes=1 if side == "naive" else 2 << 30,
+        media_workers=0,  # so that the CPU time of decoding is counted
         encoder_cache_bytes=0,  # measured is one pass per prompt, not none
         num_frames=args.frames,
         min_pixels=28 * 28,
@@ -268,6 +275,45 @@ def build_trainer(side: str, args: argparse.Namespace, checkpoint: Path, dataset
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter += 0.1 * parameter.std() * noise
     return trainer
+
+
+def steps_ahead(trainer: OmniGRPOTrainer, batches: list[list[dict[str, Any]]], workers: int, seed: int) -> np.ndarray:
+    """Wall clock and CPU time of this process, per step, with each batch decoded during the step before."""
+    loader = trainer.loader
+    loader.workers = workers
+    loader.close()
+    transformers.set_seed(seed)
+    gc.collect()
+    start = now()
+    for index, rows in enumerate(batches):
+        trainer.model.zero_grad(set_to_none=True)
+        if index + 1 < len(batches):
+            trainer._prefetch(batches[index + 1], ())
+        for _ in range(trainer.args.gradient_accumulation_steps):
+            trainer.training_step(trainer.model, rows, None)
+    return (now() - start) / len(batches)
+
+
+def compare_places(trainer: OmniGRPOTrainer, batches: list, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Decoding in threads against decoding in processes: both spreads, and that of the ratios of neighbours."""
+    if len(batches) < 2:
+        return None
+    taken: dict[str, list[np.ndarray]] = {name: [] for name in PLACES}
+    for repeat in range(args.repeats + 1):
+        order = list(PLACES) if repeat % 2 else list(PLACES)[::-1]
+        for name in order:
+            seconds = steps_ahead(trainer, batches, PLACES[name], args.seed)
+            if repeat:  # the first starts the processes
+                taken[name].append(seconds)
+    close_decoders()
+    result: dict[str, Any] = {"batches": len(batches), "workers": PLACES["processes"]}
+    for index, clock in enumerate(("wall", "cpu")):
+        samples = {name: [float(seconds[index]) for seconds in taken[name]] for name in PLACES}
+        pairs = [one / other for one, other in zip(*samples.values(), strict=True)]
+        medians = {name: summary_of(values) for name, values in samples.items()}
+        ratio = medians["threads"]["median"] / medians["processes"]["median"]
+        result[clock] = {**medians, "ratio": ratio, "pair_ratio": summary_of(pairs), "samples": samples}
+    return result
 
 
 def assert_agreement(watches: dict[str, Stopwatch], rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -408,7 +454,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         side: Stopwatch(build_trainer(side, args, folder / "model", dataset, media_root, folder)) for side in SIDES
     }
     # A rollout's rows as the trainer's own sampler yields them.
-    rows = [row for row in dataset for _ in range(args.generations)]
+    groups = [[row] * args.generations for row in dataset]
+    starts = range(0, len(groups) - args.groups + 1, args.groups)
+    batches = [[row for group in groups[start : start + args.groups] for row in group] for start in starts]
+    rows, dataset = batches[0], dataset.select(range(args.groups))
     prompts = [watches["ours"].trainer.prompt_builder.encode(row) for row in dataset]
 
     result: dict[str, Any] = {
@@ -451,6 +500,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result["ratio"] = {clock: phases["total"]["ratio"] for clock, phases in result["seconds"].items()}
     result["counts"] = {side: samples[side][-1]["counts"] for side in SIDES}
     result["samples"] = {side: [{c: x[c] for c in ("wall", "cpu")} for x in samples[side]] for side in SIDES}
+    result["places"] = compare_places(watches["ours"].trainer, batches, args)
     result["load_average_at_end"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     return result
 
@@ -468,6 +518,16 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"  {clock} {ratio:.2f} (of neighbouring steps: {pairs['p10']:.2f} - {pairs['p90']:.2f}, n = {pairs['n']})"
         )
+    if result["places"]:
+        print("\ndecoding in threads / in processes, a step with the next batch decoded ahead:")
+        for clock, title in (("wall", "wall"), ("cpu", "CPU of the training process")):
+            found = result["places"][clock]
+            one, other = (found[name]["median"] for name in PLACES)
+            pairs = found["pair_ratio"]
+            print(
+                f"  {title} {one:.2f} s / {other:.2f} s = {found['ratio']:.2f} (of neighbours: {pairs['p10']:.2f} - "
+                f"{pairs['p90']:.2f}, n = {pairs['n']})"
+            )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

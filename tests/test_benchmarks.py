@@ -62,6 +62,16 @@ def test_step_time_sides_compute_the_same(step_time):
     assert agreement["gradient_norm_vision"] > 0 and agreement["gradient_norm_audio"] > 0
 
 
+def test_step_time_compares_where_clips_are_decoded(step_time):
+    result, printed = step_time
+    places = result["places"]
+    assert places["batches"] == 3 and places["workers"] == 2 and "decoding in threads / in processes" in printed
+    for clock in ("wall", "cpu"):
+        samples = places[clock]["samples"]
+        assert [len(samples[name]) for name in ("threads", "processes")] == [REPEATS] * 2
+        assert all(second > 0 for values in samples.values() for second in values) and places[clock]["ratio"] > 0
+
+
 def test_step_time_naive_does_the_work_of_every_row_and_ours_of_every_prompt(step_time):
     naive, ours = (step_time[0]["counts"][side] for side in ("naive", "ours"))
     assert naive["video decodes"] == naive["audio decodes"] == GROUPS * GENERATIONS

@@ -17,11 +17,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from maple_trl import ModalityTag, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.data.synthetic import write_seven_tags
-from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.encoded import MediaMismatchError
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config, freeze
+from maple_trl.omni.media import MediaLoader
 
 
 @pytest.fixture(scope="module")

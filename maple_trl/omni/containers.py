@@ -6,14 +6,9 @@ import struct
 
 _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx", b"mfra", b"uuid", b"udta"}
 
-
-def looks_like_media(path: str) -> bool:
-    """Whether the first bytes are those of an accepted container: tells a broken clip from what never was one."""
-    with open(path, "rb") as file:
-        head = file.read(12)
-    riff = head[:4] == b"RIFF" and head[8:12] == b"WAVE"
-    mp3 = head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
-    return riff or mp3 or head[4:8] in _BOXES or head[:4] in (b"\x1aE\xdf\xa3", b"fLaC")
+_W64, _ASF = bytes.fromhex("726966662e91cf11"), bytes.fromhex("3026b2758e66cf11")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_FLV_TAGS = (8, 9, 18)
 
 
 def _ebml_number(file, keep_marker: bool) -> int | None:
@@ -44,10 +39,97 @@ def _mp3_bytes(file) -> int | None:
     return start + length - 128 if flags & 3 == 3 else None
 
 
+def _asf_bytes(file) -> int | None:
+    """Length by the file properties of an ASF file; a broadcast leaves them open."""
+    file.seek(0)
+    head = file.read(1 << 16)
+    at = head.find(_ASF_PROPERTIES)
+    if at < 0 or len(head) < at + 92:
+        return None
+    (length,), (flags,) = struct.unpack_from("<Q", head, at + 40), struct.unpack_from("<I", head, at + 88)
+    return None if flags & 1 else length
+
+
+def _au_bytes(file) -> int | None:
+    start, length = struct.unpack(">II", file.read(8).ljust(8, b"\0"))
+    return None if length in (0, 0xFFFFFFFF) else start + length
+
+
+def _caf_bytes(file, size: int) -> int | None:
+    end = 8
+    while end + 12 <= size:
+        file.seek(end)
+        _, length = struct.unpack(">4sq", file.read(12))
+        if length < 0:  # up to the end of the file
+            return None
+        end += 12 + length
+    return end
+
+
+def _wavpack_bytes(file, size: int) -> int:
+    end = 0
+    while end + 8 <= size:
+        file.seek(end)
+        mark, length = struct.unpack("<4sI", file.read(8))
+        if mark != b"wvpk":  # a tag
+            break
+        end += 8 + length
+    return end
+
+
+def _ogg_bytes(file, size: int) -> int | None:
+    """Where the last page ends. It is no longer than 64 KiB."""
+    start = max(0, size - (1 << 17))
+    file.seek(start)
+    tail = file.read()
+    at = tail.rfind(b"OggS")
+    if at < 0 or len(tail) < at + 27:
+        return None
+    count = tail[at + 26]
+    return start + at + 27 + count + sum(tail[at + 27 : at + 27 + count])
+
+
+def _flv_bytes(file, size: int) -> int | None:
+    """Where the last tag ends. Each is followed by its own length, which is looked at from the end of the file first."""
+    file.seek(max(0, size - 4))
+    length = int.from_bytes(file.read(4), "big")
+    if 11 <= length <= size - 13:
+        file.seek(size - 4 - length)
+        tag = file.read(4)
+        if tag[0] in _FLV_TAGS and int.from_bytes(tag[1:], "big") + 11 == length:
+            return size
+    end = 13
+    while end + 11 <= size:
+        file.seek(end)
+        tag = file.read(4)
+        if tag[0] not in _FLV_TAGS:
+            break
+        end += 11 + int.from_bytes(tag[1:], "big") + 4
+    return end
+
+
+def _gif_bytes(file, size: int) -> int:
+    """Where the last block ends that has begun, or the closing byte that follows it."""
+    file.seek(0)
+    data = file.read()
+    flags = data[10] if size > 10 else 0
+    end = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    while end < size and data[end] in (0x21, 0x2C):
+        if data[end] == 0x21:
+            end += 2
+        else:
+            flags = data[end + 9] if end + 9 < size else 0
+            end += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        while end < size and data[end]:
+            end += 1 + data[end]
+        end += 1
+    return end + 1
+
+
 def declared_bytes(path: str) -> int | None:
     """
-    How long the file must be by its own container (mp4 boxes, Matroska segment, RIFF chunk, Xing header of an mp3);
-    `None` where that is not said (flac, live recordings). FFmpeg plays a file that was cut off up to the cut, and
+    How long the file must be by its own container (mp4 boxes, Matroska segment, RIFF chunk, Xing header of an mp3, last page
+    or tag); `None` where that is not said (flac, MPEG streams, live recordings). FFmpeg plays a file that was cut off up to the cut, and
     reports no error.
     """
     size = os.path.getsize(path)
@@ -57,12 +139,29 @@ def declared_bytes(path: str) -> int | None:
             declared = struct.unpack("<I", head[4:8])[0]
             # 0 and all ones are what a writer that cannot seek leaves; the last pad byte is often forgotten.
             return None if declared in (0, 0xFFFFFFFF) else declared + 7
+        if head[:4] == b"RF64":
+            file.seek(12)
+            kind, _, length = struct.unpack("<4sIQ", file.read(16).ljust(16, b"\0"))
+            return length + 7 if kind == b"ds64" else None
         if head[:4] == b"\x1aE\xdf\xa3":
             file.seek(4)
             file.seek(_ebml_number(file, keep_marker=False) or 0, os.SEEK_CUR)
             _ebml_number(file, keep_marker=True)  # the identifier of the segment
             length = _ebml_number(file, keep_marker=False)
             return None if length is None else file.tell() + length
+        if head[:4] == b"FORM":
+            return 8 + struct.unpack(">I", head[4:8])[0] - 1  # the last pad byte is often forgotten
+        if head[:8] == _W64:
+            file.seek(16)
+            return struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+        if head[:8] == _ASF:
+            return _asf_bytes(file)
+        if head[:4] == b".snd":
+            file.seek(4)
+            return _au_bytes(file)
+        for mark, walk in _WALKS.items():
+            if head.startswith(mark):
+                return walk(file, size)
         if head[4:8] not in _BOXES:
             return _mp3_bytes(file) if head[:3] == b"ID3" or head[:1] == b"\xff" else None
         end = 0
@@ -74,3 +173,12 @@ def declared_bytes(path: str) -> int | None:
                 break
             end += length
         return end
+
+
+_WALKS = {
+    b"OggS": _ogg_bytes,
+    b"FLV": _flv_bytes,
+    b"GIF8": _gif_bytes,
+    b"caff": _caf_bytes,
+    b"wvpk": _wavpack_bytes,
+}

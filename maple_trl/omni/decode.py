@@ -22,18 +22,11 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
-from maple_trl.omni.containers import declared_bytes, looks_like_media
+from maple_trl.omni.containers import declared_bytes
+from maple_trl.omni.formats import FORMATS, Format, accepted, format_of, found_in
 from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, sample_indices
 
 
-# FFmpeg's name of each accepted demuxer -> the file extensions that go with it.
-FORMATS = {
-    "mov": {"mp4", "m4a", "m4v", "m4b", "mov", "qt", "3gp", "3g2", "mj2"},
-    "matroska": {"mkv", "webm", "mka", "mk3d"},
-    "wav": {"wav", "wave"},
-    "mp3": {"mp3"},
-    "flac": {"flac"},
-}
 MAX_SOURCE_PIXELS = 1 << 26  # 8192 x 8192: a header can claim any size, and the decoder allocates it
 MIN_AUDIO_SECONDS = 0.02
 END_SLACK = 0.1  # seconds by which a header without byte counts may overstate the length: a few codec frames
@@ -41,6 +34,8 @@ STAMP_JITTER = (
     0.01  # seconds: sound is moved where its time stamps say so by more; less is rounding, or a live recorder's
 )
 STAMP_RETURN = 1.0  # seconds: sound whose time goes back by more has been put together wrongly
+# Containers that say when pictures are decoded and not when they are shown: one after the other, in the same rhythm.
+IN_ORDER = {"avi"}
 PREROLL = 1.0  # seconds of sound decoded ahead of a segment: codecs need some frames to settle
 PICTURE_SLACK = 0.0005  # seconds: half of a time stamp in milliseconds
 
@@ -77,9 +72,11 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
     except av.FFmpegError as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError(str(error)) from error
-        if source.is_url or looks_like_media(source.path):
-            raise source.error("unreadable", f"FFmpeg: {error.strerror}") from error
-        detail = f"the content is none of {', '.join(FORMATS)} (FFmpeg: {error.strerror})"
+        entry = None if source.is_url else format_of(source.path)
+        if source.is_url or entry is not None:
+            found = "" if entry is None else f"begins as {entry.title}, but "
+            raise source.error("unreadable", f"{found}FFmpeg: {error.strerror}") from error
+        detail = f"the content is {found_in(source.path)} (FFmpeg: {error.strerror}); read are {accepted()}"
         raise source.error("not-media", detail) from error
 
 
@@ -117,19 +114,23 @@ def opened_video(
         yield container, stream
 
 
+def _format(container) -> Format:
+    return FORMATS[container.format.name.split(",")[0]]
+
+
 def _file_notes(source: Source, container) -> list[str]:
     """What is special about the file as a whole. The content decides how it is read, not the name."""
     extension = os.path.splitext(urlsplit(source.path).path if source.is_url else source.path)[1][1:].lower()
-    own = FORMATS[container.format.name.split(",")[0]]
-    return ["extension-mismatch"] if extension and extension not in own else []
+    return ["extension-mismatch"] if extension and extension not in _format(container).suffixes else []
 
 
 def _header_seconds(container) -> float | None:
     """
     Length in the header: a hint, no more. It may count from 0 rather than from the first picture, include a caption that
-    stays up, or be wrong.
+    stays up, or be wrong. `None` where it says nothing and FFmpeg guesses.
     """
-    return None if container.duration is None else container.duration / 1e6
+    guessed = container.duration is None or not _format(container).says_length
+    return None if guessed else container.duration / 1e6
 
 
 def _overlong(source: Source, limits: MediaLimits, kind: str, request: ClipRequest) -> bool:
@@ -180,7 +181,10 @@ def _declared_end(source: Source, container, stream) -> float | None:
         if name.upper().startswith("DURATION") and (match := _CLOCK.match(value)):
             hours, minutes, seconds = match.groups()
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if stream.duration is None:
+    if stream.duration is None or not _format(container).says_length:
+        return None
+    # ASF gives the length of the file to each track. AVI counts the empty pieces by which it lets sound begin late.
+    if container.format.name == "asf" or (container.format.name == "avi" and stream.type == "audio"):
         return None
     if container.format.name == "mp3" and (source.is_url or declared_bytes(source.path) is None):
         return None  # without a Xing header FFmpeg guesses, wrongly for variable bit rates
@@ -220,7 +224,8 @@ def _too_long(source: Source, limits: MediaLimits) -> Exception:
 class Timeline:
     """
     What the packets tell without decoding: when pictures are shown (in ticks, sorted), and which are key frames.
-    `complete` unless reading stopped where what follows is not used.
+    `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder gives is
+    shown at the k-th time, and its own time stamp is a guess.
     """
 
     pts: np.ndarray
@@ -228,6 +233,7 @@ class Timeline:
     end: int
     tick: Fraction
     complete: bool
+    in_order: bool
 
     @property
     def longest_gap(self) -> float:
@@ -247,21 +253,23 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     for the time of the first packet, the time up to which pictures can matter, in the stream's seconds.
     """
     _only(container, stream)
+    in_order = container.format.name in IN_ORDER
     shown: dict[int, bool] = {}
     end, stop, complete = 0, None, True
     for packet in container.demux(stream):
         deadline.check()
         if packet.is_corrupt:
             raise source.error("truncated", "a picture's data end early")
-        if packet.pts is None or packet.is_discard:
+        pts = packet.dts if in_order else packet.pts
+        if pts is None or packet.is_discard:
             continue
-        decoding = float((packet.pts if packet.dts is None else packet.dts) * stream.time_base)
+        decoding = float((pts if packet.dts is None else packet.dts) * stream.time_base)
         stop = last(decoding) if stop is None else stop
         if decoding > stop + 1:  # 1 s: pictures are stored out of order
             complete = False
             break
-        shown[packet.pts] = packet.is_keyframe
-        end = max(end, packet.pts + (packet.duration or 0))
+        shown[pts] = packet.is_keyframe
+        end = max(end, pts + (packet.duration or 0))
     if not shown:
         missing = stream.frames
         raise source.error("truncated" if missing else "no-frames", f"{missing} pictures declared, none there")
@@ -269,7 +277,7 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     if end <= pts[-1]:  # the last picture has no length of its own: the usual one
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((stream.guessed_rate or 25) * stream.time_base)
         end = int(pts[-1] + max(1, round(float(usual))))
-    return Timeline(pts, sorted(p for p, key in shown.items() if key), end, stream.time_base, complete)
+    return Timeline(pts, sorted(p for p, key in shown.items() if key), end, stream.time_base, complete, in_order)
 
 
 @dataclass(frozen=True)
@@ -313,12 +321,11 @@ def _choose(
         if end < declared_end - zero - max(END_SLACK, line.longest_gap):
             raise source.error("truncated", f"pictures up to {end:.2f} s of {declared_end - zero:.2f} s")
     if not request.whole:
-        if start >= end or (stop is not None and stop < seconds[0] - PICTURE_SLACK):
-            raise source.error(
-                "segment-outside",
-                f"{_segment(request)} was asked for and its pictures are shown from {max(0.0, seconds[0]):.2f} s to "
-                f"{end:.2f} s",
-            )
+        asked = f"{_segment(request)} was asked for"
+        if start >= end:
+            raise source.error("segment-outside", f"{asked} and its pictures end at {end:.2f} s")
+        if stop is not None and stop < seconds[0] - PICTURE_SLACK:
+            raise source.error("segment-outside", f"{asked} and its first picture is shown at {seconds[0]:.2f} s")
         if stop is not None and stop > end + max(END_SLACK, line.longest_gap if len(line.pts) > 1 else 0):
             notes.append("segment-shortened")
     inside = seconds >= start - PICTURE_SLACK
@@ -369,6 +376,8 @@ def _pick(
         stream.codec_context.thread_count = 1  # the loader's threads work on different clips instead
         _only(container, stream)
         frames, shown, ahead = container.decode(stream), None, None
+        if line.in_order:
+            frames, seek = _stamped(frames, line.pts), False
         sought = False
         for target in wanted:
             before = bisect_right(line.keys, target)
@@ -395,6 +404,13 @@ def _pick(
             if picture.is_corrupt:
                 raise source.error("unreadable", f"the picture at {float(target * line.tick):.2f} s is damaged")
             yield picture
+
+
+def _stamped(frames: Iterator["av.VideoFrame"], pts: np.ndarray) -> Iterator["av.VideoFrame"]:
+    """Decoded frames with the times at which they are shown, one after the other."""
+    for frame, tick in zip(frames, pts.tolist(), strict=False):
+        frame.pts = tick
+        yield frame
 
 
 def upright(picture: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
@@ -494,7 +510,7 @@ def decode_video(
         choice = _choose(source, container, stream, limits, request, deadline)
     line, wanted, notes = choice.line, choice.ticks, choice.notes
     # torchcodec turns pictures, in some versions, and mirrors none: what is not upright as stored is left to PyAV.
-    if picker is not None and _stored_upright(source, limits):
+    if picker is not None and not line.in_order and _stored_upright(source, limits):
         try:  # half a tick later: the float must not fall before the picture
             pictures = picker(source.path, [float((tick + Fraction(1, 2)) * line.tick) for tick in wanted])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -634,13 +650,16 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
             wanted = min(wanted, round((request.end - start) * sampling_rate))
         # Behind the end there is nothing to decode, and nothing is missing.
         end, ended = min(zero + start, declared_end or 0.0), False
-        for frame in _frames_from(container, stream, zero + start):
+        for frame_end, frame in _frames_from(container, stream, zero + start):
             deadline.check()
+            end = frame_end
+            if frame is None:
+                continue
             if frame.time is not None and (frame.time - zero - start) * sampling_rate > wanted:
+                sound.finish()
                 sound.fill(wanted)  # a gap may be of any length
                 break
             sound.add(frame)
-            end = (frame.time or 0.0) + frame.samples / frame.sample_rate
             if sound.filled >= wanted:
                 break
         else:
@@ -678,11 +697,19 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
     return AudioClip(waveform, sampling_rate, duration, source.path, tuple(notes))
 
 
-def _frames_from(container, stream, start: float) -> Iterator["av.AudioFrame"]:
-    """Decoded sound that may be heard at `start` (in the stream's seconds) or later; what precedes is not decoded."""
+def _frames_from(container, stream, start: float) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
+    """
+    Decoded sound that may be heard at `start` (in the stream's seconds) or later, each frame with where it ends. What
+    precedes is not decoded, and is `None`.
+    """
+    end = 0.0
     for packet in container.demux(stream):
         if packet.pts is not None:
-            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            if end < start - PREROLL:
+            packet_end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            if packet_end < start - PREROLL:
+                end = packet_end
+                yield end, None
                 continue
-        yield from packet.decode()
+        for frame in packet.decode():
+            end = (end if frame.time is None else frame.time) + frame.samples / frame.sample_rate
+            yield end, frame

@@ -24,7 +24,7 @@ def pack(value: Any, arrays: list[np.ndarray]) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        arrays.append(np.ascontiguousarray(value))
+        arrays.append(np.asarray(value, order="C"))
         return {"array": len(arrays) - 1}
     if isinstance(value, list):
         return [pack(item, arrays) for item in value]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import av
+from PIL import Image
 
 from maple_trl.omni.clips import Source
-from maple_trl.omni.decode import opened_video
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.sampling import MediaLimits
+from maple_trl.omni.tasks import Task
+from maple_trl.omni.workers import WORKERS, decoder_pool
 
 
 _SUBTITLES = (".srt", ".vtt", ".json")
@@ -81,16 +81,11 @@ class MediaTable:
 def thumbnail(path: str | os.PathLike, width: int = _WIDTH) -> bytes | None:
     """A picture out of a video as JPEG; `None` where it cannot be decoded, or is no file that training would read."""
     try:
-        with opened_video(Source(str(path), str(path)), MediaLimits()) as (container, stream):
-            if stream.duration and stream.time_base and stream.duration * stream.time_base > 4:
-                container.seek(int(stream.duration // 3), stream=stream)
-            frame = next(container.decode(stream))
-            height = max(1, round(frame.height * width / frame.width))
-            picture = frame.to_image(width=width, height=height)
-    except (MediaError, av.FFmpegError, StopIteration, ValueError, OSError):
+        pixels = decoder_pool(WORKERS).run(Task("picture", Source(str(path), str(path)), options=(width,)))
+    except (MediaError, OSError):
         return None
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=70)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=70)
     return buffer.getvalue()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from maple_trl.data.benchmarks.options import FormError, described
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni.formats import VIDEO_SUFFIXES
 
 
 class BenchmarkError(ValueError):
@@ -183,7 +184,7 @@ def below(path: str, *folders: str) -> tuple[str, ...]:
     return (path, *(f"{folder}/{path}" for folder in folders))
 
 
-CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".MP4", ".avi", ".mov")
+CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".MP4")
 
 
 def clips(name: str, *folders: str) -> tuple[str, ...]:
