@@ -100,7 +100,7 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
     data.add_argument(
         "--data",
         metavar="NAME",
-        help="builtin:seven-tags, a .parquet/.json/.jsonl file, a folder with one per split, a Hub id; with --benchmark "
+        help="builtin:seven-tags, a .parquet/.jsonl/.json/.csv/.tsv file, a folder with one per split, a Hub id; with --benchmark "
         "the folder of its files (required)",
     )
     data.add_argument("--benchmark", metavar="NAME", help="read --data as this benchmark, e.g. daily-omni")

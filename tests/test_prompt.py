@@ -243,7 +243,10 @@ def test_audio_beyond_a_fixed_window_is_named(folder):
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
             "holds the content block .'type': 'image'.; known are text",
         ),
-        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "'video' block of field 'prompt' holds no"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+            "1 .*'video' block.* but field 'video' names 0",
+        ),
         ({"prompt": ["color?"]}, "holds 'color.', which is not a message with 'role'"),
         ({"prompt": [{"content": "hi"}]}, "which is not a message with 'role'"),
         ({"prompt": [{"role": "user", "content": {"type": "text"}}]}, "whose content is"),
@@ -252,7 +255,11 @@ def test_audio_beyond_a_fixed_window_is_named(folder):
         ({"prompt": [{"role": "user", "content": "what is <|AUDIO|>"}]}, "field 'prompt' holds the text '<.AUDIO.>'"),
         ({"prompt": QUESTION, "subtitle": "a <|VIDEO|> b"}, "field 'subtitle' holds the text '<.VIDEO.>'"),
         ({"prompt": QUESTION, "subtitle": "subs/clip.txt"}, "looks like a file; files that are read end in .srt"),
-        ({"prompt": QUESTION, "subtitle": "clip.ass"}, "looks like a file"),
+        ({"prompt": QUESTION, "subtitle": "my clip.stl"}, "looks like a file"),
+        (
+            {"prompt": QUESTION, "subtitle": "clip.mp4"},
+            "names a file below the media root; files that are read end in",
+        ),
         ({"prompt": QUESTION, "video": "clip.mp4", "audio_in_video": "false"}, "'audio_in_video' is 'false'; it must"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video", "video": "clip.mp4"}]}], "video": "other.mp4"},

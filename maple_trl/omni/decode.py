@@ -647,7 +647,8 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
         wanted = most + sampling_rate
         if request.end is not None:
             wanted = min(wanted, round((request.end - start) * sampling_rate))
-        end, ended = 0.0, False
+        # Behind the end there is nothing to decode, and nothing is missing.
+        end, ended = min(zero + start, declared_end or 0.0), False
         for frame_end, frame in _frames_from(container, stream, zero + start):
             deadline.check()
             end = frame_end

@@ -1,4 +1,4 @@
-"""The one error that every media problem becomes, and the closed list of its reasons."""
+"""The one error that every media problem becomes, with the closed list of its reasons; and that of a row."""
 
 REASONS: dict[str, str] = {
     # where the file is
@@ -57,3 +57,7 @@ class MediaError(ValueError):
 
     def __reduce__(self):  # so that it crosses process borders (data loader workers, multiprocess map)
         return type(self), (self.reason, self.path, self.detail)
+
+
+class RowError(ValueError):
+    """A row of the data set that cannot be a prompt, whatever its files hold."""

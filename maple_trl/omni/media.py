@@ -12,9 +12,10 @@ from typing import Any, Literal
 import cachetools
 
 from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
+from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
-from maple_trl.omni.subtitles import subtitle_text
+from maple_trl.omni.subtitles import read_subtitle
 from maple_trl.omni.tasks import Task, perform
 from maple_trl.omni.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
 
@@ -128,6 +129,10 @@ class MediaLoader:
         if not isinstance(path, (str, os.PathLike)):
             raise MediaError("not-found", None, f"expected a path, got {type(path).__name__}")
         name = os.fspath(path)
+        if (stored := stored_path(name)) is not None:
+            if not os.path.isfile(stored):
+                raise MediaError("not-found", name, f"bytes of a table that are not on this machine ({stored})")
+            return stored
         if _SCHEME.match(name):
             if not self.allow_network:
                 raise MediaError("network-not-allowed", name, "a URL; give a path under the media root")
@@ -203,7 +208,7 @@ class MediaLoader:
         return self._load("audio", self._source(path), sampling_rate, segment)
 
     def subtitle(self, path: str | os.PathLike) -> str:
-        """Plain text of a local .srt, .vtt or .json subtitle file. Raises [`MediaError`]."""
+        """Plain text of a local subtitle file. Raises [`MediaError`]."""
         source = self._source(path)
         if source.is_url:
             raise MediaError("network-not-allowed", source.name, "subtitles are read from the media root only")
@@ -216,14 +221,19 @@ class MediaLoader:
             self.decodes[kind, source.path] += 1
         if kind == "subtitle":
             with open(source.path, "rb") as file:
-                return subtitle_text(file.read(), source.name)
+                text, notes = read_subtitle(file.read(), source.name)
+            self._note(source, notes)
+            return text
         clip = self._perform(kind, source, *options)
+        self._note(source, (NO_AUDIO,) if clip is None else clip.notes)
+        return clip
+
+    def _note(self, source: Source, notes: Iterable[str]) -> None:
         with self._lock:
-            for note in (NO_AUDIO,) if clip is None else clip.notes:
+            for note in notes:
                 if (note, source.path) not in self._noted:  # once a clip, however often it is decoded
                     self._noted.add((note, source.path))
                     self.notes[note] += 1
-        return clip
 
     def _perform(self, kind: str, source: Source, *options: Any) -> Any:
         task = Task(kind, source, self.limits, options, self.backend)
