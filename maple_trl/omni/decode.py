@@ -647,8 +647,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
         wanted = most + sampling_rate
         if request.end is not None:
             wanted = min(wanted, round((request.end - start) * sampling_rate))
-        # Behind the end there is nothing to decode, and nothing is missing.
-        end, ended = min(zero + start, declared_end or 0.0), False
+        end, ended = 0.0, False
         for frame_end, frame in _frames_from(container, stream, zero + start):
             deadline.check()
             end = frame_end
@@ -663,7 +662,8 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
                 break
         else:
             ended = True
-            if declared_end is not None and end < declared_end - END_SLACK:
+            slack = PREROLL if sound.at is None else END_SLACK  # the length of what is not decoded may be unknown
+            if declared_end is not None and end < declared_end - slack:
                 raise source.error("truncated", f"sound up to {end:.2f} s of {declared_end:.2f} s")
             sound.finish()
     waveform, notes = sound.waveform(), notes + sound.notes
