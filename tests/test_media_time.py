@@ -1,5 +1,6 @@
 """What is fed is what the file says, at the time it says: clips that carry their own time, through the real decoders."""
 
+import re
 import struct
 from fractions import Fraction
 from functools import cache
@@ -430,6 +431,55 @@ def test_requests_that_make_no_sense(request_, message):
     with pytest.raises(ValueError, match=message):
         ClipRequest(**request_)
     assert ClipRequest(start=0, num_frames=8.0) == ClipRequest(start=0.0, num_frames=8)
+
+
+def test_a_segment_of_a_long_file_is_sought(tmp_path, monkeypatch):
+    """What seeking finds is what reading from the start finds; and where there is no index, the start is read."""
+    packets = []
+    monkeypatch.setattr(decode._Deadline, "check", lambda self: packets.append(self))
+    for name, options in {"a.mp4": {}, "a.mkv": {}, "live.mkv": {"live": "1"}}.items():
+        clip = Timed(name[-3:], audio_codec="aac", pictures=200, sound_end=20.0, reordered=True, gaps=((16.2, 17.1),))
+        path = write(tmp_path / name, clip, **options)
+        for request in (ClipRequest(start=15.05, end=18.5), ClipRequest(start=16.5), ClipRequest(start=25.0)):
+            found, read = [], []
+            for after in (1.0, 1e9):
+                monkeypatch.setattr(decode, "SEEK_AFTER", after)
+                packets.clear()
+                with MediaLoader(tmp_path, backend="pyav", workers=0) as loader:
+                    if request.start > 20:
+                        for call in (loader.video, loader.audio):
+                            with pytest.raises(MediaError, match="ends? at (20|19.9)") as caught:
+                                call(path, request=request)
+                            assert caught.value.reason == "segment-outside"
+                        continue
+                    found.append((loader.video(path, request=request), loader.audio(path, request=request)))
+                read.append(len(packets))
+            if found:
+                (video, sound), (straight_video, straight_sound) = found
+                np.testing.assert_array_equal(video.frames, straight_video.frames)
+                np.testing.assert_array_equal(video.timestamps, straight_video.timestamps)
+                np.testing.assert_allclose(sound.waveform, straight_sound.waveform, atol=2e-3)
+                assert name == "live.mkv" or read[0] < read[1] / 2
+
+
+def test_a_clip_that_was_trimmed_without_coding_it_again(tmp_path):
+    """As phones do it: an edit list plays 1.0 s to 3.5 s of what is stored."""
+    data = bytearray(
+        write(tmp_path / "a.mp4", Timed("mp4", audio_codec="aac", sound_end=6.0, pictures=60)).read_bytes()
+    )
+    for edit in re.finditer(b"elst", bytes(data)):
+        at = edit.end() + 8  # after version, flags and number of entries
+        scale = bytes(data).index(b"mdhd", at) + 16
+        (per_second,) = struct.unpack(">I", data[scale : scale + 4])
+        _, begin = struct.unpack(">Ii", data[at : at + 8])
+        data[at : at + 8] = struct.pack(">Ii", 2500, begin + per_second)  # the length in milliseconds
+    (tmp_path / "trimmed.mp4").write_bytes(data)
+    with MediaLoader(tmp_path, backend="pyav", workers=0) as loader:
+        video, sound = loader.video("trimmed.mp4"), loader.audio("trimmed.mp4")
+    assert video.duration == sound.duration == 2.5
+    assert [number_of(frame) for frame in video.frames] == [10, 13, 17, 20, 24, 27, 31, 34]
+    np.testing.assert_allclose(video.timestamps, [0.0, 0.3, 0.7, 1.0, 1.4, 1.7, 2.1, 2.4], atol=0.002)
+    assert [(k, round(at, 2)) for k, at in beeps_in(sound.waveform, 16000)] == [(1, 0.0), (2, 1.0), (3, 2.0)]
 
 
 # Length

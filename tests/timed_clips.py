@@ -81,9 +81,10 @@ def sound_at(times: np.ndarray) -> np.ndarray:
     return np.where(beeps, 0.5 * np.sin(2 * np.pi * (600.0 + 200.0 * second) * times), 0.0)
 
 
-def write(path: Path, clip: Timed) -> Path:
+def write(path: Path, clip: Timed, **options: str) -> Path:
     """Writes a clip. Sound is left out packet by packet, as a stream that lost some has it."""
-    options = {"avoid_negative_ts": "disabled"} if clip.suffix in ("mkv", "mka", "webm") else {}
+    if clip.suffix in ("mkv", "webm"):
+        options |= {"avoid_negative_ts": "disabled"}
     with av.open(str(path), "w", options=options) as out:
         fast = {"preset": "ultrafast"} if clip.video_codec == "libx264" else {}
         video = out.add_stream(clip.video_codec, rate=clip.fps, options=fast)

@@ -138,8 +138,7 @@ class AudioClip:
 @dataclass(frozen=True)
 class MediaInfo:
     """
-    What the header says. `duration` (of the file) and `video_seconds` (of its pictures) are `None` where the header does
-    not tell, as in live recordings.
+    What the header says. `duration`, of the file, is `None` where the header does not tell, as in live recordings.
     """
 
     path: str
@@ -149,7 +148,6 @@ class MediaInfo:
     width: int | None
     height: int | None
     format: str
-    video_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ URLs, which it then reads. Only containers that carry their own data are accepte
 """
 
 import errno
+import math
 import os
 import re
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
 from maple_trl.omni.containers import declared_bytes
+from maple_trl.omni.errors import MediaError
 from maple_trl.omni.formats import FORMATS, Format, accepted, format_of, found_in
 from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, sample_indices
 
@@ -35,6 +37,11 @@ STAMP_JITTER = 0.01
 STAMP_RETURN = 1.0  # seconds: sound whose time goes back by more has been put together wrongly
 # Containers that say when pictures are decoded and not when they are shown: one after the other, in the same rhythm.
 IN_ORDER = {"avi"}
+SEEKABLE = {
+    "mov",
+    "matroska",
+}  # containers with an index by time, in which a segment is found without reading up to it
+SEEK_AFTER = 30.0  # seconds from the start; less is read as it is
 PREROLL = 1.0  # seconds of sound decoded ahead of a segment: codecs need some frames to settle
 PICTURE_SLACK = 0.0005  # seconds: half of a time stamp in milliseconds
 
@@ -132,6 +139,13 @@ def _header_seconds(container) -> float | None:
     return None if guessed else container.duration / 1e6
 
 
+def _maybe_overlong(header: float | None, limits: MediaLimits, request: ClipRequest) -> bool:
+    """Whether a header's length is reason enough to look at the packets before anything is decoded."""
+    if header is None or limits.overlong != "quarantine" or request.end is not None:
+        return False
+    return header - (request.start or 0) > limits.max_seconds
+
+
 def _overlong(source: Source, limits: MediaLimits, kind: str, request: ClipRequest) -> bool:
     """Whether the packets of a kind's main track last longer than is allowed. Reads no more of them than that takes."""
     with _opened(source, limits) as container:
@@ -139,13 +153,13 @@ def _overlong(source: Source, limits: MediaLimits, kind: str, request: ClipReque
         if stream is None:
             return False
         _only(container, stream)
-        deadline, first = _Deadline(source, limits.decode_timeout), None
+        deadline, zero, first = _Deadline(source, limits.decode_timeout), _zero(container), None
         for packet in container.demux(stream):
             deadline.check()
-            time = packet.pts if packet.dts is None else packet.dts
-            if time is None or packet.is_discard:
+            decoding = packet.pts if packet.dts is None else packet.dts
+            if decoding is None or packet.is_discard:
                 continue
-            seconds = float(time * packet.time_base) - _zero(container)
+            seconds = float(decoding * packet.time_base) - zero
             if seconds < (request.start or 0):
                 continue
             first = seconds if first is None else first
@@ -200,19 +214,12 @@ def probe(source: Source, limits: MediaLimits, request: ClipRequest) -> MediaInf
         video, audio = (_track(container, kind) for kind in ("video", "audio"))
         codec = video.codec_context if video is not None else None
         width, height = (codec.width, codec.height) if codec is not None else (None, None)
-        end = _declared_end(source, container, video) if video is not None else None
-        pictures = None if end is None else end - float((video.start_time or 0) * video.time_base)
         name = container.format.name
-    if (
-        seconds is not None
-        and seconds > limits.max_seconds
-        and limits.overlong == "quarantine"
-        and request.end is None
-    ):
+    if _maybe_overlong(seconds, limits, request):
         kinds = [kind for kind, track in (("video", video), ("audio", audio)) if track is not None]
-        if all(_overlong(source, limits, kind, request) for kind in kinds):
+        if kinds and all(_overlong(source, limits, kind, request) for kind in kinds):
             raise _too_long(source, limits)
-    return MediaInfo(source.path, video is not None, audio is not None, seconds, width, height, name, pictures)
+    return MediaInfo(source.path, video is not None, audio is not None, seconds, width, height, name)
 
 
 def _too_long(source: Source, limits: MediaLimits) -> Exception:
@@ -224,7 +231,7 @@ class Timeline:
     """
     What the packets tell without decoding: when pictures are shown (in ticks, sorted), and which are key frames.
     `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder gives is
-    shown at the k-th time, and its own time stamp is a guess.
+    shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the file.
     """
 
     pts: np.ndarray
@@ -233,6 +240,7 @@ class Timeline:
     tick: Fraction
     complete: bool
     in_order: bool
+    sought: bool = False
 
     @property
     def longest_gap(self) -> float:
@@ -279,6 +287,10 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     return Timeline(pts, sorted(p for p, key in shown.items() if key), end, stream.time_base, complete, in_order)
 
 
+class _SeekMissed(Exception):
+    """Seeking did not lead to where reading from the start would."""
+
+
 @dataclass(frozen=True)
 class _Choice:
     """Which pictures are taken: their ticks, their times from the start of the file or segment, and what is special."""
@@ -297,8 +309,51 @@ class _Choice:
         return (len(self.seconds) - 1) / (self.seconds[-1] - self.seconds[0])
 
 
+def _chosen(
+    source: Source, limits: MediaLimits, request: ClipRequest, deadline: _Deadline
+) -> tuple[_Choice, Fraction | None]:
+    """What is taken of a file's video, and the aspect of its stored pixels."""
+    for seek in (True, False):
+        with opened_video(source, limits) as (container, stream):
+            try:
+                choice = _choose(source, container, stream, limits, request, deadline, seek)
+                return choice, stream.sample_aspect_ratio
+            except _SeekMissed:
+                continue
+    raise AssertionError("without seeking, nothing is missed")
+
+
+def _seeks(container, start: float) -> bool:
+    return start > SEEK_AFTER and _format(container).demuxer in SEEKABLE
+
+
+def _line_from(
+    source: Source, container, stream, start: float, last: Callable[[float], float], deadline: _Deadline
+) -> Timeline:
+    """
+    The timeline from the key frame before `start` (in the stream's seconds) on.
+
+    Raises:
+        _SeekMissed: if the container's index does not lead there.
+    """
+    try:
+        container.seek(int(start / stream.time_base), stream=stream)
+        line = _timeline(source, container, stream, last, deadline)
+    except (MediaError, av.FFmpegError) as error:
+        raise _SeekMissed from error
+    if not line.keys or line.keys[0] * line.tick > start:
+        raise _SeekMissed
+    return replace(line, sought=True)
+
+
 def _choose(
-    source: Source, container, stream, limits: MediaLimits, request: ClipRequest, deadline: _Deadline
+    source: Source,
+    container,
+    stream,
+    limits: MediaLimits,
+    request: ClipRequest,
+    deadline: _Deadline,
+    seek: bool,
 ) -> _Choice:
     """Finds the pictures of the whole clip or segment that `limits` samples. See [`decode_video`] for what it raises."""
     notes, zero, declared_end = (
@@ -307,13 +362,14 @@ def _choose(
         _declared_end(source, container, stream),
     )
     limits, start, stop = request.limits(limits), request.start or 0.0, request.end
-    line = _timeline(
-        source,
-        container,
-        stream,
-        lambda first: zero + stop if stop is not None else max(first, zero + start) + limits.max_seconds,
-        deadline,
-    )
+
+    def last(first: float) -> float:
+        return zero + stop if stop is not None else max(first, zero + start) + limits.max_seconds
+
+    if seek and _seeks(container, start):
+        line = _line_from(source, container, stream, zero + start, last, deadline)
+    else:
+        line = _timeline(source, container, stream, last, deadline)
     seconds = line.pts * float(line.tick) - zero
     end = float(line.end * line.tick) - zero
     if line.complete and declared_end is not None and (stop is None or stop > end):
@@ -357,13 +413,8 @@ def _segment(request: ClipRequest) -> str:
 
 def count_frames(source: Source, limits: MediaLimits, request: ClipRequest) -> int:
     """Frames that [`decode_video`] gives for the same arguments. Reads the packets and decodes nothing."""
-    with opened_video(source, limits) as (container, stream):
-        choice = _choose(source, container, stream, limits, request, _Deadline(source, limits.decode_timeout))
+    choice, _ = _chosen(source, limits, request, _Deadline(source, limits.decode_timeout))
     return len(even_count(choice.ticks))
-
-
-class _SeekMissed(Exception):
-    """Seeking did not lead to the frame that decoding from the start would show."""
 
 
 def _pick(
@@ -381,7 +432,8 @@ def _pick(
         for target in wanted:
             before = bisect_right(line.keys, target)
             key = line.keys[before - 1] if before else None
-            position = max((f.pts for f in (shown, ahead) if f is not None), default=int(line.pts[0]))
+            begin = -math.inf if line.sought else int(line.pts[0])
+            position = max((f.pts for f in (shown, ahead) if f is not None), default=begin)
             if seek and key is not None and key > position:
                 container.seek(key, stream=stream)
                 frames, shown, ahead, sought = container.decode(stream), None, None, True
@@ -504,9 +556,8 @@ def decode_video(
             `frame-too-large`, `bad-aspect-ratio`, `decode-timeout`, `not-media`, `not-found`.
     """
     deadline = _Deadline(source, limits.decode_timeout)
-    with opened_video(source, limits) as (container, stream):
-        resize = _Resizer(source, multiple, min_pixels, max_pixels, stream.sample_aspect_ratio, request)
-        choice = _choose(source, container, stream, limits, request, deadline)
+    choice, pixel_aspect = _chosen(source, limits, request, deadline)
+    resize = _Resizer(source, multiple, min_pixels, max_pixels, pixel_aspect, request)
     line, wanted, notes = choice.line, choice.ticks, choice.notes
     # torchcodec turns pictures, in some versions, and mirrors none: what is not upright as stored is left to PyAV.
     if picker is not None and not line.in_order and _stored_upright(source, limits):
@@ -637,11 +688,11 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
             _zero(container),
             _declared_end(source, container, stream),
         )
-        header = _header_seconds(container)
-        if limits.overlong == "quarantine" and header is not None and header - start > limits.max_seconds:
-            # Decoding hours of sound to refuse it would take long, and the header alone is no proof.
-            if request.end is None and _overlong(source, limits, "audio", request):
-                raise _too_long(source, limits)
+        # Decoding hours of sound to refuse it would take long, and the header alone is no proof.
+        if _maybe_overlong(_header_seconds(container), limits, request) and _overlong(
+            source, limits, "audio", request
+        ):
+            raise _too_long(source, limits)
         sound = _Sound(source, sampling_rate, zero + start)
         most = round(limits.max_seconds * sampling_rate)
         wanted = most + sampling_rate
@@ -696,13 +747,28 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
     return AudioClip(waveform, sampling_rate, duration, source.path, tuple(notes))
 
 
+def _packets_from(container, stream, start: float) -> Iterator["av.Packet"]:
+    """The stream's packets from before `start` (in its seconds) on, or all, where the container cannot be searched."""
+    if _seeks(container, start):
+        try:
+            container.seek(int((start - PREROLL) / stream.time_base), stream=stream)
+            first = next(container.demux(stream), None)
+            if first is not None and first.pts is not None and first.pts * first.time_base <= start:
+                yield first
+            else:
+                container.seek(stream.start_time or 0, stream=stream)
+        except av.FFmpegError:  # no index: where reading stands is not changed
+            pass
+    yield from container.demux(stream)
+
+
 def _frames_from(container, stream, start: float) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
     """
     Decoded sound that may be heard at `start` (in the stream's seconds) or later, each frame with where it ends. What
     precedes is not decoded, and is `None`.
     """
     end = 0.0
-    for packet in container.demux(stream):
+    for packet in _packets_from(container, stream, start - PREROLL):
         if packet.pts is not None:
             packet_end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             if packet_end < start - PREROLL:
