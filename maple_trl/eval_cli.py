@@ -41,7 +41,7 @@ function or the server failed; 2 for a wrong description; 130 when interrupted.
 """
 
 _MEDIA = (
-    ("num_frames", int, "N", "frames per video, spread evenly (8)"),
+    ("num_frames", int, "N", "frames per video, evenly from its first picture to its last (8)"),
     ("video_fps", float, "RATE", "frames per second instead of --num-frames"),
     ("max_frames", int, "N", "most frames of one video (64)"),
     ("min_pixels", int, "N", "fewest pixels of a frame (3136)"),
@@ -100,7 +100,7 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
     data.add_argument(
         "--data",
         metavar="NAME",
-        help="builtin:seven-tags, a .parquet/.json/.jsonl file, a folder with one per split, a Hub id; with --benchmark "
+        help="builtin:seven-tags, a .parquet/.jsonl/.json/.csv/.tsv file, a folder with one per split, a Hub id; with --benchmark "
         "the folder of its files (required)",
     )
     data.add_argument("--benchmark", metavar="NAME", help="read --data as this benchmark, e.g. daily-omni")

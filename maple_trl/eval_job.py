@@ -321,8 +321,6 @@ def load_questions(job: EvalJob) -> Questions:
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
         raise SetupError(f"{name} holds no row")
-    if "prompt" not in dataset.column_names:
-        raise SetupError(f"{name} has no column 'prompt'; its columns: {', '.join(dataset.column_names)}")
     try:
         check_spelling(dataset.column_names, name)
     except ValueError as error:

@@ -89,7 +89,7 @@ class OmniScriptArguments:
             options belong to.
         dataset_name (`str`):
             `builtin:seven-tags` (written into the user's cache when it is first used), a `.parquet`, `.json` or
-            `.jsonl` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
+            `.jsonl`, `.csv` or `.tsv` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
             `save_to_disk`, or a Hub id. While `media_root` is left at `.`, local data have their own folder as media
             root.
         dataset_config (`str`, *optional*):
@@ -131,7 +131,7 @@ class OmniScriptArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Data: 'builtin:seven-tags', a .parquet/.json/.jsonl file, a folder with one such file per split or "
+            "help": "Data: 'builtin:seven-tags', a .parquet/.jsonl/.json/.csv/.tsv file, a folder with one such file per split or "
             "made by save_to_disk, or a Hub id. While media_root is '.', local data have their own folder as media root."
         },
     )

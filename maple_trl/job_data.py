@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maple_trl.job_args import OmniScriptArguments, SetupError, template_columns
+from maple_trl.job_tables import SUFFIXES, read_tables
 
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
 BUILTIN_DATASETS = ("builtin:seven-tags",)
-_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _SHOWN = 20  # values of a column that an error lists
 
 
@@ -37,6 +37,8 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     Raises:
         SetupError: when there is no such data set or training split, listing what is there.
     """
+    from maple_trl.omni.embedded import as_paths
+
     name = script_args.dataset_name
     if not name:
         raise SetupError("dataset_name is missing; for a first run: builtin:seven-tags")
@@ -50,7 +52,7 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     elif Path(name).exists():
         folder = Path(name) if Path(name).is_dir() else Path(name).parent
         splits = _read_local(Path(name), wanted)
-    elif name.startswith(("/", "./", "../", "~")) or Path(name).suffix in _READERS:
+    elif name.startswith(("/", "./", "../", "~")) or Path(name).suffix.lower() in SUFFIXES:
         raise SetupError(f"dataset_name: there is no file or folder {name}")
     else:
         from datasets import load_dataset
@@ -66,45 +68,37 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     if wanted[0] not in splits:
         raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
     root = media_root if folder is None or media_root != "." else str(folder.resolve())
-    return {split: splits[split] for split in wanted if split in splits}, root
+    return {split: as_paths(splits[split]) for split in wanted if split in splits}, root
 
 
 def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
+    from datasets import DatasetDict, load_from_disk
 
     if path.is_file():
-        if path.suffix not in _READERS:
-            raise SetupError(f"{path}: a data file is one of {', '.join(_READERS)}")
-        files = {wanted[0]: [str(path)]}
-    elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise SetupError(f"{path}: a data file is one of {', '.join(SUFFIXES)}")
+        return {wanted[0]: read_tables([path])}
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         stored = load_from_disk(str(path))
         return stored if isinstance(stored, DatasetDict) else {wanted[0]: stored}
-    else:
-        # Not load_dataset(folder): it would take the media files beside the tables for the data.
-        files = {split: _shards(path, split) for split in wanted}
-        files = {split: shards for split, shards in files.items() if shards}
-        if wanted[0] not in files:
-            there = sorted(p.name for p in path.iterdir() if p.suffix in _READERS)
-            raise SetupError(
-                f"{path} holds no {wanted[0]}.parquet, {wanted[0]}.jsonl or {wanted[0]}.json"
-                + (f"; it has {', '.join(there)}" if there else " and no other table either")
-            )
-    reader = _READERS[Path(next(iter(files.values()))[0]).suffix]
-    try:
-        return load_dataset(reader, data_files=files)
-    except (OSError, ValueError, DatasetsError, StopIteration) as error:
-        reason = error.__cause__ or error
-        raise SetupError(f"cannot read {path}: {reason if str(reason) else 'it holds no row'}") from error
+    # Not load_dataset(folder): it would take the media files beside the tables for the data.
+    files = {split: _shards(path, split) for split in wanted}
+    if not files[wanted[0]]:
+        there = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        raise SetupError(
+            f"{path} holds no {', '.join(wanted[0] + suffix for suffix in SUFFIXES[:-1])} or {wanted[0]}{SUFFIXES[-1]}"
+            + (f"; it has {', '.join(there)}" if there else " and no other table either")
+        )
+    return {split: read_tables(shards) for split, shards in files.items() if shards}
 
 
-def _shards(folder: Path, split: str) -> list[str]:
+def _shards(folder: Path, split: str) -> list[Path]:
     """Files of one split: `train.parquet`, or the shards `train-00000-of-00002.parquet`, …"""
-    for suffix in _READERS:
+    for suffix in SUFFIXES:
         whole = folder / f"{split}{suffix}"
         if whole.is_file():
-            return [str(whole)]
-        shards = sorted(str(path) for path in folder.glob(f"{split}-*-of-*{suffix}"))
+            return [whole]
+        shards = sorted(folder.glob(f"{split}-*-of-*{suffix}"))
         if shards:
             return shards
     return []
@@ -199,7 +193,13 @@ def prepare_data(
 
 
 def _prepared(dataset: Dataset, script_args: OmniScriptArguments, split: str, strict: bool) -> Dataset:
+    from maple_trl.trainers.rows import check_spelling
+
     name = f"{script_args.dataset_name}, split {split!r}"
+    try:
+        check_spelling(dataset.column_names, name)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     if script_args.dataset_filter is not None:
         dataset = filter_rows(dataset, script_args.dataset_filter, name, strict)
     if script_args.completion_template is not None:

@@ -97,11 +97,10 @@ def cut(path: Path, target: Path, part: float) -> Path:
     return target
 
 
-def sequential(path: Path, times: list[float]) -> list[np.ndarray]:
-    """Independent reference: decode all pictures from the start, keep the one on screen at each of `times`."""
+def all_pictures(path: Path) -> list[tuple[float, np.ndarray]]:
+    """Independent reference: every picture of a file, decoded from the start, with its time stamp in seconds."""
     with av.open(str(path)) as container:
-        shown = [
-            (frame.pts * frame.time_base, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)
+        return [
+            (float(frame.pts * frame.time_base), frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(video=0)
         ]
-    first = shown[0][0]
-    return [[image for at, image in shown if at - first <= time + 1e-6][-1] for time in times]

@@ -274,11 +274,13 @@ def test_a_data_set_that_is_not_there(name, message):
 
 
 def test_other_files_are_not_data(tmp_path):
-    (tmp_path / "rows.csv").write_text("a\n1\n")
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
     (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(SetupError, match=r"rows\.csv: a data file is one of \.parquet, \.jsonl, \.json"):
-        load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / "rows.csv")))
-    with pytest.raises(SetupError, match=r"cannot read .*broken\.jsonl: .*JSON parse error"):
+    with pytest.raises(
+        SetupError, match=r"rows\.xlsx: a data file is one of \.parquet, \.jsonl, \.json, \.csv, \.tsv"
+    ):
+        load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / "rows.xlsx")))
+    with pytest.raises(SetupError, match=r"broken\.jsonl, line 1, column 2: not JSON"):
         load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / "broken.jsonl")))
 
 

@@ -15,6 +15,7 @@ import av
 import media_files as files
 import numpy as np
 import pytest
+import torch
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni import decode
@@ -73,14 +74,19 @@ def assert_same_pictures(clip, images: list[np.ndarray]) -> None:
 )
 @pytest.mark.parametrize("count", [4, 11])
 def test_frames_are_those_of_a_full_decode(tmp_path, name, options, count):
+    """Evenly by number from the first picture to the last, as the Qwen models are fed, each with its own time."""
     path = files.write_video(tmp_path / name, **options)
     clip = MediaLoader(tmp_path, MediaLimits(num_frames=count)).video(name)
-    times = (np.arange(count) + 0.5) * clip.duration / count
-    images = files.sequential(path, list(times))
+    pictures = files.all_pictures(path)
+    times, images = zip(
+        *(pictures[i] for i in torch.linspace(0, len(pictures) - 1, count).round().long()), strict=True
+    )
+    images, times = list(images), np.array(times) - pictures[0][0]
     assert_same_pictures(clip, images + images[-1:] * (count % 2))
+    np.testing.assert_allclose(clip.timestamps[:count], times, atol=1e-6)
     assert clip.frames.dtype == np.uint8 and len(clip.frames) == len(clip.timestamps) == count + count % 2
     assert all(side % 28 == 0 for side in clip.frames.shape[1:3]) and clip.frames.shape[3] == 3
-    assert clip.fps == pytest.approx(count / clip.duration)
+    assert clip.fps == pytest.approx((count - 1) / (times[-1] - times[0]))
     assert ("variable-frame-rate" in clip.notes) == name.startswith("vfr")
 
 
@@ -101,25 +107,29 @@ def test_seeking_changes_nothing(tmp_path, monkeypatch):
     np.testing.assert_array_equal(sought.frames, again.frames)
 
 
-def test_frames_by_index_would_be_wrong_at_a_variable_rate(tmp_path):
-    """Negative control: choosing every k-th frame shows other pictures than were on screen."""
+def test_pictures_of_a_variable_rate_keep_their_own_times(tmp_path):
+    """Which pictures are taken goes by number, as in the harnesses; when they are shown is not evenly spaced."""
     files.write_video(tmp_path / "vfr.mp4", **VFR, time_base=Fraction(1, 1000))
     clip = MediaLoader(tmp_path, MediaLimits(num_frames=4)).video("vfr.mp4")
     shown = [int(frame[-10:, -10:].mean()) for frame in clip.frames]
-    by_index = [int(files.picture(i, 48, 64)[-10:, -10:].mean()) for i in (1, 4, 7, 10)]
-    assert shown == pytest.approx([int(files.picture(i, 48, 64)[-1, -1, 0]) for i in (3, 6, 8, 10)], abs=4)
-    assert shown != pytest.approx(by_index, abs=4)
-    np.testing.assert_allclose(clip.timestamps, [0.12, 0.95, 1.31, 2.04], atol=1e-6)
+    assert shown == pytest.approx([int(files.picture(i, 48, 64)[-1, -1, 0]) for i in (0, 4, 7, 11)], abs=4)
+    np.testing.assert_allclose(clip.timestamps, [0.0, 0.5, 1.3, 2.9], atol=1e-6)
+    evenly = np.linspace(0, 2.9, 4)
+    assert np.abs(clip.timestamps - evenly).max() > 0.4  # negative control: evenly spaced times would be wrong
 
 
 def test_sampling_by_rate_and_its_cap(tmp_path):
+    """The rate says how many frames there are; as with a fixed number they reach from the first picture to the last."""
     files.write_video(tmp_path / "a.mp4", frames=48, fps=24)
     clip = MediaLoader(tmp_path, MediaLimits(num_frames=None, fps=4.0)).video("a.mp4")
-    np.testing.assert_allclose(clip.timestamps, np.arange(8) / 4)
-    assert clip.fps == 4 and clip.duration == 2
+    np.testing.assert_allclose(clip.timestamps, np.linspace(0, 47, 8).round() / 24)
+    assert clip.fps == pytest.approx(7 / (47 / 24)) and clip.duration == 2
     capped = MediaLoader(tmp_path, MediaLimits(num_frames=None, fps=4.0, max_frames=3)).video("a.mp4")
-    assert len(capped.frames) == 4 and capped.fps == 1.5
-    np.testing.assert_array_equal(capped.frames[3], capped.frames[2])
+    np.testing.assert_allclose(capped.timestamps, [0, 47 / 24])  # an even number, and no more than the cap
+    few = MediaLoader(tmp_path, MediaLimits(num_frames=None, fps=0.5)).video("a.mp4")
+    assert len(few.frames) == 4  # the least that shows a movement
+    files.write_video(tmp_path / "a.mkv", frames=48, fps=24)  # 1.999 s by its rounded time stamps
+    assert len(MediaLoader(tmp_path, MediaLimits(num_frames=None, fps=4.0)).video("a.mkv").frames) == 8
 
 
 def test_size_budget_and_no_needless_resize(tmp_path):
@@ -154,7 +164,7 @@ def test_pixel_aspect_ratio_is_honoured(tmp_path):
 def test_one_picture(tmp_path):
     files.write_video(tmp_path / "a.mp4", frames=1)
     clip = MediaLoader(tmp_path, MediaLimits(num_frames=3)).video("a.mp4")
-    assert len(clip.frames) == 4 and (clip.frames == clip.frames[0]).all() and clip.duration == pytest.approx(1 / 24)
+    assert len(clip.frames) == 2 and (clip.frames == clip.frames[0]).all() and clip.duration == pytest.approx(1 / 24)
 
 
 # Audio
@@ -387,8 +397,10 @@ def test_overlong_clips_are_refused_or_trimmed(tmp_path, name):
     loader = MediaLoader(tmp_path, MediaLimits(max_seconds=2, overlong="trim"))
     video, audio = loader.video(name), loader.audio(name)
     assert "trimmed" in video.notes and "trimmed" in audio.notes and loader.notes["trimmed"] == 1
-    assert video.duration == audio.duration == 2 and len(audio.waveform) == 32000 and video.fps == 4
-    assert_same_pictures(video, files.sequential(path, [(i + 0.5) / 4 for i in range(8)]))
+    assert video.duration == audio.duration == 2 and len(audio.waveform) == 32000
+    chosen = np.linspace(0, 47, 8).round().astype(int)  # of the 48 pictures of the first two seconds
+    assert_same_pictures(video, [files.all_pictures(path)[i][1] for i in chosen])
+    np.testing.assert_allclose(video.timestamps, chosen / 24, atol=1e-3)
     assert loader.probe(name).duration == (None if live else pytest.approx(5, abs=0.1))
 
 
@@ -666,6 +678,9 @@ def test_errors_are_documented_and_cross_processes():
 def test_real_clips(path):
     loader = MediaLoader(REAL, MediaLimits(num_frames=6))
     clip, sound = loader.video(path), loader.audio(path)
-    assert_same_pictures(clip, files.sequential(path, [(i + 0.5) * clip.duration / 6 for i in range(6)]))
+    pictures = files.all_pictures(path)
+    chosen = np.linspace(0, len(pictures) - 1, 6).round().astype(int)
+    assert_same_pictures(clip, [pictures[i][1] for i in chosen])
+    np.testing.assert_allclose(clip.timestamps, [pictures[i][0] for i in chosen], atol=0.05)
     assert clip.frames.shape == (6, 224, 420, 3) and set(clip.notes) == {"resized"}
     assert sound.duration == pytest.approx(clip.duration, abs=0.05) and sound.waveform.std() > 0.01

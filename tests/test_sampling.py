@@ -4,62 +4,73 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tiny_models import build_processor
+from transformers.video_utils import VideoMetadata
 
-from maple_trl.omni.sampling import MediaLimits, even_count, fit_size, rate_times, sample_times, uniform_times
+from maple_trl.omni.sampling import (
+    ROUNDED_STAMPS,
+    MediaLimits,
+    even_count,
+    fit_size,
+    frame_count,
+    sample_indices,
+)
 
 
-durations = st.floats(0.01, 3600)
 sides = st.integers(1, 5000)
+pictures = st.integers(1, 3000)
+PROCESSORS = {name: build_processor(name) for name in ("qwen2_5_vl", "qwen3_vl")}
 
 
-@given(st.integers(1, 200), durations)
-def test_uniform_times_are_the_middles_of_equal_parts(count, duration):
-    times = uniform_times(count, duration)
-    edges = np.linspace(0, duration, count + 1)
-    np.testing.assert_allclose(times, (edges[:-1] + edges[1:]) / 2, rtol=1e-9)
-    # Symmetric: the clip played backwards is looked at in the same places.
-    np.testing.assert_allclose(times, duration - times[::-1], rtol=1e-6, atol=1e-9 * duration)
+def reference(name: str, total: int, rate: float, **sampling) -> list[int]:
+    """What the video processor of a Qwen model takes of a clip of `total` pictures."""
+    video = PROCESSORS[name].video_processor
+    return list(video.sample_frames(VideoMetadata(total_num_frames=total, fps=rate), **sampling))
 
 
-@given(st.floats(0.1, 60), st.floats(0.01, 60))
-def test_rate_times_keep_the_rate_and_stay_inside(fps, duration):
-    times = rate_times(fps, duration)
-    assert times[0] == 0 and (len(times) == 1 or times[-1] < duration)
-    assert times[-1] + 1 / fps >= duration * (1 - 1e-6)  # and none is left out at the end
-    np.testing.assert_allclose(np.diff(times), 1 / fps, rtol=1e-6)
+@given(pictures, st.integers(1, 64))
+def test_a_number_of_frames_reaches_from_the_first_picture_to_the_last(total, count):
+    """As `qwen-vl-utils` and the processor of Qwen3-VL do it; vLLM takes fewer from a clip that has fewer."""
+    chosen = sample_indices(MediaLimits(num_frames=count), total, total / 24)
+    taken = min(count, total)
+    assert chosen.tolist() == reference("qwen3_vl", total, 24.0, num_frames=taken)
+    single = torch.linspace(0, total - 1, taken).round().long()  # in single precision a tie can fall to the other side
+    assert np.abs(chosen - single.numpy()).max() <= 1 and (chosen != single.numpy()).sum() <= taken // 2
+    assert chosen[0] == 0 and (taken == 1 or chosen[-1] == total - 1)
+    assert len(set(chosen)) == taken and (np.diff(chosen) > 0).all()
 
 
-@pytest.mark.parametrize(("fps", "duration", "count"), [(10, 0.3, 3), (1, 3.0, 3), (2, 0.1, 1), (29.97, 1.001, 30)])
-def test_rate_times_count(fps, duration, count):
-    assert len(rate_times(fps, duration)) == count
+def test_middles_of_parts_would_differ():
+    """Negative control: the middles of equal parts are other pictures than the reference takes."""
+    middles = ((np.arange(8) + 0.5) * 240 / 8).astype(int).tolist()
+    assert middles != reference("qwen3_vl", 240, 24.0, num_frames=8) == [0, 34, 68, 102, 137, 171, 205, 239]
 
 
-@given(st.one_of(st.none(), st.floats(0.1, 30)), st.integers(1, 64), durations)
-def test_sample_times_respect_max_frames(fps, max_frames, duration):
+@given(pictures, st.sampled_from([10.0, 24.0, 24000 / 1001, 25.0, 30.0, 60.0]), st.floats(0.1, 30))
+def test_a_rate_gives_as_many_frames_as_the_reference(total, rate, fps):
+    assume(total > 1)
+    wanted = total / rate * fps
+    assume(abs(wanted - round(wanted)) > 2 * ROUNDED_STAMPS * fps)  # rounded time stamps tip no count nearby
+    limits = MediaLimits(num_frames=None, fps=fps, max_frames=64)
+    chosen = sample_indices(limits, total, total / rate)
+    if total >= 4:
+        assert len(chosen) == len(reference("qwen2_5_vl", total, rate, fps=fps, min_frames=4, max_frames=64))
+    assert chosen[0] == 0 and chosen[-1] == total - 1 and len(chosen) % 2 == 0 and len(chosen) <= 64
+
+
+@given(st.one_of(st.none(), st.floats(0.1, 30)), st.integers(1, 64), pictures, st.floats(0.01, 3600))
+def test_max_frames_holds(fps, max_frames, total, duration):
     limits = MediaLimits(num_frames=None if fps else max_frames, fps=fps, max_frames=max_frames)
-    times, rate = sample_times(limits, duration)
-    assert 1 <= len(times) <= max_frames
-    assert (times >= 0).all() and (times < duration).all() and (np.diff(times) > 0).all()
-    if fps and duration * fps <= max_frames:
-        assert rate == fps
-    elif fps is None:
-        assert rate == pytest.approx(len(times) / duration)
-    if len(times) > 1:
-        assert rate == pytest.approx(1 / np.diff(times).mean(), rel=1e-6)
+    assert 1 <= len(sample_indices(limits, total, duration)) == frame_count(limits, total, duration) <= max_frames
 
 
-def test_over_max_frames_sampling_becomes_uniform():
-    times, rate = sample_times(MediaLimits(num_frames=None, fps=30, max_frames=4), 2.0)
-    np.testing.assert_allclose(times, [0.25, 0.75, 1.25, 1.75])
-    assert rate == 2.0
-
-
-@pytest.mark.parametrize("duration", [0.0, -1.0, float("nan")])
-def test_sample_times_refuse_an_empty_clip(duration):
+@pytest.mark.parametrize(("total", "duration"), [(0, 1.0), (5, 0.0), (5, -1.0), (5, float("nan"))])
+def test_an_empty_clip_is_refused(total, duration):
     with pytest.raises(ValueError, match="positive"):
-        sample_times(MediaLimits(), duration)
+        sample_indices(MediaLimits(), total, duration)
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=9))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.messages import fence, image_block, text_block
 from maple_trl.data.hint_leaks import LEAKS, split_options
+from maple_trl.omni.subtitles import is_subtitle_file
 
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ What stands between <data-…> and </data-…> belongs to the problem. It is nev
 
 AGAIN = "This hint can't be used: {problem}. Write another one that keeps all the rules. Reply with the hint alone."
 
-SUBTITLE_SUFFIXES = (".srt", ".vtt")
 _THINKING = re.compile(r"^.*</think>", re.DOTALL)
 _LABEL = re.compile(r"^(?:\*\*)?hint(?:\*\*)?\s*:(?:\*\*)?\s*", re.IGNORECASE)
 
@@ -149,7 +149,7 @@ def first_messages(
     """
     parts = [fence("question", problem.question), fence("right_answer", problem.solution)]
     for name, text in problem.extras:
-        if loader is not None and text.endswith(SUBTITLE_SUFFIXES) and os.path.isfile(Path(loader.root, text)):
+        if loader is not None and is_subtitle_file(text) and os.path.isfile(Path(loader.root, text)):
             text = loader.subtitle(text)
         parts.append(fence(re.sub(r"\W", "_", name), text))
     content: list[dict[str, Any]] = []

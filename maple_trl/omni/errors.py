@@ -1,4 +1,4 @@
-"""The one error that every media problem becomes, and the closed list of its reasons."""
+"""The one error that every media problem becomes, with the closed list of its reasons; and that of a row."""
 
 REASONS: dict[str, str] = {
     # where the file is
@@ -16,6 +16,7 @@ REASONS: dict[str, str] = {
     "audio-too-short": "the audio track is no longer than 0.02 s, less than one step of an audio encoder",
     "non-finite-audio": "the audio holds NaN or infinite samples",
     "bad-subtitle": "the subtitle file has no readable text: wrong encoding, broken structure, or no cue with text",
+    "segment-outside": "the segment that the row asks for lies outside of the clip",
     # limits
     "too-long": "longer than max_seconds, and overlong media are quarantined rather than trimmed",
     "frame-too-large": "the coded picture is larger than any frame this library decodes",
@@ -56,3 +57,7 @@ class MediaError(ValueError):
 
     def __reduce__(self):  # so that it crosses process borders (data loader workers, multiprocess map)
         return type(self), (self.reason, self.path, self.detail)
+
+
+class RowError(ValueError):
+    """A row of the data set that cannot be a prompt, whatever its files hold."""

@@ -11,17 +11,19 @@ from typing import Any, Literal
 
 import cachetools
 
-from maple_trl.omni.clips import AudioClip, MediaInfo, Source, VideoClip
+from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
+from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
-from maple_trl.omni.subtitles import subtitle_text
+from maple_trl.omni.subtitles import read_subtitle
 from maple_trl.omni.tasks import Task, perform
 from maple_trl.omni.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
 
 
-__all__ = ["AudioClip", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
+__all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
 
 NO_AUDIO = "no-audio-track"
+WHOLE = ClipRequest()
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*://")
 
@@ -36,8 +38,8 @@ def torchcodec_problem() -> str | None:
 
 
 def _cost(value: Any) -> int:
-    """Bytes of a cache entry; text and `None` (no audio track) are small but not free."""
-    return getattr(value, "nbytes", None) or 64 + len(value or "")
+    """Bytes of a cache entry; text, counts and `None` (no audio track) are small but not free."""
+    return getattr(value, "nbytes", None) or 64 + (len(value) if isinstance(value, str) else 0)
 
 
 class MediaLoader:
@@ -127,6 +129,10 @@ class MediaLoader:
         if not isinstance(path, (str, os.PathLike)):
             raise MediaError("not-found", None, f"expected a path, got {type(path).__name__}")
         name = os.fspath(path)
+        if (stored := stored_path(name)) is not None:
+            if not os.path.isfile(stored):
+                raise MediaError("not-found", name, f"bytes of a table that are not on this machine ({stored})")
+            return stored
         if _SCHEME.match(name):
             if not self.allow_network:
                 raise MediaError("network-not-allowed", name, "a URL; give a path under the media root")
@@ -157,49 +163,77 @@ class MediaLoader:
 
     # Media
 
-    def probe(self, path: str | os.PathLike) -> MediaInfo:
-        """What the file's header says, without decoding. Raises [`MediaError`] for what a header already shows."""
-        return self._perform("probe", self._source(path))
+    def probe(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> MediaInfo:
+        """
+        What the file's header says, without decoding. Raises [`MediaError`] for what a header already shows; the length
+        is judged by the segment that `request` names.
+        """
+        return self._perform("probe", self._source(path), request)
 
-    def video(self, path: str | os.PathLike, *, multiple: int = 28, max_pixels: int | None = None) -> VideoClip:
-        """Frames of a video, sampled and resized. `max_pixels` can only lower the limit. Raises [`MediaError`]."""
-        least, most = self.limits.min_pixels, self.limits.max_pixels
+    def video(
+        self,
+        path: str | os.PathLike,
+        *,
+        multiple: int = 28,
+        max_pixels: int | None = None,
+        request: ClipRequest = WHOLE,
+    ) -> VideoClip:
+        """
+        Frames of a video, sampled and resized: the whole clip as the loader does it, or as `request` says. `max_pixels`
+        can only lower the limit. Raises [`MediaError`], and `ValueError` where `request` goes beyond the loader's limits.
+        """
+        request.limits(self.limits)
+        least, most = request.pixels(self.limits)
         if max_pixels is not None and max_pixels < most:
             most = max_pixels
             least = min(least, most // 4)  # room for any usual aspect ratio below the lowered limit
         if most < multiple**2:
             raise ValueError(f"max_pixels={most} is less than one patch of {multiple}x{multiple} pixels")
-        return self._load("video", self._source(path), multiple, least, most)
+        return self._load("video", self._source(path), multiple, least, most, request)
 
-    def audio(self, path: str | os.PathLike, *, sampling_rate: int = 16000) -> AudioClip | None:
+    def frame_count(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> int:
+        """How many frames [`~MediaLoader.video`] will give, without decoding any. Raises [`MediaError`]."""
+        return self._load("frames", self._source(path), request)
+
+    def audio(
+        self, path: str | os.PathLike, *, sampling_rate: int = 16000, request: ClipRequest = WHOLE
+    ) -> AudioClip | None:
         """
         Mono waveform of an audio file, or of a video's audio track; `None` if a valid file has no audio track, which
-        is counted under the note `"no-audio-track"`. Raises [`MediaError`].
+        is counted under the note `"no-audio-track"`. Of `request` it follows the segment. Raises [`MediaError`].
         """
         if sampling_rate <= 0:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
-        return self._load("audio", self._source(path), sampling_rate)
+        segment = ClipRequest(start=request.start, end=request.end)  # other sampling of pictures is the same sound
+        return self._load("audio", self._source(path), sampling_rate, segment)
 
     def subtitle(self, path: str | os.PathLike) -> str:
-        """Plain text of a local .srt, .vtt or .json subtitle file. Raises [`MediaError`]."""
+        """Plain text of a local subtitle file. Raises [`MediaError`]."""
         source = self._source(path)
         if source.is_url:
             raise MediaError("network-not-allowed", source.name, "subtitles are read from the media root only")
         return self._load("subtitle", source)
 
-    def _decode(self, kind: str, source: Source, *options: int) -> VideoClip | AudioClip | str | None:
+    def _decode(self, kind: str, source: Source, *options: Any) -> VideoClip | AudioClip | str | int | None:
+        if kind == "frames":
+            return self._perform("frames", source, *options)
         with self._lock:
             self.decodes[kind, source.path] += 1
         if kind == "subtitle":
             with open(source.path, "rb") as file:
-                return subtitle_text(file.read(), source.name)
+                text, notes = read_subtitle(file.read(), source.name)
+            self._note(source, notes)
+            return text
         clip = self._perform(kind, source, *options)
+        self._note(source, (NO_AUDIO,) if clip is None else clip.notes)
+        return clip
+
+    def _note(self, source: Source, notes: Iterable[str]) -> None:
         with self._lock:
-            for note in (NO_AUDIO,) if clip is None else clip.notes:
+            for note in notes:
                 if (note, source.path) not in self._noted:  # once a clip, however often it is decoded
                     self._noted.add((note, source.path))
                     self.notes[note] += 1
-        return clip
 
     def _perform(self, kind: str, source: Source, *options: Any) -> Any:
         task = Task(kind, source, self.limits, options, self.backend)

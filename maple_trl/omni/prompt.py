@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.clips import ClipRequest
+from maple_trl.omni.content import (
+    SEGMENT_KEYS,
+    Content,
+    MediaFile,
+    check_places,
+    in_block_words,
+    path_of,
+    place_blocks,
+    read_content,
+    with_tracks,
+)
 from maple_trl.omni.encoded import EncodedPrompt
-from maple_trl.omni.errors import MediaError
+from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import OmniFamily
 from maple_trl.omni.media import AudioClip, MediaLoader, VideoClip
-from maple_trl.omni.sampling import sample_times
+from maple_trl.omni.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
 
 
-SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json")
-# A path, or the name of a file of another subtitle format: fed as text, it would be read out to the model.
-_OTHER_FILE = re.compile(
-    r"(?!\w+://)\S+[/\\]\S+\.\w{2,4}|\S+\.(ass|ssa|sub|sbv|ttml|dfxp|smi|lrc|txt|tsv)", re.IGNORECASE
-)
-
-
-class RowError(ValueError):
-    """A row of the data set that cannot be a prompt, whatever its files hold."""
+__all__ = ["PromptBuilder", "PromptSpec", "RowError"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class PromptSpec:
         messages: the conversation; media blocks are `{"type": "video"}` and `{"type": "audio"}`, in order. A plain
             text prompt is a string, to which no chat template applies.
         videos, audios: the files of those blocks, in order. With `interleaved`, audios belong to the videos.
+        video_requests, audio_requests: what is wanted of each of them.
         subtitle: a file, or the text itself.
         tag: the row's tag, where it has one.
         fed: the signals that the row is fed.
@@ -45,6 +49,8 @@ class PromptSpec:
     messages: tuple[dict[str, Any], ...] | str
     videos: tuple[str, ...] = ()
     audios: tuple[str, ...] = ()
+    video_requests: tuple[ClipRequest, ...] = ()
+    audio_requests: tuple[ClipRequest, ...] = ()
     subtitle: str | None = None
     interleaved: bool = False
     tag: ModalityTag | None = None
@@ -53,12 +59,23 @@ class PromptSpec:
     @property
     def subtitle_file(self) -> bool:
         """Whether the subtitle is a file rather than the text itself."""
-        return self.subtitle is not None and _is_subtitle_file(self.subtitle)
+        return self.subtitle is not None and is_subtitle_file(self.subtitle)
+
+    @property
+    def clips(self) -> tuple[tuple[str, ClipRequest], ...]:
+        """Videos and audios, each with what is wanted of it."""
+        files, requests = (*self.videos, *self.audios), (*self.video_requests, *self.audio_requests)
+        return tuple(zip(files, requests, strict=True))
 
     @property
     def key(self) -> str:
         """A digest of the content: equal prompts have an equal key."""
         content = [self.messages, self.videos, self.audios, self.subtitle, self.interleaved, self.tag]
+        requests = [self.video_requests, self.audio_requests]
+        if any(
+            request != ClipRequest() for kind in requests for request in kind
+        ):  # keys of whole clips stay as they were
+            content.append([[asdict(request) for request in kind] for kind in requests])
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -113,16 +130,15 @@ class PromptBuilder:
         Raises:
             RowError: naming the field, when the row cannot be a prompt or lacks what its tag needs.
         """
-        messages, blocks = _split_blocks(row)
+        content = read_content(row.get("prompt"))
         tag = None if row.get("tag") is None else _parse_tag(row["tag"])
-        videos, own_audios = (blocks[kind] or _as_files(row, kind) for kind in ("video", "audio"))
-        for kind in blocks:
-            if blocks[kind] and row.get(kind):
-                raise RowError(f"field '{kind}' and a '{kind}' block of field 'prompt' both name a file; keep one")
-        subtitle = _checked_subtitle(row.get("subtitle") or None)
-        self._check_text(messages, subtitle)
-        if isinstance(messages, str) and (videos or own_audios or subtitle):
+        videos, own_audios = (self._files(row, kind, content) for kind in SEGMENT_KEYS)
+        subtitle = self._checked_subtitle(row.get("subtitle") or None)
+        self._check_text(content.messages, subtitle)
+        if isinstance(content.messages, str) and (videos or own_audios or subtitle):
             raise RowError("a row with media needs a conversational 'prompt' (a list of messages), not plain text")
+        # A place for sound in a row with none of its own is for the video's track.
+        check_places(content, {"video": len(videos), "audio": len(own_audios or videos)})
         interleaved = self.audio_in_video if row.get("audio_in_video") is None else row["audio_in_video"]
         if not isinstance(interleaved, bool):
             raise RowError(f"field 'audio_in_video' is {interleaved!r}; it must be true, false or empty")
@@ -130,7 +146,8 @@ class PromptBuilder:
         # Without a tag the row says itself what it has: a video's track is used only where it is asked for. Nor is it
         # assumed for a model that cannot hear.
         hears = "audio" in self.family.placeholders or (tag is not None and Modality.AUDIO in tag.modalities)
-        audio_source = own_audios or (videos if hears and (tag is not None or interleaved) else ())
+        track_wanted = tag is not None or interleaved or content.places["audio"]
+        audio_source = own_audios or (tuple(map(_track, videos)) if hears and track_wanted else ())
         sources = {Modality.VIDEO: videos, Modality.AUDIO: audio_source, Modality.SUBTITLE: subtitle}
         present = frozenset(m for m, source in sources.items() if source)
         if tag is not None and not tag.modalities <= present:
@@ -145,17 +162,58 @@ class PromptBuilder:
                 "audio_in_video interleaves one video with one audio, but the row has "
                 f"{len(videos)} video(s) and {len(audio_source)} audio(s)"
             )
+        messages = content.messages
         if fed and not any(message["role"] == "user" for message in messages):
             raise RowError("field 'prompt' has no user message to put the media into")
+        if audio_source and not own_audios and not content.places["audio"] and {Modality.VIDEO, Modality.AUDIO} <= fed:
+            messages = messages if interleaved else with_tracks(messages)
+        videos = videos if Modality.VIDEO in fed else ()
+        audios = audio_source if Modality.AUDIO in fed else ()
         return PromptSpec(
             messages=messages,
-            videos=videos if Modality.VIDEO in fed else (),
-            audios=audio_source if Modality.AUDIO in fed else (),
+            videos=tuple(file.path for file in videos),
+            audios=tuple(file.path for file in audios),
+            video_requests=tuple(file.request for file in videos),
+            audio_requests=tuple(file.request for file in audios),
             subtitle=subtitle if Modality.SUBTITLE in fed else None,
             interleaved=interleaved,
             tag=tag,
             fed=fed,
         )
+
+    def _files(self, row: Mapping[str, Any], kind: str, content: Content) -> tuple[MediaFile, ...]:
+        """The files of a kind that a row names, in its blocks or in its column."""
+        if content.files[kind] and row.get(kind):
+            raise RowError(f"field '{kind}' and a '{kind}' block of field 'prompt' both name a file; keep one")
+        for file in content.files[kind]:
+            self._check_request(file.request, kind)
+        return tuple(content.files[kind]) or _as_files(row, kind)
+
+    def _check_request(self, request: ClipRequest, kind: str) -> None:
+        """What can be asked of no clip is known before one is decoded."""
+        try:
+            request.limits(self.loader.limits)
+            if kind == "video" and kind in self.family.placeholders:
+                least = self.family.frame_multiple**2
+                if request.max_pixels is not None and request.max_pixels < least:
+                    raise ValueError(f"max_pixels={request.max_pixels} is less than one patch, {least} pixels")
+        except ValueError as error:
+            raise RowError(f"a '{kind}' block of field 'prompt': {in_block_words(str(error), kind)}") from error
+
+    def _checked_subtitle(self, subtitle: Any) -> str | None:
+        if subtitle is None:
+            return None
+        if not isinstance(subtitle, str):
+            raise RowError(f"field 'subtitle' is {type(subtitle).__name__}; it must be text or a path")
+        if is_subtitle_file(subtitle.strip()):
+            return subtitle.strip()
+        reason = unread_file(subtitle.strip(), self.loader.root)
+        if reason:
+            raise RowError(
+                f"field 'subtitle' is {subtitle!r}, which {reason}; files that are read end in "
+                f"{', '.join(SUBTITLE_SUFFIXES)} (convert it), and text must not look like a name (end it with a full stop)"
+            )
+        return subtitle
 
     def _check_text(self, messages: tuple[dict[str, Any], ...] | str, subtitle: str | None) -> None:
         """Text that spells a media token would be read as media."""
@@ -234,7 +292,7 @@ class PromptBuilder:
             }
             subtitle_text = self.subtitle_template.replace("{subtitle}", subtitle) if subtitle else ""
             text = self.family.processor.apply_chat_template(
-                _place_blocks(text, own_place, subtitle_text),
+                place_blocks(text, own_place, subtitle_text),
                 tokenize=False,
                 add_generation_prompt=True,
                 **self.chat_template_kwargs,
@@ -242,9 +300,9 @@ class PromptBuilder:
         return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
 
     def _clips(self, spec: PromptSpec) -> tuple[list[VideoClip], list[AudioClip | None]]:
-        audios = [self._audio(path) for path in spec.audios]
+        audios = [self._audio(*clip) for clip in spec.clips[len(spec.videos) :]]
         if self.max_media_tokens is None:
-            return [self._video(path) for path in spec.videos], audios
+            return [self._video(*clip) for clip in spec.clips[: len(spec.videos)]], audios
         audio_tokens = sum(self._audio_tokens(clip) for clip in audios if clip is not None)
         budget = self.max_media_tokens - audio_tokens
         videos = self._videos_within(budget, spec)
@@ -263,29 +321,24 @@ class PromptBuilder:
         if not spec.videos:
             return []
         # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
-        steps = sum(-(-self._frame_count(path) // self.family.frames_per_token) for path in spec.videos)
+        clips = spec.clips[: len(spec.videos)]
+        steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips)
         pixels = max(budget // steps, 1) * self.family.frame_multiple**2
         try:
-            return [self._video(path, max_pixels=pixels) for path in spec.videos]
+            return [self._video(*clip, max_pixels=pixels) for clip in clips]
         except MediaError as error:
             if error.reason != "bad-aspect-ratio":
                 raise
-            return [self._video(path) for path in spec.videos]  # no smaller frame of this shape
+            return [self._video(*clip) for clip in clips]  # no smaller frame of this shape
 
-    def _frame_count(self, path: str) -> int:
-        limits = self.loader.limits
-        if limits.num_frames is not None:
-            return limits.num_frames
-        duration = self.loader.probe(path).video_seconds
-        if not duration:  # a live recording; only decoding tells
-            return len(self._video(path).frames)
-        return len(sample_times(limits, min(duration, limits.max_seconds))[0])
+    def _frame_count(self, path: str, request: ClipRequest) -> int:
+        return self.loader.frame_count(path, request=request)
 
-    def _video(self, path: str, max_pixels: int | None = None) -> VideoClip:
-        return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels)
+    def _video(self, path: str, request: ClipRequest, max_pixels: int | None = None) -> VideoClip:
+        return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels, request=request)
 
-    def _audio(self, path: str) -> AudioClip | None:
-        clip = self.loader.audio(path, sampling_rate=self.family.sampling_rate)
+    def _audio(self, path: str, request: ClipRequest) -> AudioClip | None:
+        clip = self.loader.audio(path, sampling_rate=self.family.sampling_rate, request=request)
         window = self.family.max_audio_seconds
         if clip is not None and window is not None and len(clip.waveform) > window * clip.sampling_rate:
             raise MediaError(
@@ -335,103 +388,19 @@ def _parse_tag(value: Any) -> ModalityTag:
         raise RowError(f"field 'tag': {error}") from error
 
 
-def _is_subtitle_file(subtitle: str) -> bool:
-    return subtitle.lower().endswith(SUBTITLE_SUFFIXES) and "\n" not in subtitle
+def _track(video: MediaFile) -> MediaFile:
+    """The sound of a video: of the same segment, and nothing else that is asked of its pictures."""
+    return MediaFile(video.path, ClipRequest(start=video.request.start, end=video.request.end))
 
 
-def _checked_subtitle(subtitle: Any) -> str | None:
-    if subtitle is None:
-        return None
-    if not isinstance(subtitle, str):
-        raise RowError(f"field 'subtitle' is {type(subtitle).__name__}; it must be text or a path")
-    if _is_subtitle_file(subtitle.strip()):
-        return subtitle.strip()
-    if _OTHER_FILE.fullmatch(subtitle.strip()):
-        raise RowError(
-            f"field 'subtitle' is {subtitle!r}, which looks like a file; files that are read end in "
-            f"{', '.join(SUBTITLE_SUFFIXES)}"
-        )
-    return subtitle
-
-
-def _as_files(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _as_files(row: Mapping[str, Any], name: str) -> tuple[MediaFile, ...]:
     value = row.get(name)
     if not value:
         return ()
-    files = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else None
-    if files is None or not all(isinstance(file, str) and file for file in files):
+    values = [path_of(item) for item in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(file, str) and file for file in values):
         raise RowError(
             f"field '{name}' is {type(value).__name__}; it must be a path below the media root, or a list of paths "
             "(keep decoded arrays out of the table: they turn into nested lists)"
         )
-    return files
-
-
-def _split_blocks(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...] | str, dict[str, tuple[str, ...]]]:
-    """Separates text from media blocks; media blocks keep their place as bare markers."""
-    prompt = row.get("prompt")
-    blocks: dict[str, list[str]] = {"video": [], "audio": []}
-    if isinstance(prompt, str) and prompt:
-        return prompt, dict.fromkeys(blocks, ())
-    if not isinstance(prompt, list) or not prompt:
-        raise RowError("field 'prompt' must be a text or a non-empty list of messages with 'role' and 'content'")
-    messages = []
-    for message in prompt:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError(f"field 'prompt' holds {message!r}, which is not a message with 'role' and 'content'")
-        content = message.get("content")
-        rest = {name: value for name, value in message.items() if name != "content" and value is not None}
-        if isinstance(content, str):
-            messages.append({**rest, "content": [{"type": "text", "text": content}]})
-            continue
-        parts = []
-        for block in content or []:
-            if not isinstance(block, Mapping):
-                raise RowError(
-                    f"field 'prompt' has a message whose content is {content!r}; a text or a list of blocks"
-                )
-            kind = block.get("type")
-            if kind == "text" and isinstance(block.get("text"), str):
-                parts.append({"type": "text", "text": block["text"]})
-            elif kind in blocks:
-                file = block.get(kind) or block.get("path")
-                if not isinstance(file, str):
-                    raise RowError(f"a '{kind}' block of field 'prompt' holds no path (key '{kind}' or 'path')")
-                blocks[kind].append(file)
-                parts.append({"type": kind})
-            else:
-                raise RowError(
-                    f"field 'prompt' holds the content block {block!r}; known are text (key 'text'), video and audio"
-                )
-        messages.append({**rest, "content": parts})
-    return tuple(messages), {kind: tuple(files) for kind, files in blocks.items()}
-
-
-def _place_blocks(
-    messages: tuple[dict[str, Any], ...], own_place: dict[str, list[bool]], subtitle: str
-) -> list[dict[str, Any]]:
-    """
-    Messages as the chat template wants them.
-
-    Markers keep the place that the author gave them; clips without a marker and the subtitle lead the last user
-    message.
-
-    Args:
-        own_place: for each clip of a kind, in order, whether it has a block of its own. It has none when the row is
-            not fed that signal, when its audio is interleaved with a video, or when the file has no audio track.
-    """
-    waiting = {kind: list(flags) for kind, flags in own_place.items()}
-    placed = []
-    for message in messages:
-        parts = []
-        for block in message["content"]:
-            flags = waiting.get(block["type"])
-            if flags is None or (flags and flags.pop(0)):
-                parts.append(block)
-        placed.append({**message, "content": parts})
-    lead = [{"type": kind} for kind, flags in waiting.items() for wanted in flags if wanted]
-    lead += [{"type": "text", "text": subtitle}] if subtitle else []
-    if lead:
-        last_user = max(i for i, message in enumerate(placed) if message["role"] == "user")
-        placed[last_user]["content"] = lead + placed[last_user]["content"]
-    return placed
+    return tuple(map(MediaFile, values))

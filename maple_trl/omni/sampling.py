@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 
 
+MIN_FRAMES = 4  # of sampling by rate, so that a short clip is still seen to move
+ROUNDED_STAMPS = 0.002  # seconds: a container that rounds times to milliseconds must not lose a frame by it
 MAX_ASPECT_RATIO = 200.0  # beyond it a picture is a line; the Qwen vision processors refuse it as well
 
 
@@ -16,8 +18,9 @@ class MediaLimits:
     What is taken of a clip, and what is too much.
 
     Args:
-        num_frames (`int` or `None`): sample this many frames uniformly over the clip. Exclusive with `fps`.
-        fps (`float` or `None`): sample by rate instead; over `max_frames`, uniformly `max_frames`.
+        num_frames (`int` or `None`): take this many frames, evenly from the clip's first picture to its last; fewer if
+            it has fewer. Exclusive with `fps`.
+        fps (`float` or `None`): choose the number by this rate instead: even, at least 4 and at most `max_frames`.
         max_frames (`int`): upper limit of sampled frames.
         min_pixels, max_pixels (`int`): area of one frame after the resize.
         max_seconds (`float`): longest clip.
@@ -55,33 +58,29 @@ class MediaLimits:
             raise ValueError(f"overlong must be 'quarantine' or 'trim', got {self.overlong!r}")
 
 
-def uniform_times(num_frames: int, duration: float) -> np.ndarray:
-    """Middles of `num_frames` equal parts: t_i = (i + 0.5) * duration / n. Seconds, shape (n,), float64."""
-    return (np.arange(num_frames) + 0.5) * (duration / num_frames)
+def frame_count(limits: MediaLimits, pictures: int, duration: float) -> int:
+    """How many of a clip's `pictures`, which last `duration` seconds, are taken; by rate an even number, as Qwen does."""
+    if limits.num_frames is not None:
+        return min(limits.num_frames, pictures)
+    wanted = (duration + ROUNDED_STAMPS) * limits.fps
+    count = int(min(max(wanted, MIN_FRAMES), limits.max_frames, pictures))
+    return count - count % 2 if count > 1 else 1
 
 
-def rate_times(fps: float, duration: float) -> np.ndarray:
-    """t_i = i / fps inside [0, duration), at least one. Seconds, shape (n,), float64."""
-    # The margin keeps a product such as 0.3 * 10 = 3.0000000000000004 from adding a frame at the very end.
-    return np.arange(max(1, math.ceil(duration * fps - 1e-9))) / fps
-
-
-def sample_times(limits: MediaLimits, duration: float) -> tuple[np.ndarray, float]:
+def sample_indices(limits: MediaLimits, pictures: int, duration: float) -> np.ndarray:
     """
-    Times at which `limits` looks at a clip of `duration` seconds.
+    Which of a clip's `pictures` are taken: evenly spaced by number, from the first to the last, as `qwen-vl-utils` and
+    the video processors of the Qwen models do.
 
     Returns:
-        `tuple[np.ndarray, float]`: times in seconds, shape (n,), in [0, duration); their rate in frames per second.
+        `np.ndarray`: ascending indices, int64 (n,); distinct, at most `pictures`.
 
     Raises:
-        ValueError: if `duration` is not positive.
+        ValueError: if there is no picture, or `duration` is not positive.
     """
-    if not duration > 0:
-        raise ValueError(f"duration must be positive, got {duration}")
-    if limits.fps is not None and len(times := rate_times(limits.fps, duration)) <= limits.max_frames:
-        return times, float(limits.fps)
-    num_frames = limits.num_frames or limits.max_frames
-    return uniform_times(num_frames, duration), num_frames / duration
+    if pictures < 1 or not duration > 0:
+        raise ValueError(f"a clip has pictures and a positive duration, got {pictures} and {duration}")
+    return np.linspace(0, pictures - 1, frame_count(limits, pictures, duration)).round().astype(np.int64)
 
 
 def even_count(indices: list) -> list:

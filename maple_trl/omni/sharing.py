@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -46,7 +46,9 @@ def telling_prompt(prompts: Iterable[EncodedPrompt]) -> EncodedPrompt:
 
 
 @torch.no_grad()
-def sharing_error(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
+def sharing_error(
+    model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, media_ids: Sequence[int] = ()
+) -> float:
     """
     How far two completions of a prompt come out differently when they share it, as a multiple of what rounding explains:
     the larger of the mean differences of log-probabilities and of the next token's.
@@ -57,6 +59,7 @@ def sharing_error(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serv
         model: has TRL's fused head, and an attention that reads packed rows.
         core: the module whose hidden states the head reads.
         prompt: any; its last tokens stand in for completions.
+        media_ids: tokens that no completion holds: a clip may stand at the very end of a prompt.
     """
     weight = core.get_input_embeddings().weight
     exact = weight.dtype in (torch.float32, torch.float64)
@@ -65,7 +68,7 @@ def sharing_error(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serv
     model.eval()
     try:
         with _without_autocast(model, weight.device) if exact else nullcontext():
-            apart, padded, together, shifted = _log_probs(model, core, prompt, serve)
+            apart, padded, together, shifted = _log_probs(model, core, prompt, serve, media_ids)
             prefill = prefill_difference(model, core, prompt, serve)
     finally:
         model.train(was_training)
@@ -94,12 +97,13 @@ def _without_autocast(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _log_probs(
-    model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve
+    model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, media_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of two completions: each with its prompt, the same padded, both in one row, and so with positions one too far."""
     device = core.get_input_embeddings().weight.device
     rows = [prompt, prompt]
-    tokens = prompt.input_ids[-_TOKENS:].to(device)
+    is_media = torch.isin(prompt.input_ids, prompt.input_ids.new_tensor(list(media_ids)))
+    tokens = prompt.input_ids[~is_media][-_TOKENS:].to(device)
     completions = torch.stack([tokens, tokens.flip(0)])
     width = completions.size(1)
     lengths = [width, max(width - 1, 1)]

@@ -1,9 +1,19 @@
-"""Subtitle files (.srt, .vtt, Whisper JSON) to the plain text that goes into a prompt."""
+"""
+Subtitle files to the plain text that goes into a prompt.
+
+The content decides the format, as it does for media. Readers of subtitles keep how a line looks and lose what it says
+(pysubs2 takes every brace for a tag, every `\\N` for a line break and WebVTT's notes for speech), so the plain formats are
+read here; ASS, where braces and breaks are just that, by pysubs2.
+"""
 
 import codecs
 import html
 import json
+import math
+import os
 import re
+from collections.abc import Callable, Iterator
+from xml.etree import ElementTree
 
 import pysubs2
 
@@ -12,34 +22,75 @@ from maple_trl.omni.errors import MediaError
 
 MAX_BYTES = 16 << 20  # hours of dense dialogue; anything above is not a subtitle
 
-_EXPECTED = 'expected .srt, .vtt, or JSON as [{"start": s, "end": s, "text": "..."}] or {"segments": [...]}'
+SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".dfxp", ".sbv", ".sub")
+"""Endings of the files that are read."""
 
-_TAG = re.compile(r"</?[a-zA-Z0-9][^<>]*>")
+NOT_UTF8 = "subtitle-cp1252"
+"""The note of a subtitle file that is no UTF-8 and was read as Windows-1252."""
+
+_EXPECTED = (
+    "expected SubRip, WebVTT, SBV, ASS/SSA, TTML, MicroDVD, or JSON as "
+    '[{"start": s, "end": s, "text": "..."}] or {"segments": [...]}'
+)
+
+# Endings of files that are not read as subtitles. A text that ends so is the name of a file.
+_OTHER_ENDINGS = (
+    "txt|tsv|csv|xml|smi|sami|lrc|idx|sup|stl|scc|mcc|itt|ttml2|mpl|mpl2|vob|jsonl|parquet|"
+    "mp4|m4v|m4a|m4b|mkv|mka|mks|mk3d|webm|mov|avi|mpg|mpeg|m2v|ts|mts|m2ts|wmv|asf|flv|f4v|3gp|3g2|ogv|ogg|oga|opus|"
+    "mp3|mp2|wav|wave|flac|aac|aif|aiff|amr|wma|ac3|dts|gif|png|jpg|jpeg|webp|pdf|docx?|zip|rar|7z|tar|gz|tgz|bz2|xz|zst"
+)
+_NAME = re.compile(rf".*[^\s.]\.(?:{_OTHER_ENDINGS})", re.IGNORECASE)
+# A path with an ending, or an absolute one.
+_PATH = re.compile(r"(?!\w+://)\S+[/\\]\S+\.\w{2,4}|(?:/|~/|\.{1,2}/|[A-Za-z]:[/\\])\S*[/\\]\S+")
+
+_TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,:](\d{1,3}))?"
+_TIMES = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}(?:\s.*)?")
+_SBV_TIMES = re.compile(r"\s*(\d+):(\d\d):(\d\d)\.(\d{3}),\d+:\d\d:\d\d\.\d{3}\s*")
+_VTT_ASIDE = re.compile(r"(?:NOTE|STYLE|REGION)(?:\s.*)?")
+_FRAMES = re.compile(r"\s*[{\[](\d+)[}\]][{\[]\d*[}\]]")
+_FRAME_STYLE = re.compile(r"\{[a-zA-Z]:[^{}]*\}")
+
+_OVERRIDE = re.compile(r"\{\\[^{}]*\}")  # of ASS, which converters leave in other formats
+_VOICE = re.compile(r"<v(?:\.[^\s<>]*)?\s+([^<>]+)>")
+_VOICE_END = re.compile(r"</v\s*>")
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+_MARKUP = re.compile(
+    r"</?(?:b|i|u|s|em|strong|strike|ruby|rt|rp)\s*>|</?(?:font|span|p|div|lang)(?:\s[^<>]*)?>|</?[cv](?:\.[^<>]*)?>"
+    r"|<(?:\d+:)?\d\d:\d\d\.\d{1,3}>",
+    re.IGNORECASE,
+)
+_ANY_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
 
-def _decode(data: bytes, name: str) -> str:
-    """UTF-8 (with or without mark) or marked UTF-16: guessing a legacy code page gives wrong letters, silently."""
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MediaError("bad-subtitle", name, f"not UTF-8 (convert the file to UTF-8): {error}") from error
+def is_subtitle_file(text: str) -> bool:
+    """Whether a row's subtitle is the name of a file that is read, rather than the text itself."""
+    return "\n" not in text and text.lower().endswith(SUBTITLE_SUFFIXES)
 
 
-def _parse(text: str) -> pysubs2.SSAFile:
-    """The content decides the format, as it does for media."""
-    start = text.lstrip()
-    if start.startswith(("[", "{")):
-        return pysubs2.load_from_whisper(json.loads(text))
-    format_ = "vtt" if start.startswith("WEBVTT") else "srt"
-    # pysubs2 takes "a < b > c" for a tag; `_TAG` is stricter.
-    return pysubs2.SSAFile.from_string(text, format_=format_, keep_unknown_html_tags=True)
+def unread_file(text: str, root: str) -> str | None:
+    """
+    Why a row's subtitle must be the name of a file that is not read as a subtitle; `None` where it is text.
+
+    Args:
+        root (`str`): the media root.
+    """
+    if "\n" in text or "\r" in text:
+        return None
+    if len(text) < 1024 and "\0" not in text and os.path.isfile(os.path.join(root, text)):
+        return "names a file below the media root" if not os.path.isabs(text) else "names a file"
+    return "looks like a file" if _NAME.fullmatch(text) or _PATH.fullmatch(text) else None
 
 
 def subtitle_text(data: bytes, name: str) -> str:
+    """The text of [`read_subtitle`] alone."""
+    return read_subtitle(data, name)[0]
+
+
+def read_subtitle(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     """
-    The lines of a subtitle file in time order, one per text line, without tags, numbers and times. A line that repeats
-    the one before it is dropped: rolling captions show every line twice.
+    The lines of a subtitle file in time order, one per text line, without tags, numbers and times; and its notes. A line
+    that repeats the one before it is dropped: rolling captions show every line twice. Who speaks (`<v Ann>`) stands
+    before what is said: `Ann: It is mine.`
 
     Args:
         data (`bytes`): the file.
@@ -50,9 +101,9 @@ def subtitle_text(data: bytes, name: str) -> str:
     """
     if len(data) > MAX_BYTES:
         raise MediaError("bad-subtitle", name, f"{len(data)} bytes; a subtitle file has at most {MAX_BYTES}")
-    text = _decode(data, name)
+    text, notes = _decode(data, name)
     try:
-        cues = sorted(_parse(text), key=lambda cue: cue.start)
+        cues = sorted(_cues(text), key=lambda cue: cue[0])
     except (
         ValueError,
         ArithmeticError,
@@ -60,17 +111,206 @@ def subtitle_text(data: bytes, name: str) -> str:
         TypeError,
         AttributeError,
         RecursionError,
+        SyntaxError,  # of XML
+        NotImplementedError,
         pysubs2.Pysubs2Error,
     ) as error:
         raise MediaError(
             "bad-subtitle", name, f"cannot be parsed: {_EXPECTED}; found {type(error).__name__}: {error}"
         ) from error
     lines: list[str] = []
-    for cue in cues:
-        for line in html.unescape(_TAG.sub("", cue.plaintext)).splitlines():
+    for _, said in cues:
+        for line in said.split("\n"):
             line = " ".join(line.split())
             if line and lines[-1:] != [line]:
                 lines.append(line)
     if not lines:
         raise MediaError("bad-subtitle", name, f"{_EXPECTED}; found no cue with text")
-    return "\n".join(lines)
+    return "\n".join(lines), notes
+
+
+# Encoding
+
+
+def _decode(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
+    """UTF-8 or UTF-16; else Windows-1252 with a note, if it can be that: other code pages give wrong letters."""
+    notes: tuple[str, ...] = ()
+    try:
+        text = data.decode(_unicode(data))
+    except UnicodeDecodeError as error:
+        text = _windows_1252(data)
+        if text is None:
+            raise MediaError("bad-subtitle", name, f"not UTF-8 (convert the file to UTF-8): {error}") from error
+        notes = (NOT_UTF8,)
+    if "\0" in text:
+        raise MediaError("bad-subtitle", name, f"a binary file; {_EXPECTED}")
+    return text.replace("\r\n", "\n").replace("\r", "\n"), notes
+
+
+def _unicode(data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    head = data[:4]  # without a mark, the first letters are ASCII in every format
+    if len(head) == 4 and (head[0] == head[2] == 0 or head[1] == head[3] == 0) and any(head):
+        return "utf-16-be" if head[0] == 0 else "utf-16-le"
+    return "utf-8-sig"
+
+
+def _windows_1252(data: bytes) -> str | None:
+    """The text, unless it must be something else: damaged UTF-8, or a script whose words have few or no ASCII letters."""
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+    words = re.findall(r"[^\W\d_]+", text)
+    foreign = sum(len(word) > 3 and not re.search("[a-zA-Z]", word) for word in words) > 0.05 * len(words)
+    letters = "".join(words)
+    foreign = foreign or sum(not letter.isascii() for letter in letters) > 0.75 * len(letters)
+    utf8 = data.decode("utf-8", errors="replace")
+    damaged = sum(not letter.isascii() for letter in utf8) > 2 * utf8.count("\ufffd")
+    return None if foreign or damaged else text
+
+
+# Formats
+
+
+def _cues(text: str) -> Iterator[tuple[float, str]]:
+    """Start and text of every cue; starts are comparable, whatever their unit."""
+    text = text.lstrip()
+    return _reader(text[:1024].lower())(text)
+
+
+def _reader(head: str) -> Callable[[str], Iterator[tuple[float, str]]]:
+    if re.match(r"\[(script info|v4\+? styles|events)\]", head):
+        return _ass_cues
+    if _FRAMES.match(head):
+        return _frame_cues
+    if head.startswith(("[", "{")):
+        return _json_cues
+    if re.match(r"<(\?xml|!--|(\w+:)?tt[\s>])", head):
+        return _ttml_cues
+    return _vtt_cues if re.match(r"webvtt(\s|$)", head) else _srt_cues
+
+
+def _srt_cues(text: str) -> Iterator[tuple[float, str]]:
+    """SubRip, and YouTube's SBV."""
+    for begin, lines in _timed_blocks(text.split("\n"), webvtt=False):
+        yield begin, html.unescape(_without_markup(lines))
+
+
+def _vtt_cues(text: str) -> Iterator[tuple[float, str]]:
+    for begin, lines in _timed_blocks(text.split("\n"), webvtt=True):
+        yield begin, html.unescape(_ANY_TAG.sub("", _without_markup(lines)))
+
+
+def _timed_blocks(lines: list[str], webvtt: bool) -> Iterator[tuple[float, list[str]]]:
+    """
+    Cues as the lines between two lines of times, less the number or name of the next cue.
+
+    WebVTT's NOTE, STYLE and REGION blocks, which reach from a blank line to the next one, are no cue's. A line of times
+    begins a cue everywhere, as in browsers.
+    """
+    times = [_TIMES.fullmatch(line) or (None if webvtt else _SBV_TIMES.fullmatch(line)) for line in lines]
+    first = next((i for i, found in enumerate(times) if found), 0)
+    numbered = first > 0 and lines[first - 1].strip().isdecimal()
+    begin, said, aside = None, [], False
+    for i, line in enumerate(lines):
+        after_blank = i > 0 and not lines[i - 1].strip()
+        before_times = i + 1 < len(lines) and times[i + 1] is not None
+        if times[i]:
+            if begin is not None:
+                yield begin, said
+            hours, minutes, seconds, fraction = times[i].groups(default="0")[:4]
+            begin, said, aside = int(hours) * 3600 + int(minutes) * 60 + float(f"{seconds}.{fraction}"), [], False
+        elif not line.strip():
+            aside = False
+        elif webvtt and after_blank and _VTT_ASIDE.fullmatch(line):
+            aside = True
+        elif before_times and (after_blank if webvtt else numbered and line.strip().isdecimal()):
+            continue
+        elif not aside:
+            said.append(line)
+    if begin is not None:
+        yield begin, said
+
+
+def _without_markup(lines: list[str]) -> str:
+    """A cue without the tags of SubRip and WebVTT. Braces and backslashes are text, unless they are ASS's overrides."""
+    text = _BREAK.sub("\n", _OVERRIDE.sub("", "\n".join(lines)))
+    text, *voices = _VOICE.split(text)
+    for name, said in zip(voices[::2], voices[1::2], strict=True):
+        said, *after = _VOICE_END.split(said)
+        name, said = " ".join(name.split()), said.lstrip()
+        named = said.startswith(f"{name}:") or not _ANY_TAG.sub("", said).strip()
+        text = "\n".join([text, said if named else f"{name}: {said}", *after])
+    return _MARKUP.sub("", text)
+
+
+def _ass_cues(text: str) -> Iterator[tuple[float, str]]:
+    for event in pysubs2.SSAFile.from_string(text, format_="ass"):
+        if event.is_text:  # neither a comment nor a drawing
+            yield event.start, event.plaintext
+
+
+def _frame_cues(text: str) -> Iterator[tuple[float, str]]:
+    """MicroDVD and MPL2: `{first}{last}text|text` by frame, or in brackets by tenth of a second."""
+    for number, line in enumerate(line for line in text.split("\n") if line.strip()):
+        match = _FRAMES.match(line)
+        if match is None:
+            raise ValueError(f"line {line[:80]!r} has no times")
+        said = _FRAME_STYLE.sub("", line[match.end() :]).split("|")
+        if number == 0 and re.fullmatch(r"\d+[.,]?\d*", said[0].strip()) and match[1] in "01":
+            continue  # the frame rate
+        yield int(match[1]), "\n".join(part.removeprefix("/") for part in said)  # the slash: italics
+
+
+def _json_cues(text: str) -> Iterator[tuple[float, str]]:
+    """Segments as Whisper writes them."""
+    content = json.loads(text)
+    for segment in content["segments"] if isinstance(content, dict) else content:
+        start, said = float(segment["start"]), segment["text"]
+        if not math.isfinite(start) or not isinstance(said, str):
+            raise ValueError(f"segment {segment!r}")
+        yield start, said
+
+
+def _ttml_cues(text: str) -> Iterator[tuple[float, str]]:
+    if "<!doctype" in text.lower():
+        raise ValueError("XML with a document type, which TTML has not")
+    root = ElementTree.fromstring(text.encode(), parser=ElementTree.XMLParser(encoding="utf-8"))
+    rates = {_local(name): float(value) for name, value in root.attrib.items() if _local(name).endswith("Rate")}
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "f": 1 / rates.get("frameRate", 30)}
+    units["t"] = 1 / rates.get("tickRate", rates.get("frameRate", 1))
+
+    def seconds(time: str) -> float:
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)(h|m|s|ms|f|t)", time):
+            return float(match[1]) * units[match[2]]
+        hours, minutes, whole, frames = re.fullmatch(
+            r"(\d+):(\d\d):(\d\d(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?", time
+        ).groups()
+        return int(hours) * 3600 + int(minutes) * 60 + float(whole) + float(frames or 0) * units["f"]
+
+    def walk(node: ElementTree.Element, begin: float) -> Iterator[tuple[float, str]]:
+        begin += seconds(node.get("begin", "0s").strip())
+        if _local(node.tag) == "p":
+            yield begin, _ttml_text(node)
+            return
+        for child in node:
+            yield from walk(child, begin)
+
+    for node in root:
+        if _local(node.tag) == "body":
+            yield from walk(node, 0.0)
+
+
+def _ttml_text(node: ElementTree.Element) -> str:
+    parts = ["\n"] if _local(node.tag) == "br" else [" ".join((node.text or "").split("\n"))]
+    for child in node:
+        parts.append("" if _local(child.tag) == "metadata" else _ttml_text(child))
+        parts.append(" ".join((child.tail or "").split("\n")))
+    return "".join(parts)
+
+
+def _local(name: str) -> str:
+    """An XML name without its namespace, of which TTML has had several; a comment has none."""
+    return name.rpartition("}")[2] if isinstance(name, str) else ""

@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 
 from maple_trl.omni.clips import Source
-from maple_trl.omni.decode import decode_audio, decode_video, opened_video, probe
+from maple_trl.omni.decode import (
+    count_frames,
+    decode_audio,
+    decode_video,
+    display_matrix,
+    opened_video,
+    probe,
+    upright,
+)
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.sampling import MediaLimits
 
@@ -17,7 +25,7 @@ class Task:
     One file to decode.
 
     Args:
-        kind (`"video"`, `"audio"`, `"probe"` or `"picture"`): what is asked of it.
+        kind (`"video"`, `"audio"`, `"probe"`, `"frames"` or `"picture"`): what is asked of it.
         source (`Source`): the file.
         limits (`MediaLimits`): sampling and limits.
         options (`tuple`): further arguments of the function that does it.
@@ -55,6 +63,8 @@ def _perform(task: Task) -> Any:
         return decode_audio(*arguments)
     if task.kind == "probe":
         return probe(*arguments)
+    if task.kind == "frames":
+        return count_frames(*arguments)
     if task.kind == "picture":
         return one_picture(*arguments)
     raise TypeError(f"no such task: {task.kind!r}")
@@ -68,7 +78,10 @@ def one_picture(source: Source, limits: MediaLimits, width: int) -> np.ndarray:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise source.error("no-frames", "no picture could be decoded")
-        return frame.to_ndarray(format="rgb24", width=width, height=max(1, round(frame.height * width / frame.width)))
+        picture = frame.to_ndarray(
+            format="rgb24", width=width, height=max(1, round(frame.height * width / frame.width))
+        )
+        return np.ascontiguousarray(upright(picture, display_matrix(frame)))
 
 
 def torchcodec_pictures(path: str, seconds: list[float]) -> list:

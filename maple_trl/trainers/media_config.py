@@ -76,15 +76,24 @@ class MediaConfig:
         },
     )
     num_frames: int | None = field(
-        default=8, metadata={"help": "Frames per video, spread evenly over it. Exclusive with video_fps."}
+        default=8,
+        metadata={
+            "help": "Frames per video, evenly from its first picture to its last, as the Qwen processors take them. Exclusive "
+            "with video_fps."
+        },
     )
     video_fps: float | None = field(
-        default=None, metadata={"help": "Frames per second of video, at most max_frames. Set num_frames to null."}
+        default=None,
+        metadata={
+            "help": "Frames per second of video: an even number, at least 4 and at most max_frames. Set num_frames to null."
+        },
     )
     max_frames: int = field(default=64, metadata={"help": "Most frames of one video."})
     min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "Fewest pixels (height x width) of a frame."})
     max_pixels: int = field(default=128 * 28 * 28, metadata={"help": "Most pixels (height x width) of a frame."})
-    max_media_seconds: float = field(default=300.0, metadata={"help": "Longest clip that is read, in seconds."})
+    max_media_seconds: float = field(
+        default=300.0, metadata={"help": "Longest clip or segment that is read, in seconds."}
+    )
     overlong_media: str = field(
         default="quarantine",
         metadata={"help": "What happens to a longer clip: 'quarantine' drops its row, 'trim' reads its beginning."},

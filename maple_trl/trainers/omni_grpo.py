@@ -438,7 +438,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
         core = self.family.core(self.accelerator.unwrap_model(self.model))
         try:
-            error = sharing_error(self.model, core, prompt, self._serve)
+            error = sharing_error(self.model, core, prompt, self._serve, self.family.suppressed_ids)
         except RuntimeError as failure:  # a kernel does not take what it is given, or does not compile
             logger.debug("Comparing shared prompts failed", exc_info=True)
             first_line = str(failure).split("\n", 1)[0]

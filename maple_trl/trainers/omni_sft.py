@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
+from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
@@ -110,6 +111,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             raise ValueError(
                 f"{name} has no column 'completion', which is what is learnt; its columns: {', '.join(columns)}"
             )
+        dataset = as_paths(dataset)
         usable = self.rows.register(dataset, name)
         if isinstance(dataset, Dataset):
             read = dataset.select_columns([column for column in _MEDIA_COLUMNS if column in columns])

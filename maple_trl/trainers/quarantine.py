@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from maple_trl.evaluation.report import write_atomically
 from maple_trl.modalities import Modality
+from maple_trl.omni.clips import ClipRequest
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
 from maple_trl.trainers.rollout_state import ResumeError
@@ -109,31 +110,33 @@ class RowRegistry:
             raise ValueError(f"{name}: no usable row is left: {self.summary()}")
 
     def _probe(self, specs: dict[str, PromptSpec], progress: bool) -> None:
-        media = {file for spec in specs.values() for file in (*spec.videos, *spec.audios)}
-        files = sorted(media | {spec.subtitle for spec in specs.values() if spec.subtitle_file})
+        media = {clip for spec in specs.values() for clip in spec.clips}
+        subtitles = {(spec.subtitle, None) for spec in specs.values() if spec.subtitle_file}
+        files = sorted(media | subtitles, key=repr)
 
-        def probe(file: str) -> tuple[str, MediaError | None, bool, bool]:
-            """The file, what is wrong with it, and whether it has pictures and sound."""
+        def probe(clip: tuple[str, ClipRequest | None]) -> tuple[tuple, MediaError | None, bool, bool]:
+            """The file and the part of it that is asked for, what is wrong, and whether it has pictures and sound."""
+            file, request = clip
             try:
-                if file in media:
-                    info = self.builder.loader.probe(file)
-                    return file, None, info.has_video, info.has_audio
+                if request is not None:
+                    info = self.builder.loader.probe(file, request=request)
+                    return clip, None, info.has_video, info.has_audio
                 self.builder.loader.subtitle(file)
-                return file, None, False, False
+                return clip, None, False, False
             except MediaError as error:
-                return file, error, False, False
+                return clip, error, False, False
 
         own = files[self.ranks.rank :: self.ranks.world]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(probe, own)
             found = list(tqdm(found, total=len(own), desc="Probing media", disable=not progress, leave=False))
         found = self.ranks.gather(found)
-        errors = {file: error for file, error, *_ in found if error is not None}
-        with_pictures = {file for file, _, has_video, _ in found if has_video}
-        with_sound = {file for file, *_, has_audio in found if has_audio}
+        errors = {clip: error for clip, error, *_ in found if error is not None}
+        with_pictures = {file for (file, _), _, has_video, _ in found if has_video}
+        with_sound = {file for (file, _), *_, has_audio in found if has_audio}
         for key, spec in specs.items():
-            row_files = [*spec.videos, *spec.audios, *([spec.subtitle] if spec.subtitle_file else [])]
-            error = next((errors[file] for file in row_files if file in errors), None)
+            row_files = [*spec.clips, *([(spec.subtitle, None)] if spec.subtitle_file else [])]
+            error = next((errors[clip] for clip in row_files if clip in errors), None)
             blind = next((file for file in spec.videos if file not in with_pictures), None)
             if error is None and blind is not None:
                 error = MediaError(

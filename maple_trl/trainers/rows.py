@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder
@@ -53,6 +54,7 @@ class RowEncoder:
                 "video, or drop the column."
             )
         check_spelling(columns, name)
+        dataset = as_paths(dataset)
         if not isinstance(dataset, Dataset):
             return dataset
         registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
@@ -123,8 +125,28 @@ class RowEncoder:
         return [encoded[key] for key in keys]
 
 
+# Columns in which other libraries' data sets hold the question.
+_QUESTIONS = ("question", "problem", "query", "instruction", "input", "prompts", "messages", "conversations")
+
+
 def check_spelling(columns: Sequence[str], name: str) -> None:
-    """A misspelt media column would be left unread, and the run would train on text alone."""
+    """
+    Checks the names of the columns that are read. A misspelt media column would be left unread, and the run would train
+    on text alone.
+
+    Raises:
+        ValueError: with the column to rename.
+    """
+    if columns and "prompt" not in columns:
+        asked = next((other for other in _QUESTIONS if other in columns), None)
+        raise ValueError(
+            f"{name} has no column 'prompt'; its columns: {', '.join(columns)}. Rename the one that holds the question"
+            + (
+                f": {asked!r} to 'prompt', in the file or by `dataset.rename_column({asked!r}, 'prompt')`"
+                if asked
+                else ""
+            )
+        )
     for column in ("video", "audio", "subtitle"):
         alike = [other for other in columns if re.sub(r"[\W_]", "", other.lower()).removesuffix("s") == column]
         if alike and column not in columns:

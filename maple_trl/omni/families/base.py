@@ -155,6 +155,8 @@ class OmniFamily:
                 "chat template render video and audio blocks?"
             )
         position_ids = self.position_ids(batch, media, videos, interleaved)
+        if interleaved:
+            input_ids, position_ids = self.interleave(input_ids, position_ids, videos[0])
         return EncodedPrompt(key, input_ids, position_ids, media, {k: v for k, v in tokens.items() if v})
 
     _media_names = ("pixel_values_videos", "video_grid_thw", "input_features", "feature_attention_mask")
@@ -193,9 +195,23 @@ class OmniFamily:
             "feature_attention_mask": media["feature_attention_mask"][..., :length],
         }
 
-    def second_per_grid(self, videos: Sequence[VideoClip]) -> Tensor:
-        """Seconds between two temporal patches of each video, shape (videos,)."""
-        return torch.tensor([self.frames_per_token / clip.fps for clip in videos])
+    def patch_seconds(self, clip: VideoClip) -> Tensor:
+        """Time of the first picture of each temporal patch, shape (patches,)."""
+        return torch.from_numpy(clip.timestamps[:: self.frames_per_token].copy())
+
+    def second_per_grid(self, videos: Sequence[VideoClip]) -> list[Tensor]:
+        """
+        Seconds between temporal patches, as `get_rope_index` takes them: it places patch k at k times that.
+
+        Each video has one value per patch, of shape (patches,), rather than one in all: so every patch comes to stand
+        where its picture is, however unevenly pictures follow each other. Evenly, all values of a video are equal. The
+        first picture of a video stands at its beginning.
+        """
+        return [mean_steps(seconds - seconds[0]) for seconds in map(self.patch_seconds, videos)]
+
+    def interleave(self, input_ids: Tensor, position_ids: Tensor, clip: VideoClip) -> tuple[Tensor, Tensor]:
+        """Tokens and positions of a prompt with its video's tokens placed among the sound's, by their true times."""
+        raise NotImplementedError
 
     def position_ids(self, batch, media: dict[str, Tensor], videos: Sequence[VideoClip], interleaved: bool) -> Tensor:
         """Rotary positions of one prompt, shape (R, P)."""
@@ -268,6 +284,11 @@ class OmniFamily:
     def scope_of(self, module_name: str) -> str | None:
         """The part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
         return _scope_of(tuple(self.scopes.items()), module_name)
+
+
+def mean_steps(seconds: Tensor) -> Tensor:
+    """Each time over its number, float32: times it, the number gives the time back. The first is taken as it is."""
+    return (seconds / torch.arange(len(seconds)).clamp(min=1)).float()
 
 
 @cache

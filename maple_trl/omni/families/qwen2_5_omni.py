@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from itertools import zip_longest
 
-from maple_trl.omni.families.base import OmniFamily, register_family
+import torch
+from torch import Tensor
+
+from maple_trl.omni.families.base import OmniFamily, mean_steps, register_family
 
 
 @register_family
@@ -38,15 +41,62 @@ class Qwen2_5OmniFamily(OmniFamily):
 
     def position_ids(self, batch, media, videos, interleaved):
         mask = media.get("feature_attention_mask")
+        # Beside sound, all pictures stand first and at the beginning until `interleave` places them.
+        seconds = [torch.zeros(())] * len(videos) if interleaved else self.second_per_grid(videos)
         positions, _ = self._rope_index(
             batch["input_ids"],
             video_grid_thw=media.get("video_grid_thw"),
             attention_mask=torch.ones_like(batch["input_ids"]),
             use_audio_in_video=interleaved,
             audio_seqlens=None if mask is None else mask.sum(-1),
-            second_per_grids=self.second_per_grid(videos) if videos else None,
+            second_per_grids=seconds or None,
         )
         return positions[:, 0]
+
+    def interleave(self, input_ids, position_ids, clip):
+        """
+        Places the video's tokens by the times of their pictures, on the clock of the sound.
+
+        The processor and `get_rope_index` take it that pictures follow each other evenly from the sound's first sample
+        on. Where they do, nothing changes here.
+        """
+        is_video, is_audio = (input_ids == self.placeholder_ids[kind] for kind in ("video", "audio"))
+        media, seconds = (is_video | is_audio).nonzero()[:, 0], self.patch_seconds(clip)
+        video, audio = position_ids[:, media].split([int(is_video.sum()), int(is_audio.sum())], dim=1)
+        zero, video = audio[0, 0], video.clone()
+        # The arithmetic of `get_rope_index`, in single precision, which integer positions round down.
+        numbers = torch.arange(len(seconds)).clamp(min=1)
+        times = (numbers * mean_steps(seconds) * self.config.position_id_per_seconds).to(position_ids.dtype)
+        video[0] = zero + times.repeat_interleave(video.size(1) // len(seconds))
+        order = self.token_order(video[0] - zero, audio[0] - zero)
+        input_ids, position_ids, last = input_ids.clone(), position_ids.clone(), position_ids[:, media[-1]].max()
+        input_ids[media] = torch.cat([input_ids[is_video], input_ids[is_audio]])[order]
+        position_ids[:, media] = torch.cat([video, audio], dim=1)[:, order]
+        # The text that follows counts on from the last token of the media.
+        position_ids[:, media[-1] + 1 :] += position_ids[:, media[-1]].max() - last
+        return input_ids, position_ids
+
+    def token_order(self, video: Tensor, audio: Tensor) -> Tensor:
+        """
+        Order of the tokens of a video and its sound, given the time position of each.
+
+        Tokens stand in chunks of some seconds, and in each the video's come first.
+
+        Returns:
+            `Tensor` of shape (tokens,): indices into the video's tokens followed by the sound's.
+        """
+        per_chunk = int(self.config.position_id_per_seconds * self.config.seconds_per_chunk)
+        late = int(video[0]) // per_chunk  # chunks that end before the first picture
+        starts = [(0, 0)] * late
+        chunks = [
+            starts + self.processor.get_chunked_index(video - late * per_chunk, per_chunk),
+            self.processor.get_chunked_index(audio, per_chunk),
+        ]
+        order, offsets = [], (0, len(video))
+        for pair in zip_longest(*chunks, fillvalue=(0, 0)):
+            for (first, end), offset in zip(pair, offsets, strict=True):
+                order += range(offset + first, offset + end)
+        return torch.tensor(order)
 
     def audio_token_count(self, mel_frames):
         return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from maple_trl.omni.families.base import register_family
 from maple_trl.omni.families.qwen2_5_omni import Qwen2_5OmniFamily
 
@@ -33,6 +36,10 @@ class Qwen3OmniFamily(Qwen2_5OmniFamily):
         if audios:
             kwargs["n_window"] = self.config.audio_config.n_window
         return kwargs
+
+    def token_order(self, video: Tensor, audio: Tensor) -> Tensor:
+        """By time alone; of tokens of one time, the video's come first."""
+        return torch.cat([video, audio]).argsort(stable=True)
 
     def audio_token_count(self, mel_frames):
         window = 2 * self.config.audio_config.n_window
