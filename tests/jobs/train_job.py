@@ -44,6 +44,7 @@ from maple_trl.trainers.mapo_config import MAPOConfig
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 from maple_trl.trainers.rollout_state import ResumeError
+from maple_trl.trainers.run_errors import RunStoppedError
 
 
 DEFAULTS = {
@@ -312,7 +313,7 @@ def do(run: dict, plan: dict) -> None:
         result["backend"] = torch.distributed.get_backend()
     try:
         trainer.train(resume_from_checkpoint=run.get("resume"))
-    except ResumeError as error:
+    except (ResumeError, RunStoppedError) as error:
         result["error"] = str(error)
     result |= {
         "log": trainer.state.log_history,
