@@ -60,7 +60,7 @@ def missing_parts(checkpoint: str, rank: int, world: int) -> list[str]:
         return any(re.fullmatch(pattern, name) for name in names)
 
     sharded = has(r"global_step\d+")  # DeepSpeed keeps weights, optimizer and schedule in a folder of its own
-    weights = r".*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*\.bin(\.index\.json)?|pytorch_model_fsdp.*"
+    weights = r"(model|pytorch_model|adapter_model)[^_]*\.(safetensors|bin)(\.index\.json)?|pytorch_model_fsdp.*"
     lacking = []
     if not sharded and not has(weights):
         lacking.append("the model's weights")
