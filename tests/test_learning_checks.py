@@ -60,13 +60,18 @@ def test_equal_rewards_are_warned_of_once(reward, said, caplog, tmp_path):
     trainer = of_text(reward, tmp_path, max_steps=EQUAL_ROLLOUTS + 3, temperature=0.7)
     trainer.train()
     [message] = warned(caplog, "all rewards were equal")
-    assert f"Up to step {EQUAL_ROLLOUTS}, all rewards were equal in {EQUAL_ROLLOUTS} rollouts in a row ({said})" in message
+    assert (
+        f"Up to step {EQUAL_ROLLOUTS}, all rewards were equal in {EQUAL_ROLLOUTS} rollouts in a row ({said})"
+        in message
+    )
     assert "max_completion_length=2" in message and "temperature=0.7" in message and "never matches" in message
     [gradient] = warned(caplog, "the gradient was exactly 0")
     assert f"Up to step {ZERO_GRADIENTS}," in gradient and "all advantages are 0" in gradient
     notes = {note["kind"]: note for note in trainer.left_out()}
     steps = EQUAL_ROLLOUTS + 3
-    assert notes["equal_rewards"]["count"] == notes["equal_rewards"]["of"] == notes["equal_rewards"]["longest"] == steps
+    assert (
+        notes["equal_rewards"]["count"] == notes["equal_rewards"]["of"] == notes["equal_rewards"]["longest"] == steps
+    )
     assert notes["zero_gradient"]["text"] == f"{steps} of {steps} steps without an update (gradient 0)"
     if reward is nothing:
         completions = 4 * steps

@@ -13,7 +13,12 @@ from maple_trl.trainers.run_errors import TooManyQuarantinedError
 
 
 GOOD = "1\n00:00:00,000 --> 00:00:01,000\nword {}\n"
-STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 2, "shuffle_dataset": False}
+STEP = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 2,
+    "shuffle_dataset": False,
+}
 
 
 @pytest.fixture
@@ -73,7 +78,9 @@ def test_a_run_whose_files_break_in_its_steps_stops_with_a_checkpoint(folder):
         trainer.train()
     stopped = trainer.state.global_step
     assert 1 < stopped < 6
-    found = re.match(r"train_dataset: (\d+) of the (\d+) rows that batches asked for cannot be used", str(caught.value))
+    found = re.match(
+        r"train_dataset: (\d+) of the (\d+) rows that batches asked for cannot be used", str(caught.value)
+    )
     assert int(found[2]) >= 10 and int(found[1]) == len(trainer.rows.quarantined)
     assert f"Stopped after step {stopped}" in str(caught.value) and "first 0.srt, 1.srt, 4.srt" in str(caught.value)
     checkpoint = last_complete_checkpoint(str(folder / "run"))
@@ -135,7 +142,9 @@ def train_command(folder, data, *words):
     data.to_json(folder / "train.jsonl")
     words = ["--dataset_name", folder, "--output_dir", folder / "run", "--max_steps", 2, "--logging_steps", 1, *words]
     common = "--model_name_or_path builtin:tiny-omni --use_cpu true --bf16 false --dtype float32 --report_to none"
-    common += " --per_device_train_batch_size 4 --num_generations 2 --gradient_accumulation_steps 1 --disable_tqdm true"
+    common += (
+        " --per_device_train_batch_size 4 --num_generations 2 --gradient_accumulation_steps 1 --disable_tqdm true"
+    )
     common += " --max_completion_length 4 --max_pixels 3136 --save_strategy no --gradient_checkpointing false"
     return cli.main(["train", *common.split(), *map(str, words)])
 

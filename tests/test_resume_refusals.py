@@ -131,7 +131,10 @@ def test_weights_alone_are_named_as_such(tmp_path):
     with pytest.raises(ResumeError) as caught:
         again.train(resume_from_checkpoint=True)
     message = str(caught.value)
-    assert "lacks the optimizer's state (optimizer.pt), the learning-rate schedule's (scheduler.pt) and the random" in message
+    assert (
+        "lacks the optimizer's state (optimizer.pt), the learning-rate schedule's (scheduler.pt) and the random"
+        in message
+    )
     assert "as one that was written with save_only_model=True" in message
     # What the message advises.
     from maple_trl.omni.loading import load_model
@@ -197,32 +200,27 @@ def pair(tmp_path_factory):
             broken[i]["subtitle"] = f"missing{i}.srt"
         more = {"media_check": "none", "max_steps": 6, "shuffle_dataset": False}
         stopped = {"name": "stopped", "rows": broken, "options": options | more}
-        Job(TORCHRUN, folder, "first", rows, [whole, stopped]).wait()
-        runs = []
-        for name, part in (("second-rank", "rng_state_1.pth"), ("optimizer", "optimizer.pt"), ("control", None)):
-            out = folder / "copies" / name
-            copy(folder / "first" / "whole", out, 1)
-            if part is not None:
-                (out / "checkpoint-1" / part).unlink()
-            runs.append({"name": name, "resume": True, "options": options | {"output_dir": str(out)}})
-        Job(TORCHRUN, folder, "again", rows, runs).wait()
+        resumed = {"resume": True, "options": options, "copies": "whole/checkpoint-1"}
+        lacking = {"second-rank": "rng_state_1.pth", "optimizer": "optimizer.pt", "control": None}
+        runs = [{**resumed, "name": name, "without": part} for name, part in lacking.items()]
+        Job(TORCHRUN, folder, "pair", rows, [whole, stopped, *runs]).wait()
 
     return once(tmp_path_factory, "resume-pair", prepare)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_one_rank_lacks_stops_both(pair, rank):
-    error = facts(pair / "again", "second-rank", rank)["error"]
+    error = facts(pair / "pair", "second-rank", rank)["error"]
     assert "lacks the random numbers' (rng_state_1.pth)" in error and "of one process, and this run has 2" in error
-    assert "lacks the optimizer's state (optimizer.pt)." in facts(pair / "again", "optimizer", rank)["error"]
-    assert facts(pair / "again", "control", rank)["error"] is None
-    ours, theirs = weights(pair / "again", "control", rank), weights(pair / "first", "whole", rank)
+    assert "lacks the optimizer's state (optimizer.pt)." in facts(pair / "pair", "optimizer", rank)["error"]
+    assert facts(pair / "pair", "control", rank)["error"] is None
+    ours, theirs = weights(pair / "pair", "control", rank), weights(pair / "pair", "whole", rank)
     assert all(torch.equal(value, ours[key]) for key, value in theirs.items())
 
 
 def test_two_processes_stop_together_where_media_fail(pair):
-    told = [facts(pair / "first", "stopped", rank) for rank in (0, 1)]
+    told = [facts(pair / "pair", "stopped", rank) for rank in (0, 1)]
     assert told[0]["error"] == told[1]["error"] and "cannot be used (" in told[0]["error"]
     assert told[0]["quarantined"] == told[1]["quarantined"]
     step = int(told[0]["error"].split("Stopped after step ")[1].split(";")[0])
-    assert 1 <= step < 6 and (pair / "first" / "stopped" / f"checkpoint-{step}" / "rng_state_1.pth").is_file()
+    assert 1 <= step < 6 and (pair / "pair" / "stopped" / f"checkpoint-{step}" / "rng_state_1.pth").is_file()

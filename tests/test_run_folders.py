@@ -201,7 +201,9 @@ def test_supervised_rows_that_fill_no_batch_are_refused(rows, status, tmp_path, 
     assert train(tmp_path, tmp_path / "out", *words, options=COMMON) == status
     error = capsys.readouterr().err.strip()
     if status:
-        assert "train_dataset has 3 usable rows, but one batch takes 4 and dataloader_drop_last drops" in last_line(error)
+        assert "train_dataset has 3 usable rows, but one batch takes 4 and dataloader_drop_last drops" in last_line(
+            error
+        )
     assert (tmp_path / "out" / "model.safetensors").exists() == (status == 0)
 
 
