@@ -109,6 +109,7 @@ class RowRegistry:
         self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
         self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
+        self._rows_seen = 0
         if len(self.left_out) == len(self._keys):
             raise ValueError(f"{name}: no usable row is left: {self.summary()}")
 
@@ -216,11 +217,13 @@ class RowRegistry:
 
     def note_seen(self, keys: Iterable[str]) -> None:
         """Batches have asked for these prompts; those of other data sets are passed over."""
-        self.seen.update(key for key in keys if key in self._rows_of)
+        new = {key for key in keys if key in self._rows_of} - self.seen
+        self.seen |= new
+        self._rows_seen += sum(len(self._rows_of[key]) for key in new)
 
     def usable_seen(self) -> int:
         """Rows that batches have asked for and that can be used."""
-        return sum(len(self._rows_of[key]) for key in self.seen if key not in self.quarantined)
+        return self._rows_seen - sum(len(prompt.rows) for key, prompt in self.quarantined.items() if key in self.seen)
 
     def too_many(self, limit: float) -> str | None:
         """
@@ -280,7 +283,8 @@ class RowRegistry:
             )
         self.left_out = state["left_out"]
         # That of an earlier version does not say which rows it has seen: all, so that none counts as broken too soon.
-        self.seen = {self._keys[row] for row in state.get("seen", range(len(self._keys)))}
+        self.seen, self._rows_seen = set(), 0
+        self.note_seen(self._keys[row] for row in state.get("seen", range(len(self._keys))))
         self.quarantined |= {row["key"]: QuarantinedPrompt(**row) for row in state["quarantined"]}
 
     def _content(self) -> str:

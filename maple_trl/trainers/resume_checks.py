@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from maple_trl.trainers.rollout_state import ResumeError, last_complete_checkpoint
+from maple_trl.trainers.rollout_state import ResumeError, is_complete, last_complete_checkpoint
 
 
 def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
@@ -25,11 +25,11 @@ def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
         return last
     if not os.path.isdir(wanted):
         raise ResumeError(f"resume_from_checkpoint: there is no folder {wanted}")
-    if not os.path.exists(os.path.join(wanted, "trainer_state.json")):
+    if not is_complete(wanted):
         within = last_complete_checkpoint(wanted)
         advice = "" if within is None else f"; it holds {os.path.basename(within)}: name {within}"
         raise ResumeError(
-            f"resume_from_checkpoint: {wanted} is no checkpoint, or one that was not written to its end: it has no "
+            f"resume_from_checkpoint: {wanted} is no checkpoint, or one that was not written to its end: it has no whole "
             f"trainer_state.json{advice}"
         )
     return wanted
