@@ -104,12 +104,25 @@ def test_a_folder_that_is_no_checkpoint_is_named(run, tmp_path):
         str(tmp_path / "nowhere"): f"there is no folder {tmp_path / 'nowhere'}",
         str(tmp_path / "empty"): f"{tmp_path / 'empty'} is no checkpoint",
         str(folder): f"it holds checkpoint-2: name {folder / 'checkpoint-2'}",
-        True: f"no complete checkpoint-N folder in {tmp_path / 'again'}",
     }
     for wanted, message in cases.items():
         with pytest.raises(ResumeError) as caught:
             trainer.train(resume_from_checkpoint=wanted)
         assert message in str(caught.value)
+    cut_off = copy(folder, tmp_path / "cut", 2) / "trainer_state.json"
+    cut_off.write_text(cut_off.read_text()[:40])
+    with pytest.raises(ResumeError, match="was not written to its end: it has no whole trainer_state.json"):
+        trainer.train(resume_from_checkpoint=cut_off.parent)
+    assert not trainer.state.log_history
+
+
+def test_the_last_checkpoint_of_a_folder_without_any_is_a_beginning_that_is_told(tmp_path, caplog):
+    """A script can start a job and restart it; the command refuses (see `test_cli`)."""
+    trainer = make("omni_sft", tmp_path, max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == trainer.steps_made == 1
+    told = f"there is no complete checkpoint-N folder in {tmp_path}; the run begins anew"
+    assert any(told in record.message for record in caplog.records)
 
 
 def test_a_run_that_is_at_its_end_makes_no_step_more(run, tmp_path, caplog):

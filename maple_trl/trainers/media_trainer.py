@@ -29,7 +29,7 @@ from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.quarantine import Ranks, write_quarantine
 from maple_trl.trainers.quarantine_callback import QuarantineCallback
 from maple_trl.trainers.resume_checks import check_parts, find_checkpoint
-from maple_trl.trainers.rollout_state import ResumeError, check_geometry, load_rows
+from maple_trl.trainers.rollout_state import ResumeError, check_geometry, last_complete_checkpoint, load_rows
 from maple_trl.trainers.rows import RowEncoder
 from maple_trl.trainers.run_errors import NoStepError, TooManyQuarantinedError
 from maple_trl.trainers.run_summary import Note, RunTally, make_note, quarantine_notes, unseen_note
@@ -235,7 +235,7 @@ class MediaTrainer:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         As in [`~transformers.Trainer`]. `resume_from_checkpoint=True` goes on from the last complete checkpoint in
-        `output_dir`.
+        `output_dir`, and begins anew where there is none, with a warning: the same script starts a job and restarts it.
 
         Raises:
             ResumeError: when this run cannot go on from the checkpoint: there is none, or it lacks weights, optimizer,
@@ -246,7 +246,9 @@ class MediaTrainer:
         """
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-        if resume_from_checkpoint is False:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint is False:
             resume_from_checkpoint = None
         self._check_output_dir(fresh=resume_from_checkpoint is None)
         self._first_step, self.tally = 0, RunTally(speaks=self.accelerator.is_main_process)
@@ -282,7 +284,17 @@ class MediaTrainer:
                 named(results),
             )
 
-    def _checked_checkpoint(self, wanted: str | bool) -> str:
+    def _last_checkpoint(self) -> str | None:
+        """The last complete checkpoint in the run's folder."""
+        last = last_complete_checkpoint(self.args.output_dir)
+        if last is None and self.accelerator.is_main_process:
+            logger.warning(
+                "resume_from_checkpoint: there is no complete checkpoint-N folder in %s; the run begins anew",
+                self.args.output_dir,
+            )
+        return last
+
+    def _checked_checkpoint(self, wanted: str) -> str:
         """The checkpoint that is meant. What one rank finds wrong with it is raised on all."""
         error, checkpoint = None, ""
         try:
