@@ -23,8 +23,8 @@ help: ## Show this list
 
 install: $(STAMP) ## Make .venv and install the package with the extras dev and plots
 
-demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go to runs/demo
-	$(BIN)/maple-trl train --config recipes/demo.yaml
+demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go to runs/demo, anew each time
+	$(BIN)/maple-trl train --config recipes/demo.yaml --overwrite
 
 test: $(STAMP) ## Run the tests and require 90 % line coverage
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=maple_trl --cov-report=term-missing:skip-covered \

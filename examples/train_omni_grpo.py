@@ -57,7 +57,7 @@ def main() -> None:
 
     trainer.save_model()
     if trainer.is_world_process_zero():
-        summary = json.dumps({"before": before, "after": after}, indent=2)
+        summary = json.dumps({"before": before, "after": after, "left_out": trainer.left_out()}, indent=2)
         Path(training_args.output_dir, "summary.json").write_text(summary + "\n", encoding="utf-8")
         print(summary)
 

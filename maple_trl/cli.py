@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command line without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        `int`: 0; 1 when `env` found something broken, too many rows of `data` or `eval` failed; 2 when the job is
-        described wrongly; 130 when interrupted.
+        `int`: 0; 1 when `env` found something broken, too many rows of `data`, `eval` or `train` failed, or a run was
+        stopped or made no step; 2 when the job is described wrongly; 130 when interrupted.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -108,6 +108,7 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
     from maple_trl.job_args import SetupError, parse_args
     from maple_trl.rewards import JudgeUnavailableError
     from maple_trl.stages import load_plan, run_stages
+    from maple_trl.trainers.run_errors import RunStoppedError
 
     plan = None
     try:
@@ -122,7 +123,7 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
     except SetupError as error:
         print(f"maple-trl train: {error}", file=sys.stderr)
         return 2
-    except JudgeUnavailableError as error:
+    except (JudgeUnavailableError, RunStoppedError) as error:
         print(f"maple-trl train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

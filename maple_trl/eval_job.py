@@ -148,10 +148,11 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         raise SetupError(f"limit must be 1 or more, got {job.limit}")
     if not 0 < job.confidence < 1:
         raise SetupError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {job.confidence}")
+    store = EvalStore(job.output)
+    store.check()
     questions = load_questions(job)
     scoring = Scoring(job, questions.media_root)
     model = LocalModel(job, state) if job.server is None else ServedModel(job)
-    store = EvalStore(job.output)
     lock = FileLock(store.folder / ".lock")
     try:
         with _loader(job, questions.media_root) as loader:

@@ -118,6 +118,9 @@ class OmniScriptArguments:
             Where the logged metrics go, one JSON object a line; default `metrics.jsonl` in `output_dir`.
         plot_file (`str`, *optional*):
             Where the plot goes; default `training.png` in `output_dir`.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace the results of another run in `output_dir`, which are refused otherwise: its checkpoints, weights,
+            completions, log and summary are removed before training. A run that is resumed removes nothing.
     """
 
     trainer: str = field(
@@ -176,6 +179,13 @@ class OmniScriptArguments:
     )
     plot_file: str | None = field(
         default=None, metadata={"help": "Where the plot goes (default: training.png in output_dir)."}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace the results of another run in output_dir (checkpoints, weights, completions, log, summary), "
+            "which is refused otherwise. A run that is resumed removes nothing."
+        },
     )
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maple_trl.evaluation.report import as_json, write_atomically
+from maple_trl.evaluation.report import as_json, left_out_line, write_atomically
 from maple_trl.job_args import (
     SUPERVISED,
     SetupError,
@@ -29,6 +29,7 @@ from maple_trl.job_args import (
     take_option,
     trainer_of,
 )
+from maple_trl.run_folder import named, run_results
 
 
 STATE_FILE = "stages.json"
@@ -40,12 +41,13 @@ _RESERVED = {
     "summary_file": "each stage writes its own into its folder",
     "metrics_file": "each stage writes its own into its folder",
     "plot_file": "each stage writes its own into its folder",
+    "overwrite": "stages go on where they stopped; another output_dir begins anew",
 }
 # Not part of what a stage does: where things are, which the folders say, and facts about a process.
-_PLACES = {"output_dir", "logging_dir", "resume_from_checkpoint", "media_root", "local_rank"}
+_PLACES = {"output_dir", "logging_dir", "resume_from_checkpoint", "media_root", "local_rank", "overwrite"}
 # Not what it learns either.
 _REPORTING = re.compile(
-    r"(logging|save|eval|report|hub|push|log|disable_tqdm|run_name|do_|dataloader|generation_batch_size)"
+    r"(logging|save|eval|report|hub|push|log|disable_tqdm|run_name|do_|dataloader|generation_batch_size|max_quarantined)"
 )
 
 
@@ -214,6 +216,8 @@ def run_stages(plan: Plan) -> list[dict[str, Any]]:
         # Anew: a job's configuration also sets variables that hold for the whole process.
         script_args, training_args, model_args = job = plan.parse(i)
         training_args.resume_from_checkpoint = state.checkpoint(i)
+        # What a stage that was stopped before its first checkpoint has left is its own.
+        script_args.overwrite = script_args.overwrite or state.begun(i)
         if writes:
             _announce(plan, i, training_args.resume_from_checkpoint)
         state.begin(i, job, write=writes)
@@ -284,6 +288,10 @@ def print_stages(plan: Plan, summaries: Sequence[Mapping[str, Any]]) -> None:
     console = Console()
     console.print(table)
     console.print(f"results in {plan.output_dir}", highlight=False)
+    for stage, summary in zip(plan.stages, summaries, strict=True):
+        if summary.get("left_out"):
+            line = f"{stage.name}: {left_out_line(summary['left_out'])}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 # State
@@ -342,10 +350,11 @@ class StageState:
         """Holds a stage against what is known of it."""
         folder, name = self.plan.folder(index), self.plan.stages[index].name
         if index >= len(self.entries):
-            if _last_checkpoint(folder) is not None:
+            results = run_results(folder)
+            if results:
                 raise SetupError(
-                    f"stage {name}: {folder} holds checkpoints of another run, of which {self.path} knows nothing; choose "
-                    "another output_dir"
+                    f"stage {name}: {folder} holds results of another run ({named(results)}), of which {self.path} knows "
+                    "nothing; choose another output_dir"
                 )
             return
         entry = self.entries[index]
@@ -367,6 +376,10 @@ class StageState:
             raise SetupError(
                 f"stage {name} is done, but its model is no longer in {folder}: choose another output_dir"
             )
+
+    def begun(self, index: int) -> bool:
+        """Whether a stage has run before, to its end or not."""
+        return index < len(self.entries)
 
     def checkpoint(self, index: int) -> str | None:
         """The checkpoint from which a stage goes on; `None` to begin it."""

@@ -23,6 +23,7 @@ from maple_trl.job_args import (
 from maple_trl.job_data import evaluates, load_datasets, prepare_data
 from maple_trl.job_rewards import close_rewards, load_rewards
 from maple_trl.omni.scopes import SCOPES
+from maple_trl.run_folder import holds_evaluation, is_inside, named, remove_results, run_results
 
 
 if TYPE_CHECKING:
@@ -240,22 +241,53 @@ def checkpoint_to_resume(training_args: OmniGRPOConfig | OmniSFTConfig) -> str |
     Raises:
         SetupError: when there is no such checkpoint.
     """
-    from maple_trl.trainers.rollout_state import last_complete_checkpoint
+    from maple_trl.trainers.resume_checks import find_checkpoint
+    from maple_trl.trainers.rollout_state import ResumeError
 
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "no", "none"):
         return None
-    if str(wanted).lower() in ("true", "yes"):
-        folder = training_args.output_dir
-        last = last_complete_checkpoint(folder)
-        if last is None:
-            raise SetupError(f"resume_from_checkpoint: there is no complete checkpoint-N folder in {folder}")
-        return last
-    if not os.path.isdir(wanted):
-        raise SetupError(f"resume_from_checkpoint: there is no folder {wanted}")
-    if not os.path.exists(os.path.join(wanted, "trainer_state.json")):
-        raise SetupError(f"resume_from_checkpoint: {wanted} is no checkpoint, or one that was not written to its end")
-    return str(wanted)
+    last = str(wanted).lower() in ("true", "yes")
+    try:
+        return find_checkpoint(True if last else str(wanted), training_args.output_dir)
+    except ResumeError as error:
+        raise SetupError(str(error)) from error
+
+
+def check_output_dir(
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+    checkpoint: str | None,
+) -> bool:
+    """
+    Before the model is loaded: is `output_dir` free for this job?
+
+    Returns:
+        `bool`: whether the results of another run are to be removed before training (`overwrite`).
+
+    Raises:
+        SetupError: when it holds results of another run and the job neither goes on from one of its checkpoints nor
+            overwrites them, holds an evaluation, or when what would be removed is what the job reads.
+    """
+    folder = training_args.output_dir
+    if holds_evaluation(folder):
+        raise SetupError(f"output_dir: {folder} holds an evaluation; name another folder for the training run")
+    results = run_results(folder)
+    if not results or (checkpoint is not None and is_inside(checkpoint, folder)):
+        return False
+    if not script_args.overwrite:
+        raise SetupError(
+            f"output_dir: {folder} holds results of another run ({named(results)}). Name another folder, go on with that run "
+            "(--resume_from_checkpoint true), or replace it (--overwrite)"
+        )
+    read = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
+    for option, path in read.items():
+        removed = [os.path.join(folder, name) for name in results]
+        own = option == "model_name_or_path" and path and os.path.realpath(path) == os.path.realpath(folder)
+        if path and (own or any(is_inside(path, result) for result in removed)):
+            raise SetupError(f"output_dir: overwrite would remove {path}, which is {option}; name another output_dir")
+    return True
 
 
 # The job
@@ -280,16 +312,29 @@ def run(
     Returns:
         `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
         `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job), `train_seconds`,
-        `steps`, `model`, `dataset`.
+        `steps`, `model`, `dataset`, `left_out` (what was left out, failed or never fired; see
+        [`~maple_trl.trainers.media_trainer.MediaTrainer.left_out`]).
 
     Raises:
         SetupError: when the arguments name something that is not there; nothing has been trained then.
+        RunStoppedError: when the run was stopped, or made no step.
     """
+    from maple_trl.trainers.resume_checks import check_parts
     from maple_trl.trainers.rollout_state import ResumeError
 
     started = time.monotonic()
     checkpoint = checkpoint_to_resume(training_args)
+    replaces = check_output_dir(script_args, training_args, model_args, checkpoint)
+    if checkpoint is not None:
+        try:
+            check_parts(checkpoint, training_args.process_index, training_args.world_size)
+        except ResumeError as error:
+            raise SetupError(str(error)) from error
     trainer, test = build_trainer(script_args, training_args, model_args)
+    if checkpoint is None:
+        trainer.check_quarantine()
+    if replaces:
+        _remove_results(trainer)
     before = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
     train_started = time.monotonic()
     try:
@@ -314,6 +359,7 @@ def run(
         "steps": trainer.state.global_step,
         "model": model_args.model_name_or_path,
         "dataset": script_args.dataset_name,
+        "left_out": trainer.left_out() + _unusable_questions(after),
     }
     if trainer.is_world_process_zero():
         trainer.processing_class.save_pretrained(training_args.output_dir)
@@ -328,6 +374,22 @@ def run(
     if last:
         trainer.accelerator.end_training()
     return summary
+
+
+def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> None:
+    """Makes `output_dir` free, once everything that could stop the job has been built."""
+    if trainer.is_world_process_zero():
+        removed = remove_results(trainer.args.output_dir)
+        print(f"overwrite: removed {named(removed)} of another run from {trainer.args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _unusable_questions(after: SampledAccuracy | None) -> list[dict[str, Any]]:
+    """Questions of the evaluation that were asked of nobody, as a note of what was left out."""
+    if after is None or not after.unusable:
+        return []
+    text = f"{after.unusable} questions of the evaluation left out for their media"
+    return [{"kind": "unusable_questions", "count": after.unusable, "text": text}]
 
 
 def _evaluate(

@@ -68,9 +68,9 @@ def runs(tmp_path_factory):
         no_rollout = copy("no-rollout", 2, case="rollout")
         (no_rollout / "checkpoint-2" / "rollout_0.json").unlink()
         resume("no-rollout", CASES["rollout"], no_rollout)
-        no_random = copy("no-random", 2)
-        (no_random / "checkpoint-2" / "rng_state.pth").unlink()
-        resume("no-random", CASES["plain"], no_random)
+        other_random = copy("other-random", 2)
+        shutil.copy(folder / "whole" / "plain" / "checkpoint-4" / "rng_state.pth", other_random / "checkpoint-2")
+        resume("other-random", CASES["plain"], other_random)
         Job(1, folder, "resumed", rows, resumed).wait()
 
     return once(tmp_path_factory, "resume", make)
@@ -126,7 +126,8 @@ def test_a_checkpoint_without_its_rollout_is_refused(runs):
     assert "rollout_0.json is missing" in told["error"] and not told["used"]
 
 
-def test_without_the_random_state_the_weights_differ(runs):
-    told = facts(runs / "resumed", "no-random")
+def test_with_another_random_state_the_weights_differ(runs):
+    """Without any, `test_resume_refusals` finds the checkpoint refused."""
+    told = facts(runs / "resumed", "other-random")
     assert len(losses(told)) == STEPS
-    assert not same(weights(runs / "whole", "plain"), weights(runs / "resumed", "no-random"))
+    assert not same(weights(runs / "whole", "plain"), weights(runs / "resumed", "other-random"))

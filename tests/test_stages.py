@@ -368,7 +368,7 @@ def test_checkpoints_of_another_run_are_not_gone_on_from(job):
     checkpoint = job / "out" / "second" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")
-    with pytest.raises(SetupError, match="stage second: .*second holds checkpoints of another run"):
+    with pytest.raises(SetupError, match="stage second: .*second holds results of another run .checkpoint-3."):
         run_stages(load_plan(["--config", "stages.yaml"]))
 
 

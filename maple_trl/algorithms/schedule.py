@@ -253,6 +253,11 @@ class StratifiedSchedule:
             again += rows[: missing - len(again)]
         return PromptBatch(rows + again, stratum, missing)
 
+    @property
+    def rows_left_out(self) -> list[int]:
+        """Rows that the current epoch does not visit."""
+        return self._position.skipped
+
     # State
 
     def metrics(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from maple_trl.evaluation.eval_identity import differences
 from maple_trl.evaluation.eval_options import EvaluationError
 from maple_trl.evaluation.report import write_atomically
+from maple_trl.run_folder import holds_evaluation, named, run_results
 
 
 LINES = pa.schema(
@@ -110,6 +111,19 @@ class EvalStore:
     def complete(self) -> bool:
         return self.table.is_file()
 
+    def check(self) -> None:
+        """
+        Is the folder one for an evaluation?
+
+        Raises:
+            EvaluationError: when it holds a training run or a model, whose files `--overwrite` does not remove either.
+        """
+        results = run_results(self.folder)
+        if results and not holds_evaluation(self.folder):
+            raise EvaluationError(
+                f"{self.folder} holds a training run or a model ({named(results)}); name another folder with --output"
+            )
+
     def begin(self, identity: Mapping[str, Any], overwrite: bool = False) -> None:
         """
         Opens the folder for an evaluation, a new one or the one that it holds.
@@ -121,6 +135,7 @@ class EvalStore:
         Raises:
             EvaluationError: when the folder holds another evaluation, naming what differs, or something else.
         """
+        self.check()
         note = self.folder / "evaluation.json"
         if overwrite and note.is_file():
             shutil.rmtree(self.batches, ignore_errors=True)

@@ -58,7 +58,7 @@ def accuracy_rows(before: Mapping[str, float], after: Mapping[str, float]) -> li
 
 
 def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
-    """Prints accuracy per tag before and after, and where the results are."""
+    """Prints accuracy per tag before and after, where the results are, and last what was left out."""
     from rich.console import Console
     from rich.table import Table
 
@@ -75,3 +75,12 @@ def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
         console.print(table)
     steps, seconds = summary["steps"], summary["seconds"]
     console.print(f"{steps} steps, {seconds:.0f} s in all; results in {output_dir}", highlight=False)
+    if "left_out" in summary:
+        console.print(left_out_line(summary["left_out"]), highlight=False, markup=False, soft_wrap=True)
+
+
+def left_out_line(notes: Sequence[Mapping[str, Any]]) -> str:
+    """What was left out of a run, failed in it or never fired, in one line."""
+    if not notes:
+        return "Nothing was left out, failed or never fired."
+    return f"Left out, failed or never fired: {'; '.join(note['text'] for note in notes)}"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -49,6 +50,7 @@ class RunData:
         table: completions, a line each; `None` where there are none.
         media_root: the folder below which their media lie, where it is known.
         notes: what could not be read.
+        quarantined: how many prompts of a training run are in quarantine, by reason, and the first files.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class RunData:
     table: pa.Table | None = None
     media_root: str | None = None
     notes: list[str] = field(default_factory=list)
+    quarantined: str | None = None
 
     @property
     def accesses(self) -> list[str]:
@@ -130,7 +133,24 @@ def _read_training(folder: Path) -> RunData:
     # A run that goes on in the folder of a finished one has not written its own yet.
     run.summary = summary if finished is not False else None
     run.table, run.media_root = table, media_root
+    run.quarantined = _read_quarantine(folder / "quarantine.json", notes)
     return run
+
+
+def _read_quarantine(path: Path, notes: list[str]) -> str | None:
+    """Counts by reason, and the first files."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        reasons = Counter(entry["reason"] for entry in entries)
+        files = list(dict.fromkeys(entry["path"] for entry in entries if entry["path"]))[:3]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        notes.append(f"{path.name} cannot be read ({error}) and is left out")
+        return None
+    if not reasons:
+        return None
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    first = f"; first {', '.join(files)}" if files else ""
+    return f"{reasons.total()} prompts quarantined ({counts}{first})"
 
 
 def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str | None]:

@@ -167,7 +167,16 @@ def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None)
     facts.append(("seconds in all", summary.get("seconds")))
     facts.append(("questions left out for their media", summary.get("unusable")))
     facts.append(("completions kept", None if rollouts is None else rollouts.total))
+    facts += [("left out, failed or never fired", text) for text in _left_out(run)]
     return [(name, value) for name, value in facts if value is not None]
+
+
+def _left_out(run: RunData) -> list[str]:
+    """What a finished run says that it left out; of another one, its quarantine."""
+    notes = (run.summary or {}).get("left_out")
+    if notes is None:
+        return [run.quarantined] if run.quarantined else []
+    return [str(note.get("text")) for note in notes if isinstance(note, Mapping)] or ["nothing"]
 
 
 def _evaluation_facts(run: RunData) -> list[tuple[str, Any]]:

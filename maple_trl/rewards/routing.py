@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from maple_trl.modalities import ModalityTag
@@ -131,6 +131,10 @@ class _RoutedReward:
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns: Any) -> list[float | None]:
         chosen, arguments = self._choose(prompts, completions, completion_ids, columns)
         return self._spread(self.reward(**arguments) if chosen else [], chosen, len(completions))
+
+    def is_for(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is one of those that the reward is for."""
+        return self.read(row.get(self.column)) in self.wanted
 
     def _choose(self, prompts, completions, completion_ids, columns: dict[str, Any]) -> tuple[list[int], dict]:
         """Which rows the inner reward is for, and what it is called with."""

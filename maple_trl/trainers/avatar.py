@@ -37,6 +37,7 @@ from maple_trl.trainers.hinted_rows import HINT_COLUMN, HINTED, has_hint, prompt
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
 from maple_trl.trainers.replay_memory import Group, MixedRollout, ReplayMemory, Written
 from maple_trl.trainers.rollout_state import Chunk, LostPromptsError, ResumeError, concat_rows
+from maple_trl.trainers.run_summary import Note, make_note, plural
 from maple_trl.trainers.stratified_sampler import StratifiedSampler
 from maple_trl.trainers.tag_metrics import tag_number, totals_by_tag
 
@@ -513,6 +514,26 @@ class AvatarTrainer(OmniGRPOTrainer):
 
     # Metrics
 
+    def left_out(self) -> list[Note]:
+        found, counts, args = super().left_out(), self.tally.counts, self.args
+        if args.replayed_generations and counts["rollouts"] and not counts["replayed"]:
+            text = (
+                f"replay never fired: nothing was replayed in {plural(counts['rollouts'], 'rollout')}, with "
+                f"{plural(len(self.memory.buffer), 'completion')} in the buffer (a prompt's are replayed from its second "
+                "visit on)"
+            )
+            found.append(make_note("replay_never_fired", 0, text, of=counts["rollouts"]))
+        if args.hints and counts["rollouts"] and not counts["hinted"]:
+            text = (
+                f"hints never fired: no prompt was shown with its hint in {plural(counts['rollouts'], 'rollout')} (hint_visits="
+                f"{args.hint_visits}, hint_below={args.hint_below:g})"
+            )
+            found.append(make_note("hints_never_fired", 0, text, of=counts["rollouts"]))
+        if self.memory.unstorable:
+            text = f"{plural(self.memory.unstorable, 'completion')} without a reward or a token could not be stored for replay"
+            found.append(make_note("unstorable", self.memory.unstorable, text))
+        return found
+
     def _log_rollout(
         self, rollout: MixedRollout, rewards: Tensor, experiences: list[Experience], advantages: Tensor
     ) -> None:
@@ -530,6 +551,9 @@ class AvatarTrainer(OmniGRPOTrainer):
         task = self._scores[:, names.index("accuracy_reward")] if "accuracy_reward" in names else rewards
         groups = rollout.groups_of(rollout.places(replayed=False))
         tags = torch.tensor([group.tag for group in rollout.groups])
+        self.tally.counts.update(
+            rollouts=1, replayed=sum(rollout.replayed), hinted=sum(rollout.hinted), generated=len(rewards)
+        )
         self._log_all(
             {
                 "replay/zero_variance_fresh": float(fresh_only.float().mean()),

@@ -54,6 +54,7 @@ from maple_trl.trainers.rollout_state import (
     take_rows,
 )
 from maple_trl.trainers.rounds import Round
+from maple_trl.trainers.run_summary import Note, make_note, plural
 from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, TagSums, tag_number
 from maple_trl.trainers.updates import even_parts, micro_batches, share_out
 from maple_trl.trainers.zero_shot import check_measurable, fingerprint, zero_shot_accuracy
@@ -328,6 +329,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._learn(scored, kept)
         self._means["train"].add(scored.totals(self._task_reward, advantages))
         surplus = int((scored.informative & ~kept).sum())
+        self.tally.counts["dropped_groups"] += int((~scored.informative & ~kept).sum())
         self._log_all({"schedule/filled_rows": batch.filled, "sampling/surplus_groups": surplus})
         self._replace_logged_advantages(advantages)
         parts, counts, start = [], torch.zeros(self.accelerator.num_processes, dtype=torch.long), 0
@@ -519,6 +521,22 @@ class MAPOTrainer(OmniGRPOTrainer):
             self.state.max_steps = self.state.global_step + 1  # the step that saves and evaluates as the last one does
 
     # Metrics
+
+    def _compared(self, rewards: Tensor) -> Tensor:
+        if self.args.advantage_scope == "group" or self.num_generations == 1:
+            return super()._compared(rewards)
+        return rewards.view(1, -1)  # also among the prompts of a rollout
+
+    def left_out(self) -> list[Note]:
+        found = super().left_out()
+        dropped, left = self.tally.counts["dropped_groups"], len(self.schedule.rows_left_out) if self.schedule else 0
+        if dropped:
+            text = f"{plural(dropped, 'group')} without a difference between rewards dropped (dynamic_sampling)"
+            found.append(make_note("dropped_groups", dropped, text))
+        if left:
+            text = f"{plural(left, 'row')} left out of the last epoch as uninformative (dynamic_sampling)"
+            found.append(make_note("uninformative_rows", left, text))
+        return found
 
     def _begin_window(self) -> None:
         """A window is the micro-batches of one optimizer step."""

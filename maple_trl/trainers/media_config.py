@@ -137,6 +137,13 @@ class MediaConfig:
             "files, 'none' leaves it to the step that meets them."
         },
     )
+    max_quarantined_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Most rows of a data set, as a share of those that were looked at, whose media may turn out unusable. "
+            "Above it the run stops, with a checkpoint. Fewer than 10 rows are not judged. 0 tolerates none, 1 never stops."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,6 +163,8 @@ class MediaConfig:
         for name in ("encoder_cache_bytes", "encoder_cache_disk_bytes", "media_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.max_quarantined_share <= 1:
+            raise ValueError(f"max_quarantined_share must be between 0 and 1, got {self.max_quarantined_share}")
         self.media_limits()
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:

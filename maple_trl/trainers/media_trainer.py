@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
@@ -21,10 +24,18 @@ from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
+from maple_trl.run_folder import holds_evaluation, named, run_results
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.quarantine import Ranks, write_quarantine
-from maple_trl.trainers.rollout_state import check_geometry, last_complete_checkpoint, load_rows
+from maple_trl.trainers.quarantine_callback import QuarantineCallback
+from maple_trl.trainers.resume_checks import check_parts, find_checkpoint
+from maple_trl.trainers.rollout_state import ResumeError, check_geometry, last_complete_checkpoint, load_rows
 from maple_trl.trainers.rows import RowEncoder
+from maple_trl.trainers.run_errors import NoStepError, TooManyQuarantinedError
+from maple_trl.trainers.run_summary import Note, RunTally, make_note, quarantine_notes, unseen_note
+
+
+logger = logging.getLogger(__name__)
 
 
 class MediaTrainer:
@@ -38,6 +49,7 @@ class MediaTrainer:
 
     family: OmniFamily | None = None
     towers: TowerCache | None = None
+    _first_step = 0  # the step at which this call of `train` began
 
     def _prepare_media(self, model: nn.Module, processor: ProcessorMixin, args: MediaConfig) -> None:
         """Before the parent's constructor: what reads the rows' media."""
@@ -95,6 +107,62 @@ class MediaTrainer:
             waiting.setdefault(self.prompt_builder.spec(row).key, partial(self.prompt_builder.decode, row))
         done = {prompt.key for prompt in current}
         self.loader.prefetch([decode for key, decode in waiting.items() if key not in done])
+
+    # What is left out
+
+    def _watch(self) -> None:
+        """After the parent's constructor: what counts what the run leaves out, and stops it where that is too much."""
+        self.tally = RunTally(speaks=self.accelerator.is_main_process)
+        if self.family is not None:
+            self.add_callback(QuarantineCallback(self))
+
+    def too_many_quarantined(self) -> str | None:
+        """What is wrong where a data set has lost more rows than `max_quarantined_share`; the same on every rank."""
+        limit = self.args.max_quarantined_share
+        found = (registry.too_many(limit) for registry in self.rows.registries.values()) if self.family else ()
+        return next(filter(None, found), None)
+
+    def check_quarantine(self) -> None:
+        """
+        Before training: are the media there?
+
+        Raises:
+            TooManyQuarantinedError: when a data set has lost more rows than `max_quarantined_share`.
+        """
+        problem = self.too_many_quarantined()
+        if problem is not None:
+            raise TooManyQuarantinedError(
+                f"{problem}. Nothing was trained. Mend the files (is media_root right?), or raise max_quarantined_share"
+            )
+
+    def left_out(self) -> list[Note]:
+        """
+        What the run left out, what failed in it and what never fired, each counted and named; empty where nothing was.
+
+        Returns:
+            `list[dict]`: `kind`, `count`, `text` and what else is known; `summary.json` holds the same.
+        """
+        registries = list(self.rows.registries.values()) if self.family is not None else []
+        found = quarantine_notes(registries) + self.tally.notes()
+        for registry in registries:
+            if registry.name == "train_dataset":
+                found += unseen_note(registry, self.state.epoch or 0)
+        if self.steps_made == 0 and self.state.global_step:
+            text = f"no step was left to make: the checkpoint is at step {self.state.global_step}"
+            found.append(make_note("no_new_step", 0, text))
+        return found
+
+    @property
+    def steps_made(self) -> int:
+        """Optimizer steps of the last call of `train`, without those before a checkpoint that it went on from."""
+        return self.state.global_step - self._first_step
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            value = norm.item() if isinstance(norm, torch.Tensor) else norm
+            self.tally.checks.note_gradient(value, self.state.global_step + 1)
+        return norm
 
     # Media and generation
 
@@ -161,30 +229,102 @@ class MediaTrainer:
         for note, clips in self.loader.notes.items():
             metrics[f"media/clips_{note}"].append(float(clips))
         metrics["media/quarantined_prompts"].append(float(len(self.rows.quarantined)))
+        if mode == "train":
+            self.tally.counts.update(dict(zip(notes.values(), total[len(kinds) :], strict=True)))
 
     # State
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         As in [`~transformers.Trainer`]. `resume_from_checkpoint=True` goes on from the last complete checkpoint in
-        `output_dir`, and begins anew where there is none.
+        `output_dir`, and begins anew where there is none, with a warning: the same script starts a job and restarts it.
 
         Raises:
-            ResumeError: when this run cannot go on from the checkpoint: other data, batch sizes or number of processes.
+            ResumeError: when this run cannot go on from the checkpoint: there is none, or it lacks weights, optimizer,
+                schedule or random numbers (`save_only_model`), or is of other data, batch sizes or processes.
+            TooManyQuarantinedError: when more rows than `max_quarantined_share` cannot be used.
+            NoStepError: when the run ends without an optimizer step.
+            ValueError: when `output_dir` holds an evaluation.
         """
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if isinstance(resume_from_checkpoint, str):
-            self._check_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint is False:
+            resume_from_checkpoint = None
+        self._check_output_dir(fresh=resume_from_checkpoint is None)
+        self._first_step, self.tally = 0, RunTally(speaks=self.accelerator.is_main_process)
+        if resume_from_checkpoint is not None:
+            resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+            self.tally.load(resume_from_checkpoint)
+        self.check_quarantine()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if not self.state.global_step:
+            raise NoStepError(
+                f"The run ended without an optimizer step: {self._amount_of_data()}, max_steps={self.args.max_steps}, "
+                f"num_train_epochs={self.args.num_train_epochs:g}. The model is as it was; it needs at least one whole batch"
+            )
+        if not self.steps_made:
+            logger.warning("%s: no step was left to make", resume_from_checkpoint)
+        return output
+
+    def _amount_of_data(self) -> str:
+        size = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        return "train_dataset is a stream that gave too few rows" if size is None else f"train_dataset has {size} rows"
+
+    def _check_output_dir(self, fresh: bool) -> None:
+        """Results of two runs in one folder are taken for those of one, by reports and when a run is resumed."""
+        folder = self.args.output_dir
+        if holds_evaluation(folder):
+            raise ValueError(f"output_dir: {folder} holds an evaluation; name another folder for the training run")
+        results = run_results(folder)
+        if fresh and results and not self.state.global_step and self.accelerator.is_main_process:
+            logger.warning(
+                "output_dir: %s holds results of another run (%s), which this one replaces in part: "
+                "resume_from_checkpoint=True may go on from a checkpoint of that run. Name another folder, or remove them.",
+                folder,
+                named(results),
+            )
+
+    def _last_checkpoint(self) -> str | None:
+        """The last complete checkpoint in the run's folder."""
+        last = last_complete_checkpoint(self.args.output_dir)
+        if last is None and self.accelerator.is_main_process:
+            logger.warning(
+                "resume_from_checkpoint: there is no complete checkpoint-N folder in %s; the run begins anew",
+                self.args.output_dir,
+            )
+        return last
+
+    def _checked_checkpoint(self, wanted: str) -> str:
+        """The checkpoint that is meant. What one rank finds wrong with it is raised on all."""
+        error, checkpoint = None, ""
+        try:
+            checkpoint = find_checkpoint(wanted, self.args.output_dir)
+            self._check_checkpoint(checkpoint)
+        except ResumeError as found:
+            error = found
+        problems = [text for text in gather_object([error and str(error)]) if text]
+        if problems:
+            raise error or ResumeError(problems[0])
+        if self.family is not None:
+            self._restore_rows(checkpoint)
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            self._first_step = json.load(file)["global_step"]
+        return checkpoint
 
     def _check_checkpoint(self, checkpoint: str) -> None:
-        """Whether the run can go on from a checkpoint, and with which rows."""
+        """Whether the run can go on from a checkpoint."""
         if self.family is not None:
             check_geometry(checkpoint, self.accelerator.process_index, self._geometry())
-            self._restore_rows(checkpoint)
+        check_parts(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _run_epoch(self, *args, **kwargs):
+        # The parent makes a step before it asks whether one was left.
+        if self.args.max_steps > 0 and self.state.global_step >= self.args.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
     def _restore_rows(self, checkpoint: str) -> None:
         """The run goes on with the rows that it began with, even where files broke or were mended in between."""
@@ -199,6 +339,13 @@ class MediaTrainer:
 
         self.train_dataset = restored(self.train_dataset, "train_dataset")
         self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", restored)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = self._checkpoint_folder(trial)
+            os.makedirs(folder, exist_ok=True)
+            self.tally.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _checkpoint_folder(self, trial: Any) -> str:
         return os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")

@@ -52,6 +52,7 @@ from maple_trl.trainers.rollout_state import (
     save_rows,
     split_rows,
 )
+from maple_trl.trainers.run_summary import Note, make_note
 from maple_trl.trainers.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.trl_bridge import trl_expectations
 
@@ -110,6 +111,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         model, processing_class = load_parts(model, processing_class, args.seed, init_kwargs)
 
         self._sharing: bool | None = False
+        self._unshared: str | None = None  # why prompts are not shared, where they were to be
         self._serving: list[EncodedPrompt] | None = None
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
@@ -148,6 +150,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
             self.ref_model.requires_grad_(False)
+        self._watch()
         self._write_quarantine()
         self._check_rollout_size()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -289,7 +292,26 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             if values.isinf().any():
                 raise ValueError(f"The reward function {name!r} returned an infinite reward; use a finite one or None")
         self._count_by_tag(inputs, scores)
+        if self.model.training:
+            self._tally_rewards(inputs, scores)
         return scores
+
+    def _tally_rewards(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
+        """Counts completions without a reward, but for those that it is not meant for, and rewards that do not differ."""
+        missing, asked = scores.isnan(), torch.ones_like(scores, dtype=torch.bool)
+        if any(hasattr(reward, "is_for") for reward in self.reward_funcs):
+            asked = [
+                [not hasattr(reward, "is_for") or reward.is_for(row) for reward in self.reward_funcs] for row in rows
+            ]
+            asked = self.accelerator.gather(torch.tensor(asked, dtype=torch.long, device=scores.device)).bool()
+        for i, name in enumerate(self.reward_func_names):
+            self.tally.rewards[name] += int(asked[:, i].sum())
+            self.tally.unrewarded[name] += int((asked & missing)[:, i].sum())
+        self.tally.checks.note_rewards(self._compared(self._total_rewards(scores)))
+
+    def _compared(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Rewards in the groups in which they are compared, of shape (groups, completions)."""
+        return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
 
     def _count_by_tag(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
         """Means of each reward function by tag, as `tag/<TAG>/rewards/<name>`; for rows that have tags."""
@@ -416,6 +438,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             if self.args.shared_prefix == "on":
                 raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
             logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)
+            self._unshared = reason
             return False
         if self.aux_loss_enabled:
             logger.warning(
@@ -450,6 +473,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:
             self.rollout_log.write(self)
+            self.tally.checks.end_rollout(self.state.global_step + 1, self._rollout_facts())
         if self._buffered_inputs is before or PROMPTS_KEY not in inputs:
             return inputs
         media = any(prompt.kinds for chunk in self._buffered_inputs for prompt in chunk[PROMPTS_KEY])
@@ -465,6 +489,20 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return super()._compute_loss(model, inputs)
 
     # Metrics
+
+    def _rollout_facts(self) -> dict[str, Any]:
+        """What explains rewards that do not differ."""
+        cut = self._metrics["train"]["completions/clipped_ratio"]
+        names = ("temperature", "max_completion_length")
+        return {name: getattr(self.args, name) for name in names} | {"cut": cut[-1] if cut else None}
+
+    def left_out(self) -> list[Note]:
+        found = super().left_out()
+        if self._unshared is not None:
+            found.append(
+                make_note("prompts_not_shared", 1, f"prompts were not shared by their completions: {self._unshared}")
+            )
+        return found
 
     def _log_all(self, metrics: Mapping[str, float], mode: str = "train") -> None:
         for name, value in metrics.items():

@@ -96,9 +96,21 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             **kwargs,
         )
         self.towers = self._make_tower_cache()
+        self._watch()
         self._write_quarantine()
+        self._check_batch_size()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("Nothing is left to train: every parameter of the model is frozen")
+
+    def _check_batch_size(self) -> None:
+        """Of fewer rows than a batch takes, dropping the last incomplete one would leave none, and no step."""
+        needed = self.args.train_batch_size * self.accelerator.num_processes
+        dataset = self.train_dataset
+        if self.args.dataloader_drop_last and isinstance(dataset, Dataset) and len(dataset) < needed:
+            raise ValueError(
+                f"train_dataset has {len(dataset)} usable rows, but one batch takes {needed} and dataloader_drop_last drops "
+                "those that are not full: lower per_device_train_batch_size, or set dataloader_drop_last to False"
+            )
 
     # Rows
 

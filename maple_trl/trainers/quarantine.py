@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,6 +61,8 @@ class QuarantinedPrompt:
 
 
 _SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
+_NAMED = 3  # files that a summary names
+_FEWEST = 10  # rows from which a share of them says something
 
 
 class RowRegistry:
@@ -106,6 +109,8 @@ class RowRegistry:
             self._probe({spec.key: spec for spec in specs}, progress)
         self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
+        self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
+        self._rows_seen = 0
         if len(self.left_out) == len(self._keys):
             raise ValueError(f"{name}: no usable row is left: {self.summary()}")
 
@@ -189,13 +194,67 @@ class RowRegistry:
         """All rows with this prompt, in order."""
         return [self.dataset[i] for i in self._rows_of[key]]
 
-    def summary(self) -> str:
-        """Counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
+    def reasons(self) -> Counter:
+        """Rows in quarantine by reason."""
         counts: Counter = Counter()
         for prompt in self.quarantined.values():
             counts[prompt.reason] += len(prompt.rows)
+        return counts
+
+    def summary(self) -> str:
+        """Counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
+        counts = self.reasons()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         return f"{counts.total()} rows quarantined" + (f" ({reasons})" if reasons else "")
+
+    def first_files(self) -> list[str]:
+        """The first files that cannot be used, as their rows name them."""
+        paths = dict.fromkeys(prompt.path for prompt in self.quarantined.values() if prompt.path)
+        return list(paths)[:_NAMED]
+
+    def reasons_and_files(self) -> str:
+        """E.g. `(2 unreadable, 1 empty-file; first a.mp4, b.mp4)`."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons().most_common())
+        files = self.first_files()
+        return f"({reasons}; first {', '.join(files)})" if files else f"({reasons})"
+
+    def note_seen(self, keys: Iterable[str]) -> None:
+        """Batches have asked for these prompts; those of other data sets are passed over."""
+        new = {key for key in keys if key in self._rows_of} - self.seen
+        self.seen |= new
+        self._rows_seen += sum(len(self._rows_of[key]) for key in new)
+
+    def usable_seen(self) -> int:
+        """Rows that batches have asked for and that can be used."""
+        return self._rows_seen - sum(len(prompt.rows) for key, prompt in self.quarantined.items() if key in self.seen)
+
+    def too_many(self, limit: float) -> str | None:
+        """
+        What is wrong where the share of rows that cannot be used is above a limit; `None` where it is not, or where there
+        are too few rows to tell.
+
+        Rows count as seen once the probe or a batch has looked at their media. The share is that of the rows which the
+        probe left out, and among the others that of the rows which broke in the batches that asked for them. Fewer than
+        10 rows are not judged, nor so few that one alone would be above the limit; a limit of 0 tolerates none.
+        """
+        fewest = max(_FEWEST, math.ceil(1 / limit)) if limit else 1
+        every, before = len(self._keys), len(self.left_out)
+        share, found = before / every, f"{before} of {every} rows"
+        if before and every >= fewest and share > limit:
+            return self._too_many(found, share, limit)
+        broken = self.reasons().total() - before
+        seen = self.usable_seen() + broken
+        share += (1 - share) * broken / max(seen, 1)
+        if broken and (seen >= fewest or (seen == every - before and every >= fewest)) and share > limit:
+            found = f"{broken} of the {seen} rows that batches asked for" + (f", and {found} before" if before else "")
+            return self._too_many(found, share, limit)
+        return None
+
+    def _too_many(self, found: str, share: float, limit: float) -> str:
+        return (
+            f"{self.name}: {found} cannot be used {self.reasons_and_files()}, which is {share:.0%} of what was looked at and "
+            f"more than max_quarantined_share={limit:g} allows. quarantine.json names them all"
+        )
 
     def fed_summary(self) -> str:
         """How many usable rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
@@ -209,6 +268,7 @@ class RowRegistry:
         return {
             "content": self._content(),
             "left_out": self.left_out,
+            "seen": sorted(self._rows_of[key][0] for key in self.seen),
             "quarantined": [asdict(row) for row in self.quarantined.values()],
         }
 
@@ -225,6 +285,9 @@ class RowRegistry:
                 "same data, tags and modality_access."
             )
         self.left_out = state["left_out"]
+        # That of an earlier version does not say which rows it has seen: all, so that none counts as broken too soon.
+        self.seen, self._rows_seen = set(), 0
+        self.note_seen(self._keys[row] for row in state.get("seen", range(len(self._keys))))
         self.quarantined |= {row["key"]: QuarantinedPrompt(**row) for row in state["quarantined"]}
 
     def _content(self) -> str:

@@ -221,15 +221,15 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     found = []
     for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
         match = re.fullmatch(r"checkpoint-(\d+)", name)
-        if match and _is_json(os.path.join(output_dir, name, "trainer_state.json")):
+        if match and is_complete(os.path.join(output_dir, name)):
             found.append((int(match[1]), os.path.join(output_dir, name)))
     return max(found)[1] if found else None
 
 
-def _is_json(path: str) -> bool:
-    """Whether a file exists and was written to its end."""
+def is_complete(checkpoint: str) -> bool:
+    """Whether a checkpoint's last file, `trainer_state.json`, was written to its end."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             json.load(file)
     except (OSError, ValueError):
         return False

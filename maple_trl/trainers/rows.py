@@ -84,14 +84,18 @@ class RowEncoder:
         while True:
             rows = [self.usable(row, evaluating) for row in rows]
             keys = [self.builder.spec(row).key for row in rows]
-            failed: list[tuple[str, MediaError]] = []
+            tried: list[tuple[str, MediaError | None]] = []
             for key, row in dict(zip(keys, rows, strict=True)).items():
                 if key not in encoded:
                     try:
                         encoded[key] = self.builder.encode(row)
+                        tried.append((key, None))
                     except MediaError as error:
-                        failed.append((key, error))
-            failed = self.ranks.gather(failed)
+                        tried.append((key, error))
+            tried = self.ranks.gather(tried)
+            for registry in self.registries.values():
+                registry.note_seen(key for key, _ in tried)
+            failed = [(key, error) for key, error in tried if error is not None]
             if not failed:
                 return rows, [encoded[key] for key in keys]
             for key, error in failed:

@@ -13,6 +13,8 @@ has a `name` and may have
     reward            a key of `REWARDS`
     hold_at           in the middle of the accumulation that follows this step: write `NAME.held`, wait to be killed
     resume            a checkpoint to go on from; `true` means the last complete one of `output_dir`
+    copies            a checkpoint of an earlier run, `NAME/checkpoint-N`, that is first copied into `output_dir`
+    without           a file that the copy lacks
     unsynced          never average gradients over the ranks
 
 Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass and in how many of them
@@ -22,6 +24,7 @@ knew and trained on) and `NAME-RANK.safetensors` (the trained weights, and under
 
 import json
 import random
+import shutil
 import sys
 import time
 import zlib
@@ -29,6 +32,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -44,6 +48,7 @@ from maple_trl.trainers.mapo_config import MAPOConfig
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 from maple_trl.trainers.rollout_state import ResumeError
+from maple_trl.trainers.run_errors import RunStoppedError
 
 
 DEFAULTS = {
@@ -271,8 +276,17 @@ def trainable(model) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def copy_checkpoint(source: Path, to: Path, without: str | None) -> None:
+    """Once for all ranks."""
+    with PartialState().main_process_first():
+        if not to.exists():
+            shutil.copytree(source, to, ignore=shutil.ignore_patterns(without or ""))
+
+
 def do(run: dict, plan: dict) -> None:
     out = Path(plan["out"])
+    if "copies" in run:
+        copy_checkpoint(out / run["copies"], out / run["name"] / Path(run["copies"]).name, run.get("without"))
     path = run.get("model", plan["model"])
     options = {"output_dir": str(out / run["name"]), "media_root": plan["media_root"], **DEFAULTS}
     trainer_class, config_class = TRAINERS[run.get("trainer", "omni")]
@@ -312,7 +326,7 @@ def do(run: dict, plan: dict) -> None:
         result["backend"] = torch.distributed.get_backend()
     try:
         trainer.train(resume_from_checkpoint=run.get("resume"))
-    except ResumeError as error:
+    except (ResumeError, RunStoppedError) as error:
         result["error"] = str(error)
     result |= {
         "log": trainer.state.log_history,

@@ -1,0 +1,66 @@
+"""What a folder holds already: the results of a training run, or an evaluation. Results of two runs do not mix."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+_FILES = ("summary.json", "metrics.jsonl", "trainer_state.json")
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
+_SHOWN = 4  # results that an error names
+
+
+def run_results(folder: str | os.PathLike) -> list[str]:
+    """Names of what a training run has left in a folder: checkpoints, weights, completions, log and summary."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted((path.name for path in folder.iterdir() if _is_result(path)), key=_natural)
+
+
+def _is_result(path: Path) -> bool:
+    if path.is_dir():
+        return bool(re.fullmatch(r"checkpoint-\d+", path.name)) or (path.name == "rollouts" and any(path.iterdir()))
+    # An empty log is that of a run that came to nothing.
+    return (path.name in _FILES or bool(_WEIGHTS.fullmatch(path.name))) and path.stat().st_size > 0
+
+
+def _natural(name: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def named(results: list[str]) -> str:
+    """The first results by name, and how many more there are."""
+    more = f" and {len(results) - _SHOWN} more" if len(results) > _SHOWN else ""
+    return ", ".join(results[:_SHOWN]) + more
+
+
+def holds_evaluation(folder: str | os.PathLike) -> bool:
+    """Whether `maple-trl eval` has written into a folder."""
+    folder = Path(folder)
+    return (folder / "evaluation.json").is_file() or (
+        (folder / "result.json").is_file() and (folder / "rows.parquet").is_file()
+    )
+
+
+def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether a path is a folder or lies below it, links resolved."""
+    path, folder = Path(path).resolve(), Path(folder).resolve()
+    return path == folder or folder in path.parents
+
+
+def remove_results(folder: str | os.PathLike) -> list[str]:
+    """Removes what [`run_results`] names, and nothing else; gives back the names."""
+    results = run_results(folder)
+    for name in results:
+        path = Path(folder, name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return results
