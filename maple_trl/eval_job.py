@@ -28,10 +28,12 @@ from maple_trl.evaluation.eval_results import evaluation_results
 from maple_trl.evaluation.eval_store import EvalStore
 from maple_trl.evaluation.report import as_json, write_atomically
 from maple_trl.job_args import OmniScriptArguments, SetupError
+from maple_trl.job_checks import check_prompt_column
 from maple_trl.job_data import filter_rows, load_datasets
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.rewards.answers import extract_answer
+from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rows import check_spelling
 
@@ -150,6 +152,12 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         raise SetupError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {job.confidence}")
     questions = load_questions(job)
     scoring = Scoring(job, questions.media_root)
+    if questions.rows:
+        try:
+            check_rewards([scoring.function], list(questions.rows[0]), questions.described["name"])
+        except RewardError as error:
+            raise SetupError(f"--judge: {error}") from error
+    _check_places(job, questions.media_root)
     model = LocalModel(job, state) if job.server is None else ServedModel(job)
     store = EvalStore(job.output)
     lock = FileLock(store.folder / ".lock")
@@ -203,6 +211,19 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     write_atomically(store.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     lock.release()
     return result
+
+
+def _check_places(job: EvalJob, media_root: str) -> None:
+    """Before the model is loaded: can results be written, and media be found?"""
+    folder = os.path.abspath(job.output)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise SetupError(f"--output: {job.output} is a file; name a folder")
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"--output: no permission to write into {folder}")
+    if not os.path.isdir(media_root):
+        raise SetupError(f"media_root: there is no folder {media_root}")
 
 
 def _loader(job: EvalJob, root: str) -> MediaLoader:
@@ -319,8 +340,7 @@ def load_questions(job: EvalJob) -> Questions:
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
         raise SetupError(f"{name} holds no row")
-    if "prompt" not in dataset.column_names:
-        raise SetupError(f"{name} has no column 'prompt'; its columns: {', '.join(dataset.column_names)}")
+    check_prompt_column(dataset.column_names, name)
     try:
         check_spelling(dataset.column_names, name)
     except ValueError as error:

@@ -25,6 +25,16 @@ def register_family(cls: type[OmniFamily]) -> type[OmniFamily]:
     return cls
 
 
+def registered_types() -> list[str]:
+    """Every `config.model_type` that a registered family serves."""
+    return sorted(_FAMILIES)
+
+
+def family_class(model_type: str) -> type[OmniFamily] | None:
+    """The registered family of a `config.model_type`; `None` where there is none."""
+    return _FAMILIES.get(model_type)
+
+
 def is_omni(model: nn.Module) -> bool:
     """Whether a model belongs to a registered family."""
     return unwrap(model).config.model_type in _FAMILIES
