@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from maple_trl.job_args import OmniModelConfig, OmniScriptArguments
+    from maple_trl.omni.families import OmniFamily
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
@@ -109,7 +110,9 @@ def check_model(
     Raises:
         SetupError: when there is no such model, it is damaged or not supported, or a row cannot be a prompt.
     """
+    from maple_trl.evaluation.served_prompts import ServedFamily
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
+    from maple_trl.omni.families import family_class
     from maple_trl.omni.loading import hub_arguments, resolve_checkpoint
     from maple_trl.train import adapter_base
 
@@ -124,21 +127,18 @@ def check_model(
         check_checkpoint(name, options, text=not evaluates)
         kind = read_config(name, options).model_type
     except (CheckpointError, ValueError) as error:
+        _check_prompts(ServedFamily(), training_args, train)  # one that reads everything
         raise SetupError(f"model_name_or_path: {error}") from error
-    _check_prompts(kind, training_args, train)
+    family = family_class(kind) or family_class(f"{kind}_thinker")
+    if family is not None:  # else it reads text alone
+        # What a row is fed is decided by facts of the class: no model is needed for that.
+        _check_prompts(family.__new__(family), training_args, train)
 
 
-def _check_prompts(kind: str, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
-    from maple_trl.omni.families import family_class
+def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
     from maple_trl.omni.prompt import PromptBuilder, RowError
 
-    family = family_class(kind) or family_class(f"{kind}_thinker")
-    if family is None:  # of text alone
-        return
-    # What a row is fed is decided by facts of the class: no model is needed for that.
-    builder = PromptBuilder(
-        family.__new__(family), None, modality_access=args.modality_access, audio_in_video=args.audio_in_video
-    )
+    builder = PromptBuilder(family, None, modality_access=args.modality_access, audio_in_video=args.audio_in_video)
     for number, row in enumerate(train):
         try:
             builder.spec(row)

@@ -364,7 +364,6 @@ def test_an_evaluation_ends_at_stop_strings(parts):  # noqa: F811
         ({"temperature": float("nan")}, "temperature must be"),
         ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs: temperature is set by temperature"),
         ({"generation_kwargs": {"max_new_tokens": 5}}, "max_new_tokens is set by max_completion_length"),
-        ({"generation_kwargs": {"do_sample": False}}, "do_sample=False is not supported"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2 is not supported"),
         ({"generation_kwargs": {"num_return_sequences": 2}}, "num_return_sequences=2 is not supported"),
         ({"generation_kwargs": {"return_dict_in_generate": True}}, "return_dict_in_generate=True is not supported"),

@@ -171,9 +171,8 @@ def _check_kind(config: PreTrainedConfig, name: str, text: bool) -> None:
     kind = config.model_type
     if {kind, f"{kind}_thinker"} & set(registered_types()):
         return
-    text_only = config.get_text_config() is config and (
-        kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "ForCausalLM" in str(config.architectures)
-    )
+    generates = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+    text_only = config.get_text_config() is config and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and generates
     if not text_only:
         raise CheckpointError(f"{name} is of the family {kind!r}, which is not supported; {_supported()}")
     if not text:

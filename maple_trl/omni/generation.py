@@ -30,7 +30,6 @@ TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 # What `generate()` hands back is read as rows of tokens, of which one belongs to each prompt.
 _CLOSED = {
-    "do_sample": "completions are sampled from the model",
     "num_beams": "completions are sampled from the model, each by itself",
     "num_return_sequences": "each row takes one completion",
     "return_dict_in_generate": "completions are read as tokens",
@@ -42,7 +41,7 @@ _CLOSED = {
     "pad_token_id": "the tokenizer says which token pads",
     "bos_token_id": "the tokenizer says which token begins",
 }
-_NEUTRAL = {"do_sample": (None, True), "num_beams": (None, 1), "num_return_sequences": (None, 1)}
+_NEUTRAL = {"num_beams": (None, 1), "num_return_sequences": (None, 1)}
 
 
 def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, str], place: str) -> None:

@@ -35,7 +35,7 @@ from maple_trl.omni.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.sharing import sharing_error, telling_prompt
 from maple_trl.rewards import judge_callbacks
-from maple_trl.rewards.calls import check_rewards, checked
+from maple_trl.rewards.calls import RewardError, check_rewards, checked
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
@@ -300,7 +300,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for name, values in zip(self.reward_func_names, scores.T, strict=True):
             if values.isinf().any():
-                raise ValueError(f"The reward function {name!r} returned an infinite reward; use a finite one or None")
+                raise RewardError(
+                    f"The reward function {name!r} returned an infinite reward; use a finite one or None"
+                )
         self._count_by_tag(inputs, scores)
         return scores
 
