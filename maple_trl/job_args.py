@@ -281,6 +281,11 @@ class OmniModelConfig(ModelConfig):
             )
         if self.use_peft and not self.adapted:
             raise ValueError(f"use_peft needs at least one of {_listed('lora', SCOPES)}")
+        if self.use_peft and not (self.lora_r >= 1 and 0 <= self.lora_dropout < 1):
+            raise ValueError(
+                f"lora_r must be at least 1 and lora_dropout in [0, 1), got lora_r={self.lora_r}, "
+                f"lora_dropout={self.lora_dropout}"
+            )
         if self.lora_target_modules or self.lora_target_parameters:
             raise ValueError(f"lora_target_modules is replaced by {_listed('lora', SCOPES)}")
         if self.lora_task_type != "CAUSAL_LM":

@@ -86,6 +86,9 @@ def check_rows(
             f"{name} has no column 'completion', which is what is learnt; its columns: {', '.join(columns)}. "
             "completion_template builds it from others"
         )
+    if script_args.trainer == "mapo" and "tag" not in columns:
+        raise SetupError(f"{name} has no column 'tag', which mapo batches by; its columns: {', '.join(columns)}")
+    _check_reward_options(training_args, rewards)
     if not os.path.isdir(training_args.media_root):
         raise SetupError(f"media_root: there is no folder {training_args.media_root}")
     if script_args.trainer not in SUPERVISED:
@@ -96,6 +99,18 @@ def check_rows(
                 "num_generations): lower per_device_train_batch_size or gradient_accumulation_steps, or raise "
                 "num_generations"
             )
+
+
+def _check_reward_options(args: OmniGRPOConfig | OmniSFTConfig, rewards: Sequence[Any]) -> None:
+    from trl.trainer.utils import get_callable_name
+
+    names = [get_callable_name(reward) for reward in rewards]
+    weights = getattr(args, "reward_weights", None)
+    if weights is not None and len(weights) != len(names):
+        raise SetupError(f"reward_weights has {len(weights)} weights for {len(names)} rewards: {', '.join(names)}")
+    task = getattr(args, "task_reward", None)
+    if task is not None and task not in names:
+        raise SetupError(f"task_reward must name one of the rewards ({', '.join(names)}), got {task!r}")
 
 
 def check_model(
@@ -131,6 +146,11 @@ def check_model(
         raise SetupError(f"model_name_or_path: {error}") from error
     family = family_class(kind) or family_class(f"{kind}_thinker")
     if family is not None:  # else it reads text alone
+        if hasattr(training_args, "check_for_media"):
+            try:
+                training_args.check_for_media()
+            except ValueError as error:
+                raise SetupError(str(error)) from error
         # What a row is fed is decided by facts of the class: no model is needed for that.
         _check_prompts(family.__new__(family), training_args, train)
 

@@ -13,11 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from maple_trl.omni.families.base import unwrap
@@ -27,6 +37,20 @@ logger = logging.getLogger(__name__)
 
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 """What a checkpoint's generation config may decide."""
+
+# What applies an option, and refuses a wrong value, with the values by which it is off.
+_PROCESSORS = {
+    "top_k": (TopKLogitsWarper, (0,)),
+    "top_p": (TopPLogitsWarper, (1, 1.0)),
+    "min_p": (MinPLogitsWarper, ()),
+    "top_h": (TopHLogitsWarper, ()),
+    "typical_p": (TypicalLogitsWarper, (1, 1.0)),
+    "epsilon_cutoff": (EpsilonLogitsWarper, (0, 0.0)),
+    "eta_cutoff": (EtaLogitsWarper, (0, 0.0)),
+    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, (1, 1.0)),
+    "no_repeat_ngram_size": (NoRepeatNGramLogitsProcessor, (0,)),
+    "sequence_bias": (SequenceBiasLogitsProcessor, ()),
+}
 
 # What `generate()` hands back is read as rows of tokens, of which one belongs to each prompt.
 _CLOSED = {
@@ -74,8 +98,17 @@ def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, 
         raise ValueError(f"{place}: stop_strings must be a text or a list of texts, got {strings!r}")
     try:
         GenerationConfig(**{"do_sample": True, **options})
+        check_values(options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{place}: {error}") from error
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """ValueError for a value that the first step would refuse; what stands for an option that is off passes."""
+    for name, (processor, off) in _PROCESSORS.items():
+        value = options.get(name)
+        if value is not None and value not in off:
+            processor(value)
 
 
 def savable(config: GenerationConfig) -> GenerationConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from maple_trl.omni.generation import check_generation_options
+from maple_trl.omni.generation import check_generation_options, check_values
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rollout_log import RolloutLogConfig
 
@@ -51,6 +51,7 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
                 f"temperature must be above 0, got {self.temperature}: without sampling all completions of a prompt are the "
                 "same, and there is nothing to compare"
             )
+        check_values({name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")})
         settings = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
         settings["temperature"] = "temperature, which the log-probabilities need as well"
         check_generation_options(self.generation_kwargs or {}, settings, "generation_kwargs")
