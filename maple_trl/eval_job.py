@@ -159,6 +159,10 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
             raise SetupError(f"--judge: {error}") from error
     _check_places(job, questions.media_root)
     model = LocalModel(job, state) if job.server is None else ServedModel(job)
+    try:
+        model.family.check_pixels(job.media.max_pixels)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     store = EvalStore(job.output)
     lock = FileLock(store.folder / ".lock")
     try:

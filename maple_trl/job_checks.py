@@ -128,7 +128,7 @@ def check_model(
     from maple_trl.evaluation.served_prompts import ServedFamily
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
     from maple_trl.omni.families import family_class
-    from maple_trl.omni.loading import hub_arguments, resolve_checkpoint
+    from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
     from maple_trl.train import adapter_base
 
     if not model_args.model_name_or_path:
@@ -152,7 +152,14 @@ def check_model(
             except ValueError as error:
                 raise SetupError(str(error)) from error
         # What a row is fed is decided by facts of the class: no model is needed for that.
-        _check_prompts(family.__new__(family), training_args, train)
+        stand_in = family.__new__(family)
+        _check_prompts(stand_in, training_args, train)
+        beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+        try:
+            stand_in.processor = load_processor(folder if beside else name, **options)
+            stand_in.check_pixels(training_args.max_pixels)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
 
 
 def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:

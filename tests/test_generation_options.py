@@ -17,6 +17,8 @@ from maple_trl import OmniGRPOConfig, OmniGRPOTrainer, OmniSFTConfig, OmniSFTTra
 from maple_trl.evaluation import EvalOptions, EvaluationError
 from maple_trl.evaluation import evaluator as evaluator_module
 from maple_trl.omni import loading
+from maple_trl.omni.families import family_for, unwrap
+from maple_trl.omni.lora import build_lora_config
 from maple_trl.trainers import omni_grpo, omni_sft
 
 
@@ -276,16 +278,44 @@ def test_a_text_model_samples_by_the_options(tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("shared", ["off", "on"])
+def test_with_adapters(shared, seven_tags):
+    """PEFT hands a generation config of its own on to the model below."""
+    folder, dataset = seven_tags
+    texts = []
+    nasty = {name: NASTY[name] for name in ("top_h", "num_beams", "forced_eos_token_id")}
+    for options in ({}, nasty, {"stops": True}):
+        model, processor = build_tiny("qwen2_5_omni")
+        lora = build_lora_config(model, family_for(model, processor), r=4, alpha=8)
+        if options is nasty:
+            model.generation_config.update(**options)
+        trainer = build_trainer(
+            folder,
+            one_row_per_tag(dataset).select(range(2)),
+            model=model,
+            processing_class=processor,
+            peft_config=lora,
+            shared_prefix=shared,
+            generation_kwargs={"stop_strings": [stop_of([text[0]["content"] for text in texts[0]])]}
+            if "stops" in options
+            else None,
+        )
+        trainer.train()
+        texts.append(list(trainer._logs["completion"]))
+        assert unwrap(trainer.model).generation_config.top_h == options.get("top_h")
+    assert texts[1] == texts[0]
+    assert texts[2] != texts[0]
+
+
 # Stop strings
 
 
 def stop_of(texts):
-    """A character that stands in the middle of some texts and not in all: what stopping at it changes can be seen."""
-    for char in sorted(set("".join(texts))):
-        found = [char in text for text in texts]
-        if any(found) and char.isascii() and char.isalpha():
-            return char
-    raise AssertionError(texts)
+    """A letter with much behind it in one of the texts: what stopping at it changes can be seen."""
+    behind = {
+        char: len(text) - text.index(char) for text in texts for char in text if char.isascii() and char.isalpha()
+    }
+    return max(behind, key=behind.get)
 
 
 @pytest.mark.parametrize("shared", ["off", "on"])

@@ -205,6 +205,10 @@ TRAIN = [
     ({"chat_template_kwargs": '{"a'}, "chat_template_kwargs: '{\"a' is no JSON"),
     ({"accelerator_config": "nofile.json"}, "nofile.json"),
     ({"min_pixels": 999999}, "min_pixels=999999 is above max_pixels=100352"),
+    (
+        {"model_name_or_path": "builtin:tiny-omni", "min_pixels": 1, "max_pixels": 500},
+        "smallest frame of this model, 28x28",
+    ),
     ({"min_pixels": 0}, "min_pixels must be positive"),
     ({"summary_file": "."}, "summary_file: . is a folder"),
     ({"metrics_file": "/proc/nowhere/metrics.jsonl"}, "metrics_file: cannot make the folder /proc/nowhere"),

@@ -43,6 +43,7 @@ class MediaTrainer:
     def _prepare_media(self, model: nn.Module, processor: ProcessorMixin, args: MediaConfig) -> None:
         """Before the parent's constructor: what reads the rows' media."""
         self.family = family_for(model, processor)
+        self.family.check_pixels(args.max_pixels)
         self.loader = MediaLoader(
             args.media_root,
             args.media_limits(),

@@ -118,6 +118,14 @@ class OmniFamily:
         video_processor = self.processor.video_processor
         return video_processor.patch_size * video_processor.merge_size
 
+    def check_pixels(self, max_pixels: int) -> None:
+        """ValueError where no frame is as small as that."""
+        if "video" in self.placeholders and max_pixels < self.frame_multiple**2:
+            raise ValueError(
+                f"max_pixels={max_pixels} is less than the smallest frame of this model, {self.frame_multiple}x"
+                f"{self.frame_multiple} pixels: raise it to {self.frame_multiple**2} or more"
+            )
+
     @property
     def frames_per_token(self) -> int:
         return self.processor.video_processor.temporal_patch_size
