@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from maple_trl.data_cli import add_data_commands, run_data
 from maple_trl.eval_cli import add_eval_command, run_eval
+from maple_trl.failures import fail, refuse
 from maple_trl.report_cli import add_report_command, run_report
 
 
@@ -81,9 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command line without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        `int`: 0; 1 when `env` found something broken, too many rows of `data`, `eval` or `train` failed, or a run was
-        stopped or made no step; 2 when the job is described wrongly; 130 when interrupted.
+        `int`: 0; 1 when `env` found something broken, too many rows of `data`, `eval` or `train` failed, or a job that
+        was described rightly was stopped, made no step or ended by an error; 2 when it is described wrongly; 130 when
+        interrupted.
     """
+    # Libraries tell the Hub about runs unless the environment says otherwise.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(argv)
@@ -95,42 +102,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "train":
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
     if rest:
-        parser.error(f"unknown argument {rest[0]}")
-    return {"data": run_data, "eval": run_eval, "report": run_report, "env": _env}[arguments.command](arguments)
+        parser.error(f"unknown argument {rest[0]}{_closest(parser, arguments, rest[0])}")
+    run = {"data": run_data, "eval": run_eval, "report": run_report, "env": _env}[arguments.command]
+    try:
+        return run(arguments)
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return refuse(arguments.command, "stopped", 130)
+    except Exception as error:
+        return fail(arguments.command, error, getattr(arguments, "output", None))
+
+
+def _closest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, word: str) -> str:
+    """The option of a command that an unknown one may be meant for."""
+    import difflib
+
+    command = _subparser(parser, arguments.command)
+    if arguments.command == "data" and arguments.data_command is not None:
+        command = _subparser(command, arguments.data_command)
+    close = difflib.get_close_matches(word.split("=")[0], command._option_string_actions, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _subparser(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return commands.choices[name]
 
 
 def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.help or arguments.help_all:
         return _print_train_help(parser, words, everything=arguments.help_all)
     if not words:
-        print("maple-trl train: name a job: --config FILE (maple-trl train --help)", file=sys.stderr)
-        return 2
+        return refuse("train", "name a job: --config FILE (maple-trl train --help)")
     from maple_trl.job_args import SetupError, parse_args
     from maple_trl.rewards import JudgeUnavailableError
     from maple_trl.stages import load_plan, run_stages
     from maple_trl.trainers.run_errors import RunStoppedError
 
-    plan = None
+    plan, folder = None, None
     try:
         plan = load_plan(words)
         if plan is not None:
+            folder = plan.output_dir
             run_stages(plan)
             return 0
         job = parse_args(words)
+        folder = job[1].output_dir
         from maple_trl.train import run
 
         run(*job)
     except SetupError as error:
-        print(f"maple-trl train: {error}", file=sys.stderr)
-        return 2
+        return refuse("train", error, 2, folder)
     except (JudgeUnavailableError, RunStoppedError) as error:
-        print(f"maple-trl train: {error}", file=sys.stderr)
-        return 1
+        return refuse("train", error, 1, folder)
     except KeyboardInterrupt:
-        again = "--resume_from_checkpoint true" if plan is None else "the same command"
-        print(f"maple-trl train: stopped; {again} goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return refuse("train", f"stopped; {_again(plan)} goes on from the last checkpoint", 130)
+    except Exception as error:
+        begun = plan is not None or (folder and any(Path(folder).glob("checkpoint-*/trainer_state.json")))
+        return fail("train", error, folder, f"{_again(plan)} goes on from the last checkpoint" if begun else "")
     return 0
+
+
+def _again(plan: Any) -> str:
+    return "--resume_from_checkpoint true" if plan is None else "the same command"
 
 
 def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everything: bool) -> int:
@@ -150,10 +186,8 @@ def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everyth
         trainer = trainer_option(words) or DEFAULT_TRAINER
         job = make_parser(trainer) if everything else TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
     except SetupError as error:
-        print(f"maple-trl train: {error}", file=sys.stderr)
-        return 2
-    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    print(commands.choices["train"].format_help())
+        return refuse("train", error)
+    print(_subparser(parser, "train").format_help())
     job.usage = argparse.SUPPRESS
     print("Options of a job (a YAML key has the same name, without the dashes):\n" + job.format_help())
     if everything:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from maple_trl.failures import fail, refuse
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -96,11 +99,11 @@ def run_data(arguments: argparse.Namespace) -> int:
         with ChatClient(chat) as client, _Progress(quiet=arguments.json) as progress:
             summary = build_hints(_input_file(arguments.input), arguments.output, client, options, progress.update)
     except (HintError, ChatSetupError, ValueError) as error:
-        print(f"maple-trl data hints: {error}", file=sys.stderr)
-        return 2
+        return refuse("data hints", error, 2, str(Path(arguments.output).parent))
     except KeyboardInterrupt:
-        print("maple-trl data hints: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return refuse("data hints", "stopped; the same command goes on from here", 130)
+    except Exception as error:
+        return fail("data hints", error, str(Path(arguments.output).parent))
     return _report(summary, arguments)
 
 

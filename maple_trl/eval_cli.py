@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maple_trl.eval_config import settle, take_settings_apart
+from maple_trl.failures import fail, refuse
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -197,8 +198,10 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from maple_trl.evaluation.eval_options import EvaluationError, ScoringError, ServerError
     from maple_trl.job_args import SetupError
 
+    folder, again = None, "the same command goes on from the last finished batch"
     try:
         arguments = settle(arguments)
+        folder = arguments.output
         if arguments.quiet:
             _hush()
         job = _job(arguments)
@@ -207,14 +210,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
         result = run_evaluation(job)
     except (ScoringError, ServerError) as error:
-        print(f"maple-trl eval: {error}; the same command goes on from the last finished batch", file=sys.stderr)
-        return 1
+        return fail("eval", error, folder, again)
     except (SetupError, EvaluationError) as error:
-        print(f"maple-trl eval: {error}", file=sys.stderr)
-        return 2
+        return refuse("eval", error, 2, folder)
     except KeyboardInterrupt:
-        print("maple-trl eval: stopped; the same command goes on from the last finished batch", file=sys.stderr)
-        return 130
+        return refuse("eval", f"stopped; {again}", 130)
+    except Exception as error:
+        return fail("eval", error, folder, again if folder and Path(folder, "evaluation.json").is_file() else "")
     if result is None:  # the first process tells
         return 0
     if arguments.json:

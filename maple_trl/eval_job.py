@@ -32,6 +32,7 @@ from maple_trl.job_data import filter_rows, load_datasets
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.rewards.answers import extract_answer
+from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rows import check_spelling
 
@@ -152,7 +153,17 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     store.check()
     questions = load_questions(job)
     scoring = Scoring(job, questions.media_root)
+    if questions.rows:
+        try:
+            check_rewards([scoring.function], list(questions.rows[0]), questions.described["name"])
+        except RewardError as error:
+            raise SetupError(f"--judge: {error}") from error
+    _check_places(job, questions.media_root)
     model = LocalModel(job, state) if job.server is None else ServedModel(job)
+    try:
+        model.family.check_pixels(job.media.max_pixels)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     lock = FileLock(store.folder / ".lock")
     try:
         with _loader(job, questions.media_root) as loader:
@@ -204,6 +215,19 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     write_atomically(store.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     lock.release()
     return result
+
+
+def _check_places(job: EvalJob, media_root: str) -> None:
+    """Before the model is loaded: can results be written, and media be found?"""
+    folder = os.path.abspath(job.output)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise SetupError(f"--output: {job.output} is a file; name a folder")
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"--output: no permission to write into {folder}")
+    if not os.path.isdir(media_root):
+        raise SetupError(f"media_root: there is no folder {media_root}")
 
 
 def _loader(job: EvalJob, root: str) -> MediaLoader:

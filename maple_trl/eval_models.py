@@ -17,8 +17,10 @@ from maple_trl.evaluation.evaluator import Evaluator
 from maple_trl.evaluation.served import ServedEvaluator, check_media, inspect_server
 from maple_trl.evaluation.served_prompts import ServedFamily
 from maple_trl.job_args import SetupError
+from maple_trl.omni.checkpoints import check_checkpoint, reach
 from maple_trl.omni.families import OmniFamily, family_for
-from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.generation import check_generation_options
+from maple_trl.omni.loading import hub_arguments, load_model, load_processor, resolve_checkpoint
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.train import adapter_base
 
@@ -49,6 +51,10 @@ class LocalModel:
     """
 
     def __init__(self, job: EvalJob, state: PartialState):
+        try:
+            check_generation_options(job.options.generation, {}, "generation")
+        except ValueError as error:
+            raise SetupError(str(error)) from error
         self.model, processor, self.described = load_policy(job, state)
         self.family: OmniFamily = family_for(self.model, processor)
         self.described |= {"family": type(self.family).__name__}
@@ -175,9 +181,14 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
     kwargs = shared | ({"attn_implementation": job.attn_implementation} if job.attn_implementation else {})
     beside = adapter is not None and os.path.exists(os.path.join(adapter, "tokenizer_config.json"))
     try:
+        path = resolve_checkpoint(name)
+        check_checkpoint(path, reach(path, hub_arguments(kwargs)), processor=not beside, text=False)
+    except ValueError as error:
+        raise SetupError(f"model: {error}") from error
+    try:
         model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
         processor = load_processor(adapter if beside else name, **shared)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise SetupError(f"model: cannot load {name!r}: {error}") from error
     described = {
         "name": name,

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -292,6 +292,11 @@ class OmniModelConfig(ModelConfig):
             )
         if self.use_peft and not self.adapted:
             raise ValueError(f"use_peft needs at least one of {_listed('lora', SCOPES)}")
+        if self.use_peft and not (self.lora_r >= 1 and 0 <= self.lora_dropout < 1):
+            raise ValueError(
+                f"lora_r must be at least 1 and lora_dropout in [0, 1), got lora_r={self.lora_r}, "
+                f"lora_dropout={self.lora_dropout}"
+            )
         if self.lora_target_modules or self.lora_target_parameters:
             raise ValueError(f"lora_target_modules is replaced by {_listed('lora', SCOPES)}")
         if self.lora_task_type != "CAUSAL_LM":
@@ -381,9 +386,15 @@ def parse_args(
     parser = make_parser(trainer)
     _read(parser, trainer, files, options)
     try:
-        return parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
-    except (ValueError, TypeError) as error:
-        raise SetupError(str(error)) from error
+        script_args, training_args, model_args = parser.parse_args_into_dataclasses(
+            args=options, look_for_args_file=False
+        )
+    except json.JSONDecodeError as error:
+        raise SetupError(f"{_option_of(error.doc, parser, options)}{error.doc!r:.200} is no JSON: {error}") from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise SetupError(_told(error)) from error
+    _check_installed(training_args)
+    return script_args, training_args, model_args
 
 
 def _read(parser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]) -> None:
@@ -399,6 +410,47 @@ def _read(parser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], 
         raise SetupError(
             f"unknown option --{name}{instead(name.replace('-', '_'), trainer, option_keys(parser), '--')}"
         )
+
+
+def _option_of(text: str, parser, words: Sequence[str]) -> str:
+    """The option that has a text as its value, for the beginning of an error."""
+    values = vars(parser.parse_known_args(words)[0])
+    return next((f"{name}: " for name, value in values.items() if value == text), "")
+
+
+def _told(error: Exception) -> str:
+    """What the dataclasses of libraries say in their own words, in those of a job."""
+    if "deepspeed" in str(error).lower() and isinstance(error, ImportError):
+        return (
+            "deepspeed: the package is not installed (pip install 'deepspeed>=0.9.3'); leave the option out without it"
+        )
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot read {error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _check_installed(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+    """SetupError for a package that an option needs and that is not there."""
+    from transformers import is_bitsandbytes_available
+    from transformers.integrations import integration_utils
+    from transformers.utils import is_liger_kernel_available
+
+    for name in training_args.report_to or []:
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = integration_utils.INTEGRATION_TO_CALLBACK
+            raise SetupError(
+                f"report_to: unknown {name!r}{did_you_mean(name, known, 'there are ' + ', '.join(known))}"
+            )
+        is_there = getattr(integration_utils, f"is_{name.removesuffix('_ml')}_available", None)
+        if is_there is not None and not is_there():
+            raise SetupError(f"report_to: the package of {name} is not installed; install it, or set report_to: none")
+    if getattr(training_args, "use_liger_kernel", False) and not is_liger_kernel_available():
+        raise SetupError("use_liger_kernel: the package liger-kernel is not installed")
+    optimizer = str(getattr(training_args.optim, "value", training_args.optim))
+    if (
+        "8bit" in optimizer or "bnb" in optimizer or optimizer.startswith("paged")
+    ) and not is_bitsandbytes_available():
+        raise SetupError(f"optim: {optimizer} needs the package bitsandbytes, which is not installed")
 
 
 def trainer_option(words: Sequence[str]) -> str | None:
@@ -470,6 +522,10 @@ def read_config(path: str) -> dict[str, Any]:
             seen = set()
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    raise SetupError(
+                        f"{path}: line {key_node.start_mark.line + 1}: {key!r} cannot be the name of an option"
+                    )
                 if key in seen:
                     raise SetupError(f"{path}: line {key_node.start_mark.line + 1}: {key!r} is given twice")
                 seen.add(key)
@@ -479,7 +535,13 @@ def read_config(path: str) -> dict[str, Any]:
         config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader: it builds plain data only
     except OSError as error:
         raise SetupError(f"cannot read the config file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        told = ", ".join(part for part in (error.context, error.problem) if part)
+        hint = " (indent with spaces)" if "'\\t'" in told else ""
+        raise SetupError(f"{path}{where}: is not a YAML file: {told}{hint}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SetupError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(config, dict):
         raise SetupError(f"{path} must hold a mapping of option names to values, as recipes/demo.yaml does")
@@ -532,7 +594,8 @@ def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict
             value = [value]
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads a bare no as false
-        for item in value if isinstance(value, list) else [value]:
+        several = isinstance(value, list) and action.nargs in ("+", "*")
+        for item in value if several else [value]:
             _check_value(action, key, item, path)
         if key == "rewards" and value is not None:
             from maple_trl.job_rewards import read_entries
@@ -542,8 +605,14 @@ def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict
     return checked
 
 
+def _is_scalar(action) -> bool:
+    """Whether an option takes a number, a switch, or one of several names."""
+    kind = getattr(action.type, "__name__", "")
+    return kind in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
+
+
 def _check_value(action, key: str, value: Any, path: str) -> None:
-    if value is None or isinstance(value, dict):
+    if value is None or (isinstance(value, dict | list) and not _is_scalar(action)):
         return
     if action.choices is not None and value not in action.choices:
         raise SetupError(f"{path}: {key} must be one of {', '.join(map(repr, action.choices))}, got {value!r}")

@@ -365,7 +365,7 @@ def _find(name: str) -> Callable:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the module is the user's: importing it can fail in any way
+    except (Exception, SystemExit) as error:  # the module is the user's: importing it can fail in any way
         raise SetupError(
             f"cannot load the reward {name!r}: {type(error).__name__}: {error}; name a function of yours as "
             "module:function, from the current folder or an installed package"

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from maple_trl.failures import refuse
+
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
@@ -78,7 +80,7 @@ def run_report(arguments: argparse.Namespace) -> int:
             arguments.embeddings,
         )
     except (ReportError, ImportError, OSError) as error:
-        return _refuse(str(error))
+        return refuse("report", error, 2, str(output.parent))
     except KeyboardInterrupt:
         print("maple-trl report: stopped; nothing was written", file=sys.stderr)
         return 130
@@ -89,5 +91,4 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(why: str) -> int:
-    print(f"maple-trl report: {why}", file=sys.stderr)
-    return 2
+    return refuse("report", why)

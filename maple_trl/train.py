@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from maple_trl.job_args import (
     parse_args,
     trainer_class,
 )
+from maple_trl.job_checks import LORA_OPTIONS, check_files, check_model, check_resumed, check_rows
 from maple_trl.job_data import evaluates, load_datasets, prepare_data
 from maple_trl.job_rewards import close_rewards, load_rewards
 from maple_trl.omni.scopes import SCOPES
@@ -88,7 +88,10 @@ def load_model_and_processor(
     training_args.model_init_kwargs = kwargs | {"dtype": dtype}  # for the reference model
     folder = model_args.model_name_or_path
     name = adapter_base(folder) or folder
-    model = load_model(name, dtype=dtype, **kwargs)
+    try:
+        model = load_model(name, dtype=dtype, **kwargs)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SetupError(f"model_name_or_path: cannot load {name!r}: {error}") from error
     beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
     return model, load_processor(folder if beside else name, **shared)
 
@@ -153,9 +156,7 @@ def continue_adapter(model: PreTrainedModel, folder: str, wanted: LoraConfig | N
         )
     continued = PeftModel.from_pretrained(model, folder, is_trainable=True)
     config = continued.peft_config["default"]
-    names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-    names |= {"use_rslora": "use_rslora", "use_dora": "use_dora", "modules_to_save": "lora_modules_to_save"}
-    for field, option in names.items():
+    for field, option in LORA_OPTIONS.items():
         if getattr(config, field) != getattr(wanted, field):
             raise SetupError(
                 f"{option} is {getattr(wanted, field)!r}, but the adapter in {folder} was made with "
@@ -187,10 +188,13 @@ def build_trainer(
     from maple_trl.trainers.tracking_callback import TRACKERS, TrackingCallback
 
     _check_writable(training_args.output_dir)
+    check_files(script_args)
     rewards = {}
     if script_args.trainer not in SUPERVISED:
         rewards["reward_funcs"] = load_rewards(script_args.rewards, training_args)
     train, test = prepare_data(script_args, training_args)
+    check_rows(script_args, training_args, train, rewards.get("reward_funcs", []))
+    check_model(model_args, training_args, train, script_args.evaluate_before_after)
     try:
         model, processor = load_model_and_processor(model_args, training_args)
         lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)
@@ -208,8 +212,7 @@ def build_trainer(
     except SetupError:
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise SetupError(f"{error} (raised in {where.filename}, line {where.lineno})") from error
+        raise SetupError(str(error)) from error
     if set(TRACKERS) & set(training_args.report_to or []):
         trainer.add_callback(TrackingCallback(trainer))
     if script_args.evaluate_before_after and trainer.family is None:
@@ -330,6 +333,7 @@ def run(
             check_parts(checkpoint, training_args.process_index, training_args.world_size)
         except ResumeError as error:
             raise SetupError(str(error)) from error
+    check_resumed(checkpoint, model_args)
     trainer, test = build_trainer(script_args, training_args, model_args)
     if checkpoint is None:
         trainer.check_quarantine()

@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -240,8 +240,13 @@ class Asker(ABC):
             columns["log_extra"] = noted.__setitem__
         try:
             scores = self.score(prompts=[row["prompt"] for row in rows], completions=messages, **columns)
-        except Exception as error:  # it is the user's, or asks a server: it can fail in any way
+        except (Exception, SystemExit) as error:  # it is the user's, or asks a server: it can fail in any way
             raise ScoringError(f"the scoring function failed: {type(error).__name__}: {error}") from error
+        if isinstance(scores, str | Mapping) or not isinstance(scores, Sized):
+            raise EvaluationError(
+                f"the scoring function gave {scores!r:.60} for {len(asked)} completions; it returns a list with a number or "
+                "None for each"
+            )
         for name, values in (("scores", scores), *noted.items()):
             if len(values) != len(asked):
                 raise EvaluationError(f"the scoring function gave {len(values)} {name} for {len(asked)} completions")

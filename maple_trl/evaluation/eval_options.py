@@ -18,9 +18,10 @@ _OWN_OPTIONS = {
     "temperature": "--temperature",
     "top_p": "--top-p",
     "top_k": "--top-k",
+    "min_p": "--min-p",
     "num_return_sequences": "--samples",
 }
-_CLOSED_OPTIONS = ("do_sample", "num_beams", "max_length", "stop_strings", "use_cache", "return_dict_in_generate")
+_CLOSED_OPTIONS = ("do_sample", "num_beams", "max_length", "use_cache", "return_dict_in_generate")
 
 
 class EvaluationError(ValueError):

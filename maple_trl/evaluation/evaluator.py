@@ -17,6 +17,7 @@ from maple_trl.evaluation.eval_options import ALL, EvalOptions, EvaluationError
 from maple_trl.evaluation.eval_sampling import StreamSampler, sample_stream
 from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids, tensor_bytes
 from maple_trl.omni.errors import MediaError
+from maple_trl.omni.generation import check_generation_options, own_options
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.shared_prefill import share_prefill
@@ -59,14 +60,14 @@ class Evaluator(Asker):
 
     @torch.no_grad()
     def _answers(self, prompts: Mapping[int, EncodedPrompt], batch: Batch) -> dict[int, list[Answer]]:
-        completions = self._generate(list(prompts.values()), [self.names[number] for number in prompts])
+        completions, stopped = self._generate(list(prompts.values()), [self.names[number] for number in prompts])
         # Of no completion at all it would make one.
         texts = self.family.processor.batch_decode(completions, skip_special_tokens=True) if completions else []
         ends = set(self.generation_config.eos_token_id)
         answers: dict[int, list[Answer]] = {number: [] for number in prompts}
         asked = [number for number in prompts for _ in range(self.options.samples)]
-        for number, text, ids in zip(asked, texts, completions, strict=True):
-            finish = "end" if ids and ids[-1] in ends else "length"
+        for number, text, ids, at_string in zip(asked, texts, completions, stopped, strict=True):
+            finish = "end" if at_string or (ids and ids[-1] in ends) else "length"
             answers[number].append(Answer(text, finish, len(ids), len(prompts[number]), ids))
         return answers
 
@@ -74,10 +75,13 @@ class Evaluator(Asker):
         tokens = {f"{kind}_tokens": prompt.media_tokens.get(kind, 0) for kind in ("video", "audio", "subtitle")}
         return {**tokens, "notes": list(prompt.notes), "inputs": _input_digest(prompt)}
 
-    def _generate(self, prompts: list[EncodedPrompt], names: list[str]) -> list[list[int]]:
-        """Token ids of the samples of each prompt in turn, up to and with the end token."""
+    def _generate(self, prompts: list[EncodedPrompt], names: list[str]) -> tuple[list[list[int]], list[bool]]:
+        """
+        Token ids of the samples of each prompt in turn, up to and with the end token or stop string, and which ended with a
+        stop string.
+        """
         if not prompts:
-            return []
+            return [], []
         options = self.options
         rows = [prompt for prompt in prompts for _ in range(options.samples)]
         inputs = self._inputs(rows)
@@ -89,6 +93,7 @@ class Evaluator(Asker):
         ]
         shared = options.shared_prompt and options.samples > 1
         with (
+            own_options(self.model, self.family.tokenizer, self.generation_config) as sampling,
             share_prefill(self.core, rows) if shared else nullcontext(),
             serve_media(self.family, self.model, prompts if shared else rows),
         ):
@@ -102,7 +107,8 @@ class Evaluator(Asker):
                 if not options.generation:
                     raise
                 raise EvaluationError(f"generation {dict(options.generation)}: the model refuses: {error}") from error
-        return [self._until_end(ids) for ids in output[:, width:].tolist()]
+        completions = sampling.cut([self._until_end(ids) for ids in output[:, width:].tolist()])
+        return completions, sampling.stopped(completions)
 
     def _inputs(self, rows: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
         """Padded on the left, with positions as `generate()` takes them."""
@@ -167,17 +173,17 @@ def _generation_config(model: nn.Module, family: Any, options: EvalOptions):
     """Every option by itself: what the checkpoint's generation_config.json says beyond its tokens is not used."""
     from transformers import GenerationConfig
 
-    known = GenerationConfig().to_dict()
-    unknown = [name for name in options.generation if name not in known]
-    if unknown:
-        raise EvaluationError(f"generation: GenerationConfig has no option {unknown[0]!r}")
+    try:
+        check_generation_options(options.generation, {}, "generation")
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), family.tokenizer.eos_token_id} - {None}
     if not ends:
         raise EvaluationError("the model names no end token: neither its generation config nor its tokenizer does")
     pad = family.tokenizer.pad_token_id
     suppressed = {*family.suppressed_ids, *(options.generation.get("suppress_tokens") or [])}
-    config = GenerationConfig(
+    return GenerationConfig(
         **{
             **options.generation,
             "do_sample": False,  # the sampler below draws, and leaves one token to choose from
@@ -189,18 +195,20 @@ def _generation_config(model: nn.Module, family: Any, options: EvalOptions):
             "suppress_tokens": sorted(suppressed),
         }
     )
-    model.generation_config = config  # from which generate() takes what a config leaves open
-    return config
 
 
 def _processors(options: EvalOptions, streams_NT: torch.Tensor, width: int):
     """Temperature, then what cuts the distribution, then the draw; nothing for greedy answers."""
     from transformers import (
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
         LogitsProcessorList,
         MinPLogitsWarper,
         TemperatureLogitsWarper,
+        TopHLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
+        TypicalLogitsWarper,
     )
 
     processors = LogitsProcessorList()
@@ -208,11 +216,20 @@ def _processors(options: EvalOptions, streams_NT: torch.Tensor, width: int):
         return processors
     if options.temperature != 1:
         processors.append(TemperatureLogitsWarper(float(options.temperature)))
+    further = options.generation  # of which `generate()` without its own sampling takes no notice
+    if further.get("top_h") is not None:
+        processors.append(TopHLogitsWarper(further["top_h"]))
     if options.top_k:
         processors.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1:
         processors.append(TopPLogitsWarper(options.top_p))
     if options.min_p:
         processors.append(MinPLogitsWarper(options.min_p))
+    if (further.get("typical_p") or 1) < 1:
+        processors.append(TypicalLogitsWarper(further["typical_p"]))
+    if 0 < (further.get("epsilon_cutoff") or 0) < 1:
+        processors.append(EpsilonLogitsWarper(further["epsilon_cutoff"]))
+    if 0 < (further.get("eta_cutoff") or 0) < 1:
+        processors.append(EtaLogitsWarper(further["eta_cutoff"]))
     processors.append(StreamSampler(streams_NT, width))
     return processors

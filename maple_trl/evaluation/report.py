@@ -16,6 +16,9 @@ from maple_trl.modalities import ModalityTag
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device or a pipe, whose place a file must not take
+        path.write_text(text, encoding="utf-8")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -161,6 +161,8 @@ class ServedEvaluator(Asker):
         for name, option in _OWN_FIELDS.items():
             if name in options.generation:
                 raise EvaluationError(f"generation: {name} is set by {option}")
+        if "stop_strings" in options.generation:
+            raise EvaluationError("generation: a server calls stop_strings 'stop'")
         try:
             check_sampling(options.generation)
         except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +11,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import cached_file
 
+from maple_trl.omni.checkpoints import reach, read_config
+from maple_trl.omni.generation import TOKENS
+
+
+logger = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
 _THINKERS = {
@@ -63,7 +77,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             f"{name_or_path} holds a LoRA adapter, not a model: merge it into its base model and save that "
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
-    config = AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
+    kwargs |= reach(path, hub_arguments(kwargs))
+    config = read_config(path, hub_arguments(kwargs))
     architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
@@ -75,6 +90,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
         dtype = getattr(torch, dtype)
+    kwargs.setdefault("generation_config", _usable_generation_config(path, kwargs))
     model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -84,9 +100,27 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
     return model
 
 
+def _usable_generation_config(path: str, kwargs: Mapping[str, Any]) -> GenerationConfig | None:
+    """What stands in for a `generation_config.json` that the library refuses to read: its tokens; else `None`."""
+    hub = hub_arguments(kwargs)
+    hub.pop("trust_remote_code", None)
+    try:
+        GenerationConfig.from_pretrained(path, **hub)
+    except OSError:  # there is none, or it cannot be reached, which reading the model will tell
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        file = Path(cached_file(path, "generation_config.json", **hub))
+        options = json.loads(file.read_text(encoding="utf-8"))
+        tokens = {name: options[name] for name in TOKENS if name in options}
+        logger.warning("%s: of its generation_config.json only the tokens are used: %s", path, error)
+        return GenerationConfig(**tokens)
+    return None
+
+
 def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor of a checkpoint (of a text model its tokenizer), padding on the left as generation needs it."""
-    processor = AutoProcessor.from_pretrained(resolve_checkpoint(name_or_path), **kwargs)
+    path = resolve_checkpoint(name_or_path)
+    processor = AutoProcessor.from_pretrained(path, **reach(path, kwargs))
     tokenizer = getattr(processor, "tokenizer", processor)
     # Not as arguments above: there they would reach the audio feature extractor as well.
     tokenizer.padding_side = tokenizer.truncation_side = "left"

@@ -114,6 +114,7 @@ def fit_size(height: float, width: float, multiple: int, min_pixels: int, max_pi
             sides[sides.index(max(sides))] = math.floor(high / min(sides))
     if min(sides) < 1 or not low <= math.prod(sides) <= high:
         raise ValueError(
-            f"{height:g}x{width:g} has no size in multiples of {multiple} with {min_pixels} to {max_pixels} pixels"
+            f"{height:g}x{width:g} has no size in multiples of {multiple} from min_pixels={min_pixels} to "
+            f"max_pixels={max_pixels}: lower min_pixels or raise max_pixels"
         )
     return sides[0] * multiple, sides[1] * multiple

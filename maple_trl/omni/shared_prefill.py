@@ -14,20 +14,9 @@ from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, unique_pro
 from maple_trl.omni.growing_cache import GrowingLayer
 
 
-def grows_cache(config: GenerationConfig, defaults: GenerationConfig | None = None) -> bool:
-    """
-    Whether generation grows a key-value cache, whose rows [`share_prefill`] can repeat; others it cannot share.
-
-    Args:
-        config: what `generate()` is given.
-        defaults: the model's own, from which `generate()` takes what `config` leaves open.
-    """
-
-    def setting(name: str):
-        value = getattr(config, name)
-        return getattr(defaults, name, None) if value is None else value
-
-    return setting("use_cache") is not False and setting("cache_implementation") in (None, "dynamic")
+def grows_cache(config: GenerationConfig) -> bool:
+    """Whether generation grows a key-value cache, whose rows [`share_prefill`] can repeat; others it cannot share."""
+    return config.use_cache is not False and config.cache_implementation in (None, "dynamic")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ number per completion, or `None` where a completion can't be scored.
 
 from .accuracy import accuracy_reward
 from .answers import extract_answer, grade_answer
+from .calls import RewardError
 from .caption_judge import CaptionJudge
 from .contrastive import ContrastiveRewardWeighting
 from .format import format_reward
@@ -28,6 +29,7 @@ __all__ = [
     "LengthReward",
     "LocalScorer",
     "OpenAIJudge",
+    "RewardError",
     "StepwiseReasoningJudge",
     "accuracy_reward",
     "box_iou_reward",

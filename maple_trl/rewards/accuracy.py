@@ -69,3 +69,6 @@ def accuracy_reward(
         grade_answer(extract_answer(completion_text(completion)), row_solution, texts)
         for completion, row_solution, texts in zip(completions, solution, options, strict=True)
     ]
+
+
+accuracy_reward.required_columns = ("solution",)

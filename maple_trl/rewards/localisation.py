@@ -237,6 +237,9 @@ def box_iou_reward(
     return _overlaps("box_iou_reward", completions, solution, kwargs, parse_box, _true_box, box_iou, forms)
 
 
+temporal_iou_reward.required_columns = box_iou_reward.required_columns = ("solution",)
+
+
 def _overlaps(
     name: str,
     completions: list,

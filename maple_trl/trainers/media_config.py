@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -15,6 +16,46 @@ _FIELD_OF_LIMIT = {
     "overlong": "overlong_media",
     "decode_timeout": "media_decode_timeout",
 }
+
+_NO_BF16 = (
+    "bf16 is the default and needs a GPU that has it, which is not here. To train on the CPU: --use_cpu true --bf16 false "
+    "--dtype float32 (in a file: use_cpu: true, bf16: false, dtype: float32)"
+)
+# Fields of TRL and transformers whose wrong values would be noticed late or by nobody: the least value, and whether it may
+# be reached.
+_LEAST = {
+    "per_device_train_batch_size": (1, True),
+    "per_device_eval_batch_size": (1, True),
+    "gradient_accumulation_steps": (1, True),
+    "num_generations": (1, True),
+    "num_iterations": (1, True),
+    "max_completion_length": (1, True),
+    "num_train_epochs": (0, False),
+    "learning_rate": (0, True),
+    "weight_decay": (0, True),
+    "max_grad_norm": (0, True),
+    "beta": (0, True),
+    "epsilon": (0, True),
+    "seed": (0, True),
+    "logging_steps": (0, True),
+}
+_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
+def _check_numbers(config: object) -> None:
+    """
+    Raises:
+        ValueError: for a number out of range or a name that is none, naming the field.
+    """
+    for name, (least, reached) in _LEAST.items():
+        value = getattr(config, name, None)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not (math.isfinite(value) and (value >= least if reached else value > least)):
+            raise ValueError(f"{name} must be {'at least' if reached else 'above'} {least}, got {value}")
+    loss = getattr(config, "loss_type", None)
+    if hasattr(config, "num_generations") and loss is not None and loss not in _LOSSES:
+        raise ValueError(f"loss_type must be one of {', '.join(map(repr, _LOSSES))}, got {loss!r}")
 
 
 @dataclass
@@ -146,7 +187,13 @@ class MediaConfig:
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        _check_numbers(self)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16" in str(error) and getattr(self, "bf16", None):
+                raise ValueError(_NO_BF16) from error
+            raise
         self._check_choice("modality_access", ("required", "all"))
         self._check_choice("media_check", ("probe", "none"))
         self._check_choice("media_backend", ("auto", "pyav", "torchcodec"))

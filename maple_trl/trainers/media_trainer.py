@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
+from maple_trl.omni.generation import savable
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
@@ -54,6 +55,7 @@ class MediaTrainer:
     def _prepare_media(self, model: nn.Module, processor: ProcessorMixin, args: MediaConfig) -> None:
         """Before the parent's constructor: what reads the rows' media."""
         self.family = family_for(model, processor)
+        self.family.check_pixels(args.max_pixels)
         self.loader = MediaLoader(
             args.media_root,
             args.media_limits(),
@@ -77,12 +79,23 @@ class MediaTrainer:
         shows = args.local_process_index == 0 and not args.disable_tqdm
         self.rows = RowEncoder(self.prompt_builder, ranks, probe=args.media_check == "probe", progress=shows)
 
+    def _keep_savable(self) -> None:
+        """After the parent's constructor, which sets tokens in the model's own generation config."""
+        model = unwrap(self.model)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config = savable(model.generation_config)
+
     def _make_tower_cache(self) -> TowerCache | None:
         args = self.args
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank sees whole weights
         if self.family is None or sharded or not (args.encoder_cache_bytes or args.encoder_cache_dir):
             return None
         return TowerCache(args.encoder_cache_bytes, args.encoder_cache_dir, args.encoder_cache_disk_bytes)
+
+    def _send_telemetry(self) -> None:
+        # The parent sends facts about every run to the Hub unless it is told not to; here it has to be told to.
+        if telemetry_wanted():
+            super()._send_telemetry()
 
     # Rows
 
@@ -377,6 +390,11 @@ class MediaTrainer:
         dtype = kinds.pop() if len(kinds) == 1 else torch.float32
         model.load_state_dict(load_model(checkpoint, dtype=dtype).state_dict())
         return True
+
+
+def telemetry_wanted() -> bool:
+    """Whether the user's environment asks for usage telemetry: `HF_HUB_DISABLE_TELEMETRY` is there, and says no."""
+    return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off")
 
 
 def load_parts(

@@ -29,11 +29,13 @@ from maple_trl.omni.encoded import (
 )
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
+from maple_trl.omni.generation import own_options
 from maple_trl.omni.packed_attention import install
 from maple_trl.omni.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.sharing import sharing_error, telling_prompt
 from maple_trl.rewards import judge_callbacks
+from maple_trl.rewards.calls import RewardError, check_rewards, checked
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.trainers.lookahead import LookaheadSampler
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
@@ -108,6 +110,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if not any(isinstance(reward, str) for reward in rewards):  # reward models are loaded with them too
             args.model_init_kwargs = None  # TRL would call them ignored, although the reference model gets them here
+        columns = getattr(train_dataset, "column_names", None)
+        if columns:
+            check_rewards(rewards, columns, "train_dataset")
         model, processing_class = load_parts(model, processing_class, args.seed, init_kwargs)
 
         self._sharing: bool | None = False
@@ -146,6 +151,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             writes=self.accelerator.is_main_process,
             media_root=self.args.media_root,
         )
+        self._keep_savable()
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
@@ -159,12 +165,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def _adapt_generation(self, args: OmniGRPOConfig) -> None:
         """A sampled media token would be taken for media by the next forward; each row takes one completion."""
         options = dict(args.generation_kwargs or {})
-        for name in ("num_beams", "num_return_sequences"):
-            if (options.get(name) or 1) > 1:
-                raise ValueError(
-                    f"generation_kwargs: {name}={options[name]} is not supported for prompts with media, of which a row has "
-                    "one completion; num_generations says how many a prompt has"
-                )
         suppressed = sorted({*self.family.suppressed_ids, *(options.get("suppress_tokens") or [])})
         args.generation_kwargs = {**options, "suppress_tokens": suppressed}
 
@@ -247,18 +247,30 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return [row.input_ids.tolist() for row in rows], None, {"position_ids": generation_position_ids(rows, width)}
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        if self.family is None:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        self._agree_on_sharing(self._serving)
+        if self.family is not None:
+            self._agree_on_sharing(self._serving)
         model = self.accelerator.unwrap_model(self.model)
-        if not (self._sharing and grows_cache(self.generation_config, unwrap(model).generation_config)):
-            with self._serve(self.model, self._serving):
-                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with (
-            share_prefill(self.family.core(model), self._serving),
-            self._serve(self.model, unique_prompts(self._serving)[0]),
+            own_options(model, self._tokenizer, self.generation_config) as sampling,
+            self._serve_generation(model),
         ):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            completions, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return sampling.cut(completions), logprobs
+
+    @contextmanager
+    def _serve_generation(self, model: nn.Module) -> Iterator[None]:
+        """Media for `generate()`, which reads a prompt once for all its rows where that is possible."""
+        if self.family is None:
+            yield
+        elif not (self._sharing and grows_cache(self.generation_config)):
+            with self._serve(self.model, self._serving):
+                yield
+        else:
+            with (
+                share_prefill(self.family.core(model), self._serving),
+                self._serve(self.model, unique_prompts(self._serving)[0]),
+            ):
+                yield
 
     def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
         idle = not prompts
@@ -287,10 +299,13 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self._rewards_want("deficit_completions") and self._serving is not None:
             columns["deficit_completions"] = self._deficit_completions(inputs)
         inputs = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
-        scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._checked_rewards():
+            scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for name, values in zip(self.reward_func_names, scores.T, strict=True):
             if values.isinf().any():
-                raise ValueError(f"The reward function {name!r} returned an infinite reward; use a finite one or None")
+                raise RewardError(
+                    f"The reward function {name!r} returned an infinite reward; use a finite one or None"
+                )
         self._count_by_tag(inputs, scores)
         if self.model.training:
             self._tally_rewards(inputs, scores)
@@ -312,6 +327,19 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def _compared(self, rewards: torch.Tensor) -> torch.Tensor:
         """Rewards in the groups in which they are compared, of shape (groups, completions)."""
         return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
+
+    @contextmanager
+    def _checked_rewards(self) -> Iterator[None]:
+        """Lets reward functions say by name what is wrong with them and with what they return."""
+        functions = self.reward_funcs
+        self.reward_funcs = [
+            function if isinstance(function, nn.Module) else checked(function, name)
+            for function, name in zip(functions, self.reward_func_names, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self.reward_funcs = functions
 
     def _count_by_tag(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
         """Means of each reward function by tag, as `tag/<TAG>/rewards/<name>`; for rows that have tags."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from maple_trl.omni.generation import check_generation_options, check_values
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rollout_log import RolloutLogConfig
 
@@ -34,6 +36,7 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check_choice("shared_prefix", ("auto", "on", "off"))
+        self._check_sampling()
         if self.use_vllm:
             raise ValueError(
                 "use_vllm=True is not supported for omni prompts in this version: their media would not reach the "
@@ -41,3 +44,19 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
             )
         if self.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching does not support media; leave it False")
+
+    def _check_sampling(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: without sampling all completions of a prompt are the "
+                "same, and there is nothing to compare"
+            )
+        check_values({name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")})
+        settings = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
+        settings["temperature"] = "temperature, which the log-probabilities need as well"
+        check_generation_options(self.generation_kwargs or {}, settings, "generation_kwargs")
+        if self.mask_truncated_completions and (self.generation_kwargs or {}).get("stop_strings"):
+            raise ValueError(
+                "mask_truncated_completions leaves out completions that do not end with an end token, and so all that end "
+                "at one of generation_kwargs' stop_strings; use one of the two"
+            )

@@ -10,11 +10,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
+from maple_trl.omni.generation import own_options
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY
@@ -95,6 +96,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._keep_savable()
         self.towers = self._make_tower_cache()
         self._watch()
         self._write_quarantine()
@@ -257,23 +259,29 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         if self.aux_loss_enabled:  # TRL has switched the routers' outputs on, which decoding steps cannot add up
             inputs["output_router_logits"] = False
         model, tokenizer = self.accelerator.unwrap_model(self.model), self.family.tokenizer
-        options = dict(self.args.generation_kwargs or {})
+        config = self._generation_config()
+        with own_options(model, tokenizer, config) as sampling, self._serve(model, prompts):
+            sampled = model.generate(**inputs, generation_config=config)
+        completions = sampling.cut(sampled[:, inputs["input_ids"].size(1) :].tolist())
+        return tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+    def _generation_config(self) -> GenerationConfig:
+        args, tokenizer = self.args, self.family.tokenizer
+        options = dict(args.generation_kwargs or {})
         # A sampled media token would be taken for media, as in a rollout.
         suppressed = {*self.family.suppressed_ids, *(options.pop("suppress_tokens", None) or ())}
-        with self._serve(model, prompts):
-            sampled = model.generate(
-                **inputs,
-                do_sample=True,
-                max_new_tokens=self.args.max_completion_length,
-                temperature=self.args.temperature,
-                top_p=self.args.top_p,
-                top_k=0,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                suppress_tokens=sorted(suppressed),
-                **options,
-            )
-        return tokenizer.batch_decode(sampled[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+        settings = {
+            "do_sample": True,
+            "max_new_tokens": args.max_completion_length,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": 0,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "suppress_tokens": sorted(suppressed),
+        }
+        return GenerationConfig(**(settings | options))
 
     # State
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
+from maple_trl.omni.generation import check_generation_options
 from maple_trl.trainers.media_config import MediaConfig
 
 
@@ -50,10 +52,13 @@ class OmniSFTConfig(MediaConfig, SFTConfig):
         super().__post_init__()
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
-        if not self.temperature > 0:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        settings = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
+        settings |= {"temperature": "temperature", "top_p": "top_p"}
+        check_generation_options(self.generation_kwargs or {}, settings, "generation_kwargs")
 
     def check_for_media(self) -> None:
         """

@@ -143,14 +143,8 @@ def check_spelling(columns: Sequence[str], name: str) -> None:
     """
     if columns and "prompt" not in columns:
         asked = next((other for other in _QUESTIONS if other in columns), None)
-        raise ValueError(
-            f"{name} has no column 'prompt'; its columns: {', '.join(columns)}. Rename the one that holds the question"
-            + (
-                f": {asked!r} to 'prompt', in the file or by `dataset.rename_column({asked!r}, 'prompt')`"
-                if asked
-                else ""
-            )
-        )
+        advice = f"rename {asked!r} to 'prompt'" if asked else "a prompt is a text, or messages with role and content"
+        raise ValueError(f"{name} has no column 'prompt'; its columns: {', '.join(columns)}; {advice}")
     for column in ("video", "audio", "subtitle"):
         alike = [other for other in columns if re.sub(r"[\W_]", "", other.lower()).removesuffix("s") == column]
         if alike and column not in columns:

@@ -17,6 +17,7 @@ from trl.trainer.utils import is_async_callable
 
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.report import write_atomically
+from maple_trl.rewards.calls import checked
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
 
@@ -86,6 +87,7 @@ def _of_main_process(trainer: MAPOTrainer, value: Any) -> Any:
 
 def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
     tokenizer, reward = trainer._tokenizer, trainer.reward_funcs[task_reward]
+    score_checked = checked(reward, trainer.reward_func_names[task_reward])
 
     def score(completions: list, **columns: Any) -> list[float | None]:
         if not trainer.accelerator.is_main_process:
@@ -95,7 +97,7 @@ def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
         named = {"completion_logprobs", "deficit_completions"} & set(inspect.signature(reward).parameters)
         columns |= {name: [None] * len(ids) for name in named}
         columns |= {"trainer_state": trainer.state, "log_extra": _unlogged, "log_metric": _unlogged}
-        scores = reward(completions=completions, completion_ids=ids, **columns)
+        scores = score_checked(completions=completions, completion_ids=ids, **columns)
         for value in scores:
             if value is not None and not math.isnan(value) and not 0 <= value <= 1:
                 raise ValueError(

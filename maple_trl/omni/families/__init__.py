@@ -1,11 +1,20 @@
 """Model families. Each file holds one; importing this package registers them all."""
 
 from maple_trl.omni.families import qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
-from maple_trl.omni.families.base import OmniFamily, family_for, is_omni, register_family, unwrap
+from maple_trl.omni.families.base import (
+    OmniFamily,
+    family_class,
+    family_for,
+    is_omni,
+    register_family,
+    registered_types,
+    unwrap,
+)
 
 
 __all__ = [
     "OmniFamily",
+    "family_class",
     "family_for",
     "is_omni",
     "qwen2_5_omni",
@@ -14,5 +23,6 @@ __all__ = [
     "qwen3_omni",
     "qwen3_vl",
     "register_family",
+    "registered_types",
     "unwrap",
 ]

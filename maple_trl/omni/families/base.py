@@ -25,6 +25,16 @@ def register_family(cls: type[OmniFamily]) -> type[OmniFamily]:
     return cls
 
 
+def registered_types() -> list[str]:
+    """Every `config.model_type` that a registered family serves."""
+    return sorted(_FAMILIES)
+
+
+def family_class(model_type: str) -> type[OmniFamily] | None:
+    """The registered family of a `config.model_type`; `None` where there is none."""
+    return _FAMILIES.get(model_type)
+
+
 def is_omni(model: nn.Module) -> bool:
     """Whether a model belongs to a registered family."""
     return unwrap(model).config.model_type in _FAMILIES
@@ -107,6 +117,14 @@ class OmniFamily:
         """Sides of a frame, in pixels, are multiples of this."""
         video_processor = self.processor.video_processor
         return video_processor.patch_size * video_processor.merge_size
+
+    def check_pixels(self, max_pixels: int) -> None:
+        """ValueError where no frame is as small as that."""
+        if "video" in self.placeholders and max_pixels < self.frame_multiple**2:
+            raise ValueError(
+                f"max_pixels={max_pixels} is less than the smallest frame of this model, {self.frame_multiple}x"
+                f"{self.frame_multiple} pixels: raise it to {self.frame_multiple**2} or more"
+            )
 
     @property
     def frames_per_token(self) -> int:

@@ -1,0 +1,244 @@
+"""What is wrong with a checkpoint is said before its weights are read, and whether the Hub can be asked for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from maple_trl.omni.families import registered_types
+
+
+_WAIT = 5.0
+"""Seconds in which the Hub must answer; the library below tries five times and says nothing meanwhile."""
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_SHOWN = 6  # files of a folder that an error lists
+_ELSEWHERE = ("subfolder", "variant", "gguf_file", "state_dict", "config")  # arguments by which other files are read
+
+
+class CheckpointError(ValueError):
+    """There is no such model, or it cannot be read. The message says what is missing, and what would be right."""
+
+
+def check_checkpoint(name: str, options: Mapping[str, Any], processor: bool = True, text: bool = True) -> None:
+    """
+    Looks at a model's files without reading its weights.
+
+    Args:
+        name: a folder or Hub id; names of embedded models have been resolved.
+        options: what `from_pretrained` is given besides; see [`reach`].
+        processor: whether its processor is read from there too.
+        text: whether a model of text alone will do.
+
+    Raises:
+        CheckpointError: naming what is wrong.
+    """
+    folder = Path(name) if os.path.exists(name) else None
+    if folder is not None:
+        _check_folder(folder)
+    config = read_config(name, options)
+    _check_kind(config, name, text)
+    if folder is not None and not any(options.get(argument) for argument in _ELSEWHERE):
+        _check_weights(folder)
+        if processor:
+            _check_processor(folder, config)
+
+
+def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
+    """
+    The config of a checkpoint.
+
+    Raises:
+        CheckpointError: when there is none, or it is of no model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = _model_type(name)
+        if kind is not None:
+            raise CheckpointError(
+                f"{name} is of model type {kind!r}, which the installed transformers cannot read; {_supported()}"
+            ) from error
+        raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def _model_type(name: str) -> str | None:
+    """The model type that a folder's config names, where transformers has none of this name."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        found = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) and found not in CONFIG_MAPPING else None
+
+
+# Local folders
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file; name the folder of a model (with config.json and weights) or a Hub id"
+        )
+    config = folder / "config.json"
+    if not config.is_file():
+        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if (path / "config.json").is_file())
+        there = f"its checkpoints are models: {', '.join(checkpoints)}" if checkpoints else f"it has {_listed(folder)}"
+        raise CheckpointError(f"{folder} holds no model: there is no config.json in it; {there}")
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} is damaged: it is no JSON ({error}); copy it again") from error
+    if not isinstance(found, dict) or "model_type" not in found:
+        raise CheckpointError(f"{config} does not say which model it is of: it has no model_type")
+
+
+def _listed(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "") or "no file at all"
+
+
+def _check_weights(folder: Path) -> None:
+    files = [name for name in _WEIGHTS if (folder / name).is_file()]
+    indices = [f"{name}.index.json" for name in _WEIGHTS if (folder / f"{name}.index.json").is_file()]
+    if not files and not indices:
+        raise CheckpointError(
+            f"{folder} holds no weights: it has config.json, but neither model.safetensors nor "
+            f"model.safetensors.index.json; it has {_listed(folder)}"
+        )
+    for index in [] if files else indices[:1]:
+        try:
+            files = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder / index} is damaged: {type(error).__name__}: {error}; copy it again"
+            ) from error
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of the {len(files)} files of weights that {index} lists, e.g. {missing[0]}"
+            )
+    for file in files:
+        _check_file(folder / file)
+
+
+def _check_file(file: Path) -> None:
+    with file.open("rb") as opened:
+        start = opened.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{file} is a pointer of Git LFS, not the weights themselves: `git lfs pull` fetches them"
+        )
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}; copy it again") from error
+
+
+def _check_processor(folder: Path, config: PreTrainedConfig) -> None:
+    reads_media = config.get_text_config() is not config or hasattr(config, "thinker_config")
+    for names, what in ((_TOKENIZERS, "tokenizer"), (_PROCESSORS, "processor")):
+        if what == "processor" and not reads_media:
+            continue
+        if not any((folder / name).is_file() for name in names):
+            raise CheckpointError(
+                f"{folder} holds a model without its {what}: there is no {names[0]}; copy the files of the processor into it "
+                "(`AutoProcessor.from_pretrained(MODEL).save_pretrained(FOLDER)`)"
+            )
+
+
+# What is supported
+
+
+def _check_kind(config: PreTrainedConfig, name: str, text: bool) -> None:
+    kind = config.model_type
+    if {kind, f"{kind}_thinker"} & set(registered_types()):
+        return
+    generates = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+    text_only = config.get_text_config() is config and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and generates
+    if not text_only:
+        raise CheckpointError(f"{name} is of the family {kind!r}, which is not supported; {_supported()}")
+    if not text:
+        raise CheckpointError(f"{name} is a model of text alone ({kind}), which reads no media; {_supported()}")
+
+
+def _supported() -> str:
+    names = dict.fromkeys(kind.removesuffix("_thinker") for kind in registered_types())
+    return f"supported are {', '.join(sorted(names))}"
+
+
+# The Hub
+
+
+def reach(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The options with which a name can be read: where the Hub cannot be reached, from what it gave before.
+
+    Raises:
+        CheckpointError: when the name is neither a folder nor a Hub id, or the Hub is needed and does not answer.
+    """
+    options = dict(options)
+    if os.path.exists(name):
+        return options
+    check_hub_id(name, "model")
+    silent = hub_is_silent() if not options.get("local_files_only") else "local_files_only is set"
+    if silent is None:
+        return options
+    places = {key: options[key] for key in ("cache_dir", "revision") if options.get(key)}
+    if not isinstance(try_to_load_from_cache(name, "config.json", **places), str):
+        raise CheckpointError(
+            f"there is no folder {name}, and it cannot be fetched from the Hub: {silent}. Name a folder, or fetch it where "
+            f"there is a network: `hf download {name}`"
+        )
+    return options | {"local_files_only": True}
+
+
+def check_hub_id(name: str, what: str) -> None:
+    """CheckpointError for a name that can only be meant as a path, of which there is nothing, or is no Hub id."""
+    if name.startswith("~"):
+        raise CheckpointError(f"there is no folder {name}: ~ is not replaced here, write the path from / on")
+    if name.startswith(("/", "./", "../", ".\\")) or name.count("/") > 1 or name.endswith("/"):
+        raise CheckpointError(f"there is no folder {name}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{name!r} is neither a folder that is there nor the Hub id of a {what} (OWNER/NAME)"
+        ) from error
+
+
+def hub_is_silent() -> str | None:
+    """Why the Hub cannot be asked; `None` where it answers."""
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_WAIT)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time-out of its own
+    thread.start()
+    thread.join(_WAIT)
+    if thread.is_alive():
+        return f"{constants.ENDPOINT} did not answer in {_WAIT:.0f} s"
+    return f"{constants.ENDPOINT} cannot be reached ({' '.join(str(failures[0]).split())})" if failures else None

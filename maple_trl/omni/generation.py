@@ -1,0 +1,210 @@
+"""Completions are sampled with the options of a run, and with nothing that a checkpoint brings along."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from maple_trl.omni.families.base import unwrap
+
+
+logger = logging.getLogger(__name__)
+
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""What a checkpoint's generation config may decide."""
+
+# What applies an option, and refuses a wrong value, with the values by which it is off.
+_PROCESSORS = {
+    "top_k": (TopKLogitsWarper, (0,)),
+    "top_p": (TopPLogitsWarper, (1, 1.0)),
+    "min_p": (MinPLogitsWarper, ()),
+    "top_h": (TopHLogitsWarper, ()),
+    "typical_p": (TypicalLogitsWarper, (1, 1.0)),
+    "epsilon_cutoff": (EpsilonLogitsWarper, (0, 0.0)),
+    "eta_cutoff": (EtaLogitsWarper, (0, 0.0)),
+    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, (1, 1.0)),
+    "no_repeat_ngram_size": (NoRepeatNGramLogitsProcessor, (0,)),
+    "sequence_bias": (SequenceBiasLogitsProcessor, ()),
+}
+
+# What `generate()` hands back is read as rows of tokens, of which one belongs to each prompt.
+_CLOSED = {
+    "num_beams": "completions are sampled from the model, each by itself",
+    "num_return_sequences": "each row takes one completion",
+    "return_dict_in_generate": "completions are read as tokens",
+    "output_scores": "completions are read as tokens",
+    "output_logits": "completions are read as tokens",
+    "output_attentions": "completions are read as tokens",
+    "output_hidden_states": "completions are read as tokens",
+    "eos_token_id": "model and tokenizer say which tokens end a completion; stop_strings ends it at a text",
+    "pad_token_id": "the tokenizer says which token pads",
+    "bos_token_id": "the tokenizer says which token begins",
+}
+_NEUTRAL = {"num_beams": (None, 1), "num_return_sequences": (None, 1)}
+
+
+def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, str], place: str) -> None:
+    """
+    Holds further options of `generate()` against what it knows, before a model is loaded.
+
+    Args:
+        options: as the user gave them.
+        settings: names that have an option of their own, and how that is called.
+        place: what errors begin with.
+
+    Raises:
+        ValueError: naming the option, and what would be right.
+    """
+    known = [name for name in GenerationConfig().to_dict() if name != "transformers_version"]
+    for name, value in options.items():
+        if name in settings:
+            raise ValueError(f"{place}: {name} is set by {settings[name]}")
+        if name in _CLOSED and value not in _NEUTRAL.get(name, (None, False)):
+            raise ValueError(f"{place}: {name}={value!r} is not supported: {_CLOSED[name]}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{place}: GenerationConfig has no option {name!r}{advice}")
+    strings = options.get("stop_strings")
+    texts = [strings] if isinstance(strings, str) else strings
+    if strings is not None and not (
+        isinstance(texts, Sequence) and texts and all(isinstance(text, str) and text for text in texts)
+    ):
+        raise ValueError(f"{place}: stop_strings must be a text or a list of texts, got {strings!r}")
+    try:
+        GenerationConfig(**{"do_sample": True, **options})
+        check_values(options)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """ValueError for a value that the first step would refuse; what stands for an option that is off passes."""
+    for name, (processor, off) in _PROCESSORS.items():
+        value = options.get(name)
+        if value is not None and value not in off:
+            processor(value)
+
+
+def savable(config: GenerationConfig) -> GenerationConfig:
+    """
+    The config, or what can be saved of it: the library refuses to write options that contradict each other once any of
+    them was changed (a trainer sets the padding token), which would end a run at its first checkpoint.
+    """
+    try:
+        config.validate(strict=True)
+        return config
+    except ValueError as error:
+        changed = copy.deepcopy(config)
+        changed.do_sample = True  # what options that only sampling knows were meant for
+        try:
+            changed.validate(strict=True)
+            return changed
+        except ValueError:
+            logger.warning("Of the model's generation config only the tokens are saved: %s", error)
+            return GenerationConfig(**{name: getattr(config, name) for name in TOKENS})
+
+
+class StopStrings(StoppingCriteria):
+    """
+    Ends each row at its first stop string, and remembers where that was.
+
+    A row that has ended is filled up with padding while others go on, which without this would count as sampled.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | Sequence[str]):
+        self._criteria = StopStringCriteria(tokenizer, strings)
+        self._lengths_N: Tensor | None = None  # new tokens up to the stop string; 0: none so far
+        self._prompt_width = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        found_N = self._criteria(input_ids, scores)
+        if self._lengths_N is None:  # asked after each new token, so this is the first one
+            self._prompt_width = input_ids.size(1) - 1
+            self._lengths_N = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self._lengths_N[found_N & (self._lengths_N == 0)] = input_ids.size(1) - self._prompt_width
+        return found_N
+
+    def lengths(self, rows: int) -> list[int]:
+        """New tokens of each row up to and with its stop string; 0 for a row without."""
+        return [0] * rows if self._lengths_N is None else self._lengths_N.tolist()
+
+
+class Sampling:
+    """What one call of `generate()` inside [`own_options`] tells beyond its tokens."""
+
+    def __init__(self, stops: StopStrings | None):
+        self._stops = stops
+
+    def cut(self, completions: Sequence[list[int]]) -> list[list[int]]:
+        """The completions without what padding follows a stop string."""
+        lengths = self._lengths(completions)
+        return [ids[:length] if length else ids for ids, length in zip(completions, lengths, strict=True)]
+
+    def stopped(self, completions: Sequence[list[int]]) -> list[bool]:
+        """Which of the completions, once cut, end with a stop string."""
+        lengths = self._lengths(completions)
+        return [0 < length <= len(ids) for ids, length in zip(completions, lengths, strict=True)]
+
+    def _lengths(self, completions: Sequence[list[int]]) -> list[int]:
+        return [0] * len(completions) if self._stops is None else self._stops.lengths(len(completions))
+
+
+@contextmanager
+def own_options(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> Iterator[Sampling]:
+    """
+    Inside this context, one `model.generate(generation_config=config)` uses what `config` says and nothing else.
+
+    `generate()` takes what `config` leaves open from `model.generation_config`, which a checkpoint's
+    `generation_config.json` fills; and it ends completions at stop strings only where it is handed the tokenizer, which
+    not every caller does.
+
+    Args:
+        model: with or without adapters; outside of wrappers of accelerate.
+        config: what `generate()` is given.
+    """
+    plain = unwrap(model)
+    holders = [plain] if model is plain else [model, plain]  # PEFT hands its own on to the model below
+    kept = [vars(holder).get("generation_config") for holder in holders]
+    strings, config.stop_strings = config.stop_strings, None
+    stops = None if strings is None else StopStrings(tokenizer, strings)
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    if stops is not None:
+        plain.generate = partial(plain.generate, stopping_criteria=StoppingCriteriaList([stops]))
+    try:
+        yield Sampling(stops)
+    finally:
+        config.stop_strings = strings
+        if stops is not None:
+            del plain.generate
+        for holder, before in zip(holders, kept, strict=True):
+            if before is None:
+                vars(holder).pop("generation_config", None)
+            else:
+                holder.generation_config = before

@@ -1,0 +1,169 @@
+"""Reward functions are called the way TRL calls them; what they get wrong is said in a sentence."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from .judge_limits import JudgeUnavailableError
+
+
+# What every call brings besides the columns of the data set.
+_GIVEN = (
+    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),
+    *("group_ids", "completion_logprobs", "deficit_completions"),
+)
+_NOT_HANDED_ON = ("prompt", "completion", "completion_ids")
+_FORM = "a reward function is def NAME(completions, **columns) and returns a list with a number or None for each completion"
+
+
+class RewardError(ValueError):
+    """A reward function that fails, or does not give a reward for each completion. The message says which, and how."""
+
+
+# Before a run
+
+
+def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> None:
+    """
+    Holds reward functions against the columns of a data set, without calling them.
+
+    Args:
+        rewards: reward functions; models and their names, which TRL takes too, are passed over.
+        columns: of the data set.
+        name: how errors call the data set.
+
+    Raises:
+        RewardError: for a function that TRL's call does not fit, or that needs a column that is not there.
+    """
+    for reward in rewards:
+        if not callable(reward) or isinstance(reward, str) or hasattr(reward, "named_parameters"):
+            continue
+        lacking = [column for column in required_columns(reward) if column not in columns]
+        if lacking:
+            raise RewardError(
+                f"the reward {_name(reward)!r} needs a column {lacking[0]!r}, which {name} has not; its columns: "
+                f"{', '.join(columns) or 'none'}"
+            )
+        if inspect.isclass(reward):
+            raise RewardError(f"the reward {_name(reward)!r} is a class, not a function: {_FORM}")
+        _check_call(reward, columns)
+
+
+def required_columns(reward: Any) -> list[str]:
+    """Columns that a reward function cannot do without, as far as it says so; those of a wrapped one among them."""
+    found: list[str] = []
+    seen: set[int] = set()
+    while reward is not None and id(reward) not in seen:
+        seen.add(id(reward))
+        found += getattr(reward, "required_columns", ())
+        found += getattr(reward, "columns", ())  # of a judge
+        column = getattr(reward, "column", None)  # by which rows are routed
+        found += [column] if isinstance(column, str) else []
+        if inspect.isfunction(reward) or inspect.ismethod(reward):
+            found += [
+                parameter.name
+                for parameter in inspect.signature(reward).parameters.values()
+                if parameter.default is parameter.empty
+                and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+                and parameter.name not in _GIVEN
+            ]
+        reward = getattr(reward, "reward", None)
+    return list(dict.fromkeys(found))
+
+
+def _check_call(reward: Callable, columns: Sequence[str]) -> None:
+    handed_on = [column for column in columns if column not in _NOT_HANDED_ON]
+    try:
+        inspect.signature(reward).bind(**dict.fromkeys([*_GIVEN[:6], *handed_on]))
+    except TypeError as error:
+        raise RewardError(f"the reward {_name(reward)!r} cannot be called as TRL does: {error}; {_FORM}") from error
+    except ValueError:  # a callable that does not tell its parameters
+        return
+
+
+# During a run
+
+
+def checked(reward: Callable, name: str) -> Callable:
+    """
+    A reward function whose failures and results are told as [`RewardError`].
+
+    Its own exception is the cause of that error; `JudgeUnavailableError`, which says all itself, passes as it is.
+    """
+    # Here and not above: this loads all of TRL and torch.
+    from trl.trainer.utils import is_async_callable
+
+    if is_async_callable(reward):
+
+        async def call(**arguments: Any) -> list[Any]:
+            try:
+                values = await reward(**arguments)
+            except JudgeUnavailableError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise _failure(name, error) from error
+            return checked_rewards(values, len(arguments["completions"]), name)
+
+    else:
+
+        def call(**arguments: Any) -> list[Any]:
+            try:
+                values = reward(**arguments)
+            except JudgeUnavailableError:
+                raise
+            except (Exception, SystemExit) as error:  # it is the user's: it can fail in any way
+                raise _failure(name, error) from error
+            return checked_rewards(values, len(arguments["completions"]), name)
+
+    call.__name__ = name
+    return call
+
+
+def checked_rewards(values: Any, count: int, name: str) -> list[Any]:
+    """
+    What a reward function returned, as a list.
+
+    Raises:
+        RewardError: when it is not a number or `None` for each of `count` completions.
+    """
+    where = f"the reward {name!r} returned"
+    if values is None or isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        what = repr(values) if isinstance(values, numbers.Number | str) else f"a {type(values).__name__}"
+        raise RewardError(f"{where} {'nothing' if values is None else what} for {count} completions; {_FORM}")
+    if getattr(values, "ndim", 1) == 0:
+        raise RewardError(f"{where} a single number for {count} completions; {_FORM}")
+    values = list(values)
+    if len(values) != count:
+        raise RewardError(f"{where} {len(values)} rewards for {count} completions; {_FORM}")
+    for number, value in enumerate(values):
+        if value is not None and not _is_number(value):
+            raise RewardError(f"{where} {value!r:.60} for completion {number}; {_FORM}")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return False
+    if getattr(value, "ndim", 0) or isinstance(value, Sequence | Mapping):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _failure(name: str, error: BaseException) -> RewardError:
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    place = f" in {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
+    told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return RewardError(f"the reward {name!r} failed{place}: {told}")
+
+
+def _name(reward: Any) -> str:
+    return getattr(reward, "__name__", type(reward).__name__)
