@@ -53,7 +53,8 @@ def test_no_groups():
     [("none", [False, False, False]), ("early", [True, True, True]), ("mid", [False, True, True])],
 )
 def test_when_groups_are_dropped(mode, dropping):
-    sampling = DynamicSampling(mode)
+    options = {} if mode == "none" else {"revisit": "informative"}
+    sampling = DynamicSampling(mode, **options)
     sampling.observe([3, 1, 2], ["V", "V", "V"], [False, True, False], [True, True, True])
     assert [sampling.drops(epoch) for epoch in range(3)] == dropping
     assert [sampling.skipped(epoch) for epoch in range(3)] == [[2, 3] if drops else [] for drops in dropping]
@@ -87,7 +88,7 @@ def see(sampling, rollout):
 @given(visits)
 def test_the_last_visit_of_a_row_counts(visits):
     """Where a row stands several times in one rollout, one informative group is enough."""
-    sampling, expected = DynamicSampling("early"), {}
+    sampling, expected = DynamicSampling("early", revisit="informative"), {}
     for rollout in visits:
         see(sampling, rollout)
         for row, _ in rollout:
@@ -97,13 +98,13 @@ def test_the_last_visit_of_a_row_counts(visits):
 
 @pytest.mark.parametrize("order", [[True, False], [False, True]])
 def test_a_row_twice_in_a_rollout(order):
-    sampling = DynamicSampling("early")
+    sampling = DynamicSampling("early", revisit="informative")
     see(sampling, [(4, order[0]), (5, False), (4, order[1]), (5, False)])
     assert sampling.skipped(0) == [5]
 
 
 def test_a_row_without_a_gradient_is_forgotten_when_it_has_one_again():
-    sampling = DynamicSampling("early")
+    sampling = DynamicSampling("early", revisit="informative")
     see(sampling, [(0, False), (1, False)])
     see(sampling, [(1, True), (2, False)])
     assert sampling.skipped(7) == [0, 2]
@@ -143,7 +144,7 @@ def test_metrics_count_the_groups_of_the_last_rollout():
 @settings(deadline=None)
 @given(visits, visits)
 def test_the_memory_survives_a_round_trip_through_json(before, after):
-    sampling, restored = DynamicSampling("mid"), DynamicSampling("mid")
+    sampling, restored = (DynamicSampling("mid", revisit="informative") for _ in range(2))
     for rollout in before:
         see(sampling, rollout)
     restored.load_state_dict(json.loads(json.dumps(sampling.state_dict())))

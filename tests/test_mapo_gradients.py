@@ -71,13 +71,15 @@ def world(tmp_path_factory):
     return folder, rows
 
 
-def train(world, steps=1, reward="where_varied", **options):
+def train(world, steps=1, reward="where_varied", kind=(MAPOJobTrainer, MAPOConfig), **options):
     folder, rows = world
+    trainer_class, config_class = kind
+    if config_class is MAPOConfig:
+        options = {"batching": "mixed"} | options
     options = {
         **DEFAULTS,
         "output_dir": str(folder / "out"),
         "media_root": str(folder / "media"),
-        "batching": "mixed",
         "shuffle_dataset": False,
         "num_generations": COPIES,
         "max_completion_length": LONGEST,
@@ -92,10 +94,10 @@ def train(world, steps=1, reward="where_varied", **options):
         **SPLITS[2],
         **options,
     }
-    trainer = MAPOJobTrainer(
+    trainer = trainer_class(
         load_model(str(folder / "model"), dtype="float32"),
         REWARDS[reward],
-        MAPOConfig(**options),
+        config_class(**options),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_processor(str(folder / "model")),
     )
