@@ -33,6 +33,7 @@ from maple_trl.algorithms import (
     clipped_tokens,
     group_advantages,
     rank_share,
+    remaining_scale,
     row_coefficients,
     stratum_totals,
     tag_difficulty,
@@ -43,7 +44,7 @@ from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.mapo_config import MAPOConfig
-from maple_trl.trainers.omni_grpo import PROMPTS_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
+from maple_trl.trainers.omni_grpo import PROMPTS_KEY, SCALE_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
 from maple_trl.trainers.rollout_clock import RolloutClock
 from maple_trl.trainers.rollout_state import (
     Chunk,
@@ -484,6 +485,9 @@ class MAPOTrainer(OmniGRPOTrainer):
                 scale = scale * weights[chunk[TAG_KEY]]
             if args.loss_type == "sapo":  # TRL takes a mean over tokens, rows, micro-batches and ranks
                 scale = scale * lengths[i].clamp(min=1) * count_rows(chunk) * slots * world
+                *counted, others = totals[i // slots][:, 0].tolist()
+                penalty_scale = remaining_scale(sum(counted), sum(counted) + others)
+                chunk[SCALE_KEY] = torch.full_like(scale, penalty_scale)
             else:  # TRL divides by the tokens of an average optimizer step
                 scale = scale * tokens * slots / args.steps_per_generation
             chunk["advantages"] = chunk["advantages"] * scale
