@@ -456,6 +456,7 @@ def test_a_batch_of_left_over_rows_weighs_as_one_batch(world, left_over, aggrega
     completions, gradient = left_over
     split = SPLITS[AGGREGATIONS.index(aggregation)]
     options = LEFT_OVER | split | {"loss_aggregation": aggregation, "tag_weights": tag_weights}
+    options |= {"kl_window": 50} if tag_weights == "adaptive" else {}
     training = train(world, reward="in_thirds", **options)
     weights = None if tag_weights == "none" else adaptive_weights(completions)
     check(training, [gradient(aggregation, weights, strata="batch")])
