@@ -10,7 +10,9 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from datasets import Dataset
 from jobs.train_job import REWARDS, AvatarJobTrainer, JobTrainer, MAPOJobTrainer
+from omni_runs import DEFAULTS
 from test_mapo_gradients import (
     AGGREGATIONS,
     COPIES,
@@ -33,9 +35,9 @@ from test_mapo_gradients import (
     world,  # noqa: F401
 )
 from test_processes import worst
-from tiny_models import build_tiny
+from tiny_models import build_tiny, build_tiny_text
 
-from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig
+from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY
 
 
@@ -210,6 +212,7 @@ def test_what_is_counted_and_said(world, step, caplog):  # noqa: F811
         assert entry[f"tag/{tag}/rewards/broken/missing"] == 0
         of_tag = [c.reward for c in known if c.tag == tag]
         assert entry[f"tag/{tag}/reward"] == pytest.approx(fmean(of_tag), abs=1e-6)
+    assert entry["tag/VAS/alone"] == 1 / 4 and entry["tag/all/alone"] == pytest.approx(1 / 24)
     assert entry["rewards/judge/missing"] == pytest.approx(11 / 24)
     assert entry["rewards/rule/missing"] == pytest.approx(4 / 24) and entry["rewards/broken/missing"] == 0
     assert entry["reward"] == pytest.approx(fmean(c.reward for c in known), abs=1e-6)
@@ -397,6 +400,38 @@ def test_a_penalty_is_over_what_can_be_scored(world, step, loss_type):  # noqa: 
         )
     error, where = worst(gradient_of(total, model), training.gradients[1])
     assert error <= 1e-4, where
+
+
+# Text alone
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_text_model_does_as_trl_does_but_for_rows_with_tags(tmp_path, tagged):
+    """Three of four completions are judged 1 and the fourth not at all; the format is right in all."""
+    rows = [{"prompt": f"which of {i}?"} | ({"tag": "S"} if tagged else {}) for i in range(2)]
+
+    def form(completions, **_):
+        return [1.0] * len(completions)
+
+    def judge(completions, **_):
+        return [None if i % 4 == 0 else 1.0 for i in range(len(completions))]
+
+    model, tokenizer = build_tiny_text()
+    options = {"output_dir": str(tmp_path), "reward_weights": [0.2, 0.8], "per_device_train_batch_size": 8}
+    options = {**DEFAULTS, **options, "gradient_accumulation_steps": 1}
+    trainer = OmniGRPOTrainer(
+        model, [form, judge], OmniGRPOConfig(**options), Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    advantages = list(trainer._logs["advantages"])
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if tagged:
+        assert advantages == [0.0] * 8 and trainer.missing_rewards == {("judge", "S"): 2}
+        assert entry["reward"] == 1 and entry["tag/S/unscorable"] == 1 / 4
+    else:
+        assert advantages == pytest.approx([-1.5, 0.5, 0.5, 0.5] * 2, abs=0.01)
+        assert entry["reward"] == pytest.approx(0.8) and not any("unscorable" in name for name in entry)
+        assert not trainer.missing_rewards
 
 
 # Nothing to learn from

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from maple_trl.algorithms import (
     compared_groups,
     group_advantages,
+    left_alone,
     missing_scores,
     remaining_scale,
     row_coefficients,
@@ -165,6 +166,13 @@ def test_groups_that_can_be_compared():
     groups = torch.tensor([[1.0, 1.0, NAN], [1.0, NAN, NAN], [NAN, NAN, NAN], [0.0, 1.0, 1.0]])
     assert compared_groups(groups).tolist() == [True, False, False, True]
     assert solved_groups(groups).tolist() == [True, True, False, False]
+
+
+def test_completions_that_are_left_alone():
+    unscorable = torch.tensor([False, True, True, False, False, False])
+    prompts = torch.tensor([7, 7, 7, 2, 2, 9])
+    assert left_alone(unscorable, prompts).tolist() == [True] + [False] * 5
+    assert left_alone(torch.ones(0, dtype=torch.bool), torch.zeros(0, dtype=torch.long)).tolist() == []
 
 
 def test_scales():

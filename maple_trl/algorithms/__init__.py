@@ -8,7 +8,7 @@ from maple_trl.algorithms.curriculum import TagCurriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
 from maple_trl.algorithms.hinting import HintTrigger
-from maple_trl.algorithms.missing import missing_scores, remaining_scale
+from maple_trl.algorithms.missing import left_alone, missing_scores, remaining_scale
 from maple_trl.algorithms.off_policy import (
     effective_share,
     policy_divergence,
@@ -44,6 +44,7 @@ __all__ = [
     "effective_share",
     "group_advantages",
     "informative_groups",
+    "left_alone",
     "missing_scores",
     "policy_divergence",
     "rank_share",

@@ -54,6 +54,23 @@ def missing_scores(
     return ~given_NR & weighted_R & (applies_NR | nothing_N)
 
 
+def left_alone(unscorable_N: Tensor, prompt_ids_N: Tensor) -> Tensor:
+    """
+    Which completions are the only ones of their prompt that can be scored, of several: within it they have no deviation.
+
+    Args:
+        unscorable_N (`Tensor` of shape (N,)): bool.
+        prompt_ids_N (`Tensor` of shape (N,)): as for [`missing_scores`].
+
+    Returns:
+        `Tensor` of shape (N,), bool.
+    """
+    prompts_N = prompt_ids_N.unique(return_inverse=True)[1]
+    everyone_Q = prompts_N.bincount()
+    known_Q = prompts_N[~unscorable_N].bincount(minlength=len(everyone_Q))
+    return ~unscorable_N & (known_Q == 1)[prompts_N] & (everyone_Q > 1)[prompts_N]
+
+
 def remaining_scale(counted: float, everything: float) -> float:
     """
     The factor that turns a mean over `everything`, in which those left out are 0, into the mean over the `counted` ones.

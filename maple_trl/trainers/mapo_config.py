@@ -120,7 +120,7 @@ class MAPOConfig(OmniGRPOConfig):
         default="none",
         metadata={
             "help": "Order of stratified batches: 'none' (random), 'static' (one signal, two, three) or 'adaptive' (hardest "
-            "tag first, by recent KL; in the first epoch by zero-shot accuracy)."
+            "tag first, by recent KL; tags not trained on yet by zero-shot accuracy)."
         },
     )
     curriculum_granularity: str | None = field(

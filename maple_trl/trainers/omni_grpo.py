@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
-from maple_trl.algorithms import missing_scores, remaining_scale
+from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
 from maple_trl.evaluation.report import write_atomically
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import (
@@ -342,11 +342,14 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._scores_given = self._unscorable = None
         if self._failed_is_zero and self.family is None and not tagged:
             return scores
-        missing = missing_scores(scores, self.reward_weights, *self._prompts_of_scores(scores))
+        prompts, applies = self._prompts_of_scores(scores)
+        missing = missing_scores(scores, self.reward_weights, prompts, applies)
         unscorable = missing.any(dim=1) | scores.isnan().all(dim=1)
         self._scores_given, self._unscorable = scores, unscorable
         scores = scores.masked_fill(unscorable[:, None], torch.nan)
         self._count_by_tag(scores, missing, tags)
+        alone = left_alone(unscorable, prompts)
+        self._means["train" if self.model.training else "eval"].add(totals_by_tag("alone", alone.float(), tags))
         self.rollout_log.note_rewards(self, self._total_rewards(scores).tolist())
         return scores
 
