@@ -548,6 +548,18 @@ def test_the_adaptive_order_of_later_epochs_follows_the_rewards(seven_tags, buil
             assert entry[f"tag/{tag}/priority"] == pytest.approx(bernoulli_kl(share), rel=1e-5)
 
 
+@pytest.mark.parametrize("granularity", [None, "cycle", "epoch"])
+def test_the_adaptive_curriculum_goes_round_by_round(seven_tags, build, granularity):
+    """One batch of each tag, the hardest first; on request all batches of a tag together."""
+    right = {"S": 0.0, "V": 1.0}
+    diary = Diary(lambda one, tag, copy, call: float(copy / G < right[tag]))
+    options = {"curriculum": "adaptive", "max_steps": -1, "num_train_epochs": 1}
+    options |= {"zero_shot_accuracy": {"V": 0.1, "S": 0.2}, "curriculum_granularity": granularity}
+    build(take(seven_tags[1], V=4, S=4), diary, **options).train()
+    rounds = {"epoch": ["V", "V", "S", "S"]}.get(granularity, ["V", "S", "S", "V"])
+    assert [call["tags"][0] for call in diary.calls] == rounds
+
+
 def test_a_text_model_cannot_measure_zero_shot_accuracy(build):
     rows = Dataset.from_list([{"prompt": "which", "tag": "S", "id": str(i)} for i in range(2)])
     model, tokenizer = build_tiny_text()

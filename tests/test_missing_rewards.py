@@ -402,6 +402,19 @@ def test_a_penalty_is_over_what_can_be_scored(world, step, loss_type):  # noqa: 
     assert error <= 1e-4, where
 
 
+@pytest.mark.parametrize("shared", ["on", "off"])
+@pytest.mark.parametrize("name", ["mapo", "omni"])
+def test_prompts_are_shared_with_completions_that_do_not_count(world, step, name, shared):  # noqa: F811
+    """A completion without a token that counts stands beside others of its prompt in one packed sequence."""
+    options = {"reward_weights": WEIGHTS, "shared_prefix": shared} | SPLITS[1]
+    if name == "omni":
+        options |= {"kind": OMNI, "loss_type": "grpo"}
+    training = train(world, reward="failing", **options)
+    assert training.trainer._sharing == (shared == "on")
+    terms = ("group", "sample", "batch") if name == "omni" else ("tag", "sample", "tag")
+    check(training, [right(step, *terms[:2], strata=terms[2])])
+
+
 # Text alone
 
 
