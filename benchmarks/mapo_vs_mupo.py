@@ -13,8 +13,12 @@ tuned to agree with them.
 - **variance** of the gradient over the optimizer steps of the second half of the run, `E |g - E g|^2`, from a fixed random
   sample of coordinates. Objectives whose gradients are of different size are not comparable by it: `relative` divides by
   `|E g|^2 + E |g - E g|^2`, the mean square.
-- **clip fraction** over the whole run; **accuracy** sampled on held-out questions, before and after. The embedded model
-  has learned to perceive from inputs of exactly its tag's signals, so MUPO, which is fed all of them, begins at chance.
+- **clip fraction** over the whole run; **accuracy** on held-out questions, before and after, as the mean over several samples
+  of each. The embedded model has learned to perceive from inputs of exactly its tag's signals, so MUPO, which is fed all of
+  them, would begin at chance: all variants begin with a cold start (`--cold_start`, supervised steps on both kinds of input).
+  `redundant` is the accuracy of questions that are asked with all signals, also those that they do not need, whatever the
+  variant was fed in training; `required` that of questions with their tag's signals alone.
+- **noise**: `--noise VAS=0.3` turns around three in ten of the accuracy rewards of a tag, as a judge that errs would.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,14 +42,21 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from maple_trl.algorithms import GradientMoments
+from maple_trl.data.synthetic import write_seven_tags
+from maple_trl.data.tiny_omni import target_text
 from maple_trl.evaluation import sampled_accuracy
+from maple_trl.evaluation.sampled import choose_questions
 from maple_trl.job_args import parse_args as parse_job
+from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import accuracy_reward
 from maple_trl.train import build_trainer
+from maple_trl.trainers.omni_sft import OmniSFTTrainer
+from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "tiny"
@@ -113,8 +126,71 @@ def watch_gradient(trainer: Any, from_step: int) -> GradientMoments:
     return moments
 
 
-def run_variant(name: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def cold_start(folder: Path, steps: int, seed: int = 0) -> Path:
+    """
+    The embedded model after supervised steps on questions of its set with both kinds of input: every other one with its
+    tag's signals, the others with all of them. Returns its folder.
+    """
+    rows = write_seven_tags(folder / "cold", prompts_per_tag=64, seed=1000, splits=("train",))["train"]
+    told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in rows]
+    told += [row | {"tag": ModalityTag.VAS.value} for row in told]  # a tag says here what is fed
+    options = OmniSFTConfig(
+        output_dir=str(folder / "cold-run"),
+        media_root=str(folder / "cold"),
+        num_frames=4,
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        seed=seed,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=Dataset.from_list(told))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model(str(folder / "cold-model"))
+    return folder / "cold-model"
+
+
+def add_noise(trainer: Any, noise: Mapping[str, float], seed: int) -> None:
+    """Turns a share of the accuracy rewards of each tag around."""
+    number = trainer.reward_func_names.index("accuracy_reward")
+    exact, draw = trainer.reward_funcs[number], random.Random(seed)
+
+    def noisy(*args: Any, tag: list[str], **columns: Any) -> list[float | None]:
+        values = exact(*args, tag=tag, **columns)
+        wrong = [draw.random() < noise.get(one, 0.0) for one in tag]
+        return [value if value is None or not turn else 1.0 - value for value, turn in zip(values, wrong, strict=True)]
+
+    trainer.reward_funcs[number] = noisy
+
+
+def measured(trainer: Any, test: Dataset, args: argparse.Namespace, seed: int, access: str | None = None) -> dict:
+    """Accuracy by tag over several samples of each question, with the signals that the trainer feeds or another choice."""
+    builder = trainer.prompt_builder
+    asked = Dataset.from_list([dict(row) for row in choose_questions(test, args.questions, seed)])
+    usual, found = builder.modality_access, []
+    builder.modality_access = access or usual
+    try:
+        for sample in range(args.samples):
+            draw = 1000 * seed + sample
+            answers = sampled_accuracy(trainer.generate_completions, asked, accuracy_reward, args.questions, draw)
+            found.append(answers.accuracy)
+    finally:
+        builder.modality_access = usual
+    return {tag: statistics.fmean(accuracy[tag] for accuracy in found) for tag in found[0]}
+
+
+def run_variant(name: str, seed: int, args: argparse.Namespace, folder: Path, model: str) -> dict[str, Any]:
     options = {
+        "model_name_or_path": model,
         "output_dir": folder / f"{VARIANTS[name]}-{seed}",
         "max_steps": args.steps,
         "seed": seed,
@@ -129,15 +205,14 @@ def run_variant(name: str, seed: int, args: argparse.Namespace, folder: Path) ->
     trainer, test = build_trainer(script_args, training_args, model_args)
     trainer.remove_callback(PrinterCallback)
 
-    def accuracy() -> dict[str, float]:
-        return sampled_accuracy(trainer.generate_completions, test, accuracy_reward, args.questions, seed).accuracy
-
-    before = accuracy()
+    if args.noise:
+        add_noise(trainer, args.noise, seed)
+    before = measured(trainer, test, args, seed)
     watch = Stopwatch(trainer)
     moments = watch_gradient(trainer, args.steps // 2)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    after = accuracy()
+    after = measured(trainer, test, args, seed)
     clipped = [entry["tag/all/clip_fraction"] for entry in logs if entry.get("tag/all/clip_fraction") is not None]
     media = [entry["tag/all/media_tokens"] for entry in logs if "tag/all/media_tokens" in entry]
     found = moments.metrics()
@@ -156,11 +231,15 @@ def run_variant(name: str, seed: int, args: argparse.Namespace, folder: Path) ->
         "clip_fraction": statistics.fmean(clipped),
         "before": before,
         "accuracy": after,
+        "required": measured(trainer, test, args, seed, "required"),
+        "redundant": measured(trainer, test, args, seed, "all"),
     }
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+    """Mean over seeds, their deviation, and the standard error of the mean."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": deviation, "error": deviation / len(values) ** 0.5}
 
 
 def speedups(base: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], clock: str) -> dict[str, Any]:
@@ -187,10 +266,10 @@ def print_tables(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     def shown(value: dict[str, float] | None, digits: int = 3) -> str:
-        return "–" if value is None else f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+        return "–" if value is None else f"{value['mean']:.{digits}f} ± {value['error']:.{digits}f}"
 
     console = Console(width=220)
-    table = Table(title="Per rollout with its optimizer steps; mean ± std over seeds")
+    table = Table(title="Per rollout with its optimizer steps; mean over seeds ± its standard error")
     for column in (
         "",
         "seconds",
@@ -230,15 +309,15 @@ def print_tables(result: dict[str, Any]) -> None:
             shown(values["clip_fraction"], 5),
         )
     console.print(table)
-    table = Table(title="Sampled accuracy before -> after, ± std over seeds of the latter")
-    for column in ("", *result["tags"], "paper: all, after"):
+    table = Table(title="Accuracy before -> after, as trained; after, over all tags, by what is fed; ± standard error")
+    for column in ("", *result["tags"], "required", "redundant", "paper: all, after"):
         table.add_column(column)
     for name, values in result["variants"].items():
         cells = [
-            f"{values['before'][tag]['mean']:.2f} -> {value['mean']:.2f} ± {value['std']:.2f}"
-            for tag, value in values["accuracy"].items()
+            f"{values['before'][tag]['mean']:.2f} -> {shown(value, 2)}" for tag, value in values["accuracy"].items()
         ]
-        table.add_row(name, *cells, f"{PAPER_ACCURACY[name]} %")
+        both = [shown(values[access]["all"], 2) for access in ("required", "redundant")]
+        table.add_row(name, *cells, *both, f"{PAPER_ACCURACY[name]} %")
     console.print(table)
     console.print("The paper: gradient variance of MAPO 12.89 % below MUPO's; asymmetric clipping clips 71.65 % less.")
     console.print("It does not say over which batches; stratified ones differ by tag, which `within tags` leaves out.")
@@ -250,12 +329,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=168, help="optimizer steps of a run (default 168, three epochs)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=64, help="held-out questions per tag")
+    parser.add_argument("--samples", type=int, default=5, help="answers to each question")
+    parser.add_argument("--cold_start", type=int, default=70, help="supervised steps on both kinds of input; 0: none")
+    parser.add_argument(
+        "--noise",
+        nargs="+",
+        type=_share,
+        default=[],
+        metavar="TAG=SHARE",
+        help="accuracy rewards that are turned around",
+    )
     parser.add_argument("--coordinates", type=int, default=4096, help="coordinates of the gradient that are watched")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     args = parser.parse_args(argv)
     if args.steps < 4:
         parser.error("--steps must be at least 4")
+    if args.samples < 1 or args.cold_start < 0:
+        parser.error("--samples must be at least 1, --cold_start at least 0")
+    args.noise = dict(args.noise)
     return args
+
+
+def _share(text: str) -> tuple[str, float]:
+    """A tag and its share, from `VAS=0.3`."""
+    tag, _, share = text.partition("=")
+    try:
+        found = ModalityTag.parse(tag).value, float(share)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no TAG=SHARE, e.g. VAS=0.3: {error}") from error
+    if not 0 <= found[1] <= 1:
+        raise argparse.ArgumentTypeError(f"the share of {text!r} must be from 0 to 1")
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -263,10 +367,11 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.variants}
     with tempfile.TemporaryDirectory(prefix="maple-bench-") as folder:
+        model = str(cold_start(Path(folder), args.cold_start)) if args.cold_start else "builtin:tiny-omni"
         for turn, seed in enumerate(args.seeds):
             start = turn % len(args.variants)
             for name in args.variants[start:] + args.variants[:start]:
-                runs[name].append(run_variant(name, seed, args, Path(folder)))
+                runs[name].append(run_variant(name, seed, args, Path(folder), model))
                 print(
                     f"seed {seed}, {name}: {runs[name][-1]['seconds']:.2f} s, all {runs[name][-1]['accuracy']['all']:.3f}"
                 )

@@ -32,7 +32,7 @@ def main() -> None:
         # What MAPLE varies. method="mupo" alone would be the baseline that knows nothing of tags.
         method="mapo",
         tag_weights="adaptive",  # a tag weighs more while its rewards are far from perfect
-        curriculum="adaptive",  # the hardest tag first; in the first epoch the one with the lowest accuracy
+        curriculum="adaptive",  # the hardest tag first; before they are trained on, the one with the lowest accuracy
         zero_shot_questions=32,  # of each tag, for that accuracy
         difficulty="binary",  # accuracy_reward is 0 or 1
         task_reward="accuracy_reward",

@@ -66,6 +66,9 @@ class Watched(AvatarTrainer):
             return loss
         rows = []
         for i, mask in enumerate(inputs["completion_mask"].bool()):
+            if "unscorable" in inputs and inputs["unscorable"][i]:
+                assert not mask.any()  # no token counts; what it said is noted all the same
+                mask = inputs["completion_ids"][i] != self._tokenizer.pad_token_id
             advantage = inputs["advantages"][i]
             row = {
                 "ids": tuple(inputs["completion_ids"][i][mask].tolist()),
@@ -73,6 +76,7 @@ class Watched(AvatarTrainer):
                 "replayed": bool(inputs["replayed"][i]),
                 "advantage": (advantage[mask] if advantage.dim() else advantage).tolist(),
                 "logps": self._last[i][mask],
+                "unscorable": "unscorable" in inputs and bool(inputs["unscorable"][i]),
             }
             if "completion_numbers" in inputs:
                 row["number"] = int(inputs["completion_numbers"][i])
@@ -349,7 +353,8 @@ def by_hand(trainer, diary, scope="group", mixed=False, alpha=1.0, limit=5.0, wi
         for row in past:
             raw = (value[row["number"]] - fmean(history[ids[row["key"]]])) / sd
             advantage[row["number"]] = min(max(raw, -limit), limit)
-        lengths = [sum(len(row["ids"]) for row in part) for part in (fresh, past)]
+        known = [row for row in fresh if value[row["number"]] is not None]  # the others are in no mean
+        lengths = [sum(len(row["ids"]) for row in part) for part in (known, past)]
         asked = len(rows) // G * trainer.args.replayed_generations
         if past:
             for row, factor in [(r, sum(lengths) / lengths[0]) for r in fresh] + [

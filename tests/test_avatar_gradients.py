@@ -1,6 +1,7 @@
 """The gradient of an AVATAR step is that of J_on + alpha J_off (AVATAR, eq. 3, 6 and 11), written out row by row."""
 
 import gc
+import math
 import random
 import types
 import zlib
@@ -42,8 +43,21 @@ def graded(completion_ids, **_):
 
 
 def sometimes_graded(completion_ids, **_):
-    """A third of the completions has no reward, and is never stored."""
+    """A third of the completions has no reward, is in no mean, and is never stored."""
     return [None if number_of(ids) % 3 == 0 else number_of(ids) % 101 / 101 for ids in completion_ids]
+
+
+def sometimes_judged(completion_ids, prompts, **_):
+    """A judge that fails on some completions, and is not for one of the prompts."""
+    values = [math.nan if number_of(ids) % 5 < 2 else number_of(ids) % 89 / 89 for ids in completion_ids]
+    return [None if hash_of(prompt) % 3 == 0 else value for value, prompt in zip(values, prompts, strict=True)]
+
+
+def hash_of(prompt):
+    return zlib.crc32(str(prompt).encode())
+
+
+JUDGED = {"reward": [graded, sometimes_judged], "reward_weights": [0.2, 0.8]}
 
 
 class Watched(AvatarTrainer):
@@ -81,7 +95,7 @@ class Watched(AvatarTrainer):
         ratios = [row[mask] for row, mask in zip(ratios, masks, strict=True)]
         flags = inputs["replayed"].bool().tolist()
         facts = zip(keys, self.real_ids(inputs, "completion"), flags, ratios, prompts, strict=True)
-        rows = [Trained(*row) for row in facts]
+        rows = [Trained(*row) for row in facts if row[1]]  # what cannot be scored has no token that counts
         self.trained = [*getattr(self, "trained", []), rows]
         return loss
 
@@ -247,6 +261,8 @@ class Formula:
 
 @dataclass
 class Rollout:
+    """What counts of a rollout: the fresh completions that can be scored, and the replayed ones."""
+
     fresh: list
     replayed: list
     filled: float
@@ -266,12 +282,8 @@ def spread(rewards):
 
 
 def set_advantages(rollout, history, formula):
-    known = [c for c in rollout.fresh if c.reward is not None]
     for c in rollout.fresh:
-        c.advantage = 0.0
-        if c.reward is None:
-            continue
-        pool = known + rollout.replayed if formula.group == "mixed" else known
+        pool = rollout.fresh + rollout.replayed if formula.group == "mixed" else rollout.fresh
         if formula.scope == "group":
             pool = [other for other in pool if other.key == c.key]
         rewards = [other.reward for other in pool]
@@ -352,52 +364,81 @@ def encoded(trainer):
     return {prompt.key: prompt for prompt in prompts}
 
 
-def rewards_of(reward, ids):
-    return reward(completion_ids=[ids])[0]
+def set_rewards(fresh, stored, rewards, weights, prompts):
+    """
+    The rewards of a rollout's completions, `None` for one that a function failed on which scored others of its prompt, be
+    they stored ones.
+    """
+    set_scores(fresh, rewards, prompts)
+    for c in fresh:
+        group = [other for other in (*fresh, *stored[c.key]) if other.key == c.key]
+        applying = [k for k in range(len(rewards)) if any(other.scores[k] is not None for other in group)]
+        if applying and all(c.scores[k] is not None for k in applying):
+            c.reward = sum(weights[k] * c.scores[k] for k in applying)
 
 
-def rollouts_of(training, model, reward, formula):
-    """What a run must have trained on, by bookkeeping of its own: the rollouts, and the rows of each step."""
+def set_scores(fresh, rewards, prompts):
+    for c in fresh:
+        values = [function(completion_ids=[c.ids], prompts=[prompts[c.key]])[0] for function in rewards]
+        c.scores = [None if value is None or math.isnan(value) else value for value in values]
+
+
+def prompts_of(trainer):
+    """The prompts of the rows as rewards are handed them, by key."""
+    if trainer.family is not None:
+        return {trainer.prompt_builder.encode(row).key: row["prompt"] for row in trainer.train_dataset}
+    prompts = list(trainer.train_dataset["prompt"])
+    return {tuple(trainer._tokenize_prompts([prompt])[0][0]): prompt for prompt in prompts}
+
+
+def rollouts_of(training, model, reward, formula, whole=True):
+    """
+    What a run must have trained on, by bookkeeping of its own: the rollouts, and the rows of each step. With `whole` it is
+    asserted that those are all of its rows.
+    """
     trainer, per_rollout = training.trainer, training.steps_of_rollout()
+    rewards, prompts = reward if isinstance(reward, list) else [reward], prompts_of(trainer)
+    weights = trainer.args.reward_weights or [1.0] * len(rewards)
     stored, history = defaultdict(list), defaultdict(list)
     found = []
     original = {n: p.detach().clone() for n, p in model.named_parameters()}
     for number, generated in enumerate(trainer.generated):
         steps = range(number * per_rollout, (number + 1) * per_rollout)
-        fresh = [Completion(key, ids, rewards_of(reward, ids)) for key, ids in generated]
+        everything = [Completion(key, ids, None) for key, ids in generated]
+        set_rewards(everything, stored, rewards, weights, prompts)
+        fresh = [c for c in everything if c.reward is not None]
         for c in fresh:
             with torch.no_grad():
                 load(model, training.weights[steps[0]])
                 c.old = log_probs(training, model, c)
                 load(model, original)
                 c.kl_from = log_probs(training, model, c)
-            if c.reward is not None:
-                history[c.key].append(c.reward)
+            history[c.key].append(c.reward)
         chosen = {(row.key, row.ids): row for step in steps for row in training.rows(step)}
         own = {(c.key, c.ids) for c in fresh}
         assert len(own) == len(fresh)
-        assert own == {content for content, row in chosen.items() if not row.replayed}
+        assert not whole or own == {content for content, row in chosen.items() if not row.replayed}
         replayed = []
         for content, row in chosen.items():
             if row.replayed:
                 (c,) = [c for c in stored[row.key] if (c.key, c.ids) == content]
                 replayed.append(Completion(c.key, c.ids, c.reward, c.old, True))
-        keys = list(dict.fromkeys(c.key for c in fresh))
+        keys = list(dict.fromkeys(c.key for c in everything))
         counts = Counter(c.key for c in replayed)
         for key in keys:  # as many as there are, and only what is missing is generated
             assert counts[key] == min(formula.replayed, len(stored[key]))
-            assert counts[key] + sum(c.key == key for c in fresh) == COPIES
+            assert counts[key] + sum(c.key == key for c in everything) == COPIES
         rollout = Rollout(fresh, replayed, len(replayed) / (len(keys) * formula.replayed))
         set_advantages(rollout, history, formula)
         by_content = {(c.key, c.ids): c for c in fresh + replayed}
-        rows = [[by_content[row.key, row.ids] for row in training.rows(step)] for step in steps]
+        contents = [[(row.key, row.ids) for row in training.rows(step)] for step in steps]
+        rows = [[by_content[content] for content in step if content in by_content] for step in contents]
         for i in range(0, per_rollout, per_rollout // trainer.args.num_iterations):
             passed = sum(rows[i : i + per_rollout // trainer.args.num_iterations], [])
             assert sorted(map(id, passed)) == sorted(map(id, by_content.values()))  # each row once in each pass
         found.append((rollout, dict(zip(steps, rows, strict=True)), {k: list(v) for k, v in history.items()}))
         for c in fresh:
-            if c.reward is not None:
-                stored[c.key].append(c)
+            stored[c.key].append(c)
     return found
 
 
@@ -493,6 +534,14 @@ CASES = {
         {"loss_type": "cispo", "high": 1.2, "own_high": 1.05},
     ),
     "sapo, half alpha": (SAPO | {"replay_alpha": 0.5}, SAPO | {"alpha": 0.5}),
+    "judged, dapo, two micro-batches, penalty": (JUDGED | HALVES | {"beta": 0.1}, {"beta": 0.1}),
+    "judged, grpo, two steps, half alpha, penalty": (
+        JUDGED | GRPO | TWO_STEPS | {"replay_alpha": 0.5, "beta": 0.1},
+        GRPO | {"alpha": 0.5, "beta": 0.1},
+    ),
+    "judged, dr_grpo, mixed groups": (JUDGED | DR_GRPO | {"advantage_group": "mixed"}, DR_GRPO | {"group": "mixed"}),
+    "judged, sapo, whole batch": (JUDGED | SAPO | {"advantage_scope": "batch"}, SAPO | {"scope": "batch"}),
+    "judged, one fresh": (JUDGED | {"replayed_generations": 3}, {"replayed": 3}),
     "no shaping": ({"tas_lambda": 0.0}, {"lam": 0.0}),
     "linear shaping": ({"tas_shape": "linear_decay", "tas_lambda": 2.0}, {"shape": "linear_decay", "lam": 2.0}),
     "short window, low limit": (
@@ -509,8 +558,30 @@ def test_gradients_of_a_text_model(name, text_model, tmp_path):
     rollouts = check(training, "text", options.get("reward", graded), Formula(**terms))
     filled = [rollout.filled for rollout, *_ in rollouts]
     assert filled[0] == 0 and max(filled) > 0
+    if "judged" in name:
+        assert training.trainer.missing_rewards.keys() == {("sometimes_judged", "")}
     if "partly" in name:
         assert any(0 < share < 1 for share in filled)
+
+
+@pytest.mark.parametrize("options", [{}, GRPO], ids=["dapo", "grpo"])
+def test_failed_rewards_that_count_as_zero_are_told_apart(options, text_model, tmp_path, monkeypatch):
+    """The control of the judged cases: a trainer that takes the scores as TRL does."""
+    monkeypatch.setattr(Watched, "_set_apart", lambda self, rows, scores: scores)
+    training = train_text(text_model, tmp_path, steps=1, **JUDGED | options)
+    model, formula = reference_for("text"), Formula(**options)
+    monkeypatch.setitem(globals(), "set_rewards", as_zero)
+    rollouts = rollouts_of(training, model, JUDGED["reward"], formula)
+    assert max(errors(expected_gradients(training, model, rollouts, formula), training)) <= 1e-4
+    monkeypatch.undo()
+    rollouts = rollouts_of(training, model, JUDGED["reward"], formula, whole=False)
+    assert max(errors(expected_gradients(training, model, rollouts, formula), training)) > 1e-2
+
+
+def as_zero(fresh, stored, rewards, weights, prompts):
+    set_scores(fresh, rewards, prompts)
+    for c in fresh:
+        c.reward = sum(weight * score for weight, score in zip(weights, c.scores, strict=True) if score is not None)
 
 
 @pytest.mark.parametrize("bound", ["replay_epsilon", "replay_epsilon_high"])

@@ -339,7 +339,7 @@ def test_loss_profile_against_a_loop(run):
         points = [[] for _ in range(11)]
         for row in rows:
             length = len(row["ids"])
-            if length < 2:
+            if length < 2 or row["unscorable"]:
                 continue
             old = row.get("old", row["logps"])
             ratios = (row["logps"] - torch.where(old.isnan(), row["logps"], old)).exp().tolist()

@@ -154,7 +154,7 @@ def run_benchmark(name, folder, *options):
 def test_mapo_vs_mupo_compares_what_the_recipes_say(tmp_path):
     result, output = run_benchmark(
         "mapo_vs_mupo", tmp_path, "--steps", "4", "--seeds", "0", "1", "--questions", "2", "--coordinates", "64",
-        "--variants", "MUPO", "MAPO", "full recipe",
+        "--variants", "MUPO", "MAPO", "full recipe", "--samples", "1", "--cold_start", "2", "--noise", "VAS=0.5",
     )  # fmt: skip
     mupo, mapo, full = (result["variants"][name] for name in ("MUPO", "MAPO", "full recipe"))
     assert mupo["media_tokens"]["mean"] == 16 > mapo["media_tokens"]["mean"]  # every row is fed all that it has
@@ -165,7 +165,9 @@ def test_mapo_vs_mupo_compares_what_the_recipes_say(tmp_path):
         for run in runs:
             assert run["seconds"] == pytest.approx(run["seconds_rollout"] + run["seconds_update"])
             assert run["grad_variance"] > 0 and 0 < run["grad_variance_relative"] < 1.01
-    assert "523.28" in output and "full recipe" in output
+            assert run["required"].keys() == run["redundant"].keys() == run["accuracy"].keys()
+    assert "523.28" in output and "full recipe" in output and "redundant" in output
+    assert result["settings"]["noise"] == {"VAS": 0.5}
 
 
 def test_mapo_bookkeeping_is_measured(tmp_path):

@@ -53,7 +53,8 @@ def test_no_groups():
     [("none", [False, False, False]), ("early", [True, True, True]), ("mid", [False, True, True])],
 )
 def test_when_groups_are_dropped(mode, dropping):
-    sampling = DynamicSampling(mode)
+    options = {} if mode == "none" else {"revisit": "informative"}
+    sampling = DynamicSampling(mode, **options)
     sampling.observe([3, 1, 2], ["V", "V", "V"], [False, True, False], [True, True, True])
     assert [sampling.drops(epoch) for epoch in range(3)] == dropping
     assert [sampling.skipped(epoch) for epoch in range(3)] == [[2, 3] if drops else [] for drops in dropping]
@@ -65,6 +66,9 @@ def test_when_groups_are_dropped(mode, dropping):
         (("late",), "dynamic sampling must be one of none, early, mid, got 'late'"),
         (("none", 1), "refill_rounds is 1, but with dynamic sampling 'none' it must be 0"),
         (("early", -1), "refill_rounds is -1"),
+        (("early", 0, "some"), "revisit must be one of all, unsolved, informative, got 'some'"),
+        (("none", 0, "unsolved"), "revisit is 'unsolved', but with dynamic sampling 'none' every epoch visits all"),
+        (("early", 0, "unsolved", 0), "revisit_after must be at least 1 epoch, got 0"),
     ],
 )
 def test_wrong_options_are_refused(arguments, message):
@@ -87,7 +91,7 @@ def see(sampling, rollout):
 @given(visits)
 def test_the_last_visit_of_a_row_counts(visits):
     """Where a row stands several times in one rollout, one informative group is enough."""
-    sampling, expected = DynamicSampling("early"), {}
+    sampling, expected = DynamicSampling("early", revisit="informative"), {}
     for rollout in visits:
         see(sampling, rollout)
         for row, _ in rollout:
@@ -97,13 +101,13 @@ def test_the_last_visit_of_a_row_counts(visits):
 
 @pytest.mark.parametrize("order", [[True, False], [False, True]])
 def test_a_row_twice_in_a_rollout(order):
-    sampling = DynamicSampling("early")
+    sampling = DynamicSampling("early", revisit="informative")
     see(sampling, [(4, order[0]), (5, False), (4, order[1]), (5, False)])
     assert sampling.skipped(0) == [5]
 
 
 def test_a_row_without_a_gradient_is_forgotten_when_it_has_one_again():
-    sampling = DynamicSampling("early")
+    sampling = DynamicSampling("early", revisit="informative")
     see(sampling, [(0, False), (1, False)])
     see(sampling, [(1, True), (2, False)])
     assert sampling.skipped(7) == [0, 2]
@@ -112,6 +116,45 @@ def test_a_row_without_a_gradient_is_forgotten_when_it_has_one_again():
 def test_lists_must_have_one_length():
     with pytest.raises(ValueError, match="zip"):
         DynamicSampling("early").observe([1, 2], ["V", "V"], [True], [True, True])
+
+
+# Visits
+
+
+visit = st.one_of(st.none(), st.sampled_from(["solved", "wrong", "varied"]))
+
+
+@settings(deadline=None)
+@given(
+    revisit=st.sampled_from(["all", "unsolved", "informative"]),
+    after=st.integers(1, 3),
+    mode=st.sampled_from(["early", "mid"]),
+    history=st.lists(st.lists(visit, min_size=4, max_size=4), min_size=1, max_size=6),
+    restart=st.integers(0, 5),
+)
+def test_epochs_visit_what_they_are_to(revisit, after, mode, history, restart):
+    """By each row's last visits that could be judged; the state goes through JSON in between."""
+    sampling = DynamicSampling(mode, revisit=revisit, revisit_after=after)
+    last: dict[int, tuple[int, str]] = {}
+    for epoch, outcomes in enumerate(history):
+        if epoch == restart:
+            sampling, state = DynamicSampling(mode, revisit=revisit, revisit_after=after), sampling.state_dict()
+            sampling.load_state_dict(json.loads(json.dumps(state)))
+        skipped = set()
+        for row, (when, outcome) in last.items():
+            if mode == "mid" and epoch == 0 or revisit == "all":
+                continue
+            if revisit == "informative" and outcome != "varied":
+                skipped.add(row)
+            if revisit == "unsolved" and outcome == "solved" and epoch - when <= after:
+                skipped.add(row)
+        assert sampling.skipped(epoch) == sorted(skipped)
+        rows = [row for row in range(4) if row not in skipped]
+        seen = [outcomes[row] for row in rows]
+        varied = [None if one is None else one == "varied" for one in seen]
+        solved = [None if one is None else one == "solved" for one in seen]
+        sampling.observe(rows, ["V"] * len(rows), varied, [bool(v) for v in varied], solved, epoch)
+        last |= {row: (epoch, one) for row, one in zip(rows, seen, strict=True) if one is not None}
 
 
 # Metrics and state
@@ -143,7 +186,7 @@ def test_metrics_count_the_groups_of_the_last_rollout():
 @settings(deadline=None)
 @given(visits, visits)
 def test_the_memory_survives_a_round_trip_through_json(before, after):
-    sampling, restored = DynamicSampling("mid"), DynamicSampling("mid")
+    sampling, restored = (DynamicSampling("mid", revisit="informative") for _ in range(2))
     for rollout in before:
         see(sampling, rollout)
     restored.load_state_dict(json.loads(json.dumps(sampling.state_dict())))

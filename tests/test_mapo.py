@@ -360,6 +360,9 @@ def test_the_task_reward_is_the_accuracy(seven_tags, build, names, task_reward, 
 # Dynamic sampling
 
 
+LEAVING = {"dynamic_sampling": "early", "revisit": "informative"}
+
+
 def dull_of(data, *numbers):
     """Rows whose completions are all rewarded alike, and a reward that does so."""
     ids = {data["id"][i] for i in numbers}
@@ -371,9 +374,8 @@ def test_prompts_that_taught_nothing_are_left_out_of_later_epochs(seven_tags, bu
     data = take(seven_tags[1], V=4, S=4)
     dull, value = dull_of(data, 0, 1, 5)
     diary = Diary(value)
-    trainer = follow(
-        diary, build(data, diary, Watched, dynamic_sampling=mode, max_steps=-1, num_train_epochs=3, beta=0.01)
-    )
+    options = {"dynamic_sampling": mode} | ({} if mode == "none" else {"revisit": "informative"})
+    trainer = follow(diary, build(data, diary, Watched, max_steps=-1, num_train_epochs=3, beta=0.01, **options))
     trainer.train()
     visited = diary.epochs()
     everyone, useful = set(data["id"]), set(data["id"]) - dull
@@ -399,13 +401,47 @@ def test_a_prompt_that_varies_again_comes_back(seven_tags, build, caplog):
     data = take(seven_tags[1], S=4)
     diary = Diary(lambda one, tag, copy, call: 0.0 if call < 2 else float(copy % 2))
     seen = Snapshots()
-    options = {"dynamic_sampling": "early", "max_steps": -1, "num_train_epochs": 3, "callbacks": [seen]}
+    options = LEAVING | {"max_steps": -1, "num_train_epochs": 3, "callbacks": [seen]}
     trainer = follow(diary, build(data, diary, **options))
     trainer.train()
     assert [set(rows) for rows in diary.epochs().values()] == [set(data["id"])] * 3
     assert [seen.moved(step) for step in range(6)] == [False] * 2 + [True] * 4
     assert "epoch 1 visits all again" in caplog.text
     assert [entry["sampling/steps_without_update"] for entry in logs(trainer)] == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("revisit", ["all", "unsolved", "informative"])
+def test_what_later_epochs_visit(seven_tags, build, revisit):
+    """Rows 0 and 5 are solved in the first epoch, and for good; row 1 fails always; the judge fails on row 2."""
+    data = take(seven_tags[1], V=4, S=4)
+    solved, wrong, failed = {data["id"][0], data["id"][5]}, {data["id"][1]}, {data["id"][2]}
+
+    def value(one, tag, copy, call):
+        if one in failed:
+            return None
+        return 1.0 if one in solved else 0.0 if one in wrong else float(copy % 2)
+
+    diary = Diary(value)
+    options = {"dynamic_sampling": "early", "revisit": revisit, "max_steps": -1, "num_train_epochs": 4}
+    more = {"revisit_after": 2} if revisit == "unsolved" else {}
+    trainer = follow(diary, build(data, diary, **options, **more))
+    trainer.train()
+    everyone = set(data["id"])
+    resting, uninformative = everyone - solved, everyone - solved - wrong
+    expected = {"all": [everyone] * 4, "unsolved": [everyone, resting, resting, everyone]}
+    expected["informative"] = [everyone] + [uninformative] * 3
+    assert [set(rows) for rows in diary.epochs().values()] == expected[revisit]
+    assert logs(trainer)[-1]["sampling/uninformative_prompts"] == 3
+    if revisit == "unsolved":
+        assert logs(trainer)[-1]["sampling/solved_prompts"] == 2
+
+
+def test_solved_needs_a_task_reward(seven_tags, build):
+    options = {"dynamic_sampling": "early", "revisit": "unsolved"}
+    two = [named("style"), named("length")]
+    with pytest.raises(ValueError, match=r"task_reward must name the reward.*\(style, length\), got None"):
+        build(take(seven_tags[1], S=2), two, **options)
+    build(take(seven_tags[1], S=2), two, task_reward="length", **options)
 
 
 def test_refilling_keeps_the_batch_full_with_rows_of_its_tag(seven_tags, build):
@@ -444,7 +480,7 @@ def test_a_run_of_so_many_steps_makes_them_although_epochs_get_shorter(seven_tag
     data = take(seven_tags[1], S=4, AS=4)
     _, value = dull_of(data, 0, 1, 2, 4, 5, 6)
     diary = Diary(value)
-    trainer = follow(diary, build(data, diary, dynamic_sampling="early", max_steps=10))
+    trainer = follow(diary, build(data, diary, max_steps=10, **LEAVING))
     trainer.train()
     assert trainer.state.global_step == 10
     assert [sum(call["epoch"] == e for call in diary.calls) for e in range(4)] == [4, 2, 2, 2]
@@ -510,6 +546,18 @@ def test_the_adaptive_order_of_later_epochs_follows_the_rewards(seven_tags, buil
     for entry in logs(trainer)[3:]:
         for tag, share in right.items():
             assert entry[f"tag/{tag}/priority"] == pytest.approx(bernoulli_kl(share), rel=1e-5)
+
+
+@pytest.mark.parametrize("granularity", [None, "cycle", "epoch"])
+def test_the_adaptive_curriculum_goes_round_by_round(seven_tags, build, granularity):
+    """One batch of each tag, the hardest first; on request all batches of a tag together."""
+    right = {"S": 0.0, "V": 1.0}
+    diary = Diary(lambda one, tag, copy, call: float(copy / G < right[tag]))
+    options = {"curriculum": "adaptive", "max_steps": -1, "num_train_epochs": 1}
+    options |= {"zero_shot_accuracy": {"V": 0.1, "S": 0.2}, "curriculum_granularity": granularity}
+    build(take(seven_tags[1], V=4, S=4), diary, **options).train()
+    rounds = {"epoch": ["V", "V", "S", "S"]}.get(granularity, ["V", "S", "S", "V"])
+    assert [call["tags"][0] for call in diary.calls] == rounds
 
 
 def test_a_text_model_cannot_measure_zero_shot_accuracy(build):

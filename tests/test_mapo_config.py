@@ -71,6 +71,7 @@ CHOICES = {
     "curriculum": "'none', 'static', 'adaptive'",
     "curriculum_granularity": "'epoch', 'cycle'",
     "dynamic_sampling": "'none', 'early', 'mid'",
+    "revisit": "'all', 'unsolved', 'informative'",
 }
 REFUSED = [
     *(({name: "bogus"}, f"{name} must be one of {choices}, got 'bogus'") for name, choices in CHOICES.items()),
@@ -97,6 +98,16 @@ REFUSED = [
         "curriculum='adaptive' orders batches of one tag: it needs batching='stratified'",
     ),
     ({"refill_rounds": 2}, "refill_rounds fills batches that lost groups: it needs dynamic_sampling 'early' or 'mid'"),
+    (
+        {"revisit": "unsolved"},
+        "revisit='unsolved' chooses what epochs that drop groups visit: it needs dynamic_sampling 'early' or 'mid'",
+    ),
+    ({"revisit": "informative", "dynamic_sampling": "none"}, "revisit='informative' chooses what epochs"),
+    (
+        {"revisit_after": 0, "revisit": "unsolved", "dynamic_sampling": "early"},
+        "revisit_after must be at least 1, got 0",
+    ),
+    ({"revisit_after": 2, "dynamic_sampling": "early"}, "revisit_after=2 has no effect without revisit='unsolved'"),
     ({"loss_type": "grpo"}, "loss_type='grpo' chooses how the loss is averaged.*set loss_aggregation='sample'"),
     ({"loss_type": "bnpo"}, "loss_type='bnpo' chooses how the loss is averaged.*set loss_aggregation='token'"),
     ({"loss_type": "dr_grpo"}, "loss_type='dr_grpo' chooses how.*set loss_aggregation='prompt'.*leave loss_type at"),
@@ -188,3 +199,22 @@ def test_options_of_mapo_need_its_trainer(tmp_path):
     path.write_text("method: mupo\n")
     with pytest.raises(SetupError, match="unknown key 'method', which is an option of MAPOConfig: set trainer: mapo"):
         parse_args(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("options", "granularity"),
+    [
+        ({}, "epoch"),
+        ({"curriculum": "static"}, "epoch"),
+        ({"curriculum": "adaptive"}, "cycle"),
+        ({"curriculum": "adaptive", "curriculum_granularity": "epoch"}, "epoch"),
+        ({"curriculum": "static", "curriculum_granularity": "cycle"}, "cycle"),
+        ({"method": "mupo"}, "epoch"),
+    ],
+    ids=str,
+)
+def test_the_adaptive_curriculum_orders_cycles_by_default(tmp_path, options, granularity):
+    args = config(tmp_path, **options)
+    assert args.curriculum_granularity == granularity and args.revisit == "all"
+    again = config(tmp_path, **options | {"curriculum_granularity": granularity})  # a configuration that is read again
+    assert again.curriculum_granularity == granularity

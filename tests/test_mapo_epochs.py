@@ -20,7 +20,7 @@ from maple_trl.modalities import ModalityTag
 
 
 G = 4  # completions of a prompt
-EARLY = {"dynamic_sampling": "early"}
+EARLY = {"dynamic_sampling": "early", "revisit": "informative"}
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_short_rollout_generates_and_trains_fewer_rows(seven_tags, build, mode
     data = take(seven_tags[1], V=4, S=4)
     dull, value = dull_of(data, 0, 1, 5)
     diary = Diary(value)
-    options = {"dynamic_sampling": mode, "max_steps": -1, "num_train_epochs": 2}
+    options = (EARLY if mode == "early" else {}) | {"max_steps": -1, "num_train_epochs": 2}
     trainer = follow(diary, build(data, diary, **options))
     trainer.train()
     later = {2: 4} if mode == "none" else {2: 2, 1: 1}  # two rows of V, three of S
@@ -149,7 +149,7 @@ RARELY = {"save_strategy": "steps", "save_steps": 1000, "logging_steps": 1000}
 def run_to_the_end(build, data, mode, **options):
     _, value = dull_of(data, 0, 1, 5)
     diary = Diary(value)
-    options = {"dynamic_sampling": mode, "max_steps": -1, "num_train_epochs": 2, **RARELY, **options}
+    options = (EARLY if mode == "early" else {}) | {"max_steps": -1, "num_train_epochs": 2} | RARELY | options
     trainer = follow(diary, build(data, diary, **options))
     trainer.train(resume_from_checkpoint=True)
     return trainer, diary

@@ -13,6 +13,7 @@ from tiny_models import build_tiny, save_tiny
 
 from maple_trl import MAPOConfig
 from maple_trl.data.synthetic import write_seven_tags
+from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import batch_position_ids
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.serving import serve_media
@@ -71,13 +72,15 @@ def world(tmp_path_factory):
     return folder, rows
 
 
-def train(world, steps=1, reward="where_varied", **options):
+def train(world, steps=1, reward="where_varied", kind=(MAPOJobTrainer, MAPOConfig), resume=None, **options):
     folder, rows = world
+    trainer_class, config_class = kind
+    if config_class is MAPOConfig:
+        options = {"batching": "mixed"} | options
     options = {
         **DEFAULTS,
         "output_dir": str(folder / "out"),
         "media_root": str(folder / "media"),
-        "batching": "mixed",
         "shuffle_dataset": False,
         "num_generations": COPIES,
         "max_completion_length": LONGEST,
@@ -92,10 +95,10 @@ def train(world, steps=1, reward="where_varied", **options):
         **SPLITS[2],
         **options,
     }
-    trainer = MAPOJobTrainer(
+    trainer = trainer_class(
         load_model(str(folder / "model"), dtype="float32"),
         REWARDS[reward],
-        MAPOConfig(**options),
+        config_class(**options),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_processor(str(folder / "model")),
     )
@@ -123,8 +126,8 @@ def train(world, steps=1, reward="where_varied", **options):
     trainer.model.register_forward_pre_hook(count("rows_in_model"), with_kwargs=True)
     if trainer.ref_model is not None:
         trainer.ref_model.register_forward_pre_hook(count("rows_in_reference"), with_kwargs=True)
-    trainer.train()
-    assert len(training.gradients) == steps
+    trainer.train(resume_from_checkpoint=resume)
+    assert len(training.gradients) == steps or resume is not None
     return training
 
 
@@ -418,3 +421,47 @@ def test_two_optimizer_steps_for_a_rollout(world, reference_model, sampling, agg
     assert training.rows_in_model == 3 * len(kept) * COPIES and training.rows_in_reference == len(kept) * COPIES
     run = (training, world, reference_model, completions, kept, aggregation)
     check(training, expected_gradients(*run, beta=0.1))
+
+
+# Left-over rows of several tags
+
+
+LEFT_OVER = {"batching": "stratified", "leftover": "mixed"}  # every tag has fewer rows than a rollout takes
+
+
+@pytest.fixture(scope="module")
+def left_over(world, reference_model):
+    """The first batch of left-over rows, in the order of the tags, and the gradients of losses over it."""
+    training = train(world, **LEFT_OVER)
+    prompts = sorted(range(len(TAGS)), key=lambda i: [*ModalityTag].index(TAGS[i]))[:PROMPTS]
+    assert training.trainer.used == [[world[1][q]["id"] for q in prompts for _ in range(COPIES)]]
+    completions = completions_of(training, world, prompts, "in_thirds")
+    assert len({c.tag for c in completions}) == 4
+    logps = log_probs(training, world, reference_model, completions)
+
+    def gradient(aggregation, weights=None, **terms):
+        set_advantages(completions, "tag")
+        for c in completions:
+            c.advantage *= weights[c.tag] if weights else 1.0
+        loss = loss_of(completions, logps, [value.detach() for value in logps], aggregation, **terms)
+        return gradient_of(loss, reference_model, retain_graph=True)
+
+    return completions, gradient
+
+
+@pytest.mark.parametrize("tag_weights", ["none", "adaptive"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_batch_of_left_over_rows_weighs_as_one_batch(world, left_over, aggregation, tag_weights):
+    """It is one mean, in which each row has its tag's weight; a sum of its tags' means would weigh four times as much."""
+    completions, gradient = left_over
+    split = SPLITS[AGGREGATIONS.index(aggregation)]
+    options = LEFT_OVER | split | {"loss_aggregation": aggregation, "tag_weights": tag_weights}
+    options |= {"kl_window": 50} if tag_weights == "adaptive" else {}
+    training = train(world, reward="in_thirds", **options)
+    weights = None if tag_weights == "none" else adaptive_weights(completions)
+    check(training, [gradient(aggregation, weights, strata="batch")])
+    summed = gradient(aggregation, weights, strata="tag")
+    assert worst(summed, training.gradients[0])[0] > 1e-2
+    if aggregation == "sample" and weights is None:
+        norms = [sum(float(v.norm()) ** 2 for v in g.values()) ** 0.5 for g in (summed, training.gradients[0])]
+        assert norms[0] > 2 * norms[1]

@@ -93,6 +93,7 @@ def long_run(rows):
     """Three epochs of sampled completions: every rank has its own."""
     more = {"curriculum": "adaptive", "zero_shot_accuracy": {"S": 0.5, "VA": 0.1, "A": 0.3}, "tag_weights": "adaptive"}
     more |= {"num_generations": 2, "max_steps": -1, "num_train_epochs": 3, "shuffle_dataset": True, **EARLY}
+    more |= {"revisit": "informative", "curriculum_granularity": "epoch"}
     settings = options(2, 1, batching="stratified", learning_rate=1e-2, **more)
     settings["per_device_train_batch_size"] = 2
     return {"name": "long", "trainer": "mapo", "reward": "in_halves", "rows": rows, "options": settings}

@@ -28,6 +28,7 @@ CASES = {
         "options": {
             **COMMON,
             **ADAPTIVE,
+            "curriculum_granularity": "epoch",
             "difficulty": "continuous",
             "zero_shot_accuracy": {"S": 0.5, "VA": 0.1, "AS": 0.9},
             "gradient_probe": 64,
@@ -55,6 +56,7 @@ CASES = {
             "tag_weights": "adaptive",
             "per_device_train_batch_size": 2,
             "dynamic_sampling": "early",
+            "revisit": "informative",
             "refill_rounds": 1,
             "beta": 0.05,
             "max_steps": -1,

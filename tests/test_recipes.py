@@ -119,6 +119,8 @@ def test_a_recipe_has_the_values_of_its_row(folder, name):
     script_args, training_args, model_args = parsed(RECIPES / folder / f"{name}.yaml")
     assert type(training_args).__name__ == "MAPOConfig" and script_args.trainer == "mapo"
     expected = SHARED | OF_SET[folder] | AXES | change
+    expected["curriculum_granularity"] = "cycle" if expected["curriculum"] == "adaptive" else "epoch"
+    expected["revisit"] = "all"
     assert {field: getattr(training_args, field) for field in expected} == expected
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-Omni-3B"
     assert not model_args.use_peft and not model_args.frozen and model_args.dtype == "float32"

@@ -384,3 +384,35 @@ def test_the_order_of_rewards_is_told_apart(order):
         learn(memory, rollout, others)
         memory.write([Written(written(rollout))])
     assert contents(one, "a") != contents(two, "a")
+
+
+# Rewards that failed
+
+
+def test_a_visit_without_any_reward_is_no_visit():
+    """A prompt gets its hint for being stuck, not for a judge that is down."""
+    memory = memory_of(hints=HintTrigger(visits=2, max_divergence=1.0))
+    stuck = [group("a", has_hint=True)]
+
+    def again(rewards, step):
+        rollout, _ = visit(memory, stuck, rewards, step)
+        memory.write([Written(divergences=measured(rollout, [0.0] * sum(rollout.replayed)))])
+        return rollout
+
+    again([0.0] * SIZE, 0)
+    for step in range(1, 4):
+        again([math.nan] * 2, step)
+    assert memory.vcrs.baseline("a") == 0.0 and not memory.hints.due("a")
+    again([0.0] * 2, 4)
+    assert memory.hints.due("a")
+
+
+def test_functions_that_apply_are_known_from_what_is_stored():
+    memory = memory_of()
+    assert memory.scored_by("a", NAMES) == [False, False]
+    rollout = memory.plan([group("a")], SIZE, 0, 1)
+    scores = torch.tensor([[math.nan, 0.5]] * 3 + [[math.nan, math.nan]], dtype=torch.float64)
+    memory.learn(rollout, torch.tensor([0.5] * 3 + [math.nan], dtype=torch.float64), scores, NAMES, 0)
+    memory.write([Written(written(rollout))])
+    assert memory.scored_by("a", NAMES) == [False, True] and memory.scored_by("b", NAMES) == [False, False]
+    assert len(memory.buffer.stored("a")) == 3

@@ -66,12 +66,13 @@ def test_a_question_without_a_score_is_left_out(seven_tags, build, tmp_path, not
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan], ids=["None", "NaN"])
-def test_a_tag_that_could_not_be_scored_comes_first(build, tmp_path, nothing):
+def test_a_tag_that_could_not_be_scored_comes_first(build, tmp_path, nothing, caplog):
     def value(one, tag, copy, call):
         return nothing if call == 0 and tag == "V" else ACCURACY[tag]
 
     trainer, diary = train(build, value)
     assert order(diary) == ["V", "S", "AS"] and trainer.state.global_step == 3
+    assert "gave no reward to the answers of 2 questions (V 2), which are left out; tags of unknown" in caplog.text
     assert stored(tmp_path)["accuracy"] == {"S": 0.25, "AS": 0.5}
     assert "NaN" not in (tmp_path / "run" / "zero_shot.json").read_text()
     _, diary = train(build, by_tag, seed=1)

@@ -8,6 +8,7 @@ from maple_trl.algorithms.curriculum import TagCurriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
 from maple_trl.algorithms.hinting import HintTrigger
+from maple_trl.algorithms.missing import left_alone, missing_scores, remaining_scale
 from maple_trl.algorithms.off_policy import (
     effective_share,
     policy_divergence,
@@ -16,7 +17,7 @@ from maple_trl.algorithms.off_policy import (
     term_scales,
 )
 from maple_trl.algorithms.replay import Experience, ReplayStateError, StratifiedReplayBuffer, Vcrs
-from maple_trl.algorithms.sampling import DynamicSampling, informative_groups
+from maple_trl.algorithms.sampling import DynamicSampling, compared_groups, informative_groups, solved_groups
 from maple_trl.algorithms.schedule import PromptBatch, StratifiedSchedule, rank_share
 from maple_trl.algorithms.shaping import tas_weights
 from maple_trl.algorithms.weights import AdaptiveTagWeights
@@ -38,15 +39,20 @@ __all__ = [
     "bernoulli_kl",
     "beta_histogram_kl",
     "clipped_tokens",
+    "compared_groups",
     "contrastive_rewards",
     "effective_share",
     "group_advantages",
     "informative_groups",
+    "left_alone",
+    "missing_scores",
     "policy_divergence",
     "rank_share",
+    "remaining_scale",
     "replay_advantages",
     "replayed_slots",
     "row_coefficients",
+    "solved_groups",
     "stratum_totals",
     "tag_difficulty",
     "tas_weights",

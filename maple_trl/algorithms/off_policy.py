@@ -93,7 +93,7 @@ def replay_advantages(rewards_N: Tensor, baselines_N: Tensor, limit: float | Non
     return (advantages_N if limit is None else advantages_N.clamp(-limit, limit)).float()
 
 
-def term_scales(fresh: float, replayed: float, filled: float, alpha: float) -> tuple[float, float]:
+def term_scales(fresh: float, replayed: float, filled: float, alpha: float, lost: float = 0.0) -> tuple[float, float]:
     """
     Factors that turn one mean over all completions into J_on + alpha J_off (AVATAR eq. 3).
 
@@ -108,12 +108,14 @@ def term_scales(fresh: float, replayed: float, filled: float, alpha: float) -> t
             Share of the replayed completions asked for that there were, from 0 to 1.
         alpha (`float`):
             Weight of J_off.
+        lost (`float`, *optional*, defaults to `0.0`):
+            What the mean counts beside them as 0: completions that could not be scored.
 
     Returns:
         `tuple[float, float]`: the factors of fresh and of replayed completions; 0 for a kind that there is none of.
     """
-    both = fresh + replayed
-    return both / fresh if fresh else 0.0, alpha * filled * both / replayed if replayed else 0.0
+    everything = fresh + replayed + lost
+    return everything / fresh if fresh else 0.0, alpha * filled * everything / replayed if replayed else 0.0
 
 
 def effective_share(ratios_N: Tensor) -> float:

@@ -1,9 +1,9 @@
-"""Dynamic sampling: groups that teach nothing leave the batch, and their prompts later epochs (MAPLE, section 5.2)."""
+"""Dynamic sampling: groups that teach nothing leave the batch, and some prompts later epochs (MAPLE, section 5.2)."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from maple_trl.modalities import ModalityTag
 
 
 DYNAMIC_SAMPLING = ("none", "early", "mid")
+REVISITS = ("all", "unsolved", "informative")
 
 
 def informative_groups(rewards_NG: Tensor, tolerance: float = 1e-6) -> Tensor:
@@ -31,28 +32,70 @@ def informative_groups(rewards_NG: Tensor, tolerance: float = 1e-6) -> Tensor:
     return highest - lowest > tolerance  # -inf - inf, of a group without any score, is below it
 
 
+def compared_groups(rewards_NG: Tensor) -> Tensor:
+    """
+    Which prompts have two scorable completions or more: of the others it is not known whether they are informative.
+
+    Args:
+        rewards_NG (`Tensor` of shape (N, G)): as for [`informative_groups`].
+
+    Returns:
+        `Tensor` of shape (N,), bool.
+    """
+    return (~rewards_NG.isnan()).sum(dim=1) >= 2
+
+
+def solved_groups(task_rewards_NG: Tensor) -> Tensor:
+    """
+    Which prompts were solved: all their scorable completions have a task reward of 1.
+
+    Args:
+        task_rewards_NG (`Tensor` of shape (N, G)): a row per prompt; NaN where a completion is unscorable.
+
+    Returns:
+        `Tensor` of shape (N,), bool.
+    """
+    return (task_rewards_NG.isnan() | (task_rewards_NG == 1)).all(dim=1) & (task_rewards_NG == 1).any(dim=1)
+
+
 class DynamicSampling:
     """
-    Decides which groups leave the batch, and remembers prompts that were uninformative when they were last visited.
+    Decides which groups leave the batch, and which prompts later epochs leave out, by how their last visit went.
 
     Args:
         mode (`str`, *optional*, defaults to `"none"`):
             `"early"`: from the first step on; `"mid"`: from the second epoch on; `"none"`: nothing is left out.
         refill_rounds (`int`, *optional*, defaults to `0`):
             How many times further prompts may be drawn to fill a batch from which groups were dropped.
+        revisit (`str`, *optional*, defaults to `"all"`):
+            Which prompts the epochs in which groups are dropped visit: `"all"`, `"unsolved"` (those whose completions were
+            all right rest for `revisit_after` epochs) or `"informative"` (those that were uninformative do not come back).
+        revisit_after (`int`, *optional*, defaults to `1`):
+            How many epochs a solved prompt rests.
 
     Raises:
-        ValueError: for an unknown mode, and for refilling where nothing is ever dropped.
+        ValueError: for an unknown mode, and for refilling or choosing prompts where nothing is ever dropped.
     """
 
-    def __init__(self, mode: str = "none", refill_rounds: int = 0):
+    def __init__(self, mode: str = "none", refill_rounds: int = 0, revisit: str = "all", revisit_after: int = 1):
         if mode not in DYNAMIC_SAMPLING:
             raise ValueError(f"dynamic sampling must be one of {', '.join(DYNAMIC_SAMPLING)}, got {mode!r}")
         if refill_rounds < 0 or (refill_rounds and mode == "none"):
             raise ValueError(f"refill_rounds is {refill_rounds}, but with dynamic sampling {mode!r} it must be 0")
+        if revisit not in REVISITS:
+            raise ValueError(f"revisit must be one of {', '.join(REVISITS)}, got {revisit!r}")
+        if mode == "none" and revisit != "all":
+            raise ValueError(
+                f"revisit is {revisit!r}, but with dynamic sampling 'none' every epoch visits all prompts"
+            )
+        if revisit_after < 1:
+            raise ValueError(f"revisit_after must be at least 1 epoch, got {revisit_after}")
         self.mode = mode
         self.refill_rounds = refill_rounds
+        self.revisit = revisit
+        self.revisit_after = revisit_after
         self._uninformative: set[int] = set()
+        self._solved: dict[int, int] = {}
         self._kept: Counter[ModalityTag] = Counter()
         self._dropped: Counter[ModalityTag] = Counter()
 
@@ -62,35 +105,72 @@ class DynamicSampling:
 
     def skipped(self, epoch: int) -> list[int]:
         """Rows that this epoch does not visit."""
-        return sorted(self._uninformative) if self.drops(epoch) else []
+        if not self.drops(epoch) or self.revisit == "all":
+            return []
+        if self.revisit == "informative":
+            return sorted(self._uninformative)
+        return sorted(row for row, solved in self._solved.items() if epoch <= solved + self.revisit_after)
 
     def observe(
-        self, rows_N: Sequence[int], tags_N: Iterable[str], informative_N: Sequence[bool], kept_N: Sequence[bool]
+        self,
+        rows_N: Sequence[int],
+        tags_N: Iterable[str],
+        informative_N: Sequence[bool | None],
+        kept_N: Sequence[bool],
+        solved_N: Sequence[bool | None] | None = None,
+        epoch: int = 0,
     ) -> None:
         """
-        One rollout: the row and tag of each prompt, whether its group was informative, and whether it is trained on.
+        Takes note of one rollout, a value per prompt.
+
+        Args:
+            rows_N (`Sequence[int]`), tags_N (`Iterable[str]`):
+                The prompt's row and tag.
+            informative_N (`Sequence[bool]`):
+                Whether its group was informative; `None` where too few completions could be scored to tell, which leaves
+                what is known of the prompt as it was.
+            kept_N (`Sequence[bool]`):
+                Whether its group is trained on.
+            solved_N (`Sequence[bool]`, *optional*):
+                Whether its completions were all right; `None` as above.
+            epoch (`int`, *optional*, defaults to `0`):
+                The epoch of the rollout.
         """
-        informative: dict[int, bool] = {}
-        for row, varied in zip(rows_N, informative_N, strict=True):
-            informative[row] = varied or informative.get(row, False)
-        self._uninformative -= {row for row, varied in informative.items() if varied}
-        self._uninformative |= {row for row, varied in informative.items() if not varied}
+        for row, varied in _by_row(rows_N, informative_N, any).items():
+            (self._uninformative.discard if varied else self._uninformative.add)(row)
+        for row, solved in _by_row(rows_N, solved_N or [None] * len(rows_N), all).items():
+            self._solved.pop(row, None)
+            if solved:
+                self._solved[row] = epoch
         self._kept.clear()
         self._dropped.clear()
         for tag, kept in zip(tags_N, kept_N, strict=True):
             (self._kept if kept else self._dropped)[ModalityTag.parse(tag)] += 1
 
     def metrics(self) -> dict[str, float]:
-        """Groups of the last rollout that were kept and dropped, per tag and over all; prompts left out from now on."""
+        """Groups of the last rollout that were kept and dropped, per tag and over all; what is known of the prompts."""
         metrics = {"tag/all/kept": float(self._kept.total()), "tag/all/dropped": float(self._dropped.total())}
         for tag in ModalityTag:
             if tag in self._kept or tag in self._dropped:
                 metrics[f"tag/{tag}/kept"] = float(self._kept[tag])
                 metrics[f"tag/{tag}/dropped"] = float(self._dropped[tag])
-        return metrics | {"sampling/uninformative_prompts": float(len(self._uninformative))}
+        metrics["sampling/uninformative_prompts"] = float(len(self._uninformative))
+        return metrics | ({"sampling/solved_prompts": float(len(self._solved))} if self._solved else {})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"uninformative": sorted(self._uninformative)}
+        """What is known of the prompts, ready for JSON."""
+        return {"uninformative": sorted(self._uninformative), "solved": sorted(self._solved.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from [`state_dict`]."""
         self._uninformative = set(state["uninformative"])
+        self._solved = dict(state.get("solved", ()))
+
+
+def _by_row(rows_N: Sequence[int], values_N: Sequence[bool | None], combine: Callable) -> dict[int, bool]:
+    """One value for each row that has any: a row can stand in a rollout several times."""
+    values: dict[int, list[bool]] = {}
+    for row, value in zip(rows_N, values_N, strict=True):
+        if value is not None:
+            values.setdefault(row, []).append(value)
+    return {row: combine(known) for row, known in values.items()}

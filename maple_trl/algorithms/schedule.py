@@ -177,7 +177,7 @@ class StratifiedSchedule:
         epoch = self._position.epoch + 1
         skipped = sorted(set(self._skipped(epoch)))
         if len(skipped) == len(self.tags):
-            logger.warning("Every prompt was uninformative when it was last visited: epoch %d visits all again", epoch)
+            logger.warning("No prompt is left to visit: epoch %d visits all again", epoch)
             skipped = []
         self._position = _Position(epoch=epoch, skipped=skipped)
         self._fill_queues()

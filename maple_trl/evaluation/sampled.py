@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from maple_trl.modalities import ModalityTag
@@ -24,11 +24,13 @@ class SampledAccuracy:
         accuracy: per tag, and over all questions as `all`.
         questions: how many questions stand behind each.
         unusable: questions left out because their media could not be used.
+        unscorable: questions left out because their answer was given no score, per tag.
     """
 
     accuracy: dict[str, float]
     questions: dict[str, int]
     unusable: int = 0
+    unscorable: dict[str, int] = field(default_factory=dict)
 
 
 def choose_questions(rows: Sequence[Row], per_tag: int, seed: int = 0) -> list[Row]:
@@ -72,10 +74,13 @@ def sampled_accuracy(
         completions = generate(chosen)
     answered = [(row, text) for row, text in zip(chosen, completions, strict=True) if text is not None]
     scores: dict[str, list[float]] = defaultdict(list)
+    unscorable: Counter[str] = Counter()
     for (row, _), value in zip(answered, _scores(score, answered), strict=True):
         if value is not None and not math.isnan(value):
             for group in dict.fromkeys(("all", _tag(row))):
                 scores[group].append(value)
+        else:
+            unscorable[_tag(row)] += 1
     if not scores:
         raise ValueError(f"None of {len(chosen)} questions could be scored; do the rows have a solution?")
     groups = [group for group in ("all", *ModalityTag) if group in scores]
@@ -83,6 +88,7 @@ def sampled_accuracy(
         accuracy={str(group): sum(scores[group]) / len(scores[group]) for group in groups},
         questions={str(group): len(scores[group]) for group in groups},
         unusable=len(chosen) - len(answered),
+        unscorable=dict(unscorable),
     )
 
 

@@ -32,7 +32,7 @@ LINES = pa.schema(
         ("completion", pa.string()),
         ("solution", pa.string()),
         ("rewards", pa.map_(pa.string(), pa.float64())),  # of each function; null where it gave none
-        ("reward", pa.float64()),  # the weighted sum; null where none gave any
+        ("reward", pa.float64()),  # the weighted sum; null for a completion that could not be scored
         ("advantage", pa.float64()),  # of fresh completions, before they are shaped or weighed
         ("tokens", pa.int64()),
         ("replayed", pa.bool_()),

@@ -17,9 +17,10 @@ def for_tags(
     r"""
     A reward that is given to rows of some modality tags only.
 
-    The rows of other tags, and rows without a tag, get `None`: TRL leaves them out of this reward's mean and of their
-    sum (weigh rewards against each other with TRL's `reward_weights`). The inner reward sees the rows of these tags
-    only, and is not called when there are none.
+    The rows of other tags, and rows without a tag, get `None`, all completions of a prompt alike: they are left out of
+    this reward's mean, and the weighted sum of the other rewards is theirs (weigh rewards against each other with TRL's
+    `reward_weights`). `None` from the inner reward is a failure, which leaves the completion out. The inner reward sees
+    the rows of these tags only, and is not called when there are none.
 
     Args:
         reward (`Callable`):

@@ -34,7 +34,7 @@ from maple_trl.trainers.avatar_config import AvatarConfig
 from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar_state import load_memory, provenance, save_memory
 from maple_trl.trainers.hinted_rows import HINT_COLUMN, HINTED, has_hint, prompt_key, row_digest, row_key, with_hint
-from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
+from maple_trl.trainers.omni_grpo import PROMPTS_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
 from maple_trl.trainers.replay_memory import Group, MixedRollout, ReplayMemory, Written
 from maple_trl.trainers.rollout_state import Chunk, LostPromptsError, ResumeError, concat_rows
 from maple_trl.trainers.run_summary import Note, make_note, plural
@@ -71,6 +71,7 @@ class AvatarTrainer(OmniGRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "avatar", "maple-trl"]
     _name = "AVATAR"
     _config_class = AvatarConfig
+    _failed_is_zero = False
     _paper = {
         "title": "AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video",
         "id": "2508.03100",
@@ -106,6 +107,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             args.replay_scope == "buffer",
         )
         self._scores: Tensor | None = None
+        self._rollout: MixedRollout | None = None
         self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
         self._digests: dict[str, str] | None = None
         self._numbers: dict[str, int] | None = None
@@ -201,6 +203,13 @@ class AvatarTrainer(OmniGRPOTrainer):
         self._scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._scores
 
+    def _prompts_of_scores(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._rollout is None:
+            return super()._prompts_of_scores(scores)
+        groups = self._rollout.groups_of(self._rollout.places(replayed=False)).to(scores.device)
+        applies = [self.memory.scored_by(group.key, self.reward_func_names) for group in self._rollout.groups]
+        return groups, torch.tensor(applies, device=scores.device)[groups]
+
     def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Chunk:
         if not self.model.training:
             return super()._complete(rows, prompts)
@@ -221,7 +230,11 @@ class AvatarTrainer(OmniGRPOTrainer):
         own = range(first, first + len(slots))
         fresh = [self._shown(*slots[place - first], rollout.hinted[place // rollout.group_size]) for place in own]
         fresh = [shown for place, shown in zip(own, fresh, strict=True) if not rollout.replayed[place]]
-        output = self._complete_fresh(fresh)
+        self._rollout = rollout
+        try:
+            output = self._complete_fresh(fresh)
+        finally:
+            self._rollout = None
         rewards = self._total_rewards(self._scores)
         experiences = self.memory.learn(rollout, rewards, self._scores, self.reward_func_names, step)
         of_place = dict(zip(rollout.places(replayed=True), experiences, strict=True))
@@ -382,6 +395,8 @@ class AvatarTrainer(OmniGRPOTrainer):
             )
         chunk = {name: value.to(self.accelerator.device) for name, value in concat_rows(rows, pad).items()}
         chunk |= {"advantages": advantages, REPLAYED_KEY: torch.ones_like(advantages, dtype=torch.long)}
+        if UNSCORABLE_KEY in like:
+            chunk[UNSCORABLE_KEY] = torch.zeros_like(chunk[REPLAYED_KEY])
         if "ref_per_token_logps" in like:  # the penalty is on the fresh ones alone
             chunk["ref_per_token_logps"] = torch.full_like(chunk["old_per_token_logps"], torch.nan)
         if self.family is not None:
@@ -397,11 +412,13 @@ class AvatarTrainer(OmniGRPOTrainer):
         replayed = batch[REPLAYED_KEY].bool()
         lengths = batch["completion_mask"].sum(dim=1)
         counted = lengths if self.loss_type in ("dapo", "cispo") else torch.ones_like(lengths)
-        totals = torch.stack([counted[~replayed].sum(), counted[replayed].sum(), lengths.sum()])
-        fresh, past, tokens = self._summed(totals.double()).tolist()
+        unscorable = batch[UNSCORABLE_KEY].bool() if UNSCORABLE_KEY in batch else torch.zeros_like(replayed)
+        parts = [~replayed & ~unscorable, replayed, unscorable]
+        totals = torch.stack([*(counted[part].sum() for part in parts), lengths.sum()])
+        fresh, past, lost, tokens = self._summed(totals.double()).tolist()
         filled = sum(rollout.replayed) / (len(rollout.groups) * self.args.replayed_generations)
-        fresh_scale, replayed_scale = term_scales(fresh, past, filled, self.args.replay_alpha)
-        if past:
+        fresh_scale, replayed_scale = term_scales(fresh, past, filled, self.args.replay_alpha, lost)
+        if past or lost:
             batch["advantages"] = batch["advantages"] * torch.where(replayed, replayed_scale, fresh_scale)
         batch["num_items_in_batch"] = torch.full_like(batch["num_items_in_batch"], int(tokens))
         batch[FRESH_SCALE_KEY] = torch.tensor(fresh_scale, device=self.accelerator.device)
@@ -413,6 +430,13 @@ class AvatarTrainer(OmniGRPOTrainer):
             weights = tas_weights(batch["completion_mask"], self.args.tas_lambda, self.args.tas_shape)
             batch["advantages"] = batch["advantages"][:, None] * weights
         return batch
+
+    def _counts_of_mean(self, chunks: list[Chunk]) -> Tensor:
+        counts = super()._counts_of_mean(chunks)
+        if not self.args.replayed_generations:
+            return counts
+        # `_balanced` has scaled the terms; here it is said which optimizer steps have something to count.
+        return (counts[:, :1] > 0).expand_as(counts).to(counts)
 
     # Loss
 

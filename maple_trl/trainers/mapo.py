@@ -33,16 +33,18 @@ from maple_trl.algorithms import (
     clipped_tokens,
     group_advantages,
     rank_share,
+    remaining_scale,
     row_coefficients,
     stratum_totals,
     tag_difficulty,
 )
+from maple_trl.algorithms.schedule import MIXED
 from maple_trl.evaluation.report import write_atomically
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.mapo_config import MAPOConfig
-from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
+from maple_trl.trainers.omni_grpo import PROMPTS_KEY, SCALE_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
 from maple_trl.trainers.rollout_clock import RolloutClock
 from maple_trl.trainers.rollout_state import (
     Chunk,
@@ -88,6 +90,7 @@ class MAPOTrainer(OmniGRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "mapo", "maple-trl"]
     _name = "MAPO"
     _config_class = MAPOConfig
+    _failed_is_zero = False
     _paper = {
         "title": "MAPLE: Modality-Aware Post-training and Learning Ecosystem",
         "id": "2602.11596",
@@ -128,6 +131,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._rewards_in_advance: Tensor | None = None
         self._kept: list[int] | None = None
         self._update_chunks: list[Chunk] | None = None
+        self._of_all_tags = False
         self._last_pass: tuple[Tensor, Tensor] | None = None
         self._window_tag: ModalityTag | None = None
         self._window_has_rows = False
@@ -136,11 +140,12 @@ class MAPOTrainer(OmniGRPOTrainer):
     def _find_task_reward(self) -> int | None:
         names = self.reward_func_names
         wanted = self.args.task_reward or "accuracy_reward"
-        if self.args.task_reward is None and self._needs_difficulty and len(names) == 1:
+        needed = self._needs_difficulty or self.args.revisit == "unsolved"
+        if self.args.task_reward is None and needed and len(names) == 1:
             wanted = names[0]
         if wanted in names:
             return names.index(wanted)
-        if self.args.task_reward is not None or self._needs_difficulty:
+        if self.args.task_reward is not None or needed:
             raise ValueError(
                 f"task_reward must name the reward function that says whether a task is solved ({', '.join(names)}), got "
                 f"{self.args.task_reward!r}"
@@ -189,7 +194,7 @@ class MAPOTrainer(OmniGRPOTrainer):
     def _make_schedule(self) -> None:
         args = self.args
         self.curriculum = TagCurriculum(args.curriculum, args.curriculum_window, args.zero_shot_accuracy)
-        self.sampling = DynamicSampling(args.dynamic_sampling, args.refill_rounds)
+        self.sampling = DynamicSampling(args.dynamic_sampling, args.refill_rounds, args.revisit, args.revisit_after)
         self.schedule = StratifiedSchedule(
             self.train_dataset["tag"],
             args.generation_batch_size // self.num_generations,
@@ -289,6 +294,7 @@ class MAPOTrainer(OmniGRPOTrainer):
                 self._rows_in_round, prompts, completions=generated[3], completion_ids_list=generated[1]
             )
             kept = self._round.informative.repeat_interleave(self.num_generations)
+            kept = kept & ~self._round.rewards.isnan()
             self._kept = self._own(kept).nonzero().flatten().tolist()
         return generated
 
@@ -332,16 +338,21 @@ class MAPOTrainer(OmniGRPOTrainer):
         self.tally.counts["dropped_groups"] += int((~scored.informative & ~kept).sum())
         self._log_all({"schedule/filled_rows": batch.filled, "sampling/surplus_groups": surplus})
         self._replace_logged_advantages(advantages)
+        self._of_all_tags = self.args.batching == "stratified" and batch.stratum == MIXED
+        trained = kept.repeat_interleave(self.num_generations)
+        if self._dropping:  # otherwise what cannot be scored stays where it is, masked
+            trained = trained & ~scored.rewards.isnan()
         parts, counts, start = [], torch.zeros(self.accelerator.num_processes, dtype=torch.long), 0
         for output, r in zip(outputs, rounds, strict=True):
             rows = slice(start, start + len(r.tags))
             start = rows.stop
             output["advantages"] = self._own(advantages[rows])
-            output[TAG_KEY] = self._own(r.tags)
-            mask = kept.repeat_interleave(self.num_generations)[rows]
+            output[TAG_KEY] = self._own(r.tags.masked_fill(r.rewards.isnan(), UNTAGGED))
+            output.pop(UNSCORABLE_KEY, None)
+            mask = trained[rows]
             counts += mask.view(len(counts), -1).sum(dim=1).cpu()
             parts.append(take_rows(output, self._own(mask).nonzero().flatten().tolist()))
-        whole = int(kept.sum()) * self.num_generations == self.args.generation_batch_size
+        whole = int(trained.sum()) == self.args.generation_batch_size
         if len(rounds) > 1 or not whole:
             self._update_chunks = self._split(concat_rows(parts, self._pad_token_id), counts.tolist(), outputs[0])
         return outputs[0]
@@ -351,7 +362,15 @@ class MAPOTrainer(OmniGRPOTrainer):
         difficulties = self._difficulties(scored)
         self.tag_weights.observe(difficulties)
         self.curriculum.observe(difficulties)
-        self.sampling.observe(scored.rows, scored.prompt_tags, scored.informative.tolist(), kept.tolist())
+        solved = scored.told(scored.solved(self._task_reward)) if self.args.revisit == "unsolved" else None
+        self.sampling.observe(
+            scored.rows,
+            scored.prompt_tags,
+            scored.told(scored.informative),
+            kept.tolist(),
+            solved,
+            self.schedule.epoch,
+        )
         metrics = {f"tag/{tag}/kl": value for tag, value in difficulties.items()}
         if self.args.curriculum == "adaptive":
             metrics |= self.curriculum.metrics()
@@ -459,21 +478,31 @@ class MAPOTrainer(OmniGRPOTrainer):
         tokens = totals[..., 1].sum()
         weights = None
         if args.tag_weights == "adaptive":
-            weights = {i: self.tag_weights.weight(tag) for i, tag in enumerate(TAGS)}
+            weights = torch.tensor([*map(self.tag_weights.weight, TAGS), 0.0], device=tokens.device)
         for i, chunk in enumerate(chunks):
             scale = row_coefficients(
-                lengths[i], strata[i], weights, args.loss_aggregation, self.max_completion_length, totals[i // slots]
+                lengths[i], strata[i], None, args.loss_aggregation, self.max_completion_length, totals[i // slots]
             )
+            if weights is not None:
+                scale = scale * weights[chunk[TAG_KEY]]
             if args.loss_type == "sapo":  # TRL takes a mean over tokens, rows, micro-batches and ranks
                 scale = scale * lengths[i].clamp(min=1) * count_rows(chunk) * slots * world
+                *counted, others = totals[i // slots][:, 0].tolist()
+                penalty_scale = remaining_scale(sum(counted), sum(counted) + others)
+                chunk[SCALE_KEY] = torch.full_like(scale, penalty_scale)
             else:  # TRL divides by the tokens of an average optimizer step
                 scale = scale * tokens * slots / args.steps_per_generation
             chunk["advantages"] = chunk["advantages"] * scale
             chunk["num_items_in_batch"] = tokens
 
     def _strata(self, tags: Tensor) -> Tensor:
-        """Strata of the loss as numbers; the ballast has its own, the last, in both cases."""
-        return tags if self.args.loss_strata == "tag" else torch.where(tags == UNTAGGED, tags, 0)
+        """
+        Strata of the loss as numbers; what does not count (ballast, unscorable completions) has its own, the last.
+
+        The tags' left-over rows are one batch like any other, so they are one mean, in which each row has its tag's weight.
+        """
+        by_tag = self.args.loss_strata == "tag" and not self._of_all_tags
+        return tags if by_tag else torch.where(tags == UNTAGGED, tags, 0)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._kept is None:
@@ -544,6 +573,9 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._window = TagSums(names, self.accelerator.device)
         self._window_seconds = 0.0
 
+    def _end_step(self, counted: bool) -> None:
+        """`_end_window` does it, by the tags that were trained on."""
+
     def _add_to_window(self, inputs: Chunk) -> None:
         logps, entropies = (value.detach() for value in self._last_pass)
         mask = inputs["completion_mask"]
@@ -564,6 +596,8 @@ class MAPOTrainer(OmniGRPOTrainer):
         tags = self._window.tags()
         self._window_tag = tags[0] if len(tags) == 1 else None
         self._window_has_rows = bool(tags)
+        if not tags:
+            self._forget_gradients()
         self._means["train"].add(self._window.totals())
         self._log_all({"sampling/steps_without_update": not tags})
         self._log_of_window("seconds", self._window_seconds)
@@ -593,6 +627,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _geometry(self) -> dict[str, Any]:
         names = ("batching", "leftover", "curriculum", "curriculum_granularity", "dynamic_sampling", "loss_strata")
+        names = (*names, "revisit", "revisit_after")
         return super()._geometry() | {name: getattr(self.args, name) for name in names}
 
     def _parts(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from maple_trl.algorithms.advantages import SCOPES
 from maple_trl.algorithms.aggregation import AGGREGATIONS
 from maple_trl.algorithms.curriculum import CURRICULA
 from maple_trl.algorithms.difficulty import DIFFICULTIES
-from maple_trl.algorithms.sampling import DYNAMIC_SAMPLING
+from maple_trl.algorithms.sampling import DYNAMIC_SAMPLING, REVISITS
 from maple_trl.algorithms.schedule import GRANULARITIES, LEFTOVERS
 from maple_trl.algorithms.weights import HISTORIES
 from maple_trl.modalities import ModalityTag
@@ -85,7 +85,8 @@ class MAPOConfig(OmniGRPOConfig):
         default="fill",
         metadata={
             "help": "A tag's last rows that are fewer than a batch: 'fill' takes further rows of the tag again (not in "
-            "epochs that leave out prompts), 'mixed' puts those of all tags together at the end of the epoch."
+            "epochs that leave out prompts), 'mixed' puts those of all tags together at the end of the epoch, in batches that "
+            "weigh as much as others: one mean, in which each row has its tag's weight."
         },
     )
     task_reward: str | None = field(
@@ -119,12 +120,16 @@ class MAPOConfig(OmniGRPOConfig):
         default="none",
         metadata={
             "help": "Order of stratified batches: 'none' (random), 'static' (one signal, two, three) or 'adaptive' (hardest "
-            "tag first, by recent KL; in the first epoch by zero-shot accuracy)."
+            "tag first, by recent KL; tags not trained on yet by zero-shot accuracy)."
         },
     )
-    curriculum_granularity: str = field(
-        default="epoch",
-        metadata={"help": "'epoch': orders all batches of an epoch; 'cycle': orders rounds of one batch per tag."},
+    curriculum_granularity: str | None = field(
+        default=None,
+        metadata={
+            "help": "'epoch': orders all batches of an epoch; 'cycle': orders rounds of one batch per tag. Null: 'cycle' with "
+            "curriculum='adaptive' (many updates in a row on the hardest tag, at the highest weight, cost accuracy), "
+            "otherwise 'epoch'."
+        },
     )
     curriculum_window: int = field(
         default=5, metadata={"help": "How many of a tag's last KL values make its priority."}
@@ -142,9 +147,20 @@ class MAPOConfig(OmniGRPOConfig):
     dynamic_sampling: str = field(
         default="none",
         metadata={
-            "help": "Prompts whose completions were all rewarded alike leave the batch, and are not visited in later epochs: "
-            "'none', 'early' (from the first step on) or 'mid' (from the second epoch on)."
+            "help": "Prompts whose completions were all rewarded alike leave the batch: 'none', 'early' (from the first step on) "
+            "or 'mid' (from the second epoch on)."
         },
+    )
+    revisit: str = field(
+        default="all",
+        metadata={
+            "help": "Which prompts later epochs visit under dynamic_sampling: 'all', 'unsolved' (those whose completions all "
+            "had a task_reward of 1 rest for revisit_after epochs; those that were all wrong come again) or 'informative' "
+            "(those that were all rewarded alike, right or wrong, do not come again)."
+        },
+    )
+    revisit_after: int = field(
+        default=1, metadata={"help": "How many epochs a solved prompt rests under revisit='unsolved'."}
     )
     refill_rounds: int = field(
         default=0,
@@ -173,6 +189,8 @@ class MAPOConfig(OmniGRPOConfig):
         for name, value in PRESETS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.curriculum_granularity is None:
+            self.curriculum_granularity = self._usual_granularity
         super().__post_init__()
         for name, choices in {
             "batching": ("stratified", "mixed"),
@@ -186,6 +204,7 @@ class MAPOConfig(OmniGRPOConfig):
             "curriculum": CURRICULA,
             "curriculum_granularity": GRANULARITIES,
             "dynamic_sampling": DYNAMIC_SAMPLING,
+            "revisit": REVISITS,
         }.items():
             self._check_choice(name, choices)
         for name, least in {
@@ -193,6 +212,7 @@ class MAPOConfig(OmniGRPOConfig):
             "curriculum_window": 1,
             "zero_shot_questions": 1,
             "refill_rounds": 0,
+            "revisit_after": 1,
             "gradient_probe": 0,
             "gradient_probe_window": 2,
         }.items():
@@ -204,6 +224,10 @@ class MAPOConfig(OmniGRPOConfig):
         self._check_sampling()
         self._check_unused()
 
+    @property
+    def _usual_granularity(self) -> str:
+        return "cycle" if self.curriculum == "adaptive" else "epoch"
+
     def _check_tags(self) -> None:
         if self.tag_weights == "adaptive" and self.loss_strata != "tag":
             raise ValueError("tag_weights='adaptive' weighs the tags of the loss: it needs loss_strata='tag'")
@@ -214,6 +238,11 @@ class MAPOConfig(OmniGRPOConfig):
         if self.refill_rounds and self.dynamic_sampling == "none":
             raise ValueError(
                 "refill_rounds fills batches that lost groups: it needs dynamic_sampling 'early' or 'mid'"
+            )
+        if self.revisit != "all" and self.dynamic_sampling == "none":
+            raise ValueError(
+                f"revisit={self.revisit!r} chooses what epochs that drop groups visit: it needs dynamic_sampling 'early' or "
+                "'mid'"
             )
         if self.zero_shot_accuracy is None:
             return
@@ -273,7 +302,9 @@ class MAPOConfig(OmniGRPOConfig):
     def _check_unused(self) -> None:
         """Options that would silently do nothing, or undo what the schedule does."""
         defaults = {f.name: f.default for f in fields(self)}
+        defaults["curriculum_granularity"] = self._usual_granularity
         for name, other, value in (
+            ("revisit_after", "revisit", "unsolved"),
             ("kl_window", "tag_weights", "adaptive"),
             ("weight_history", "tag_weights", "adaptive"),
             ("curriculum_window", "curriculum", "adaptive"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
+import os
 import random
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +22,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
+from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
+from maple_trl.evaluation.report import write_atomically
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import (
     EncodedPrompt,
@@ -55,13 +60,18 @@ from maple_trl.trainers.rollout_state import (
     split_rows,
 )
 from maple_trl.trainers.run_summary import Note, make_note
-from maple_trl.trainers.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
+from maple_trl.trainers.tag_metrics import TAGS, UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.trl_bridge import trl_expectations
 
 
 logger = logging.getLogger(__name__)
 
 PROMPTS_KEY = "omni_prompts"
+UNSCORABLE_KEY = "unscorable"
+SCALE_KEY = "loss_scale"
+MISSING_FILE = "missing_rewards.json"
+_ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
+"""Losses that TRL averages over the rows of a micro-batch; `bnpo` is over its tokens, the others over a rollout's."""
 
 
 class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
@@ -83,6 +93,12 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
         kwargs: the other arguments of [`~trl.GRPOTrainer`]; tools, environments and rollout functions are rejected.
 
+    Attributes:
+        missing_rewards (`Counter`):
+            Completions of training that a reward function with a weight could not score although it applies to their
+            prompt, by `(name of the function, tag)`; the tag of a row without one is `""`.
+        unscorable_completions (`Counter`): completions left out of training for that, by tag.
+
     Raises:
         RowError: for the first row that cannot be a prompt, with its number and field.
         ValueError: when options do not fit together.
@@ -91,6 +107,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
+    _failed_is_zero = True  # TRL's way with a reward that failed, where there are neither media nor tags
 
     def __init__(
         self,
@@ -121,6 +138,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._begin_counts()
         if isinstance(processing_class, PreTrainedTokenizerBase):
             check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         else:
@@ -232,6 +250,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """A rollout of this rank's rows, whose prompts are encoded; `None` for a text-only model."""
         with self._rows_in_use(prompts):
             output = super()._generate_and_score_completions(rows)
+        self._mask_unscorable(output)
         if prompts is None:
             return output
         self._log_media(prompts)
@@ -306,13 +325,15 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 raise RewardError(
                     f"The reward function {name!r} returned an infinite reward; use a finite one or None"
                 )
-        self._count_by_tag(inputs, scores)
         if self.model.training:
             self._tally_rewards(inputs, scores)
+        scores = self._set_apart(inputs, scores)
+        if self.model.training:
+            self.tally.checks.note_rewards(self._compared(self._total_rewards(scores)))
         return scores
 
     def _tally_rewards(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
-        """Counts completions without a reward, but for those that it is not meant for, and rewards that do not differ."""
+        """Counts completions to which a reward function gave nothing, but for those that it is not meant for."""
         missing, asked = scores.isnan(), torch.ones_like(scores, dtype=torch.bool)
         if any(hasattr(reward, "is_for") for reward in self.reward_funcs):
             asked = [
@@ -322,7 +343,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         for i, name in enumerate(self.reward_func_names):
             self.tally.rewards[name] += int(asked[:, i].sum())
             self.tally.unrewarded[name] += int((asked & missing)[:, i].sum())
-        self.tally.checks.note_rewards(self._compared(self._total_rewards(scores)))
 
     def _compared(self, rewards: torch.Tensor) -> torch.Tensor:
         """Rewards in the groups in which they are compared, of shape (groups, completions)."""
@@ -341,14 +361,139 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         finally:
             self.reward_funcs = functions
 
-    def _count_by_tag(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
-        """Means of each reward function by tag, as `tag/<TAG>/rewards/<name>`; for rows that have tags."""
+    # Rewards that failed
+
+    def _begin_counts(self) -> None:
+        self.missing_rewards: Counter[tuple[str, str]] = Counter()
+        self.unscorable_completions: Counter[str] = Counter()
+        self._spoken: Counter[str] = Counter()
+        self._scores_given: torch.Tensor | None = None
+        self._unscorable: torch.Tensor | None = None
+        self._window_counts = False
+
+    def _prompts_of_scores(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        For the completions that were scored last, over all ranks: the number of each one's prompt, and which functions are
+        known to apply to it from completions that are not among them.
+        """
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        return torch.arange(len(scores), device=scores.device) // size, None
+
+    def _set_apart(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> torch.Tensor:
+        """
+        The scores without those of unscorable completions, all of whose are NaN then, so that TRL and what follows leave
+        them out of every mean.
+
+        Args:
+            rows: this rank's, with their tags.
+            scores (`Tensor` of shape (N, reward functions)): over all ranks.
+        """
         tags = torch.tensor([tag_number(row.get("tag")) for row in rows], device=self.accelerator.device)
         tags = self.accelerator.gather(tags)
-        if (tags != UNTAGGED).any():
-            mode = "train" if self.model.training else "eval"
-            for name, values in zip(self.reward_func_names, scores.T, strict=True):
-                self._means[mode].add(totals_by_tag(f"rewards/{name}", values, tags))
+        tagged = bool((tags != UNTAGGED).any())
+        self._scores_given = self._unscorable = None
+        if self._failed_is_zero and self.family is None and not tagged:
+            return scores
+        prompts, applies = self._prompts_of_scores(scores)
+        missing = missing_scores(scores, self.reward_weights, prompts, applies)
+        unscorable = missing.any(dim=1) | scores.isnan().all(dim=1)
+        self._scores_given, self._unscorable = scores, unscorable
+        scores = scores.masked_fill(unscorable[:, None], torch.nan)
+        self._count_by_tag(scores, missing, tags)
+        alone = left_alone(unscorable, prompts)
+        self._means["train" if self.model.training else "eval"].add(totals_by_tag("alone", alone.float(), tags))
+        self.rollout_log.note_rewards(self, self._total_rewards(scores).tolist())
+        return scores
+
+    def _count_by_tag(self, scores: torch.Tensor, missing: torch.Tensor, tags: torch.Tensor) -> None:
+        """
+        Means of each reward function as `tag/<TAG>/rewards/<name>`, for rows that have tags, and the shares of completions
+        that it failed on (`rewards/<name>/missing`) and that are left out for that (`tag/<TAG>/unscorable`).
+        """
+        training = self.model.training
+        means = self._means["train" if training else "eval"]
+        means.add(totals_by_tag("unscorable", self._unscorable.float(), tags))
+        for name, values, failed in zip(self.reward_func_names, scores.T, missing.T, strict=True):
+            means.add({f"rewards/{name}/missing": (float(failed.sum()), len(failed))})
+            if (tags != UNTAGGED).any():
+                means.add(totals_by_tag(f"rewards/{name}", values, tags))
+                means.add(totals_by_tag(f"rewards/{name}/missing", failed.float(), tags))
+            if training:
+                self._count_missing(name, tags[failed].tolist())
+        if training:
+            self.unscorable_completions.update(map(_tag_name, tags[self._unscorable].tolist()))
+
+    def _count_missing(self, name: str, tags: list[int]) -> None:
+        """Counts what a function failed on, and tells of it whenever that has doubled."""
+        counts = Counter(map(_tag_name, tags))
+        self.missing_rewards.update({(name, tag): count for tag, count in counts.items()})
+        total = sum(count for (other, _), count in self.missing_rewards.items() if other == name)
+        if not counts or total < 2 * self._spoken[name] or not self.accelerator.is_main_process:
+            return
+        self._spoken[name] = total
+        by_tag = ", ".join(f"{tag or 'untagged'} {count}" for tag, count in sorted(counts.items()))
+        logger.warning(
+            "The reward function %r gave no reward to %d completions of step %d (%s), %d so far: they are left out of training",
+            name,
+            len(tags),
+            self.state.global_step,
+            by_tag,
+            total,
+        )
+
+    def _mask_unscorable(self, output: Chunk) -> None:
+        """Unscorable completions keep their places without a token that counts; a collective call where there are any."""
+        given, unscorable = self._scores_given, self._unscorable
+        self._scores_given = self._unscorable = None
+        if unscorable is None or not unscorable.any():
+            return
+        for name, values in zip(self.reward_func_names, given.T, strict=True):
+            _replace_latest(self._logs["rewards"][name], values.tolist())
+        own = self._own(unscorable)
+        output[UNSCORABLE_KEY] = own.long()
+        output["completion_mask"] = output["completion_mask"].masked_fill(own[:, None], 0)
+        tokens = self._summed(output["completion_mask"].sum())
+        output["num_items_in_batch"] = tokens.to(output["num_items_in_batch"])
+
+    def _leave_out(self, chunks: list[Chunk]) -> None:
+        """
+        Makes TRL's means over the rows (or micro-batches) of an optimizer step those over what can be scored: the losses
+        are linear in the size of the advantage, so that the factor stands in it. A collective call.
+        """
+        slots = self._micro_batches_of_a_mean(len(chunks))
+        counts = self._counts_of_mean(chunks).unflatten(0, (-1, slots)).sum(dim=1)
+        for i, (counted, everything) in enumerate(self._summed(counts).tolist()):
+            scale = remaining_scale(counted, everything)
+            for chunk in chunks[i * slots : (i + 1) * slots]:
+                rows = chunk["advantages"]
+                chunk["advantages"] = rows * scale
+                chunk[SCALE_KEY] = torch.full_like(rows if rows.dim() == 1 else rows[:, 0], scale)
+
+    def _counts_of_mean(self, chunks: list[Chunk]) -> torch.Tensor:
+        """For each micro-batch, how much of what TRL's mean is over can be scored, and of how much; shape (chunks, 2)."""
+        counts = []
+        for chunk in chunks:
+            scorable = int((chunk[UNSCORABLE_KEY] == 0).sum())
+            if self.loss_type in _ROW_MEANS:
+                counts.append([scorable, count_rows(chunk)])
+            elif self.loss_type == "bnpo":
+                counts.append([int(scorable > 0), 1])
+            else:  # over tokens, of which none is left that does not count
+                counts.append([int(scorable > 0)] * 2)
+        return torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
+
+    def _micro_batches_of_a_mean(self, chunks: int) -> int:
+        """Those of an optimizer step; of the whole rollout, where steps and rollouts do not end together."""
+        slots = self.args.gradient_accumulation_steps
+        return chunks if not self.model.training or chunks % slots else slots
+
+    def _forget_gradients(self) -> None:
+        """
+        Makes of the optimizer step to come none, since nothing could be scored: a gradient of 0 would still move weights by
+        momentum and decay. (A gradient scaler wants one all the same.)
+        """
+        if self.accelerator.scaler is None:
+            self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _completion_logprobs(self, prompts: list, completion_ids: list[list[int]]) -> list[list[float]]:
@@ -398,7 +543,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _total_rewards(self, scores: torch.Tensor) -> torch.Tensor:
         """
-        The weighted sum of the reward functions; NaN for a completion that none could score.
+        The weighted sum of the reward functions that apply; NaN for an unscorable completion, all of whose scores are NaN.
 
         Args:
             scores (`Tensor` of shape (N, reward functions)): NaN where a function gave no reward.
@@ -502,19 +647,49 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self._buffered_inputs is not before:
             self.rollout_log.write(self)
             self.tally.checks.end_rollout(self.state.global_step + 1, self._rollout_facts())
-        if self._buffered_inputs is before or PROMPTS_KEY not in inputs:
-            return inputs
-        media = any(prompt.kinds for chunk in self._buffered_inputs for prompt in chunk[PROMPTS_KEY])
+            self._regroup()
+            if UNSCORABLE_KEY in inputs:
+                self._leave_out(self._buffered_inputs)
+            return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        if not self.model.training and UNSCORABLE_KEY in inputs:
+            self._leave_out([inputs])
+        return inputs
+
+    def _regroup(self) -> None:
+        """Puts rows of one prompt together: TRL shuffles them, which passes a prompt once in each micro-batch."""
+        chunks = self._buffered_inputs
+        if PROMPTS_KEY not in chunks[0]:
+            return
+        media = any(prompt.kinds for chunk in chunks for prompt in chunk[PROMPTS_KEY])
         if not media and self.args.shared_prefix != "on":
-            return inputs  # as TRL does
-        # TRL shuffles rows, which spreads a prompt's rows over micro-batches and passes it once in each.
-        sizes = [count_rows(chunk) for chunk in self._buffered_inputs]
-        self._buffered_inputs = split_rows(regroup_rows(merge_chunks(self._buffered_inputs), PROMPTS_KEY), sizes)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+            return  # as TRL does
+        sizes = [count_rows(chunk) for chunk in chunks]
+        self._buffered_inputs = split_rows(regroup_rows(merge_chunks(chunks), PROMPTS_KEY), sizes)
 
     def _compute_loss(self, model, inputs):
-        with self._rows_in_use(inputs.get(PROMPTS_KEY)):
-            return super()._compute_loss(model, inputs)
+        scale = float(inputs[SCALE_KEY][0]) if SCALE_KEY in inputs else 1.0
+        self._window_counts |= scale > 0
+        beta = self.beta
+        self.beta = beta * scale if scale else beta  # the KL term is in the same mean, but not in the advantage
+        try:
+            with self._rows_in_use(inputs.get(PROMPTS_KEY)):
+                return super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._end_step(self._window_counts)
+            self._window_counts = False
+        return loss
+
+    def _end_step(self, counted: bool) -> None:
+        """Before the optimizer's step, given whether its micro-batches held something that could be scored."""
+        if not counted:
+            self._forget_gradients()
+        if self.family is not None or not self._failed_is_zero:
+            self._log_all({"sampling/steps_without_update": not counted})
 
     # Metrics
 
@@ -537,10 +712,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._metrics[mode][name].append(float(value))
 
     def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages.tolist())
+        _replace_latest(self._logs["advantages"], advantages.tolist())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -552,6 +724,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def train(self, *args, **kwargs):
         # A run before this one may have stopped within a rollout.
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._begin_counts()
         self._step, self._buffered_inputs = 0, None
         self.rollout_log.begin()
         return super().train(*args, **kwargs)
@@ -569,7 +742,27 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         save_rollout(
             folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY, self._geometry()
         )
+        if self.args.should_save:
+            self._save_counts(folder)
         super()._save_checkpoint(model, trial)
+
+    def _save_counts(self, folder: str) -> None:
+        state = {
+            "missing": [[*key, count] for key, count in self.missing_rewards.items()],
+            "unscorable": list(self.unscorable_completions.items()),
+        }
+        write_atomically(os.path.join(folder, MISSING_FILE), json.dumps(state))
+
+    def _load_counts(self, folder: str) -> None:
+        path = os.path.join(folder, MISSING_FILE)
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        self.missing_rewards = Counter({(name, tag): count for name, tag, count in state["missing"]})
+        self.unscorable_completions = Counter(dict(state["unscorable"]))
+        for (name, _), count in self.missing_rewards.items():
+            self._spoken[name] += count
 
     def _geometry(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
@@ -596,6 +789,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._load_counts(checkpoint)
         rank, device = self.accelerator.process_index, self.accelerator.device
         lost: list[tuple[str, MediaError]] = []
         try:
@@ -637,3 +831,14 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if failed:
             raise LostPromptsError(failed)
         return [encoded[key] for key in keys]
+
+
+def _tag_name(number: int) -> str:
+    return "" if number == UNTAGGED else TAGS[number].value
+
+
+def _replace_latest(logged: deque, values: Sequence[float]) -> None:
+    """Puts values in the place of the newest ones."""
+    for _ in range(min(len(values), len(logged))):
+        logged.pop()
+    logged.extend(values)

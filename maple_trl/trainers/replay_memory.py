@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -133,6 +134,11 @@ class ReplayMemory:
             return False
         return self.hints.due(key) or any(experience.hinted for experience in self.buffer.stored(key))
 
+    def scored_by(self, key: str, names: Sequence[str]) -> list[bool]:
+        """Which reward functions have scored stored completions of a prompt, so that they apply to it."""
+        stored = [experience.rewards or {} for experience in self.buffer.stored(key)]
+        return [any(not math.isnan(rewards.get(name, math.nan)) for rewards in stored) for name in names]
+
     def plan(self, groups: Sequence[Group], group_size: int, step: int, ranks: int) -> MixedRollout:
         """
         Decides which completions of a rollout are generated: as few as what is stored allows.
@@ -182,7 +188,8 @@ class ReplayMemory:
             self.vcrs.observe(group.key, [rewards[i] for i in fresh_of[number]])
         if self.hints is not None:
             thresholds = tier_thresholds(self.vcrs.baselines(), self.buffer.quantiles) if len(self.vcrs) else None
-            for key in dict.fromkeys(group.key for group in rollout.groups):
+            told = [number for number in fresh_of if any(rewards[i] == rewards[i] for i in fresh_of[number])]
+            for key in dict.fromkeys(rollout.groups[number].key for number in told):
                 self.hints.observe(key, self._is_stuck(key, thresholds))
         counts = rollout.groups_of(rollout.places(replayed=True)).bincount(minlength=len(rollout.groups)).tolist()
         drawn: list[list[Experience]] = [[] for _ in rollout.groups]

@@ -113,6 +113,17 @@ class RolloutLog:
             facts.append(known[same] | {"tokens": len(ids), "replayed": False})
         self._facts += gather_object(facts)
 
+    def note_rewards(self, trainer: OmniGRPOTrainer, rewards: Sequence[float]) -> None:
+        """
+        Takes down what the completions that were noted last, of all ranks, are rewarded with.
+
+        Args:
+            rewards: NaN for an unscorable completion.
+        """
+        if trainer.model.training and self.keeps(rollout_number(trainer)):
+            for facts, reward in zip(self._facts[-len(rewards) :], rewards, strict=True):
+                facts["reward"] = _finite(reward)
+
     def note_replayed(
         self,
         trainer: OmniGRPOTrainer,
@@ -231,11 +242,11 @@ def _fresh_lines(trainer: OmniGRPOTrainer, facts: list[dict[str, Any]]) -> list[
         values = [_finite(column[i]) for column in latest]
         given = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
         lines.append(
-            known
+            {"reward": math.fsum(given) if given else None}
+            | known
             | {
                 "completion": completion_text(texts[i]),
                 "rewards": dict(zip(names, values, strict=True)),
-                "reward": math.fsum(given) if given else None,
                 "advantage": _finite(advantages[i]),
             }
         )

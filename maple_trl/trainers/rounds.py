@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maple_trl.algorithms import informative_groups
+from maple_trl.algorithms import compared_groups, informative_groups, solved_groups
 from maple_trl.modalities import ModalityTag
 from maple_trl.trainers.tag_metrics import TAGS, Totals, totals_by_tag
 
@@ -24,8 +24,9 @@ class Round:
     Attributes:
         rows (`list[int]`): rows of the data set, one per prompt.
         group_size (`int`): completions of a prompt.
-        scores (`Tensor` of shape (N, reward functions)): NaN where a function gave none.
-        rewards (`Tensor` of shape (N,)): their weighted sum, NaN where no function gave one.
+        scores (`Tensor` of shape (N, reward functions)):
+            NaN where a function does not apply; of an unscorable completion all are NaN.
+        rewards (`Tensor` of shape (N,)): their weighted sum, NaN for an unscorable completion.
         tags, lengths, media_tokens (`Tensor` of shape (N,)): tag as a number; tokens of completion and of media.
     """
 
@@ -54,6 +55,19 @@ class Round:
         return informative_groups(self.rewards.view(-1, self.group_size))
 
     @property
+    def compared(self) -> Tensor:
+        """Whether two completions of each prompt could be scored, or it has but one; shape (prompts,), bool."""
+        return compared_groups(self.rewards.view(-1, self.group_size)) | (self.group_size == 1)
+
+    def solved(self, task: int) -> Tensor:
+        """Whether each prompt's completions all solved the task of a reward function; shape (prompts,), bool."""
+        return solved_groups(self.scores[:, task].view(-1, self.group_size))
+
+    def told(self, values: Tensor) -> list[bool | None]:
+        """Values of the prompts, of shape (prompts,), without those of prompts that cannot be judged."""
+        return [value if known else None for value, known in zip(values.tolist(), self.compared.tolist(), strict=True)]
+
+    @property
     def prompt_tags(self) -> list[ModalityTag]:
         return [TAGS[i] for i in self.tags[:: self.group_size].tolist()]
 
@@ -67,15 +81,16 @@ class Round:
         """
         values = {
             "reward": self.rewards,
-            "unscorable": self.rewards.isnan().float(),
             "completion_length": self.lengths.float(),
             "media_tokens": self.media_tokens.float(),
         }
         if task is not None:
             values["accuracy"] = self.scores[:, task]
         if advantages is not None:
-            values |= {"advantage_mean": advantages, "advantage_square": advantages.square()}
-        totals = dict(totals_by_tag("zero_variance", (~self.informative).float(), self.tags[:: self.group_size]))
+            scored = advantages.masked_fill(self.rewards.isnan(), torch.nan)
+            values |= {"advantage_mean": scored, "advantage_square": scored.square()}
+        alike = (~self.informative).float().masked_fill(~self.compared, torch.nan)
+        totals = dict(totals_by_tag("zero_variance", alike, self.tags[:: self.group_size]))
         for name, value in values.items():
             totals |= totals_by_tag(name, value, self.tags)
         return totals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 from dataclasses import fields
@@ -23,6 +24,8 @@ from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
 
 if TYPE_CHECKING:
     from maple_trl.trainers.mapo import MAPOTrainer
+
+logger = logging.getLogger(__name__)
 
 ZERO_SHOT_FILE = "zero_shot.json"
 _SETTINGS = (
@@ -113,6 +116,15 @@ def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
         trainer.args.zero_shot_questions,
         trainer.args.seed,
     )
+    if found.unscorable and trainer.accelerator.is_main_process:
+        unknown = ", ".join(sorted(tag for tag in found.unscorable if tag not in found.accuracy))
+        logger.warning(
+            "Zero-shot accuracy: %r gave no reward to the answers of %d questions (%s), which are left out%s",
+            trainer.reward_func_names[task_reward],
+            sum(found.unscorable.values()),
+            ", ".join(f"{tag} {count}" for tag, count in sorted(found.unscorable.items())),
+            f"; tags of unknown accuracy come first: {unknown}" if unknown else "",
+        )
     return {tag: value for tag, value in found.accuracy.items() if tag != "all"}
 
 

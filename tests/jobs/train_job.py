@@ -97,6 +97,17 @@ def _where_known(completion_ids, known, **_):
     return [value if told else None for value, told in zip(_of_completion(completion_ids), known, strict=True)]
 
 
+def _sometimes_failed(completion_ids, known, **_):
+    """It fails on a third of the completions, and on all of some rows."""
+    failed = [zlib.crc32(str(list(ids)).encode()) % 3 == 0 for ids in completion_ids]
+    values = _where_known(completion_ids, known)
+    return [None if lost else value for value, lost in zip(values, failed, strict=True)]
+
+
+def _failed_after_the_first(completion_ids, trainer_state, **_):
+    return _of_completion(completion_ids) if trainer_state.global_step == 0 else [None] * len(completion_ids)
+
+
 def _of_tag(tag, first: int) -> list[float]:
     """One process finds the tags easy that the other finds hard."""
     easy = dict(zip(("S", "A", "VA"), (0.25, 0.5, 0.75), strict=True))
@@ -125,6 +136,8 @@ REWARDS = {
     "in_thirds": _in_thirds,
     "where_varied": _where_varied,
     "where_known": _where_known,
+    "sometimes_failed": _sometimes_failed,
+    "failed_after_the_first": _failed_after_the_first,
 }
 
 
@@ -338,6 +351,7 @@ def do(run: dict, plan: dict) -> None:
         "known": getattr(trainer, "known", []),
         "trained": getattr(trainer, "trained", []),
         "asked": getattr(trainer, "asked", []),
+        "missing": sorted([*key, count] for key, count in trainer.missing_rewards.items()),
     }
     result["find_unused"] = getattr(trainer.model_wrapped, "find_unused_parameters", None)
     after = trainable(trainer.accelerator.unwrap_model(trainer.model))
