@@ -23,6 +23,7 @@ def group(key, row=0, tag=-1, has_hint=False):
 
 
 def memory_of(replayed=2, hints=None, capacity=100, window=20, **options):
+    options = {"scope": "prompt", "draw": "diverse"} | options
     return ReplayMemory(StratifiedReplayBuffer(capacity), Vcrs(window), replayed, hints, **options)
 
 
@@ -119,7 +120,7 @@ def test_ranks_wait_for_the_one_that_has_fewest():
 
 
 def test_completions_that_are_too_old_are_generated_anew():
-    memory = ReplayMemory(StratifiedReplayBuffer(100, max_age=2), Vcrs(), 2)
+    memory = ReplayMemory(StratifiedReplayBuffer(100, max_age=2), Vcrs(), 2, scope="prompt")
     visit(memory, [group("a")], [1.0, 0.0, 1.0, 0.0], step=0)
     assert sum(memory.plan([group("a")], SIZE, 2, 1).replayed) == 2
     assert sum(memory.plan([group("a")], SIZE, 3, 1).replayed) == 0

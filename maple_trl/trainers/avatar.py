@@ -50,8 +50,8 @@ FRESH_SCALE_KEY = "fresh_scale"
 
 class AvatarTrainer(OmniGRPOTrainer):
     """
-    AVATAR's off-policy GRPO: each group mixes fresh completions with replayed ones of the same prompt, out of a buffer in
-    tiers of difficulty; replayed ones are held against a moving baseline (VCRS); advantages are shaped over token
+    AVATAR's off-policy GRPO: each group mixes fresh completions with replayed ones, drawn by tier of difficulty out of a
+    buffer; replayed ones are held against a moving baseline of their own prompt (VCRS); advantages are shaped over token
     positions (TAS); prompts that are stuck are shown with a hint.
 
     With `replayed_generations=0` and `tas_lambda=0` it is TRL's GRPO.
@@ -102,12 +102,15 @@ class AvatarTrainer(OmniGRPOTrainer):
             HintTrigger(args.hint_visits, args.hint_max_kl) if args.hints else None,
             args.hint_below,
             args.replay_retier,
-            args.replay_scope == "buffer",
+            args.replay_scope,
+            args.replay_draw,
+            self._tag_of if args.batching == "stratified" else None,
         )
         self._scores: Tensor | None = None
         self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
         self._digests: dict[str, str] | None = None
         self._numbers: dict[str, int] | None = None
+        self._tags: list[int] | None = None
         self._filling: Chunk | None = None
         self._logps: Tensor | None = None
         self._begin_window()
@@ -188,11 +191,20 @@ class AvatarTrainer(OmniGRPOTrainer):
     def _row_of(self, key: str) -> dict[str, Any]:
         """The row behind a key of the memory."""
         if self.family is None:
-            if self._numbers is None:
-                self._numbers = {row_digest(row): i for i, row in enumerate(self.train_dataset)}
-            return self.train_dataset[self._numbers[key]]
+            return self.train_dataset[self._text_row(key)]
         rows = self.rows.registries["train_dataset"].rows_of(prompt_key(key))
         return next(row for row in rows if row_digest(row) == key.removeprefix(f"{prompt_key(key)}-"))
+
+    def _text_row(self, key: str) -> int:
+        if self._numbers is None:
+            self._numbers = {row_digest(row): i for i, row in enumerate(self.train_dataset)}
+        return self._numbers[key]
+
+    def _tag_of(self, experience: Experience) -> int:
+        """The tag of a replayed completion's row, as a number."""
+        if self._tags is None:
+            self._tags = [tag_number(tag) for tag in self.train_dataset["tag"]]
+        return self._tags[experience.row if experience.row >= 0 else self._text_row(experience.prompt)]
 
     # Rollout
 
@@ -225,7 +237,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         experiences = self.memory.learn(rollout, rewards, self._scores, self.reward_func_names, step)
         of_place = dict(zip(rollout.places(replayed=True), experiences, strict=True))
         replayed = [(*slots[place - first], of_place[place]) for place in own if place in of_place]
-        if self.memory.fill:
+        if self.memory.scope != "prompt":
             replayed = self._with_own_prompts(replayed)
         return self._mixed(rollout, output, rewards, replayed, experiences, own)
 
@@ -237,18 +249,18 @@ class AvatarTrainer(OmniGRPOTrainer):
 
         Where media have gone, the completion stays in the place of its group, without a token that counts.
         """
-        shown: dict[str, tuple[dict[str, Any], EncodedPrompt | None]] = {}
-        failed: dict[str, MediaError] = {}
+        shown: dict[tuple[str, bool], tuple[dict[str, Any], EncodedPrompt | None]] = {}
+        failed: dict[tuple[str, bool], MediaError] = {}
         found = []
         for row, prompt, experience in replayed:
-            key = experience.prompt
-            if key not in shown and key not in failed:
+            form = experience.prompt, experience.hinted
+            if form not in shown and form not in failed:
                 try:
-                    shown[key] = self._row_and_prompt(row, prompt, key, experience.hinted)
+                    shown[form] = self._row_and_prompt(row, prompt, *form)
                 except MediaError as error:
-                    failed[key] = error
-            found.append((*shown.get(key, (row, prompt)), None if key in failed else experience))
-        lost = gather_object([(prompt_key(key), error) for key, error in failed.items()])
+                    failed[form] = error
+            found.append((*shown.get(form, (row, prompt)), None if form in failed else experience))
+        lost = gather_object([(prompt_key(key), error) for (key, _), error in failed.items()])
         for key, error in lost:
             self.rows.registries["train_dataset"].add(key, error)
         if lost:
@@ -258,12 +270,11 @@ class AvatarTrainer(OmniGRPOTrainer):
     def _row_and_prompt(
         self, row: dict[str, Any], prompt: EncodedPrompt | None, key: str, hinted: bool
     ) -> tuple[dict[str, Any], EncodedPrompt | None]:
-        if row_key(row, prompt) == key:
-            return row, prompt
-        row = self._row_of(key)
-        if self.family is None:
+        if row_key(row, prompt) != key:
+            row = self._row_of(key)
+            prompt = None if self.family is None else self.prompt_builder.encode(row)
+        if prompt is None:
             return row, None
-        prompt = self.prompt_builder.encode(row)
         if hinted and self._hinted_prompt(row, prompt) is None:
             raise MediaError("prompt-too-long", row.get("video"), "the prompt cannot be shown with its hint")
         return row, prompt
@@ -328,6 +339,8 @@ class AvatarTrainer(OmniGRPOTrainer):
         baselines = [self.memory.vcrs.baseline(e.prompt) for e in experiences]
         baselines = torch.tensor(baselines, dtype=torch.float64, device=device)
         off_policy = replay_advantages(past, baselines, self.args.replay_advantage_limit)
+        if experiences:
+            self._log_all({"replay/advantage_mean": float(off_policy.mean())})
         groups = rollout.groups_of(rollout.places(replayed=False)).to(device)
         tags = torch.tensor([group.tag for group in rollout.groups], device=device)[groups]
         if self.args.advantage_group == "mixed":
