@@ -33,6 +33,7 @@ from maple_trl.trainers.avatar_checks import check_dropout, check_hints, check_p
 from maple_trl.trainers.avatar_config import AvatarConfig
 from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar_state import load_memory, provenance, save_memory
+from maple_trl.trainers.gradient_terms import TermGradients
 from maple_trl.trainers.hinted_rows import HINT_COLUMN, HINTED, has_hint, prompt_key, row_digest, row_key, with_hint
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
 from maple_trl.trainers.replay_memory import Group, MixedRollout, ReplayMemory, Written
@@ -113,6 +114,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         self._tags: list[int] | None = None
         self._filling: Chunk | None = None
         self._logps: Tensor | None = None
+        self._graph_logps: Tensor | None = None
         self._begin_window()
 
     def train(self, *args, **kwargs):
@@ -437,16 +439,38 @@ class AvatarTrainer(OmniGRPOTrainer):
             with self._objective_of(inputs):
                 loss = super()._compute_loss(model, inputs)
             self._record(inputs)
+            self._probe_terms(loss, inputs)
             if self.beta:
                 self._correct_divergence(inputs)
         finally:
-            self._filling = self._logps = None
+            self._filling = self._logps = self._graph_logps = None
         return loss
+
+    def _probe_terms(self, loss: Tensor, inputs: Chunk) -> None:
+        """Takes the gradients of both terms, at the steps at which they are asked for."""
+        if not self._steps_between_probes:
+            return
+        # Nothing is replayed at the first step.
+        if self.state.global_step % self._steps_between_probes != 1 % self._steps_between_probes:
+            return
+        if self._terms is None:
+            self._terms = TermGradients([p for p in self.model.parameters() if p.requires_grad])
+        self._terms.add(loss, self._graph_logps, inputs[REPLAYED_KEY].bool())
+
+    @property
+    def _steps_between_probes(self) -> int:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        reentrant = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        )
+        if not self.args.replayed_generations or sharded or reentrant:
+            return 0
+        return self.args.replay_gradient_steps
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._filling is not None:
-            self._logps = found[0].detach()
+            self._graph_logps, self._logps = found[0], found[0].detach()
             # TRL reads them after this pass. Unknown ones are those of the pass itself.
             for name in ("old_per_token_logps", "ref_per_token_logps"):
                 values = self._filling.get(name)
@@ -514,10 +538,13 @@ class AvatarTrainer(OmniGRPOTrainer):
         """A window is the micro-batches of one optimizer step."""
         self._written = Written()
         self._sums = PassSums()
+        self._terms: TermGradients | None = None
 
     def _end_window(self) -> None:
         found = gather_object([(self._written, self._sums)])
         self._log_all(pass_metrics([sums for _, sums in found]))
+        if self._terms is not None:
+            self._log_all(self._terms.metrics(lambda tensor: self.accelerator.reduce(tensor, "mean")))
         if self.args.replayed_generations:
             self.memory.write([written for written, _ in found])
             for name, value in self.memory.metrics().items():
