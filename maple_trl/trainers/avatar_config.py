@@ -133,7 +133,7 @@ class AvatarConfig(OmniGRPOConfig):
         default="fresh",
         metadata={
             "help": "Whose rewards centre and scale those of the fresh completions: the group's 'fresh' ones, or 'mixed', all "
-            "of the group."
+            "of the group that are of its prompt."
         },
     )
     advantage_scope: str = field(

@@ -224,19 +224,27 @@ class ReplayMemory:
     def _draw_by_tier(
         self, rollout: MixedRollout, counts: list[int], known: list[list[float]], step: int
     ) -> list[list[Experience]]:
-        """For each group as many as it has places. Completions of a prompt of the rollout go to its own group first."""
+        """
+        For each group as many as it has places. Completions of a prompt of the rollout go to its own group first.
+
+        A prompt that is stuck replays one of its own whatever the draw, for a hint asks how far the policy has moved on it,
+        and completions that all failed are hardly drawn.
+        """
         fresh: dict[str, list[float]] = {}
-        for group, rewards in zip(rollout.groups, known, strict=True):
+        dealt: list[list[Experience]] = [[] for _ in counts]
+        for number, (group, rewards) in enumerate(zip(rollout.groups, known, strict=True)):
             fresh.setdefault(group.key, []).extend(rewards)
+            if counts[number] and self.hints is not None and self.hints.watches(group.key):
+                dealt[number] = self.buffer.sample(group.key, 1, rewards, step, group.has_hint, draw="uniform")
+        fits, taken = self._fitting(rollout.groups), {e for own in dealt for e in own}
         drawn = self.buffer.sample_batch(
-            sum(counts),
+            sum(counts) - sum(map(len, dealt)),
             step,
             draw=self.draw,
             baselines=self.vcrs,
             fresh_rewards=fresh,
-            where=self._fitting(rollout.groups),
+            where=lambda e: e not in taken and (fits is None or fits(e)),
         )
-        dealt: list[list[Experience]] = [[] for _ in counts]
         strange = []
         for experience in drawn:
             own = (i for i, group in enumerate(rollout.groups) if group.key == experience.prompt)
