@@ -34,6 +34,8 @@ DEFAULTS = QUIET_ON_CPU | {
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
 }
+# Most tests here are about what groups are to one prompt; what is drawn by tier is in test_avatar_tiers.py.
+OWN_PROMPT = {"replay_scope": "prompt", "replay_draw": "diverse"}
 MODEL = "builtin:tiny-omni"
 
 
@@ -153,7 +155,8 @@ def make(folder, output, data, reward=None, trainer_class=Watched, **options):
     given = {name: options.pop(name) for name in arguments if name in options}
     if "model" not in given:
         given = {"model": load_model(MODEL, dtype="float32"), "processing_class": load_processor(MODEL)} | given
-    options = {"output_dir": str(output), "media_root": str(folder), **DEFAULTS, **options}
+    own = OWN_PROMPT if options.get("replayed_generations", 4) else {}
+    options = {"output_dir": str(output), "media_root": str(folder), **DEFAULTS, **own, **options}
     return trainer_class(reward_funcs=reward or Diary(), args=AvatarConfig(**options), train_dataset=data, **given)
 
 
@@ -355,7 +358,7 @@ def by_hand(trainer, diary, scope="group", mixed=False, alpha=1.0, limit=5.0, wi
             advantage[row["number"]] = min(max(raw, -limit), limit)
         known = [row for row in fresh if value[row["number"]] is not None]  # the others are in no mean
         lengths = [sum(len(row["ids"]) for row in part) for part in (known, past)]
-        asked = len(rows) // G * trainer.args.replayed_generations
+        asked = len(rows) // trainer.num_generations * trainer.args.replayed_generations
         if past:
             for row, factor in [(r, sum(lengths) / lengths[0]) for r in fresh] + [
                 (r, alpha * len(past) / asked * sum(lengths) / lengths[1]) for r in past

@@ -18,6 +18,7 @@ def config(tmp_path, **options):
 def test_defaults(tmp_path):
     args = config(tmp_path)
     assert args.num_generations == 8 and args.replayed_generations == 4
+    assert args.replay_scope == "tiers" and args.replay_draw == "balanced" and args.replay_gradient_steps == 10
     assert args.replay_alpha == 1.0 and args.replay_capacity == 10_000
     assert args.replay_shares == {"easy": 0.25, "medium": 0.35, "hard": 0.4}
     assert list(args.replay_quantiles) == [0.4, 0.75]
@@ -62,8 +63,13 @@ CHOICES = {
     "advantage_scope": "'group', 'tag', 'tag_whitened', 'batch'",
     "batching": "'mixed', 'stratified'",
     "replay_recovery": "'refuse', 'empty'",
+    "replay_scope": "'tiers', 'prompt', 'buffer'",
+    "replay_draw": "'uniform', 'diverse', 'balanced', 'priority'",
 }
 WITHOUT_REPLAY = {
+    "replay_scope": "prompt",
+    "replay_draw": "priority",
+    "replay_gradient_steps": 1,
     "replay_alpha": 0.5,
     "replay_epsilon": 0.1,
     "replay_epsilon_high": 0.1,
@@ -102,6 +108,7 @@ REFUSED = [
     ({"vcrs_window": 0}, "vcrs_window must be at least 1, got 0"),
     (HINTS | {"hint_visits": 0}, "hint_visits must be at least 1, got 0"),
     (HINTS | {"hint_template": "Hint"}, r"hint_template must hold '\{hint\}', got 'Hint'"),
+    ({"replay_gradient_steps": -1}, "replay_gradient_steps must be at least 0, got -1"),
     ({"replay_capacity": 0}, BUFFER + "A buffer must hold at least 1 experience, got a capacity of 0"),
     ({"replay_max_age": -1}, BUFFER + "The age limit must be at least 0 optimizer steps, got -1"),
     ({"replay_shares": {"easy": 1.0}}, BUFFER + TIERS),
@@ -192,6 +199,9 @@ ACCEPTED = [
     OFF | {"loss_type": "bnpo"},
     {"replay_alpha": 0.0},
     {"replayed_generations": 7},
+    *({"replay_draw": name} for name in ("uniform", "diverse", "balanced", "priority")),
+    *({"replay_scope": name} for name in ("tiers", "prompt", "buffer")),
+    {"replay_gradient_steps": 0},
     {"scale_rewards": True},
     {"replay_max_age": 0, "replay_retier": True, "replay_recovery": "empty"},
     {"replay_epsilon": 0.1, "replay_epsilon_high": 1.5},
@@ -219,6 +229,8 @@ FIELDS = {
     "replayed_generations": 2,
     "replay_alpha": 0.5,
     "replay_scope": "prompt",
+    "replay_draw": "priority",
+    "replay_gradient_steps": 3,
     "replay_capacity": 100,
     "replay_shares": {"easy": 0.2, "medium": 0.3, "hard": 0.5},
     "replay_quantiles": [0.3, 0.6],

@@ -181,6 +181,7 @@ def train(model, processing_class, data, tmp_path, steps, reward, by_model, **op
         "gradient_accumulation_steps": 1,
         "num_generations": COPIES,
         "replayed_generations": REPLAYED,
+        "replay_scope": "prompt",
         "max_completion_length": LONGEST,
         "max_steps": steps,
         "optim": "sgd",
@@ -257,6 +258,7 @@ class Formula:
     baseline: str = "vcrs"
     whole_alpha: bool = False
     current_policy: bool = False
+    scope_of_replay: str = "prompt"
 
 
 @dataclass
@@ -425,7 +427,13 @@ def rollouts_of(training, model, reward, formula, whole=True):
                 replayed.append(Completion(c.key, c.ids, c.reward, c.old, True))
         keys = list(dict.fromkeys(c.key for c in everything))
         counts = Counter(c.key for c in replayed)
-        for key in keys:  # as many as there are, and only what is missing is generated
+        if formula.scope_of_replay == "tiers":  # of any prompts
+            held = sum(map(len, stored.values()))
+            assert len(replayed) == min(formula.replayed * len(keys), held)
+            assert len(replayed) + len(fresh) == COPIES * len(keys)
+        for key in (
+            keys if formula.scope_of_replay == "prompt" else ()
+        ):  # as many as there are, and only what is missing is generated
             assert counts[key] == min(formula.replayed, len(stored[key]))
             assert counts[key] + sum(c.key == key for c in everything) == COPIES
         rollout = Rollout(fresh, replayed, len(replayed) / (len(keys) * formula.replayed))
@@ -494,6 +502,7 @@ HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 TWO_STEPS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
 FOUR_STEPS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
 SPARSE = {"reward": sometimes_graded}
+TIERS, OF_TIERS = {"replay_scope": "tiers"}, {"scope_of_replay": "tiers"}
 
 
 def steps_for(options):
@@ -532,6 +541,15 @@ CASES = {
     "cispo, own clip": (
         {"loss_type": "cispo", "epsilon_high": 1.2, "replay_epsilon_high": 1.05},
         {"loss_type": "cispo", "high": 1.2, "own_high": 1.05},
+    ),
+    "tiers": (TIERS, OF_TIERS),
+    "tiers, half alpha, two micro-batches, penalty": (
+        TIERS | HALVES | {"replay_alpha": 0.5, "beta": 0.1, "replay_draw": "priority"},
+        OF_TIERS | {"alpha": 0.5, "beta": 0.1},
+    ),
+    "tiers, grpo, two steps, partly filled": (
+        TIERS | GRPO | TWO_STEPS | SPARSE | {"replayed_generations": 3, "replay_draw": "diverse"},
+        OF_TIERS | GRPO | {"replayed": 3},
     ),
     "sapo, half alpha": (SAPO | {"replay_alpha": 0.5}, SAPO | {"alpha": 0.5}),
     "judged, dapo, two micro-batches, penalty": (JUDGED | HALVES | {"beta": 0.1}, {"beta": 0.1}),
@@ -603,6 +621,7 @@ OMNI_CASES = {
         GRPO | TWO_STEPS | {"num_iterations": 2, "beta": 0.1},
         GRPO | {"beta": 0.1},
     ),
+    "tiers, dapo": (TIERS, OF_TIERS),
     "dr_grpo, own clip, mixed groups": (
         DR_GRPO | OWN_CLIP | {"advantage_group": "mixed"},
         DR_GRPO | CLIPS | {"group": "mixed"},

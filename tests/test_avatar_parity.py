@@ -12,7 +12,7 @@ from maple_trl.omni.families import family_for
 # Adam divides by the size of a gradient: by default it makes whole steps of what rounding leaves of one that is zero.
 STABLE = {"adam_epsilon": 1e-4, "max_grad_norm": 1e3}
 NEUTRAL = {"replayed_generations": 0, "tas_lambda": 0.0}
-COLD = {"replayed_generations": 2, "tas_lambda": 0.0}
+COLD = {"replayed_generations": 2, "tas_lambda": 0.0, "replay_scope": "prompt"}
 
 
 def run_trl(kind, folder, **options):

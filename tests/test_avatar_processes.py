@@ -18,6 +18,7 @@ PLAIN = {
     "shuffle_dataset": False,
     "gradient_checkpointing": False,
     "replayed_generations": 2,
+    "replay_scope": "prompt",
 }
 # Rows of a rollout by run, and how many of them a process takes at once; two micro-batches but for the first.
 RUNS = {
@@ -26,6 +27,15 @@ RUNS = {
     "spanning-most": {"rows": 8, "accumulation": 1, "num_generations": 8, "replayed_generations": 6},
     "wide": {"rows": 16, "num_generations": 4, "advantage_scope": "tag", "loss_type": "grpo"},
     "stratified": {"rows": 16, "num_generations": 4, "batching": "stratified", "advantage_group": "mixed"},
+    # By tier: completions of any prompts. The norms of both terms' gradients are of both ranks' rows.
+    "tiers": {"rows": 8, "num_generations": 4, "replay_scope": "tiers", "replay_gradient_steps": 1},
+    "tiers-stratified": {
+        "rows": 16,
+        "num_generations": 4,
+        "replay_scope": "tiers",
+        "replay_draw": "priority",
+        "batching": "stratified",
+    },
     # Two of the four prompts a rollout: their first time, they are filled up with completions of the others.
     "buffer": {"rows": 8, "num_generations": 4, "replay_scope": "buffer"},
     "passes": {
@@ -195,6 +205,15 @@ def test_a_group_lies_on_both_ranks(results, name):
 def test_completions_of_other_prompts_fill_groups_on_both_ranks(results):
     logged = per_step(told(results, 2, "buffer"))
     assert [logged[step]["replay/of_other_prompts"] for step in (1, 2, 3)] == [0, 0.5, 0]
+
+
+def test_tiers_fill_groups_on_both_ranks(results):
+    logged = per_step(told(results, 2, "tiers"))
+    assert [logged[step]["replay/share"] for step in (1, 2, 3, 4)] == [0, 0.5, 0.5, 0.5]
+    assert max(logged[step]["replay/of_other_prompts"] for step in (2, 3, 4)) > 0
+    for step in (2, 3, 4):
+        on, off, cosine = (logged[step][f"replay/gradient_{name}"] for name in ("on", "off", "cosine"))
+        assert (on**2 + off**2 + 2 * on * off * cosine) ** 0.5 == pytest.approx(logged[step]["grad_norm"], rel=1e-4)
 
 
 def test_hints_are_given_on_both_ranks(results):

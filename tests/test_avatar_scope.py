@@ -16,7 +16,7 @@ from maple_trl.trainers.hinted_rows import prompt_key
 
 __all__ = ["data"]  # a fixture
 
-SCOPE = {"replay_scope": "buffer", "learning_rate": 0.0, "tas_lambda": 0.0}
+SCOPE = {"replay_scope": "buffer", "replay_draw": "diverse", "learning_rate": 0.0, "tas_lambda": 0.0}
 
 
 def replayed(trainer):
@@ -123,7 +123,7 @@ def test_refusals(data, tmp_path):
     rows = take(data[1], V=4, S=4)
     with pytest.raises(ValueError, match="replay_scope='buffer' brings other tags into a rollout"):
         make(data[0], tmp_path, rows, replay_scope="buffer", batching="stratified")
-    with pytest.raises(ValueError, match="replay_scope must be one of 'prompt', 'buffer', got 'all'"):
+    with pytest.raises(ValueError, match="replay_scope must be one of 'tiers', 'prompt', 'buffer', got 'all'"):
         make(data[0], tmp_path, rows, replay_scope="all")
     stream = IterableDataset.from_generator(lambda: iter(list(rows)))
     with pytest.raises(ValueError, match="needs a map-style Dataset, got IterableDataset"):

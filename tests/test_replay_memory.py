@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import permutations
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl.algorithms import HintTrigger, StratifiedReplayBuffer, Vcrs
+from maple_trl.algorithms.replay_draws import DRAWS
 from maple_trl.trainers.replay_memory import Group, ReplayMemory, Written
 
 
@@ -23,6 +25,7 @@ def group(key, row=0, tag=-1, has_hint=False):
 
 
 def memory_of(replayed=2, hints=None, capacity=100, window=20, **options):
+    options = {"scope": "prompt", "draw": "diverse"} | options
     return ReplayMemory(StratifiedReplayBuffer(capacity), Vcrs(window), replayed, hints, **options)
 
 
@@ -119,7 +122,7 @@ def test_ranks_wait_for_the_one_that_has_fewest():
 
 
 def test_completions_that_are_too_old_are_generated_anew():
-    memory = ReplayMemory(StratifiedReplayBuffer(100, max_age=2), Vcrs(), 2)
+    memory = ReplayMemory(StratifiedReplayBuffer(100, max_age=2), Vcrs(), 2, scope="prompt")
     visit(memory, [group("a")], [1.0, 0.0, 1.0, 0.0], step=0)
     assert sum(memory.plan([group("a")], SIZE, 2, 1).replayed) == 2
     assert sum(memory.plan([group("a")], SIZE, 3, 1).replayed) == 0
@@ -416,3 +419,66 @@ def test_functions_that_apply_are_known_from_what_is_stored():
     memory.write([Written(written(rollout))])
     assert memory.scored_by("a", NAMES) == [False, True] and memory.scored_by("b", NAMES) == [False, False]
     assert len(memory.buffer.stored("a")) == 3
+
+
+# By tier
+
+
+def by_tier(**options):
+    return memory_of(**{"scope": "tiers", "draw": "balanced"} | options)
+
+
+def test_any_prompts_are_replayed_and_own_ones_in_their_own_group():
+    memory = by_tier()
+    visit(memory, [group("a"), group("b")], [1.0, 0.0] * 4)
+    rollout = memory.plan([group("a"), group("new")], SIZE, 1, 2)
+    assert rollout.replayed == [False, True] * 4  # the second rank, whose prompt is new, replays as much as the first
+    drawn = Counter()
+    for _ in range(40):
+        experiences = learn(memory, rollout, [0.0] * 4, step=1)
+        assert len(experiences) == len(set(experiences)) == 4
+        own = sum(e.prompt == "a" for e in experiences)
+        assert [e.prompt for e in experiences[:2]].count("a") == min(own, 2)
+        drawn.update(e.prompt for e in experiences)
+        sides = [e.reward > memory.vcrs.baseline(e.prompt) for e in experiences]
+        assert sides.count(True) == sides.count(False) == 2
+    assert drawn["a"] > 40 and drawn["b"] > 40
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(0, [0, 0, 0]), (2, [0, 1, 1]), (5, [1, 2, 2]), (9, [2, 2, 2])])
+def test_what_little_there_is_is_spread_evenly(stored, wanted):
+    memory = by_tier()
+    if stored:
+        rollout = memory.plan([group("a")], stored, 0, 1)
+        learn(memory, rollout, [0.0] * stored)
+        memory.write([Written(written(rollout))])
+    rollout = memory.plan([group(key) for key in "xyz"], SIZE, 1, 1)
+    assert [sum(rollout.replayed[i : i + SIZE]) for i in (0, 4, 8)] == wanted
+
+
+def test_a_rollout_of_one_tag_draws_of_that_tag():
+    memory = by_tier(tag_of=lambda e: e.row)
+    visit(memory, [group("a", row=1, tag=1)], [1.0, 0.0, 1.0, 0.0])
+    visit(memory, [group("b", row=2, tag=2)], [1.0, 0.0, 1.0, 0.0], step=1)
+    for tag, key in ((1, "a"), (2, "b")):
+        rollout = memory.plan([group("new", tag=tag)], SIZE, 2, 1)
+        assert {e.prompt for e in learn(memory, rollout, [0.0, 0.0], 2)} == {key}
+    assert sum(memory.plan([group("new", tag=3)], SIZE, 3, 1).replayed) == 0
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_stuck_prompt_gets_its_hint_among_others(draw):
+    """Its completions all failed, so they teach nothing and would hardly be drawn; a hint needs to see one again."""
+    memory = by_tier(draw=draw, hints=HintTrigger(2, 0.1), capacity=1000)
+    visit(memory, [group(key) for key in "bcde"], [1.0, 0.0, 0.0, 0.0] * 4)
+    hinted = []
+    for step in range(1, 5):
+        groups = [group("a", has_hint=True), group("b")]
+        rollout = memory.plan(groups, SIZE, step, 1)
+        fresh = [place // SIZE for place in rollout.places(replayed=False)]
+        experiences = learn(memory, rollout, [float(number and i % 2) for i, number in enumerate(fresh)], step)
+        if step > 2:
+            assert any(e.prompt == "a" for e in experiences)
+        memory.write([Written(written(rollout), measured(rollout, [0.0] * len(experiences)))])
+        hinted.append(rollout.hinted[0])
+    assert hinted[-1]

@@ -64,6 +64,10 @@ class HintTrigger:
             known.divergence_sum += total
             known.tokens += tokens
 
+    def watches(self, prompt: str) -> bool:
+        """Whether a prompt was stuck at its last visit, so that its divergence is asked for."""
+        return prompt in self._prompts
+
     def due(self, prompt: str) -> bool:
         """Whether a prompt is to be shown with its hint at the visit that begins now."""
         known = self._prompts.get(prompt)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maple_trl.algorithms.replay import SAME_REWARD
+from maple_trl.algorithms.replay_draws import SAME_REWARD
 
 
 def replayed_slots(wanted: Sequence[int], group_size: int, ranks: int = 1) -> list[bool]:

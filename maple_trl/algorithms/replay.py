@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from maple_trl.algorithms.replay_draws import differs, draw_positions, side
+
 
 TIERS = ("easy", "medium", "hard")
 SHARES = {"easy": 0.25, "medium": 0.35, "hard": 0.40}
 QUANTILES = (0.40, 0.75)
-SAME_REWARD = 1e-6
-"""Rewards that differ by no more count as equal."""
 
 MANIFEST = "replay.json"
 FORMAT = {"format": "maple_trl replay buffer", "version": 1}
@@ -238,6 +238,9 @@ class _Counters:
     sampled_at: int = -1
     asked: int = 0
     served: int = 0
+    easy: int = 0
+    medium: int = 0
+    hard: int = 0
 
 
 class StratifiedReplayBuffer:
@@ -249,8 +252,9 @@ class StratifiedReplayBuffer:
     added to the buffer first, never one of another tier. Those already filed stay where they are, as in the paper,
     until [`retier`] is called.
 
-    **Sampling.** A group trains on completions of one prompt, so [`sample`] draws by prompt, whatever tiers hold its
-    experiences; the tiers act through what is still kept. [`sample_batch`] draws any prompts, by tier.
+    **Sampling.** [`sample_batch`] draws experiences of any prompts, by tier in proportion to the shares, so that hard
+    prompts come back whatever the policy is asked now. [`sample`] draws those of one prompt, whatever tiers hold them.
+    Which of a tier or of a prompt, [`~maple_trl.algorithms.replay_draws.draw_positions`] says.
 
     Experiences are handed out as they are stored: do not write to their tensors.
 
@@ -331,10 +335,25 @@ class StratifiedReplayBuffer:
         self._expire(step)
         return len(self.stored(prompt)) if hinted else sum(not e.hinted for e in self.stored(prompt))
 
-    def elsewhere(self, prompts: Iterable[str], step: int) -> int:
-        """How many experiences of other prompts than these can be sampled at an optimizer step."""
+    def elsewhere(self, prompts: Iterable[str], step: int, where: Callable[[Experience], bool] | None = None) -> int:
+        """
+        How many experiences of other prompts than these can be sampled at an optimizer step.
+
+        Args:
+            where (`Callable[[Experience], bool]`, *optional*): counts those alone for which it is true.
+        """
         self._expire(step)
-        return len(self) - sum(len(self._prompts.get(prompt, ())) for prompt in set(prompts))
+        others = len(self) - sum(len(self._prompts.get(prompt, ())) for prompt in set(prompts))
+        return others if where is None else sum(map(len, self._members(prompts, where).values()))
+
+    def _members(
+        self, exclude: Iterable[str], where: Callable[[Experience], bool] | None
+    ) -> dict[str, list[Experience]]:
+        exclude = set(exclude)
+        return {
+            tier: [e for e in held.values() if e.prompt not in exclude and (where is None or where(e))]
+            for tier, held in self._tiers.items()
+        }
 
     # What comes in and goes out
 
@@ -438,14 +457,17 @@ class StratifiedReplayBuffer:
     # Sampling
 
     def sample(
-        self, prompt: str | None, count: int, fresh_rewards: Iterable[float], step: int, hinted: bool = True
+        self,
+        prompt: str | None,
+        count: int,
+        fresh_rewards: Iterable[float],
+        step: int,
+        hinted: bool = True,
+        draw: str = "diverse",
+        baselines: Vcrs | None = None,
     ) -> list[Experience]:
         """
         Draws experiences for a group of completions of one prompt, none twice.
-
-        Where the fresh rewards are all equal, experiences with another reward are drawn before those with the same, so
-        that the group has reward variance if the buffer allows it. Otherwise all of the prompt's experiences are
-        equally likely. Without fresh rewards the first one drawn stands in for them.
 
         Args:
             prompt (`str`):
@@ -453,36 +475,49 @@ class StratifiedReplayBuffer:
             count (`int`):
                 How many; fewer are returned where the buffer holds fewer.
             fresh_rewards (`Iterable[float]`):
-                Of the group's other completions; NaN is left out.
+                Of the group's other completions; NaN is left out. With `diverse`, where they are all equal, experiences
+                with another reward are drawn before those with the same, so that the group has reward variance if the
+                buffer allows it. Without any the first one drawn stands in for them.
             step (`int`):
                 The current optimizer step, which ages are counted to.
             hinted (`bool`, *optional*, defaults to `True`):
                 Whether those written under a hint may be drawn.
+            draw (`str`, *optional*, defaults to `"diverse"`):
+                Which are drawn; see [`~maple_trl.algorithms.replay_draws.draw_positions`].
+            baselines ([`Vcrs`], *optional*):
+                What `balanced` and `priority` hold rewards against.
 
         Raises:
-            ValueError: for a negative count.
+            ValueError: for a negative count, an unknown draw, or one without the baselines that it needs.
         """
         if prompt is None:
             return self.sample_batch(count, step)
-        draw = self._begin_draw(prompt, count, step)
+        chance = self._begin_draw(prompt, count, step)
         stored = [experience for experience in self.stored(prompt) if hinted or not experience.hinted]
-        draw.shuffle(stored)
         known = [reward for reward in map(float, fresh_rewards) if not math.isnan(reward)]
-        first = [] if known else stored[:1]
-        others = stored[len(first) :]
-        known = known or [experience.reward for experience in first]
-        if known and max(known) - min(known) <= SAME_REWARD:
-            others.sort(key=lambda experience: abs(experience.reward - known[0]) <= SAME_REWARD)
-        chosen = (first + others)[:count]
+        first = []
+        if draw == "diverse" and not known and stored and count:
+            first = [stored.pop(chance.randrange(len(stored)))]
+            known = [first[0].reward]
+        chosen = first + self._chosen(stored, {prompt: known}, count - len(first), draw, baselines, chance)
         self._counters.served += len(chosen)
         return chosen
 
-    def sample_batch(self, count: int, step: int, exclude: Iterable[str] = ()) -> list[Experience]:
+    def sample_batch(
+        self,
+        count: int,
+        step: int,
+        exclude: Iterable[str] = (),
+        draw: str = "uniform",
+        baselines: Vcrs | None = None,
+        fresh_rewards: Mapping[str, Sequence[float]] | None = None,
+        where: Callable[[Experience], bool] | None = None,
+    ) -> list[Experience]:
         """
         Draws experiences of any prompts, none twice.
 
         The tier of each is drawn by the shares, among the tiers that have some left, so that counts are in proportion
-        to the shares on average even where they are small. Within a tier all are equally likely.
+        to the shares on average even where they are small.
 
         Args:
             count (`int`):
@@ -491,21 +526,63 @@ class StratifiedReplayBuffer:
                 The current optimizer step, which ages are counted to.
             exclude (`Iterable[str]`, *optional*):
                 Prompts of which none is drawn.
+            draw (`str`, *optional*, defaults to `"uniform"`):
+                Which of a tier; see [`~maple_trl.algorithms.replay_draws.draw_positions`]. `balanced` counts over all
+                tiers, so that an odd one of a tier is made up for in the next.
+            baselines ([`Vcrs`], *optional*):
+                What `balanced` and `priority` hold rewards against.
+            fresh_rewards (`Mapping[str, Sequence[float]]`, *optional*):
+                Of prompts that are visited now, for `diverse`. Of others their baseline is known.
+            where (`Callable[[Experience], bool]`, *optional*):
+                Those alone are drawn for which it is true.
 
         Raises:
-            ValueError: for a negative count.
+            ValueError: for a negative count, an unknown draw, or one without the baselines that it needs.
         """
-        draw = self._begin_draw(None, count, step)
-        exclude = set(exclude)
-        members = {tier: [e for e in held.values() if e.prompt not in exclude] for tier, held in self._tiers.items()}
+        chance = self._begin_draw(None, count, step)
+        members = self._members(exclude, where)
         counts = dict.fromkeys(TIERS, 0)
         for _ in range(min(count, sum(map(len, members.values())))):
             left = [tier for tier in TIERS if counts[tier] < len(members[tier])]
-            counts[draw.choices(left, [self.shares[tier] for tier in left])[0]] += 1
-        chosen = [e for tier, number in counts.items() for e in draw.sample(members[tier], number)]
-        draw.shuffle(chosen)
+            counts[chance.choices(left, [self.shares[tier] for tier in left])[0]] += 1
+        known = {
+            prompt: [reward for reward in rewards if not math.isnan(reward)]
+            for prompt, rewards in (fresh_rewards or {}).items()
+        }
+        chosen: list[Experience] = []
+        for tier, number in counts.items():
+            chosen += self._chosen(members[tier], known, number, draw, baselines, chance, chosen)
+            setattr(self._counters, tier, getattr(self._counters, tier) + number)
+        chance.shuffle(chosen)
         self._counters.served += len(chosen)
         return chosen
+
+    def _chosen(
+        self,
+        candidates: Sequence[Experience],
+        known: Mapping[str, Sequence[float]],
+        count: int,
+        draw: str,
+        baselines: Vcrs | None,
+        chance: random.Random,
+        before: Sequence[Experience] = (),
+    ) -> list[Experience]:
+        """Some of the candidates, after others that were drawn before them."""
+        if baselines is None and draw in ("balanced", "priority"):
+            raise ValueError(f"The draw {draw!r} needs the baselines of the prompts")
+
+        def advantage(experience: Experience) -> float:
+            baseline = None if baselines is None else baselines.baseline(experience.prompt)
+            return 0.0 if baseline is None else experience.reward - baseline
+
+        def is_other(experience: Experience) -> bool:
+            rewards = known.get(experience.prompt)
+            return differs(experience.reward, rewards) if rewards else baselines is None or bool(advantage(experience))
+
+        advantages = [0.0 if draw == "uniform" else advantage(e) for e in candidates]
+        surplus = sum(side(advantage(e)) for e in before)
+        differing = [is_other(e) for e in candidates] if draw == "diverse" else []
+        return [candidates[i] for i in draw_positions(draw, advantages, differing, count, chance, surplus)]
 
     def _begin_draw(self, prompt: str | None, count: int, step: int) -> random.Random:
         if count < 0:
@@ -514,6 +591,7 @@ class StratifiedReplayBuffer:
         counters = self._counters
         if counters.sampled_at != step:
             counters.sampled_at, counters.asked, counters.served = step, 0, 0
+            counters.easy = counters.medium = counters.hard = 0
         counters.asked += count
         counters.draws += 1
         return random.Random(f"{self.seed} {counters.draws} {prompt}")
@@ -526,8 +604,8 @@ class StratifiedReplayBuffer:
 
         `replay/size` and `replay/size/hard` and so on count experiences. `replay/evicted`, `replay/expired` (too old),
         `replay/discarded`, `replay/promoted` and `replay/demoted` count them since the run began. `replay/hit_rate` is
-        the share served of what was asked for at the last step that asked. `replay/age_mean` and `replay/age_max` are
-        optimizer steps.
+        the share served of what was asked for at the last step that asked, and `replay/drawn/hard` and so on the tiers'
+        shares of what was drawn by tier at that step. `replay/age_mean` and `replay/age_max` are optimizer steps.
         """
         counters = self._counters
         metrics = {"replay/size": float(len(self))}
@@ -536,6 +614,9 @@ class StratifiedReplayBuffer:
             metrics[f"replay/{name}"] = float(getattr(counters, name))
         if counters.asked:
             metrics["replay/hit_rate"] = counters.served / counters.asked
+        drawn = {tier: getattr(counters, tier) for tier in TIERS}
+        if any(drawn.values()):
+            metrics |= {f"replay/drawn/{tier}": number / sum(drawn.values()) for tier, number in drawn.items()}
         ages = [counters.step - e.step for members in self._tiers.values() for e in members.values()]
         if ages:
             metrics |= {"replay/age_mean": sum(ages) / len(ages), "replay/age_max": float(max(ages))}

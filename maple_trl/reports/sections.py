@@ -243,7 +243,7 @@ def positions_section(run: RunData) -> Section:
 
 
 def replay_section(run: RunData, series: Series) -> Section:
-    """Names of the curves of the replay buffer's tiers and ages, and of what it serves."""
+    """Names of the curves of the replay buffer's tiers and ages, and of what it serves and does."""
     if "replay/size" not in series:
         return missing("The log has no replay buffer: AvatarTrainer has one with replayed_generations above 0.")
     names = {
@@ -257,6 +257,8 @@ def replay_section(run: RunData, series: Series) -> Section:
             "replay/zero_variance_mixed",
             "hint/rate",
         ],
+        "drawn": ["replay/drawn/easy", "replay/drawn/medium", "replay/drawn/hard"],
+        "gradients": ["replay/gradient_on", "replay/gradient_off"],
     }
     return {part: [name for name in curves if name in series] for part, curves in names.items()}
 

@@ -33,6 +33,7 @@ from maple_trl.trainers.avatar_checks import check_dropout, check_hints, check_p
 from maple_trl.trainers.avatar_config import AvatarConfig
 from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar_state import load_memory, provenance, save_memory
+from maple_trl.trainers.gradient_terms import TermGradients
 from maple_trl.trainers.hinted_rows import HINT_COLUMN, HINTED, has_hint, prompt_key, row_digest, row_key, with_hint
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
 from maple_trl.trainers.replay_memory import Group, MixedRollout, ReplayMemory, Written
@@ -51,8 +52,8 @@ FRESH_SCALE_KEY = "fresh_scale"
 
 class AvatarTrainer(OmniGRPOTrainer):
     """
-    AVATAR's off-policy GRPO: each group mixes fresh completions with replayed ones of the same prompt, out of a buffer in
-    tiers of difficulty; replayed ones are held against a moving baseline (VCRS); advantages are shaped over token
+    AVATAR's off-policy GRPO: each group mixes fresh completions with replayed ones, drawn by tier of difficulty out of a
+    buffer; replayed ones are held against a moving baseline of their own prompt (VCRS); advantages are shaped over token
     positions (TAS); prompts that are stuck are shown with a hint.
 
     With `replayed_generations=0` and `tas_lambda=0` it is TRL's GRPO.
@@ -104,15 +105,19 @@ class AvatarTrainer(OmniGRPOTrainer):
             HintTrigger(args.hint_visits, args.hint_max_kl) if args.hints else None,
             args.hint_below,
             args.replay_retier,
-            args.replay_scope == "buffer",
+            args.replay_scope,
+            args.replay_draw,
+            self._tag_of if args.batching == "stratified" else None,
         )
         self._scores: Tensor | None = None
         self._rollout: MixedRollout | None = None
         self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
         self._digests: dict[str, str] | None = None
         self._numbers: dict[str, int] | None = None
+        self._tags: list[int] | None = None
         self._filling: Chunk | None = None
         self._logps: Tensor | None = None
+        self._graph_logps: Tensor | None = None
         self._begin_window()
 
     def train(self, *args, **kwargs):
@@ -191,11 +196,20 @@ class AvatarTrainer(OmniGRPOTrainer):
     def _row_of(self, key: str) -> dict[str, Any]:
         """The row behind a key of the memory."""
         if self.family is None:
-            if self._numbers is None:
-                self._numbers = {row_digest(row): i for i, row in enumerate(self.train_dataset)}
-            return self.train_dataset[self._numbers[key]]
+            return self.train_dataset[self._text_row(key)]
         rows = self.rows.registries["train_dataset"].rows_of(prompt_key(key))
         return next(row for row in rows if row_digest(row) == key.removeprefix(f"{prompt_key(key)}-"))
+
+    def _text_row(self, key: str) -> int:
+        if self._numbers is None:
+            self._numbers = {row_digest(row): i for i, row in enumerate(self.train_dataset)}
+        return self._numbers[key]
+
+    def _tag_of(self, experience: Experience) -> int:
+        """The tag of a replayed completion's row, as a number."""
+        if self._tags is None:
+            self._tags = [tag_number(tag) for tag in self.train_dataset["tag"]]
+        return self._tags[experience.row if experience.row >= 0 else self._text_row(experience.prompt)]
 
     # Rollout
 
@@ -239,7 +253,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         experiences = self.memory.learn(rollout, rewards, self._scores, self.reward_func_names, step)
         of_place = dict(zip(rollout.places(replayed=True), experiences, strict=True))
         replayed = [(*slots[place - first], of_place[place]) for place in own if place in of_place]
-        if self.memory.fill:
+        if self.memory.scope != "prompt":
             replayed = self._with_own_prompts(replayed)
         return self._mixed(rollout, output, rewards, replayed, experiences, own)
 
@@ -251,18 +265,18 @@ class AvatarTrainer(OmniGRPOTrainer):
 
         Where media have gone, the completion stays in the place of its group, without a token that counts.
         """
-        shown: dict[str, tuple[dict[str, Any], EncodedPrompt | None]] = {}
-        failed: dict[str, MediaError] = {}
+        shown: dict[tuple[str, bool], tuple[dict[str, Any], EncodedPrompt | None]] = {}
+        failed: dict[tuple[str, bool], MediaError] = {}
         found = []
         for row, prompt, experience in replayed:
-            key = experience.prompt
-            if key not in shown and key not in failed:
+            form = experience.prompt, experience.hinted
+            if form not in shown and form not in failed:
                 try:
-                    shown[key] = self._row_and_prompt(row, prompt, key, experience.hinted)
+                    shown[form] = self._row_and_prompt(row, prompt, *form)
                 except MediaError as error:
-                    failed[key] = error
-            found.append((*shown.get(key, (row, prompt)), None if key in failed else experience))
-        lost = gather_object([(prompt_key(key), error) for key, error in failed.items()])
+                    failed[form] = error
+            found.append((*shown.get(form, (row, prompt)), None if form in failed else experience))
+        lost = gather_object([(prompt_key(key), error) for (key, _), error in failed.items()])
         for key, error in lost:
             self.rows.registries["train_dataset"].add(key, error)
         if lost:
@@ -272,12 +286,11 @@ class AvatarTrainer(OmniGRPOTrainer):
     def _row_and_prompt(
         self, row: dict[str, Any], prompt: EncodedPrompt | None, key: str, hinted: bool
     ) -> tuple[dict[str, Any], EncodedPrompt | None]:
-        if row_key(row, prompt) == key:
-            return row, prompt
-        row = self._row_of(key)
-        if self.family is None:
+        if row_key(row, prompt) != key:
+            row = self._row_of(key)
+            prompt = None if self.family is None else self.prompt_builder.encode(row)
+        if prompt is None:
             return row, None
-        prompt = self.prompt_builder.encode(row)
         if hinted and self._hinted_prompt(row, prompt) is None:
             raise MediaError("prompt-too-long", row.get("video"), "the prompt cannot be shown with its hint")
         return row, prompt
@@ -342,6 +355,8 @@ class AvatarTrainer(OmniGRPOTrainer):
         baselines = [self.memory.vcrs.baseline(e.prompt) for e in experiences]
         baselines = torch.tensor(baselines, dtype=torch.float64, device=device)
         off_policy = replay_advantages(past, baselines, self.args.replay_advantage_limit)
+        if experiences:
+            self._log_all({"replay/advantage_mean": float(off_policy.mean())})
         groups = rollout.groups_of(rollout.places(replayed=False)).to(device)
         tags = torch.tensor([group.tag for group in rollout.groups], device=device)[groups]
         if self.args.advantage_group == "mixed":
@@ -449,16 +464,38 @@ class AvatarTrainer(OmniGRPOTrainer):
             with self._objective_of(inputs):
                 loss = super()._compute_loss(model, inputs)
             self._record(inputs)
+            self._probe_terms(loss, inputs)
             if self.beta:
                 self._correct_divergence(inputs)
         finally:
-            self._filling = self._logps = None
+            self._filling = self._logps = self._graph_logps = None
         return loss
+
+    def _probe_terms(self, loss: Tensor, inputs: Chunk) -> None:
+        """Takes the gradients of both terms, at the steps at which they are asked for."""
+        if not self._steps_between_probes:
+            return
+        # Nothing is replayed at the first step.
+        if self.state.global_step % self._steps_between_probes != 1 % self._steps_between_probes:
+            return
+        if self._terms is None:
+            self._terms = TermGradients([p for p in self.model.parameters() if p.requires_grad])
+        self._terms.add(loss, self._graph_logps, inputs[REPLAYED_KEY].bool())
+
+    @property
+    def _steps_between_probes(self) -> int:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        reentrant = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        )
+        if not self.args.replayed_generations or sharded or reentrant:
+            return 0
+        return self.args.replay_gradient_steps
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._filling is not None:
-            self._logps = found[0].detach()
+            self._graph_logps, self._logps = found[0], found[0].detach()
             # TRL reads them after this pass. Unknown ones are those of the pass itself.
             for name in ("old_per_token_logps", "ref_per_token_logps"):
                 values = self._filling.get(name)
@@ -526,10 +563,13 @@ class AvatarTrainer(OmniGRPOTrainer):
         """A window is the micro-batches of one optimizer step."""
         self._written = Written()
         self._sums = PassSums()
+        self._terms: TermGradients | None = None
 
     def _end_window(self) -> None:
         found = gather_object([(self._written, self._sums)])
         self._log_all(pass_metrics([sums for _, sums in found]))
+        if self._terms is not None:
+            self._log_all(self._terms.metrics(lambda tensor: self.accelerator.reduce(tensor, "mean")))
         if self.args.replayed_generations:
             self.memory.write([written for written, _ in found])
             for name, value in self.memory.metrics().items():

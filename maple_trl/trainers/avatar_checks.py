@@ -112,11 +112,14 @@ def check_visits(trainer: AvatarTrainer) -> None:
             within an epoch it is only told, for that may be a first try.
     """
     args, dataset = trainer.args, trainer.train_dataset
-    if args.replay_scope == "buffer" and not isinstance(dataset, Dataset):
+    if not args.replayed_generations:
+        return
+    if args.replay_scope != "prompt" and not isinstance(dataset, Dataset):
         raise ValueError(
-            f"replay_scope='buffer' shows rows again, so it needs a map-style Dataset, got {type(dataset).__name__}"
+            f"replay_scope={args.replay_scope!r} shows rows again, so it needs a map-style Dataset, got "
+            f"{type(dataset).__name__}; with replay_scope='prompt' streamed rows replay their own prompt's completions"
         )
-    if not args.replayed_generations or not isinstance(dataset, Dataset) or args.replay_scope == "buffer":
+    if args.replay_scope != "prompt" or not isinstance(dataset, Dataset):
         return
     prompts = args.generation_batch_size // trainer.num_generations
     updates = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps
@@ -125,7 +128,8 @@ def check_visits(trainer: AvatarTrainer) -> None:
     if visits <= len(dataset) and distinct == len(dataset):
         text = (
             f"Nothing is replayed: completions are when their prompt comes back, and this run visits {visits:.0f} of "
-            f"{len(dataset)} rows once. Raise num_train_epochs or max_steps, or set replayed_generations=0"
+            f"{len(dataset)} rows once. Raise num_train_epochs or max_steps, or set replay_scope='tiers' or "
+            "replayed_generations=0"
         )
         if args.max_steps <= 0:
             raise ValueError(text)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, fields
 
 from maple_trl.algorithms.advantages import SCOPES
 from maple_trl.algorithms.replay import QUANTILES, SHARES, StratifiedReplayBuffer
+from maple_trl.algorithms.replay_draws import DRAWS
 from maple_trl.algorithms.shaping import SHAPES
 from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.replay_memory import REPLAY_SCOPES
 
 
 _MIXABLE_LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "sapo")
@@ -36,15 +38,26 @@ class AvatarConfig(OmniGRPOConfig):
         default=4,
         metadata={
             "help": "How many of a group's num_generations completions are replayed from the buffer, as far as it holds so "
-            "many of the prompt; only the others are generated. 0: no replay."
+            "many that replay_scope allows; only the others are generated. 0: no replay."
         },
     )
     replay_scope: str = field(
-        default="prompt",
+        default="tiers",
         metadata={
-            "help": "Which completions a group replays: 'prompt', those of its own prompt, or 'buffer', where these do not "
-            "suffice also those of other prompts, by tier in proportion to replay_shares. The latter is for data sets whose "
-            "prompts come back late; each such completion passes its own prompt through the model."
+            "help": "Which completions a group replays. 'tiers': of any prompts, by tier in proportion to replay_shares, so "
+            "that hard prompts come back; each such completion passes its own prompt through the model and is held against "
+            "that prompt's own baseline. 'prompt': those of its own prompt alone, for which tiers have no effect on a draw "
+            "(an ablation, and for streamed rows). 'buffer': those of its own prompt, and where these do not suffice "
+            "others by tier."
+        },
+    )
+    replay_draw: str = field(
+        default="balanced",
+        metadata={
+            "help": "Which completions of a tier (or of a prompt) are replayed. 'balanced': as many above as below their "
+            "prompt's baseline, as far as there are; 'uniform': any; 'diverse': first those whose reward differs from the "
+            "prompt's fresh ones (from its baseline, where the prompt is not visited); 'priority': with a chance in proportion "
+            "to the size of the advantage."
         },
     )
     replay_alpha: float = field(
@@ -95,6 +108,15 @@ class AvatarConfig(OmniGRPOConfig):
             "go on with an 'empty' one."
         },
     )
+    replay_gradient_steps: int = field(
+        default=10,
+        metadata={
+            "help": "At every so many optimizer steps, beginning with the second, log the norms of the gradients of the fresh and "
+            "of the replayed completions' loss apart. Such a step takes two more backward passes and memory for two more "
+            "gradients of the trained parameters; what is trained stays the same to the last bit. Left out where parameters "
+            "are sharded (FSDP, DeepSpeed). 0: never."
+        },
+    )
     vcrs_window: int = field(
         default=20, metadata={"help": "A prompt's baseline is the mean of so many of its last on-policy rewards."}
     )
@@ -111,7 +133,7 @@ class AvatarConfig(OmniGRPOConfig):
         default="fresh",
         metadata={
             "help": "Whose rewards centre and scale those of the fresh completions: the group's 'fresh' ones, or 'mixed', all "
-            "of the group."
+            "of the group that are of its prompt."
         },
     )
     advantage_scope: str = field(
@@ -160,7 +182,8 @@ class AvatarConfig(OmniGRPOConfig):
             "advantage_scope": SCOPES,
             "batching": ("mixed", "stratified"),
             "replay_recovery": ("refuse", "empty"),
-            "replay_scope": ("prompt", "buffer"),
+            "replay_scope": REPLAY_SCOPES,
+            "replay_draw": DRAWS,
         }.items():
             self._check_choice(name, choices)
         self._check_numbers()
@@ -184,6 +207,8 @@ class AvatarConfig(OmniGRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value}")
+        if self.replay_gradient_steps < 0:
+            raise ValueError(f"replay_gradient_steps must be at least 0, got {self.replay_gradient_steps}")
         for name in ("vcrs_window", "hint_visits"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,6 +13,13 @@ from torch import Tensor
 
 from maple_trl.algorithms import Experience, HintTrigger, StratifiedReplayBuffer, Vcrs, replayed_slots
 from maple_trl.algorithms.replay import tier_of, tier_thresholds
+
+
+REPLAY_SCOPES = ("tiers", "prompt", "buffer")
+"""
+Which completions a group replays: any prompts' by tier, its own prompt's, or its own prompt's and in the places that these
+leave other prompts' by tier.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,11 @@ class ReplayMemory:
         replayed (`int`): replayed completions that a group is to have.
         hints ([`HintTrigger`], *optional*): without it no prompt is hinted.
         hint_below (`float`): a Hard prompt is stuck while its baseline is below this.
-        fill (`bool`): whether places that a prompt's own completions leave are filled with those of other prompts.
         retier (`bool`): whether stored experiences move along when their prompt changes its tier.
+        scope (`str`): one of [`REPLAY_SCOPES`].
+        draw (`str`): which of a tier, or of a prompt; one of [`~maple_trl.algorithms.replay_draws.DRAWS`].
+        tag_of (`Callable`, *optional*): the tag of an experience as a number. With it, completions of other tags than
+            those of the rollout are not replayed.
     """
 
     def __init__(
@@ -114,7 +124,9 @@ class ReplayMemory:
         hints: HintTrigger | None = None,
         hint_below: float = 0.75,
         retier: bool = False,
-        fill: bool = False,
+        scope: str = "tiers",
+        draw: str = "balanced",
+        tag_of: Callable[[Experience], int] | None = None,
     ):
         self.buffer = buffer
         self.vcrs = vcrs
@@ -122,7 +134,9 @@ class ReplayMemory:
         self.hints = hints
         self.hint_below = hint_below
         self.retier = retier
-        self.fill = fill
+        self.scope = scope
+        self.draw = draw
+        self.tag_of = tag_of
         self.unstorable = 0
         self._next_number = 0
         self._pending: dict[int, Pending] = {}
@@ -151,19 +165,34 @@ class ReplayMemory:
         for group, shown in zip(groups, hinted, strict=True):
             if shown:
                 self.hints.give(group.key)
+        replayed = replayed_slots(self._wanted(groups, step), group_size, ranks)
+        rollout = MixedRollout(list(groups), group_size, hinted, replayed, self._next_number)
+        self._next_number += len(replayed)
+        return rollout
+
+    def _wanted(self, groups: Sequence[Group], step: int) -> list[int]:
+        """How many completions each group can replay."""
+        if self.scope == "tiers":  # spread evenly, since ranks wait for the one that has fewest
+            most = self.replayed * len(groups)
+            total = min(most, self.buffer.elsewhere((), step, self._fitting(groups)))
+            return [total * (i + 1) // len(groups) - total * i // len(groups) for i in range(len(groups))]
         wanted = [
             min(self.replayed, self.buffer.available(group.key, step, hinted=group.has_hint)) for group in groups
         ]
-        if self.fill:
+        if self.scope == "buffer":
             left = self.buffer.elsewhere((group.key for group in groups), step)
             for i, count in enumerate(wanted):
                 more = min(self.replayed - count, left)
                 wanted[i] += more
                 left -= more
-        replayed = replayed_slots(wanted, group_size, ranks)
-        rollout = MixedRollout(list(groups), group_size, hinted, replayed, self._next_number)
-        self._next_number += len(replayed)
-        return rollout
+        return wanted
+
+    def _fitting(self, groups: Sequence[Group]) -> Callable[[Experience], bool] | None:
+        """Whether an experience may be replayed in a rollout of these prompts; `None` where all may."""
+        if self.tag_of is None:
+            return None
+        tags = {group.tag for group in groups}
+        return lambda experience: self.tag_of(experience) in tags
 
     def learn(
         self, rollout: MixedRollout, rewards_F: Tensor, scores_FR: Tensor, names: Sequence[str], step: int
@@ -192,20 +221,65 @@ class ReplayMemory:
             for key in dict.fromkeys(rollout.groups[number].key for number in told):
                 self.hints.observe(key, self._is_stuck(key, thresholds))
         counts = rollout.groups_of(rollout.places(replayed=True)).bincount(minlength=len(rollout.groups)).tolist()
-        drawn: list[list[Experience]] = [[] for _ in rollout.groups]
-        for number, group in enumerate(rollout.groups):
-            if counts[number]:
-                known = [rewards[i] for i in fresh_of[number]]
-                drawn[number] = self.buffer.sample(group.key, counts[number], known, step, hinted=group.has_hint)
-        missing = [count - len(own) for count, own in zip(counts, drawn, strict=True)]
-        if any(missing):
-            keys = [group.key for group in rollout.groups]
-            others = iter(self.buffer.sample_batch(sum(missing), step, exclude=keys))
-            drawn = [[*own, *islice(others, count)] for own, count in zip(drawn, missing, strict=True)]
-        experiences = [experience for group in drawn for experience in group]
+        known = [
+            [rewards[i] for i in fresh_of[number] if not math.isnan(rewards[i])]
+            for number in range(len(rollout.groups))
+        ]
+        draw = self._draw_by_tier if self.scope == "tiers" else self._draw_by_prompt
+        experiences = [experience for group in draw(rollout, counts, known, step) for experience in group]
         self._note(rollout, places, rewards, scores_FR.tolist(), names, step)
         self._note_replayed(rollout, experiences)
         return experiences
+
+    def _draw_by_tier(
+        self, rollout: MixedRollout, counts: list[int], known: list[list[float]], step: int
+    ) -> list[list[Experience]]:
+        """
+        For each group as many as it has places. Completions of a prompt of the rollout go to its own group first.
+
+        A prompt that is stuck replays one of its own whatever the draw, for a hint asks how far the policy has moved on it,
+        and completions that all failed are hardly drawn.
+        """
+        fresh: dict[str, list[float]] = {}
+        dealt: list[list[Experience]] = [[] for _ in counts]
+        for number, (group, rewards) in enumerate(zip(rollout.groups, known, strict=True)):
+            fresh.setdefault(group.key, []).extend(rewards)
+            if counts[number] and self.hints is not None and self.hints.watches(group.key):
+                dealt[number] = self.buffer.sample(group.key, 1, rewards, step, group.has_hint, draw="uniform")
+        fits, taken = self._fitting(rollout.groups), {e for own in dealt for e in own}
+        drawn = self.buffer.sample_batch(
+            sum(counts) - sum(map(len, dealt)),
+            step,
+            draw=self.draw,
+            baselines=self.vcrs,
+            fresh_rewards=fresh,
+            where=lambda e: e not in taken and (fits is None or fits(e)),
+        )
+        strange = []
+        for experience in drawn:
+            own = (i for i, group in enumerate(rollout.groups) if group.key == experience.prompt)
+            place = next((i for i in own if len(dealt[i]) < counts[i]), None)
+            (strange if place is None else dealt[place]).append(experience)
+        others = iter(strange)
+        return [[*own, *islice(others, count - len(own))] for own, count in zip(dealt, counts, strict=True)]
+
+    def _draw_by_prompt(
+        self, rollout: MixedRollout, counts: list[int], known: list[list[float]], step: int
+    ) -> list[list[Experience]]:
+        """For each group those of its own prompt, and with scope `buffer` others in the places that these leave."""
+        how = {"draw": self.draw, "baselines": self.vcrs}
+        drawn: list[list[Experience]] = [[] for _ in counts]
+        for number, group in enumerate(rollout.groups):
+            if counts[number]:
+                drawn[number] = self.buffer.sample(
+                    group.key, counts[number], known[number], step, hinted=group.has_hint, **how
+                )
+        missing = [count - len(own) for count, own in zip(counts, drawn, strict=True)]
+        if any(missing):
+            keys = [group.key for group in rollout.groups]
+            others = iter(self.buffer.sample_batch(sum(missing), step, exclude=keys, **how))
+            drawn = [[*own, *islice(others, count)] for own, count in zip(drawn, missing, strict=True)]
+        return drawn
 
     def _is_stuck(self, key: str, thresholds: tuple[float, float] | None) -> bool:
         baseline = self.vcrs.baseline(key)
@@ -224,10 +298,9 @@ class ReplayMemory:
             )
 
     def _note_replayed(self, rollout: MixedRollout, experiences: Sequence[Experience]) -> None:
-        """Notes which completions tell how far the policy has moved on the prompts that are visited."""
+        """Notes which completions tell how far the policy has moved on which prompts."""
         for place, experience in zip(rollout.places(replayed=True), experiences, strict=True):
-            if experience.prompt == rollout.groups[place // rollout.group_size].key:
-                self._replaying[rollout.first_number + place] = experience.prompt
+            self._replaying[rollout.first_number + place] = experience.prompt
 
     def waits_for(self, number: int) -> bool:
         """Whether a completion has not been trained on before."""

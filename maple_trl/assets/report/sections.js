@@ -221,6 +221,10 @@ function replay() {
       "replay/of_other_prompts": "replayed of other prompts", "replay/zero_variance_fresh": "groups of equal rewards, fresh alone",
       "replay/zero_variance_mixed": "the same, with replayed", "hint/rate": "groups shown with a hint" };
     chart(grid, metricTraces(part.shares, labels, 1, [index]), { title: "What replay brings", x: STEP, y: "share", height: 420, yaxis: { range: [-0.02, 1.05] } });
+    const drawn = { "replay/drawn/easy": "easy", "replay/drawn/medium": "medium", "replay/drawn/hard": "hard" };
+    if (part.drawn.length) chart(grid, metricTraces(part.drawn, drawn, 1, [index]), { title: "What is drawn, by tier", x: STEP, y: "share", yaxis: { range: [-0.02, 1.05] } });
+    const terms = { "replay/gradient_on": "of fresh completions", "replay/gradient_off": "of replayed completions" };
+    if (part.gradients.length) chart(grid, metricTraces(part.gradients, terms, 1, [index]), { title: "Gradients of both terms, before clipping", x: STEP, y: "norm", yaxis: { rangemode: "tozero" } });
   });
 }
 

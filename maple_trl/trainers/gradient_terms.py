@@ -1,0 +1,73 @@
+"""The gradients of fresh and of replayed completions' loss apart (AVATAR eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+TERMS = ("on", "off")
+
+
+class TermGradients:
+    """
+    Gradients of J_on and of J_off over the micro-batches of an optimizer step.
+
+    A loss depends on the log-probabilities row by row, so each row's share of the gradient follows from the loss's
+    derivatives by its own log-probabilities. The graph of the loss is kept and no `.grad` is touched: the backward pass that
+    trains finds everything as it would have without this. What the loss adds beside the log-probabilities (an entropy
+    bonus, a router's auxiliary loss) belongs to neither term.
+
+    Args:
+        parameters (`Sequence[nn.Parameter]`): those that are trained, each whole on this rank.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.sums: dict[str, list[Tensor | None]] = {term: [None] * len(self.parameters) for term in TERMS}
+
+    def add(self, loss: Tensor, logps_NT: Tensor, replayed_N: Tensor) -> None:
+        """
+        Adds those of a micro-batch, before its backward pass.
+
+        Args:
+            loss (`Tensor`): with the graph that it came from.
+            logps_NT (`Tensor` of shape (N, T)): that the loss was computed from, of the same graph.
+            replayed_N (`Tensor` of shape (N,)): whether each row is replayed, bool.
+        """
+        (weights_NT,) = torch.autograd.grad(loss, logps_NT, retain_graph=True)
+        for term, rows_N in zip(TERMS, (~replayed_N, replayed_N), strict=True):
+            if not rows_N.any():
+                continue
+            found = torch.autograd.grad(
+                logps_NT, self.parameters, weights_NT * rows_N[:, None], retain_graph=True, allow_unused=True
+            )
+            sums = self.sums[term]
+            for i, gradient in enumerate(found):
+                if gradient is not None:
+                    sums[i] = gradient if sums[i] is None else sums[i] + gradient
+
+    def metrics(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """
+        `replay/gradient_on` and `replay/gradient_off`, the norms before clipping, and `replay/gradient_cosine` of the angle
+        between both, where neither is 0. Every rank must call this together.
+
+        Args:
+            mean (`Callable`): the mean of a tensor over the ranks.
+        """
+        squares = dict.fromkeys(TERMS, 0.0)
+        product = 0.0
+        for parameter, *gradients in zip(self.parameters, *(self.sums[term] for term in TERMS), strict=True):
+            on, off = (
+                mean(torch.zeros_like(parameter) if gradient is None else gradient).double() for gradient in gradients
+            )
+            squares["on"] += float(on.square().sum())
+            squares["off"] += float(off.square().sum())
+            product += float((on * off).sum())
+        norms = {term: square**0.5 for term, square in squares.items()}
+        metrics = {f"replay/gradient_{term}": norm for term, norm in norms.items()}
+        if all(norms.values()):
+            metrics["replay/gradient_cosine"] = product / (norms["on"] * norms["off"])
+        return metrics
