@@ -43,6 +43,10 @@ class ClipSums:
     def means_K(self) -> NDArray[np.float64]:
         return self.scores_GK.sum(axis=0) / self.counts_K
 
+    def macro_weights(self) -> NDArray[np.float64]:
+        """How much each clip counts in the plain mean over strata, of shape (clips,)."""
+        return (self.counts_GK / self.counts_K).sum(axis=1)
+
     def left_out(self) -> NDArray[np.float64]:
         """
         Means of the strata without each clip in turn, of shape (clips, strata).
@@ -73,6 +77,7 @@ def sum_by_clip(
     Raises:
         ValueError: for lists of different lengths.
     """
+    clusters = clusters.tolist() if isinstance(clusters, np.ndarray) else clusters
     strata = [""] * len(scores) if strata is None else list(strata)
     for name, values in (("clusters", clusters), ("strata", strata)):
         if len(values) != len(scores):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from maple_trl.evaluation.clips import clips_of
 from maple_trl.evaluation.clip_intervals import standard_error
+from maple_trl.evaluation.clips import clips_of
 from maple_trl.modalities import ModalityTag
 
 
