@@ -36,7 +36,7 @@ from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rows import check_spelling
 
 
-FORMAT = 3
+FORMAT = 4
 """Version of what `result.json` and `rows.parquet` hold."""
 
 # Of the media options, those that decide what the model reads.
