@@ -1,5 +1,6 @@
 """`maple-trl eval` on the embedded model: its numbers, interruptions, several processes, broken rows, wrong commands."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from eval_runs import MODEL, evaluate, folder_with_ending, lines_of, result_of, 
 from forks import start, status_of
 
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.evaluation.evaluator import Evaluator
 
 
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
@@ -219,6 +221,34 @@ def test_a_benchmark_is_read_with_its_media(folder, tmp_path):
     less = result_of(tmp_path / "less")
     assert less["data"]["left_out"] == {"missing": 1} and less["left_out"][0]["cause"] == "missing"
     assert less["data"]["prompt_style"]["digest"]
+
+
+def test_answers_in_brackets_are_asked_for_and_read(folder, tmp_path, monkeypatch):
+    question = {"Type": "AV Event Alignment", "Question": "Which?", "Choice": list("ABCD"), "Answer": "B"}
+    rest = ("content_parent_category", "content_fine_category", "video_category", "video_duration")
+    (tmp_path / "qa.json").write_text(json.dumps([question | dict.fromkeys(rest, "30s") | {"video_id": "one"}]))
+    clip = tmp_path / "Videos" / "one" / "one_video.mp4"
+    clip.parent.mkdir(parents=True)
+    shutil.copy(default_folder() / load_seven_tags()["test"][0]["video"], clip)
+    said = iter(["I see it. [B]", "[A] or [B]", "<answer>B</answer>", "<think>[A]</think> **[B]** the second"])
+    answers = Evaluator._answers
+
+    def scripted(self, prompts, batch):
+        return {
+            number: [dataclasses.replace(answer, text=next(said)) for answer in own]
+            for number, own in answers(self, prompts, batch).items()
+        }
+
+    monkeypatch.setattr(Evaluator, "_answers", scripted)
+    words = [*MODEL, "--benchmark", "daily-omni", "--data", tmp_path, "--samples", "4", "--quiet"]
+    assert evaluate(*words, "--prompt-style", "brackets", "--output", tmp_path / "out") == 0
+    lines, found = lines_of(tmp_path / "out"), result_of(tmp_path / "out")
+    assert lines[0]["prompt"].endswith("in this form: [LETTER]")
+    assert [line["answer"] for line in lines] == ["B", None, None, "B"]
+    assert [line["score"] for line in lines] == [1.0, 0.0, 0.0, 1.0] and lines[0]["clip"] == "one"
+    assert found["scoring"]["score"]["entry"] == {"reward": "accuracy_reward", "answer_format": "brackets"}
+    assert found["scoring"]["score"]["name"] == "maple_trl.rewards.accuracy:AccuracyReward"
+    assert found["scoring"]["parser"]["name"] == "maple_trl.rewards.answers:extract_bracketed"
 
 
 # Rows that are broken, lack a signal, or cannot be graded

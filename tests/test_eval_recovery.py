@@ -242,7 +242,10 @@ def source_digest(module):
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
-PARSERS = {1: "196976531b3ae0039d7cf764fdab0f75d17e6c63c8e93ffb84e3f208680dd629"}
+PARSERS = {
+    1: "196976531b3ae0039d7cf764fdab0f75d17e6c63c8e93ffb84e3f208680dd629",
+    2: "9bcfbc8c18a682bffec5071856c52c3173c19078775671453be9c0c5c03f14d7",
+}
 
 
 def test_a_changed_parser_has_a_new_version(whole):
