@@ -64,14 +64,17 @@ def compare_runs(
     """
     Compares two runs question by question.
 
-    The null hypothesis: on each clip, it is chance which run got which of the two runs' scores; where clips are not known, on
-    each question. With clips that hold several questions, the signs of a clip's differences are flipped together (all
-    assignments, or random ones, as below with clips for questions). Without: one answer per question,
+    The null hypothesis: on each question, it is chance which run got which of the two scores. One answer per question,
     right or wrong, is tested by McNemar's test in its exact binomial form ([`mcnemar_exact`]). Fractions (a share of
     right samples, a judge's score) are tested by flipping the signs of the differences: all assignments of signs where
     at most 14 questions differ, otherwise `resamples` random ones, counting the observed one among them, so that the
-    p-value is never below `1 / (resamples + 1)`. On right-or-wrong scores both tests are the same. The interval
-    ([`bootstrap_mean`]) is about the size of the difference and is not the test turned around.
+    p-value is never below `1 / (resamples + 1)`. On right-or-wrong scores both tests are the same.
+
+    Where clips are known (`clusters`) and some hold several questions, the clip takes the question's place: the signs of
+    all of a clip's differences are flipped together, whatever the scores. With fewer than six clips that differ, no
+    p-value is below 0.05.
+
+    The interval ([`bootstrap_mean`]) is about the size of the difference and is not the test turned around.
 
     Several comparisons at once (tags, checkpoints) need a correction that this does not make.
 
