@@ -11,6 +11,7 @@ from trl.rewards import get_soft_overlong_punishment
 
 from maple_trl import rewards
 from maple_trl.rewards import AccuracyReward, LengthReward, box_iou_reward, temporal_iou_reward
+from maple_trl.rewards.answers import answer_key, chosen_option, extract_bracketed, option_texts
 from maple_trl.rewards.judge_prompts import CAPTION_SYSTEM, SCALE
 from maple_trl.rewards.judge_texts import caption_text, echoes, harmless, read_plain_grades, says_nothing, think_block
 from maple_trl.rewards.localisation import box_iou, interval_iou, parse_box, parse_intervals
@@ -313,15 +314,6 @@ LONG = {  # texts of `n` characters or a few more
     "letters": lambda n: answer("B, " * (n // 3)),
     "options": lambda n: answer("B. " + "red blue " * (n // 9)),
     "brackets": lambda n: answer("[" * n),
-    "emphasis": lambda n: answer("**" * (n // 2) + "B"),
-    "boxes of text": lambda n: answer("\\text{" * (n // 6)),
-    "boxed": lambda n: answer("\\boxed{" * (n // 7) + "B" + "}" * (n // 7)),
-    "bracketed options": lambda n: "[A] " * (n // 4),
-    "announced": lambda n: answer("the answer is " * (n // 14) + "B"),
-    "announced elsewhere": lambda n: answer("答案是" * (n // 3) + "B"),
-    "announced, then space": lambda n: answer("The answer is:" + " " * n + "a b"),
-    "said behind": lambda n: answer("B" + " is the correct answer" * (n // 22)),
-    "second options": lambda n: answer("B. " + "option B, **B** " * (n // 16)),
     "digits": lambda n: answer("1" * n),
     "fraction": lambda n: answer("0." + "1" * n + "x"),
     "thousands": lambda n: answer("1" + ",111" * (n // 4) + "x"),
@@ -364,6 +356,36 @@ def test_long_completions_take_linear_time(shape):
             assert 0.0 <= plain <= 1.0 and 0.0 <= chosen <= 1.0
 
     assert growth(all_rewards, LONG[shape]) < BOUND
+
+
+# Marks and words around an option, over and over.
+LONG_OPTIONS = {
+    "emphasis": "**",
+    "macros": "\\text{",
+    "boxes": "\\boxed{",
+    "brackets": "[A] ",
+    "open brackets": "[A",
+    "dollars": "$B",
+    "announced": "the answer is ",
+    "announced elsewhere": "答案是",
+    "spaces": " ",
+    "said behind": " is the correct answer",
+    "second options": "option B, **B** ",
+}
+
+
+@pytest.mark.parametrize("shape", LONG_OPTIONS)
+def test_forms_of_options_take_linear_time(shape):
+    texts = option_texts(["red", "blue", "green", "a cat"])
+
+    def read(text):
+        for start in ("", "B. ", "The answer is:"):
+            chosen_option(f"{start}{text}B")
+            chosen_option(f"{start}{text}B", texts)
+        answer_key(text)
+        extract_bracketed(text)
+
+    assert growth(read, lambda n: LONG_OPTIONS[shape] * (n // len(LONG_OPTIONS[shape])), small=8_000) < BOUND
 
 
 @pytest.mark.parametrize("shape", LONG)
