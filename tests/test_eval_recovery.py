@@ -244,7 +244,7 @@ def source_digest(module):
 
 PARSERS = {
     1: "196976531b3ae0039d7cf764fdab0f75d17e6c63c8e93ffb84e3f208680dd629",
-    2: "9bcfbc8c18a682bffec5071856c52c3173c19078775671453be9c0c5c03f14d7",
+    2: "59b20de073ac9d564e57f40e254102cbeb72dcd66943fecc1dae54c7353a9c40",
 }
 
 
