@@ -18,7 +18,7 @@ from maple_trl.rewards.answers import (
 MARKS = [
     *(
         "[{}]",
-    "[[{}]]",
+        "[[{}]]",
         "({})",
         "{}",
         "**{}**",

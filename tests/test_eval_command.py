@@ -245,7 +245,7 @@ def test_answers_in_brackets_are_asked_for_and_read(folder, tmp_path, monkeypatc
     lines, found = lines_of(tmp_path / "out"), result_of(tmp_path / "out")
     assert lines[0]["prompt"].endswith("in this form: [LETTER]")
     assert [line["answer"] for line in lines] == ["B", None, None, "B"]
-    assert [line["score"] for line in lines] == [1.0, 0.0, 0.0, 1.0] and lines[0]["clip"] == "one"
+    assert [line["score"] for line in lines] == [1.0, 0.0, 0.0, 1.0] and lines[0]["clip"] == "Videos/one/one_video.mp4"
     assert found["scoring"]["score"]["entry"] == {"reward": "accuracy_reward", "answer_format": "brackets"}
     assert found["scoring"]["score"]["name"] == "maple_trl.rewards.accuracy:AccuracyReward"
     assert found["scoring"]["parser"]["name"] == "maple_trl.rewards.answers:extract_bracketed"
