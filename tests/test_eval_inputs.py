@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maple_trl.evaluation import evaluation_results
+from maple_trl.evaluation import evaluation_results, superset_scores
 from maple_trl.evaluation.eval_store import LINES
 from maple_trl.modalities import ModalityTag
 
@@ -103,6 +103,15 @@ def test_against_the_two_means_written_out(rows):
     else:
         assert macro["value"] == pytest.approx(expected)
         assert sum(macro["inputs"].values()) + macro["left_out"] == len(rows)
+
+
+def test_scores_with_the_inputs_that_contain_the_tag():
+    found = superset_scores([1, 0, 0.5, 1, 0], list("qqqqr"), ["v"] * 4 + ["AS"], ["V", "A", "av", "VA", "V"])
+    assert found == {"q": [1.0, 0.75], "r": []}
+    with pytest.raises(ValueError, match="row 1: question .q. must have one tag, got .V. and .A."):
+        superset_scores([1, 0], ["q", "q"], ["V", "A"], ["V", "V"])
+    with pytest.raises(ValueError, match="tags: row 0: 'X' is not a modality tag"):
+        superset_scores([1], ["q"], ["V"], ["X"])
 
 
 def test_asked_with_its_own_signals_alone_it_is_the_mean_of_tags():

@@ -16,7 +16,7 @@ import pyarrow as pa
 from maple_trl.evaluation.eval_options import REQUIRED
 from maple_trl.evaluation.gaps import WEIGHTINGS, modality_gap_intervals, tag_disparity
 from maple_trl.evaluation.intervals import UndefinedMetricError, bootstrap_mean
-from maple_trl.evaluation.metrics import fused_samples, pass_at_k_interval, tag_accuracies
+from maple_trl.evaluation.metrics import fused_samples, pass_at_k_interval, superset_scores, tag_accuracies
 from maple_trl.evaluation.report import as_json
 from maple_trl.modalities import ModalityTag
 
@@ -310,26 +310,30 @@ def _superset_macro(by_access: Mapping[str, Mapping[int, _Question]], options: M
 
     `inputs` says how many questions rest on how many inputs, `left_out` how many have none that contains their tag.
     """
-    scores, tags, clips, inputs, left_out = [], [], [], Counter(), 0
-    for (_, tag), by_input in _by_input(by_access).items():
-        if tag is None:
-            continue
-        holding = [rows for fed, rows in by_input.items() if set(fed) >= set(tag)]
-        if not holding:
-            left_out += 1
-            continue
-        scores.append(math.fsum(map(_mean_of, holding)) / len(holding))
-        tags.append(tag)
-        clips.append(holding[0][0].clip)
-        inputs[len(holding)] += 1
-    if not scores:
+    rows = [
+        ((name, tag), fed, question)
+        for (name, tag), by_input in _by_input(by_access).items()
+        if tag is not None
+        for fed, own in by_input.items()
+        for question in own
+    ]
+    if not rows:
+        raise UndefinedMetricError("No question with a tag was scored")
+    keys, fed, asked = zip(*rows, strict=True)
+    by_question = superset_scores([question.mean for question in asked], keys, [tag for _, tag in keys], fed)
+    clip_of = {key: question.clip for key, _, question in reversed(rows)}
+    held = {key: values for key, values in by_question.items() if values}
+    if not held:
         raise UndefinedMetricError("No question with a tag was scored with an input that contains it")
+    scores = [math.fsum(values) / len(values) for values in held.values()]
+    inputs = Counter(map(len, held.values()))
+    tags, clips = [tag for _, tag in held], [clip_of[key] for key in held]
     found = tag_accuracies(scores, tags, **options, clusters=clips)
     return asdict(found.tag_mean) | {
         "per_tag": {tag: asdict(estimate) for tag, estimate in found.per_tag.items()},
         "missing_tags": list(found.missing),
         "inputs": {str(number): inputs[number] for number in sorted(inputs)},
-        "left_out": left_out,
+        "left_out": len(by_question) - len(held),
     }
 
 

@@ -214,6 +214,41 @@ def _kept(values: Sequence[Any], mask: NDArray[np.bool_]) -> list[Any]:
     return [value for value, is_kept in zip(values, mask, strict=True) if is_kept]
 
 
+def superset_scores(
+    scores: ArrayLike, questions: Sequence[Hashable], tags: Sequence[str], inputs: Sequence[str]
+) -> dict[Hashable, list[float]]:
+    """
+    Scores of questions with the inputs that contain their tag, exactly or with more (MAPLE, arXiv 2602.11596, 3.3).
+
+    The mean of a question's list is the first stage of MAPLE's two; the plain mean over tags of these means
+    ([`tag_accuracies`]`.tag_mean`) is the second, `superset_macro`.
+
+    Args:
+        scores: of shape (N,), one per question and input.
+        questions: the name of the question of each score.
+        tags: the modalities that it requires, the same for all scores of a question.
+        inputs: those that it was given. Several scores with one input count as their mean.
+
+    Returns:
+        By question one score for each such input; an empty list where there is none.
+
+    Raises:
+        ValueError: for a score that is not finite, an unknown tag or input, or two tags of one question, with the row.
+    """
+    values, required, given = checked_scores(scores), parse_tags(tags), parse_tags(inputs)
+    found: dict[Hashable, dict[str, list[float]]] = {}
+    tag_of: dict[Hashable, str] = {}
+    for row, (value, name, tag, fed) in enumerate(zip(values, questions, required, given, strict=True)):
+        if not tag or tag_of.setdefault(name, tag) != tag:
+            raise ValueError(
+                f"tags: row {row}: question {name!r} must have one tag, got '{tag_of.get(name, '')}' and '{tag}'"
+            )
+        by_input = found.setdefault(name, {})
+        if set(fed) >= set(tag):
+            by_input.setdefault(fed, []).append(float(value))
+    return {name: [math.fsum(own) / len(own) for own in by_input.values()] for name, by_input in found.items()}
+
+
 def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
     """
     Which samples do better with several modalities than with the best one: `max(J(VA), J(VS), J(AS), J(VAS)) >
