@@ -105,7 +105,12 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
         "the folder of its files (required)",
     )
     data.add_argument("--benchmark", metavar="NAME", help="read --data as this benchmark, e.g. daily-omni")
-    data.add_argument("--prompt-style", default="think", metavar="NAME", help="form of a benchmark's prompts (think)")
+    data.add_argument(
+        "--prompt-style",
+        default="think",
+        metavar="NAME",
+        help="form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that (think)",
+    )
     data.add_argument(
         "--missing-media",
         choices=("keep", "leave_out", "error"),

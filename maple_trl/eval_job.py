@@ -31,13 +31,12 @@ from maple_trl.job_args import OmniScriptArguments, SetupError
 from maple_trl.job_data import filter_rows, load_datasets
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
-from maple_trl.rewards.answers import extract_answer
 from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rows import check_spelling
 
 
-FORMAT = 3
+FORMAT = 4
 """Version of what `result.json` and `rows.parquet` hold."""
 
 # Of the media options, those that decide what the model reads.
@@ -176,7 +175,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
                 max_media_tokens=job.media.max_media_tokens,
                 chat_template_kwargs=job.chat_template_kwargs,
             )
-            asker = model.asker(builder, questions.rows, scoring.function, extract_answer, job.options)
+            asker = model.asker(builder, questions.rows, scoring.function, scoring.extract, job.options)
             # What a report needs of an evaluation that is going on, too.
             run = {
                 "started": started.isoformat(timespec="seconds"),
@@ -405,7 +404,7 @@ def _identity(
             "generation": asker.generation,
             "scoring": {
                 "score": scoring.described,
-                "parser": {"version": PARSER_VERSION} | describe_function(extract_answer),
+                "parser": {"version": PARSER_VERSION} | describe_function(scoring.extract),
             },
             "device": model.device,
             "versions": versions(),

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maple_trl.data.benchmarks.prompts import prompt_style
 from maple_trl.evaluation.eval_identity import describe_function, digest
 from maple_trl.job_args import SetupError
 from maple_trl.job_rewards import JUDGES, close_rewards, load_rewards, what_is_learned
+from maple_trl.rewards.answers import extract_answer
 from maple_trl.rewards.judge import inner_judge
 
 
@@ -33,6 +35,7 @@ class Scoring:
     Attributes:
         function: with the signature of TRL's rewards.
         described: as JSON values.
+        extract: what reads the answer in a completion, in the form that the function grades.
 
     Raises:
         SetupError: for a name that leads to none, or a judge that is described wrongly.
@@ -44,6 +47,7 @@ class Scoring:
         (self.function,) = load_rewards([entry], media, place="--judge")
         self.described: dict[str, Any] = describe_function(self.function)
         self._judge = inner_judge(self.function)
+        self.extract = getattr(self.function, "extract", extract_answer)
         if isinstance(entry, dict):
             self.described["entry"] = what_is_learned([entry])[0]
         if self._judge is not None:
@@ -69,6 +73,9 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
             entry = json.loads(entry)
         except ValueError as error:
             raise SetupError(f"--judge is no JSON object: {error}") from error
+    if entry == "accuracy_reward" and job.benchmark is not None:
+        answer_format = prompt_style(job.prompt_style).answer_format
+        entry = entry if answer_format == "tags" else {"reward": entry, "answer_format": answer_format}
     if job.judge_model is not None or job.judge_server is not None:
         if entry not in JUDGES or job.judge_model is None:
             raise SetupError(

@@ -39,7 +39,13 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     table.add_section()
     for name in ("scored", "errors", "unscored", "lacking"):
         add(name, lambda found, name=name: found["counts"][name])
+    add("clips", lambda found: found["accuracy"].get("sample_mean", {}).get("clips"))
     console.print(table)
+    macro = result["superset_macro"]
+    if "value" in macro and set(macro["inputs"]) != {"1"}:  # of one input each it is the mean of tags
+        low, high = (_plain(macro[end]) for end in ("low", "high"))
+        text = f"superset macro {macro['value']:.3f} [{low}, {high}]: mean over inputs that contain the tag, then over tags"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     if "value" in result["fusion_gain"]:
         console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
     failed: dict[tuple, list[str]] = {}

@@ -25,6 +25,8 @@ MADE = {
     "caption_judge": "CaptionJudge",
     "stepwise_reasoning_judge": "StepwiseReasoningJudge",
 }
+# Functions that may be given parameters, and the class that takes them.
+WITH_PARAMETERS = {"accuracy_reward": "AccuracyReward"}
 JUDGES = ("caption_judge", "stepwise_reasoning_judge")
 
 _COMMON = ("reward", "name", "tags", "rows", "contrastive")
@@ -58,6 +60,7 @@ def read_entries(rewards: Any, place: str = "rewards") -> list[str | dict[str, A
             - `tags`, a list of modality tags, or `rows`, a mapping of one column to a list of values: rows that it is for;
             - `contrastive`, a mapping with `alpha`, `tau` and arguments of [`~maple_trl.rewards.BertScoreSimilarity`];
             - `name`, by which it is logged;
+            - for `accuracy_reward` `answer_format`, how completions mark their answer;
             - for a judge `server`, a mapping of [`~maple_trl.chat.ChatOptions`], or `local`, one of arguments of
               [`~maple_trl.rewards.LocalScorer`];
             - parameters of the class.
@@ -198,22 +201,31 @@ class _Entry:
                 f"{self.where}: tags and rows cannot be used together; rows: {{tag: [...]}} says the same"
             )
         # Built with nothing behind it, so that the classes themselves say what is out of range.
-        reward = self._make(_Nothing()) if self.reward in MADE else _stand_in
+        reward = self._make(_Nothing()) if self._is_made else _stand_in
         self._route(self._contrast(reward))
 
     def build(self, loader: Callable | None) -> Callable:
         """The reward function."""
         self.check()
-        reward = self._make(None, loader) if self.reward in MADE else self._guarded("", _find, self.reward)
+        reward = self._make(None, loader) if self._is_made else self._guarded("", _find, self.reward)
         return self._route(self._contrast(reward))
 
     # Parts
+
+    @property
+    def _is_made(self) -> bool:
+        """Whether a class makes the reward; a plain function that is given parameters is made, too."""
+        return self.reward in MADE or any(name in self.entry for name in _parameters(self.reward))
 
     def _make(self, scorer: Any, loader: Any = None) -> Callable:
         """What `reward` names, for what takes parameters; `scorer` takes the place of the judge's own where given."""
         from maple_trl import rewards
 
         values = {name: self.entry[name] for name in _parameters(self.reward) if name in self.entry}
+        if self.reward in WITH_PARAMETERS:
+            reward = self._guarded("", getattr(rewards, WITH_PARAMETERS[self.reward]), **values)
+            reward.__name__ = self.entry.get("name", self.reward)
+            return reward
         if self.reward not in JUDGES:
             missing = [name for name in ("soft_limit", "hard_limit") if not _is_whole(values.get(name))]
             if missing:
@@ -290,7 +302,7 @@ class _Entry:
         name = self.entry.get("name")
         if "name" in self.entry and (not isinstance(name, str) or not name.strip()):
             raise SetupError(f"{self.where}: name must be a text, by which the reward is logged")
-        if name and self.reward not in MADE and not {"tags", "rows", "contrastive"} & set(self.entry):
+        if name and not self._is_made and not {"tags", "rows", "contrastive"} & set(self.entry):
             raise SetupError(
                 f"{self.where}: name has no effect on a function of its own; it is for judges, length_reward, and with tags, "
                 "rows or contrastive"
@@ -344,6 +356,8 @@ def _parameters(reward: str) -> list[str]:
     """The fields of an entry that are parameters of the class behind its reward."""
     from maple_trl import rewards
 
+    if reward in WITH_PARAMETERS:
+        return list(inspect.signature(getattr(rewards, WITH_PARAMETERS[reward])).parameters)
     if reward not in MADE:
         return []
     found = list(inspect.signature(getattr(rewards, MADE[reward])).parameters)

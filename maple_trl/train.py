@@ -401,12 +401,15 @@ def _evaluate(
 ) -> SampledAccuracy:
     """Accuracy by tag of the answers that the policy samples now; every process takes part."""
     from maple_trl.evaluation import sampled_accuracy
-    from maple_trl.rewards import accuracy_reward
+    from maple_trl.rewards import AccuracyReward, accuracy_reward
 
+    rewards = getattr(trainer, "reward_funcs", ())
+    # Answers are read in the form that the job rewards.
+    score = next((reward for reward in rewards if isinstance(reward, AccuracyReward)), accuracy_reward)
     return sampled_accuracy(
         trainer.generate_completions,
         dataset,
-        accuracy_reward,
+        score,
         questions_per_tag=script_args.eval_questions_per_tag,
         seed=trainer.args.seed,
     )

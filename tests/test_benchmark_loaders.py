@@ -528,7 +528,7 @@ def test_what_cannot_be_found_is_named(tmp_path):
     (tmp_path / "test.json").write_text("[]")
     with pytest.raises(BenchmarkError, match=r"test\.json: no record in it"):
         load_benchmark("tomato", tmp_path)
-    with pytest.raises(ValueError, match="there is no prompt style 'loud'; the styles are think, answer"):
+    with pytest.raises(ValueError, match="there is no prompt style 'loud'; the styles are think, answer, brackets"):
         load_benchmark("tomato", tmp_path, prompt_style="loud")
 
 
@@ -552,6 +552,7 @@ def test_prompt_styles_are_pinned():
     assert {name: (style.version, style.digest) for name, style in PROMPT_STYLES.items()} == {
         "think": (1, "24f3a9918e2218f3"),
         "answer": (1, "23295c064c9bdbb9"),
+        "brackets": (1, "da8c78b865aa4822"),
     }
 
 

@@ -1,5 +1,6 @@
 """`maple-trl eval` on the embedded model: its numbers, interruptions, several processes, broken rows, wrong commands."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from eval_runs import MODEL, evaluate, folder_with_ending, lines_of, result_of, 
 from forks import start, status_of
 
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.evaluation.evaluator import Evaluator
 
 
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
@@ -221,6 +223,34 @@ def test_a_benchmark_is_read_with_its_media(folder, tmp_path):
     assert less["data"]["prompt_style"]["digest"]
 
 
+def test_answers_in_brackets_are_asked_for_and_read(folder, tmp_path, monkeypatch):
+    question = {"Type": "AV Event Alignment", "Question": "Which?", "Choice": list("ABCD"), "Answer": "B"}
+    rest = ("content_parent_category", "content_fine_category", "video_category", "video_duration")
+    (tmp_path / "qa.json").write_text(json.dumps([question | dict.fromkeys(rest, "30s") | {"video_id": "one"}]))
+    clip = tmp_path / "Videos" / "one" / "one_video.mp4"
+    clip.parent.mkdir(parents=True)
+    shutil.copy(default_folder() / load_seven_tags()["test"][0]["video"], clip)
+    said = iter(["I see it. [B]", "[A] or [B]", "<answer>B</answer>", "<think>[A]</think> **[B]** the second"])
+    answers = Evaluator._answers
+
+    def scripted(self, prompts, batch):
+        return {
+            number: [dataclasses.replace(answer, text=next(said)) for answer in own]
+            for number, own in answers(self, prompts, batch).items()
+        }
+
+    monkeypatch.setattr(Evaluator, "_answers", scripted)
+    words = [*MODEL, "--benchmark", "daily-omni", "--data", tmp_path, "--samples", "4", "--quiet"]
+    assert evaluate(*words, "--prompt-style", "brackets", "--output", tmp_path / "out") == 0
+    lines, found = lines_of(tmp_path / "out"), result_of(tmp_path / "out")
+    assert lines[0]["prompt"].endswith("in this form: [LETTER]")
+    assert [line["answer"] for line in lines] == ["B", None, None, "B"]
+    assert [line["score"] for line in lines] == [1.0, 0.0, 0.0, 1.0] and lines[0]["clip"] == "Videos/one/one_video.mp4"
+    assert found["scoring"]["score"]["entry"] == {"reward": "accuracy_reward", "answer_format": "brackets"}
+    assert found["scoring"]["score"]["name"] == "maple_trl.rewards.accuracy:AccuracyReward"
+    assert found["scoring"]["parser"]["name"] == "maple_trl.rewards.answers:extract_bracketed"
+
+
 # Rows that are broken, lack a signal, or cannot be graded
 
 
@@ -305,6 +335,57 @@ def test_the_fusion_gain_is_over_rows_that_were_scored_under_all_tags(mixed):
     gain = result_of(out)["fusion_gain"]
     assert gain["value"] == pytest.approx(mean(map(float, better)))
     assert (gain["count"], gain["left_out"]) == (len(whole), 12 - len(whole)) == (8, 4)
+
+
+def test_the_superset_macro_follows_from_the_completions(mixed):
+    _, _, out = mixed
+    means, tags = defaultdict(dict), {}
+    for access in TAGS:
+        scores, more = recount([line for line in lines_of(out) if line["status"] == "scored"], access)
+        tags |= more
+        for row, values in scores.items():
+            if tags[row] is not None and set(tags[row]) <= set(access):
+                means[row][access] = mean(values)
+    by_tag = defaultdict(list)
+    for row, by_input in means.items():
+        by_tag[tags[row]].append(mean(by_input.values()))
+    found = result_of(out)["superset_macro"]
+    assert found["value"] == pytest.approx(mean(map(mean, by_tag.values())))
+    assert found["count"] == len(means) and {t: e["count"] for t, e in found["per_tag"].items()} == {
+        tag: len(by_tag[tag]) for tag in TAGS if tag in by_tag
+    }
+
+
+def test_rows_that_ask_one_question_with_several_inputs(folder, capsys):
+    """`tag` is then what is fed, `required_tag` what the question requires; a clip is named by its column."""
+    (row,) = load_seven_tags()["test"].filter(lambda row: row["tag"] == "V").select(range(1)).to_list()
+    rows = [
+        {
+            **row,
+            "id": f"{name}-{tag}",
+            "question_id": name,
+            "tag": tag,
+            "required_tag": "V",
+            "video_id": f"clip-{name}",
+        }
+        for name in ("one", "two")
+        for tag in ("V", "av", "A")
+    ]
+    (folder / "inputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*MODEL, "--data", "inputs.jsonl", "--split", "train", "--samples", "2", "--quiet"]
+    words += ["--media-root", default_folder(), "--output", "inputs"]
+    assert evaluate(*words) == 0
+    assert "superset macro" in capsys.readouterr().out
+    lines, found = lines_of(folder / "inputs"), result_of(folder / "inputs")
+    assert [line["tag"] for line in lines] == ["V"] * 12
+    assert [line["fed"] for line in lines] == [fed for fed in ("V", "VA", "A") * 2 for _ in range(2)]
+    assert [line["clip"] for line in lines] == ["clip-one"] * 6 + ["clip-two"] * 6
+    assert all((line["video_tokens"] > 0) == ("V" in line["fed"]) for line in lines)
+    scores = [float(letter(line["completion"]) == line["solution"]) for line in lines]
+    macro = found["superset_macro"]
+    assert macro["value"] == pytest.approx(mean(scores[0:4] + scores[6:10])) and macro["inputs"] == {"2": 2}
+    assert macro["clips"] == found["accesses"]["required"]["accuracy"]["sample_mean"]["clips"] == 2
+    assert found["over_inputs"]["per_tag"]["V"]["value"] == pytest.approx(mean(scores))
 
 
 def test_errors_may_be_allowed(mixed, capsys):

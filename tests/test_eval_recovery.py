@@ -242,7 +242,10 @@ def source_digest(module):
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
-PARSERS = {1: "196976531b3ae0039d7cf764fdab0f75d17e6c63c8e93ffb84e3f208680dd629"}
+PARSERS = {
+    1: "196976531b3ae0039d7cf764fdab0f75d17e6c63c8e93ffb84e3f208680dd629",
+    2: "59b20de073ac9d564e57f40e254102cbeb72dcd66943fecc1dae54c7353a9c40",
+}
 
 
 def test_a_changed_parser_has_a_new_version(whole):

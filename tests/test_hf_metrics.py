@@ -26,6 +26,7 @@ SAMPLES = [[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 0, 1]]
 SCORES = [score for i in range(7) for score in (1.0, i / 6, 0.5)]
 SCORE_TAGS = [tag for tag in TAGS for _ in range(3)]
 FUSED = [(tag[::-1].lower(), name, gain * len(tag)) for name, gain in (("x", 0.3), ("y", 0.0)) for tag in TAGS]
+CLIPS = [f"clip-{i % 5}" for i in range(len(SCORES))]
 FIRST, SECOND = [1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 1, 1]
 
 # Every job gives its result, or the message of its error.
@@ -75,6 +76,15 @@ JOBS = {
     "fusion_gain": ("fusion_gain", [fused(FUSED)], {}),
     "fusion_gain missing": ("fusion_gain", [fused(FUSED[:-1])], {}),
     "fusion_gain twice": ("fusion_gain", [fused([*FUSED, FUSED[0]])], {}),
+    "tag_accuracy by clip": ("tag_accuracy", [{"predictions": SCORES, "tags": SCORE_TAGS}], {"clusters": CLIPS}),
+    "modality_gap by clip": ("modality_gap", [{"predictions": SCORES, "tags": SCORE_TAGS}], {"clusters": CLIPS}),
+    "pass_at_k by clip": ("pass_at_k", [{"predictions": SAMPLES}], {"clusters": ["a", "a", "b", None]}),
+    "fusion_gain by clip": ("fusion_gain", [fused(FUSED)], {"clusters": [name for _, name, _ in FUSED]}),
+    "paired_comparison by clip": (
+        "paired_comparison",
+        [{"predictions1": FIRST, "predictions2": SECOND}],
+        {"clusters": list("aabbcc")},
+    ),
     "paired_comparison": ("paired_comparison", [{"predictions1": FIRST, "predictions2": SECOND}], {"seed": 1}),
 }
 
@@ -146,6 +156,26 @@ def test_fusion_gain(results):
 def test_paired_comparison(results):
     assert results["paired_comparison"] == vars(compare_runs(FIRST, SECOND, seed=1))
     assert results["paired_comparison"]["p_value"] == 2 * (1 + 5) / 2**5
+
+
+def test_by_clip(results):
+    found = results["tag_accuracy by clip"]
+    expected = tag_accuracies(SCORES, SCORE_TAGS, clusters=CLIPS)
+    assert (found["sample_mean_low"], found["sample_mean_clips"]) == (expected.sample_mean.low, 5)
+    assert found["tag_mean_high"] == expected.tag_mean.high and found["tag/V_clips"] == 3
+    assert results["modality_gap by clip"]["clips"] == 5
+    gap = modality_gap_intervals(SCORES, SCORE_TAGS, clusters=CLIPS)["mean"]
+    assert results["modality_gap by clip"]["mean_high"] == gap.high
+    estimate = pass_at_k_interval([3] * 4, [2, 0, 3, 1], 1, clusters=["a", "a", "b", None])
+    assert results["pass_at_k by clip"] == {
+        "pass@1": estimate.value,
+        "pass@1_low": estimate.low,
+        "pass@1_high": estimate.high,
+        "clips": 3,
+    }
+    assert results["fusion_gain by clip"]["clips"] == 2
+    assert results["paired_comparison by clip"] == vars(compare_runs(FIRST, SECOND, clusters=list("aabbcc")))
+    assert results["paired_comparison by clip"]["test"] == "permutation"
 
 
 @pytest.mark.parametrize("name", NAMES)

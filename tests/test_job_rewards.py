@@ -78,6 +78,8 @@ LENGTH = {"reward": "length_reward", "soft_limit": 80, "hard_limit": 100}
         ({"reward": "accuracy_reward", "rows": {"a": ["b"], "c": ["d"]}}, "rows must map one column to a list of values"),
         ({"reward": "accuracy_reward", "rows": {"kind": "when"}}, "rows takes a list of values"),
         ({"reward": "accuracy_reward", "soft_limit": 3}, "unknown field 'soft_limit'; the fields are reward, name, tags"),
+        ({"reward": "accuracy_reward", "answer_format": "braces"}, r"\(accuracy_reward\): answer_format must be one of tags, brackets"),
+        ({"reward": "format_reward", "answer_format": "tags"}, "unknown field 'answer_format'"),
         ({"reward": "accuracy_reward", "contrastive": {"tau": 0.5}}, "contrastive: alpha must be a number"),
         ({"reward": "accuracy_reward", "contrastive": CONTRAST | {"tau": 2}}, "contrastive: .*tau is a similarity in"),
         ({"reward": "accuracy_reward", "contrastive": CONTRAST | {"alhpa": 2}}, "unknown field 'alhpa'; did you mean alpha?"),
@@ -178,6 +180,18 @@ def test_every_kind_of_entry(tmp_path, monkeypatch):
     (callback,) = library.judge_callbacks(made)
     assert callback.judges == [made[5], made[6], weighed.reward, made[8]]
     close_rewards(made)
+
+
+def test_an_accuracy_of_answers_in_brackets():
+    entries = [
+        {"reward": "accuracy_reward", "answer_format": "brackets"},
+        {"reward": "accuracy_reward", "answer_format": "brackets", "tags": ["V"], "name": "seen"},
+        {"reward": "accuracy_reward", "answer_format": "tags", "name": "tagged"},
+    ]
+    made = load_rewards(entries)
+    assert [reward.__name__ for reward in made] == ["accuracy_reward", "seen", "tagged"]
+    columns = {"completions": ["It is red. [B]", "<answer>B</answer>"], "solution": ["B", "B"], "tag": ["V", "A"]}
+    assert [reward(**columns) for reward in made] == [[1.0, 0.0], [1.0, None], [0.0, 1.0]]
 
 
 def test_the_example_of_the_readme():

@@ -235,6 +235,8 @@ def test_two_evaluations_are_compared_question_by_question(evaluations, tmp_path
         assert found["count"] == 12 and found["left_out"] == 0
         assert found["difference"] == pytest.approx(sum(second[name] - first[name] for name in first) / 12)
         assert found["better"] == sum(second[name] > first[name] for name in first)
+        clips = {entry["clip"] for entry in rows[0]}
+        assert None not in clips and found["clips"] == len(clips)
         assert found["low"] <= found["difference"] <= found["high"] and 0 < found["p_value"] <= 1
     assert list(data["comparison"]["accesses"]) == ["required", "all"] and data["comparison"]["same_data"]
     for run, name in zip(data["runs"], ("first", "second"), strict=True):

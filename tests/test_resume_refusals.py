@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs.runner import TORCHRUN, Job, facts, once, weights, write_inputs
+from jobs.runner import Job, facts, once, weights, write_inputs
 from omni_runs import DEFAULTS, spread_reward
 from tiny_models import build_tiny, build_tiny_text
 
@@ -216,7 +216,7 @@ def pair(tmp_path_factory):
         resumed = {"resume": True, "options": options, "copies": "whole/checkpoint-1"}
         lacking = {"second-rank": "rng_state_1.pth", "optimizer": "optimizer.pt", "control": None}
         runs = [{**resumed, "name": name, "without": part} for name, part in lacking.items()]
-        Job(TORCHRUN, folder, "pair", rows, [whole, stopped, *runs]).wait()
+        Job(2, folder, "pair", rows, [whole, stopped, *runs]).wait()
 
     return once(tmp_path_factory, "resume-pair", prepare)
 

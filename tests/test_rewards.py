@@ -122,8 +122,9 @@ def test_right_option(answer):
     "answer",
     [
         *("", " ", ":", ".", "()", "Thought process:", "A", "(A)", "A. B", "AB", "BB", "B C", "B, C", "A or B", "B/C"),
-        *("B because", "the answer is B", "option B", "A, B, C, D", "B.B", "((B))", "(B", "[B]", "*B*", "2"),
-        *("В", "Ｂ", "Ⓑ", "𝐁", "B\u200b", "ᴮ", "β"),  # look-alikes: Cyrillic, full width, circled, bold, superscript
+        *("B because", "the answer is not B", "option A", "A, B, C, D", "B.B", "((B))", "(B", "[A]", "*A*", "2"),
+        # Look-alikes: Cyrillic, circled, bold, superscript. The wide `Ｂ` of East Asian texts is the letter.
+        *("В", "Ⓑ", "𝐁", "B\u200b", "ᴮ", "β", "Ａ"),
     ],
 )
 def test_wrong_option(answer):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from trl.rewards import get_soft_overlong_punishment
 
 from maple_trl import rewards
-from maple_trl.rewards import LengthReward, box_iou_reward, temporal_iou_reward
+from maple_trl.rewards import AccuracyReward, LengthReward, box_iou_reward, temporal_iou_reward
+from maple_trl.rewards.answers import answer_key, chosen_option, extract_bracketed, option_texts
 from maple_trl.rewards.judge_prompts import CAPTION_SYSTEM, SCALE
 from maple_trl.rewards.judge_texts import caption_text, echoes, harmless, read_plain_grades, says_nothing, think_block
 from maple_trl.rewards.localisation import box_iou, interval_iou, parse_box, parse_intervals
@@ -350,11 +351,41 @@ def test_long_completions_take_linear_time(shape):
     options = [["red", "blue", "green", "a cat"]]
 
     def all_rewards(text):
-        for reward in BUILTIN:
+        for reward in (*BUILTIN, AccuracyReward("brackets")):
             (plain,), (chosen,) = score(reward, [text]), score(reward, [text], options=options)
             assert 0.0 <= plain <= 1.0 and 0.0 <= chosen <= 1.0
 
     assert growth(all_rewards, LONG[shape]) < BOUND
+
+
+# Marks and words around an option, over and over.
+LONG_OPTIONS = {
+    "emphasis": "**",
+    "macros": "\\text{",
+    "boxes": "\\boxed{",
+    "brackets": "[A] ",
+    "open brackets": "[A",
+    "dollars": "$B",
+    "announced": "the answer is ",
+    "announced elsewhere": "答案是",
+    "spaces": " ",
+    "said behind": " is the correct answer",
+    "second options": "option B, **B** ",
+}
+
+
+@pytest.mark.parametrize("shape", LONG_OPTIONS)
+def test_forms_of_options_take_linear_time(shape):
+    texts = option_texts(["red", "blue", "green", "a cat"])
+
+    def read(text):
+        for start in ("", "B. ", "The answer is:"):
+            chosen_option(f"{start}{text}B")
+            chosen_option(f"{start}{text}B", texts)
+        answer_key(text)
+        extract_bracketed(text)
+
+    assert growth(read, lambda n: LONG_OPTIONS[shape] * (n // len(LONG_OPTIONS[shape])), small=8_000) < BOUND
 
 
 @pytest.mark.parametrize("shape", LONG)

@@ -38,9 +38,9 @@ def vote(*answers, **columns):
         (["0", "-0.0", "1"], [1, 1, 0]),
         (["1,200", "1200", "1.2"], [1, 1, 0]),
         (["Red  cat", "red CAT", "blue cat"], [1, 1, 0]),
-        # Alike for the eye only: Cyrillic, full width. They are texts, not the option.
+        # Alike for the eye only, Cyrillic: a text, not the option. The wide letter is one way to write it, as marks are.
         (["B", "В", "B"], [1, 0, 1]),
-        (["B", "Ｂ", "B"], [1, 0, 1]),
+        (["C", "Ｂ", "**B**", "选B"], [0, 1, 1, 1]),
         # No vote, though they are the most.
         (["", "", "", "B"], [0, 0, 0, 1]),
         ([":", ":", ":", "B"], [0, 0, 0, 1]),

@@ -13,6 +13,7 @@ from maple_trl.evaluation.metrics import (
     fusion_gain,
     pass_at_k,
     pass_at_k_interval,
+    superset_scores,
     tag_accuracies,
     training_efficiency,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "pass_at_k",
     "pass_at_k_interval",
     "sampled_accuracy",
+    "superset_scores",
     "tag_accuracies",
     "tag_disparity",
     "training_efficiency",

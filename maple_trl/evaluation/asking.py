@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from maple_trl.evaluation.clips import clips_of
 from maple_trl.evaluation.eval_options import ALL, REQUIRED, EvalOptions, EvaluationError, ScoringError
 from maple_trl.evaluation.fed import as_text, fed_columns
 from maple_trl.modalities import ModalityTag
@@ -61,7 +62,9 @@ class Asker(ABC):
         builder ([`~maple_trl.omni.prompt.PromptBuilder`]):
             How rows become prompts; its own `modality_access` is not used.
         rows: with `prompt`, where they apply `video`, `audio`, `subtitle` and `tag`, and what `score` reads. A column
-            `id`, where it names every row differently, decides the samples; else the row's number does.
+            `id`, where it names every row differently, decides the samples; else the row's number does. `tag` is what a
+            question requires and is fed; where rows ask one question with several inputs, `required_tag` is what it
+            requires, `tag` the row's input, and `question_id` the same for them.
         score: a reward function with TRL's signature, whose scores lie in [0, 1]; `None` for what it cannot score.
         extract: the answer in a completion's text, or `None`.
         options: how questions are asked.
@@ -93,8 +96,11 @@ class Asker(ABC):
         self._builders = {name: _with_access(builder, name) for name in (REQUIRED, ALL)}
         if not len(rows):
             raise EvaluationError("the data set holds no row")
-        self.tags = [_tag(row, number) for number, row in enumerate(rows)]
+        self.tags = [
+            _tag(row, number, "required_tag" if row.get("required_tag") else "tag") for number, row in enumerate(rows)
+        ]
         self.names = _names(rows)
+        self.clips = clips_of(rows)
         self.batches, self.skipped = self._plan()
         if not self.batches:
             first = self.skipped[0]
@@ -211,10 +217,13 @@ class Asker(ABC):
         row = self.rows[number]
         texts = {name: as_text(row.get(name)) for name in ("solution", "category")}
         try:
-            fed = fed_columns(self._spec(number, access))
+            spec = self._spec(number, access)
+            fed = fed_columns(spec) | {"fed": ModalityTag.from_modalities(spec.fed).value if spec.fed else None}
         except RowError:
             fed = {}
         return {"id": self.names[number], "row": number, "tag": self.tags[number], **texts, **fed} | {
+            "clip": self.clips[number],
+            "question": self.names[number] if row.get("question_id") in (None, "") else str(row["question_id"]),
             "access": access,
             "status": status,
             **values,
@@ -268,11 +277,11 @@ def _with_access(builder: PromptBuilder, access: str) -> PromptBuilder:
     return builder
 
 
-def _tag(row: Row, number: int) -> str | None:
+def _tag(row: Row, number: int, field: str) -> str | None:
     try:
-        return ModalityTag.parse(row["tag"]).value if row.get("tag") else None
+        return ModalityTag.parse(row[field]).value if row.get(field) else None
     except ValueError as error:
-        raise EvaluationError(f"row {number}, field 'tag': {error}") from None
+        raise EvaluationError(f"row {number}, field {field!r}: {error}") from None
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

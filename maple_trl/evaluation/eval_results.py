@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from maple_trl.evaluation.eval_options import REQUIRED
 from maple_trl.evaluation.gaps import WEIGHTINGS, modality_gap_intervals, tag_disparity
 from maple_trl.evaluation.intervals import UndefinedMetricError, bootstrap_mean
-from maple_trl.evaluation.metrics import fused_samples, pass_at_k_interval, tag_accuracies
+from maple_trl.evaluation.metrics import fused_samples, pass_at_k_interval, superset_scores, tag_accuracies
 from maple_trl.evaluation.report import as_json
 from maple_trl.modalities import ModalityTag
 
 
+# A medium's place in a prompt as plain text.
+_MEDIUM = re.compile(r"\[(?:video|audio)\]")
 # A sample counts as right for pass@k when its score is full, but for rounding.
 _FULL = 1 - 1e-9
 
@@ -30,8 +34,12 @@ class _Question:
     row: int
     tag: str | None
     category: str | None
+    clip: str | None
     status: str
     reason: str | None
+    question: str | None = None
+    fed: str | None = None
+    prompt: str | None = None
     scores: list[float] = field(default_factory=list)
 
     @property
@@ -55,6 +63,8 @@ def evaluation_results(
     mean: it is counted, and `bounds` say what the accuracy would be if all such were wrong and if all were right. A
     question that lacks a signal of an access (`lacking`) does not belong to that access, nor to its bounds.
 
+    Intervals rest on clips where the lines name them: an estimate says how many (`clips`) beside its questions (`count`).
+
     Args:
         lines: with the columns of [`~maple_trl.evaluation.eval_store.LINES`].
         accesses: in the order to report them.
@@ -62,7 +72,8 @@ def evaluation_results(
         confidence, resamples, seed: as in [`bootstrap_mean`].
 
     Returns:
-        `accesses`: for each what [`_access_results`] gives; `fusion_gain`; `errors`: every question that ended so, by
+        `accesses`: for each what [`_access_results`] gives; `superset_macro`, `over_inputs` and `fusion_gain`, which rest
+        on several inputs of a question; `errors`: every question that ended so, by
         name. A value that is undefined is `{"undefined": reason}`.
     """
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
@@ -74,7 +85,18 @@ def evaluation_results(
     for line in lines.to_pylist():
         questions = by_access[line["access"]]
         question = questions.setdefault(
-            line["row"], _Question(line["row"], line["tag"], line["category"], line["status"], line["reason"])
+            line["row"],
+            _Question(
+                line["row"],
+                line["tag"],
+                line["category"],
+                line.get("clip"),
+                line["status"],
+                line["reason"],
+                line.get("question") or line["id"],
+                line.get("fed") or _fed_before(line),
+                line.get("prompt"),
+            ),
         )
         if line["score"] is not None:
             question.status = "scored"
@@ -97,9 +119,18 @@ def evaluation_results(
                 | {"grades": {name: math.fsum(v) / len(v) for name, v in sorted(grades[access].items())}}
                 for access in accesses
             },
+            "superset_macro": _or_reason(lambda: _superset_macro(by_access, options)),
+            "over_inputs": _or_reason(lambda: _over_inputs(by_access, options)),
             "fusion_gain": _or_reason(lambda: _fusion_gain(by_access, options)),
             "errors": sorted(errors, key=lambda error: (error["row"], accesses.index(error["access"]))),
         }
+    )
+
+
+def _fed_before(line: Mapping[str, Any]) -> str | None:
+    """What was fed, where the line is of a version that did not write it down."""
+    return (
+        line["access"] if line["access"] in list(ModalityTag) else line["tag"] if line["access"] == REQUIRED else None
     )
 
 
@@ -138,8 +169,9 @@ def _access_results(questions: list[_Question], samples: int, options: Mapping[s
     belonging = [question for question in questions if question.status != "lacking"]
     scores = np.array([question.mean for question in belonging])
     tags = [question.tag for question in belonging]
+    clips = [question.clip for question in belonging]
     return {
-        "accuracy": _or_reason(lambda: _accuracy(belonging, scores, tags, options)),
+        "accuracy": _or_reason(lambda: _accuracy(belonging, scores, tags, clips, options)),
         "bounds": {
             "sample_mean": _bounds(scores),
             "per_tag": {
@@ -151,7 +183,9 @@ def _access_results(questions: list[_Question], samples: int, options: Mapping[s
             weighting: _or_reason(
                 lambda weighting=weighting: {
                     name: asdict(estimate)
-                    for name, estimate in modality_gap_intervals(scores, tags, weighting, **options).items()
+                    for name, estimate in modality_gap_intervals(
+                        scores, tags, weighting, **options, clusters=clips
+                    ).items()
                 }
             )
             for weighting in WEIGHTINGS
@@ -171,23 +205,34 @@ def _or_reason(compute: Callable[[], Any]) -> Any:
 
 
 def _accuracy(
-    questions: list[_Question], scores: np.ndarray, tags: list[str | None], options: Mapping[str, Any]
+    questions: list[_Question],
+    scores: np.ndarray,
+    tags: list[str | None],
+    clips: list[str | None],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     if not questions:
         raise UndefinedMetricError("No question has the signals of this access")
-    found = tag_accuracies(scores, tags, **options)
-    by_category = defaultdict(list)
+    found = tag_accuracies(scores, tags, **options, clusters=clips)
+    by_category: dict[str, list[_Question]] = defaultdict(list)
     for question in questions:
         if question.category is not None and question.scores:
-            by_category[question.category].append(question.mean)
+            by_category[question.category].append(question)
     return {
         "sample_mean": asdict(found.sample_mean),
         "tag_mean": found.tag_mean and asdict(found.tag_mean),
         "per_tag": {tag: asdict(estimate) for tag, estimate in found.per_tag.items()},
         "missing_tags": list(found.missing),
         "per_category": {
-            category: asdict(bootstrap_mean(values, [category] * len(values), **options))
-            for category, values in sorted(by_category.items())
+            category: asdict(
+                bootstrap_mean(
+                    [question.mean for question in own],
+                    [category] * len(own),
+                    **options,
+                    clusters=[question.clip for question in own],
+                )
+            )
+            for category, own in sorted(by_category.items())
         },
     }
 
@@ -207,10 +252,13 @@ def _pass_at_k(questions: list[_Question], samples: int, options: Mapping[str, A
     n = [len(question.scores) for question in counted]
     right = [sum(score >= _FULL for score in question.scores) for question in counted]
     strata = [question.tag or "" for question in counted]
+    clips = [question.clip for question in counted]
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
         str(k): _or_reason(
-            lambda k=k: asdict(pass_at_k_interval(np.array(n, int), np.array(right, int), k, strata, **options))
+            lambda k=k: asdict(
+                pass_at_k_interval(np.array(n, int), np.array(right, int), k, strata, **options, clusters=clips)
+            )
         )
         for k in dict.fromkeys([*powers, samples])
     }
@@ -233,20 +281,127 @@ def _present(questions: Sequence[_Question]) -> list[str | None]:
     return [tag for tag in (*map(str, ModalityTag), None) if tag in there]
 
 
+# Questions that were asked with several inputs
+
+
+Inputs = dict[tuple[str, str | None], dict[str, list[_Question]]]
+
+
+def _by_input(by_access: Mapping[str, Mapping[int, _Question]]) -> Inputs:
+    """By question (its name and its tag) and input, what was scored; the same input of two accesses counts once."""
+    found: Inputs = defaultdict(dict)
+    seen = set()
+    for questions in by_access.values():
+        for question in questions.values():
+            key = (question.row, question.fed)
+            if question.scores and question.fed is not None and key not in seen:
+                seen.add(key)
+                found[question.question, question.tag].setdefault(question.fed, []).append(question)
+    return found
+
+
+def _mean_of(rows: Sequence[_Question]) -> float:
+    return math.fsum(question.mean for question in rows) / len(rows)
+
+
+def _superset_macro(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    MAPLE's two-stage mean (arXiv 2602.11596, 3.3): of a question over the inputs that contain its tag, then of the tags.
+
+    `inputs` says how many questions rest on how many inputs, `left_out` how many have none that contains their tag.
+    """
+    rows = [
+        ((name, tag), fed, question)
+        for (name, tag), by_input in _by_input(by_access).items()
+        if tag is not None
+        for fed, own in by_input.items()
+        for question in own
+    ]
+    if not rows:
+        raise UndefinedMetricError("No question with a tag was scored")
+    keys, fed, asked = zip(*rows, strict=True)
+    by_question = superset_scores([question.mean for question in asked], keys, [tag for _, tag in keys], fed)
+    clip_of = {key: question.clip for key, _, question in reversed(rows)}
+    held = {key: values for key, values in by_question.items() if values}
+    if not held:
+        raise UndefinedMetricError("No question with a tag was scored with an input that contains it")
+    scores = [math.fsum(values) / len(values) for values in held.values()]
+    inputs = Counter(map(len, held.values()))
+    tags, clips = [tag for _, tag in held], [clip_of[key] for key in held]
+    found = tag_accuracies(scores, tags, **options, clusters=clips)
+    return asdict(found.tag_mean) | {
+        "per_tag": {tag: asdict(estimate) for tag, estimate in found.per_tag.items()},
+        "missing_tags": list(found.missing),
+        "inputs": {str(number): inputs[number] for number in sorted(inputs)},
+        "left_out": len(by_question) - len(held),
+    }
+
+
+def _over_inputs(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy by required tag over all inputs alike, those that lack a signal too (MAPLE, arXiv 2602.11596, table 4)."""
+    by_question = _by_input(by_access)
+    if all(len(by_input) == 1 for by_input in by_question.values()):
+        raise UndefinedMetricError("No question was asked with several inputs")
+    # Questions without a clip share their fate with themselves under another input.
+    asked = [
+        (_mean_of(rows), tag, rows[0].clip or (name, tag))
+        for (name, tag), by_input in by_question.items()
+        for rows in by_input.values()
+    ]
+    scores, tags, clips = zip(*asked, strict=True)
+    found = tag_accuracies(scores, tags, **options, clusters=clips)
+    return {
+        "sample_mean": asdict(found.sample_mean),
+        "per_tag": {tag: asdict(estimate) for tag, estimate in found.per_tag.items()},
+    }
+
+
 def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Over the questions that were scored under all seven tags as access, and how many were not."""
+    """
+    Over the questions that were scored under all seven tags as access, and how many were not.
+
+    Where not all seven were asked, rows of one clip with one prompt may be its seven inputs, each with its own tag (MAPLE's
+    captions: the caption of an input is judged against the clip's reference for that input).
+    """
     missing = [tag for tag in map(str, ModalityTag) if tag not in by_access]
-    if missing:
-        raise UndefinedMetricError(
-            f"The fusion gain needs the accesses {','.join(ModalityTag)}; not asked: {', '.join(missing)}"
-        )
-    columns = [by_access[tag] for tag in map(str, ModalityTag)]
-    rows = sorted(set.union(*(set(column) for column in columns)))
-    whole = [row for row in rows if all(row in column and column[row].scores for column in columns)]
+    if not missing:
+        columns = [by_access[tag] for tag in map(str, ModalityTag)]
+        names = sorted(set.union(*(set(column) for column in columns)))
+        by_name = {
+            row: {
+                column_tag: [column[row]]
+                for column_tag, column in zip(ModalityTag, columns, strict=True)
+                if row in column and column[row].scores
+            }
+            for row in names
+        }
+    else:
+        by_name = _inputs_of_clips(by_access.get(REQUIRED, {}).values())
+        if not by_name:
+            raise UndefinedMetricError(
+                f"The fusion gain needs the accesses {','.join(ModalityTag)}; not asked: {', '.join(missing)}"
+            )
+    whole = [name for name, by_input in by_name.items() if len(by_input) == len(ModalityTag)]
     if not whole:
-        raise UndefinedMetricError(f"The fusion gain is undefined: none of {len(rows)} rows was scored under all tags")
-    fused = fused_samples(
-        {tag: [column[row].mean for row in whole] for tag, column in zip(map(str, ModalityTag), columns, strict=True)}
-    )
-    strata = [columns[0][row].tag or "" for row in whole]
-    return asdict(bootstrap_mean(fused, strata, **options)) | {"left_out": len(rows) - len(whole)}
+        raise UndefinedMetricError(
+            f"The fusion gain is undefined: none of {len(by_name)} {'clips' if missing else 'rows'} was scored under all tags"
+        )
+    fused = fused_samples({tag: [_mean_of(by_name[name][tag]) for name in whole] for tag in map(str, ModalityTag)})
+    first = [by_name[name][ModalityTag.V][0] for name in whole]
+    strata = [question.tag or "" for question in first] if not missing else None
+    estimate = bootstrap_mean(fused, strata, **options, clusters=[question.clip for question in first])
+    return asdict(estimate) | {"left_out": len(by_name) - len(whole)}
+
+
+def _inputs_of_clips(questions: Iterable[_Question]) -> dict[tuple, dict[str, list[_Question]]]:
+    """By clip and prompt, then input, the rows that were scored; empty unless some has a row for each of the seven tags."""
+    asked: dict[tuple, set[str]] = defaultdict(set)
+    found: dict[tuple, dict[str, list[_Question]]] = defaultdict(dict)
+    for question in questions:
+        if question.clip is not None and question.fed is not None:
+            key = (question.clip, " ".join(_MEDIUM.sub(" ", question.prompt or "").split()))
+            asked[key].add(question.fed)
+            inputs = found[key]
+            if question.scores:
+                inputs.setdefault(question.fed, []).append(question)
+    return dict(found) if any(len(inputs) == len(ModalityTag) for inputs in asked.values()) else {}

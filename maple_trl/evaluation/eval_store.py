@@ -33,14 +33,17 @@ LINES = pa.schema(
     [
         ("id", pa.string()),
         ("row", pa.int64()),
-        ("tag", pa.string()),
+        ("tag", pa.string()),  # the signals that the question requires, whatever is fed
         ("solution", pa.string()),
         ("category", pa.string()),
         ("prompt", pa.string()),  # null, with the three below, where the row is no prompt under the access
         ("video", pa.list_(pa.string())),  # the files that are fed, as the row names them
         ("audio", pa.list_(pa.string())),
         ("subtitle", pa.string()),  # a file, or the text itself
-        ("access", pa.string()),
+        ("access", pa.string()),  # as it was asked for
+        ("fed", pa.string()),  # the signals that were fed, as a tag
+        ("clip", pa.string()),  # what shares its fate, see `maple_trl.evaluation.clips`
+        ("question", pa.string()),  # the same for rows that ask one question with several inputs
         ("status", pa.string()),  # scored, unscored, error or lacking
         ("sample", pa.int64()),  # null where the question was not asked
         ("completion", pa.string()),

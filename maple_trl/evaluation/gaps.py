@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from maple_trl.evaluation.clip_intervals import ClipSums, clip_interval, sum_by_clip
 from maple_trl.evaluation.intervals import (
     Estimate,
     UndefinedMetricError,
+    check_confidence,
+    named,
     percentile_interval,
     resampled_means,
 )
@@ -94,27 +97,32 @@ def modality_gap_intervals(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Sequence[Hashable | None] | None = None,
 ) -> dict[str, Estimate]:
     """
-    Modality gap of scored questions with bootstrap intervals, stratified by tag.
+    Modality gap of scored questions with intervals, stratified by tag.
 
-    A gap is an absolute difference: around a gap near 0 its interval lies too high.
+    With clips, a clip is left out of all tags at once, and an interval ends at 0. Bootstrapped over questions, the interval
+    around a gap near 0 lies too high, for a gap is an absolute difference.
 
     Args:
         scores: of shape (N,), in [0, 1]; None or NaN for a question that could not be scored, which is left out.
         tags: the tag of each question.
         weighting: as in [`modality_gap`], whose errors apply.
-        confidence, resamples, seed: as in [`bootstrap_mean`].
+        confidence, resamples, seed, clusters: as in [`bootstrap_mean`].
 
     Returns:
-        `uni_bi`, `uni_tri`, `bi_tri` and `mean`. An interval is NaN when the gap is undefined in one of the resamples
-        (an accuracy of 0), or no tag has two questions.
+        `uni_bi`, `uni_tri`, `bi_tri` and `mean`. An interval is NaN when the gap is undefined in one of the resamples or
+        without one of the clips (an accuracy of 0), or no tag has two questions or clips.
     """
     measured = tag_accuracies(scores, tags, confidence, resamples=1, seed=seed)
     gap = modality_gap(measured.accuracy, measured.counts, weighting)
     values = np.asarray(scores, dtype=np.float64)
     labels = parse_tags(tags)
     kept = [row for row in range(len(values)) if labels[row] and not math.isnan(values[row])]
+    if named(clusters, len(values)):
+        sums = sum_by_clip(values[kept], [clusters[row] for row in kept], [labels[row] for row in kept])
+        return _gaps_over_clips(gap, sums, _weights(measured.counts, weighting), weighting, confidence)
     draws = resampled_means(values[kept], [labels[row] for row in kept], resamples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = _gaps(_families(draws, _weights(measured.counts, weighting)))
@@ -124,6 +132,25 @@ def modality_gap_intervals(
         undefined = no_spread or not np.isfinite(resampled[name]).all()
         low, high = (math.nan, math.nan) if undefined else percentile_interval(resampled[name], confidence)
         estimates[name] = Estimate(getattr(gap, name), low, high, len(kept))
+    return estimates
+
+
+def _gaps_over_clips(
+    gap: ModalityGap, sums: ClipSums, weights: Mapping[ModalityTag, float], weighting: str, confidence: float
+) -> dict[str, Estimate]:
+    check_confidence(confidence)
+    left_out = dict(zip(sums.strata, sums.left_out().T, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        without = _gaps(_families(left_out, weights))
+    weights_G = sums.counts_GK.sum(axis=1) if weighting == "sample" else sums.macro_weights()
+    no_spread = ((sums.counts_GK > 0).sum(axis=0) < 2).all()
+    estimates = {}
+    for name in _NAMES:
+        value = getattr(gap, name)
+        low, high = (math.nan, math.nan) if no_spread else clip_interval(value, without[name], weights_G, confidence)
+        estimates[name] = Estimate(
+            value, low if math.isnan(low) else max(0.0, low), high, int(sums.counts_K.sum()), sums.clips
+        )
     return estimates
 
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals for means over questions."""
+"""Intervals for means over questions: over clips where clips are known, else bootstrapped over questions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from maple_trl.evaluation.clip_intervals import clip_interval, is_unnamed, sum_by_clip
 
 
 # Random indices held at once: 32 MiB of them.
@@ -28,12 +30,15 @@ class Estimate:
         low: lower end of the interval; NaN where the data say nothing about the spread (one question).
         high: upper end, likewise.
         count: number of questions.
+        clips: number of clips that they are about, on which the interval rests; None where no clip is named, and the
+            interval rests on the questions.
     """
 
     value: float
     low: float
     high: float
     count: int
+    clips: int | None = None
 
 
 def checked_scores(scores: ArrayLike, name: str = "scores") -> NDArray[np.float64]:
@@ -88,13 +93,21 @@ def bootstrap_mean(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Sequence[Hashable | None] | None = None,
 ) -> Estimate:
     """
-    Mean over questions with a percentile bootstrap interval (Efron and Tibshirani, 1993, chapter 13).
+    Mean over questions with its interval.
 
-    The unit that is resampled is the question, also where several samples stand behind its score. With strata, each
-    keeps its number of questions in every resample: the interval then is about a benchmark with these shares. Where all
-    questions have the same score the interval has no width; it is too narrow for a handful of questions.
+    Where clips are known (`clusters`), the interval is over clips: every clip is left out once, and Student's t has as
+    many degrees of freedom as the clips are worth (see [`clip_interval`]); for scores in [0, 1] it is computed on the
+    log-odds of the mean. Nothing is drawn.
+
+    Where no clip is named, the interval is a percentile bootstrap (Efron and Tibshirani, 1993, chapter 13). The unit that is
+    resampled is the question, also where several samples stand behind its score; it is too narrow for a handful of
+    questions.
+
+    With strata, each keeps its share of the questions: the interval then is about a benchmark with these shares. Where all
+    questions have the same score the interval has no width.
 
     Args:
         scores: of shape (N,), one per question.
@@ -103,13 +116,18 @@ def bootstrap_mean(
         confidence: strictly between 0 and 1.
         resamples: how many means to draw.
         seed: 0 or more; the same seed gives the same interval.
+        clusters: the clip of each question, None or `""` where it has none: such a question is a clip of its own. With a
+            single clip the interval is NaN.
 
     Raises:
         UndefinedMetricError: without a question.
-        ValueError: for a score that is not finite (with its row), strata of another length, or a confidence that is
-            no share.
+        ValueError: for a score that is not finite (with its row), strata or clusters of another length, or a confidence
+            that is no share.
     """
-    groups = _by_stratum(checked_scores(scores), strata)
+    values = checked_scores(scores)
+    if named(clusters, len(values)):
+        return mean_over_clips(values, clusters, strata, confidence, bool(((values >= 0) & (values <= 1)).all()))
+    groups = _by_stratum(values, strata)
     draws = resampled_means(scores, strata, resamples, seed)
     count = sum(map(len, groups.values()))
     low, high = percentile_interval(sum(len(groups[name]) * draws[name] for name in groups) / count, confidence)
@@ -121,10 +139,49 @@ def bootstrap_mean(
 
 def percentile_interval(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
     """The central share `confidence` of the draws; NaN twice when one of them is NaN."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {confidence}")
+    check_confidence(confidence)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {confidence}")
+
+
+def named(clusters: Sequence[Hashable | None] | None, rows: int) -> bool:
+    """
+    Whether clusters name a clip at all.
+
+    Raises:
+        ValueError: when there are more or fewer than rows.
+    """
+    if clusters is None:
+        return False
+    if len(clusters) != rows:
+        raise ValueError(f"There are {rows} scores, but {len(clusters)} clusters")
+    return not all(is_unnamed(clip) for clip in clusters)
+
+
+def mean_over_clips(
+    scores: NDArray[np.float64],
+    clusters: Sequence[Hashable | None],
+    strata: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    share: bool = False,
+) -> Estimate:
+    """
+    Mean over questions with its interval over clips; strata keep their shares.
+
+    Args:
+        share: the mean is a share, see [`clip_interval`].
+    """
+    check_confidence(confidence)
+    sums = sum_by_clip(scores, clusters, strata)
+    shares_K = sums.counts_K / len(scores)
+    value = math.fsum(scores) / len(scores)
+    low, high = clip_interval(value, sums.left_out() @ shares_K, sums.counts_GK.sum(axis=1), confidence, share)
+    return Estimate(value, low, high, len(scores), sums.clips)
 
 
 def _by_stratum(scores: NDArray[np.float64], strata: Sequence[Hashable] | None) -> dict[Hashable, NDArray[np.float64]]:

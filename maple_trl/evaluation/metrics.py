@@ -6,15 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from maple_trl.evaluation.clip_intervals import clip_interval, sum_by_clip
 from maple_trl.evaluation.intervals import (
     Estimate,
     UndefinedMetricError,
     bootstrap_mean,
     checked_scores,
+    named,
     percentile_interval,
     resampled_means,
 )
@@ -82,17 +85,18 @@ def pass_at_k_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Sequence[Hashable | None] | None = None,
 ) -> Estimate:
     """
-    Mean pass@k over questions with its bootstrap interval: [`pass_at_k`] of each question, then [`bootstrap_mean`].
+    Mean pass@k over questions with its interval: [`pass_at_k`] of each question, then [`bootstrap_mean`].
 
     Args:
         n: samples per question, of shape (N,), or one integer for all.
         c: right ones, of shape (N,).
         k: as in [`pass_at_k`].
-        strata, confidence, resamples, seed: as in [`bootstrap_mean`].
+        strata, confidence, resamples, seed, clusters: as in [`bootstrap_mean`].
     """
-    return bootstrap_mean(np.atleast_1d(pass_at_k(n, c, k)), strata, confidence, resamples, seed)
+    return bootstrap_mean(np.atleast_1d(pass_at_k(n, c, k)), strata, confidence, resamples, seed, clusters)
 
 
 @dataclass(frozen=True)
@@ -131,18 +135,20 @@ def tag_accuracies(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Sequence[Hashable | None] | None = None,
 ) -> TagAccuracies:
     """
     Accuracy per tag, over all questions (sample-weighted) and as the plain mean over tags, each with its interval.
 
-    The means over several tags are stratified by tag. For pass@k give [`pass_at_k`] of each question as scores.
+    The means over several tags are stratified by tag; a clip that has questions of several tags is left out of all of them
+    at once. For pass@k give [`pass_at_k`] of each question as scores.
 
     Args:
         scores: of shape (N,), in [0, 1]: whether the answer is right, the share of right samples, or a judge's score.
             None or NaN for a question that could not be scored, e.g. since its media are broken: it is counted and
             left out.
         tags: the tag of each question in any spelling, None or `""` without one.
-        confidence, resamples, seed: as in [`bootstrap_mean`].
+        confidence, resamples, seed, clusters: as in [`bootstrap_mean`].
 
     Raises:
         UndefinedMetricError: without a question, or when none could be scored.
@@ -160,31 +166,87 @@ def tag_accuracies(
         raise ValueError(f"scores: row {bad[0]} is {values[bad[0]]}; a score must be a fraction in [0, 1]")
     scored = [label for label, is_known in zip(labels, known, strict=True) if is_known]
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    clips = _kept(clusters, known) if named(clusters, len(values)) else None
     per_tag = {
-        str(tag): bootstrap_mean(values[known & mask], [tag] * int((known & mask).sum()), **options)
+        str(tag): bootstrap_mean(
+            values[known & mask],
+            [tag] * int((known & mask).sum()),
+            **options,
+            clusters=None if clips is None else _kept(clips, mask[known]),
+        )
         for tag, mask in _masks(labels).items()
         if (known & mask).any()
     }
     unscored = Counter(label for label, is_known in zip(labels, known, strict=True) if not is_known)
     return TagAccuracies(
         per_tag=per_tag,
-        sample_mean=bootstrap_mean(values[known], scored, **options),
-        tag_mean=_tag_mean(per_tag, resampled_means(values[known], scored, resamples, seed), confidence),
+        sample_mean=bootstrap_mean(values[known], scored, **options, clusters=clips),
+        tag_mean=_tag_mean(per_tag, values[known], scored, options, clips),
         missing=tuple(str(tag) for tag in ModalityTag if tag not in per_tag),
         unscored={str(label): unscored[label] for label in ("", *ModalityTag) if label in unscored},
     )
 
 
 def _tag_mean(
-    per_tag: Mapping[str, Estimate], draws: Mapping[Hashable, NDArray], confidence: float
+    per_tag: Mapping[str, Estimate],
+    scores: NDArray[np.float64],
+    tags: Sequence[str],
+    options: Mapping[str, Any],
+    clips: Sequence[Hashable | None] | None,
 ) -> Estimate | None:
     if not per_tag:
         return None
-    low, high = percentile_interval(np.mean([draws[tag] for tag in per_tag], axis=0), confidence)
+    value = sum(estimate.value for estimate in per_tag.values()) / len(per_tag)
+    count = sum(estimate.count for estimate in per_tag.values())
+    tagged = np.array([tag != "" for tag in tags])
+    if clips is not None and named(_kept(clips, tagged), count):
+        sums = sum_by_clip(scores[tagged], _kept(clips, tagged), _kept(tags, tagged))
+        ends = clip_interval(value, sums.left_out().mean(axis=1), sums.macro_weights(), options["confidence"], True)
+        return Estimate(value, *ends, count, sums.clips)
+    draws = resampled_means(scores, tags, options["resamples"], options["seed"])
+    low, high = percentile_interval(np.mean([draws[tag] for tag in per_tag], axis=0), options["confidence"])
     if all(estimate.count == 1 for estimate in per_tag.values()):
         low = high = math.nan
-    value = sum(estimate.value for estimate in per_tag.values()) / len(per_tag)
-    return Estimate(value, low, high, sum(estimate.count for estimate in per_tag.values()))
+    return Estimate(value, low, high, count)
+
+
+def _kept(values: Sequence[Any], mask: NDArray[np.bool_]) -> list[Any]:
+    return [value for value, is_kept in zip(values, mask, strict=True) if is_kept]
+
+
+def superset_scores(
+    scores: ArrayLike, questions: Sequence[Hashable], tags: Sequence[str], inputs: Sequence[str]
+) -> dict[Hashable, list[float]]:
+    """
+    Scores of questions with the inputs that contain their tag, exactly or with more (MAPLE, arXiv 2602.11596, 3.3).
+
+    The mean of a question's list is the first stage of MAPLE's two; the plain mean over tags of these means
+    ([`tag_accuracies`]`.tag_mean`) is the second, `superset_macro`.
+
+    Args:
+        scores: of shape (N,), one per question and input.
+        questions: the name of the question of each score.
+        tags: the modalities that it requires, the same for all scores of a question.
+        inputs: those that it was given. Several scores with one input count as their mean.
+
+    Returns:
+        By question one score for each such input; an empty list where there is none.
+
+    Raises:
+        ValueError: for a score that is not finite, an unknown tag or input, or two tags of one question, with the row.
+    """
+    values, required, given = checked_scores(scores), parse_tags(tags), parse_tags(inputs)
+    found: dict[Hashable, dict[str, list[float]]] = {}
+    tag_of: dict[Hashable, str] = {}
+    for row, (value, name, tag, fed) in enumerate(zip(values, questions, required, given, strict=True)):
+        if not tag or tag_of.setdefault(name, tag) != tag:
+            raise ValueError(
+                f"tags: row {row}: question {name!r} must have one tag, got '{tag_of.get(name, '')}' and '{tag}'"
+            )
+        by_input = found.setdefault(name, {})
+        if set(fed) >= set(tag):
+            by_input.setdefault(fed, []).append(float(value))
+    return {name: [math.fsum(own) / len(own) for own in by_input.values()] for name, by_input in found.items()}
 
 
 def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
@@ -272,13 +334,14 @@ def parse_tags(tags: Sequence[str | None]) -> list[str]:
     Raises:
         ValueError: for an unknown tag, with its row.
     """
-    labels = []
+    known: dict[str | None, str] = {None: "", "": ""}
     for row, tag in enumerate(tags):
-        try:
-            labels.append(ModalityTag.parse(tag) if tag else "")
-        except ValueError as error:
-            raise ValueError(f"tags: row {row}: {error}") from None
-    return labels
+        if tag not in known:
+            try:
+                known[tag] = ModalityTag.parse(tag)
+            except ValueError as error:
+                raise ValueError(f"tags: row {row}: {error}") from None
+    return [known[tag] for tag in tags]
 
 
 def parse_keys(values: Mapping[str, object], name: str) -> dict[ModalityTag, object]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from maple_trl.evaluation.clip_intervals import standard_error
+from maple_trl.evaluation.clips import clips_of
 from maple_trl.modalities import ModalityTag
 
 
@@ -25,12 +27,15 @@ class SampledAccuracy:
         questions: how many questions stand behind each.
         unusable: questions left out because their media could not be used.
         unscorable: questions left out because their answer was given no score, per tag.
+        errors: standard error of each accuracy over clips (see [`clip_of`]), over questions where no clip is named; NaN
+            where one clip stands behind it.
     """
 
     accuracy: dict[str, float]
     questions: dict[str, int]
     unusable: int = 0
     unscorable: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def choose_questions(rows: Sequence[Row], per_tag: int, seed: int = 0) -> list[Row]:
@@ -51,9 +56,10 @@ def sampled_accuracy(
     score: Callable[..., Sequence[float | None]],
     questions_per_tag: int = 64,
     seed: int = 0,
+    samples: int = 1,
 ) -> SampledAccuracy:
     """
-    Asks each question once and scores the sampled answers.
+    Asks each question once or several times and scores the sampled answers; a question's score is their mean.
 
     The random stream of the run is left as it was, so that evaluating does not change training.
 
@@ -61,33 +67,44 @@ def sampled_accuracy(
         generate: one completion per row, `None` for a row whose media cannot be used, e.g.
             [`~maple_trl.OmniGRPOTrainer.generate_completions`].
         rows: questions with a `tag` and what `score` reads.
-        score: a reward function with TRL's signature; its mean is the accuracy, `None` or NaN leaves a question out.
+        score: a reward function with TRL's signature; its mean is the accuracy, `None` or NaN leaves a sample out.
+        questions_per_tag, seed: as in [`choose_questions`].
+        samples: completions per question.
 
     Raises:
         ValueError: when no question could be scored.
     """
+    if samples < 1:
+        raise ValueError(f"samples must be 1 or more, got {samples}")
     chosen = choose_questions(rows, questions_per_tag, seed)
+    asked = [number for number in range(len(chosen)) for _ in range(samples)]
     import torch
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        completions = generate(chosen)
-    answered = [(row, text) for row, text in zip(chosen, completions, strict=True) if text is not None]
-    scores: dict[str, list[float]] = defaultdict(list)
-    unscorable: Counter[str] = Counter()
-    for (row, _), value in zip(answered, _scores(score, answered), strict=True):
+        completions = generate([chosen[number] for number in asked])
+    answered = [(number, text) for number, text in zip(asked, completions, strict=True) if text is not None]
+    found: dict[int, list[float]] = defaultdict(list)
+    scored = _scores(score, [(chosen[number], text) for number, text in answered])
+    for (number, _), value in zip(answered, scored, strict=True):
         if value is not None and not math.isnan(value):
-            for group in dict.fromkeys(("all", _tag(row))):
-                scores[group].append(value)
-        else:
-            unscorable[_tag(row)] += 1
-    if not scores:
+            found[number].append(value)
+    unscorable = Counter(_tag(chosen[number]) for number in {number for number, _ in answered} - found.keys())
+    if not found:
         raise ValueError(f"None of {len(chosen)} questions could be scored; do the rows have a solution?")
-    groups = [group for group in ("all", *ModalityTag) if group in scores]
+    clips = clips_of([chosen[number] for number in found])
+    means: dict[str, list[float]] = defaultdict(list)
+    within: dict[str, list[str | None]] = defaultdict(list)
+    for (number, values), clip in zip(found.items(), clips, strict=True):
+        for group in dict.fromkeys(("all", _tag(chosen[number]))):
+            means[group].append(sum(values) / len(values))
+            within[group].append(clip)
+    groups = [group for group in ("all", *ModalityTag) if group in means]
     return SampledAccuracy(
-        accuracy={str(group): sum(scores[group]) / len(scores[group]) for group in groups},
-        questions={str(group): len(scores[group]) for group in groups},
-        unusable=len(chosen) - len(answered),
+        accuracy={str(group): sum(means[group]) / len(means[group]) for group in groups},
+        questions={str(group): len(means[group]) for group in groups},
+        unusable=len(chosen) - len({number for number, _ in answered}),
+        errors={str(group): standard_error(means[group], within[group]) for group in groups},
         unscorable=dict(unscorable),
     )
 

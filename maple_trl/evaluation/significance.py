@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from maple_trl.evaluation.intervals import bootstrap_mean, checked_scores
+from maple_trl.evaluation.clip_intervals import sum_by_clip
+from maple_trl.evaluation.intervals import bootstrap_mean, checked_scores, mean_over_clips, named
 
 
 TESTS = ("auto", "mcnemar", "permutation")
@@ -27,7 +28,7 @@ class PairedComparison:
 
     Attributes:
         difference: mean score of the second run minus that of the first.
-        low: lower end of the bootstrap interval of the difference; NaN with a single question.
+        low: lower end of the interval of the difference; NaN with a single question, or a single clip.
         high: upper end, likewise.
         p_value: two-sided.
         test: `"mcnemar"` or `"permutation"`.
@@ -35,6 +36,7 @@ class PairedComparison:
         better: questions on which the second run scores more.
         worse: questions on which it scores less.
         count: all questions.
+        clips: number of clips that they are about; None where none is named, and questions count as independent.
     """
 
     difference: float
@@ -46,6 +48,7 @@ class PairedComparison:
     better: int
     worse: int
     count: int
+    clips: int | None = None
 
 
 def compare_runs(
@@ -56,6 +59,7 @@ def compare_runs(
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
+    clusters: Sequence[Hashable | None] | None = None,
 ) -> PairedComparison:
     """
     Compares two runs question by question.
@@ -64,8 +68,13 @@ def compare_runs(
     right or wrong, is tested by McNemar's test in its exact binomial form ([`mcnemar_exact`]). Fractions (a share of
     right samples, a judge's score) are tested by flipping the signs of the differences: all assignments of signs where
     at most 14 questions differ, otherwise `resamples` random ones, counting the observed one among them, so that the
-    p-value is never below `1 / (resamples + 1)`. On right-or-wrong scores both tests are the same. The interval is
-    bootstrapped over questions; it is about the size of the difference and is not the test turned around.
+    p-value is never below `1 / (resamples + 1)`. On right-or-wrong scores both tests are the same.
+
+    Where clips are known (`clusters`) and some hold several questions, the clip takes the question's place: the signs of
+    all of a clip's differences are flipped together, whatever the scores. With fewer than six clips that differ, no
+    p-value is below 0.05.
+
+    The interval ([`bootstrap_mean`]) is about the size of the difference and is not the test turned around.
 
     Several comparisons at once (tags, checkpoints) need a correction that this does not make.
 
@@ -73,13 +82,14 @@ def compare_runs(
         first: scores of shape (N,).
         second: of the same questions in the same order; see [`align_runs`].
         strata: the stratum of each question for the interval, e.g. its tag.
-        test: `"auto"` (McNemar's where all scores are 0 or 1), `"mcnemar"` or `"permutation"`.
-        confidence, resamples, seed: as in [`bootstrap_mean`].
+        test: `"auto"` (McNemar's where all scores are 0 or 1 and no clip has two questions), `"mcnemar"` or
+            `"permutation"`.
+        confidence, resamples, seed, clusters: as in [`bootstrap_mean`].
 
     Raises:
         UndefinedMetricError: without a question.
         ValueError: for runs of different lengths, a score that is not finite (with its row), an unknown test, or
-            McNemar's test of scores that are not 0 or 1.
+            McNemar's test of scores that are not 0 or 1, or of questions that share clips.
     """
     if test not in TESTS:
         raise ValueError(f"test must be one of {', '.join(TESTS)}, got {test!r}")
@@ -98,12 +108,22 @@ def compare_runs(
     differences = after - before
     differences[np.abs(differences) < _TIE] = 0
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    if test == "mcnemar" or (test == "auto" and not len(fractions)):
+    by_clip = named(clusters, len(differences))
+    units = sum_by_clip(differences, clusters).scores_GK[:, 0] if by_clip else differences
+    if test == "mcnemar" and len(units) < len(differences):
+        raise ValueError(
+            f"McNemar's test takes questions as independent, but {len(differences)} questions share {len(units)} clips. "
+            'Use test="permutation"'
+        )
+    if test == "mcnemar" or (test == "auto" and not len(fractions) and len(units) == len(differences)):
         chosen, exact, p_value = "mcnemar", True, mcnemar_exact(worse, better)
     else:
         chosen = "permutation"
-        p_value, exact = _sign_flip(differences, resamples, seed)
-    interval = bootstrap_mean(differences, strata, confidence, resamples, seed)
+        p_value, exact = _sign_flip(np.where(np.abs(units) < _TIE, 0, units), resamples, seed)
+    if by_clip:
+        interval = mean_over_clips(differences, clusters, strata, confidence)
+    else:
+        interval = bootstrap_mean(differences, strata, confidence, resamples, seed)
     return PairedComparison(
         difference=interval.value,
         low=interval.low,
@@ -114,6 +134,7 @@ def compare_runs(
         better=better,
         worse=worse,
         count=len(differences),
+        clips=interval.clips,
     )
 
 

@@ -22,7 +22,8 @@ from maple_trl.reports.rollout_files import ROLLOUTS, is_table_of, read_rollouts
 
 
 # Without these columns of `LINES` there is nothing to show, and these parts of an access' results are drawn.
-_COLUMNS = tuple(name for name in LINES.names if name not in ("prompt", "video", "audio", "subtitle"))
+_EXTRA = ("prompt", "video", "audio", "subtitle", "fed", "clip", "question")
+_COLUMNS = tuple(name for name in LINES.names if name not in _EXTRA)
 _OF_AN_ACCESS = {"accuracy", "bounds", "pass_at_k", "modality_gap", "counts"}
 
 _MARKS = ("metrics.jsonl", "trainer_state.json", "summary.json", "rollouts", "result.json", "evaluation.json")

@@ -210,7 +210,8 @@ def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
     """
     Paired comparison of two evaluations, by access, over the questions that both have scored.
 
-    A question is the row with the same id and the same tag; `left_out` counts those that only one run has scored.
+    A question is the row with the same id and the same tag; `left_out` counts those that only one run has scored. Where the
+    runs name clips, signs are flipped and the interval is made by clip; `clips` says how many there are.
     """
     if len(runs) < 2:
         return missing("There is one run.")
@@ -218,17 +219,23 @@ def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
         return missing(
             "A paired test needs two evaluations: the completions of training runs are not of the same questions."
         )
-    first, second = (_question_scores(run) for run in runs)
+    (first, clips), (second, more_clips) = (_question_scores(run) for run in runs)
+    clips = more_clips | clips
     found = {}
     for access in [access for access in runs[0].accesses if access in first and access in second]:
         both = [key for key in first[access] if key in second[access]]
         scores = [[run[access][key] for key in both] for run in (first, second)]
         try:
-            result = compare_runs(*scores, strata=[key[1] or "" for key in both], resamples=2000)
+            result = compare_runs(
+                *scores,
+                strata=[key[1] or "" for key in both],
+                resamples=2000,
+                clusters=[clips.get(key) for key in both],
+            )
         except UndefinedMetricError:
             found[access] = missing("The runs have scored no question in common.")
             continue
-        names = ("difference", "low", "high", "p_value", "test", "better", "worse", "count")
+        names = ("difference", "low", "high", "p_value", "test", "better", "worse", "count", "clips")
         left_out = len(first[access]) + len(second[access]) - 2 * len(both)
         found[access] = {name: getattr(result, name) for name in names} | {"left_out": left_out}
     if not found:
@@ -237,14 +244,22 @@ def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
     return {"accesses": found, "same_data": data[0] == data[1]}
 
 
-def _question_scores(run: RunData) -> dict[str, dict[tuple, float]]:
-    """Mean score of each question by access, id (where rows have none, the row) and tag."""
+def _question_scores(run: RunData) -> tuple[dict[str, dict[tuple, float]], dict[tuple, str]]:
+    """Mean score of each question by access, id (where rows have none, the row) and tag; and the clips of questions."""
     sums: dict[str, dict[tuple, list[float]]] = {}
-    columns = [run.table[name].to_pylist() for name in ("access", "id", "row", "tag", "score")]
-    for access, name, row, tag, score in zip(*columns, strict=True):
+    clips: dict[tuple, str] = {}
+    names = ("access", "id", "row", "tag", "score", "clip")
+    columns = [
+        run.table[name].to_pylist() if name in run.table.column_names else [None] * len(run.table) for name in names
+    ]
+    for access, name, row, tag, score, clip in zip(*columns, strict=True):
         if score is not None:
-            sums.setdefault(access, {}).setdefault((name if name else row, tag), []).append(score)
-    return {
+            key = (name if name else row, tag)
+            sums.setdefault(access, {}).setdefault(key, []).append(score)
+            if clip is not None:
+                clips[key] = clip
+    means = {
         access: {key: sum(scores) / len(scores) for key, scores in questions.items()}
         for access, questions in sums.items()
     }
+    return means, clips

@@ -293,7 +293,15 @@ def accuracy_section(run: RunData) -> Section:
     if run.kind == "evaluation" and run.result is not None:
         return {
             name: run.result.get(name)
-            for name in ("accesses", "fusion_gain", "errors", "confidence", "left_out")
+            for name in (
+                "accesses",
+                "superset_macro",
+                "over_inputs",
+                "fusion_gain",
+                "errors",
+                "confidence",
+                "left_out",
+            )
             if name in run.result
         } | {"decided_by": decided_by(run.result)}
     before_after = {name: (run.summary or {}).get(name) for name in ("before", "after", "questions")}

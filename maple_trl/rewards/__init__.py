@@ -3,7 +3,7 @@ Reward functions: plain callables with TRL's signature `(prompts, completions, c
 number per completion, or `None` where a completion can't be scored.
 """
 
-from .accuracy import accuracy_reward
+from .accuracy import AccuracyReward, accuracy_reward
 from .answers import extract_answer, grade_answer
 from .calls import RewardError
 from .caption_judge import CaptionJudge
@@ -22,6 +22,7 @@ from .similarity import BertScoreSimilarity
 
 # The command line takes the names that end in `_reward`; what needs parameters is no such name.
 __all__ = [
+    "AccuracyReward",
     "BertScoreSimilarity",
     "CaptionJudge",
     "ContrastiveRewardWeighting",

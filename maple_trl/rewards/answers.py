@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import ascii_letters, ascii_uppercase
 from typing import Any
 
 
+_BRACKETED = re.compile(r"\[([^\[\]]{1,400})\]")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THINK_TAG = re.compile(r"</?think>")
 # Written out without re.IGNORECASE and without \d on purpose: with Unicode case folding the Kelvin sign would match K
@@ -16,13 +17,62 @@ _THINK_TAG = re.compile(r"</?think>")
 _OPTION = re.compile(
     r"(?:([A-Za-z])[.):]?|\(([A-Za-z])\)[.:]?)|(?:([A-Za-z])[.):]|\(([A-Za-z])\)[.:]?)\s(.*)", re.DOTALL
 )
+# Wide letters, brackets and punctuation of East Asian texts, and typographic quotes, in their ASCII form. A mark that ends a
+# letter's part needs no space behind it there. Look-alikes of other scripts and styles stay what they are.
+_WIDE = str.maketrans(
+    {chr(ord(char) + 0xFEE0): char for char in ascii_letters + "([{*$"}
+    | {"）": ") ", "］": "] ", "｝": "} "}
+    | dict.fromkeys("。．、", ". ")
+    | {"：": ": ", "，": ", ", "；": "; ", "！": "!", "\u3000": " "}
+    | dict.fromkeys("【「『〔", "[")
+    | dict.fromkeys("】」』〕", "] ")
+    | dict.fromkeys("“”„«»", '"')
+    | dict.fromkeys("‘’", "'")
+)
+_PAIRS = [
+    ("[[", "]]"),
+    *(("**", "**"), ("__", "__"), ("\\boxed{", "}"), ("\\fbox{", "}"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)")),
+    *(("\\[", "\\]"), ("[", "]"), ("(", ")"), ("{", "}"), ("<", ">"), ('"', '"'), ("'", "'"), ("`", "`")),
+]
+_AROUND_ALL = [*_PAIRS, ("*", "*"), ("_", "_")]  # these two also stand for multiplication and an index
+_MACRO = re.compile(r"\\(?:text(?:bf|rm|it|sf|tt)?|math(?:bf|rm|it|sf|tt)|operatorname) ?\{([^{}\\]*)\}")
+# Every gap and choice is bounded, so that no text takes longer than its length.
+_SAYING = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s{1,3})?"
+    # Not of "I choose a" and "It is a", which go on.
+    r"(?:(?:(?:i(?:\s(?:would|will))?|i'd|i'll)\s(?:choose|pick|select|go\swith|say)|it\sis|it's)"
+    r"(?!\s{1,3}(?-i:[ai])\.?\s{0,2}$)|"
+    r"(?:(?:the|my)\s)?(?:(?:final|correct|right|best)\s){0,2}(?:answer|ans|option|choice|letter))"
+    r"(?:\s(?:is|would\sbe|should\sbe|must\sbe|will\sbe))?(?:\s(?:option|choice|letter|answer))?"
+    r"(?:\s{0,2}[:=]\s{0,3}|\s{1,3}|(?=[*_$\"'(\[\\`]))",
+    re.IGNORECASE | re.ASCII,
+)
+_SAYING_ELSEWHERE = re.compile(
+    r"(?:所以|因此|故|因而|那么)?[,:]?\s{0,2}(?:我)?(?:认为|的)?(?:正确|最终|最佳|最后|标准|正確|最終)?(?:的)?"
+    r"(?:答案|选项|選項|选择|選擇|应选|應選|应该选|选|選|答え|正解|解答|答|정답|답)"
+    r"(?:应该|应当|应|應該)?(?:是|为|為|は|은|는)?(?:选项|選項|选|選)?\s{0,2}:?\s{0,3}"
+)
+_SAID_BEHIND = re.compile(
+    r"(?:\s(?:is|was)(?:\s(?:the|my))?"
+    r"(?:\s(?:final|correct|right|best)(?:\s(?:answer|option|choice|one))?|\s(?:answer|option|choice|one))"
+    r"|\s?(?:选项|選項|项|項|です|입니다|是正确的|正确|是对的))[.!]?\s{0,2}$",
+    re.IGNORECASE | re.ASCII,
+)
+_BEHIND = 60  # characters of what is said behind a letter
+_SOLE = re.compile(r"([A-Za-z])[.):]?|\(([A-Za-z])\)[.:]?")
+_PEELS = 8  # wrappers around one answer
 # What in the text behind an option's letter names a second option: "(C)", "C)", "or C.", "C." where a line begins,
 # ", C" where one ends.
 _SECOND_OPTION = re.compile(
     r"(?:^|[\s,;/])(?:\([A-Za-z]\)|[A-Z]\))|(?:^|[,;/] ?|\b(?:or|and) )[A-Z][.:](?=\s|$)|(?:[,;/] ?|\bor )[A-Z]$",
     re.MULTILINE,
 )
-_BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]]+")
+# Likewise in the other forms; here a letter that is the option's own names no second one.
+_MARKED = re.compile(
+    r"\[\(?([A-Za-z])[.)]?\]|\*\*\(?([A-Za-z])[.)]?\*\*|\\boxed ?\{\(?([A-Za-z])\)?\}|"
+    r"(?:\b[Oo]ption|\b[Cc]hoice|[Aa]nswer(?: is|:)?|[选選]|答案[是为為]?:?) ?\(?([A-Z])(?![A-Za-z0-9_'])",
+)
+_BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
 _WORDS = re.compile(r"\w+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
 
@@ -71,14 +121,105 @@ def extract_answer(text: str) -> str | None:
     return None if inside_think else match[1].strip()
 
 
+def extract_bracketed(text: str) -> str | None:
+    """
+    The answer of a completion that ends in it in square brackets, as MAPLE's prompts ask for (arXiv 2602.11596, B.4).
+
+    Brackets inside a think block do not count. Of the others, those that hold an option (`[B]`, `[(B)]`, `[B. red]`) must
+    agree on it; where none does, all must hold the same text (`[12]`, `[Yes]`). `None` otherwise, and when the think block
+    is left open.
+    """
+    outside = text.rsplit("</think>", 1)[-1]
+    if "<think>" in outside:
+        return None
+    found = [content.strip() for content in _BRACKETED.findall(outside) if content.strip()]
+    options = [content for content in found if option_letter(content) is not None]
+    said = {option_letter(content) for content in options} if options else {content.casefold() for content in found}
+    return (options or found)[-1] if len(said) == 1 else None
+
+
+ANSWER_FORMATS: Mapping[str, Callable[[str], str | None]] = {"tags": extract_answer, "brackets": extract_bracketed}
+"""How a completion marks its answer, and what reads it: `<answer>B</answer>`, or `[B]`."""
+
+
 def option_letter(text: str) -> str | None:
     """
-    The upper-case option letter that an answer names: `B`, `b`, `B.`, `(B)`, `B)`, `B:` alone or followed by the
-    option's text (`B. a red square`). `None` for anything else; `A cat` names no option, for nothing parts the letter
-    from the text.
+    The upper-case option letter that an answer names.
+
+    It may stand alone or before the option's text, parted from it (`B`, `b`, `B.`, `(B)`, `B)`, `B:`, `B. a red square`);
+    in emphasis, brackets, quotes or a box (`**B**`, `[B]`, `"B"`, `\\boxed{B}`, `$B$`, `**(B)** a red square`), in wide
+    letters (`Ｂ`, `B。`), and behind words that do nothing but announce it (`The answer is B.`, `Option B`, `答案是B`, `选B`).
+
+    `None` for anything else; `A cat` and `The answer is a cat` name no option, for nothing parts the letter from the text.
     """
-    match = _OPTION.fullmatch(text.strip())
-    return next(group for group in match.groups() if group).upper() if match else None
+    read = _read_option(text)
+    return read[0] if read else None
+
+
+def _read_option(text: str) -> tuple[str, str] | None:
+    """The letter that an answer names, and the text behind it."""
+    text = text.translate(_WIDE).strip()
+    for _ in range(2 if "\\" in text else 0):
+        text = _MACRO.sub(r"\1", text)
+    for _ in range(_PEELS):
+        if len(text) <= 4:
+            text = text.rstrip(" .!,;")
+        match = _OPTION.fullmatch(text)
+        if match:
+            return next(group for group in match.groups() if group).upper(), (match[5] or "").strip()
+        lead = _marked_lead(text)
+        if lead:
+            return lead
+        peeled = _peeled(text)
+        if peeled == text:
+            return None
+        text = peeled
+    return None
+
+
+def _marked_lead(text: str) -> tuple[str, str] | None:
+    """The letter that stands in marks at the beginning of a text (`**(B)** red`), and what is behind it."""
+    for before, after in _PAIRS:
+        if text.startswith(before):
+            end = text.find(after, len(before), len(before) + 16)
+            letter = _sole_letter(text[len(before) : end]) if end > 0 else None
+            rest = text[end + len(after) :] if letter else ""
+            if letter and rest[:1] in tuple(".:)"):
+                rest = rest[1:]
+            if letter and (not rest or rest[0].isspace()):
+                return letter, rest.strip()
+    return None
+
+
+def _sole_letter(text: str) -> str | None:
+    """The letter of a short text that is nothing else but marks around it."""
+    for _ in range(3):
+        text = text.strip()
+        match = _SOLE.fullmatch(text)
+        if match:
+            return (match[1] or match[2]).upper()
+        text = next((text[len(a) : -len(b)] for a, b in _AROUND_ALL if text.startswith(a) and text.endswith(b)), "")
+    return None
+
+
+def _peeled(text: str) -> str:
+    """A text without the marks around all of it, or without the words that announce an option."""
+    text = text.strip()
+    inner = text.rstrip(".!,;") if text[:1] not in ascii_letters else text
+    for before, after in _AROUND_ALL:
+        if inner.startswith(before) and inner.endswith(after) and len(inner) > len(before) + len(after):
+            content = inner[len(before) : -len(after)]
+            if before not in content and after not in content:
+                return content.strip()
+    end = text.find("**", 2, _BEHIND) if text.startswith("**") else -1  # of **Answer:** B
+    for saying in (_SAYING, _SAYING_ELSEWHERE):
+        if end > 0 and saying.fullmatch(f"{text[2:end]} "):
+            return text[end + 2 :].lstrip(": ")
+        match = saying.match(text)
+        if match:
+            return text[match.end() :]
+    match = _SAID_BEHIND.search(text, max(0, len(text) - _BEHIND))
+    return text[: match.start()] if match else text
 
 
 def number(text: str) -> float | None:
@@ -145,17 +286,17 @@ def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | 
         `str` or `None`: the upper-case letter; `None` when the answer chooses none or several.
     """
     match = _OPTION.fullmatch(answer.strip())
-    letter = option_letter(answer) if match else None
-    if letter is not None and not match[5]:
-        return letter if not texts or letter in texts else None
-    if texts:
+    if texts and not (match and not match[5]):
         named = [name for name, text in texts.items() if _plain(text) and _plain(text) == _plain(answer)]
         if len(named) == 1:
             return named[0]
-        if letter not in texts:
-            return None
-        return None if _contradicts(match[5], letter, texts) else letter
-    return None if letter is None or _names_second_option(match[5]) else letter
+    read = _read_option(answer)
+    if read is None or (texts and read[0] not in texts):
+        return None
+    letter, rest = read
+    if not rest:
+        return letter
+    return None if (_contradicts(rest, letter, texts) if texts else _names_second_option(rest, letter)) else letter
 
 
 def _plain(text: str) -> str:
@@ -168,18 +309,23 @@ def _words(text: str) -> str:
 
 def _contradicts(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
     """Whether the text behind the letter of an option speaks of another one."""
+    texts = {name: text.translate(_WIDE) for name, text in texts.items()}
     if _plain(rest) == _plain(texts[letter]):
         return False
     own = _words(texts[letter])
     others = {_words(text) for text in texts.values()} - {own, "  "}
     # "red" inside the own text "dark red" is no second option; "dark red" around the own text "red" is.
     said, remaining = _words(rest), _words(rest).replace(own, " | ")
-    return any(other in (said if own in other else remaining) for other in others) or _names_second_option(rest)
+    return any(other in (said if own in other else remaining) for other in others) or _names_second_option(
+        rest, letter
+    )
 
 
-def _names_second_option(rest: str) -> bool:
+def _names_second_option(rest: str, letter: str) -> bool:
     lines = "\n".join(" ".join(line.split()) for line in rest.splitlines())
-    return bool(_letters(rest) or _SECOND_OPTION.search(lines))
+    if _letters(rest) or _SECOND_OPTION.search(lines):
+        return True
+    return any(group and group.upper() != letter for found in _MARKED.findall(lines) for group in found)
 
 
 def _letters(text: str) -> list[str]:
@@ -220,8 +366,8 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
     """
     Grades one extracted answer against the row's solution.
 
-    Letters and digits are ASCII ones: look-alikes of other scripts, widths and styles (Cyrillic `В`, full-width `Ｂ`,
-    `𝐁`) name no option and no number, and texts are compared without Unicode normalisation.
+    Letters are ASCII ones or their wide forms, digits ASCII ones: look-alikes of other scripts and styles (Cyrillic `В`,
+    circled `Ⓑ`, `𝐁`) name no option and no number, and texts are compared without Unicode normalisation.
 
     Args:
         answer (`str`, *optional*):

@@ -373,20 +373,29 @@ function withInterval(estimate) {
 
 function numbers(body, run, index) {
   body.append(runTitle(index));
-  const rows = [["access", "all questions", "mean of tags", "if errors were wrong … right", "modality gap (by questions)", "gap (by tags)", "scored", "errors", "not gradable", "lacking a signal", "pass@k"]];
+  const rows = [["access", "all questions", "mean of tags", "if errors were wrong … right", "modality gap (by questions)", "gap (by tags)", "scored", "clips", "errors", "not gradable", "lacking a signal", "pass@k"]];
   for (const [access, found] of Object.entries(run.accuracy.accesses)) {
     const gap = (weighting) => { const g = found.modality_gap[weighting]; return g.undefined ? "undefined" : withInterval(g.mean); };
     const bounds = found.bounds.sample_mean;
     const passes = Object.entries(found.pass_at_k).map(([k, estimate]) => `${k}: ${estimate.undefined ? "–" : estimate.value.toFixed(3)}`).join(", ");
     rows.push([access, withInterval(found.accuracy.sample_mean || { undefined: true }), withInterval(found.accuracy.tag_mean),
       bounds ? `${bounds.low.toFixed(3)} … ${bounds.high.toFixed(3)}` : "–", gap("sample"), gap("tag"), String(found.counts.scored),
-      String(found.counts.errors), String(found.counts.unscored), String(found.counts.lacking), passes]);
+      String((found.accuracy.sample_mean || {}).clips || "–"), String(found.counts.errors), String(found.counts.unscored), String(found.counts.lacking), passes]);
   }
   body.append(table(null, rows));
   for (const [access, found] of Object.entries(run.accuracy.accesses)) {
     const grades = Object.entries(found.grades || {}).map(([name, value]) => `${name} ${number(value)}`);
     if (grades.length) body.append(node("p", { class: "what", text: `Mean grades, access ${access}: ${grades.join(", ")}.` }));
   }
+  const macro = run.accuracy.superset_macro;
+  if (macro && !macro.undefined) body.append(node("p", { class: "what", text: `Superset macro (of a question over the inputs that contain its tag, then of the tags): ${withInterval(macro)}.` }));
+  const inputs = run.accuracy.over_inputs;
+  if (inputs && !inputs.undefined) {
+    const tags = Object.entries(inputs.per_tag).map(([tag, estimate]) => `${tag} ${withInterval(estimate)}`).join(", ");
+    body.append(node("p", { class: "what", text: `By required tag over all inputs: ${tags}; all ${withInterval(inputs.sample_mean)}.` }));
+  }
+  const clipped = Object.values(run.accuracy.accesses).some((found) => (found.accuracy.sample_mean || {}).clips);
+  body.append(node("p", { class: "what", text: clipped ? "Intervals are over clips: questions about one clip are right or wrong together." : "Intervals are over questions: no clip is named." }));
   const gain = run.accuracy.fusion_gain;
   if (gain) body.append(node("p", { class: "what", text: gain.undefined ? gain.undefined : `Fusion gain (questions that fused signals answer better than single ones): ${withInterval(gain)}.` }));
   const errors = run.accuracy.errors || [];
@@ -403,10 +412,10 @@ function compared(body) {
   body.append(node("h3", { text: `${REPORT.runs[1].name} compared with ${REPORT.runs[0].name}, question by question` }));
   if (found.missing) { body.append(node("p", { class: "missing", text: found.missing })); return; }
   if (!found.same_data) body.append(node("p", { class: "note", text: "The evaluations are not of the same rows: only questions with equal names and tags are compared." }));
-  const rows = [["access", "difference", "interval", "p", "test", "better", "worse", "questions", "left out"]];
+  const rows = [["access", "difference", "interval", "p", "test", "better", "worse", "questions", "clips", "left out"]];
   for (const [access, c] of Object.entries(found.accesses)) {
-    rows.push(c.missing ? [access, c.missing, "", "", "", "", "", "", ""] : [access, (c.difference > 0 ? "+" : "") + c.difference.toFixed(3),
-      c.low === null ? "–" : `[${c.low.toFixed(3)}, ${c.high.toFixed(3)}]`, number(c.p_value, 4), c.test, String(c.better), String(c.worse), String(c.count), String(c.left_out)]);
+    rows.push(c.missing ? [access, c.missing, "", "", "", "", "", "", "", ""] : [access, (c.difference > 0 ? "+" : "") + c.difference.toFixed(3),
+      c.low === null ? "–" : `[${c.low.toFixed(3)}, ${c.high.toFixed(3)}]`, number(c.p_value, 4), c.test, String(c.better), String(c.worse), String(c.count), String(c.clips || "–"), String(c.left_out)]);
   }
   body.append(table("Paired test; p is not corrected for several accesses", rows));
 }

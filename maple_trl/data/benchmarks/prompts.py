@@ -26,6 +26,7 @@ class PromptStyle:
             `{instruction}`.
         option_line: of one option; holds `{letter}` and `{text}`.
         instructions: the form of the answer, for each of `ANSWER_KINDS`.
+        answer_format: what reads such an answer, one of [`~maple_trl.rewards.answers.ANSWER_FORMATS`].
     """
 
     name: str
@@ -33,6 +34,7 @@ class PromptStyle:
     layout: str
     option_line: str
     instructions: Mapping[str, str]
+    answer_format: str = "tags"
 
     @property
     def canonical(self) -> str:
@@ -108,10 +110,21 @@ PROMPT_STYLES: Mapping[str, PromptStyle] = MappingProxyType(
                 option_line="{letter}. {text}",
                 instructions=_instructions("Answer", "<answer>{}</answer>"),
             ),
+            PromptStyle(
+                name="brackets",
+                version=1,
+                layout=_LAYOUT,
+                option_line="{letter}. {text}",
+                instructions=_instructions("Answer", "[{}]"),
+                answer_format="brackets",
+            ),
         )
     }
 )
-"""`think` asks for thoughts and an answer, `answer` for the answer alone. `accuracy_reward` reads both."""
+"""
+`think` asks for thoughts and an answer, `answer` for the answer alone: `accuracy_reward` reads both. `brackets` asks for an
+answer that ends in `[B]`, as MAPLE's prompts do: for `accuracy_reward` with `answer_format="brackets"`.
+"""
 
 
 def prompt_style(style: str | PromptStyle) -> PromptStyle:

@@ -17,8 +17,10 @@ Args:
     tags: the modalities that it was given (V, A, S, VA, VS, AS, VAS in any order and case).
     confidence (`float`): of the interval. 0.95 by default.
     resamples (`int`), seed (`int`): of the bootstrap. 2000 and 0 by default.
+    clusters (`list`): the clip of each prediction, None where it has none: intervals then are over clips. None by default.
 Returns:
-    `fusion_gain`, `fusion_gain_low` and `fusion_gain_high` as fractions, and `samples`, their number.
+    `fusion_gain`, `fusion_gain_low` and `fusion_gain_high` as fractions, and `samples`, their number; with clusters
+    `clips`, theirs.
 """
 
 
@@ -37,8 +39,12 @@ class FusionGain(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, samples, tags, confidence=0.95, resamples=2000, seed=0):
-        scores = {}
+    def _compute(self, predictions, samples, tags, confidence=0.95, resamples=2000, seed=0, clusters=None):
+        scores, clips = {}, {}
+        clusters = [None] * len(samples) if clusters is None else clusters
+        for sample, clip in zip(samples, clusters, strict=True):
+            if clips.setdefault(sample, clip) != clip:
+                raise ValueError(f"Sample {sample!r} is of two clips, {clips[sample]!r} and {clip!r}")
         for score, sample, tag in zip(predictions, samples, tags, strict=True):
             by_tag = scores.setdefault(sample, {})
             parsed = ModalityTag.parse(tag)
@@ -52,10 +58,11 @@ class FusionGain(evaluate.Metric):
                     f"Sample {sample!r} has no score with the input {', '.join(missing)}; it needs all seven"
                 )
         fused = fused_samples({tag: [by_tag[tag] for by_tag in scores.values()] for tag in ModalityTag})
-        estimate = bootstrap_mean(fused, confidence=confidence, resamples=resamples, seed=seed)
-        return {
+        estimate = bootstrap_mean(fused, None, confidence, resamples, seed, [clips[sample] for sample in scores])
+        result = {
             "fusion_gain": estimate.value,
             "fusion_gain_low": estimate.low,
             "fusion_gain_high": estimate.high,
             "samples": estimate.count,
         }
+        return result if estimate.clips is None else {**result, "clips": estimate.clips}

@@ -15,8 +15,10 @@ Args:
     weighting (`str`): "sample" (a tag counts by its questions, as in the paper's Table 1; default) or "tag".
     confidence (`float`): of the intervals. 0.95 by default.
     resamples (`int`), seed (`int`): of the bootstrap. 2000 and 0 by default.
+    clusters (`list`): the clip of each question, None where it has none: intervals then are over clips. None by default.
 Returns:
-    `uni_bi`, `uni_tri`, `bi_tri` and `mean` as fractions, each with `_low` and `_high`.
+    `uni_bi`, `uni_tri`, `bi_tri` and `mean` as fractions, each with `_low` and `_high`; with clusters `clips`,
+    their number.
 """
 
 
@@ -29,11 +31,12 @@ class ModalityGap(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions, tags, weighting="sample", confidence=0.95, resamples=2000, seed=0):
-        gaps = modality_gap_intervals(predictions, tags, weighting, confidence, resamples, seed)
+    def _compute(self, predictions, tags, weighting="sample", confidence=0.95, resamples=2000, seed=0, clusters=None):
+        gaps = modality_gap_intervals(predictions, tags, weighting, confidence, resamples, seed, clusters)
         result = {}
         for name, estimate in gaps.items():
             result[name] = estimate.value
             result[f"{name}_low"] = estimate.low
             result[f"{name}_high"] = estimate.high
-        return result
+        clips = gaps["mean"].clips
+        return result if clips is None else {**result, "clips": clips}

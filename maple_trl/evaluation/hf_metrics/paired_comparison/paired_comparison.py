@@ -17,8 +17,11 @@ Args:
     test (`str`): "auto" (McNemar's for scores of 0 and 1; default), "mcnemar" or "permutation".
     confidence (`float`): of the interval of the difference. 0.95 by default.
     resamples (`int`), seed (`int`): of the bootstrap and of the permutations. 10000 and 0 by default.
+    clusters (`list`): the clip of each question, None where it has none: signs then are flipped, and the interval made, by clip. None by
+        default.
 Returns:
-    `difference` (second minus first), `low`, `high`, `p_value`, `test`, `exact`, `better`, `worse` and `count`.
+    `difference` (second minus first), `low`, `high`, `p_value`, `test`, `exact`, `better`, `worse`, `count`
+    and `clips`.
 """
 
 
@@ -34,8 +37,8 @@ class PairedComparison(evaluate.Comparison):
             ),
         )
 
-    def _compute(self, predictions1, predictions2, test="auto", confidence=0.95, resamples=10_000, seed=0):
-        compared = compare_runs(
-            predictions1, predictions2, test=test, confidence=confidence, resamples=resamples, seed=seed
-        )
+    def _compute(
+        self, predictions1, predictions2, test="auto", confidence=0.95, resamples=10_000, seed=0, clusters=None
+    ):
+        compared = compare_runs(predictions1, predictions2, None, test, confidence, resamples, seed, clusters)
         return dataclasses.asdict(compared)
