@@ -1,5 +1,6 @@
 """Where the tokens of pictures stand in time: at the times of their pictures, and as the models' own code puts them."""
 
+import re
 from fractions import Fraction
 from functools import cache
 
@@ -137,6 +138,14 @@ def test_pictures_without_interleaved_sound_keep_their_distances(name):
         getattr(family.config, "position_id_per_seconds", None) or family.config.vision_config.tokens_per_second
     )
     np.testing.assert_allclose((placed - placed[0]).numpy(), np.array([0, 0.6, 6.5]) * per_second, atol=1)
+
+
+def test_qwen3_vl_reads_the_times_of_the_file():
+    """Its prompt names the middle of each pair of pictures, counted from the start of the file."""
+    _, processor, family = world("qwen3_vl")
+    prompt = family.encode("key", text(processor, "video"), [clip_at(family, [3.0, 3.4, 5.0, 6.0])], [])
+    words = processor.tokenizer.decode(prompt.input_ids)
+    assert re.findall(r"<([\d.]+) seconds>", words) == ["3.2", "5.5"]
 
 
 # Case: the sound begins 2 s before the pictures

@@ -57,7 +57,8 @@ def test_a_rate_gives_as_many_frames_as_the_reference(total, rate, fps):
     limits = MediaLimits(num_frames=None, fps=fps, max_frames=64)
     chosen = sample_indices(limits, total, total / rate)
     if total >= 4:
-        assert len(chosen) == len(reference("qwen2_5_vl", total, rate, fps=fps, min_frames=4, max_frames=64))
+        taken = len(reference("qwen2_5_vl", total, rate, fps=fps, min_frames=4, max_frames=64))
+        assert len(chosen) == taken - taken % 2  # its `arange` of floats can give one more than its even number
     assert chosen[0] == 0 and chosen[-1] == total - 1 and len(chosen) % 2 == 0 and len(chosen) <= 64
 
 

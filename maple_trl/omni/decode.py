@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import re
+import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -612,7 +613,7 @@ class _Sound:
         if frame.time is not None:
             self._move(round((frame.time - self.origin) * self.rate))
         elif self.at is None:
-            self.at = 0
+            self.at = round(-self.origin * self.rate)
         self._take(frame)
 
     def finish(self) -> None:
@@ -677,61 +678,17 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
         MediaError: `audio-too-short`, `non-finite-audio`, `truncated`, `unreadable`, `too-long`, `segment-outside`,
             `decode-timeout`, `not-media`, `not-found`.
     """
-    deadline, start = _Deadline(source, limits.decode_timeout), request.start or 0.0
     with _opened(source, limits) as container:
         stream = _track(container, "audio")
         if stream is None:
             return None
         _decodable(source, stream)
-        notes, zero, declared_end = (
-            _file_notes(source, container),
-            _zero(container),
-            _declared_end(source, container, stream),
-        )
         # Decoding hours of sound to refuse it would take long, and the header alone is no proof.
-        if _maybe_overlong(_header_seconds(container), limits, request) and _overlong(
-            source, limits, "audio", request
-        ):
+        unsure = _maybe_overlong(_header_seconds(container), limits, request)
+        if unsure and _overlong(source, limits, "audio", request):
             raise _too_long(source, limits)
-        sound = _Sound(source, sampling_rate, zero + start)
-        most = round(limits.max_seconds * sampling_rate)
-        wanted = most + sampling_rate
-        if request.end is not None:
-            wanted = min(wanted, round((request.end - start) * sampling_rate))
-        end, ended = 0.0, False
-        for frame_end, frame in _frames_from(container, stream, zero + start):
-            deadline.check()
-            end = frame_end
-            if frame is None:
-                continue
-            if frame.time is not None and (frame.time - zero - start) * sampling_rate > wanted:
-                sound.finish()
-                sound.fill(wanted)  # a gap may be of any length
-                break
-            sound.add(frame)
-            if sound.filled >= wanted:
-                break
-        else:
-            ended = True
-            slack = PREROLL if sound.at is None else END_SLACK  # the length of what is not decoded may be unknown
-            if declared_end is not None and end < declared_end - slack:
-                raise source.error("truncated", f"sound up to {end:.2f} s of {declared_end:.2f} s")
-            sound.finish()
-    waveform, notes = sound.waveform(), notes + sound.notes
-    if ended and declared_end is not None:  # without the padding of the last codec frame
-        padding = len(waveform) - round((declared_end - zero - start) * sampling_rate)
-        if 0 < padding <= END_SLACK * sampling_rate:
-            waveform = waveform[: len(waveform) - padding]
-    if request.end is not None:
-        length = round((request.end - start) * sampling_rate)
-        waveform = waveform[:length]
-        if ended and len(waveform) < length - END_SLACK * sampling_rate:
-            notes.append("segment-shortened")
-    if not request.whole and not len(waveform):
-        asked = _segment(request)
-        raise source.error(
-            "segment-outside", f"{asked} was asked for and its sound ends at {max(0.0, end - zero):.2f} s"
-        )
+        waveform, notes = _heard(source, container, stream, limits, sampling_rate, request)
+    most = round(limits.max_seconds * sampling_rate)
     if len(waveform) > most:
         if limits.overlong == "quarantine":
             raise _too_long(source, limits)
@@ -745,6 +702,47 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
     waveform = waveform.copy()  # a view would keep, in the cache, what was cut off
     waveform.flags.writeable = False
     return AudioClip(waveform, sampling_rate, duration, source.path, tuple(notes))
+
+
+def _heard(
+    source: Source, container, stream, limits: MediaLimits, rate: int, request: ClipRequest
+) -> tuple[np.ndarray, list[str]]:
+    """The sound of a whole file or segment, up to a second more than is allowed, and what is special about it."""
+    deadline, start, zero = _Deadline(source, limits.decode_timeout), request.start or 0.0, _zero(container)
+    declared_end = _declared_end(source, container, stream)
+    sound = _Sound(source, rate, zero + start)
+    asked = None if request.end is None else round((request.end - start) * rate)
+    wanted = min(round((limits.max_seconds + 1) * rate), asked or sys.maxsize)
+    end, ended = 0.0, False
+    for frame_end, frame in _frames_from(container, stream, zero + start):
+        deadline.check()
+        end = frame_end
+        if frame is None:
+            continue
+        if frame.time is not None and (frame.time - zero - start) * rate > wanted:
+            sound.finish()
+            sound.fill(wanted)  # a gap may be of any length
+            break
+        sound.add(frame)
+        if sound.filled >= wanted:
+            break
+    else:
+        ended = True
+        slack = PREROLL if sound.at is None else END_SLACK  # the length of what is not decoded may be unknown
+        if declared_end is not None and end < declared_end - slack:
+            raise source.error("truncated", f"sound up to {end:.2f} s of {declared_end:.2f} s")
+        sound.finish()
+    waveform, notes = sound.waveform()[:asked], _file_notes(source, container) + sound.notes
+    if ended and declared_end is not None:  # without the padding of the last codec frame
+        padding = len(waveform) - round((declared_end - zero - start) * rate)
+        if 0 < padding <= END_SLACK * rate:
+            waveform = waveform[: len(waveform) - padding]
+    if not request.whole and not len(waveform):
+        detail = f"{_segment(request)} was asked for and its sound ends at {max(0.0, end - zero):.2f} s"
+        raise source.error("segment-outside", detail)
+    if ended and asked is not None and len(waveform) < asked - END_SLACK * rate:
+        notes.append("segment-shortened")
+    return waveform, notes
 
 
 def _packets_from(container, stream, start: float) -> Iterator["av.Packet"]:

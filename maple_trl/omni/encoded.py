@@ -28,7 +28,7 @@ class EncodedPrompt:
     """
     One prompt with its media, ready for generation and for the training forward.
 
-    A prompt is encoded alone, so its positions carry its own audio-in-video flag and frame rate. Rows of a batch that
+    A prompt is encoded alone, so its positions carry its own audio-in-video flag and the times of its pictures. Rows of a batch that
     share a prompt share the object; nothing in it is repeated per completion.
 
     Attributes:

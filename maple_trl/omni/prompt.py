@@ -156,7 +156,7 @@ class PromptBuilder:
         fed = tag.modalities if tag is not None and self.modality_access == "required" else present
         self._check_family(fed, tag)
         interleaved = interleaved and {Modality.VIDEO, Modality.AUDIO} <= fed and self.family.interleaves_audio
-        # Processors take one frame rate per prompt, and it decides where among the video's tokens the audio's stand.
+        # `OmniFamily.interleave` places the tokens of one video among those of one sound.
         if interleaved and (len(videos), len(audio_source)) != (1, 1):
             raise RowError(
                 "audio_in_video interleaves one video with one audio, but the row has "
