@@ -198,6 +198,52 @@ def test_a_reward_is_not_missed_on_rows_that_it_is_not_for(tmp_path):
     assert [(note["name"], note["count"]) for note in notes] == [("half", asked["half"] // 2)]
 
 
+def test_prompts_that_are_not_shared_and_rows_that_no_batch_had_are_named(tmp_path):
+    """Two prompts a rollout of five rows: one is left over in each epoch. Eager attention takes no packed rows."""
+    notes = {}
+    for attention in ("eager", "sdpa"):
+        model, processor = build_tiny("qwen2_5_omni")
+        model.set_attn_implementation(attention)
+        rows = ROWS.select(range(5 if attention == "eager" else 4))
+        options = {
+            "num_train_epochs": 1,
+            "max_steps": -1,
+            "shared_prefix": "auto",
+            "output_dir": str(tmp_path / attention),
+        }
+        given = {"model": model, "processing_class": processor, "reward": varied}
+        trainer = build_trainer(tmp_path, rows, **given, **options)
+        trainer.train()
+        notes[attention] = {note["kind"]: note["text"] for note in trainer.left_out()}
+    assert notes["eager"]["prompts_not_shared"].startswith(
+        "prompts were not shared by their completions: the language"
+    )
+    assert notes["eager"]["unseen_rows"] == "train_dataset: 1 of 5 usable rows were in no batch"
+    assert notes["sdpa"] == {}
+
+
+def test_rows_that_are_fed_less_and_groups_that_are_dropped_are_named(tmp_path):
+    from media_files import tone, write_video
+
+    write_video(tmp_path / "silent.mp4", frames=12)
+    write_video(tmp_path / "heard.mp4", frames=12, audio=tone(0.5, 16000))
+
+    def run(clip, reward):
+        rows = Dataset.from_list([question(video=clip, tag="VA", id=str(i)) for i in range(2)])
+        model, processor = build_tiny("qwen2_5_omni")
+        folders = {"output_dir": str(tmp_path / reward.__name__), "media_root": str(tmp_path)}
+        args = MAPOConfig(**(DEFAULTS | SMALL | folders | {"dynamic_sampling": "early"}))
+        trainer = MAPOTrainer(model, reward, args, rows, processing_class=processor)
+        trainer.train()
+        return {note["kind"]: note["text"] for note in trainer.left_out()}
+
+    notes = run("silent.mp4", constant)
+    assert notes["rows_without_audio_track"] == "4 times a row was asked for sound that its video does not have"
+    assert notes["dropped_groups"] == "1 group without a difference between rewards dropped (dynamic_sampling)"
+    assert notes["zero_gradient"] == "1 of 1 step without an update (gradient 0)"
+    assert run("heard.mp4", varied) == {}
+
+
 # Runs without a step
 
 

@@ -106,6 +106,35 @@ def test_few_files_that_break_in_the_steps_stop_nothing(folder):
     assert notes["quarantined"]["text"] == "train_dataset: 1 of 24 rows quarantined (1 empty-file; first 0.srt)"
 
 
+def test_media_that_vanish_end_the_run_at_once_and_a_resumed_one_has_them_all(folder):
+    """A folder that is no longer there: rows that stand in fail as well, and the step cannot be made."""
+    data = rows(folder, 100, ())
+    calls = []
+
+    def vanishing(completions, **_):
+        calls.append(1)
+        if len(calls) == 2:
+            (folder / "away").mkdir()
+            for path in folder.glob("*.srt"):
+                path.rename(folder / "away" / path.name)
+        return [float(i % 2) for i in range(len(completions))]
+
+    options = STEP | {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "output_dir": str(folder / "run")}
+    options |= {"media_cache_bytes": 1, "media_prefetch": False}
+    trainer = build_trainer(folder, data, reward=vanishing, **options)
+    with pytest.raises(TooManyQuarantinedError) as caught:
+        trainer.train()
+    assert trainer.state.global_step == 2 and "so that the step could not be made" in str(caught.value)
+    # The four rows of the step, and seven times the next one, which stands in for all of them; eight rows before.
+    assert "11 of the 19 rows that batches asked for" in str(caught.value)
+    assert len(json.loads((folder / "run" / "quarantine.json").read_text())) == 11
+    for path in (folder / "away").glob("*.srt"):
+        path.rename(folder / path.name)
+    again = build_trainer(folder, data, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4 and not again.rows.quarantined
+
+
 def test_losses_before_and_in_the_run_add_up(folder):
     """9 % left out by the probe and 9 % broken since are more than 10 %; either alone is not."""
     data = rows(folder, 100, set(range(9)))

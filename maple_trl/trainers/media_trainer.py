@@ -77,7 +77,13 @@ class MediaTrainer:
         )
         ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
         shows = args.local_process_index == 0 and not args.disable_tqdm
-        self.rows = RowEncoder(self.prompt_builder, ranks, probe=args.media_check == "probe", progress=shows)
+        self.rows = RowEncoder(
+            self.prompt_builder,
+            ranks,
+            probe=args.media_check == "probe",
+            progress=shows,
+            most_lost=args.max_quarantined_share,
+        )
 
     def _keep_savable(self) -> None:
         """After the parent's constructor, which sets tokens in the model's own generation config."""
@@ -108,10 +114,11 @@ class MediaTrainer:
         Encodes rows for a rollout; see [`~maple_trl.trainers.rows.RowEncoder.encode`]. Every rank must call this together.
         """
         known = len(self.rows.quarantined)
-        encoded = self.rows.encode(rows, evaluating=not self.model.training)
-        if len(self.rows.quarantined) > known:
-            self._write_quarantine()
-        return encoded
+        try:
+            return self.rows.encode(rows, evaluating=not self.model.training)
+        finally:
+            if len(self.rows.quarantined) > known:
+                self._write_quarantine()
 
     def _prefetch(self, rows: Sequence[dict[str, Any]], current: Sequence[EncodedPrompt]) -> None:
         """Begins to decode the media of rows to come, but for those of the current prompts."""
@@ -131,9 +138,7 @@ class MediaTrainer:
 
     def too_many_quarantined(self) -> str | None:
         """What is wrong where a data set has lost more rows than `max_quarantined_share`; the same on every rank."""
-        limit = self.args.max_quarantined_share
-        found = (registry.too_many(limit) for registry in self.rows.registries.values()) if self.family else ()
-        return next(filter(None, found), None)
+        return None if self.family is None else self.rows.too_many(self.args.max_quarantined_share)
 
     def check_quarantine(self) -> None:
         """

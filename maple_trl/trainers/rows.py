@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from datasets import Dataset
@@ -14,11 +15,14 @@ from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.trainers.quarantine import QuarantinedPrompt, Ranks, RowRegistry
+from maple_trl.trainers.run_errors import TooManyQuarantinedError
 
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+_ROUNDS = 8  # times that stand-ins of one batch may fail
 
 
 class RowEncoder:
@@ -29,13 +33,17 @@ class RowEncoder:
         builder: encodes one row.
         ranks: the processes of the run. `encode` is a collective call.
         probe, progress: see [`RowRegistry`].
+        most_lost (`float`): the share of rows above which looking for ones that stand in is given up.
     """
 
-    def __init__(self, builder: PromptBuilder, ranks: Ranks, probe: bool = True, progress: bool = True):
+    def __init__(
+        self, builder: PromptBuilder, ranks: Ranks, probe: bool = True, progress: bool = True, most_lost: float = 1.0
+    ):
         self.builder = builder
         self.ranks = ranks
         self.probe = probe
         self.progress = progress
+        self.most_lost = most_lost
         self.registries: dict[str, RowRegistry] = {}
 
     def register(self, dataset: Any, name: str) -> Any:
@@ -79,9 +87,10 @@ class RowEncoder:
 
         Raises:
             MediaError: for a row of a streamed data set, for which nothing can stand in.
+            TooManyQuarantinedError: when most that stand in fail as well, e.g. as the folder of the media has gone.
         """
         encoded: dict[str, EncodedPrompt] = {}
-        while True:
+        for rounds in count(1):
             rows = [self.usable(row, evaluating) for row in rows]
             keys = [self.builder.spec(row).key for row in rows]
             tried: list[tuple[str, MediaError | None]] = []
@@ -104,6 +113,16 @@ class RowEncoder:
                     raise error
                 for registry in registries:
                     registry.add(key, error)
+            problem = self.too_many(self.most_lost) if rounds >= _ROUNDS else None
+            if problem is not None:
+                raise TooManyQuarantinedError(
+                    f"{problem}. Rows that were to stand in failed {rounds} times in a row, so that the step could not be "
+                    "made. Are the media still there? Go on from the last checkpoint, which does not count them as lost"
+                )
+
+    def too_many(self, limit: float) -> str | None:
+        """What is wrong where a data set has lost more rows than a share; see [`RowRegistry.too_many`]."""
+        return next(filter(None, (registry.too_many(limit) for registry in self.registries.values())), None)
 
     def usable(self, row: Row, evaluating: bool = False) -> Row:
         """The row, or the one of its data set that stands in for it, with the same columns."""
