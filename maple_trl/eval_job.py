@@ -226,7 +226,7 @@ def _check_places(job: EvalJob, media_root: str) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SetupError(f"--output: no permission to write into {folder}")
     if not os.path.isdir(media_root):
-        raise SetupError(f"media_root: there is no folder {media_root}")
+        raise SetupError(f"media root {media_root!r} is not a folder (--media-root)")
 
 
 def _loader(job: EvalJob, root: str) -> MediaLoader:

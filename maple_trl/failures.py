@@ -17,6 +17,9 @@ VARIABLE = "MAPLE_TRL_TRACEBACK"
 
 LOG = "traceback.txt"
 
+FAILED = "the reward function"
+"""How the note begins that an exception of a user's reward function has."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What libraries that write files themselves say instead.
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
@@ -116,6 +119,10 @@ def _known(error: BaseException) -> str | None:
             "out of GPU memory: lower per_device_train_batch_size, max_completion_length, num_frames or max_pixels, or set "
             f"gradient_checkpointing or use_peft. {error}"
         )
+    for link in chain(error):
+        note = next((note for note in getattr(link, "__notes__", ()) if note.startswith(FAILED)), None)
+        if note is not None:
+            return note
     module = type(error).__module__
     if module.startswith("maple_trl.") and isinstance(
         error, ValueError

@@ -48,7 +48,7 @@ def check_rows(
     Holds the columns of the training split against what is read of them.
 
     Raises:
-        SetupError: for a column that is missing or misspelt, or too few rows.
+        SetupError: for a column that is missing or misspelt.
     """
     from maple_trl.rewards.calls import RewardError, check_rewards
 
@@ -68,15 +68,7 @@ def check_rows(
         raise SetupError(f"{name} has no column 'tag', which mapo batches by; its columns: {', '.join(columns)}")
     _check_reward_options(training_args, rewards)
     if not os.path.isdir(training_args.media_root):
-        raise SetupError(f"media_root: there is no folder {training_args.media_root}")
-    if script_args.trainer not in SUPERVISED:
-        needed = training_args.generation_batch_size // training_args.num_generations
-        if len(train) < needed:
-            raise SetupError(
-                f"{name} has {len(train)} rows, but one rollout takes {needed} prompts (generation_batch_size / "
-                "num_generations): lower per_device_train_batch_size or gradient_accumulation_steps, or raise "
-                "num_generations"
-            )
+        raise SetupError(f"media root {training_args.media_root!r} is not a folder (media_root)")
 
 
 def _check_reward_options(args: OmniGRPOConfig | OmniSFTConfig, rewards: Sequence[Any]) -> None:
@@ -101,7 +93,8 @@ def check_model(
         evaluates: whether its accuracy is measured, for which it must read media.
 
     Raises:
-        SetupError: when there is no such model, it is damaged or not supported, or a row cannot be a prompt.
+        SetupError: when there is no such model, it is damaged or not supported, a row cannot be a prompt, or there are too
+            few rows.
     """
     from maple_trl.evaluation.served_prompts import ServedFamily
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
@@ -149,6 +142,13 @@ def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, tra
             builder.spec(row)
         except RowError as error:
             raise SetupError(f"train_dataset, row {number}: {error}") from error
+    generations = getattr(args, "num_generations", None)
+    needed = args.generation_batch_size // generations if generations else 0
+    if len(train) < needed:
+        raise SetupError(
+            f"train_dataset has {len(train)} usable rows, but one rollout takes {needed} prompts (generation_batch_size / "
+            "num_generations): lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
+        )
 
 
 def check_resumed(checkpoint: str | None, model_args: OmniModelConfig) -> None:

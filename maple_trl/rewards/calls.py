@@ -6,8 +6,11 @@ import inspect
 import numbers
 import os
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
+
+from maple_trl.failures import FAILED
 
 from .judge_limits import JudgeUnavailableError
 
@@ -91,9 +94,8 @@ def _check_call(reward: Callable, columns: Sequence[str]) -> None:
 
 def checked(reward: Callable, name: str) -> Callable:
     """
-    A reward function whose failures and results are told as [`RewardError`].
-
-    Its own exception is the cause of that error; `JudgeUnavailableError`, which says all itself, passes as it is.
+    A reward function whose wrong results are told as [`RewardError`], and whose own exceptions have a note that says where
+    they are from.
     """
     # Here and not above: this loads all of TRL and torch.
     from trl.trainer.utils import is_async_callable
@@ -101,23 +103,15 @@ def checked(reward: Callable, name: str) -> Callable:
     if is_async_callable(reward):
 
         async def call(**arguments: Any) -> list[Any]:
-            try:
+            with _noting(name):
                 values = await reward(**arguments)
-            except JudgeUnavailableError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise _failure(name, error) from error
             return checked_rewards(values, len(arguments["completions"]), name)
 
     else:
 
         def call(**arguments: Any) -> list[Any]:
-            try:
+            with _noting(name):
                 values = reward(**arguments)
-            except JudgeUnavailableError:
-                raise
-            except (Exception, SystemExit) as error:  # it is the user's: it can fail in any way
-                raise _failure(name, error) from error
             return checked_rewards(values, len(arguments["completions"]), name)
 
     call.__name__ = name
@@ -158,11 +152,25 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def _failure(name: str, error: BaseException) -> RewardError:
-    frames = traceback.extract_tb(error.__traceback__)[1:]
+@contextmanager
+def _noting(name: str) -> Iterator[None]:
+    """Adds to what a reward function raises that it is from there; a try to end the process becomes an error."""
+    try:
+        yield
+    except JudgeUnavailableError:  # says all itself
+        raise
+    except SystemExit as error:
+        raise RewardError(_failure(name, error)) from error
+    except Exception as error:
+        error.add_note(_failure(name, error))
+        raise
+
+
+def _failure(name: str, error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[2:]  # without the call itself
     place = f" in {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
     told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return RewardError(f"the reward {name!r} failed{place}: {told}")
+    return f"{FAILED} {name!r} failed{place}: {told}"
 
 
 def _name(reward: Any) -> str:
