@@ -360,11 +360,11 @@ class MAPOTrainer(OmniGRPOTrainer):
         difficulties = self._difficulties(scored)
         self.tag_weights.observe(difficulties)
         self.curriculum.observe(difficulties)
-        solved = scored.told(scored.solved(self._task_reward)) if self.args.revisit == "unsolved" else None
+        solved = scored.told_solved(self._task_reward) if self.args.revisit == "unsolved" else None
         self.sampling.observe(
             scored.rows,
             scored.prompt_tags,
-            scored.told(scored.informative),
+            scored.told_informative(),
             kept.tolist(),
             solved,
             self.schedule.epoch,
