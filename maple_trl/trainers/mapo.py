@@ -609,7 +609,8 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _geometry(self) -> dict[str, Any]:
         names = ("batching", "leftover", "curriculum", "curriculum_granularity", "dynamic_sampling", "loss_strata")
-        names = (*names, "revisit", "revisit_after")
+        if self.args.dynamic_sampling != "none":
+            names = (*names, "revisit", "revisit_after")
         return super()._geometry() | {name: getattr(self.args, name) for name in names}
 
     def _parts(self) -> dict[str, Any]:
