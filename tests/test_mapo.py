@@ -436,6 +436,29 @@ def test_what_later_epochs_visit(seven_tags, build, revisit):
         assert logs(trainer)[-1]["sampling/solved_prompts"] == 2
 
 
+def test_a_resumed_run_knows_what_was_solved(seven_tags, build, tmp_path):
+    """Checkpoint 4 is the end of the first epoch, in which row 0 was solved: it rests for one epoch."""
+    data = take(seven_tags[1], S=4, V=4)
+    options = {"dynamic_sampling": "early", "revisit": "unsolved", "max_steps": -1, "num_train_epochs": 3}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    value = dict.fromkeys(data["id"][:1], 1.0)
+
+    def run(checkpoint=None):
+        diary = Diary(lambda one, tag, copy, call: value.get(one, float(copy % 2)))
+        trainer = follow(diary, build(data, diary, **options))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [call["prompts"] for call in diary.calls if call["training"]], trainer
+
+    whole, first = run()
+    resumed, second = run(str(tmp_path / "run" / "checkpoint-4"))
+    assert len(whole) == 12 and resumed == whole[4:]
+    solved = data["id"][0]
+    assert [any(solved in rows for rows in whole[i : i + 4]) for i in (0, 4, 8)] == [True, False, True]
+    assert first.sampling.state_dict() == second.sampling.state_dict()
+    with pytest.raises(ValueError, match="revisit unsolved -> all"):
+        build(data, Diary(varied), **options | {"revisit": "all"}).train(str(tmp_path / "run" / "checkpoint-4"))
+
+
 def test_solved_needs_a_task_reward(seven_tags, build):
     options = {"dynamic_sampling": "early", "revisit": "unsolved"}
     two = [named("style"), named("length")]

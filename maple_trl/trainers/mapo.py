@@ -362,11 +362,11 @@ class MAPOTrainer(OmniGRPOTrainer):
         difficulties = self._difficulties(scored)
         self.tag_weights.observe(difficulties)
         self.curriculum.observe(difficulties)
-        solved = scored.told(scored.solved(self._task_reward)) if self.args.revisit == "unsolved" else None
+        solved = scored.told_solved(self._task_reward) if self.args.revisit == "unsolved" else None
         self.sampling.observe(
             scored.rows,
             scored.prompt_tags,
-            scored.told(scored.informative),
+            scored.told_informative(),
             kept.tolist(),
             solved,
             self.schedule.epoch,
@@ -627,7 +627,8 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _geometry(self) -> dict[str, Any]:
         names = ("batching", "leftover", "curriculum", "curriculum_granularity", "dynamic_sampling", "loss_strata")
-        names = (*names, "revisit", "revisit_after")
+        if self.args.dynamic_sampling != "none":
+            names = (*names, "revisit", "revisit_after")
         return super()._geometry() | {name: getattr(self.args, name) for name in names}
 
     def _parts(self) -> dict[str, Any]:

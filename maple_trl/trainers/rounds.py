@@ -57,15 +57,19 @@ class Round:
     @property
     def compared(self) -> Tensor:
         """Whether two completions of each prompt could be scored, or it has but one; shape (prompts,), bool."""
-        return compared_groups(self.rewards.view(-1, self.group_size)) | (self.group_size == 1)
+        return self._compared(self.rewards)
 
-    def solved(self, task: int) -> Tensor:
-        """Whether each prompt's completions all solved the task of a reward function; shape (prompts,), bool."""
-        return solved_groups(self.scores[:, task].view(-1, self.group_size))
+    def told_informative(self) -> list[bool | None]:
+        """Whether each prompt is informative; `None` where too few completions could be scored to tell."""
+        return _where(self.compared, self.informative)
 
-    def told(self, values: Tensor) -> list[bool | None]:
-        """Values of the prompts, of shape (prompts,), without those of prompts that cannot be judged."""
-        return [value if known else None for value, known in zip(values.tolist(), self.compared.tolist(), strict=True)]
+    def told_solved(self, task: int) -> list[bool | None]:
+        """Whether each prompt's completions all solved the task of a reward function; `None` where that is not known."""
+        scores = self.scores[:, task]
+        return _where(self._compared(scores), solved_groups(scores.view(-1, self.group_size)))
+
+    def _compared(self, values: Tensor) -> Tensor:
+        return compared_groups(values.view(-1, self.group_size)) | (self.group_size == 1)
 
     @property
     def prompt_tags(self) -> list[ModalityTag]:
@@ -94,3 +98,7 @@ class Round:
         for name, value in values.items():
             totals |= totals_by_tag(name, value, self.tags)
         return totals
+
+
+def _where(known: Tensor, values: Tensor) -> list[bool | None]:
+    return [value if told else None for value, told in zip(values.tolist(), known.tolist(), strict=True)]
