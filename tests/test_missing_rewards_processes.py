@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from jobs.runner import ALONE, TORCHRUN, Job, changes, facts, once, weights, write_inputs
+from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from test_mapo_processes import PLAIN
 from test_processes import by_tag, worst
 
@@ -38,8 +38,8 @@ def plan(world, rows):
 def results(tmp_path_factory):
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
-        for world, launcher in ((1, ALONE), (2, TORCHRUN)):
-            Job(launcher, folder, str(world), rows, plan(world, rows)).wait()
+        for world in (1, 2):
+            Job(world, folder, str(world), rows, plan(world, rows)).wait()
 
     return once(tmp_path_factory, "missing-rewards", make)
 
