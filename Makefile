@@ -16,10 +16,10 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test test-fast test-latest check bench clean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv and install the package with the extras dev and plots
 
@@ -29,6 +29,13 @@ demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go 
 test: $(STAMP) ## Run the tests and require 90 % line coverage
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=maple_trl --cov-report=term-missing:skip-covered \
 		--cov-fail-under=$(MIN_COVERAGE)
+
+test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: what one runs while working
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q
+
+test-latest: ## Run the tests in an environment of their own, with the newest versions that the ranges allow
+	rm -f .venv-latest/.installed
+	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade
 
 check: $(STAMP) ## Lint and check the formatting with ruff
 	$(BIN)/ruff check $(wildcard $(SOURCES))
@@ -50,5 +57,5 @@ $(STAMP): setup.cfg pyproject.toml
 		echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 <target>" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --python $(BIN)/python -e ".[$(EXTRAS)]"
+	$(BIN)/python -m uv pip install --python $(BIN)/python $(UPGRADE) -e ".[$(EXTRAS)]"
 	@touch $@

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
 from maple_trl.omni.families.base import OmniFamily
@@ -106,13 +107,14 @@ def _merged_inputs(
     return inputs
 
 
-def _video_per_row(features: list[Features]) -> SimpleNamespace:
+def _video_per_row(features: list[Features]) -> BaseModelOutputWithPooling:
     """The rows' features as the core reads the vision tower's output."""
+    tokens = tuple(row["tokens"] for row in features)
     names = [name for name in features[0] if name.startswith("deepstack.")]
-    return SimpleNamespace(
-        pooler_output=tuple(row["tokens"] for row in features),
-        deepstack_features=[tuple(row[name] for row in features) for name in names],
-    )
+    if not names:
+        return BaseModelOutputWithPooling(pooler_output=tokens)
+    deepstack = [tuple(row[name] for row in features) for name in names]
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
 
 
 def _check_placeholders(family: OmniFamily, rows: list[EncodedPrompt], input_ids: Tensor) -> None:
