@@ -72,7 +72,7 @@ def test_training_goes_on_without_the_row(folder, number, reason, prefetch):
     trainer = build_trainer(folder, Dataset.from_list(rows()), **options)
     with faults.struck(folder / "victim.flac", number) as count:
         trainer.train()
-        assert count() >= 1
+        assert count() == 1  # what was met in the background is not tried again
     assert trainer.state.global_step == 2
     assert quarantined(trainer.args.output_dir) == [("victim.flac", reason, [1])]
     assert [entry["media/quarantined_prompts"] for entry in trainer.state.log_history if "loss" in entry] == [1, 1]

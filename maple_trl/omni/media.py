@@ -24,6 +24,7 @@ __all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits",
 
 NO_AUDIO = "no-audio-track"
 WHOLE = ClipRequest()
+_COSTLY = ("decode-timeout", "decoder-crashed", "decoder-memory")
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*://")
 
@@ -107,6 +108,7 @@ class MediaLoader:
         self.backend = "pyav" if backend == "pyav" or self.backend_note else "torchcodec"
         self.decodes: Counter = Counter()
         self.notes: Counter = Counter()
+        self._costly: dict[tuple, tuple[str, str]] = {}
         self._noted: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
@@ -217,9 +219,9 @@ class MediaLoader:
     def _decode(self, kind: str, source: Source, *options: Any) -> VideoClip | AudioClip | str | int | None:
         if kind == "frames":
             return self._perform("frames", source, *options)
-        with self._lock:
-            self.decodes[kind, source.path] += 1
         if kind == "subtitle":
+            with self._lock:
+                self.decodes[kind, source.path] += 1
             with open(source.path, "rb") as file:
                 text, notes = read_subtitle(file.read(), source.name)
             self._note(source, notes)
@@ -236,8 +238,22 @@ class MediaLoader:
                     self.notes[note] += 1
 
     def _perform(self, kind: str, source: Source, *options: Any) -> Any:
+        key = (kind, source.path, source.identity, options)
+        with self._lock:
+            if key in self._costly:  # met in the background, perhaps: what hung or crashed once is not tried again
+                raise source.error(*self._costly[key])
+            if kind not in ("probe", "frames"):
+                self.decodes[kind, source.path] += 1
         task = Task(kind, source, self.limits, options, self.backend)
-        return decoder_pool(self.workers, self.worker_bytes, self.backend).run(task) if self.workers else perform(task)
+        try:
+            if not self.workers:
+                return perform(task)
+            return decoder_pool(self.workers, self.worker_bytes, self.backend).run(task)
+        except MediaError as error:
+            if error.reason in _COSTLY:
+                with self._lock:
+                    self._costly[key] = (error.reason, error.detail)
+            raise
 
     # Background
 
@@ -260,6 +276,7 @@ class MediaLoader:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
         self._load.cache_clear()
+        self._costly.clear()
 
     def __enter__(self) -> "MediaLoader":
         return self
