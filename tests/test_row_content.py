@@ -5,15 +5,16 @@ import os
 import re
 
 import av
+import datasets
 import numpy as np
 import pytest
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
 from tiny_models import build_tiny
 
+from maple_trl.job_tables import read_tables
 from maple_trl.omni.content import SEGMENT_KEYS, read_content
 from maple_trl.omni.families import family_for
 from maple_trl.omni.media import MediaLimits, MediaLoader
@@ -185,24 +186,27 @@ def test_what_cannot_be_followed_is_refused(build, block, message):
         build.spec(row_of(block))
 
 
-def test_training_takes_two_segments_for_two_rows(folder, caplog):
-    """One lies behind the clip's end: it is quarantined, and the other of the same file is trained on."""
-    blocks = [
-        {"type": "video", "video": "ten.mp4", "video_start": start, "video_end": start + 1}
-        for start in (1.0, 7.0, 30.0)
+def test_training_takes_two_segments_for_two_rows(folder, tmp_path, monkeypatch, caplog):
+    """One lies behind the clip's end: it is quarantined, and the others of the same file are trained on."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [
+        row_of({"type": "video", "video": "ten.mp4", "video_start": at, "video_end": at + 1}) for at in (1, 7.0, 30)
     ]
-    rows = [{**row_of(block), "tag": "VA"} for block in blocks]
+    # In one file with these: a text whose mark places the video of the column.
+    rows.append(ask("What is it? <video>", video="ten.mp4"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"tag": "VA"}) + "\n" for row in rows))
     trainer = build_trainer(
         folder,
-        Dataset.from_list(rows),
+        read_tables([tmp_path / "rows.jsonl"]),
         shuffle_dataset=False,
-        per_device_train_batch_size=12,
+        per_device_train_batch_size=16,
         gradient_accumulation_steps=1,
     )
     trainer.train()
     with open(os.path.join(trainer.args.output_dir, "quarantine.json")) as file:
         [entry] = json.load(file)
     assert entry["path"] == "ten.mp4" and entry["rows"] == [2] and entry["reason"] == "segment-outside"
+    assert trainer.state.log_history[0]["media_tokens/video"] == 4 * (8 + 8 + 8 + 8)
     # Media near the end of a prompt do not keep completions from sharing it.
     assert "comparing both ways" not in caplog.text
 

@@ -123,6 +123,8 @@ CUE = "00:00:0{}.000 --> 00:00:0{}.000\n{}\n\n"
     [
         (["Hello.", "NOTE Confidence: 0.93", "Bye.", "NOTE\nreviewed by nobody\ntwice", "STYLE\n::cue { color: red }"], "Hello.\nBye."),
         (["REGION\nid:fred\nwidth:40%", "Hello.", "STYLE\n::cue(b) {\n}\n"], "Hello."),
+        (["Hello.", "STYLE\n::cue {\n\ncolor: red;\n\n}", "Bye."], "Hello.\nBye."),
+        (["Hello.", "WEBVTT\nX-TIMESTAMP-MAP=LOCAL:00:00:00.000,MPEGTS:9000", "Bye."], "Hello.\nBye."),
         (["Hello.\nNOTE well: this is said\nNOTE"], "Hello.\nNOTE well: this is said\nNOTE"),
         (["NOTEBOOK in hand,\nSTYLED hair"], "NOTEBOOK in hand,\nSTYLED hair"),
         (["<v Ann>It is mine.", "<v Bob>No."], "Ann: It is mine.\nBob: No."),
@@ -131,11 +133,11 @@ CUE = "00:00:0{}.000 --> 00:00:0{}.000\n{}\n\n"
         (["<c.yellow.bg_blue>A</c> <lang en><u>b</u></lang> <ruby>c<rt>d</rt></ruby> <00:00:01.500>e"], "A b cd e"),
         (["{laughs} C:\\New\\hello {\\an8}{\\i1}there"], "{laughs} C:\\New\\hello there"),
     ],
-    ids=["notes", "region", "note-said", "words", "voices", "two-voices", "names", "spans", "braces"],
+    ids=["notes", "region", "sheet", "joined", "note-said", "words", "voices", "two-voices", "names", "spans", "braces"],
 )  # fmt: skip
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
 def test_webvtt_is_what_is_said(cues, expected, end):
-    asides = ("NOTE ", "NOTE\n", "STYLE\n", "REGION\n")
+    asides = ("NOTE ", "NOTE\n", "STYLE\n", "REGION\n", "WEBVTT\n")
     text = "WEBVTT - title\nKind: captions\n\n"
     for i, cue in enumerate(cues):
         text += cue + "\n\n" if cue.startswith(asides) else CUE.format(i, i + 1, cue)

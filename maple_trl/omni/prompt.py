@@ -86,7 +86,8 @@ class PromptBuilder:
 
     A row has a `prompt` (text or conversational messages) and may have `video`, `audio` and `subtitle` (paths below
     the media root; `subtitle` may be the text itself), `tag` and `audio_in_video`. Video and audio may also stand as
-    content blocks in the messages. Audio without a file of its own is the video's track.
+    content blocks in the messages, each with a part of its file; files of columns stand at the marks `<video>` and `<audio>` of
+    the texts, where there are any. Audio without a file of its own is the video's track.
 
     Args:
         modality_access (`"required"` or `"all"`):

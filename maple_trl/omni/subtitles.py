@@ -46,7 +46,7 @@ _PATH = re.compile(r"(?!\w+://)\S+[/\\]\S+\.\w{2,4}|(?:/|~/|\.{1,2}/|[A-Za-z]:[/
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,:](\d{1,3}))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}(?:\s.*)?")
 _SBV_TIMES = re.compile(r"\s*(\d+):(\d\d):(\d\d)\.(\d{3}),\d+:\d\d:\d\d\.\d{3}\s*")
-_VTT_ASIDE = re.compile(r"(?:NOTE|STYLE|REGION)(?:\s.*)?")
+_VTT_ASIDE = re.compile(r"(?:NOTE|STYLE|REGION|WEBVTT)(?:\s.*)?|X-TIMESTAMP-MAP=.*")
 _FRAMES = re.compile(r"\s*[{\[](\d+)[}\]][{\[]\d*[}\]]")
 _FRAME_STYLE = re.compile(r"\{[a-zA-Z]:[^{}]*\}")
 
@@ -207,8 +207,9 @@ def _timed_blocks(lines: list[str], webvtt: bool) -> Iterator[tuple[float, list[
     """
     Cues as the lines between two lines of times, less the number or name of the next cue.
 
-    WebVTT's NOTE, STYLE and REGION blocks, which reach from a blank line to the next one, are no cue's. A line of times
-    begins a cue everywhere, as in browsers.
+    WebVTT's NOTE, STYLE and REGION blocks, and headers in the middle of joined files, are no cue's. Each begins behind a
+    blank line, and what follows is none either (style sheets with blank lines), up to the next line of times, which begins
+    a cue everywhere, as in browsers.
     """
     times = [_TIMES.fullmatch(line) or (None if webvtt else _SBV_TIMES.fullmatch(line)) for line in lines]
     first = next((i for i, found in enumerate(times) if found), 0)
@@ -223,7 +224,7 @@ def _timed_blocks(lines: list[str], webvtt: bool) -> Iterator[tuple[float, list[
             hours, minutes, seconds, fraction = times[i].groups(default="0")[:4]
             begin, said, aside = int(hours) * 3600 + int(minutes) * 60 + float(f"{seconds}.{fraction}"), [], False
         elif not line.strip():
-            aside = False
+            continue
         elif webvtt and after_blank and _VTT_ASIDE.fullmatch(line):
             aside = True
         elif before_times and (after_blank if webvtt else numbered and line.strip().isdecimal()):
