@@ -281,6 +281,7 @@ def steps_ahead(trainer: OmniGRPOTrainer, batches: list[list[dict[str, Any]]], w
     """Wall clock and CPU time of this process, per step, with each batch decoded during the step before."""
     loader = trainer.loader
     loader.workers = workers
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     loader.close()
     transformers.set_seed(seed)
     gc.collect()

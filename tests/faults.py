@@ -34,8 +34,8 @@ def reads(process: int, path: str) -> bool:
         return False
 
 
-def strike(path: str, number: int) -> None:
-    """Sends the signal to every decoder that has the file open, once each."""
+def strike(path: str, number: int, most: int) -> None:
+    """Sends the signal to every decoder that has the file open, once each, and to no more than `most`."""
     struck: set[int] = set()
     print("watching", flush=True)
     known, looked = [], 0.0
@@ -43,7 +43,7 @@ def strike(path: str, number: int) -> None:
         if time.monotonic() - looked > 0.02:
             known, looked = decoders(), time.monotonic()
         for process in known:
-            if process not in struck and reads(process, path):
+            if len(struck) < most and process not in struck and reads(process, path):
                 os.kill(process, number)
                 struck.add(process)
                 print(process, flush=True)
@@ -67,9 +67,9 @@ def write_long_sound(path: Path) -> Path:
 
 
 @contextmanager
-def struck(path: Path, number: int):
+def struck(path: Path, number: int, most: int = 1000):
     """Within it, decoders that read `path` get the signal. Yields a function that tells how many did."""
-    command = [sys.executable, "-I", "-S", __file__, os.path.realpath(path), str(int(number))]
+    command = [sys.executable, "-I", "-S", __file__, os.path.realpath(path), str(int(number)), str(most)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
         assert watch.stdout.readline() == "watching\n"
         hits: list[str] = []
@@ -87,4 +87,4 @@ def struck(path: Path, number: int):
 
 
 if __name__ == "__main__":
-    strike(sys.argv[1], int(sys.argv[2]))
+    strike(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

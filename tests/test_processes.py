@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import signal
+import sys
 from collections import defaultdict
 
+import faults
 import pytest
 import torch
 from jobs.runner import ACCELERATE, ALONE, TORCHRUN, Job, changes, facts, once, weights, write_inputs
@@ -165,7 +168,14 @@ def launched(tmp_path_factory):
         (folder / "media" / "broken.mp4").write_bytes(source[:start] + bytes(end - start) + source[end:])
         rows[4]["video"] = "broken.mp4"
         options = {"num_generations": 4, "per_device_train_batch_size": 6, "max_steps": 2, "shuffle_dataset": False}
-        Job(ACCELERATE, folder, "out", rows, [{"name": "broken", "options": options}]).wait()
+        # The same with a sound at which the decoder of one rank, and of one alone, is killed.
+        faults.write_long_sound(folder / "media" / "victim.flac")
+        others = [{**row, "audio": None} for row in rows]
+        others[4] |= {"tag": "A", "video": None, "audio": "victim.flac"}
+        struck = {"name": "struck", "rows": others, "options": {**options, "media_check": "none"}}
+        with faults.struck(folder / "media" / "victim.flac", signal.SIGKILL, most=1) as count:
+            Job(ACCELERATE, folder, "out", rows, [{"name": "broken", "options": options}, struck]).wait()
+            (folder / "struck.json").write_text(json.dumps(count()))
 
     return once(tmp_path_factory, "launched", make)
 
@@ -192,6 +202,18 @@ def test_ranks_meet_a_broken_clip_together(launched):
     (entry,) = json.loads((launched / "out" / "broken" / "quarantine.json").read_text())
     assert entry["rows"] == [4] and entry["path"] == "broken.mp4" and entry["reason"] in ("unreadable", "no-frames")
     final = [weights(launched / "out", "broken", rank) for rank in (0, 1)]
+    assert all(torch.equal(value, final[1][key]) for key, value in final[0].items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="faults are sent through /proc")
+def test_ranks_lose_a_row_together_whose_decoder_was_killed_on_one(launched):
+    assert json.loads((launched / "struck.json").read_text()) == 1
+    told = [facts(launched / "out", "struck", rank) for rank in (0, 1)]
+    assert told[0]["quarantined"] == told[1]["quarantined"] == ["victim.flac"]
+    assert told[0]["used"] == facts(launched / "out", "broken")["used"]  # the same rows stand in
+    (entry,) = json.loads((launched / "out" / "struck" / "quarantine.json").read_text())
+    assert (entry["path"], entry["reason"], entry["rows"]) == ("victim.flac", "decoder-crashed", [4])
+    final = [weights(launched / "out", "struck", rank) for rank in (0, 1)]
     assert all(torch.equal(value, final[1][key]) for key, value in final[0].items())
 
 

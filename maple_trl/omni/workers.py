@@ -57,6 +57,8 @@ class _Decoder:
     """A decoder process and our end of its socket."""
 
     def __init__(self, memory: int, backend: str):
+        if not (hasattr(socket, "send_fds") and hasattr(select, "poll")):
+            raise StartError("this system cannot hand files from a process to another")
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
         path += [] if root in path else [root]
