@@ -27,11 +27,11 @@ demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go 
 	$(BIN)/maple-trl train --config recipes/demo.yaml --overwrite
 
 test: $(STAMP) ## Run the tests and require 90 % line coverage
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=maple_trl --cov-report=term-missing:skip-covered \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov=maple_trl --cov-report=term-missing:skip-covered \
 		--cov-fail-under=$(MIN_COVERAGE)
 
 test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: what one runs while working
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
 
 test-latest: ## Run the tests in an environment of their own, with the newest versions that the ranges allow
 	rm -f .venv-latest/.installed

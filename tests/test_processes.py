@@ -210,7 +210,9 @@ def test_ranks_lose_a_row_together_whose_decoder_was_killed_on_one(launched):
     assert json.loads((launched / "struck.json").read_text()) == 1
     told = [facts(launched / "out", "struck", rank) for rank in (0, 1)]
     assert told[0]["quarantined"] == told[1]["quarantined"] == ["victim.flac"]
-    assert told[0]["used"] == facts(launched / "out", "broken")["used"]  # the same rows stand in
+    rows = [row["id"] for row in json.loads((launched / "out.json").read_text())["rows"]]
+    assert told[0]["used"][1] == [rows[3]] * 4 + [rows[2]] * 2  # the other row with sound alone stands in, on both
+    assert told[1]["used"][1] == [rows[2]] * 2 + [rows[5]] * 4
     (entry,) = json.loads((launched / "out" / "struck" / "quarantine.json").read_text())
     assert (entry["path"], entry["reason"], entry["rows"]) == ("victim.flac", "decoder-crashed", [4])
     final = [weights(launched / "out", "struck", rank) for rank in (0, 1)]

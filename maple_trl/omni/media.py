@@ -242,7 +242,7 @@ class MediaLoader:
         with self._lock:
             if key in self._costly:  # met in the background, perhaps: what hung or crashed once is not tried again
                 raise source.error(*self._costly[key])
-            if kind not in ("probe", "frames"):
+            if kind in ("video", "audio"):
                 self.decodes[kind, source.path] += 1
         task = Task(kind, source, self.limits, options, self.backend)
         try:
