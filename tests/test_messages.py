@@ -322,7 +322,7 @@ EVAL = [
         "has no column 'prompt'; its columns: question, solution; rename 'question' to 'prompt'",
     ),
     ({"data": "nowhere.jsonl"}, "there is no file or folder nowhere.jsonl"),
-    ({"output": "rows.jsonl"}, "--output: rows.jsonl is a file"),
+    ({"output": "rows.jsonl"}, "--output: rows.jsonl cannot be made a folder"),
     ({"media-root": "nowhere"}, "media root 'nowhere' is not a folder"),
     ({"generation": '{"top_hh": 1}'}, "generation: GenerationConfig has no option 'top_hh'; did you mean top_h?"),
     ({"generation": '{"min_p": 0.5}'}, "generation: min_p is set by --min-p"),
