@@ -220,7 +220,7 @@ def _check_places(job: EvalJob, media_root: str) -> None:
     """Before the model is loaded: can results be written, and media be found?"""
     folder = os.path.abspath(job.output)
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise SetupError(f"--output: {job.output} is a file; name a folder")
+        raise SetupError(f"--output: {job.output} cannot be made a folder: File exists; name another")
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -55,20 +55,36 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     elif name.startswith(("/", "./", "../", "~")) or Path(name).suffix.lower() in SUFFIXES:
         raise SetupError(f"dataset_name: there is no file or folder {name}")
     else:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        folder = None
-        try:
-            splits = load_dataset(name, script_args.dataset_config)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise SetupError(
-                f"cannot load the data set {name!r}: there is no such local folder, and as a Hub id: {error}"
-            ) from error
+        folder, splits = None, _read_hub(name, script_args.dataset_config)
     if wanted[0] not in splits:
         raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
     root = media_root if folder is None or media_root != "." else str(folder.resolve())
     return {split: as_paths(splits[split]) for split in wanted if split in splits}, root
+
+
+def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:
+    """A data set of the Hub; where that cannot be reached, what it gave before."""
+    from unittest import mock
+
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+
+    from maple_trl.omni.checkpoints import hub_is_silent
+
+    silent = hub_is_silent()
+    # Else the library asks five times, for half a minute, before it looks there.
+    offline = silent is not None
+    try:
+        with (
+            mock.patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE),
+            mock.patch.object(datasets.config, "HF_HUB_OFFLINE", offline or datasets.config.HF_HUB_OFFLINE),
+        ):
+            return datasets.load_dataset(name, config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise SetupError(
+            f"cannot load the data set {name!r}: there is no such local folder, and as a Hub id: {silent or error}"
+        ) from error
 
 
 def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:

@@ -472,7 +472,7 @@ def test_when_nothing_can_be_scored(folder, capsys):
         (["--model", "builtin:huge"], "There is no embedded model 'builtin:huge'"),
         (["--adapter", "nowhere"], "adapter: nowhere holds no adapter_config.json"),
         (["--dtype", "float63"], "dtype 'float63' is unknown"),
-        (["--generation", '{"repetition_penalty": -1}'], "the model refuses: `penalty` has to be a strictly positive"),
+        (["--generation", '{"repetition_penalty": -1}'], "generation: `penalty` has to be a strictly positive float"),
         (["--generation", '{"penalty_alpha": "x"}'], "generation {'penalty_alpha': 'x'}: the model refuses: "),
     ],
 )
@@ -497,6 +497,7 @@ def test_a_wrong_command_is_refused(folder, tmp_path, capsys, words, message):
 def test_wrong_data_are_refused(folder, tmp_path, capsys, rows, message):
     from datasets import Dataset
 
+    rows = [{**row, "solution": "A"} for row in rows]  # whose absence would be told first
     table = Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})
     table.to_parquet(tmp_path / "rows.parquet")
     assert evaluate(*MODEL, "--data", tmp_path / "rows.parquet", "--output", tmp_path / "out") == 2

@@ -322,7 +322,7 @@ EVAL = [
         "has no column 'prompt'; its columns: question, solution; rename 'question' to 'prompt'",
     ),
     ({"data": "nowhere.jsonl"}, "there is no file or folder nowhere.jsonl"),
-    ({"output": "rows.jsonl"}, "--output: rows.jsonl is a file"),
+    ({"output": "rows.jsonl"}, "--output: rows.jsonl cannot be made a folder"),
     ({"media-root": "nowhere"}, "media root 'nowhere' is not a folder"),
     ({"generation": '{"top_hh": 1}'}, "generation: GenerationConfig has no option 'top_hh'; did you mean top_h?"),
     ({"generation": '{"min_p": 0.5}'}, "generation: min_p is set by --min-p"),
@@ -566,6 +566,20 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(online, here, capsys):
     )  # that it waits at all, not how fast it is
 
 
+def test_a_data_set_of_a_hub_that_cannot_be_reached_is_asked_for_once(online, here, monkeypatch, capsys):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    status, last = said(capsys, words("train", JOB | {"dataset_name": "org/rows"}))
+    assert (
+        status == 2
+        and f"cannot load the data set 'org/rows': there is no such local folder, and as a Hub id: {online}" in last
+    )
+    assert time.monotonic() - started < 20
+    assert constants.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
+
+
 def test_what_the_hub_gave_before_is_used_without_it(online, tmp_path, monkeypatch):
     """Laid out as the Hub's own cache is."""
     cache = tmp_path / "models--org--kept"
@@ -613,6 +627,13 @@ def test_required_columns():
     assert required_columns(mine) == ["answer", "weight"]
     assert required_columns(for_tags(accuracy_reward, ["V"])) == ["tag", "solution"]
     assert required_columns(for_rows(mine, "kind", ["a"])) == ["kind", "answer", "weight"]
+
+    def all_by_name(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, group_ids, answer):
+        """Takes nothing else, and is given nothing else."""
+
+    check_rewards([all_by_name], ["prompt", "answer"], "rows")
+    with pytest.raises(RewardError, match="got an unexpected keyword argument 'hint'"):
+        check_rewards([all_by_name], ["prompt", "answer", "hint"], "rows")
     check_rewards([mine, "a/reward-model", torch.nn.Linear(1, 1)], ["prompt", "answer", "weight"], "rows")
 
 

@@ -29,6 +29,10 @@ _SHOWN = 6  # files of a folder that an error lists
 _ELSEWHERE = ("subfolder", "variant", "gguf_file", "state_dict", "config")  # arguments by which other files are read
 
 
+_reached: set[str] = set()
+"""Addresses of the Hub that have answered this process."""
+
+
 class CheckpointError(ValueError):
     """There is no such model, or it cannot be read. The message says what is missing, and what would be right."""
 
@@ -228,6 +232,8 @@ def hub_is_silent() -> str | None:
     """Why the Hub cannot be asked; `None` where it answers."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
+    if constants.ENDPOINT in _reached:
+        return None
     failures: list[BaseException] = []
 
     def ask() -> None:
@@ -241,4 +247,7 @@ def hub_is_silent() -> str | None:
     thread.join(_WAIT)
     if thread.is_alive():
         return f"{constants.ENDPOINT} did not answer in {_WAIT:.0f} s"
-    return f"{constants.ENDPOINT} cannot be reached ({' '.join(str(failures[0]).split())})" if failures else None
+    if failures:
+        return f"{constants.ENDPOINT} cannot be reached ({' '.join(str(failures[0]).split())})"
+    _reached.add(constants.ENDPOINT)
+    return None

@@ -16,10 +16,8 @@ from .judge_limits import JudgeUnavailableError
 
 
 # What every call brings besides the columns of the data set.
-_GIVEN = (
-    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),
-    *("group_ids", "completion_logprobs", "deficit_completions"),
-)
+_ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_ON_DEMAND = ("group_ids", "completion_logprobs", "deficit_completions")
 _NOT_HANDED_ON = ("prompt", "completion", "completion_ids")
 _FORM = "a reward function is def NAME(completions, **columns) and returns a list with a number or None for each completion"
 
@@ -73,7 +71,7 @@ def required_columns(reward: Any) -> list[str]:
                 for parameter in inspect.signature(reward).parameters.values()
                 if parameter.default is parameter.empty
                 and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-                and parameter.name not in _GIVEN
+                and parameter.name not in (*_ALWAYS, *_ON_DEMAND)
             ]
         reward = getattr(reward, "reward", None)
     return list(dict.fromkeys(found))
@@ -82,7 +80,9 @@ def required_columns(reward: Any) -> list[str]:
 def _check_call(reward: Callable, columns: Sequence[str]) -> None:
     handed_on = [column for column in columns if column not in _NOT_HANDED_ON]
     try:
-        inspect.signature(reward).bind(**dict.fromkeys([*_GIVEN[:6], *handed_on]))
+        signature = inspect.signature(reward)
+        asked_for = [name for name in _ON_DEMAND if name in signature.parameters]
+        signature.bind(**dict.fromkeys([*_ALWAYS, *asked_for, *handed_on]))
     except TypeError as error:
         raise RewardError(f"the reward {_name(reward)!r} cannot be called as TRL does: {error}; {_FORM}") from error
     except ValueError:  # a callable that does not tell its parameters
