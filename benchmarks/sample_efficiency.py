@@ -215,8 +215,9 @@ DECIDING = ("steps", "every", "rows", "prompts", "questions", "samples", "learni
 
 def run_file(folder: str, options: dict[str, Any], args: argparse.Namespace, seed: int) -> Path:
     """The file of a run, named by all that decides it."""
-    defaults = {field.name: field.default for field in fields(AvatarConfig)}
-    options = {name: value for name, value in options.items() if value != defaults[name]}
+    if options.get("replayed_generations", 4):
+        defaults = {field.name: field.default for field in fields(AvatarConfig)}
+        options = {name: defaults[name] for name in ("replay_alpha", "replay_draw", "replay_scope")} | options
     what = {"options": options, "seed": seed, "version": version("maple-trl")}
     what |= {name: getattr(args, name) for name in DECIDING}
     return Path(folder) / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.json"

@@ -18,7 +18,7 @@ def config(tmp_path, **options):
 def test_defaults(tmp_path):
     args = config(tmp_path)
     assert args.num_generations == 8 and args.replayed_generations == 4
-    assert args.replay_scope == "tiers" and args.replay_draw == "balanced" and args.replay_gradient_steps == 10
+    assert args.replay_scope == "tiers" and args.replay_draw == "uniform" and args.replay_gradient_steps == 10
     assert args.replay_alpha == 1.0 and args.replay_capacity == 10_000
     assert args.replay_shares == {"easy": 0.25, "medium": 0.35, "hard": 0.4}
     assert list(args.replay_quantiles) == [0.4, 0.75]

@@ -241,7 +241,7 @@ def test_a_stage_has_the_published_values(name):
         "num_generations": 8,
         "replayed_generations": 4,
         "replay_scope": "tiers",
-        "replay_draw": "balanced",
+        "replay_draw": "uniform",
         "replay_capacity": 10_000,
         "replay_shares": {"easy": 0.25, "medium": 0.35, "hard": 0.4},
         "vcrs_window": 20,

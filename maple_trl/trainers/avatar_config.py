@@ -52,10 +52,10 @@ class AvatarConfig(OmniGRPOConfig):
         },
     )
     replay_draw: str = field(
-        default="balanced",
+        default="uniform",
         metadata={
-            "help": "Which completions of a tier (or of a prompt) are replayed. 'balanced': as many above as below their "
-            "prompt's baseline, as far as there are; 'uniform': any; 'diverse': first those whose reward differs from the "
+            "help": "Which completions of a tier (or of a prompt) are replayed. 'uniform': any; 'balanced': as many above as below "
+            "their prompt's baseline, as far as there are; 'diverse': first those whose reward differs from the "
             "prompt's fresh ones (from its baseline, where the prompt is not visited); 'priority': with a chance in proportion "
             "to the size of the advantage."
         },

@@ -125,7 +125,7 @@ class ReplayMemory:
         hint_below: float = 0.75,
         retier: bool = False,
         scope: str = "tiers",
-        draw: str = "balanced",
+        draw: str = "uniform",
         tag_of: Callable[[Experience], int] | None = None,
     ):
         self.buffer = buffer
