@@ -7,6 +7,7 @@ copied for each program; it has run nothing else, so that copies may train, whic
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import runpy
@@ -57,6 +58,7 @@ def _ensure_server() -> None:
 def _become(arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str | None) -> None:
     """Does in this copy of the server what `python *arguments` does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    gc.freeze()  # as in conftest.py
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -150,20 +152,26 @@ class Program:
 
 
 class Ranks:
-    """The processes of one distributed program, as torchrun starts them: when one fails, the others are ended."""
+    """
+    The processes of one distributed program, as torchrun starts them: when one fails, the others are ended. A single one
+    is a plain program.
+    """
 
     def __init__(self, processes: int, arguments, output, variables: Mapping[str, str] | None = None, folder=None):
+        variables = dict(variables or {})
+        if processes == 1:
+            self.programs = [Program(arguments, output, None, variables, folder)]
+            return
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        told = {
+        variables |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
         }
-        told |= variables or {}
         self.programs = [
-            Program(arguments, output, None, told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder)
+            Program(arguments, output, None, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder)
             for rank in range(processes)
         ]
 
