@@ -134,9 +134,11 @@ def check_model(
 
 
 def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
+    from maple_trl.omni.media import MediaLoader
     from maple_trl.omni.prompt import PromptBuilder, RowError
 
-    builder = PromptBuilder(family, None, modality_access=args.modality_access, audio_in_video=args.audio_in_video)
+    loader = MediaLoader(args.media_root, backend="pyav")  # for paths: nothing is decoded
+    builder = PromptBuilder(family, loader, modality_access=args.modality_access, audio_in_video=args.audio_in_video)
     for number, row in enumerate(train):
         try:
             builder.spec(row)

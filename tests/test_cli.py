@@ -600,7 +600,7 @@ def test_train_that_does_not_fit_says_so_before_it_begins(tmp_path, capsys):
         ("--output_dir", str(tmp_path / "file" / "below")): "output_dir: cannot write into",
         ("--media_root", str(tmp_path / "nowhere")): "media root .* is not a folder",
         ("--model_name_or_path", "builtin:huge"): "no embedded model 'builtin:huge'",
-        ("--dataset_name", str(tmp_path / "empty")): "cannot read .*empty: it holds no row",
+        ("--dataset_name", str(tmp_path / "empty")): "cannot read .*empty/train.jsonl: it holds no row",
         (
             "--per_device_train_batch_size",
             "8000",
