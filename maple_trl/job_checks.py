@@ -137,7 +137,7 @@ def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, tra
     from maple_trl.omni.media import MediaLoader
     from maple_trl.omni.prompt import PromptBuilder, RowError
 
-    loader = MediaLoader(args.media_root, backend="pyav")  # for paths: nothing is decoded
+    loader = MediaLoader(args.media_root, args.media_limits(), backend="pyav")  # for paths: nothing is decoded
     builder = PromptBuilder(family, loader, modality_access=args.modality_access, audio_in_video=args.audio_in_video)
     for number, row in enumerate(train):
         try:
