@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     for i in range(3):
         files.write_audio(root / f"good{i}.wav", files.tone(0.4 + 0.1 * i, 16000))
     faults.write_long_sound(root / "victim.flac")
-    files.write_video(root / "large.mp4", frames=24)
+    files.write_video(root / "large.mp4", frames=64)
     return root
 
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl.omni import workers
-from maple_trl.omni.clips import AudioClip, MediaInfo, Source, VideoClip
+from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
 from maple_trl.omni.errors import REASONS, MediaError
 from maple_trl.omni.media import MediaLimits, MediaLoader
 from maple_trl.omni.tasks import Task
@@ -35,8 +35,13 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("media")
     for i in range(4):
         files.write_video(root / f"good{i}.mp4", frames=24, audio=files.tone(0.5 + 0.1 * i, 16000))
+    files.write_video(root / "large.mp4", frames=64)
     faults.write_long_sound(root / "victim.flac")
     return root
+
+
+def reading_a_header(folder) -> Task:
+    return Task("probe", Source("good0.mp4", str(folder / "good0.mp4")), options=(ClipRequest(),))
 
 
 def refused(call) -> MediaError:
@@ -104,7 +109,10 @@ def test_values_cross_unchanged(value):
 
 def test_clips_and_tasks_cross_and_nothing_else_does():
     task = Task(
-        "video", Source("a\udcff.mp4", "/x/a\udcff.mp4", (1, 2)), MediaLimits(fps=2.5, num_frames=None), (28, 4, 8)
+        "video",
+        Source("a\udcff.mp4", "/x/a\udcff.mp4", (1, 2)),
+        MediaLimits(fps=2.5, num_frames=None),
+        (28, 4, 8, ClipRequest(start=1.5, end=2.5, num_frames=2)),
     )
     assert unpack(json.loads(json.dumps(pack(task, []))), ()) == task
     for clip in (
@@ -161,11 +169,11 @@ def test_a_hang_costs_the_file_alone(folder):
 def test_a_file_that_needs_much_memory_costs_itself_alone(folder):
     large = MediaLimits(num_frames=64, min_pixels=1 << 20, max_pixels=1 << 21)  # 64 pictures of 3 MiB, twice
     loader = MediaLoader(folder, large, backend="pyav", worker_bytes=workers.LEAST_BYTES)
-    error = refused(lambda: loader.video("good0.mp4"))
+    error = refused(lambda: loader.video("large.mp4"))
     assert error.reason == "decoder-memory" and "256 MiB" in error.detail and "media_worker_bytes" in error.detail
     assert loader.audio("good0.mp4")
     enough = MediaLoader(folder, large, backend="pyav")
-    assert enough.video("good0.mp4").frames.nbytes > 192 << 20  # negative control
+    assert enough.video("large.mp4").frames.nbytes > 192 << 20  # negative control
     with pytest.raises(ValueError, match="worker_bytes must be at least"):
         MediaLoader(folder, worker_bytes=1 << 20)
 
@@ -324,7 +332,7 @@ def test_a_process_that_leaves_after_a_while_is_replaced(folder, monkeypatch):
         ),
     )
     pool = workers.DecoderPool(1)
-    task = Task("probe", Source("good0.mp4", str(folder / "good0.mp4")))
+    task = reading_a_header(folder)
     assert pool.run(task).has_video
     [first] = pool.pids
     time.sleep(0.5)
@@ -342,7 +350,7 @@ def test_a_process_that_leaves_after_a_while_is_replaced(folder, monkeypatch):
 def test_where_no_process_can_be_started_it_is_said_once(folder, monkeypatch, caplog, program, words):
     monkeypatch.setattr(workers, "_PROGRAM", program)
     pool = workers.DecoderPool(2)
-    task = Task("probe", Source("good0.mp4", str(folder / "good0.mp4")))
+    task = reading_a_header(folder)
     with caplog.at_level(logging.WARNING):
         assert [pool.run(task).has_video for _ in range(3)] == [True] * 3
     [message] = [record.getMessage() for record in caplog.records if record.name == workers.__name__]
@@ -352,7 +360,7 @@ def test_where_no_process_can_be_started_it_is_said_once(folder, monkeypatch, ca
 def test_without_an_interpreter_it_is_said_once_too(folder, monkeypatch, caplog):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     pool = workers.DecoderPool(2)
-    task = Task("probe", Source("good0.mp4", str(folder / "good0.mp4")))
+    task = reading_a_header(folder)
     with caplog.at_level(logging.WARNING):
         assert all(pool.run(task).has_video for _ in range(2))
     assert [record.name for record in caplog.records] == [workers.__name__]

@@ -91,6 +91,7 @@ def test_rows_are_sent_with_exactly_their_signals(tmp_path):
     row = next(row for row in load_seven_tags()["test"] if row["tag"] == "VAS")
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     words = [*ASKED, "--data", tmp_path, "--media-root", default_folder(), "--access", ",".join(TAGS)]
+    words += ["--concurrency", "1"]  # so that the calls arrive in the order of the samples
     with ChatServer(always("B")) as server:
         assert evaluate(*words, "--server", server.url, "--output", tmp_path / "out") == 0
         calls = [call.body for call in server.calls if is_question(call.body)]
