@@ -154,12 +154,20 @@ class Program:
 class Ranks:
     """
     The processes of one distributed program, as torchrun starts them: when one fails, the others are ended. A single one
-    is a plain program.
+    is a plain program, unless it is said to be `distributed`.
     """
 
-    def __init__(self, processes: int, arguments, output, variables: Mapping[str, str] | None = None, folder=None):
+    def __init__(
+        self,
+        processes: int,
+        arguments,
+        output,
+        variables: Mapping[str, str] | None = None,
+        folder=None,
+        distributed: bool = False,
+    ):
         variables = dict(variables or {})
-        if processes == 1:
+        if processes == 1 and not distributed:
             self.programs = [Program(arguments, output, None, variables, folder)]
             return
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

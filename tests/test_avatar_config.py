@@ -122,6 +122,8 @@ REFUSED = [
     ({"replay_quantiles": [0.4, 1.5]}, BUFFER + "The quantiles must be two ascending numbers"),
     ({"loss_type": "bnpo"}, "loss_type must be one of dapo, grpo, dr_grpo, cispo, sapo with replay, got 'bnpo'"),
     ({"loss_type": "vespo"}, "loss_type must be one of dapo, grpo, dr_grpo, cispo, sapo with replay, got 'vespo'"),
+    ({"loss_type": "bogus"}, "loss_type must be one of dapo, grpo, dr_grpo, cispo, sapo with replay, got 'bogus'"),
+    (GRPO | {"loss_type": "bogus"}, "loss_type must be one of 'grpo', 'bnpo', .*, 'vespo', got 'bogus'"),
     (
         {"loss_type": "luspo", "importance_sampling_level": "sequence"},
         "loss_type must be one of dapo, grpo, dr_grpo, cispo, sapo with replay, got 'luspo'",

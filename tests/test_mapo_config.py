@@ -112,6 +112,10 @@ REFUSED = [
     ({"loss_type": "bnpo"}, "loss_type='bnpo' chooses how the loss is averaged.*set loss_aggregation='token'"),
     ({"loss_type": "dr_grpo"}, "loss_type='dr_grpo' chooses how.*set loss_aggregation='prompt'.*leave loss_type at"),
     ({"loss_type": "bogus"}, "loss_type must be one of dapo, cispo, sapo, vespo, got 'bogus'"),
+    # What every trainer that samples refuses
+    ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ({"top_p": 5.0}, "`top_p` has to be a float"),
+    ({"generation_kwargs": {"top_hh": 1}}, "GenerationConfig has no option 'top_hh'; did you mean top_h?"),
     ({"scale_rewards": "batch"}, "scale_rewards='batch' is replaced by advantage_scope; leave it at 'group'"),
     ({"scale_rewards": "none"}, "scale_rewards='none' is replaced by advantage_scope"),
     (

@@ -136,6 +136,7 @@ def train(world, steps=1, reward="where_varied", kind=(MAPOJobTrainer, MAPOConfi
 
 @pytest.fixture(scope="module")
 def reference_model():
+    """For [`expected_gradients`] and [`clipped`], which give it the weights of a step, and leave it with these."""
     return build_tiny("qwen2_5_omni")[0]
 
 
@@ -430,21 +431,21 @@ LEFT_OVER = {"batching": "stratified", "leftover": "mixed"}  # every tag has few
 
 
 @pytest.fixture(scope="module")
-def left_over(world, reference_model):
+def left_over(world):
     """The first batch of left-over rows, in the order of the tags, and the gradients of losses over it."""
-    training = train(world, **LEFT_OVER)
+    training, model = train(world, **LEFT_OVER), build_tiny("qwen2_5_omni")[0]
     prompts = sorted(range(len(TAGS)), key=lambda i: [*ModalityTag].index(TAGS[i]))[:PROMPTS]
     assert training.trainer.used == [[world[1][q]["id"] for q in prompts for _ in range(COPIES)]]
     completions = completions_of(training, world, prompts, "in_thirds")
     assert len({c.tag for c in completions}) == 4
-    logps = log_probs(training, world, reference_model, completions)
+    logps = log_probs(training, world, model, completions)
 
     def gradient(aggregation, weights=None, **terms):
         set_advantages(completions, "tag")
         for c in completions:
             c.advantage *= weights[c.tag] if weights else 1.0
         loss = loss_of(completions, logps, [value.detach() for value in logps], aggregation, **terms)
-        return gradient_of(loss, reference_model, retain_graph=True)
+        return gradient_of(loss, model, retain_graph=True)
 
     return completions, gradient
 

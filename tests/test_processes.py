@@ -155,6 +155,47 @@ def test_two_processes_resume_in_the_middle_of_a_rollout(results):
     assert all(value.any() for key, value in changes(out, "whole").items() if "mlp" in key)
 
 
+# One process, which a launcher starts
+
+
+WAITING = {"ddp_find_unused_parameters": False}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Results of steps on rows without video, and without any media, of a plain process and of one under a launcher."""
+
+    def make(folder):
+        rows = by_tag(write_inputs(folder), ("A", "S", "S", "A"))
+
+        def run(name, trainer="omni", **options):
+            # Adapters, because the model has a weight that no forward pass uses, for which DDP would wait in vain.
+            options = step_options(1, 2, per_device_train_batch_size=2, max_steps=2, learning_rate=1.0, **options)
+            return {"name": name, "lora": True, "fixed_completions": True, "trainer": trainer, "options": options}
+
+        runs = [run("usual"), run("checkpointing", gradient_checkpointing=True), run("waiting", **WAITING)]
+        mixed = {"batching": "mixed", "dynamic_sampling": "early"}
+        runs.append(run("dropping", "mapo", num_iterations=2, **mixed, **WAITING))
+        jobs = [Job(1, folder, "plain", rows, runs), Job(1, folder, "launched", rows, runs, distributed=True)]
+        for job in jobs:
+            job.wait()
+
+    return once(tmp_path_factory, "started", make)
+
+
+@pytest.mark.parametrize(
+    ("name", "find_unused"), [("usual", True), ("checkpointing", True), ("waiting", False), ("dropping", False)]
+)
+def test_a_launcher_may_start_one_process(started, name, find_unused):
+    """DDP wraps the model there too, and waits for the gradients of towers that the rows have no media for."""
+    plain, launched = (facts(started / out, name) for out in ("plain", "launched"))
+    assert (plain["world"], plain["find_unused"]) == (1, None)
+    assert (launched["world"], launched["find_unused"]) == (1, find_unused)
+    assert launched["used"] == plain["used"] and len(launched["log"]) == len(plain["log"])
+    error, where = worst(changes(started / "plain", name), changes(started / "launched", name))
+    assert error <= 1e-4, where
+
+
 # Broken media, under accelerate
 
 

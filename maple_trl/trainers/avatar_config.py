@@ -217,13 +217,25 @@ class AvatarConfig(OmniGRPOConfig):
         if "{hint}" not in self.hint_template:
             raise ValueError(f"hint_template must hold '{{hint}}', got {self.hint_template!r}")
 
-    def _check_loss(self) -> None:
-        if not self.replayed_generations and not self.tas_lambda:
+    @property
+    def _purpose(self) -> str | None:
+        """What the loss has beyond TRL's."""
+        return "replay" if self.replayed_generations else "tas_lambda" if self.tas_lambda else None
+
+    def _check_loss_type(self) -> None:
+        if self._purpose is None:
+            super()._check_loss_type()
             return
-        purpose = "replay" if self.replayed_generations else "tas_lambda"
         losses = _MIXABLE_LOSSES if self.replayed_generations else _SHAPEABLE_LOSSES
         if self.loss_type not in losses:
-            raise ValueError(f"loss_type must be one of {', '.join(losses)} with {purpose}, got {self.loss_type!r}")
+            raise ValueError(
+                f"loss_type must be one of {', '.join(losses)} with {self._purpose}, got {self.loss_type!r}"
+            )
+
+    def _check_loss(self) -> None:
+        purpose = self._purpose
+        if purpose is None:
+            return
         if self.use_liger_kernel:
             raise ValueError(f"use_liger_kernel computes a loss of its own, which knows no {purpose}: leave it False")
         if self.off_policy_mask_threshold is not None:

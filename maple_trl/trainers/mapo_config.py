@@ -221,7 +221,7 @@ class MAPOConfig(OmniGRPOConfig):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self._check_tags()
         self._check_loss()
-        self._check_sampling()
+        self._check_dynamic_sampling()
         self._check_unused()
 
     @property
@@ -262,7 +262,7 @@ class MAPOConfig(OmniGRPOConfig):
             if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
                 raise ValueError(f"zero_shot_accuracy: {tag} must have an accuracy from 0 to 1, got {accuracy!r}")
 
-    def _check_loss(self) -> None:
+    def _check_loss_type(self) -> None:
         if self.loss_type in _AGGREGATION_OF_LOSS:
             raise ValueError(
                 f"loss_type={self.loss_type!r} chooses how the loss is averaged, which loss_aggregation does here: set "
@@ -271,6 +271,8 @@ class MAPOConfig(OmniGRPOConfig):
             )
         if self.loss_type not in _SURROGATES:
             raise ValueError(f"loss_type must be one of {', '.join(_SURROGATES)}, got {self.loss_type!r}")
+
+    def _check_loss(self) -> None:
         if self.scale_rewards not in ("group", True):
             raise ValueError(
                 f"scale_rewards={self.scale_rewards!r} is replaced by advantage_scope; leave it at 'group'"
@@ -283,7 +285,7 @@ class MAPOConfig(OmniGRPOConfig):
                 f"({self.gradient_accumulation_steps}): an optimizer step takes its rows from one rollout"
             )
 
-    def _check_sampling(self) -> None:
+    def _check_dynamic_sampling(self) -> None:
         if self.dynamic_sampling == "none":
             return
         if self.entropy_coef or self.use_adaptive_entropy or (self.loss_type == "sapo" and self.beta):

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -193,7 +193,9 @@ class MediaTrainer:
     def _touch_all_towers(self) -> bool:
         """Whether all ranks must run the same towers: their parameters are sharded, or DDP waits for each gradient."""
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        waits = self.accelerator.num_processes > 1 and not self.args.ddp_find_unused_parameters
+        # A launcher makes a single process distributed too.
+        distributed = self.accelerator.distributed_type != DistributedType.NO
+        waits = distributed and not self.args.ddp_find_unused_parameters
         return self.is_fsdp_enabled or zero3 or waits
 
     @torch.no_grad()

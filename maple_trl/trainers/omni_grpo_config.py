@@ -35,6 +35,7 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_loss_type()
         self._check_choice("shared_prefix", ("auto", "on", "off"))
         self._check_sampling()
         if self.use_vllm:
@@ -44,6 +45,10 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
             )
         if self.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching does not support media; leave it False")
+
+    def _check_loss_type(self) -> None:
+        # TRL asks for it in the first step.
+        self._check_choice("loss_type", ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"))
 
     def _check_sampling(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):

@@ -48,9 +48,18 @@ class Job:
 
     Args:
         launcher: on how many processes, or the arguments of a launcher that starts them.
+        distributed: whether a single process is one of a distributed program, as `torchrun --nproc_per_node 1` starts it.
     """
 
-    def __init__(self, launcher: int | list[str], folder: Path, out: str, rows: list[dict], runs: list[dict]):
+    def __init__(
+        self,
+        launcher: int | list[str],
+        folder: Path,
+        out: str,
+        rows: list[dict],
+        runs: list[dict],
+        distributed: bool = False,
+    ):
         self.out = folder / out
         self.out.mkdir()
         plan = {"rows": rows, "model": str(folder / "model"), "media_root": str(folder / "media")}
@@ -60,7 +69,7 @@ class Job:
         if isinstance(launcher, list):
             self.process = Program([*launcher, JOB, plan_file], self.log)
         else:
-            self.process = Ranks(launcher, [JOB, plan_file], self.log)
+            self.process = Ranks(launcher, [JOB, plan_file], self.log, distributed=distributed)
 
     def kill(self) -> int:
         """SIGKILL for the job and all that it started; returns the exit status."""
