@@ -430,7 +430,7 @@ def rollouts_of(training, model, reward, formula, whole=True):
         if formula.scope_of_replay == "tiers":  # of any prompts
             held = sum(map(len, stored.values()))
             assert len(replayed) == min(formula.replayed * len(keys), held)
-            assert len(replayed) + len(fresh) == COPIES * len(keys)
+            assert len(replayed) + len(everything) == COPIES * len(keys)
         for key in (
             keys if formula.scope_of_replay == "prompt" else ()
         ):  # as many as there are, and only what is missing is generated

@@ -61,6 +61,7 @@ LONG = {
     "max_steps": 6,
     "learning_rate": 1e-3,
     "num_generations": 8,
+    "replayed_generations": 2,  # so that a rank has more fresh rows, which stand together, than a step takes
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "steps_per_generation": 4,

@@ -157,23 +157,36 @@ def test_other_ranks_count_but_do_not_speak(caplog):
 
 
 def test_replay_and_hints_that_never_fire_are_named(tmp_path):
-    """Eight prompts in two steps are met once: nothing can be replayed, and nobody is stuck."""
+    """
+    Eight prompts in two steps are met once: none has completions of its own to replay, and nobody is stuck. The second
+    step can replay by tier what the first one stored, unless no completion has a reward.
+    """
     rows = Dataset.from_list([question(subtitle=f"word {i}", hint="it is word") for i in range(8)])
     options = DEFAULTS | SMALL | {"per_device_train_batch_size": 8}
     options |= {"replayed_generations": 2, "hints": True, "output_dir": str(tmp_path)}
 
-    def run(**more):
+    def run(reward=varied, **more):
         model, processor = build_tiny("qwen2_5_omni")
         args = AvatarConfig(**(options | more))
-        trainer = AvatarTrainer(model, varied, args, rows, processing_class=processor)
+        trainer = AvatarTrainer(model, reward, args, rows, processing_class=processor)
         trainer.train()
         return {note["kind"]: note["text"] for note in trainer.left_out()}
 
+    never = "replay never fired: nothing was replayed in 2 rollouts, with "
+    for scope, batching, reward, stored, since in (
+        ("prompt", "mixed", varied, 16, "a prompt's are replayed from its second visit on"),
+        ("tiers", "mixed", nothing, 0, "a rollout replays what earlier ones stored"),
+        ("tiers", "stratified", nothing, 0, "a rollout replays what earlier ones of its tags stored"),
+    ):
+        notes = run(reward, max_steps=2, replay_scope=scope, batching=batching)
+        assert notes["replay_never_fired"] == f"{never}{stored} completions in the buffer ({since})"
+        assert notes["hints_never_fired"].startswith(
+            "hints never fired: no prompt was shown with its hint in 2 rollouts"
+        )
+    # The controls: a prompt's second visit replays, and by tier, the default, the second rollout does.
+    assert "replay_never_fired" not in run(max_steps=6, num_train_epochs=3, replay_scope="prompt")
     notes = run(max_steps=2)
-    assert notes["replay_never_fired"].startswith("replay never fired: nothing was replayed in 2 rollouts")
-    assert notes["hints_never_fired"].startswith("hints never fired: no prompt was shown with its hint in 2 rollouts")
-    notes = run(max_steps=6, num_train_epochs=3)  # the control: the second visit replays
-    assert "replay_never_fired" not in notes
+    assert "replay_never_fired" not in notes and "hints_never_fired" in notes
 
 
 def test_a_reward_is_not_missed_on_rows_that_it_is_not_for(tmp_path):

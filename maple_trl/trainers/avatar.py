@@ -581,10 +581,13 @@ class AvatarTrainer(OmniGRPOTrainer):
     def left_out(self) -> list[Note]:
         found, counts, args = super().left_out(), self.tally.counts, self.args
         if args.replayed_generations and counts["rollouts"] and not counts["replayed"]:
+            since = "a prompt's are replayed from its second visit on"
+            if args.replay_scope != "prompt":
+                of_tags = args.replay_scope == "tiers" and args.batching == "stratified"
+                since = f"a rollout replays what earlier ones{' of its tags' if of_tags else ''} stored"
             text = (
                 f"replay never fired: nothing was replayed in {plural(counts['rollouts'], 'rollout')}, with "
-                f"{plural(len(self.memory.buffer), 'completion')} in the buffer (a prompt's are replayed from its second "
-                "visit on)"
+                f"{plural(len(self.memory.buffer), 'completion')} in the buffer ({since})"
             )
             found.append(make_note("replay_never_fired", 0, text, of=counts["rollouts"]))
         if args.hints and counts["rollouts"] and not counts["hinted"]:
