@@ -174,6 +174,8 @@ def started(tmp_path_factory):
             return {"name": name, "lora": True, "fixed_completions": True, "trainer": trainer, "options": options}
 
         runs = [run("usual"), run("checkpointing", gradient_checkpointing=True), run("waiting", **WAITING)]
+        reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        runs.append(run("reentrant", gradient_checkpointing=True, **reentrant))
         mixed = {"batching": "mixed", "dynamic_sampling": "early"}
         runs.append(run("dropping", "mapo", num_iterations=2, **mixed, **WAITING))
         jobs = [Job(1, folder, "plain", rows, runs), Job(1, folder, "launched", rows, runs, distributed=True)]
@@ -184,7 +186,8 @@ def started(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "find_unused"), [("usual", True), ("checkpointing", True), ("waiting", False), ("dropping", False)]
+    ("name", "find_unused"),
+    [("usual", True), ("checkpointing", True), ("waiting", False), ("reentrant", False), ("dropping", False)],
 )
 def test_a_launcher_may_start_one_process(started, name, find_unused):
     """DDP wraps the model there too, and waits for the gradients of towers that the rows have no media for."""

@@ -56,6 +56,11 @@ class MediaTrainer:
         """Before the parent's constructor: what reads the rows' media."""
         self.family = family_for(model, processor)
         self.family.check_pixels(args.max_pixels)
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and args.ddp_find_unused_parameters is None:
+            # Transformers has DDP look for unused parameters where the model has adapters, which fails with reentrant
+            # checkpointing; all towers run instead.
+            args.ddp_find_unused_parameters = False
         self.loader = MediaLoader(
             args.media_root,
             args.media_limits(),
