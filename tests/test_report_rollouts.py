@@ -282,7 +282,10 @@ def test_a_killed_run_goes_on_without_a_step_twice(job):
         entries = [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6, 6]
     # A run that begins anew in the same folder does not keep what another left there.
-    run(*parse_args(["--config", "job.yaml", "--output_dir", "killed", "--max_steps", "1"]), last=False)
+    run(
+        *parse_args(["--config", "job.yaml", "--output_dir", "killed", "--max_steps", "1", "--overwrite", "true"]),
+        last=False,
+    )
     assert files_of("killed") == ["00000000.parquet"]
 
 

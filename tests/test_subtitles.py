@@ -198,6 +198,7 @@ def test_utf16_without_a_mark():
 
 
 LINE = st.text(st.sampled_from("abcXYZ 019.,!?'\"-éЖ世{}\\/:&<>#;="), max_size=12)
+LINE = LINE.filter(lambda text: "{\\" not in text)  # which is markup: see the examples above
 CUES = st.lists(st.lists(LINE, min_size=1, max_size=3), min_size=1, max_size=5)
 
 

@@ -50,7 +50,7 @@ _VTT_ASIDE = re.compile(r"(?:NOTE|STYLE|REGION|WEBVTT)(?:\s.*)?|X-TIMESTAMP-MAP=
 _FRAMES = re.compile(r"\s*[{\[](\d+)[}\]][{\[]\d*[}\]]")
 _FRAME_STYLE = re.compile(r"\{[a-zA-Z]:[^{}]*\}")
 
-_OVERRIDE = re.compile(r"\{\\[^{}]*\}")  # of ASS, which converters leave in other formats
+_OVERRIDE = re.compile(r"\{\\\w[^{}\n]*\}")  # of ASS, which converters leave in other formats
 _VOICE = re.compile(r"<v(?:\.[^\s<>]*)?\s+([^<>]+)>")
 _VOICE_END = re.compile(r"</v\s*>")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
