@@ -39,9 +39,19 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    _leave_out_of_collections()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled():
+    yield
+    _leave_out_of_collections()
+
+
+def _leave_out_of_collections():
     """
-    Takes what the imports have made out of garbage collection: accelerate collects at the start of each training, which
-    otherwise looks at a million objects of torch and transformers each time, for longer than most trainings here take.
+    Takes what is there to stay, of imports and of the tests of a file, out of garbage collection: accelerate collects at
+    the start of each training, and would look at a million objects of torch and transformers each time.
     """
     gc.collect()
     gc.freeze()

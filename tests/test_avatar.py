@@ -20,6 +20,9 @@ from maple_trl.rewards import accuracy_reward
 from maple_trl.trainers.hinted_rows import prompt_key
 
 
+pytestmark = pytest.mark.slow
+
+
 G = 8  # completions of a prompt
 DEFAULTS = QUIET_ON_CPU | {
     "num_frames": 4,

@@ -19,6 +19,9 @@ from maple_trl.trainers.hinted_rows import row_digest
 from maple_trl.trainers.rollout_state import ResumeError
 
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["data"]  # a fixture
 
 

@@ -24,6 +24,9 @@ from maple_trl.omni.serving import serve_media
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY
 
 
+pytestmark = pytest.mark.slow
+
+
 COPIES, REPLAYED, GROUPS = 4, 2, 2
 PROMPTS = 3  # of which an epoch, one rollout, takes two: some groups meet an empty buffer, some a filled one
 LONGEST = 6

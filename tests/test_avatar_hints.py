@@ -12,6 +12,9 @@ from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.hinted_rows import prompt_key
 
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["data"]  # a fixture
 
 VISITS = 2  # that a prompt must be stuck

@@ -15,6 +15,9 @@ from maple_trl.trainers.avatar_metrics import PassSums, pass_metrics
 from maple_trl.trainers.hinted_rows import prompt_key
 
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["data"]  # a fixture
 
 LAMBDA = 0.5

@@ -9,6 +9,9 @@ from maple_trl import AvatarConfig, AvatarTrainer
 from maple_trl.omni.families import family_for
 
 
+pytestmark = pytest.mark.slow
+
+
 # Adam divides by the size of a gradient: by default it makes whole steps of what rounding leaves of one that is zero.
 STABLE = {"adam_epsilon": 1e-4, "max_grad_norm": 1e3}
 NEUTRAL = {"replayed_generations": 0, "tas_lambda": 0.0}

@@ -10,6 +10,9 @@ from test_mapo_resume import per_step
 from test_processes import by_tag, worst
 
 
+pytestmark = pytest.mark.slow
+
+
 PLAIN = {
     "optim": "sgd",
     "learning_rate": 0.1,

@@ -18,6 +18,9 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.trainers.rollout_state import ResumeError
 
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["data"]  # a fixture
 
 # Four prompts of four completions, two of which are replayed.

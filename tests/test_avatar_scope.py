@@ -14,6 +14,9 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.trainers.hinted_rows import prompt_key
 
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["data"]  # a fixture
 
 SCOPE = {"replay_scope": "buffer", "replay_draw": "diverse", "learning_rate": 0.0, "tas_lambda": 0.0}

@@ -12,6 +12,9 @@ from maple_trl import AvatarConfig, AvatarTrainer
 from maple_trl.trainers.hinted_rows import prompt_key
 
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["data"]  # a fixture
 
 G = 4

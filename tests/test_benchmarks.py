@@ -9,6 +9,9 @@ import programs
 import pytest
 
 
+pytestmark = pytest.mark.slow
+
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 GROUPS, GENERATIONS, REPEATS = 2, 3, 2
 TINY = {

@@ -5,7 +5,12 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest
+
+
+pytestmark = pytest.mark.slow
 
 
 REQUESTS, CONCURRENCY = 10_000, 64

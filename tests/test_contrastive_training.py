@@ -20,6 +20,9 @@ from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.rewards import BertScoreSimilarity, ContrastiveRewardWeighting
 
 
+pytestmark = pytest.mark.slow
+
+
 G = 4  # completions of a prompt
 TAU = 0.91  # the answers of the embedded model all have the same form: about half of them are below
 MINILM, LAYERS = str(get_model_path()), 5

@@ -16,7 +16,10 @@ from omni_runs import build_trainer
 from maple_trl.omni import workers
 
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are sent through /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="faults are sent through /proc"),
+]
 
 QUESTION = [{"role": "user", "content": "what tone"}]
 NAMES = ("good0.wav", "victim.flac", "good1.wav", "good2.wav")

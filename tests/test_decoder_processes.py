@@ -26,6 +26,9 @@ from maple_trl.omni.tasks import Task
 from maple_trl.omni.wire import pack, unpack
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at through /proc")
 

@@ -27,6 +27,9 @@ from maple_trl.evaluation.eval_identity import PARSER_VERSION
 from maple_trl.rewards import answers
 
 
+pytestmark = pytest.mark.slow
+
+
 ASKED = [*MODEL, "--samples", "2", "--batch-size", "2", "--quiet"]
 SEVEN = ["--data", "builtin:seven-tags", "--limit", "8"]
 evaluate = partial(eval_runs.evaluate, *ASKED)

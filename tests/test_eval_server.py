@@ -21,6 +21,9 @@ from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.omni.media import MediaLimits, MediaLoader
 
 
+pytestmark = pytest.mark.slow
+
+
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
 ASKED = ["--data", "builtin:seven-tags", *SMALL, "--samples", "2", "--batch-size", "3", "--quiet"]
 evaluate = partial(eval_runs.evaluate, "--model", "served")

@@ -22,6 +22,9 @@ from maple_trl.omni.lora import build_lora_config
 from maple_trl.trainers import omni_grpo, omni_sft
 
 
+pytestmark = pytest.mark.slow
+
+
 # A value for each option of a generation_config.json that changes what is sampled where it is used at all, or breaks it.
 NASTY = {
     "max_length": 1,

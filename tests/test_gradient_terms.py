@@ -31,6 +31,9 @@ from tiny_models import build_tiny_text
 from maple_trl import AvatarConfig, AvatarTrainer
 
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["omni_model", "text_model"]  # fixtures
 
 PROBED = {"replay_gradient_steps": 1}

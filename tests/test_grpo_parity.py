@@ -10,6 +10,9 @@ from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.omni.families import family_for
 
 
+pytestmark = pytest.mark.slow
+
+
 WORDS = "red green blue yellow what color is the square answer low high".split()
 
 

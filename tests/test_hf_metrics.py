@@ -21,6 +21,9 @@ from maple_trl.evaluation.hf_metrics import NAMES
 from maple_trl.modalities import ModalityTag
 
 
+pytestmark = pytest.mark.slow
+
+
 TAGS = [str(tag) for tag in ModalityTag]
 SAMPLES = [[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 0, 1]]
 SCORES = [score for i in range(7) for score in (1.0, i / 6, 0.5)]

@@ -24,6 +24,9 @@ from maple_trl.rewards.judge_prompts import SCALE
 from maple_trl.rewards.judge_texts import verdict_schema
 
 
+pytestmark = pytest.mark.slow
+
+
 VERDICT = '{"missing": 0.8, "errors": 0.6, "fusion": 1.0}'
 REFERENCE = "A dog barks at a red door."
 needs_server = pytest.mark.skipif(

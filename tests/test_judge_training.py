@@ -27,6 +27,9 @@ from maple_trl.trainers.mapo import MAPOTrainer
 from maple_trl.trainers.rollout_state import last_complete_checkpoint
 
 
+pytestmark = pytest.mark.slow
+
+
 MODEL = "builtin:tiny-omni"
 KEY = "sk-test-0123456789abcdefghijklmnop"
 SCALE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -15,6 +15,9 @@ from maple_trl.trainers.learning_checks import EQUAL_ROLLOUTS, ZERO_GRADIENTS, L
 from maple_trl.trainers.run_errors import NoStepError
 
 
+pytestmark = pytest.mark.slow
+
+
 MODULE = "maple_trl.trainers.learning_checks"
 FACTS = {"temperature": 1.0, "max_completion_length": 6, "cut": 0.5}
 SMALL = {"max_completion_length": 2, "gradient_accumulation_steps": 1, "logging_steps": 50}

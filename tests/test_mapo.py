@@ -24,6 +24,9 @@ from maple_trl.omni.lora import build_lora_config
 from maple_trl.omni.prompt import RowError
 
 
+pytestmark = pytest.mark.slow
+
+
 G = 4  # completions of a prompt
 DEFAULTS = OMNI_DEFAULTS | {"num_generations": G, "max_steps": 2, "lr_scheduler_type": "constant"}
 

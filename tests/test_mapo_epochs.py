@@ -19,6 +19,9 @@ from maple_trl.algorithms.schedule import GRANULARITIES, LEFTOVERS, StratifiedSc
 from maple_trl.modalities import ModalityTag
 
 
+pytestmark = pytest.mark.slow
+
+
 G = 4  # completions of a prompt
 EARLY = {"dynamic_sampling": "early", "revisit": "informative"}
 

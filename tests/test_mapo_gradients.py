@@ -19,6 +19,9 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.serving import serve_media
 
 
+pytestmark = pytest.mark.slow
+
+
 # The first six prompts are the first rollout, the others what a refill may draw.
 TAGS = ("S", "S", "VA", "VAS", "VA", "A", "VA", "S", "V", "AS")
 ALIKE = (1, 4, 6)  # prompts whose completions are all rewarded alike

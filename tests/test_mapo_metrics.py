@@ -16,6 +16,9 @@ from maple_trl.algorithms import clipped_tokens
 from maple_trl.trainers.rollout_state import ResumeError
 
 
+pytestmark = pytest.mark.slow
+
+
 class Tokens(Watched):
     """Notes tag, ratio, advantage and entropy of each token that is trained on, by optimizer step."""
 

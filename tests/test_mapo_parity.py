@@ -9,6 +9,9 @@ from maple_trl import MAPOConfig, MAPOTrainer
 from maple_trl.omni.families import family_for
 
 
+pytestmark = pytest.mark.slow
+
+
 # Completions of different lengths, so that the three ways to average them differ; the same LM head in both trainers.
 # Adam divides by the size of a gradient: by default it makes whole steps of what rounding leaves of one that is zero.
 COMMON = {"max_completion_length": 12, "cast_lm_head_to_fp32": True, "adam_epsilon": 1e-4, "max_grad_norm": 1e3}

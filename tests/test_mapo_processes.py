@@ -9,6 +9,9 @@ from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from test_processes import by_tag, worst
 
 
+pytestmark = pytest.mark.slow
+
+
 WORLDS = (1, 2, 4)
 # Two processes make two prompts each of the first four, four processes one (with four copies).
 TAGS = ("S", "VA", "VAS", "A", "VS", "S", "V", "AS")

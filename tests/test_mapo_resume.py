@@ -9,6 +9,9 @@ import torch
 from jobs.runner import Job, changes, facts, once, weights, write_inputs
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMON = {
     "max_steps": 8,
     "learning_rate": 1e-3,

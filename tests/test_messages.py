@@ -20,6 +20,9 @@ from maple_trl.omni import checkpoints, loading
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, checked_rewards, required_columns
 
 
+pytestmark = pytest.mark.slow
+
+
 TINY = Path(loading.__file__).resolve().parents[1] / "assets" / "tiny-omni"
 ROW = {"prompt": [{"role": "user", "content": "what color"}], "subtitle": "red", "tag": "S", "solution": "A"}
 JOB = {

@@ -41,6 +41,9 @@ from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.trainers.omni_grpo import PROMPTS_KEY
 
 
+pytestmark = pytest.mark.slow
+
+
 WEIGHTS = [0.3, 0.7, 0.0]
 NAMES = ["rule", "judge", "broken"]
 # Of the six prompts of a rollout: the copies that the judge fails on. The judge is not for tag A, the last prompt.

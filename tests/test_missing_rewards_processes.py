@@ -7,6 +7,9 @@ from test_mapo_processes import PLAIN
 from test_processes import by_tag, worst
 
 
+pytestmark = pytest.mark.slow
+
+
 TAGS = ("S", "VA", "VAS")
 COPIES = 4  # of three prompts, six completions a process: the second prompt lies on both
 RUNS = {

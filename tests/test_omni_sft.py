@@ -24,6 +24,9 @@ from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 from maple_trl.trainers.rollout_state import ResumeError
 
 
+pytestmark = pytest.mark.slow
+
+
 TOWERS = ("visual", "audio_tower", "language_model")
 OPTIONS = {name: value for name, value in DEFAULTS.items() if name != "num_generations"}
 

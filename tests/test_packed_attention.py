@@ -38,6 +38,9 @@ from maple_trl.omni.packed_attention import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 LAYOUTS = {
     "one of each": ((5, (3,)),),
     "equal lengths": ((6, (4, 4, 4)),),

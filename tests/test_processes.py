@@ -16,6 +16,9 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media import MediaLoader
 
 
+pytestmark = pytest.mark.slow
+
+
 # With two processes the first four prompts are rank 0's (no video among them), the others rank 1's.
 TAGS = ("A", "S", "AS", "A", "V", "VA", "VS", "VAS")
 ROWS = 16  # completions of one optimizer step

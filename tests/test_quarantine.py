@@ -15,6 +15,9 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import RowError
 
 
+pytestmark = pytest.mark.slow
+
+
 QUESTION = [{"role": "user", "content": "what color"}]
 
 

@@ -12,6 +12,9 @@ from maple_trl.trainers.rollout_state import last_complete_checkpoint
 from maple_trl.trainers.run_errors import TooManyQuarantinedError
 
 
+pytestmark = pytest.mark.slow
+
+
 GOOD = "1\n00:00:00,000 --> 00:00:01,000\nword {}\n"
 STEP = {
     "per_device_train_batch_size": 8,

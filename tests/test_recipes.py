@@ -16,6 +16,9 @@ from maple_trl.job_args import SetupError, parse_args, trainer_class
 from maple_trl.stages import load_plan
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 GPUS = 4

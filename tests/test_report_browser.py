@@ -25,9 +25,12 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 SECTIONS = "accuracy curves rewards weights curriculum disparity positions replay ratios projection rollouts".split()
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium: the page cannot be opened (Debian: apt-get install chromium)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium: the page cannot be opened (Debian: apt-get install chromium)"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

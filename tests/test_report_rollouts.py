@@ -24,6 +24,9 @@ from maple_trl.train import run
 from maple_trl.trainers.rollout_log import stride
 
 
+pytestmark = pytest.mark.slow
+
+
 MODEL = "builtin:tiny-omni"
 DEFAULTS = QUIET_ON_CPU | {
     "num_frames": 4,

@@ -11,6 +11,9 @@ from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from maple_trl.trainers.rollout_state import last_complete_checkpoint
 
 
+pytestmark = pytest.mark.slow
+
+
 STEPS = 6
 OPTIONS = {
     "max_steps": STEPS,

@@ -18,6 +18,9 @@ from maple_trl.trainers.resume_checks import missing_parts
 from maple_trl.trainers.rollout_state import ResumeError
 
 
+pytestmark = pytest.mark.slow
+
+
 TRAINERS = {
     "omni_grpo": (OmniGRPOTrainer, OmniGRPOConfig),
     "mapo": (MAPOTrainer, MAPOConfig),

@@ -12,6 +12,9 @@ from maple_trl.evaluation.eval_store import EvalStore
 from maple_trl.run_folder import holds_evaluation, remove_results, run_results
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMON = (
     "--model_name_or_path builtin:tiny-omni --use_cpu true --bf16 false --dtype float32 --report_to none "
     "--disable_tqdm true --gradient_checkpointing false --gradient_accumulation_steps 1 --per_device_train_batch_size 4 "

@@ -10,6 +10,9 @@ from programs import Ranks
 from test_processes import TAGS, by_tag, step_options, worst
 
 
+pytestmark = pytest.mark.slow
+
+
 SHARED = ("off", "on")
 LONG = {
     "optim": "sgd",

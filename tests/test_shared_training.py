@@ -28,6 +28,9 @@ from maple_trl.trainers import mapo, omni_grpo
 from maple_trl.trainers.updates import micro_batches
 
 
+pytestmark = pytest.mark.slow
+
+
 BOUND = 1e-5
 G = 4
 # Plain gradient descent: Adam makes steps of one size out of gradients that are rounding alone.

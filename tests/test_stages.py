@@ -26,6 +26,9 @@ from maple_trl.stages import load_plan, run_stages
 from maple_trl.train import build_trainer
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds; only ends a run that hangs
 

@@ -27,6 +27,9 @@ from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 
 
+pytestmark = pytest.mark.slow
+
+
 LIMITS = {"num_frames": 4, "min_pixels": 1024, "max_pixels": 4096}
 TOWERS = ("visual", "audio_tower")
 SCOPES = ("vision", "audio", "projectors")

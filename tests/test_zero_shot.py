@@ -11,6 +11,9 @@ from tiny_models import build_tiny
 from maple_trl import MAPOConfig
 
 
+pytestmark = pytest.mark.slow
+
+
 ACCURACY = {"V": 0.75, "S": 0.25, "AS": 0.5}
 EPOCH = {"curriculum": "adaptive", "max_steps": -1, "num_train_epochs": 1, "learning_rate": 0.0}
 
