@@ -141,13 +141,13 @@ def test_clips_and_tasks_cross_and_nothing_else_does():
 def test_a_signal_costs_the_file_alone(folder, number):
     loader = MediaLoader(folder, backend="pyav")
     assert loader.audio("good0.mp4")
-    [before] = workers.decoder_pool(2).pids[:1]
+    before = set(workers.decoder_pool(2).pids)
     with faults.struck(folder / "victim.flac", number) as count:
         error = refused(lambda: loader.audio("victim.flac"))
         assert count() == 1
     assert error.reason == "decoder-crashed" and error.path == "victim.flac" and number.name in error.detail
     assert loader.audio("good1.mp4") and loader.video("good1.mp4")
-    assert before not in workers.decoder_pool(2).pids
+    assert not before <= set(workers.decoder_pool(2).pids)
     again = refused(lambda: loader.audio("victim.flac"))  # what crashed once is not tried again
     assert str(again) == str(error) and loader.decodes["audio", str(folder / "victim.flac")] == 1
     if number == signal.SIGKILL:  # negative control: without a signal nothing is wrong with it
