@@ -534,7 +534,7 @@ def _fill(path, worker, barrier, told):
 
 def test_processes_share_a_cache(tmp_path):
     """They make the file at the same moment, and lose nothing."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # a fork would copy locks that threads of other tests hold
     for round_ in range(3):
         path, barrier, told = tmp_path / f"{round_}.sqlite", context.Barrier(6), context.Queue()
         workers = [context.Process(target=_fill, args=(path, worker, barrier, told)) for worker in range(6)]
