@@ -46,6 +46,15 @@ class Timed:
         known = {"libopus": 48000, "libmp3lame": 32000, "mp2": 32000, "ac3": 32000, "wmav2": 44100}
         return known.get(self.audio_codec, 16000)
 
+    @property
+    def recorded_until(self) -> float:
+        """The end of the last sound that the file holds: a gap may reach to the end."""
+        end = self.sound_end
+        for begins, ends in sorted(self.gaps, key=lambda gap: gap[1], reverse=True):
+            if begins < end <= ends:
+                end = begins
+        return end
+
     def shown_at(self, number: int) -> float:
         return self.video_start + number / self.fps
 
