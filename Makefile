@@ -27,8 +27,9 @@ demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go 
 	$(BIN)/maple-trl train --config recipes/demo.yaml --overwrite
 
 test: $(STAMP) ## Run the tests and require 90 % line coverage
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov=maple_trl --cov-report=term-missing:skip-covered \
-		--cov-fail-under=$(MIN_COVERAGE)
+	$(BIN)/python -m slipcover --source maple_trl --format json --out .coverage.json \
+		-m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json --skip-covered --fail-under $(MIN_COVERAGE)
 
 test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: what one runs while working
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
@@ -48,7 +49,7 @@ bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
 	done
 
 clean: ## Remove build output and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage.json
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Done once, and again when the dependencies change.

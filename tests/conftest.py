@@ -38,6 +38,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # so that extension modules find nothing of theirs left, and are silent
+
+
 def pytest_collection_finish():
     _leave_out_of_collections()
 

@@ -8,6 +8,7 @@ copied for each program; it has run nothing else, so that copies may train, whic
 import atexit
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import runpy
@@ -26,10 +27,10 @@ import torch.distributed as dist
 
 IMPORTED = [
     "av",
-    "coverage",
     "datasets",
     "peft",
     "pyarrow.parquet",
+    "slipcover",
     "torch",
     "transformers",
     "trl.trainer.grpo_trainer",
@@ -37,6 +38,7 @@ IMPORTED = [
     "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
     "transformers.models.qwen2_5_omni.processing_qwen2_5_omni",
 ]
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds; a program takes some, this only ends one that hangs
 ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 _PR_SET_PDEATHSIG = 1
@@ -45,14 +47,21 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def _ensure_server() -> None:
-    """Starts the server unless it runs. Coverage begins in its copies: under it imports take twice as long."""
     _context.set_forkserver_preload(IMPORTED)
-    measured = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
-    try:
-        forkserver.ensure_running()
-    finally:
-        if measured is not None:
-            os.environ["COVERAGE_PROCESS_CONFIG"] = measured
+    forkserver.ensure_running()
+
+
+def _measure_coverage(environment: Mapping[str, str]) -> None:
+    """Adds the lines of the package that this program runs to those of the suite, if the suite measures them."""
+    if "SLIPCOVER_COVERAGE_DIR" not in environment:
+        return
+    import slipcover
+
+    os.chdir(ROOT)  # files are told by their paths from here
+    matcher, measured = slipcover.FileMatcher([environment["SLIPCOVER_SOURCE"]]), slipcover.Slipcover()
+    slipcover.ImportManager(measured, matcher).__enter__()
+    file = Path(environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json")  # as those of pytest's workers
+    atexit.register(lambda: file.write_text(json.dumps(measured.get_coverage())))
 
 
 def _become(arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str | None) -> None:
@@ -60,6 +69,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     gc.freeze()  # as in conftest.py
     os.setsid()
+    _measure_coverage(environment)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -70,10 +80,6 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
         stream = open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    if "COVERAGE_PROCESS_CONFIG" in environment:
-        import coverage
-
-        coverage.process_startup(force=True)
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     try:
         _interpret(arguments)
