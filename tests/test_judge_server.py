@@ -1,11 +1,9 @@
 """A judge end to end: a real model behind `transformers serve` on loopback, and the same model in this process."""
 
 import importlib.util
-import os
 import pickle
 import re
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import Program
 from tiny_models import build_tiny_text, save_tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,12 +83,10 @@ class Served:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}/v1", home / "serve.log"
-        (home / "hub").mkdir(parents=True, exist_ok=True)
-        command = [str(Path(sys.executable).parent / "transformers"), "serve", str(model)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        home.mkdir(parents=True, exist_ok=True)
+        command = [Path(sys.executable).parent / "transformers", "serve", model]
+        command += ["--host", "127.0.0.1", "--port", self.port, "--device", "cpu"]
+        self.process = Program(command, self.log)
 
     def wait(self) -> None:
         deadline = time.monotonic() + 120
@@ -102,12 +99,7 @@ class Served:
         raise AssertionError(f"the server did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
 
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
 
 
 @needs_server
