@@ -179,8 +179,9 @@ def take(dataset, **counts):
 
 def places(dataset, tag):
     """Rows of a tag, each prompt once: those with subtitles alone are often equal."""
-    shown = [(row["question"], row["subtitle"] if tag == "S" else row["video"]) for row in dataset]
-    first = {content: i for i, content in reversed(list(enumerate(shown))) if dataset[i]["tag"] == tag}
+    rows = dataset.to_list()
+    shown = [(row["question"], row["subtitle"] if tag == "S" else row["video"]) for row in rows]
+    first = {content: i for i, content in reversed(list(enumerate(shown))) if rows[i]["tag"] == tag}
     return sorted(first.values())
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import termios
 import threading
@@ -21,6 +20,7 @@ import pytest
 from accelerate import PartialState
 from eval_runs import MODEL, folder_with_ending, lines_of, result_of, run_of
 from forks import start, status_of
+from programs import Ranks
 
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.evaluation.eval_identity import PARSER_VERSION
@@ -59,7 +59,7 @@ def test_an_interrupt_says_how_to_go_on(judged, tmp_path, monkeypatch, capsys):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_two_processes_are_killed_and_two_of_accelerate_or_one_go_on(judged, tmp_path):
+def test_two_processes_are_killed_and_two_or_one_go_on(judged, tmp_path):
     words = [*judged, "--limit", "14"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,15 +77,11 @@ def test_two_processes_are_killed_and_two_of_accelerate_or_one_go_on(judged, tmp
         f"0000{i}.parquet" for i in range(4)
     ]
     shutil.copytree("cut", "alone")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += ["-m", "maple_trl.cli", "eval", *ASKED, *words, "--output", "cut"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    two = Ranks(2, ["-m", "maple_trl.cli", "eval", *ASKED, *words, "--output", "cut"], "two.log")
+    assert two.wait() == 0, Path("two.log").read_text()[-3000:]
     assert run_of(Path("cut"))["processes"] == 2
     assert run_of(Path("cut"))["batches_done_before"] == 4
-    assert ended.stdout.count("Accuracy (pass@1)") == 1
+    assert Path("two.log").read_text().count("Accuracy (pass@1)") == 1
     for output in ("alone", "whole"):
         assert evaluate(*words, "--output", output) == 0
         for name in ("result.json", "rows.parquet"):

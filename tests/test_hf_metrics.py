@@ -1,12 +1,10 @@
 """The metrics for Hugging Face's `evaluate`: loaded from their folders in a process that can't reach a network."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import programs
 import pytest
 
 from maple_trl.evaluation import (
@@ -43,7 +41,7 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 import evaluate
 
 results = []
-for folder, batches, options in json.load(sys.stdin):
+for folder, batches, options in json.load(open(sys.argv[1])):
     metric = evaluate.load(folder)
     try:
         for batch in batches[:-1]:
@@ -98,14 +96,9 @@ def results(tmp_path_factory):
         pytest.skip('needs pip install "maple-trl[judge]"')
     home = tmp_path_factory.mktemp("hf-home")
     jobs = [(metric_folder(name), batches, options) for name, batches, options in JOBS.values()]
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps(jobs),
-        env={**os.environ, "HF_HOME": str(home), "HF_EVALUATE_OFFLINE": "1"},
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
+    (home / "jobs.json").write_text(json.dumps(jobs))
+    variables = {"HF_HOME": str(home), "HF_EVALUATE_OFFLINE": "1"}
+    process = programs.run(["-c", SCRIPT, home / "jobs.json"], variables, home)
     assert process.returncode == 0, process.stderr
     return dict(zip(JOBS, json.loads(process.stdout.splitlines()[-1]), strict=True))
 
