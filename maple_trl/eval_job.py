@@ -31,6 +31,7 @@ from maple_trl.job_args import OmniScriptArguments, SetupError
 from maple_trl.job_data import filter_rows, load_datasets
 from maple_trl.omni.media import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.records.options import deciding
 from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.rows import check_spelling
@@ -38,23 +39,6 @@ from maple_trl.trainers.rows import check_spelling
 
 FORMAT = 4
 """Version of what `result.json` and `rows.parquet` hold."""
-
-# Of the media options, those that decide what the model reads.
-_DECIDING = (
-    "num_frames",
-    "video_fps",
-    "max_frames",
-    "min_pixels",
-    "max_pixels",
-    "max_media_seconds",
-    "overlong_media",
-    "media_decode_timeout",
-    "media_allow_network",
-    "audio_in_video",
-    "max_prompt_length",
-    "max_media_tokens",
-    "subtitle_template",
-)
 
 
 class _Plain:
@@ -399,7 +383,7 @@ def _identity(
                 "chat_template_sha256": model.chat_template_sha256,
                 "chat_template_kwargs": dict(job.chat_template_kwargs),
             },
-            "media": {name: getattr(job.media, name) for name in _DECIDING} | {"media_backend": asker.loader.backend},
+            "media": _media(job.media) | {"media_backend": asker.loader.backend},
             "asking": dataclasses.asdict(job.options),
             "generation": asker.generation,
             "scoring": {
@@ -410,6 +394,11 @@ def _identity(
             "versions": versions(),
         }
     )
+
+
+def _media(media: EvalMedia) -> dict[str, Any]:
+    """What decides which frames and sounds are fed of a signal; which signals are, `access` says."""
+    return {name: value for name, value in deciding(media).items() if name != "modality_access"}
 
 
 def _results(store: EvalStore, job: EvalJob) -> dict[str, Any]:

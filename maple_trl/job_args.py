@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 # trl and its dataclasses without a trainer take a tenth of a second; torch and transformers are imported where they are
 # needed, so that the command line can show its help without them.
@@ -165,22 +165,22 @@ class OmniScriptArguments:
             "the command line."
         },
     )
-    evaluate_before_after: bool = field(
+    evaluate_before_after: Annotated[bool, "place"] = field(
         default=False, metadata={"help": "Measure sampled accuracy per tag before and after training."}
     )
-    eval_questions_per_tag: int = field(
+    eval_questions_per_tag: Annotated[int, "place"] = field(
         default=64, metadata={"help": "Most questions of each tag in that measurement."}
     )
-    summary_file: str | None = field(
+    summary_file: Annotated[str | None, "place"] = field(
         default=None, metadata={"help": "Where the summary goes (default: summary.json in output_dir)."}
     )
-    metrics_file: str | None = field(
+    metrics_file: Annotated[str | None, "place"] = field(
         default=None, metadata={"help": "Where the logged metrics go (default: metrics.jsonl in output_dir)."}
     )
-    plot_file: str | None = field(
+    plot_file: Annotated[str | None, "place"] = field(
         default=None, metadata={"help": "Where the plot goes (default: training.png in output_dir)."}
     )
-    overwrite: bool = field(
+    overwrite: Annotated[bool, "place"] = field(
         default=False,
         metadata={
             "help": "Replace the results of another run in output_dir (checkpoints, weights, completions, log, summary), "

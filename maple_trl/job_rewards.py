@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.job_args import SetupError, did_you_mean
+from maple_trl.records.options import not_deciding
 
 
 if TYPE_CHECKING:
@@ -33,16 +34,8 @@ _COMMON = ("reward", "name", "tags", "rows", "contrastive")
 # What `name` and the rest of an entry say about parameters of a judge's class.
 _NOT_OF_A_FILE = {"self", "scorer", "name", "loader", "kwargs"}
 _KEY_NAMES = ("api_key", "key", "token", "secret", "password", "authorization")
-# Fields that say where an answer comes from, how fast and how safely, and not what it is.
-_WAYS = {
-    "server": {
-        *("base_url", "api_key_env", "api_key_file", "concurrency", "requests_per_minute", "tokens_per_minute"),
-        *("timeout", "batch_timeout", "max_attempts", "invalid_attempts", "retry_wait", "retry_wait_max"),
-        *("retry_after_max", "structured", "cache_file", "cache_bytes", "prompt_price", "completion_price", "dry_run"),
-    },
-    "local": {"device", "batch_size"},
-    "contrastive": {"device", "batch_size", "cache_size"},
-}
+# Parameters that say how fast an answer comes, and not what it is. Those of a server say so themselves.
+_SPEED = {"local": {"device", "batch_size"}, "contrastive": {"device", "batch_size", "cache_size"}}
 _WATCHING = {"max_failure_rate", "min_requests"}
 
 
@@ -101,11 +94,13 @@ def what_is_learned(entries: Sequence[str | Mapping[str, Any]]) -> list[str | di
     The entries without what may change while a run is stopped and does not change what it learns: a server's address,
     rates and time-outs, devices, limits of failures.
     """
+    from maple_trl.chat import ChatOptions
+
     found = []
     for entry in entries:
         if isinstance(entry, Mapping):
             kept = {name: value for name, value in entry.items() if name not in _WATCHING}
-            for part, ways in _WAYS.items():
+            for part, ways in {"server": not_deciding(ChatOptions), **_SPEED}.items():
                 if isinstance(kept.get(part), Mapping):
                     kept[part] = {name: value for name, value in kept[part].items() if name not in ways}
             entry = kept

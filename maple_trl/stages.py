@@ -7,11 +7,9 @@ reinforcement learning, each with its own data and rewards.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +41,6 @@ _RESERVED = {
     "plot_file": "each stage writes its own into its folder",
     "overwrite": "stages go on where they stopped; another output_dir begins anew",
 }
-# Not part of what a stage does: where things are, which the folders say, and facts about a process.
-_PLACES = {"output_dir", "logging_dir", "resume_from_checkpoint", "media_root", "local_rank", "overwrite"}
-# Not what it learns either.
-_REPORTING = re.compile(
-    r"(logging|save|eval|report|hub|push|log|disable_tqdm|run_name|do_|dataloader|generation_batch_size|max_quarantined)"
-)
 
 
 @dataclass
@@ -298,20 +290,15 @@ def print_stages(plan: Plan, summaries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def resolved_options(job: tuple) -> dict[str, Any]:
-    """
-    Every option of a job by its name, as JSON knows it, but for places, facts about the process, and the way to a judge's
-    server.
-    """
+    """Every option of a job that decides what a stage learns, by its name, as JSON knows it."""
     from maple_trl.job_rewards import what_is_learned
+    from maple_trl.records.options import deciding
 
     script_args, training_args, model_args = job
-    options = dataclasses.asdict(script_args) | dataclasses.asdict(model_args) | training_args.to_dict()
+    as_written = training_args.to_dict()  # keys hidden, enumerations by their values
+    options = deciding(script_args) | deciding(model_args)
+    options |= {name: as_written[name] for name in deciding(training_args) if name in as_written}
     options["rewards"] = what_is_learned(script_args.rewards)
-    options = {
-        name: value
-        for name, value in options.items()
-        if name not in _PLACES and not name.startswith("_") and not _REPORTING.match(name)
-    }
     return json.loads(json.dumps(as_json(options), default=str))
 
 

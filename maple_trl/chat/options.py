@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 
@@ -73,26 +73,26 @@ class ChatOptions:
     """
 
     model: str
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    api_key_file: str | os.PathLike | None = None
-    concurrency: int = 16
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    timeout: float = 60.0
-    batch_timeout: float | None = None
-    max_attempts: int = 5
-    invalid_attempts: int = 2
-    retry_wait: float = 1.0
-    retry_wait_max: float = 30.0
-    retry_after_max: float = 120.0
-    structured: str = "auto"
+    base_url: Annotated[str | None, "place"] = None
+    api_key_env: Annotated[str, "place"] = "OPENAI_API_KEY"
+    api_key_file: Annotated[str | os.PathLike | None, "place"] = None
+    concurrency: Annotated[int, "speed"] = 16
+    requests_per_minute: Annotated[float | None, "speed"] = None
+    tokens_per_minute: Annotated[float | None, "speed"] = None
+    timeout: Annotated[float, "speed"] = 60.0
+    batch_timeout: Annotated[float | None, "speed"] = None
+    max_attempts: Annotated[int, "speed"] = 5
+    invalid_attempts: Annotated[int, "speed"] = 2
+    retry_wait: Annotated[float, "speed"] = 1.0
+    retry_wait_max: Annotated[float, "speed"] = 30.0
+    retry_after_max: Annotated[float, "speed"] = 120.0
+    structured: Annotated[str, "speed"] = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    cache_file: str | os.PathLike | None = None
-    cache_bytes: int = 1 << 30
-    prompt_price: float = 0.0
-    completion_price: float = 0.0
-    dry_run: bool = False
+    cache_file: Annotated[str | os.PathLike | None, "place"] = None
+    cache_bytes: Annotated[int, "speed"] = 1 << 30
+    prompt_price: Annotated[float, "speed"] = 0.0
+    completion_price: Annotated[float, "speed"] = 0.0
+    dry_run: Annotated[bool, "speed"] = False
 
     def __post_init__(self):
         if not isinstance(self.model, str) or not self.model.strip():

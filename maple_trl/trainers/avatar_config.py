@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from maple_trl.algorithms.advantages import SCOPES
 from maple_trl.algorithms.replay import QUANTILES, SHARES, StratifiedReplayBuffer
@@ -108,7 +109,7 @@ class AvatarConfig(OmniGRPOConfig):
             "go on with an 'empty' one."
         },
     )
-    replay_gradient_steps: int = field(
+    replay_gradient_steps: Annotated[int, "speed"] = field(
         default=10,
         metadata={
             "help": "At every so many optimizer steps, beginning with the second, log the norms of the gradients of the fresh and "

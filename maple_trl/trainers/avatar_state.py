@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
 from maple_trl.algorithms import ReplayStateError
 from maple_trl.evaluation.report import write_atomically
+from maple_trl.records.options import deciding
 from maple_trl.trainers.hinted_rows import is_plain
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.replay_memory import ReplayMemory
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
     from maple_trl.trainers.avatar import AvatarTrainer
 
 
-_HARMLESS = (
-    "media_root",
-    "media_allow_network",
-    "media_cache_bytes",
-    "media_prefetch",
-    "media_check",
-    "media_decode_timeout",
-    "media_workers",
-    "media_worker_bytes",
-    "encoder_cache_bytes",
-    "encoder_cache_dir",
-    "encoder_cache_disk_bytes",
-)
-"""Options that change where and how media are read, not what a prompt shows."""
-
 STATE_FILE = "avatar.json"
 BUFFER_FOLDER = "replay"
 
@@ -44,11 +29,11 @@ BUFFER_FOLDER = "replay"
 def provenance(trainer: AvatarTrainer) -> dict[str, str]:
     """What stored completions and their rewards depend on, as digests by name."""
     args, dataset = trainer.args, trainer.train_dataset
-    prompting = [f.name for f in fields(MediaConfig) if f.name not in _HARMLESS] + ["hint_template", "temperature"]
+    prompting = [*deciding(args, MediaConfig).values(), args.hint_template, args.temperature]
     parts = {
         "reward functions and weights": [trainer.reward_func_names, trainer.reward_weights.tolist()],
         "tokenizer": [sorted(trainer._tokenizer.get_vocab().items()), trainer.processing_class.chat_template],
-        "prompt options": [*(str(getattr(args, name)) for name in prompting), args.chat_template_kwargs],
+        "prompt options": [*map(str, prompting), args.chat_template_kwargs],
     }
     if isinstance(dataset, Dataset):
         plain = [name for name, value in dataset[0].items() if is_plain(value)]

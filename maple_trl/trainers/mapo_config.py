@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from maple_trl.algorithms.advantages import SCOPES
 from maple_trl.algorithms.aggregation import AGGREGATIONS
@@ -168,16 +169,16 @@ class MAPOConfig(OmniGRPOConfig):
             "help": "How often further prompts of the tag are drawn to fill a batch that lost groups. 0: never."
         },
     )
-    gradient_probe: int = field(
+    gradient_probe: Annotated[int, "speed"] = field(
         default=0,
         metadata={
             "help": "Coordinates of the gradient from which its variance over steps is estimated, per tag. 0: off."
         },
     )
-    gradient_probe_pattern: str | None = field(
+    gradient_probe_pattern: Annotated[str | None, "speed"] = field(
         default=None, metadata={"help": "Regular expression: the probe looks at parameters with such names alone."}
     )
-    gradient_probe_window: int = field(
+    gradient_probe_window: Annotated[int, "speed"] = field(
         default=100, metadata={"help": "Steps over which the probe averages (exponentially)."}
     )
     cast_lm_head_to_fp32: bool = field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from maple_trl.omni.media import MediaLimits
 from maple_trl.omni.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
@@ -98,7 +99,7 @@ class MediaConfig:
             "with the smallest frames is quarantined."
         },
     )
-    media_root: str = field(
+    media_root: Annotated[str, "place"] = field(
         default=".",
         metadata={"help": "The folder below which all media lie. Links are resolved; nothing outside it is read."},
     )
@@ -135,46 +136,46 @@ class MediaConfig:
         default="quarantine",
         metadata={"help": "What happens to a longer clip: 'quarantine' drops its row, 'trim' reads its beginning."},
     )
-    media_decode_timeout: float = field(
+    media_decode_timeout: Annotated[float, "speed"] = field(
         default=60.0, metadata={"help": "Seconds that decoding one clip may take before its row is quarantined."}
     )
-    media_workers: int = field(
+    media_workers: Annotated[int, "speed"] = field(
         default=WORKERS,
         metadata={
             "help": "Processes that decode media, so that a file that crashes or hangs the decoder costs its row and not the "
             "run. 0: decode in the training process."
         },
     )
-    media_worker_bytes: int = field(
+    media_worker_bytes: Annotated[int, "speed"] = field(
         default=WORKER_BYTES,
         metadata={"help": "Memory that each of them may have. A clip that needs more is quarantined."},
     )
-    media_cache_bytes: int = field(
+    media_cache_bytes: Annotated[int, "speed"] = field(
         default=2 << 30, metadata={"help": "Bytes of decoded clips kept in memory, shared by rollout and training."}
     )
-    media_prefetch: bool = field(
+    media_prefetch: Annotated[bool, "speed"] = field(
         default=True, metadata={"help": "Decode the next batch's clips in the background while this one trains."}
     )
-    encoder_cache_bytes: int = field(
+    encoder_cache_bytes: Annotated[int, "speed"] = field(
         default=1 << 30,
         metadata={
             "help": "Bytes of memory for what vision and audio towers that are not trained have made of clips. 0: none."
         },
     )
-    encoder_cache_dir: str | None = field(
+    encoder_cache_dir: Annotated[str | None, "place"] = field(
         default=None, metadata={"help": "A folder that keeps it on disk too, for other processes and later runs."}
     )
-    encoder_cache_disk_bytes: int = field(
+    encoder_cache_disk_bytes: Annotated[int, "speed"] = field(
         default=8 << 30, metadata={"help": "Most bytes in that folder; what was not used for longest is removed."}
     )
-    media_check: str = field(
+    media_check: Annotated[str, "speed"] = field(
         default="probe",
         metadata={
             "help": "Look at every media file before training: 'probe' reads headers and quarantines rows with broken "
             "files, 'none' leaves it to the step that meets them."
         },
     )
-    max_quarantined_share: float = field(
+    max_quarantined_share: Annotated[float, "speed"] = field(
         default=0.1,
         metadata={
             "help": "Most rows of a data set, as a share of those that were looked at, whose media may turn out unusable. "

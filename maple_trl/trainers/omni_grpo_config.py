@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from trl import GRPOConfig
 
@@ -24,7 +25,7 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
         ValueError: for options that contradict each other or that omni prompts do not support, naming the field.
     """
 
-    shared_prefix: str = field(
+    shared_prefix: Annotated[str, "speed"] = field(
         default="auto",
         metadata={
             "help": "Pass a prompt through the model once for all completions of its group that stand in a batch: 'auto' "

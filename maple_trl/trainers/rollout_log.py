@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
@@ -41,7 +41,7 @@ class RolloutLogConfig:
         ValueError: for a negative number.
     """
 
-    rollout_log_size: int = field(
+    rollout_log_size: Annotated[int, "place"] = field(
         default=20_000,
         metadata={
             "help": "Completions kept in OUTPUT_DIR/rollouts, with prompt, rewards, advantage, tag and the media that "

@@ -8,18 +8,17 @@ import json
 import logging
 import math
 import os
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from torch import nn
-from trl import GRPOConfig
 from trl.trainer.utils import is_async_callable
 
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.report import write_atomically
+from maple_trl.records.options import deciding
 from maple_trl.rewards.calls import checked
-from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.media_config import MediaConfig
 
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT_FILE = "zero_shot.json"
-_SETTINGS = (
+_SAMPLING = (
     "seed",
     "zero_shot_questions",
     "max_completion_length",
@@ -39,9 +38,8 @@ _SETTINGS = (
     "repetition_penalty",
     "generation_kwargs",
     "chat_template_kwargs",
-    *(f.name for f in fields(OmniGRPOConfig) if f.name not in {g.name for g in fields(GRPOConfig)}),
 )
-"""What the accuracy depends on beside rows, reward and weights."""
+"""What the accuracy depends on beside rows, what is fed of them, reward and weights."""
 
 
 def check_measurable(trainer: MAPOTrainer, task_reward: int) -> None:
@@ -137,7 +135,8 @@ def _identity(trainer: MAPOTrainer, task_reward: int) -> str:
     facts = [
         trainer.rows.registries["train_dataset"].state_dict()["content"],
         [getattr(reward, name, None) for name in ("__module__", "__qualname__", "__name__")],
-        [getattr(trainer.args, name) for name in _SETTINGS],
+        [getattr(trainer.args, name) for name in _SAMPLING],
+        deciding(trainer.args, MediaConfig),
         trainer.initial_weights,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What runs and evaluations write, and others read."""

@@ -1,0 +1,84 @@
+"""Every option says what it decides, and all that compares options asks it."""
+
+from dataclasses import fields, make_dataclass
+from typing import Annotated
+
+import pytest
+from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
+
+from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig
+from maple_trl.chat import ChatOptions
+from maple_trl.job_args import OmniModelConfig, OmniScriptArguments, parse_args
+from maple_trl.records.options import INHERITED, deciding, not_deciding
+from maple_trl.stages import resolved_options
+from maple_trl.trainers.omni_sft_config import OmniSFTConfig
+
+
+OURS = [AvatarConfig, ChatOptions, MAPOConfig, OmniGRPOConfig, OmniModelConfig, OmniScriptArguments, OmniSFTConfig]
+THEIRS = {f.name for config in (GRPOConfig, ModelConfig, SFTConfig) for f in fields(config)}
+FASTER = {"media_workers": 0, "media_prefetch": False, "media_cache_bytes": 1 << 20, "media_decode_timeout": 5.0}
+FASTER |= {"shared_prefix": "off", "encoder_cache_bytes": 0, "media_check": "none", "dataloader_num_workers": 3}
+OTHER = {"num_frames": 4, "max_prompt_length": 99, "temperature": 0.5, "seed": 9, "subtitle_template": "{subtitle}"}
+
+
+def own(config):
+    """The names of fields that this package's classes declare, not of those that they inherit from TRL."""
+    ours = [c for c in config.__mro__ if c.__module__.startswith("maple_trl.")]
+    return {name for c in ours for name in c.__dict__.get("__annotations__", {})}
+
+
+def test_what_each_option_decides():
+    """All that this package declares; what stands in neither list decides results."""
+    found = {"speed": set(), "place": set()}
+    for config in OURS:
+        for name, kind in not_deciding(config).items():
+            if name in own(config):
+                found[kind].add(name)
+    assert found["speed"] == {
+        *("media_decode_timeout", "media_workers", "media_worker_bytes", "media_cache_bytes", "media_prefetch"),
+        *("media_check", "max_quarantined_share", "encoder_cache_bytes", "encoder_cache_disk_bytes", "shared_prefix"),
+        *("gradient_probe", "gradient_probe_pattern", "gradient_probe_window", "replay_gradient_steps"),
+        *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "batch_timeout", "max_attempts"),
+        *("invalid_attempts", "retry_wait", "retry_wait_max", "retry_after_max", "structured", "cache_bytes"),
+        *("prompt_price", "completion_price", "dry_run"),
+    }
+    assert found["place"] == {
+        *("media_root", "encoder_cache_dir", "rollout_log_size", "evaluate_before_after", "eval_questions_per_tag"),
+        *("summary_file", "metrics_file", "plot_file", "overwrite"),
+        *("base_url", "api_key_env", "api_key_file", "cache_file"),
+    }
+
+
+def test_what_is_said_of_inherited_options_is_said_of_options_that_there_are():
+    speed, place = INHERITED["speed"], INHERITED["place"]
+    assert not speed & place and (speed | place) - THEIRS <= {"local_rank"}
+    assert not (speed | place) & {name for config in OURS for name in own(config)}
+
+
+def test_an_option_of_which_nothing_is_said_decides():
+    """So that one which a later version of TRL adds is compared until someone has looked at it."""
+    later = make_dataclass("Later", [("brand_new", int), ("logging_steps", int), ("our_own", Annotated[int, "place"])])
+    assert deciding(later(1, 2, 3)) == {"brand_new": 1}
+    assert not_deciding(later) == {"logging_steps": "place", "our_own": "place"}
+
+
+@pytest.mark.parametrize("config", OURS[:1] + OURS[2:], ids=lambda config: config.__name__)
+def test_the_parsers_of_trl_read_every_configuration(config):
+    """Which hand on to argparse whatever else stands at a field."""
+    assert TrlParser(config).format_help()
+
+
+def job(**options):
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += ["--use_cpu", "true", "--bf16", "false", "--dataset_name", "builtin:seven-tags"]
+    return parse_args(
+        ["--trainer", "avatar", "--output_dir", "out", "--model_name_or_path", "builtin:tiny-omni", *words]
+    )
+
+
+def test_a_stage_may_go_on_with_what_changes_its_speed_alone():
+    before = resolved_options(job())
+    assert resolved_options(job(**FASTER)) == before
+    for name, value in OTHER.items():
+        after = resolved_options(job(**{name: value}))
+        assert {key for key in before if before[key] != after[key]} == {name}
