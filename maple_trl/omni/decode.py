@@ -35,9 +35,11 @@ MIN_AUDIO_SECONDS = 0.02
 END_SLACK = 0.1  # seconds by which a header without byte counts may overstate the length: a few codec frames
 # Seconds. Sound is moved where its time stamps say so by more; less is rounding, or the jitter of a live recorder.
 STAMP_JITTER = 0.01
-STAMP_RETURN = 1.0  # seconds: sound whose time goes back by more has been put together wrongly
+STAMP_RETURN = 1.0  # seconds: what goes back in time by more has been put together wrongly
 # Containers that say when pictures are decoded and not when they are shown: one after the other, in the same rhythm.
 IN_ORDER = {"avi"}
+# Containers whose clock begins anywhere, and starts again at 0 after 26.5 hours: FFmpeg calls what stands before that negative.
+FREE_CLOCK = {"mpegts", "mpeg"}
 SEEKABLE = {
     "mov",
     "matroska",
@@ -183,7 +185,8 @@ def _zero(container) -> float:
     """
     tracks = [track for kind in ("video", "audio") if (track := _track(container, kind)) is not None]
     starts = [track.start_time * track.time_base for track in tracks if track.start_time is not None]
-    return max(0.0, float(min(starts, default=0)))
+    first = float(min(starts, default=0))
+    return first if _format(container).demuxer in FREE_CLOCK else max(0.0, first)
 
 
 def _declared_end(source: Source, container, stream) -> float | None:
@@ -197,6 +200,8 @@ def _declared_end(source: Source, container, stream) -> float | None:
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     if stream.duration is None or not _format(container).says_length:
         return None
+    if _format(container).demuxer == "mov" and not stream.frames:
+        return None  # in fragments, whose lengths FFmpeg adds up, with what stands before the start
     # ASF gives the length of the file to each track. AVI counts the empty pieces by which it lets sound begin late.
     if container.format.name == "asf" or (container.format.name == "avi" and stream.type == "audio"):
         return None
@@ -263,7 +268,7 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     _only(container, stream)
     in_order = container.format.name in IN_ORDER
     shown: dict[int, bool] = {}
-    end, stop, complete = 0, None, True
+    end, latest, stop, complete = 0, None, None, True
     for packet in container.demux(stream):
         deadline.check()
         if packet.is_corrupt:
@@ -272,6 +277,11 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
         if pts is None or packet.is_discard:
             continue
         decoding = float((pts if packet.dts is None else packet.dts) * stream.time_base)
+        if packet.dts is not None:
+            latest = decoding if latest is None else max(latest, decoding)
+            if decoding < latest - STAMP_RETURN:
+                back = f"at {latest:.2f} s the time of the pictures goes back by {latest - decoding:.2f} s"
+                raise source.error("unreadable", back)
         stop = last(decoding) if stop is None else stop
         if decoding > stop + 1:  # 1 s: pictures are stored out of order
             complete = False
@@ -606,7 +616,7 @@ class _Sound:
         self._restart()
 
     def _restart(self) -> None:
-        self._resampler = av.AudioResampler(format="flt", rate=self.rate)
+        self._resampler, self._kind = av.AudioResampler(format="flt", rate=self.rate), None
 
     def add(self, frame: "av.AudioFrame") -> None:
         """Takes a decoded frame, at the time that its stamp says."""
@@ -639,11 +649,13 @@ class _Sound:
         self.at = place
 
     def _take(self, frame: "av.AudioFrame | None") -> None:
-        try:
-            resampled = self._resampler.resample(frame)
-        except ValueError as error:
-            raise self.source.error("unreadable", f"the sound changes its format midway: {error}") from error
-        for piece in resampled:
+        if frame is not None:
+            kind = (frame.format.name, frame.layout.name, frame.layout.nb_channels, frame.sample_rate)
+            if self._kind not in (None, kind):  # as broadcasts do: stereo, then a film in 5.1
+                self._take(None)
+                self._restart()
+            self._kind = kind
+        for piece in self._resampler.resample(frame):
             self._put(_mono(piece))
 
     def _put(self, samples: np.ndarray) -> None:
