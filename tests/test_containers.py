@@ -283,6 +283,22 @@ def test_any_layout_of_any_container_becomes_mono(tmp_path, suffix, codec, layou
     assert amplitude(sound.waveform) == pytest.approx(expected, rel=0.35 if lossy else 0.005)
 
 
+@pytest.mark.parametrize(("suffix", "form", "padding"), [("ac3", None, 0.03), ("aac", "adts", 0.07)])
+def test_a_layout_that_changes_midway(tmp_path, suffix, form, padding):
+    """As in broadcasts, and where files were joined: all of it is heard, each part as the mean of its own channels."""
+    parts = []
+    for number, layout in enumerate(("stereo", "5.1", "mono")):
+        wave = np.repeat(files.tone(1, 48000) * (number + 1) / 4, av.AudioLayout(layout).nb_channels, axis=0)
+        path = write_sound(tmp_path / f"{layout}.{suffix}", suffix, wave, 48000, form, layout)
+        parts.append(path.read_bytes())
+    (tmp_path / f"all.{suffix}").write_bytes(b"".join(parts))
+    sound = MediaLoader(tmp_path, backend="pyav", workers=0).audio(f"all.{suffix}")
+    assert sound.duration == pytest.approx(3, abs=3 * padding) and sound.notes == ()
+    for number in range(3):
+        middle = sound.waveform[int((number + 0.25) * 16000) : int((number + 0.75) * 16000)]
+        assert amplitude(middle) == pytest.approx((number + 1) / 8, rel=0.35)  # the low channel loses most of it
+
+
 # What stays refused
 
 

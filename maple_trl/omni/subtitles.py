@@ -47,7 +47,7 @@ _PATH = re.compile(r"\S+[/\\]\S+\.\w{2,4}|/\S*[/\\]\S+|(?:~|\.{1,2}|[A-Za-z]:)[/
 _TIME = r"(-?)(?:(\d+)\s*:\s*)?(\d{1,2})\s*:\s*(\d{1,2})(?:\s*[.,:]\s*(\d{1,9}))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}(?:\s.*)?")
 # What was meant for one: it would be fed as speech, and its cue as the end of the one before it.
-_BAD_TIMES = re.compile(r"\s*-?\d[-\d:.,\s]*:[-\d:.,\s]*-{1,2}>\s*-?\d.*")
+_BAD_TIMES = re.compile(r"\s{0,40}-?\d[-\d:.,\s]{0,40}:[-\d:.,\s]{0,40}-{1,2}>\s{0,40}-?\d.*")
 _SBV_TIMES = re.compile(r"\s*()(\d+):(\d\d):(\d\d)\.(\d{3}),\d+:\d\d:\d\d\.\d{3}\s*")
 _VTT_ASIDE = re.compile(r"(?:NOTE|STYLE|REGION|WEBVTT)(?:\s.*)?|X-TIMESTAMP-MAP=.*")
 _FRAMES = re.compile(r"\s*[{\[](\d+)[}\]][{\[](\d*)[}\]]")
@@ -55,7 +55,7 @@ _FRAME_STYLE = re.compile(r"\{[a-zA-Z]:[^{}]*\}")
 
 # Of ASS and MicroDVD, which converters leave in other formats.
 _OVERRIDE = re.compile(r"\{(?:\\\w[^{}\n]*|[yY]:[biusBIUS,]+|[cC]:\$[0-9a-fA-F]{6})\}")
-_VOICE = re.compile(r"<v(?:\.[^\s<>]*)?\s+([^<>]+)>")
+_VOICE = re.compile(r"<v(?:\.[^\s<>]*)?\s+([^<>\s][^<>]*)>")
 _VOICE_END = re.compile(r"</v\s*>")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _MARKUP = re.compile(
