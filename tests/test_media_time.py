@@ -385,6 +385,27 @@ def test_pictures_whose_time_starts_again_are_refused(tmp_path):
     assert caught.value.reason == "unreadable"
 
 
+def test_a_transport_stream_that_lost_a_packet_is_read_where_it_is_whole(tmp_path):
+    path = write(tmp_path / "whole.ts", Timed("ts", audio_codec="aac"))
+    packets = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 188)
+    of_pictures = (packets[:, 1] & 0x1F == 1) & (packets[:, 2] == 0)  # the identifier of the first track is 0x100
+    begins = np.flatnonzero(of_pictures & (packets[:, 1] & 0x40 > 0))
+    assert len(begins) == of_pictures.sum() - 3  # but for the first, a picture is a packet
+    (tmp_path / "lost.ts").write_bytes(np.delete(packets, begins[20], axis=0).tobytes())
+
+    def pictures(name, **sampling):
+        with MediaLoader(tmp_path, MediaLimits(**sampling), backend="pyav", workers=0) as loader:
+            return loader.video(name).frames
+
+    np.testing.assert_array_equal(
+        pictures("lost.ts", num_frames=4), pictures("whole.ts", num_frames=4)
+    )  # 0, 13, 26, 39
+    for count in (3, 40):  # up to the key picture, 24, those after 20 are made from it
+        with pytest.raises(MediaError, match="is damaged: the stream has lost data") as caught:
+            pictures("lost.ts", num_frames=count)
+        assert caught.value.reason == "unreadable"
+
+
 # Segments
 
 

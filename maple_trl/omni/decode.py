@@ -237,7 +237,8 @@ class Timeline:
     """
     What the packets tell without decoding: when pictures are shown (in ticks, sorted), and which are key frames.
     `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder gives is
-    shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the file.
+    shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the file. `damaged`:
+    pictures that are not whole, or are made from one that is not.
     """
 
     pts: np.ndarray
@@ -247,6 +248,7 @@ class Timeline:
     complete: bool
     in_order: bool
     sought: bool = False
+    damaged: frozenset[int] = frozenset()
 
     @property
     def longest_gap(self) -> float:
@@ -268,10 +270,12 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     _only(container, stream)
     in_order = container.format.name in IN_ORDER
     shown: dict[int, bool] = {}
+    damaged, lost = set(), False
     end, latest, stop, complete = 0, None, None, True
     for packet in container.demux(stream):
         deadline.check()
-        if packet.is_corrupt:
+        # A transport stream may have lost a packet, or been joined from pieces, which looks alike: what follows is there.
+        if packet.is_corrupt and _format(container).demuxer != "mpegts":
             raise source.error("truncated", "a picture's data end early")
         pts = packet.dts if in_order else packet.pts
         if pts is None or packet.is_discard:
@@ -287,6 +291,9 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
             complete = False
             break
         shown[pts] = packet.is_keyframe
+        lost = packet.is_corrupt or (lost and not packet.is_keyframe)
+        if lost:
+            damaged.add(pts)
         end = max(end, pts + (packet.duration or 0))
     if not shown:
         missing = stream.frames
@@ -295,7 +302,8 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     if end <= pts[-1]:  # the last picture has no length of its own: the usual one
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((stream.guessed_rate or 25) * stream.time_base)
         end = int(pts[-1] + max(1, round(float(usual))))
-    return Timeline(pts, sorted(p for p, key in shown.items() if key), end, stream.time_base, complete, in_order)
+    keys = sorted(tick for tick, key in shown.items() if key)
+    return Timeline(pts, keys, end, stream.time_base, complete, in_order, damaged=frozenset(damaged))
 
 
 class _SeekMissed(Exception):
@@ -413,6 +421,8 @@ def _choose(
         notes.append("trimmed")
     notes += ["variable-frame-rate"] if line.variable else []
     chosen = taken[sample_indices(limits, len(taken), duration)]
+    if damaged := [float(seconds[i]) for i in chosen if int(line.pts[i]) in line.damaged]:
+        raise source.error("unreadable", f"the picture at {damaged[0]:.2f} s is damaged: the stream has lost data")
     times = [max(0.0, float(seconds[i]) - start) for i in chosen]
     return _Choice(line, [int(tick) for tick in line.pts[chosen]], times, duration, notes)
 
