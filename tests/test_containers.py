@@ -299,6 +299,20 @@ def test_a_layout_that_changes_midway(tmp_path, suffix, form, padding):
         assert amplitude(middle) == pytest.approx((number + 1) / 8, rel=0.35)  # the low channel loses most of it
 
 
+def test_a_tag_behind_the_sound_is_no_sound(tmp_path):
+    """As most files of WavPack have; what is broken within is refused as before."""
+    data = write_sound(tmp_path / "a.wv", "wavpack", files.tone(4, 48000), 48000).read_bytes()
+    loader = MediaLoader(tmp_path, backend="pyav", workers=0)
+    for name, tag in {
+        "id3": b"TAG" + bytes(125),
+        "ape": b"APETAGEX" + struct.pack("<4I", 2000, 32, 0, 0) + bytes(8),
+    }.items():
+        (tmp_path / f"{name}.wv").write_bytes(data + tag)
+        np.testing.assert_array_equal(loader.audio(f"{name}.wv").waveform, loader.audio("a.wv").waveform)
+        (tmp_path / f"{name}.wv").write_bytes(data[: data.rindex(b"wvpk")] + tag)
+        assert outcome(lambda name=name: loader.audio(f"{name}.wv")) in ("unreadable", "truncated")
+
+
 # What stays refused
 
 

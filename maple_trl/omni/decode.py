@@ -612,6 +612,7 @@ class _Sound:
     Attributes:
         at (`int`): place of the next sample, counted from the origin; `None` before the first.
         filled (`int`): samples that are complete.
+        recorded (`int`): rate of the frames; `None` before the first.
     """
 
     source: Source
@@ -619,6 +620,7 @@ class _Sound:
     origin: float
     at: int | None = None
     filled: int = 0
+    recorded: int | None = None
     pieces: list[np.ndarray] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -630,6 +632,10 @@ class _Sound:
 
     def add(self, frame: "av.AudioFrame") -> None:
         """Takes a decoded frame, at the time that its stamp says."""
+        self.recorded = self.recorded or frame.sample_rate
+        if frame.sample_rate != self.recorded:  # FFmpeg goes on counting in samples of the first
+            rates = f"{self.recorded} to {frame.sample_rate}"
+            raise self.source.error("unreadable", f"the sound changes its rate midway, from {rates} a second")
         if frame.time is not None:
             self._move(round((frame.time - self.origin) * self.rate))
         elif self.at is None:
@@ -660,8 +666,8 @@ class _Sound:
 
     def _take(self, frame: "av.AudioFrame | None") -> None:
         if frame is not None:
-            kind = (frame.format.name, frame.layout.name, frame.layout.nb_channels, frame.sample_rate)
-            if self._kind not in (None, kind):  # as broadcasts do: stereo, then a film in 5.1
+            kind = (frame.format.name, frame.layout.name, frame.layout.nb_channels)
+            if self._kind not in (None, kind):  # as in broadcasts: stereo, then a film in 5.1
                 self._take(None)
                 self._restart()
             self._kind = kind
@@ -736,7 +742,7 @@ def _heard(
     asked = None if request.end is None else round((request.end - start) * rate)
     wanted = min(round((limits.max_seconds + 1) * rate), asked or sys.maxsize)
     end, ended = 0.0, False
-    for frame_end, frame in _frames_from(container, stream, zero + start):
+    for frame_end, frame in _frames_from(container, stream, zero + start, declared_end):
         deadline.check()
         end = frame_end
         if frame is None:
@@ -782,13 +788,23 @@ def _packets_from(container, stream, start: float) -> Iterator["av.Packet"]:
     yield from container.demux(stream)
 
 
-def _frames_from(container, stream, start: float) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
+def _frames_from(
+    container, stream, start: float, declared_end: float | None
+) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
     """
     Decoded sound that may be heard at `start` (in the stream's seconds) or later, each frame with where it ends. What
     precedes is not decoded, and is `None`.
     """
-    end = 0.0
-    for packet in _packets_from(container, stream, start - PREROLL):
+    end, packets = 0.0, _packets_from(container, stream, start - PREROLL)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.InvalidDataError:
+            if declared_end is None or end < declared_end - 1 / stream.rate:
+                raise
+            packet = None  # a tag behind the sound, which is no packet: most files of WavPack have one
+        if packet is None:
+            return
         if packet.pts is not None:
             packet_end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             if packet_end < start - PREROLL:
