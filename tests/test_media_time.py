@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import av
+import media_files as files
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -472,6 +473,15 @@ def test_a_row_samples_and_sizes_as_it_wants(tmp_path):
         )
         with pytest.raises(ValueError, match="max_frames=64"):
             shape(num_frames=65)
+
+
+@pytest.mark.parametrize("asked", [{"max_pixels": 3136}, {"max_pixels": 4000}, {"min_pixels": 200_000}], ids=str)
+def test_one_limit_of_a_row_leaves_room_for_the_shape_of_the_picture(tmp_path, asked):
+    """The run's other limit (of 3136 to 100352 pixels) gives way: no picture of 9 : 16 has just so many."""
+    path = files.write_video(tmp_path / "wide.mp4", frames=2, size=(180, 320))
+    with MediaLoader(tmp_path, MediaLimits(num_frames=2), backend="pyav", workers=0) as loader:
+        height, width = loader.video(path, request=ClipRequest(**asked)).frames.shape[1:3]
+    assert asked.get("min_pixels", 0) <= height * width <= asked.get("max_pixels", 2 * 200_000)
 
 
 @pytest.mark.parametrize(
