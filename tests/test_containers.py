@@ -299,6 +299,21 @@ def test_a_layout_that_changes_midway(tmp_path, suffix, form, padding):
         assert amplitude(middle) == pytest.approx((number + 1) / 8, rel=0.35)  # the low channel loses most of it
 
 
+@pytest.mark.parametrize("name", ["a.wav", "rf64.wav", "a.aiff", "h264.avi"])
+def test_a_size_that_counts_its_own_header_cuts_nothing(folder, tmp_path, name):
+    """A common slip of writers: the size of the whole file, where that of what follows is due."""
+    data = bytearray((folder / name).read_bytes())
+    size = len(data)
+    place, form = {"rf64.wav": (20, "<Q"), "a.aiff": (4, ">I")}.get(name, (4, "<I"))
+    assert abs(struct.unpack_from(form, data, place)[0] + 8 - size) <= 1
+    struct.pack_into(form, data, place, size)
+    (tmp_path / name).write_bytes(data)
+    loader = MediaLoader(tmp_path, backend="pyav", workers=0)
+    assert loader.audio(name).duration == pytest.approx(SECONDS, abs=0.001)
+    (tmp_path / name).write_bytes(data[:-3000])
+    assert outcome(lambda: loader.audio(name)) == "truncated"
+
+
 def test_a_tag_behind_the_sound_is_no_sound(tmp_path):
     """As most files of WavPack have; what is broken within is refused as before."""
     data = write_sound(tmp_path / "a.wv", "wavpack", files.tone(4, 48000), 48000).read_bytes()
