@@ -196,7 +196,8 @@ def test_ass_keeps_neither_comments_nor_drawings():
         ("Dialogue", "0:00:01.00", "first"),
         ("Dialogue", "0:00:01.00", r"{\p1}m 0 0 l 1 1{\p0}"),
     ]
-    assert subtitle_text(ass(events).encode(), "a.ass") == "first\nlater, yes\nnext line"
+    for before in ("", "; made by hand\n!: twice\n\n"):
+        assert subtitle_text((before + ass(events)).encode(), "a.ass") == "first\nlater, yes\nnext line"
 
 
 def test_windows_1252_is_read_and_counted(tmp_path):

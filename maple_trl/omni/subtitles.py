@@ -190,7 +190,7 @@ def _cues(text: str) -> Iterator[tuple[float, str]]:
 
 
 def _reader(head: str) -> Callable[[str], Iterator[tuple[float, str]]]:
-    if re.match(r"\[(script info|v4\+? styles|events)\]", head):
+    if re.match(r"(?:[;!].*\n|\s)*\[(script info|v4\+? styles|events)\]", head):  # comments may stand before
         return _ass_cues
     if _FRAMES.match(head):
         return _frame_cues
