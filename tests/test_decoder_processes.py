@@ -271,6 +271,21 @@ def test_a_fork_does_not_wait_for_what_its_parent_decodes(folder, count):
     loader.close()
 
 
+@linux
+def test_a_working_folder_that_was_deleted_is_no_hindrance(folder, tmp_path):
+    from forks import start, status_of
+
+    def in_fork():
+        sys.path.insert(0, "")  # as in a notebook
+        (tmp_path / "here").mkdir()
+        os.chdir(tmp_path / "here")
+        (tmp_path / "here").rmdir()
+        MediaLoader(folder, backend="pyav").probe("good0.mp4")
+        return 0 if workers.decoder_pool(2).pids else 1
+
+    assert status_of(start(in_fork)) == 0
+
+
 SCRIPT = """
 import sys, threading, time
 from maple_trl.omni.media import MediaLoader
