@@ -283,6 +283,51 @@ def test_any_layout_of_any_container_becomes_mono(tmp_path, suffix, codec, layou
     assert amplitude(sound.waveform) == pytest.approx(expected, rel=0.35 if lossy else 0.005)
 
 
+@pytest.mark.parametrize(("suffix", "form", "padding"), [("ac3", None, 0.03), ("aac", "adts", 0.07)])
+def test_a_layout_that_changes_midway(tmp_path, suffix, form, padding):
+    """As in broadcasts, and where files were joined: all of it is heard, each part as the mean of its own channels."""
+    parts = []
+    for number, layout in enumerate(("stereo", "5.1", "mono")):
+        wave = np.repeat(files.tone(1, 48000) * (number + 1) / 4, av.AudioLayout(layout).nb_channels, axis=0)
+        path = write_sound(tmp_path / f"{layout}.{suffix}", suffix, wave, 48000, form, layout)
+        parts.append(path.read_bytes())
+    (tmp_path / f"all.{suffix}").write_bytes(b"".join(parts))
+    sound = MediaLoader(tmp_path, backend="pyav", workers=0).audio(f"all.{suffix}")
+    assert sound.duration == pytest.approx(3, abs=3 * padding) and sound.notes == ()
+    for number in range(3):
+        middle = sound.waveform[int((number + 0.25) * 16000) : int((number + 0.75) * 16000)]
+        assert amplitude(middle) == pytest.approx((number + 1) / 8, rel=0.35)  # the low channel loses most of it
+
+
+@pytest.mark.parametrize("name", ["a.wav", "rf64.wav", "a.aiff", "h264.avi"])
+def test_a_size_that_counts_its_own_header_cuts_nothing(folder, tmp_path, name):
+    """A common slip of writers: the size of the whole file, where that of what follows is due."""
+    data = bytearray((folder / name).read_bytes())
+    size = len(data)
+    place, form = {"rf64.wav": (20, "<Q"), "a.aiff": (4, ">I")}.get(name, (4, "<I"))
+    assert abs(struct.unpack_from(form, data, place)[0] + 8 - size) <= 1
+    struct.pack_into(form, data, place, size)
+    (tmp_path / name).write_bytes(data)
+    loader = MediaLoader(tmp_path, backend="pyav", workers=0)
+    assert loader.audio(name).duration == pytest.approx(SECONDS, abs=0.001)
+    (tmp_path / name).write_bytes(data[:-3000])
+    assert outcome(lambda: loader.audio(name)) == "truncated"
+
+
+def test_a_tag_behind_the_sound_is_no_sound(tmp_path):
+    """As most files of WavPack have; what is broken within is refused as before."""
+    data = write_sound(tmp_path / "a.wv", "wavpack", files.tone(4, 48000), 48000).read_bytes()
+    loader = MediaLoader(tmp_path, backend="pyav", workers=0)
+    for name, tag in {
+        "id3": b"TAG" + bytes(125),
+        "ape": b"APETAGEX" + struct.pack("<4I", 2000, 32, 0, 0) + bytes(8),
+    }.items():
+        (tmp_path / f"{name}.wv").write_bytes(data + tag)
+        np.testing.assert_array_equal(loader.audio(f"{name}.wv").waveform, loader.audio("a.wv").waveform)
+        (tmp_path / f"{name}.wv").write_bytes(data[: data.rindex(b"wvpk")] + tag)
+        assert outcome(lambda name=name: loader.audio(f"{name}.wv")) in ("unreadable", "truncated")
+
+
 # What stays refused
 
 

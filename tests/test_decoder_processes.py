@@ -252,6 +252,40 @@ def test_a_fork_has_processes_of_its_own(folder):
     assert loader.audio("good0.mp4", sampling_rate=9001) and workers.decoder_pool(2).pids == ours
 
 
+@linux
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_fork_does_not_wait_for_what_its_parent_decodes(folder, count):
+    """As a DataLoader's workers are forked while clips are prefetched."""
+    from forks import start, status_of
+
+    loader = MediaLoader(folder, backend="pyav", workers=count)
+    loader.prefetch([lambda: loader.audio("victim.flac", sampling_rate=6000)])
+    while not loader.decodes:
+        time.sleep(0.002)
+
+    def in_fork():
+        signal.alarm(60)
+        return 0 if loader.audio("victim.flac", sampling_rate=6000).sampling_rate == 6000 else 1
+
+    assert status_of(start(in_fork)) == 0
+    loader.close()
+
+
+@linux
+def test_a_working_folder_that_was_deleted_is_no_hindrance(folder, tmp_path):
+    from forks import start, status_of
+
+    def in_fork():
+        sys.path.insert(0, "")  # as in a notebook
+        (tmp_path / "here").mkdir()
+        os.chdir(tmp_path / "here")
+        (tmp_path / "here").rmdir()
+        MediaLoader(folder, backend="pyav").probe("good0.mp4")
+        return 0 if workers.decoder_pool(2).pids else 1
+
+    assert status_of(start(in_fork)) == 0
+
+
 SCRIPT = """
 import sys, threading, time
 from maple_trl.omni.media import MediaLoader

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import av
+import media_files as files
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -346,14 +347,64 @@ def test_sound_whose_time_starts_again_is_refused(tmp_path):
     assert caught.value.reason == "unreadable"
 
 
-def test_sound_from_before_the_start_is_left_out(tmp_path):
-    """The same cut, which begins 0.5 s before the file's start, in Matroska and as an edit list of mp4."""
-    for suffix in ("mkv", "mp4"):
-        clip = Timed(suffix=suffix, audio_codec="aac", sound_start=-0.5)
-        sound = heard(write(tmp_path / f"clip.{suffix}", clip))
-        assert sound.duration == pytest.approx(5.0, abs=0.07)
-        for second, at in beeps_in(sound.waveform, 16000):
-            assert at == pytest.approx(second, abs=0.005)
+@pytest.mark.parametrize(
+    ("suffix", "flags"), [("mkv", ""), ("mp4", ""), ("mp4", "frag_keyframe+empty_moov+delay_moov")], ids=str
+)
+def test_sound_from_before_the_start_is_left_out(tmp_path, suffix, flags):
+    """The same cut, which begins 0.5 s before the file's start, in Matroska and as an edit list of mp4, whole or in fragments."""
+    clip = Timed(suffix=suffix, audio_codec="aac", sound_start=-0.5)
+    sound = heard(write(tmp_path / f"clip.{suffix}", clip, **({"movflags": flags} if flags else {})))
+    assert sound.duration == pytest.approx(5.0, abs=0.07)
+    for second, at in beeps_in(sound.waveform, 16000):
+        assert at == pytest.approx(second, abs=0.005)
+
+
+@pytest.mark.parametrize("shape", [("ts", "libx264", "aac"), ("mpg", "mpeg2video", "mp2")], ids=lambda shape: shape[0])
+def test_a_clock_that_starts_again_cuts_nothing(tmp_path, shape):
+    """The clock of MPEG streams has 33 bits, and comes back to 0 after 26.5 hours: here after 2 s of the clip."""
+    clip = Timed(*shape, fps=25, pictures=100, sound_end=4.0)
+    path = write(tmp_path / f"clip.{shape[0]}", clip, output_ts_offset=str(2**33 / 90000 - 2.01))
+    with MediaLoader(tmp_path, MediaLimits(num_frames=5), backend="pyav", workers=0) as loader:
+        video, sound = loader.video(path), loader.audio(path)
+        assert loader.audio(path, request=ClipRequest(start=2.9)).duration == pytest.approx(
+            sound.duration - 2.9, abs=0.01
+        )
+    assert [number_of(frame) for frame in video.frames[:5]] == [0, 25, 50, 74, 99]
+    beeps = dict(beeps_in(sound.waveform, 16000))
+    for second in (1, 2, 3):
+        assert beeps[second] == pytest.approx(video.timestamps[0] + second, abs=SOUND_TOLERANCE)
+
+
+def test_pictures_whose_time_starts_again_are_refused(tmp_path):
+    """Two recordings, one behind the other, whose times are the same: not half of the pictures of both."""
+    path = write(tmp_path / "one.mpg", Timed("mpg", "mpeg2video", "mp2", fps=25, pictures=50, sound_end=2.0))
+    (tmp_path / "glued.mpg").write_bytes(2 * path.read_bytes())
+    with MediaLoader(tmp_path, backend="pyav", workers=0) as loader:
+        assert loader.video("one.mpg").duration == 2.0
+        with pytest.raises(MediaError, match="the time of the pictures goes back by 1.9") as caught:
+            loader.video("glued.mpg")
+    assert caught.value.reason == "unreadable"
+
+
+def test_a_transport_stream_that_lost_a_packet_is_read_where_it_is_whole(tmp_path):
+    path = write(tmp_path / "whole.ts", Timed("ts", audio_codec="aac"))
+    packets = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 188)
+    of_pictures = (packets[:, 1] & 0x1F == 1) & (packets[:, 2] == 0)  # the identifier of the first track is 0x100
+    begins = np.flatnonzero(of_pictures & (packets[:, 1] & 0x40 > 0))
+    assert len(begins) == of_pictures.sum() - 3  # but for the first, a picture is a packet
+    (tmp_path / "lost.ts").write_bytes(np.delete(packets, begins[20], axis=0).tobytes())
+
+    def pictures(name, **sampling):
+        with MediaLoader(tmp_path, MediaLimits(**sampling), backend="pyav", workers=0) as loader:
+            return loader.video(name).frames
+
+    np.testing.assert_array_equal(
+        pictures("lost.ts", num_frames=4), pictures("whole.ts", num_frames=4)
+    )  # 0, 13, 26, 39
+    for count in (3, 40):  # up to the key picture, 24, those after 20 are made from it
+        with pytest.raises(MediaError, match="is damaged: the stream has lost data") as caught:
+            pictures("lost.ts", num_frames=count)
+        assert caught.value.reason == "unreadable"
 
 
 # Segments
@@ -422,6 +473,15 @@ def test_a_row_samples_and_sizes_as_it_wants(tmp_path):
         )
         with pytest.raises(ValueError, match="max_frames=64"):
             shape(num_frames=65)
+
+
+@pytest.mark.parametrize("asked", [{"max_pixels": 3136}, {"max_pixels": 4000}, {"min_pixels": 200_000}], ids=str)
+def test_one_limit_of_a_row_leaves_room_for_the_shape_of_the_picture(tmp_path, asked):
+    """The run's other limit (of 3136 to 100352 pixels) gives way: no picture of 9 : 16 has just so many."""
+    path = files.write_video(tmp_path / "wide.mp4", frames=2, size=(180, 320))
+    with MediaLoader(tmp_path, MediaLimits(num_frames=2), backend="pyav", workers=0) as loader:
+        height, width = loader.video(path, request=ClipRequest(**asked)).frames.shape[1:3]
+    assert asked.get("min_pixels", 0) <= height * width <= asked.get("max_pixels", 2 * 200_000)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ def test_text(data, expected):
         (b'[{"start": 1e999, "end": 1, "text": "x"}]', "parsed"),
         (b'["text"]', "parsed"),
         (b"[" * 100_000, "parsed"),
+        (b'[{"start": 1, "text": "half \\ud800"}]', "surrogates not allowed"),
+        ("1\n00:00:01,000 --> 00:00:02,000\nZażółć gęślą jaźń, proszę\n".encode("cp1250"), "UTF-8"),
+        ("1\n00:00:01,000 --> 00:00:02,000\n你好,世界。今天天氣很好\n".encode("big5"), "UTF-8"),
+        (
+            b"1\n00:00:01,0 --> 00:00:02,0\nA\n\n2\n00:00:-3,0 --> 00:00:04,0\nB\n",
+            "line 6, .*whose times cannot be read",
+        ),
         (b"a" * ((16 << 20) + 1), "at most"),
     ],
 )
@@ -166,6 +173,22 @@ def test_subrip_is_what_is_said(said, expected):
     assert subtitle_text(last.replace("\n", "\r").encode(), "mac.srt") == expected
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("1\n-00:00:02,000 --> -00:00:01,000\nA\n\n2\n-00:00:03,000 --> 00:00:01,000\nB\n", "B\nA"),
+        ("1\n00: 00: 05, 000 --> 00: 00: 06, 000\nA\n\n2\n00:00:01,0000 -> 00:00:02,0000\nB\n", "B\nA"),
+        ("1\n\n00:00:01,000 --> 00:00:02,000\n\n1984\n\n2\n\n00:00:03,000 --> 00:00:04,000\n\nB", "1984\nB"),
+        ("1\r\r\n00:00:01,000 --> 00:00:02,000\r\r\nA\r\r\n\r\r\n2\r\r\n00:00:03,000 --> 00:00:04,000\r\r\nB", "A\nB"),
+        ("1\n00:00:01,000 --> 00:00:02,000\n{y:i}{C:$0000ff}A {sighs}\n", "A {sighs}"),
+        ("{0}{25}42\n{30}{60}B\n", "42\nB"),
+    ],
+    ids=["negative", "spaces", "blank lines", "converted twice", "MicroDVD's tags", "a number said first"],
+)
+def test_what_sloppy_writers_leave(data, expected):
+    assert subtitle_text(data.encode(), "a") == expected
+
+
 def test_ass_keeps_neither_comments_nor_drawings():
     events = [
         ("Comment", "0:00:00.50", "hidden"),
@@ -173,7 +196,8 @@ def test_ass_keeps_neither_comments_nor_drawings():
         ("Dialogue", "0:00:01.00", "first"),
         ("Dialogue", "0:00:01.00", r"{\p1}m 0 0 l 1 1{\p0}"),
     ]
-    assert subtitle_text(ass(events).encode(), "a.ass") == "first\nlater, yes\nnext line"
+    for before in ("", "; made by hand\n!: twice\n\n"):
+        assert subtitle_text((before + ass(events)).encode(), "a.ass") == "first\nlater, yes\nnext line"
 
 
 def test_windows_1252_is_read_and_counted(tmp_path):
@@ -305,7 +329,24 @@ def test_files_that_are_read(suffix):
 
 
 WORDS = st.text(st.sampled_from("abcdeé 01-_()"), min_size=1, max_size=8).map(str.strip).filter(bool)
-ENDINGS = ["mkv", "mp4", "SRT.gz", "stl", "sup", "idx", "lrc", "smi", "txt", "wav", "xml", "ass.zip", "webm", "m2ts"]
+ENDINGS = [
+    "srt.bak",
+    "html",
+    "mkv",
+    "mp4",
+    "SRT.gz",
+    "stl",
+    "sup",
+    "idx",
+    "lrc",
+    "smi",
+    "txt",
+    "wav",
+    "xml",
+    "ass.zip",
+    "webm",
+    "m2ts",
+]
 
 
 @given(
@@ -318,6 +359,14 @@ def test_names_of_files_are_no_text(words, ending, upper, folder):
     name = f"{folder}{' '.join(words)}.{ending.upper() if upper else ending}"
     assert unread_file(name, "/nowhere") == "looks like a file"
     assert unread_file(f"{name}.\nIt is a name.", "/nowhere") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["./movie", "~/movie.srv3", "C:/movie", "https://host/captions?id=3", "file:///subs/a"]
+)
+def test_paths_and_addresses_are_no_text(name):
+    assert unread_file(name, "/nowhere") == "looks like a file"
+    assert unread_file(f"See {name} for more", "/nowhere") is None
 
 
 def test_a_text_that_names_a_file_below_the_root_is_no_text(tmp_path):

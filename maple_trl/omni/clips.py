@@ -89,8 +89,10 @@ class ClipRequest:
         least, most = self.min_pixels or limits.min_pixels, self.max_pixels or limits.max_pixels
         if self.resized_height is not None:
             least, most = self.min_pixels or 1, self.max_pixels or MAX_RESIZED_PIXELS
-        if least > most:  # only one of them is the row's: the other gives way
-            least, most = (least, least) if self.max_pixels is None else (most // 4, most)
+        elif self.max_pixels is None and self.min_pixels is not None:
+            most = max(most, 2 * least)  # the run's gives way, and leaves room for any usual aspect ratio
+        elif self.min_pixels is None and self.max_pixels is not None:
+            least = min(least, most // 4)
         return least, most
 
 

@@ -9,6 +9,7 @@ _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp"
 _W64, _ASF = bytes.fromhex("726966662e91cf11"), bytes.fromhex("3026b2758e66cf11")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _FLV_TAGS = (8, 9, 18)
+_RIFF_SLACK = 1  # some count their first 8 bytes too, which do not count, and many forget the last pad byte
 
 
 def _ebml_number(file, keep_marker: bool) -> int | None:
@@ -137,12 +138,12 @@ def declared_bytes(path: str) -> int | None:
         head = file.read(12)
         if head[:4] == b"RIFF":
             declared = struct.unpack("<I", head[4:8])[0]
-            # 0 and all ones are what a writer that cannot seek leaves; the last pad byte is often forgotten.
-            return None if declared in (0, 0xFFFFFFFF) else declared + 7
+            # 0 and all ones are what a writer that cannot seek leaves.
+            return None if declared in (0, 0xFFFFFFFF) else declared - _RIFF_SLACK
         if head[:4] == b"RF64":
             file.seek(12)
             kind, _, length = struct.unpack("<4sIQ", file.read(16).ljust(16, b"\0"))
-            return length + 7 if kind == b"ds64" else None
+            return length - _RIFF_SLACK if kind == b"ds64" else None
         if head[:4] == b"\x1aE\xdf\xa3":
             file.seek(4)
             file.seek(_ebml_number(file, keep_marker=False) or 0, os.SEEK_CUR)
@@ -150,7 +151,7 @@ def declared_bytes(path: str) -> int | None:
             length = _ebml_number(file, keep_marker=False)
             return None if length is None else file.tell() + length
         if head[:4] == b"FORM":
-            return 8 + struct.unpack(">I", head[4:8])[0] - 1  # the last pad byte is often forgotten
+            return struct.unpack(">I", head[4:8])[0] - _RIFF_SLACK
         if head[:8] == _W64:
             file.seek(16)
             return struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]

@@ -91,8 +91,9 @@ def _message(message: Any, content: Content) -> dict[str, Any]:
 def _parts(block: Mapping[str, Any], content: Content) -> Iterator[dict[str, Any]]:
     """A block as bare blocks: a text is split at its marks."""
     # A table fills in what a row lacks.
-    block = {name: value for name, value in block.items() if value is not None and (value != "" or name == "text")}
     kind = block.get("type")
+    said = "text" if kind == "text" else None
+    block = {name: value for name, value in block.items() if value is not None and (value != "" or name == said)}
     if kind == "text" and isinstance(block.get("text"), str):
         _check_keys(block, "text", ("text",))
         yield from _split_text(block["text"], content)

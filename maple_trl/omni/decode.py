@@ -35,9 +35,11 @@ MIN_AUDIO_SECONDS = 0.02
 END_SLACK = 0.1  # seconds by which a header without byte counts may overstate the length: a few codec frames
 # Seconds. Sound is moved where its time stamps say so by more; less is rounding, or the jitter of a live recorder.
 STAMP_JITTER = 0.01
-STAMP_RETURN = 1.0  # seconds: sound whose time goes back by more has been put together wrongly
+STAMP_RETURN = 1.0  # seconds: what goes back in time by more has been put together wrongly
 # Containers that say when pictures are decoded and not when they are shown: one after the other, in the same rhythm.
 IN_ORDER = {"avi"}
+# Containers whose clock begins anywhere, and starts again at 0 after 26.5 hours: FFmpeg calls what stands before that negative.
+FREE_CLOCK = {"mpegts", "mpeg"}
 SEEKABLE = {
     "mov",
     "matroska",
@@ -183,7 +185,8 @@ def _zero(container) -> float:
     """
     tracks = [track for kind in ("video", "audio") if (track := _track(container, kind)) is not None]
     starts = [track.start_time * track.time_base for track in tracks if track.start_time is not None]
-    return max(0.0, float(min(starts, default=0)))
+    first = float(min(starts, default=0))
+    return first if _format(container).demuxer in FREE_CLOCK else max(0.0, first)
 
 
 def _declared_end(source: Source, container, stream) -> float | None:
@@ -197,6 +200,8 @@ def _declared_end(source: Source, container, stream) -> float | None:
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     if stream.duration is None or not _format(container).says_length:
         return None
+    if _format(container).demuxer == "mov" and not stream.frames:
+        return None  # in fragments, whose lengths FFmpeg adds up, with what stands before the start
     # ASF gives the length of the file to each track. AVI counts the empty pieces by which it lets sound begin late.
     if container.format.name == "asf" or (container.format.name == "avi" and stream.type == "audio"):
         return None
@@ -232,7 +237,8 @@ class Timeline:
     """
     What the packets tell without decoding: when pictures are shown (in ticks, sorted), and which are key frames.
     `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder gives is
-    shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the file.
+    shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the file. `damaged`:
+    pictures that are not whole, or are made from one that is not.
     """
 
     pts: np.ndarray
@@ -242,6 +248,7 @@ class Timeline:
     complete: bool
     in_order: bool
     sought: bool = False
+    damaged: frozenset[int] = frozenset()
 
     @property
     def longest_gap(self) -> float:
@@ -263,20 +270,30 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     _only(container, stream)
     in_order = container.format.name in IN_ORDER
     shown: dict[int, bool] = {}
-    end, stop, complete = 0, None, True
+    damaged, lost = set(), False
+    end, latest, stop, complete = 0, None, None, True
     for packet in container.demux(stream):
         deadline.check()
-        if packet.is_corrupt:
+        # A transport stream may have lost a packet, or been joined from pieces, which looks alike: what follows is there.
+        if packet.is_corrupt and _format(container).demuxer != "mpegts":
             raise source.error("truncated", "a picture's data end early")
         pts = packet.dts if in_order else packet.pts
         if pts is None or packet.is_discard:
             continue
         decoding = float((pts if packet.dts is None else packet.dts) * stream.time_base)
+        if packet.dts is not None:
+            latest = decoding if latest is None else max(latest, decoding)
+            if decoding < latest - STAMP_RETURN:
+                back = f"at {latest:.2f} s the time of the pictures goes back by {latest - decoding:.2f} s"
+                raise source.error("unreadable", back)
         stop = last(decoding) if stop is None else stop
         if decoding > stop + 1:  # 1 s: pictures are stored out of order
             complete = False
             break
         shown[pts] = packet.is_keyframe
+        lost = packet.is_corrupt or (lost and not packet.is_keyframe)
+        if lost:
+            damaged.add(pts)
         end = max(end, pts + (packet.duration or 0))
     if not shown:
         missing = stream.frames
@@ -285,7 +302,8 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     if end <= pts[-1]:  # the last picture has no length of its own: the usual one
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((stream.guessed_rate or 25) * stream.time_base)
         end = int(pts[-1] + max(1, round(float(usual))))
-    return Timeline(pts, sorted(p for p, key in shown.items() if key), end, stream.time_base, complete, in_order)
+    keys = sorted(tick for tick, key in shown.items() if key)
+    return Timeline(pts, keys, end, stream.time_base, complete, in_order, damaged=frozenset(damaged))
 
 
 class _SeekMissed(Exception):
@@ -403,6 +421,8 @@ def _choose(
         notes.append("trimmed")
     notes += ["variable-frame-rate"] if line.variable else []
     chosen = taken[sample_indices(limits, len(taken), duration)]
+    if damaged := [float(seconds[i]) for i in chosen if int(line.pts[i]) in line.damaged]:
+        raise source.error("unreadable", f"the picture at {damaged[0]:.2f} s is damaged: the stream has lost data")
     times = [max(0.0, float(seconds[i]) - start) for i in chosen]
     return _Choice(line, [int(tick) for tick in line.pts[chosen]], times, duration, notes)
 
@@ -592,6 +612,7 @@ class _Sound:
     Attributes:
         at (`int`): place of the next sample, counted from the origin; `None` before the first.
         filled (`int`): samples that are complete.
+        recorded (`int`): rate of the frames; `None` before the first.
     """
 
     source: Source
@@ -599,6 +620,7 @@ class _Sound:
     origin: float
     at: int | None = None
     filled: int = 0
+    recorded: int | None = None
     pieces: list[np.ndarray] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -606,10 +628,14 @@ class _Sound:
         self._restart()
 
     def _restart(self) -> None:
-        self._resampler = av.AudioResampler(format="flt", rate=self.rate)
+        self._resampler, self._kind = av.AudioResampler(format="flt", rate=self.rate), None
 
     def add(self, frame: "av.AudioFrame") -> None:
         """Takes a decoded frame, at the time that its stamp says."""
+        self.recorded = self.recorded or frame.sample_rate
+        if frame.sample_rate != self.recorded:  # FFmpeg goes on counting in samples of the first
+            rates = f"{self.recorded} to {frame.sample_rate}"
+            raise self.source.error("unreadable", f"the sound changes its rate midway, from {rates} a second")
         if frame.time is not None:
             self._move(round((frame.time - self.origin) * self.rate))
         elif self.at is None:
@@ -639,11 +665,13 @@ class _Sound:
         self.at = place
 
     def _take(self, frame: "av.AudioFrame | None") -> None:
-        try:
-            resampled = self._resampler.resample(frame)
-        except ValueError as error:
-            raise self.source.error("unreadable", f"the sound changes its format midway: {error}") from error
-        for piece in resampled:
+        if frame is not None:
+            kind = (frame.format.name, frame.layout.name, frame.layout.nb_channels)
+            if self._kind not in (None, kind):  # as in broadcasts: stereo, then a film in 5.1
+                self._take(None)
+                self._restart()
+            self._kind = kind
+        for piece in self._resampler.resample(frame):
             self._put(_mono(piece))
 
     def _put(self, samples: np.ndarray) -> None:
@@ -714,7 +742,7 @@ def _heard(
     asked = None if request.end is None else round((request.end - start) * rate)
     wanted = min(round((limits.max_seconds + 1) * rate), asked or sys.maxsize)
     end, ended = 0.0, False
-    for frame_end, frame in _frames_from(container, stream, zero + start):
+    for frame_end, frame in _frames_from(container, stream, zero + start, declared_end):
         deadline.check()
         end = frame_end
         if frame is None:
@@ -760,13 +788,23 @@ def _packets_from(container, stream, start: float) -> Iterator["av.Packet"]:
     yield from container.demux(stream)
 
 
-def _frames_from(container, stream, start: float) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
+def _frames_from(
+    container, stream, start: float, declared_end: float | None
+) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
     """
     Decoded sound that may be heard at `start` (in the stream's seconds) or later, each frame with where it ends. What
     precedes is not decoded, and is `None`.
     """
-    end = 0.0
-    for packet in _packets_from(container, stream, start - PREROLL):
+    end, packets = 0.0, _packets_from(container, stream, start - PREROLL)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.InvalidDataError:
+            if declared_end is None or end < declared_end - 1 / stream.rate:
+                raise
+            packet = None  # a tag behind the sound, which is no packet: most files of WavPack have one
+        if packet is None:
+            return
         if packet.pts is not None:
             packet_end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             if packet_end < start - PREROLL:

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -110,11 +111,17 @@ class MediaLoader:
         self.notes: Counter = Counter()
         self._costly: dict[tuple, tuple[str, str]] = {}
         self._noted: set[tuple[str, str]] = set()
+        self._cache_bytes = cache_bytes
+        self._begin()
+        _loaders.add(self)
+
+    def _begin(self) -> None:
+        """An empty cache, and no threads."""
         self._lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
         # With a condition, cachetools lets one caller compute a missing entry while the others wait for it.
         self._load = cachetools.cached(
-            cachetools.LRUCache(cache_bytes, getsizeof=_cost),
+            cachetools.LRUCache(self._cache_bytes, getsizeof=_cost),
             key=lambda kind, source, *options: (kind, source.path, source.identity, options),
             condition=threading.Condition(self._lock),
         )(self._decode)
@@ -283,3 +290,16 @@ class MediaLoader:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+_loaders: "weakref.WeakSet[MediaLoader]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a fork there are no threads that would let go of a lock, or finish a clip that others wait for."""
+    for loader in list(_loaders):
+        loader._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pysubs2
@@ -35,23 +36,26 @@ _EXPECTED = (
 
 # Endings of files that are not read as subtitles. A text that ends so is the name of a file.
 _OTHER_ENDINGS = (
-    "txt|tsv|csv|xml|smi|sami|lrc|idx|sup|stl|scc|mcc|itt|ttml2|mpl|mpl2|vob|jsonl|parquet|"
+    "txt|tsv|csv|xml|html?|smil?|sami|lrc|idx|sup|pgs|stl|scc|mcc|itt|ttml2|ttxt|webvtt|usf|mpl|mpl2|vob|jsonl|parquet|bak|"
     "mp4|m4v|m4a|m4b|mkv|mka|mks|mk3d|webm|mov|avi|mpg|mpeg|m2v|ts|mts|m2ts|wmv|asf|flv|f4v|3gp|3g2|ogv|ogg|oga|opus|"
     "mp3|mp2|wav|wave|flac|aac|aif|aiff|amr|wma|ac3|dts|gif|png|jpg|jpeg|webp|pdf|docx?|zip|rar|7z|tar|gz|tgz|bz2|xz|zst"
 )
 _NAME = re.compile(rf".*[^\s.]\.(?:{_OTHER_ENDINGS})", re.IGNORECASE)
-# A path with an ending, or an absolute one.
-_PATH = re.compile(r"(?!\w+://)\S+[/\\]\S+\.\w{2,4}|(?:/|~/|\.{1,2}/|[A-Za-z]:[/\\])\S*[/\\]\S+")
+# A path with an ending, an absolute one, one from the folder that is worked in, or an address.
+_PATH = re.compile(r"\S+[/\\]\S+\.\w{2,4}|/\S*[/\\]\S+|(?:~|\.{1,2}|[A-Za-z]:)[/\\]\S+|[A-Za-z][\w+.-]*://\S+")
 
-_TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,:](\d{1,3}))?"
+_TIME = r"(-?)(?:(\d+)\s*:\s*)?(\d{1,2})\s*:\s*(\d{1,2})(?:\s*[.,:]\s*(\d{1,9}))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}(?:\s.*)?")
-_SBV_TIMES = re.compile(r"\s*(\d+):(\d\d):(\d\d)\.(\d{3}),\d+:\d\d:\d\d\.\d{3}\s*")
+# What was meant for one: it would be fed as speech, and its cue as the end of the one before it.
+_BAD_TIMES = re.compile(r"\s{0,40}-?\d[-\d:.,\s]{0,40}:[-\d:.,\s]{0,40}-{1,2}>\s{0,40}-?\d.*")
+_SBV_TIMES = re.compile(r"\s*()(\d+):(\d\d):(\d\d)\.(\d{3}),\d+:\d\d:\d\d\.\d{3}\s*")
 _VTT_ASIDE = re.compile(r"(?:NOTE|STYLE|REGION|WEBVTT)(?:\s.*)?|X-TIMESTAMP-MAP=.*")
-_FRAMES = re.compile(r"\s*[{\[](\d+)[}\]][{\[]\d*[}\]]")
+_FRAMES = re.compile(r"\s*[{\[](\d+)[}\]][{\[](\d*)[}\]]")
 _FRAME_STYLE = re.compile(r"\{[a-zA-Z]:[^{}]*\}")
 
-_OVERRIDE = re.compile(r"\{\\\w[^{}\n]*\}")  # of ASS, which converters leave in other formats
-_VOICE = re.compile(r"<v(?:\.[^\s<>]*)?\s+([^<>]+)>")
+# Of ASS and MicroDVD, which converters leave in other formats.
+_OVERRIDE = re.compile(r"\{(?:\\\w[^{}\n]*|[yY]:[biusBIUS,]+|[cC]:\$[0-9a-fA-F]{6})\}")
+_VOICE = re.compile(r"<v(?:\.[^\s<>]*)?\s+([^<>\s][^<>]*)>")
 _VOICE_END = re.compile(r"</v\s*>")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _MARKUP = re.compile(
@@ -144,7 +148,7 @@ def _decode(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
         notes = (NOT_UTF8,)
     if "\0" in text:
         raise MediaError("bad-subtitle", name, f"a binary file; {_EXPECTED}")
-    return text.replace("\r\n", "\n").replace("\r", "\n"), notes
+    return re.sub(r"\r*\n|\r", "\n", text), notes  # some are converted twice, to \\r\\r\\n
 
 
 def _unicode(data: bytes) -> str:
@@ -166,9 +170,14 @@ def _windows_1252(data: bytes) -> str | None:
     foreign = sum(len(word) > 3 and not re.search("[a-zA-Z]", word) for word in words) > 0.05 * len(words)
     letters = "".join(words)
     foreign = foreign or sum(not letter.isascii() for letter in letters) > 0.75 * len(letters)
+    foreign = foreign or len(_SIGN_WITHIN.findall(text)) > 0.01 * len(words)
     utf8 = data.decode("utf-8", errors="replace")
     damaged = sum(not letter.isascii() for letter in utf8) > 2 * utf8.count("\ufffd")
     return None if foreign or damaged else text
+
+
+# Signs of Windows-1252 that are letters in other code pages.
+_SIGN_WITHIN = re.compile(r"[^\W\d_][\xa2-\xa9\xac\xae-\xb3\xb6-\xb9\xbc-\xbf][^\W\d_]")
 
 
 # Formats
@@ -181,7 +190,7 @@ def _cues(text: str) -> Iterator[tuple[float, str]]:
 
 
 def _reader(head: str) -> Callable[[str], Iterator[tuple[float, str]]]:
-    if re.match(r"\[(script info|v4\+? styles|events)\]", head):
+    if re.match(r"(?:[;!].*\n|\s)*\[(script info|v4\+? styles|events)\]", head):  # comments may stand before
         return _ass_cues
     if _FRAMES.match(head):
         return _frame_cues
@@ -212,27 +221,36 @@ def _timed_blocks(lines: list[str], webvtt: bool) -> Iterator[tuple[float, list[
     a cue everywhere, as in browsers.
     """
     times = [_TIMES.fullmatch(line) or (None if webvtt else _SBV_TIMES.fullmatch(line)) for line in lines]
-    first = next((i for i, found in enumerate(times) if found), 0)
-    numbered = first > 0 and lines[first - 1].strip().isdecimal()
+    bad = next((i for i, line in enumerate(lines) if not times[i] and _BAD_TIMES.fullmatch(line)), None)
+    if bad is not None:
+        raise ValueError(f"line {bad + 1}, {lines[bad].strip()[:80]!r}, whose times cannot be read")
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    before_times = {i for i, following in pairwise(filled) if times[following]}
+    first = next((place for place, i in enumerate(filled) if times[i]), 0)
+    numbered = first > 0 and lines[filled[first - 1]].strip().isdecimal()
     begin, said, aside = None, [], False
-    for i, line in enumerate(lines):
+    for i in filled:
         after_blank = i > 0 and not lines[i - 1].strip()
-        before_times = i + 1 < len(lines) and times[i + 1] is not None
         if times[i]:
             if begin is not None:
                 yield begin, said
-            hours, minutes, seconds, fraction = times[i].groups(default="0")[:4]
-            begin, said, aside = int(hours) * 3600 + int(minutes) * 60 + float(f"{seconds}.{fraction}"), [], False
-        elif not line.strip():
-            continue
-        elif webvtt and after_blank and _VTT_ASIDE.fullmatch(line):
+            begin, said, aside = _seconds(times[i]), [], False
+        elif webvtt and after_blank and _VTT_ASIDE.fullmatch(lines[i]):
             aside = True
-        elif before_times and (after_blank if webvtt else numbered and line.strip().isdecimal()):
+        elif webvtt and after_blank and i + 1 < len(lines) and times[i + 1]:
+            continue
+        elif not webvtt and numbered and i in before_times and lines[i].strip().isdecimal():
             continue
         elif not aside:
-            said.append(line)
+            said.append(lines[i])
     if begin is not None:
         yield begin, said
+
+
+def _seconds(times: re.Match) -> float:
+    sign, hours, minutes, seconds, fraction = times.groups(default="0")[:5]
+    value = int(hours) * 3600 + int(minutes) * 60 + float(f"{seconds}.{fraction}")
+    return -value if sign == "-" else value
 
 
 def _without_markup(lines: list[str]) -> str:
@@ -260,7 +278,7 @@ def _frame_cues(text: str) -> Iterator[tuple[float, str]]:
         if match is None:
             raise ValueError(f"line {line[:80]!r} has no times")
         said = _FRAME_STYLE.sub("", line[match.end() :]).split("|")
-        if number == 0 and re.fullmatch(r"\d+[.,]?\d*", said[0].strip()) and match[1] in "01":
+        if number == 0 and re.fullmatch(r"\d+[.,]?\d*", said[0].strip()) and match[1] == match[2]:
             continue  # the frame rate
         yield int(match[1]), "\n".join(part.removeprefix("/") for part in said)  # the slash: italics
 
@@ -272,6 +290,7 @@ def _json_cues(text: str) -> Iterator[tuple[float, str]]:
         start, said = float(segment["start"]), segment["text"]
         if not math.isfinite(start) or not isinstance(said, str):
             raise ValueError(f"segment {segment!r}")
+        said.encode()  # half of a character, which JSON can spell, is none
         yield start, said
 
 

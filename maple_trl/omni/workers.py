@@ -60,7 +60,11 @@ class _Decoder:
         if not (hasattr(socket, "send_fds") and hasattr(select, "poll")):
             raise StartError("this system cannot hand files from a process to another")
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        try:
+            here = os.getcwd()
+        except OSError:  # the folder that the run works in was deleted
+            here = os.sep
+        path = [os.path.join(here, entry) for entry in sys.path if isinstance(entry, str)]
         path += [] if root in path else [root]
         settings = {"path": path, "parent": os.getpid(), "memory": memory, "backend": backend}
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
