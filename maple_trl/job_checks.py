@@ -135,15 +135,26 @@ def check_model(
 
 def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
     from maple_trl.omni.media import MediaLoader
-    from maple_trl.omni.prompt import PromptBuilder, RowError
+    from maple_trl.omni.prompt import PromptBuilder
+    from maple_trl.trainers.quarantine import RowRegistry, write_quarantine
+    from maple_trl.trainers.run_errors import TooManyQuarantinedError
 
-    loader = MediaLoader(args.media_root, args.media_limits(), backend="pyav")  # for paths: nothing is decoded
+    network = args.media_allow_network
+    # For paths: nothing is decoded.
+    loader = MediaLoader(args.media_root, args.media_limits(), allow_network=network, backend="pyav")
     builder = PromptBuilder(family, loader, modality_access=args.modality_access, audio_in_video=args.audio_in_video)
-    for number, row in enumerate(train):
-        try:
-            builder.spec(row)
-        except RowError as error:
-            raise SetupError(f"train_dataset, row {number}: {error}") from error
+    try:
+        probe = "paths" if args.media_check == "probe" else False
+        registry = RowRegistry(train, builder, probe=probe, progress=False)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    problem = registry.too_many(args.max_quarantined_share)
+    if problem is not None:
+        if args.process_index == 0:
+            write_quarantine(os.path.join(args.output_dir, "quarantine.json"), [*registry.quarantined.values()])
+        raise TooManyQuarantinedError(
+            f"{problem}. Nothing was trained. Mend the files (is media_root right?), or raise max_quarantined_share"
+        )
     generations = getattr(args, "num_generations", None)
     needed = args.generation_batch_size // generations if generations else 0
     if len(train) < needed:

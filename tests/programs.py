@@ -60,7 +60,9 @@ def _measure_coverage(environment: Mapping[str, str]) -> None:
     os.chdir(ROOT)  # files are told by their paths from here
     matcher, measured = slipcover.FileMatcher([environment["SLIPCOVER_SOURCE"]]), slipcover.Slipcover()
     slipcover.ImportManager(measured, matcher).__enter__()
-    file = Path(environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json")  # as those of pytest's workers
+    file = Path(
+        environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json"
+    )  # as those of pytest's workers
     atexit.register(lambda: file.write_text(json.dumps(measured.get_coverage())))
 
 

@@ -151,6 +151,13 @@ TRAIN = [
     ({"dataset_name": None}, "dataset_name is missing"),
     ({"dataset_name": "org/rows"}, "cannot load the data set 'org/rows'"),
     ({"media_root": "nowhere"}, "media root 'nowhere' is not a folder"),
+    ({"dataset_config": "x"}, "dataset_config is for data sets of the Hub"),
+    ({"dataset_name": "no_content.jsonl"}, "row 0: field 'prompt' has a message of the user without 'content'"),
+    ({"dataset_name": "video_path.jsonl"}, "has the column 'video_path', which is not read, and no column 'video'"),
+    ({"dataset_name": "tag_case.jsonl"}, "has the column 'Tag', which is not read, and no column 'tag'"),
+    ({"dataset_name": "image.jsonl"}, "column 'image': omni prompts hold video, audio and subtitles"),
+    ({"dataset_name": "absent.jsonl"}, "8 rows quarantined (8 not-found; first gone.mp4); media are looked for below"),
+    ({"dataset_name": "outside.jsonl"}, "(8 outside-media-root; first ../x.mp4)"),
     ({"trainer": "omni_sft", "num_generations": None}, "has no column 'completion'"),
     # Models
     ({"model_name_or_path": None}, "model_name_or_path is missing"),
@@ -190,8 +197,37 @@ TRAIN = [
     ({"report_to": "wandb"}, "report_to: the package of wandb is not installed"),
     ({"report_to": "wandbb"}, "report_to: unknown 'wandbb'; did you mean wandb?"),
     ({"use_liger_kernel": "true"}, "use_liger_kernel: the package liger-kernel is not installed"),
-    ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs the package bitsandbytes"),
+    ({"optim": "galore_adamw"}, "optim: galore_adamw needs a package that is not installed"),
+    ({"adam_beta1": 2}, "Invalid beta parameter"),
+    ({"lr_scheduler_kwargs": '{"bogus": 1}'}, "lr_scheduler_type: linear cannot be made of lr_scheduler_kwargs"),
+    ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs a package that is not installed"),
     ({"learning_rte": 1}, "unknown option --learning_rte; did you mean --learning_rate?"),
+    ({"save_steps": 0}, "save_steps must be above 0, got 0.0"),
+    ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
+    ({"epsilon_high": -1}, "epsilon_high must be at least 0, got -1.0"),
+    ({"steps_per_generation": 0}, "steps_per_generation must be at least 1, got 0"),
+    ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, got -1"),
+    ({"seed": 2**32}, "seed must be at most 4294967295"),
+    ({"scale_rewards": "grp"}, "scale_rewards must be one of 'group', 'batch', 'none', got 'grp'"),
+    ({"importance_sampling_level": "tok"}, "importance_sampling_level must be one of 'token', 'sequence'"),
+    ({"top_k": 1}, "top_k=1 leaves one token to sample"),
+    ({"top_p": 0}, "top_p=0 leaves one token to sample"),
+    ({"generation_kwargs": '{"do_sample": false}'}, "generation_kwargs: do_sample=False is not supported"),
+    ({"generation_kwargs": '{"penalty_alpha": 0.6}'}, "generation_kwargs: penalty_alpha=0.6 is not supported"),
+    ({"generation_kwargs": '{"guidance_scale": 2}'}, "generation_kwargs: guidance_scale=2 is not supported"),
+    ({"generation_kwargs": '{"bad_words_ids": [5]}'}, "generation_kwargs: `bad_words_ids` has to be a list of lists"),
+    ({"generation_kwargs": '{"suppress_tokens": "a"}'}, "generation_kwargs: suppress_tokens must be a list of ids"),
+    ({"generation_kwargs": '{"min_length": -1}'}, "generation_kwargs: min_length must be a whole number of tokens"),
+    ({"generation_kwargs": '{"min_new_tokens": 50}'}, "min_new_tokens=50 is above max_completion_length=4"),
+    ({"generation_kwargs": "[1]"}, "generation_kwargs must be a mapping of names to values"),
+    ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs must be a mapping of names to values"),
+    ({"chat_template_kwargs": '{"tokenize": true}'}, "chat_template_kwargs: tokenize cannot be set"),
+    ({"encoder_cache_dir": "rows.jsonl"}, "encoder_cache_dir: rows.jsonl is a file"),
+    ({"config": "weights_nan.yaml"}, "reward_weights must be finite numbers, got [1.0, nan]"),
+    ({"config": "weights_0.yaml"}, "reward_weights are all 0"),
+    ({"config": "weights_text.yaml"}, "weights_text.yaml: reward_weights must hold numbers, got 'a'"),
+    ({"config": "texts.yaml"}, "texts.yaml: run_name must be a text, got 5"),
+    ({"lora_r": 4}, "lora_r has no effect without use_peft, and the whole model would be trained"),
     ({"learning_rate": "nan"}, "learning_rate must be at least 0, got nan"),
     ({"learning_rate": -1}, "learning_rate must be at least 0, got -1.0"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
@@ -285,6 +321,12 @@ def mistakes(here, models):
     write_rows("bad_tag.jsonl", ROW | {"tag": "X"})
     write_rows("number.jsonl", ROW | {"prompt": 5})
     write_rows("one.jsonl", ROW, count=1)
+    write_rows("no_content.jsonl", ROW | {"prompt": [{"role": "user", "text": "what color"}]})
+    write_rows("video_path.jsonl", ROW | {"video_path": "a.mp4"})
+    write_rows("tag_case.jsonl", without(ROW, "tag") | {"Tag": "S"})
+    write_rows("image.jsonl", ROW | {"image": "a.png"})
+    write_rows("absent.jsonl", ROW | {"video": "gone.mp4", "tag": "V"})
+    write_rows("outside.jsonl", ROW | {"video": "../x.mp4", "tag": "V"})
     files = {
         "indented": "a:\n\t- 1\n",
         "open": "a: 1\nb: [1\nc: 2\n",
@@ -293,6 +335,10 @@ def mistakes(here, models):
         "map": "max_steps: {a: 1}\n",
         "key": "? [a]\n: 1\n",
         "typo": "num_generation: 4\n",
+        "weights_nan": "reward_weights: [1e0, .nan]\n",
+        "weights_0": "reward_weights: [0, 0.0]\n",
+        "weights_text": "reward_weights: [1, a]\n",
+        "texts": "run_name: 5\n",
     }
     for name, text in files.items():
         Path(f"{name}.yaml").write_text(text)

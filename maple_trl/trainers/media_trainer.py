@@ -29,7 +29,7 @@ from maple_trl.run_folder import holds_evaluation, named, run_results
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.quarantine import Ranks, write_quarantine
 from maple_trl.trainers.quarantine_callback import QuarantineCallback
-from maple_trl.trainers.resume_checks import check_parts, find_checkpoint
+from maple_trl.trainers.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.rollout_state import ResumeError, check_geometry, last_complete_checkpoint, load_rows
 from maple_trl.trainers.rows import RowEncoder
 from maple_trl.trainers.run_errors import NoStepError, TooManyQuarantinedError
@@ -292,6 +292,20 @@ class MediaTrainer:
         if not self.steps_made:
             logger.warning("%s: no step was left to make", resume_from_checkpoint)
         return output
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self.optimizer
+        comparable = checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        made = options_of(optimizer.param_groups) if comparable else []
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError) as error:
+            raise ResumeError(
+                f"{checkpoint} has the state of an optimizer for other parameters ({error}): resume with the optim, frozen "
+                "parts and adapters with which the run began"
+            ) from error
+        if comparable:
+            check_optimizer(checkpoint, made, options_of(optimizer.param_groups))
 
     def _amount_of_data(self) -> str:
         size = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
