@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from maple_trl.job_args import OmniModelConfig, OmniScriptArguments
     from maple_trl.omni.families import OmniFamily
+    from maple_trl.omni.prompt import PromptBuilder
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
@@ -131,21 +132,48 @@ def check_model(
             stand_in.check_pixels(training_args.max_pixels)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
+        _check_template(stand_in, training_args, train)
+
+
+def _check_template(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
+    """Shows one row of each sequence of roles by the model's chat template, which may take only some."""
+    from maple_trl.omni.prompt import RowError
+
+    builder = _prompt_builder(family, args)
+    seen = set()
+    for number, prompt in enumerate(train["prompt"]):
+        roles = (type(prompt), *(message["role"] for message in prompt if not isinstance(prompt, str)))
+        if roles in seen:
+            continue
+        seen.add(roles)
+        try:
+            builder.check_template(train[number])
+        except RowError as error:
+            raise SetupError(f"train_dataset, row {number}: {error}") from error
+
+
+def _prompt_builder(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
+    """For what a row says: nothing is decoded."""
+    from maple_trl.omni.media import MediaLoader
+    from maple_trl.omni.prompt import PromptBuilder
+
+    network = args.media_allow_network
+    return PromptBuilder(
+        family,
+        MediaLoader(args.media_root, args.media_limits(), allow_network=network, backend="pyav"),
+        modality_access=args.modality_access,
+        audio_in_video=args.audio_in_video,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
 
 
 def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
-    from maple_trl.omni.media import MediaLoader
-    from maple_trl.omni.prompt import PromptBuilder
     from maple_trl.trainers.quarantine import RowRegistry, write_quarantine
     from maple_trl.trainers.run_errors import TooManyQuarantinedError
 
-    network = args.media_allow_network
-    # For paths: nothing is decoded.
-    loader = MediaLoader(args.media_root, args.media_limits(), allow_network=network, backend="pyav")
-    builder = PromptBuilder(family, loader, modality_access=args.modality_access, audio_in_video=args.audio_in_video)
     try:
         probe = "paths" if args.media_check == "probe" else False
-        registry = RowRegistry(train, builder, probe=probe, progress=False)
+        registry = RowRegistry(train, _prompt_builder(family, args), probe=probe, progress=False)
     except ValueError as error:
         raise SetupError(str(error)) from error
     problem = registry.too_many(args.max_quarantined_share)

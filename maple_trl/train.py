@@ -90,7 +90,7 @@ def load_model_and_processor(
     name = adapter_base(folder) or folder
     try:
         model = load_model(name, dtype=dtype, **kwargs)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise SetupError(f"model_name_or_path: cannot load {name!r}: {error}") from error
     beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
     return model, load_processor(folder if beside else name, **shared)

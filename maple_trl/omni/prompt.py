@@ -292,13 +292,36 @@ class PromptBuilder:
                 "audio": [clip is not None and not interleaved for clip in audios],
             }
             subtitle_text = self.subtitle_template.replace("{subtitle}", subtitle) if subtitle else ""
-            text = self.family.processor.apply_chat_template(
-                place_blocks(text, own_place, subtitle_text),
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.chat_template_kwargs,
-            )
+            text = self._rendered(place_blocks(text, own_place, subtitle_text))
         return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
+
+    def check_template(self, row: Mapping[str, Any]) -> None:
+        """
+        Does the chat template show what a row asks? Nothing is decoded for that.
+
+        Raises:
+            RowError: when it fails, or leaves the last message's text out.
+        """
+        spec = self.spec(row)
+        if isinstance(spec.messages, str):
+            return
+        own_place = {"video": [True] * len(spec.videos), "audio": [not spec.interleaved] * len(spec.audios)}
+        text = self._rendered(place_blocks(spec.messages, own_place, ""))
+        asked = [block["text"].strip() for block in spec.messages[-1]["content"] if block["type"] == "text"]
+        lost = next((part for part in asked if part not in text), None)
+        if lost is not None:
+            raise RowError(
+                f"the model's chat template leaves out {lost!r:.100} of field 'prompt': it makes {text!r:.200} of it"
+            )
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self.family.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
+        except Exception as error:  # a template is a program of its own
+            told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise RowError(f"the model's chat template cannot show field 'prompt': {told}") from error
 
     def _clips(self, spec: PromptSpec) -> tuple[list[VideoClip], list[AudioClip | None]]:
         audios = [self._audio(*clip) for clip in spec.clips[len(spec.videos) :]]
