@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def check_files(script_args: OmniScriptArguments) -> None:
     """
     Raises:
-        SetupError: for a file of results that cannot be written.
+        SetupError: for a file of results that cannot be written, or is the one that the job reads.
     """
     for option in ("summary_file", "metrics_file", "plot_file"):
         path = getattr(script_args, option)
@@ -31,6 +31,8 @@ def check_files(script_args: OmniScriptArguments) -> None:
         folder = os.path.dirname(os.path.abspath(path))
         if os.path.isdir(path):
             raise SetupError(f"{option}: {path} is a folder; name a file in it")
+        if os.path.realpath(path) == os.path.realpath(script_args.dataset_name or ""):
+            raise SetupError(f"{option}: {path} is the data set, which would be overwritten; name another file")
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -101,6 +103,7 @@ def check_model(
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
     from maple_trl.omni.families import family_class
     from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
+    from maple_trl.omni.prompt import check_template
     from maple_trl.train import adapter_base
 
     if not model_args.model_name_or_path:
@@ -132,24 +135,10 @@ def check_model(
             stand_in.check_pixels(training_args.max_pixels)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
-        _check_template(stand_in, training_args, train)
-
-
-def _check_template(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
-    """Shows one row of each sequence of roles by the model's chat template, which may take only some."""
-    from maple_trl.omni.prompt import RowError
-
-    builder = _prompt_builder(family, args)
-    seen = set()
-    for number, prompt in enumerate(train["prompt"]):
-        roles = (type(prompt), *(message["role"] for message in prompt if not isinstance(prompt, str)))
-        if roles in seen:
-            continue
-        seen.add(roles)
         try:
-            builder.check_template(train[number])
-        except RowError as error:
-            raise SetupError(f"train_dataset, row {number}: {error}") from error
+            check_template(_prompt_builder(stand_in, training_args), train["prompt"], train)
+        except ValueError as error:
+            raise SetupError(f"train_dataset, {error}") from error
 
 
 def _prompt_builder(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:

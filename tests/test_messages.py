@@ -183,6 +183,11 @@ TRAIN = [
     ),
     ({"model_name_or_path": "no_processor"}, "a model without its processor: there is no preprocessor_config.json"),
     ({"model_name_or_path": "no_tokenizer"}, "a model without its tokenizer"),
+    ({"model_name_or_path": "bad_tokenizer"}, "bad_tokenizer/tokenizer.json is damaged: it is no JSON"),
+    ({"model_name_or_path": "layers"}, "layers: Class validation error"),
+    ({"model_name_or_path": "deaf"}, "row 0: the model's chat template leaves out 'what color' of field 'prompt'"),
+    ({"model_name_or_path": "mute"}, "row 0: the model's chat template cannot show field 'prompt': TemplateError: no"),
+    ({"model_name_or_path": "no_template"}, "row 0: the model's chat template cannot show field 'prompt': ValueError"),
     ({"model_name_or_path": "run"}, "its checkpoints are models: checkpoint-4"),
     ({"model_name_or_path": "rows.jsonl"}, "rows.jsonl is a file; name the folder of a model"),
     ({"model_name_or_path": "./nowhere"}, "there is no folder ./nowhere"),
@@ -253,6 +258,7 @@ TRAIN = [
     ),
     ({"min_pixels": 0}, "min_pixels must be positive"),
     ({"summary_file": "."}, "summary_file: . is a folder"),
+    ({"metrics_file": "rows.jsonl"}, "metrics_file: rows.jsonl is the data set, which would be overwritten"),
     ({"metrics_file": "/proc/nowhere/metrics.jsonl"}, "metrics_file: cannot make the folder /proc/nowhere"),
     ({"output_dir": "rows.jsonl"}, "output_dir: cannot write into rows.jsonl"),
     ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
@@ -304,6 +310,13 @@ def models(tmp_path_factory):
     shutil.copy(TINY / "model.safetensors", sharded / "model-00001-of-00002.safetensors")
     copy("no_processor", "*processor_config.json")
     copy("no_tokenizer", "tokenizer*", "vocab*", "merges*")
+    (copy("bad_tokenizer") / "tokenizer.json").write_text("{")
+    (copy("deaf") / "chat_template.jinja").write_text("hello")
+    (copy("mute") / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    copy("no_template", "chat_template.jinja")
+    layers = json.loads(json.dumps(config))
+    layers["text_config"]["num_hidden_layers"] += 1
+    (copy("layers") / "config.json").write_text(json.dumps(layers))
     (root / "run").mkdir()
     copy("run/checkpoint-4")
     assert config["model_type"].startswith("qwen2_5_omni")
@@ -360,7 +373,8 @@ EVAL = [
     *[
         (options, message)
         for options, message in TRAIN
-        if [*options] == ["model_name_or_path"] and options["model_name_or_path"]
+        if [*options] == ["model_name_or_path"]
+        and options["model_name_or_path"] not in (None, "deaf", "mute", "no_template")
     ],
     ({"model_name_or_path": "text"}, "is a model of text alone (qwen2), which reads no media; supported are"),
     ({"judge": "mistaken_rewards:of_a_column"}, "--judge: the reward 'of_a_column' needs a column 'answer'"),
@@ -399,6 +413,12 @@ def test_a_wrong_evaluation(options, message, mistakes, monkeypatch, capsys):
     assert message in last
 
 
+@pytest.mark.parametrize("model", ["deaf", "mute", "no_template"])
+def test_an_evaluation_of_a_model_whose_template_does_not_ask(model, mistakes, capsys):
+    status, last = said(capsys, words("eval", ASK | {"model": model}))
+    assert status == 2 and "rows.jsonl, row 0: the model's chat template" in last
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -406,6 +426,7 @@ def test_a_wrong_evaluation(options, message, mistakes, monkeypatch, capsys):
         (["report", "."], "holds no run"),
         (["report", "rows.jsonl"], "rows.jsonl"),
         (["report", ".", "--otput", "x"], "unknown argument --otput; did you mean --output?"),
+        (["report", ".", "--output", "rows.jsonl"], "--output: rows.jsonl is there already and no report"),
         (["report", ".", "--thumbnails", "-1"], "--thumbnails must be 0 or more"),
         (["data", "hints", "--input", "nowhere.jsonl", "--output", "o.jsonl", "--model", "m"], "nowhere.jsonl"),
         (["data", "hints", "--input", "rows.jsonl", "--output", "o.txt", "--model", "m"], "o.txt"),
@@ -562,6 +583,16 @@ def test_a_full_disk_while_results_are_written(option, here, capsys):
     assert Path("/dev/full").is_char_device()
 
 
+def test_a_model_that_gives_no_numbers(here, models, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY, "nan")
+    weights = {name: weight * float("nan") for name, weight in load_file(TINY / "model.safetensors").items()}
+    save_file(weights, "nan/model.safetensors", metadata={"format": "pt"})
+    status, last = said(capsys, words("train", JOB | {"model_name_or_path": "nan"}))
+    assert status == 1 and "the model gives probabilities that are no numbers (inf or NaN): its weights" in last
+
+
 def test_errors_of_a_full_disk_are_known_by_their_number_and_their_words():
     inner = OSError(errno.ENOSPC, "No space left on device", "/data/x")
     outer = RuntimeError("while saving")
@@ -590,6 +621,35 @@ def test_an_adapter_and_a_whole_model_are_not_resumed_as_each_other(here, monkey
     ):
         status, last = said(capsys, words("train", JOB | again | options | {"output_dir": name}))
         assert status == 2 and message in last, last
+
+
+def test_a_run_is_not_resumed_with_another_optimizer_or_from_damaged_files(here, capsys):
+    job = JOB | {"output_dir": "run", "save_strategy": "steps", "save_steps": 1}
+    assert cli.main(words("train", job)) == 0
+    again = job | {"resume_from_checkpoint": "true", "max_steps": 2}
+    for options, message in (
+        ({"optim": "sgd"}, "checkpoint-1 has the state of another optimizer (optim)"),
+        ({"learning_rate": 0.5}, "learning_rate is 0.5, but run/checkpoint-1 was trained with 1e-06"),
+        ({"weight_decay": 0.5}, "weight_decay is 0.5, but run/checkpoint-1 was trained with 0.0"),
+        ({"freeze_vision": "true"}, "checkpoint-1 has the state of an optimizer for other parameters"),
+    ):
+        status, last = said(capsys, words("train", again | options))
+        assert status == 2 and message in last, last
+    for name in (
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "rollout_0.json",
+        "run_tally.json",
+    ):
+        file = Path("run/checkpoint-1", name)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        status, last = said(capsys, words("train", again | {"resume_from_checkpoint": "run/checkpoint-1"}))
+        assert status == 2 and f"run/checkpoint-1/{name} is damaged" in last, last
+        file.write_bytes(whole)
+    assert cli.main(words("train", again | {"optim": "adamw_torch"})) == 0
 
 
 # The Hub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -295,14 +295,13 @@ class PromptBuilder:
             text = self._rendered(place_blocks(text, own_place, subtitle_text))
         return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
 
-    def check_template(self, row: Mapping[str, Any]) -> None:
+    def check_template(self, spec: PromptSpec) -> None:
         """
         Does the chat template show what a row asks? Nothing is decoded for that.
 
         Raises:
             RowError: when it fails, or leaves the last message's text out.
         """
-        spec = self.spec(row)
         if isinstance(spec.messages, str):
             return
         own_place = {"video": [True] * len(spec.videos), "audio": [not spec.interleaved] * len(spec.audios)}
@@ -403,6 +402,32 @@ class PromptBuilder:
                 "shortened, and that is not enough",
             )
         return kept
+
+
+def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Shows one row of each sequence of roles by the model's chat template, which may take only some.
+
+    Args:
+        prompts: the rows' field `prompt`. Rows that cannot be prompts are passed over.
+
+    Raises:
+        RowError: with the row's number, when the template fails or leaves the question out.
+    """
+    seen = set()
+    for number, prompt in enumerate(prompts):
+        roles = tuple(message.get("role") for message in prompt if isinstance(message, Mapping)) if prompt else ()
+        if not roles or roles in seen:
+            continue
+        try:
+            spec = builder.spec(rows[number])
+        except RowError:
+            continue
+        seen.add(roles)
+        try:
+            builder.check_template(spec)
+        except RowError as error:
+            raise RowError(f"row {number}: {error}") from error
 
 
 def _parse_tag(value: Any) -> ModalityTag:
