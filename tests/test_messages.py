@@ -761,3 +761,34 @@ def test_a_device_keeps_its_place(tmp_path):
     write_atomically(tmp_path / "pipe", "text")
     assert os.read(reader, 10) == b"text" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+# From Python
+
+
+def test_what_is_no_argument_of_a_trainer(here):
+    from datasets import Dataset, DatasetDict
+
+    from maple_trl import MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
+
+    options = {"output_dir": "out", "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
+    options |= {"use_cpu": True, "bf16": False, "report_to": []}
+    rows = Dataset.from_list([ROW] * 2)
+
+    def reward(completions, **_):
+        return [0.0] * len(completions)
+
+    def make(model=str(TINY), rewards=reward, data=rows, kind=OmniGRPOConfig):
+        return OmniGRPOTrainer(model, rewards, kind(**options), data)
+
+    for wrong, message in (
+        ({"model": torch.nn.Linear(1, 1)}, "model must be a model of transformers, a folder or a Hub id, got Linear"),
+        ({"model": None}, "model must be a model of transformers"),
+        ({"rewards": "accuracy_reward"}, "pass maple_trl.rewards.accuracy_reward itself"),
+        ({"rewards": 5}, "the reward 5 is no function but int"),
+        ({"data": DatasetDict(train=rows)}, "train_dataset holds several splits \\(train\\); pass one of them"),
+        ({"data": rows.select([])}, "train_dataset holds no row"),
+        ({"kind": MAPOConfig}, "args is MAPOConfig, whose own options have no effect"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            make(**wrong)

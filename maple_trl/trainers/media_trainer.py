@@ -430,8 +430,11 @@ def load_parts(
     The model and its processor, loaded where they are not given.
 
     Raises:
+        TypeError: for something that is no model of transformers.
         ValueError: when there is no processor, and the model does not know where it came from.
     """
+    if not isinstance(model, str) and not (isinstance(model, nn.Module) and hasattr(unwrap(model), "config")):
+        raise TypeError(f"model must be a model of transformers, a folder or a Hub id, got {type(model).__name__}")
     name = model if isinstance(model, str) else unwrap(model).config._name_or_path
     if isinstance(model, str):
         set_seed(seed)
@@ -455,6 +458,10 @@ def own_config(args: Any, config_class: type, model: str | nn.Module, trainer: s
         args = config_class(f"{name.rstrip('/').split('/')[-1]}-{trainer.replace(' ', '-')}")
     if not isinstance(args, config_class):
         raise TypeError(f"args must be of type {config_class.__name__}, got {type(args).__name__}")
+    if type(args) is not config_class and type(args).__module__.startswith("maple_trl.trainers."):
+        raise TypeError(
+            f"args is {type(args).__name__}, whose own options have no effect in the trainer of {config_class.__name__}"
+        )
     return copy.copy(args)
 
 

@@ -96,6 +96,8 @@ class RowRegistry:
         self.name = name
         self.ranks = ranks or Ranks()
         self.quarantined: dict[str, QuarantinedPrompt] = {}
+        if not len(dataset):
+            raise ValueError(f"{name} holds no row")
         specs = []
         for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=not progress, leave=False)):
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -54,6 +54,8 @@ class RowEncoder:
             RowError: for the first row that cannot be a prompt.
             ValueError: for image columns, or when no row is usable.
         """
+        if isinstance(dataset, Mapping):
+            raise ValueError(f"{name} holds several splits ({', '.join(dataset)}); pass one of them")
         columns = getattr(dataset, "column_names", None) or []
         check_spelling(columns, name)
         dataset = as_paths(dataset)
