@@ -248,9 +248,6 @@ def template_columns(template: str) -> list[str]:
     return list(dict.fromkeys(name for name, *_ in fields))
 
 
-_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save", "use_rslora", "use_dora")
-
-
 @dataclass
 class OmniModelConfig(ModelConfig):
     r"""
@@ -293,10 +290,6 @@ class OmniModelConfig(ModelConfig):
                 f"{_listed('lora', not_adapted)}: false has no effect without use_peft. Set use_peft: true, or freeze "
                 f"parts of full fine-tuning with {_listed('freeze', not_adapted)}."
             )
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        idle = [name for name in _LORA if not self.use_peft and getattr(self, name) != fields[name].default]
-        if idle:
-            raise ValueError(f"{idle[0]} has no effect without use_peft, and the whole model would be trained")
         if self.use_peft and not self.adapted:
             raise ValueError(f"use_peft needs at least one of {_listed('lora', SCOPES)}")
         if self.use_peft and not (self.lora_r >= 1 and 0 <= self.lora_dropout < 1):

@@ -232,7 +232,6 @@ TRAIN = [
     ({"config": "weights_0.yaml"}, "reward_weights are all 0"),
     ({"config": "weights_text.yaml"}, "weights_text.yaml: reward_weights must hold numbers, got 'a'"),
     ({"config": "texts.yaml"}, "texts.yaml: run_name must be a text, got 5"),
-    ({"lora_r": 4}, "lora_r has no effect without use_peft, and the whole model would be trained"),
     ({"learning_rate": "nan"}, "learning_rate must be at least 0, got nan"),
     ({"learning_rate": -1}, "learning_rate must be at least 0, got -1.0"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
