@@ -30,7 +30,7 @@ from maple_trl.evaluation.report import as_json, write_atomically
 from maple_trl.job_args import OmniScriptArguments, SetupError
 from maple_trl.job_data import filter_rows, load_datasets
 from maple_trl.omni.media import MediaLoader
-from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.prompt import PromptBuilder, RowError, check_template
 from maple_trl.records.options import deciding
 from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.media_config import MediaConfig
@@ -159,6 +159,11 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
                 max_media_tokens=job.media.max_media_tokens,
                 chat_template_kwargs=job.chat_template_kwargs,
             )
+            if isinstance(model, LocalModel):
+                try:
+                    check_template(builder, [row.get("prompt") for row in questions.rows], questions.rows)
+                except RowError as error:
+                    raise SetupError(f"{questions.described['name']}, {error}") from error
             asker = model.asker(builder, questions.rows, scoring.function, scoring.extract, job.options)
             # What a report needs of an evaluation that is going on, too.
             run = {

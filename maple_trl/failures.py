@@ -119,6 +119,11 @@ def _known(error: BaseException) -> str | None:
             "out of GPU memory: lower per_device_train_batch_size, max_completion_length, num_frames or max_pixels, or set "
             f"gradient_checkpointing or use_peft. {error}"
         )
+    if isinstance(error, RuntimeError) and "probability tensor contains" in str(error):
+        return (
+            "the model gives probabilities that are no numbers (inf or NaN): its weights are damaged, training has diverged "
+            "(lower learning_rate or max_grad_norm), or dtype is too narrow (float16; bfloat16 and float32 are wider)"
+        )
     for link in chain(error):
         note = next((note for note in getattr(link, "__notes__", ()) if note.startswith(FAILED)), None)
         if note is not None:

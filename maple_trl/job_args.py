@@ -431,11 +431,10 @@ def _told(error: Exception) -> str:
 
 def _check_installed(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
     """SetupError for a package that an option needs and that is not there."""
-    from transformers import is_bitsandbytes_available
     from transformers.integrations import integration_utils
     from transformers.utils import is_liger_kernel_available
 
-    for name in training_args.report_to or []:
+    for name in training_args.report_to or []:  # a list by now
         if name not in integration_utils.INTEGRATION_TO_CALLBACK:
             known = integration_utils.INTEGRATION_TO_CALLBACK
             raise SetupError(
@@ -446,11 +445,38 @@ def _check_installed(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
             raise SetupError(f"report_to: the package of {name} is not installed; install it, or set report_to: none")
     if getattr(training_args, "use_liger_kernel", False) and not is_liger_kernel_available():
         raise SetupError("use_liger_kernel: the package liger-kernel is not installed")
-    optimizer = str(getattr(training_args.optim, "value", training_args.optim))
-    if (
-        "8bit" in optimizer or "bnb" in optimizer or optimizer.startswith("paged")
-    ) and not is_bitsandbytes_available():
-        raise SetupError(f"optim: {optimizer} needs the package bitsandbytes, which is not installed")
+    _check_optimizer(training_args)
+
+
+def _check_optimizer(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+    """Makes the optimizer and its schedule for a parameter that stands for the model's, which come after the model."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    name = str(getattr(training_args.optim, "value", training_args.optim))
+    try:
+        made, options = Trainer.get_optimizer_cls_and_kwargs(training_args, torch.nn.Module())
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        if made.__module__.startswith("torch.optim"):  # others may ask for a GPU or for layers of the model
+            optimizer = made([torch.nn.Parameter(torch.zeros(1))], **options)
+    except ImportError as error:
+        raise SetupError(f"optim: {name} needs a package that is not installed: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if not training_args.optim_target_modules:  # layers of the model, which is not there yet
+            raise SetupError(
+                f"optim: {name} cannot be made with the options given (adam_beta1, optim_args, …): {error}"
+            ) from error
+    try:
+        get_scheduler(
+            training_args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        kind = getattr(training_args.lr_scheduler_type, "value", training_args.lr_scheduler_type)
+        raise SetupError(f"lr_scheduler_type: {kind} cannot be made of lr_scheduler_kwargs: {error}") from error
 
 
 def trainer_option(words: Sequence[str]) -> str | None:
@@ -597,6 +623,8 @@ def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict
         several = isinstance(value, list) and action.nargs in ("+", "*")
         for item in value if several else [value]:
             _check_value(action, key, item, path)
+        if several and action.type in (int, float):
+            value = [_as_number(action, key, item, path) for item in value]
         if key == "rewards" and value is not None:
             from maple_trl.job_rewards import read_entries
 
@@ -605,13 +633,36 @@ def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict
     return checked
 
 
+def _as_number(action, key: str, value: Any, path: str) -> Any:
+    """An item of a list of numbers: YAML reads 1e-6 as a text, and of a list the parser converts nothing."""
+    try:
+        return action.type(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise SetupError(f"{path}: {key} must hold numbers, got {value!r}") from error
+
+
 def _is_scalar(action) -> bool:
     """Whether an option takes a number, a switch, or one of several names."""
     kind = getattr(action.type, "__name__", "")
     return kind in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
 
 
+# Options that take a text and nothing else; of others the parser tells no such thing.
+_TEXTS = {
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "completion_template"),
+    *("summary_file", "metrics_file", "plot_file", "output_dir", "run_name", "media_root", "media_backend"),
+    *("model_name_or_path", "model_revision", "attn_implementation", "modality_access", "subtitle_template"),
+    *("encoder_cache_dir", "hub_model_id", "lora_modules_to_save"),
+}
+
+
 def _check_value(action, key: str, value: Any, path: str) -> None:
+    if key in _TEXTS and value is not None and not isinstance(value, str):
+        raise SetupError(
+            f"{path}: {key} must be a text, got {value!r} (a number that is meant as one stands in quotes)"
+        )
+    if key == "report_to" and value is not None and not isinstance(value, str | list):
+        raise SetupError(f"{path}: report_to must be the name of a tracker or a list of names, got {value!r}")
     if value is None or (isinstance(value, dict | list) and not _is_scalar(action)):
         return
     if action.choices is not None and value not in action.choices:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from maple_trl.job_args import OmniModelConfig, OmniScriptArguments
     from maple_trl.omni.families import OmniFamily
+    from maple_trl.omni.prompt import PromptBuilder
     from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft_config import OmniSFTConfig
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def check_files(script_args: OmniScriptArguments) -> None:
     """
     Raises:
-        SetupError: for a file of results that cannot be written.
+        SetupError: for a file of results that cannot be written, or is the one that the job reads.
     """
     for option in ("summary_file", "metrics_file", "plot_file"):
         path = getattr(script_args, option)
@@ -30,6 +31,8 @@ def check_files(script_args: OmniScriptArguments) -> None:
         folder = os.path.dirname(os.path.abspath(path))
         if os.path.isdir(path):
             raise SetupError(f"{option}: {path} is a folder; name a file in it")
+        if os.path.realpath(path) == os.path.realpath(script_args.dataset_name or ""):
+            raise SetupError(f"{option}: {path} is the data set, which would be overwritten; name another file")
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -100,6 +103,7 @@ def check_model(
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
     from maple_trl.omni.families import family_class
     from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
+    from maple_trl.omni.prompt import check_template
     from maple_trl.train import adapter_base
 
     if not model_args.model_name_or_path:
@@ -131,19 +135,43 @@ def check_model(
             stand_in.check_pixels(training_args.max_pixels)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
+        try:
+            check_template(_prompt_builder(stand_in, training_args), train["prompt"], train)
+        except ValueError as error:
+            raise SetupError(f"train_dataset, {error}") from error
+
+
+def _prompt_builder(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
+    """For what a row says: nothing is decoded."""
+    from maple_trl.omni.media import MediaLoader
+    from maple_trl.omni.prompt import PromptBuilder
+
+    network = args.media_allow_network
+    return PromptBuilder(
+        family,
+        MediaLoader(args.media_root, args.media_limits(), allow_network=network, backend="pyav"),
+        modality_access=args.modality_access,
+        audio_in_video=args.audio_in_video,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
 
 
 def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
-    from maple_trl.omni.media import MediaLoader
-    from maple_trl.omni.prompt import PromptBuilder, RowError
+    from maple_trl.trainers.quarantine import RowRegistry, write_quarantine
+    from maple_trl.trainers.run_errors import TooManyQuarantinedError
 
-    loader = MediaLoader(args.media_root, args.media_limits(), backend="pyav")  # for paths: nothing is decoded
-    builder = PromptBuilder(family, loader, modality_access=args.modality_access, audio_in_video=args.audio_in_video)
-    for number, row in enumerate(train):
-        try:
-            builder.spec(row)
-        except RowError as error:
-            raise SetupError(f"train_dataset, row {number}: {error}") from error
+    try:
+        probe = "paths" if args.media_check == "probe" else False
+        registry = RowRegistry(train, _prompt_builder(family, args), probe=probe, progress=False)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    problem = registry.too_many(args.max_quarantined_share)
+    if problem is not None:
+        if args.process_index == 0:
+            write_quarantine(os.path.join(args.output_dir, "quarantine.json"), [*registry.quarantined.values()])
+        raise TooManyQuarantinedError(
+            f"{problem}. Nothing was trained. Mend the files (is media_root right?), or raise max_quarantined_share"
+        )
     generations = getattr(args, "num_generations", None)
     needed = args.generation_batch_size // generations if generations else 0
     if len(train) < needed:

@@ -56,6 +56,8 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
         raise SetupError(f"dataset_name: there is no file or folder {name}")
     else:
         folder, splits = None, _read_hub(name, script_args.dataset_config)
+    if script_args.dataset_config is not None and folder is not None:
+        raise SetupError(f"dataset_config is for data sets of the Hub, and has no effect with {name}; leave it out")
     if wanted[0] not in splits:
         raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
     root = media_root if folder is None or media_root != "." else str(folder.resolve())

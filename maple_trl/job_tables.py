@@ -50,8 +50,8 @@ def read_tables(paths: Sequence[Path]) -> Dataset:
         rows += 1
         for name, value in row.items():
             kinds[name] = _common(kinds.get(name), _kind(value))
-    if not rows:
-        raise SetupError(f"cannot read {paths[0]}: it holds no row")
+    if not rows or not kinds:
+        raise SetupError(f"cannot read {paths[0]}: it holds no row{' with a column' if rows else ''}")
     for name in [name for name, kind in kinds.items() if kind == "text"]:
         logger.warning("%s: column %r holds numbers as well as texts; all are read as texts", paths[0], name)
     try:
@@ -119,7 +119,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 place = f"{path}, line {number}"
-                yield place, _as_row(place, _parsed(path, number, line))
+                yield place, _as_row(place, _parsed(path, number, line.rstrip()))
 
 
 def _parsed(path: Path, number: int, data: bytes) -> Any:
@@ -171,9 +171,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
+    begin = 1  # a row with line breaks has several lines
     try:
         for cells in reader:
-            place = f"{path}, line {reader.line_num}"
+            place = f"{path}, line {begin}"
+            begin = reader.line_num + 1
             if not any(cells):
                 continue
             if not header:
@@ -190,14 +192,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 )
             yield place, {name: _cell(name, cell, place) for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
-        raise SetupError(f"{path}, line {reader.line_num}: {error}") from error
+        raise SetupError(f"{path}, line {begin}: {error}; are its quotes closed?") from error
 
 
 def _delimiter(text: str) -> str:
     """Spreadsheets of some countries write semicolons."""
-    header = text.lstrip().partition("\n")[0]
-    names = {delimiter: [name.strip(' "\r') for name in header.split(delimiter)] for delimiter in ",;\t"}
-    return next((delimiter for delimiter in names if "prompt" in names[delimiter]), ",")
+    header = next(iter(text.lstrip().splitlines()), "")
+    names = {delimiter: [name.strip(' "') for name in header.split(delimiter)] for delimiter in ",;\t|"}
+    named = next((delimiter for delimiter in names if "prompt" in names[delimiter]), None)
+    return named or max(names, key=lambda delimiter: len(names[delimiter]))
 
 
 def _cell(name: str, cell: str, place: str) -> Any:

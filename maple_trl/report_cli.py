@@ -67,6 +67,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     for option, file, name in (("--output", output, "report.html"), ("--json", arguments.json, "report.json")):
         if file is not None and Path(file).is_dir():
             return _refuse(f"{option}: {file} is a folder; name a file in it, as {Path(file, name)}")
+        if file is not None and Path(file).is_file() and Path(file).suffix.lower() not in (Path(name).suffix, ".htm"):
+            return _refuse(f"{option}: {file} is there already and no report; name a file such as {name}")
     try:
         from maple_trl.reports import ReportError, write_report
 

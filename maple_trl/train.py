@@ -90,7 +90,7 @@ def load_model_and_processor(
     name = adapter_base(folder) or folder
     try:
         model = load_model(name, dtype=dtype, **kwargs)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise SetupError(f"model_name_or_path: cannot load {name!r}: {error}") from error
     beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
     return model, load_processor(folder if beside else name, **shared)
@@ -130,6 +130,10 @@ def choose_parameters(
         dropout=model_args.lora_dropout,
         console=Console(quiet=quiet),
     )
+    kept = model_args.lora_modules_to_save or []
+    absent = [name for name in kept if not any(part.split(".")[-1] == name for part, _ in model.named_modules())]
+    if absent:
+        raise ValueError(f"lora_modules_to_save: no part of the model is called {absent[0]!r}; it takes e.g. lm_head")
     lora_config.use_rslora = model_args.use_rslora
     lora_config.use_dora = model_args.use_dora
     lora_config.modules_to_save = model_args.lora_modules_to_save

@@ -277,6 +277,16 @@ def test_with_options_the_text_behind_the_letter_must_not_be_anothers():
     assert chosen_option("The answer is D. dark red", texts) == "D"
 
 
+@pytest.mark.parametrize(
+    "form",
+    ["{}, {}", "[{}] [{}]", "[{}][{}]", "**{}**, **{}**", "[{}] and [{}]", "({}) ({})", "{}，{}", "$ {} $ $ {} $"],
+)
+def test_one_letter_several_times_is_one_answer(form):
+    for texts in (None, option_texts(["red", "blue", "green"])):
+        assert chosen_option(form.format("B", "b"), texts) == "B"
+        assert chosen_option(form.format("B", "C"), texts) is None
+
+
 def test_solutions_are_read_alike():
     for solution in ("[B]", "**B**", r"\boxed{B}", "Option B", "答案：B", "<answer>[B]</answer>"):
         assert option_letter(solution.removeprefix("<answer>").removesuffix("</answer>")) == "B"

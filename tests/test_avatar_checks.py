@@ -128,6 +128,28 @@ def test_what_prompts_show_and_how_they_are_sampled_must_not_change(changed, dat
     make(data[0], tmp_path, rows, **(saved | harmless)).train(resume_from_checkpoint=True)
 
 
+# Hints that are none, or give the answer away
+
+
+def test_hints_of_the_user_are_read(data, tmp_path, caplog):
+    rows = take(data[1], S=4)
+    with pytest.raises(ValueError, match="row 1: field 'hint' must be a text or empty, got \\['look'\\]"):
+        lists = Dataset.from_list(
+            [dict(row, hint=hint) for row, hint in zip(rows, (None, ["look"], None, None), strict=True)]
+        )
+        make(data[0], tmp_path, lists, **USUAL)
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        make(data[0], tmp_path, with_hints(rows, "zebra quartz", None, None, None), **USUAL)
+        assert "reveal the answer" not in caplog.text
+        make(
+            data[0],
+            tmp_path,
+            with_hints(rows, "zebra quartz", f"Take option {rows['solution'][1]}.", None, None),
+            **USUAL,
+        )
+    assert "the hints of 1 rows reveal the answer" in caplog.text and "first row 1" in caplog.text
+
+
 # Hints that fail
 
 

@@ -151,6 +151,13 @@ TRAIN = [
     ({"dataset_name": None}, "dataset_name is missing"),
     ({"dataset_name": "org/rows"}, "cannot load the data set 'org/rows'"),
     ({"media_root": "nowhere"}, "media root 'nowhere' is not a folder"),
+    ({"dataset_config": "x"}, "dataset_config is for data sets of the Hub"),
+    ({"dataset_name": "no_content.jsonl"}, "row 0: field 'prompt' has a message of the user without 'content'"),
+    ({"dataset_name": "video_path.jsonl"}, "has the column 'video_path', which is not read, and no column 'video'"),
+    ({"dataset_name": "tag_case.jsonl"}, "has the column 'Tag', which is not read, and no column 'tag'"),
+    ({"dataset_name": "image.jsonl"}, "column 'image': omni prompts hold video, audio and subtitles"),
+    ({"dataset_name": "absent.jsonl"}, "8 rows quarantined (8 not-found; first gone.mp4); media are looked for below"),
+    ({"dataset_name": "outside.jsonl"}, "(8 outside-media-root; first ../x.mp4)"),
     ({"trainer": "omni_sft", "num_generations": None}, "has no column 'completion'"),
     # Models
     ({"model_name_or_path": None}, "model_name_or_path is missing"),
@@ -176,6 +183,11 @@ TRAIN = [
     ),
     ({"model_name_or_path": "no_processor"}, "a model without its processor: there is no preprocessor_config.json"),
     ({"model_name_or_path": "no_tokenizer"}, "a model without its tokenizer"),
+    ({"model_name_or_path": "bad_tokenizer"}, "bad_tokenizer/tokenizer.json is damaged: it is no JSON"),
+    ({"model_name_or_path": "layers"}, "layers: Class validation error"),
+    ({"model_name_or_path": "deaf"}, "row 0: the model's chat template leaves out 'what color' of field 'prompt'"),
+    ({"model_name_or_path": "mute"}, "row 0: the model's chat template cannot show field 'prompt': TemplateError: no"),
+    ({"model_name_or_path": "no_template"}, "row 0: the model's chat template cannot show field 'prompt': ValueError"),
     ({"model_name_or_path": "run"}, "its checkpoints are models: checkpoint-4"),
     ({"model_name_or_path": "rows.jsonl"}, "rows.jsonl is a file; name the folder of a model"),
     ({"model_name_or_path": "./nowhere"}, "there is no folder ./nowhere"),
@@ -190,8 +202,36 @@ TRAIN = [
     ({"report_to": "wandb"}, "report_to: the package of wandb is not installed"),
     ({"report_to": "wandbb"}, "report_to: unknown 'wandbb'; did you mean wandb?"),
     ({"use_liger_kernel": "true"}, "use_liger_kernel: the package liger-kernel is not installed"),
-    ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs the package bitsandbytes"),
+    ({"optim": "galore_adamw"}, "optim: galore_adamw needs a package that is not installed"),
+    ({"adam_beta1": 2}, "Invalid beta parameter"),
+    ({"lr_scheduler_kwargs": '{"bogus": 1}'}, "lr_scheduler_type: linear cannot be made of lr_scheduler_kwargs"),
+    ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs a package that is not installed"),
     ({"learning_rte": 1}, "unknown option --learning_rte; did you mean --learning_rate?"),
+    ({"save_steps": 0}, "save_steps must be above 0, got 0.0"),
+    ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
+    ({"epsilon_high": -1}, "epsilon_high must be at least 0, got -1.0"),
+    ({"steps_per_generation": 0}, "steps_per_generation must be at least 1, got 0"),
+    ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, got -1"),
+    ({"seed": 2**32}, "seed must be at most 4294967295"),
+    ({"scale_rewards": "grp"}, "scale_rewards must be one of 'group', 'batch', 'none', got 'grp'"),
+    ({"importance_sampling_level": "tok"}, "importance_sampling_level must be one of 'token', 'sequence'"),
+    ({"top_k": 1}, "top_k=1 leaves one token to sample"),
+    ({"top_p": 0}, "top_p=0 leaves one token to sample"),
+    ({"generation_kwargs": '{"do_sample": false}'}, "generation_kwargs: do_sample=False is not supported"),
+    ({"generation_kwargs": '{"penalty_alpha": 0.6}'}, "generation_kwargs: penalty_alpha=0.6 is not supported"),
+    ({"generation_kwargs": '{"guidance_scale": 2}'}, "generation_kwargs: guidance_scale=2 is not supported"),
+    ({"generation_kwargs": '{"bad_words_ids": [5]}'}, "generation_kwargs: `bad_words_ids` has to be a list of lists"),
+    ({"generation_kwargs": '{"suppress_tokens": "a"}'}, "generation_kwargs: suppress_tokens must be a list of ids"),
+    ({"generation_kwargs": '{"min_length": -1}'}, "generation_kwargs: min_length must be a whole number of tokens"),
+    ({"generation_kwargs": '{"min_new_tokens": 50}'}, "min_new_tokens=50 is above max_completion_length=4"),
+    ({"generation_kwargs": "[1]"}, "generation_kwargs must be a mapping of names to values"),
+    ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs must be a mapping of names to values"),
+    ({"chat_template_kwargs": '{"tokenize": true}'}, "chat_template_kwargs: tokenize cannot be set"),
+    ({"encoder_cache_dir": "rows.jsonl"}, "encoder_cache_dir: rows.jsonl is a file"),
+    ({"config": "weights_nan.yaml"}, "reward_weights must be finite numbers, got [1.0, nan]"),
+    ({"config": "weights_0.yaml"}, "reward_weights are all 0"),
+    ({"config": "weights_text.yaml"}, "weights_text.yaml: reward_weights must hold numbers, got 'a'"),
+    ({"config": "texts.yaml"}, "texts.yaml: run_name must be a text, got 5"),
     ({"learning_rate": "nan"}, "learning_rate must be at least 0, got nan"),
     ({"learning_rate": -1}, "learning_rate must be at least 0, got -1.0"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
@@ -217,6 +257,7 @@ TRAIN = [
     ),
     ({"min_pixels": 0}, "min_pixels must be positive"),
     ({"summary_file": "."}, "summary_file: . is a folder"),
+    ({"metrics_file": "rows.jsonl"}, "metrics_file: rows.jsonl is the data set, which would be overwritten"),
     ({"metrics_file": "/proc/nowhere/metrics.jsonl"}, "metrics_file: cannot make the folder /proc/nowhere"),
     ({"output_dir": "rows.jsonl"}, "output_dir: cannot write into rows.jsonl"),
     ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
@@ -268,6 +309,13 @@ def models(tmp_path_factory):
     shutil.copy(TINY / "model.safetensors", sharded / "model-00001-of-00002.safetensors")
     copy("no_processor", "*processor_config.json")
     copy("no_tokenizer", "tokenizer*", "vocab*", "merges*")
+    (copy("bad_tokenizer") / "tokenizer.json").write_text("{")
+    (copy("deaf") / "chat_template.jinja").write_text("hello")
+    (copy("mute") / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    copy("no_template", "chat_template.jinja")
+    layers = json.loads(json.dumps(config))
+    layers["text_config"]["num_hidden_layers"] += 1
+    (copy("layers") / "config.json").write_text(json.dumps(layers))
     (root / "run").mkdir()
     copy("run/checkpoint-4")
     assert config["model_type"].startswith("qwen2_5_omni")
@@ -285,6 +333,12 @@ def mistakes(here, models):
     write_rows("bad_tag.jsonl", ROW | {"tag": "X"})
     write_rows("number.jsonl", ROW | {"prompt": 5})
     write_rows("one.jsonl", ROW, count=1)
+    write_rows("no_content.jsonl", ROW | {"prompt": [{"role": "user", "text": "what color"}]})
+    write_rows("video_path.jsonl", ROW | {"video_path": "a.mp4"})
+    write_rows("tag_case.jsonl", without(ROW, "tag") | {"Tag": "S"})
+    write_rows("image.jsonl", ROW | {"image": "a.png"})
+    write_rows("absent.jsonl", ROW | {"video": "gone.mp4", "tag": "V"})
+    write_rows("outside.jsonl", ROW | {"video": "../x.mp4", "tag": "V"})
     files = {
         "indented": "a:\n\t- 1\n",
         "open": "a: 1\nb: [1\nc: 2\n",
@@ -293,6 +347,10 @@ def mistakes(here, models):
         "map": "max_steps: {a: 1}\n",
         "key": "? [a]\n: 1\n",
         "typo": "num_generation: 4\n",
+        "weights_nan": "reward_weights: [1e0, .nan]\n",
+        "weights_0": "reward_weights: [0, 0.0]\n",
+        "weights_text": "reward_weights: [1, a]\n",
+        "texts": "run_name: 5\n",
     }
     for name, text in files.items():
         Path(f"{name}.yaml").write_text(text)
@@ -314,7 +372,8 @@ EVAL = [
     *[
         (options, message)
         for options, message in TRAIN
-        if [*options] == ["model_name_or_path"] and options["model_name_or_path"]
+        if [*options] == ["model_name_or_path"]
+        and options["model_name_or_path"] not in (None, "deaf", "mute", "no_template")
     ],
     ({"model_name_or_path": "text"}, "is a model of text alone (qwen2), which reads no media; supported are"),
     ({"judge": "mistaken_rewards:of_a_column"}, "--judge: the reward 'of_a_column' needs a column 'answer'"),
@@ -353,6 +412,12 @@ def test_a_wrong_evaluation(options, message, mistakes, monkeypatch, capsys):
     assert message in last
 
 
+@pytest.mark.parametrize("model", ["deaf", "mute", "no_template"])
+def test_an_evaluation_of_a_model_whose_template_does_not_ask(model, mistakes, capsys):
+    status, last = said(capsys, words("eval", ASK | {"model": model}))
+    assert status == 2 and "rows.jsonl, row 0: the model's chat template" in last
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -360,6 +425,7 @@ def test_a_wrong_evaluation(options, message, mistakes, monkeypatch, capsys):
         (["report", "."], "holds no run"),
         (["report", "rows.jsonl"], "rows.jsonl"),
         (["report", ".", "--otput", "x"], "unknown argument --otput; did you mean --output?"),
+        (["report", ".", "--output", "rows.jsonl"], "--output: rows.jsonl is there already and no report"),
         (["report", ".", "--thumbnails", "-1"], "--thumbnails must be 0 or more"),
         (["data", "hints", "--input", "nowhere.jsonl", "--output", "o.jsonl", "--model", "m"], "nowhere.jsonl"),
         (["data", "hints", "--input", "rows.jsonl", "--output", "o.txt", "--model", "m"], "o.txt"),
@@ -516,6 +582,16 @@ def test_a_full_disk_while_results_are_written(option, here, capsys):
     assert Path("/dev/full").is_char_device()
 
 
+def test_a_model_that_gives_no_numbers(here, models, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY, "nan")
+    weights = {name: weight * float("nan") for name, weight in load_file(TINY / "model.safetensors").items()}
+    save_file(weights, "nan/model.safetensors", metadata={"format": "pt"})
+    status, last = said(capsys, words("train", JOB | {"model_name_or_path": "nan"}))
+    assert status == 1 and "the model gives probabilities that are no numbers (inf or NaN): its weights" in last
+
+
 def test_errors_of_a_full_disk_are_known_by_their_number_and_their_words():
     inner = OSError(errno.ENOSPC, "No space left on device", "/data/x")
     outer = RuntimeError("while saving")
@@ -544,6 +620,35 @@ def test_an_adapter_and_a_whole_model_are_not_resumed_as_each_other(here, monkey
     ):
         status, last = said(capsys, words("train", JOB | again | options | {"output_dir": name}))
         assert status == 2 and message in last, last
+
+
+def test_a_run_is_not_resumed_with_another_optimizer_or_from_damaged_files(here, capsys):
+    job = JOB | {"output_dir": "run", "save_strategy": "steps", "save_steps": 1}
+    assert cli.main(words("train", job)) == 0
+    again = job | {"resume_from_checkpoint": "true", "max_steps": 2}
+    for options, message in (
+        ({"optim": "sgd"}, "checkpoint-1 has the state of another optimizer (optim)"),
+        ({"learning_rate": 0.5}, "learning_rate is 0.5, but run/checkpoint-1 was trained with 1e-06"),
+        ({"weight_decay": 0.5}, "weight_decay is 0.5, but run/checkpoint-1 was trained with 0.0"),
+        ({"freeze_vision": "true"}, "checkpoint-1 has the state of an optimizer for other parameters"),
+    ):
+        status, last = said(capsys, words("train", again | options))
+        assert status == 2 and message in last, last
+    for name in (
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "rollout_0.json",
+        "run_tally.json",
+    ):
+        file = Path("run/checkpoint-1", name)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        status, last = said(capsys, words("train", again | {"resume_from_checkpoint": "run/checkpoint-1"}))
+        assert status == 2 and f"run/checkpoint-1/{name} is damaged" in last, last
+        file.write_bytes(whole)
+    assert cli.main(words("train", again | {"optim": "adamw_torch"})) == 0
 
 
 # The Hub
@@ -655,3 +760,34 @@ def test_a_device_keeps_its_place(tmp_path):
     write_atomically(tmp_path / "pipe", "text")
     assert os.read(reader, 10) == b"text" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+# From Python
+
+
+def test_what_is_no_argument_of_a_trainer(here):
+    from datasets import Dataset, DatasetDict
+
+    from maple_trl import MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
+
+    options = {"output_dir": "out", "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
+    options |= {"use_cpu": True, "bf16": False, "report_to": []}
+    rows = Dataset.from_list([ROW] * 2)
+
+    def reward(completions, **_):
+        return [0.0] * len(completions)
+
+    def make(model=str(TINY), rewards=reward, data=rows, kind=OmniGRPOConfig):
+        return OmniGRPOTrainer(model, rewards, kind(**options), data)
+
+    for wrong, message in (
+        ({"model": torch.nn.Linear(1, 1)}, "model must be a model of transformers, a folder or a Hub id, got Linear"),
+        ({"model": None}, "model must be a model of transformers"),
+        ({"rewards": "accuracy_reward"}, "pass maple_trl.rewards.accuracy_reward itself"),
+        ({"rewards": 5}, "the reward 5 is no function but int"),
+        ({"data": DatasetDict(train=rows)}, "train_dataset holds several splits \\(train\\); pass one of them"),
+        ({"data": rows.select([])}, "train_dataset holds no row"),
+        ({"kind": MAPOConfig}, "args is MAPOConfig, whose own options have no effect"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            make(**wrong)

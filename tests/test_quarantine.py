@@ -194,7 +194,8 @@ def test_evaluation_counts_unusable_questions_apart(folder):
 
 def test_nothing_left_is_an_error_that_counts(folder):
     with pytest.raises(
-        ValueError, match=r"train_dataset: no usable row is left: 2 rows quarantined \(1 empty-file, 1 not-media\)"
+        ValueError,
+        match=r"train_dataset: no usable row is left: 2 rows quarantined \(1 empty-file, 1 not-media; first empty.mp4",
     ):
         build_trainer(folder, rows("empty.mp4", "text.mp4"))
 

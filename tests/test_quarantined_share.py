@@ -57,7 +57,7 @@ def rows(folder, count, broken, start=0):
 )
 def test_the_share_is_judged_before_the_run(folder, count, broken, limit, stops):
     data = rows(folder, count, set(range(broken)))
-    trainer = build_trainer(folder, data, max_quarantined_share=limit, max_steps=0, output_dir=str(folder / "run"))
+    trainer = build_trainer(folder, data, max_quarantined_share=limit, max_steps=-1, output_dir=str(folder / "run"))
     if not stops:
         assert trainer.too_many_quarantined() is None
         return

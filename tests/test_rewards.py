@@ -345,7 +345,7 @@ def naive_choice(answer, options):
 )
 def test_choices_against_all_ways_written_out(options, one, other, form):
     answer = form.format("ABCD"[one], options[one], "ABCD"[other], options[other]).strip()
-    expected = naive_choice(answer, options)
+    expected = "ABCD"[one] if form == "{0}, {2}" and one == other else naive_choice(answer, options)
     assert chosen_option(answer, option_texts(options)) == expected
 
 

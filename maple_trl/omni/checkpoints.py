@@ -25,6 +25,7 @@ _WAIT = 5.0
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_JSON = (*_TOKENIZERS, *_PROCESSORS, "added_tokens.json", "special_tokens_map.json")  # read with the processor
 _SHOWN = 6  # files of a folder that an error lists
 _ELSEWHERE = ("subfolder", "variant", "gguf_file", "state_dict", "config")  # arguments by which other files are read
 
@@ -70,7 +71,7 @@ def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # the config's class checks its fields, each library with errors of its own
         kind = _model_type(name)
         if kind is not None:
             raise CheckpointError(
@@ -107,6 +108,12 @@ def _check_folder(folder: Path) -> None:
         found = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config} is damaged: it is no JSON ({error}); copy it again") from error
+    for path in sorted(folder.glob("*.json")):
+        if path.name in _JSON:
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); copy it again") from error
     if not isinstance(found, dict) or "model_type" not in found:
         raise CheckpointError(f"{config} does not say which model it is of: it has no model_type")
 

@@ -81,6 +81,10 @@ def _message(message: Any, content: Content) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RowError(f"field 'prompt' holds {message!r}, which is not a message with 'role' and 'content'")
     said = message.get("content")
+    if said is None and message["role"] in ("user", "system"):  # of a table, a message with another key has no content
+        raise RowError(
+            f"field 'prompt' has a message of the {message['role']} without 'content': {dict(message)!r:.200}"
+        )
     rest = {name: value for name, value in message.items() if name != "content" and value is not None}
     blocks = [{"type": "text", "text": said}] if isinstance(said, str) else said or []
     if not isinstance(blocks, list) or not all(isinstance(block, Mapping) for block in blocks):

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
     GenerationConfig,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
@@ -38,6 +40,17 @@ logger = logging.getLogger(__name__)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 """What a checkpoint's generation config may decide."""
 
+
+def _check_count(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number of tokens, got {value!r}")
+
+
+def _check_tokens(value: Any, name: str) -> None:
+    if isinstance(value, str) or not (isinstance(value, Sequence) and all(type(token) is int for token in value)):
+        raise ValueError(f"{name} must be a list of ids of tokens, got {value!r}")
+
+
 # What applies an option, and refuses a wrong value, with the values by which it is off.
 _PROCESSORS = {
     "top_k": (TopKLogitsWarper, (0,)),
@@ -50,11 +63,35 @@ _PROCESSORS = {
     "repetition_penalty": (RepetitionPenaltyLogitsProcessor, (1, 1.0)),
     "no_repeat_ngram_size": (NoRepeatNGramLogitsProcessor, (0,)),
     "sequence_bias": (SequenceBiasLogitsProcessor, ()),
+    "bad_words_ids": (NoBadWordsLogitsProcessor, ()),
+    "exponential_decay_length_penalty": (lambda value: ExponentialDecayLengthPenalty(value, 0, 0), ()),
+    "min_length": (partial(_check_count, name="min_length"), ()),
+    "min_new_tokens": (partial(_check_count, name="min_new_tokens"), ()),
+    "suppress_tokens": (partial(_check_tokens, name="suppress_tokens"), ()),
+    "begin_suppress_tokens": (partial(_check_tokens, name="begin_suppress_tokens"), ()),
 }
 
 # What `generate()` hands back is read as rows of tokens, of which one belongs to each prompt.
+_SAMPLED = "completions are sampled from the model, token by token and each by itself"
 _CLOSED = {
-    "num_beams": "completions are sampled from the model, each by itself",
+    "do_sample": _SAMPLED,
+    "num_beams": _SAMPLED,
+    "num_beam_groups": _SAMPLED,
+    "diversity_penalty": _SAMPLED,
+    "early_stopping": _SAMPLED,
+    "length_penalty": _SAMPLED,
+    "constraints": _SAMPLED,
+    "force_words_ids": _SAMPLED,
+    "penalty_alpha": _SAMPLED,
+    "dola_layers": _SAMPLED,
+    "guidance_scale": _SAMPLED,
+    "use_mtp": _SAMPLED,
+    "prompt_lookup_num_tokens": _SAMPLED,
+    "assistant_early_exit": _SAMPLED,
+    "token_healing": "it changes the prompt",
+    "encoder_repetition_penalty": "the models here have no encoder of text",
+    "encoder_no_repeat_ngram_size": "the models here have no encoder of text",
+    "decoder_start_token_id": "the models here have no encoder of text",
     "num_return_sequences": "each row takes one completion",
     "return_dict_in_generate": "completions are read as tokens",
     "output_scores": "completions are read as tokens",
@@ -65,7 +102,17 @@ _CLOSED = {
     "pad_token_id": "the tokenizer says which token pads",
     "bos_token_id": "the tokenizer says which token begins",
 }
-_NEUTRAL = {"num_beams": (None, 1), "num_return_sequences": (None, 1)}
+_NEUTRAL = {
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "num_return_sequences": (None, 1),
+    "length_penalty": (None, 1),
+    "diversity_penalty": (None, 0),
+    "guidance_scale": (None, 1),
+    "encoder_repetition_penalty": (None, 1),
+    "encoder_no_repeat_ngram_size": (None, 0),
+}
 
 
 def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, str], place: str) -> None:
@@ -99,7 +146,7 @@ def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, 
     try:
         GenerationConfig(**{"do_sample": True, **options})
         check_values(options)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{place}: {error}") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -292,13 +292,35 @@ class PromptBuilder:
                 "audio": [clip is not None and not interleaved for clip in audios],
             }
             subtitle_text = self.subtitle_template.replace("{subtitle}", subtitle) if subtitle else ""
-            text = self.family.processor.apply_chat_template(
-                place_blocks(text, own_place, subtitle_text),
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.chat_template_kwargs,
-            )
+            text = self._rendered(place_blocks(text, own_place, subtitle_text))
         return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
+
+    def check_template(self, spec: PromptSpec) -> None:
+        """
+        Does the chat template show what a row asks? Nothing is decoded for that.
+
+        Raises:
+            RowError: when it fails, or leaves the last message's text out.
+        """
+        if isinstance(spec.messages, str):
+            return
+        own_place = {"video": [True] * len(spec.videos), "audio": [not spec.interleaved] * len(spec.audios)}
+        text = self._rendered(place_blocks(spec.messages, own_place, ""))
+        asked = [block["text"].strip() for block in spec.messages[-1]["content"] if block["type"] == "text"]
+        lost = next((part for part in asked if part not in text), None)
+        if lost is not None:
+            raise RowError(
+                f"the model's chat template leaves out {lost!r:.100} of field 'prompt': it makes {text!r:.200} of it"
+            )
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self.family.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
+        except Exception as error:  # a template is a program of its own
+            told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise RowError(f"the model's chat template cannot show field 'prompt': {told}") from error
 
     def _clips(self, spec: PromptSpec) -> tuple[list[VideoClip], list[AudioClip | None]]:
         audios = [self._audio(*clip) for clip in spec.clips[len(spec.videos) :]]
@@ -380,6 +402,32 @@ class PromptBuilder:
                 "shortened, and that is not enough",
             )
         return kept
+
+
+def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Shows one row of each sequence of roles by the model's chat template, which may take only some.
+
+    Args:
+        prompts: the rows' field `prompt`. Rows that cannot be prompts are passed over.
+
+    Raises:
+        RowError: with the row's number, when the template fails or leaves the question out.
+    """
+    seen = set()
+    for number, prompt in enumerate(prompts):
+        roles = tuple(message.get("role") for message in prompt if isinstance(message, Mapping)) if prompt else ()
+        if not roles or roles in seen:
+            continue
+        try:
+            spec = builder.spec(rows[number])
+        except RowError:
+            continue
+        seen.add(roles)
+        try:
+            builder.check_template(spec)
+        except RowError as error:
+            raise RowError(f"row {number}: {error}") from error
 
 
 def _parse_tag(value: Any) -> ModalityTag:

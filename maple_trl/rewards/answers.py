@@ -72,6 +72,7 @@ _MARKED = re.compile(
     r"\[\(?([A-Za-z])[.)]?\]|\*\*\(?([A-Za-z])[.)]?\*\*|\\boxed ?\{\(?([A-Za-z])\)?\}|"
     r"(?:\b[Oo]ption|\b[Cc]hoice|[Aa]nswer(?: is|:)?|[选選]|答案[是为為]?:?) ?\(?([A-Z])(?![A-Za-z0-9_'])",
 )
+_PARTED = re.compile(r"[,;\[({*$`]")
 _BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
 _WORDS = re.compile(r"\w+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
@@ -274,7 +275,8 @@ def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | 
     The forms of [`option_letter`] count, but not where the text behind the letter names a second option (`B. or C.`,
     `(B) (C)`, `B. red, C. blue`). That is seen by the letters alone; with the options' texts it is certain: the text
     behind the letter may not hold another option's text, the letter must be one of theirs, and an option may also be
-    chosen by its text (case, white space and a full stop at the end do not matter).
+    chosen by its text (case, white space and a full stop at the end do not matter). One letter several times (`B, B`,
+    `[B] [B]`) is that letter.
 
     Args:
         answer (`str`):
@@ -290,13 +292,21 @@ def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | 
         named = [name for name, text in texts.items() if _plain(text) and _plain(text) == _plain(answer)]
         if len(named) == 1:
             return named[0]
-    read = _read_option(answer)
+    read = _repeated(answer) or _read_option(answer)
     if read is None or (texts and read[0] not in texts):
         return None
     letter, rest = read
     if not rest:
         return letter
     return None if (_contradicts(rest, letter, texts) if texts else _names_second_option(rest, letter)) else letter
+
+
+def _repeated(answer: str) -> tuple[str, str] | None:
+    """The letter of an answer that says nothing but one letter, several times, with commas or marks (`B, B`, `[B] [B]`)."""
+    answer = answer.translate(_WIDE)
+    letters = _letters(answer)
+    once = {letter.upper() for letter in letters}
+    return (once.pop(), "") if len(letters) > 1 == len(once) and _PARTED.search(answer) else None
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import numbers
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -42,7 +43,13 @@ def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> 
         RewardError: for a function that TRL's call does not fit, or that needs a column that is not there.
     """
     for reward in rewards:
-        if not callable(reward) or isinstance(reward, str) or hasattr(reward, "named_parameters"):
+        if isinstance(reward, str) and reward in sys.modules[__package__].__all__:
+            raise RewardError(
+                f"the reward {reward!r} is the name of a function: pass maple_trl.rewards.{reward} itself"
+            )
+        if reward is not None and not isinstance(reward, str) and not callable(reward):
+            raise RewardError(f"the reward {reward!r:.60} is no function but {type(reward).__name__}: {_FORM}")
+        if reward is None or isinstance(reward, str) or hasattr(reward, "named_parameters"):
             continue
         lacking = [column for column in required_columns(reward) if column not in columns]
         if lacking:

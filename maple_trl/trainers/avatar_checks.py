@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from torch import nn
 
 from maple_trl.algorithms import replayed_slots
+from maple_trl.data.hint_leaks import LEAKS, leaks_answer
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni.content import read_content
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.hinted_rows import HINT_COLUMN, has_hint, row_digest, with_hint
 
@@ -58,7 +61,13 @@ def check_hints(trainer: AvatarTrainer) -> None:
         )
     if not isinstance(dataset, Dataset):  # streamed rows are looked at when they come
         return
-    hinted = [i for i, hint in enumerate(dataset[HINT_COLUMN]) if has_hint({HINT_COLUMN: hint})]
+    hints = list(dataset[HINT_COLUMN])
+    odd = next((i for i, hint in enumerate(hints) if hint is not None and not isinstance(hint, str)), None)
+    if odd is not None:
+        raise RowError(
+            f"train_dataset, row {odd}: field {HINT_COLUMN!r} must be a text or empty, got {hints[odd]!r:.60}"
+        )
+    hinted = [i for i, hint in enumerate(hints) if has_hint({HINT_COLUMN: hint})]
     if not hinted:
         raise ValueError(f"hints=True, but every {HINT_COLUMN!r} of train_dataset is empty")
     for i in hinted:
@@ -68,6 +77,38 @@ def check_hints(trainer: AvatarTrainer) -> None:
                 trainer.prompt_builder.spec(row)
         except RowError as error:
             raise RowError(f"train_dataset, row {i}, with its field {HINT_COLUMN!r}: {error}") from error
+    _tell_of_leaks(trainer, hinted)
+
+
+def _tell_of_leaks(trainer: AvatarTrainer, hinted: Sequence[int]) -> None:
+    """Warns of hints that give the answer away: they are the user's own, `maple-trl data hints` writes none such."""
+    dataset = trainer.train_dataset
+    if "solution" not in dataset.column_names or not trainer.accelerator.is_main_process:
+        return
+    found = {}
+    for i in hinted:
+        row = dataset[i]
+        why = leaks_answer(row[HINT_COLUMN], _asked(row["prompt"]), row["solution"])
+        if why not in (None, "empty", "too-long") and row["solution"] is not None:
+            found[i] = LEAKS[why]
+    if found:
+        first = next(iter(found))
+        logger.warning(
+            "train_dataset: the hints of %d rows reveal the answer, so that what is learnt with them is to copy it; first row "
+            "%d: %s",
+            len(found),
+            first,
+            found[first],
+        )
+
+
+def _asked(prompt: Any) -> str:
+    """The text of the last user message."""
+    messages = read_content(prompt).messages
+    if isinstance(messages, str):
+        return messages
+    last = next((message for message in reversed(messages) if message["role"] == "user"), {"content": []})
+    return "\n".join(block["text"] for block in last["content"] if block["type"] == "text")
 
 
 def check_places(trainer: AvatarTrainer) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -23,12 +25,15 @@ _NO_BF16 = (
     "--dtype float32 (in a file: use_cpu: true, bf16: false, dtype: float32)"
 )
 # Fields of TRL and transformers whose wrong values would be noticed late or by nobody: the least value, and whether it may
-# be reached.
-_LEAST = {
+# be reached, and the greatest one.
+_RANGES = {
     "per_device_train_batch_size": (1, True),
     "per_device_eval_batch_size": (1, True),
     "gradient_accumulation_steps": (1, True),
     "num_generations": (1, True),
+    "num_generations_eval": (1, True),
+    "generation_batch_size": (1, True),
+    "steps_per_generation": (1, True),
     "num_iterations": (1, True),
     "max_completion_length": (1, True),
     "num_train_epochs": (0, False),
@@ -37,9 +42,26 @@ _LEAST = {
     "max_grad_norm": (0, True),
     "beta": (0, True),
     "epsilon": (0, True),
-    "seed": (0, True),
+    "epsilon_high": (0, True),
+    "delta": (0, False),
+    "top_entropy_quantile": (0, True, 1),
+    "sapo_temperature_pos": (0, False),
+    "sapo_temperature_neg": (0, False),
+    "neftune_noise_alpha": (0, True),
+    "seed": (0, True, 2**32 - 1),
+    "data_seed": (0, True, 2**32 - 1),
     "logging_steps": (0, True),
+    "save_steps": (0, False),
+    "eval_steps": (0, False),
+    "dataloader_num_workers": (0, True),
+    "pad_to_multiple_of": (1, True),
 }
+_MAPPINGS = (
+    *("generation_kwargs", "chat_template_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs"),
+    "lr_scheduler_kwargs",
+)
+# What a prompt is rendered with, whatever the user says.
+_OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
 
 def _check_numbers(config: object) -> None:
@@ -47,12 +69,31 @@ def _check_numbers(config: object) -> None:
     Raises:
         ValueError: for a number out of range, naming the field.
     """
-    for name, (least, reached) in _LEAST.items():
+    for name, (least, reached, *most) in _RANGES.items():
         value = getattr(config, name, None)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not (math.isfinite(value) and (value >= least if reached else value > least)):
             raise ValueError(f"{name} must be {'at least' if reached else 'above'} {least}, got {value}")
+        if most and value > most[0]:
+            raise ValueError(f"{name} must be at most {most[0]}, got {value}")
+    steps = getattr(config, "max_steps", -1)
+    if isinstance(steps, int | float) and steps < 1 and steps != -1:  # the library would take epochs for it, silently
+        raise ValueError(f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {steps}")
+
+
+def _check_mappings(config: object) -> None:
+    """
+    Raises:
+        ValueError: for a mapping of further options that is none, or that sets what the trainer itself sets.
+    """
+    for name in _MAPPINGS:
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f'{name} must be a mapping of names to values, e.g. {{"name": 1}}, got {value!r}')
+    own = [name for name in getattr(config, "chat_template_kwargs", None) or {} if name in _OF_RENDERING]
+    if own:
+        raise ValueError(f"chat_template_kwargs: {own[0]} cannot be set; it takes what the model's template knows")
 
 
 @dataclass
@@ -191,6 +232,7 @@ class MediaConfig:
             if "bf16" in str(error) and getattr(self, "bf16", None):
                 raise ValueError(_NO_BF16) from error
             raise
+        _check_mappings(self)
         self._check_choice("modality_access", ("required", "all"))
         self._check_choice("media_check", ("probe", "none"))
         self._check_choice("media_backend", ("auto", "pyav", "torchcodec"))
@@ -207,6 +249,8 @@ class MediaConfig:
         for name in ("encoder_cache_bytes", "encoder_cache_disk_bytes", "media_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.encoder_cache_dir is not None and os.path.isfile(self.encoder_cache_dir):
+            raise ValueError(f"encoder_cache_dir: {self.encoder_cache_dir} is a file; name a folder")
         if not 0 <= self.max_quarantined_share <= 1:
             raise ValueError(f"max_quarantined_share must be between 0 and 1, got {self.max_quarantined_share}")
         self.media_limits()

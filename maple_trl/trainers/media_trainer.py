@@ -29,7 +29,7 @@ from maple_trl.run_folder import holds_evaluation, named, run_results
 from maple_trl.trainers.media_config import MediaConfig
 from maple_trl.trainers.quarantine import Ranks, write_quarantine
 from maple_trl.trainers.quarantine_callback import QuarantineCallback
-from maple_trl.trainers.resume_checks import check_parts, find_checkpoint
+from maple_trl.trainers.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.rollout_state import ResumeError, check_geometry, last_complete_checkpoint, load_rows
 from maple_trl.trainers.rows import RowEncoder
 from maple_trl.trainers.run_errors import NoStepError, TooManyQuarantinedError
@@ -293,6 +293,20 @@ class MediaTrainer:
             logger.warning("%s: no step was left to make", resume_from_checkpoint)
         return output
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self.optimizer
+        comparable = checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        made = options_of(optimizer.param_groups) if comparable else []
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError) as error:
+            raise ResumeError(
+                f"{checkpoint} has the state of an optimizer for other parameters ({error}): resume with the optim, frozen "
+                "parts and adapters with which the run began"
+            ) from error
+        if comparable:
+            check_optimizer(checkpoint, made, options_of(optimizer.param_groups))
+
     def _amount_of_data(self) -> str:
         size = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
         return "train_dataset is a stream that gave too few rows" if size is None else f"train_dataset has {size} rows"
@@ -416,8 +430,11 @@ def load_parts(
     The model and its processor, loaded where they are not given.
 
     Raises:
+        TypeError: for something that is no model of transformers.
         ValueError: when there is no processor, and the model does not know where it came from.
     """
+    if not isinstance(model, str) and not (isinstance(model, nn.Module) and hasattr(unwrap(model), "config")):
+        raise TypeError(f"model must be a model of transformers, a folder or a Hub id, got {type(model).__name__}")
     name = model if isinstance(model, str) else unwrap(model).config._name_or_path
     if isinstance(model, str):
         set_seed(seed)
@@ -441,6 +458,10 @@ def own_config(args: Any, config_class: type, model: str | nn.Module, trainer: s
         args = config_class(f"{name.rstrip('/').split('/')[-1]}-{trainer.replace(' ', '-')}")
     if not isinstance(args, config_class):
         raise TypeError(f"args must be of type {config_class.__name__}, got {type(args).__name__}")
+    if type(args) is not config_class and type(args).__module__.startswith("maple_trl.trainers."):
+        raise TypeError(
+            f"args is {type(args).__name__}, whose own options have no effect in the trainer of {config_class.__name__}"
+        )
     return copy.copy(args)
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -73,7 +73,8 @@ class RowRegistry:
         dataset: rows with the columns that [`PromptBuilder`] reads.
         name: how errors call the data set.
         probe: look at every media file once (headers; subtitles whole) and quarantine rows whose files cannot be used.
-            The ranks share the work and its result, so that all train on the same rows.
+            The ranks share the work and its result, so that all train on the same rows. `"paths"`: see whether the files
+            are there, and say nothing of those that are not.
 
     Raises:
         RowError: for the first row that cannot be a prompt, with its number and field.
@@ -85,15 +86,18 @@ class RowRegistry:
         dataset: Dataset,
         builder: PromptBuilder,
         name: str = "train_dataset",
-        probe: bool = True,
+        probe: bool | Literal["paths"] = True,
         progress: bool = True,
         ranks: Ranks | None = None,
     ):
         self.dataset = dataset
+        self.opens = probe != "paths"
         self.builder = builder
         self.name = name
         self.ranks = ranks or Ranks()
         self.quarantined: dict[str, QuarantinedPrompt] = {}
+        if not len(dataset):
+            raise ValueError(f"{name} holds no row")
         specs = []
         for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=not progress, leave=False)):
             try:
@@ -112,7 +116,7 @@ class RowRegistry:
         self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
         self._rows_seen = 0
         if len(self.left_out) == len(self._keys):
-            raise ValueError(f"{name}: no usable row is left: {self.summary()}")
+            raise ValueError(self._none_left())
 
     def _probe(self, specs: dict[str, PromptSpec], progress: bool) -> None:
         media = {clip for spec in specs.values() for clip in spec.clips}
@@ -123,6 +127,9 @@ class RowRegistry:
             """The file and the part of it that is asked for, what is wrong, and whether it has pictures and sound."""
             file, request = clip
             try:
+                if not self.opens:
+                    self.builder.loader.resolve(file)
+                    return clip, None, True, True
                 if request is not None:
                     info = self.builder.loader.probe(file, request=request)
                     return clip, None, info.has_video, info.has_audio
@@ -161,6 +168,8 @@ class RowRegistry:
             return
         rows = self._rows_of[key]
         self.quarantined[key] = QuarantinedPrompt(self.name, rows, key, error.reason, error.path, error.detail)
+        if not self.opens:
+            return
         if len(self.quarantined) <= _SPOKEN:
             logger.warning("%s, row %d is quarantined: %s", self.name, rows[0], error)
         elif len(self.quarantined) == _SPOKEN + 1:
@@ -179,8 +188,15 @@ class RowRegistry:
         order = [*range(start + 1, len(self._keys)), *range(start)]
         usable = [i for i in order if self._keys[i] not in self.quarantined]
         if not usable:
-            raise ValueError(f"{self.name}: no usable row is left: {self.summary()}")
+            raise ValueError(self._none_left())
         return self.dataset[next((i for i in usable if self._tags[i] == self._tags[start]), usable[0])]
+
+    def _none_left(self) -> str:
+        count = self.reasons().total()
+        return (
+            f"{self.name}: no usable row is left: {count} rows quarantined {self.reasons_and_files()}; media are looked for "
+            f"below media_root, {self.builder.loader.root}"
+        )
 
     def row_number(self, key: str) -> int:
         """The first row with this prompt, counted from 0."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from maple_trl.trainers.rollout_state import ResumeError, is_complete, last_complete_checkpoint
 
@@ -40,8 +46,14 @@ def check_parts(checkpoint: str, rank: int, world: int) -> None:
     Holds a checkpoint against what a run needs to go on with: weights, optimizer, learning-rate schedule, random numbers.
 
     Raises:
-        ResumeError: naming what it lacks.
+        ResumeError: naming what it lacks, or a file that is damaged.
     """
+    for name in sorted(os.listdir(checkpoint)):
+        reason = _damage(os.path.join(checkpoint, name))
+        if reason is not None:
+            raise ResumeError(
+                f"resume_from_checkpoint: {os.path.join(checkpoint, name)} is damaged: {reason}. Resume from another checkpoint"
+            )
     lacking = missing_parts(checkpoint, rank, world)
     if not lacking:
         return
@@ -50,6 +62,25 @@ def check_parts(checkpoint: str, rank: int, world: int) -> None:
         "without a word as another one. Resume from a whole checkpoint; to train on from these weights alone, with a new "
         f"optimizer and schedule, begin a new run: model_name_or_path={checkpoint} and another output_dir"
     )
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with a file that was not written to its end, as far as its form tells; `None` for a whole one."""
+    suffix = os.path.splitext(path)[1]
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return None
+    try:
+        if suffix == ".json":
+            with open(path, encoding="utf-8") as file:
+                json.load(file)
+        elif suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            return "it has no end"
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
+    return None
 
 
 def missing_parts(checkpoint: str, rank: int, world: int) -> list[str]:
@@ -92,3 +123,40 @@ def _why(checkpoint: str, world: int) -> str:
         wrote = "one process" if len(states) == 1 else f"{len(states)} processes"
         return f"; it has random numbers of {wrote}, and this run has {world}"
     return ""
+
+
+_OPTIONS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2"}
+_OPTIONS |= {"eps": "adam_epsilon", "momentum": "optim_args: momentum"}
+
+
+def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What an optimizer's parameter groups say besides parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+def check_optimizer(checkpoint: str, made: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Holds the options of a run's optimizer against those that a checkpoint's state has put in their place.
+
+    Args:
+        made: as of [`options_of`], before the state was loaded.
+        loaded: and after.
+
+    Raises:
+        ResumeError: when they are those of another kind of optimizer, or one that the user set would have no effect.
+    """
+    for before, now in zip(made, loaded, strict=True):
+        if not set(before) <= set(now):
+            raise ResumeError(
+                f"{checkpoint} has the state of another optimizer (optim): resume with the one it was made with"
+            )
+        for name, option in _OPTIONS.items():
+            if name in before and _plain(before[name]) != _plain(now[name]):
+                raise ResumeError(
+                    f"{option} is {before[name]}, but {checkpoint} was trained with {now[name]}, which the optimizer's state "
+                    "brings back: resume with that"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return [float(item) for item in value] if isinstance(value, Sequence) else float(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -54,13 +54,9 @@ class RowEncoder:
             RowError: for the first row that cannot be a prompt.
             ValueError: for image columns, or when no row is usable.
         """
+        if isinstance(dataset, Mapping):
+            raise ValueError(f"{name} holds several splits ({', '.join(dataset)}); pass one of them")
         columns = getattr(dataset, "column_names", None) or []
-        images = sorted({"image", "images"} & set(columns))
-        if images:
-            raise ValueError(
-                f"{name}, column {images[0]!r}: omni prompts hold video, audio and subtitles. Give an image as a one-frame "
-                "video, or drop the column."
-            )
         check_spelling(columns, name)
         dataset = as_paths(dataset)
         if not isinstance(dataset, Dataset):
@@ -152,20 +148,34 @@ class RowEncoder:
 _QUESTIONS = ("question", "problem", "query", "instruction", "input", "prompts", "messages", "conversations")
 
 
+_SUFFIX = re.compile(r"(?<=video|audio)s?(path|file|filename|url)?s?$|(?<=subtitle)s?(path|file|filename|url)?s?$")
+
+
+def _bare(column: str) -> str:
+    """The name of a column without what is not of its meaning: `Video_Paths` as `video`."""
+    return _SUFFIX.sub("", re.sub(r"[\W_]", "", column.lower()))
+
+
 def check_spelling(columns: Sequence[str], name: str) -> None:
     """
     Checks the names of the columns that are read. A misspelt media column would be left unread, and the run would train
-    on text alone.
+    on text alone; so would a column of images.
 
     Raises:
-        ValueError: with the column to rename.
+        ValueError: with the column to rename or to drop.
     """
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(
+            f"{name}, column {images[0]!r}: omni prompts hold video, audio and subtitles. Give an image as a one-frame "
+            "video, or drop the column."
+        )
     if columns and "prompt" not in columns:
         asked = next((other for other in _QUESTIONS if other in columns), None)
         advice = f"rename {asked!r} to 'prompt'" if asked else "a prompt is a text, or messages with role and content"
         raise ValueError(f"{name} has no column 'prompt'; its columns: {', '.join(columns)}; {advice}")
-    for column in ("video", "audio", "subtitle"):
-        alike = [other for other in columns if re.sub(r"[\W_]", "", other.lower()).removesuffix("s") == column]
+    for column in ("video", "audio", "subtitle", "tag", "audio_in_video"):
+        alike = [other for other in columns if _bare(other) == column.replace("_", "")]
         if alike and column not in columns:
             raise ValueError(
                 f"{name} has the column {alike[0]!r}, which is not read, and no column {column!r}: rename it to "
