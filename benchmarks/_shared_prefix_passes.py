@@ -14,10 +14,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
 from maple_trl.omni.families.base import OmniFamily
-from maple_trl.omni.packed_attention import install
+from maple_trl.omni.prefix.packed_attention import install
+from maple_trl.omni.prefix.shared_prefill import share_prefill
+from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
 from maple_trl.omni.serving import serve_media
-from maple_trl.omni.shared_prefill import share_prefill
-from maple_trl.omni.shared_prefix import pack, packed_forward
 from maple_trl.omni.towers import TowerCache, run_tower
 
 

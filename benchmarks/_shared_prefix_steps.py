@@ -15,8 +15,8 @@ from torch import Tensor
 from maple_trl.data.tiny_omni import build_processor
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.lora import freeze
-from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
-from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
 
 
 BASELINES = ("trl", "rows")

@@ -51,12 +51,12 @@ from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.data.tiny_omni import target_text
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.sampled import choose_questions
-from maple_trl.job_args import parse_args as parse_job
+from maple_trl.jobs.options import parse_args as parse_job
 from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import accuracy_reward
 from maple_trl.train import build_trainer
-from maple_trl.trainers.omni_sft import OmniSFTTrainer
-from maple_trl.trainers.omni_sft_config import OmniSFTConfig
+from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "tiny"

@@ -31,10 +31,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maple_trl.evaluation import evaluation_results
-from maple_trl.evaluation.eval_store import LINES as EVALUATION_LINES
 from maple_trl.modalities import ModalityTag
+from maple_trl.records.evaluations import LINES as EVALUATION_LINES
+from maple_trl.records.rollouts import ROLLOUTS, write_rollout
 from maple_trl.reports import write_report
-from maple_trl.reports.rollout_files import ROLLOUTS, write_rollout
 
 
 TAGS = [str(tag) for tag in ModalityTag]

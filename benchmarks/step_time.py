@@ -58,9 +58,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from maple_trl.data.daily_omni import load_daily_omni
 from maple_trl.data.tiny_omni import build_model, build_processor
-from maple_trl.omni.workers import WORKERS, close_decoders
-from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
-from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.omni.media.workers import WORKERS, close_decoders
+from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
 
 
 SIDES = ("naive", "ours")

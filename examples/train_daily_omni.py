@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from maple_trl.data.daily_omni import load_daily_omni
-from maple_trl.job_args import OmniModelConfig
+from maple_trl.jobs.options import OmniModelConfig
 from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import accuracy_reward, format_reward
 from maple_trl.train import choose_parameters, load_model_and_processor
-from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
-from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
 
 
 @dataclass

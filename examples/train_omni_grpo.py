@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from maple_trl.evaluation import sampled_accuracy
-from maple_trl.job_args import parse_args, trainer_class
+from maple_trl.jobs.options import parse_args, trainer_class
 from maple_trl.rewards import accuracy_reward
 from maple_trl.train import (
     checkpoint_to_resume,

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AvatarConfig": "maple_trl.trainers.avatar_config",
-    "AvatarTrainer": "maple_trl.trainers.avatar",
-    "MAPOConfig": "maple_trl.trainers.mapo_config",
-    "MAPOTrainer": "maple_trl.trainers.mapo",
+    "AvatarConfig": "maple_trl.trainers.avatar.config",
+    "AvatarTrainer": "maple_trl.trainers.avatar.trainer",
+    "MAPOConfig": "maple_trl.trainers.mapo.config",
+    "MAPOTrainer": "maple_trl.trainers.mapo.trainer",
     "Modality": "maple_trl.modalities",
     "ModalityTag": "maple_trl.modalities",
-    "OmniGRPOConfig": "maple_trl.trainers.omni_grpo_config",
-    "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo",
-    "OmniSFTConfig": "maple_trl.trainers.omni_sft_config",
-    "OmniSFTTrainer": "maple_trl.trainers.omni_sft",
+    "OmniGRPOConfig": "maple_trl.trainers.omni_grpo.config",
+    "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo.trainer",
+    "OmniSFTConfig": "maple_trl.trainers.omni_sft.config",
+    "OmniSFTTrainer": "maple_trl.trainers.omni_sft.trainer",
 }
 __all__ = [
     "AvatarConfig",
@@ -35,22 +40,104 @@ __all__ = [
 
 if TYPE_CHECKING:
     from maple_trl.modalities import Modality, ModalityTag
-    from maple_trl.trainers.avatar import AvatarTrainer
-    from maple_trl.trainers.avatar_config import AvatarConfig
-    from maple_trl.trainers.mapo import MAPOTrainer
-    from maple_trl.trainers.mapo_config import MAPOConfig
-    from maple_trl.trainers.omni_grpo import OmniGRPOTrainer
-    from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
-    from maple_trl.trainers.omni_sft import OmniSFTTrainer
-    from maple_trl.trainers.omni_sft_config import OmniSFTConfig
+    from maple_trl.trainers.avatar.config import AvatarConfig
+    from maple_trl.trainers.avatar.trainer import AvatarTrainer
+    from maple_trl.trainers.mapo.config import MAPOConfig
+    from maple_trl.trainers.mapo.trainer import MAPOTrainer
+    from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+    from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
+    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
+
+# Modules that had another name before; it goes on leading to them.
+_MOVED = {
+    "eval_job": "jobs.evaluate",
+    "eval_judge": "jobs.scoring",
+    "eval_models": "jobs.models",
+    "evaluation.clip_intervals": "metrics.clip_intervals",
+    "evaluation.clips": "metrics.clips",
+    "evaluation.eval_identity": "evaluation.identity",
+    "evaluation.eval_options": "evaluation.options",
+    "evaluation.eval_results": "evaluation.results",
+    "evaluation.eval_sampling": "evaluation.sampling",
+    "evaluation.eval_store": "records.evaluations",
+    "evaluation.gaps": "metrics.gaps",
+    "evaluation.hf_metrics": "metrics.hf_metrics",
+    "evaluation.intervals": "metrics.intervals",
+    "evaluation.lmms_bridge": "integrations.lmms_bridge",
+    "evaluation.lmms_model": "integrations.lmms_model",
+    "evaluation.metrics": "metrics.accuracy",
+    "evaluation.plots": "reports.plots",
+    "evaluation.significance": "metrics.significance",
+    "evaluation.spread": "metrics.spread",
+    "job_args": "jobs.options",
+    "job_checks": "jobs.checks",
+    "job_data": "jobs.data",
+    "job_rewards": "jobs.rewards",
+    "job_tables": "jobs.tables",
+    "reports.rollout_files": "records.rollouts",
+    "trainers.avatar_checks": "trainers.avatar.checks",
+    "trainers.avatar_config": "trainers.avatar.config",
+    "trainers.avatar_metrics": "trainers.avatar.metrics",
+    "trainers.avatar_state": "trainers.avatar.state",
+    "trainers.mapo_config": "trainers.mapo.config",
+    "trainers.omni_grpo_config": "trainers.omni_grpo.config",
+    "trainers.omni_sft_config": "trainers.omni_sft.config",
+    "trainers.rollout_state": "trainers.common.checkpoint",
+    "trainers.tracking_callback": "integrations.tracking",
+    "trainers.trl_bridge": "trainers.common.trl_compat",
+}
+# Into a folder, under the same name.
+_INTO_FOLDERS = (
+    ("", "jobs", "declared stages"),
+    ("", "records", "run_folder"),
+    ("omni", "omni.media", "clips containers decode decoder_process formats sampling subtitles tasks wire"),
+    ("omni", "omni.media", "workers"),
+    ("omni", "omni.prefix", "growing_cache packed_attention shared_prefill shared_prefix sharing"),
+    ("trainers", "trainers.avatar", "gradient_terms hinted_rows replay_memory rounds"),
+    ("trainers", "trainers.common", "learning_checks lookahead media_config media_trainer quarantine"),
+    ("trainers", "trainers.common", "quarantine_callback resume_checks rollout_clock rollout_log rows run_errors"),
+    ("trainers", "trainers.common", "run_summary stratified_sampler tag_metrics updates"),
+    ("trainers", "trainers.mapo", "zero_shot"),
+)
+_MOVED |= {
+    f"{before}.{name}".lstrip("."): f"{now}.{name}" for before, now, names in _INTO_FOLDERS for name in names.split()
+}
 
 
-def __getattr__(name: str) -> Any:
-    # Imported when first used: torch and TRL take seconds, which `maple-trl --help` should not.
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class _FormerNames(MetaPathFinder, Loader):
+    """Finds a module under the name that it had before: the same object, not a second one."""
+
+    def __init__(self, moved: dict[str, str]):
+        self.moved = {f"{__name__}.{before}": f"{__name__}.{now}" for before, now in moved.items()}
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in self.moved else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self.moved[spec.name])
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__.loader_state  # its own, which the import system has just replaced
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+sys.meta_path.insert(0, _FormerNames(_MOVED))
+
+
+def lazy_names(package: str, places: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """
+    `__getattr__` and `__dir__` of a package whose names are imported when they are first used: torch and TRL take seconds,
+    which `maple-trl --help` should not.
+    """
+
+    def get(name: str) -> Any:
+        if name in places:
+            return getattr(importlib.import_module(places[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get, lambda: sorted([*vars(sys.modules[package]), *places])
+
+
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

@@ -26,7 +26,7 @@ from maple_trl.data.tiny_omni import build_model, build_processor, target_text
 from maple_trl.evaluation.sampled import sampled_accuracy
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
 from maple_trl.omni.families import OmniFamily, family_for
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import accuracy_reward, format_reward

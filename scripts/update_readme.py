@@ -6,7 +6,7 @@ Puts the tables that the code knows into README.md.
 
 from pathlib import Path
 
-from maple_trl.omni.formats import markdown_table
+from maple_trl.omni.media.formats import markdown_table
 
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 
-PROGRAM = b"maple_trl.omni.decoder_process"
+PROGRAM = b"maple_trl.omni.media.decoder_process"
 
 
 def decoders(parent: int | None = None) -> list[int]:

@@ -14,9 +14,9 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
-from maple_trl.trainers.avatar_state import provenance
-from maple_trl.trainers.hinted_rows import row_digest
-from maple_trl.trainers.rollout_state import ResumeError
+from maple_trl.trainers.avatar.hinted_rows import row_digest
+from maple_trl.trainers.avatar.state import provenance
+from maple_trl.trainers.common.checkpoint import ResumeError
 
 
 pytestmark = pytest.mark.slow

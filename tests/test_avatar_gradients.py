@@ -21,7 +21,7 @@ from maple_trl import AvatarConfig, AvatarTrainer
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.serving import serve_media
-from maple_trl.trainers.omni_grpo import PROMPTS_KEY
+from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from test_mapo_resume import per_step, same
 
 from maple_trl import cli
 from maple_trl.omni.loading import load_model, load_processor
-from maple_trl.trainers.rollout_state import ResumeError
+from maple_trl.trainers.common.checkpoint import ResumeError
 
 
 pytestmark = pytest.mark.slow

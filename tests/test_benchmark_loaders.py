@@ -30,9 +30,9 @@ from maple_trl.data.benchmarks.options import FormError, read_letter, read_optio
 from maple_trl.data.daily_omni import load_daily_omni
 from maple_trl.data.synthetic import make_tone
 from maple_trl.omni.families.base import family_for
-from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.prompt import PromptBuilder
-from maple_trl.omni.sampling import MediaLimits
 from maple_trl.rewards import accuracy_reward
 
 

@@ -15,9 +15,12 @@ import pytest
 from rich.console import Console
 
 from maple_trl import cli, train
-from maple_trl.doctor import print_report
-from maple_trl.evaluation import report
-from maple_trl.job_args import OmniModelConfig, OmniScriptArguments, SetupError, parse_args
+from maple_trl.cli.env import print_report
+from maple_trl.files import _umask, write_atomically
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import OmniModelConfig, OmniScriptArguments, parse_args
+from maple_trl.records.metrics_log import write_metrics
+from maple_trl.records.summary import print_summary
 from maple_trl.train import load_datasets, load_rewards
 
 
@@ -311,17 +314,17 @@ def test_checkpoint_to_resume(tmp_path):
 
 def test_files_are_replaced_as_a_whole(tmp_path):
     path = tmp_path / "deep" / "summary.json"
-    report.write_atomically(path, "old")
+    write_atomically(path, "old")
     with pytest.raises(TypeError):
-        report.write_atomically(path, b"no text")
+        write_atomically(path, b"no text")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~report._umask()
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
 def test_metrics_are_strict_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    report.write_metrics([{"step": 1, "reward": math.nan, "more": [math.inf, 2]}, {"step": 2}], path)
+    write_metrics([{"step": 1, "reward": math.nan, "more": [math.inf, 2]}, {"step": 2}], path)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert rows == [{"step": 1, "reward": None, "more": [None, 2]}, {"step": 2}]
 
@@ -330,7 +333,7 @@ def test_summary_table(monkeypatch, capsys):
     monkeypatch.setattr("rich.console.Console", lambda: Console(width=100, file=sys.stdout))
     before, after = {"all": 0.5, "V": 0.25, "VAS": 0.75}, {"all": 0.75, "V": 0.5, "VAS": 1.0}
     summary = {"before": before, "after": after, "seconds": 12.4, "steps": 3}
-    report.print_summary(summary, "runs/x")
+    print_summary(summary, "runs/x")
     lines = capsys.readouterr().out.splitlines()
     body = [line.split("│")[1:-1] for line in lines if "│" in line]
     assert [[cell.strip() for cell in row] for row in body] == [
@@ -345,7 +348,8 @@ def test_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    from maple_trl.evaluation.plots import plot_training, reward_curves
+    from maple_trl.records.metrics_log import reward_curves
+    from maple_trl.reports.plots import plot_training
 
     log = [
         {"step": 1, "reward": 0.2, "rewards/accuracy_reward/mean": 0.1, "loss": 0.0},

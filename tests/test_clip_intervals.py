@@ -19,8 +19,8 @@ from maple_trl.evaluation import (
     sampled_accuracy,
     tag_accuracies,
 )
-from maple_trl.evaluation.clip_intervals import standard_error, sum_by_clip
-from maple_trl.evaluation.clips import clip_of, clips_of
+from maple_trl.metrics.clip_intervals import standard_error, sum_by_clip
+from maple_trl.metrics.clips import clip_of, clips_of
 from maple_trl.modalities import ModalityTag
 
 

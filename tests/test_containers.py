@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl.data.benchmarks.base import CLIP_SUFFIXES
-from maple_trl.omni.containers import declared_bytes
-from maple_trl.omni.formats import FORMATS, TABLE, VIDEO_SUFFIXES, accepted, format_of, markdown_table
-from maple_trl.omni.media import MediaError, MediaLoader
+from maple_trl.omni.media.containers import declared_bytes
+from maple_trl.omni.media.formats import FORMATS, TABLE, VIDEO_SUFFIXES, accepted, format_of, markdown_table
+from maple_trl.omni.media.loader import MediaError, MediaLoader
 
 
 SECONDS, FRAMES, RATE = 2, 48, 24

@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from maple_trl.data.daily_omni import FEATURES, load_daily_omni, with_tags
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.prompt import RowError
-from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
-from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, OmniGRPOTrainer
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]

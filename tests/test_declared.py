@@ -2,8 +2,9 @@
 
 import pytest
 
-from maple_trl.declared import declared_class
-from maple_trl.job_args import TRAINERS, SetupError, make_parser
+from maple_trl.jobs.declared import declared_class
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import TRAINERS, make_parser
 
 
 def options(parser):

@@ -13,7 +13,7 @@ from datasets import Dataset
 from eval_runs import SMALL, evaluate, lines_of, result_of
 from omni_runs import build_trainer
 
-from maple_trl.omni import workers
+from maple_trl.omni.media import workers
 
 
 pytestmark = [

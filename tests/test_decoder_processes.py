@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maple_trl.omni import workers
-from maple_trl.omni.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
 from maple_trl.omni.errors import REASONS, MediaError
-from maple_trl.omni.media import MediaLimits, MediaLoader
-from maple_trl.omni.tasks import Task
-from maple_trl.omni.wire import pack, unpack
+from maple_trl.omni.media import workers
+from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.media.tasks import Task
+from maple_trl.omni.media.wire import pack, unpack
 
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ values = st.recursive(
 @settings(max_examples=100, deadline=None)
 @given(values)
 def test_values_cross_unchanged(value):
-    from maple_trl.omni.decoder_process import read_arrays, write_arrays
+    from maple_trl.omni.media.decoder_process import read_arrays, write_arrays
 
     sent = []
     text = json.dumps(pack(value, sent))
@@ -128,7 +128,7 @@ def test_clips_and_tasks_cross_and_nothing_else_does():
     for value in (Elsewhere(), object(), {1}, b"x"):
         with pytest.raises(TypeError, match="cannot be sent"):
             pack(value, [])
-    for name in (["os", "system"], ["subprocess", "Popen"], ["maple_trl.omni.media", "MediaLoader"]):
+    for name in (["os", "system"], ["subprocess", "Popen"], ["maple_trl.omni.media.loader", "MediaLoader"]):
         with pytest.raises(TypeError, match="no dataclass"):
             unpack({"class": name, "fields": {}}, ())
 
@@ -288,14 +288,14 @@ def test_a_working_folder_that_was_deleted_is_no_hindrance(folder, tmp_path):
 
 SCRIPT = """
 import sys, threading, time
-from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.media.loader import MediaLoader
 loader = MediaLoader(sys.argv[1], backend="pyav")
 assert "torch" not in sys.modules, "decoding needs no torch"
 thread = threading.Thread(target=loader.probe, args=("good0.mp4",))  # started by a thread that ends
 thread.start()
 thread.join()
 print(loader.audio("good0.mp4").duration, flush=True)
-from maple_trl.omni.workers import decoder_pool
+from maple_trl.omni.media.workers import decoder_pool
 print(*decoder_pool(2).pids, flush=True)
 for line in sys.stdin:  # the script itself came through another pipe
     pass
@@ -354,7 +354,7 @@ def test_processes_ignore_an_interrupt_and_import_neither_torch_nor_the_script(f
 
 
 def test_what_decodes_is_imported_without_torch():
-    code = "import sys, maple_trl.omni.decoder_process, maple_trl.omni.tasks; print(*sys.modules)"
+    code = "import sys, maple_trl.omni.media.decoder_process, maple_trl.omni.media.tasks; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert not {"torch", "transformers", "trl", "datasets", "pandas"} & set(loaded.stdout.split())
@@ -365,7 +365,7 @@ def test_a_process_that_leaves_after_a_while_is_replaced(folder, monkeypatch):
         workers,
         "_PROGRAM",
         workers._PROGRAM.replace(
-            "main(**", "sys.modules['maple_trl.omni.decoder_process'].IDLE_SECONDS = 0.05; main(**"
+            "main(**", "sys.modules['maple_trl.omni.media.decoder_process'].IDLE_SECONDS = 0.05; main(**"
         ),
     )
     pool = workers.DecoderPool(1)
@@ -404,7 +404,7 @@ def test_without_an_interpreter_it_is_said_once_too(folder, monkeypatch, caplog)
 
 
 def test_options_are_checked():
-    from maple_trl.eval_job import EvalMedia
+    from maple_trl.jobs.eval_job import EvalMedia
 
     assert (EvalMedia().media_workers, EvalMedia().media_worker_bytes) == (workers.WORKERS, workers.WORKER_BYTES)
     for name in ("media_workers", "media_worker_bytes"):

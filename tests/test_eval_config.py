@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from maple_trl import cli
-from maple_trl.eval_config import settle
-from maple_trl.job_args import SetupError
+from maple_trl.cli.eval_config import settle
+from maple_trl.jobs.errors import SetupError
 
 
 def settled(*words):

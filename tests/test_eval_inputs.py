@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl.evaluation import evaluation_results, superset_scores
-from maple_trl.evaluation.eval_store import LINES
 from maple_trl.modalities import ModalityTag
+from maple_trl.records.evaluations import LINES
 
 
 TAGS = [str(tag) for tag in ModalityTag]

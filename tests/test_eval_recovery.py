@@ -23,7 +23,7 @@ from forks import start, status_of
 from programs import Ranks
 
 from maple_trl.data import default_folder, load_seven_tags
-from maple_trl.evaluation.eval_identity import PARSER_VERSION
+from maple_trl.evaluation.identity import PARSER_VERSION
 from maple_trl.rewards import answers
 
 

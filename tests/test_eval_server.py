@@ -18,7 +18,7 @@ from test_judge_server import Served, needs_server
 from tiny_models import build_tiny_text, save_tiny
 
 from maple_trl.data import default_folder, load_seven_tags
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 
 
 pytestmark = pytest.mark.slow

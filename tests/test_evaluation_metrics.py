@@ -26,7 +26,7 @@ from maple_trl.evaluation import (
     tag_disparity,
     training_efficiency,
 )
-from maple_trl.evaluation.intervals import resampled_means
+from maple_trl.metrics.intervals import resampled_means
 from maple_trl.modalities import ModalityTag
 
 

@@ -10,14 +10,15 @@ import torch
 
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.evaluation import EvalOptions, EvaluationError, evaluation_results, load_evaluation, parse_access
-from maple_trl.evaluation.eval_identity import differences, files_digest, rows_digest, weights_digest
-from maple_trl.evaluation.eval_sampling import StreamSampler, sample_stream
-from maple_trl.evaluation.eval_store import LINES, EvalStore
 from maple_trl.evaluation.evaluator import Evaluator
+from maple_trl.evaluation.identity import rows_digest, weights_digest
+from maple_trl.evaluation.sampling import StreamSampler, sample_stream
+from maple_trl.files import differences, files_digest
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.records.evaluations import LINES, EvalStore
 from maple_trl.rewards import accuracy_reward, extract_answer
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from maple_trl.omni.growing_cache import RESERVE, GrowingLayer
+from maple_trl.omni.prefix.growing_cache import RESERVE, GrowingLayer
 
 
 HEADS, WIDTH, PROMPTS = 2, 3, 3

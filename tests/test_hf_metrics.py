@@ -15,7 +15,7 @@ from maple_trl.evaluation import (
     pass_at_k_interval,
     tag_accuracies,
 )
-from maple_trl.evaluation.hf_metrics import NAMES
+from maple_trl.metrics.hf_metrics import NAMES
 from maple_trl.modalities import ModalityTag
 
 

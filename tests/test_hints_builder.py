@@ -27,8 +27,8 @@ from maple_trl.data.hint_leaks import LEAKS, split_options
 from maple_trl.data.hint_prompts import Problem, clean_hint
 from maple_trl.data.hints import HintError, HintOptions, build_hints, leaks_answer
 from maple_trl.data.plain_words import number_value, words
-from maple_trl.job_args import OmniScriptArguments
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.jobs.options import OmniScriptArguments
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.train import load_datasets
 
 

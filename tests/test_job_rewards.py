@@ -16,9 +16,10 @@ from test_judge_training import grade, judged
 from maple_trl import cli
 from maple_trl import rewards as library
 from maple_trl.chat import ChatClient
-from maple_trl.job_args import OmniScriptArguments, SetupError, parse_args
-from maple_trl.job_rewards import close_rewards, load_rewards, read_entries, what_is_learned
-from maple_trl.omni.media import MediaLoader
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import OmniScriptArguments, parse_args
+from maple_trl.jobs.rewards import close_rewards, load_rewards, read_entries, what_is_learned
+from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.rewards import (
     BertScoreSimilarity,
     CaptionJudge,

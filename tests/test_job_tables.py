@@ -15,11 +15,12 @@ from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
 
 from maple_trl import cli
-from maple_trl.job_args import OmniScriptArguments, SetupError
-from maple_trl.job_tables import read_tables
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import OmniScriptArguments
+from maple_trl.jobs.tables import read_tables
 from maple_trl.omni import embedded
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.train import load_datasets
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, image_block, text_block
 from maple_trl.chat.messages import request_body
-from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.rewards import CaptionJudge, JudgeUnavailableError, LocalScorer, StepwiseReasoningJudge
 from maple_trl.rewards.judge_prompts import SCALE
 from maple_trl.rewards.judge_texts import verdict_schema

@@ -23,8 +23,8 @@ from maple_trl import MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.chat import ChatOptions
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.rewards import CaptionJudge, JudgeUnavailableError, for_tags, format_reward, judge_callbacks
-from maple_trl.trainers.mapo import MAPOTrainer
-from maple_trl.trainers.rollout_state import last_complete_checkpoint
+from maple_trl.trainers.common.checkpoint import last_complete_checkpoint
+from maple_trl.trainers.mapo.trainer import MAPOTrainer
 
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from PIL import Image
 
 from maple_trl.chat import ChatClient, ChatOptions
 from maple_trl.modalities import ModalityTag
-from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.rewards import (
     CaptionJudge,
     ContrastiveRewardWeighting,

@@ -11,14 +11,14 @@ from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer
 from maple_trl.rewards import for_tags
-from maple_trl.trainers.learning_checks import EQUAL_ROLLOUTS, ZERO_GRADIENTS, LearningChecks, Streak
-from maple_trl.trainers.run_errors import NoStepError
+from maple_trl.trainers.common.learning_checks import EQUAL_ROLLOUTS, ZERO_GRADIENTS, LearningChecks, Streak
+from maple_trl.trainers.common.run_errors import NoStepError
 
 
 pytestmark = pytest.mark.slow
 
 
-MODULE = "maple_trl.trainers.learning_checks"
+MODULE = "maple_trl.trainers.common.learning_checks"
 FACTS = {"temperature": 1.0, "max_completion_length": 6, "cut": 0.5}
 SMALL = {"max_completion_length": 2, "gradient_accumulation_steps": 1, "logging_steps": 50}
 

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from maple_trl.data import default_folder, load_seven_tags
-from maple_trl.evaluation.lmms_bridge import (
+from maple_trl.integrations.lmms_bridge import (
     ROOT_FIELD,
     VERSION,
     BridgeError,
@@ -127,7 +127,7 @@ def test_without_lmms_eval_the_bridge_says_how_to_get_it():
 
 @pytest.fixture(scope="module")
 def model():
-    from maple_trl.evaluation.lmms_model import MapleModel
+    from maple_trl.integrations.lmms_model import MapleModel
 
     return MapleModel("builtin:tiny-omni", device="cpu", num_frames=4, batch_size=4, max_pixels=4 * 28 * 28)
 
@@ -136,7 +136,7 @@ def model():
 def test_the_entry_point_names_the_class():
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from maple_trl.evaluation.lmms_model import MapleModel
+    from maple_trl.integrations.lmms_model import MapleModel
 
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())
@@ -147,8 +147,8 @@ def test_the_entry_point_names_the_class():
 def test_its_numbers_are_ours(rows, task, model):
     """The same rows through lmms-eval and through the evaluator alone: the same completions, and the same accuracy."""
     from maple_trl.evaluation.evaluator import EvalOptions, Evaluator
-    from maple_trl.evaluation.lmms_bridge import evaluate_with_lmms
-    from maple_trl.omni.media import MediaLoader
+    from maple_trl.integrations.lmms_bridge import evaluate_with_lmms
+    from maple_trl.omni.media.loader import MediaLoader
     from maple_trl.omni.prompt import PromptBuilder
 
     found = evaluate_with_lmms(["seven_tags"], model, include_path=task)
@@ -180,8 +180,8 @@ def process_results(doc, results):
 @needs_lmms
 def test_a_task_written_for_other_models_is_asked(rows, tmp_path):
     """A task that knows nothing of this package: a clip's path, a text, its own metric."""
-    from maple_trl.evaluation.lmms_bridge import evaluate_with_lmms
-    from maple_trl.evaluation.lmms_model import MapleModel
+    from maple_trl.integrations.lmms_bridge import evaluate_with_lmms
+    from maple_trl.integrations.lmms_model import MapleModel
 
     chosen = [row for row in rows if row["tag"] == "VA"]
     documents = [
@@ -224,7 +224,7 @@ def test_a_task_written_for_other_models_is_asked(rows, tmp_path):
 
 @needs_lmms
 def test_a_task_that_is_not_there_is_an_error(task, model):
-    from maple_trl.evaluation.lmms_bridge import evaluate_with_lmms
+    from maple_trl.integrations.lmms_bridge import evaluate_with_lmms
 
     with pytest.raises(BridgeError, match="has no task 'seven_tag' in .*: seven_tags"):
         evaluate_with_lmms(["seven_tag"], model, include_path=task)
@@ -232,7 +232,7 @@ def test_a_task_that_is_not_there_is_an_error(task, model):
 
 @needs_lmms
 def test_broken_media_stops_the_run_or_is_listed(rows, tmp_path, model):
-    from maple_trl.evaluation.lmms_bridge import evaluate_with_lmms
+    from maple_trl.integrations.lmms_bridge import evaluate_with_lmms
 
     (tmp_path / "broken.mp4").write_bytes(b"no clip")
     row = {**next(row for row in rows if row["tag"] == "V"), "video": "broken.mp4"}
@@ -278,7 +278,7 @@ def test_messages_of_other_tasks_become_rows(model, tmp_path):
 
 @needs_lmms
 def test_generation_options_are_read_or_refused(model):
-    from maple_trl.evaluation.lmms_model import _cut, _eval_options, _until
+    from maple_trl.integrations.lmms_model import _cut, _eval_options, _until
 
     assert _eval_options({"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 3}, 2).temperature == 0.7
     assert _eval_options({"temperature": 0.7, "do_sample": False}, 1).temperature == 0
@@ -297,7 +297,7 @@ def test_its_command_line_asks_our_task(task, tmp_path):
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: maple-plugin\nVersion: 1\n")
     (info / "entry_points.txt").write_text(
-        "[lmms_eval.models]\nmaple_trl = maple_trl.evaluation.lmms_bridge:manifest\n"
+        "[lmms_eval.models]\nmaple_trl = maple_trl.integrations.lmms_bridge:manifest\n"
     )
     arguments = ["--model", "maple_trl", "--model_args", "pretrained=builtin:tiny-omni,num_frames=4,device=cpu"]
     arguments += ["--tasks", "seven_tags", "--include_path", str(task), "--limit", "3", "--batch_size", "3"]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from maple_trl import MAPOConfig
-from maple_trl.job_args import SetupError, parse_args
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import parse_args
 
 
 PRESETS = {

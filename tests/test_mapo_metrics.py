@@ -13,7 +13,7 @@ from tiny_models import build_tiny
 
 from maple_trl import MAPOConfig
 from maple_trl.algorithms import clipped_tokens
-from maple_trl.trainers.rollout_state import ResumeError
+from maple_trl.trainers.common.checkpoint import ResumeError
 
 
 pytestmark = pytest.mark.slow

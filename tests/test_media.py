@@ -18,10 +18,10 @@ import pytest
 import torch
 from av.video.reformatter import VideoReformatter
 
-from maple_trl.omni import decode
-from maple_trl.omni.containers import declared_bytes
 from maple_trl.omni.errors import REASONS
-from maple_trl.omni.media import MediaError, MediaLimits, MediaLoader
+from maple_trl.omni.media import decode
+from maple_trl.omni.media.containers import declared_bytes
+from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
 
 VFR = {"frames": 12, "pts": [0, 100, 110, 120, 500, 900, 950, 1300, 1310, 2000, 2040, 2900]}
@@ -639,7 +639,7 @@ def test_backend(tmp_path, broken_torchcodec):
 
 
 def test_torchcodec_shows_the_same_pictures(tmp_path):
-    from maple_trl.omni.media import torchcodec_problem
+    from maple_trl.omni.media.loader import torchcodec_problem
 
     if problem := torchcodec_problem():
         pytest.skip(f"torchcodec cannot be used here: {problem}")

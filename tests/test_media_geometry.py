@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maple_trl.omni import decode
-from maple_trl.omni.clips import ClipRequest, Source
-from maple_trl.omni.media import MediaLimits, MediaLoader
-from maple_trl.omni.tasks import one_picture
+from maple_trl.omni.media import decode
+from maple_trl.omni.media.clips import ClipRequest, Source
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.media.tasks import one_picture
 
 
 COLOURS = {"R": (255, 0, 0), "G": (0, 255, 0), "B": (0, 0, 255), "W": (255, 255, 255)}

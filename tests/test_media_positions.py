@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build_tiny
 
-from maple_trl.omni.clips import AudioClip, VideoClip
 from maple_trl.omni.families import family_for
 from maple_trl.omni.families.qwen2_5_omni import Qwen2_5OmniFamily
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.clips import AudioClip, VideoClip
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 
 

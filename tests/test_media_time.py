@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from timed_clips import BEEP, Timed, beeps_in, number_of, overlaps, sound_at, write
 from tiny_models import build_tiny
 
-from maple_trl.omni import decode
-from maple_trl.omni.clips import ClipRequest
-from maple_trl.omni.decode import FORMATS
 from maple_trl.omni.families import OmniFamily, family_for
-from maple_trl.omni.media import MediaError, MediaLimits, MediaLoader
+from maple_trl.omni.media import decode
+from maple_trl.omni.media.clips import ClipRequest
+from maple_trl.omni.media.decode import FORMATS
+from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
 
 PICTURE_TOLERANCE = 0.0025  # seconds: time stamps in milliseconds

@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import constants
 from tiny_models import save_tiny
 
-from maple_trl import cli, failures
+from maple_trl import cli
+from maple_trl.cli import failures
 from maple_trl.omni import checkpoints, loading
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, checked_rewards, required_columns
 
@@ -111,7 +112,7 @@ def forbid_loading(monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model is loaded")
 
-    from maple_trl import eval_models
+    from maple_trl.jobs import models as eval_models
     from maple_trl.omni import loading
 
     for module in (loading, eval_models):
@@ -753,7 +754,7 @@ def test_a_supported_model_passes(tmp_path):
 
 
 def test_a_device_keeps_its_place(tmp_path):
-    from maple_trl.evaluation.report import write_atomically
+    from maple_trl.files import write_atomically
 
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

@@ -38,7 +38,7 @@ from test_processes import worst
 from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
-from maple_trl.trainers.omni_grpo import PROMPTS_KEY
+from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 
 
 pytestmark = pytest.mark.slow

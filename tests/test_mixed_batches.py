@@ -15,7 +15,7 @@ from maple_trl.omni.encoded import (
     unique_prompts,
 )
 from maple_trl.omni.families import family_for
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 

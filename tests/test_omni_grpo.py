@@ -21,7 +21,7 @@ from maple_trl.omni.encoded import MediaMismatchError
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config, freeze
-from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.media.loader import MediaLoader
 
 
 @pytest.fixture(scope="module")
@@ -598,10 +598,10 @@ def test_the_reference_model_is_loaded_as_the_policy_was(seven_tags, tmp_path):
         return load_model(name, **{k: v for k, v in kwargs.items() if k != "revision"})
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("media_trainer", "trl_bridge"):
-            patch.setattr(f"maple_trl.trainers.{module}.load_model", load)
+        for module in ("media_trainer", "trl_compat"):
+            patch.setattr(f"maple_trl.trainers.common.{module}.load_model", load)
         patch.setattr(
-            "maple_trl.trainers.media_trainer.load_processor",
+            "maple_trl.trainers.common.media_trainer.load_processor",
             lambda name, **k: loads.append(k) or load_processor(name),
         )
         init = {"revision": "abc", "dtype": "bfloat16"}

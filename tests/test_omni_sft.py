@@ -19,9 +19,9 @@ from maple_trl.omni.encoded import MediaMismatchError
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import build_lora_config
 from maple_trl.omni.prompt import RowError
-from maple_trl.trainers.omni_sft import OmniSFTTrainer
-from maple_trl.trainers.omni_sft_config import OmniSFTConfig
-from maple_trl.trainers.rollout_state import ResumeError
+from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
 
 pytestmark = pytest.mark.slow

@@ -167,7 +167,7 @@ def test_the_doctor_reads_the_tested_ranges_from_the_metadata(unpacked):
         original = path.read_text(encoding="utf-8")
         try:
             path.write_text(metadata_text(original) if metadata_text else original, encoding="utf-8")
-            script = "import json; from maple_trl.doctor import collect; print(json.dumps(collect()))"
+            script = "import json; from maple_trl.cli.env import collect; print(json.dumps(collect()))"
             shown = subprocess.run(
                 [sys.executable, "-c", script],
                 capture_output=True,

@@ -27,8 +27,8 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from maple_trl.omni import packed_attention
-from maple_trl.omni.packed_attention import (
+from maple_trl.omni.prefix import packed_attention
+from maple_trl.omni.prefix.packed_attention import (
     PackedAttention,
     PackedLayout,
     install,

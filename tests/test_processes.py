@@ -13,7 +13,7 @@ from jobs.runner import ACCELERATE, Job, changes, facts, once, weights, write_in
 from tiny_models import save_tiny
 
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media import MediaLoader
+from maple_trl.omni.media.loader import MediaLoader
 
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.encoded import MediaMismatchError
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import family_for, register_family
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder, RowError
 
 

@@ -8,8 +8,8 @@ from datasets import Dataset
 from omni_runs import build_trainer
 
 from maple_trl import cli
-from maple_trl.trainers.rollout_state import last_complete_checkpoint
-from maple_trl.trainers.run_errors import TooManyQuarantinedError
+from maple_trl.trainers.common.checkpoint import last_complete_checkpoint
+from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
 
 pytestmark = pytest.mark.slow

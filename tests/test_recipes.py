@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from maple_trl import cli, train
-from maple_trl.job_args import SetupError, parse_args, trainer_class
-from maple_trl.stages import load_plan
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import parse_args, trainer_class
+from maple_trl.jobs.stages import load_plan
 
 
 pytestmark = pytest.mark.slow

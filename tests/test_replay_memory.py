@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maple_trl.algorithms import HintTrigger, StratifiedReplayBuffer, Vcrs
 from maple_trl.algorithms.replay_draws import DRAWS
-from maple_trl.trainers.replay_memory import Group, ReplayMemory, Written
+from maple_trl.trainers.avatar.replay_memory import Group, ReplayMemory, Written
 
 
 NAMES = ["accuracy", "format"]

@@ -22,11 +22,11 @@ from hypothesis.extra.numpy import arrays
 
 from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import ReportError, write_report
 from maple_trl.reports.folders import read_run
 from maple_trl.reports.media import MediaTable
 from maple_trl.reports.projection import principal_components, text_vectors, write_embeddings
-from maple_trl.reports.rollout_files import write_rollout
 from maple_trl.reports.rollouts import packed, rollouts_of
 from maple_trl.reports.sections import near_perfect
 from maple_trl.reports.series import series_of, thinned

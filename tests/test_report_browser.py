@@ -15,8 +15,8 @@ from PIL import Image
 from maple_trl import AvatarConfig, AvatarTrainer, cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import write_report
-from maple_trl.reports.rollout_files import write_rollout
 from maple_trl.rewards import accuracy_reward, format_reward
 
 

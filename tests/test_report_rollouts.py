@@ -17,11 +17,11 @@ from tiny_models import build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.data import load_seven_tags
-from maple_trl.job_args import parse_args
+from maple_trl.jobs.options import parse_args
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.rewards import accuracy_reward
 from maple_trl.train import run
-from maple_trl.trainers.rollout_log import stride
+from maple_trl.trainers.common.rollout_log import stride
 
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jobs.runner import Job, changes, facts, once, weights, write_inputs
 
-from maple_trl.trainers.rollout_state import last_complete_checkpoint
+from maple_trl.trainers.common.checkpoint import last_complete_checkpoint
 
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from omni_runs import DEFAULTS, spread_reward
 from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
-from maple_trl.trainers.omni_sft import OmniSFTTrainer
-from maple_trl.trainers.omni_sft_config import OmniSFTConfig
-from maple_trl.trainers.resume_checks import missing_parts
-from maple_trl.trainers.rollout_state import ResumeError
+from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.common.resume_checks import missing_parts
+from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,10 @@ from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
 from tiny_models import build_tiny
 
-from maple_trl.job_tables import read_tables
+from maple_trl.jobs.tables import read_tables
 from maple_trl.omni.content import SEGMENT_KEYS, read_content
 from maple_trl.omni.families import family_for
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder, RowError
 
 

@@ -7,9 +7,8 @@ from datasets import Dataset
 from omni_runs import build_trainer
 
 from maple_trl import cli
-from maple_trl.evaluation.eval_options import EvaluationError
-from maple_trl.evaluation.eval_store import EvalStore
-from maple_trl.run_folder import holds_evaluation, remove_results, run_results
+from maple_trl.records.evaluations import EvalStore, EvaluationError
+from maple_trl.records.run_folder import holds_evaluation, remove_results, run_results
 
 
 pytestmark = pytest.mark.slow

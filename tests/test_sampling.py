@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import build_processor
 from transformers.video_utils import VideoMetadata
 
-from maple_trl.omni.sampling import (
+from maple_trl.omni.media.sampling import (
     ROUNDED_STAMPS,
     MediaLimits,
     even_count,

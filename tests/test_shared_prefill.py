@@ -9,10 +9,10 @@ from transformers import GenerationConfig
 
 from maple_trl.omni.encoded import MediaMismatchError, generation_position_ids, unique_prompts
 from maple_trl.omni.families import family_for
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.prefix.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
-from maple_trl.omni.shared_prefill import grows_cache, share_prefill
 
 
 LIMITS = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096)

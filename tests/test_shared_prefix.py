@@ -10,15 +10,15 @@ from test_mixed_batches import rows_of
 from tiny_models import FAMILIES, build_tiny
 from trl.trainer.utils import add_fused_lm_head
 
-from maple_trl.omni import packed_attention
 from maple_trl.omni.encoded import batch_position_ids
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import build_lora_config, freeze
-from maple_trl.omni.media import MediaLimits, MediaLoader
-from maple_trl.omni.packed_attention import install
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.prefix import packed_attention
+from maple_trl.omni.prefix.packed_attention import install
+from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
-from maple_trl.omni.shared_prefix import pack, packed_forward
 
 
 LIMITS = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096)

@@ -183,9 +183,9 @@ def test_rounding_in_deep_models_is_not_taken_for_a_fault(layers, script):
     import _shared_prefix_model as sizes
     from trl.trainer.utils import add_fused_lm_head
 
-    from maple_trl.omni.packed_attention import install
+    from maple_trl.omni.prefix.packed_attention import install
+    from maple_trl.omni.prefix.sharing import sharing_error
     from maple_trl.omni.serving import serve_media
-    from maple_trl.omni.sharing import sharing_error
 
     deep = ["--layers", str(layers), "--hidden", "96", "--heads", "2", "--kv-heads", "1"]
     for seed in range(3):

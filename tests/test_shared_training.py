@@ -16,16 +16,17 @@ from tiny_models import FAMILIES, build_tiny, save_tiny
 from trl.trainer import utils as trl_utils
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
-from maple_trl.omni import sharing
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config, freeze
-from maple_trl.omni.media import MediaLimits, MediaLoader
-from maple_trl.omni.packed_attention import install
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.prefix import sharing
+from maple_trl.omni.prefix.packed_attention import install
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
-from maple_trl.trainers import mapo, omni_grpo
-from maple_trl.trainers.updates import micro_batches
+from maple_trl.trainers.common.updates import micro_batches
+from maple_trl.trainers.mapo import trainer as mapo
+from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 
 
 pytestmark = pytest.mark.slow

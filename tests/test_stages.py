@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from maple_trl import cli
 from maple_trl.data.synthetic import write_seven_tags
-from maple_trl.job_args import SetupError, parse_args
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import parse_args
+from maple_trl.jobs.stages import load_plan, run_stages
 from maple_trl.omni.loading import resolve_checkpoint
-from maple_trl.stages import load_plan, run_stages
 from maple_trl.train import build_trainer
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maple_trl.omni.media import MediaError, MediaLoader
-from maple_trl.omni.subtitles import NOT_UTF8, is_subtitle_file, read_subtitle, subtitle_text, unread_file
+from maple_trl.omni.media.loader import MediaError, MediaLoader
+from maple_trl.omni.media.subtitles import NOT_UTF8, is_subtitle_file, read_subtitle, subtitle_text, unread_file
 
 
 SRT = """1

@@ -21,7 +21,7 @@ from maple_trl import OmniGRPOTrainer
 from maple_trl.omni.encoded import tensor_bytes
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import build_lora_config, freeze
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
@@ -442,7 +442,7 @@ from tiny_models import build_tiny
 from maple_trl.omni.encoded import tensor_bytes
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import freeze
-from maple_trl.omni.media import MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.towers import TowerCache
 folder, features, row, limits = json.loads(sys.argv[2])

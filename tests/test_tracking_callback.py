@@ -17,14 +17,14 @@ from omni_runs import build_trainer, one_row_per_tag
 from PIL import Image
 
 from maple_trl import MAPOTrainer, cli
-from maple_trl.trainers.mapo_config import MAPOConfig
-from maple_trl.trainers.tracking_callback import (
+from maple_trl.integrations.tracking import (
     PLOT,
     TABLE,
     TrackingCallback,
     markdown_table,
     plain_text,
 )
+from maple_trl.trainers.mapo.config import MAPOConfig
 
 
 def installed(name):
@@ -148,7 +148,7 @@ sys.path[:0] = [{str(Path(__file__).parent)!r}]
 sys.path += {[path for path in sys.path if path.startswith("/")]!r}
 from datasets import Dataset
 from omni_runs import build_trainer
-from maple_trl.trainers.tracking_callback import TrackingCallback
+from maple_trl.integrations.tracking import TrackingCallback
 data = Dataset.from_parquet({str(tmp_path / "rows.parquet")!r})
 options = dict(output_dir={str(tmp_path / "out")!r}, report_to=["trackio"], max_steps=3, project="maple-test")
 trainer = build_trainer({str(folder)!r}, data, **options)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maple_trl.trainers.rollout_state import concat_rows, count_rows
-from maple_trl.trainers.updates import even_parts, micro_batches, owners
+from maple_trl.trainers.common.checkpoint import concat_rows, count_rows
+from maple_trl.trainers.common.updates import even_parts, micro_batches, owners
 
 
 BALLAST = -1

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.messages import fence, image_block, text_block
 from maple_trl.data.hint_leaks import LEAKS, split_options
-from maple_trl.omni.subtitles import is_subtitle_file
+from maple_trl.omni.media.subtitles import is_subtitle_file
 
 
 if TYPE_CHECKING:
-    from maple_trl.omni.media import MediaLoader
+    from maple_trl.omni.media.loader import MediaLoader
 
 SYSTEM = """\
 You write hints for a student who learns to answer questions about clips: pictures, sound and subtitles. You are shown \

@@ -18,7 +18,7 @@ from maple_trl.data.hint_leaks import LEAKS, leaks_answer
 from maple_trl.data.hint_options import HintError, HintOptions, HintSummary
 from maple_trl.data.hint_prompts import SYSTEM, Problem, ProblemError, clean_hint, first_messages, next_messages
 from maple_trl.data.hint_tables import RowTable, TableError
-from maple_trl.omni.media import MediaError, MediaLimits, MediaLoader
+from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
 
 __all__ = ["LEAKS", "HintError", "HintOptions", "HintSummary", "build_hints", "leaks_answer"]

@@ -1,12 +1,9 @@
 """Evaluation. What asks models is in `maple_trl.evaluation.evaluator`: it loads transformers, the metrics do without."""
 
-from maple_trl.evaluation.eval_options import EvalOptions, EvaluationError, parse_access
-from maple_trl.evaluation.eval_results import evaluation_results
-from maple_trl.evaluation.eval_store import EvalStore, Evaluation, load_evaluation
-from maple_trl.evaluation.gaps import ModalityGap, modality_gap, modality_gap_intervals, tag_disparity
-from maple_trl.evaluation.hf_metrics import metric_folder
-from maple_trl.evaluation.intervals import Estimate, UndefinedMetricError, bootstrap_mean
-from maple_trl.evaluation.metrics import (
+from maple_trl.evaluation.options import EvalOptions, parse_access
+from maple_trl.evaluation.results import evaluation_results
+from maple_trl.evaluation.sampled import SampledAccuracy, choose_questions, sampled_accuracy
+from maple_trl.metrics.accuracy import (
     TagAccuracies,
     TrainingEfficiency,
     fused_samples,
@@ -17,9 +14,12 @@ from maple_trl.evaluation.metrics import (
     tag_accuracies,
     training_efficiency,
 )
-from maple_trl.evaluation.sampled import SampledAccuracy, choose_questions, sampled_accuracy
-from maple_trl.evaluation.significance import PairedComparison, align_runs, compare_runs, mcnemar_exact
-from maple_trl.evaluation.spread import EmbeddingSpread, embedding_spread
+from maple_trl.metrics.gaps import ModalityGap, modality_gap, modality_gap_intervals, tag_disparity
+from maple_trl.metrics.hf_metrics import metric_folder
+from maple_trl.metrics.intervals import Estimate, UndefinedMetricError, bootstrap_mean
+from maple_trl.metrics.significance import PairedComparison, align_runs, compare_runs, mcnemar_exact
+from maple_trl.metrics.spread import EmbeddingSpread, embedding_spread
+from maple_trl.records.evaluations import EvalStore, Evaluation, EvaluationError, load_evaluation
 
 
 __all__ = [

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from maple_trl.evaluation.clips import clips_of
-from maple_trl.evaluation.eval_options import ALL, REQUIRED, EvalOptions, EvaluationError, ScoringError
 from maple_trl.evaluation.fed import as_text, fed_columns
+from maple_trl.evaluation.options import ALL, REQUIRED, EvalOptions, ScoringError
+from maple_trl.metrics.clips import clips_of
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, RowError
+from maple_trl.records.evaluations import EvaluationError
 
 
 Row = Mapping[str, Any]

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from maple_trl.evaluation.asking import Answer, Asker, Batch, Row
-from maple_trl.evaluation.eval_options import ALL, EvalOptions, EvaluationError
-from maple_trl.evaluation.eval_sampling import StreamSampler, sample_stream
+from maple_trl.evaluation.options import ALL, EvalOptions
+from maple_trl.evaluation.sampling import StreamSampler, sample_stream
 from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids, tensor_bytes
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.generation import check_generation_options, own_options
+from maple_trl.omni.prefix.shared_prefill import share_prefill
+from maple_trl.omni.prefix.sharing import prefill_difference, telling_prompt
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
-from maple_trl.omni.shared_prefill import share_prefill
-from maple_trl.omni.sharing import prefill_difference, telling_prompt
+from maple_trl.records.evaluations import EvaluationError
 
 
 # Mean difference of log-probabilities that rounding explains, of half-precision and of other models.

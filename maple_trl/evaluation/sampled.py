@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from maple_trl.evaluation.clip_intervals import standard_error
-from maple_trl.evaluation.clips import clips_of
+from maple_trl.metrics.clip_intervals import standard_error
+from maple_trl.metrics.clips import clips_of
 from maple_trl.modalities import ModalityTag
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, text_block
 from maple_trl.chat.options import check_sampling, read_key
 from maple_trl.evaluation.asking import Answer, Asker, Batch, Line, Row
-from maple_trl.evaluation.eval_options import EvalOptions, EvaluationError, ServerError
+from maple_trl.evaluation.options import EvalOptions, ServerError
 from maple_trl.evaluation.served_prompts import ServedPrompt, audio_block, video_blocks
 from maple_trl.omni.prompt import PromptBuilder, RowError
+from maple_trl.records.evaluations import EvaluationError
 
 
 # What the server says of a request, and not of itself: the question is an error, the others are asked.

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from maple_trl.chat import image_block, text_block
-from maple_trl.evaluation.eval_options import EvaluationError
 from maple_trl.modalities import ModalityTag
-from maple_trl.omni.clips import AudioClip, VideoClip
 from maple_trl.omni.families import OmniFamily
+from maple_trl.omni.media.clips import AudioClip, VideoClip
+from maple_trl.records.evaluations import EvaluationError
 
 
 VIDEO_FORMS = ("images", "video_url")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from maple_trl.omni.clips import ClipRequest
 from maple_trl.omni.errors import RowError
+from maple_trl.omni.media.clips import ClipRequest
 
 
 MARK = re.compile(r"<(video|audio|image)>")

@@ -50,7 +50,7 @@ def store(data: bytes, name: str | None) -> str:
 
 def as_paths(dataset: Dataset | IterableDataset | Any) -> Dataset | IterableDataset | Any:
     """
-    The data set with its embedded media as texts that [`~maple_trl.omni.media.MediaLoader`] reads; any other as it is.
+    The data set with its embedded media as texts that [`~maple_trl.omni.media.loader.MediaLoader`] reads; any other as it is.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): a streamed one is changed row by row, as it is read.

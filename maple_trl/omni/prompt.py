@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from maple_trl.modalities import Modality, ModalityTag
-from maple_trl.omni.clips import ClipRequest
 from maple_trl.omni.content import (
     SEGMENT_KEYS,
     Content,
@@ -24,8 +23,9 @@ from maple_trl.omni.content import (
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import OmniFamily
-from maple_trl.omni.media import AudioClip, MediaLoader, VideoClip
-from maple_trl.omni.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
+from maple_trl.omni.media.clips import ClipRequest
+from maple_trl.omni.media.loader import AudioClip, MediaLoader, VideoClip
+from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
 
 
 __all__ = ["PromptBuilder", "PromptSpec", "RowError"]

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maple_trl.evaluation.eval_results import evaluation_results
-from maple_trl.evaluation.eval_store import LINES
-from maple_trl.reports.rollout_files import ROLLOUTS, is_table_of, read_rollouts
+from maple_trl.evaluation.results import evaluation_results
+from maple_trl.records.evaluations import LINES
+from maple_trl.records.rollouts import ROLLOUTS, is_table_of, read_rollouts
 
 
 # Without these columns of `LINES` there is nothing to show, and these parts of an access' results are drawn.

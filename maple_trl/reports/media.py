@@ -12,10 +12,10 @@ from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
-from maple_trl.omni.clips import Source
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.tasks import Task
-from maple_trl.omni.workers import WORKERS, decoder_pool
+from maple_trl.omni.media.clips import Source
+from maple_trl.omni.media.tasks import Task
+from maple_trl.omni.media.workers import WORKERS, decoder_pool
 
 
 _SUBTITLES = (".srt", ".vtt", ".json")

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from maple_trl.evaluation.intervals import UndefinedMetricError
-from maple_trl.evaluation.report import as_json
-from maple_trl.evaluation.spread import embedding_spread
+from maple_trl.files import as_json
+from maple_trl.metrics.intervals import UndefinedMetricError
+from maple_trl.metrics.spread import embedding_spread
 from maple_trl.reports.folders import ReportError, RunData
 from maple_trl.reports.rollouts import Rollouts
 from maple_trl.reports.sections import lines_by_phase, lines_by_tag

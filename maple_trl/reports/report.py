@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from maple_trl.evaluation.intervals import UndefinedMetricError
-from maple_trl.evaluation.report import as_json, write_atomically
-from maple_trl.evaluation.significance import compare_runs
+from maple_trl.files import as_json, write_atomically
+from maple_trl.metrics.intervals import UndefinedMetricError
+from maple_trl.metrics.significance import compare_runs
 from maple_trl.reports.folders import ReportError, RunData, read_run
 from maple_trl.reports.media import MediaTable
 from maple_trl.reports.page import render

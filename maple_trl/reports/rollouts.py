@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maple_trl.evaluation.report import as_json
+from maple_trl.files import as_json
 from maple_trl.reports.media import MediaTable, media_of
 from maple_trl.reports.series import TAGS
 
@@ -71,7 +71,7 @@ def rollouts_of(table: pa.Table, kind: str, most: int) -> Rollouts:
     The completions of a table.
 
     Args:
-        table: of `maple_trl.trainers.rollout_log` or of an evaluation.
+        table: of `maple_trl.trainers.common.rollout_log` or of an evaluation.
         kind: `"training"` or `"evaluation"`.
         most: whole groups are left out, evenly over the run, where there are more completions.
     """

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from maple_trl.algorithms.difficulty import tag_difficulty
-from maple_trl.evaluation.gaps import tag_disparity
-from maple_trl.evaluation.plots import RATIO_EDGES, signal_profile
+from maple_trl.metrics.gaps import tag_disparity
+from maple_trl.records.metrics_log import RATIO_EDGES, signal_profile
 from maple_trl.reports.folders import RunData
 from maple_trl.reports.rollouts import Rollouts
 from maple_trl.reports.series import TAGS, Series, end_means, ends, metrics_by_tag, rounded

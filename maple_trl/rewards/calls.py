@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
-from maple_trl.failures import FAILED
+from maple_trl.records.notes import FAILED
 
 from .judge_limits import JudgeUnavailableError
 

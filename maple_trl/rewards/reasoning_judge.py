@@ -16,7 +16,7 @@ from maple_trl.rewards.judge_texts import as_text, harmless, prompt_text, think_
 
 
 if TYPE_CHECKING:
-    from maple_trl.omni.media import MediaLoader
+    from maple_trl.omni.media.loader import MediaLoader
 
 CUE_COLUMNS = {
     "audio_cues": "audio_cues",

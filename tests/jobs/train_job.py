@@ -41,14 +41,14 @@ from transformers import TrainerCallback, set_seed
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
-from maple_trl.trainers.avatar import AvatarTrainer
-from maple_trl.trainers.avatar_config import AvatarConfig
-from maple_trl.trainers.mapo import MAPOTrainer
-from maple_trl.trainers.mapo_config import MAPOConfig
-from maple_trl.trainers.omni_grpo import PROMPTS_KEY, OmniGRPOTrainer
-from maple_trl.trainers.omni_grpo_config import OmniGRPOConfig
-from maple_trl.trainers.rollout_state import ResumeError
-from maple_trl.trainers.run_errors import RunStoppedError
+from maple_trl.trainers.avatar.config import AvatarConfig
+from maple_trl.trainers.avatar.trainer import AvatarTrainer
+from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.common.run_errors import RunStoppedError
+from maple_trl.trainers.mapo.config import MAPOConfig
+from maple_trl.trainers.mapo.trainer import MAPOTrainer
+from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, OmniGRPOTrainer
 
 
 DEFAULTS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from maple_trl.data.benchmarks.options import FormError, described
 from maple_trl.modalities import ModalityTag
-from maple_trl.omni.formats import VIDEO_SUFFIXES
+from maple_trl.omni.media.formats import VIDEO_SUFFIXES
 
 
 class BenchmarkError(ValueError):

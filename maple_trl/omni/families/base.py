@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
-from maple_trl.omni.media import AudioClip, VideoClip
+from maple_trl.omni.media.loader import AudioClip, VideoClip
 
 
 _FAMILIES: dict[str, type[OmniFamily]] = {}

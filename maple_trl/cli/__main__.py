@@ -1,0 +1,4 @@
+from maple_trl.cli import main
+
+
+raise SystemExit(main())

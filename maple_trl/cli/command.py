@@ -1,0 +1,212 @@
+"""The command line `maple-trl`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maple_trl.cli.data import add_data_commands, run_data
+from maple_trl.cli.eval import add_eval_command, run_eval
+from maple_trl.cli.failures import fail, refuse
+from maple_trl.cli.report import add_report_command, run_report
+
+
+# Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
+
+_TRAIN_EXAMPLES = """\
+examples:
+  maple-trl train --config recipes/demo.yaml
+  maple-trl train --config recipes/demo.yaml --max_steps 20 --output_dir runs/short
+  maple-trl train --config recipes/demo.yaml --resume_from_checkpoint true
+  maple-trl train --config recipes/tiny/full_recipe.yaml
+  maple-trl train --config recipes/avatar/tiny/stages.yaml
+
+Several processes: accelerate launch --num_processes N -m maple_trl.cli train --config FILE
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the commands; the options of a training job are read by [`~maple_trl.jobs.train.parse_args`]."""
+    parser = argparse.ArgumentParser(
+        prog="maple-trl",
+        description="Reinforcement learning for models that watch, listen and read: GRPO on video, audio and subtitles.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"maple-trl {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    train = commands.add_parser(
+        "train",
+        help="run a training job described by a YAML file",
+        description="Runs a training job. Every key of the YAML file is also an option, and options win.",
+        epilog=_TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", metavar="FILE", help="YAML file with option names and values")
+    train.add_argument("-h", "--help", action="store_true", help="show this help and the options of the job itself")
+    train.add_argument("--help-all", action="store_true", help="show every option, those of TRL and transformers too")
+    env = commands.add_parser(
+        "env",
+        help="show versions, devices and codecs, and what is missing",
+        description="Shows versions against the tested ranges, devices, and codecs that really decode; says what is "
+        "missing and what would bring it. Exits with 1 when something required is broken.",
+        allow_abbrev=False,
+    )
+    env.add_argument(
+        "--imports", action="store_true", help="import every required package too, and ask torch for devices"
+    )
+    env.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_data_commands(commands)
+    add_eval_command(commands)
+    add_report_command(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("maple-trl")
+    except metadata.PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Command line without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        `int`: 0; 1 when `env` found something broken, too many rows of `data`, `eval` or `train` failed, or a job that
+        was described rightly was stopped, made no step or ended by an error; 2 when it is described wrongly; 130 when
+        interrupted.
+    """
+    # Libraries tell the Hub about runs unless the environment says otherwise.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        if rest:
+            parser.error(f"unknown argument {rest[0]}")
+        parser.print_help()
+        return 0
+    if arguments.command == "train":
+        return _train(parser, arguments, argv[argv.index("train") + 1 :])
+    if rest:
+        parser.error(f"unknown argument {rest[0]}{_closest(parser, arguments, rest[0])}")
+    run = {"data": run_data, "eval": run_eval, "report": run_report, "env": _env}[arguments.command]
+    try:
+        return run(arguments)
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return refuse(arguments.command, "stopped", 130)
+    except Exception as error:
+        return fail(arguments.command, error, getattr(arguments, "output", None))
+
+
+def _closest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, word: str) -> str:
+    """The option of a command that an unknown one may be meant for."""
+    import difflib
+
+    command = _subparser(parser, arguments.command)
+    if arguments.command == "data" and arguments.data_command is not None:
+        command = _subparser(command, arguments.data_command)
+    close = difflib.get_close_matches(word.split("=")[0], command._option_string_actions, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _subparser(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return commands.choices[name]
+
+
+def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:
+    if arguments.help or arguments.help_all:
+        return _print_train_help(parser, words, everything=arguments.help_all)
+    if not words:
+        return refuse("train", "name a job: --config FILE (maple-trl train --help)")
+    from maple_trl.jobs.errors import SetupError
+    from maple_trl.jobs.options import parse_args
+    from maple_trl.jobs.stages import load_plan, run_stages
+    from maple_trl.rewards import JudgeUnavailableError
+    from maple_trl.trainers.common.run_errors import RunStoppedError
+
+    plan, folder = None, None
+    try:
+        plan = load_plan(words)
+        if plan is not None:
+            folder = plan.output_dir
+            run_stages(plan)
+            return 0
+        job = parse_args(words)
+        folder = job[1].output_dir
+        from maple_trl.jobs.train import run
+
+        run(*job)
+    except SetupError as error:
+        return refuse("train", error, 2, folder)
+    except (JudgeUnavailableError, RunStoppedError) as error:
+        return refuse("train", error, 1, folder)
+    except KeyboardInterrupt:
+        return refuse("train", f"stopped; {_again(plan)} goes on from the last checkpoint", 130)
+    except Exception as error:
+        begun = plan is not None or (folder and any(Path(folder).glob("checkpoint-*/trainer_state.json")))
+        return fail("train", error, folder, f"{_again(plan)} goes on from the last checkpoint" if begun else "")
+    return 0
+
+
+def _again(plan: Any) -> str:
+    return "--resume_from_checkpoint true" if plan is None else "the same command"
+
+
+def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everything: bool) -> int:
+    from trl import TrlParser
+
+    from maple_trl.jobs.errors import SetupError
+    from maple_trl.jobs.options import (
+        DEFAULT_TRAINER,
+        TRAINERS,
+        OmniModelConfig,
+        OmniScriptArguments,
+        make_parser,
+        trainer_option,
+    )
+
+    try:
+        trainer = trainer_option(words) or DEFAULT_TRAINER
+        job = make_parser(trainer) if everything else TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
+    except SetupError as error:
+        return refuse("train", error)
+    print(_subparser(parser, "train").format_help())
+    job.usage = argparse.SUPPRESS
+    print("Options of a job (a YAML key has the same name, without the dashes):\n" + job.format_help())
+    if everything:
+        print(f"These are the options with --trainer {trainer}. Others have options of their own:")
+    else:
+        print("and the trainer's own (media_root, num_frames, modality_access, learning_rate, …):")
+    for name in TRAINERS:
+        if name != trainer or not everything:
+            print(f"  maple-trl train --trainer {name} --help-all")
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from maple_trl.cli.env import collect, print_report
+
+    report = collect(arguments.imports)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+    return 1 if report["problems"] else 0

@@ -1,0 +1,96 @@
+"""The command `maple-trl report`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from maple_trl.cli.failures import refuse
+
+
+# Nothing heavier than the standard library up here: the help of every command passes through this module.
+
+_EXAMPLES = """\
+examples:
+  maple-trl report runs/demo
+  maple-trl report runs/mupo runs/mapo --output compared.html
+  maple-trl report runs/eval_before runs/eval_after --json compared.json
+
+RUN is the output folder of a training job or of `maple-trl eval`, finished or still going: the report shows what is
+there, and says what is not. Open the file in a browser; it needs no network. Clips and subtitles are links to files
+beside it.
+
+Exit status: 0; 2 when a folder holds no run; 130 when interrupted.
+"""
+
+
+def add_report_command(commands: argparse._SubParsersAction) -> None:
+    """Adds `report` to the parser of `maple-trl`."""
+    parser = commands.add_parser(
+        "report",
+        help="write one HTML file on a run or an evaluation, or on two of them",
+        description="Writes a report on one run, or on two to compare, as one HTML file: curves by tag, rewards, "
+        "weights and curriculum, disparity, replay, accuracies, and a viewer of completions.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output folder of a training job or an evaluation; one or two"
+    )
+    parser.add_argument("--output", metavar="FILE", help="the HTML file (report.html in the first RUN)")
+    parser.add_argument("--json", metavar="FILE", help="write the same data as JSON")
+    parser.add_argument(
+        "--media-root", metavar="FOLDER", help="folder below which the clips lie, where it has moved since the run"
+    )
+    parser.add_argument(
+        "--max-rollouts", type=int, default=100_000, metavar="N", help="completions of a run in the report (100000)"
+    )
+    parser.add_argument(
+        "--thumbnails", type=int, default=200, metavar="N", help="videos of a run with a picture in the page (200)"
+    )
+    parser.add_argument(
+        "--embeddings",
+        metavar="MODEL",
+        help="place completions in the projection by the mean hidden states of this model, not by wording",
+    )
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Runs the command; the exit status is as the help says."""
+    for name, least in (("max_rollouts", 1), ("thumbnails", 0)):
+        if getattr(arguments, name) < least:
+            option = name.replace("_", "-")
+            return _refuse(f"--{option} must be {least} or more, got {getattr(arguments, name)}")
+    output = Path(arguments.output or Path(arguments.runs[0], "report.html"))
+    for option, file, name in (("--output", output, "report.html"), ("--json", arguments.json, "report.json")):
+        if file is not None and Path(file).is_dir():
+            return _refuse(f"{option}: {file} is a folder; name a file in it, as {Path(file, name)}")
+        if file is not None and Path(file).is_file() and Path(file).suffix.lower() not in (Path(name).suffix, ".htm"):
+            return _refuse(f"{option}: {file} is there already and no report; name a file such as {name}")
+    try:
+        from maple_trl.reports import ReportError, write_report
+
+        write_report(
+            arguments.runs,
+            output,
+            arguments.json,
+            arguments.media_root,
+            arguments.max_rollouts,
+            arguments.thumbnails,
+            arguments.embeddings,
+        )
+    except (ReportError, ImportError, OSError) as error:
+        return refuse("report", error, 2, str(output.parent))
+    except KeyboardInterrupt:
+        print("maple-trl report: stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(f"report: {output}")
+    if arguments.json:
+        print(f"data: {arguments.json}")
+    return 0
+
+
+def _refuse(why: str) -> int:
+    return refuse("report", why)

@@ -1,0 +1,1 @@
+"""What other tools call, and what calls them: lmms-eval, experiment trackers."""

@@ -1,0 +1,1 @@
+"""What a YAML file means: options, data, rewards, training, stages, evaluation."""

@@ -1,0 +1,236 @@
+"""What can be known to be wrong with a job before its model is loaded, which takes minutes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import SUPERVISED
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from maple_trl.jobs.options import OmniModelConfig, OmniScriptArguments
+    from maple_trl.omni.families import OmniFamily
+    from maple_trl.omni.prompt import PromptBuilder
+    from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+
+
+def check_files(script_args: OmniScriptArguments) -> None:
+    """
+    Raises:
+        SetupError: for a file of results that cannot be written, or is the one that the job reads.
+    """
+    for option in ("summary_file", "metrics_file", "plot_file"):
+        path = getattr(script_args, option)
+        if path is None:
+            continue
+        folder = os.path.dirname(os.path.abspath(path))
+        if os.path.isdir(path):
+            raise SetupError(f"{option}: {path} is a folder; name a file in it")
+        if os.path.realpath(path) == os.path.realpath(script_args.dataset_name or ""):
+            raise SetupError(f"{option}: {path} is the data set, which would be overwritten; name another file")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise SetupError(f"{option}: cannot make the folder {folder}: {error.strerror}") from error
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            raise SetupError(f"{option}: no permission to write {path}")
+
+
+def check_rows(
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    train: Dataset,
+    rewards: Sequence[Any],
+) -> None:
+    """
+    Holds the columns of the training split against what is read of them.
+
+    Raises:
+        SetupError: for a column that is missing or misspelt.
+    """
+    from maple_trl.rewards.calls import RewardError, check_rewards
+
+    name = f"{script_args.dataset_name}, split {script_args.dataset_train_split!r}"
+    columns = train.column_names
+    try:
+        if script_args.trainer not in SUPERVISED:
+            check_rewards(rewards, columns, name)
+    except (RewardError, ValueError) as error:
+        raise SetupError(str(error)) from error
+    if script_args.trainer in SUPERVISED and "completion" not in columns:
+        raise SetupError(
+            f"{name} has no column 'completion', which is what is learnt; its columns: {', '.join(columns)}. "
+            "completion_template builds it from others"
+        )
+    if script_args.trainer == "mapo" and "tag" not in columns:
+        raise SetupError(f"{name} has no column 'tag', which mapo batches by; its columns: {', '.join(columns)}")
+    _check_reward_options(training_args, rewards)
+    if not os.path.isdir(training_args.media_root):
+        raise SetupError(f"media root {training_args.media_root!r} is not a folder (media_root)")
+
+
+def _check_reward_options(args: OmniGRPOConfig | OmniSFTConfig, rewards: Sequence[Any]) -> None:
+    from trl.trainer.utils import get_callable_name
+
+    names = [get_callable_name(reward) for reward in rewards]
+    weights = getattr(args, "reward_weights", None)
+    if weights is not None and len(weights) != len(names):
+        raise SetupError(f"reward_weights has {len(weights)} weights for {len(names)} rewards: {', '.join(names)}")
+    task = getattr(args, "task_reward", None)
+    if task is not None and task not in names:
+        raise SetupError(f"task_reward must name one of the rewards ({', '.join(names)}), got {task!r}")
+
+
+def check_model(
+    model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig, train: Dataset, evaluates: bool
+) -> None:
+    """
+    Looks at the model's files, and whether the rows are prompts for its family.
+
+    Args:
+        evaluates: whether its accuracy is measured, for which it must read media.
+
+    Raises:
+        SetupError: when there is no such model, it is damaged or not supported, a row cannot be a prompt, or there are too
+            few rows.
+    """
+    from maple_trl.evaluation.served_prompts import ServedFamily
+    from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
+    from maple_trl.omni.families import family_class
+    from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
+    from maple_trl.omni.prompt import check_template
+
+    if not model_args.model_name_or_path:
+        raise SetupError("model_name_or_path is missing; for a first run: builtin:tiny-omni")
+    given = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    folder = model_args.model_name_or_path
+    try:
+        name = resolve_checkpoint(adapter_base(folder) or folder)
+        options = given | hub_arguments(training_args.model_init_kwargs or {})
+        options = reach(name, options)
+        check_checkpoint(name, options, text=not evaluates)
+        kind = read_config(name, options).model_type
+    except (CheckpointError, ValueError) as error:
+        _check_prompts(ServedFamily(), training_args, train)  # one that reads everything
+        raise SetupError(f"model_name_or_path: {error}") from error
+    family = family_class(kind) or family_class(f"{kind}_thinker")
+    if family is not None:  # else it reads text alone
+        if hasattr(training_args, "check_for_media"):
+            try:
+                training_args.check_for_media()
+            except ValueError as error:
+                raise SetupError(str(error)) from error
+        # What a row is fed is decided by facts of the class: no model is needed for that.
+        stand_in = family.__new__(family)
+        _check_prompts(stand_in, training_args, train)
+        beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+        try:
+            stand_in.processor = load_processor(folder if beside else name, **options)
+            stand_in.check_pixels(training_args.max_pixels)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
+        try:
+            check_template(_prompt_builder(stand_in, training_args), train["prompt"], train)
+        except ValueError as error:
+            raise SetupError(f"train_dataset, {error}") from error
+
+
+def _prompt_builder(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
+    """For what a row says: nothing is decoded."""
+    from maple_trl.omni.media.loader import MediaLoader
+    from maple_trl.omni.prompt import PromptBuilder
+
+    network = args.media_allow_network
+    return PromptBuilder(
+        family,
+        MediaLoader(args.media_root, args.media_limits(), allow_network=network, backend="pyav"),
+        modality_access=args.modality_access,
+        audio_in_video=args.audio_in_video,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+
+
+def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
+    from maple_trl.trainers.common.quarantine import RowRegistry, write_quarantine
+    from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
+
+    try:
+        probe = "paths" if args.media_check == "probe" else False
+        registry = RowRegistry(train, _prompt_builder(family, args), probe=probe, progress=False)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    problem = registry.too_many(args.max_quarantined_share)
+    if problem is not None:
+        if args.process_index == 0:
+            write_quarantine(os.path.join(args.output_dir, "quarantine.json"), [*registry.quarantined.values()])
+        raise TooManyQuarantinedError(
+            f"{problem}. Nothing was trained. Mend the files (is media_root right?), or raise max_quarantined_share"
+        )
+    generations = getattr(args, "num_generations", None)
+    needed = args.generation_batch_size // generations if generations else 0
+    if len(train) < needed:
+        raise SetupError(
+            f"train_dataset has {len(train)} usable rows, but one rollout takes {needed} prompts (generation_batch_size / "
+            "num_generations): lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
+        )
+
+
+def check_resumed(checkpoint: str | None, model_args: OmniModelConfig) -> None:
+    """
+    Holds a checkpoint against what is trained now: the whole model, or an adapter of the same form.
+
+    Raises:
+        SetupError: naming the option that differs.
+    """
+    if checkpoint is None:
+        return
+    path = os.path.join(checkpoint, "adapter_config.json")
+    if not os.path.isfile(path):
+        if model_args.use_peft:
+            raise SetupError(
+                f"use_peft is true, but {checkpoint} holds a whole model: resume with use_peft: false, as the run began, or "
+                "begin a new run from it (model_name_or_path, another output_dir)"
+            )
+        return
+    if not model_args.use_peft:
+        raise SetupError(
+            f"use_peft is false, but {checkpoint} holds a LoRA adapter: resume with use_peft: true and the LoRA options with "
+            "which the run began"
+        )
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(checkpoint)
+    for field, option in LORA_OPTIONS.items():
+        before, now = getattr(config, field), getattr(model_args, option)
+        if (before or None) != (now or None):
+            raise SetupError(f"{option} is {now!r}, but {checkpoint} was trained with {before!r}: resume with that")
+
+
+LORA_OPTIONS = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "modules_to_save": "lora_modules_to_save",
+}
+"""Fields of an adapter's config, and the options that set them."""
+
+
+def adapter_base(name_or_path: str | None) -> str | None:
+    """The model that a folder with a LoRA adapter was trained on; `None` for everything else."""
+    path = os.path.join(name_or_path or "", "adapter_config.json")
+    if not os.path.exists(path) or os.path.exists(os.path.join(name_or_path, "config.json")):
+        return None
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+    if not base:
+        raise SetupError(f"{path} does not say which model the adapter belongs to (base_model_name_or_path)")
+    return base

@@ -1,0 +1,231 @@
+"""The rows of a training job: from the name of a data set to the splits that it trains and measures on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import OmniScriptArguments, template_columns
+from maple_trl.jobs.tables import SUFFIXES, read_tables
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+
+BUILTIN_DATASETS = ("builtin:seven-tags",)
+_SHOWN = 20  # values of a column that an error lists
+
+
+def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tuple[dict[str, Dataset], str]:
+    """
+    The splits of a job's data set that exist, and the folder to which their media paths are relative.
+
+    Args:
+        script_args ([`OmniScriptArguments`]):
+            Names the data set, and the splits to read.
+        media_root (`str`, *optional*, defaults to `"."`):
+            The media root that the user set; at `"."` local data sets use their own folder.
+
+    Returns:
+        `tuple[dict[str, Dataset], str]`: data sets by split (the training split always, the test split where it
+        exists), and the media root.
+
+    Raises:
+        SetupError: when there is no such data set or training split, listing what is there.
+    """
+    from maple_trl.omni.embedded import as_paths
+
+    name = script_args.dataset_name
+    if not name:
+        raise SetupError("dataset_name is missing; for a first run: builtin:seven-tags")
+    wanted = (script_args.dataset_train_split, script_args.dataset_test_split)
+    if name.startswith("builtin:"):
+        if name not in BUILTIN_DATASETS:
+            raise SetupError(f"there is no embedded data set {name!r}; embedded: {', '.join(BUILTIN_DATASETS)}")
+        from maple_trl.data import default_folder, load_seven_tags
+
+        folder, splits = default_folder(), load_seven_tags()
+    elif Path(name).exists():
+        folder = Path(name) if Path(name).is_dir() else Path(name).parent
+        splits = _read_local(Path(name), wanted)
+    elif name.startswith(("/", "./", "../", "~")) or Path(name).suffix.lower() in SUFFIXES:
+        raise SetupError(f"dataset_name: there is no file or folder {name}")
+    else:
+        folder, splits = None, _read_hub(name, script_args.dataset_config)
+    if script_args.dataset_config is not None and folder is not None:
+        raise SetupError(f"dataset_config is for data sets of the Hub, and has no effect with {name}; leave it out")
+    if wanted[0] not in splits:
+        raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
+    root = media_root if folder is None or media_root != "." else str(folder.resolve())
+    return {split: as_paths(splits[split]) for split in wanted if split in splits}, root
+
+
+def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:
+    """A data set of the Hub; where that cannot be reached, what it gave before."""
+    from unittest import mock
+
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+
+    from maple_trl.omni.checkpoints import hub_is_silent
+
+    silent = hub_is_silent()
+    # Else the library asks five times, for half a minute, before it looks there.
+    offline = silent is not None
+    try:
+        with (
+            mock.patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE),
+            mock.patch.object(datasets.config, "HF_HUB_OFFLINE", offline or datasets.config.HF_HUB_OFFLINE),
+        ):
+            return datasets.load_dataset(name, config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise SetupError(
+            f"cannot load the data set {name!r}: there is no such local folder, and as a Hub id: {silent or error}"
+        ) from error
+
+
+def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
+    from datasets import DatasetDict, load_from_disk
+
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise SetupError(f"{path}: a data file is one of {', '.join(SUFFIXES)}")
+        return {wanted[0]: read_tables([path])}
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        stored = load_from_disk(str(path))
+        return stored if isinstance(stored, DatasetDict) else {wanted[0]: stored}
+    # Not load_dataset(folder): it would take the media files beside the tables for the data.
+    files = {split: _shards(path, split) for split in wanted}
+    if not files[wanted[0]]:
+        there = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        raise SetupError(
+            f"{path} holds no {', '.join(wanted[0] + suffix for suffix in SUFFIXES[:-1])} or {wanted[0]}{SUFFIXES[-1]}"
+            + (f"; it has {', '.join(there)}" if there else " and no other table either")
+        )
+    return {split: read_tables(shards) for split, shards in files.items() if shards}
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    """Files of one split: `train.parquet`, or the shards `train-00000-of-00002.parquet`, …"""
+    for suffix in SUFFIXES:
+        whole = folder / f"{split}{suffix}"
+        if whole.is_file():
+            return [whole]
+        shards = sorted(folder.glob(f"{split}-*-of-*{suffix}"))
+        if shards:
+            return shards
+    return []
+
+
+def filter_rows(dataset: Dataset, allowed: Mapping[str, Sequence], name: str, strict: bool = True) -> Dataset:
+    """
+    The rows whose columns have one of the values allowed there.
+
+    Args:
+        name (`str`): how errors call the data set.
+        strict (`bool`, *optional*, defaults to `True`): refuse a value that no row has.
+
+    Raises:
+        SetupError: for a column that is not there, a value that no row has, and when no row is left.
+    """
+    kept = set(range(len(dataset)))
+    for column, values in allowed.items():
+        if column not in dataset.column_names:
+            raise SetupError(
+                f"dataset_filter: {name} has no column {column!r}; its columns: {', '.join(dataset.column_names)}"
+            )
+        cells = list(dataset[column])
+        missing = [value for value in values if value not in cells]
+        if missing and strict:
+            found = list(dict.fromkeys(map(repr, cells)))
+            raise SetupError(
+                f"dataset_filter: no row of {name} has {missing[0]!r} in column {column!r}; it has "
+                f"{', '.join(found[:_SHOWN])}{', …' if len(found) > _SHOWN else ''}"
+            )
+        kept &= {i for i, cell in enumerate(cells) if cell in values}
+    if not kept:
+        raise SetupError(f"dataset_filter: no row of {name} is left by {dict(allowed)}")
+    return dataset.select(sorted(kept))
+
+
+def add_completions(dataset: Dataset, template: str, name: str) -> Dataset:
+    """
+    The data set with a column `completion`, built from other columns.
+
+    Args:
+        template (`str`): text with names of columns in braces.
+        name (`str`): how errors call the data set.
+
+    Raises:
+        SetupError: when a column is missing or empty in a row, or the data set has a column `completion` already.
+    """
+    columns = template_columns(template)
+    if "completion" in dataset.column_names:
+        raise SetupError(f"completion_template: {name} has a column 'completion' already; leave the template out")
+    for column in columns:
+        if column not in dataset.column_names:
+            raise SetupError(
+                f"completion_template: {name} has no column {column!r}; its columns: {', '.join(dataset.column_names)}"
+            )
+    cells = {column: list(dataset[column]) for column in columns}
+    for column, values in cells.items():
+        empty = next((i for i, value in enumerate(values) if value is None or value == ""), None)
+        if empty is not None:
+            raise SetupError(f"completion_template: {name}, row {empty}: column {column!r} is empty")
+    texts = [template.format(**dict(zip(columns, row, strict=True))) for row in zip(*cells.values(), strict=True)]
+    return dataset.add_column("completion", texts)
+
+
+def prepare_data(
+    script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig
+) -> tuple[Dataset, Dataset | None]:
+    """
+    The training split of a job, and its test split where there is one; sets `media_root` to the folder of their media.
+
+    A test split that cannot be used counts as none where nothing is measured on it.
+
+    Raises:
+        SetupError: when a data set, split or column that the arguments name is not there.
+    """
+    splits, training_args.media_root = load_datasets(script_args, training_args.media_root)
+    train, test = script_args.dataset_train_split, script_args.dataset_test_split
+    measures = evaluates(training_args) or script_args.evaluate_before_after
+    if measures and test not in splits:
+        raise SetupError(
+            f"{script_args.dataset_name} has no split {test!r} to evaluate on; name another with dataset_test_split, or "
+            "switch off evaluate_before_after and eval_strategy"
+        )
+    for split in list(splits):
+        try:
+            splits[split] = _prepared(splits[split], script_args, split, strict=split == train)
+        except SetupError:
+            if split == train or measures:
+                raise
+            del splits[split]
+    return splits[train], splits.get(test)
+
+
+def _prepared(dataset: Dataset, script_args: OmniScriptArguments, split: str, strict: bool) -> Dataset:
+    from maple_trl.trainers.common.rows import check_spelling
+
+    name = f"{script_args.dataset_name}, split {split!r}"
+    try:
+        check_spelling(dataset.column_names, name)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    if script_args.dataset_filter is not None:
+        dataset = filter_rows(dataset, script_args.dataset_filter, name, strict)
+    if script_args.completion_template is not None:
+        dataset = add_completions(dataset, script_args.completion_template, name)
+    return dataset
+
+
+def evaluates(training_args: OmniGRPOConfig | OmniSFTConfig) -> bool:
+    """Whether a job evaluates on its test split during training."""
+    return str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"

@@ -1,0 +1,347 @@
+"""One evaluation from parsed options: model, data, scoring, the processes that share the work, and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from maple_trl.evaluation.asking import Asker
+from maple_trl.evaluation.identity import PARSER_VERSION, describe_function, rows_digest, versions
+from maple_trl.evaluation.options import ServerError
+from maple_trl.evaluation.results import evaluation_results
+from maple_trl.files import as_json, digest, write_atomically
+from maple_trl.jobs.data import filter_rows, load_datasets
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.eval_job import EvalJob, EvalMedia
+from maple_trl.jobs.models import LocalModel, ServedModel
+from maple_trl.jobs.options import OmniScriptArguments
+from maple_trl.jobs.scoring import Scoring
+from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.prompt import PromptBuilder, RowError, check_template
+from maple_trl.records.evaluations import EvalStore, EvaluationError
+from maple_trl.records.options import deciding
+from maple_trl.rewards.calls import RewardError, check_rewards
+from maple_trl.trainers.common.rows import check_spelling
+
+
+FORMAT = 4
+"""Version of what `result.json` and `rows.parquet` hold."""
+
+
+def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
+    """
+    Runs an evaluation, or goes on with one that was stopped; every process of a launch must call it.
+
+    Batches are cut from the data set alone and shared out among the processes. Results do not depend on their number,
+    nor on interruptions.
+
+    Returns:
+        `dict` or `None`: what `result.json` holds; `None` in all processes but the first.
+
+    Raises:
+        SetupError, EvaluationError: when the evaluation is described wrongly.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    state = PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=30))
+    if job.limit is not None and job.limit < 1:
+        raise SetupError(f"limit must be 1 or more, got {job.limit}")
+    if not 0 < job.confidence < 1:
+        raise SetupError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {job.confidence}")
+    store = EvalStore(job.output)
+    store.check()
+    questions = load_questions(job)
+    scoring = Scoring(job, questions.media_root)
+    if questions.rows:
+        try:
+            check_rewards([scoring.function], list(questions.rows[0]), questions.described["name"])
+        except RewardError as error:
+            raise SetupError(f"--judge: {error}") from error
+    _check_places(job, questions.media_root)
+    model = LocalModel(job, state) if job.server is None else ServedModel(job)
+    try:
+        model.family.check_pixels(job.media.max_pixels)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    lock = FileLock(store.folder / ".lock")
+    try:
+        with _loader(job, questions.media_root) as loader:
+            builder = PromptBuilder(
+                model.family,
+                loader,
+                audio_in_video=job.media.audio_in_video,
+                subtitle_template=job.media.subtitle_template,
+                max_prompt_length=job.media.max_prompt_length,
+                max_media_tokens=job.media.max_media_tokens,
+                chat_template_kwargs=job.chat_template_kwargs,
+            )
+            if isinstance(model, LocalModel):
+                try:
+                    check_template(builder, [row.get("prompt") for row in questions.rows], questions.rows)
+                except RowError as error:
+                    raise SetupError(f"{questions.described['name']}, {error}") from error
+            asker = model.asker(builder, questions.rows, scoring.function, scoring.extract, job.options)
+            # What a report needs of an evaluation that is going on, too.
+            run = {
+                "started": started.isoformat(timespec="seconds"),
+                "media_root": os.path.abspath(questions.media_root),
+            }
+            identity = _on_first(
+                state,
+                lambda: _begin(store, lock, _identity(job, questions, asker, model, scoring), run, job.overwrite),
+            )
+            resumed = sum(store.has(batch.number) for batch in asker.batches)
+            state.wait_for_everyone()  # until all have counted
+            if not store.complete:
+                if isinstance(model, LocalModel):
+                    model.check(asker)
+                else:
+                    _on_first(state, lambda: model.check(asker))
+                _ask(asker, store, state, job.quiet)
+            state.wait_for_everyone()
+    finally:
+        model.close()
+        scoring.close()
+    if not state.is_main_process:
+        return None
+    store.finish(len(asker.batches), asker.skipped)
+    result = {**identity, **_results(store, job), "left_out": questions.left_out}
+    run |= {
+        "seconds": round(time.monotonic() - clock, 2),
+        "processes": state.num_processes,
+        "threads": torch.get_num_threads(),
+        "batches": len(asker.batches),
+        "batches_done_before": resumed,
+        "server": job.server,
+        "judging": scoring.spent,
+    }
+    _write_run(store, run)
+    write_atomically(store.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    lock.release()
+    return result
+
+
+def _check_places(job: EvalJob, media_root: str) -> None:
+    """Before the model is loaded: can results be written, and media be found?"""
+    folder = os.path.abspath(job.output)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise SetupError(f"--output: {job.output} cannot be made a folder: File exists; name another")
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"--output: no permission to write into {folder}")
+    if not os.path.isdir(media_root):
+        raise SetupError(f"media root {media_root!r} is not a folder (--media-root)")
+
+
+def _loader(job: EvalJob, root: str) -> MediaLoader:
+    media = job.media
+    try:
+        return MediaLoader(
+            root,
+            media.media_limits(),
+            cache_bytes=media.media_cache_bytes,
+            allow_network=media.media_allow_network,
+            backend=media.media_backend,
+            workers=media.media_workers,
+            worker_bytes=media.media_worker_bytes,
+        )
+    except (FileNotFoundError, RuntimeError) as error:
+        raise SetupError(str(error)) from error
+
+
+def _on_first(state: PartialState, compute: Callable[[], Any]) -> Any:
+    """What the first process computes, or the error that it met, in all processes."""
+    found: list[Any] = [None, None, False]
+    if state.is_main_process:
+        try:
+            found[0] = compute()
+        except (EvaluationError, SetupError, OSError) as error:
+            found[1:] = str(error), isinstance(error, ServerError)
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise (ServerError if found[2] else EvaluationError)(found[1])
+    return found[0]
+
+
+def _begin(
+    store: EvalStore, lock: FileLock, identity: dict[str, Any], run: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"--output: {store.folder} cannot be made a folder: {error.strerror}") from error
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise EvaluationError(f"another evaluation is writing into {store.folder}") from None
+    store.begin(identity, overwrite)
+    _write_run(store, run)
+    return identity
+
+
+def _write_run(store: EvalStore, run: Mapping[str, Any]) -> None:
+    write_atomically(store.folder / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
+
+def _ask(asker: Asker, store: EvalStore, state: PartialState, quiet: bool) -> None:
+    """Asks this process's share of the batches that are not done."""
+    share = asker.batches[state.process_index :: state.num_processes]
+    waiting = [batch for batch in share if not store.has(batch.number)]
+    shows = state.is_local_main_process and not quiet
+    questions = sum(len(batch.rows) for batch in share)
+    done = questions - sum(len(batch.rows) for batch in waiting)
+    with tqdm(total=questions, initial=done, desc="Questions", disable=None if shows else True) as bar:
+        for batch, following in zip(waiting, [*waiting[1:], None], strict=True):
+            if following is not None:
+                asker.prefetch(following)
+            try:
+                store.write(batch.number, asker.run(batch))
+            except torch.OutOfMemoryError as error:
+                raise EvaluationError(
+                    f"out of memory with {len(batch.rows)} questions of {asker.options.samples} samples: give a "
+                    f"smaller --batch-size, which is another evaluation (--overwrite). {error}"
+                ) from error
+            bar.update(len(batch.rows))
+
+
+# Parts
+
+
+@dataclass
+class Questions:
+    """
+    The rows of an evaluation.
+
+    Attributes:
+        rows: in order.
+        media_root: the folder below which their media lie.
+        described: where they come from, as JSON values.
+        left_out: questions of a benchmark that did not become rows, each with `name`, `cause` and `reason`.
+    """
+
+    rows: list[dict[str, Any]]
+    media_root: str
+    described: dict[str, Any]
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+
+def load_questions(job: EvalJob) -> Questions:
+    """
+    The questions of an evaluation.
+
+    Raises:
+        SetupError: when there is no such data set, split or benchmark, or it holds no row.
+    """
+    root, described, left_out = job.media.media_root, {}, []
+    if job.benchmark is None:
+        split = job.split or "test"
+        name = f"{job.data}, split {split!r}"
+        dataset, root = _load_split(job.data, split, root)
+        described = {"split": split}
+    else:
+        name = f"benchmark {job.benchmark}"
+        found = _read_benchmark(job)
+        dataset, root = found.dataset, str(found.media_root) if root == "." else root
+        left_out = [{"name": item.name, "cause": item.cause, "reason": item.reason} for item in found.left_out]
+        style = {"name": found.style.name, "version": found.style.version, "digest": found.style.digest}
+        described = {"split": job.split, "missing_media": job.missing_media, "prompt_style": style}
+        described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
+    if not len(dataset):
+        raise SetupError(f"{name} holds no row")
+    try:
+        check_spelling(dataset.column_names, name)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    allowed = None
+    if job.filter is not None:
+        try:
+            allowed = OmniScriptArguments(dataset_filter=job.filter).dataset_filter
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        dataset = filter_rows(dataset, allowed, name)
+    rows = dataset.select(range(min(job.limit or len(dataset), len(dataset)))).to_list()
+    described = {"name": job.data, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit} | described
+    return Questions(rows, root, described | {"rows": len(rows), "sha256": rows_digest(rows)}, left_out)
+
+
+def _load_split(data: str, split: str, root: str):
+    arguments = OmniScriptArguments(dataset_name=data, dataset_train_split=split, dataset_test_split=split)
+    try:
+        splits, root = load_datasets(arguments, root)
+    except SetupError as error:
+        if "corresponds to no data" in str(error):
+            raise SetupError(f"{data}, split {split!r} holds no row") from error
+        raise
+    return splits[split], root
+
+
+def _read_benchmark(job: EvalJob):
+    try:
+        from maple_trl.data.benchmarks import read_benchmark
+    except ImportError as error:
+        raise SetupError(f"benchmark {job.benchmark!r}: the loaders cannot be imported ({error})") from error
+    try:
+        return read_benchmark(
+            job.benchmark, job.data, job.split, prompt_style=job.prompt_style, missing_media=job.missing_media
+        )
+    except (OSError, ValueError) as error:
+        raise SetupError(f"benchmark {job.benchmark!r}: {error}") from error
+
+
+def _identity(
+    job: EvalJob, questions: Questions, asker: Asker, model: LocalModel | ServedModel, scoring: Scoring
+) -> dict[str, Any]:
+    """All that decides the numbers and is known before the first question."""
+    return as_json(
+        {
+            "format": FORMAT,
+            "model": model.described,
+            "data": questions.described,
+            "prompt": {
+                "sha256": digest([row.get("prompt") for row in questions.rows]),
+                "chat_template_sha256": model.chat_template_sha256,
+                "chat_template_kwargs": dict(job.chat_template_kwargs),
+            },
+            "media": _media(job.media) | {"media_backend": asker.loader.backend},
+            "asking": dataclasses.asdict(job.options),
+            "generation": asker.generation,
+            "scoring": {
+                "score": scoring.described,
+                "parser": {"version": PARSER_VERSION} | describe_function(scoring.extract),
+            },
+            "device": model.device,
+            "versions": versions(),
+        }
+    )
+
+
+def _media(media: EvalMedia) -> dict[str, Any]:
+    """What decides which frames and sounds are fed of a signal; which signals are, `access` says."""
+    return {name: value for name, value in deciding(media).items() if name != "modality_access"}
+
+
+def _results(store: EvalStore, job: EvalJob) -> dict[str, Any]:
+    lines = store.lines()
+    found = evaluation_results(lines, job.options.access, job.options.samples, job.confidence)
+    fed = {(row, access): text for row, access, text in _columns(lines, "row", "access", "inputs") if text}
+    whole = hashlib.sha256(json.dumps(sorted([*key, text] for key, text in fed.items())).encode()).hexdigest()
+    return {"inputs_sha256": whole, "confidence": job.confidence, **found}
+
+
+def _columns(lines: Any, *names: str) -> Sequence[tuple]:
+    return list(zip(*(lines[name].to_pylist() for name in names), strict=True))

@@ -1,0 +1,218 @@
+"""The models of an evaluation: in this process, or behind a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+
+from maple_trl.chat import ChatClient, ChatOptions, ChatSetupError
+from maple_trl.evaluation.evaluator import Evaluator
+from maple_trl.evaluation.identity import device_name, weights_digest
+from maple_trl.evaluation.served import ServedEvaluator, check_media, inspect_server
+from maple_trl.evaluation.served_prompts import ServedFamily
+from maple_trl.files import digest, files_digest
+from maple_trl.jobs.checks import adapter_base
+from maple_trl.jobs.errors import SetupError
+from maple_trl.omni.checkpoints import check_checkpoint, reach
+from maple_trl.omni.families import OmniFamily, family_for
+from maple_trl.omni.generation import check_generation_options
+from maple_trl.omni.loading import hub_arguments, load_model, load_processor, resolve_checkpoint
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.records.evaluations import EvaluationError
+
+
+if TYPE_CHECKING:
+    from maple_trl.jobs.eval_job import EvalJob
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+class LocalModel:
+    """
+    The model of an evaluation, in this process.
+
+    Args:
+        job: names model and adapter.
+        state: says where it computes.
+
+    Attributes:
+        family: of the model.
+        described: what decides its numbers, as JSON values.
+        device: what computes.
+
+    Raises:
+        SetupError: when there is no such model or adapter, or the adapter does not fit.
+    """
+
+    def __init__(self, job: EvalJob, state: PartialState):
+        try:
+            check_generation_options(job.options.generation, {}, "generation")
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        self.model, processor, self.described = load_policy(job, state)
+        self.family: OmniFamily = family_for(self.model, processor)
+        self.described |= {"family": type(self.family).__name__}
+        self.device = device_name(state.device)
+        template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+        self.chat_template_sha256: str | None = digest(template)
+
+    def asker(self, builder: PromptBuilder, *args: Any) -> Evaluator:
+        """What asks it; `args` as of [`~maple_trl.evaluation.asking.Asker`]."""
+        return Evaluator(self.model, builder, *args)
+
+    def check(self, asker: Evaluator) -> None:
+        """Before the first question; raises `EvaluationError` where samples cannot share their prompt."""
+        if asker.options.shared_prompt and asker.options.samples > 1:
+            asker.check_shared_prompt()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class ServedModel:
+    """
+    The model of an evaluation, behind an OpenAI-compatible endpoint.
+
+    Args:
+        job: names server and model.
+
+    Attributes:
+        family: stands where a model's family does.
+        described, device, chat_template_sha256: as of [`LocalModel`]; of what only the server knows nothing.
+
+    Raises:
+        SetupError: for an option that only a model in this process has, or a client that cannot be set up.
+        ServerError: when nothing answers.
+    """
+
+    device = "server"
+    chat_template_sha256 = None
+
+    def __init__(self, job: EvalJob):
+        _check_served(job)
+        self.family: OmniFamily = ServedFamily(job.server_video)
+        try:
+            self.options = ChatOptions(
+                model=job.model,
+                base_url=job.server,
+                api_key_env=job.api_key_env,
+                api_key_file=job.api_key_file,
+                concurrency=job.concurrency,
+                timeout=job.timeout,
+            )
+            self.info = inspect_server(self.options)
+            self.client = ChatClient(self.options)
+        except EvaluationError:
+            raise
+        except ImportError as error:
+            raise SetupError(f'--server: {error}; the extra brings it: pip install "maple-trl[judge]"') from error
+        except (ChatSetupError, ValueError) as error:
+            raise SetupError(f"--server: {error}") from error
+        self.described = {
+            "name": job.model,
+            # Not its address: the same server may stand elsewhere when an evaluation goes on.
+            "server": dataclasses.asdict(self.info),
+            "video_as": job.server_video,
+            "adapter": None,
+        }
+
+    def asker(self, builder: PromptBuilder, *args: Any) -> ServedEvaluator:
+        """What asks it; `args` as of [`~maple_trl.evaluation.asking.Asker`]."""
+        return ServedEvaluator(self.client, self.info, builder, *args)
+
+    def check(self, asker: ServedEvaluator) -> None:
+        """
+        Before the first question.
+
+        Raises:
+            ServerError: when the server refuses or ignores media that rows are fed.
+        """
+        found = check_media(self.options, asker.kinds, self.family.video_form)
+        for kind in (kind for kind, certain in found.items() if not certain):
+            logger.warning("The server counts no tokens: whether it reads %s cannot be told.", kind)
+
+    def close(self) -> None:
+        """Closes connections."""
+        self.client.close()
+
+
+def _check_served(job: EvalJob) -> None:
+    """SetupError for an option that has no effect on a server."""
+    local = {
+        "--adapter": job.adapter is not None,
+        "--dtype": job.dtype != "auto",
+        "--attn-implementation": job.attn_implementation is not None,
+        "--revision": job.revision != "main",
+        "--trust-remote-code": job.trust_remote_code,
+        "--device": job.device != "auto",
+        "--no-shared-prompt": not job.options.shared_prompt,
+        "--audio-in-video": job.media.audio_in_video,
+        "--max-prompt-length": job.media.max_prompt_length is not None,
+        "--max-media-tokens": job.media.max_media_tokens is not None,
+    }
+    given = [name for name, is_given in local.items() if is_given]
+    if given:
+        raise SetupError(f"{', '.join(given)}: no effect on a model behind --server; start the server with it instead")
+
+
+def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, Any]]:
+    """
+    The model with its adapter, in evaluation mode on its device; its processor; and what describes it (with a digest of
+    the weights in the first process).
+
+    Raises:
+        SetupError: when there is no such model or adapter, or the adapter does not fit.
+    """
+    name, adapter = job.model, job.adapter
+    base = adapter_base(name)
+    if base is not None:
+        if adapter is not None:
+            raise SetupError(f"{name} is an adapter itself; with --adapter, --model names the model below it: {base}")
+        name, adapter = base, name
+    if adapter is not None and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
+        raise SetupError(f"adapter: {adapter} holds no adapter_config.json; name a folder with a LoRA adapter")
+    shared = {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
+    kwargs = shared | ({"attn_implementation": job.attn_implementation} if job.attn_implementation else {})
+    beside = adapter is not None and os.path.exists(os.path.join(adapter, "tokenizer_config.json"))
+    try:
+        path = resolve_checkpoint(name)
+        check_checkpoint(path, reach(path, hub_arguments(kwargs)), processor=not beside, text=False)
+    except ValueError as error:
+        raise SetupError(f"model: {error}") from error
+    try:
+        model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
+        processor = load_processor(adapter if beside else name, **shared)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        raise SetupError(f"model: cannot load {name!r}: {error}") from error
+    described = {
+        "name": name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "architecture": type(model).__name__,
+        # Before the adapter, which moves the weights below it to other names.
+        "sha256": weights_digest(model) if state.is_main_process else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "adapter": None if adapter is None else {"name": adapter, "sha256": files_digest(adapter, _ADAPTER_FILES)},
+    }
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return model.eval(), processor, described
+
+
+def _with_adapter(model: Any, folder: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns, and would evaluate a model whose adapter is half there.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError, UserWarning) as error:
+        raise SetupError(f"adapter: {folder} does not fit the model: {error}") from error

@@ -1,0 +1,672 @@
+"""Arguments of a training job: what a YAML file or the command line can say, and how it is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Any
+
+# trl and its dataclasses without a trainer take a tenth of a second; torch and transformers are imported where they are
+# needed, so that the command line can show its help without them.
+from trl import ModelConfig
+
+from maple_trl.jobs.declared import declared_class
+from maple_trl.jobs.errors import SetupError, did_you_mean
+from maple_trl.omni.scopes import SCOPES
+
+
+if TYPE_CHECKING:
+    from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+    from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
+    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
+
+
+# Trainers
+
+# What `trainer` may name: the config class and the trainer, as `module:class`, for importing them loads torch and TRL.
+TRAINERS = {
+    "omni_grpo": (
+        "maple_trl.trainers.omni_grpo.config:OmniGRPOConfig",
+        "maple_trl.trainers.omni_grpo.trainer:OmniGRPOTrainer",
+    ),
+    "mapo": ("maple_trl.trainers.mapo.config:MAPOConfig", "maple_trl.trainers.mapo.trainer:MAPOTrainer"),
+    "avatar": ("maple_trl.trainers.avatar.config:AvatarConfig", "maple_trl.trainers.avatar.trainer:AvatarTrainer"),
+    "omni_sft": (
+        "maple_trl.trainers.omni_sft.config:OmniSFTConfig",
+        "maple_trl.trainers.omni_sft.trainer:OmniSFTTrainer",
+    ),
+}
+DEFAULT_TRAINER = "omni_grpo"
+SUPERVISED = ("omni_sft",)
+"""Trainers that learn from a column `completion` and take no rewards."""
+
+
+def config_class(trainer: str) -> type[OmniGRPOConfig | OmniSFTConfig]:
+    """The config class of a trainer in `TRAINERS`; SetupError for another name."""
+    _check_trainer(trainer)
+    return _load(TRAINERS[trainer][0])
+
+
+def trainer_class(trainer: str) -> type[OmniGRPOTrainer | OmniSFTTrainer]:
+    """The trainer behind a name in `TRAINERS`; SetupError for another name."""
+    _check_trainer(trainer)
+    return _load(TRAINERS[trainer][1])
+
+
+def _check_trainer(name: Any) -> None:
+    if name not in list(TRAINERS):
+        raise SetupError(f"trainer must be one of {', '.join(map(repr, TRAINERS))}, got {name!r}")
+
+
+def _load(place: str) -> type:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# Dataclasses
+
+
+@dataclass
+class OmniScriptArguments:
+    r"""
+    What the job trains with, reads, rewards and reports.
+
+    Args:
+        trainer (`str`, *optional*, defaults to `"omni_grpo"`):
+            `omni_grpo` ([`OmniGRPOTrainer`]), `mapo` ([`MAPOTrainer`], for MAPLE's MAPO and MUPO), `avatar`
+            ([`AvatarTrainer`]) or `omni_sft` ([`OmniSFTTrainer`], supervised); it decides which config class the other
+            options belong to.
+        dataset_name (`str`):
+            `builtin:seven-tags` (written into the user's cache when it is first used), a `.parquet`, `.json` or
+            `.jsonl`, `.csv` or `.tsv` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
+            `save_to_disk`, or a Hub id. While `media_root` is left at `.`, local data have their own folder as media
+            root.
+        dataset_config (`str`, *optional*):
+            Configuration of a Hub data set.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split for evaluation; needed only where something is evaluated.
+        dataset_filter (`dict[str, list]`, *optional*):
+            Rows that the job uses, in every split: those whose column has one of the values, for each column named.
+        completion_template (`str`, *optional*):
+            With `omni_sft`: builds the column `completion`, e.g. `<think>...</think><answer>{solution}</answer>`, where
+            `{solution}` is the row's column of that name.
+        rewards (`list`, *optional*, defaults to `["format_reward", "accuracy_reward"]`):
+            Reward functions: names from `maple_trl.rewards`, `module:function`, or mappings for what takes parameters,
+            such as `{reward: caption_judge, server: {model: ..., base_url: ...}}` (see
+            [`~maple_trl.jobs.rewards.read_entries`]; as JSON on the command line). Weights are `reward_weights`.
+            `omni_sft` uses none.
+        evaluate_before_after (`bool`, *optional*, defaults to `False`):
+            Measure sampled accuracy per tag before and after training.
+        eval_questions_per_tag (`int`, *optional*, defaults to `64`):
+            Most questions of each tag in that measurement.
+        summary_file (`str`, *optional*):
+            Where the summary goes; default `summary.json` in `output_dir`.
+        metrics_file (`str`, *optional*):
+            Where the logged metrics go, one JSON object a line; default `metrics.jsonl` in `output_dir`.
+        plot_file (`str`, *optional*):
+            Where the plot goes; default `training.png` in `output_dir`.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace the results of another run in `output_dir`, which are refused otherwise: its checkpoints, weights,
+            completions, log and summary are removed before training. A run that is resumed removes nothing.
+    """
+
+    trainer: str = field(
+        default=DEFAULT_TRAINER,
+        metadata={
+            "help": "'omni_grpo' (options of OmniGRPOConfig), 'mapo' (options of MAPOConfig: stratified batches, tag "
+            "weights, curricula, dynamic sampling), 'avatar' (options of AvatarConfig: replay, shaped advantages, hints) "
+            "or 'omni_sft' (options of OmniSFTConfig: supervised, without rewards)."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data: 'builtin:seven-tags', a .parquet/.jsonl/.json/.csv/.tsv file, a folder with one such file per split or "
+            "made by save_to_disk, or a Hub id. While media_root is '.', local data have their own folder as media root."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split for evaluation; needed only where something is evaluated."}
+    )
+    dataset_filter: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows to use, in every split: a mapping of columns to the values allowed there, e.g. {tag: [V, VA]}; "
+            "as JSON on the command line."
+        },
+    )
+    completion_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "With omni_sft: builds the column 'completion' from others, e.g. "
+            "'<think>...</think><answer>{solution}</answer>'. Braces that are meant as such are doubled."
+        },
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["format_reward", "accuracy_reward"],
+        metadata={
+            "help": "Reward functions: names from maple_trl.rewards, module:function, or mappings for judges and other "
+            "rewards with parameters, e.g. {reward: caption_judge, server: {model: NAME, base_url: URL}}; those as JSON on "
+            "the command line."
+        },
+    )
+    evaluate_before_after: Annotated[bool, "place"] = field(
+        default=False, metadata={"help": "Measure sampled accuracy per tag before and after training."}
+    )
+    eval_questions_per_tag: Annotated[int, "place"] = field(
+        default=64, metadata={"help": "Most questions of each tag in that measurement."}
+    )
+    summary_file: Annotated[str | None, "place"] = field(
+        default=None, metadata={"help": "Where the summary goes (default: summary.json in output_dir)."}
+    )
+    metrics_file: Annotated[str | None, "place"] = field(
+        default=None, metadata={"help": "Where the logged metrics go (default: metrics.jsonl in output_dir)."}
+    )
+    plot_file: Annotated[str | None, "place"] = field(
+        default=None, metadata={"help": "Where the plot goes (default: training.png in output_dir)."}
+    )
+    overwrite: Annotated[bool, "place"] = field(
+        default=False,
+        metadata={
+            "help": "Replace the results of another run in output_dir (checkpoints, weights, completions, log, summary), "
+            "which is refused otherwise. A run that is resumed removes nothing."
+        },
+    )
+
+    def __post_init__(self):
+        _check_trainer(self.trainer)
+        if not self.rewards:
+            raise ValueError("rewards must name at least one reward function, e.g. accuracy_reward")
+        from maple_trl.jobs.rewards import read_entries
+
+        self.rewards = read_entries(self.rewards)
+        self.dataset_filter = _checked_filter(self.dataset_filter)
+        if self.completion_template is not None:
+            if self.trainer not in SUPERVISED:
+                raise ValueError(f"completion_template has no effect with trainer {self.trainer}; it is for omni_sft")
+            template_columns(self.completion_template)
+        if self.eval_questions_per_tag < 1:
+            raise ValueError(f"eval_questions_per_tag must be positive, got {self.eval_questions_per_tag}")
+
+
+def _checked_filter(value: Any) -> dict[str, list] | None:
+    """The filter with a list of values for each column."""
+    if value is None:
+        return None
+    form = 'a mapping of columns to lists of values, e.g. {"tag": ["V", "VA"]}'
+    try:
+        columns = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"dataset_filter must be {form}; {value!r} is no JSON: {error}") from error
+    if not isinstance(columns, dict) or not columns:
+        raise ValueError(f"dataset_filter must be {form}, got {value!r}")
+    columns = {name: values if isinstance(values, list) else [values] for name, values in columns.items()}
+    for name, values in columns.items():
+        if not values or any(isinstance(item, dict | list) for item in values):
+            raise ValueError(f"dataset_filter must be {form}; for {name!r} it has {values!r}")
+    return columns
+
+
+def template_columns(template: str) -> list[str]:
+    """
+    The columns that a `completion_template` names.
+
+    Raises:
+        ValueError: when it names none, or holds something else in braces.
+    """
+    example = "e.g. '<think>...</think><answer>{solution}</answer>'"
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"completion_template {template!r}: {error}; {example}") from error
+    fields = [(name, form, conversion) for _, name, form, conversion in parts if name is not None]
+    for name, form, conversion in fields:
+        if not name.isidentifier() or form or conversion:
+            raise ValueError(
+                f"completion_template {template!r}: what stands in braces must be the name of a column; braces that are "
+                f"meant as such are doubled; {example}"
+            )
+    if not fields:
+        raise ValueError(
+            f"completion_template {template!r} names no column, so that all rows would teach the same; {example}"
+        )
+    return list(dict.fromkeys(name for name, *_ in fields))
+
+
+@dataclass
+class OmniModelConfig(ModelConfig):
+    r"""
+    [`~trl.ModelConfig`] with switches for the parts of an omni model.
+
+    Args:
+        lora_vision, lora_audio, lora_projectors, lora_llm (`bool`, *optional*, defaults to `True`):
+            Parts that get LoRA adapters; with `use_peft` only.
+        freeze_vision, freeze_audio, freeze_projectors, freeze_llm (`bool`, *optional*, defaults to `False`):
+            Parts that full fine-tuning leaves as they are; without `use_peft` only.
+
+    Raises:
+        ValueError: for a switch that would have no effect, and for options of `ModelConfig` that omni models do not
+            support.
+    """
+
+    lora_vision: bool = field(default=True, metadata={"help": "LoRA on the vision encoder (with use_peft)."})
+    lora_audio: bool = field(default=True, metadata={"help": "LoRA on the audio encoder (with use_peft)."})
+    lora_projectors: bool = field(default=True, metadata={"help": "LoRA on the projectors (with use_peft)."})
+    lora_llm: bool = field(default=True, metadata={"help": "LoRA on the language model (with use_peft)."})
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "Do not train the vision encoder (full fine-tuning)."}
+    )
+    freeze_audio: bool = field(default=False, metadata={"help": "Do not train the audio encoder (full fine-tuning)."})
+    freeze_projectors: bool = field(
+        default=False, metadata={"help": "Do not train the projectors (full fine-tuning)."}
+    )
+    freeze_llm: bool = field(default=False, metadata={"help": "Do not train the language model (full fine-tuning)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_peft and self.frozen:
+            raise ValueError(
+                f"{_listed('freeze', self.frozen)} has no effect with use_peft: LoRA freezes the whole base model. Choose "
+                "what is adapted with lora_vision, lora_audio, lora_projectors, lora_llm."
+            )
+        not_adapted = [scope for scope in SCOPES if scope not in self.adapted]
+        if not self.use_peft and not_adapted:
+            raise ValueError(
+                f"{_listed('lora', not_adapted)}: false has no effect without use_peft. Set use_peft: true, or freeze "
+                f"parts of full fine-tuning with {_listed('freeze', not_adapted)}."
+            )
+        if self.use_peft and not self.adapted:
+            raise ValueError(f"use_peft needs at least one of {_listed('lora', SCOPES)}")
+        if self.use_peft and not (self.lora_r >= 1 and 0 <= self.lora_dropout < 1):
+            raise ValueError(
+                f"lora_r must be at least 1 and lora_dropout in [0, 1), got lora_r={self.lora_r}, "
+                f"lora_dropout={self.lora_dropout}"
+            )
+        if self.lora_target_modules or self.lora_target_parameters:
+            raise ValueError(f"lora_target_modules is replaced by {_listed('lora', SCOPES)}")
+        if self.lora_task_type != "CAUSAL_LM":
+            raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {self.lora_task_type!r}")
+        if self.load_in_4bit or self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are not supported for omni models in this version")
+
+    @property
+    def adapted(self) -> list[str]:
+        """Scopes with LoRA switched on."""
+        return [scope for scope in SCOPES if getattr(self, f"lora_{scope}")]
+
+    @property
+    def frozen(self) -> list[str]:
+        """Scopes that full fine-tuning leaves out."""
+        return [scope for scope in SCOPES if getattr(self, f"freeze_{scope}")]
+
+
+def _listed(prefix: str, scopes: Sequence[str]) -> str:
+    return ", ".join(f"{prefix}_{scope}" for scope in scopes)
+
+
+# Arguments
+
+
+def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False):
+    """
+    The [`~trl.TrlParser`] of a training job; it reports errors as [`SetupError`] instead of ending the process.
+
+    Args:
+        trainer (`str`, *optional*, defaults to `"omni_grpo"`):
+            Key of `TRAINERS`, whose config class the parser fills.
+        declared (`bool`, *optional*, defaults to `False`):
+            Read that class from its source. Such a parser knows the same options within a fraction of a second, and
+            accepts at least what the other does; its values are of no use.
+    """
+    from trl import TrlParser
+
+    class JobParser(TrlParser):
+        def error(self, message):
+            raise SetupError(message)
+
+    _check_trainer(trainer)
+    config = declared_class(TRAINERS[trainer][0]) if declared else config_class(trainer)
+    types = (OmniScriptArguments, config, OmniModelConfig)
+    parser = JobParser(types, prog="maple-trl train", allow_abbrev=False, add_help=False)
+    for action in parser._actions if declared else ():
+        action.nargs, action.required = action.nargs or "?", False
+    return parser
+
+
+def parse_args(
+    argv: Sequence[str], above: tuple[str, Mapping[str, Any]] | None = None
+) -> tuple[OmniScriptArguments, OmniGRPOConfig | OmniSFTConfig, OmniModelConfig]:
+    """
+    Reads `--config FILE` and the overrides behind it; what stands on the command line wins.
+
+    A config file may build on others with `extends: FILE` or `extends: [FILES]`, relative to itself. Later files win
+    over earlier ones and the file itself over all of them; a file that is reached twice counts where it is reached
+    first.
+
+    Args:
+        argv (`Sequence[str]`):
+            Command line without the program's name.
+        above (`tuple[str, Mapping[str, Any]]`, *optional*):
+            A file's name and keys that win over the config file, not over the command line.
+
+    Returns:
+        `tuple`: script, training and model arguments; the class of the second is that of the `trainer`.
+
+    Raises:
+        SetupError: for a key that no dataclass has (naming the closest one that exists, or the trainer that has it), a
+            value of the wrong type, a key given twice, an unreadable file, files that extend each other, and whatever
+            the dataclasses reject.
+    """
+    path, options = take_option(argv, "--config")
+    files = [] if path is None else config_files(path)
+    trainer = trainer_option(options) or _trainer_of(files)
+    files += [] if above is None else [above]
+    environment: dict[str, str] = {}
+    for file, config in files:
+        environment |= take_env(config, file)
+    _read(
+        make_parser(trainer, declared=True), trainer, files, options
+    )  # most mistakes, before torch and TRL are loaded
+    os.environ.update(environment)
+    parser = make_parser(trainer)
+    _read(parser, trainer, files, options)
+    try:
+        script_args, training_args, model_args = parser.parse_args_into_dataclasses(
+            args=options, look_for_args_file=False
+        )
+    except json.JSONDecodeError as error:
+        raise SetupError(f"{_option_of(error.doc, parser, options)}{error.doc!r:.200} is no JSON: {error}") from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise SetupError(_told(error)) from error
+    _check_installed(training_args)
+    return script_args, training_args, model_args
+
+
+def _read(parser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]) -> None:
+    """Makes the values of config files the parser's defaults; SetupError for what it does not know."""
+    for file, config in files:
+        parser.set_defaults_with_config(**_checked(parser, trainer, config, file))
+    unknown = parser.parse_known_args(options)[1]
+    if unknown:
+        flag = next((text for text in unknown if text.startswith("-")), None)
+        if flag is None:
+            raise SetupError(f"unexpected value {unknown[0]!r}; options are written --name value")
+        name = flag.split("=")[0].lstrip("-")
+        raise SetupError(
+            f"unknown option --{name}{instead(name.replace('-', '_'), trainer, option_keys(parser), '--')}"
+        )
+
+
+def _option_of(text: str, parser, words: Sequence[str]) -> str:
+    """The option that has a text as its value, for the beginning of an error."""
+    values = vars(parser.parse_known_args(words)[0])
+    return next((f"{name}: " for name, value in values.items() if value == text), "")
+
+
+def _told(error: Exception) -> str:
+    """What the dataclasses of libraries say in their own words, in those of a job."""
+    if "deepspeed" in str(error).lower() and isinstance(error, ImportError):
+        return (
+            "deepspeed: the package is not installed (pip install 'deepspeed>=0.9.3'); leave the option out without it"
+        )
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot read {error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _check_installed(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+    """SetupError for a package that an option needs and that is not there."""
+    from transformers.integrations import integration_utils
+    from transformers.utils import is_liger_kernel_available
+
+    for name in training_args.report_to or []:  # a list by now
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = integration_utils.INTEGRATION_TO_CALLBACK
+            raise SetupError(
+                f"report_to: unknown {name!r}{did_you_mean(name, known, 'there are ' + ', '.join(known))}"
+            )
+        is_there = getattr(integration_utils, f"is_{name.removesuffix('_ml')}_available", None)
+        if is_there is not None and not is_there():
+            raise SetupError(f"report_to: the package of {name} is not installed; install it, or set report_to: none")
+    if getattr(training_args, "use_liger_kernel", False) and not is_liger_kernel_available():
+        raise SetupError("use_liger_kernel: the package liger-kernel is not installed")
+    _check_optimizer(training_args)
+
+
+def _check_optimizer(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+    """Makes the optimizer and its schedule for a parameter that stands for the model's, which come after the model."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    name = str(getattr(training_args.optim, "value", training_args.optim))
+    try:
+        made, options = Trainer.get_optimizer_cls_and_kwargs(training_args, torch.nn.Module())
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        if made.__module__.startswith("torch.optim"):  # others may ask for a GPU or for layers of the model
+            optimizer = made([torch.nn.Parameter(torch.zeros(1))], **options)
+    except ImportError as error:
+        raise SetupError(f"optim: {name} needs a package that is not installed: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if not training_args.optim_target_modules:  # layers of the model, which is not there yet
+            raise SetupError(
+                f"optim: {name} cannot be made with the options given (adam_beta1, optim_args, …): {error}"
+            ) from error
+    try:
+        get_scheduler(
+            training_args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        kind = getattr(training_args.lr_scheduler_type, "value", training_args.lr_scheduler_type)
+        raise SetupError(f"lr_scheduler_type: {kind} cannot be made of lr_scheduler_kwargs: {error}") from error
+
+
+def trainer_option(words: Sequence[str]) -> str | None:
+    """What `--trainer` says on a command line; `None` where it is not given."""
+    return take_option(words, "--trainer")[0]
+
+
+def trainer_of(path: str) -> str:
+    """The trainer that a config file, or one that it builds on, names."""
+    return _trainer_of(config_files(path))
+
+
+def _trainer_of(files: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    return next((config["trainer"] for _, config in reversed(files) if config.get("trainer")), DEFAULT_TRAINER)
+
+
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of one option (in either spelling, the last one counts) and the other arguments."""
+    value, rest, words = None, [], iter(argv)
+    for word in words:
+        if word == name:
+            value = next(words, None)
+            if value is None:
+                raise SetupError(f"{name} needs a value")
+        elif word.startswith(f"{name}="):
+            value = word.removeprefix(f"{name}=")
+        else:
+            rest.append(word)
+    return value, rest
+
+
+# Config files
+
+
+def config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """A config file and those that it extends, in the order in which they count, each with its own keys."""
+    try:
+        config = read_config(path)
+    except SetupError as error:
+        raise SetupError(f"{above[-1]}: extends {path}: {error}" if above else str(error)) from error
+    bases = config.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise SetupError(f"{path}: extends must be a file or a list of files, got {bases!r}")
+    chain = (*above, path)
+    files = {}
+    for base in bases:
+        base = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        if os.path.realpath(base) in map(os.path.realpath, chain):
+            raise SetupError(f"{path}: extends {base}, which is built on it: {' -> '.join((*chain, base))}")
+        for file, keys in config_files(base, chain):
+            files.setdefault(os.path.realpath(file), (file, keys))
+    return [*files.values(), (path, config)]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """
+    The keys of a config file, without those of the files that it extends.
+
+    Raises:
+        SetupError: when it cannot be read, is no mapping, or gives a key twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is written twice, of which YAML would silently take the last."""
+
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    raise SetupError(
+                        f"{path}: line {key_node.start_mark.line + 1}: {key!r} cannot be the name of an option"
+                    )
+                if key in seen:
+                    raise SetupError(f"{path}: line {key_node.start_mark.line + 1}: {key!r} is given twice")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    try:
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader: it builds plain data only
+    except OSError as error:
+        raise SetupError(f"cannot read the config file {path}: {error.strerror or error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        told = ", ".join(part for part in (error.context, error.problem) if part)
+        hint = " (indent with spaces)" if "'\\t'" in told else ""
+        raise SetupError(f"{path}{where}: is not a YAML file: {told}{hint}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SetupError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(config, dict):
+        raise SetupError(f"{path} must hold a mapping of option names to values, as recipes/demo.yaml does")
+    return config
+
+
+def take_env(config: dict[str, Any], path: str) -> dict[str, str]:
+    """
+    Takes `env`, the environment variables that a config file sets, out of its keys.
+
+    Raises:
+        SetupError: when it is no mapping.
+    """
+    variables = config.pop("env", None) or {}
+    if not isinstance(variables, Mapping):
+        raise SetupError(f"{path}: env must be a mapping of variable names to values")
+    return {name: str(value) for name, value in variables.items()}
+
+
+def option_keys(parser) -> dict[str, Any]:
+    """Actions of a parser by the name under which a config file gives their value."""
+    return {action.dest: action for action in reversed(parser._actions)}
+
+
+def instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "") -> str:
+    """What to write instead of a name that the job's parser does not know."""
+    for other in TRAINERS:
+        config = declared_class(TRAINERS[other][0])
+        if other != trainer and name in (field.name for field in dataclasses.fields(config)):
+            return f", which is an option of {config.__name__}: set trainer: {other}"
+    return did_you_mean(name, known, "`maple-trl train --help-all` lists all options", prefix)
+
+
+def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The values of a config file, held to the types that the command line enforces."""
+    actions = option_keys(parser)
+    checked = {}
+    for key, value in config.items():
+        if key not in actions:
+            raise SetupError(f"{path}: unknown key {key!r}{instead(str(key), trainer, actions)}")
+        action = actions[key]
+        if action.nargs == "+" and value is not None and not isinstance(value, list):
+            value = [value]
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # YAML reads a bare no as false
+        several = isinstance(value, list) and action.nargs in ("+", "*")
+        for item in value if several else [value]:
+            _check_value(action, key, item, path)
+        if several and action.type in (int, float):
+            value = [_as_number(action, key, item, path) for item in value]
+        if key == "rewards" and value is not None:
+            from maple_trl.jobs.rewards import read_entries
+
+            read_entries(value, f"{path}: rewards")
+        checked[key] = value
+    return checked
+
+
+def _as_number(action, key: str, value: Any, path: str) -> Any:
+    """An item of a list of numbers: YAML reads 1e-6 as a text, and of a list the parser converts nothing."""
+    try:
+        return action.type(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise SetupError(f"{path}: {key} must hold numbers, got {value!r}") from error
+
+
+def _is_scalar(action) -> bool:
+    """Whether an option takes a number, a switch, or one of several names."""
+    kind = getattr(action.type, "__name__", "")
+    return kind in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
+
+
+# Options that take a text and nothing else; of others the parser tells no such thing.
+_TEXTS = {
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "completion_template"),
+    *("summary_file", "metrics_file", "plot_file", "output_dir", "run_name", "media_root", "media_backend"),
+    *("model_name_or_path", "model_revision", "attn_implementation", "modality_access", "subtitle_template"),
+    *("encoder_cache_dir", "hub_model_id", "lora_modules_to_save"),
+}
+
+
+def _check_value(action, key: str, value: Any, path: str) -> None:
+    if key in _TEXTS and value is not None and not isinstance(value, str):
+        raise SetupError(
+            f"{path}: {key} must be a text, got {value!r} (a number that is meant as one stands in quotes)"
+        )
+    if key == "report_to" and value is not None and not isinstance(value, str | list):
+        raise SetupError(f"{path}: report_to must be the name of a tracker or a list of names, got {value!r}")
+    if value is None or (isinstance(value, dict | list) and not _is_scalar(action)):
+        return
+    if action.choices is not None and value not in action.choices:
+        raise SetupError(f"{path}: {key} must be one of {', '.join(map(repr, action.choices))}, got {value!r}")
+    is_switch = getattr(action.type, "__name__", "") == "string_to_bool" or action.nargs == 0
+    wanted = getattr(action.type, "__name__", "")
+    if isinstance(value, str):
+        wrong = False  # the parser converts text itself, as on the command line
+    elif is_switch:
+        wanted, wrong = "true or false", not isinstance(value, bool)
+    elif wanted == "int":
+        wanted, wrong = "a whole number", isinstance(value, bool) or not isinstance(value, int)
+    elif wanted == "float":
+        wanted, wrong = "a number", isinstance(value, bool) or not isinstance(value, int | float)
+    else:
+        wrong = False
+    if wrong:
+        raise SetupError(f"{path}: {key} must be {wanted}, got {value!r}")

@@ -1,0 +1,280 @@
+"""
+Rows of JSON, CSV and Parquet files.
+
+Rows of several kinds in one file are what this library is for, so the type of a column is decided over all rows: a
+column that a row lacks is empty there, numbers beside texts are read as texts, and what has no common type otherwise
+(a text beside a list) is kept as it is written. What cannot be read is named with file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maple_trl.jobs.errors import SetupError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+"""Endings of data files, the preferred one first."""
+
+_MAX_CELL = 64 << 20  # characters; the reader's own limit is 128 KiB, which a long prompt exceeds
+_CONVERSATIONS = ("prompt", "completion")
+_FILES = ("video", "audio")
+
+
+def read_tables(paths: Sequence[Path]) -> Dataset:
+    """
+    The rows of one split, from files of one ending.
+
+    Raises:
+        SetupError: with file and line, for what cannot be read.
+    """
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    if paths[0].suffix.lower() == ".parquet":
+        return _read_parquet(paths)
+    kinds: dict[str, Any] = {}
+    rows = 0
+    for _, row in _rows(paths):
+        rows += 1
+        for name, value in row.items():
+            kinds[name] = _common(kinds.get(name), _kind(value))
+    if not rows or not kinds:
+        raise SetupError(f"cannot read {paths[0]}: it holds no row{' with a column' if rows else ''}")
+    for name in [name for name, kind in kinds.items() if kind == "text"]:
+        logger.warning("%s: column %r holds numbers as well as texts; all are read as texts", paths[0], name)
+    try:
+        return Dataset.from_generator(
+            _conformed,
+            features=_features(kinds),
+            gen_kwargs={
+                "paths": [str(path) for path in paths],
+                "kinds": kinds,
+                # Of the content, so that a changed file is read anew.
+                "state": [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths],
+            },
+        )
+    except (OSError, ValueError, OverflowError, DatasetsError) as error:
+        raise SetupError(f"cannot read {paths[0]}: {error.__cause__ or error}") from error
+
+
+def _read_parquet(paths: Sequence[Path]) -> Dataset:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset, Features, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        schemas = [pq.read_schema(path) for path in paths]
+        if all(schema.equals(schemas[0]) for schema in schemas):
+            return load_dataset("parquet", data_files={"train": [str(path) for path in paths]}, split="train")
+        # A shard without one video has another type in that column, or no such column.
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+        tables = [pq.read_table(path) for path in paths]
+        table = pa.concat_tables(tables, promote_options="permissive")
+        features = Features.from_arrow_schema(schema)
+        return Dataset(table.cast(features.arrow_schema))
+    except (OSError, ValueError, TypeError, pa.ArrowException, DatasetsError, StopIteration) as error:
+        reason = error.__cause__ or error
+        raise SetupError(f"cannot read {paths[0]}: {reason if str(reason) else 'it holds no row'}") from error
+
+
+def _conformed(paths: Sequence[str], kinds: Mapping[str, Any], state: Any) -> Iterator[dict[str, Any]]:
+    for _, row in _rows([Path(path) for path in paths]):
+        yield {name: _as_kind(row.get(name), kind) for name, kind in kinds.items()}
+
+
+def _rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows, each with its place for errors."""
+    for path in paths:
+        try:
+            yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(path)
+        except OSError as error:
+            raise SetupError(f"cannot read {path}: {error}") from error
+
+
+# JSON
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if head.startswith(b"["):
+            values = _parsed(path, 1, file.read())
+            places = [f"{path}, item {number} of the list" for number in range(1, len(values) + 1)]
+            yield from ((place, _as_row(place, value)) for place, value in zip(places, values, strict=True))
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield place, _as_row(place, _parsed(path, number, line.rstrip()))
+
+
+def _parsed(path: Path, number: int, data: bytes) -> Any:
+    """The JSON value that begins at a line."""
+    text = _text(path, data, number)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        what = "one row as a JSON object a line, or one list of them"
+        raise SetupError(
+            f"{path}, line {number + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}); expected {what}"
+        ) from error
+    except RecursionError as error:
+        raise SetupError(f"{path}, line {number}: nested too deeply") from error
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise SetupError(
+                f"{path}, line {number}: half of a character ({error.reason}: {error.object[error.start]!a})"
+            ) from error
+    return value
+
+
+def _as_row(place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value), f"the value {value!r}")
+        raise SetupError(
+            f'{place}: {kind}, not a row; a row is an object such as {{"prompt": [...], "solution": "A"}}'
+        )
+    return value
+
+
+def _text(path: Path, data: bytes, number: int = 1) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = number + data.count(b"\n", 0, error.start)
+        raise SetupError(f"{path}, line {line}: not UTF-8 ({error}); save the file as UTF-8") from error
+
+
+# CSV
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of texts; a cell without one is empty, and conversations and lists of files stand as JSON."""
+    text = _text(path, path.read_bytes())
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    begin = 1  # a row with line breaks has several lines
+    try:
+        for cells in reader:
+            place = f"{path}, line {begin}"
+            begin = reader.line_num + 1
+            if not any(cells):
+                continue
+            if not header:
+                header = [name.strip() for name in cells]
+                if "" in header or len(set(header)) < len(header):
+                    raise SetupError(
+                        f"{place}: the header must name every column once, found {', '.join(map(repr, cells))}"
+                    )
+                continue
+            if len(cells) != len(header):
+                raise SetupError(
+                    f"{place}: {len(cells)} cells, and the header has {len(header)} ({', '.join(header)}); a text with "
+                    f"{delimiter!r} or a line break stands in double quotes"
+                )
+            yield place, {name: _cell(name, cell, place) for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise SetupError(f"{path}, line {begin}: {error}; are its quotes closed?") from error
+
+
+def _delimiter(text: str) -> str:
+    """Spreadsheets of some countries write semicolons."""
+    header = next(iter(text.lstrip().splitlines()), "")
+    names = {delimiter: [name.strip(' "') for name in header.split(delimiter)] for delimiter in ",;\t|"}
+    named = next((delimiter for delimiter in names if "prompt" in names[delimiter]), None)
+    return named or max(names, key=lambda delimiter: len(names[delimiter]))
+
+
+def _cell(name: str, cell: str, place: str) -> Any:
+    if not cell:
+        return None
+    if name == "audio_in_video" and cell.strip().lower() in ("true", "false"):
+        return cell.strip().lower() == "true"
+    if name not in (*_CONVERSATIONS, *_FILES) or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        value = json.loads(cell)
+    except json.JSONDecodeError as error:
+        if cell.lstrip()[1:].lstrip().startswith("{") or name in _FILES:
+            raise SetupError(
+                f"{place}: column {name!r} begins like a list in JSON, and is none ({error}); write it with json.dumps"
+            ) from error
+        return cell
+    is_list_of = dict if name in _CONVERSATIONS else str
+    return value if value and all(isinstance(item, is_list_of) for item in value) else cell
+
+
+# Types
+
+
+def _kind(value: Any) -> Any:
+    """The type of a value: a name, `[type]` of a list's items, `{name: type}` of an object, or `None`."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        item = None
+        for member in value:
+            item = _common(item, _kind(member))
+        return [item]
+    if isinstance(value, dict):
+        return {name: _kind(member) for name, member in value.items()} or "json"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "text"
+    return {bool: "bool", int: "int64", float: "float64", str: "string"}[type(value)]
+
+
+def _common(first: Any, second: Any) -> Any:
+    """The type that holds values of both."""
+    if first is None or second is None or first == second:
+        return second if first is None else first
+    if isinstance(first, list) and isinstance(second, list):
+        return [_common(first[0], second[0])]
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {name: _common(first.get(name), second.get(name)) for name in {**first, **second}}
+    if isinstance(first, str) and isinstance(second, str) and "json" not in (first, second):
+        return "float64" if {first, second} == {"int64", "float64"} else "text"
+    return "json"
+
+
+def _features(kinds: Mapping[str, Any]):
+    from datasets import Features, Json, List, Value
+
+    def feature(kind: Any):
+        if isinstance(kind, list):
+            return List(feature(kind[0]))
+        if isinstance(kind, dict):
+            return {name: feature(member) for name, member in kind.items()}
+        return Json() if kind == "json" else Value({"text": "string", None: "null"}.get(kind, kind))
+
+    return Features({name: feature(kind) for name, kind in kinds.items()})
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """A value as its column stores it."""
+    if value is None:
+        return None
+    if kind == "json":  # `datasets` stores its text; a text that spells JSON itself would be taken for that
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(kind, list):
+        return [_as_kind(member, kind[0]) for member in value]
+    if isinstance(kind, dict):
+        return {name: _as_kind(value.get(name), member) for name, member in kind.items()}
+    return json.dumps(value) if kind == "text" and not isinstance(value, str) else value

@@ -1,0 +1,416 @@
+"""One training job from parsed arguments: model, data, rewards, trainer, evaluation, and the files it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maple_trl.files import as_json, write_atomically
+from maple_trl.jobs.checks import LORA_OPTIONS, adapter_base, check_files, check_model, check_resumed, check_rows
+from maple_trl.jobs.data import evaluates, load_datasets, prepare_data
+from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
+from maple_trl.jobs.rewards import close_rewards, load_rewards
+from maple_trl.omni.scopes import SCOPES
+from maple_trl.records.metrics_log import write_metrics
+from maple_trl.records.run_folder import holds_evaluation, is_inside, named, remove_results, run_results
+from maple_trl.records.summary import print_summary
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from maple_trl.evaluation import SampledAccuracy
+    from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+    from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
+    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
+
+__all__ = [
+    "OmniModelConfig",
+    "OmniScriptArguments",
+    "SetupError",
+    "build_trainer",
+    "load_datasets",
+    "load_rewards",
+    "parse_args",
+    "run",
+]
+
+
+# Parts of a job
+
+
+def load_model_and_processor(
+    model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    The model in the form that can be trained (of a full Omni checkpoint the Thinker alone) and its processor.
+
+    Of a folder with a LoRA adapter this is the model that the adapter was trained on; see [`continue_adapter`].
+
+    Raises:
+        SetupError: without `model_name_or_path`.
+    """
+    from maple_trl.omni.loading import load_model, load_processor
+
+    if not model_args.model_name_or_path:
+        raise SetupError("model_name_or_path is missing; for a first run: builtin:tiny-omni")
+    shared = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    kwargs = shared | (training_args.model_init_kwargs or {})
+    if model_args.attn_implementation is not None:
+        kwargs["attn_implementation"] = model_args.attn_implementation
+    dtype = kwargs.pop("dtype", model_args.dtype)
+    training_args.model_init_kwargs = kwargs | {"dtype": dtype}  # for the reference model
+    folder = model_args.model_name_or_path
+    name = adapter_base(folder) or folder
+    try:
+        model = load_model(name, dtype=dtype, **kwargs)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise SetupError(f"model_name_or_path: cannot load {name!r}: {error}") from error
+    beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+    return model, load_processor(folder if beside else name, **shared)
+
+
+def choose_parameters(
+    model: PreTrainedModel, processor: ProcessorMixin, model_args: OmniModelConfig, quiet: bool = False
+) -> LoraConfig | None:
+    """
+    Decides what is trained: LoRA on the chosen parts, or the whole model without the frozen parts.
+
+    Args:
+        quiet (`bool`, *optional*, defaults to `False`):
+            Do not print the table of LoRA targets; for all processes but the first.
+
+    Returns:
+        `LoraConfig` or `None`: what the trainer takes as `peft_config`; `None` for full fine-tuning.
+
+    Raises:
+        ValueError: when a chosen part holds no layer, or the model's family has no such part.
+    """
+    from rich.console import Console
+
+    from maple_trl.omni.families import family_for
+    from maple_trl.omni.lora import build_lora_config, freeze
+
+    if not model_args.use_peft:
+        if model_args.frozen:
+            freeze(model, family_for(model, processor), *model_args.frozen)
+        return None
+    lora_config = build_lora_config(
+        model,
+        family_for(model, processor),
+        **{scope: scope in model_args.adapted for scope in SCOPES},
+        r=model_args.lora_r,
+        alpha=model_args.lora_alpha,
+        dropout=model_args.lora_dropout,
+        console=Console(quiet=quiet),
+    )
+    kept = model_args.lora_modules_to_save or []
+    absent = [name for name in kept if not any(part.split(".")[-1] == name for part, _ in model.named_modules())]
+    if absent:
+        raise ValueError(f"lora_modules_to_save: no part of the model is called {absent[0]!r}; it takes e.g. lm_head")
+    lora_config.use_rslora = model_args.use_rslora
+    lora_config.use_dora = model_args.use_dora
+    lora_config.modules_to_save = model_args.lora_modules_to_save
+    return lora_config
+
+
+def continue_adapter(model: PreTrainedModel, folder: str, wanted: LoraConfig | None) -> PeftModel:
+    """
+    The model with a LoRA adapter from a folder, to be trained on.
+
+    Args:
+        wanted (`LoraConfig`, *optional*): what the job asks for.
+
+    Raises:
+        SetupError: when the job asks for another adapter than the one in the folder.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if wanted is None:
+        raise SetupError(
+            f"{folder} holds a LoRA adapter: set use_peft: true to train it on, or merge it into its model and save that "
+            "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
+        )
+    continued = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    config = continued.peft_config["default"]
+    for field, option in LORA_OPTIONS.items():
+        if getattr(config, field) != getattr(wanted, field):
+            raise SetupError(
+                f"{option} is {getattr(wanted, field)!r}, but the adapter in {folder} was made with "
+                f"{getattr(config, field)!r}: use that"
+            )
+    adapted = {name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
+    differing = sorted(adapted ^ set(wanted.target_modules))
+    if differing:
+        raise SetupError(
+            f"the adapter in {folder} is on other layers than lora_vision, lora_audio, lora_projectors and lora_llm say, "
+            f"e.g. {differing[0]}: choose the parts that it was made with"
+        )
+    return continued
+
+
+def build_trainer(
+    script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig, model_args: OmniModelConfig
+) -> tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]:
+    """
+    Everything that a job needs, ready to train.
+
+    Returns:
+        `tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]`: the trainer, of the class that
+        `script_args.trainer` names, and the test split where there is one.
+
+    Raises:
+        SetupError: when a part that the arguments name is not there.
+    """
+    from maple_trl.integrations.tracking import TRACKERS, TrackingCallback
+
+    _check_writable(training_args.output_dir)
+    check_files(script_args)
+    rewards = {}
+    if script_args.trainer not in SUPERVISED:
+        rewards["reward_funcs"] = load_rewards(script_args.rewards, training_args)
+    train, test = prepare_data(script_args, training_args)
+    check_rows(script_args, training_args, train, rewards.get("reward_funcs", []))
+    check_model(model_args, training_args, train, script_args.evaluate_before_after)
+    try:
+        model, processor = load_model_and_processor(model_args, training_args)
+        lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)
+        if adapter_base(model_args.model_name_or_path) is not None:
+            model, lora = continue_adapter(model, model_args.model_name_or_path, lora), None
+        trainer = trainer_class(script_args.trainer)(
+            model=model,
+            **rewards,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=test if evaluates(training_args) else None,
+            processing_class=processor,
+            peft_config=lora,
+        )
+    except SetupError:
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
+        raise SetupError(str(error)) from error
+    if set(TRACKERS) & set(training_args.report_to or []):
+        trainer.add_callback(TrackingCallback(trainer))
+    if script_args.evaluate_before_after and trainer.family is None:
+        raise SetupError("evaluate_before_after needs an omni model; switch it off for a text-only one")
+    if script_args.evaluate_before_after and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise SetupError(
+            "evaluate_before_after looks at the model before FSDP or DeepSpeed has spread it over the processes; switch it "
+            "off, and use eval_strategy to evaluate during training"
+        )
+    return trainer, test
+
+
+def _check_writable(output_dir: str | None) -> None:
+    """Before the model is loaded: can results be written?"""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise SetupError(f"output_dir: cannot write into {output_dir}: {error}") from error
+
+
+def checkpoint_to_resume(training_args: OmniGRPOConfig | OmniSFTConfig) -> str | None:
+    """
+    The checkpoint from which a job goes on.
+
+    `resume_from_checkpoint` is a folder, or `true` for the last checkpoint in `output_dir`.
+
+    Raises:
+        SetupError: when there is no such checkpoint.
+    """
+    from maple_trl.trainers.common.checkpoint import ResumeError
+    from maple_trl.trainers.common.resume_checks import find_checkpoint
+
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("false", "no", "none"):
+        return None
+    last = str(wanted).lower() in ("true", "yes")
+    try:
+        return find_checkpoint(True if last else str(wanted), training_args.output_dir)
+    except ResumeError as error:
+        raise SetupError(str(error)) from error
+
+
+def check_output_dir(
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+    checkpoint: str | None,
+) -> bool:
+    """
+    Before the model is loaded: is `output_dir` free for this job?
+
+    Returns:
+        `bool`: whether the results of another run are to be removed before training (`overwrite`).
+
+    Raises:
+        SetupError: when it holds results of another run and the job neither goes on from one of its checkpoints nor
+            overwrites them, holds an evaluation, or when what would be removed is what the job reads.
+    """
+    folder = training_args.output_dir
+    if holds_evaluation(folder):
+        raise SetupError(f"output_dir: {folder} holds an evaluation; name another folder for the training run")
+    results = run_results(folder)
+    if not results or (checkpoint is not None and is_inside(checkpoint, folder)):
+        return False
+    if not script_args.overwrite:
+        raise SetupError(
+            f"output_dir: {folder} holds results of another run ({named(results)}). Name another folder, go on with that run "
+            "(--resume_from_checkpoint true), or replace it (--overwrite)"
+        )
+    read = {"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name}
+    for option, path in read.items():
+        removed = [os.path.join(folder, name) for name in results]
+        own = option == "model_name_or_path" and path and os.path.realpath(path) == os.path.realpath(folder)
+        if path and (own or any(is_inside(path, result) for result in removed)):
+            raise SetupError(f"output_dir: overwrite would remove {path}, which is {option}; name another output_dir")
+    return True
+
+
+# The job
+
+
+def run(
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+    last: bool = True,
+) -> dict[str, Any]:
+    """
+    Runs a job: builds everything, evaluates, trains, evaluates again, and writes the results.
+
+    Written into `output_dir`: the model with its processor, `metrics.jsonl`, `training.png` (where matplotlib is
+    installed) and `summary.json`. Only the first process prints and writes these.
+
+    Args:
+        last (`bool`, *optional*, defaults to `True`):
+            No other job follows in this process: the processes part at the end.
+
+    Returns:
+        `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
+        `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job), `train_seconds`,
+        `steps`, `model`, `dataset`, `left_out` (what was left out, failed or never fired; see
+        [`~maple_trl.trainers.common.media_trainer.MediaTrainer.left_out`]).
+
+    Raises:
+        SetupError: when the arguments name something that is not there; nothing has been trained then.
+        RunStoppedError: when the run was stopped, or made no step.
+    """
+    from maple_trl.trainers.common.checkpoint import ResumeError
+    from maple_trl.trainers.common.resume_checks import check_parts
+
+    started = time.monotonic()
+    checkpoint = checkpoint_to_resume(training_args)
+    replaces = check_output_dir(script_args, training_args, model_args, checkpoint)
+    if checkpoint is not None:
+        try:
+            check_parts(checkpoint, training_args.process_index, training_args.world_size)
+        except ResumeError as error:
+            raise SetupError(str(error)) from error
+    check_resumed(checkpoint, model_args)
+    trainer, test = build_trainer(script_args, training_args, model_args)
+    if checkpoint is None:
+        trainer.check_quarantine()
+    if replaces:
+        _remove_results(trainer)
+    before = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
+    train_started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ResumeError as error:
+        raise SetupError(str(error)) from error
+    finally:  # a run that is interrupted leaves what it had logged
+        close_rewards(getattr(trainer, "reward_funcs", []))
+        if trainer.is_world_process_zero() and trainer.state.log_history:
+            metrics_path = _place(script_args.metrics_file, training_args, "metrics.jsonl")
+            write_metrics(trainer.state.log_history, metrics_path)
+    train_seconds = time.monotonic() - train_started
+    after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
+    trainer.save_model(training_args.output_dir)
+    summary = {
+        "before": before and before.accuracy,
+        "after": after and after.accuracy,
+        "questions": after and after.questions,
+        "unusable": after and after.unusable,
+        "seconds": round(time.monotonic() - started, 2),
+        "train_seconds": round(train_seconds, 2),
+        "steps": trainer.state.global_step,
+        "model": model_args.model_name_or_path,
+        "dataset": script_args.dataset_name,
+        "left_out": trainer.left_out() + _unusable_questions(after),
+    }
+    if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(training_args.output_dir)
+        plot_path = _place(script_args.plot_file, training_args, "training.png")
+        summary_path = _place(script_args.summary_file, training_args, "summary.json")
+        _draw(trainer.state.log_history, summary["before"], summary["after"], plot_path)
+        write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
+        print_summary(summary, training_args.output_dir)
+    trainer.accelerator.wait_for_everyone()  # all of the results are there
+    if trainer.family is not None:
+        trainer.loader.close()
+    if last:
+        trainer.accelerator.end_training()
+    return summary
+
+
+def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> None:
+    """Makes `output_dir` free, once everything that could stop the job has been built."""
+    if trainer.is_world_process_zero():
+        removed = remove_results(trainer.args.output_dir)
+        print(f"overwrite: removed {named(removed)} of another run from {trainer.args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _unusable_questions(after: SampledAccuracy | None) -> list[dict[str, Any]]:
+    """Questions of the evaluation that were asked of nobody, as a note of what was left out."""
+    if after is None or not after.unusable:
+        return []
+    text = f"{after.unusable} questions of the evaluation left out for their media"
+    return [{"kind": "unusable_questions", "count": after.unusable, "text": text}]
+
+
+def _evaluate(
+    trainer: OmniGRPOTrainer | OmniSFTTrainer, dataset: Dataset, script_args: OmniScriptArguments
+) -> SampledAccuracy:
+    """Accuracy by tag of the answers that the policy samples now; every process takes part."""
+    from maple_trl.evaluation import sampled_accuracy
+    from maple_trl.rewards import AccuracyReward, accuracy_reward
+
+    rewards = getattr(trainer, "reward_funcs", ())
+    # Answers are read in the form that the job rewards.
+    score = next((reward for reward in rewards if isinstance(reward, AccuracyReward)), accuracy_reward)
+    return sampled_accuracy(
+        trainer.generate_completions,
+        dataset,
+        score,
+        questions_per_tag=script_args.eval_questions_per_tag,
+        seed=trainer.args.seed,
+    )
+
+
+def _place(path: str | None, training_args: OmniGRPOConfig | OmniSFTConfig, name: str) -> Path:
+    return Path(path) if path else Path(training_args.output_dir) / name
+
+
+def _draw(log_history: list[dict], before: Mapping | None, after: Mapping | None, path: Path) -> None:
+    """Draws the plot; a job does not fail for want of matplotlib."""
+    from maple_trl.reports.plots import plot_training
+
+    try:
+        plot_training(log_history, before, after, path)
+    except ImportError as error:
+        print(f"no plot: {error}")

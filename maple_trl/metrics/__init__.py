@@ -1,0 +1,1 @@
+"""Pure metrics: accuracy, gaps, intervals, significance, spread."""

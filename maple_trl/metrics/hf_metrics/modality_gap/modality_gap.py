@@ -1,0 +1,42 @@
+"""Modality gap for `evaluate.load`. One import per line: `evaluate` reads them so."""
+
+import datasets
+import evaluate
+
+from maple_trl.metrics.gaps import modality_gap_intervals
+
+
+_DESCRIPTION = "Relative differences between the accuracies on questions of one, two and three modalities."
+_CITATION = "MAPLE, arXiv 2602.11596, C.1"
+_INPUTS = """
+Args:
+    predictions: the score of each question in [0, 1]; NaN for one that could not be scored.
+    tags: the tag of each question (V, A, S, VA, VS, AS, VAS in any order and case).
+    weighting (`str`): "sample" (a tag counts by its questions, as in the paper's Table 1; default) or "tag".
+    confidence (`float`): of the intervals. 0.95 by default.
+    resamples (`int`), seed (`int`): of the bootstrap. 2000 and 0 by default.
+    clusters (`list`): the clip of each question, None where it has none: intervals then are over clips. None by default.
+Returns:
+    `uni_bi`, `uni_tri`, `bi_tri` and `mean` as fractions, each with `_low` and `_high`; with clusters `clips`,
+    their number.
+"""
+
+
+class ModalityGap(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions, tags, weighting="sample", confidence=0.95, resamples=2000, seed=0, clusters=None):
+        gaps = modality_gap_intervals(predictions, tags, weighting, confidence, resamples, seed, clusters)
+        result = {}
+        for name, estimate in gaps.items():
+            result[name] = estimate.value
+            result[f"{name}_low"] = estimate.low
+            result[f"{name}_high"] = estimate.high
+        clips = gaps["mean"].clips
+        return result if clips is None else {**result, "clips": clips}

@@ -1,0 +1,168 @@
+"""What decoding gives, and what it is given."""
+
+import math
+from dataclasses import dataclass, replace
+from numbers import Real
+
+import numpy as np
+
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.media.sampling import MediaLimits
+
+
+MAX_RESIZED_PIXELS = 1 << 24  # 4096 x 4096: what a row can ask for by name
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """
+    What a row wants of a clip, where that differs from the whole clip as the loader samples it.
+
+    Args:
+        start, end (`float`, *optional*):
+            Segment, in seconds from the start of the file. Pictures and sound of a segment count their time from
+            `start`. A segment that goes on after the clip's end stops there, with the note `"segment-shortened"`.
+        num_frames (`int`, *optional*), fps (`float`, *optional*):
+            Sampling, in place of the loader's; one of the two.
+        min_pixels, max_pixels (`int`, *optional*):
+            Area of a frame, in place of the loader's.
+        resized_height, resized_width (`int`, *optional*):
+            Size of a frame, up to the rounding to whole patches; both or none. Only `max_pixels` can make it smaller.
+
+    Raises:
+        ValueError: for a value that makes no sense, by name.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+    def __post_init__(self):
+        for name in (
+            "start",
+            "end",
+            "fps",
+            "num_frames",
+            "min_pixels",
+            "max_pixels",
+            "resized_height",
+            "resized_width",
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+            if value < 0 or (value == 0 and name != "start"):
+                raise ValueError(f"{name} must be {'0 or more' if name == 'start' else 'above 0'}, got {value!r}")
+            whole = name not in ("start", "end", "fps")
+            if whole and value != int(value):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            object.__setattr__(self, name, int(value) if whole else float(value))  # 8.0 and 8 are one request
+        if self.end is not None and self.end <= (self.start or 0):
+            raise ValueError(f"end must be after start, got start={self.start or 0:g}, end={self.end:g}")
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError(f"set num_frames or fps, not both, got num_frames={self.num_frames}, fps={self.fps:g}")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} is above max_pixels={self.max_pixels}")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise ValueError("set resized_height and resized_width, or none of them")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it asks for the clip from its start to its end."""
+        return not self.start and self.end is None
+
+    def limits(self, limits: MediaLimits) -> MediaLimits:
+        """The loader's limits with the sampling that this request wants. Raises `ValueError` over `max_frames`."""
+        if self.num_frames is None and self.fps is None:
+            return limits
+        return replace(limits, num_frames=self.num_frames, fps=self.fps)
+
+    def pixels(self, limits: MediaLimits) -> tuple[int, int]:
+        """Least and most pixels of a frame, of which a row may name one or both."""
+        least, most = self.min_pixels or limits.min_pixels, self.max_pixels or limits.max_pixels
+        if self.resized_height is not None:
+            least, most = self.min_pixels or 1, self.max_pixels or MAX_RESIZED_PIXELS
+        elif self.max_pixels is None and self.min_pixels is not None:
+            most = max(most, 2 * least)  # the run's gives way, and leaves room for any usual aspect ratio
+        elif self.min_pixels is None and self.max_pixels is not None:
+            least = min(least, most // 4)
+        return least, most
+
+
+@dataclass(frozen=True, eq=False)
+class VideoClip:
+    """
+    Sampled frames.
+
+    Attributes:
+        frames (`np.ndarray`): uint8 (T, H, W, 3), read-only; T even (the last frame is repeated if needed).
+        timestamps (`np.ndarray`): float64 (T,), seconds from the start of the file, or of the segment that was asked for.
+        fps (`float`): rate of the sampled frames.
+        duration (`float`): seconds that the samples stand for.
+        path (`str`): resolved path.
+        notes (`tuple[str, ...]`): what was special, such as `"variable-frame-rate"` or `"trimmed"`.
+    """
+
+    frames: np.ndarray
+    timestamps: np.ndarray
+    fps: float
+    duration: float
+    path: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.frames.nbytes + self.timestamps.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class AudioClip:
+    """Mono waveform, float32 (n,), read-only, at `sampling_rate`; sample 0 is the start of the file or segment."""
+
+    waveform: np.ndarray
+    sampling_rate: int
+    duration: float
+    path: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.waveform.nbytes
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """
+    What the header says. `duration`, of the file, is `None` where the header does not tell, as in live recordings.
+    """
+
+    path: str
+    has_video: bool
+    has_audio: bool
+    duration: float | None
+    width: int | None
+    height: int | None
+    format: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A medium: its `name` in the row, for errors, and the resolved path or URL with what identifies its content."""
+
+    name: str
+    path: str
+    identity: tuple = ()
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.path
+
+    def error(self, reason: str, detail: str = "") -> MediaError:
+        return MediaError(reason, self.name, detail)

@@ -1,0 +1,305 @@
+"""Media of a data set, decoded once: paths under one root in, arrays out of a bounded cache."""
+
+import os
+import re
+import stat
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import cachetools
+
+from maple_trl.omni.embedded import stored_path
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
+from maple_trl.omni.media.sampling import MediaLimits
+from maple_trl.omni.media.subtitles import read_subtitle
+from maple_trl.omni.media.tasks import Task, perform
+from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
+
+
+__all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
+
+NO_AUDIO = "no-audio-track"
+WHOLE = ClipRequest()
+_COSTLY = ("decode-timeout", "decoder-crashed", "decoder-memory")
+
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*://")
+
+
+def torchcodec_problem() -> str | None:
+    """Why torchcodec cannot be used here, or `None`. It is often installed without the FFmpeg libraries it needs."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except Exception as error:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+    return None
+
+
+def _cost(value: Any) -> int:
+    """Bytes of a cache entry; text, counts and `None` (no audio track) are small but not free."""
+    return getattr(value, "nbytes", None) or 64 + (len(value) if isinstance(value, str) else 0)
+
+
+class MediaLoader:
+    """
+    Reads the videos, audio tracks and subtitles of a data set, each once.
+
+    Thread-safe: two threads that ask for one clip decode it once, and [`~MediaLoader.prefetch`] decodes in the
+    background what the next batch needs. The arrays are shared and therefore read-only.
+
+    Args:
+        root (`str` or `os.PathLike`):
+            The one folder that media may come from. Links are followed, and must end inside it.
+        limits (`MediaLimits`, *optional*):
+            Sampling and limits.
+        cache_bytes (`int`, *optional*, defaults to 2 GiB):
+            Size of the cache (least recently used goes first). A clip larger than that is decoded on each request.
+        allow_network (`bool`, *optional*, defaults to `False`):
+            Also take http and https URLs for video and audio.
+        backend (`"auto"`, `"pyav"` or `"torchcodec"`, *optional*, defaults to `"auto"`):
+            Decoder of video frames; audio is always PyAV's. `"auto"` takes torchcodec where it works, and else PyAV,
+            with the reason in `backend_note`.
+        workers (`int`, *optional*, defaults to 2):
+            Processes that decode, so that a file that crashes or hangs the decoder does not end this one; all loaders of
+            this process share them. 0: decode in this process.
+        worker_bytes (`int`, *optional*, defaults to 4 GiB):
+            Memory that each of them may have. A file that needs more is refused as `decoder-memory`.
+
+    Attributes:
+        decodes (`Counter`): `(kind, resolved path)` -> how often it was really decoded.
+        notes (`Counter`): note -> number of clips that have it.
+        backend (`str`), backend_note (`str` or `None`): what decodes, and why not torchcodec.
+
+    Raises:
+        FileNotFoundError: if `root` is no folder.
+        RuntimeError: if `backend="torchcodec"` and it does not work here.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        limits: MediaLimits | None = None,
+        cache_bytes: int = 2 << 30,
+        allow_network: bool = False,
+        backend: Literal["auto", "pyav", "torchcodec"] = "auto",
+        workers: int = WORKERS,
+        worker_bytes: int = WORKER_BYTES,
+    ):
+        self.root = os.path.realpath(root)
+        if not os.path.isdir(self.root):
+            raise FileNotFoundError(f"media root {os.fspath(root)!r} is not a folder")
+        if backend not in ("auto", "pyav", "torchcodec"):
+            raise ValueError(f"backend must be 'auto', 'pyav' or 'torchcodec', got {backend!r}")
+        if workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
+        if worker_bytes < LEAST_BYTES:
+            raise ValueError(f"worker_bytes must be at least {LEAST_BYTES} (256 MiB), got {worker_bytes}")
+        self.workers, self.worker_bytes = workers, worker_bytes
+        self.limits, self.allow_network = limits or MediaLimits(), allow_network
+        self.backend_note = torchcodec_problem() if backend != "pyav" else None
+        if backend == "torchcodec" and self.backend_note:
+            raise RuntimeError(
+                f"backend='torchcodec' does not work here ({self.backend_note}). Install torchcodec and the FFmpeg "
+                "libraries it needs, or use backend='pyav', which brings its own."
+            )
+        self.backend = "pyav" if backend == "pyav" or self.backend_note else "torchcodec"
+        self.decodes: Counter = Counter()
+        self.notes: Counter = Counter()
+        self._costly: dict[tuple, tuple[str, str]] = {}
+        self._noted: set[tuple[str, str]] = set()
+        self._cache_bytes = cache_bytes
+        self._begin()
+        _loaders.add(self)
+
+    def _begin(self) -> None:
+        """An empty cache, and no threads."""
+        self._lock = threading.RLock()
+        self._pool: ThreadPoolExecutor | None = None
+        # With a condition, cachetools lets one caller compute a missing entry while the others wait for it.
+        self._load = cachetools.cached(
+            cachetools.LRUCache(self._cache_bytes, getsizeof=_cost),
+            key=lambda kind, source, *options: (kind, source.path, source.identity, options),
+            condition=threading.Condition(self._lock),
+        )(self._decode)
+
+    # Paths
+
+    def resolve(self, path: str | os.PathLike) -> str:
+        """
+        The real, absolute path of a medium under the root (or the URL, where the network is allowed).
+
+        Raises:
+            MediaError: `outside-media-root`, `not-found` or `network-not-allowed`.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise MediaError("not-found", None, f"expected a path, got {type(path).__name__}")
+        name = os.fspath(path)
+        if (stored := stored_path(name)) is not None:
+            if not os.path.isfile(stored):
+                raise MediaError("not-found", name, f"bytes of a table that are not on this machine ({stored})")
+            return stored
+        if _SCHEME.match(name):
+            if not self.allow_network:
+                raise MediaError("network-not-allowed", name, "a URL; give a path under the media root")
+            if not name.lower().startswith(("http://", "https://")):
+                raise MediaError("network-not-allowed", name, "only http:// and https:// URLs are read")
+            return name
+        try:
+            real = os.path.realpath(os.path.join(self.root, name))
+            if os.path.commonpath([self.root, real]) != self.root:
+                raise MediaError("outside-media-root", name, f"leads out of the media root {self.root}")
+            mode = os.stat(real).st_mode
+        except MediaError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            raise MediaError("not-found", name, f"no such file under {self.root} ({error})") from error
+        if not stat.S_ISREG(mode):
+            raise MediaError("not-found", name, "not a regular file")
+        return real
+
+    def _source(self, path: str | os.PathLike) -> Source:
+        real = self.resolve(path)
+        if _SCHEME.match(real):
+            return Source(real, real)
+        status = os.stat(real)
+        if not status.st_size:
+            raise MediaError("empty-file", os.fspath(path), "0 bytes")
+        return Source(os.fspath(path), real, (status.st_mtime_ns, status.st_size))
+
+    # Media
+
+    def probe(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> MediaInfo:
+        """
+        What the file's header says, without decoding. Raises [`MediaError`] for what a header already shows; the length
+        is judged by the segment that `request` names.
+        """
+        return self._perform("probe", self._source(path), request)
+
+    def video(
+        self,
+        path: str | os.PathLike,
+        *,
+        multiple: int = 28,
+        max_pixels: int | None = None,
+        request: ClipRequest = WHOLE,
+    ) -> VideoClip:
+        """
+        Frames of a video, sampled and resized: the whole clip as the loader does it, or as `request` says. `max_pixels`
+        can only lower the limit. Raises [`MediaError`], and `ValueError` where `request` goes beyond the loader's limits.
+        """
+        request.limits(self.limits)
+        least, most = request.pixels(self.limits)
+        if max_pixels is not None and max_pixels < most:
+            most = max_pixels
+            least = min(least, most // 4)  # room for any usual aspect ratio below the lowered limit
+        if most < multiple**2:
+            raise ValueError(f"max_pixels={most} is less than one patch of {multiple}x{multiple} pixels")
+        return self._load("video", self._source(path), multiple, least, most, request)
+
+    def frame_count(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> int:
+        """How many frames [`~MediaLoader.video`] will give, without decoding any. Raises [`MediaError`]."""
+        return self._load("frames", self._source(path), request)
+
+    def audio(
+        self, path: str | os.PathLike, *, sampling_rate: int = 16000, request: ClipRequest = WHOLE
+    ) -> AudioClip | None:
+        """
+        Mono waveform of an audio file, or of a video's audio track; `None` if a valid file has no audio track, which
+        is counted under the note `"no-audio-track"`. Of `request` it follows the segment. Raises [`MediaError`].
+        """
+        if sampling_rate <= 0:
+            raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
+        segment = ClipRequest(start=request.start, end=request.end)  # other sampling of pictures is the same sound
+        return self._load("audio", self._source(path), sampling_rate, segment)
+
+    def subtitle(self, path: str | os.PathLike) -> str:
+        """Plain text of a local subtitle file. Raises [`MediaError`]."""
+        source = self._source(path)
+        if source.is_url:
+            raise MediaError("network-not-allowed", source.name, "subtitles are read from the media root only")
+        return self._load("subtitle", source)
+
+    def _decode(self, kind: str, source: Source, *options: Any) -> VideoClip | AudioClip | str | int | None:
+        if kind == "frames":
+            return self._perform("frames", source, *options)
+        if kind == "subtitle":
+            with self._lock:
+                self.decodes[kind, source.path] += 1
+            with open(source.path, "rb") as file:
+                text, notes = read_subtitle(file.read(), source.name)
+            self._note(source, notes)
+            return text
+        clip = self._perform(kind, source, *options)
+        self._note(source, (NO_AUDIO,) if clip is None else clip.notes)
+        return clip
+
+    def _note(self, source: Source, notes: Iterable[str]) -> None:
+        with self._lock:
+            for note in notes:
+                if (note, source.path) not in self._noted:  # once a clip, however often it is decoded
+                    self._noted.add((note, source.path))
+                    self.notes[note] += 1
+
+    def _perform(self, kind: str, source: Source, *options: Any) -> Any:
+        key = (kind, source.path, source.identity, options)
+        with self._lock:
+            if key in self._costly:  # met in the background, perhaps: what hung or crashed once is not tried again
+                raise source.error(*self._costly[key])
+            if kind in ("video", "audio"):
+                self.decodes[kind, source.path] += 1
+        task = Task(kind, source, self.limits, options, self.backend)
+        try:
+            if not self.workers:
+                return perform(task)
+            return decoder_pool(self.workers, self.worker_bytes, self.backend).run(task)
+        except MediaError as error:
+            if error.reason in _COSTLY:
+                with self._lock:
+                    self._costly[key] = (error.reason, error.detail)
+            raise
+
+    # Background
+
+    def prefetch(self, calls: Iterable[Callable[[], Any]]) -> None:
+        """
+        Runs `calls` (each loads a clip) in background threads, which keep the decoder processes busy.
+        Errors are dropped here: the foreground call for the same clip meets and reports them.
+        """
+        with self._lock:
+            if self._pool is None:
+                workers = self.workers or min(4, os.cpu_count() or 1)
+                self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="maple-media")
+            for call in calls:
+                self._pool.submit(call)
+
+    def close(self) -> None:
+        """Stops the background threads (calls not yet begun are dropped) and empties the cache."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._load.cache_clear()
+        self._costly.clear()
+
+    def __enter__(self) -> "MediaLoader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+_loaders: "weakref.WeakSet[MediaLoader]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a fork there are no threads that would let go of a lock, or finish a clip that others wait for."""
+    for loader in list(_loaders):
+        loader._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

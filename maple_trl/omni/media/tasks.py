@@ -1,0 +1,93 @@
+"""What is done with one media file, in this process or in a decoder process. Imports FFmpeg and NumPy, and no torch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.media.clips import Source
+from maple_trl.omni.media.decode import (
+    count_frames,
+    decode_audio,
+    decode_video,
+    display_matrix,
+    opened_video,
+    probe,
+    upright,
+)
+from maple_trl.omni.media.sampling import MediaLimits
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One file to decode.
+
+    Args:
+        kind (`"video"`, `"audio"`, `"probe"`, `"frames"` or `"picture"`): what is asked of it.
+        source (`Source`): the file.
+        limits (`MediaLimits`): sampling and limits.
+        options (`tuple`): further arguments of the function that does it.
+        backend (`"pyav"` or `"torchcodec"`): what decodes pictures.
+    """
+
+    kind: str
+    source: Source
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    options: tuple = ()
+    backend: str = "pyav"
+
+
+def perform(task: Task) -> Any:
+    """
+    Decodes one file.
+
+    Raises:
+        MediaError: for a file that cannot be used, whatever the decoder stumbled on.
+        MemoryError: where there was not enough of it.
+    """
+    try:
+        return _perform(task)
+    except (MediaError, MemoryError):
+        raise
+    except Exception as error:  # no damaged file may end a run because nobody thought of how it is damaged
+        raise task.source.error("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _perform(task: Task) -> Any:
+    arguments = (task.source, task.limits, *task.options)
+    if task.kind == "video":
+        return decode_video(*arguments, picker=torchcodec_pictures if task.backend == "torchcodec" else None)
+    if task.kind == "audio":
+        return decode_audio(*arguments)
+    if task.kind == "probe":
+        return probe(*arguments)
+    if task.kind == "frames":
+        return count_frames(*arguments)
+    if task.kind == "picture":
+        return one_picture(*arguments)
+    raise TypeError(f"no such task: {task.kind!r}")
+
+
+def one_picture(source: Source, limits: MediaLimits, width: int) -> np.ndarray:
+    """A picture from a third into a video, `width` pixels wide: uint8 (H, W, 3). Raises [`MediaError`]."""
+    with opened_video(source, limits) as (container, stream):
+        if stream.duration and stream.time_base and stream.duration * stream.time_base > 4:
+            container.seek(int(stream.duration // 3), stream=stream)
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise source.error("no-frames", "no picture could be decoded")
+        picture = frame.to_ndarray(
+            format="rgb24", width=width, height=max(1, round(frame.height * width / frame.width))
+        )
+        return np.ascontiguousarray(upright(picture, display_matrix(frame)))
+
+
+def torchcodec_pictures(path: str, seconds: list[float]) -> list:
+    """The frames shown at `seconds`, by torchcodec, as PyAV frames: choice of times and resize stay the same."""
+    import av
+    from torchcodec.decoders import VideoDecoder
+
+    batch = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1).get_frames_played_at(seconds)
+    return [av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in batch.data.numpy()]

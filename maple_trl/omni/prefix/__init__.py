@@ -1,0 +1,1 @@
+"""A group's prompt is computed once: packing, shared prefill, attention."""

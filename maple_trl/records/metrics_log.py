@@ -1,0 +1,66 @@
+"""The log of a training run, and what its names mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maple_trl.files import as_json, write_atomically
+from maple_trl.modalities import ModalityTag
+
+
+RATIO_EDGES = (1 / 4, 1 / 2, 4 / 5, 9 / 10, 19 / 20, 20 / 19, 10 / 9, 5 / 4, 2, 4)
+"""
+Borders of the bins of importance ratios, for `replay/ratio_share/0` to `/10`: below the first, from each to the next, and
+from the last on. The bin in the middle is within 5 % of 1; on either side the same ratios up and down.
+"""
+
+
+def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Writes a trainer's log as JSON lines; values that JSON cannot hold (NaN, infinity) become `null`."""
+    write_atomically(path, "".join(json.dumps(as_json(entry)) + "\n" for entry in log_history))
+
+
+def reward_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """
+    The curves in a log: `"reward"` (the weighted sum) and one per reward function, as `(step, value)`.
+
+    Values that are no finite number (a reward that scored no row of a step) are left out.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in log_history:
+        if "step" not in entry:
+            continue
+        for key, value in entry.items():
+            name = key.removeprefix("rewards/").removesuffix("/mean")
+            if key != "reward" and key != f"rewards/{name}/mean":
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
+                curves.setdefault(name, []).append((entry["step"], value))
+    return curves
+
+
+def tag_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The mean reward of each tag in a log, as `(step, value)`; empty where it is not logged by tag."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for tag in map(str, ModalityTag):
+        for entry in log_history:
+            value = entry.get(f"tag/{tag}/reward")
+            if isinstance(value, int | float) and math.isfinite(value) and "step" in entry:
+                curves.setdefault(tag, []).append((entry["step"], value))
+    return curves
+
+
+def signal_profile(log_history: Sequence[Mapping[str, Any]]) -> list[float]:
+    """
+    The size of the training signal over the positions in a completion, as a share of its mean over the positions.
+
+    Means of `loss_profile/0`, `loss_profile/1`, … over a log (AVATAR, arXiv 2508.03100, Fig. 8); empty without them.
+    """
+    means = []
+    while values := [entry[name] for entry in log_history if (name := f"loss_profile/{len(means)}") in entry]:
+        means.append(sum(values) / len(values))
+    return [mean * len(means) / sum(means) for mean in means] if sum(means) else []

@@ -1,0 +1,43 @@
+"""The summary of a training job as it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maple_trl.modalities import ModalityTag
+
+
+def accuracy_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Before and after by tag, in canonical order and `all` last."""
+    names = [*(tag.value for tag in ModalityTag), "all"]
+    return [(name, before[name], after[name]) for name in names if name in before and name in after]
+
+
+def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
+    """Prints accuracy per tag before and after, where the results are, and last what was left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if summary["before"] is not None:
+        table = Table(title="Sampled accuracy", title_justify="left")
+        table.add_column("tag")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
+        for name, old, new in accuracy_rows(summary["before"], summary["after"]):
+            if name == "all":
+                table.add_section()
+            table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        console.print(table)
+    steps, seconds = summary["steps"], summary["seconds"]
+    console.print(f"{steps} steps, {seconds:.0f} s in all; results in {output_dir}", highlight=False)
+    if "left_out" in summary:
+        console.print(left_out_line(summary["left_out"]), highlight=False, markup=False, soft_wrap=True)
+
+
+def left_out_line(notes: Sequence[Mapping[str, Any]]) -> str:
+    """What was left out of a run, failed in it or never fired, in one line."""
+    if not notes:
+        return "Nothing was left out, failed or never fired."
+    return f"Left out, failed or never fired: {'; '.join(note['text'] for note in notes)}"

@@ -1,0 +1,186 @@
+"""What AVATAR's options ask of the data and of the batch, looked at before training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from torch import nn
+
+from maple_trl.algorithms import replayed_slots
+from maple_trl.data.hint_leaks import LEAKS, leaks_answer
+from maple_trl.modalities import ModalityTag
+from maple_trl.omni.content import read_content
+from maple_trl.omni.prompt import RowError
+from maple_trl.trainers.avatar.hinted_rows import HINT_COLUMN, has_hint, row_digest, with_hint
+
+
+if TYPE_CHECKING:
+    from maple_trl.trainers.avatar.trainer import AvatarTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def check_tags(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        RowError: for the first row without a tag, where an option needs one.
+        ValueError: for a streamed data set, where rows are batched or scaled by tag.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    by_tag = args.advantage_scope in ("tag", "tag_whitened")
+    if args.batching != "stratified" and not by_tag:
+        return
+    name = "advantage_scope" if by_tag else "batching"
+    option = f"{name}={getattr(args, name)!r}"
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{option} needs a map-style Dataset, got {type(dataset).__name__}")
+    for i, tag in enumerate(dataset["tag"] if "tag" in dataset.column_names else [None]):
+        try:
+            ModalityTag.parse(tag)
+        except ValueError as error:
+            raise RowError(f"train_dataset, row {i}: {option} needs a field 'tag': {error}") from error
+
+
+def check_hints(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        RowError: for the first row that cannot be a prompt with its hint.
+        ValueError: when no row has a hint.
+    """
+    dataset = trainer.train_dataset
+    columns = getattr(dataset, "column_names", None)
+    if not trainer.args.hints or not columns:
+        return
+    if HINT_COLUMN not in columns:
+        raise ValueError(
+            f"hints=True, but train_dataset has no column {HINT_COLUMN!r} (its columns: {', '.join(columns)}); "
+            "`maple-trl data hints` writes one"
+        )
+    if not isinstance(dataset, Dataset):  # streamed rows are looked at when they come
+        return
+    hints = list(dataset[HINT_COLUMN])
+    odd = next((i for i, hint in enumerate(hints) if hint is not None and not isinstance(hint, str)), None)
+    if odd is not None:
+        raise RowError(
+            f"train_dataset, row {odd}: field {HINT_COLUMN!r} must be a text or empty, got {hints[odd]!r:.60}"
+        )
+    hinted = [i for i, hint in enumerate(hints) if has_hint({HINT_COLUMN: hint})]
+    if not hinted:
+        raise ValueError(f"hints=True, but every {HINT_COLUMN!r} of train_dataset is empty")
+    for i in hinted:
+        try:
+            row = with_hint(dataset[i], trainer.args.hint_template)
+            if trainer.family is not None:
+                trainer.prompt_builder.spec(row)
+        except RowError as error:
+            raise RowError(f"train_dataset, row {i}, with its field {HINT_COLUMN!r}: {error}") from error
+    _tell_of_leaks(trainer, hinted)
+
+
+def _tell_of_leaks(trainer: AvatarTrainer, hinted: Sequence[int]) -> None:
+    """Warns of hints that give the answer away: they are the user's own, `maple-trl data hints` writes none such."""
+    dataset = trainer.train_dataset
+    if "solution" not in dataset.column_names or not trainer.accelerator.is_main_process:
+        return
+    found = {}
+    for i in hinted:
+        row = dataset[i]
+        why = leaks_answer(row[HINT_COLUMN], _asked(row["prompt"]), row["solution"])
+        if why not in (None, "empty", "too-long") and row["solution"] is not None:
+            found[i] = LEAKS[why]
+    if found:
+        first = next(iter(found))
+        logger.warning(
+            "train_dataset: the hints of %d rows reveal the answer, so that what is learnt with them is to copy it; first row "
+            "%d: %s",
+            len(found),
+            first,
+            found[first],
+        )
+
+
+def _asked(prompt: Any) -> str:
+    """The text of the last user message."""
+    messages = read_content(prompt).messages
+    if isinstance(messages, str):
+        return messages
+    last = next((message for message in reversed(messages) if message["role"] == "user"), {"content": []})
+    return "\n".join(block["text"] for block in last["content"] if block["type"] == "text")
+
+
+def check_places(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        ValueError: when no completion of a rollout could ever be replayed.
+    """
+    args, world = trainer.args, trainer.accelerator.num_processes
+    if not args.replayed_generations:
+        return
+    groups = args.generation_batch_size // trainer.num_generations
+    if not any(replayed_slots([args.replayed_generations] * groups, trainer.num_generations, world)):
+        raise ValueError(
+            f"Nothing can be replayed: each of the {world} processes has {args.generation_batch_size // world} "
+            "completion(s) of a rollout, and all generate equally many. Raise per_device_train_batch_size or "
+            "steps_per_generation, or set replayed_generations=0"
+        )
+
+
+def check_dropout(trainer: AvatarTrainer) -> None:
+    """
+    Raises:
+        ValueError: when log-probabilities are random, so that those of a replayed completion cannot be compared with the
+            ones it was written with.
+    """
+    if not trainer.args.replayed_generations:
+        return
+    dropouts = [name for name, part in trainer.model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    if dropouts:
+        raise ValueError(
+            f"Replay compares log-probabilities over time, which {len(dropouts)} dropout layer(s) make random (first: "
+            f"{dropouts[0]}): set lora_dropout to 0, or disable_dropout=True"
+        )
+
+
+def check_visits(trainer: AvatarTrainer) -> None:
+    """
+    Tells of runs in which prompts do not come back while their completions are stored.
+
+    Raises:
+        ValueError: when the run is one epoch long, so that nothing could ever be replayed. Of one that `max_steps` ends
+            within an epoch it is only told, for that may be a first try.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    if not args.replayed_generations:
+        return
+    if args.replay_scope != "prompt" and not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"replay_scope={args.replay_scope!r} shows rows again, so it needs a map-style Dataset, got "
+            f"{type(dataset).__name__}; with replay_scope='prompt' streamed rows replay their own prompt's completions"
+        )
+    if args.replay_scope != "prompt" or not isinstance(dataset, Dataset):
+        return
+    prompts = args.generation_batch_size // trainer.num_generations
+    updates = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps
+    visits = args.max_steps / updates * prompts if args.max_steps > 0 else args.num_train_epochs * len(dataset)
+    distinct = len({row_digest(row) for row in dataset}) if visits <= len(dataset) else 0
+    if visits <= len(dataset) and distinct == len(dataset):
+        text = (
+            f"Nothing is replayed: completions are when their prompt comes back, and this run visits {visits:.0f} of "
+            f"{len(dataset)} rows once. Raise num_train_epochs or max_steps, or set replay_scope='tiers' or "
+            "replayed_generations=0"
+        )
+        if args.max_steps <= 0:
+            raise ValueError(text)
+        logger.warning("%s", text)
+    written = len(dataset) * (trainer.num_generations - args.replayed_generations)
+    if written > args.replay_capacity and trainer.accelerator.is_main_process:
+        logger.warning(
+            "An epoch over %d rows writes at least %d completions, more than replay_capacity (%d): most are gone before "
+            "their prompt comes back. Raise replay_capacity, or train on fewer rows.",
+            len(dataset),
+            written,
+            args.replay_capacity,
+        )

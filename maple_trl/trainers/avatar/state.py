@@ -1,0 +1,93 @@
+"""An AVATAR run's memory in a checkpoint: `avatar.json`, and the buffer's own files in `replay/`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from maple_trl.algorithms import ReplayStateError
+from maple_trl.files import write_atomically
+from maple_trl.records.options import deciding
+from maple_trl.trainers.avatar.hinted_rows import is_plain
+from maple_trl.trainers.avatar.replay_memory import ReplayMemory
+from maple_trl.trainers.common.media_config import MediaConfig
+
+
+if TYPE_CHECKING:
+    from maple_trl.trainers.avatar.trainer import AvatarTrainer
+
+
+STATE_FILE = "avatar.json"
+BUFFER_FOLDER = "replay"
+
+
+def provenance(trainer: AvatarTrainer) -> dict[str, str]:
+    """What stored completions and their rewards depend on, as digests by name."""
+    args, dataset = trainer.args, trainer.train_dataset
+    prompting = [*deciding(args, MediaConfig).values(), args.hint_template, args.temperature]
+    parts = {
+        "reward functions and weights": [trainer.reward_func_names, trainer.reward_weights.tolist()],
+        "tokenizer": [sorted(trainer._tokenizer.get_vocab().items()), trainer.processing_class.chat_template],
+        "prompt options": [*map(str, prompting), args.chat_template_kwargs],
+    }
+    if isinstance(dataset, Dataset):
+        plain = [name for name, value in dataset[0].items() if is_plain(value)]
+        parts["data set"] = {name: dataset[name][:] for name in plain}
+    text = {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
+    return {name: _digest(part) for name, part in text.items()}
+
+
+def save_memory(folder: str, memory: ReplayMemory, written_with: Mapping[str, str]) -> None:
+    """
+    Writes a memory.
+
+    Args:
+        written_with: what it depends on; see [`provenance`].
+    """
+    os.makedirs(folder, exist_ok=True)
+    state = {"provenance": written_with, "memory": memory.state_dict()}
+    text = json.dumps(state)
+    write_atomically(os.path.join(folder, STATE_FILE), text)
+    memory.buffer.save(os.path.join(folder, BUFFER_FOLDER), fingerprint=_digest(text))
+
+
+def load_memory(folder: str, memory: ReplayMemory, needed: Mapping[str, str]) -> None:
+    """
+    Reads what [`save_memory`] wrote.
+
+    Raises:
+        ReplayStateError: when a file is missing or damaged, or the memory depends on something that has changed. What
+            has been read by then stays in the memory.
+    """
+    path = os.path.join(folder, STATE_FILE)
+    if not os.path.exists(path):
+        raise ReplayStateError(f"{path} is missing: {folder} holds no state of AvatarTrainer with replay")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        state = json.loads(text)
+        written = state["provenance"]
+        changed = sorted(name for name in {*written, *needed} if written.get(name) != needed.get(name))
+        if not changed:
+            memory.load_state_dict(state["memory"])
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ReplayStateError(f"{path} is cut short or damaged: {error!r}") from error
+    except OSError as error:
+        raise ReplayStateError(f"{path} cannot be read: {error}") from error
+    if changed:
+        raise ReplayStateError(f"the replay buffer of {folder} was written with another {', another '.join(changed)}")
+    try:
+        memory.buffer.load(os.path.join(folder, BUFFER_FOLDER), fingerprint=_digest(text))
+    except (ReplayStateError, OSError) as error:
+        raise ReplayStateError(
+            f"{error} ({path} and {BUFFER_FOLDER}/ are of one checkpoint, and as it wrote them)"
+        ) from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,285 @@
+"""The options of every trainer whose rows hold media: what rows are fed, and how their files are read."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from maple_trl.omni.media.loader import MediaLimits
+from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
+
+
+_FIELD_OF_LIMIT = {
+    "fps": "video_fps",
+    "max_seconds": "max_media_seconds",
+    "overlong": "overlong_media",
+    "decode_timeout": "media_decode_timeout",
+}
+
+_NO_BF16 = (
+    "bf16 is the default and needs a GPU that has it, which is not here. To train on the CPU: --use_cpu true --bf16 false "
+    "--dtype float32 (in a file: use_cpu: true, bf16: false, dtype: float32)"
+)
+# Fields of TRL and transformers whose wrong values would be noticed late or by nobody: the least value, and whether it may
+# be reached, and the greatest one.
+_RANGES = {
+    "per_device_train_batch_size": (1, True),
+    "per_device_eval_batch_size": (1, True),
+    "gradient_accumulation_steps": (1, True),
+    "num_generations": (1, True),
+    "num_generations_eval": (1, True),
+    "generation_batch_size": (1, True),
+    "steps_per_generation": (1, True),
+    "num_iterations": (1, True),
+    "max_completion_length": (1, True),
+    "num_train_epochs": (0, False),
+    "learning_rate": (0, True),
+    "weight_decay": (0, True),
+    "max_grad_norm": (0, True),
+    "beta": (0, True),
+    "epsilon": (0, True),
+    "epsilon_high": (0, True),
+    "delta": (0, False),
+    "top_entropy_quantile": (0, True, 1),
+    "sapo_temperature_pos": (0, False),
+    "sapo_temperature_neg": (0, False),
+    "neftune_noise_alpha": (0, True),
+    "seed": (0, True, 2**32 - 1),
+    "data_seed": (0, True, 2**32 - 1),
+    "logging_steps": (0, True),
+    "save_steps": (0, False),
+    "eval_steps": (0, False),
+    "dataloader_num_workers": (0, True),
+    "pad_to_multiple_of": (1, True),
+}
+_MAPPINGS = (
+    *("generation_kwargs", "chat_template_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs"),
+    "lr_scheduler_kwargs",
+)
+# What a prompt is rendered with, whatever the user says.
+_OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
+
+
+def _check_numbers(config: object) -> None:
+    """
+    Raises:
+        ValueError: for a number out of range, naming the field.
+    """
+    for name, (least, reached, *most) in _RANGES.items():
+        value = getattr(config, name, None)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not (math.isfinite(value) and (value >= least if reached else value > least)):
+            raise ValueError(f"{name} must be {'at least' if reached else 'above'} {least}, got {value}")
+        if most and value > most[0]:
+            raise ValueError(f"{name} must be at most {most[0]}, got {value}")
+    steps = getattr(config, "max_steps", -1)
+    if isinstance(steps, int | float) and steps < 1 and steps != -1:  # the library would take epochs for it, silently
+        raise ValueError(f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {steps}")
+
+
+def _check_mappings(config: object) -> None:
+    """
+    Raises:
+        ValueError: for a mapping of further options that is none, or that sets what the trainer itself sets.
+    """
+    for name in _MAPPINGS:
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f'{name} must be a mapping of names to values, e.g. {{"name": 1}}, got {value!r}')
+    own = [name for name in getattr(config, "chat_template_kwargs", None) or {} if name in _OF_RENDERING]
+    if own:
+        raise ValueError(f"chat_template_kwargs: {own[0]} cannot be set; it takes what the model's template knows")
+
+
+@dataclass
+class MediaConfig:
+    r"""
+    Fields of a trainer's configuration that decide what rows are fed and how their media are read.
+
+    A mixin: it stands before a configuration class of TRL among the bases. Limits come from here alone, never from
+    environment variables.
+
+    Raises:
+        ValueError: for options that contradict each other, naming the field.
+    """
+
+    modality_access: str = field(
+        default="required",
+        metadata={
+            "help": "What a row with a tag is fed: 'required' feeds exactly the signals of its tag (modality-aware), "
+            "'all' feeds every signal the row has (modality-unaware)."
+        },
+    )
+    audio_in_video: bool = field(
+        default=False,
+        metadata={
+            "help": "Interleave audio tokens with the video's tokens, for rows that are fed both. A row's own column "
+            "'audio_in_video' overrides it."
+        },
+    )
+    subtitle_template: str = field(
+        default="Subtitles:\n{subtitle}\n",
+        metadata={"help": "Text around a subtitle in the prompt; must hold '{subtitle}'."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per prompt. A longer prompt has its subtitle shortened; media placeholders and the question "
+            "are never cut, a row that still does not fit is quarantined."
+        },
+    )
+    max_media_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Video and audio tokens per prompt. Frames are made smaller until they fit; a row that does not fit "
+            "with the smallest frames is quarantined."
+        },
+    )
+    media_root: Annotated[str, "place"] = field(
+        default=".",
+        metadata={"help": "The folder below which all media lie. Links are resolved; nothing outside it is read."},
+    )
+    media_allow_network: bool = field(
+        default=False, metadata={"help": "Whether rows may name media by http(s) URL. Off: a URL quarantines its row."}
+    )
+    media_backend: str = field(
+        default="pyav",
+        metadata={
+            "help": "Decoder: 'pyav', 'torchcodec', or 'auto' (torchcodec where it works, else PyAV). The two differ in "
+            "single pixel values, so a run repeats exactly only with the same one."
+        },
+    )
+    num_frames: int | None = field(
+        default=8,
+        metadata={
+            "help": "Frames per video, evenly from its first picture to its last, as the Qwen processors take them. Exclusive "
+            "with video_fps."
+        },
+    )
+    video_fps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Frames per second of video: an even number, at least 4 and at most max_frames. Set num_frames to null."
+        },
+    )
+    max_frames: int = field(default=64, metadata={"help": "Most frames of one video."})
+    min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "Fewest pixels (height x width) of a frame."})
+    max_pixels: int = field(default=128 * 28 * 28, metadata={"help": "Most pixels (height x width) of a frame."})
+    max_media_seconds: float = field(
+        default=300.0, metadata={"help": "Longest clip or segment that is read, in seconds."}
+    )
+    overlong_media: str = field(
+        default="quarantine",
+        metadata={"help": "What happens to a longer clip: 'quarantine' drops its row, 'trim' reads its beginning."},
+    )
+    media_decode_timeout: Annotated[float, "speed"] = field(
+        default=60.0, metadata={"help": "Seconds that decoding one clip may take before its row is quarantined."}
+    )
+    media_workers: Annotated[int, "speed"] = field(
+        default=WORKERS,
+        metadata={
+            "help": "Processes that decode media, so that a file that crashes or hangs the decoder costs its row and not the "
+            "run. 0: decode in the training process."
+        },
+    )
+    media_worker_bytes: Annotated[int, "speed"] = field(
+        default=WORKER_BYTES,
+        metadata={"help": "Memory that each of them may have. A clip that needs more is quarantined."},
+    )
+    media_cache_bytes: Annotated[int, "speed"] = field(
+        default=2 << 30, metadata={"help": "Bytes of decoded clips kept in memory, shared by rollout and training."}
+    )
+    media_prefetch: Annotated[bool, "speed"] = field(
+        default=True, metadata={"help": "Decode the next batch's clips in the background while this one trains."}
+    )
+    encoder_cache_bytes: Annotated[int, "speed"] = field(
+        default=1 << 30,
+        metadata={
+            "help": "Bytes of memory for what vision and audio towers that are not trained have made of clips. 0: none."
+        },
+    )
+    encoder_cache_dir: Annotated[str | None, "place"] = field(
+        default=None, metadata={"help": "A folder that keeps it on disk too, for other processes and later runs."}
+    )
+    encoder_cache_disk_bytes: Annotated[int, "speed"] = field(
+        default=8 << 30, metadata={"help": "Most bytes in that folder; what was not used for longest is removed."}
+    )
+    media_check: Annotated[str, "speed"] = field(
+        default="probe",
+        metadata={
+            "help": "Look at every media file before training: 'probe' reads headers and quarantines rows with broken "
+            "files, 'none' leaves it to the step that meets them."
+        },
+    )
+    max_quarantined_share: Annotated[float, "speed"] = field(
+        default=0.1,
+        metadata={
+            "help": "Most rows of a data set, as a share of those that were looked at, whose media may turn out unusable. "
+            "Above it the run stops, with a checkpoint. Fewer than 10 rows are not judged. 0 tolerates none, 1 never stops."
+        },
+    )
+
+    def __post_init__(self):
+        _check_numbers(self)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16" in str(error) and getattr(self, "bf16", None):
+                raise ValueError(_NO_BF16) from error
+            raise
+        _check_mappings(self)
+        self._check_choice("modality_access", ("required", "all"))
+        self._check_choice("media_check", ("probe", "none"))
+        self._check_choice("media_backend", ("auto", "pyav", "torchcodec"))
+        if "{subtitle}" not in self.subtitle_template:
+            raise ValueError(f"subtitle_template must hold '{{subtitle}}', got {self.subtitle_template!r}")
+        for name in ("max_prompt_length", "max_media_tokens", "media_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.media_worker_bytes < LEAST_BYTES:
+            raise ValueError(
+                f"media_worker_bytes must be at least {LEAST_BYTES} (256 MiB), got {self.media_worker_bytes}"
+            )
+        for name in ("encoder_cache_bytes", "encoder_cache_disk_bytes", "media_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.encoder_cache_dir is not None and os.path.isfile(self.encoder_cache_dir):
+            raise ValueError(f"encoder_cache_dir: {self.encoder_cache_dir} is a file; name a folder")
+        if not 0 <= self.max_quarantined_share <= 1:
+            raise ValueError(f"max_quarantined_share must be between 0 and 1, got {self.max_quarantined_share}")
+        self.media_limits()
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+
+    def media_limits(self) -> MediaLimits:
+        """
+        The limits that the media loader applies.
+
+        Raises:
+            ValueError: when they contradict each other, in terms of the fields here.
+        """
+        try:
+            return self._media_limits()
+        except ValueError as error:
+            names = "|".join(_FIELD_OF_LIMIT)
+            raise ValueError(re.sub(rf"\b({names})\b", lambda m: _FIELD_OF_LIMIT[m[0]], str(error))) from None
+
+    def _media_limits(self) -> MediaLimits:
+        return MediaLimits(
+            num_frames=self.num_frames,
+            fps=self.video_fps,
+            max_frames=self.max_frames,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            max_seconds=self.max_media_seconds,
+            overlong=self.overlong_media,
+            decode_timeout=self.media_decode_timeout,
+        )

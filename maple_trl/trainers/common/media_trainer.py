@@ -1,0 +1,489 @@
+"""What trainers of prompts with video, audio and subtitles have in common, whatever their loss is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
+from maple_trl.omni.generation import savable
+from maple_trl.omni.loading import hub_arguments, load_model, load_processor
+from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.serving import serve_media
+from maple_trl.omni.towers import TowerCache
+from maple_trl.records.run_folder import holds_evaluation, named, run_results
+from maple_trl.trainers.common.checkpoint import ResumeError, check_geometry, last_complete_checkpoint, load_rows
+from maple_trl.trainers.common.media_config import MediaConfig
+from maple_trl.trainers.common.quarantine import Ranks, write_quarantine
+from maple_trl.trainers.common.quarantine_callback import QuarantineCallback
+from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
+from maple_trl.trainers.common.rows import RowEncoder
+from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError
+from maple_trl.trainers.common.run_summary import Note, RunTally, make_note, quarantine_notes, unseen_note
+
+
+logger = logging.getLogger(__name__)
+
+
+class MediaTrainer:
+    """
+    Mixed into a TRL trainer: reads rows with their media, samples completions, resumes with the same rows.
+
+    Attributes:
+        family (`OmniFamily`, *optional*): of the model; `None` where it reads text alone.
+        towers ([`~maple_trl.omni.towers.TowerCache`], *optional*): what frozen towers have made of clips.
+    """
+
+    family: OmniFamily | None = None
+    towers: TowerCache | None = None
+    _first_step = 0  # the step at which this call of `train` began
+
+    def _prepare_media(self, model: nn.Module, processor: ProcessorMixin, args: MediaConfig) -> None:
+        """Before the parent's constructor: what reads the rows' media."""
+        self.family = family_for(model, processor)
+        self.family.check_pixels(args.max_pixels)
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and args.ddp_find_unused_parameters is None:
+            # Transformers has DDP look for unused parameters where the model has adapters, which fails with reentrant
+            # checkpointing; all towers run instead.
+            args.ddp_find_unused_parameters = False
+        self.loader = MediaLoader(
+            args.media_root,
+            args.media_limits(),
+            cache_bytes=args.media_cache_bytes,
+            allow_network=args.media_allow_network,
+            backend=args.media_backend,
+            workers=args.media_workers,
+            worker_bytes=args.media_worker_bytes,
+        )
+        self.prompt_builder = PromptBuilder(
+            self.family,
+            self.loader,
+            modality_access=args.modality_access,
+            audio_in_video=args.audio_in_video,
+            subtitle_template=args.subtitle_template,
+            max_prompt_length=args.max_prompt_length,
+            max_media_tokens=args.max_media_tokens,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
+        shows = args.local_process_index == 0 and not args.disable_tqdm
+        self.rows = RowEncoder(
+            self.prompt_builder,
+            ranks,
+            probe=args.media_check == "probe",
+            progress=shows,
+            most_lost=args.max_quarantined_share,
+        )
+
+    def _keep_savable(self) -> None:
+        """After the parent's constructor, which sets tokens in the model's own generation config."""
+        model = unwrap(self.model)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config = savable(model.generation_config)
+
+    def _make_tower_cache(self) -> TowerCache | None:
+        args = self.args
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank sees whole weights
+        if self.family is None or sharded or not (args.encoder_cache_bytes or args.encoder_cache_dir):
+            return None
+        return TowerCache(args.encoder_cache_bytes, args.encoder_cache_dir, args.encoder_cache_disk_bytes)
+
+    def _send_telemetry(self) -> None:
+        # The parent sends facts about every run to the Hub unless it is told not to; here it has to be told to.
+        if telemetry_wanted():
+            super()._send_telemetry()
+
+    # Rows
+
+    def _write_quarantine(self) -> None:
+        if self.family is not None and self.accelerator.is_main_process:
+            write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), self.rows.quarantined)
+
+    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
+        """
+        Encodes rows for a rollout; see [`~maple_trl.trainers.common.rows.RowEncoder.encode`]. Every rank must call this together.
+        """
+        known = len(self.rows.quarantined)
+        try:
+            return self.rows.encode(rows, evaluating=not self.model.training)
+        finally:
+            if len(self.rows.quarantined) > known:
+                self._write_quarantine()
+
+    def _prefetch(self, rows: Sequence[dict[str, Any]], current: Sequence[EncodedPrompt]) -> None:
+        """Begins to decode the media of rows to come, but for those of the current prompts."""
+        waiting = {}
+        for row in map(self.rows.usable, rows):
+            waiting.setdefault(self.prompt_builder.spec(row).key, partial(self.prompt_builder.decode, row))
+        done = {prompt.key for prompt in current}
+        self.loader.prefetch([decode for key, decode in waiting.items() if key not in done])
+
+    # What is left out
+
+    def _watch(self) -> None:
+        """After the parent's constructor: what counts what the run leaves out, and stops it where that is too much."""
+        self.tally = RunTally(speaks=self.accelerator.is_main_process)
+        if self.family is not None:
+            self.add_callback(QuarantineCallback(self))
+
+    def too_many_quarantined(self) -> str | None:
+        """What is wrong where a data set has lost more rows than `max_quarantined_share`; the same on every rank."""
+        return None if self.family is None else self.rows.too_many(self.args.max_quarantined_share)
+
+    def check_quarantine(self) -> None:
+        """
+        Before training: are the media there?
+
+        Raises:
+            TooManyQuarantinedError: when a data set has lost more rows than `max_quarantined_share`.
+        """
+        problem = self.too_many_quarantined()
+        if problem is not None:
+            raise TooManyQuarantinedError(
+                f"{problem}. Nothing was trained. Mend the files (is media_root right?), or raise max_quarantined_share"
+            )
+
+    def left_out(self) -> list[Note]:
+        """
+        What the run left out, what failed in it and what never fired, each counted and named; empty where nothing was.
+
+        Returns:
+            `list[dict]`: `kind`, `count`, `text` and what else is known; `summary.json` holds the same.
+        """
+        registries = list(self.rows.registries.values()) if self.family is not None else []
+        found = quarantine_notes(registries) + self.tally.notes()
+        for registry in registries:
+            if registry.name == "train_dataset":
+                found += unseen_note(registry, self.state.epoch or 0)
+        if self.steps_made == 0 and self.state.global_step:
+            text = f"no step was left to make: the checkpoint is at step {self.state.global_step}"
+            found.append(make_note("no_new_step", 0, text))
+        return found
+
+    @property
+    def steps_made(self) -> int:
+        """Optimizer steps of the last call of `train`, without those before a checkpoint that it went on from."""
+        return self.state.global_step - self._first_step
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            value = norm.item() if isinstance(norm, torch.Tensor) else norm
+            self.tally.checks.note_gradient(value, self.state.global_step + 1)
+        return norm
+
+    # Media and generation
+
+    def _serve(self, model: nn.Module, prompts: Sequence[EncodedPrompt], packed: bool = False):
+        return serve_media(
+            self.family, model, prompts, touch_all_towers=self._touch_all_towers, packed=packed, cache=self.towers
+        )
+
+    @property
+    def _touch_all_towers(self) -> bool:
+        """Whether all ranks must run the same towers: their parameters are sharded, or DDP waits for each gradient."""
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        # A launcher makes a single process distributed too.
+        distributed = self.accelerator.distributed_type != DistributedType.NO
+        waits = distributed and not self.args.ddp_find_unused_parameters
+        return self.is_fsdp_enabled or zero3 or waits
+
+    @torch.no_grad()
+    def generate_completions(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> list[str | None]:
+        """
+        Samples one completion per row with the run's own generation settings and code path.
+
+        The ranks share the work: every rank must call this with the same rows, and gets all completions.
+
+        Args:
+            batch_size: rows per rank at a time; default `per_device_eval_batch_size`.
+
+        Returns:
+            `list[str]`: texts in the rows' order, `None` for a row whose media cannot be used.
+
+        Raises:
+            ValueError: for a text-only model.
+        """
+        if self.family is None:
+            raise ValueError("generate_completions needs an omni model with its processor")
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batch_size = batch_size or self.args.per_device_eval_batch_size
+        share = list(rows)[rank::world]
+        chunks = -(-len(rows) // (world * batch_size))  # on every rank, for generating can be a collective call
+        was_training = self.model.training
+        self.model.eval()
+        texts: list[str | None] = []
+        try:
+            for start in range(0, chunks * batch_size, batch_size):
+                prompts = self.rows.encode_each(share[start : start + batch_size])
+                completions = iter(self._sample([prompt for prompt in prompts if prompt is not None]))
+                texts += [None if prompt is None else next(completions) for prompt in prompts]
+        finally:
+            self.model.train(was_training)
+        shares = gather_object([texts]) if world > 1 else [texts]
+        return [shares[i % world][i // world] for i in range(len(rows))]
+
+    def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
+        mode = "train" if self.model.training else "eval"
+        kinds = ("video", "audio", "subtitle")
+        notes = {"no-audio-track": "rows_without_audio_track", "subtitle-shortened": "rows_with_shortened_subtitle"}
+        local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
+        local += [sum(note in prompt.notes for prompt in prompts) for note in notes]
+        total = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), reduction="sum").tolist()
+        metrics = self._metrics[mode]
+        for name, value in zip(
+            [f"media_tokens/{k}" for k in kinds] + [f"media/{n}" for n in notes.values()], total, strict=True
+        ):
+            metrics[name].append(float(value))
+        for note, clips in self.loader.notes.items():
+            metrics[f"media/clips_{note}"].append(float(clips))
+        metrics["media/quarantined_prompts"].append(float(len(self.rows.quarantined)))
+        if mode == "train":
+            self.tally.counts.update(dict(zip(notes.values(), total[len(kinds) :], strict=True)))
+
+    # State
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        As in [`~transformers.Trainer`]. `resume_from_checkpoint=True` goes on from the last complete checkpoint in
+        `output_dir`, and begins anew where there is none, with a warning: the same script starts a job and restarts it.
+
+        Raises:
+            ResumeError: when this run cannot go on from the checkpoint: there is none, or it lacks weights, optimizer,
+                schedule or random numbers (`save_only_model`), or is of other data, batch sizes or processes.
+            TooManyQuarantinedError: when more rows than `max_quarantined_share` cannot be used.
+            NoStepError: when the run ends without an optimizer step.
+            ValueError: when `output_dir` holds an evaluation.
+        """
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint is False:
+            resume_from_checkpoint = None
+        self._check_output_dir(fresh=resume_from_checkpoint is None)
+        self._first_step, self.tally = 0, RunTally(speaks=self.accelerator.is_main_process)
+        if resume_from_checkpoint is not None:
+            resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+            self.tally.load(resume_from_checkpoint)
+        self.check_quarantine()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if not self.state.global_step:
+            raise NoStepError(
+                f"The run ended without an optimizer step: {self._amount_of_data()}, max_steps={self.args.max_steps}, "
+                f"num_train_epochs={self.args.num_train_epochs:g}. The model is as it was; it needs at least one whole batch"
+            )
+        if not self.steps_made:
+            logger.warning("%s: no step was left to make", resume_from_checkpoint)
+        return output
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self.optimizer
+        comparable = checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        made = options_of(optimizer.param_groups) if comparable else []
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError) as error:
+            raise ResumeError(
+                f"{checkpoint} has the state of an optimizer for other parameters ({error}): resume with the optim, frozen "
+                "parts and adapters with which the run began"
+            ) from error
+        if comparable:
+            check_optimizer(checkpoint, made, options_of(optimizer.param_groups))
+
+    def _amount_of_data(self) -> str:
+        size = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        return "train_dataset is a stream that gave too few rows" if size is None else f"train_dataset has {size} rows"
+
+    def _check_output_dir(self, fresh: bool) -> None:
+        """Results of two runs in one folder are taken for those of one, by reports and when a run is resumed."""
+        folder = self.args.output_dir
+        if holds_evaluation(folder):
+            raise ValueError(f"output_dir: {folder} holds an evaluation; name another folder for the training run")
+        results = run_results(folder)
+        if fresh and results and not self.state.global_step and self.accelerator.is_main_process:
+            logger.warning(
+                "output_dir: %s holds results of another run (%s), which this one replaces in part: "
+                "resume_from_checkpoint=True may go on from a checkpoint of that run. Name another folder, or remove them.",
+                folder,
+                named(results),
+            )
+
+    def _last_checkpoint(self) -> str | None:
+        """The last complete checkpoint in the run's folder."""
+        last = last_complete_checkpoint(self.args.output_dir)
+        if last is None and self.accelerator.is_main_process:
+            logger.warning(
+                "resume_from_checkpoint: there is no complete checkpoint-N folder in %s; the run begins anew",
+                self.args.output_dir,
+            )
+        return last
+
+    def _checked_checkpoint(self, wanted: str) -> str:
+        """The checkpoint that is meant. What one rank finds wrong with it is raised on all."""
+        error, checkpoint = None, ""
+        try:
+            checkpoint = find_checkpoint(wanted, self.args.output_dir)
+            self._check_checkpoint(checkpoint)
+        except ResumeError as found:
+            error = found
+        problems = [text for text in gather_object([error and str(error)]) if text]
+        if problems:
+            raise error or ResumeError(problems[0])
+        if self.family is not None:
+            self._restore_rows(checkpoint)
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            self._first_step = json.load(file)["global_step"]
+        return checkpoint
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        """Whether the run can go on from a checkpoint."""
+        if self.family is not None:
+            check_geometry(checkpoint, self.accelerator.process_index, self._geometry())
+        check_parts(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _run_epoch(self, *args, **kwargs):
+        # The parent makes a step before it asks whether one was left.
+        if self.args.max_steps > 0 and self.state.global_step >= self.args.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def _restore_rows(self, checkpoint: str) -> None:
+        """The run goes on with the rows that it began with, even where files broke or were mended in between."""
+        states = load_rows(checkpoint)
+        for name, registry in self.rows.registries.items():
+            if name in states:
+                registry.load_state_dict(states[name])
+        self._write_quarantine()
+
+        def restored(dataset: Any, name: str) -> Any:
+            return self.rows.registries[name].usable_dataset() if name in self.rows.registries else dataset
+
+        self.train_dataset = restored(self.train_dataset, "train_dataset")
+        self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", restored)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = self._checkpoint_folder(trial)
+            os.makedirs(folder, exist_ok=True)
+            self.tally.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _checkpoint_folder(self, trial: Any) -> str:
+        return os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next, which says that all files of all ranks are there.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_weights(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_weights(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _load_weights(self, checkpoint: str, model: nn.Module) -> bool:
+        """
+        Loads a whole model's weights by `from_pretrained`, which maps a checkpoint's names to the model's.
+
+        They differ for omni and vision-language models, and the parent passes over names that it does not find.
+        Returns False where the parent must do it: adapters, and weights that are sharded over processes.
+        """
+        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
+            return False
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        # One part may be kept in float32: reading it as the rest would round it.
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        model.load_state_dict(load_model(checkpoint, dtype=dtype).state_dict())
+        return True
+
+
+def telemetry_wanted() -> bool:
+    """Whether the user's environment asks for usage telemetry: `HF_HUB_DISABLE_TELEMETRY` is there, and says no."""
+    return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off")
+
+
+def load_parts(
+    model: str | nn.Module, processing_class: ProcessorMixin | PreTrainedTokenizerBase | None, seed: int, options: dict
+) -> tuple[nn.Module, ProcessorMixin | PreTrainedTokenizerBase]:
+    """
+    The model and its processor, loaded where they are not given.
+
+    Raises:
+        TypeError: for something that is no model of transformers.
+        ValueError: when there is no processor, and the model does not know where it came from.
+    """
+    if not isinstance(model, str) and not (isinstance(model, nn.Module) and hasattr(unwrap(model), "config")):
+        raise TypeError(f"model must be a model of transformers, a folder or a Hub id, got {type(model).__name__}")
+    name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+    if isinstance(model, str):
+        set_seed(seed)
+        model = load_model(model, **options)
+    if processing_class is None:
+        if not name:
+            raise ValueError("The model does not know where it was loaded from: pass its processing_class")
+        processing_class = load_processor(name, **hub_arguments(options))
+    return model, processing_class
+
+
+def own_config(args: Any, config_class: type, model: str | nn.Module, trainer: str) -> Any:
+    """
+    A copy of a trainer's arguments, made up where there are none.
+
+    Raises:
+        TypeError: for arguments of another class.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        args = config_class(f"{name.rstrip('/').split('/')[-1]}-{trainer.replace(' ', '-')}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"args must be of type {config_class.__name__}, got {type(args).__name__}")
+    if type(args) is not config_class and type(args).__module__.startswith("maple_trl.trainers."):
+        raise TypeError(
+            f"args is {type(args).__name__}, whose own options have no effect in the trainer of {config_class.__name__}"
+        )
+    return copy.copy(args)
+
+
+def each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> Any:
+    """Applies a function to a data set and its name, or to each of a dictionary of data sets."""
+    if isinstance(dataset, dict):
+        return {key: apply(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+    return apply(dataset, name)
+
+
+def check_text_only(model: nn.Module, datasets: dict[str, Any]) -> None:
+    """A tokenizer reads no media: refuses to train on the text alone."""
+    if is_omni(model):
+        raise ValueError(
+            f"processing_class is a tokenizer, but {type(unwrap(model)).__name__} reads media: pass the model's processor"
+        )
+    for name, dataset in datasets.items():
+        parts = dataset if isinstance(dataset, dict) else {name: dataset}
+        for part in parts.values():
+            columns = {"video", "audio", "subtitle"} & set(getattr(part, "column_names", None) or [])
+            if columns:
+                raise ValueError(
+                    f"{name} has the column {sorted(columns)[0]!r}, but processing_class is a tokenizer, which reads no "
+                    "media: use an omni model with its processor, or drop the column"
+                )

@@ -1,0 +1,315 @@
+"""Rows whose media cannot be used: named, counted, written down, and replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from maple_trl.files import write_atomically
+from maple_trl.modalities import Modality
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.media.clips import ClipRequest
+from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
+from maple_trl.trainers.common.checkpoint import ResumeError
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """
+    This process among those of a run, before and after the trainer has an accelerator.
+
+    Attributes:
+        gather: concatenates the lists of all ranks, in rank order.
+    """
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[list], list] = list
+
+
+@dataclass(frozen=True)
+class QuarantinedPrompt:
+    """
+    A prompt that is left out of training, and why.
+
+    Attributes:
+        dataset: the argument of the trainer that holds it.
+        rows: the rows with this prompt, counted from 0.
+        path: the file that cannot be used, as the row names it.
+    """
+
+    dataset: str
+    rows: list[int]
+    key: str
+    reason: str
+    path: str | None
+    detail: str
+
+
+_SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
+_NAMED = 3  # files that a summary names
+_FEWEST = 10  # rows from which a share of them says something
+
+
+class RowRegistry:
+    """
+    Knows every row of a data set by its prompt's key, and which rows are in quarantine.
+
+    Args:
+        dataset: rows with the columns that [`PromptBuilder`] reads.
+        name: how errors call the data set.
+        probe: look at every media file once (headers; subtitles whole) and quarantine rows whose files cannot be used.
+            The ranks share the work and its result, so that all train on the same rows. `"paths"`: see whether the files
+            are there, and say nothing of those that are not.
+
+    Raises:
+        RowError: for the first row that cannot be a prompt, with its number and field.
+        ValueError: when no row is left.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        builder: PromptBuilder,
+        name: str = "train_dataset",
+        probe: bool | Literal["paths"] = True,
+        progress: bool = True,
+        ranks: Ranks | None = None,
+    ):
+        self.dataset = dataset
+        self.opens = probe != "paths"
+        self.builder = builder
+        self.name = name
+        self.ranks = ranks or Ranks()
+        self.quarantined: dict[str, QuarantinedPrompt] = {}
+        if not len(dataset):
+            raise ValueError(f"{name} holds no row")
+        specs = []
+        for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=not progress, leave=False)):
+            try:
+                specs.append(builder.spec(row))
+            except RowError as error:
+                raise RowError(f"{name}, row {i}: {error}") from error
+        self._keys = [spec.key for spec in specs]
+        self._tags = [spec.tag for spec in specs]
+        self._rows_of: dict[str, list[int]] = {}
+        for i, key in enumerate(self._keys):
+            self._rows_of.setdefault(key, []).append(i)
+        if probe:
+            self._probe({spec.key: spec for spec in specs}, progress)
+        self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
+        self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
+        self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
+        self._rows_seen = 0
+        if len(self.left_out) == len(self._keys):
+            raise ValueError(self._none_left())
+
+    def _probe(self, specs: dict[str, PromptSpec], progress: bool) -> None:
+        media = {clip for spec in specs.values() for clip in spec.clips}
+        subtitles = {(spec.subtitle, None) for spec in specs.values() if spec.subtitle_file}
+        files = sorted(media | subtitles, key=repr)
+
+        def probe(clip: tuple[str, ClipRequest | None]) -> tuple[tuple, MediaError | None, bool, bool]:
+            """The file and the part of it that is asked for, what is wrong, and whether it has pictures and sound."""
+            file, request = clip
+            try:
+                if not self.opens:
+                    self.builder.loader.resolve(file)
+                    return clip, None, True, True
+                if request is not None:
+                    info = self.builder.loader.probe(file, request=request)
+                    return clip, None, info.has_video, info.has_audio
+                self.builder.loader.subtitle(file)
+                return clip, None, False, False
+            except MediaError as error:
+                return clip, error, False, False
+
+        own = files[self.ranks.rank :: self.ranks.world]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            found = pool.map(probe, own)
+            found = list(tqdm(found, total=len(own), desc="Probing media", disable=not progress, leave=False))
+        found = self.ranks.gather(found)
+        errors = {clip: error for clip, error, *_ in found if error is not None}
+        with_pictures = {file for (file, _), _, has_video, _ in found if has_video}
+        with_sound = {file for (file, _), *_, has_audio in found if has_audio}
+        for key, spec in specs.items():
+            row_files = [*spec.clips, *([(spec.subtitle, None)] if spec.subtitle_file else [])]
+            error = next((errors[clip] for clip in row_files if clip in errors), None)
+            blind = next((file for file in spec.videos if file not in with_pictures), None)
+            if error is None and blind is not None:
+                error = MediaError(
+                    "no-video-track", blind, "the row's video has sound alone; name it in field 'audio'"
+                )
+            if error is None and spec.fed == {Modality.AUDIO} and not with_sound & set(spec.audios):
+                error = MediaError("no-signal", spec.audios[0], "the row is fed audio alone and the file has none")
+            if error is not None:
+                self.add(key, error)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows_of
+
+    def add(self, key: str, error: MediaError) -> None:
+        """Puts the rows of a prompt into quarantine."""
+        if key in self.quarantined:
+            return
+        rows = self._rows_of[key]
+        self.quarantined[key] = QuarantinedPrompt(self.name, rows, key, error.reason, error.path, error.detail)
+        if not self.opens:
+            return
+        if len(self.quarantined) <= _SPOKEN:
+            logger.warning("%s, row %d is quarantined: %s", self.name, rows[0], error)
+        elif len(self.quarantined) == _SPOKEN + 1:
+            logger.warning("%s: further rows are quarantined; quarantine.json lists them", self.name)
+
+    def usable_dataset(self) -> Dataset:
+        """The rows that were not in quarantine when the run began, in order."""
+        left_out = set(self.left_out)
+        return (
+            self.dataset.select([i for i in range(len(self._keys)) if i not in left_out]) if left_out else self.dataset
+        )
+
+    def substitute(self, key: str) -> dict[str, Any]:
+        """The next usable row after a quarantined one, of its tag where there is one; every rank finds the same."""
+        start = self._rows_of[key][0]
+        order = [*range(start + 1, len(self._keys)), *range(start)]
+        usable = [i for i in order if self._keys[i] not in self.quarantined]
+        if not usable:
+            raise ValueError(self._none_left())
+        return self.dataset[next((i for i in usable if self._tags[i] == self._tags[start]), usable[0])]
+
+    def _none_left(self) -> str:
+        count = self.reasons().total()
+        return (
+            f"{self.name}: no usable row is left: {count} rows quarantined {self.reasons_and_files()}; media are looked for "
+            f"below media_root, {self.builder.loader.root}"
+        )
+
+    def row_number(self, key: str) -> int:
+        """The first row with this prompt, counted from 0."""
+        return self._rows_of[key][0]
+
+    def row_of(self, key: str) -> dict[str, Any]:
+        """A row with this prompt."""
+        return self.dataset[self.row_number(key)]
+
+    def rows_of(self, key: str) -> list[dict[str, Any]]:
+        """All rows with this prompt, in order."""
+        return [self.dataset[i] for i in self._rows_of[key]]
+
+    def reasons(self) -> Counter:
+        """Rows in quarantine by reason."""
+        counts: Counter = Counter()
+        for prompt in self.quarantined.values():
+            counts[prompt.reason] += len(prompt.rows)
+        return counts
+
+    def summary(self) -> str:
+        """Counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
+        counts = self.reasons()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        return f"{counts.total()} rows quarantined" + (f" ({reasons})" if reasons else "")
+
+    def first_files(self) -> list[str]:
+        """The first files that cannot be used, as their rows name them."""
+        paths = dict.fromkeys(prompt.path for prompt in self.quarantined.values() if prompt.path)
+        return list(paths)[:_NAMED]
+
+    def reasons_and_files(self) -> str:
+        """E.g. `(2 unreadable, 1 empty-file; first a.mp4, b.mp4)`."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons().most_common())
+        files = self.first_files()
+        return f"({reasons}; first {', '.join(files)})" if files else f"({reasons})"
+
+    def note_seen(self, keys: Iterable[str]) -> None:
+        """Batches have asked for these prompts; those of other data sets are passed over."""
+        new = {key for key in keys if key in self._rows_of} - self.seen
+        self.seen |= new
+        self._rows_seen += sum(len(self._rows_of[key]) for key in new)
+
+    def usable_seen(self) -> int:
+        """Rows that batches have asked for and that can be used."""
+        return self._rows_seen - sum(len(prompt.rows) for key, prompt in self.quarantined.items() if key in self.seen)
+
+    def too_many(self, limit: float) -> str | None:
+        """
+        What is wrong where the share of rows that cannot be used is above a limit; `None` where it is not, or where there
+        are too few rows to tell.
+
+        Rows count as seen once the probe or a batch has looked at their media. The share is that of the rows which the
+        probe left out, and among the others that of the rows which broke in the batches that asked for them. Fewer than
+        10 rows are not judged, nor so few that one alone would be above the limit; a limit of 0 tolerates none.
+        """
+        fewest = max(_FEWEST, math.ceil(1 / limit)) if limit else 1
+        every, before = len(self._keys), len(self.left_out)
+        share, found = before / every, f"{before} of {every} rows"
+        if before and every >= fewest and share > limit:
+            return self._too_many(found, share, limit)
+        broken = self.reasons().total() - before
+        seen = self.usable_seen() + broken
+        share += (1 - share) * broken / max(seen, 1)
+        if broken and (seen >= fewest or (seen == every - before and every >= fewest)) and share > limit:
+            found = f"{broken} of the {seen} rows that batches asked for" + (f", and {found} before" if before else "")
+            return self._too_many(found, share, limit)
+        return None
+
+    def _too_many(self, found: str, share: float, limit: float) -> str:
+        return (
+            f"{self.name}: {found} cannot be used {self.reasons_and_files()}, which is {share:.0%} of what was looked at and "
+            f"more than max_quarantined_share={limit:g} allows. quarantine.json names them all"
+        )
+
+    def fed_summary(self) -> str:
+        """How many usable rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
+        counts = ", ".join(f"{m.name.lower()} {self._fed[m]}" for m in Modality)
+        return f"{len(self._keys) - len(self.left_out)} rows; fed {counts}"
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to see the same rows in the same order."""
+        return {
+            "content": self._content(),
+            "left_out": self.left_out,
+            "seen": sorted(self._rows_of[key][0] for key in self.seen),
+            "quarantined": [asdict(row) for row in self.quarantined.values()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Takes over the rows and the quarantine of the run that is resumed, whatever has happened to the files since.
+
+        Raises:
+            ResumeError: when the data set is not the one of that run.
+        """
+        if state["content"] != self._content():
+            raise ResumeError(
+                f"{self.name} is not the data set of the checkpoint: its prompts or their order differ. Resume with the "
+                "same data, tags and modality_access."
+            )
+        self.left_out = state["left_out"]
+        # That of an earlier version does not say which rows it has seen: all, so that none counts as broken too soon.
+        self.seen, self._rows_seen = set(), 0
+        self.note_seen(self._keys[row] for row in state.get("seen", range(len(self._keys))))
+        self.quarantined |= {row["key"]: QuarantinedPrompt(**row) for row in state["quarantined"]}
+
+    def _content(self) -> str:
+        return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
+
+
+def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:
+    """Writes the list as JSON, replacing the file in one step."""
+    write_atomically(path, json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))

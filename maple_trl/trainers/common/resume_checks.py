@@ -1,0 +1,162 @@
+"""Whether a run can go on from a checkpoint as if it had not been stopped: known from its files, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from maple_trl.trainers.common.checkpoint import ResumeError, is_complete, last_complete_checkpoint
+
+
+def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
+    """
+    The folder that `resume_from_checkpoint` means: a path, or `True` for the last complete checkpoint in `output_dir`.
+
+    Raises:
+        ResumeError: when there is no such checkpoint.
+    """
+    if wanted is True:
+        last = last_complete_checkpoint(output_dir)
+        if last is None:
+            raise ResumeError(
+                f"resume_from_checkpoint: there is no complete checkpoint-N folder in {output_dir}; name the checkpoint's "
+                "folder, or leave resume_from_checkpoint out to begin a new run"
+            )
+        return last
+    if not os.path.isdir(wanted):
+        raise ResumeError(f"resume_from_checkpoint: there is no folder {wanted}")
+    if not is_complete(wanted):
+        within = last_complete_checkpoint(wanted)
+        advice = "" if within is None else f"; it holds {os.path.basename(within)}: name {within}"
+        raise ResumeError(
+            f"resume_from_checkpoint: {wanted} is no checkpoint, or one that was not written to its end: it has no whole "
+            f"trainer_state.json{advice}"
+        )
+    return wanted
+
+
+def check_parts(checkpoint: str, rank: int, world: int) -> None:
+    """
+    Holds a checkpoint against what a run needs to go on with: weights, optimizer, learning-rate schedule, random numbers.
+
+    Raises:
+        ResumeError: naming what it lacks, or a file that is damaged.
+    """
+    for name in sorted(os.listdir(checkpoint)):
+        reason = _damage(os.path.join(checkpoint, name))
+        if reason is not None:
+            raise ResumeError(
+                f"resume_from_checkpoint: {os.path.join(checkpoint, name)} is damaged: {reason}. Resume from another checkpoint"
+            )
+    lacking = missing_parts(checkpoint, rank, world)
+    if not lacking:
+        return
+    raise ResumeError(
+        f"resume_from_checkpoint: {checkpoint} lacks {_listed(lacking)}{_why(checkpoint, world)}. The run would go on "
+        "without a word as another one. Resume from a whole checkpoint; to train on from these weights alone, with a new "
+        f"optimizer and schedule, begin a new run: model_name_or_path={checkpoint} and another output_dir"
+    )
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with a file that was not written to its end, as far as its form tells; `None` for a whole one."""
+    suffix = os.path.splitext(path)[1]
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return None
+    try:
+        if suffix == ".json":
+            with open(path, encoding="utf-8") as file:
+                json.load(file)
+        elif suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            return "it has no end"
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
+def missing_parts(checkpoint: str, rank: int, world: int) -> list[str]:
+    """What a checkpoint lacks for this rank, in words; an empty file counts as missing."""
+    names = [name for name in os.listdir(checkpoint) if _has_content(os.path.join(checkpoint, name))]
+
+    def has(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in names)
+
+    sharded = has(r"global_step\d+")  # DeepSpeed keeps weights, optimizer and schedule in a folder of its own
+    weights = r"(model|pytorch_model|adapter_model)[^_]*\.(safetensors|bin)(\.index\.json)?|pytorch_model_fsdp.*"
+    lacking = []
+    if not sharded and not has(weights):
+        lacking.append("the model's weights")
+    # In a file, in one per rank, or with FSDP in a folder.
+    if not sharded and not has(r"optimizer(_.*)?|optimizer\.(pt|bin)(_.*)?|rank\d+-of-\d+-optimizer\.pt"):
+        lacking.append("the optimizer's state (optimizer.pt)")
+    if not sharded and not has(r"scheduler\.pt"):
+        lacking.append("the learning-rate schedule's (scheduler.pt)")
+    random = "rng_state.pth" if world == 1 else f"rng_state_{rank}.pth"
+    if random not in names:
+        lacking.append(f"the random numbers' ({random})")
+    return lacking
+
+
+def _has_content(path: str) -> bool:
+    return os.path.isdir(path) or os.path.getsize(path) > 0
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _why(checkpoint: str, world: int) -> str:
+    """What tells from the other files why some are missing."""
+    states = [name for name in os.listdir(checkpoint) if re.fullmatch(r"rng_state(_\d+)?\.pth", name)]
+    if not states:
+        return ", as one that was written with save_only_model=True"
+    if len(states) != world:
+        wrote = "one process" if len(states) == 1 else f"{len(states)} processes"
+        return f"; it has random numbers of {wrote}, and this run has {world}"
+    return ""
+
+
+_OPTIONS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2"}
+_OPTIONS |= {"eps": "adam_epsilon", "momentum": "optim_args: momentum"}
+
+
+def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What an optimizer's parameter groups say besides parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+def check_optimizer(checkpoint: str, made: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Holds the options of a run's optimizer against those that a checkpoint's state has put in their place.
+
+    Args:
+        made: as of [`options_of`], before the state was loaded.
+        loaded: and after.
+
+    Raises:
+        ResumeError: when they are those of another kind of optimizer, or one that the user set would have no effect.
+    """
+    for before, now in zip(made, loaded, strict=True):
+        if not set(before) <= set(now):
+            raise ResumeError(
+                f"{checkpoint} has the state of another optimizer (optim): resume with the one it was made with"
+            )
+        for name, option in _OPTIONS.items():
+            if name in before and _plain(before[name]) != _plain(now[name]):
+                raise ResumeError(
+                    f"{option} is {before[name]}, but {checkpoint} was trained with {now[name]}, which the optimizer's state "
+                    "brings back: resume with that"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return [float(item) for item in value] if isinstance(value, Sequence) else float(value)

@@ -1,0 +1,278 @@
+"""What a run leaves for `maple-trl report` while it is going on: its completions, and its log line by line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from maple_trl.evaluation.fed import as_text, fed_columns, prompt_text
+from maple_trl.files import as_json
+from maple_trl.records.metrics_log import write_metrics
+from maple_trl.records.rollouts import ROLLOUTS, rollout_of, write_rollout
+from maple_trl.rewards.answers import completion_text
+from maple_trl.trainers.avatar.hinted_rows import HINTED, row_digest
+
+
+if TYPE_CHECKING:
+    from maple_trl.algorithms import Experience
+    from maple_trl.omni.encoded import EncodedPrompt
+    from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass
+class RolloutLogConfig:
+    r"""
+    The field of a trainer's configuration that says how many completions are kept for reports.
+
+    A mixin: it stands before a configuration class of TRL among the bases.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+
+    rollout_log_size: Annotated[int, "place"] = field(
+        default=20_000,
+        metadata={
+            "help": "Completions kept in OUTPUT_DIR/rollouts, with prompt, rewards, advantage, tag and the media that "
+            "were fed, for the viewer of `maple-trl report`. When there are more, every second rollout is removed and "
+            "left out from then on, then every other of these, so that the whole run stays visible. 0 keeps none. "
+            "`log_completions` is TRL's own switch: it prints samples, and writes the last rollout before each log "
+            "entry, without the row."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rollout_log_size < 0:
+            raise ValueError(f"rollout_log_size must be 0 or more, got {self.rollout_log_size}")
+
+
+class RolloutLog:
+    """
+    Writes the completions of training rollouts, a Parquet file each, as TRL holds them for `log_completions`.
+
+    A file appears whole or not at all, whenever the process is killed. It is named by the number of its rollout, which
+    follows from the number of micro-batches: a resumed run writes the same names, and removes what the run that was
+    stopped had written beyond its checkpoint.
+
+    Args:
+        output_dir: of the run.
+        size (`int`): the most completions that are kept; 0 writes nothing.
+        per_rollout (`int`): completions of a rollout.
+        writes (`bool`): whether this process is the one that writes.
+        media_root: the folder below which the media lie; noted in the files.
+    """
+
+    def __init__(self, output_dir: str, size: int, per_rollout: int, writes: bool, media_root: str = "."):
+        self.folder = Path(output_dir, ROLLOUTS)
+        self.files = max(size // per_rollout, 2) if size else 0
+        self.writes = writes
+        self.media_root = media_root
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins, or goes on."""
+        self._facts: list[dict[str, Any]] = []
+        self._replayed: list[dict[str, Any]] = []
+        self._opened, self._stride = False, 0
+
+    def keeps(self, number: int) -> bool:
+        """Whether the rollout with this number is written."""
+        return bool(self.files) and number % stride(number, self.files) == 0
+
+    def note(self, trainer: OmniGRPOTrainer, rows: Sequence[Mapping[str, Any]], completion_ids: Sequence) -> None:
+        """
+        Takes down what TRL does not: where completions that were just scored come from. All ranks must call this.
+
+        Args:
+            rows: of this rank's completions.
+            completion_ids: their tokens.
+        """
+        number = rollout_number(trainer)
+        if not trainer.model.training or not self.keeps(number):
+            return
+        prompts = trainer._serving or [None] * len(rows)
+        known: dict[tuple, dict[str, Any]] = {}
+        facts = []
+        for row, prompt, ids in zip(rows, prompts, completion_ids, strict=True):
+            # Rows can show the same and want another answer.
+            same = (id(prompt), as_text(row.get("id")), as_text(row.get("solution")))
+            if prompt is None or same not in known:
+                known[same] = row_facts(trainer, row, prompt)
+            facts.append(known[same] | {"tokens": len(ids), "replayed": False})
+        self._facts += gather_object(facts)
+
+    def note_rewards(self, trainer: OmniGRPOTrainer, rewards: Sequence[float]) -> None:
+        """
+        Takes down what the completions that were noted last, of all ranks, are rewarded with.
+
+        Args:
+            rewards: NaN for an unscorable completion.
+        """
+        if trainer.model.training and self.keeps(rollout_number(trainer)):
+            for facts, reward in zip(self._facts[-len(rewards) :], rewards, strict=True):
+                facts["reward"] = _finite(reward)
+
+    def note_replayed(
+        self,
+        trainer: OmniGRPOTrainer,
+        shown: Sequence[tuple[Mapping[str, Any], EncodedPrompt | None]],
+        experiences: Sequence[Experience | None],
+    ) -> None:
+        """
+        Takes down this rank's replayed completions.
+
+        Args:
+            shown: the row and the prompt that each stands under.
+            experiences: `None` for one whose media have gone.
+        """
+        if not self.keeps(rollout_number(trainer)):
+            return
+        for (row, prompt), experience in zip(shown, experiences, strict=True):
+            if experience is None:
+                continue
+            ids = experience.completion_ids.tolist()
+            self._replayed.append(
+                row_facts(trainer, row, prompt)
+                | {
+                    "completion": trainer._tokenizer.decode(ids, skip_special_tokens=True),
+                    "tokens": len(ids),
+                    "replayed": True,
+                    "rewards": experience.rewards,
+                    "reward": experience.reward,
+                    "written_at": experience.step,
+                }
+            )
+
+    def write(self, trainer: OmniGRPOTrainer) -> None:
+        """Writes the rollout that TRL has just finished. All ranks must call this."""
+        number = rollout_number(trainer)
+        if not trainer.model.training or not self.keeps(number):
+            return
+        replayed = gather_object(self._replayed)
+        facts, self._facts, self._replayed = self._facts, [], []
+        if not self.writes:
+            return
+        lines = [*_fresh_lines(trainer, facts), *replayed]
+        shared = {"rollout": number, "step": trainer.state.global_step}
+        try:
+            self._open(number)
+            self._write([line | shared for line in lines], number)
+        except OSError as error:
+            logger.warning("rollout_log_size: no further completions are kept: %s", error)
+            self.writes = False  # this rank goes on to gather, as the others do
+
+    def _open(self, number: int) -> None:
+        """Before the first file: what lies at or behind it is of a run that was stopped, or of one before this."""
+        if self._opened:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if path.suffix == ".partial" or rollout_of(path) >= number:
+                path.unlink()
+        self._opened = True
+
+    def _write(self, lines: list[dict[str, Any]], number: int) -> None:
+        write_rollout(self.folder, number, lines, self.media_root)
+        step = stride(number, self.files)
+        if step != self._stride:
+            for other in self.folder.glob("*.parquet"):
+                if rollout_of(other) % step:
+                    other.unlink()
+        self._stride = step
+
+
+def stride(number: int, files: int) -> int:
+    """
+    Of how many rollouts one is kept once a run has come to this one: the smallest power of two that leaves at most
+    `files`.
+
+    A function of the number alone, so that a resumed run keeps the same ones.
+    """
+    step = 1
+    while number // step >= files:
+        step *= 2
+    return step
+
+
+def rollout_number(trainer: OmniGRPOTrainer) -> int:
+    """The number of the rollout that is being sampled or trained on."""
+    return trainer._step // trainer._updates_per_rollout
+
+
+def row_facts(trainer: OmniGRPOTrainer, row: Mapping[str, Any], prompt: EncodedPrompt | None) -> dict[str, Any]:
+    """What a row is, and what it was fed."""
+    facts = {name: as_text(row.get(name)) for name in ("id", "tag", "solution")}
+    if prompt is None:
+        return facts | {"group": row_digest(row), "prompt": prompt_text(row["prompt"]), "hinted": None}
+    group = prompt.key.removesuffix(HINTED)
+    registry = trainer.rows.registries.get("train_dataset")
+    spec = trainer.prompt_builder.spec(row)
+    return facts | {
+        "group": group,
+        "row": registry.row_number(group) if registry is not None and group in registry else None,
+        "hinted": prompt.key.endswith(HINTED),
+        **fed_columns(spec),
+    }
+
+
+def _fresh_lines(trainer: OmniGRPOTrainer, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest entries of what TRL keeps for `log_completions`, each with its facts."""
+    logs = trainer._logs
+    count = min(len(facts), len(logs["completion"]))
+    if not count:
+        return []
+    names = trainer.reward_func_names
+    weights = trainer.args.reward_weights or [1.0] * len(names)
+    latest = [list(logs["rewards"][name])[-count:] for name in names]
+    texts, advantages = (list(logs[name])[-count:] for name in ("completion", "advantages"))
+    lines = []
+    for i, known in enumerate(facts[-count:]):
+        values = [_finite(column[i]) for column in latest]
+        given = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        lines.append(
+            {"reward": math.fsum(given) if given else None}
+            | known
+            | {
+                "completion": completion_text(texts[i]),
+                "rewards": dict(zip(names, values, strict=True)),
+                "advantage": _finite(advantages[i]),
+            }
+        )
+    return lines
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+class LiveLog(TrainerCallback):
+    """
+    Writes a run's log to `metrics.jsonl` in its output folder as it grows.
+
+    A resumed run writes the file anew from its checkpoint and goes on, so that no step stands in it twice. The last
+    line may be incomplete in the file of a run that was killed.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_metrics(state.log_history, Path(args.output_dir, METRICS_FILE))
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.log_history:
+            path = Path(args.output_dir, METRICS_FILE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(as_json(state.log_history[-1])) + "\n")

@@ -1,0 +1,183 @@
+"""From rows to encoded prompts during a run: broken rows are replaced, on all ranks alike."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from datasets import Dataset
+
+from maple_trl.omni.embedded import as_paths
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.trainers.common.quarantine import QuarantinedPrompt, Ranks, RowRegistry
+from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
+
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+_ROUNDS = 8  # times that stand-ins of one batch may fail
+
+
+class RowEncoder:
+    """
+    Encodes rows, one prompt object per distinct prompt, and keeps account of those that cannot be used.
+
+    Args:
+        builder: encodes one row.
+        ranks: the processes of the run. `encode` is a collective call.
+        probe, progress: see [`RowRegistry`].
+        most_lost (`float`): the share of rows above which looking for ones that stand in is given up.
+    """
+
+    def __init__(
+        self, builder: PromptBuilder, ranks: Ranks, probe: bool = True, progress: bool = True, most_lost: float = 1.0
+    ):
+        self.builder = builder
+        self.ranks = ranks
+        self.probe = probe
+        self.progress = progress
+        self.most_lost = most_lost
+        self.registries: dict[str, RowRegistry] = {}
+
+    def register(self, dataset: Any, name: str) -> Any:
+        """
+        Checks a data set before hours are spent on it, and gives back its usable rows. A streamed one passes unseen.
+
+        Raises:
+            RowError: for the first row that cannot be a prompt.
+            ValueError: for image columns, or when no row is usable.
+        """
+        if isinstance(dataset, Mapping):
+            raise ValueError(f"{name} holds several splits ({', '.join(dataset)}); pass one of them")
+        columns = getattr(dataset, "column_names", None) or []
+        check_spelling(columns, name)
+        dataset = as_paths(dataset)
+        if not isinstance(dataset, Dataset):
+            return dataset
+        registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
+        self.registries[name] = registry
+        if self.ranks.rank == 0:
+            print(f"{name}: {registry.fed_summary()}")
+            if registry.left_out:
+                print(f"{name}: {len(registry.left_out)} of {len(dataset)} rows left out: {registry.summary()}")
+        return registry.usable_dataset()
+
+    @property
+    def quarantined(self) -> list[QuarantinedPrompt]:
+        return [row for registry in self.registries.values() for row in registry.quarantined.values()]
+
+    def encode(self, rows: Sequence[Row], evaluating: bool = False) -> tuple[list[Row], list[EncodedPrompt]]:
+        """
+        Encodes rows. One whose media cannot be used goes into quarantine, and the next usable row of its data set
+        stands in for it on all ranks. Every rank must call this together.
+
+        Returns:
+            the rows that are really used, and their prompts.
+
+        Raises:
+            MediaError: for a row of a streamed data set, for which nothing can stand in.
+            TooManyQuarantinedError: when most that stand in fail as well, e.g. as the folder of the media has gone.
+        """
+        encoded: dict[str, EncodedPrompt] = {}
+        for rounds in count(1):
+            rows = [self.usable(row, evaluating) for row in rows]
+            keys = [self.builder.spec(row).key for row in rows]
+            tried: list[tuple[str, MediaError | None]] = []
+            for key, row in dict(zip(keys, rows, strict=True)).items():
+                if key not in encoded:
+                    try:
+                        encoded[key] = self.builder.encode(row)
+                        tried.append((key, None))
+                    except MediaError as error:
+                        tried.append((key, error))
+            tried = self.ranks.gather(tried)
+            for registry in self.registries.values():
+                registry.note_seen(key for key, _ in tried)
+            failed = [(key, error) for key, error in tried if error is not None]
+            if not failed:
+                return rows, [encoded[key] for key in keys]
+            for key, error in failed:
+                registries = [registry for registry in self.registries.values() if key in registry]
+                if not registries:
+                    raise error
+                for registry in registries:
+                    registry.add(key, error)
+            problem = self.too_many(self.most_lost) if rounds >= _ROUNDS else None
+            if problem is not None:
+                raise TooManyQuarantinedError(
+                    f"{problem}. Rows that were to stand in failed {rounds} times in a row, so that the step could not be "
+                    "made. Are the media still there? Go on from the last checkpoint, which does not count them as lost"
+                )
+
+    def too_many(self, limit: float) -> str | None:
+        """What is wrong where a data set has lost more rows than a share; see [`RowRegistry.too_many`]."""
+        return next(filter(None, (registry.too_many(limit) for registry in self.registries.values())), None)
+
+    def usable(self, row: Row, evaluating: bool = False) -> Row:
+        """The row, or the one of its data set that stands in for it, with the same columns."""
+        key = self.builder.spec(row).key
+        names = sorted(self.registries, key=lambda name: name.startswith("train") == evaluating)
+        for registry in (self.registries[name] for name in names):
+            if key in registry.quarantined:
+                stand_in = registry.substitute(key)
+                return {name: stand_in.get(name) for name in row}
+        return row
+
+    def encode_each(self, rows: Sequence[Row]) -> list[EncodedPrompt | None]:
+        """Encodes rows without replacing any: `None` stands where the media cannot be used. Not a collective call."""
+        encoded: dict[str, EncodedPrompt | None] = {}
+        keys = [self.builder.spec(row).key for row in rows]
+        for key, row in zip(keys, rows, strict=True):
+            if key not in encoded:
+                try:
+                    encoded[key] = self.builder.encode(row)
+                except MediaError as error:
+                    logger.warning("A row is left out: %s", error)
+                    encoded[key] = None
+        return [encoded[key] for key in keys]
+
+
+# Columns in which other libraries' data sets hold the question.
+_QUESTIONS = ("question", "problem", "query", "instruction", "input", "prompts", "messages", "conversations")
+
+
+_SUFFIX = re.compile(r"(?<=video|audio)s?(path|file|filename|url)?s?$|(?<=subtitle)s?(path|file|filename|url)?s?$")
+
+
+def _bare(column: str) -> str:
+    """The name of a column without what is not of its meaning: `Video_Paths` as `video`."""
+    return _SUFFIX.sub("", re.sub(r"[\W_]", "", column.lower()))
+
+
+def check_spelling(columns: Sequence[str], name: str) -> None:
+    """
+    Checks the names of the columns that are read. A misspelt media column would be left unread, and the run would train
+    on text alone; so would a column of images.
+
+    Raises:
+        ValueError: with the column to rename or to drop.
+    """
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(
+            f"{name}, column {images[0]!r}: omni prompts hold video, audio and subtitles. Give an image as a one-frame "
+            "video, or drop the column."
+        )
+    if columns and "prompt" not in columns:
+        asked = next((other for other in _QUESTIONS if other in columns), None)
+        advice = f"rename {asked!r} to 'prompt'" if asked else "a prompt is a text, or messages with role and content"
+        raise ValueError(f"{name} has no column 'prompt'; its columns: {', '.join(columns)}; {advice}")
+    for column in ("video", "audio", "subtitle", "tag", "audio_in_video"):
+        alike = [other for other in columns if _bare(other) == column.replace("_", "")]
+        if alike and column not in columns:
+            raise ValueError(
+                f"{name} has the column {alike[0]!r}, which is not read, and no column {column!r}: rename it to "
+                f"{column!r}, or to something less alike if it means something else"
+            )

@@ -1,0 +1,152 @@
+"""Accuracy of each tag before training, for the first epoch of the adaptive curriculum (MAPLE, section 4.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+from torch import nn
+from trl.trainer.utils import is_async_callable
+
+from maple_trl.evaluation import sampled_accuracy
+from maple_trl.files import write_atomically
+from maple_trl.records.options import deciding
+from maple_trl.rewards.calls import checked
+from maple_trl.trainers.common.media_config import MediaConfig
+
+
+if TYPE_CHECKING:
+    from maple_trl.trainers.mapo.trainer import MAPOTrainer
+
+logger = logging.getLogger(__name__)
+
+ZERO_SHOT_FILE = "zero_shot.json"
+_SAMPLING = (
+    "seed",
+    "zero_shot_questions",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "chat_template_kwargs",
+)
+"""What the accuracy depends on beside rows, what is fed of them, reward and weights."""
+
+
+def check_measurable(trainer: MAPOTrainer, task_reward: int) -> None:
+    """
+    Raises:
+        ValueError: where the accuracy cannot be measured and so has to be given.
+    """
+    reward = trainer.reward_funcs[task_reward]
+    if trainer.family is None or isinstance(reward, nn.Module) or is_async_callable(reward):
+        raise ValueError(
+            "The first epoch of the adaptive curriculum needs zero-shot accuracies, which are measured with an omni model "
+            "and a reward that is a plain function: give zero_shot_accuracy"
+        )
+
+
+def zero_shot_accuracy(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
+    """
+    Accuracy of the untrained policy on training prompts, by tag, from `zero_shot.json` in the output folder where the
+    same measurement has been made before. A collective call; the main process alone scores.
+
+    Args:
+        task_reward: number of the reward function.
+
+    Raises:
+        ValueError: for a reward outside [0, 1], or when none could be scored.
+    """
+    path = os.path.join(trainer.args.output_dir, ZERO_SHOT_FILE)
+    key = _identity(trainer, task_reward)
+    accuracy = _of_main_process(trainer, _read(path, key))
+    if accuracy is None:
+        accuracy = _of_main_process(trainer, _measure(trainer, task_reward))
+        if trainer.accelerator.is_main_process:
+            os.makedirs(trainer.args.output_dir, exist_ok=True)
+            write_atomically(path, json.dumps({"key": key, "accuracy": accuracy}, indent=2, allow_nan=False))
+    return accuracy
+
+
+def fingerprint(model: nn.Module) -> list[float]:
+    """Tells weights apart; taken before they are spread over processes."""
+    return [float(weight.detach().float().sum()) for weight in model.parameters()]
+
+
+def _of_main_process(trainer: MAPOTrainer, value: Any) -> Any:
+    return gather_object([value])[0] if trainer.accelerator.num_processes > 1 else value
+
+
+def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
+    tokenizer, reward = trainer._tokenizer, trainer.reward_funcs[task_reward]
+    score_checked = checked(reward, trainer.reward_func_names[task_reward])
+
+    def score(completions: list, **columns: Any) -> list[float | None]:
+        if not trainer.accelerator.is_main_process:
+            return [0.0] * len(completions)
+        ids = [tokenizer.encode(completion[0]["content"], add_special_tokens=False) for completion in completions]
+        # Of one completion alone there is nothing to tell.
+        named = {"completion_logprobs", "deficit_completions"} & set(inspect.signature(reward).parameters)
+        columns |= {name: [None] * len(ids) for name in named}
+        columns |= {"trainer_state": trainer.state, "log_extra": _unlogged, "log_metric": _unlogged}
+        scores = score_checked(completions=completions, completion_ids=ids, **columns)
+        for value in scores:
+            if value is not None and not math.isnan(value) and not 0 <= value <= 1:
+                raise ValueError(
+                    f"The reward function {trainer.reward_func_names[task_reward]!r} gave {value}: accuracy is the mean of "
+                    "rewards in [0, 1]; choose another with task_reward"
+                )
+        return scores
+
+    found = sampled_accuracy(
+        trainer.generate_completions,
+        trainer.train_dataset,
+        score,
+        trainer.args.zero_shot_questions,
+        trainer.args.seed,
+    )
+    if found.unscorable and trainer.accelerator.is_main_process:
+        unknown = ", ".join(sorted(tag for tag in found.unscorable if tag not in found.accuracy))
+        logger.warning(
+            "Zero-shot accuracy: %r gave no reward to the answers of %d questions (%s), which are left out%s",
+            trainer.reward_func_names[task_reward],
+            sum(found.unscorable.values()),
+            ", ".join(f"{tag} {count}" for tag, count in sorted(found.unscorable.items())),
+            f"; tags of unknown accuracy come first: {unknown}" if unknown else "",
+        )
+    return {tag: value for tag, value in found.accuracy.items() if tag != "all"}
+
+
+def _unlogged(*_: Any) -> None:
+    """Stands in for TRL's logging of what a reward function tells, of which this is no step."""
+
+
+def _identity(trainer: MAPOTrainer, task_reward: int) -> str:
+    reward = trainer.reward_funcs[task_reward]
+    facts = [
+        trainer.rows.registries["train_dataset"].state_dict()["content"],
+        [getattr(reward, name, None) for name in ("__module__", "__qualname__", "__name__")],
+        [getattr(trainer.args, name) for name in _SAMPLING],
+        deciding(trainer.args, MediaConfig),
+        trainer.initial_weights,
+    ]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def _read(path: str, key: str) -> dict[str, float] | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        valid = all(0 <= value <= 1 for value in found["accuracy"].values())
+        return found["accuracy"] if found["key"] == key and valid else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or not what is written above
+        return None

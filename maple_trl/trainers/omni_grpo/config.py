@@ -1,0 +1,91 @@
+"""Configuration of omni-modal GRPO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from trl import GRPOConfig
+
+from maple_trl.omni.generation import check_generation_options, check_values
+from maple_trl.trainers.common.media_config import MediaConfig
+from maple_trl.trainers.common.rollout_log import RolloutLogConfig
+
+
+@dataclass
+class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
+    r"""
+    Configuration class for [`OmniGRPOTrainer`].
+
+    Adds to [`~trl.GRPOConfig`] what rows are fed and how their media are read. Limits come from here alone, never from
+    environment variables.
+
+    Raises:
+        ValueError: for options that contradict each other or that omni prompts do not support, naming the field.
+    """
+
+    shared_prefix: Annotated[str, "speed"] = field(
+        default="auto",
+        metadata={
+            "help": "Pass a prompt through the model once for all completions of its group that stand in a batch: 'auto' "
+            "compares both ways on a first prompt and goes on without where they differ, 'on' raises there, 'off' passes "
+            "it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_loss_type()
+        # These too.
+        self._check_choice("importance_sampling_level", ("token", "sequence"))
+        self._check_choice("scale_rewards", ("group", "batch", "none"))
+        self._check_reward_weights()
+        self._check_choice("shared_prefix", ("auto", "on", "off"))
+        self._check_sampling()
+        if self.use_vllm:
+            raise ValueError(
+                "use_vllm=True is not supported for omni prompts in this version: their media would not reach the "
+                "rollout. Generate with transformers (use_vllm=False)."
+            )
+        if self.use_transformers_continuous_batching:
+            raise ValueError("use_transformers_continuous_batching does not support media; leave it False")
+
+    def _check_loss_type(self) -> None:
+        # TRL asks for it in the first step.
+        self._check_choice("loss_type", ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"))
+
+    def _check_reward_weights(self) -> None:
+        weights = self.reward_weights or []
+        if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
+            raise ValueError(f"reward_weights must be finite numbers, got {weights}")
+        if weights and not any(weights):
+            raise ValueError("reward_weights are all 0: no completion is better than another; give one a weight")
+
+    def _check_sampling(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: without sampling all completions of a prompt are the "
+                "same, and there is nothing to compare"
+            )
+        for name, greedy in (("top_k", 1), ("top_p", 0)):
+            if getattr(self, name) == greedy:
+                raise ValueError(
+                    f"{name}={greedy} leaves one token to sample, so that all completions of a prompt are the same, and "
+                    "there is nothing to compare"
+                )
+        check_values({name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")})
+        settings = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
+        settings["temperature"] = "temperature, which the log-probabilities need as well"
+        check_generation_options(self.generation_kwargs or {}, settings, "generation_kwargs")
+        least = (self.generation_kwargs or {}).get("min_new_tokens") or 0
+        if least > self.max_completion_length:
+            raise ValueError(
+                f"generation_kwargs: min_new_tokens={least} is above max_completion_length={self.max_completion_length}: "
+                "every completion would be cut"
+            )
+        if self.mask_truncated_completions and (self.generation_kwargs or {}).get("stop_strings"):
+            raise ValueError(
+                "mask_truncated_completions leaves out completions that do not end with an end token, and so all that end "
+                "at one of generation_kwargs' stop_strings; use one of the two"
+            )

@@ -1,0 +1,844 @@
+"""GRPO for prompts with video, audio and subtitles."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import random
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOTrainer
+from trl.trainer.utils import pad
+
+from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
+from maple_trl.files import write_atomically
+from maple_trl.modalities import ModalityTag
+from maple_trl.omni.encoded import (
+    EncodedPrompt,
+    batch_position_ids,
+    forward_position_ids,
+    generation_position_ids,
+    unique_prompts,
+)
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.families import unwrap
+from maple_trl.omni.generation import own_options
+from maple_trl.omni.prefix.packed_attention import install
+from maple_trl.omni.prefix.shared_prefill import grows_cache, share_prefill
+from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
+from maple_trl.omni.prefix.sharing import sharing_error, telling_prompt
+from maple_trl.rewards import judge_callbacks
+from maple_trl.rewards.calls import RewardError, check_rewards, checked
+from maple_trl.rewards.judge_callback import JudgeCallback
+from maple_trl.trainers.common.checkpoint import (
+    Chunk,
+    LostPromptsError,
+    ResumeError,
+    check_geometry,
+    count_rows,
+    load_rollout,
+    merge_chunks,
+    regroup_rows,
+    save_rollout,
+    save_rows,
+    split_rows,
+)
+from maple_trl.trainers.common.lookahead import LookaheadSampler
+from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
+from maple_trl.trainers.common.run_summary import Note, make_note
+from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, RunningMeans, tag_number, totals_by_tag
+from maple_trl.trainers.common.trl_compat import trl_expectations
+from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_KEY = "omni_prompts"
+UNSCORABLE_KEY = "unscorable"
+SCALE_KEY = "loss_scale"
+MISSING_FILE = "missing_rewards.json"
+_ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
+"""Losses that TRL averages over the rows of a micro-batch; `bnpo` is over its tokens, the others over a rollout's."""
+
+
+class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] whose prompts can hold video, audio and subtitles, each row its own, in one batch.
+
+    Media reach generation, the old and reference log-probabilities and the training forward; a row whose media were
+    not consumed raises. A text-only model (a tokenizer as `processing_class`) trains exactly as with TRL.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            A model of a registered family. From a full Omni checkpoint the Thinker alone is loaded.
+        reward_funcs: as in [`~trl.GRPOTrainer`]; every column of a row reaches them.
+        args ([`OmniGRPOConfig`], *optional*): configuration.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows with `prompt`, and where they apply `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
+            [`~maple_trl.omni.prompt.PromptBuilder`]).
+        eval_dataset: as in [`~trl.GRPOTrainer`], with the same columns.
+        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
+        kwargs: the other arguments of [`~trl.GRPOTrainer`]; tools, environments and rollout functions are rejected.
+
+    Attributes:
+        missing_rewards (`Counter`):
+            Completions of training that a reward function with a weight could not score although it applies to their
+            prompt, by `(name of the function, tag)`; the tag of a row without one is `""`.
+        unscorable_completions (`Counter`): completions left out of training for that, by tag.
+
+    Raises:
+        RowError: for the first row that cannot be a prompt, with its number and field.
+        ValueError: when options do not fit together.
+    """
+
+    _tag_names = ["trl", "grpo", "omni", "maple-trl"]
+    _name = "Omni GRPO"
+    _config_class = OmniGRPOConfig
+    _failed_is_zero = True  # TRL's way with a reward that failed, where there are neither media nor tags
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: OmniGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        for name in ("tools", "rollout_func", "environment_factory", "quantization_config"):
+            if kwargs.get(name):
+                raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
+        args = own_config(args, self._config_class, model, self._name)
+        init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if not any(isinstance(reward, str) for reward in rewards):  # reward models are loaded with them too
+            args.model_init_kwargs = None  # TRL would call them ignored, although the reference model gets them here
+        columns = getattr(train_dataset, "column_names", None)
+        if columns:
+            check_rewards(rewards, columns, "train_dataset")
+        model, processing_class = load_parts(model, processing_class, args.seed, init_kwargs)
+
+        self._sharing: bool | None = False
+        self._unshared: str | None = None  # why prompts are not shared, where they were to be
+        self._serving: list[EncodedPrompt] | None = None
+        self._order: Sampler | None = None
+        self._lookahead: LookaheadSampler | None = None
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._begin_counts()
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+        else:
+            self._prepare_media(model, processing_class, args)
+            self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out
+            self._adapt_generation(args)
+            train_dataset = self.rows.register(train_dataset, "train_dataset")
+            eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.rows.register)
+
+        with trl_expectations(unwrap(model), init_kwargs):
+            super().__init__(
+                model,
+                reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        if not any(isinstance(callback, JudgeCallback) for callback in self.callback_handler.callbacks):
+            for callback in judge_callbacks(reward_funcs):
+                self.add_callback(callback)
+        self.add_callback(LiveLog)
+        self.rollout_log = RolloutLog(
+            self.args.output_dir,
+            self.args.rollout_log_size,
+            self.args.generation_batch_size,
+            writes=self.accelerator.is_main_process,
+            media_root=self.args.media_root,
+        )
+        self._keep_savable()
+        self.towers = self._make_tower_cache()
+        if self.towers is not None and self.ref_model is not None:
+            # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
+            self.ref_model.requires_grad_(False)
+        self._watch()
+        self._write_quarantine()
+        self._check_rollout_size()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("Nothing is left to train: every parameter of the model is frozen")
+
+    def _adapt_generation(self, args: OmniGRPOConfig) -> None:
+        """A sampled media token would be taken for media by the next forward; each row takes one completion."""
+        options = dict(args.generation_kwargs or {})
+        suppressed = sorted({*self.family.suppressed_ids, *(options.get("suppress_tokens") or [])})
+        args.generation_kwargs = {**options, "suppress_tokens": suppressed}
+
+    def _check_rollout_size(self) -> None:
+        """From fewer rows than a rollout takes, TRL's sampler would make no step, and a schedule would repeat them."""
+        needed = self.args.generation_batch_size // self.num_generations
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < needed:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} usable rows, but one rollout takes {needed} prompts "
+                "(generation_batch_size / num_generations): lower per_device_train_batch_size or "
+                "gradient_accumulation_steps, or raise num_generations"
+            )
+
+    # Rows
+
+    def _get_train_sampler(self, dataset: Dataset | None = None):
+        sampler = self._order = self._row_order(dataset)
+        if self.family is None or not self.args.media_prefetch:
+            return sampler
+        batch = self.args.generation_batch_size
+        self._lookahead = LookaheadSampler(
+            sampler,
+            chunk=batch // self.accelerator.num_processes,
+            ahead=batch * self._updates_per_rollout,
+            # Trainer draws the batches of an optimizer step at once, accelerate one more.
+            behind=batch * (self.args.gradient_accumulation_steps + 1),
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return self._lookahead
+
+    def _row_order(self, dataset: Dataset | None) -> Sampler | None:
+        """Yields the rows of the rollouts, each once per completion, micro-batch and iteration."""
+        return super()._get_train_sampler(dataset)
+
+    def _prefetch_next_batch(self, current: Sequence[EncodedPrompt]) -> None:
+        if self._lookahead is not None:
+            self._prefetch([self.train_dataset[i] for i in self._lookahead.upcoming()], current)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "video", "audio", "subtitle", "tag", "audio_in_video"]
+
+    # Generation
+
+    @contextmanager
+    def _rows_in_use(self, prompts: list[EncodedPrompt] | None) -> Iterator[None]:
+        """The prompts of the rows that TRL's methods work on, which do not pass them on themselves."""
+        previous, self._serving = self._serving, prompts
+        try:
+            yield
+        finally:
+            self._serving = previous
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.family is None:
+            return self._complete(inputs, None)
+        inputs, prompts = self.encode_rows(inputs)
+        self._agree_on_sharing(prompts)
+        if self.model.training:
+            self._prefetch_next_batch(prompts)
+        return self._complete(inputs, prompts)
+
+    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Chunk:
+        """A rollout of this rank's rows, whose prompts are encoded; `None` for a text-only model."""
+        with self._rows_in_use(prompts):
+            output = super()._generate_and_score_completions(rows)
+        self._mask_unscorable(output)
+        if prompts is None:
+            return output
+        self._log_media(prompts)
+        return output | {PROMPTS_KEY: prompts}
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, torch.Tensor]]:
+        if self.family is None:
+            return super()._tokenize_prompts(prompts)
+        rows = self._serving
+        width = max(map(len, rows))
+        if self.pad_to_multiple_of is not None:
+            width += -width % self.pad_to_multiple_of
+        return [row.input_ids.tolist() for row in rows], None, {"position_ids": generation_position_ids(rows, width)}
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self.family is not None:
+            self._agree_on_sharing(self._serving)
+        model = self.accelerator.unwrap_model(self.model)
+        with (
+            own_options(model, self._tokenizer, self.generation_config) as sampling,
+            self._serve_generation(model),
+        ):
+            completions, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return sampling.cut(completions), logprobs
+
+    @contextmanager
+    def _serve_generation(self, model: nn.Module) -> Iterator[None]:
+        """Media for `generate()`, which reads a prompt once for all its rows where that is possible."""
+        if self.family is None:
+            yield
+        elif not (self._sharing and grows_cache(self.generation_config)):
+            with self._serve(self.model, self._serving):
+                yield
+        else:
+            with (
+                share_prefill(self.family.core(model), self._serving),
+                self._serve(self.model, unique_prompts(self._serving)[0]),
+            ):
+                yield
+
+    def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
+        idle = not prompts
+        if idle and self.accelerator.num_processes == 1:
+            return []
+        if idle:  # the other ranks generate
+            prompts = [self.prompt_builder.stand_in()]
+        with self._rows_in_use(prompts):
+            prompt_ids, _, fields = self._tokenize_prompts([])
+            ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
+        return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
+
+    # Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """
+        Besides the columns, rewards are handed `group_ids`, and what one of them names as an argument of
+        `completion_logprobs` and `deficit_completions`, which cost a pass and a generation.
+        """
+        self.rollout_log.note(self, inputs, completion_ids_list)
+        columns = {}
+        if self._serving is not None:
+            columns["group_ids"] = [prompt.key for prompt in self._serving]
+        if self._rewards_want("completion_logprobs"):
+            columns["completion_logprobs"] = self._completion_logprobs(prompts, completion_ids_list)
+        if self._rewards_want("deficit_completions") and self._serving is not None:
+            columns["deficit_completions"] = self._deficit_completions(inputs)
+        inputs = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
+        with self._checked_rewards():
+            scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for name, values in zip(self.reward_func_names, scores.T, strict=True):
+            if values.isinf().any():
+                raise RewardError(
+                    f"The reward function {name!r} returned an infinite reward; use a finite one or None"
+                )
+        if self.model.training:
+            self._tally_rewards(inputs, scores)
+        scores = self._set_apart(inputs, scores)
+        if self.model.training:
+            self.tally.checks.note_rewards(self._compared(self._total_rewards(scores)))
+        return scores
+
+    def _tally_rewards(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
+        """Counts completions to which a reward function gave nothing, but for those that it is not meant for."""
+        missing, asked = scores.isnan(), torch.ones_like(scores, dtype=torch.bool)
+        if any(hasattr(reward, "is_for") for reward in self.reward_funcs):
+            asked = [
+                [not hasattr(reward, "is_for") or reward.is_for(row) for reward in self.reward_funcs] for row in rows
+            ]
+            asked = self.accelerator.gather(torch.tensor(asked, dtype=torch.long, device=scores.device)).bool()
+        for i, name in enumerate(self.reward_func_names):
+            self.tally.rewards[name] += int(asked[:, i].sum())
+            self.tally.unrewarded[name] += int((asked & missing)[:, i].sum())
+
+    def _compared(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Rewards in the groups in which they are compared, of shape (groups, completions)."""
+        return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
+
+    @contextmanager
+    def _checked_rewards(self) -> Iterator[None]:
+        """Lets reward functions say by name what is wrong with them and with what they return."""
+        functions = self.reward_funcs
+        self.reward_funcs = [
+            function if isinstance(function, nn.Module) else checked(function, name)
+            for function, name in zip(functions, self.reward_func_names, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self.reward_funcs = functions
+
+    # Rewards that failed
+
+    def _begin_counts(self) -> None:
+        self.missing_rewards: Counter[tuple[str, str]] = Counter()
+        self.unscorable_completions: Counter[str] = Counter()
+        self._spoken: Counter[str] = Counter()
+        self._scores_given: torch.Tensor | None = None
+        self._unscorable: torch.Tensor | None = None
+        self._window_counts = False
+
+    def _prompts_of_scores(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        For the completions that were scored last, over all ranks: the number of each one's prompt, and which functions are
+        known to apply to it from completions that are not among them.
+        """
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        return torch.arange(len(scores), device=scores.device) // size, None
+
+    def _set_apart(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> torch.Tensor:
+        """
+        The scores without those of unscorable completions, all of whose are NaN then, so that TRL and what follows leave
+        them out of every mean.
+
+        Args:
+            rows: this rank's, with their tags.
+            scores (`Tensor` of shape (N, reward functions)): over all ranks.
+        """
+        tags = torch.tensor([tag_number(row.get("tag")) for row in rows], device=self.accelerator.device)
+        tags = self.accelerator.gather(tags)
+        tagged = bool((tags != UNTAGGED).any())
+        self._scores_given = self._unscorable = None
+        if self._failed_is_zero and self.family is None and not tagged:
+            return scores
+        prompts, applies = self._prompts_of_scores(scores)
+        missing = missing_scores(scores, self.reward_weights, prompts, applies)
+        unscorable = missing.any(dim=1) | scores.isnan().all(dim=1)
+        self._scores_given, self._unscorable = scores, unscorable
+        scores = scores.masked_fill(unscorable[:, None], torch.nan)
+        self._count_by_tag(scores, missing, tags)
+        alone = left_alone(unscorable, prompts)
+        self._means["train" if self.model.training else "eval"].add(totals_by_tag("alone", alone.float(), tags))
+        self.rollout_log.note_rewards(self, self._total_rewards(scores).tolist())
+        return scores
+
+    def _count_by_tag(self, scores: torch.Tensor, missing: torch.Tensor, tags: torch.Tensor) -> None:
+        """
+        Means of each reward function as `tag/<TAG>/rewards/<name>`, for rows that have tags, and the shares of completions
+        that it failed on (`rewards/<name>/missing`) and that are left out for that (`tag/<TAG>/unscorable`).
+        """
+        training = self.model.training
+        means = self._means["train" if training else "eval"]
+        means.add(totals_by_tag("unscorable", self._unscorable.float(), tags))
+        for name, values, failed in zip(self.reward_func_names, scores.T, missing.T, strict=True):
+            means.add({f"rewards/{name}/missing": (float(failed.sum()), len(failed))})
+            if (tags != UNTAGGED).any():
+                means.add(totals_by_tag(f"rewards/{name}", values, tags))
+                means.add(totals_by_tag(f"rewards/{name}/missing", failed.float(), tags))
+            if training:
+                self._count_missing(name, tags[failed].tolist())
+        if training:
+            self.unscorable_completions.update(map(_tag_name, tags[self._unscorable].tolist()))
+
+    def _count_missing(self, name: str, tags: list[int]) -> None:
+        """Counts what a function failed on, and tells of it whenever that has doubled."""
+        counts = Counter(map(_tag_name, tags))
+        self.missing_rewards.update({(name, tag): count for tag, count in counts.items()})
+        total = sum(count for (other, _), count in self.missing_rewards.items() if other == name)
+        if not counts or total < 2 * self._spoken[name] or not self.accelerator.is_main_process:
+            return
+        self._spoken[name] = total
+        by_tag = ", ".join(f"{tag or 'untagged'} {count}" for tag, count in sorted(counts.items()))
+        logger.warning(
+            "The reward function %r gave no reward to %d completions of step %d (%s), %d so far: they are left out of training",
+            name,
+            len(tags),
+            self.state.global_step,
+            by_tag,
+            total,
+        )
+
+    def _mask_unscorable(self, output: Chunk) -> None:
+        """Unscorable completions keep their places without a token that counts; a collective call where there are any."""
+        given, unscorable = self._scores_given, self._unscorable
+        self._scores_given = self._unscorable = None
+        if unscorable is None or not unscorable.any():
+            return
+        for name, values in zip(self.reward_func_names, given.T, strict=True):
+            _replace_latest(self._logs["rewards"][name], values.tolist())
+        own = self._own(unscorable)
+        output[UNSCORABLE_KEY] = own.long()
+        output["completion_mask"] = output["completion_mask"].masked_fill(own[:, None], 0)
+        tokens = self._summed(output["completion_mask"].sum())
+        output["num_items_in_batch"] = tokens.to(output["num_items_in_batch"])
+
+    def _leave_out(self, chunks: list[Chunk]) -> None:
+        """
+        Makes TRL's means over the rows (or micro-batches) of an optimizer step those over what can be scored: the losses
+        are linear in the size of the advantage, so that the factor stands in it. A collective call.
+        """
+        slots = self._micro_batches_of_a_mean(len(chunks))
+        counts = self._counts_of_mean(chunks).unflatten(0, (-1, slots)).sum(dim=1)
+        for i, (counted, everything) in enumerate(self._summed(counts).tolist()):
+            scale = remaining_scale(counted, everything)
+            for chunk in chunks[i * slots : (i + 1) * slots]:
+                rows = chunk["advantages"]
+                chunk["advantages"] = rows * scale
+                chunk[SCALE_KEY] = torch.full_like(rows if rows.dim() == 1 else rows[:, 0], scale)
+
+    def _counts_of_mean(self, chunks: list[Chunk]) -> torch.Tensor:
+        """For each micro-batch, how much of what TRL's mean is over can be scored, and of how much; shape (chunks, 2)."""
+        counts = []
+        for chunk in chunks:
+            scorable = int((chunk[UNSCORABLE_KEY] == 0).sum())
+            if self.loss_type in _ROW_MEANS:
+                counts.append([scorable, count_rows(chunk)])
+            elif self.loss_type == "bnpo":
+                counts.append([int(scorable > 0), 1])
+            else:  # over tokens, of which none is left that does not count
+                counts.append([int(scorable > 0)] * 2)
+        return torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
+
+    def _micro_batches_of_a_mean(self, chunks: int) -> int:
+        """Those of an optimizer step; of the whole rollout, where steps and rollouts do not end together."""
+        slots = self.args.gradient_accumulation_steps
+        return chunks if not self.model.training or chunks % slots else slots
+
+    def _forget_gradients(self) -> None:
+        """
+        Makes of the optimizer step to come none, since nothing could be scored: a gradient of 0 would still move weights by
+        momentum and decay. (A gradient scaler wants one all the same.)
+        """
+        if self.accelerator.scaler is None:
+            self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _completion_logprobs(self, prompts: list, completion_ids: list[list[int]]) -> list[list[float]]:
+        """Log-probability of each token of this rank's completions under the policy."""
+        if self._serving is None:
+            prompt_ids = [torch.tensor(ids) for ids in self._tokenize_prompts(prompts)[0]]
+        else:
+            prompt_ids = [prompt.input_ids for prompt in self._serving]
+        completions = [torch.tensor(ids, dtype=torch.long) for ids in completion_ids]
+        sides = []
+        for rows, side in ((prompt_ids, "left"), (completions, "right")):
+            mask = [torch.ones_like(row) for row in rows]
+            sides.append((pad(rows, self._tokenizer.pad_token_id, side), pad(mask, 0, side)))
+        ids, mask = (torch.cat(pair, dim=1).to(self.accelerator.device) for pair in zip(*sides, strict=True))
+        training = self.model.training
+        batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        width = sides[1][0].size(1)
+        logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=batch_size)
+        return [row[: len(tokens)].tolist() for row, tokens in zip(logps, completions, strict=True)]
+
+    def _rewards_want(self, argument: str) -> bool:
+        functions = [reward for reward in self.reward_funcs if not isinstance(reward, nn.Module)]
+        return any(argument in inspect.signature(reward).parameters for reward in functions)
+
+    @torch.no_grad()
+    def _deficit_completions(self, rows: Sequence[dict[str, Any]]) -> list[str | None]:
+        """
+        For each row what the policy says to its prompt without some of its tag's signals, sampled once per prompt of this
+        rank.
+
+        `None` where nothing can be taken away: a row without a tag, of one signal, or fed all signals whatever its tag.
+        """
+        deficits: dict[str, dict[str, Any]] = {}
+        for row, prompt in zip(rows, self._serving, strict=True):
+            tag = ModalityTag.parse(row["tag"]) if row.get("tag") else None
+            if prompt.key not in deficits and tag is not None and self.prompt_builder.modality_access == "required":
+                smaller = [other for other in ModalityTag if other.modalities < tag.modalities]
+                if smaller:
+                    draw = random.Random(f"{self.args.seed} {self._step} {prompt.key}")  # the same on every rank
+                    deficits[prompt.key] = {**row, "tag": draw.choice(smaller).value}
+        encoded = self.rows.encode_each(list(deficits.values()))
+        completions = iter(self._sample([prompt for prompt in encoded if prompt is not None]))
+        texts = {
+            key: None if prompt is None else next(completions) for key, prompt in zip(deficits, encoded, strict=True)
+        }
+        return [texts.get(prompt.key) for prompt in self._serving]
+
+    def _total_rewards(self, scores: torch.Tensor) -> torch.Tensor:
+        """
+        The weighted sum of the reward functions that apply; NaN for an unscorable completion, all of whose scores are NaN.
+
+        Args:
+            scores (`Tensor` of shape (N, reward functions)): NaN where a function gave no reward.
+        """
+        total = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
+        return total.masked_fill(scores.isnan().all(dim=1), torch.nan)
+
+    # Ranks
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks; a collective call."""
+        return self.accelerator.reduce(values, reduction="sum") if self.accelerator.num_processes > 1 else values
+
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of values over all ranks."""
+        return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    # Log-probabilities and loss
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._serving is not None:
+            served = partial(self._forward_with_media, model, iter(self._serving), logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            model if self._serving is None else served, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+
+    def _forward_with_media(self, model: nn.Module, rows: Iterator[EncodedPrompt], logits_to_keep: int, **inputs):
+        """Stands in for `model` in TRL's log-probability loop, which takes its rows in order, chunk by chunk."""
+        batch, length = inputs["input_ids"].shape
+        prompts = [next(rows) for _ in range(batch)]
+        # The routers' balancing loss counts a prompt once per row.
+        if self._sharing and not inputs.get("output_router_logits"):
+            return self._forward_packed(model, prompts, logits_to_keep, **inputs)
+        positions = batch_position_ids(prompts, length - logits_to_keep, logits_to_keep)
+        positions = positions.to(inputs["input_ids"].device)
+        with self._serve(self.accelerator.unwrap_model(model), prompts):
+            return model(**inputs, position_ids=forward_position_ids(positions))
+
+    def _forward_packed(self, model: nn.Module, prompts: list[EncodedPrompt], width: int, **inputs) -> PackedOutput:
+        """The same, each prompt passed once for all of its rows in the chunk."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        lengths = inputs["attention_mask"][:, -width:].sum(dim=1).tolist()
+        batch = pack(prompts, inputs["input_ids"][:, -width:], lengths)
+        with self._serve(unwrapped, batch.prompts, packed=True):
+            return packed_forward(model, self.family.core(unwrapped), batch, (len(prompts), width))
+
+    def _agree_on_sharing(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """
+        Finds out whether completions share their prompts, unless that is known, on a prompt with as many kinds of media as
+        there are here. Every rank must call this together.
+        """
+        if self._sharing is None:
+            self._sharing = self._try_sharing(telling_prompt(prompts or [self.prompt_builder.stand_in()]))
+
+    def _try_sharing(self, prompt: EncodedPrompt) -> bool:
+        """
+        Whether completions can share their prompts: all ranks compare both ways on a prompt.
+
+        Raises:
+            ValueError: when they cannot and `shared_prefix` is `"on"`.
+        """
+        reasons = [reason for reason in gather_object([self._why_apart(prompt)]) if reason]
+        if reasons:
+            reason = reasons[0]
+            if self.args.shared_prefix == "on":
+                raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
+            logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)
+            self._unshared = reason
+            return False
+        if self.aux_loss_enabled:
+            logger.warning(
+                "Training passes a prompt once per completion (shared_prefix): the loss that balances the experts counts it so. "
+                "router_aux_loss_coef=0 lets completions share it."
+            )
+        if self.args.per_device_train_batch_size % self.args.num_generations:
+            logger.warning(
+                "per_device_train_batch_size (%d) is not a multiple of num_generations (%d): a prompt is passed once for each "
+                "micro-batch that holds some of its completions",
+                self.args.per_device_train_batch_size,
+                self.args.num_generations,
+            )
+        return True
+
+    def _why_apart(self, prompt: EncodedPrompt) -> str | None:
+        """What keeps completions from sharing their prompt on this rank; `None` if nothing does."""
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        if not all(install(unwrap(self.accelerator.unwrap_model(model))) for model in models):
+            return "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
+        core = self.family.core(self.accelerator.unwrap_model(self.model))
+        try:
+            error = sharing_error(self.model, core, prompt, self._serve, self.family.suppressed_ids)
+        except RuntimeError as failure:  # a kernel does not take what it is given, or does not compile
+            logger.debug("Comparing shared prompts failed", exc_info=True)
+            first_line = str(failure).split("\n", 1)[0]
+            return f"comparing both ways ended with {type(failure).__name__}: {first_line}"
+        return None if error <= 1 else f"log-probabilities differ {error:.1f} times as much as rounding explains"
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            self.rollout_log.write(self)
+            self.tally.checks.end_rollout(self.state.global_step + 1, self._rollout_facts())
+            self._regroup()
+            if UNSCORABLE_KEY in inputs:
+                self._leave_out(self._buffered_inputs)
+            return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        if not self.model.training and UNSCORABLE_KEY in inputs:
+            self._leave_out([inputs])
+        return inputs
+
+    def _regroup(self) -> None:
+        """Puts rows of one prompt together: TRL shuffles them, which passes a prompt once in each micro-batch."""
+        chunks = self._buffered_inputs
+        if PROMPTS_KEY not in chunks[0]:
+            return
+        media = any(prompt.kinds for chunk in chunks for prompt in chunk[PROMPTS_KEY])
+        if not media and self.args.shared_prefix != "on":
+            return  # as TRL does
+        sizes = [count_rows(chunk) for chunk in chunks]
+        self._buffered_inputs = split_rows(regroup_rows(merge_chunks(chunks), PROMPTS_KEY), sizes)
+
+    def _compute_loss(self, model, inputs):
+        scale = float(inputs[SCALE_KEY][0]) if SCALE_KEY in inputs else 1.0
+        self._window_counts |= scale > 0
+        beta = self.beta
+        self.beta = beta * scale if scale else beta  # the KL term is in the same mean, but not in the advantage
+        try:
+            with self._rows_in_use(inputs.get(PROMPTS_KEY)):
+                return super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._end_step(self._window_counts)
+            self._window_counts = False
+        return loss
+
+    def _end_step(self, counted: bool) -> None:
+        """Before the optimizer's step, given whether its micro-batches held something that could be scored."""
+        if not counted:
+            self._forget_gradients()
+        if self.family is not None or not self._failed_is_zero:
+            self._log_all({"sampling/steps_without_update": not counted})
+
+    # Metrics
+
+    def _rollout_facts(self) -> dict[str, Any]:
+        """What explains rewards that do not differ."""
+        cut = self._metrics["train"]["completions/clipped_ratio"]
+        names = ("temperature", "max_completion_length")
+        return {name: getattr(self.args, name) for name in names} | {"cut": cut[-1] if cut else None}
+
+    def left_out(self) -> list[Note]:
+        found = super().left_out()
+        if self._unshared is not None:
+            found.append(
+                make_note("prompts_not_shared", 1, f"prompts were not shared by their completions: {self._unshared}")
+            )
+        return found
+
+    def _log_all(self, metrics: Mapping[str, float], mode: str = "train") -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(float(value))
+
+    def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
+        _replace_latest(self._logs["advantages"], advantages.tolist())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._log_all(self._means[mode].take(), mode)
+        super().log(logs, start_time)
+
+    # State
+
+    def train(self, *args, **kwargs):
+        # A run before this one may have stopped within a rollout.
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._begin_counts()
+        self._step, self._buffered_inputs = 0, None
+        self.rollout_log.begin()
+        return super().train(*args, **kwargs)
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        if self.family is None:
+            check_geometry(checkpoint, self.accelerator.process_index, self._geometry())
+        super()._check_checkpoint(checkpoint)
+
+    def _save_checkpoint(self, model, trial):
+        # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
+        folder = self._checkpoint_folder(trial)
+        if self.family is not None and self.args.should_save:
+            save_rows(folder, {name: registry.state_dict() for name, registry in self.rows.registries.items()})
+        save_rollout(
+            folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY, self._geometry()
+        )
+        if self.args.should_save:
+            self._save_counts(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _save_counts(self, folder: str) -> None:
+        state = {
+            "missing": [[*key, count] for key, count in self.missing_rewards.items()],
+            "unscorable": list(self.unscorable_completions.items()),
+        }
+        write_atomically(os.path.join(folder, MISSING_FILE), json.dumps(state))
+
+    def _load_counts(self, folder: str) -> None:
+        path = os.path.join(folder, MISSING_FILE)
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        self.missing_rewards = Counter({(name, tag): count for name, tag, count in state["missing"]})
+        self.unscorable_completions = Counter(dict(state["unscorable"]))
+        for (name, _), count in self.missing_rewards.items():
+            self._spoken[name] += count
+
+    def _geometry(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
+        names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
+        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
+
+    def _pending_chunks(self) -> list[dict[str, Any]] | None:
+        """Chunks of the last rollout, while some of its updates are still to come."""
+        return self._buffered_inputs if self._step % self._updates_per_rollout else None
+
+    @property
+    def _updates_per_rollout(self) -> int:
+        """Micro-batches that are trained on before the next rollout."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _init_training_state(self, *args, **kwargs):
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        # TRL's sampler draws an order per epoch: draw those of the epochs that are done.
+        for _ in range(epochs_trained if self._order is not None else 0):
+            next(iter(self._order), None)
+        return epochs_trained, steps_trained
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._load_counts(checkpoint)
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        lost: list[tuple[str, MediaError]] = []
+        try:
+            self._step, self._buffered_inputs = load_rollout(
+                checkpoint, rank, self._prompts_by_key, PROMPTS_KEY, device
+            )
+        except LostPromptsError as error:
+            self._step, lost = error.step, error.failed
+        self._drop_rollout(gather_object(lost))
+        chunks = self._buffered_inputs
+        if chunks is not None and self.family is not None:  # trained on before anything is generated
+            self._agree_on_sharing([prompt for chunk in chunks for prompt in chunk[PROMPTS_KEY]])
+
+    def _drop_rollout(self, lost: list[tuple[str, MediaError]]) -> None:
+        """Goes on with a new rollout where some rank cannot show prompts of the one that was under way."""
+        if not lost:
+            return
+        self._buffered_inputs = None
+        for key, error in lost:
+            logger.warning(
+                "The rest of the rollout is generated anew: prompt %s cannot be shown any more: %s", key, error
+            )
+            self.rows.registries["train_dataset"].add(key, error)
+        self._write_quarantine()
+
+    def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
+        if not isinstance(self.train_dataset, Dataset):
+            raise ResumeError(
+                "The checkpoint lies in the middle of a rollout, whose prompts cannot be found again in a streamed data "
+                "set. Resume from a checkpoint at the end of a rollout, or train on a map-style data set."
+            )
+        registry = self.rows.registries["train_dataset"]
+        encoded, failed = {}, []
+        for key in dict.fromkeys(keys):
+            try:
+                encoded[key] = self.prompt_builder.encode(registry.row_of(key))
+            except MediaError as error:
+                failed.append((key, error))
+        if failed:
+            raise LostPromptsError(failed)
+        return [encoded[key] for key in keys]
+
+
+def _tag_name(number: int) -> str:
+    return "" if number == UNTAGGED else TAGS[number].value
+
+
+def _replace_latest(logged: deque, values: Sequence[float]) -> None:
+    """Puts values in the place of the newest ones."""
+    for _ in range(min(len(values), len(logged))):
+        logged.pop()
+    logged.extend(values)
