@@ -17,7 +17,7 @@ from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
 from maple_trl.rewards import accuracy_reward
-from maple_trl.trainers.avatar.hinted_rows import prompt_key
+from maple_trl.trainers.common.hinted_rows import prompt_key
 
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ from test_avatar_hints import with_hints
 
 from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
 from maple_trl.rewards import accuracy_reward
-from maple_trl.trainers.avatar.hinted_rows import prompt_key
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
+from maple_trl.trainers.common.hinted_rows import prompt_key
 
 
 pytestmark = pytest.mark.slow

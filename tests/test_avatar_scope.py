@@ -11,7 +11,7 @@ from tiny_models import build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer
 from maple_trl.omni.errors import MediaError
-from maple_trl.trainers.avatar.hinted_rows import prompt_key
+from maple_trl.trainers.common.hinted_rows import prompt_key
 
 
 pytestmark = pytest.mark.slow

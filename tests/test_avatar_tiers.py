@@ -9,7 +9,7 @@ from test_avatar import Worth, by_hand, data, ids_by_key, logs, make, take
 from tiny_models import build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer
-from maple_trl.trainers.avatar.hinted_rows import prompt_key
+from maple_trl.trainers.common.hinted_rows import prompt_key
 
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from maple_trl.algorithms.hinting import HintTrigger
-from maple_trl.trainers.avatar.hinted_rows import has_hint, with_hint
+from maple_trl.trainers.common.hinted_rows import has_hint, with_hint
 
 
 NAMES = ("a", "b", "c")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,8 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from maple_trl.rewards.judge_limits import JudgeUnavailableError
 
 
-if TYPE_CHECKING:
-    from maple_trl.rewards.judge import OpenAIJudge
+class Guarded(Protocol):
+    """A judge that says what has gone wrong with it: `None` as long as it answers often enough."""
+
+    tripped: str | None
+
+    def guard(self, state: Any) -> None: ...
 
 
 class JudgeCallback(TrainerCallback):
@@ -24,10 +28,10 @@ class JudgeCallback(TrainerCallback):
     there. The ranks tell each other after each step, so that none waits for one that has stopped.
 
     Args:
-        judges (`Iterable[OpenAIJudge]`): the judges among the reward functions.
+        judges (`Iterable[Guarded]`): the judges among the reward functions.
     """
 
-    def __init__(self, judges: Iterable[OpenAIJudge]):
+    def __init__(self, judges: Iterable[Guarded]):
         self.judges = list(judges)
         self._problem: str | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
@@ -13,23 +13,20 @@ from maple_trl.algorithms import replayed_slots
 from maple_trl.data.hint_leaks import LEAKS, leaks_answer
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.content import read_content
-from maple_trl.omni.prompt import RowError
-from maple_trl.trainers.avatar.hinted_rows import HINT_COLUMN, has_hint, row_digest, with_hint
+from maple_trl.omni.prompt import PromptBuilder, RowError
+from maple_trl.trainers.avatar.config import AvatarConfig
+from maple_trl.trainers.common.hinted_rows import HINT_COLUMN, has_hint, row_digest, with_hint
 
-
-if TYPE_CHECKING:
-    from maple_trl.trainers.avatar.trainer import AvatarTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def check_tags(trainer: AvatarTrainer) -> None:
+def check_tags(args: AvatarConfig, dataset: Any) -> None:
     """
     Raises:
         RowError: for the first row without a tag, where an option needs one.
         ValueError: for a streamed data set, where rows are batched or scaled by tag.
     """
-    args, dataset = trainer.args, trainer.train_dataset
     by_tag = args.advantage_scope in ("tag", "tag_whitened")
     if args.batching != "stratified" and not by_tag:
         return
@@ -44,15 +41,14 @@ def check_tags(trainer: AvatarTrainer) -> None:
             raise RowError(f"train_dataset, row {i}: {option} needs a field 'tag': {error}") from error
 
 
-def check_hints(trainer: AvatarTrainer) -> None:
+def check_hints(args: AvatarConfig, dataset: Any, builder: PromptBuilder | None) -> None:
     """
     Raises:
         RowError: for the first row that cannot be a prompt with its hint.
         ValueError: when no row has a hint.
     """
-    dataset = trainer.train_dataset
     columns = getattr(dataset, "column_names", None)
-    if not trainer.args.hints or not columns:
+    if not args.hints or not columns:
         return
     if HINT_COLUMN not in columns:
         raise ValueError(
@@ -72,18 +68,18 @@ def check_hints(trainer: AvatarTrainer) -> None:
         raise ValueError(f"hints=True, but every {HINT_COLUMN!r} of train_dataset is empty")
     for i in hinted:
         try:
-            row = with_hint(dataset[i], trainer.args.hint_template)
-            if trainer.family is not None:
-                trainer.prompt_builder.spec(row)
+            row = with_hint(dataset[i], args.hint_template)
+            if builder is not None:
+                builder.spec(row)
         except RowError as error:
             raise RowError(f"train_dataset, row {i}, with its field {HINT_COLUMN!r}: {error}") from error
-    _tell_of_leaks(trainer, hinted)
+    if args.process_index == 0:
+        _tell_of_leaks(dataset, hinted)
 
 
-def _tell_of_leaks(trainer: AvatarTrainer, hinted: Sequence[int]) -> None:
+def _tell_of_leaks(dataset: Dataset, hinted: Sequence[int]) -> None:
     """Warns of hints that give the answer away: they are the user's own, `maple-trl data hints` writes none such."""
-    dataset = trainer.train_dataset
-    if "solution" not in dataset.column_names or not trainer.accelerator.is_main_process:
+    if "solution" not in dataset.column_names:
         return
     found = {}
     for i in hinted:
@@ -111,16 +107,15 @@ def _asked(prompt: Any) -> str:
     return "\n".join(block["text"] for block in last["content"] if block["type"] == "text")
 
 
-def check_places(trainer: AvatarTrainer) -> None:
+def check_places(args: AvatarConfig, world: int) -> None:
     """
     Raises:
         ValueError: when no completion of a rollout could ever be replayed.
     """
-    args, world = trainer.args, trainer.accelerator.num_processes
     if not args.replayed_generations:
         return
-    groups = args.generation_batch_size // trainer.num_generations
-    if not any(replayed_slots([args.replayed_generations] * groups, trainer.num_generations, world)):
+    groups = args.generation_batch_size // args.num_generations
+    if not any(replayed_slots([args.replayed_generations] * groups, args.num_generations, world)):
         raise ValueError(
             f"Nothing can be replayed: each of the {world} processes has {args.generation_batch_size // world} "
             "completion(s) of a rollout, and all generate equally many. Raise per_device_train_batch_size or "
@@ -128,15 +123,15 @@ def check_places(trainer: AvatarTrainer) -> None:
         )
 
 
-def check_dropout(trainer: AvatarTrainer) -> None:
+def check_dropout(args: AvatarConfig, model: nn.Module) -> None:
     """
     Raises:
         ValueError: when log-probabilities are random, so that those of a replayed completion cannot be compared with the
             ones it was written with.
     """
-    if not trainer.args.replayed_generations:
+    if not args.replayed_generations:
         return
-    dropouts = [name for name, part in trainer.model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    dropouts = [name for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
     if dropouts:
         raise ValueError(
             f"Replay compares log-probabilities over time, which {len(dropouts)} dropout layer(s) make random (first: "
@@ -144,7 +139,7 @@ def check_dropout(trainer: AvatarTrainer) -> None:
         )
 
 
-def check_visits(trainer: AvatarTrainer) -> None:
+def check_visits(args: AvatarConfig, dataset: Any) -> None:
     """
     Tells of runs in which prompts do not come back while their completions are stored.
 
@@ -152,7 +147,6 @@ def check_visits(trainer: AvatarTrainer) -> None:
         ValueError: when the run is one epoch long, so that nothing could ever be replayed. Of one that `max_steps` ends
             within an epoch it is only told, for that may be a first try.
     """
-    args, dataset = trainer.args, trainer.train_dataset
     if not args.replayed_generations:
         return
     if args.replay_scope != "prompt" and not isinstance(dataset, Dataset):
@@ -162,8 +156,8 @@ def check_visits(trainer: AvatarTrainer) -> None:
         )
     if args.replay_scope != "prompt" or not isinstance(dataset, Dataset):
         return
-    prompts = args.generation_batch_size // trainer.num_generations
-    updates = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps
+    prompts = args.generation_batch_size // args.num_generations
+    updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
     visits = args.max_steps / updates * prompts if args.max_steps > 0 else args.num_train_epochs * len(dataset)
     distinct = len({row_digest(row) for row in dataset}) if visits <= len(dataset) else 0
     if visits <= len(dataset) and distinct == len(dataset):
@@ -175,8 +169,8 @@ def check_visits(trainer: AvatarTrainer) -> None:
         if args.max_steps <= 0:
             raise ValueError(text)
         logger.warning("%s", text)
-    written = len(dataset) * (trainer.num_generations - args.replayed_generations)
-    if written > args.replay_capacity and trainer.accelerator.is_main_process:
+    written = len(dataset) * (args.num_generations - args.replayed_generations)
+    if written > args.replay_capacity and args.process_index == 0:
         logger.warning(
             "An epoch over %d rows writes at least %d completions, more than replay_capacity (%d): most are gone before "
             "their prompt comes back. Raise replay_capacity, or train on fewer rows.",

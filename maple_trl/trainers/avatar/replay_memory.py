@@ -28,7 +28,7 @@ class Group:
     A prompt of a rollout, the same on every rank.
 
     Attributes:
-        key (`str`): that of its row, without a hint; see [`~maple_trl.trainers.avatar.hinted_rows.row_key`].
+        key (`str`): that of its row, without a hint; see [`~maple_trl.trainers.common.hinted_rows.row_key`].
         row (`int`): its row of the data set, -1 where that is not known.
         tag (`int`): its tag as a number.
         has_hint (`bool`): whether it can be shown with a hint, on every rank that holds a part of the group.

@@ -6,33 +6,37 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 
 from maple_trl.algorithms import ReplayStateError
 from maple_trl.files import write_atomically
 from maple_trl.records.options import deciding
-from maple_trl.trainers.avatar.hinted_rows import is_plain
+from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.replay_memory import ReplayMemory
+from maple_trl.trainers.common.hinted_rows import is_plain
 from maple_trl.trainers.common.media_config import MediaConfig
-
-
-if TYPE_CHECKING:
-    from maple_trl.trainers.avatar.trainer import AvatarTrainer
 
 
 STATE_FILE = "avatar.json"
 BUFFER_FOLDER = "replay"
 
 
-def provenance(trainer: AvatarTrainer) -> dict[str, str]:
-    """What stored completions and their rewards depend on, as digests by name."""
-    args, dataset = trainer.args, trainer.train_dataset
+def provenance(
+    args: AvatarConfig, dataset: Any, rewards: list[str], weights: Tensor, tokenizer: Any, processing_class: Any
+) -> dict[str, str]:
+    """
+    What stored completions and their rewards depend on, as digests by name.
+
+    Args:
+        rewards, weights: names of the reward functions, and the weight of each (R,).
+    """
     prompting = [*deciding(args, MediaConfig).values(), args.hint_template, args.temperature]
     parts = {
-        "reward functions and weights": [trainer.reward_func_names, trainer.reward_weights.tolist()],
-        "tokenizer": [sorted(trainer._tokenizer.get_vocab().items()), trainer.processing_class.chat_template],
+        "reward functions and weights": [rewards, weights.tolist()],
+        "tokenizer": [sorted(tokenizer.get_vocab().items()), processing_class.chat_template],
         "prompt options": [*map(str, prompting), args.chat_template_kwargs],
     }
     if isinstance(dataset, Dataset):

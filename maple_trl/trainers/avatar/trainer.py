@@ -32,7 +32,11 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.trainers.avatar.checks import check_dropout, check_hints, check_places, check_tags, check_visits
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.gradient_terms import TermGradients
-from maple_trl.trainers.avatar.hinted_rows import (
+from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
+from maple_trl.trainers.avatar.replay_memory import Group, MixedRollout, ReplayMemory, Written
+from maple_trl.trainers.avatar.state import load_memory, provenance, save_memory
+from maple_trl.trainers.common.checkpoint import Chunk, LostPromptsError, ResumeError, concat_rows
+from maple_trl.trainers.common.hinted_rows import (
     HINT_COLUMN,
     HINTED,
     has_hint,
@@ -41,10 +45,6 @@ from maple_trl.trainers.avatar.hinted_rows import (
     row_key,
     with_hint,
 )
-from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
-from maple_trl.trainers.avatar.replay_memory import Group, MixedRollout, ReplayMemory, Written
-from maple_trl.trainers.avatar.state import load_memory, provenance, save_memory
-from maple_trl.trainers.common.checkpoint import Chunk, LostPromptsError, ResumeError, concat_rows
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
 from maple_trl.trainers.common.stratified_sampler import StratifiedSampler
 from maple_trl.trainers.common.tag_metrics import tag_number, totals_by_tag
@@ -96,11 +96,12 @@ class AvatarTrainer(OmniGRPOTrainer):
         **kwargs: Any,
     ):
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
-        check_tags(self)
-        check_hints(self)
-        check_places(self)
-        check_dropout(self)
-        check_visits(self)
+        args = self.args
+        check_tags(args, self.train_dataset)
+        check_hints(args, self.train_dataset, None if self.family is None else self.prompt_builder)
+        check_places(args, self.accelerator.num_processes)
+        check_dropout(args, self.model)
+        check_visits(args, self.train_dataset)
         self._begin_run()
 
     def _begin_run(self) -> None:
@@ -689,5 +690,12 @@ class AvatarTrainer(OmniGRPOTrainer):
     @property
     def _provenance(self) -> dict[str, str]:
         if self._digests is None:
-            self._digests = provenance(self)
+            self._digests = provenance(
+                self.args,
+                self.train_dataset,
+                self.reward_func_names,
+                self.reward_weights,
+                self._tokenizer,
+                self.processing_class,
+            )
         return self._digests

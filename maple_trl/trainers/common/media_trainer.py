@@ -139,7 +139,7 @@ class MediaTrainer:
         """After the parent's constructor: what counts what the run leaves out, and stops it where that is too much."""
         self.tally = RunTally(speaks=self.accelerator.is_main_process)
         if self.family is not None:
-            self.add_callback(QuarantineCallback(self))
+            self.add_callback(QuarantineCallback(self.too_many_quarantined))
 
     def too_many_quarantined(self) -> str | None:
         """What is wrong where a data set has lost more rows than `max_quarantined_share`; the same on every rank."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
-
-
-if TYPE_CHECKING:
-    from maple_trl.trainers.common.media_trainer import MediaTrainer
 
 
 class QuarantineCallback(TrainerCallback):
@@ -19,10 +15,13 @@ class QuarantineCallback(TrainerCallback):
 
     The step that is under way is finished with the rows that stand in, a checkpoint is written, and then `train()` raises
     [`TooManyQuarantinedError`] on every rank: all know the same rows, as encoding them is a collective call.
+
+    Args:
+        too_many: what is wrong when there are more, `None` until then.
     """
 
-    def __init__(self, trainer: MediaTrainer):
-        self.trainer = trainer
+    def __init__(self, too_many: Callable[[], str | None]):
+        self.too_many = too_many
         self._problem: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -35,7 +34,7 @@ class QuarantineCallback(TrainerCallback):
         self._stop_if_too_many(control)
 
     def _stop_if_too_many(self, control: TrainerControl) -> None:
-        self._problem = self.trainer.too_many_quarantined()
+        self._problem = self.too_many()
         if self._problem is not None:
             control.should_save = control.should_training_stop = True
 

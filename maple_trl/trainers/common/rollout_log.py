@@ -6,9 +6,8 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
@@ -18,45 +17,34 @@ from maple_trl.files import as_json
 from maple_trl.records.metrics_log import write_metrics
 from maple_trl.records.rollouts import ROLLOUTS, rollout_of, write_rollout
 from maple_trl.rewards.answers import completion_text
-from maple_trl.trainers.avatar.hinted_rows import HINTED, row_digest
+from maple_trl.trainers.common.hinted_rows import HINTED, row_digest
 
 
 if TYPE_CHECKING:
     from maple_trl.algorithms import Experience
     from maple_trl.omni.encoded import EncodedPrompt
-    from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
+    from maple_trl.omni.prompt import PromptBuilder
+    from maple_trl.trainers.common.rows import RowEncoder
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass
-class RolloutLogConfig:
-    r"""
-    The field of a trainer's configuration that says how many completions are kept for reports.
+class Rolling(Protocol):
+    """What is asked of a trainer whose completions are kept; the names that begin with `_` are TRL's, and `_serving`."""
 
-    A mixin: it stands before a configuration class of TRL among the bases.
-
-    Raises:
-        ValueError: for a negative number.
-    """
-
-    rollout_log_size: Annotated[int, "place"] = field(
-        default=20_000,
-        metadata={
-            "help": "Completions kept in OUTPUT_DIR/rollouts, with prompt, rewards, advantage, tag and the media that "
-            "were fed, for the viewer of `maple-trl report`. When there are more, every second rollout is removed and "
-            "left out from then on, then every other of these, so that the whole run stays visible. 0 keeps none. "
-            "`log_completions` is TRL's own switch: it prints samples, and writes the last rollout before each log "
-            "entry, without the row."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rollout_log_size < 0:
-            raise ValueError(f"rollout_log_size must be 0 or more, got {self.rollout_log_size}")
+    args: Any
+    model: Any
+    state: Any
+    prompt_builder: PromptBuilder
+    reward_func_names: list[str]
+    rows: RowEncoder
+    _logs: Mapping[str, Any]
+    _serving: list[EncodedPrompt | None] | None
+    _step: int
+    _tokenizer: Any
+    _updates_per_rollout: int
 
 
 class RolloutLog:
@@ -92,7 +80,7 @@ class RolloutLog:
         """Whether the rollout with this number is written."""
         return bool(self.files) and number % stride(number, self.files) == 0
 
-    def note(self, trainer: OmniGRPOTrainer, rows: Sequence[Mapping[str, Any]], completion_ids: Sequence) -> None:
+    def note(self, trainer: Rolling, rows: Sequence[Mapping[str, Any]], completion_ids: Sequence) -> None:
         """
         Takes down what TRL does not: where completions that were just scored come from. All ranks must call this.
 
@@ -114,7 +102,7 @@ class RolloutLog:
             facts.append(known[same] | {"tokens": len(ids), "replayed": False})
         self._facts += gather_object(facts)
 
-    def note_rewards(self, trainer: OmniGRPOTrainer, rewards: Sequence[float]) -> None:
+    def note_rewards(self, trainer: Rolling, rewards: Sequence[float]) -> None:
         """
         Takes down what the completions that were noted last, of all ranks, are rewarded with.
 
@@ -127,7 +115,7 @@ class RolloutLog:
 
     def note_replayed(
         self,
-        trainer: OmniGRPOTrainer,
+        trainer: Rolling,
         shown: Sequence[tuple[Mapping[str, Any], EncodedPrompt | None]],
         experiences: Sequence[Experience | None],
     ) -> None:
@@ -156,7 +144,7 @@ class RolloutLog:
                 }
             )
 
-    def write(self, trainer: OmniGRPOTrainer) -> None:
+    def write(self, trainer: Rolling) -> None:
         """Writes the rollout that TRL has just finished. All ranks must call this."""
         number = rollout_number(trainer)
         if not trainer.model.training or not self.keeps(number):
@@ -207,12 +195,12 @@ def stride(number: int, files: int) -> int:
     return step
 
 
-def rollout_number(trainer: OmniGRPOTrainer) -> int:
+def rollout_number(trainer: Rolling) -> int:
     """The number of the rollout that is being sampled or trained on."""
     return trainer._step // trainer._updates_per_rollout
 
 
-def row_facts(trainer: OmniGRPOTrainer, row: Mapping[str, Any], prompt: EncodedPrompt | None) -> dict[str, Any]:
+def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | None) -> dict[str, Any]:
     """What a row is, and what it was fed."""
     facts = {name: as_text(row.get(name)) for name in ("id", "tag", "solution")}
     if prompt is None:
@@ -228,7 +216,7 @@ def row_facts(trainer: OmniGRPOTrainer, row: Mapping[str, Any], prompt: EncodedP
     }
 
 
-def _fresh_lines(trainer: OmniGRPOTrainer, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _fresh_lines(trainer: Rolling, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The newest entries of what TRL keeps for `log_completions`, each with its facts."""
     logs = trainer._logs
     count = min(len(facts), len(logs["completion"]))

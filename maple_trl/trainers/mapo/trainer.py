@@ -662,7 +662,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         measured = self.args.curriculum == "adaptive" and self.args.zero_shot_accuracy is None
         if measured and resume_from_checkpoint is None:
-            accuracy = zero_shot_accuracy(self, self._task_reward)
+            accuracy = zero_shot_accuracy(self, self._task_reward, self.initial_weights)
             self.curriculum.load_state_dict({"histories": {}, "zero_shot": accuracy})
         return prepared
 

@@ -22,7 +22,7 @@ from maple_trl.trainers.common.media_config import MediaConfig
 
 
 if TYPE_CHECKING:
-    from maple_trl.trainers.mapo.trainer import MAPOTrainer
+    from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _SAMPLING = (
 """What the accuracy depends on beside rows, what is fed of them, reward and weights."""
 
 
-def check_measurable(trainer: MAPOTrainer, task_reward: int) -> None:
+def check_measurable(trainer: OmniGRPOTrainer, task_reward: int) -> None:
     """
     Raises:
         ValueError: where the accuracy cannot be measured and so has to be given.
@@ -55,19 +55,20 @@ def check_measurable(trainer: MAPOTrainer, task_reward: int) -> None:
         )
 
 
-def zero_shot_accuracy(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
+def zero_shot_accuracy(trainer: OmniGRPOTrainer, task_reward: int, weights: list[float]) -> dict[str, float]:
     """
     Accuracy of the untrained policy on training prompts, by tag, from `zero_shot.json` in the output folder where the
     same measurement has been made before. A collective call; the main process alone scores.
 
     Args:
         task_reward: number of the reward function.
+        weights: what tells the model's from others, see [`fingerprint`].
 
     Raises:
         ValueError: for a reward outside [0, 1], or when none could be scored.
     """
     path = os.path.join(trainer.args.output_dir, ZERO_SHOT_FILE)
-    key = _identity(trainer, task_reward)
+    key = _identity(trainer, task_reward, weights)
     accuracy = _of_main_process(trainer, _read(path, key))
     if accuracy is None:
         accuracy = _of_main_process(trainer, _measure(trainer, task_reward))
@@ -82,11 +83,11 @@ def fingerprint(model: nn.Module) -> list[float]:
     return [float(weight.detach().float().sum()) for weight in model.parameters()]
 
 
-def _of_main_process(trainer: MAPOTrainer, value: Any) -> Any:
+def _of_main_process(trainer: OmniGRPOTrainer, value: Any) -> Any:
     return gather_object([value])[0] if trainer.accelerator.num_processes > 1 else value
 
 
-def _measure(trainer: MAPOTrainer, task_reward: int) -> dict[str, float]:
+def _measure(trainer: OmniGRPOTrainer, task_reward: int) -> dict[str, float]:
     tokenizer, reward = trainer._tokenizer, trainer.reward_funcs[task_reward]
     score_checked = checked(reward, trainer.reward_func_names[task_reward])
 
@@ -130,14 +131,14 @@ def _unlogged(*_: Any) -> None:
     """Stands in for TRL's logging of what a reward function tells, of which this is no step."""
 
 
-def _identity(trainer: MAPOTrainer, task_reward: int) -> str:
+def _identity(trainer: OmniGRPOTrainer, task_reward: int, weights: list[float]) -> str:
     reward = trainer.reward_funcs[task_reward]
     facts = [
         trainer.rows.registries["train_dataset"].state_dict()["content"],
         [getattr(reward, name, None) for name in ("__module__", "__qualname__", "__name__")],
         [getattr(trainer.args, name) for name in _SAMPLING],
         deciding(trainer.args, MediaConfig),
-        trainer.initial_weights,
+        weights,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 

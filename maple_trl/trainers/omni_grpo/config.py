@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from maple_trl.omni.generation import check_generation_options, check_values
 from maple_trl.trainers.common.media_config import MediaConfig
-from maple_trl.trainers.common.rollout_log import RolloutLogConfig
+from maple_trl.trainers.common.rollout_log_config import RolloutLogConfig
 
 
 @dataclass
