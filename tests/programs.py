@@ -58,11 +58,12 @@ def _measure_coverage(environment: Mapping[str, str]) -> None:
     import slipcover
 
     os.chdir(ROOT)  # files are told by their paths from here
-    matcher, measured = slipcover.FileMatcher([environment["SLIPCOVER_SOURCE"]]), slipcover.Slipcover()
+    omitted = environment.get("SLIPCOVER_OMIT")
+    matcher = slipcover.FileMatcher([environment["SLIPCOVER_SOURCE"]], [omitted] if omitted else None)
+    measured = slipcover.Slipcover()
     slipcover.ImportManager(measured, matcher).__enter__()
-    file = Path(
-        environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json"
-    )  # as those of pytest's workers
+    # Named as those of pytest's workers, which are added up.
+    file = Path(environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json")
     atexit.register(lambda: file.write_text(json.dumps(measured.get_coverage())))
 
 

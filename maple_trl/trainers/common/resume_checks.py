@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import zipfile
@@ -12,6 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from maple_trl.trainers.common.checkpoint import ResumeError, is_complete, last_complete_checkpoint
+
+
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
@@ -48,7 +52,7 @@ def check_parts(checkpoint: str, rank: int, world: int) -> None:
     Raises:
         ResumeError: naming what it lacks, or a file that is damaged.
     """
-    for name in sorted(os.listdir(checkpoint)):
+    for name in sorted(set(os.listdir(checkpoint)) - {OWN_STATE}):
         reason = _damage(os.path.join(checkpoint, name))
         if reason is not None:
             raise ResumeError(
@@ -125,6 +129,7 @@ def _why(checkpoint: str, world: int) -> str:
     return ""
 
 
+OWN_STATE = "avatar.json"  # of the replay buffer, which a run may go on without
 _OPTIONS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2"}
 _OPTIONS |= {"eps": "adam_epsilon", "momentum": "optim_args: momentum"}
 
@@ -143,7 +148,7 @@ def check_optimizer(checkpoint: str, made: Sequence[Mapping[str, Any]], loaded: 
         loaded: and after.
 
     Raises:
-        ResumeError: when they are those of another kind of optimizer, or one that the user set would have no effect.
+        ResumeError: when they are those of another kind of optimizer. Of one that was set and has no effect it is told.
     """
     for before, now in zip(made, loaded, strict=True):
         if not set(before) <= set(now):
@@ -152,9 +157,13 @@ def check_optimizer(checkpoint: str, made: Sequence[Mapping[str, Any]], loaded: 
             )
         for name, option in _OPTIONS.items():
             if name in before and _plain(before[name]) != _plain(now[name]):
-                raise ResumeError(
-                    f"{option} is {before[name]}, but {checkpoint} was trained with {now[name]}, which the optimizer's state "
-                    "brings back: resume with that"
+                logger.warning(
+                    "%s is %s, which has no effect: %s was trained with %s, and the optimizer's state brings that back. To train "
+                    "on with another, begin a new run from its weights",
+                    option,
+                    before[name],
+                    checkpoint,
+                    now[name],
                 )
 
 
