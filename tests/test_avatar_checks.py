@@ -94,9 +94,9 @@ def test_a_column_of_pictures_neither_stops_replay_nor_changes_the_data_set(data
     trainer = make(data[0], tmp_path, rows, max_steps=3)
     trainer.train()
     assert logs(trainer)[-1]["replay/share"] > 0
-    told = trainer._provenance()
+    told = trainer._provenance
     trainer._digests = None
-    assert trainer._provenance() == told
+    assert trainer._provenance == told
 
 
 def test_digests_follow_every_plain_column():
