@@ -69,6 +69,10 @@ def test_what_stands_at_the_root():
     assert files == {"__init__.py", "py.typed", "modalities.py", "files.py", "train.py"} | folders
 
 
+def test_the_product_uses_no_mocks():
+    assert [module for module, path in MODULES.items() if "unittest" in path.read_text(encoding="utf-8")] == []
+
+
 def test_faults_are_found():
     """Negative controls: an import that goes down, one within a function, and a circle."""
     down = "def late():\n    from maple_trl.trainers.mapo.trainer import MAPOTrainer\n"

@@ -67,21 +67,20 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
 
 def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:
     """A data set of the Hub; where that cannot be reached, what it gave before."""
-    from unittest import mock
-
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
 
     from maple_trl.omni.checkpoints import hub_is_silent
+    from maple_trl.trainers.common.trl_compat import replaced
 
     silent = hub_is_silent()
     # Else the library asks five times, for half a minute, before it looks there.
     offline = silent is not None
     try:
         with (
-            mock.patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE),
-            mock.patch.object(datasets.config, "HF_HUB_OFFLINE", offline or datasets.config.HF_HUB_OFFLINE),
+            replaced(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE),
+            replaced(datasets.config, "HF_HUB_OFFLINE", offline or datasets.config.HF_HUB_OFFLINE),
         ):
             return datasets.load_dataset(name, config)
     except (OSError, ValueError, DatasetsError) as error:

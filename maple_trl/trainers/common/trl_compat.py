@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
 from maple_trl.omni.loading import load_model
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives a module's or an object's attribute another value for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 @contextmanager
@@ -45,7 +55,7 @@ def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[
 
     lend_parts(model)
     try:
-        with mock.patch.object(grpo_trainer, "create_model_from_path", load_reference):
+        with replaced(grpo_trainer, "create_model_from_path", load_reference):
             yield
     finally:
         for owner, name in borrowers:
