@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,3 +92,106 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
             for text in differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
         ]
     return [] if one == other else [f"{path}: {one!r}, not {other!r}"]
+
+
+# A state in several files that belong together
+
+
+class DamagedFileError(ValueError):
+    """A file of a state that is missing, cut short or changed; the message says which."""
+
+
+def write_part(folder: Path, name: str, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    """
+    Writes one of the files that a state is made of, under a name that holds what it contains: one that is there already
+    stays whole until the manifest of the new state takes its place.
+
+    Returns:
+        `dict`: its ending, size and SHA-256, for the manifest.
+    """
+    scratch = folder / f"{name}-partial{suffix}"
+    write(scratch)
+    _flush(scratch)
+    part = {"suffix": suffix, "bytes": scratch.stat().st_size, "sha256": _file_digest(scratch)}
+    os.replace(scratch, folder / _part_name(name, part))
+    return part
+
+
+def write_manifest(folder: Path, name: str, about: Mapping[str, Any], content: Any, parts: Iterable[Mapping]) -> None:
+    """
+    Writes `NAME.json`, from which on the state counts, and removes the files of the one before.
+
+    Args:
+        about: the format, which readers ask for.
+        content: as JSON knows it.
+        parts: what [`write_part`] returned.
+    """
+    manifest = dict(about) | {"sha256": digest(content), "content": content}
+    scratch = folder / f"{name}-partial.json"
+    scratch.write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
+    _flush(scratch)
+    _flush(folder)  # the names of the other files, which this one must not come before
+    os.replace(scratch, folder / f"{name}.json")
+    _flush(folder)
+    current = {_part_name(name, part) for part in parts}
+    for path in folder.glob(f"{name}-*"):
+        if path.name not in current:
+            path.unlink()
+
+
+def read_manifest(path: Path, about: Mapping[str, Any]) -> Any:
+    """
+    The content of a manifest.
+
+    Raises:
+        DamagedFileError: when it is missing, damaged or of another format.
+    """
+    if not path.is_file():
+        raise DamagedFileError(f"{path} is missing: nothing was saved there, or saving it did not finish")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is cut short or damaged: {error}") from error
+    found = {name: manifest.get(name) for name in about} if isinstance(manifest, dict) else {}
+    if found != about:
+        raise DamagedFileError(f"{path} is of another format: expected {about}, found {found}")
+    content = manifest.get("content")
+    if manifest.get("sha256") != digest(content):
+        raise DamagedFileError(f"{path} was changed after it was written: its content does not match its SHA-256")
+    return content
+
+
+def check_part(folder: Path, name: str, part: Mapping[str, Any]) -> Path:
+    """
+    The file of a part, once it has been held against what its manifest says.
+
+    Raises:
+        DamagedFileError: when it is missing, cut short or changed.
+    """
+    path = folder / _part_name(name, part)
+    if not path.is_file():
+        raise DamagedFileError(f"{path} is missing")
+    size = path.stat().st_size
+    if size != part["bytes"]:
+        raise DamagedFileError(f"{path} has {size} bytes instead of {part['bytes']}: it was not written to its end")
+    if _file_digest(path) != part["sha256"]:
+        raise DamagedFileError(f"{path} was changed after it was written: its SHA-256 is not the one in {name}.json")
+    return path
+
+
+def _part_name(name: str, part: Mapping[str, Any]) -> str:
+    return f"{name}-{part['sha256'][:16]}{part['suffix']}"
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import random
@@ -23,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maple_trl.algorithms.replay_draws import differs, draw_positions, side
+from maple_trl.files import DamagedFileError, check_part, read_manifest, write_manifest, write_part
 
 
 TIERS = ("easy", "medium", "hard")
 SHARES = {"easy": 0.25, "medium": 0.35, "hard": 0.40}
 QUANTILES = (0.40, 0.75)
 
-MANIFEST = "replay.json"
+NAME = "replay"
+MANIFEST = f"{NAME}.json"
 FORMAT = {"format": "maple_trl replay buffer", "version": 1}
 _SHARD = 1000  # experiences of a file of tokens: joining all at once would double the memory of the buffer
 _COLUMNS = pa.schema(
@@ -648,23 +648,13 @@ class StratifiedReplayBuffer:
             "fingerprint": fingerprint,
             "experiences": len(entries),
             "counters": asdict(self._counters),
-            "table": _write_part(folder, ".parquet", lambda path: pq.write_table(table, path)),
+            "table": write_part(folder, NAME, ".parquet", lambda path: pq.write_table(table, path)),
             "tensors": [
-                _write_part(folder, ".safetensors", lambda path, some=some: save_file(_tensors(some), path))
+                write_part(folder, NAME, ".safetensors", lambda path, some=some: save_file(_tensors(some), path))
                 for some in (experiences[i : i + _SHARD] for i in range(0, len(experiences), _SHARD))
             ],
         }
-        manifest = FORMAT | {"sha256": _digest(content), "content": content}
-        scratch = folder / "replay-partial.json"
-        scratch.write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
-        _flush(scratch)
-        _flush(folder)  # the names of the other files, which this one must not come before
-        os.replace(scratch, folder / MANIFEST)
-        _flush(folder)
-        current = {_part_name(part) for part in (content["table"], *content["tensors"])}
-        for path in folder.glob("replay-*"):
-            if path.name not in current:
-                path.unlink()
+        write_manifest(folder, NAME, FORMAT, content, [content["table"], *content["tensors"]])
 
     def load(self, folder: str | os.PathLike, fingerprint: str = "") -> None:
         """
@@ -676,8 +666,16 @@ class StratifiedReplayBuffer:
                 differs; the buffer stays as it was then.
         """
         folder = Path(folder)
-        content = _read_manifest(folder / MANIFEST, fingerprint)
-        table, *tensors = (_check_part(folder, part) for part in (content["table"], *content["tensors"]))
+        try:
+            content = read_manifest(folder / MANIFEST, FORMAT)
+            if content["fingerprint"] != fingerprint:
+                raise ReplayStateError(
+                    f"{folder / MANIFEST} belongs to other data: its fingerprint is {content['fingerprint']!r}, this run's "
+                    f"{fingerprint!r}"
+                )
+            table, *tensors = (check_part(folder, NAME, part) for part in (content["table"], *content["tensors"]))
+        except DamagedFileError as error:
+            raise ReplayStateError(str(error)) from error
         try:
             entries = _read_parts(table, tensors)
             counters = _Counters(**content["counters"])
@@ -738,66 +736,3 @@ def _read_parts(table: Path, tensors: Sequence[Path]) -> list[tuple[str, Experie
                 (tier, Experience(**row, completion_ids=ids, logps=logps, rewards=rewards and dict(rewards)))
             )
     return entries
-
-
-def _write_part(folder: Path, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
-    scratch = folder / f"replay-partial{suffix}"
-    write(scratch)
-    _flush(scratch)
-    part = {"suffix": suffix, "bytes": scratch.stat().st_size, "sha256": _file_digest(scratch)}
-    os.replace(scratch, folder / _part_name(part))
-    return part
-
-
-def _part_name(part: Mapping[str, Any]) -> str:
-    return f"replay-{part['sha256'][:16]}{part['suffix']}"
-
-
-def _check_part(folder: Path, part: Mapping[str, Any]) -> Path:
-    path = folder / _part_name(part)
-    if not path.is_file():
-        raise ReplayStateError(f"{path} is missing")
-    size = path.stat().st_size
-    if size != part["bytes"]:
-        raise ReplayStateError(f"{path} has {size} bytes instead of {part['bytes']}: it was not written to its end")
-    if _file_digest(path) != part["sha256"]:
-        raise ReplayStateError(f"{path} was changed after it was written: its SHA-256 is not the one in {MANIFEST}")
-    return path
-
-
-def _read_manifest(path: Path, fingerprint: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ReplayStateError(f"{path} is missing: no replay buffer was saved there, or saving it did not finish")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReplayStateError(f"{path} is cut short or damaged: {error}") from error
-    found = {name: manifest.get(name) for name in FORMAT} if isinstance(manifest, dict) else {}
-    if found != FORMAT:
-        raise ReplayStateError(f"{path} is of another format: expected {FORMAT}, found {found}")
-    content = manifest.get("content")
-    if manifest.get("sha256") != _digest(content):
-        raise ReplayStateError(f"{path} was changed after it was written: its content does not match its SHA-256")
-    if content["fingerprint"] != fingerprint:
-        raise ReplayStateError(
-            f"{path} belongs to other data: its fingerprint is {content['fingerprint']!r}, this run's {fingerprint!r}"
-        )
-    return content
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
