@@ -83,6 +83,7 @@ _MOVED = {
     "trainers.mapo_config": "trainers.mapo.config",
     "trainers.omni_grpo_config": "trainers.omni_grpo.config",
     "trainers.omni_sft_config": "trainers.omni_sft.config",
+    "trainers.rollout_clock": "trainers.common.stratified_sampler",
     "trainers.rollout_state": "trainers.common.checkpoint",
     "trainers.tracking_callback": "integrations.tracking",
     "trainers.trl_bridge": "trainers.common.trl_compat",
@@ -96,7 +97,7 @@ _INTO_FOLDERS = (
     ("omni", "omni.prefix", "growing_cache packed_attention shared_prefill shared_prefix sharing"),
     ("trainers", "trainers.avatar", "gradient_terms replay_memory rounds"),
     ("trainers", "trainers.common", "hinted_rows learning_checks lookahead media_config media_trainer quarantine"),
-    ("trainers", "trainers.common", "quarantine_callback resume_checks rollout_clock rollout_log rows run_errors"),
+    ("trainers", "trainers.common", "quarantine_callback resume_checks rollout_log rows run_errors"),
     ("trainers", "trainers.common", "run_summary stratified_sampler tag_metrics updates"),
     ("trainers", "trainers.mapo", "zero_shot"),
 )

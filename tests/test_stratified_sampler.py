@@ -104,6 +104,14 @@ def test_rows_of_one_tag_are_not_shuffled_into_other_rollouts():
     assert any(len({tags[row] for row in rows}) > 1 for rows in mixed)
 
 
+def test_where_rows_wait_for_rewards_it_only_keeps_time():
+    """As long as the other way, with the first row alone, and without taking from the schedule."""
+    schedule = StratifiedSchedule(["V"] * 5 + ["VAS"] * 4, 3)
+    clock, named = StratifiedSampler(schedule, 2, 2, ahead=False), StratifiedSampler(schedule, 2, 2)
+    assert list(clock) == [0] * len(clock) and schedule.epoch == -1
+    assert len(clock) == len(list(named)) == 4 * 3 * 2 * 2 and schedule.epoch == 0
+
+
 def test_a_wrong_tag_is_refused():
     with pytest.raises(ValueError, match="modality tag"):
         sampler_of(["V", "X"], 1, 1, 1)

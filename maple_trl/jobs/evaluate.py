@@ -148,17 +148,8 @@ def _check_places(job: EvalJob, media_root: str) -> None:
 
 
 def _loader(job: EvalJob, root: str) -> MediaLoader:
-    media = job.media
     try:
-        return MediaLoader(
-            root,
-            media.media_limits(),
-            cache_bytes=media.media_cache_bytes,
-            allow_network=media.media_allow_network,
-            backend=media.media_backend,
-            workers=media.media_workers,
-            worker_bytes=media.media_worker_bytes,
-        )
+        return job.media.media_loader(root)
     except (FileNotFoundError, RuntimeError) as error:
         raise SetupError(str(error)) from error
 

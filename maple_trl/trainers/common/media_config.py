@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from maple_trl.omni.media.loader import MediaLimits
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
 
 
@@ -258,6 +258,27 @@ class MediaConfig:
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+
+    def media_loader(self, root: str | None = None) -> MediaLoader:
+        """
+        What reads the rows' files.
+
+        Args:
+            root (`str`, *optional*): another folder than `media_root`.
+
+        Raises:
+            FileNotFoundError: when there is no such folder.
+            RuntimeError: when the decoder that is asked for does not work here.
+        """
+        return MediaLoader(
+            self.media_root if root is None else root,
+            self.media_limits(),
+            cache_bytes=self.media_cache_bytes,
+            allow_network=self.media_allow_network,
+            backend=self.media_backend,
+            workers=self.media_workers,
+            worker_bytes=self.media_worker_bytes,
+        )
 
     def media_limits(self) -> MediaLimits:
         """

@@ -21,7 +21,6 @@ from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
-from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
@@ -61,15 +60,7 @@ class MediaTrainer:
             # Transformers has DDP look for unused parameters where the model has adapters, which fails with reentrant
             # checkpointing; all towers run instead.
             args.ddp_find_unused_parameters = False
-        self.loader = MediaLoader(
-            args.media_root,
-            args.media_limits(),
-            cache_bytes=args.media_cache_bytes,
-            allow_network=args.media_allow_network,
-            backend=args.media_backend,
-            workers=args.media_workers,
-            worker_bytes=args.media_worker_bytes,
-        )
+        self.loader = args.media_loader()
         self.prompt_builder = PromptBuilder(
             self.family,
             self.loader,
