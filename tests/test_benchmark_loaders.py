@@ -641,7 +641,7 @@ def test_all_real_questions_are_read(daily_omni):
 
 
 def test_real_clips_are_those_of_the_training_loader(daily_omni):
-    """Two readers of the same files, written apart: the same questions with the same options and media."""
+    """The same questions with the same options and media, and the captions of rows that ask for none, too."""
     found = read_benchmark("daily-omni", daily_omni)
     other = load_daily_omni(daily_omni)
     assert len(found.dataset) == len(other) > 0

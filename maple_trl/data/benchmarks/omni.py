@@ -26,8 +26,11 @@ from maple_trl.data.benchmarks.options import (
     read_options,
     unwrapped,
 )
-from maple_trl.data.daily_omni import CAPTION_FILES
 from maple_trl.modalities import ModalityTag
+
+
+CAPTION_FILES = ("audio_revised_captions.txt", "audio_detail_captions.txt")
+"""Files that may stand in for a clip's subtitles in Daily-Omni; the first that exists and is not empty is taken."""
 
 
 def _daily_omni(record: Record) -> Question:
