@@ -9,7 +9,7 @@ from trl.trainer.utils import RepeatSampler
 
 from maple_trl.algorithms.schedule import StratifiedSchedule
 from maple_trl.modalities import ModalityTag
-from maple_trl.trainers.common.stratified_sampler import StratifiedSampler
+from maple_trl.trainers.common.samplers import StratifiedSampler
 
 
 tag_lists = st.lists(st.sampled_from(list(ModalityTag)), min_size=1, max_size=30)

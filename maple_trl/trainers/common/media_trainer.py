@@ -27,8 +27,7 @@ from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
 from maple_trl.trainers.common.checkpoint import ResumeError, check_geometry, last_complete_checkpoint, load_rows
 from maple_trl.trainers.common.media_config import MediaConfig
-from maple_trl.trainers.common.quarantine import Ranks, write_quarantine
-from maple_trl.trainers.common.quarantine_callback import QuarantineCallback
+from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, write_quarantine
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.common.rows import RowEncoder
 from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError

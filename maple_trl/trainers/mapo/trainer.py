@@ -54,7 +54,7 @@ from maple_trl.trainers.common.checkpoint import (
     take_rows,
 )
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
-from maple_trl.trainers.common.stratified_sampler import StratifiedSampler
+from maple_trl.trainers.common.samplers import StratifiedSampler
 from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, TagSums, tag_number
 from maple_trl.trainers.common.updates import even_parts, micro_batches, share_out
 from maple_trl.trainers.mapo.config import MAPOConfig
