@@ -144,16 +144,9 @@ def check_model(
 def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
     """For what a row says: nothing is decoded."""
     from maple_trl.omni.media.loader import MediaLoader
-    from maple_trl.omni.prompt import PromptBuilder
 
-    network = args.media_allow_network
-    return PromptBuilder(
-        family,
-        MediaLoader(args.media_root, args.media_limits(), allow_network=network, backend="pyav"),
-        modality_access=args.modality_access,
-        audio_in_video=args.audio_in_video,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
+    loader = MediaLoader(args.media_root, args.media_limits(), allow_network=args.media_allow_network, backend="pyav")
+    return args.prompt_builder(family, loader, args.chat_template_kwargs)
 
 
 def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:

@@ -21,7 +21,6 @@ from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
-from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
@@ -60,16 +59,7 @@ class MediaTrainer:
             # checkpointing; all towers run instead.
             args.ddp_find_unused_parameters = False
         self.loader = args.media_loader()
-        self.prompt_builder = PromptBuilder(
-            self.family,
-            self.loader,
-            modality_access=args.modality_access,
-            audio_in_video=args.audio_in_video,
-            subtitle_template=args.subtitle_template,
-            max_prompt_length=args.max_prompt_length,
-            max_media_tokens=args.max_media_tokens,
-            chat_template_kwargs=args.chat_template_kwargs,
-        )
+        self.prompt_builder = args.prompt_builder(self.family, self.loader, args.chat_template_kwargs)
         ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
         shows = args.local_process_index == 0 and not args.disable_tqdm
         self.rows = RowEncoder(
