@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 from datasets import Dataset
-from jobs.train_job import REWARDS, AvatarJobTrainer, JobTrainer, MAPOJobTrainer
+from jobs.train_job import REWARDS, AvatarJobTrainer, JobTrainer, MAPOJobTrainer, NotesRows
 from omni_runs import DEFAULTS
 from test_mapo_gradients import (
     AGGREGATIONS,
@@ -259,7 +259,11 @@ def test_difficulty_is_read_from_what_can_be_scored(world):  # noqa: F811
 # OmniGRPO with media
 
 
-OMNI = (JobTrainer, OmniGRPOConfig)
+class NotingTrainer(NotesRows, JobTrainer):
+    pass
+
+
+OMNI = (NotingTrainer, OmniGRPOConfig)
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 CLIP = {"cispo": {"epsilon_high": 5.0}}  # a clip of the ratio itself
 

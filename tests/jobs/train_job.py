@@ -210,8 +210,8 @@ class Watched:
             return super().training_step(model, *args, **kwargs)
 
 
-class NotingTrainer(Watched):
-    """It notes which completions were trained on, by micro-batch."""
+class NotesRows:
+    """Notes which completions were trained on, by micro-batch."""
 
     def _compute_loss(self, model, inputs):
         prompts = inputs.get(PROMPTS_KEY, ())
@@ -221,11 +221,11 @@ class NotingTrainer(Watched):
         return super()._compute_loss(model, inputs)
 
 
-class JobTrainer(NotingTrainer, OmniGRPOTrainer):
+class JobTrainer(Watched, OmniGRPOTrainer):
     pass
 
 
-class MAPOJobTrainer(NotingTrainer, MAPOTrainer):
+class MAPOJobTrainer(NotesRows, Watched, MAPOTrainer):
     """
     It notes what it knows after each step, and what the model was wrapped in when it was asked for completions outside of
     training.
