@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,14 +146,3 @@ def audio_block(waveform: np.ndarray, sampling_rate: int) -> dict[str, Any]:
         sound.writeframes((np.clip(waveform, -1, 1) * 32767).round().astype("<i2").tobytes())
     data = base64.b64encode(file.getvalue()).decode("ascii")
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
-
-
-def without_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages less their media blocks."""
-    kept = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [block for block in content if block["type"] == "text"]
-        kept.append({**message, "content": content})
-    return kept
