@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 
+SCOPES = ("vision", "audio", "projectors", "llm")
+"""The parts of an omni model that can be trained or frozen apart."""
+
+
 class Modality(StrEnum):
     """One signal of a clip."""
 

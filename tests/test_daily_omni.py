@@ -20,6 +20,7 @@ import torch
 from tiny_models import build_tiny, save_tiny
 from transformers import TrainerCallback
 
+from maple_trl.data.benchmarks import read_benchmark
 from maple_trl.data.daily_omni import FEATURES, load_daily_omni, with_tags
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.prompt import RowError
@@ -91,7 +92,8 @@ def test_rows_without_clip_are_left_out_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = load_daily_omni(tmp_path)
     assert dataset["id"] == ["daily-omni-0001", "daily-omni-0003"]  # their numbers in qa.json
-    assert "3 of 5 questions are left out" in caplog.text and "2 of 4 clips" in caplog.text
+    assert "2 rows of 5 questions; left out: 3 missing" in caplog.text
+    assert "no file Videos/gone/gone_video.mp4 (2)" in caplog.text
     assert dataset["audio"] == dataset["subtitle"] == [None, None]
 
 
@@ -105,18 +107,21 @@ def test_complete_data_reports_nothing(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"Question": ...}, "field 'Question' must be a text, but is missing"),
+        ({"Question": ...}, "field 'Question' must be a text, but is None"),
         ({"Question": "  "}, "field 'Question' must be a text, but is '  '"),
-        ({"Answer": "E"}, "field 'Answer' must be one of A, B, C, D, but is 'E'"),
-        ({"Answer": "AB"}, "field 'Answer' must be one of A, B, C, D, but is 'AB'"),
-        ({"Answer": None}, "field 'Answer' must be a text, but is None"),
-        ({"Choice": ["A. x", "B. y"]}, "field 'Choice' must be a list of 4 options, but is list of 2 items"),
-        ({"Choice": {"A": "x"}}, "field 'Choice' must be a list of 4 options, but is dict of 1 items"),
-        ({"Choice": ["A. x", "C. y", "B. z", "D. w"]}, "field 'Choice' must have 'B. …' as option B, but has 'C. y'"),
-        ({"Choice": ["A. x", "B. y", "C.", "D. w"]}, "as option C, but has 'C.'"),
-        ({"Choice": ["A. x", "B. y", 3, "D. w"]}, "as option C, but has 3"),
-        ({"video_id": "../etc"}, "field 'video_id' must be letters, digits, '_' and '-', but is '../etc'"),
-        ({"video_id": 7}, "field 'video_id' must be a text, but is 7"),
+        ({"Answer": "E"}, "field 'Answer' must be the letter of an option (A, B, C, D), but is 'E'"),
+        ({"Answer": "AB"}, "field 'Answer' must be the letter of an option (A, B, C, D), but is 'AB'"),
+        ({"Answer": None}, "field 'Answer' must be the letter of an option (A, B, C, D), but is None"),
+        ({"Choice": ["A. x"]}, "field 'Choice' must be a list of 2 to 26 options, but is list of 1 items"),
+        ({"Choice": {"B": "x"}}, "field 'Choice' must have the letters A, B, C, … without gaps, but has B"),
+        (
+            {"Choice": ["A. x", "B. y", "C.", "D. w"]},
+            "field 'Choice' must have a text behind the letter of each option",
+        ),
+        ({"Choice": ["A. x", "B. y", 3, "D. w"]}, "field 'Choice' must have a text as option C, but has 3"),
+        ({"video_id": "../etc"}, "field 'video_id' must be a path below the media root, but is '../etc'"),
+        ({"video_id": "a/b"}, "field 'video_id' must be a file name, but is 'a/b'"),
+        ({"video_id": 7}, "field 'video_id' must be a path below the media root, but is 7"),
     ],
 )
 def test_malformed_records_are_named(tmp_path, changes, words):
@@ -129,10 +134,13 @@ def test_malformed_records_are_named(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[{", "qa.json is not JSON: .*line 1"),
-        ('{"Question": "?"}', "must hold a list of questions, but holds dict of 1 items"),
-        ("[]", "must hold a list of questions, but holds list of 0 items"),
-        ('["?"]', "record 0 must be an object with the fields of a question, but is '\\?'"),
+        ("[{", "cannot read .*qa.json: .*line 1"),
+        (
+            '{"Question": "?"}',
+            "qa.json, record 0: field 'Choice' is missing; a record of Daily-Omni has Question, Choice",
+        ),
+        ("[]", "qa.json: no record in it"),
+        ('["?"]', "qa.json, row 0: expected an object, got str"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, content, words):
@@ -142,10 +150,12 @@ def test_malformed_files_are_named(tmp_path, content, words):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="qa.json does not exist"):
+    with pytest.raises(FileNotFoundError, match="no table of split 'test': looked for qa.json"):
         load_daily_omni(tmp_path)
     write(tmp_path, [record("abc"), record("def")], clips=[])
-    with pytest.raises(FileNotFoundError, match=r"none of the 2 clips .*Videos/abc/abc_video\.mp4"):
+    with pytest.raises(
+        ValueError, match=r"no question of Daily-Omni is left of 2; .*no file Videos/abc/abc_video\.mp4"
+    ):
         load_daily_omni(tmp_path)
 
 
@@ -161,6 +171,10 @@ def test_the_next_caption_file_stands_in(tmp_path):
     (tmp_path / "Videos/abc/audio_revised_captions.txt").write_text(" \n")
     (tmp_path / "Videos/abc/audio_detail_captions.txt").write_text("a bell rings\n")
     assert load_daily_omni(tmp_path)["subtitle"] == ["a bell rings"]
+    (tmp_path / "Videos/abc/audio_detail_captions.txt").write_text("\n")
+    assert load_daily_omni(tmp_path)["subtitle"] == [None]
+    found = read_benchmark("daily-omni", tmp_path, tags=["S", "VA"])
+    assert found.dataset["tag"] == ["VA"] and found.left_out[0].cause == "missing"  # no row of S with nothing to read
 
 
 def test_with_tags_gives_every_question_in_every_tag(tmp_path, caplog):

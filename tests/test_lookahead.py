@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
-from maple_trl.trainers.common.lookahead import LookaheadSampler
+from maple_trl.trainers.common.samplers import LookaheadSampler
 
 
 @given(

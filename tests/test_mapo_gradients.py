@@ -47,7 +47,7 @@ class Completion:
     prompt: int
     tag: str
     ids: tuple[int, ...]
-    reward: float
+    reward: float | None = None
     advantage: float = 0.0
 
 
@@ -143,18 +143,25 @@ def reference_model():
     return build_tiny("qwen2_5_omni")[0]
 
 
-def completions_of(training, world, prompts, reward="where_varied"):
-    """All completions of some prompts, with their rewards."""
+def generated(training, world, prompts=range(PROMPTS)):
+    """All completions of some prompts, without their rewards."""
     trainer, rows = training.trainer, world[1]
-    found = []
-    for i in prompts:
-        prompt = trainer.prompt_builder.encode(rows[i])
-        for copy in range(COPIES):
-            ids = tuple(trainer.fixed_completion(prompt, copy))
-            (value,) = REWARDS[reward](completion_ids=[ids], varied=[rows[i]["varied"]])
-            found.append(Completion(i, rows[i]["tag"], ids, value))
-    assert len({(c.prompt, c.ids) for c in found}) == len(found)
+    encoded = {i: trainer.prompt_builder.encode(rows[i]) for i in prompts}
+    copies = [(i, tuple(trainer.fixed_completion(encoded[i], copy))) for i in prompts for copy in range(COPIES)]
+    assert len(set(copies)) == len(copies)
+    return [Completion(i, rows[i]["tag"], ids) for i, ids in copies]
+
+
+def completions_of(training, world, prompts, reward="where_varied"):
+    found = generated(training, world, prompts)
+    columns = {"completion_ids": [c.ids for c in found], "varied": [world[1][c.prompt]["varied"] for c in found]}
+    for c, value in zip(found, REWARDS[reward](**columns), strict=True):
+        c.reward = value
     return found
+
+
+def spread(values):
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def set_advantages(completions, scope):
@@ -164,7 +171,7 @@ def set_advantages(completions, scope):
         batch = [other.reward for other in completions]
         centre = {"tag_whitened": tag, "batch": batch}.get(scope, group)
         scale = {"group": group, "batch": batch}.get(scope, tag)
-        c.advantage = (c.reward - fmean(centre)) / (stdev(scale) + 1e-4)
+        c.advantage = (c.reward - fmean(centre)) / (spread(scale) + 1e-4)
 
 
 def adaptive_weights(completions):
@@ -221,13 +228,17 @@ def gradient_of(loss, model, retain_graph=False):
     return {n: torch.zeros_like(p) if g is None else g for n, p, g in pairs}
 
 
-def trained_in(training, world, completions, step):
-    """The completions of one optimizer step, as the trainer was seen to use them."""
+def micro_batches_of(training, world, completions, wanted=slice(None)):
+    """The completions of each micro-batch, as the trainer was seen to use them."""
     trainer = training.trainer
-    slots = trainer.args.gradient_accumulation_steps
     by_content = {(trainer.prompt_builder.spec(world[1][c.prompt]).key, c.ids): c for c in completions}
-    used = [row for chunk in trainer.trained[step * slots : (step + 1) * slots] for row in chunk]
-    return [by_content[key, tuple(ids)] for key, ids in used]
+    return [[by_content[key, tuple(ids)] for key, ids in rows] for rows in trainer.trained[wanted]]
+
+
+def trained_in(training, world, completions, step):
+    """The completions of one optimizer step."""
+    slots = training.trainer.args.gradient_accumulation_steps
+    return sum(micro_batches_of(training, world, completions, slice(step * slots, (step + 1) * slots)), [])
 
 
 def expected_gradients(training, world, model, completions, kept, aggregation, beta=0.0, **terms):

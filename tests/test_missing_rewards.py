@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 from datasets import Dataset
-from jobs.train_job import REWARDS, AvatarJobTrainer, JobTrainer, MAPOJobTrainer
+from jobs.train_job import REWARDS, AvatarJobTrainer, JobTrainer, MAPOJobTrainer, NotesRows
 from omni_runs import DEFAULTS
 from test_mapo_gradients import (
     AGGREGATIONS,
@@ -24,13 +24,15 @@ from test_mapo_gradients import (
     SCOPES,
     SPLITS,
     TWO_STEPS,
-    Completion,
     adaptive_weights,
     check,
     expected_gradients,
+    generated,
     gradient_of,
     log_probs,
     loss_of,
+    micro_batches_of,
+    set_advantages,
     train,
     world,  # noqa: F401
 )
@@ -38,7 +40,6 @@ from test_processes import worst
 from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer
-from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 
 
 pytestmark = pytest.mark.slow
@@ -87,15 +88,9 @@ def rewards(world):  # noqa: F811
     del REWARDS["failing"], REWARDS["failing_task"]
 
 
-def completions_of(training, world, functions, prompts=range(PROMPTS)):  # noqa: F811
-    """All completions of some prompts. `scores` are those of the functions that have a weight."""
-    trainer, rows = training.trainer, world[1]
-    found = []
-    for i in prompts:
-        prompt = trainer.prompt_builder.encode(rows[i])
-        for copy in range(COPIES):
-            ids = tuple(trainer.fixed_completion(prompt, copy))
-            found.append(Completion(i, rows[i]["tag"], ids, None))
+def completions_of(training, world, functions):  # noqa: F811
+    """All completions of a rollout. `scores` are those of the functions that have a weight."""
+    found, rows = generated(training, world), world[1]
     columns = {"completion_ids": [c.ids for c in found], "id": [rows[c.prompt]["id"] for c in found]}
     for c, *scores in zip(found, *(function(**columns) for function in functions[:2]), strict=True):
         c.scores = [None if s is None or math.isnan(s) else s for s in scores]
@@ -111,20 +106,6 @@ def set_rewards(completions, weights=WEIGHTS):
         c.reward = sum(weights[k] * c.scores[k] for k in applying) if known else None
         c.zero = sum(w * s for w, s in zip(weights, c.scores, strict=False) if s is not None)
     return [c for c in completions if c.reward is not None]
-
-
-def spread(values):
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def set_advantages(completions, scope):
-    for c in completions:
-        group = [other.reward for other in completions if other.prompt == c.prompt]
-        tag = [other.reward for other in completions if other.tag == c.tag]
-        batch = [other.reward for other in completions]
-        centre = {"tag_whitened": tag, "batch": batch}.get(scope, group)
-        scale = {"group": group, "batch": batch}.get(scope, tag)
-        c.advantage = (c.reward - fmean(centre)) / (spread(scale) + 1e-4)
 
 
 # MAPO
@@ -278,27 +259,13 @@ def test_difficulty_is_read_from_what_can_be_scored(world):  # noqa: F811
 # OmniGRPO with media
 
 
-class NotingTrainer(JobTrainer):
-    """It notes which completions were trained on, by micro-batch."""
-
-    def _compute_loss(self, model, inputs):
-        rows = zip(inputs[PROMPTS_KEY], inputs["completion_ids"], inputs["completion_mask"], strict=True)
-        trained = [(prompt.key, tuple(ids[mask.bool()].tolist())) for prompt, ids, mask in rows if mask.any()]
-        self.trained = [*getattr(self, "trained", []), trained]
-        return super()._compute_loss(model, inputs)
+class NotingTrainer(NotesRows, JobTrainer):
+    pass
 
 
 OMNI = (NotingTrainer, OmniGRPOConfig)
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 CLIP = {"cispo": {"epsilon_high": 5.0}}  # a clip of the ratio itself
-
-
-def micro_batches_of(training, world, known):  # noqa: F811
-    keys = {i: training.trainer.prompt_builder.spec(world[1][i]).key for i in range(PROMPTS)}
-    by_content = {(keys[c.prompt], c.ids): c for c in known}
-    found = [[by_content[row] for row in rows] for rows in training.trainer.trained]
-    assert sorted(map(id, sum(found, []))) == sorted(map(id, known))
-    return found
 
 
 def omni_loss(micro_batches, logps, loss_type):
@@ -339,7 +306,9 @@ def test_omni_grpo_with_missing_rewards(world, omni_step, loss_type):  # noqa: F
     training = train(world, reward="failing", kind=OMNI, **options)
     known = set_rewards(completions)
     set_advantages(known, "group")
-    expected = gradient(micro_batches_of(training, world, known), loss_type)
+    micro_batches = micro_batches_of(training, world, known)
+    assert sorted(map(id, sum(micro_batches, []))) == sorted(map(id, known))
+    expected = gradient(micro_batches, loss_type)
     check(training, [expected])
     for c in completions:  # the control: what failed is 0
         c.reward = c.zero

@@ -528,7 +528,7 @@ def test_hidden_states_are_means_over_tokens(tmp_path):
     import torch
 
     from maple_trl.omni.loading import load_model, load_processor
-    from maple_trl.reports.hidden_states import mean_hidden_states
+    from maple_trl.reports.projection import mean_hidden_states
 
     texts = ["red circle", "", "a much longer text about a blue circle <answer>A</answer>"]
     found = mean_hidden_states("builtin:tiny-omni", texts, batch_size=3)

@@ -9,7 +9,7 @@ from trl.trainer.utils import RepeatSampler
 
 from maple_trl.algorithms.schedule import StratifiedSchedule
 from maple_trl.modalities import ModalityTag
-from maple_trl.trainers.common.stratified_sampler import StratifiedSampler
+from maple_trl.trainers.common.samplers import StratifiedSampler
 
 
 tag_lists = st.lists(st.sampled_from(list(ModalityTag)), min_size=1, max_size=30)
@@ -102,6 +102,14 @@ def test_rows_of_one_tag_are_not_shuffled_into_other_rollouts():
     tags = [tag for _ in range(6) for tag in ("V", "A")]
     mixed = rollouts_of(list(RepeatSampler(range(12), 2, 3, 1, shuffle=True, seed=0)), 3, 2, 1)
     assert any(len({tags[row] for row in rows}) > 1 for rows in mixed)
+
+
+def test_where_rows_wait_for_rewards_it_only_keeps_time():
+    """As long as the other way, with the first row alone, and without taking from the schedule."""
+    schedule = StratifiedSchedule(["V"] * 5 + ["VAS"] * 4, 3)
+    clock, named = StratifiedSampler(schedule, 2, 2, ahead=False), StratifiedSampler(schedule, 2, 2)
+    assert list(clock) == [0] * len(clock) and schedule.epoch == -1
+    assert len(clock) == len(list(named)) == 4 * 3 * 2 * 2 and schedule.epoch == 0
 
 
 def test_a_wrong_tag_is_refused():

@@ -87,7 +87,7 @@ def check_media(options: ChatOptions, kinds: Sequence[str], video_form: str) -> 
 
     Args:
         kinds: of `video` and `audio`.
-        video_form: as of [`~maple_trl.evaluation.served_prompts.ServedFamily`].
+        video_form: as of [`~maple_trl.evaluation.served_prompts.MessageEncoder`].
 
     Returns:
         by kind whether it is certain that it is read: not where the server counts no tokens.
@@ -141,7 +141,7 @@ class ServedEvaluator(Asker):
     Args:
         client: of the server.
         info: what the server told.
-        builder: with a [`~maple_trl.evaluation.served_prompts.ServedFamily`].
+        builder: with a [`~maple_trl.evaluation.served_prompts.MessageEncoder`].
         rows, score, extract, options: as in [`~maple_trl.evaluation.asking.Asker`]; `options.generation` are further
             fields of a request.
 

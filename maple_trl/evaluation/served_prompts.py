@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from maple_trl.chat import image_block, text_block
 from maple_trl.modalities import ModalityTag
-from maple_trl.omni.families import OmniFamily
+from maple_trl.omni.families import OmniFamily, PromptEncoder
 from maple_trl.omni.media.clips import AudioClip, VideoClip
 from maple_trl.records.evaluations import EvaluationError
 
@@ -53,12 +53,12 @@ class ServedPrompt:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-class ServedFamily(OmniFamily):
+class MessageEncoder(PromptEncoder):
     """
-    Stands where a model's family does, so that a [`~maple_trl.omni.prompt.PromptBuilder`] feeds a server's rows as it
-    feeds those of a model here: the same signals, frames, sound and subtitles, in the same order.
+    Puts a server's rows into messages: with it, a [`~maple_trl.omni.prompt.PromptBuilder`] feeds a server the same signals,
+    frames, sound and subtitles in the same order as a model here.
 
-    Tokens are the server's business: a builder for it must not limit them.
+    Tokens are the server's business: a builder with it must not limit them.
 
     Args:
         video_form: one of `VIDEO_FORMS`.
@@ -71,17 +71,20 @@ class ServedFamily(OmniFamily):
     # Whatever the model is: text that spells one would be read as media.
     media_tokens = tuple(sorted({token for family in OmniFamily.__subclasses__() for token in family.media_tokens}))
     frame_multiple = 28
-    frames_per_token = 2
     sampling_rate = 16_000
 
     def __init__(self, video_form: str = "images"):
         if video_form not in VIDEO_FORMS:
             raise EvaluationError(f"the form of videos must be one of {', '.join(VIDEO_FORMS)}, got {video_form!r}")
         self.video_form = video_form
-        self.processor = _Messages()
 
-    def tokenizer(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": []}  # nobody here can count them
+    def render(self, messages: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
+        """Messages as they are: the chat template is the server's."""
+        return messages
+
+    def tokens(self, text: str) -> list[int]:
+        """None: nobody here can count them."""
+        return []
 
     def encode(
         self,
@@ -117,14 +120,6 @@ class ServedFamily(OmniFamily):
         return ServedPrompt(key, messages, kinds)
 
 
-class _Messages:
-    """In place of a processor: the chat template is the server's."""
-
-    @staticmethod
-    def apply_chat_template(messages: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
-        return messages
-
-
 def video_blocks(frames: np.ndarray, form: str) -> list[dict[str, Any]]:
     """
     Content blocks of sampled frames.
@@ -151,14 +146,3 @@ def audio_block(waveform: np.ndarray, sampling_rate: int) -> dict[str, Any]:
         sound.writeframes((np.clip(waveform, -1, 1) * 32767).round().astype("<i2").tobytes())
     data = base64.b64encode(file.getvalue()).decode("ascii")
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
-
-
-def without_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages less their media blocks."""
-    kept = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [block for block in content if block["type"] == "text"]
-        kept.append({**message, "content": content})
-    return kept

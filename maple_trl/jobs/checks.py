@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from maple_trl.jobs.options import OmniModelConfig, OmniScriptArguments
-    from maple_trl.omni.families import OmniFamily
+    from maple_trl.omni.families import PromptEncoder
     from maple_trl.omni.prompt import PromptBuilder
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
@@ -100,7 +100,7 @@ def check_model(
         SetupError: when there is no such model, it is damaged or not supported, a row cannot be a prompt, or there are too
             few rows.
     """
-    from maple_trl.evaluation.served_prompts import ServedFamily
+    from maple_trl.evaluation.served_prompts import MessageEncoder
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
     from maple_trl.omni.families import family_class
     from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
@@ -117,7 +117,7 @@ def check_model(
         check_checkpoint(name, options, text=not evaluates)
         kind = read_config(name, options).model_type
     except (CheckpointError, ValueError) as error:
-        _check_prompts(ServedFamily(), training_args, train)  # one that reads everything
+        _check_prompts(MessageEncoder(), training_args, train)  # one that reads everything
         raise SetupError(f"model_name_or_path: {error}") from error
     family = family_class(kind) or family_class(f"{kind}_thinker")
     if family is not None:  # else it reads text alone
@@ -141,22 +141,15 @@ def check_model(
             raise SetupError(f"train_dataset, {error}") from error
 
 
-def _prompt_builder(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
+def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
     """For what a row says: nothing is decoded."""
     from maple_trl.omni.media.loader import MediaLoader
-    from maple_trl.omni.prompt import PromptBuilder
 
-    network = args.media_allow_network
-    return PromptBuilder(
-        family,
-        MediaLoader(args.media_root, args.media_limits(), allow_network=network, backend="pyav"),
-        modality_access=args.modality_access,
-        audio_in_video=args.audio_in_video,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
+    loader = MediaLoader(args.media_root, args.media_limits(), allow_network=args.media_allow_network, backend="pyav")
+    return args.prompt_builder(family, loader, args.chat_template_kwargs)
 
 
-def _check_prompts(family: OmniFamily, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
+def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
     from maple_trl.trainers.common.quarantine import RowRegistry, write_quarantine
     from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 

@@ -31,7 +31,7 @@ from maple_trl.jobs.models import LocalModel, ServedModel
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.jobs.scoring import Scoring
 from maple_trl.omni.media.loader import MediaLoader
-from maple_trl.omni.prompt import PromptBuilder, RowError, check_template
+from maple_trl.omni.prompt import RowError, check_template
 from maple_trl.records.evaluations import EvalStore, EvaluationError
 from maple_trl.records.options import deciding
 from maple_trl.rewards.calls import RewardError, check_rewards
@@ -79,15 +79,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     lock = FileLock(store.folder / ".lock")
     try:
         with _loader(job, questions.media_root) as loader:
-            builder = PromptBuilder(
-                model.family,
-                loader,
-                audio_in_video=job.media.audio_in_video,
-                subtitle_template=job.media.subtitle_template,
-                max_prompt_length=job.media.max_prompt_length,
-                max_media_tokens=job.media.max_media_tokens,
-                chat_template_kwargs=job.chat_template_kwargs,
-            )
+            builder = job.media.prompt_builder(model.family, loader, job.chat_template_kwargs)
             if isinstance(model, LocalModel):
                 try:
                     check_template(builder, [row.get("prompt") for row in questions.rows], questions.rows)
@@ -148,17 +140,8 @@ def _check_places(job: EvalJob, media_root: str) -> None:
 
 
 def _loader(job: EvalJob, root: str) -> MediaLoader:
-    media = job.media
     try:
-        return MediaLoader(
-            root,
-            media.media_limits(),
-            cache_bytes=media.media_cache_bytes,
-            allow_network=media.media_allow_network,
-            backend=media.media_backend,
-            workers=media.media_workers,
-            worker_bytes=media.media_worker_bytes,
-        )
+        return job.media.media_loader(root)
     except (FileNotFoundError, RuntimeError) as error:
         raise SetupError(str(error)) from error
 

@@ -14,7 +14,7 @@ from maple_trl.chat import ChatClient, ChatOptions, ChatSetupError
 from maple_trl.evaluation.evaluator import Evaluator
 from maple_trl.evaluation.identity import device_name, weights_digest
 from maple_trl.evaluation.served import ServedEvaluator, check_media, inspect_server
-from maple_trl.evaluation.served_prompts import ServedFamily
+from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.files import digest, files_digest
 from maple_trl.jobs.checks import adapter_base
 from maple_trl.jobs.errors import SetupError
@@ -97,7 +97,7 @@ class ServedModel:
 
     def __init__(self, job: EvalJob):
         _check_served(job)
-        self.family: OmniFamily = ServedFamily(job.server_video)
+        self.family = MessageEncoder(job.server_video)
         try:
             self.options = ChatOptions(
                 model=job.model,

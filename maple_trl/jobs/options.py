@@ -18,7 +18,7 @@ from trl import ModelConfig
 
 from maple_trl.jobs.declared import declared_class
 from maple_trl.jobs.errors import SetupError, did_you_mean
-from maple_trl.omni.scopes import SCOPES
+from maple_trl.modalities import SCOPES
 
 
 if TYPE_CHECKING:

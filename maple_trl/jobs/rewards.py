@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import inspect
 import json
@@ -17,7 +16,6 @@ from maple_trl.records.options import not_deciding
 
 
 if TYPE_CHECKING:
-    from maple_trl.omni.media.loader import MediaLoader
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
 # Rewards that take parameters: the name in `reward`, and the class in `maple_trl.rewards`.
@@ -131,7 +129,7 @@ def load_rewards(
     """
     from trl.trainer.utils import get_callable_name
 
-    loader = None if args is None else functools.partial(_media_loader, args)
+    loader = None if args is None else args.media_loader
     found: list[Callable] = []
     for number, entry in enumerate(read_entries(entries, place), start=1):
         if isinstance(entry, str) and entry not in MADE:
@@ -153,19 +151,6 @@ def close_rewards(rewards: Sequence[Callable]) -> None:
     for judge in map(inner_judge, rewards):
         if judge is not None:
             judge.close()
-
-
-def _media_loader(args: OmniGRPOConfig) -> MediaLoader:
-    from maple_trl.omni.media.loader import MediaLoader
-
-    return MediaLoader(
-        args.media_root,
-        args.media_limits(),
-        allow_network=args.media_allow_network,
-        backend=args.media_backend,
-        workers=args.media_workers,
-        worker_bytes=args.media_worker_bytes,
-    )
 
 
 class _Entry:

@@ -16,7 +16,7 @@ from maple_trl.jobs.data import evaluates, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
 from maple_trl.jobs.rewards import close_rewards, load_rewards
-from maple_trl.omni.scopes import SCOPES
+from maple_trl.modalities import SCOPES
 from maple_trl.records.metrics_log import write_metrics
 from maple_trl.records.run_folder import holds_evaluation, is_inside, named, remove_results, run_results
 from maple_trl.records.summary import print_summary

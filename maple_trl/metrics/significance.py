@@ -153,14 +153,11 @@ def mcnemar_exact(first_only: int, second_only: int) -> float:
     Raises:
         ValueError: for a negative number.
     """
+    from scipy.special import bdtr
+
     if first_only < 0 or second_only < 0:
         raise ValueError(f"Numbers of questions are 0 or more, got {first_only} and {second_only}")
-    differing = int(first_only) + int(second_only)
-    ways = total = 1
-    for i in range(min(int(first_only), int(second_only))):
-        ways = ways * (differing - i) // (i + 1)
-        total += ways
-    return 1.0 if first_only == second_only else 2 * total / 2**differing
+    return min(1.0, 2 * float(bdtr(min(first_only, second_only), first_only + second_only, 0.5)))
 
 
 def align_runs(

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from maple_trl.modalities import SCOPES
 from maple_trl.omni.families import OmniFamily, unwrap
-from maple_trl.omni.scopes import SCOPES
 
 
 if TYPE_CHECKING:

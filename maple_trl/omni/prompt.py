@@ -22,7 +22,7 @@ from maple_trl.omni.content import (
 )
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
-from maple_trl.omni.families import OmniFamily
+from maple_trl.omni.families import PromptEncoder
 from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.loader import AudioClip, MediaLoader, VideoClip
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
@@ -90,6 +90,8 @@ class PromptBuilder:
     the texts, where there are any. Audio without a file of its own is the video's track.
 
     Args:
+        family ([`~maple_trl.omni.families.PromptEncoder`]):
+            The model's. With one of the limits on tokens it has to be an [`~maple_trl.omni.families.OmniFamily`].
         modality_access (`"required"` or `"all"`):
             Feed a row exactly the signals of its tag (MAPLE's modality-aware input), or every signal it has. A row
             without a tag is fed all it has.
@@ -104,7 +106,7 @@ class PromptBuilder:
 
     def __init__(
         self,
-        family: OmniFamily,
+        family: PromptEncoder,
         loader: MediaLoader,
         modality_access: Literal["required", "all"] = "required",
         audio_in_video: bool = False,
@@ -274,7 +276,7 @@ class PromptBuilder:
         if subtitle != whole_subtitle:
             notes += ("subtitle-shortened",)
         if subtitle:
-            prompt.media_tokens["subtitle"] = len(self._tokens(subtitle))
+            prompt.media_tokens["subtitle"] = len(self.family.tokens(subtitle))
         return replace(prompt, tag=spec.tag, notes=notes)
 
     def _encode_text(
@@ -315,9 +317,7 @@ class PromptBuilder:
 
     def _rendered(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return self.family.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
+            return self.family.render(messages, **self.chat_template_kwargs)
         except Exception as error:  # a template is a program of its own
             told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RowError(f"the model's chat template cannot show field 'prompt': {told}") from error
@@ -386,12 +386,9 @@ class PromptBuilder:
             )
         return text
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.family.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _shortened(self, subtitle: str, length: int, spec: PromptSpec) -> str:
         """The subtitle without as many tokens at its end as the prompt is too long."""
-        tokens = self._tokens(subtitle)
+        tokens = self.family.tokens(subtitle)
         kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self.max_prompt_length))])
         kept = kept.rstrip("\ufffd").rstrip()  # a token can end within a character
         if not kept or len(kept) >= len(subtitle):

@@ -26,6 +26,7 @@ PER_TAG = 150
 """Completions of a tag that are drawn, at most."""
 _DIMENSIONS = 1024
 _CHARACTERS = 2000  # of a completion
+_TOKENS = 512  # of a text that a model reads
 
 
 def project(
@@ -41,8 +42,7 @@ def project(
     (TF-IDF), and scaled to length 1. That shows wording, not what a model makes of it.
 
     Args:
-        model: describe the texts by the mean of this model's last hidden states instead; see
-            [`~maple_trl.reports.hidden_states.mean_hidden_states`].
+        model: describe the texts by the mean of this model's last hidden states instead; see [`mean_hidden_states`].
 
     Returns:
         for each run `x`, `y`, `tag` and `text` of the points, `method`, `explained` (shares of the variance) and the
@@ -67,8 +67,6 @@ def project(
         )
         vectors = text_vectors([part[2] for part in parts])
         if model is not None and any(part[2] for part in parts):
-            from maple_trl.reports.hidden_states import mean_hidden_states
-
             method = f"means of the last hidden states of {model}, which reads each completion's text alone"
             try:
                 states = mean_hidden_states(model, [text for part in parts for text in part[2]])
@@ -153,6 +151,41 @@ def text_vectors(parts: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = np.divide(vectors, lengths, out=vectors, where=lengths > 0)
     return np.split(vectors, np.cumsum([len(part) for part in parts])[:-1])
+
+
+def mean_hidden_states(name: str, texts: Sequence[str], batch_size: int = 16) -> NDArray[np.float64]:
+    """
+    The mean over a text's tokens of the last hidden states of a model that reads the text alone, without the prompt
+    and without media; of the first 512 tokens.
+
+    Args:
+        name: of the model, as `--model` of `maple-trl eval` takes it.
+        texts: N texts; an empty one is read as a space.
+
+    Returns:
+        of shape (N, hidden size).
+    """
+    import torch
+
+    from maple_trl.omni.loading import load_model, load_processor
+
+    model, processor = load_model(name, dtype="auto").eval(), load_processor(name)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    found = []
+    for start in range(0, len(texts), batch_size):
+        rows = [
+            tokenizer.encode(text or " ", add_special_tokens=False)[:_TOKENS]
+            for text in texts[start : start + batch_size]
+        ]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+        with torch.no_grad():
+            states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        sums = (states.float() * mask[..., None]).sum(dim=1)
+        found.append((sums / mask.sum(dim=1, keepdim=True)).double().cpu().numpy())
+    return np.concatenate(found)
 
 
 def principal_components(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ MAX_POINTS = 1000
 """Points of a curve; of a longer one, each point is the mean of neighbours."""
 
 TAGS = [str(tag) for tag in ModalityTag]
-BY_TAG = re.compile(rf"(eval_)?tag/({'|'.join(TAGS)}|all)/(.+)")
 
 Series = Mapping[str, tuple[list[float], list[float]]]
 """Steps and values by the metric's name."""

@@ -95,6 +95,3 @@ class CaptionJudge(OpenAIJudge):
         parts.append("Grade the candidate caption.")
         messages = [{"role": "system", "content": CAPTION_SYSTEM}, {"role": "user", "content": "\n\n".join(parts)}]
         return Question(messages, AXES)
-
-    def _fenced(self, name: str, text: str) -> str:
-        return fence(name, harmless(text, self.max_reference_characters))

@@ -13,7 +13,7 @@ from typing import Any
 from maple_trl.modalities import ModalityTag
 
 from .answers import completion_text
-from .signatures import joint_signature
+from .routing import joint_signature
 
 
 Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[float]]

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
-from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, ChatUsage
+from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, ChatUsage, fence
 from maple_trl.rewards.answers import completion_text
 from maple_trl.rewards.judge_limits import FailureWindow, JudgeUnavailableError
 from maple_trl.rewards.judge_prompts import SCALE
-from maple_trl.rewards.judge_texts import echoes, read_verdict, says_nothing, verdict_schema
+from maple_trl.rewards.judge_texts import echoes, harmless, read_verdict, says_nothing, verdict_schema
 
 
 if TYPE_CHECKING:
@@ -153,6 +153,9 @@ class OpenAIJudge(ABC):
     def judged_text(self, text: str) -> str | None:
         """The part of a completion that is graded; `None` for a completion without it, which earns 0.0."""
         return text
+
+    def _fenced(self, name: str, text: str) -> str:
+        return fence(name, harmless(text, self.max_reference_characters))
 
     # The reward
 

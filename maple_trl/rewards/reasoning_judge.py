@@ -129,9 +129,6 @@ class StepwiseReasoningJudge(OpenAIJudge):
         system = reasoning_system(axes, bool(pictures))
         return Question([{"role": "system", "content": system}, {"role": "user", "content": content}], axes)
 
-    def _fenced(self, name: str, text: str) -> str:
-        return fence(name, harmless(text, self.max_reference_characters))
-
     def _pictures_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Blocks with the pictures of a row's first video; none where it has no video that counts."""
         video = row.get(self.video_column)

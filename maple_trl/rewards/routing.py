@@ -8,8 +8,6 @@ from typing import Any
 
 from maple_trl.modalities import ModalityTag
 
-from .signatures import joint_signature
-
 
 def for_tags(
     reward: Callable[..., list[float | None]], tags: Iterable[str | ModalityTag], name: str | None = None
@@ -181,3 +179,16 @@ class _AsyncRoutedReward(_RoutedReward):
     ) -> list[float | None]:
         chosen, arguments = self._choose(prompts, completions, completion_ids, columns)
         return self._spread(await self.reward(**arguments) if chosen else [], chosen, len(completions))
+
+
+def joint_signature(own: Callable, inner: Callable) -> inspect.Signature:
+    """The signature of the wrapper, with what the inner reward names besides; without annotations, to be pickled."""
+    _, *named, columns = inspect.signature(own).parameters.values()
+    known = {parameter.name for parameter in named}
+    more = [
+        inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for parameter in inspect.signature(inner).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and parameter.name not in known
+    ]
+    named = [parameter.replace(annotation=parameter.empty) for parameter in named]
+    return inspect.Signature([*named, *more, columns.replace(annotation=columns.empty)])

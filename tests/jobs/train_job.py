@@ -210,14 +210,25 @@ class Watched:
             return super().training_step(model, *args, **kwargs)
 
 
+class NotesRows:
+    """Notes which completions were trained on, by micro-batch."""
+
+    def _compute_loss(self, model, inputs):
+        prompts = inputs.get(PROMPTS_KEY, ())
+        rows = zip(prompts, inputs["completion_ids"], inputs["completion_mask"], strict=bool(prompts))
+        trained = [(prompt.key, ids[mask.bool()].tolist()) for prompt, ids, mask in rows if mask.any()]
+        self.trained = [*getattr(self, "trained", []), trained]
+        return super()._compute_loss(model, inputs)
+
+
 class JobTrainer(Watched, OmniGRPOTrainer):
     pass
 
 
-class MAPOJobTrainer(Watched, MAPOTrainer):
+class MAPOJobTrainer(NotesRows, Watched, MAPOTrainer):
     """
-    It notes what it knows after each step, which completions were trained on, by micro-batch, and what the model was
-    wrapped in when it was asked for completions outside of training.
+    It notes what it knows after each step, and what the model was wrapped in when it was asked for completions outside of
+    training.
     """
 
     def generate_completions(self, rows, batch_size=None):
@@ -230,12 +241,6 @@ class MAPOJobTrainer(Watched, MAPOTrainer):
             known = {type(part).__name__: part.state_dict() for part in parts}
             self.known = [*getattr(self, "known", []), known]
         super().log(logs, *args, **kwargs)
-
-    def _compute_loss(self, model, inputs):
-        rows = zip(inputs.get(PROMPTS_KEY, ()), inputs["completion_ids"], inputs["completion_mask"], strict=True)
-        trained = [(prompt.key, ids[mask.bool()].tolist()) for prompt, ids, mask in rows if mask.any()]
-        self.trained = [*getattr(self, "trained", []), trained]
-        return super()._compute_loss(model, inputs)
 
 
 class AvatarJobTrainer(Watched, AvatarTrainer):

@@ -206,15 +206,8 @@ class Benchmark:
         tables: globs of its tables below a folder, `{split}` for the split.
         splits: those that are published; the first is the default.
         hub: id of the copy that `download` fetches.
-        source: paper or page.
-        license: of questions, and clips where it says; `None`: not stated where we looked, read the card of the data.
         tag: the signals that a question is given.
-        tag_rule: why these.
-        metric: what the benchmark reports, where it is more than the accuracy of `accuracy_reward`.
-        lmms_task: its task in lmms-eval.
-        questions: how many are published, where we know.
         media: archives to unpack, or what to put where.
-        version: of the reader; counts up when it gives other rows for the same files.
     """
 
     name: str
@@ -224,13 +217,6 @@ class Benchmark:
     tables: tuple[str, ...]
     splits: tuple[str, ...]
     hub: str
-    source: str
     tag: ModalityTag
-    tag_rule: str
     media: str
     kept: tuple[str, ...] = ()
-    license: str | None = None
-    metric: str = "accuracy"
-    lmms_task: str | None = None
-    questions: int | None = None
-    version: int = 1

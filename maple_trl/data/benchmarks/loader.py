@@ -113,7 +113,7 @@ class _Options:
 
 
 def load_benchmark(
-    name: str, path: str | os.PathLike | None = None, split: str | None = None, **options: Any
+    name: str | Benchmark, path: str | os.PathLike | None = None, split: str | None = None, **options: Any
 ) -> Dataset:
     """
     The rows of a benchmark, in the order of its tables. How many questions were left out is logged as a warning.
@@ -149,7 +149,7 @@ def load_benchmark(
 
 
 def read_benchmark(
-    name: str,
+    name: str | Benchmark,
     path: str | os.PathLike | None = None,
     split: str | None = None,
     *,
@@ -165,7 +165,7 @@ def read_benchmark(
     Reads a benchmark from a local copy.
 
     Args:
-        name: one of `BENCHMARKS`.
+        name: one of `BENCHMARKS`, or a benchmark of your own.
         path: the folder as published, with its archives unpacked, or one table in it. Also the root of its media.
         split: default is the benchmark's first.
         prompt_style: a name in [`~maple_trl.data.benchmarks.prompts.PROMPT_STYLES`], or a style.
@@ -187,12 +187,12 @@ def read_benchmark(
             missing file, naming file, record and field.
         FileNotFoundError: when there is no table.
     """
-    options = _options(name, prompt_style, tags, missing_media, write_media, shuffle_seed)
-    return _read(BENCHMARKS[name], path, split, options, download, revision)
+    options = _options(prompt_style, tags, missing_media, write_media, shuffle_seed)
+    return _read(_benchmark(name), path, split, options, download, revision)
 
 
 def check(
-    name: str,
+    name: str | Benchmark,
     path: str | os.PathLike,
     split: str | None = None,
     *,
@@ -210,14 +210,20 @@ def check(
     Returns:
         [`BenchmarkRows`], whose `faults` name file, record, field and what would be right.
     """
-    options = _options(name, "think", tags, missing_media, write_media, None)
+    options = _options("think", tags, missing_media, write_media, None)
     options.collect = True
-    return _read(BENCHMARKS[name], path, split, options, download=False, revision=None)
+    return _read(_benchmark(name), path, split, options, download=False, revision=None)
 
 
-def _options(name, style, tags, missing_media, write_media, shuffle_seed) -> _Options:
+def _benchmark(name: str | Benchmark) -> Benchmark:
+    if isinstance(name, Benchmark):
+        return name
     if name not in BENCHMARKS:
         raise BenchmarkError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def _options(style, tags, missing_media, write_media, shuffle_seed) -> _Options:
     if missing_media not in ("leave_out", "keep", "error"):
         raise BenchmarkError(f"missing_media must be 'leave_out', 'keep' or 'error', got {missing_media!r}")
     if isinstance(tags, str):

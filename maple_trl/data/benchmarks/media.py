@@ -35,8 +35,12 @@ class UnusableMedium(Exception):
 
 
 def existing(root: Path, medium: Medium) -> str | None:
-    """The first of a medium's paths at which there is a file."""
-    return next((path for path in medium.paths if (root / path).is_file()), None)
+    """The first of a medium's paths at which there is a file, and of a plain text one that says something."""
+    return next((path for path in medium.paths if (root / path).is_file() and not _is_blank(root / path)), None)
+
+
+def _is_blank(path: Path) -> bool:
+    return path.suffix.lower() == ".txt" and not path.read_bytes().strip()
 
 
 def locate(root: Path, medium: Medium, write: bool) -> str:

@@ -26,8 +26,11 @@ from maple_trl.data.benchmarks.options import (
     read_options,
     unwrapped,
 )
-from maple_trl.data.daily_omni import CAPTION_FILES
 from maple_trl.modalities import ModalityTag
+
+
+CAPTION_FILES = ("audio_revised_captions.txt", "audio_detail_captions.txt")
+"""Files that may stand in for a clip's subtitles in Daily-Omni; the first that exists and is not empty is taken."""
 
 
 def _daily_omni(record: Record) -> Question:
@@ -46,6 +49,8 @@ def _daily_omni(record: Record) -> Question:
     )
 
 
+# arXiv 2505.17862. VA: video and its sound. It has no subtitles; under a tag with S the caption of the sound that its
+# authors' pipeline wrote stands in, which the questions were made from: no measure of subtitles.
 DAILY_OMNI = Benchmark(
     name="daily-omni",
     title="Daily-Omni",
@@ -55,14 +60,8 @@ DAILY_OMNI = Benchmark(
     tables=("qa.json",),
     splits=("test",),
     hub="liarliar/Daily-Omni",
-    source="arXiv 2505.17862",
     tag=ModalityTag.VA,
-    tag_rule=(
-        "VA: video and its sound. It has no subtitles; under a tag with S the caption of the sound that its authors' "
-        "pipeline wrote stands in, which the questions were made from: no measure of subtitles."
-    ),
     media="unpack Videos.tar, so that Videos/{video_id}/{video_id}_video.mp4 is there",
-    questions=1197,
 )
 
 _INTENT_KINDS = {
@@ -110,6 +109,8 @@ def _intent_bench(record: Record) -> Question:
     )
 
 
+# HumanOmniV2, arXiv 2506.21277. VA: video and its sound (a clip without sound as it is); V for a picture, A for a
+# sound alone. Metric: accuracy; of questions with several right options the F1 of their letters.
 INTENT_BENCH = Benchmark(
     name="intentbench",
     title="IntentBench",
@@ -119,11 +120,8 @@ INTENT_BENCH = Benchmark(
     tables=("qa.json",),
     splits=("test",),
     hub="PhilipC/IntentBench",
-    source="HumanOmniV2, arXiv 2506.21277",
     tag=ModalityTag.VA,
-    tag_rule="VA: video and its sound (a clip without sound as it is); V for a picture, A for a sound alone.",
     media="unpack videos.zip, so that videos/{video} is there",
-    metric="accuracy; of questions with several right options the F1 of their letters",
 )
 
 
@@ -157,6 +155,7 @@ def _embedded(record: Record, name: str, still: bool = False) -> Medium:
     return Medium(below(path, name, f"mm_data/{name}"), still=still)
 
 
+# arXiv 2409.15272. VA: a picture, shown as a clip of two seconds for the models here read no pictures, and a sound.
 OMNI_BENCH = Benchmark(
     name="omnibench",
     title="OmniBench",
@@ -166,12 +165,8 @@ OMNI_BENCH = Benchmark(
     tables=("data/{split}-*.parquet", "{split}-*.parquet", "*.parquet", "dataset/*.jsonl", "*.jsonl"),
     splits=("train",),
     hub="m-a-p/OmniBench",
-    source="arXiv 2409.15272",
     tag=ModalityTag.VA,
-    tag_rule="VA: a picture, shown as a clip of two seconds for the models here read no pictures, and a sound.",
     media="pictures and sounds are inside the Parquet files; write_media=True writes them out",
-    lmms_task="omni_bench",
-    questions=1142,
 )
 
 
@@ -192,6 +187,7 @@ def _world_sense(record: Record) -> Question:
     )
 
 
+# arXiv 2502.04326. VA: video and its sound. tags=['VAS'] adds the subtitles that it publishes.
 WORLD_SENSE = Benchmark(
     name="worldsense",
     title="WorldSense",
@@ -201,11 +197,8 @@ WORLD_SENSE = Benchmark(
     tables=("data/{split}-*.parquet", "{split}-*.parquet", "{split}.parquet", "{split}.jsonl", "{split}.json"),
     splits=("test",),
     hub="lmms-lab/worldsense",
-    source="arXiv 2502.04326",
     tag=ModalityTag.VA,
-    tag_rule="VA: video and its sound. tags=['VAS'] adds the subtitles that it publishes.",
     media="unpack the archives of videos, audios and subtitles beside the table",
-    lmms_task="worldsense",
 )
 
 
@@ -244,6 +237,9 @@ def _check_marks(question: str, options: list[str], shown: int, heard: int) -> N
             raise FieldError(name, f"has {there} paths, but the question speaks of [{kind}{number}]")
 
 
+# arXiv 2412.02611. VA: pictures (each shown as a clip of two seconds) or a clip, then the sounds. They stand before
+# the question in the order of its marks [img1], [audio1], …, and not at the marks; a clip's own track is not used.
+# License: apache-2.0.
 AV_ODYSSEY = Benchmark(
     name="av-odyssey",
     title="AV-Odyssey Bench",
@@ -253,16 +249,8 @@ AV_ODYSSEY = Benchmark(
     tables=("av_odyssey.parquet", "{split}-*.parquet", "{split}.parquet", "{split}.jsonl", "{split}.json"),
     splits=("test",),
     hub="AV-Odyssey/AV_Odyssey_Bench_LMMs_Eval",
-    source="arXiv 2412.02611",
-    license="apache-2.0",
     tag=ModalityTag.VA,
-    tag_rule=(
-        "VA: pictures (each shown as a clip of two seconds) or a clip, then the sounds. They stand before the question in "
-        "the order of its marks [img1], [audio1], …, and not at the marks; a clip's own track is not used."
-    ),
     media="unpack the archives beside the table; write_media=True makes clips of the pictures",
-    lmms_task="av_odyssey",
-    questions=4555,
 )
 
 
@@ -292,7 +280,10 @@ def _count(record: Record, clip: Medium) -> Question:
     )
 
 
-def _av_counting_benchmark(name: str, title: str, read, media: str, task: str) -> Benchmark:
+def _av_counting_benchmark(name: str, title: str, read, media: str) -> Benchmark:
+    # arXiv 2506.05328; access is granted on request. VA: video and its sound for every question; field 'type' says
+    # where query and clue are. Metric: share of exact counts (ACC), of counts off by at most one (OBOA), MAE and RMSE;
+    # accuracy_reward gives part of a point to a count that is near, and is not ACC.
     return Benchmark(
         name=name,
         title=title,
@@ -302,15 +293,8 @@ def _av_counting_benchmark(name: str, title: str, read, media: str, task: str) -
         tables=("{split}-*.parquet", "{split}.parquet", "data/{split}-*.parquet", "{split}.jsonl", "{split}.json"),
         splits=("test",),
         hub="CG-Bench/CG-AV-Counting",
-        source="arXiv 2506.05328; access is granted on request",
         tag=ModalityTag.VA,
-        tag_rule="VA: video and its sound for every question; field 'type' says where query and clue are.",
         media=media,
-        metric=(
-            "share of exact counts (ACC), of counts off by at most one (OBOA), MAE and RMSE; accuracy_reward gives part of "
-            "a point to a count that is near, and is not ACC"
-        ),
-        lmms_task=task,
     )
 
 
@@ -319,14 +303,12 @@ AV_COUNTING = _av_counting_benchmark(
     "CG-AV-Counting, whole videos",
     _av_counting,
     "join and unpack videos.zip.part*, so that cg_videos_720p/{video} is there",
-    "cgav_counting_long",
 )
 AV_COUNTING_CLIPS = _av_counting_benchmark(
     "av-counting-clips",
     "CG-AV-Counting, reference clips",
     _av_counting_clip,
     "join and unpack ref_videos.zip.part*, so that ref_videos/{video}_{start}_{end}.mp4 is there",
-    "cgav_counting_ref",
 )
 
 OMNI_BENCHMARKS = (

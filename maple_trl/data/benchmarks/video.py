@@ -73,6 +73,7 @@ def _mvbench(record: Record) -> Question:
     )
 
 
+# arXiv 2311.17005. V: the video alone; many clips have no sound.
 MVBENCH = Benchmark(
     name="mvbench",
     title="MVBench",
@@ -82,12 +83,8 @@ MVBENCH = Benchmark(
     tables=("json/*.json", "*.json"),
     splits=("test",),
     hub="OpenGVLab/MVBench",
-    source="arXiv 2311.17005",
     tag=ModalityTag.V,
-    tag_rule="V: the video alone; many clips have no sound.",
     media="unpack the archives of the revision 'video' (clips cut to the question's span) into video/",
-    lmms_task="mvbench",
-    questions=4000,
 )
 
 
@@ -105,6 +102,7 @@ def _video_mme(record: Record) -> Question:
     )
 
 
+# arXiv 2405.21075. V, its setting without subtitles. tags=['VS'] is the one with them, tags=['VA'] adds the sound.
 VIDEO_MME = Benchmark(
     name="videomme",
     title="Video-MME",
@@ -114,12 +112,8 @@ VIDEO_MME = Benchmark(
     tables=("videomme/{split}-*.parquet", *_TABLES),
     splits=("test",),
     hub="lmms-eval/Video-MME",
-    source="arXiv 2405.21075",
     tag=ModalityTag.V,
-    tag_rule="V, its setting without subtitles. tags=['VS'] is the one with them, tags=['VA'] adds the sound.",
     media="unpack the archives of videos into data/ and of subtitles into subtitle/",
-    lmms_task="videomme",
-    questions=2700,
 )
 
 
@@ -156,6 +150,7 @@ def _category(record: Record, name: str) -> str | None:
     return None if value is None else str(value)
 
 
+# arXiv 2406.08035. V: the video alone. License: cc-by-nc-sa-4.0.
 LVBENCH = Benchmark(
     name="lvbench",
     title="LVBench",
@@ -165,13 +160,8 @@ LVBENCH = Benchmark(
     tables=_TABLES,
     splits=("train",),
     hub="lmms-eval/LVBench",
-    source="arXiv 2406.08035",
-    license="cc-by-nc-sa-4.0",
     tag=ModalityTag.V,
-    tag_rule="V: the video alone.",
     media="unpack the archives of videos beside the table",
-    lmms_task="lvbench",
-    questions=1549,
 )
 
 
@@ -187,6 +177,8 @@ def _video_holmes(record: Record) -> Question:
     )
 
 
+# arXiv 2505.21374. V, as lmms-eval asks it. The films have sound: tags=['VA'] adds it. License: apache-2.0, for
+# academic use only; the films are their owners'.
 VIDEO_HOLMES = Benchmark(
     name="video-holmes",
     title="Video-Holmes",
@@ -196,13 +188,8 @@ VIDEO_HOLMES = Benchmark(
     tables=("{split}_Video-Holmes.json", *_TABLES),
     splits=("test", "train"),
     hub="TencentARC/Video-Holmes",
-    source="arXiv 2505.21374",
-    license="apache-2.0, for academic use only; the films are their owners'",
     tag=ModalityTag.V,
-    tag_rule="V, as lmms-eval asks it. The films have sound: tags=['VA'] adds it.",
     media="unpack videos.zip, so that videos_cropped/{video ID}.mp4 is there",
-    lmms_task="video_holmes",
-    questions=1837,
 )
 
 
@@ -223,6 +210,8 @@ def _mmvu(record: Record) -> Question:
     )
 
 
+# arXiv 2501.12380. V: the video alone. Metric: accuracy; open-ended questions (answer_kind 'text') are judged by a
+# model, equality of texts is only a floor.
 MMVU = Benchmark(
     name="mmvu",
     title="MMVU",
@@ -232,13 +221,8 @@ MMVU = Benchmark(
     tables=_TABLES,
     splits=("validation",),
     hub="lmms-eval/MMVU",
-    source="arXiv 2501.12380",
     tag=ModalityTag.V,
-    tag_rule="V: the video alone.",
     media="unpack the archives of videos beside the table",
-    metric="accuracy; open-ended questions (answer_kind 'text') are judged by a model, equality of texts is only a floor",
-    lmms_task="mmvu_val",
-    questions=1000,
 )
 
 
@@ -257,6 +241,7 @@ def _tomato(record: Record) -> Question:
     )
 
 
+# arXiv 2410.23266; 16 frames. V: the video alone.
 TOMATO = Benchmark(
     name="tomato",
     title="TOMATO",
@@ -266,12 +251,8 @@ TOMATO = Benchmark(
     tables=_TABLES,
     splits=("test",),
     hub="lmms-eval/TOMATO",
-    source="arXiv 2410.23266; 16 frames",
     tag=ModalityTag.V,
-    tag_rule="V: the video alone.",
     media="unpack the archives of videos beside the table",
-    lmms_task="tomato",
-    questions=1484,
 )
 
 VIDEO_BENCHMARKS = (MVBENCH, VIDEO_MME, LVBENCH, VIDEO_HOLMES, MMVU, TOMATO)

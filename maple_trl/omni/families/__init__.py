@@ -3,6 +3,7 @@
 from maple_trl.omni.families import qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
 from maple_trl.omni.families.base import (
     OmniFamily,
+    PromptEncoder,
     family_class,
     family_for,
     is_omni,
@@ -14,6 +15,7 @@ from maple_trl.omni.families.base import (
 
 __all__ = [
     "OmniFamily",
+    "PromptEncoder",
     "family_class",
     "family_for",
     "is_omni",

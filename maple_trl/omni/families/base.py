@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,47 @@ def family_for(model: nn.Module, processor) -> OmniFamily:
     return _FAMILIES[model_type](model, processor)
 
 
-class OmniFamily:
+class PromptEncoder(Protocol):
+    """
+    What a [`~maple_trl.omni.prompt.PromptBuilder`] needs of the reader of its prompts: a model's family, or a server.
+
+    Attributes:
+        placeholders: the token that stands for one feature, per kind of media that is read (`video`, `audio`).
+        media_tokens: texts that would be read as media.
+        interleaves_audio: whether audio tokens can be interleaved with the video's.
+        frame_multiple: sides of a frame, in pixels, are multiples of this.
+        sampling_rate: of sound.
+        max_audio_seconds: the longest audio that is read whole, where there is such a limit.
+    """
+
+    placeholders: ClassVar[dict[str, str]]
+    media_tokens: ClassVar[tuple[str, ...]]
+    interleaves_audio: ClassVar[bool] = False
+    frame_multiple: int
+    sampling_rate: int
+    max_audio_seconds: float | None = None
+
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        """Messages with bare markers for media in the form that `encode` takes."""
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text, none where they cannot be known."""
+
+    def encode(
+        self, key: str, text: Any, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool = False
+    ) -> Any:
+        """One rendered prompt with its decoded media."""
+
+    def check_pixels(self, max_pixels: int) -> None:
+        """ValueError where no frame is as small as that."""
+        if "video" in self.placeholders and max_pixels < self.frame_multiple**2:
+            raise ValueError(
+                f"max_pixels={max_pixels} is less than the smallest frame of this model, {self.frame_multiple}x"
+                f"{self.frame_multiple} pixels: raise it to {self.frame_multiple**2} or more"
+            )
+
+
+class OmniFamily(PromptEncoder):
     """
     Encodes prompts and media of one model family.
 
@@ -76,14 +116,12 @@ class OmniFamily:
         placeholders: the token that stands for one feature, per kind of media (`video`, `audio`).
         media_tokens: every special token that must not be sampled in a completion.
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
-        interleaves_audio: whether audio tokens can be interleaved with the video's.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     placeholders: ClassVar[dict[str, str]] = {}
     media_tokens: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[dict[str, str]] = {}
-    interleaves_audio: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, processor):
         self.config = model.config
@@ -118,14 +156,6 @@ class OmniFamily:
         video_processor = self.processor.video_processor
         return video_processor.patch_size * video_processor.merge_size
 
-    def check_pixels(self, max_pixels: int) -> None:
-        """ValueError where no frame is as small as that."""
-        if "video" in self.placeholders and max_pixels < self.frame_multiple**2:
-            raise ValueError(
-                f"max_pixels={max_pixels} is less than the smallest frame of this model, {self.frame_multiple}x"
-                f"{self.frame_multiple} pixels: raise it to {self.frame_multiple**2} or more"
-            )
-
     @property
     def frames_per_token(self) -> int:
         return self.processor.video_processor.temporal_patch_size
@@ -134,16 +164,19 @@ class OmniFamily:
     def sampling_rate(self) -> int:
         return self.processor.feature_extractor.sampling_rate
 
-    @property
-    def max_audio_seconds(self) -> float | None:
-        """The longest audio that the tower takes, where it has such a limit."""
-        return None
-
     def video_token_count(self, frames: int, height: int, width: int) -> int:
         """Tokens of a clip of `frames` frames of `height` x `width` pixels."""
         return -(-frames // self.frames_per_token) * (height // self.frame_multiple) * (width // self.frame_multiple)
 
     # Encoding one prompt
+
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Messages by the model's chat template."""
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones around it."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode(
         self, key: str, text: str, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool = False

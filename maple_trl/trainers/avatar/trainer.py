@@ -46,7 +46,7 @@ from maple_trl.trainers.common.hinted_rows import (
     with_hint,
 )
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
-from maple_trl.trainers.common.stratified_sampler import StratifiedSampler
+from maple_trl.trainers.common.samplers import StratifiedSampler
 from maple_trl.trainers.common.tag_metrics import tag_number, totals_by_tag
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
 

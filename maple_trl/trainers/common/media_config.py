@@ -7,10 +7,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from maple_trl.omni.media.loader import MediaLimits
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
+
+
+if TYPE_CHECKING:
+    from maple_trl.omni.families import PromptEncoder
+    from maple_trl.omni.prompt import PromptBuilder
 
 
 _FIELD_OF_LIMIT = {
@@ -258,6 +263,44 @@ class MediaConfig:
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+
+    def media_loader(self, root: str | None = None) -> MediaLoader:
+        """
+        What reads the rows' files.
+
+        Args:
+            root (`str`, *optional*): another folder than `media_root`.
+
+        Raises:
+            FileNotFoundError: when there is no such folder.
+            RuntimeError: when the decoder that is asked for does not work here.
+        """
+        return MediaLoader(
+            self.media_root if root is None else root,
+            self.media_limits(),
+            cache_bytes=self.media_cache_bytes,
+            allow_network=self.media_allow_network,
+            backend=self.media_backend,
+            workers=self.media_workers,
+            worker_bytes=self.media_worker_bytes,
+        )
+
+    def prompt_builder(
+        self, family: PromptEncoder, loader: MediaLoader, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> PromptBuilder:
+        """What makes prompts of rows, for a model's family."""
+        from maple_trl.omni.prompt import PromptBuilder
+
+        return PromptBuilder(
+            family,
+            loader,
+            modality_access=self.modality_access,
+            audio_in_video=self.audio_in_video,
+            subtitle_template=self.subtitle_template,
+            max_prompt_length=self.max_prompt_length,
+            max_media_tokens=self.max_media_tokens,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     def media_limits(self) -> MediaLimits:
         """

@@ -21,15 +21,12 @@ from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
-from maple_trl.omni.media.loader import MediaLoader
-from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
 from maple_trl.trainers.common.checkpoint import ResumeError, check_geometry, last_complete_checkpoint, load_rows
 from maple_trl.trainers.common.media_config import MediaConfig
-from maple_trl.trainers.common.quarantine import Ranks, write_quarantine
-from maple_trl.trainers.common.quarantine_callback import QuarantineCallback
+from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, write_quarantine
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.common.rows import RowEncoder
 from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError
@@ -61,25 +58,8 @@ class MediaTrainer:
             # Transformers has DDP look for unused parameters where the model has adapters, which fails with reentrant
             # checkpointing; all towers run instead.
             args.ddp_find_unused_parameters = False
-        self.loader = MediaLoader(
-            args.media_root,
-            args.media_limits(),
-            cache_bytes=args.media_cache_bytes,
-            allow_network=args.media_allow_network,
-            backend=args.media_backend,
-            workers=args.media_workers,
-            worker_bytes=args.media_worker_bytes,
-        )
-        self.prompt_builder = PromptBuilder(
-            self.family,
-            self.loader,
-            modality_access=args.modality_access,
-            audio_in_video=args.audio_in_video,
-            subtitle_template=args.subtitle_template,
-            max_prompt_length=args.max_prompt_length,
-            max_media_tokens=args.max_media_tokens,
-            chat_template_kwargs=args.chat_template_kwargs,
-        )
+        self.loader = args.media_loader()
+        self.prompt_builder = args.prompt_builder(self.family, self.loader, args.chat_template_kwargs)
         ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
         shows = args.local_process_index == 0 and not args.disable_tqdm
         self.rows = RowEncoder(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from maple_trl.files import write_atomically
 from maple_trl.modalities import Modality
@@ -22,6 +23,7 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
 from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
 
 logger = logging.getLogger(__name__)
@@ -313,3 +315,41 @@ class RowRegistry:
 def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:
     """Writes the list as JSON, replacing the file in one step."""
     write_atomically(path, json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+
+
+class QuarantineCallback(TrainerCallback):
+    """
+    Ends a run in order when more rows than `max_quarantined_share` are in quarantine.
+
+    The step that is under way is finished with the rows that stand in, a checkpoint is written, and then `train()` raises
+    [`TooManyQuarantinedError`] on every rank: all know the same rows, as encoding them is a collective call.
+
+    Args:
+        too_many: what is wrong when there are more, `None` until then.
+    """
+
+    def __init__(self, too_many: Callable[[], str | None]):
+        self.too_many = too_many
+        self._problem: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._problem = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._stop_if_too_many(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._stop_if_too_many(control)
+
+    def _stop_if_too_many(self, control: TrainerControl) -> None:
+        self._problem = self.too_many()
+        if self._problem is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        if self._problem is not None:
+            raise TooManyQuarantinedError(
+                f"{self._problem}. Stopped after step {state.global_step}; the checkpoint of that step is in "
+                f"{args.output_dir}. Mend the files and begin anew, or go on with resume_from_checkpoint=True and a larger "
+                "max_quarantined_share."
+            )

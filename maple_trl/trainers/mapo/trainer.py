@@ -53,8 +53,8 @@ from maple_trl.trainers.common.checkpoint import (
     split_rows,
     take_rows,
 )
-from maple_trl.trainers.common.rollout_clock import RolloutClock
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
+from maple_trl.trainers.common.samplers import StratifiedSampler
 from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, TagSums, tag_number
 from maple_trl.trainers.common.updates import even_parts, micro_batches, share_out
 from maple_trl.trainers.mapo.config import MAPOConfig
@@ -187,9 +187,7 @@ class MAPOTrainer(OmniGRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         if self.schedule is None:
             self._make_schedule()
-        return RolloutClock(
-            self.schedule.batches_per_epoch, self.args.generation_batch_size, self._updates_per_rollout
-        )
+        return StratifiedSampler(self.schedule, self.num_generations, self._updates_per_rollout, ahead=False)
 
     def _make_schedule(self) -> None:
         args = self.args

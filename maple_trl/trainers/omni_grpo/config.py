@@ -10,11 +10,10 @@ from trl import GRPOConfig
 
 from maple_trl.omni.generation import check_generation_options, check_values
 from maple_trl.trainers.common.media_config import MediaConfig
-from maple_trl.trainers.common.rollout_log_config import RolloutLogConfig
 
 
 @dataclass
-class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
+class OmniGRPOConfig(MediaConfig, GRPOConfig):
     r"""
     Configuration class for [`OmniGRPOTrainer`].
 
@@ -33,9 +32,21 @@ class OmniGRPOConfig(MediaConfig, RolloutLogConfig, GRPOConfig):
             "it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
         },
     )
+    rollout_log_size: Annotated[int, "place"] = field(
+        default=20_000,
+        metadata={
+            "help": "Completions kept in OUTPUT_DIR/rollouts, with prompt, rewards, advantage, tag and the media that "
+            "were fed, for the viewer of `maple-trl report`. When there are more, every second rollout is removed and "
+            "left out from then on, then every other of these, so that the whole run stays visible. 0 keeps none. "
+            "`log_completions` is TRL's own switch: it prints samples, and writes the last rollout before each log "
+            "entry, without the row."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.rollout_log_size < 0:
+            raise ValueError(f"rollout_log_size must be 0 or more, got {self.rollout_log_size}")
         self._check_loss_type()
         # These too.
         self._check_choice("importance_sampling_level", ("token", "sequence"))

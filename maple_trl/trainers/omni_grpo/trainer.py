@@ -55,10 +55,10 @@ from maple_trl.trainers.common.checkpoint import (
     save_rows,
     split_rows,
 )
-from maple_trl.trainers.common.lookahead import LookaheadSampler
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
 from maple_trl.trainers.common.run_summary import Note, make_note
+from maple_trl.trainers.common.samplers import LookaheadSampler
 from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.common.trl_compat import trl_expectations
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig

@@ -158,7 +158,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         token = next((token for token in self.family.media_tokens if token in text), None)
         if token:
             raise RowError(f"field 'completion' holds the text {token!r}, which the model reads as media; remove it")
-        return self.family.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.family.tokens(text)
 
     def _rendered(self, messages: Sequence[dict[str, Any]], completion: list[dict[str, Any]]) -> str:
         """What a completion adds to its prompt; media do not matter for that."""
