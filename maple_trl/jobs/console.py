@@ -21,9 +21,9 @@ from maple_trl.records.metrics_log import headline
 
 _TAGS = [str(tag) for tag in ModalityTag]
 _REPEAT = 25  # rows between two headings
-_WIDTHS = {"reward": 7, "loss": 7, "acc %": 5, "length": 6, "s/step": 6, "left": 9}
+_WIDTHS = {"reward": 7, "loss": 7, "acc %": 5, "tok %": 5, "length": 6, "s/step": 6, "left": 9}
 # The last ones go first where a line is too narrow; by tag before all.
-_IMPORTANCE = ("step", "reward", "loss", "acc %", "left", "length", "s/step")
+_IMPORTANCE = ("step", "reward", "loss", "acc %", "tok %", "left", "length", "s/step")
 
 
 def show_progress(trainer: Trainer) -> None:
@@ -97,7 +97,7 @@ class LogRows(TrainerCallback):
             found = headline(logs, name)
             if found is not None and not (name == "loss" and "reward" in cells):
                 cells[name] = value.format(found)
-        accuracies = {"acc %": headline(logs, "accuracy")}
+        accuracies = {"acc %": headline(logs, "accuracy"), "tok %": headline(logs, "token accuracy")}
         accuracies |= {tag: headline(logs, tag) for tag in _TAGS}
         cells |= {name: f"{100 * value:.0f}" for name, value in accuracies.items() if value is not None}
         if len(cells) > 1 and not evaluation:

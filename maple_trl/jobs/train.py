@@ -382,8 +382,10 @@ def _options(*parts: Any) -> dict[str, Any]:
     """Every option of a job by its name, without keys."""
     script_args, training_args, model_args = parts
     options = vars(script_args) | vars(model_args) | training_args.to_dict()
-    # Their names end as those of keys do, and are hidden with them.
-    options |= {name: getattr(training_args, name) for name in ("eos_token", "pad_token") if name in options}
+    # Whose names end as those of keys do is hidden with them, also where it is not set.
+    shown = [name for name in ("eos_token", "pad_token") if name in options]
+    shown += [name for name in options if name.endswith("_token") and getattr(training_args, name, None) is None]
+    options |= {name: getattr(training_args, name, None) for name in shown}
     return {name: _without_keys(value) for name, value in options.items()}
 
 

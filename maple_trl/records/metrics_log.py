@@ -28,7 +28,8 @@ def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathL
 _HEADLINES = {
     "reward": ("reward",),
     "loss": ("loss",),
-    "accuracy": ("tag/all/accuracy", "rewards/accuracy_reward/mean", "mean_token_accuracy"),
+    "accuracy": ("tag/all/accuracy", "rewards/accuracy_reward/mean"),
+    "token accuracy": ("mean_token_accuracy",),
     "length": ("completions/mean_length",),
     **{str(tag): (f"tag/{tag}/accuracy", f"tag/{tag}/rewards/accuracy_reward") for tag in ModalityTag},
 }
@@ -36,8 +37,8 @@ _HEADLINES = {
 
 def headline(entry: Mapping[str, Any], name: str) -> float | None:
     """
-    `"reward"`, `"loss"`, `"accuracy"`, `"length"` or the accuracy of a tag, by its name, in an entry of a log; `None` where
-    it has no finite one.
+    `"reward"`, `"loss"`, `"accuracy"`, `"token accuracy"`, `"length"` or the accuracy of a tag, by its name, in an entry of
+    a log; `None` where it has no finite one.
     """
     values = (entry.get(key) for key in _HEADLINES[name])
     return next((value for value in values if isinstance(value, int | float) and math.isfinite(value)), None)
@@ -49,7 +50,7 @@ def first_and_last(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[
     tenth of its entries that have it.
     """
     found = {}
-    for name in ("reward", "loss", "accuracy", *map(str, ModalityTag)):
+    for name in ("reward", "loss", "accuracy", "token accuracy", *map(str, ModalityTag)):
         values = [value for entry in log_history if (value := headline(entry, name)) is not None]
         tenth = max(len(values) // 10, 1)
         if len(values) > 1 and not (name == "loss" and "reward" in found):
