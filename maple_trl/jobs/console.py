@@ -156,7 +156,11 @@ def _clock(seconds: float) -> str:
 def _amount(args: TrainingArguments, state: TrainerState, batches: int) -> str:
     epochs = state.max_steps * args.gradient_accumulation_steps / batches if batches else args.num_train_epochs
     start = f", going on after step {state.global_step}" if state.global_step else ""
-    return f"Training: {state.max_steps} steps, {epochs:.3g} epochs{start}"
+    return f"Training: {_counted(state.max_steps, 'step')}, {_counted(float(f'{epochs:.3g}'), 'epoch')}{start}"
+
+
+def _counted(number: float, noun: str) -> str:
+    return f"{number:.12g} {noun}{'s' * (number != 1)}"
 
 
 # What a run will do
@@ -173,7 +177,7 @@ def describe_run(trainer: Trainer, model_name: str) -> None:
         "trained": f"{_amount_of(trained)} of {_amount_of(every)} parameters ({100 * trained / every:.3g} %): {', '.join(shares)}",
         "rows": _described_rows(trainer),
         "a step": _described_step(args),
-        "steps": str(args.max_steps) if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "steps": str(args.max_steps) if args.max_steps > 0 else _counted(args.num_train_epochs, "epoch"),
         "results": args.output_dir,
     }
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -221,4 +225,4 @@ def _described_rows(trainer: Trainer) -> str:
 def _described_step(args: TrainingArguments) -> str:
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     copies = getattr(args, "num_generations", None)
-    return f"{size} rows" if copies is None else f"{size / copies:g} prompts x {copies} completions"
+    return _counted(size, "row") if copies is None else f"{_counted(size / copies, 'prompt')} x {copies} completions"
