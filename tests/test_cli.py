@@ -78,6 +78,22 @@ def test_help_and_mistakes_import_nothing_heavy(line):
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stderr
     assert told in shown.stdout + shown.stderr
+    assert "loading torch" not in shown.stderr
+
+
+@pytest.mark.parametrize("rank, told", [("0", ["maple-trl: loading torch and TRL …"]), ("1", [])])
+@pytest.mark.parametrize("line", [f"train --config {RECIPE} --use_cpu true", "eval --model m --data d --output o"])
+def test_a_word_before_torch_loads(line, rank, told, tmp_path):
+    """Of the first process, and at once: this torch ends the process where it begins to load."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch begins')\n")
+    script = (
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom maple_trl.cli import main\nmain({line.split()!r})"
+    )
+    environment = os.environ | {"RANK": rank}
+    shown = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment
+    )
+    assert shown.stderr.splitlines() == [*told, "torch begins"] and not shown.stdout
 
 
 def test_train_help_lists_the_options_of_a_job(capsys):
@@ -489,7 +505,9 @@ def test_train_writes_its_results(short_run):
     assert all(0 <= e["rewards/accuracy_reward/mean"] <= 1 for e in metrics if "reward" in e)
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "Sampled accuracy" in shown.stdout and "VAS" in shown.stdout
-    assert "2/2" in shown.stderr  # the progress bar
+    assert re.search(r"^ *2/2 ", shown.stdout, re.MULTILINE)  # the row of the last step
+    noise = ("deprecated", "Loading weights", "Writing model shards", "Checking rows", "\r")  # it is no terminal
+    assert not [word for word in noise if word in shown.stderr]
 
 
 def test_train_leaves_a_model_that_loads_and_has_moved(short_run):

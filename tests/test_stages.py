@@ -447,6 +447,8 @@ def test_two_processes_run_the_stages_in_step(job):
     launched = start(job, *common, "--per_device_train_batch_size", "2", processes=2)
     told = finish(*launched)
     assert told.count("Stage 1 of 2") == told.count("Stages") == 1
+    assert told.count("Training: 3 steps") == told.count("\nresults  ") == 2  # once for each stage, by one process
+    assert (job / "out/first/args.json").is_file() and (job / "out/second/args.json").is_file()
     assert [entry["done"] for entry in state(job)] == [True, True]
     quarantine = json.loads((job / "out/first/quarantine.json").read_text())
     assert {row["path"] for row in quarantine} == {broken}

@@ -14,6 +14,7 @@ from typing import Any
 from maple_trl.cli.data import add_data_commands, run_data
 from maple_trl.cli.eval import add_eval_command, run_eval
 from maple_trl.cli.failures import fail, refuse
+from maple_trl.cli.loading import tell_when_loading
 from maple_trl.cli.report import add_report_command, run_report
 
 
@@ -91,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Libraries tell the Hub about runs unless the environment says otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():  # a log, in which bars are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(argv)
@@ -99,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown argument {rest[0]}")
         parser.print_help()
         return 0
+    if arguments.command in ("train", "eval") and not getattr(arguments, "json", False):
+        tell_when_loading()
     if arguments.command == "train":
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
     if rest:

@@ -31,7 +31,8 @@ JUDGES = ("caption_judge", "stepwise_reasoning_judge")
 _COMMON = ("reward", "name", "tags", "rows", "contrastive")
 # What `name` and the rest of an entry say about parameters of a judge's class.
 _NOT_OF_A_FILE = {"self", "scorer", "name", "loader", "kwargs"}
-_KEY_NAMES = ("api_key", "key", "token", "secret", "password", "authorization")
+# Names under which people write keys; their values are shown and kept nowhere.
+KEY_NAMES = ("api_key", "key", "token", "secret", "password", "authorization")
 # Parameters that say how fast an answer comes, and not what it is. Those of a server say so themselves.
 _SPEED = {"local": {"device", "batch_size"}, "contrastive": {"device", "batch_size", "cache_size"}}
 _WATCHING = {"max_failure_rate", "min_requests"}
@@ -304,7 +305,7 @@ class _Entry:
         for name in values:
             if name in known:
                 continue
-            if str(name).lower() in _KEY_NAMES:  # its value is not shown
+            if str(name).lower() in KEY_NAMES:  # its value is not shown
                 raise SetupError(
                     f"{where}: {name!r} is no field: a key stands in no job's file. Name the environment variable that holds "
                     "it with api_key_env, or a file with api_key_file"

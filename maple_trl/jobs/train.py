@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,9 @@ from maple_trl.jobs.checks import LORA_OPTIONS, adapter_base, check_files, check
 from maple_trl.jobs.data import evaluates, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
-from maple_trl.jobs.rewards import close_rewards, load_rewards
+from maple_trl.jobs.rewards import KEY_NAMES, close_rewards, load_rewards
 from maple_trl.modalities import SCOPES
-from maple_trl.records.metrics_log import write_metrics
+from maple_trl.records.metrics_log import first_and_last, write_metrics
 from maple_trl.records.run_folder import holds_evaluation, is_inside, named, remove_results, run_results
 from maple_trl.records.summary import print_summary
 
@@ -173,6 +174,7 @@ def build_trainer(
         SetupError: when a part that the arguments name is not there.
     """
     from maple_trl.integrations.tracking import TRACKERS, TrackingCallback
+    from maple_trl.jobs.console import show_progress
 
     _check_writable(training_args.output_dir)
     check_files(script_args)
@@ -200,6 +202,7 @@ def build_trainer(
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
         raise SetupError(str(error)) from error
+    show_progress(trainer)
     if set(TRACKERS) & set(training_args.report_to or []):
         trainer.add_callback(TrackingCallback(trainer))
     if script_args.evaluate_before_after and trainer.family is None:
@@ -292,8 +295,8 @@ def run(
     """
     Runs a job: builds everything, evaluates, trains, evaluates again, and writes the results.
 
-    Written into `output_dir`: the model with its processor, `metrics.jsonl`, `training.png` (where matplotlib is
-    installed) and `summary.json`. Only the first process prints and writes these.
+    Written into `output_dir`: the options (`args.json`), the model with its processor, `metrics.jsonl`, `training.png`
+    (where matplotlib is installed) and `summary.json`. Only the first process prints and writes these.
 
     Args:
         last (`bool`, *optional*, defaults to `True`):
@@ -302,13 +305,15 @@ def run(
     Returns:
         `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
         `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job), `train_seconds`,
-        `steps`, `model`, `dataset`, `left_out` (what was left out, failed or never fired; see
+        `steps`, `model`, `dataset`, `learned` (reward and accuracy over the first and the last tenth of the log),
+        `left_out` (what was left out, failed or never fired; see
         [`~maple_trl.trainers.common.media_trainer.MediaTrainer.left_out`]).
 
     Raises:
         SetupError: when the arguments name something that is not there; nothing has been trained then.
         RunStoppedError: when the run was stopped, or made no step.
     """
+    from maple_trl.jobs.console import describe_run
     from maple_trl.trainers.common.checkpoint import ResumeError
     from maple_trl.trainers.common.resume_checks import check_parts
 
@@ -326,7 +331,12 @@ def run(
         trainer.check_quarantine()
     if replaces:
         _remove_results(trainer)
+    if trainer.is_world_process_zero():
+        options = json.dumps(as_json(_options(script_args, training_args, model_args)), indent=2, default=str)
+        write_atomically(Path(training_args.output_dir, "args.json"), options + "\n")
+        describe_run(trainer, model_args.model_name_or_path)
     before = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
+    metrics_path = _place(script_args.metrics_file, training_args, "metrics.jsonl")
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -335,7 +345,6 @@ def run(
     finally:  # a run that is interrupted leaves what it had logged
         close_rewards(getattr(trainer, "reward_funcs", []))
         if trainer.is_world_process_zero() and trainer.state.log_history:
-            metrics_path = _place(script_args.metrics_file, training_args, "metrics.jsonl")
             write_metrics(trainer.state.log_history, metrics_path)
     train_seconds = time.monotonic() - train_started
     after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
@@ -350,6 +359,7 @@ def run(
         "steps": trainer.state.global_step,
         "model": model_args.model_name_or_path,
         "dataset": script_args.dataset_name,
+        "learned": first_and_last(trainer.state.log_history),
         "left_out": trainer.left_out() + _unusable_questions(after),
     }
     if trainer.is_world_process_zero():
@@ -358,13 +368,46 @@ def run(
         summary_path = _place(script_args.summary_file, training_args, "summary.json")
         _draw(trainer.state.log_history, summary["before"], summary["after"], plot_path)
         write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
-        print_summary(summary, training_args.output_dir)
+        written = _written(training_args.output_dir, (metrics_path, summary_path, plot_path))
+        print_summary(summary | {"written": written}, training_args.output_dir)
     trainer.accelerator.wait_for_everyone()  # all of the results are there
     if trainer.family is not None:
         trainer.loader.close()
     if last:
         trainer.accelerator.end_training()
     return summary
+
+
+def _options(*parts: Any) -> dict[str, Any]:
+    """Every option of a job by its name, without keys."""
+    script_args, training_args, model_args = parts
+    options = vars(script_args) | vars(model_args) | training_args.to_dict()
+    # Whose names end as those of keys do is hidden with them, also where it is not set.
+    shown = [name for name in ("eos_token", "pad_token") if name in options]
+    shown += [name for name in options if name.endswith("_token") and getattr(training_args, name, None) is None]
+    options |= {name: getattr(training_args, name, None) for name in shown}
+    return {name: _without_keys(value) for name, value in options.items()}
+
+
+def _without_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        secret = {name for name in value if str(name).lower().endswith(KEY_NAMES) and isinstance(value[name], str)}
+        return {name: "<hidden>" if name in secret else _without_keys(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_keys(item) for item in value]
+    return re.sub(r"(?<=://)[^/@\s]+@", "<hidden>@", value) if isinstance(value, str) else value
+
+
+def _written(folder: str, files: Sequence[Path]) -> list[str]:
+    """What a run has left: names in its folder, paths of what lies elsewhere, and of its checkpoints the last one."""
+    names = run_results(folder)
+    checkpoints = [name for name in names if name.startswith("checkpoint-")]
+    if len(checkpoints) > 1:
+        names = [name for name in names if name not in checkpoints[:-1]]
+        names[names.index(checkpoints[-1])] += f" and {len(checkpoints) - 1} before it"
+    names += [name for name in ("args.json", "quarantine.json") if Path(folder, name).is_file()]
+    paths = [path.name if path.parent == Path(folder) else str(path) for path in files if path.exists()]
+    return [*dict.fromkeys([*names, *paths])]
 
 
 def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> None:

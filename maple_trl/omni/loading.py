@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from transformers.utils import cached_file
 from maple_trl.omni.checkpoints import reach, read_config
 from maple_trl.omni.generation import TOKENS
 
+
+# TRL 1.16 and PEFT use names of models that transformers 5.23 deprecates; who trains can do nothing about it.
+warnings.filterwarnings(
+    "ignore",
+    r"`(is_gradient_checkpointing|gradient_checkpointing_(enable|disable))` is deprecated",
+    FutureWarning,
+    r"transformers\.modeling_utils",
+)
 
 logger = logging.getLogger(__name__)
 

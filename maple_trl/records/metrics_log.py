@@ -24,6 +24,40 @@ def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathL
     write_atomically(path, "".join(json.dumps(as_json(entry)) + "\n" for entry in log_history))
 
 
+# What a log calls the numbers that sum a run up; the first one that is there counts.
+_HEADLINES = {
+    "reward": ("reward",),
+    "loss": ("loss",),
+    "accuracy": ("tag/all/accuracy", "rewards/accuracy_reward/mean"),
+    "token accuracy": ("mean_token_accuracy",),
+    "length": ("completions/mean_length",),
+    **{str(tag): (f"tag/{tag}/accuracy", f"tag/{tag}/rewards/accuracy_reward") for tag in ModalityTag},
+}
+
+
+def headline(entry: Mapping[str, Any], name: str) -> float | None:
+    """
+    `"reward"`, `"loss"`, `"accuracy"`, `"token accuracy"`, `"length"` or the accuracy of a tag, by its name, in an entry of
+    a log; `None` where it has no finite one.
+    """
+    values = (entry.get(key) for key in _HEADLINES[name])
+    return next((value for value in values if isinstance(value, int | float) and math.isfinite(value)), None)
+
+
+def first_and_last(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """
+    Reward (or loss, where there is none), accuracy and that of each tag in a log: the mean over the first and over the last
+    tenth of its entries that have it.
+    """
+    found = {}
+    for name in ("reward", "loss", "accuracy", "token accuracy", *map(str, ModalityTag)):
+        values = [value for entry in log_history if (value := headline(entry, name)) is not None]
+        tenth = max(len(values) // 10, 1)
+        if len(values) > 1 and not (name == "loss" and "reward" in found):
+            found[name] = (sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth)
+    return found
+
+
 def reward_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """
     The curves in a log: `"reward"` (the weighted sum) and one per reward function, as `(step, value)`.

@@ -15,7 +15,7 @@ def accuracy_rows(before: Mapping[str, float], after: Mapping[str, float]) -> li
 
 
 def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
-    """Prints accuracy per tag before and after, where the results are, and last what was left out."""
+    """Prints accuracy per tag before and after, what was learned and written, and last what was left out."""
     from rich.console import Console
     from rich.table import Table
 
@@ -30,8 +30,16 @@ def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
                 table.add_section()
             table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         console.print(table)
+    learned = summary.get("learned") or {}
+    if learned:
+        ends = ", ".join(f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in learned.items())
+        text = f"Learned, from the first to the last tenth of the log: {ends}"
+        console.print(text, highlight=False, soft_wrap=True)
     steps, seconds = summary["steps"], summary["seconds"]
     console.print(f"{steps} steps, {seconds:.0f} s in all; results in {output_dir}", highlight=False)
+    if "written" in summary:
+        written = f"Written: {', '.join(summary['written'])}"
+        console.print(written, highlight=False, markup=False, soft_wrap=True)
     if "left_out" in summary:
         console.print(left_out_line(summary["left_out"]), highlight=False, markup=False, soft_wrap=True)
 

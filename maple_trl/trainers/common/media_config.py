@@ -231,6 +231,10 @@ class MediaConfig:
 
     def __post_init__(self):
         _check_numbers(self)
+        if getattr(self, "activation_checkpointing", True) is None:  # the name that is not deprecated
+            self.activation_checkpointing = self.gradient_checkpointing
+        if getattr(self, "activation_checkpointing_kwargs", True) is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         try:
             super().__post_init__()
         except ValueError as error:

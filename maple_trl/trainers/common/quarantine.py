@@ -101,7 +101,7 @@ class RowRegistry:
         if not len(dataset):
             raise ValueError(f"{name} holds no row")
         specs = []
-        for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=not progress, leave=False)):
+        for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=None if progress else True, leave=False)):
             try:
                 specs.append(builder.spec(row))
             except RowError as error:
@@ -143,7 +143,9 @@ class RowRegistry:
         own = files[self.ranks.rank :: self.ranks.world]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(probe, own)
-            found = list(tqdm(found, total=len(own), desc="Probing media", disable=not progress, leave=False))
+            found = list(
+                tqdm(found, total=len(own), desc="Probing media", disable=None if progress else True, leave=False)
+            )
         found = self.ranks.gather(found)
         errors = {clip: error for clip, error, *_ in found if error is not None}
         with_pictures = {file for (file, _), _, has_video, _ in found if has_video}
