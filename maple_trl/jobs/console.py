@@ -13,9 +13,8 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import SCOPES, ModalityTag
 from maple_trl.omni.families import unwrap
-from maple_trl.omni.scopes import SCOPES
 from maple_trl.records.metrics_log import headline
 
 
