@@ -41,9 +41,9 @@ BOOKKEEPING = (
     "_refill",
     "_finish_rollout",
     "_fold_weights",
-    "_add_to_window",
-    "_end_window",
-    "_log_of_window",
+    "_add_to_optimizer_step",
+    "_end_optimizer_step",
+    "_log_of_optimizer_step",
 )
 SCHEDULE = ("next_batch", "peek", "draw")
 EVERYTHING = {

@@ -120,7 +120,7 @@ def watch_gradient(trainer: Any, from_step: int) -> GradientMoments:
     def probe() -> None:
         observe()
         if trainer.state.global_step >= from_step:
-            moments.observe(trainer._gradient_sample(), trainer._window_tag)
+            moments.observe(trainer._gradient_sample(), trainer._optimizer_step_tag)
 
     trainer._probe_gradient = probe
     return moments

@@ -431,7 +431,7 @@ def test_a_clip_that_is_deleted_during_the_run(data, tmp_path, tmp_path_factory,
     assert [entry["replay/discarded"] for entry in logs(trainer)] == [0, 0, 0] + [count] * 3
     (told,) = [r.getMessage() for r in caplog.records if "are not replayed" in r.getMessage()]
     assert told.startswith(f"{count} completions of prompt {key}") and not trainer.memory.buffer.stored(key)
-    assert [row.path for row in trainer.rows.quarantined] == [gone]
+    assert [row.path for row in trainer.row_encoder.quarantined] == [gone]
     assert not any(row["key"] == key for batch in trainer.trained[3:] for row in batch)
     # A row stands in for it, and its completions are replayed as its own.
     assert all(entry["replay/share"] == 0.5 for entry in logs(trainer)[3:])

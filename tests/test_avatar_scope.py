@@ -106,7 +106,7 @@ def test_a_clip_that_is_gone_is_named_and_its_completions_discarded(data, tmp_pa
 
     monkeypatch.setattr(trainer, "_row_and_prompt", sometimes)
     trainer.train()
-    assert gone and [prompt.key for prompt in trainer.rows.quarantined] == [prompt_key(gone[0])]
+    assert gone and [prompt.key for prompt in trainer.row_encoder.quarantined] == [prompt_key(gone[0])]
     assert not any(e.prompt == gone[0] for e in contents_of(trainer))
     assert logs(trainer)[-1]["replay/discarded"] > 0 and "are not replayed" in caplog.text
 

@@ -88,7 +88,7 @@ def test_the_check_before_training_loses_the_row_too(folder):
     with faults.struck(folder / "large.mp4", signal.SIGKILL) as count:
         trainer = build_trainer(folder, data, **PLAIN | {"media_check": "probe"})
         hits = count()
-    names = [entry[0] for entry in quarantined(trainer.args.output_dir)] if trainer.rows.quarantined else []
+    names = [entry[0] for entry in quarantined(trainer.args.output_dir)] if trainer.row_encoder.quarantined else []
     assert names == ["large.mp4"] * min(hits, 1)  # a header is read in a moment, in which no signal may come
 
 

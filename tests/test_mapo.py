@@ -121,7 +121,7 @@ class Watched(MAPOTrainer):
     def _probe_gradient(self):
         named = self.model.named_parameters()
         grads = [p.grad.flatten().double() for n, p in named if "lm_head" in n and p.grad is not None]
-        self.probed.append((self._window_tag, torch.cat(grads)))
+        self.probed.append((self._optimizer_step_tag, torch.cat(grads)))
         super()._probe_gradient()
 
     def generate_completions(self, rows, batch_size=None):

@@ -26,7 +26,7 @@ class Tokens(Watched):
         self.tokens = defaultdict(list)
         super().__init__(*args, **kwargs)
 
-    def _add_to_window(self, inputs):
+    def _add_to_optimizer_step(self, inputs):
         logps, entropies = (value.detach() for value in self._last_pass)
         tags = {prompt.key: tag for prompt, tag in zip(*self.tags_of_keys, strict=True)}
         old = inputs.get("old_per_token_logps")
@@ -37,7 +37,7 @@ class Tokens(Watched):
                     ratio = math.exp(float(logps[i, t] - then))
                     token = (tags[prompt.key], ratio, float(inputs["advantages"][i]), float(entropies[i, t]))
                     self.tokens[self.state.global_step].append(token)
-        super()._add_to_window(inputs)
+        super()._add_to_optimizer_step(inputs)
 
     def train(self):
         rows = self.train_dataset.to_list()

@@ -329,7 +329,7 @@ def test_a_broken_clip_is_named_and_its_row_replaced(check, rows, tmp_path):
     options = {"media_check": check, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     trainer = build(tmp_path / "media", videos, **options)
     trainer.train()
-    assert [(row.path, row.rows) for row in trainer.rows.quarantined] == [(broken, [i]) for i in hit]
+    assert [(row.path, row.rows) for row in trainer.row_encoder.quarantined] == [(broken, [i]) for i in hit]
     if check == "probe":  # left out before the first step
         assert len(trainer.train_dataset) == len(videos) - len(hit)
     else:  # met by a step: another row takes its place, with its own completion

@@ -110,7 +110,7 @@ def test_probe_reads_subtitles_and_tracks(folder):
     data[2]["subtitle"], data[2]["tag"] = "bad.srt", "VS"
     data[4]["tag"] = "A"  # needs the sound alone, which is there
     trainer = build_trainer(folder, Dataset.from_list(data))
-    reasons = {prompt.path: prompt.reason for prompt in trainer.rows.quarantined}
+    reasons = {prompt.path: prompt.reason for prompt in trainer.row_encoder.quarantined}
     assert reasons == {"sound.wav": "no-video-track", "bad.srt": "bad-subtitle"}
     assert trainer.train_dataset["video"] == ["good0.mp4", "good2.mp4", "sound.wav"]
 
@@ -132,7 +132,7 @@ def test_the_start_says_what_rows_are_fed(folder, capsys):
 def test_many_broken_files_do_not_flood_the_log(folder, caplog):
     data = rows("good0.mp4", "good1.mp4", *[f"missing{i}.mp4" for i in range(50)])
     trainer = build_trainer(folder, data)
-    assert len(trainer.rows.quarantined) == 50
+    assert len(trainer.row_encoder.quarantined) == 50
     assert sum("quarantined" in record.message for record in caplog.records) == 11
 
 
@@ -154,8 +154,10 @@ def test_a_resumed_run_keeps_its_rows_when_files_change(folder, tmp_path):
 
     def order(trainer):
         seen = []
-        original = trainer.rows.encode
-        trainer.rows.encode = lambda rows, **k: seen.append([row["video"] for row in rows[::4]]) or original(rows, **k)
+        original = trainer.row_encoder.encode
+        trainer.row_encoder.encode = lambda rows, **k: (
+            seen.append([row["video"] for row in rows[::4]]) or original(rows, **k)
+        )
         return seen
 
     data = rows(*[f"c{i}.mp4" for i in range(6)])
@@ -224,7 +226,7 @@ def test_files_outside_the_root_are_left_out(folder, tmp_path):
     os.symlink(tmp_path / "secret.mp4", folder / "link.mp4")
     data = rows("good0.mp4", "link.mp4", "../secret.mp4", "http://localhost/clip.mp4", "good1.mp4")
     trainer = build_trainer(folder, data)
-    reasons = {row.path: row.reason for row in trainer.rows.quarantined}
+    reasons = {row.path: row.reason for row in trainer.row_encoder.quarantined}
     assert (
         reasons["link.mp4"] == "outside-media-root" and reasons["http://localhost/clip.mp4"] == "network-not-allowed"
     )

@@ -84,7 +84,7 @@ def test_a_run_whose_files_break_in_its_steps_stops_with_a_checkpoint(folder):
     found = re.match(
         r"train_dataset: (\d+) of the (\d+) rows that batches asked for cannot be used", str(caught.value)
     )
-    assert int(found[2]) >= 10 and int(found[1]) == len(trainer.rows.quarantined)
+    assert int(found[2]) >= 10 and int(found[1]) == len(trainer.row_encoder.quarantined)
     assert f"Stopped after step {stopped}" in str(caught.value) and "first 0.srt, 1.srt, 4.srt" in str(caught.value)
     checkpoint = last_complete_checkpoint(str(folder / "run"))
     assert checkpoint == str(folder / "run" / f"checkpoint-{stopped}")
@@ -142,7 +142,7 @@ def test_losses_before_and_in_the_run_add_up(folder):
     """9 % left out by the probe and 9 % broken since are more than 10 %; either alone is not."""
     data = rows(folder, 100, set(range(9)))
     trainer = build_trainer(folder, data, output_dir=str(folder / "run"))
-    [registry] = trainer.rows.registries.values()
+    [registry] = trainer.row_encoder.registries.values()
     assert registry.too_many(0.1) is None
     keys = [trainer.prompt_builder.spec(row).key for row in data]
     registry.note_seen(keys[9:31])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maple_trl.algorithms import HintTrigger, StratifiedReplayBuffer, Vcrs
 from maple_trl.algorithms.replay_draws import DRAWS
-from maple_trl.trainers.avatar.replay_memory import Group, ReplayMemory, Written
+from maple_trl.trainers.avatar.replay_memory import Group, PassRecord, ReplayMemory
 
 
 NAMES = ["accuracy", "format"]
@@ -60,7 +60,7 @@ def visit(memory, groups, rewards, step=0, ranks=1):
     """A whole rollout of which all completions are trained on."""
     rollout = memory.plan(groups, SIZE, step, ranks)
     experiences = learn(memory, rollout, rewards, step)
-    memory.write([Written(written(rollout))])
+    memory.write([PassRecord(written(rollout))])
     return rollout, experiences
 
 
@@ -79,7 +79,7 @@ def test_three_steps_by_hand():
     assert memory.vcrs.baseline("a") == 0.5 and memory.vcrs.baseline("b") == 0.0625
     assert len(memory.buffer) == 0  # nobody knows their log-probabilities yet
     assert all(memory.waits_for(number) for number in range(8)) and not memory.waits_for(8)
-    memory.write([Written(written(rollout))])
+    memory.write([PassRecord(written(rollout))])
     assert not any(memory.waits_for(number) for number in range(8))
     assert contents(memory, "a") == [([n] * 3, [-n / 8] * 3, rewards[n], 0, False) for n in range(4)]
     assert contents(memory, "b") == [([n] * 3, [-n / 8] * 3, rewards[n], 0, False) for n in range(4, 8)]
@@ -94,7 +94,7 @@ def test_three_steps_by_hand():
     assert memory.vcrs.baseline("b") == pytest.approx(0.25 / 6) and memory.vcrs.baseline("c") == 1.0
     assert [e.prompt for e in experiences] == ["b", "b"] and experiences[0] is not experiences[1]
     assert 0.25 in [e.reward for e in experiences]  # the one that differs from the fresh ones
-    memory.write([Written(written(rollout))])
+    memory.write([PassRecord(written(rollout))])
     assert [step for *_, step, _ in contents(memory, "b")] == [0] * 4 + [1] * 2  # those replayed are not stored again
     assert len(memory.buffer) == 14
     assert memory.metrics()["replay/unstorable"] == 0 and "hint/given" not in memory.metrics()
@@ -149,7 +149,7 @@ def test_a_function_without_a_reward_is_remembered_as_such():
     memory = memory_of()
     rollout = memory.plan([group("a")], 1, 0, 1)
     memory.learn(rollout, torch.tensor([0.5]), torch.tensor([[math.nan, 0.5]]), NAMES, 0)
-    memory.write([Written(written(rollout))])
+    memory.write([PassRecord(written(rollout))])
     (experience,) = memory.buffer.stored("a")
     assert math.isnan(experience.rewards["accuracy"]) and experience.rewards["format"] == 0.5
 
@@ -160,7 +160,7 @@ def test_completions_without_a_token_are_not_stored():
     learn(memory, rollout, [1.0, 0.0, 1.0, 0.0])
     found = written(rollout)
     found[2] = (found[2][0], torch.tensor([], dtype=torch.long), torch.tensor([]))
-    memory.write([Written(found)])
+    memory.write([PassRecord(found)])
     assert [e.reward for e in memory.buffer.stored("a")] == [1.0, 0.0, 0.0]
     assert memory.unstorable == 1 and not memory.waits_for(rollout.first_number + 2)
 
@@ -171,10 +171,10 @@ def test_a_completion_is_stored_once():
     rollout = memory.plan([group("a")], SIZE, 0, 1)
     learn(memory, rollout, [1.0, 0.0, 1.0, 0.0])
     twice = [(number, ids, logps - 1) for number, ids, logps in written(rollout)]
-    memory.write([Written(written(rollout) + twice)])
+    memory.write([PassRecord(written(rollout) + twice)])
     assert [logps for _, logps, *_ in contents(memory, "a")] == [[-n / 8] * 3 for n in range(4)]
-    memory.write([Written(twice)])
-    memory.write([Written(), Written()])
+    memory.write([PassRecord(twice)])
+    memory.write([PassRecord(), PassRecord()])
     assert len(memory.buffer) == 4
 
 
@@ -183,7 +183,7 @@ def test_what_is_stored_is_no_view_of_a_batch():
     rollout = memory.plan([group("a")], 1, 0, 1)
     learn(memory, rollout, [1.0])
     ids, logps = torch.zeros(50, 50, dtype=torch.long), torch.zeros(50, 50)
-    memory.write([Written([(rollout.first_number, ids[0, :3], logps[0, :3])])])
+    memory.write([PassRecord([(rollout.first_number, ids[0, :3], logps[0, :3])])])
     (experience,) = memory.buffer.stored("a")
     assert experience.completion_ids.untyped_storage().nbytes() == experience.logps.untyped_storage().nbytes() == 12
 
@@ -223,7 +223,7 @@ def test_the_order_of_micro_batches_and_ranks_does_not_matter(data, ranks):
             experiences = learn(memory, rollout, rewards, step)
             rows = [("completions", row) for row in written(rollout)]
             rows += [("divergences", row) for row in measured(rollout, [0.1 * n for n in range(len(experiences))])]
-            found = [Written() for _ in range(ranks)]
+            found = [PassRecord() for _ in range(ranks)]
             if shuffled:
                 rows = data.draw(st.permutations(rows))
                 for kind, row in rows:
@@ -243,9 +243,9 @@ def test_a_rollout_may_be_written_in_parts():
     rewards = [1.0, 0.0, 0.5, 0.25]
     rollout = memory.plan([group("a")], SIZE, 0, 1)
     learn(memory, rollout, rewards)
-    memory.write([Written(written(rollout, [2, 0]))])
+    memory.write([PassRecord(written(rollout, [2, 0]))])
     assert [memory.waits_for(n) for n in range(4)] == [False, True, False, True]
-    memory.write([Written(written(rollout, [3, 1]))])
+    memory.write([PassRecord(written(rollout, [3, 1]))])
     visit(whole, [group("a")], rewards)
     assert sorted(contents(memory, "a")) == sorted(contents(whole, "a"))
 
@@ -263,7 +263,7 @@ def stuck_visits(memory, count, total=0.0, first=0, rewards=(0.0,) * SIZE):
     for step in range(first, first + count):
         rollout = memory.plan([group("a", has_hint=True)], SIZE, step, 1)
         learn(memory, rollout, rewards[: len(rollout.places(replayed=False))], step)
-        memory.write([Written(written(rollout), measured(rollout, [total] * sum(rollout.replayed)))])
+        memory.write([PassRecord(written(rollout), measured(rollout, [total] * sum(rollout.replayed)))])
         found.append(rollout)
     return found
 
@@ -316,7 +316,7 @@ def test_prompts_without_a_hint_are_not_hinted():
     for step in range(5):
         rollout = memory.plan([group("a")], SIZE, step, 1)
         learn(memory, rollout, [0.0] * len(rollout.places(replayed=False)), step)
-        memory.write([Written(written(rollout), measured(rollout, [0.0] * sum(rollout.replayed)))])
+        memory.write([PassRecord(written(rollout), measured(rollout, [0.0] * sum(rollout.replayed)))])
         assert rollout.hinted == [False]
     assert memory.metrics()["hint/given"] == 0
     without = memory_of()
@@ -350,7 +350,7 @@ def test_state_round_trip():
     visit(one, [group("b", row=9), group("c")], [math.nan, 1.0, 0.5, 0.0] + [0.25] * 4, step=3)
     rollout = one.plan([group("a", has_hint=True), group("b", row=9)], SIZE, 4, 1)
     learn(one, rollout, [0.0, 0.0, 1.0, math.nan], 4)
-    one.write([Written(written(rollout, [0]))])
+    one.write([PassRecord(written(rollout, [0]))])
     state = json.loads(json.dumps(one.state_dict()))
 
     two = hinting()
@@ -361,7 +361,7 @@ def test_state_round_trip():
     assert two.may_hint("a") and two.unstorable == one.unstorable == 2
     assert two.vcrs.baseline("b") == one.vcrs.baseline("b")
     before = len(one.buffer)
-    two.write([Written(written(rollout)[1:3], measured(rollout, [0.0] * sum(rollout.replayed)))])
+    two.write([PassRecord(written(rollout)[1:3], measured(rollout, [0.0] * sum(rollout.replayed)))])
     assert len(two.buffer) == before + 2
     assert [e.hinted for e in two.buffer.stored("a")][-1] is True
     assert two.plan([group("a", has_hint=True)], SIZE, 5, 1) == replace(
@@ -385,7 +385,7 @@ def test_the_order_of_rewards_is_told_apart(order):
     for memory, others in ((one, rewards), (two, [rewards[i] for i in order])):
         rollout = memory.plan([group("a")], 3, 0, 1)
         learn(memory, rollout, others)
-        memory.write([Written(written(rollout))])
+        memory.write([PassRecord(written(rollout))])
     assert contents(one, "a") != contents(two, "a")
 
 
@@ -399,7 +399,7 @@ def test_a_visit_without_any_reward_is_no_visit():
 
     def again(rewards, step):
         rollout, _ = visit(memory, stuck, rewards, step)
-        memory.write([Written(divergences=measured(rollout, [0.0] * sum(rollout.replayed)))])
+        memory.write([PassRecord(divergences=measured(rollout, [0.0] * sum(rollout.replayed)))])
         return rollout
 
     again([0.0] * SIZE, 0)
@@ -416,7 +416,7 @@ def test_functions_that_apply_are_known_from_what_is_stored():
     rollout = memory.plan([group("a")], SIZE, 0, 1)
     scores = torch.tensor([[math.nan, 0.5]] * 3 + [[math.nan, math.nan]], dtype=torch.float64)
     memory.learn(rollout, torch.tensor([0.5] * 3 + [math.nan], dtype=torch.float64), scores, NAMES, 0)
-    memory.write([Written(written(rollout))])
+    memory.write([PassRecord(written(rollout))])
     assert memory.scored_by("a", NAMES) == [False, True] and memory.scored_by("b", NAMES) == [False, False]
     assert len(memory.buffer.stored("a")) == 3
 
@@ -451,7 +451,7 @@ def test_what_little_there_is_is_spread_evenly(stored, wanted):
     if stored:
         rollout = memory.plan([group("a")], stored, 0, 1)
         learn(memory, rollout, [0.0] * stored)
-        memory.write([Written(written(rollout))])
+        memory.write([PassRecord(written(rollout))])
     rollout = memory.plan([group(key) for key in "xyz"], SIZE, 1, 1)
     assert [sum(rollout.replayed[i : i + SIZE]) for i in (0, 4, 8)] == wanted
 
@@ -479,6 +479,6 @@ def test_a_stuck_prompt_gets_its_hint_among_others(draw):
         experiences = learn(memory, rollout, [float(number and i % 2) for i, number in enumerate(fresh)], step)
         if step > 2:
             assert any(e.prompt == "a" for e in experiences)
-        memory.write([Written(written(rollout), measured(rollout, [0.0] * len(experiences)))])
+        memory.write([PassRecord(written(rollout), measured(rollout, [0.0] * len(experiences)))])
         hinted.append(rollout.hinted[0])
     assert hinted[-1]

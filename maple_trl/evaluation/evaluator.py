@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from maple_trl.evaluation.asking import Answer, Asker, Batch, Row
+from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Row
 from maple_trl.evaluation.options import ALL, EvalOptions
 from maple_trl.evaluation.sampling import StreamSampler, sample_stream
 from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids, tensor_bytes
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.generation import check_generation_options, own_options
 from maple_trl.omni.prefix.shared_prefill import share_prefill
-from maple_trl.omni.prefix.sharing import prefill_difference, telling_prompt
+from maple_trl.omni.prefix.sharing import prefill_difference, probe_prompt
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
 from maple_trl.records.evaluations import EvaluationError
@@ -31,13 +31,13 @@ _ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.1}
 _FIRST = 16  # questions among which one with media is looked for
 
 
-class Evaluator(Asker):
+class Evaluator(BaseEvaluator):
     """
     Asks a model in this process.
 
     Args:
         model: of a registered family, with or without adapters, in the place and precision to evaluate in.
-        builder, rows, score, extract, options: as in [`~maple_trl.evaluation.asking.Asker`].
+        builder, rows, score, extract, options: as in [`~maple_trl.evaluation.base.BaseEvaluator`].
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Evaluator(Asker):
                 continue
             if len(prompts[-1].kinds) == len(self.family.placeholder_ids):
                 break
-        return telling_prompt([builder.stand_in(), *prompts])
+        return probe_prompt([builder.stand_in(), *prompts])
 
 
 def _input_digest(prompt: EncodedPrompt) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, text_block
 from maple_trl.chat.options import check_sampling, read_key
-from maple_trl.evaluation.asking import Answer, Asker, Batch, Line, Row
+from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Line, Row
 from maple_trl.evaluation.options import EvalOptions, ServerError
 from maple_trl.evaluation.served_prompts import ServedPrompt, audio_block, video_blocks
 from maple_trl.omni.prompt import PromptBuilder, RowError
@@ -134,7 +134,7 @@ def _told(result: ChatResult) -> str:
     return f"{result.reason}: {result.detail[:_SHOWN]}"
 
 
-class ServedEvaluator(Asker):
+class ServedEvaluator(BaseEvaluator):
     """
     Asks a server. Whether it gives the same completions twice is up to it: each sample has a seed of its own.
 
@@ -142,7 +142,7 @@ class ServedEvaluator(Asker):
         client: of the server.
         info: what the server told.
         builder: with a [`~maple_trl.evaluation.served_prompts.MessageEncoder`].
-        rows, score, extract, options: as in [`~maple_trl.evaluation.asking.Asker`]; `options.generation` are further
+        rows, score, extract, options: as in [`~maple_trl.evaluation.base.BaseEvaluator`]; `options.generation` are further
             fields of a request.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from maple_trl.evaluation.fed import prompt_text
+from maple_trl.evaluation.inputs import prompt_text
 from maple_trl.records.metrics_log import reward_curves
 from maple_trl.reports.plots import plot_training
 

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from maple_trl.evaluation.asking import Asker
+from maple_trl.evaluation.base import BaseEvaluator
 from maple_trl.evaluation.identity import PARSER_VERSION, describe_function, rows_digest, versions
 from maple_trl.evaluation.options import ServerError
 from maple_trl.evaluation.results import evaluation_results
@@ -85,7 +85,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
                     check_template(builder, [row.get("prompt") for row in questions.rows], questions.rows)
                 except RowError as error:
                     raise SetupError(f"{questions.described['name']}, {error}") from error
-            asker = model.asker(builder, questions.rows, scoring.function, scoring.extract, job.options)
+            evaluator = model.evaluator(builder, questions.rows, scoring.function, scoring.extract, job.options)
             # What a report needs of an evaluation that is going on, too.
             run = {
                 "started": started.isoformat(timespec="seconds"),
@@ -93,29 +93,29 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
             }
             identity = _on_first(
                 state,
-                lambda: _begin(store, lock, _identity(job, questions, asker, model, scoring), run, job.overwrite),
+                lambda: _begin(store, lock, _identity(job, questions, evaluator, model, scoring), run, job.overwrite),
             )
-            resumed = sum(store.has(batch.number) for batch in asker.batches)
+            resumed = sum(store.has(batch.number) for batch in evaluator.batches)
             state.wait_for_everyone()  # until all have counted
             if not store.complete:
                 if isinstance(model, LocalModel):
-                    model.check(asker)
+                    model.check(evaluator)
                 else:
-                    _on_first(state, lambda: model.check(asker))
-                _ask(asker, store, state, job.quiet)
+                    _on_first(state, lambda: model.check(evaluator))
+                _ask(evaluator, store, state, job.quiet)
             state.wait_for_everyone()
     finally:
         model.close()
         scoring.close()
     if not state.is_main_process:
         return None
-    store.finish(len(asker.batches), asker.skipped)
+    store.finish(len(evaluator.batches), evaluator.skipped)
     result = {**identity, **_results(store, job), "left_out": questions.left_out}
     run |= {
         "seconds": round(time.monotonic() - clock, 2),
         "processes": state.num_processes,
         "threads": torch.get_num_threads(),
-        "batches": len(asker.batches),
+        "batches": len(evaluator.batches),
         "batches_done_before": resumed,
         "server": job.server,
         "judging": scoring.spent,
@@ -181,9 +181,9 @@ def _write_run(store: EvalStore, run: Mapping[str, Any]) -> None:
     write_atomically(store.folder / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
 
 
-def _ask(asker: Asker, store: EvalStore, state: PartialState, quiet: bool) -> None:
+def _ask(evaluator: BaseEvaluator, store: EvalStore, state: PartialState, quiet: bool) -> None:
     """Asks this process's share of the batches that are not done."""
-    share = asker.batches[state.process_index :: state.num_processes]
+    share = evaluator.batches[state.process_index :: state.num_processes]
     waiting = [batch for batch in share if not store.has(batch.number)]
     shows = state.is_local_main_process and not quiet
     questions = sum(len(batch.rows) for batch in share)
@@ -191,12 +191,12 @@ def _ask(asker: Asker, store: EvalStore, state: PartialState, quiet: bool) -> No
     with tqdm(total=questions, initial=done, desc="Questions", disable=None if shows else True) as bar:
         for batch, following in zip(waiting, [*waiting[1:], None], strict=True):
             if following is not None:
-                asker.prefetch(following)
+                evaluator.prefetch(following)
             try:
-                store.write(batch.number, asker.run(batch))
+                store.write(batch.number, evaluator.run(batch))
             except torch.OutOfMemoryError as error:
                 raise EvaluationError(
-                    f"out of memory with {len(batch.rows)} questions of {asker.options.samples} samples: give a "
+                    f"out of memory with {len(batch.rows)} questions of {evaluator.options.samples} samples: give a "
                     f"smaller --batch-size, which is another evaluation (--overwrite). {error}"
                 ) from error
             bar.update(len(batch.rows))
@@ -287,7 +287,7 @@ def _read_benchmark(job: EvalJob):
 
 
 def _identity(
-    job: EvalJob, questions: Questions, asker: Asker, model: LocalModel | ServedModel, scoring: Scoring
+    job: EvalJob, questions: Questions, evaluator: BaseEvaluator, model: LocalModel | ServedModel, scoring: Scoring
 ) -> dict[str, Any]:
     """All that decides the numbers and is known before the first question."""
     return as_json(
@@ -300,9 +300,9 @@ def _identity(
                 "chat_template_sha256": model.chat_template_sha256,
                 "chat_template_kwargs": dict(job.chat_template_kwargs),
             },
-            "media": _media(job.media) | {"media_backend": asker.loader.backend},
+            "media": _media(job.media) | {"media_backend": evaluator.loader.backend},
             "asking": dataclasses.asdict(job.options),
-            "generation": asker.generation,
+            "generation": evaluator.generation,
             "scoring": {
                 "score": scoring.described,
                 "parser": {"version": PARSER_VERSION} | describe_function(scoring.extract),

@@ -63,14 +63,14 @@ class LocalModel:
         template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
         self.chat_template_sha256: str | None = digest(template)
 
-    def asker(self, builder: PromptBuilder, *args: Any) -> Evaluator:
-        """What asks it; `args` as of [`~maple_trl.evaluation.asking.Asker`]."""
+    def evaluator(self, builder: PromptBuilder, *args: Any) -> Evaluator:
+        """What asks it; `args` as of [`~maple_trl.evaluation.base.BaseEvaluator`]."""
         return Evaluator(self.model, builder, *args)
 
-    def check(self, asker: Evaluator) -> None:
+    def check(self, evaluator: Evaluator) -> None:
         """Before the first question; raises `EvaluationError` where samples cannot share their prompt."""
-        if asker.options.shared_prompt and asker.options.samples > 1:
-            asker.check_shared_prompt()
+        if evaluator.options.shared_prompt and evaluator.options.samples > 1:
+            evaluator.check_shared_prompt()
 
     def close(self) -> None:
         """Nothing is open."""
@@ -123,18 +123,18 @@ class ServedModel:
             "adapter": None,
         }
 
-    def asker(self, builder: PromptBuilder, *args: Any) -> ServedEvaluator:
-        """What asks it; `args` as of [`~maple_trl.evaluation.asking.Asker`]."""
+    def evaluator(self, builder: PromptBuilder, *args: Any) -> ServedEvaluator:
+        """What asks it; `args` as of [`~maple_trl.evaluation.base.BaseEvaluator`]."""
         return ServedEvaluator(self.client, self.info, builder, *args)
 
-    def check(self, asker: ServedEvaluator) -> None:
+    def check(self, evaluator: ServedEvaluator) -> None:
         """
         Before the first question.
 
         Raises:
             ServerError: when the server refuses or ignores media that rows are fed.
         """
-        found = check_media(self.options, asker.kinds, self.family.video_form)
+        found = check_media(self.options, evaluator.kinds, self.family.video_form)
         for kind in (kind for kind, certain in found.items() if not certain):
             logger.warning("The server counts no tokens: whether it reads %s cannot be told.", kind)
 

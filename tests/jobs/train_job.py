@@ -349,7 +349,7 @@ def do(run: dict, plan: dict) -> None:
     result |= {
         "log": trainer.state.log_history,
         "used": getattr(trainer, "used", []),
-        "quarantined": [row.path for row in trainer.rows.quarantined],
+        "quarantined": [row.path for row in trainer.row_encoder.quarantined],
         "checksums": checksums.of_steps,
         "passes": passes,
         "packed": sum(packed),

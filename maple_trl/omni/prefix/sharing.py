@@ -40,7 +40,7 @@ Serve = Callable[..., AbstractContextManager]
 """`serve(model, prompts, packed=False)`: the context in which a forward reads the prompts' media."""
 
 
-def telling_prompt(prompts: Iterable[EncodedPrompt]) -> EncodedPrompt:
+def probe_prompt(prompts: Iterable[EncodedPrompt]) -> EncodedPrompt:
     """The one to compare on: with the most kinds of media, and of those the shortest."""
     return max(prompts, key=lambda prompt: (len(prompt.kinds), -len(prompt)))
 

@@ -41,7 +41,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class MixedRollout:
+class ReplayPlan:
     """
     Which completions of a rollout are generated and which are replayed, over all ranks.
 
@@ -83,7 +83,7 @@ class Pending:
 
 
 @dataclass
-class Written:
+class PassRecord:
     """
     What a rank found out in its training passes since it was last taken.
 
@@ -153,7 +153,7 @@ class ReplayMemory:
         stored = [experience.rewards or {} for experience in self.buffer.stored(key)]
         return [any(not math.isnan(rewards.get(name, math.nan)) for rewards in stored) for name in names]
 
-    def plan(self, groups: Sequence[Group], group_size: int, step: int, ranks: int) -> MixedRollout:
+    def plan(self, groups: Sequence[Group], group_size: int, step: int, ranks: int) -> ReplayPlan:
         """
         Decides which completions of a rollout are generated: as few as what is stored allows.
 
@@ -166,7 +166,7 @@ class ReplayMemory:
             if shown:
                 self.hints.give(group.key)
         replayed = replayed_slots(self._wanted(groups, step), group_size, ranks)
-        rollout = MixedRollout(list(groups), group_size, hinted, replayed, self._next_number)
+        rollout = ReplayPlan(list(groups), group_size, hinted, replayed, self._next_number)
         self._next_number += len(replayed)
         return rollout
 
@@ -195,7 +195,7 @@ class ReplayMemory:
         return lambda experience: self.tag_of(experience) in tags
 
     def learn(
-        self, rollout: MixedRollout, rewards_F: Tensor, scores_FR: Tensor, names: Sequence[str], step: int
+        self, rollout: ReplayPlan, rewards_F: Tensor, scores_FR: Tensor, names: Sequence[str], step: int
     ) -> list[Experience]:
         """
         Takes the rewards of the fresh completions, over all ranks and in the order of their places.
@@ -232,7 +232,7 @@ class ReplayMemory:
         return experiences
 
     def _draw_by_tier(
-        self, rollout: MixedRollout, counts: list[int], known: list[list[float]], step: int
+        self, rollout: ReplayPlan, counts: list[int], known: list[list[float]], step: int
     ) -> list[list[Experience]]:
         """
         For each group as many as it has places. Completions of a prompt of the rollout go to its own group first.
@@ -264,7 +264,7 @@ class ReplayMemory:
         return [[*own, *islice(others, count - len(own))] for own, count in zip(dealt, counts, strict=True)]
 
     def _draw_by_prompt(
-        self, rollout: MixedRollout, counts: list[int], known: list[list[float]], step: int
+        self, rollout: ReplayPlan, counts: list[int], known: list[list[float]], step: int
     ) -> list[list[Experience]]:
         """For each group those of its own prompt, and with scope `buffer` others in the places that these leave."""
         how = {"draw": self.draw, "baselines": self.vcrs}
@@ -285,7 +285,7 @@ class ReplayMemory:
         baseline = self.vcrs.baseline(key)
         return baseline is not None and baseline < self.hint_below and tier_of(baseline, thresholds) == "hard"
 
-    def _note(self, rollout: MixedRollout, places, rewards, scores, names, step: int) -> None:
+    def _note(self, rollout: ReplayPlan, places, rewards, scores, names, step: int) -> None:
         """Notes what will be known of the completions when they are trained on."""
         for place, reward, row_scores in zip(places, rewards, scores, strict=True):
             number = place // rollout.group_size
@@ -297,7 +297,7 @@ class ReplayMemory:
                 group.key, group.row, reward, step, rollout.hinted[number], dict(zip(names, row_scores, strict=True))
             )
 
-    def _note_replayed(self, rollout: MixedRollout, experiences: Sequence[Experience]) -> None:
+    def _note_replayed(self, rollout: ReplayPlan, experiences: Sequence[Experience]) -> None:
         """Notes which completions tell how far the policy has moved on which prompts."""
         for place, experience in zip(rollout.places(replayed=True), experiences, strict=True):
             self._replaying[rollout.first_number + place] = experience.prompt
@@ -306,7 +306,7 @@ class ReplayMemory:
         """Whether a completion has not been trained on before."""
         return number in self._pending or number in self._replaying
 
-    def write(self, found: Iterable[Written]) -> None:
+    def write(self, found: Iterable[PassRecord]) -> None:
         """
         Stores fresh completions and takes note of divergences.
 

@@ -33,9 +33,9 @@ from maple_trl.trainers.avatar.checks import check_dropout, check_hints, check_p
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.gradient_terms import TermGradients
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
-from maple_trl.trainers.avatar.replay_memory import Group, MixedRollout, ReplayMemory, Written
+from maple_trl.trainers.avatar.replay_memory import Group, PassRecord, ReplayMemory, ReplayPlan
 from maple_trl.trainers.avatar.state import load_memory, provenance, save_memory
-from maple_trl.trainers.common.checkpoint import Chunk, LostPromptsError, ResumeError, concat_rows
+from maple_trl.trainers.common.checkpoint import Batch, LostPromptsError, ResumeError, concat_rows
 from maple_trl.trainers.common.hinted_rows import (
     HINT_COLUMN,
     HINTED,
@@ -119,15 +119,15 @@ class AvatarTrainer(OmniGRPOTrainer):
             self._tag_of if args.batching == "stratified" else None,
         )
         self._scores: Tensor | None = None
-        self._rollout: MixedRollout | None = None
+        self._rollout: ReplayPlan | None = None
         self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
         self._digests: dict[str, str] | None = None
         self._numbers: dict[str, int] | None = None
         self._tags: list[int] | None = None
-        self._filling: Chunk | None = None
+        self._filling: Batch | None = None
         self._logps: Tensor | None = None
         self._graph_logps: Tensor | None = None
-        self._begin_window()
+        self._begin_optimizer_step()
 
     def train(self, *args, **kwargs):
         self._begin_run()
@@ -151,15 +151,15 @@ class AvatarTrainer(OmniGRPOTrainer):
         self._signature_columns = [*self._signature_columns, HINT_COLUMN]
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
-        known = len(self.rows.quarantined)
+        known = len(self.row_encoder.quarantined)
         encoded = super().encode_rows(rows)
-        if len(self.rows.quarantined) > known:
+        if len(self.row_encoder.quarantined) > known:
             self._discard_quarantined()
         return encoded
 
     def _discard_quarantined(self) -> None:
         """What cannot be shown any more cannot be replayed; quarantine.json names the reasons."""
-        reasons = {} if self.family is None else {prompt.key: prompt.detail for prompt in self.rows.quarantined}
+        reasons = {} if self.family is None else {prompt.key: prompt.detail for prompt in self.row_encoder.quarantined}
         for key in self.memory.buffer.prompts() if reasons else ():
             reason = reasons.get(prompt_key(key))
             if reason is not None:
@@ -169,7 +169,7 @@ class AvatarTrainer(OmniGRPOTrainer):
     def _group_of(self, row: dict[str, Any], prompt: EncodedPrompt | None) -> Group:
         key, number = row_key(row, prompt), -1
         if prompt is not None:
-            registry = self.rows.registries.get("train_dataset")
+            registry = self.row_encoder.registries.get("train_dataset")
             number = registry.row_number(prompt.key) if registry is not None and prompt.key in registry else -1
         hintable = has_hint(row)
         if hintable and prompt is not None and self.memory.may_hint(key):
@@ -206,7 +206,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         """The row behind a key of the memory."""
         if self.family is None:
             return self.train_dataset[self._text_row(key)]
-        rows = self.rows.registries["train_dataset"].rows_of(prompt_key(key))
+        rows = self.row_encoder.registries["train_dataset"].rows_of(prompt_key(key))
         return next(row for row in rows if row_digest(row) == key.removeprefix(f"{prompt_key(key)}-"))
 
     def _text_row(self, key: str) -> int:
@@ -233,7 +233,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         applies = [self.memory.scored_by(group.key, self.reward_func_names) for group in self._rollout.groups]
         return groups, torch.tensor(applies, device=scores.device)[groups]
 
-    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Chunk:
+    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Batch:
         if not self.model.training:
             return super()._complete(rows, prompts)
         if not self.args.replayed_generations:
@@ -287,7 +287,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             found.append((*shown.get(form, (row, prompt)), None if form in failed else experience))
         lost = gather_object([(prompt_key(key), error) for (key, _), error in failed.items()])
         for key, error in lost:
-            self.rows.registries["train_dataset"].add(key, error)
+            self.row_encoder.registries["train_dataset"].add(key, error)
         if lost:
             self._discard_quarantined()
         return found
@@ -313,7 +313,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         hinted_prompt = None if prompt is None else self._hinted_prompt(row, prompt)
         return with_hint(row, self.args.hint_template), hinted_prompt
 
-    def _complete_fresh(self, shown: list[tuple[dict[str, Any], EncodedPrompt | None]]) -> Chunk:
+    def _complete_fresh(self, shown: list[tuple[dict[str, Any], EncodedPrompt | None]]) -> Batch:
         """TRL's rollout of rows that are no whole groups; its advantages are replaced afterwards."""
         rows, prompts = (list(part) for part in zip(*shown, strict=True))
         group_size, self.num_generations = self.num_generations, 1
@@ -324,13 +324,13 @@ class AvatarTrainer(OmniGRPOTrainer):
 
     def _mixed(
         self,
-        rollout: MixedRollout,
-        fresh: Chunk,
+        rollout: ReplayPlan,
+        fresh: Batch,
         rewards: Tensor,
         replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]],
         experiences: list[Experience],
         own: range,
-    ) -> Chunk:
+    ) -> Batch:
         """
         The rank's fresh and replayed completions as one batch.
 
@@ -343,12 +343,12 @@ class AvatarTrainer(OmniGRPOTrainer):
         device = self.accelerator.device
         fresh_advantages, replayed_advantages = self._advantages(rollout, rewards, experiences)
         batch = dict(fresh)
-        batch["advantages"] = self._own(fresh_advantages)
+        batch["advantages"] = self._local(fresh_advantages)
         batch[REPLAYED_KEY] = torch.zeros_like(batch["advantages"], dtype=torch.long)
         unknown = torch.full(fresh["completion_ids"].shape, torch.nan, device=device)
         batch.setdefault("old_per_token_logps", unknown)  # those of the pass that trains on them
         if replayed:
-            parts = [batch, self._replayed_chunk(replayed, self._own(replayed_advantages), batch)]
+            parts = [batch, self._replayed_batch(replayed, self._local(replayed_advantages), batch)]
             batch = concat_rows(parts, self._tokenizer.pad_token_id)
         own_places = [place for flag in (False, True) for place in own if rollout.replayed[place] == flag]
         batch[NUMBER_KEY] = torch.tensor(own_places, device=device) + rollout.first_number
@@ -356,7 +356,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         return self._shaped(self._balanced(batch, rollout))
 
     def _advantages(
-        self, rollout: MixedRollout, rewards: Tensor, experiences: list[Experience]
+        self, rollout: ReplayPlan, rewards: Tensor, experiences: list[Experience]
     ) -> tuple[Tensor, Tensor]:
         """Of fresh and of replayed completions, over all ranks."""
         device = rewards.device
@@ -379,7 +379,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         self._replace_logged_advantages(on_policy)
         return on_policy, off_policy
 
-    def _groups_of_replayed(self, rollout: MixedRollout, experiences: list[Experience]) -> Tensor:
+    def _groups_of_replayed(self, rollout: ReplayPlan, experiences: list[Experience]) -> Tensor:
         """Number of the group of each replayed completion; those of other prompts are each a group of their own."""
         groups = rollout.groups_of(rollout.places(replayed=True))
         strange = [e.prompt != rollout.groups[i].key for e, i in zip(experiences, groups.tolist(), strict=True)]
@@ -387,12 +387,12 @@ class AvatarTrainer(OmniGRPOTrainer):
             torch.tensor(strange, dtype=torch.bool), len(rollout.groups) + torch.arange(len(groups)), groups
         )
 
-    def _replayed_chunk(
+    def _replayed_batch(
         self,
         replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]],
         advantages: Tensor,
-        like: Chunk,
-    ) -> Chunk:
+        like: Batch,
+    ) -> Batch:
         """Replayed completions with the prompts that they were written under, as a batch with the fields of another."""
         shown = [self._shown(row, prompt, e is not None and e.hinted) for row, prompt, e in replayed]
         self.rollout_log.note_replayed(self, shown, [experience for *_, experience in replayed])
@@ -427,7 +427,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             chunk[PROMPTS_KEY] = prompts
         return chunk | {"num_items_in_batch": like["num_items_in_batch"]}
 
-    def _balanced(self, batch: Chunk, rollout: MixedRollout) -> Chunk:
+    def _balanced(self, batch: Batch, rollout: ReplayPlan) -> Batch:
         """
         Scales the advantages so that TRL's mean over all completions becomes J_on + alpha J_off (AVATAR eq. 3).
 
@@ -439,7 +439,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         unscorable = batch[UNSCORABLE_KEY].bool() if UNSCORABLE_KEY in batch else torch.zeros_like(replayed)
         parts = [~replayed & ~unscorable, replayed, unscorable]
         totals = torch.stack([*(counted[part].sum() for part in parts), lengths.sum()])
-        fresh, past, lost, tokens = self._summed(totals.double()).tolist()
+        fresh, past, lost, tokens = self._all_reduce(totals.double()).tolist()
         filled = sum(rollout.replayed) / (len(rollout.groups) * self.args.replayed_generations)
         fresh_scale, replayed_scale = term_scales(fresh, past, filled, self.args.replay_alpha, lost)
         if past or lost:
@@ -448,14 +448,14 @@ class AvatarTrainer(OmniGRPOTrainer):
         batch[FRESH_SCALE_KEY] = torch.tensor(fresh_scale, device=self.accelerator.device)
         return batch
 
-    def _shaped(self, batch: Chunk) -> Chunk:
+    def _shaped(self, batch: Batch) -> Batch:
         """Advantages per token, by their place in the completion (AVATAR eq. 6)."""
         if self.args.tas_lambda:
             weights = tas_weights(batch["completion_mask"], self.args.tas_lambda, self.args.tas_shape)
             batch["advantages"] = batch["advantages"][:, None] * weights
         return batch
 
-    def _counts_of_mean(self, chunks: list[Chunk]) -> Tensor:
+    def _counts_of_mean(self, chunks: list[Batch]) -> Tensor:
         counts = super()._counts_of_mean(chunks)
         if not self.args.replayed_generations:
             return counts
@@ -480,7 +480,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             self._filling = self._logps = self._graph_logps = None
         return loss
 
-    def _probe_terms(self, loss: Tensor, inputs: Chunk) -> None:
+    def _probe_terms(self, loss: Tensor, inputs: Batch) -> None:
         """Takes the gradients of both terms, at the steps at which they are asked for."""
         if not self._steps_between_probes:
             return
@@ -513,7 +513,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         return found
 
     @contextmanager
-    def _objective_of(self, inputs: Chunk) -> Iterator[None]:
+    def _objective_of(self, inputs: Batch) -> Iterator[None]:
         """The clip of each row, and a penalty that is a mean over the fresh ones, where TRL's loss reads them."""
         before = {name: getattr(self, name) for name in ("epsilon_low", "epsilon_high", "beta")}
         replayed = inputs[REPLAYED_KEY].bool()[:, None]
@@ -530,7 +530,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             for name, value in before.items():
                 setattr(self, name, value)
 
-    def _record(self, inputs: Chunk) -> None:
+    def _record(self, inputs: Batch) -> None:
         """Takes what a training pass found out: log-probabilities of fresh completions, ratios of replayed ones."""
         mask, replayed = inputs["completion_mask"], inputs[REPLAYED_KEY].bool()
         old = inputs.get("old_per_token_logps")
@@ -554,27 +554,27 @@ class AvatarTrainer(OmniGRPOTrainer):
                 ids, logps = inputs["completion_ids"][i][tokens], old[i][tokens]
                 self._written.completions.append((number, ids.cpu(), logps.float().cpu()))
 
-    def _correct_divergence(self, inputs: Chunk) -> None:
+    def _correct_divergence(self, inputs: Batch) -> None:
         """TRL has logged the penalty's mean over all tokens; it is on the fresh ones alone."""
         lengths = inputs["completion_mask"].sum(dim=1)
         fresh = lengths[~inputs[REPLAYED_KEY].bool()].sum()
-        fresh, everything = self._summed(torch.stack([fresh, lengths.sum()]).double()).tolist()
+        fresh, everything = self._all_reduce(torch.stack([fresh, lengths.sum()]).double()).tolist()
         logged = self._metrics["train"]["kl"]
         logged[-1] = logged[-1] * everything / fresh if fresh else float("nan")
 
     def training_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._end_window()
+            self._end_optimizer_step()
         return loss
 
-    def _begin_window(self) -> None:
-        """A window is the micro-batches of one optimizer step."""
-        self._written = Written()
+    def _begin_optimizer_step(self) -> None:
+        """Nothing of an optimizer step has been seen yet."""
+        self._written = PassRecord()
         self._sums = PassSums()
         self._terms: TermGradients | None = None
 
-    def _end_window(self) -> None:
+    def _end_optimizer_step(self) -> None:
         found = gather_object([(self._written, self._sums)])
         self._log_all(pass_metrics([sums for _, sums in found]))
         if self._terms is not None:
@@ -583,7 +583,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             self.memory.write([written for written, _ in found])
             for name, value in self.memory.metrics().items():
                 self._metrics["train"][name] = [value]  # as things stand, not a mean since the last entry
-        self._begin_window()
+        self._begin_optimizer_step()
 
     # Metrics
 
@@ -611,7 +611,7 @@ class AvatarTrainer(OmniGRPOTrainer):
         return found
 
     def _log_rollout(
-        self, rollout: MixedRollout, rewards: Tensor, experiences: list[Experience], advantages: Tensor
+        self, rollout: ReplayPlan, rewards: Tensor, experiences: list[Experience], advantages: Tensor
     ) -> None:
         size = len(rollout.groups), rollout.group_size
         everyone = torch.full(size, torch.nan, dtype=torch.float64).flatten()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-Chunk = dict[str, Any]
+Batch = dict[str, Any]
 
 
 class ResumeError(ValueError):
@@ -35,7 +35,7 @@ class LostPromptsError(RuntimeError):
         self.step = 0
 
 
-def merge_chunks(chunks: list[Chunk]) -> Chunk:
+def merge_chunks(chunks: list[Batch]) -> Batch:
     """Micro-batches as one batch: rows are concatenated, values of the whole batch (0-d) kept."""
     merged = {}
     for name, first in chunks[0].items():
@@ -48,7 +48,7 @@ def merge_chunks(chunks: list[Chunk]) -> Chunk:
     return merged
 
 
-def take_rows(batch: Chunk, order: list[int]) -> Chunk:
+def take_rows(batch: Batch, order: list[int]) -> Batch:
     """The given rows of a batch, in the given order."""
     index = torch.tensor(order, dtype=torch.long)
 
@@ -60,18 +60,18 @@ def take_rows(batch: Chunk, order: list[int]) -> Chunk:
     return {name: take(value) for name, value in batch.items()}
 
 
-def count_rows(batch: Chunk) -> int:
+def count_rows(batch: Batch) -> int:
     """How many rows a batch has."""
     return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
-def split_rows(batch: Chunk, sizes: list[int]) -> list[Chunk]:
+def split_rows(batch: Batch, sizes: list[int]) -> list[Batch]:
     """The rows of a batch in order, in chunks of the given sizes."""
     ends = list(accumulate(sizes))
     return [take_rows(batch, list(range(end - size, end))) for size, end in zip(sizes, ends, strict=True)]
 
 
-def regroup_rows(batch: Chunk, prompts_key: str) -> Chunk:
+def regroup_rows(batch: Batch, prompts_key: str) -> Batch:
     """
     Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first; those with fewer
     rows here come last, so that the others begin where micro-batches do.
@@ -85,7 +85,7 @@ def regroup_rows(batch: Chunk, prompts_key: str) -> Chunk:
     return take_rows(batch, [i for rows in groups for i in rows])
 
 
-def concat_rows(batches: list[Chunk], pad_token_id: int) -> Chunk:
+def concat_rows(batches: list[Batch], pad_token_id: int) -> Batch:
     """
     The rows of several batches as one, each padded as TRL pads: prompts on the left, completions on the right.
 
@@ -114,16 +114,16 @@ def _widened(rows: torch.Tensor, width: int, filler: int, left: bool) -> torch.T
 
 
 def save_rollout(
-    folder: str, rank: int, step: int, chunks: list[Chunk] | None, prompts_key: str, geometry: dict[str, Any]
+    folder: str, rank: int, step: int, chunks: list[Batch] | None, prompts_key: str, resume_signature: dict[str, Any]
 ) -> None:
     """
     Writes where a rank stands within its rollout, and the rollout's rows as long as updates on them are to come.
 
-    Prompts are written by key; their media are decoded again from the data set. `geometry` (processes, batch sizes) is
+    Prompts are written by key; their media are decoded again from the data set. `resume_signature` (processes, batch sizes) is
     what the numbers of a run depend on.
     """
     os.makedirs(folder, exist_ok=True)
-    state: dict[str, Any] = {"step": step, "chunks": [], "geometry": geometry}
+    state: dict[str, Any] = {"step": step, "chunks": [], "resume_signature": resume_signature}
     if chunks:
         batch = merge_chunks(chunks)
         tensors = {name: value.contiguous().cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -152,15 +152,17 @@ def _read_state(folder: str, rank: int) -> dict[str, Any]:
         return json.load(file)
 
 
-def check_geometry(folder: str, rank: int, geometry: dict[str, Any]) -> None:
+def check_geometry(folder: str, rank: int, resume_signature: dict[str, Any]) -> None:
     """
     Holds a run against the one that wrote a checkpoint.
 
     Raises:
         ResumeError: when the checkpoint holds no state for this rank, or was written with other numbers.
     """
-    written = _read_state(folder, rank)["geometry"]
-    changed = [f"{name} {written.get(name)} -> {now}" for name, now in geometry.items() if written.get(name) != now]
+    written = _read_state(folder, rank)["resume_signature"]
+    changed = [
+        f"{name} {written.get(name)} -> {now}" for name, now in resume_signature.items() if written.get(name) != now
+    ]
     if changed:
         raise ResumeError(
             f"{folder} was written by a run with other settings: {', '.join(changed)}. Resume with those."
@@ -169,7 +171,7 @@ def check_geometry(folder: str, rank: int, geometry: dict[str, Any]) -> None:
 
 def load_rollout(
     folder: str, rank: int, prompts_by_key: Callable, prompts_key: str, device: torch.device
-) -> tuple[int, list[Chunk] | None]:
+) -> tuple[int, list[Batch] | None]:
     """
     Reads what [`save_rollout`] wrote.
 
@@ -181,7 +183,7 @@ def load_rollout(
     if not state["chunks"]:
         return state["step"], None
     tensors = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"))
-    batch: Chunk = {name: value.to(device) for name, value in tensors.items()}  # safetensors knows no "cpu:0"
+    batch: Batch = {name: value.to(device) for name, value in tensors.items()}  # safetensors knows no "cpu:0"
     if state["prompts"]:
         try:
             batch[prompts_key] = prompts_by_key(state["prompts"])

@@ -62,7 +62,7 @@ class MediaTrainer:
         self.prompt_builder = args.prompt_builder(self.family, self.loader, args.chat_template_kwargs)
         ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
         shows = args.local_process_index == 0 and not args.disable_tqdm
-        self.rows = RowEncoder(
+        self.row_encoder = RowEncoder(
             self.prompt_builder,
             ranks,
             probe=args.media_check == "probe",
@@ -92,23 +92,23 @@ class MediaTrainer:
 
     def _write_quarantine(self) -> None:
         if self.family is not None and self.accelerator.is_main_process:
-            write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), self.rows.quarantined)
+            write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), self.row_encoder.quarantined)
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
         """
         Encodes rows for a rollout; see [`~maple_trl.trainers.common.rows.RowEncoder.encode`]. Every rank must call this together.
         """
-        known = len(self.rows.quarantined)
+        known = len(self.row_encoder.quarantined)
         try:
-            return self.rows.encode(rows, evaluating=not self.model.training)
+            return self.row_encoder.encode(rows, evaluating=not self.model.training)
         finally:
-            if len(self.rows.quarantined) > known:
+            if len(self.row_encoder.quarantined) > known:
                 self._write_quarantine()
 
     def _prefetch(self, rows: Sequence[dict[str, Any]], current: Sequence[EncodedPrompt]) -> None:
         """Begins to decode the media of rows to come, but for those of the current prompts."""
         waiting = {}
-        for row in map(self.rows.usable, rows):
+        for row in map(self.row_encoder.usable, rows):
             waiting.setdefault(self.prompt_builder.spec(row).key, partial(self.prompt_builder.decode, row))
         done = {prompt.key for prompt in current}
         self.loader.prefetch([decode for key, decode in waiting.items() if key not in done])
@@ -123,7 +123,7 @@ class MediaTrainer:
 
     def too_many_quarantined(self) -> str | None:
         """What is wrong where a data set has lost more rows than `max_quarantined_share`; the same on every rank."""
-        return None if self.family is None else self.rows.too_many(self.args.max_quarantined_share)
+        return None if self.family is None else self.row_encoder.too_many(self.args.max_quarantined_share)
 
     def check_quarantine(self) -> None:
         """
@@ -145,7 +145,7 @@ class MediaTrainer:
         Returns:
             `list[dict]`: `kind`, `count`, `text` and what else is known; `summary.json` holds the same.
         """
-        registries = list(self.rows.registries.values()) if self.family is not None else []
+        registries = list(self.row_encoder.registries.values()) if self.family is not None else []
         found = quarantine_notes(registries) + self.tally.notes()
         for registry in registries:
             if registry.name == "train_dataset":
@@ -210,7 +210,7 @@ class MediaTrainer:
         texts: list[str | None] = []
         try:
             for start in range(0, chunks * batch_size, batch_size):
-                prompts = self.rows.encode_each(share[start : start + batch_size])
+                prompts = self.row_encoder.encode_each(share[start : start + batch_size])
                 completions = iter(self._sample([prompt for prompt in prompts if prompt is not None]))
                 texts += [None if prompt is None else next(completions) for prompt in prompts]
         finally:
@@ -233,7 +233,7 @@ class MediaTrainer:
             metrics[name].append(float(value))
         for note, clips in self.loader.notes.items():
             metrics[f"media/clips_{note}"].append(float(clips))
-        metrics["media/quarantined_prompts"].append(float(len(self.rows.quarantined)))
+        metrics["media/quarantined_prompts"].append(float(len(self.row_encoder.quarantined)))
         if mode == "train":
             self.tally.counts.update(dict(zip(notes.values(), total[len(kinds) :], strict=True)))
 
@@ -348,13 +348,15 @@ class MediaTrainer:
     def _restore_rows(self, checkpoint: str) -> None:
         """The run goes on with the rows that it began with, even where files broke or were mended in between."""
         states = load_rows(checkpoint)
-        for name, registry in self.rows.registries.items():
+        for name, registry in self.row_encoder.registries.items():
             if name in states:
                 registry.load_state_dict(states[name])
         self._write_quarantine()
 
         def restored(dataset: Any, name: str) -> Any:
-            return self.rows.registries[name].usable_dataset() if name in self.rows.registries else dataset
+            return (
+                self.row_encoder.registries[name].usable_dataset() if name in self.row_encoder.registries else dataset
+            )
 
         self.train_dataset = restored(self.train_dataset, "train_dataset")
         self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", restored)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from maple_trl.evaluation.fed import as_text, fed_columns, prompt_text
+from maple_trl.evaluation.inputs import as_text, fed_columns, prompt_text
 from maple_trl.files import as_json
 from maple_trl.records.metrics_log import write_metrics
 from maple_trl.records.rollouts import ROLLOUTS, rollout_of, write_rollout
@@ -39,7 +39,7 @@ class Rolling(Protocol):
     state: Any
     prompt_builder: PromptBuilder
     reward_func_names: list[str]
-    rows: RowEncoder
+    row_encoder: RowEncoder
     _logs: Mapping[str, Any]
     _serving: list[EncodedPrompt | None] | None
     _step: int
@@ -206,7 +206,7 @@ def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | 
     if prompt is None:
         return facts | {"group": row_digest(row), "prompt": prompt_text(row["prompt"]), "hinted": None}
     group = prompt.key.removesuffix(HINTED)
-    registry = trainer.rows.registries.get("train_dataset")
+    registry = trainer.row_encoder.registries.get("train_dataset")
     spec = trainer.prompt_builder.spec(row)
     return facts | {
         "group": group,

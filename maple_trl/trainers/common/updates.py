@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from maple_trl.trainers.common.checkpoint import Chunk, concat_rows, count_rows, split_rows, take_rows
+from maple_trl.trainers.common.checkpoint import Batch, concat_rows, count_rows, split_rows, take_rows
 
 
 def even_parts(rows: int, parts: int) -> list[int]:
@@ -28,12 +28,12 @@ def owners(rows_per_rank: Sequence[int]) -> list[int]:
 
 
 def share_out(
-    batch: Chunk,
+    batch: Batch,
     rows_per_rank: Sequence[int],
     rank: int,
-    exchange: Callable[[dict[int, Chunk]], list[Chunk | None]],
+    exchange: Callable[[dict[int, Batch]], list[Batch | None]],
     pad_token_id: int,
-) -> Chunk:
+) -> Batch:
     """
     Moves rows between ranks until none has more than one more than another; see [`owners`].
 
@@ -54,19 +54,19 @@ def share_out(
 
 
 def micro_batches(
-    batch: Chunk,
+    batch: Batch,
     rows_per_rank: Sequence[int],
     steps: int,
     slots: int,
     largest: int,
-    ballast: Chunk,
+    padding_row: Batch,
     group: int = 1,
-) -> list[Chunk]:
+) -> list[Batch]:
     """
     Splits a rank's rows over optimizer steps, and those of a step over as few micro-batches as every rank can.
 
     All ranks run the same micro-batches of the same size, since their passes wait for each other and their metrics are
-    gathered: where a rank is a row short, the ballast stands in. Micro-batches that no rank needs are empty and cost
+    gathered: where a rank is a row short, the padding row stands in. Micro-batches that no rank needs are empty and cost
     nothing. Empty ones come first: the gradients of the ranks are averaged in the last.
 
     Args:
@@ -75,22 +75,22 @@ def micro_batches(
         steps: optimizer steps on the rollout.
         slots: micro-batches of an optimizer step.
         largest: most rows of a micro-batch.
-        ballast: one row that adds nothing to the loss, as wide as the batch.
+        padding_row: one row that adds nothing to the loss, as wide as the batch.
         group: rows of a prompt, which stay in one micro-batch where a step begins with a whole group and `largest` is a
             multiple.
 
     Returns:
-        `list[Chunk]` of length `steps * slots`.
+        `list[Batch]` of length `steps * slots`.
     """
     own = even_parts(count_rows(batch), steps)
     busiest = even_parts(max(rows_per_rank), steps)
     chunks = []
     for part, most in zip(split_rows(batch, own), busiest, strict=True):
         widths = _widths(most, largest, group)
-        chunks += [take_rows(ballast, [])] * (slots - len(widths))
+        chunks += [take_rows(padding_row, [])] * (slots - len(widths))
         sizes = [*widths[:-1], widths[-1] - most + count_rows(part)] if widths else []
         for chunk, width in zip(split_rows(part, sizes), widths, strict=True):
-            chunks.append(concat_rows([chunk] + [ballast] * (width - count_rows(chunk)), pad_token_id=0))
+            chunks.append(concat_rows([chunk] + [padding_row] * (width - count_rows(chunk)), pad_token_id=0))
     return chunks
 
 

@@ -43,9 +43,8 @@ from maple_trl.files import write_atomically
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.prompt import RowError
-from maple_trl.trainers.avatar.rounds import Round
 from maple_trl.trainers.common.checkpoint import (
-    Chunk,
+    Batch,
     ResumeError,
     concat_rows,
     count_rows,
@@ -58,6 +57,7 @@ from maple_trl.trainers.common.samplers import StratifiedSampler
 from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, TagSums, tag_number
 from maple_trl.trainers.common.updates import even_parts, micro_batches, share_out
 from maple_trl.trainers.mapo.config import MAPOConfig
+from maple_trl.trainers.mapo.rollout import Rollout
 from maple_trl.trainers.mapo.zero_shot import check_measurable, fingerprint, zero_shot_accuracy
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, SCALE_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
 
@@ -127,15 +127,15 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._epoch_began = 0  # the value of `_step` when the schedule's epoch began
         self._rows_in_round: list[dict[str, Any]] = []
         self._dropping = False
-        self._round: Round | None = None
+        self._round: Rollout | None = None
         self._rewards_in_advance: Tensor | None = None
         self._kept: list[int] | None = None
-        self._update_chunks: list[Chunk] | None = None
+        self._update_chunks: list[Batch] | None = None
         self._of_all_tags = False
         self._last_pass: tuple[Tensor, Tensor] | None = None
-        self._window_tag: ModalityTag | None = None
+        self._optimizer_step_tag: ModalityTag | None = None
         self._window_has_rows = False
-        self._begin_window()
+        self._begin_optimizer_step()
 
     def _find_task_reward(self) -> int | None:
         names = self.reward_func_names
@@ -271,7 +271,7 @@ class MAPOTrainer(OmniGRPOTrainer):
             rows = self._refill(batch, rounds) if self._dropping else []
         return self._finish_rollout(batch, outputs, rounds)
 
-    def _roll_out(self, inputs: list[dict[str, Any]], rows: list[int]) -> tuple[Chunk, Round]:
+    def _roll_out(self, inputs: list[dict[str, Any]], rows: list[int]) -> tuple[Batch, Rollout]:
         """TRL's rollout of some rows."""
         self._rows_in_round = inputs
         try:
@@ -293,7 +293,7 @@ class MAPOTrainer(OmniGRPOTrainer):
             )
             kept = self._round.informative.repeat_interleave(self.num_generations)
             kept = kept & ~self._round.rewards.isnan()
-            self._kept = self._own(kept).nonzero().flatten().tolist()
+            self._kept = self._local(kept).nonzero().flatten().tolist()
         return generated
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -310,12 +310,12 @@ class MAPOTrainer(OmniGRPOTrainer):
             device=self.accelerator.device,
         )
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        self._round = Round(
+        self._round = Rollout(
             [], group_size, rewards, self._total_rewards(rewards), *self.accelerator.gather(facts).unbind(1)
         )
         return rewards
 
-    def _refill(self, batch: PromptBatch, rounds: list[Round]) -> list[int]:
+    def _refill(self, batch: PromptBatch, rounds: list[Rollout]) -> list[int]:
         """Further prompts for the groups that the rounds so far could not fill, as far as the ranks can share them."""
         informative = sum(int(r.informative.sum()) for r in rounds)
         missing = len(batch.rows) - informative
@@ -324,9 +324,9 @@ class MAPOTrainer(OmniGRPOTrainer):
         step = self._prompts_that_ranks_share
         return self.schedule.draw(batch.stratum, missing + -missing % step, multiple_of=step)
 
-    def _finish_rollout(self, batch: PromptBatch, outputs: list[Chunk], rounds: list[Round]) -> Chunk:
+    def _finish_rollout(self, batch: PromptBatch, outputs: list[Batch], rounds: list[Rollout]) -> Batch:
         """Advantages of all rounds; what is trained on, where that is not simply all."""
-        scored = Round.joined(rounds)
+        scored = Rollout.joined(rounds)
         advantages = group_advantages(scored.rewards, scored.groups, scored.tags, self.args.advantage_scope)
         kept = scored.informative if self._dropping else torch.ones_like(scored.informative)
         kept = kept & (kept.cumsum(0) <= len(batch.rows))  # a refill can bring more than was missing
@@ -344,18 +344,18 @@ class MAPOTrainer(OmniGRPOTrainer):
         for output, r in zip(outputs, rounds, strict=True):
             rows = slice(start, start + len(r.tags))
             start = rows.stop
-            output["advantages"] = self._own(advantages[rows])
-            output[TAG_KEY] = self._own(r.tags.masked_fill(r.rewards.isnan(), UNTAGGED))
+            output["advantages"] = self._local(advantages[rows])
+            output[TAG_KEY] = self._local(r.tags.masked_fill(r.rewards.isnan(), UNTAGGED))
             output.pop(UNSCORABLE_KEY, None)
             mask = trained[rows]
             counts += mask.view(len(counts), -1).sum(dim=1).cpu()
-            parts.append(take_rows(output, self._own(mask).nonzero().flatten().tolist()))
+            parts.append(take_rows(output, self._local(mask).nonzero().flatten().tolist()))
         whole = int(trained.sum()) == self.args.generation_batch_size
         if len(rounds) > 1 or not whole:
             self._update_chunks = self._split(concat_rows(parts, self._pad_token_id), counts.tolist(), outputs[0])
         return outputs[0]
 
-    def _learn(self, scored: Round, kept: Tensor) -> None:
+    def _learn(self, scored: Rollout, kept: Tensor) -> None:
         """Difficulties of the tags, for their weights and order, and which prompts taught nothing."""
         difficulties = self._difficulties(scored)
         self.tag_weights.observe(difficulties)
@@ -380,7 +380,7 @@ class MAPOTrainer(OmniGRPOTrainer):
                 metrics[f"tag/all/{name}"] = fmean(values)
         self._log_all(metrics | self.sampling.metrics() | self.schedule.metrics())
 
-    def _difficulties(self, scored: Round) -> dict[ModalityTag, float]:
+    def _difficulties(self, scored: Rollout) -> dict[ModalityTag, float]:
         if self._task_reward is None:
             return {}
         scores = scored.scores[:, self._task_reward]
@@ -400,7 +400,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     # Updates
 
-    def _split(self, batch: Chunk, rows_per_rank: list[int], rollout: Chunk) -> list[Chunk]:
+    def _split(self, batch: Batch, rows_per_rank: list[int], rollout: Batch) -> list[Batch]:
         """Micro-batches of the rows that are trained on, shared out over the ranks."""
         rank = self.accelerator.process_index
         batch = share_out(batch, rows_per_rank, rank, self._exchange, self._pad_token_id)
@@ -409,7 +409,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         spare["advantages"] = torch.zeros_like(spare["advantages"])
         spare[TAG_KEY] = torch.full_like(spare[TAG_KEY], UNTAGGED)
         rows = count_rows(batch)
-        batch, ballast = split_rows(concat_rows([batch, spare], self._pad_token_id), [rows, 1])
+        batch, padding_row = split_rows(concat_rows([batch, spare], self._pad_token_id), [rows, 1])
         batch = shuffle_sequence_dict(batch)
         if PROMPTS_KEY in batch:
             one = {prompt.key: prompt for prompt in batch[PROMPTS_KEY]}  # rows from other ranks may bring it again
@@ -421,11 +421,11 @@ class MAPOTrainer(OmniGRPOTrainer):
             steps=self.args.steps_per_generation // self.args.gradient_accumulation_steps,
             slots=self.args.gradient_accumulation_steps,
             largest=self.args.per_device_train_batch_size,
-            ballast=ballast,
+            padding_row=padding_row,
             group=self.num_generations,
         )
 
-    def _exchange(self, parcels: dict[int, Chunk]) -> list[Chunk | None]:
+    def _exchange(self, parcels: dict[int, Batch]) -> list[Batch | None]:
         """
         Sends rows to other ranks; a collective call.
 
@@ -460,7 +460,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._fold_weights(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _fold_weights(self, chunks: list[Chunk]) -> None:
+    def _fold_weights(self, chunks: list[Batch]) -> None:
         """
         Scales the advantages so that TRL's loss of these micro-batches becomes the stratified loss (MAPLE eq. 2, 3).
 
@@ -472,7 +472,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         strata = [self._strata(chunk[TAG_KEY]) for chunk in chunks]
         totals = [stratum_totals(*rows, UNTAGGED + 1) for rows in zip(lengths, strata, strict=True)]
         totals = torch.stack(totals).unflatten(0, (-1, slots)).sum(dim=1)
-        totals = self._summed(totals)
+        totals = self._all_reduce(totals)
         tokens = totals[..., 1].sum()
         weights = None
         if args.tag_weights == "adaptive":
@@ -495,7 +495,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _strata(self, tags: Tensor) -> Tensor:
         """
-        Strata of the loss as numbers; what does not count (ballast, unscorable completions) has its own, the last.
+        Strata of the loss as numbers; what does not count (padding rows, unscorable completions) has its own, the last.
 
         The tags' left-over rows are one batch like any other, so they are one mean, in which each row has its tag's weight.
         """
@@ -527,16 +527,16 @@ class MAPOTrainer(OmniGRPOTrainer):
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         loss = super()._compute_loss(model, inputs)
         if self.model.training:
-            self._add_to_window(inputs)
+            self._add_to_optimizer_step(inputs)
         self._last_pass = None
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch):
         began = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._window_seconds += time.perf_counter() - began
+        self._optimizer_step_seconds += time.perf_counter() - began
         if self._step % self.args.gradient_accumulation_steps == 0:
-            self._end_window()
+            self._end_optimizer_step()
         if self._step % self._updates_per_rollout == 0 and self.schedule.exhausted:
             self._end_epoch()
         return loss
@@ -565,16 +565,16 @@ class MAPOTrainer(OmniGRPOTrainer):
             found.append(make_note("uninformative_rows", left, text))
         return found
 
-    def _begin_window(self) -> None:
-        """A window is the micro-batches of one optimizer step."""
+    def _begin_optimizer_step(self) -> None:
+        """Nothing of an optimizer step has been seen yet."""
         names = ["entropy"] if self.args.loss_type in ("sapo", "vespo") else ["entropy", "clip_fraction"]
-        self._window = TagSums(names, self.accelerator.device)
-        self._window_seconds = 0.0
+        self._step_sums = TagSums(names, self.accelerator.device)
+        self._optimizer_step_seconds = 0.0
 
     def _end_step(self, counted: bool) -> None:
-        """`_end_window` does it, by the tags that were trained on."""
+        """`_end_optimizer_step` does it, by the tags that were trained on."""
 
-    def _add_to_window(self, inputs: Chunk) -> None:
+    def _add_to_optimizer_step(self, inputs: Batch) -> None:
         logps, entropies = (value.detach() for value in self._last_pass)
         mask = inputs["completion_mask"]
         old = inputs.get("old_per_token_logps")
@@ -587,38 +587,38 @@ class MAPOTrainer(OmniGRPOTrainer):
         )
         if clipped is not None:
             sums["clip_fraction"] = (clipped * mask).sum(dim=1)
-        self._window.add(inputs[TAG_KEY], sums, mask.sum(dim=1))
+        self._step_sums.add(inputs[TAG_KEY], sums, mask.sum(dim=1))
 
-    def _end_window(self) -> None:
-        self._window.reduce(self._summed)
-        tags = self._window.tags()
-        self._window_tag = tags[0] if len(tags) == 1 else None
+    def _end_optimizer_step(self) -> None:
+        self._step_sums.reduce(self._all_reduce)
+        tags = self._step_sums.tags()
+        self._optimizer_step_tag = tags[0] if len(tags) == 1 else None
         self._window_has_rows = bool(tags)
         if not tags:
             self._forget_gradients()
-        self._means["train"].add(self._window.totals())
+        self._means["train"].add(self._step_sums.totals())
         self._log_all({"sampling/steps_without_update": not tags})
-        self._log_of_window("seconds", self._window_seconds)
+        self._log_of_optimizer_step("seconds", self._optimizer_step_seconds)
         if self._gradient_sample is not None and tags:
             self._probe_gradient()
-        self._begin_window()
+        self._begin_optimizer_step()
 
-    def _log_of_window(self, name: str, value: float) -> None:
+    def _log_of_optimizer_step(self, name: str, value: float) -> None:
         """A value of a whole optimizer step, which is its tag's as well where it has one."""
-        for whose in ("all", self._window_tag):
+        for whose in ("all", self._optimizer_step_tag):
             if whose is not None:
                 self._log_all({f"tag/{whose}/{name}": value})
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and self._window_has_rows:
-            self._log_of_window("grad_norm", norm)
+            self._log_of_optimizer_step("grad_norm", norm)
         return norm
 
     def _probe_gradient(self) -> None:
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
-        self.gradient_moments.observe(self._gradient_sample() / scale, self._window_tag)
+        self.gradient_moments.observe(self._gradient_sample() / scale, self._optimizer_step_tag)
         self._log_all(self.gradient_moments.metrics())
 
     # State

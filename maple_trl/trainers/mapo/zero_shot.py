@@ -134,7 +134,7 @@ def _unlogged(*_: Any) -> None:
 def _identity(trainer: OmniGRPOTrainer, task_reward: int, weights: list[float]) -> str:
     reward = trainer.reward_funcs[task_reward]
     facts = [
-        trainer.rows.registries["train_dataset"].state_dict()["content"],
+        trainer.row_encoder.registries["train_dataset"].state_dict()["content"],
         [getattr(reward, name, None) for name in ("__module__", "__qualname__", "__name__")],
         [getattr(trainer.args, name) for name in _SAMPLING],
         deciding(trainer.args, MediaConfig),

@@ -38,12 +38,12 @@ from maple_trl.omni.generation import own_options
 from maple_trl.omni.prefix.packed_attention import install
 from maple_trl.omni.prefix.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
-from maple_trl.omni.prefix.sharing import sharing_error, telling_prompt
+from maple_trl.omni.prefix.sharing import probe_prompt, sharing_error
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.trainers.common.checkpoint import (
-    Chunk,
+    Batch,
     LostPromptsError,
     ResumeError,
     check_geometry,
@@ -145,8 +145,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._prepare_media(model, processing_class, args)
             self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out
             self._adapt_generation(args)
-            train_dataset = self.rows.register(train_dataset, "train_dataset")
-            eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.rows.register)
+            train_dataset = self.row_encoder.register(train_dataset, "train_dataset")
+            eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.row_encoder.register)
 
         with trl_expectations(unwrap(model), init_kwargs):
             super().__init__(
@@ -246,7 +246,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._prefetch_next_batch(prompts)
         return self._complete(inputs, prompts)
 
-    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Chunk:
+    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Batch:
         """A rollout of this rank's rows, whose prompts are encoded; `None` for a text-only model."""
         with self._rows_in_use(prompts):
             output = super()._generate_and_score_completions(rows)
@@ -441,7 +441,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             total,
         )
 
-    def _mask_unscorable(self, output: Chunk) -> None:
+    def _mask_unscorable(self, output: Batch) -> None:
         """Unscorable completions keep their places without a token that counts; a collective call where there are any."""
         given, unscorable = self._scores_given, self._unscorable
         self._scores_given = self._unscorable = None
@@ -449,27 +449,27 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return
         for name, values in zip(self.reward_func_names, given.T, strict=True):
             _replace_latest(self._logs["rewards"][name], values.tolist())
-        own = self._own(unscorable)
+        own = self._local(unscorable)
         output[UNSCORABLE_KEY] = own.long()
         output["completion_mask"] = output["completion_mask"].masked_fill(own[:, None], 0)
-        tokens = self._summed(output["completion_mask"].sum())
+        tokens = self._all_reduce(output["completion_mask"].sum())
         output["num_items_in_batch"] = tokens.to(output["num_items_in_batch"])
 
-    def _leave_out(self, chunks: list[Chunk]) -> None:
+    def _leave_out(self, chunks: list[Batch]) -> None:
         """
         Makes TRL's means over the rows (or micro-batches) of an optimizer step those over what can be scored: the losses
         are linear in the size of the advantage, so that the factor stands in it. A collective call.
         """
         slots = self._micro_batches_of_a_mean(len(chunks))
         counts = self._counts_of_mean(chunks).unflatten(0, (-1, slots)).sum(dim=1)
-        for i, (counted, everything) in enumerate(self._summed(counts).tolist()):
+        for i, (counted, everything) in enumerate(self._all_reduce(counts).tolist()):
             scale = remaining_scale(counted, everything)
             for chunk in chunks[i * slots : (i + 1) * slots]:
                 rows = chunk["advantages"]
                 chunk["advantages"] = rows * scale
                 chunk[SCALE_KEY] = torch.full_like(rows if rows.dim() == 1 else rows[:, 0], scale)
 
-    def _counts_of_mean(self, chunks: list[Chunk]) -> torch.Tensor:
+    def _counts_of_mean(self, chunks: list[Batch]) -> torch.Tensor:
         """For each micro-batch, how much of what TRL's mean is over can be scored, and of how much; shape (chunks, 2)."""
         counts = []
         for chunk in chunks:
@@ -534,7 +534,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 if smaller:
                     draw = random.Random(f"{self.args.seed} {self._step} {prompt.key}")  # the same on every rank
                     deficits[prompt.key] = {**row, "tag": draw.choice(smaller).value}
-        encoded = self.rows.encode_each(list(deficits.values()))
+        encoded = self.row_encoder.encode_each(list(deficits.values()))
         completions = iter(self._sample([prompt for prompt in encoded if prompt is not None]))
         texts = {
             key: None if prompt is None else next(completions) for key, prompt in zip(deficits, encoded, strict=True)
@@ -553,11 +553,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     # Ranks
 
-    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+    def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks; a collective call."""
         return self.accelerator.reduce(values, reduction="sum") if self.accelerator.num_processes > 1 else values
 
-    def _own(self, values: torch.Tensor) -> torch.Tensor:
+    def _local(self, values: torch.Tensor) -> torch.Tensor:
         """This rank's rows of values over all ranks."""
         return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
@@ -596,7 +596,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         there are here. Every rank must call this together.
         """
         if self._sharing is None:
-            self._sharing = self._try_sharing(telling_prompt(prompts or [self.prompt_builder.stand_in()]))
+            self._sharing = self._try_sharing(probe_prompt(prompts or [self.prompt_builder.stand_in()]))
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
@@ -738,7 +738,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
         folder = self._checkpoint_folder(trial)
         if self.family is not None and self.args.should_save:
-            save_rows(folder, {name: registry.state_dict() for name, registry in self.rows.registries.items()})
+            save_rows(folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()})
         save_rollout(
             folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY, self._geometry()
         )
@@ -812,7 +812,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             logger.warning(
                 "The rest of the rollout is generated anew: prompt %s cannot be shown any more: %s", key, error
             )
-            self.rows.registries["train_dataset"].add(key, error)
+            self.row_encoder.registries["train_dataset"].add(key, error)
         self._write_quarantine()
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
@@ -821,7 +821,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 "The checkpoint lies in the middle of a rollout, whose prompts cannot be found again in a streamed data "
                 "set. Resume from a checkpoint at the end of a rollout, or train on a map-style data set."
             )
-        registry = self.rows.registries["train_dataset"]
+        registry = self.row_encoder.registries["train_dataset"]
         encoded, failed = {}, []
         for key in dict.fromkeys(keys):
             try:

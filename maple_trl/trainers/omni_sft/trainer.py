@@ -126,7 +126,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
                 f"{name} has no column 'completion', which is what is learnt; its columns: {', '.join(columns)}"
             )
         dataset = as_paths(dataset)
-        usable = self.rows.register(dataset, name)
+        usable = self.row_encoder.register(dataset, name)
         if isinstance(dataset, Dataset):
             read = dataset.select_columns([column for column in _MEDIA_COLUMNS if column in columns])
             for i, row in enumerate(read):
@@ -290,7 +290,9 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         if self.family is not None:
             folder = self._checkpoint_folder(trial)
             if self.args.should_save:
-                save_rows(folder, {name: registry.state_dict() for name, registry in self.rows.registries.items()})
+                save_rows(
+                    folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()}
+                )
             save_rollout(folder, self.accelerator.process_index, 0, None, PROMPTS_KEY, self._geometry())
         super()._save_checkpoint(model, trial)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from maple_trl.evaluation.fed import as_text, fed_columns
+from maple_trl.evaluation.inputs import as_text, fed_columns
 from maple_trl.evaluation.options import ALL, REQUIRED, EvalOptions, ScoringError
 from maple_trl.metrics.clips import clips_of
 from maple_trl.modalities import ModalityTag
@@ -55,7 +55,7 @@ class Answer:
     ids: list[int] | None = None
 
 
-class Asker(ABC):
+class BaseEvaluator(ABC):
     """
     Asks and scores batch by batch; what is kept of it is the caller's business.
 

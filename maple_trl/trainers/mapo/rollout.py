@@ -17,7 +17,7 @@ _PER_COMPLETION = ("scores", "rewards", "tags", "lengths", "media_tokens")
 
 
 @dataclass(frozen=True)
-class Round:
+class Rollout:
     """
     Completions for some prompts, over all ranks, those of a prompt next to each other.
 
@@ -39,7 +39,7 @@ class Round:
     media_tokens: Tensor
 
     @classmethod
-    def joined(cls, rounds: Sequence[Round]) -> Round:
+    def joined(cls, rounds: Sequence[Rollout]) -> Rollout:
         """Several rounds, one after the other."""
         columns = {name: torch.cat([getattr(r, name) for r in rounds]) for name in _PER_COMPLETION}
         return replace(rounds[0], rows=[row for r in rounds for row in r.rows], **columns)
