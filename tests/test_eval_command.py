@@ -473,7 +473,10 @@ def test_when_nothing_can_be_scored(folder, capsys):
         (["--adapter", "nowhere"], "adapter: nowhere holds no adapter_config.json"),
         (["--dtype", "float63"], "dtype 'float63' is unknown"),
         (["--generation", '{"repetition_penalty": -1}'], "generation: `penalty` has to be a strictly positive float"),
-        (["--generation", '{"penalty_alpha": "x"}'], "generation: penalty_alpha='x' is not supported: completions are sampled"),
+        (
+            ["--generation", '{"penalty_alpha": "x"}'],
+            "generation: penalty_alpha='x' is not supported: completions are sampled",
+        ),
     ],
 )
 def test_a_wrong_command_is_refused(folder, tmp_path, capsys, words, message):
