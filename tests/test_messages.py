@@ -218,7 +218,6 @@ TRAIN = [
     ({"importance_sampling_level": "tok"}, "importance_sampling_level must be one of 'token', 'sequence'"),
     ({"top_k": 1}, "top_k=1 leaves one token to sample"),
     ({"top_p": 0}, "top_p=0 leaves one token to sample"),
-    ({"generation_kwargs": '{"do_sample": false}'}, "generation_kwargs: do_sample=False is not supported"),
     ({"generation_kwargs": '{"penalty_alpha": 0.6}'}, "generation_kwargs: penalty_alpha=0.6 is not supported"),
     ({"generation_kwargs": '{"guidance_scale": 2}'}, "generation_kwargs: guidance_scale=2 is not supported"),
     ({"generation_kwargs": '{"bad_words_ids": [5]}'}, "generation_kwargs: `bad_words_ids` has to be a list of lists"),

@@ -74,7 +74,6 @@ _PROCESSORS = {
 # What `generate()` hands back is read as rows of tokens, of which one belongs to each prompt.
 _SAMPLED = "completions are sampled from the model, token by token and each by itself"
 _CLOSED = {
-    "do_sample": _SAMPLED,
     "num_beams": _SAMPLED,
     "num_beam_groups": _SAMPLED,
     "diversity_penalty": _SAMPLED,
@@ -103,7 +102,6 @@ _CLOSED = {
     "bos_token_id": "the tokenizer says which token begins",
 }
 _NEUTRAL = {
-    "do_sample": (None, True),
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
     "num_return_sequences": (None, 1),

@@ -36,7 +36,8 @@ def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
         text = f"Learned, from the first to the last tenth of the log: {ends}"
         console.print(text, highlight=False, soft_wrap=True)
     steps, seconds = summary["steps"], summary["seconds"]
-    console.print(f"{steps} steps, {seconds:.0f} s in all; results in {output_dir}", highlight=False)
+    line = f"{steps} steps, {seconds:.0f} s in all; results in {output_dir}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     if "written" in summary:
         written = f"Written: {', '.join(summary['written'])}"
         console.print(written, highlight=False, markup=False, soft_wrap=True)
