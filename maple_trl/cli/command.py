@@ -14,7 +14,7 @@ from typing import Any
 from maple_trl.cli.data import add_data_commands, run_data
 from maple_trl.cli.eval import add_eval_command, run_eval
 from maple_trl.cli.failures import fail, refuse
-from maple_trl.cli.report import add_report_command, run_report
+from maple_trl.cli.report import run_report
 
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
@@ -29,6 +29,9 @@ examples:
 
 Several processes: accelerate launch --num_processes N -m maple_trl.cli train --config FILE
 """
+
+
+_OWN_PARSER = {"report": run_report}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     env.add_argument("--json", action="store_true", help="print the report as JSON")
     add_data_commands(commands)
     add_eval_command(commands)
-    add_report_command(commands)
+    commands.add_parser(
+        "report",
+        help="write one HTML file on a run or an evaluation, or on two of them",
+        add_help=False,
+        allow_abbrev=False,
+    )
     return parser
 
 
@@ -101,11 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "train":
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
-    if rest:
+    if rest and arguments.command not in _OWN_PARSER:
         parser.error(f"unknown argument {rest[0]}{_closest(parser, arguments, rest[0])}")
-    run = {"data": run_data, "eval": run_eval, "report": run_report, "env": _env}[arguments.command]
+    run = {"data": run_data, "eval": run_eval, "env": _env}
+    words = argv[argv.index(arguments.command) + 1 :]
     try:
-        return run(arguments)
+        if arguments.command in _OWN_PARSER:
+            return _OWN_PARSER[arguments.command](words)
+        return run[arguments.command](arguments)
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
