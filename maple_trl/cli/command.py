@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from maple_trl.cli.data import add_data_commands, run_data
+from maple_trl.cli.data import run_hints
 from maple_trl.cli.eval import add_eval_command, run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.report import run_report
@@ -31,7 +31,7 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 """
 
 
-_OWN_PARSER = {"report": run_report}
+_OWN_PARSER = {"hints": run_hints, "report": run_report}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--imports", action="store_true", help="import every required package too, and ask torch for devices"
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
-    add_data_commands(commands)
+    data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
+    group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
+    group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
     add_eval_command(commands)
     commands.add_parser(
         "report",
@@ -109,14 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "train":
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
-    if rest and arguments.command not in _OWN_PARSER:
+    name = getattr(arguments, "data_command", arguments.command)
+    if rest and name not in _OWN_PARSER:
         parser.error(f"unknown argument {rest[0]}{_closest(parser, arguments, rest[0])}")
-    run = {"data": run_data, "eval": run_eval, "env": _env}
-    words = argv[argv.index(arguments.command) + 1 :]
+    if arguments.command == "data" and arguments.data_command is None:
+        _subparser(parser, "data").print_help()
+        return 0
     try:
-        if arguments.command in _OWN_PARSER:
-            return _OWN_PARSER[arguments.command](words)
-        return run[arguments.command](arguments)
+        if name in _OWN_PARSER:
+            return _OWN_PARSER[name](argv[argv.index(name) + 1 :])
+        return {"eval": run_eval, "env": _env}[arguments.command](arguments)
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -131,8 +135,6 @@ def _closest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, wor
     import difflib
 
     command = _subparser(parser, arguments.command)
-    if arguments.command == "data" and arguments.data_command is not None:
-        command = _subparser(command, arguments.data_command)
     close = difflib.get_close_matches(word.split("=")[0], command._option_string_actions, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
