@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maple_trl.cli.data import run_hints
-from maple_trl.cli.eval import add_eval_command, run_eval
+from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.report import run_report
 
@@ -31,7 +31,7 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 """
 
 
-_OWN_PARSER = {"hints": run_hints, "report": run_report}
+_OWN_PARSER = {"eval": run_eval, "hints": run_hints, "report": run_report}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
     group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
     group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
-    add_eval_command(commands)
+    commands.add_parser(
+        "eval",
+        help="measure a model on a data set or benchmark, per tag and per choice of signals",
+        add_help=False,
+        allow_abbrev=False,
+    )
     commands.add_parser(
         "report",
         help="write one HTML file on a run or an evaluation, or on two of them",
@@ -120,14 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name in _OWN_PARSER:
             return _OWN_PARSER[name](argv[argv.index(name) + 1 :])
-        return {"eval": run_eval, "env": _env}[arguments.command](arguments)
+        return _env(arguments)
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return refuse(arguments.command, "stopped", 130)
     except Exception as error:
-        return fail(arguments.command, error, getattr(arguments, "output", None))
+        return fail(arguments.command, error)
 
 
 def _closest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, word: str) -> str:

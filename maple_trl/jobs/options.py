@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Annotated, Any, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 # trl and its dataclasses without a trainer take a tenth of a second; torch and transformers are imported where they are
 # needed, so that the command line can show its help without them.
@@ -345,13 +345,18 @@ class OptionParser(TrlParser):
     def __init__(self, types: Iterable[type], **kwargs: Any):
         super().__init__(types, allow_abbrev=False, add_help=False, formatter_class=_HelpFormatter, **kwargs)
         for action in self._actions:
-            if get_origin(action.type) in (dict, Mapping):
+            if _kind(action) in ("dict", "Mapping"):
                 action.type = _json_object
             for option in action.option_strings:
                 self._option_string_actions.setdefault("--" + option[2:].replace("_", "-"), action)
 
     def error(self, message: str):
         raise SetupError(message)
+
+
+def _kind(action: argparse.Action) -> str:
+    """The name of an option's type; an optional one's converter is called as that."""
+    return getattr(action.type, "__name__", "")
 
 
 def _json_object(text: str) -> dict:
@@ -468,7 +473,9 @@ def parse_args(
     return script_args, training_args, model_args
 
 
-def _read(parser: OptionParser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]):
+def _read(
+    parser: OptionParser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]
+) -> None:
     """Makes the values of config files the parser's defaults; SetupError for what it does not know."""
     advice = functools.partial(instead, trainer)
     for file, config in files:
@@ -705,12 +712,12 @@ def _checked(
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads a bare no as false
         several = isinstance(value, list) and action.nargs in ("+", "*")
-        if plain and action.type is str and not several:
+        if plain and _kind(action) == "str" and not several:
             value = _as_text(action, key, value, path)
-        for item in value if several else [value]:
-            _check_value(action, key, item, path)
         if several and action.type in (int, float):
             value = [_as_number(action, key, item, path) for item in value]
+        for item in value if several else [value]:
+            _check_value(action, key, item, path)
         if action.dest == "reward_funcs" and value is not None:
             from maple_trl.jobs.rewards import read_entries
 
@@ -740,8 +747,7 @@ def _as_text(action, key: str, value: Any, path: str) -> str | None:
 
 def _is_scalar(action) -> bool:
     """Whether an option takes a number, a switch, or one of several names."""
-    kind = getattr(action.type, "__name__", "")
-    return kind in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
+    return _kind(action) in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
 
 
 # Options that take a text and nothing else; of others the parser tells no such thing.
@@ -771,7 +777,7 @@ def _check_value(action, key: str, value: Any, path: str) -> None:
         return
     if action.choices is not None and value not in action.choices:
         raise SetupError(f"{path}: {key} must be one of {', '.join(map(repr, action.choices))}, got {value!r}")
-    kind = getattr(action.type, "__name__", "")
+    kind = _kind(action)
     if action.nargs == 0 or kind == "string_to_bool":
         wanted, types = "true or false", bool
     elif kind in ("int", "float"):
