@@ -15,6 +15,7 @@ from maple_trl.cli.data import run_hints
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.report import run_report
+from maple_trl.jobs.errors import did_you_mean
 
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
@@ -69,18 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
     group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
     group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
-    commands.add_parser(
-        "eval",
-        help="measure a model on a data set or benchmark, per tag and per choice of signals",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    commands.add_parser(
-        "report",
-        help="write one HTML file on a run or an evaluation, or on two of them",
-        add_help=False,
-        allow_abbrev=False,
-    )
+    for name, does in (
+        ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
+        ("report", "write one HTML file on a run or an evaluation, or on two of them"),
+    ):
+        commands.add_parser(name, help=does, add_help=False, allow_abbrev=False)
     return parser
 
 
@@ -118,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
     name = getattr(arguments, "data_command", arguments.command)
     if rest and name not in _OWN_PARSER:
-        parser.error(f"unknown argument {rest[0]}{_closest(parser, arguments, rest[0])}")
+        known = _subparser(parser, arguments.command)._option_string_actions
+        parser.error(f"unknown argument {rest[0]}{did_you_mean(rest[0].split('=')[0], known)}")
     if arguments.command == "data" and arguments.data_command is None:
         _subparser(parser, "data").print_help()
         return 0
@@ -133,15 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(arguments.command, "stopped", 130)
     except Exception as error:
         return fail(arguments.command, error)
-
-
-def _closest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, word: str) -> str:
-    """The option of a command that an unknown one may be meant for."""
-    import difflib
-
-    command = _subparser(parser, arguments.command)
-    close = difflib.get_close_matches(word.split("=")[0], command._option_string_actions, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _subparser(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:

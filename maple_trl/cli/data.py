@@ -39,63 +39,42 @@ class HintArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={
-            "metavar": "FILE",
-            "aliases": ["--input"],
-            "help": ".parquet, .json or .jsonl, or builtin:seven-tags (required)",
-        },
+        metadata={"aliases": ["--input"], "help": ".parquet, .json or .jsonl, or builtin:seven-tags (required)"},
     )
     output: str | None = field(
-        default=None,
-        metadata={"metavar": "FILE", "help": "the same table with the column; may be the input (required)"},
+        default=None, metadata={"help": "the same table with the column; may be the input (required)"}
     )
-    columns: list[str] = field(
-        default_factory=list, metadata={"metavar": "NAME", "help": "further columns for the teacher"}
-    )
-    frames: int = field(default=0, metadata={"metavar": "N", "help": "pictures of the video for the teacher"})
+    columns: list[str] = field(default_factory=list, metadata={"help": "further columns for the teacher"})
+    frames: int = field(default=0, metadata={"help": "pictures of the video for the teacher"})
     media_root: str | None = field(
-        default=None, metadata={"metavar": "FOLDER", "help": "folder of videos and subtitles (that of the input)"}
+        default=None, metadata={"help": "folder of videos and subtitles (that of the input)"}
     )
-    limit: int | None = field(default=None, metadata={"metavar": "N", "help": "ask for the first N rows only"})
+    limit: int | None = field(default=None, metadata={"help": "ask for the first N rows only"})
     only_missing: bool = field(default=False, metadata={"help": "keep the hints that the input already has"})
-    max_tries: int = field(default=3, metadata={"metavar": "N", "help": "hints asked for, a row"})
-    max_words: int = field(default=60, metadata={"metavar": "N", "help": "longest hint"})
-    chunk: int = field(default=64, metadata={"metavar": "N", "help": "rows asked and noted together"})
-    max_failures: float = field(default=0.2, metadata={"metavar": "SHARE", "help": "failed rows allowed"})
+    max_tries: int = field(default=3, metadata={"help": "hints asked for, a row"})
+    max_words: int = field(default=60, metadata={"help": "longest hint"})
+    chunk: int = field(default=64, metadata={"help": "rows asked and noted together"})
+    max_failures: float = field(default=0.2, metadata={"help": "failed rows allowed"})
     model: str | None = field(
         default=None,
-        metadata={
-            "metavar": "NAME",
-            "aliases": ["--model_name_or_path"],
-            "help": "the model's name, as the server knows it (required)",
-        },
+        metadata={"aliases": ["--model_name_or_path"], "help": "the model's name, as the server knows it (required)"},
     )
-    base_url: str | None = field(
-        default=None, metadata={"metavar": "URL", "help": "root of the API, as http://127.0.0.1:8000/v1"}
-    )
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"metavar": "NAME", "help": "variable with the key"})
-    api_key_file: str | None = field(
-        default=None, metadata={"metavar": "FILE", "help": "file with the key, instead of the variable"}
-    )
-    concurrency: int = field(default=16, metadata={"metavar": "N", "help": "calls open at once"})
-    requests_per_minute: float | None = field(default=None, metadata={"metavar": "N", "help": "rate that is kept"})
-    tokens_per_minute: float | None = field(default=None, metadata={"metavar": "N", "help": "rate that is kept"})
-    timeout: float = field(default=120.0, metadata={"metavar": "S", "help": "seconds of one call"})
-    max_attempts: int = field(default=5, metadata={"metavar": "N", "help": "calls a request, with retries"})
-    retry_wait: float = field(default=1.0, metadata={"metavar": "S", "help": "seconds before the first retry"})
-    max_tokens: int = field(default=1024, metadata={"metavar": "N", "help": "tokens of an answer; 0: no limit"})
-    temperature: float | None = field(
-        default=None, metadata={"metavar": "T", "help": "sampling temperature (the server's)"}
-    )
-    sampling: dict[str, Any] = field(
-        default_factory=dict, metadata={"metavar": "JSON", "help": "further fields of the request"}
-    )
-    cache: str | None = field(
-        default=None, metadata={"metavar": "FILE", "help": "file that keeps answers (OUTPUT.cache.sqlite)"}
-    )
+    base_url: str | None = field(default=None, metadata={"help": "root of the API, as http://127.0.0.1:8000/v1"})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the key"})
+    api_key_file: str | None = field(default=None, metadata={"help": "file with the key, instead of the variable"})
+    concurrency: int = field(default=16, metadata={"help": "calls open at once"})
+    requests_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
+    tokens_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
+    timeout: float = field(default=120.0, metadata={"help": "seconds of one call"})
+    max_attempts: int = field(default=5, metadata={"help": "calls a request, with retries"})
+    retry_wait: float = field(default=1.0, metadata={"help": "seconds before the first retry"})
+    max_tokens: int = field(default=1024, metadata={"help": "tokens of an answer; 0: no limit"})
+    temperature: float | None = field(default=None, metadata={"help": "sampling temperature (the server's)"})
+    sampling: dict[str, Any] = field(default_factory=dict, metadata={"help": "further fields of the request"})
+    cache: str | None = field(default=None, metadata={"help": "file that keeps answers (OUTPUT.cache.sqlite)"})
     no_cache: bool = field(default=False, metadata={"help": "keep no answers"})
-    prompt_price: float = field(default=0.0, metadata={"metavar": "P", "help": "price of 1e6 prompt tokens"})
-    completion_price: float = field(default=0.0, metadata={"metavar": "P", "help": "price of 1e6 answer tokens"})
+    prompt_price: float = field(default=0.0, metadata={"help": "price of 1e6 prompt tokens"})
+    completion_price: float = field(default=0.0, metadata={"help": "price of 1e6 answer tokens"})
     dry_run: bool = field(default=False, metadata={"help": "send and write nothing; count"})
     json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
 

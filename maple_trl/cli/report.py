@@ -35,23 +35,17 @@ disparity, replay, accuracies, and a viewer of completions."""
 class ReportArguments:
     """What a report is made of, and where it goes."""
 
-    output: str | None = field(
-        default=None, metadata={"metavar": "FILE", "help": "the HTML file (report.html in the first RUN)"}
-    )
-    json: str | None = field(default=None, metadata={"metavar": "FILE", "help": "write the same data as JSON"})
+    output: str | None = field(default=None, metadata={"help": "the HTML file (report.html in the first RUN)"})
+    json: str | None = field(default=None, metadata={"help": "write the same data as JSON"})
     media_root: str | None = field(
-        default=None,
-        metadata={"metavar": "FOLDER", "help": "folder below which the clips lie, where it has moved since the run"},
+        default=None, metadata={"help": "folder below which the clips lie, where it has moved since the run"}
     )
-    max_rollouts: int = field(default=100_000, metadata={"metavar": "N", "help": "completions of a run in the report"})
-    thumbnails: int = field(
-        default=200, metadata={"metavar": "N", "help": "videos of a run with a picture in the page"}
-    )
+    max_rollouts: int = field(default=100_000, metadata={"help": "completions of a run in the report"})
+    thumbnails: int = field(default=200, metadata={"help": "videos of a run with a picture in the page"})
     embeddings: str | None = field(
         default=None,
         metadata={
-            "metavar": "MODEL",
-            "help": "place completions in the projection by the mean hidden states of this model, not by wording",
+            "help": "place completions in the projection by the mean hidden states of this model, not by wording"
         },
     )
 

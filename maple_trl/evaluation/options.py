@@ -86,28 +86,25 @@ class EvalOptions:
     access: list[str] = field(
         default_factory=lambda: ["required"],
         metadata={
-            "metavar": "LIST",
-            "help": "what rows are fed, one or several joined by commas: required (the signals of the row's tag), all (all it has), or tags (exactly these: V,A,S,VA,VS,AS,VAS is the whole ablation) (required)",
+            "help": "what rows are fed, one or several joined by commas: required (the signals of the row's tag), "
+            "all (all it has), or tags (exactly these: V,A,S,VA,VS,AS,VAS is the whole ablation) (required)"
         },
     )
-    samples: int = field(
-        default=5, metadata={"metavar": "N", "aliases": ["--num_generations"], "help": "completions per question"}
-    )
+    samples: int = field(default=5, metadata={"aliases": ["--num_generations"], "help": "completions per question"})
     batch_size: int = field(
-        default=8, metadata={"metavar": "N", "aliases": ["--per_device_eval_batch_size"], "help": "questions per pass"}
+        default=8, metadata={"aliases": ["--per_device_eval_batch_size"], "help": "questions per pass"}
     )
-    seed: int = field(default=0, metadata={"metavar": "N", "help": "of the sampling"})
+    seed: int = field(default=0, metadata={"help": "of the sampling"})
     max_new_tokens: int = field(
-        default=512, metadata={"metavar": "N", "aliases": ["--max_completion_length"], "help": "longest completion"}
+        default=512, metadata={"aliases": ["--max_completion_length"], "help": "longest completion"}
     )
-    temperature: float = field(default=1.0, metadata={"metavar": "T", "help": "0 is greedy, with one sample"})
-    top_p: float = field(default=1.0, metadata={"metavar": "P", "help": "nucleus; 1 cuts nothing"})
-    top_k: int = field(default=0, metadata={"metavar": "K", "help": "best K tokens; 0 cuts nothing"})
-    min_p: float = field(default=0.0, metadata={"metavar": "P", "help": "share of the best token's probability"})
+    temperature: float = field(default=1.0, metadata={"help": "0 is greedy, with one sample"})
+    top_p: float = field(default=1.0, metadata={"help": "nucleus; 1 cuts nothing"})
+    top_k: int = field(default=0, metadata={"help": "best K tokens; 0 cuts nothing"})
+    min_p: float = field(default=0.0, metadata={"help": "share of the best token's probability"})
     generation: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "metavar": "JSON",
             "aliases": ["--generation_kwargs"],
             "help": "further options of GenerationConfig; with --server further fields of a request",
         },

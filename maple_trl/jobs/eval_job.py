@@ -44,59 +44,42 @@ class EvalArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "metavar": "NAME",
             "aliases": ["--model"],
             "help": "folder, Hub id, builtin:tiny-omni, or adapter; with --server the name there (required)",
         },
     )
-    adapter: str | None = field(default=None, metadata={"metavar": "FOLDER", "help": "LoRA adapter for the model"})
-    dtype: str = field(
-        default="auto", metadata={"metavar": "TYPE", "help": "precision (auto: that of the checkpoint)"}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"metavar": "NAME", "help": "attention, e.g. sdpa"})
-    model_revision: str = field(
-        default="main", metadata={"metavar": "NAME", "aliases": ["--revision"], "help": "of a model on the Hub"}
-    )
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter for the model"})
+    dtype: str = field(default="auto", metadata={"help": "precision (auto: that of the checkpoint)"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "attention, e.g. sdpa"})
+    model_revision: str = field(default="main", metadata={"aliases": ["--revision"], "help": "of a model on the Hub"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that the checkpoint brings"})
     device: str = field(default="auto", metadata={"choices": ["auto", "cpu"], "help": "where to compute"})
     server: str | None = field(
-        default=None,
-        metadata={
-            "metavar": "URL",
-            "help": "OpenAI-compatible endpoint where the model is, as http://127.0.0.1:8000/v1",
-        },
+        default=None, metadata={"help": "OpenAI-compatible endpoint where the model is, as http://127.0.0.1:8000/v1"}
     )
     server_video: str = field(
         default="images",
         metadata={
-            "metavar": "FORM",
-            "help": "how frames are sent there: images (each as a picture) or video_url (as one video, which vLLM reads)",
+            "help": "how frames are sent there: images (each as a picture) or video_url (as one video, which vLLM reads)"
         },
     )
-    api_key_env: str = field(
-        default="OPENAI_API_KEY", metadata={"metavar": "NAME", "help": "variable with the server's key"}
-    )
-    api_key_file: str | None = field(
-        default=None, metadata={"metavar": "FILE", "help": "file with the key, instead of the variable"}
-    )
-    concurrency: int = field(default=16, metadata={"metavar": "N", "help": "calls open at once"})
-    timeout: float = field(default=600.0, metadata={"metavar": "S", "help": "seconds of one call"})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the server's key"})
+    api_key_file: str | None = field(default=None, metadata={"help": "file with the key, instead of the variable"})
+    concurrency: int = field(default=16, metadata={"help": "calls open at once"})
+    timeout: float = field(default=600.0, metadata={"help": "seconds of one call"})
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "metavar": "NAME",
             "aliases": ["--data"],
-            "help": "builtin:seven-tags, a .parquet/.jsonl/.json/.csv/.tsv file, a folder with one per split, a Hub id; with --benchmark the folder of its files (required)",
+            "help": "builtin:seven-tags, a .parquet/.jsonl/.json/.csv/.tsv file, a folder with one per split, a Hub id; "
+            "with --benchmark the folder of its files (required)",
         },
     )
-    benchmark: str | None = field(
-        default=None, metadata={"metavar": "NAME", "help": "read the data as this benchmark, e.g. daily-omni"}
-    )
+    benchmark: str | None = field(default=None, metadata={"help": "read the data as this benchmark, e.g. daily-omni"})
     prompt_style: str = field(
         default="think",
         metadata={
-            "metavar": "NAME",
-            "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that",
+            "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that"
         },
     )
     missing_media: str = field(
@@ -107,47 +90,39 @@ class EvalArguments:
         },
     )
     dataset_test_split: str | None = field(
-        default=None,
-        metadata={"metavar": "NAME", "aliases": ["--split"], "help": "of the data (test; a benchmark's first)"},
+        default=None, metadata={"aliases": ["--split"], "help": "of the data (test; a benchmark's first)"}
     )
     dataset_filter: dict[str, Any] | None = field(
-        default=None,
-        metadata={"metavar": "JSON", "aliases": ["--filter"], "help": 'rows to use, e.g. {"tag": ["V", "VA"]}'},
+        default=None, metadata={"aliases": ["--filter"], "help": 'rows to use, e.g. {"tag": ["V", "VA"]}'}
     )
-    limit: int | None = field(default=None, metadata={"metavar": "N", "help": "the first N of these rows"})
+    limit: int | None = field(default=None, metadata={"help": "the first N of these rows"})
     chat_template_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"metavar": "JSON", "help": "arguments of the chat template"}
+        default_factory=dict, metadata={"help": "arguments of the chat template"}
     )
     output_dir: str | None = field(
-        default=None,
-        metadata={"metavar": "FOLDER", "aliases": ["--output"], "help": "folder of the results (required)"},
+        default=None, metadata={"aliases": ["--output"], "help": "folder of the results (required)"}
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy_reward"],
         metadata={
-            "metavar": "NAME",
             "aliases": ["--judge"],
-            "help": 'what scores completions, from 0 to 1: a name, module:function, or a mapping as JSON, e.g. {"reward": "caption_judge", "server": {"model": "NAME"}} (accuracy_reward)',
+            "help": "what scores completions, from 0 to 1: a name, module:function, or a mapping as JSON, "
+            'e.g. {"reward": "caption_judge", "server": {"model": "NAME"}} (accuracy_reward)',
         },
     )
     judge_model: str | None = field(
         default=None,
-        metadata={
-            "metavar": "NAME",
-            "help": "model of a judge that is given by its name, e.g. --reward_funcs caption_judge",
-        },
+        metadata={"help": "model of a judge that is given by its name, e.g. --reward_funcs caption_judge"},
     )
     judge_server: str | None = field(
-        default=None,
-        metadata={"metavar": "URL", "help": "where that model is: a URL, or local: in this process (the API's own)"},
+        default=None, metadata={"help": "where that model is: a URL, or local: in this process (the API's own)"}
     )
-    max_errors: int = field(default=0, metadata={"metavar": "N", "help": "rows with errors allowed"})
-    confidence: float = field(default=0.95, metadata={"metavar": "P", "help": "of the intervals"})
+    max_errors: int = field(default=0, metadata={"help": "rows with errors allowed"})
+    confidence: float = field(default=0.95, metadata={"help": "of the intervals"})
     overwrite: bool = field(default=False, metadata={"help": "begin anew where the folder holds an evaluation"})
     report: str | None = field(
         default=None,
         metadata={
-            "metavar": "FILE",
             "nargs": "?",
             "const": "",
             "help": "write an HTML report as well, as maple-trl report does (report.html in the folder)",

@@ -275,12 +275,8 @@ def load_questions(job: EvalJob) -> Questions:
             raise SetupError(str(error)) from error
         dataset = filter_rows(dataset, allowed, name)
     rows = dataset.select(range(min(job.limit or len(dataset), len(dataset)))).to_list()
-    described = {
-        "name": job.dataset_name,
-        "benchmark": job.benchmark,
-        "filter": allowed,
-        "limit": job.limit,
-    } | described
+    source = {"name": job.dataset_name, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit}
+    described = source | described
     return Questions(rows, root, described | {"rows": len(rows), "sha256": rows_digest(rows)}, left_out)
 
 
@@ -301,13 +297,8 @@ def _read_benchmark(job: EvalJob):
     except ImportError as error:
         raise SetupError(f"benchmark {job.benchmark!r}: the loaders cannot be imported ({error})") from error
     try:
-        return read_benchmark(
-            job.benchmark,
-            job.dataset_name,
-            job.dataset_test_split,
-            prompt_style=job.prompt_style,
-            missing_media=job.missing_media,
-        )
+        given = {"prompt_style": job.prompt_style, "missing_media": job.missing_media}
+        return read_benchmark(job.benchmark, job.dataset_name, job.dataset_test_split, **given)
     except (OSError, ValueError) as error:
         raise SetupError(f"benchmark {job.benchmark!r}: {error}") from error
 

@@ -196,7 +196,7 @@ class OmniScriptArguments:
             raise ValueError(f"{name} must name at least one reward function, e.g. accuracy_reward")
         from maple_trl.jobs.rewards import read_entries
 
-        self.reward_funcs = self.rewards = read_entries(entries, name)
+        self.reward_funcs = read_entries(entries, name)
         self.dataset_filter = _checked_filter(self.dataset_filter)
         if self.completion_template is not None:
             if self.trainer not in SUPERVISED:
@@ -204,6 +204,9 @@ class OmniScriptArguments:
             template_columns(self.completion_template)
         if self.eval_questions_per_tag < 1:
             raise ValueError(f"eval_questions_per_tag must be positive, got {self.eval_questions_per_tag}")
+
+
+OmniScriptArguments.rewards = property(lambda self: self.reward_funcs)  # as attribute, and above as argument
 
 
 def _checked_filter(value: Any) -> dict[str, list] | None:
@@ -324,6 +327,9 @@ def _listed(prefix: str, scopes: Sequence[str]) -> str:
 # Arguments
 
 
+_METAVARS = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "BOOL", "_json_object": "JSON"}
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Leaves examples as they are written, and shows defaults where there are any."""
 
@@ -347,6 +353,8 @@ class OptionParser(TrlParser):
         for action in self._actions:
             if _kind(action) in ("dict", "Mapping"):
                 action.type = _json_object
+            if action.choices is None:
+                action.metavar = action.metavar or _METAVARS.get(_kind(action))
             for option in action.option_strings:
                 self._option_string_actions.setdefault("--" + option[2:].replace("_", "-"), action)
 
