@@ -11,7 +11,7 @@ from maple_trl.cli.report import ReportArguments
 from maple_trl.evaluation.options import EvalOptions
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.eval_job import EvalArguments, EvalMedia
-from maple_trl.jobs.options import OmniScriptArguments, OptionParser, option_keys, read_options
+from maple_trl.jobs.options import OmniScriptArguments, OptionParser, option_keys, read_options, take_option
 
 
 COMMANDS = {
@@ -74,17 +74,16 @@ def read(command, *words):
 def test_every_name_of_an_option_means_the_same(command, tmp_path):
     parser = OptionParser(COMMANDS[command], prog=f"maple-trl {command}")
     keys, file, tried = option_keys(parser), tmp_path / "options.yaml", 0
-    usual = read(command)
+    usual = read_options(parser, [])
     for dest in dict.fromkeys(action.dest for action in keys.values()):
         action = keys[dest]
         value, text = example(action)
         more = ["--trainer", "omni_sft"] if dest == "completion_template" else []
-        more += ["--samples", "1"] if command == "eval" and dest == "video_fps" else []
-        wanted = read(command, f"--{dest}", text, *more)
+        wanted = read_options(parser, [f"--{dest}", text, *more])
         assert wanted != usual, dest
         names = [name for name in keys if keys[name].dest == dest and keys[name].nargs != 0]
         for name, dash in itertools.product(names, "_-"):
-            assert read(command, "--" + name.replace("_", dash), text, *more) == wanted, name
+            assert read_options(parser, ["--" + name.replace("_", dash), text, *more]) == wanted, name
             tried += 1
         for name in names:
             file.write_text(yaml.safe_dump({name: value}))
@@ -129,3 +128,27 @@ def test_a_scorer_is_one_reward():
 def test_rewards_by_their_former_name_in_python():
     assert OmniScriptArguments(rewards=["format_reward"]) == OmniScriptArguments(reward_funcs=["format_reward"])
     assert OmniScriptArguments(rewards=["format_reward"]).reward_funcs == ["format_reward"]
+
+
+def test_a_plan_of_stages_takes_dashes(tmp_path):
+    """What is taken from a command line before any parser reads it."""
+    assert take_option(["--output-dir=a", "--seed", "1", "--output_dir", "b"], "--output_dir") == (
+        "b",
+        ["--seed", "1"],
+    )
+    with pytest.raises(SetupError, match="--output_dir needs a value"):
+        take_option(["--output-dir"], "--output_dir")
+
+
+def test_files_of_the_other_commands_name_file_and_key(tmp_path):
+    file = tmp_path / "options.yaml"
+    for command, text, message in (
+        ("report", "thumbnail: 3", "unknown key 'thumbnail'; did you mean thumbnails?"),
+        ("report", "max_rollouts: many", "max_rollouts must be a whole number, got 'many'"),
+        ("data hints", "sampling: [1]", "sampling: must be a mapping of names to values, got .1."),
+        ("data hints", "dry_run: 3", "dry_run must be true or false, got 3"),
+        ("data hints", "base_url: [a]", "base_url must be a text, got .'a'."),
+    ):
+        file.write_text(text)
+        with pytest.raises(SetupError, match=f"options.yaml: {message}"):
+            read(command, "--config", file)

@@ -175,21 +175,20 @@ def _again(plan: Any) -> str:
 
 
 def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everything: bool) -> int:
-    from trl import TrlParser
-
     from maple_trl.jobs.errors import SetupError
     from maple_trl.jobs.options import (
         DEFAULT_TRAINER,
         TRAINERS,
         OmniModelConfig,
         OmniScriptArguments,
+        OptionParser,
         make_parser,
         trainer_option,
     )
 
     try:
         trainer = trainer_option(words) or DEFAULT_TRAINER
-        job = make_parser(trainer) if everything else TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
+        job = make_parser(trainer) if everything else OptionParser([OmniScriptArguments, OmniModelConfig])
     except SetupError as error:
         return refuse("train", error)
     print(_subparser(parser, "train").format_help())

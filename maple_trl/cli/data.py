@@ -28,6 +28,8 @@ examples:
   maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --base_url http://127.0.0.1:8000/v1
   maple-trl data hints --dataset_name train.jsonl --output hinted.jsonl --model NAME --columns captions --frames 4 --limit 20
 
+Every option may be a key of a YAML file (--config FILE); the command line wins.
+
 A run that was stopped goes on where it was when the same command is given again.
 Exit status: 0; 1 when more rows failed than --max_failures allows; 2 for a wrong description; 130 when interrupted.
 """

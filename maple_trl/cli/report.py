@@ -22,6 +22,8 @@ RUN is the output folder of a training job or of `maple-trl eval`, finished or s
 there, and says what is not. Open the file in a browser; it needs no network. Clips and subtitles are links to files
 beside it.
 
+Every option may be a key of a YAML file (--config FILE); the command line wins.
+
 Exit status: 0; 2 when a folder holds no run; 130 when interrupted.
 """
 

@@ -186,7 +186,6 @@ class OmniScriptArguments:
             "which is refused otherwise. A run that is resumed removes nothing."
         },
     )
-
     rewards: InitVar[list | None] = None  # the former name of reward_funcs
 
     def __post_init__(self, rewards):
@@ -587,17 +586,16 @@ def _trainer_of(files: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of one option (in either spelling, the last one counts) and the other arguments."""
+    """The value of one option (however it is spelt, the last one counts) and the other arguments."""
     value, rest, words = None, [], iter(argv)
     for word in words:
-        if word == name:
-            value = next(words, None)
-            if value is None:
-                raise SetupError(f"{name} needs a value")
-        elif word.startswith(f"{name}="):
-            value = word.removeprefix(f"{name}=")
-        else:
+        flag, given, text = word.partition("=")
+        if flag.replace("-", "_") != name.replace("-", "_"):
             rest.append(word)
+            continue
+        value = text if given else next(words, None)
+        if value is None:
+            raise SetupError(f"{name} needs a value")
     return value, rest
 
 
