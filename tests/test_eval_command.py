@@ -462,7 +462,7 @@ def test_when_nothing_can_be_scored(folder, capsys):
         (["--limit", "0"], "limit must be 1 or more, got 0"),
         (["--confidence", "95"], "confidence must be strictly between 0 and 1, e.g. 0.95, got 95.0"),
         (["--max-errors", "-1"], "--max-errors must be 0 or more, got -1"),
-        (["--model", ""], "--model is missing"),
+        (["--model", ""], "--model_name_or_path is missing"),
         (["--benchmark", "daily"], "there is no benchmark 'daily'; there are daily-omni"),
         (["--judge", "accurate"], "unknown reward 'accurate'; there are"),
         (["--judge", "ending:of_ten"], "row 0: the scoring function gave 7.0; scores must lie in [0, 1]"),

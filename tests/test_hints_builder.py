@@ -529,7 +529,7 @@ def test_the_command_refuses_what_is_wrong(tmp_path, capsys):
         (("--input", tmp_path / "gone.jsonl", "--output", tmp_path / "o.jsonl"), "there is no file"),
         ((*good, "--columns", "captions"), "has no column 'captions'"),
         ((*good, "--max-failures", "20"), r"--max-failures is a share in \[0, 1\]"),
-        ((*good, "--sampling", "[1]"), "--sampling must be a JSON object"),
+        ((*good, "--sampling", "[1]"), "--sampling: must be a JSON object"),
         ((*good, "--sampling", '{"stream": true}'), "sampling must not hold 'stream'"),
         ((*good, "--api-key-file", tmp_path / "none"), "api_key_file .*none: No such file"),
         ((*good, "--colums", "x"), "unknown argument --colums"),

@@ -787,7 +787,7 @@ def test_what_is_no_argument_of_a_trainer(here):
     for wrong, message in (
         ({"model": torch.nn.Linear(1, 1)}, "model must be a model of transformers, a folder or a Hub id, got Linear"),
         ({"model": None}, "model must be a model of transformers"),
-        ({"rewards": "accuracy_reward"}, "pass maple_trl.rewards.accuracy_reward itself"),
+        ({"rewards": "CaptionJudge"}, "pass maple_trl.rewards.CaptionJudge itself"),
         ({"rewards": 5}, "the reward 5 is no function but int"),
         ({"data": DatasetDict(train=rows)}, "train_dataset holds several splits \\(train\\); pass one of them"),
         ({"data": rows.select([])}, "train_dataset holds no row"),
@@ -795,3 +795,22 @@ def test_what_is_no_argument_of_a_trainer(here):
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             make(**wrong)
+
+
+def test_a_trainer_finds_rewards_by_their_names(here):
+    """Ours before the Hub is asked, alone and in a list; functions and names of other kinds stay what they are."""
+    from datasets import Dataset
+
+    from maple_trl.rewards import accuracy_reward, format_reward
+    from maple_trl.rewards.calls import find_rewards
+    from maple_trl.trainers import MAPOConfig, MAPOTrainer
+
+    options = {"output_dir": "out", "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
+    options |= {"use_cpu": True, "bf16": False, "report_to": []}
+    rows = Dataset.from_list([ROW] * 2)
+    for said, meant in (
+        ("accuracy_reward", [accuracy_reward]),
+        (["format_reward", accuracy_reward], [format_reward, accuracy_reward]),
+    ):
+        assert MAPOTrainer(str(TINY), said, MAPOConfig(**options), rows).reward_funcs == meant
+    assert find_rewards(["org/reward-model", "CaptionJudge", len]) == ["org/reward-model", "CaptionJudge", len]

@@ -264,7 +264,14 @@ def test_a_tiny_stage_is_the_stage_with_the_tiny_settings_over_it(name):
     derived = {"generation_batch_size", "mixed_precision", "activation_checkpointing", "distributed_state"}
     derived |= {"steps_per_generation"}
     assert {key for key in real if tiny[key] != real[key]} - derived <= small
-    assert not small & {"trainer", "rewards", "reward_weights", "num_generations", "replayed_generations"}
+    assert not small & {
+        "trainer",
+        "rewards",
+        "reward_funcs",
+        "reward_weights",
+        "num_generations",
+        "replayed_generations",
+    }
     assert (tiny["model_name_or_path"], tiny["dataset_name"]) == ("builtin:tiny-omni", "builtin:seven-tags")
     assert tiny["output_dir"] == f"runs/avatar_tiny/{name}"
 

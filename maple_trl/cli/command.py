@@ -11,11 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from maple_trl.cli.data import add_data_commands, run_data
-from maple_trl.cli.eval import add_eval_command, run_eval
+from maple_trl.cli.data import run_hints
+from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
-from maple_trl.cli.report import add_report_command, run_report
+from maple_trl.cli.report import run_report
+from maple_trl.jobs.errors import did_you_mean
 
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
@@ -30,6 +31,9 @@ examples:
 
 Several processes: accelerate launch --num_processes N -m maple_trl.cli train --config FILE
 """
+
+
+_OWN_PARSER = {"eval": run_eval, "hints": run_hints, "report": run_report}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,9 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--imports", action="store_true", help="import every required package too, and ask torch for devices"
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
-    add_data_commands(commands)
-    add_eval_command(commands)
-    add_report_command(commands)
+    data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
+    group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
+    group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
+    for name, does in (
+        ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
+        ("report", "write one HTML file on a run or an evaluation, or on two of them"),
+    ):
+        commands.add_parser(name, help=does, add_help=False, allow_abbrev=False)
     return parser
 
 
@@ -103,33 +112,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown argument {rest[0]}")
         parser.print_help()
         return 0
-    if arguments.command in ("train", "eval") and not getattr(arguments, "json", False):
+    if arguments.command in ("train", "eval") and "--json" not in argv:
         tell_when_loading()
     if arguments.command == "train":
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
-    if rest:
-        parser.error(f"unknown argument {rest[0]}{_closest(parser, arguments, rest[0])}")
-    run = {"data": run_data, "eval": run_eval, "report": run_report, "env": _env}[arguments.command]
+    name = getattr(arguments, "data_command", arguments.command)
+    if rest and name not in _OWN_PARSER:
+        known = _subparser(parser, arguments.command)._option_string_actions
+        parser.error(f"unknown argument {rest[0]}{did_you_mean(rest[0].split('=')[0], known)}")
+    if arguments.command == "data" and arguments.data_command is None:
+        _subparser(parser, "data").print_help()
+        return 0
     try:
-        return run(arguments)
+        if name in _OWN_PARSER:
+            return _OWN_PARSER[name](argv[argv.index(name) + 1 :])
+        return _env(arguments)
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return refuse(arguments.command, "stopped", 130)
     except Exception as error:
-        return fail(arguments.command, error, getattr(arguments, "output", None))
-
-
-def _closest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, word: str) -> str:
-    """The option of a command that an unknown one may be meant for."""
-    import difflib
-
-    command = _subparser(parser, arguments.command)
-    if arguments.command == "data" and arguments.data_command is not None:
-        command = _subparser(command, arguments.data_command)
-    close = difflib.get_close_matches(word.split("=")[0], command._option_string_actions, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+        return fail(arguments.command, error)
 
 
 def _subparser(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
@@ -177,21 +181,20 @@ def _again(plan: Any) -> str:
 
 
 def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everything: bool) -> int:
-    from trl import TrlParser
-
     from maple_trl.jobs.errors import SetupError
     from maple_trl.jobs.options import (
         DEFAULT_TRAINER,
         TRAINERS,
         OmniModelConfig,
         OmniScriptArguments,
+        OptionParser,
         make_parser,
         trainer_option,
     )
 
     try:
         trainer = trainer_option(words) or DEFAULT_TRAINER
-        job = make_parser(trainer) if everything else TrlParser([OmniScriptArguments, OmniModelConfig], add_help=False)
+        job = make_parser(trainer) if everything else OptionParser([OmniScriptArguments, OmniModelConfig])
     except SetupError as error:
         return refuse("train", error)
     print(_subparser(parser, "train").format_help())

@@ -2,109 +2,125 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from maple_trl.cli.failures import fail, refuse
+from maple_trl.cli.failures import asks_for_help, fail, refuse
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
     from maple_trl.chat import ChatOptions
-    from maple_trl.data.hints import HintOptions, HintSummary
+    from maple_trl.data.hints import HintSummary
+
+_HINTS_DESCRIPTION = """\
+Adds a column `hint`: a teacher behind an OpenAI-compatible endpoint sees prompt, answer and, where asked, captions and
+frames, and says where to look. Hints that give the answer away are refused."""
 
 _HINTS_EXAMPLES = """\
 examples:
-  maple-trl data hints --input train.parquet --output hinted.parquet --model NAME --dry-run
-  maple-trl data hints --input train.parquet --output hinted.parquet --model NAME --base-url http://127.0.0.1:8000/v1
-  maple-trl data hints --input train.jsonl --output hinted.jsonl --model NAME --columns captions --frames 4 --limit 20
+  maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --dry_run
+  maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --base_url http://127.0.0.1:8000/v1
+  maple-trl data hints --dataset_name train.jsonl --output hinted.jsonl --model NAME --columns captions --frames 4 --limit 20
+
+Every option may be a key of a YAML file (--config FILE); the command line wins.
 
 A run that was stopped goes on where it was when the same command is given again.
-Exit status: 0; 1 when more rows failed than --max-failures allows; 2 for a wrong description; 130 when interrupted.
+Exit status: 0; 1 when more rows failed than --max_failures allows; 2 for a wrong description; 130 when interrupted.
 """
 
 
-def add_data_commands(commands: argparse._SubParsersAction) -> None:
-    """Adds the group `data` to the parser of `maple-trl`."""
-    data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
-    data.set_defaults(data_parser=data)
-    group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
-    hints = group.add_parser(
-        "hints",
-        help="let a teacher model write a hint for each row",
-        description="Adds a column `hint`: a teacher behind an OpenAI-compatible endpoint sees prompt, answer and, where "
-        "asked, captions and frames, and says where to look. Hints that give the answer away are refused.",
-        epilog=_HINTS_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+@dataclass
+class HintArguments:
+    """What `maple-trl data hints` reads, asks and writes."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"aliases": ["--input"], "help": ".parquet, .json or .jsonl, or builtin:seven-tags (required)"},
     )
-    files = hints.add_argument_group("rows")
-    files.add_argument(
-        "--input", required=True, metavar="FILE", help=".parquet, .json or .jsonl, or builtin:seven-tags"
+    output: str | None = field(
+        default=None, metadata={"help": "the same table with the column; may be the input (required)"}
     )
-    files.add_argument(
-        "--output", required=True, metavar="FILE", help="the same table with the column; may be the input"
+    columns: list[str] = field(default_factory=list, metadata={"help": "further columns for the teacher"})
+    frames: int = field(default=0, metadata={"help": "pictures of the video for the teacher"})
+    media_root: str | None = field(
+        default=None, metadata={"help": "folder of videos and subtitles (that of the input)"}
     )
-    files.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="further columns for the teacher")
-    files.add_argument("--frames", type=int, default=0, metavar="N", help="pictures of the video for the teacher (0)")
-    files.add_argument("--media-root", metavar="FOLDER", help="folder of videos and subtitles (that of the input)")
-    files.add_argument("--limit", type=int, metavar="N", help="ask for the first N rows only")
-    files.add_argument("--only-missing", action="store_true", help="keep the hints that the input already has")
-    files.add_argument("--max-tries", type=int, default=3, metavar="N", help="hints asked for, a row (3)")
-    files.add_argument("--max-words", type=int, default=60, metavar="N", help="longest hint (60)")
-    files.add_argument("--chunk", type=int, default=64, metavar="N", help="rows asked and noted together (64)")
-    files.add_argument("--max-failures", type=float, default=0.2, metavar="SHARE", help="failed rows allowed (0.2)")
-    server = hints.add_argument_group("teacher")
-    server.add_argument("--model", required=True, metavar="NAME", help="the model's name, as the server knows it")
-    server.add_argument("--base-url", metavar="URL", help="root of the API, as http://127.0.0.1:8000/v1")
-    server.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable (OPENAI_API_KEY)")
-    server.add_argument("--api-key-file", metavar="FILE", help="file with the key, instead of the variable")
-    server.add_argument("--concurrency", type=int, default=16, metavar="N", help="calls open at once (16)")
-    server.add_argument("--requests-per-minute", type=float, metavar="N", help="rate that is kept")
-    server.add_argument("--tokens-per-minute", type=float, metavar="N", help="rate that is kept")
-    server.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds of one call (120)")
-    server.add_argument("--max-attempts", type=int, default=5, metavar="N", help="calls a request, with retries (5)")
-    server.add_argument(
-        "--retry-wait", type=float, default=1.0, metavar="S", help="seconds before the first retry (1)"
+    limit: int | None = field(default=None, metadata={"help": "ask for the first N rows only"})
+    only_missing: bool = field(default=False, metadata={"help": "keep the hints that the input already has"})
+    max_tries: int = field(default=3, metadata={"help": "hints asked for, a row"})
+    max_words: int = field(default=60, metadata={"help": "longest hint"})
+    chunk: int = field(default=64, metadata={"help": "rows asked and noted together"})
+    max_failures: float = field(default=0.2, metadata={"help": "failed rows allowed"})
+    model: str | None = field(
+        default=None,
+        metadata={"aliases": ["--model_name_or_path"], "help": "the model's name, as the server knows it (required)"},
     )
-    server.add_argument(
-        "--max-tokens", type=int, default=1024, metavar="N", help="tokens of an answer; 0: no limit (1024)"
-    )
-    server.add_argument("--temperature", type=float, metavar="T", help="sampling temperature (the server's)")
-    server.add_argument(
-        "--sampling", type=json.loads, default={}, metavar="JSON", help="further fields of the request"
-    )
-    server.add_argument("--cache", metavar="FILE", help="file that keeps answers (OUTPUT.cache.sqlite)")
-    server.add_argument("--no-cache", action="store_true", help="keep no answers")
-    server.add_argument("--prompt-price", type=float, default=0.0, metavar="P", help="price of 1e6 prompt tokens")
-    server.add_argument("--completion-price", type=float, default=0.0, metavar="P", help="price of 1e6 answer tokens")
-    hints.add_argument("--dry-run", action="store_true", help="send and write nothing; count")
-    hints.add_argument("--json", action="store_true", help="print the summary as JSON")
+    base_url: str | None = field(default=None, metadata={"help": "root of the API, as http://127.0.0.1:8000/v1"})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the key"})
+    api_key_file: str | None = field(default=None, metadata={"help": "file with the key, instead of the variable"})
+    concurrency: int = field(default=16, metadata={"help": "calls open at once"})
+    requests_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
+    tokens_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
+    timeout: float = field(default=120.0, metadata={"help": "seconds of one call"})
+    max_attempts: int = field(default=5, metadata={"help": "calls a request, with retries"})
+    retry_wait: float = field(default=1.0, metadata={"help": "seconds before the first retry"})
+    max_tokens: int = field(default=1024, metadata={"help": "tokens of an answer; 0: no limit"})
+    temperature: float | None = field(default=None, metadata={"help": "sampling temperature (the server's)"})
+    sampling: dict[str, Any] = field(default_factory=dict, metadata={"help": "further fields of the request"})
+    cache: str | None = field(default=None, metadata={"help": "file that keeps answers (OUTPUT.cache.sqlite)"})
+    no_cache: bool = field(default=False, metadata={"help": "keep no answers"})
+    prompt_price: float = field(default=0.0, metadata={"help": "price of 1e6 prompt tokens"})
+    completion_price: float = field(default=0.0, metadata={"help": "price of 1e6 answer tokens"})
+    dry_run: bool = field(default=False, metadata={"help": "send and write nothing; count"})
+    json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
+
+    def __post_init__(self):
+        if not 0 <= self.max_failures <= 1:
+            raise ValueError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
 
 
-def run_data(arguments: argparse.Namespace) -> int:
-    """Runs a command of the group; the exit status is as the help says."""
-    if arguments.data_command is None:
-        arguments.data_parser.print_help()
+def run_hints(words: Sequence[str]) -> int:
+    """Runs `maple-trl data hints`; the exit status is as the help says."""
+    from maple_trl.jobs.errors import SetupError
+    from maple_trl.jobs.options import OptionParser, read_options
+
+    parser = OptionParser(
+        [HintArguments], prog="maple-trl data hints", description=_HINTS_DESCRIPTION, epilog=_HINTS_EXAMPLES
+    )
+    if asks_for_help(words):
+        parser.print_help()
         return 0
-    from maple_trl.chat import ChatClient, ChatSetupError
-    from maple_trl.data.hints import HintError, build_hints
-
     try:
-        chat, options = _chat_options(arguments), _hint_options(arguments)
+        (arguments,) = read_options(parser, words, required=("dataset_name", "output", "model"))
+    except SetupError as error:
+        return refuse("data hints", error)
+    from maple_trl.chat import ChatClient, ChatSetupError
+    from maple_trl.data.hints import HintError, HintOptions, build_hints
+
+    folder = str(Path(arguments.output).parent)
+    try:
+        chat, options = _chat_options(arguments), HintOptions(**_of_class(HintOptions, arguments))
         with ChatClient(chat) as client, _Progress(quiet=arguments.json) as progress:
-            summary = build_hints(_input_file(arguments.input), arguments.output, client, options, progress.update)
+            source = _input_file(arguments.dataset_name)
+            summary = build_hints(source, arguments.output, client, options, progress.update)
     except (HintError, ChatSetupError, ValueError) as error:
-        return refuse("data hints", error, 2, str(Path(arguments.output).parent))
+        return refuse("data hints", error, 2, folder)
     except KeyboardInterrupt:
         return refuse("data hints", "stopped; the same command goes on from here", 130)
     except Exception as error:
-        return fail("data hints", error, str(Path(arguments.output).parent))
+        return fail("data hints", error, folder)
     return _report(summary, arguments)
+
+
+def _of_class(options: type, arguments: HintArguments) -> dict[str, Any]:
+    """What a class takes of the arguments, by name."""
+    return {field.name: getattr(arguments, field.name) for field in fields(options) if hasattr(arguments, field.name)}
 
 
 def _input_file(name: str) -> str:
@@ -115,29 +131,14 @@ def _input_file(name: str) -> str:
     return str(default_folder() / "train.parquet")
 
 
-def _chat_options(arguments: argparse.Namespace) -> ChatOptions:
+def _chat_options(arguments: HintArguments) -> ChatOptions:
     from maple_trl.chat import ChatOptions
 
-    if not isinstance(arguments.sampling, dict):
-        raise ValueError(f"--sampling must be a JSON object, got {type(arguments.sampling).__name__}")
     sampling = {"max_tokens": arguments.max_tokens} if arguments.max_tokens else {}
     sampling |= {} if arguments.temperature is None else {"temperature": arguments.temperature}
-    names = "model base_url api_key_env api_key_file concurrency requests_per_minute tokens_per_minute timeout"
-    names += " max_attempts retry_wait prompt_price completion_price dry_run"
-    return ChatOptions(
-        **{name: getattr(arguments, name) for name in names.split()},
-        sampling=sampling | arguments.sampling,
-        cache_file=None if arguments.no_cache else arguments.cache or f"{arguments.output}.cache.sqlite",
-    )
-
-
-def _hint_options(arguments: argparse.Namespace) -> HintOptions:
-    from maple_trl.data.hints import HintOptions
-
-    if not 0 <= arguments.max_failures <= 1:
-        raise ValueError(f"--max-failures is a share in [0, 1], got {arguments.max_failures}")
-    names = ("columns", "frames", "media_root", "limit", "only_missing", "max_tries", "max_words", "chunk")
-    return HintOptions(**{name: getattr(arguments, name) for name in names})
+    given = _of_class(ChatOptions, arguments) | {"sampling": sampling | arguments.sampling}
+    cache_file = None if arguments.no_cache else arguments.cache or f"{arguments.output}.cache.sqlite"
+    return ChatOptions(**given, cache_file=cache_file)
 
 
 class _Progress:
@@ -162,7 +163,7 @@ class _Progress:
         self._bar.stop()
 
 
-def _report(summary: HintSummary, arguments: argparse.Namespace) -> int:
+def _report(summary: HintSummary, arguments: HintArguments) -> int:
     too_many = not arguments.dry_run and summary.failed_share > arguments.max_failures
     if arguments.json:
         counts = {name: value for name, value in vars(summary).items() if name != "usage"}
@@ -179,7 +180,7 @@ def _report(summary: HintSummary, arguments: argparse.Namespace) -> int:
     return int(too_many)
 
 
-def _print_summary(summary: HintSummary, arguments: argparse.Namespace) -> None:
+def _print_summary(summary: HintSummary, arguments: HintArguments) -> None:
     from rich.console import Console
     from rich.table import Table
 

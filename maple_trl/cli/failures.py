@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from maple_trl.records.notes import FAILED
 
@@ -23,6 +23,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What libraries that write files themselves say instead.
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether a command line asks how it is written."""
+    return not {"-h", "--help"}.isdisjoint(words)
 
 
 def refuse(command: str, error: BaseException | str, status: int = 2, folder: str | None = None) -> int:

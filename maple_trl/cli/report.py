@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from maple_trl.cli.failures import refuse
+from maple_trl.cli.failures import asks_for_help, refuse
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -21,49 +22,59 @@ RUN is the output folder of a training job or of `maple-trl eval`, finished or s
 there, and says what is not. Open the file in a browser; it needs no network. Clips and subtitles are links to files
 beside it.
 
+Every option may be a key of a YAML file (--config FILE); the command line wins.
+
 Exit status: 0; 2 when a folder holds no run; 130 when interrupted.
 """
 
 
-def add_report_command(commands: argparse._SubParsersAction) -> None:
-    """Adds `report` to the parser of `maple-trl`."""
-    parser = commands.add_parser(
-        "report",
-        help="write one HTML file on a run or an evaluation, or on two of them",
-        description="Writes a report on one run, or on two to compare, as one HTML file: curves by tag, rewards, "
-        "weights and curriculum, disparity, replay, accuracies, and a viewer of completions.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+_DESCRIPTION = """\
+Writes a report on one run, or on two to compare, as one HTML file: curves by tag, rewards, weights and curriculum,
+disparity, replay, accuracies, and a viewer of completions."""
+
+
+@dataclass
+class ReportArguments:
+    """What a report is made of, and where it goes."""
+
+    output: str | None = field(default=None, metadata={"help": "the HTML file (report.html in the first RUN)"})
+    json: str | None = field(default=None, metadata={"help": "write the same data as JSON"})
+    media_root: str | None = field(
+        default=None, metadata={"help": "folder below which the clips lie, where it has moved since the run"}
     )
+    max_rollouts: int = field(default=100_000, metadata={"help": "completions of a run in the report"})
+    thumbnails: int = field(default=200, metadata={"help": "videos of a run with a picture in the page"})
+    embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": "place completions in the projection by the mean hidden states of this model, not by wording"
+        },
+    )
+
+    def __post_init__(self):
+        for name, least in (("max_rollouts", 1), ("thumbnails", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
+
+
+def run_report(words: Sequence[str]) -> int:
+    """Runs the command; the exit status is as the help says."""
+    from maple_trl.jobs.errors import SetupError
+    from maple_trl.jobs.options import OptionParser, read_options
+
+    parser = OptionParser([ReportArguments], prog="maple-trl report", description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="output folder of a training job or an evaluation; one or two"
     )
-    parser.add_argument("--output", metavar="FILE", help="the HTML file (report.html in the first RUN)")
-    parser.add_argument("--json", metavar="FILE", help="write the same data as JSON")
-    parser.add_argument(
-        "--media-root", metavar="FOLDER", help="folder below which the clips lie, where it has moved since the run"
-    )
-    parser.add_argument(
-        "--max-rollouts", type=int, default=100_000, metavar="N", help="completions of a run in the report (100000)"
-    )
-    parser.add_argument(
-        "--thumbnails", type=int, default=200, metavar="N", help="videos of a run with a picture in the page (200)"
-    )
-    parser.add_argument(
-        "--embeddings",
-        metavar="MODEL",
-        help="place completions in the projection by the mean hidden states of this model, not by wording",
-    )
-
-
-def run_report(arguments: argparse.Namespace) -> int:
-    """Runs the command; the exit status is as the help says."""
-    for name, least in (("max_rollouts", 1), ("thumbnails", 0)):
-        if getattr(arguments, name) < least:
-            option = name.replace("_", "-")
-            return _refuse(f"--{option} must be {least} or more, got {getattr(arguments, name)}")
-    output = Path(arguments.output or Path(arguments.runs[0], "report.html"))
+    if asks_for_help(words):
+        parser.print_help()
+        return 0
+    try:
+        arguments, named = read_options(parser, words)
+    except SetupError as error:
+        return refuse("report", error)
+    runs = named.runs
+    output = Path(arguments.output or Path(runs[0], "report.html"))
     for option, file, name in (("--output", output, "report.html"), ("--json", arguments.json, "report.json")):
         if file is not None and Path(file).is_dir():
             return _refuse(f"{option}: {file} is a folder; name a file in it, as {Path(file, name)}")
@@ -73,7 +84,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         from maple_trl.reports import ReportError, write_report
 
         write_report(
-            arguments.runs,
+            runs,
             output,
             arguments.json,
             arguments.media_root,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +65,7 @@ class EvalOptions:
     How questions are asked. Everything here decides the numbers.
 
     Args:
-        access: as of [`parse_access`].
+        access: names as of [`parse_access`]; kept as a tuple.
         samples: completions per question.
         batch_size: questions per pass, each with all of its samples. A part of the numbers, for rounding depends on the
             rows of a batch: batches are cut from the data set alone, and are the same in a run that was resumed or has
@@ -84,19 +83,38 @@ class EvalOptions:
         EvaluationError: for a value out of range, or options that contradict each other.
     """
 
-    access: tuple[str, ...] = (REQUIRED,)
-    samples: int = 5
-    batch_size: int = 8
-    seed: int = 0
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    shared_prompt: bool = True
+    access: list[str] = field(
+        default_factory=lambda: ["required"],
+        metadata={
+            "help": "what rows are fed, one or several joined by commas: required (the signals of the row's tag), "
+            "all (all it has), or tags (exactly these: V,A,S,VA,VS,AS,VAS is the whole ablation) (required)"
+        },
+    )
+    samples: int = field(default=5, metadata={"aliases": ["--num_generations"], "help": "completions per question"})
+    batch_size: int = field(
+        default=8, metadata={"aliases": ["--per_device_eval_batch_size"], "help": "questions per pass"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the sampling"})
+    max_new_tokens: int = field(
+        default=512, metadata={"aliases": ["--max_completion_length"], "help": "longest completion"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "0 is greedy, with one sample"})
+    top_p: float = field(default=1.0, metadata={"help": "nucleus; 1 cuts nothing"})
+    top_k: int = field(default=0, metadata={"help": "best K tokens; 0 cuts nothing"})
+    min_p: float = field(default=0.0, metadata={"help": "share of the best token's probability"})
+    generation: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "aliases": ["--generation_kwargs"],
+            "help": "further options of GenerationConfig; with --server further fields of a request",
+        },
+    )
+    shared_prompt: bool = field(
+        default=True, metadata={"help": "pass a question's prompt once for all of its samples"}
+    )
 
     def __post_init__(self):
+        object.__setattr__(self, "access", parse_access(",".join(map(str, self.access))))
         for name, least in (("samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("seed", 0), ("top_k", 0)):
             if getattr(self, name) < least:
                 raise EvaluationError(f"{name} must be {least} or more, got {getattr(self, name)}")

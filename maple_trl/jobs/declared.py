@@ -85,9 +85,10 @@ def _type(annotation: ast.expr) -> Any:
 
 
 def _literal(node: ast.expr) -> Any:
+    """What needs no name to be known, such as `4 * 28 * 28`."""
     try:
-        return ast.literal_eval(node)
-    except ValueError:
+        return eval(ast.unparse(node), {"__builtins__": {}})
+    except Exception:
         return None
 
 
@@ -95,8 +96,9 @@ def _field(value: ast.expr) -> dataclasses.Field:
     if not (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field")):
         return dataclasses.field(default=_literal(value))
     given = {keyword.arg: keyword.value for keyword in value.keywords}
+    told = {"metadata": _literal(given["metadata"]) if "metadata" in given else None, "init": "init" not in given}
     factory = given.get("default_factory")
     if factory is not None:
         kind = {"list": list, "dict": dict}.get(ast.unparse(factory))
-        return dataclasses.field(default_factory=kind) if kind else dataclasses.field(default=None)
-    return dataclasses.field(default=_literal(given["default"])) if "default" in given else dataclasses.field()
+        return dataclasses.field(default_factory=kind, **told) if kind else dataclasses.field(default=None, **told)
+    return dataclasses.field(**told, **({"default": _literal(given["default"])} if "default" in given else {}))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from maple_trl.evaluation.options import EvalOptions
 from maple_trl.trainers.common.media_config import MediaConfig
@@ -19,64 +18,129 @@ class _Plain:
 class EvalMedia(MediaConfig, _Plain):
     """The options of a trainer that decide what rows are fed, with the same names, defaults and checks."""
 
+    num_frames: int | None = field(
+        default=None,
+        metadata={"help": "Frames per video, evenly from its first picture to its last (8, without video_fps)."},
+    )
+    # Of a training run alone.
+    modality_access: str = field(init=False, default="required")
+    media_prefetch: Annotated[bool, "speed"] = field(init=False, default=True)
+    encoder_cache_bytes: Annotated[int, "speed"] = field(init=False, default=0)
+    encoder_cache_dir: Annotated[str | None, "place"] = field(init=False, default=None)
+    encoder_cache_disk_bytes: Annotated[int, "speed"] = field(init=False, default=0)
+    media_check: Annotated[str, "speed"] = field(init=False, default="none")
+    max_quarantined_share: Annotated[float, "speed"] = field(init=False, default=1.0)
+
+    def __post_init__(self):
+        if self.num_frames is None and self.video_fps is None:
+            self.num_frames = 8
+        super().__post_init__()
+
 
 @dataclass
-class EvalJob:
-    """
-    An evaluation as it is described.
+class EvalArguments:
+    """What an evaluation asks, of which model, and what becomes of the answers."""
 
-    Args:
-        model: a folder, a Hub id, `builtin:NAME`, or a folder with a LoRA adapter.
-        data: a data set as `dataset_name` of a training job; with `benchmark`, the folder of its files.
-        output: the folder of the results.
-        adapter: a folder with a LoRA adapter for the model.
-        benchmark: name of a benchmark.
-        split: of the data set; default `test`, of a benchmark its first.
-        prompt_style, missing_media: of a benchmark, see [`~maple_trl.data.benchmarks.read_benchmark`].
-        filter: rows to use, as `dataset_filter` of a training job.
-        limit: the first so many of these rows.
-        judge: what scores: an entry of a training job's `rewards` (a name, `module:function`, or a mapping or its JSON).
-        judge_model, judge_server: of a judge by its name: its model, and where that is (`None`: the API's own address,
-            `local`: in this process).
-        server: root of the OpenAI-compatible endpoint where `model` is; `None`: in this process.
-        server_video: how frames are sent there, see [`~maple_trl.evaluation.served_prompts.VIDEO_FORMS`].
-        api_key_env, api_key_file, concurrency, timeout: as of [`~maple_trl.chat.ChatOptions`].
-        options, media: how questions are asked, and what rows are fed.
-        chat_template_kwargs: further arguments of the chat template.
-        dtype, attn_implementation, revision, trust_remote_code: as in `from_pretrained`.
-        device: `auto` or `cpu`.
-        confidence: of the intervals.
-        overwrite: begin anew where the folder holds an evaluation.
-        quiet: show no progress.
-    """
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--model"],
+            "help": "folder, Hub id, builtin:tiny-omni, or adapter; with --server the name there (required)",
+        },
+    )
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter for the model"})
+    dtype: str = field(default="auto", metadata={"help": "precision (auto: that of the checkpoint)"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "attention, e.g. sdpa"})
+    model_revision: str = field(default="main", metadata={"aliases": ["--revision"], "help": "of a model on the Hub"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that the checkpoint brings"})
+    device: str = field(default="auto", metadata={"choices": ["auto", "cpu"], "help": "where to compute"})
+    server: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint where the model is, as http://127.0.0.1:8000/v1"}
+    )
+    server_video: str = field(
+        default="images",
+        metadata={
+            "help": "how frames are sent there: images (each as a picture) or video_url (as one video, which vLLM reads)"
+        },
+    )
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the server's key"})
+    api_key_file: str | None = field(default=None, metadata={"help": "file with the key, instead of the variable"})
+    concurrency: int = field(default=16, metadata={"help": "calls open at once"})
+    timeout: float = field(default=600.0, metadata={"help": "seconds of one call"})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--data"],
+            "help": "builtin:seven-tags, a .parquet/.jsonl/.json/.csv/.tsv file, a folder with one per split, a Hub id; "
+            "with --benchmark the folder of its files (required)",
+        },
+    )
+    benchmark: str | None = field(default=None, metadata={"help": "read the data as this benchmark, e.g. daily-omni"})
+    prompt_style: str = field(
+        default="think",
+        metadata={
+            "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that"
+        },
+    )
+    missing_media: str = field(
+        default="keep",
+        metadata={
+            "choices": ["keep", "leave_out", "error"],
+            "help": "a benchmark's questions whose files are not there: errors by name, left out, or refused",
+        },
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"aliases": ["--split"], "help": "of the data (test; a benchmark's first)"}
+    )
+    dataset_filter: dict[str, Any] | None = field(
+        default=None, metadata={"aliases": ["--filter"], "help": 'rows to use, e.g. {"tag": ["V", "VA"]}'}
+    )
+    limit: int | None = field(default=None, metadata={"help": "the first N of these rows"})
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of the chat template"}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"aliases": ["--output"], "help": "folder of the results (required)"}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy_reward"],
+        metadata={
+            "aliases": ["--judge"],
+            "help": "what scores completions, from 0 to 1: a name, module:function, or a mapping as JSON, "
+            'e.g. {"reward": "caption_judge", "server": {"model": "NAME"}} (accuracy_reward)',
+        },
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "model of a judge that is given by its name, e.g. --reward_funcs caption_judge"},
+    )
+    judge_server: str | None = field(
+        default=None, metadata={"help": "where that model is: a URL, or local: in this process (the API's own)"}
+    )
+    max_errors: int = field(default=0, metadata={"help": "rows with errors allowed"})
+    confidence: float = field(default=0.95, metadata={"help": "of the intervals"})
+    overwrite: bool = field(default=False, metadata={"help": "begin anew where the folder holds an evaluation"})
+    report: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "",
+            "help": "write an HTML report as well, as maple-trl report does (report.html in the folder)",
+        },
+    )
+    quiet: bool = field(default=False, metadata={"help": "show no progress"})
+    json: bool = field(default=False, metadata={"help": "print result.json"})
 
-    model: str
-    data: str
-    output: str
-    adapter: str | None = None
-    benchmark: str | None = None
-    split: str | None = None
-    prompt_style: str = "think"
-    missing_media: str = "keep"
-    filter: str | None = None
-    limit: int | None = None
-    judge: str | Mapping[str, Any] = "accuracy_reward"
-    judge_model: str | None = None
-    judge_server: str | None = None
-    server: str | None = None
-    server_video: str = "images"
-    api_key_env: str = "OPENAI_API_KEY"
-    api_key_file: str | None = None
-    concurrency: int = 16
-    timeout: float = 600.0
+    def __post_init__(self):
+        if self.max_errors < 0:
+            raise ValueError(f"--max-errors must be 0 or more, got {self.max_errors}")
+        if len(self.reward_funcs) != 1:
+            raise ValueError(f"--reward_funcs: one reward scores the completions, got {len(self.reward_funcs)}")
+
+
+@dataclass
+class EvalJob(EvalArguments):
+    """An evaluation: its arguments, how questions are asked, and what rows are fed."""
+
     options: EvalOptions = field(default_factory=EvalOptions)
     media: EvalMedia = field(default_factory=EvalMedia)
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    revision: str = "main"
-    trust_remote_code: bool = False
-    device: str = "auto"
-    confidence: float = 0.95
-    overwrite: bool = False
-    quiet: bool = False

@@ -61,7 +61,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         raise SetupError(f"limit must be 1 or more, got {job.limit}")
     if not 0 < job.confidence < 1:
         raise SetupError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {job.confidence}")
-    store = EvalStore(job.output)
+    store = EvalStore(job.output_dir)
     store.check()
     questions = load_questions(job)
     scoring = Scoring(job, questions.media_root)
@@ -128,9 +128,9 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
 
 def _check_places(job: EvalJob, media_root: str) -> None:
     """Before the model is loaded: can results be written, and media be found?"""
-    folder = os.path.abspath(job.output)
+    folder = os.path.abspath(job.output_dir)
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise SetupError(f"--output: {job.output} cannot be made a folder: File exists; name another")
+        raise SetupError(f"--output: {job.output_dir} cannot be made a folder: File exists; name another")
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -232,9 +232,9 @@ def load_questions(job: EvalJob) -> Questions:
     """
     root, described, left_out = job.media.media_root, {}, []
     if job.benchmark is None:
-        split = job.split or "test"
-        name = f"{job.data}, split {split!r}"
-        dataset, root = _load_split(job.data, split, root)
+        split = job.dataset_test_split or "test"
+        name = f"{job.dataset_name}, split {split!r}"
+        dataset, root = _load_split(job.dataset_name, split, root)
         described = {"split": split}
     else:
         name = f"benchmark {job.benchmark}"
@@ -242,7 +242,7 @@ def load_questions(job: EvalJob) -> Questions:
         dataset, root = found.dataset, str(found.media_root) if root == "." else root
         left_out = [{"name": item.name, "cause": item.cause, "reason": item.reason} for item in found.left_out]
         style = {"name": found.style.name, "version": found.style.version, "digest": found.style.digest}
-        described = {"split": job.split, "missing_media": job.missing_media, "prompt_style": style}
+        described = {"split": job.dataset_test_split, "missing_media": job.missing_media, "prompt_style": style}
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
         raise SetupError(f"{name} holds no row")
@@ -251,14 +251,15 @@ def load_questions(job: EvalJob) -> Questions:
     except ValueError as error:
         raise SetupError(str(error)) from error
     allowed = None
-    if job.filter is not None:
+    if job.dataset_filter is not None:
         try:
-            allowed = OmniScriptArguments(dataset_filter=job.filter).dataset_filter
+            allowed = OmniScriptArguments(dataset_filter=job.dataset_filter).dataset_filter
         except ValueError as error:
             raise SetupError(str(error)) from error
         dataset = filter_rows(dataset, allowed, name)
     rows = dataset.select(range(min(job.limit or len(dataset), len(dataset)))).to_list()
-    described = {"name": job.data, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit} | described
+    source = {"name": job.dataset_name, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit}
+    described = source | described
     return Questions(rows, root, described | {"rows": len(rows), "sha256": rows_digest(rows)}, left_out)
 
 
@@ -279,9 +280,8 @@ def _read_benchmark(job: EvalJob):
     except ImportError as error:
         raise SetupError(f"benchmark {job.benchmark!r}: the loaders cannot be imported ({error})") from error
     try:
-        return read_benchmark(
-            job.benchmark, job.data, job.split, prompt_style=job.prompt_style, missing_media=job.missing_media
-        )
+        given = {"prompt_style": job.prompt_style, "missing_media": job.missing_media}
+        return read_benchmark(job.benchmark, job.dataset_name, job.dataset_test_split, **given)
     except (OSError, ValueError) as error:
         raise SetupError(f"benchmark {job.benchmark!r}: {error}") from error
 

@@ -100,7 +100,7 @@ class ServedModel:
         self.family = MessageEncoder(job.server_video)
         try:
             self.options = ChatOptions(
-                model=job.model,
+                model=job.model_name_or_path,
                 base_url=job.server,
                 api_key_env=job.api_key_env,
                 api_key_file=job.api_key_file,
@@ -116,7 +116,7 @@ class ServedModel:
         except (ChatSetupError, ValueError) as error:
             raise SetupError(f"--server: {error}") from error
         self.described = {
-            "name": job.model,
+            "name": job.model_name_or_path,
             # Not its address: the same server may stand elsewhere when an evaluation goes on.
             "server": dataclasses.asdict(self.info),
             "video_as": job.server_video,
@@ -149,7 +149,7 @@ def _check_served(job: EvalJob) -> None:
         "--adapter": job.adapter is not None,
         "--dtype": job.dtype != "auto",
         "--attn-implementation": job.attn_implementation is not None,
-        "--revision": job.revision != "main",
+        "--revision": job.model_revision != "main",
         "--trust-remote-code": job.trust_remote_code,
         "--device": job.device != "auto",
         "--no-shared-prompt": not job.options.shared_prompt,
@@ -170,7 +170,7 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
     Raises:
         SetupError: when there is no such model or adapter, or the adapter does not fit.
     """
-    name, adapter = job.model, job.adapter
+    name, adapter = job.model_name_or_path, job.adapter
     base = adapter_base(name)
     if base is not None:
         if adapter is not None:
@@ -178,7 +178,7 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
         name, adapter = base, name
     if adapter is not None and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
         raise SetupError(f"adapter: {adapter} holds no adapter_config.json; name a folder with a LoRA adapter")
-    shared = {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
+    shared = {"revision": job.model_revision, "trust_remote_code": job.trust_remote_code}
     kwargs = shared | ({"attn_implementation": job.attn_implementation} if job.attn_implementation else {})
     beside = adapter is not None and os.path.exists(os.path.join(adapter, "tokenizer_config.json"))
     try:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any
 
 # trl and its dataclasses without a trainer take a tenth of a second; torch and transformers are imported where they are
 # needed, so that the command line can show its help without them.
-from trl import ModelConfig
+from trl import ModelConfig, TrlParser
 
 from maple_trl.jobs.declared import declared_class
 from maple_trl.jobs.errors import SetupError, did_you_mean
@@ -99,7 +101,7 @@ class OmniScriptArguments:
         completion_template (`str`, *optional*):
             With `omni_sft`: builds the column `completion`, e.g. `<think>...</think><answer>{solution}</answer>`, where
             `{solution}` is the row's column of that name.
-        rewards (`list`, *optional*, defaults to `["format_reward", "accuracy_reward"]`):
+        reward_funcs (`list`, *optional*, defaults to `["format_reward", "accuracy_reward"]`):
             Reward functions: names from `maple_trl.rewards`, `module:function`, or mappings for what takes parameters,
             such as `{reward: caption_judge, server: {model: ..., base_url: ...}}` (see
             [`~maple_trl.jobs.rewards.read_entries`]; as JSON on the command line). Weights are `reward_weights`.
@@ -153,12 +155,13 @@ class OmniScriptArguments:
             "'<think>...</think><answer>{solution}</answer>'. Braces that are meant as such are doubled."
         },
     )
-    rewards: list[str] = field(
+    reward_funcs: list[str] = field(
         default_factory=lambda: ["format_reward", "accuracy_reward"],
         metadata={
+            "aliases": ["--rewards"],
             "help": "Reward functions: names from maple_trl.rewards, module:function, or mappings for judges and other "
             "rewards with parameters, e.g. {reward: caption_judge, server: {model: NAME, base_url: URL}}; those as JSON on "
-            "the command line."
+            "the command line.",
         },
     )
     evaluate_before_after: Annotated[bool, "place"] = field(
@@ -183,14 +186,16 @@ class OmniScriptArguments:
             "which is refused otherwise. A run that is resumed removes nothing."
         },
     )
+    rewards: InitVar[list | None] = None  # the former name of reward_funcs
 
-    def __post_init__(self):
+    def __post_init__(self, rewards):
         _check_trainer(self.trainer)
-        if not self.rewards:
-            raise ValueError("rewards must name at least one reward function, e.g. accuracy_reward")
+        name, entries = ("reward_funcs", self.reward_funcs) if rewards is None else ("rewards", rewards)
+        if not entries:
+            raise ValueError(f"{name} must name at least one reward function, e.g. accuracy_reward")
         from maple_trl.jobs.rewards import read_entries
 
-        self.rewards = read_entries(self.rewards)
+        self.reward_funcs = read_entries(entries, name)
         self.dataset_filter = _checked_filter(self.dataset_filter)
         if self.completion_template is not None:
             if self.trainer not in SUPERVISED:
@@ -198,6 +203,9 @@ class OmniScriptArguments:
             template_columns(self.completion_template)
         if self.eval_questions_per_tag < 1:
             raise ValueError(f"eval_questions_per_tag must be positive, got {self.eval_questions_per_tag}")
+
+
+OmniScriptArguments.rewards = property(lambda self: self.reward_funcs)  # as attribute, and above as argument
 
 
 def _checked_filter(value: Any) -> dict[str, list] | None:
@@ -318,9 +326,59 @@ def _listed(prefix: str, scopes: Sequence[str]) -> str:
 # Arguments
 
 
-def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False):
+_METAVARS = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "BOOL", "_json_object": "JSON"}
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves examples as they are written, and shows defaults where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, [], {}) else super()._get_help_string(action)
+
+
+class OptionParser(TrlParser):
     """
-    The [`~trl.TrlParser`] of a training job; it reports errors as [`SetupError`] instead of ending the process.
+    A [`~trl.TrlParser`] that reports errors as [`SetupError`] instead of ending the process.
+
+    Every name of an option may be written with dashes for underscores. Mappings are JSON.
+
+    Args:
+        types (`Iterable[type]`): the dataclasses that it fills.
+        kwargs: as of [`~argparse.ArgumentParser`].
+    """
+
+    def __init__(self, types: Iterable[type], **kwargs: Any):
+        super().__init__(types, allow_abbrev=False, add_help=False, formatter_class=_HelpFormatter, **kwargs)
+        for action in self._actions:
+            if _kind(action) in ("dict", "Mapping"):
+                action.type = _json_object
+            if action.choices is None:
+                action.metavar = action.metavar or _METAVARS.get(_kind(action))
+            for option in action.option_strings:
+                self._option_string_actions.setdefault("--" + option[2:].replace("_", "-"), action)
+
+    def error(self, message: str):
+        raise SetupError(message)
+
+
+def _kind(action: argparse.Action) -> str:
+    """The name of an option's type; an optional one's converter is called as that."""
+    return getattr(action.type, "__name__", "")
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
+
+
+def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False) -> OptionParser:
+    """
+    The parser of a training job.
 
     Args:
         trainer (`str`, *optional*, defaults to `"omni_grpo"`):
@@ -329,19 +387,48 @@ def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False):
             Read that class from its source. Such a parser knows the same options within a fraction of a second, and
             accepts at least what the other does; its values are of no use.
     """
-    from trl import TrlParser
-
-    class JobParser(TrlParser):
-        def error(self, message):
-            raise SetupError(message)
-
     _check_trainer(trainer)
     config = declared_class(TRAINERS[trainer][0]) if declared else config_class(trainer)
-    types = (OmniScriptArguments, config, OmniModelConfig)
-    parser = JobParser(types, prog="maple-trl train", allow_abbrev=False, add_help=False)
+    parser = OptionParser((OmniScriptArguments, config, OmniModelConfig), prog="maple-trl train")
     for action in parser._actions if declared else ():
         action.nargs, action.required = action.nargs or "?", False
     return parser
+
+
+def read_options(parser: OptionParser, words: Sequence[str], required: Sequence[str] = ()) -> tuple[Any, ...]:
+    """
+    What a command other than `train` is given: by its command line, else by `--config FILE`, else by the defaults.
+
+    Files are read as those of a training job: they may build on others with `extends` and set variables with `env`. A
+    key without a value stands for the default.
+
+    Args:
+        required (`Sequence[str]`, *optional*): options that must be given.
+
+    Returns:
+        `tuple`: the dataclasses that the parser fills, and a namespace of its positional arguments where it has any.
+
+    Raises:
+        SetupError: for what is unknown, missing or wrong, naming file and key.
+    """
+    path, words = take_option(words, "--config")
+    defaults = {action.dest: action.default for action in parser._actions}
+    advice = functools.partial(did_you_mean, otherwise=f"`{parser.prog} --help` lists all options")
+    for file, config in [] if path is None else config_files(path):
+        os.environ.update(take_env(config, file))
+        found = _checked(parser, config, file, advice, plain=True)
+        parser.set_defaults_with_config(
+            **{name: defaults[name] if value is None else value for name, value in found.items()}
+        )
+    given = _parse_known(parser, words, "argument", functools.partial(did_you_mean, prefix="--"))
+    for name in required:
+        if not getattr(given, name):
+            file = f", and {path} does not hold {name} either" if path else ""
+            raise SetupError(f"--{name} is missing{file}")
+    try:
+        return parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        raise SetupError(str(error)) from error
 
 
 def parse_args(
@@ -393,19 +480,28 @@ def parse_args(
     return script_args, training_args, model_args
 
 
-def _read(parser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]) -> None:
+def _read(
+    parser: OptionParser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]
+) -> None:
     """Makes the values of config files the parser's defaults; SetupError for what it does not know."""
+    advice = functools.partial(instead, trainer)
     for file, config in files:
-        parser.set_defaults_with_config(**_checked(parser, trainer, config, file))
-    unknown = parser.parse_known_args(options)[1]
+        parser.set_defaults_with_config(**_checked(parser, config, file, advice))
+    _parse_known(parser, options, "option", functools.partial(advice, prefix="--"))
+
+
+def _parse_known(
+    parser: OptionParser, words: Sequence[str], kind: str, advice: Callable[..., str]
+) -> argparse.Namespace:
+    """The values of a command line; SetupError for a word that the parser does not know."""
+    values, unknown = parser.parse_known_args(words)
     if unknown:
         flag = next((text for text in unknown if text.startswith("-")), None)
         if flag is None:
             raise SetupError(f"unexpected value {unknown[0]!r}; options are written --name value")
         name = flag.split("=")[0].lstrip("-")
-        raise SetupError(
-            f"unknown option --{name}{instead(name.replace('-', '_'), trainer, option_keys(parser), '--')}"
-        )
+        raise SetupError(f"unknown {kind} --{name}{advice(name.replace('-', '_'), option_keys(parser))}")
+    return values
 
 
 def _option_of(text: str, parser, words: Sequence[str]) -> str:
@@ -490,17 +586,16 @@ def _trainer_of(files: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of one option (in either spelling, the last one counts) and the other arguments."""
+    """The value of one option (however it is spelt, the last one counts) and the other arguments."""
     value, rest, words = None, [], iter(argv)
     for word in words:
-        if word == name:
-            value = next(words, None)
-            if value is None:
-                raise SetupError(f"{name} needs a value")
-        elif word.startswith(f"{name}="):
-            value = word.removeprefix(f"{name}=")
-        else:
+        flag, given, text = word.partition("=")
+        if flag.replace("-", "_") != name.replace("-", "_"):
             rest.append(word)
+            continue
+        value = text if given else next(words, None)
+        if value is None:
+            raise SetupError(f"{name} needs a value")
     return value, rest
 
 
@@ -583,12 +678,14 @@ def take_env(config: dict[str, Any], path: str) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items()}
 
 
-def option_keys(parser) -> dict[str, Any]:
-    """Actions of a parser by the name under which a config file gives their value."""
-    return {action.dest: action for action in reversed(parser._actions)}
+def option_keys(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Actions of a parser by the names under which a config file gives their value, the first one of each being its own."""
+    names = {action.dest: action for action in reversed(parser._actions)}
+    aliases = {option[2:]: action for action in parser._actions for option in action.option_strings}
+    return names | {name: action for name, action in aliases.items() if "-" not in name and name not in names}
 
 
-def instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "") -> str:
+def instead(trainer: str, name: str, known: Mapping[str, Any], prefix: str = "") -> str:
     """What to write instead of a name that the job's parser does not know."""
     for other in TRAINERS:
         config = declared_class(TRAINERS[other][0])
@@ -597,28 +694,43 @@ def instead(name: str, trainer: str, known: Mapping[str, Any], prefix: str = "")
     return did_you_mean(name, known, "`maple-trl train --help-all` lists all options", prefix)
 
 
-def _checked(parser, trainer: str, config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The values of a config file, held to the types that the command line enforces."""
+def _checked(
+    parser: OptionParser, config: Mapping[str, Any], path: str, advice: Callable[..., str], plain: bool = False
+) -> dict[str, Any]:
+    """
+    The values of a config file by the options' own names, held to the types that the command line enforces.
+
+    Args:
+        advice: what to write instead of a name, among those that there are.
+        plain: texts are texts, as the command line would give them, and never what a library reads otherwise.
+    """
     actions = option_keys(parser)
-    checked = {}
+    checked: dict[str, Any] = {}
+    names: dict[str, str] = {}
     for key, value in config.items():
         if key not in actions:
-            raise SetupError(f"{path}: unknown key {key!r}{instead(str(key), trainer, actions)}")
+            raise SetupError(f"{path}: unknown key {key!r}{advice(str(key), actions)}")
         action = actions[key]
+        if names.setdefault(action.dest, key) != key:
+            raise SetupError(f"{path}: {names[action.dest]} and {key} are one option; give one of them")
         if action.nargs == "+" and value is not None and not isinstance(value, list):
             value = [value]
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads a bare no as false
         several = isinstance(value, list) and action.nargs in ("+", "*")
-        for item in value if several else [value]:
-            _check_value(action, key, item, path)
+        if plain and _kind(action) == "str" and not several:
+            value = _as_text(action, key, value, path)
         if several and action.type in (int, float):
             value = [_as_number(action, key, item, path) for item in value]
-        if key == "rewards" and value is not None:
+        for item in value if several else [value]:
+            _check_value(action, key, item, path)
+        if action.dest == "reward_funcs" and value is not None:
             from maple_trl.jobs.rewards import read_entries
 
-            read_entries(value, f"{path}: rewards")
-        checked[key] = value
+            read_entries(value, f"{path}: {key}")
+        if isinstance(action, argparse._StoreFalseAction) and isinstance(value, bool):
+            value = not value
+        checked[action.dest] = value
     return checked
 
 
@@ -630,10 +742,18 @@ def _as_number(action, key: str, value: Any, path: str) -> Any:
         raise SetupError(f"{path}: {key} must hold numbers, got {value!r}") from error
 
 
+def _as_text(action, key: str, value: Any, path: str) -> str | None:
+    """A value as the command line would give it; mappings stand for their JSON."""
+    if action.nargs == "?" and isinstance(value, bool):
+        return action.const if value else None
+    if isinstance(value, bool | list):
+        raise SetupError(f"{path}: {key} must be a text, got {value!r}")
+    return json.dumps(value) if isinstance(value, dict) else value if value is None else str(value)
+
+
 def _is_scalar(action) -> bool:
     """Whether an option takes a number, a switch, or one of several names."""
-    kind = getattr(action.type, "__name__", "")
-    return kind in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
+    return _kind(action) in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
 
 
 # Options that take a text and nothing else; of others the parser tells no such thing.
@@ -652,21 +772,30 @@ def _check_value(action, key: str, value: Any, path: str) -> None:
         )
     if key == "report_to" and value is not None and not isinstance(value, str | list):
         raise SetupError(f"{path}: report_to must be the name of a tracker or a list of names, got {value!r}")
+    if action.type is _json_object and value is not None and not isinstance(value, dict):
+        try:
+            if not isinstance(value, str):
+                raise argparse.ArgumentTypeError(f"must be a mapping of names to values, got {value!r}")
+            _json_object(value)
+        except argparse.ArgumentTypeError as error:
+            raise SetupError(f"{path}: {key}: {error}") from error
     if value is None or (isinstance(value, dict | list) and not _is_scalar(action)):
         return
     if action.choices is not None and value not in action.choices:
         raise SetupError(f"{path}: {key} must be one of {', '.join(map(repr, action.choices))}, got {value!r}")
-    is_switch = getattr(action.type, "__name__", "") == "string_to_bool" or action.nargs == 0
-    wanted = getattr(action.type, "__name__", "")
-    if isinstance(value, str):
-        wrong = False  # the parser converts text itself, as on the command line
-    elif is_switch:
-        wanted, wrong = "true or false", not isinstance(value, bool)
-    elif wanted == "int":
-        wanted, wrong = "a whole number", isinstance(value, bool) or not isinstance(value, int)
-    elif wanted == "float":
-        wanted, wrong = "a number", isinstance(value, bool) or not isinstance(value, int | float)
+    kind = _kind(action)
+    if action.nargs == 0 or kind == "string_to_bool":
+        wanted, types = "true or false", bool
+    elif kind in ("int", "float"):
+        wanted, types = ("a whole number", int) if kind == "int" else ("a number", int | float)
     else:
-        wrong = False
+        return
+    wrong = not isinstance(value, types) or (types is not bool and isinstance(value, bool))
+    if isinstance(value, str) and action.nargs != 0:  # YAML reads 1e-6 as a text
+        try:
+            action.type(value)
+            wrong = False
+        except (ValueError, argparse.ArgumentTypeError):
+            pass
     if wrong:
         raise SetupError(f"{path}: {key} must be {wanted}, got {value!r}")

@@ -68,7 +68,7 @@ class Scoring:
 
 def _entry(job: EvalJob) -> str | dict[str, Any]:
     """The judge as an entry of a training job's `rewards`. What its server answers is kept beside the results."""
-    entry: Any = job.judge
+    (entry,) = job.reward_funcs
     if isinstance(entry, str) and entry.lstrip().startswith("{"):
         try:
             entry = json.loads(entry)
@@ -90,6 +90,6 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
             if job.judge_server is not None:
                 entry["server"]["base_url"] = job.judge_server
     if isinstance(entry, dict) and isinstance(entry.get("server"), dict):
-        kept = {"cache_file": str(Path(job.output) / "judge.sqlite")}
+        kept = {"cache_file": str(Path(job.output_dir) / "judge.sqlite")}
         entry = {**entry, "server": kept | entry["server"]}
     return entry

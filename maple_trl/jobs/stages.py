@@ -243,7 +243,7 @@ def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
             continue
         try:
             if script_args.trainer not in SUPERVISED:
-                load_rewards(script_args.rewards, training_args)
+                load_rewards(script_args.reward_funcs, training_args)
             prepare_data(script_args, training_args)
         except SetupError as error:
             raise SetupError(f"stage {name}: {error}") from error
@@ -298,7 +298,8 @@ def resolved_options(job: tuple) -> dict[str, Any]:
     as_written = training_args.to_dict()  # keys hidden, enumerations by their values
     options = deciding(script_args) | deciding(model_args)
     options |= {name: as_written[name] for name in deciding(training_args) if name in as_written}
-    options["rewards"] = what_is_learned(script_args.rewards)
+    del options["reward_funcs"]
+    options["rewards"] = what_is_learned(script_args.reward_funcs)
     return json.loads(json.dumps(as_json(options), default=str))
 
 

@@ -180,7 +180,7 @@ def build_trainer(
     check_files(script_args)
     rewards = {}
     if script_args.trainer not in SUPERVISED:
-        rewards["reward_funcs"] = load_rewards(script_args.rewards, training_args)
+        rewards["reward_funcs"] = load_rewards(script_args.reward_funcs, training_args)
     train, test = prepare_data(script_args, training_args)
     check_rows(script_args, training_args, train, rewards.get("reward_funcs", []))
     check_model(model_args, training_args, train, script_args.evaluate_before_after)

@@ -30,6 +30,15 @@ class RewardError(ValueError):
 # Before a run
 
 
+def find_rewards(rewards: Any) -> Any:
+    """This package's functions in place of their names, alone or in a list; what else TRL takes stays as it is."""
+    if isinstance(rewards, list | tuple):
+        return [find_rewards(reward) for reward in rewards]
+    ours = sys.modules[__package__]
+    is_ours = isinstance(rewards, str) and rewards.endswith("_reward") and rewards in ours.__all__
+    return getattr(ours, rewards) if is_ours else rewards
+
+
 def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> None:
     """
     Holds reward functions against the columns of a data set, without calling them.

@@ -40,7 +40,7 @@ from maple_trl.omni.prefix.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.prefix.sharing import probe_prompt, sharing_error
 from maple_trl.rewards import judge_callbacks
-from maple_trl.rewards.calls import RewardError, check_rewards, checked
+from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.trainers.common.checkpoint import (
     Batch,
@@ -84,7 +84,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
             A model of a registered family. From a full Omni checkpoint the Thinker alone is loaded.
-        reward_funcs: as in [`~trl.GRPOTrainer`]; every column of a row reaches them.
+        reward_funcs:
+            As in [`~trl.GRPOTrainer`], or names of functions in `maple_trl.rewards`; every column of a row reaches them.
         args ([`OmniGRPOConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `prompt`, and where they apply `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
@@ -124,6 +125,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
         args = own_config(args, self._config_class, model, self._name)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        reward_funcs = find_rewards(reward_funcs)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if not any(isinstance(reward, str) for reward in rewards):  # reward models are loaded with them too
             args.model_init_kwargs = None  # TRL would call them ignored, although the reference model gets them here
