@@ -98,7 +98,7 @@ def test_options_are_written_without_keys(runs):
         "trainer": "omni_grpo",
         "lora_r": 2,
         "num_generations": 2,
-        "rewards": ["format_reward", "accuracy_reward"],
+        "reward_funcs": ["format_reward", "accuracy_reward"],
     }
     assert {name: options[name] for name in known} == known
     assert options["generation_batch_size"] == 4  # what follows from others is in it

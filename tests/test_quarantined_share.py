@@ -96,7 +96,7 @@ def test_a_run_whose_files_break_in_its_steps_stops_with_a_checkpoint(folder):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6 and resumed.steps_made == 6 - stopped
     [note] = [note for note in resumed.left_out() if note["kind"] == "quarantined"]
-    assert note["count"] == len(resumed.rows.quarantined) == note["reasons"]["empty-file"]
+    assert note["count"] == len(resumed.row_encoder.quarantined) == note["reasons"]["empty-file"]
 
 
 def test_few_files_that_break_in_the_steps_stop_nothing(folder):
@@ -135,7 +135,7 @@ def test_media_that_vanish_end_the_run_at_once_and_a_resumed_one_has_them_all(fo
         path.rename(folder / path.name)
     again = build_trainer(folder, data, **options)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4 and not again.rows.quarantined
+    assert again.state.global_step == 4 and not again.row_encoder.quarantined
 
 
 def test_losses_before_and_in_the_run_add_up(folder):
