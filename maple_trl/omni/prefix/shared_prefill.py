@@ -67,7 +67,7 @@ def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[No
         done = True
         hidden = output.last_hidden_state[:, -1:]
         output.last_hidden_state = hidden.index_select(0, expand.to(hidden.device))
-        cache = output.get("cache", output.get("past_key_values"))  # transformers 5.24 renames it
+        cache = output["cache" if "cache" in output else "past_key_values"]  # transformers 5.24 renames it
         if cache is not None:
             _give_each_row_its_prompt(cache, expand.to(hidden.device))
         return output
