@@ -625,6 +625,8 @@ def test_an_adapter_and_a_whole_model_are_not_resumed_as_each_other(here, monkey
 def test_a_run_is_not_resumed_with_another_optimizer_or_from_damaged_files(here, capsys, caplog):
     job = JOB | {"output_dir": "run", "save_strategy": "steps", "save_steps": 1}
     assert cli.main(words("train", job)) == 0
+    # Checkpoints of former versions have these names too.
+    assert set(json.loads(Path("run/checkpoint-1/rollout_0.json").read_text())) == {"step", "chunks", "geometry"}
     again = job | {"resume_from_checkpoint": "true", "max_steps": 2}
     for options, message in (
         ({"optim": "sgd"}, "checkpoint-1 has the state of another optimizer (optim)"),

@@ -77,9 +77,9 @@ def run_report(words: Sequence[str]) -> int:
     output = Path(arguments.output or Path(runs[0], "report.html"))
     for option, file, name in (("--output", output, "report.html"), ("--json", arguments.json, "report.json")):
         if file is not None and Path(file).is_dir():
-            return _refuse(f"{option}: {file} is a folder; name a file in it, as {Path(file, name)}")
+            return refuse("report", f"{option}: {file} is a folder; name a file in it, as {Path(file, name)}")
         if file is not None and Path(file).is_file() and Path(file).suffix.lower() not in (Path(name).suffix, ".htm"):
-            return _refuse(f"{option}: {file} is there already and no report; name a file such as {name}")
+            return refuse("report", f"{option}: {file} is there already and no report; name a file such as {name}")
     try:
         from maple_trl.reports import ReportError, write_report
 
@@ -101,7 +101,3 @@ def run_report(words: Sequence[str]) -> int:
     if arguments.json:
         print(f"data: {arguments.json}")
     return 0
-
-
-def _refuse(why: str) -> int:
-    return refuse("report", why)

@@ -143,10 +143,7 @@ def check_model(
 
 def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
     """For what a row says: nothing is decoded."""
-    from maple_trl.omni.media.loader import MediaLoader
-
-    loader = MediaLoader(args.media_root, args.media_limits(), allow_network=args.media_allow_network, backend="pyav")
-    return args.prompt_builder(family, loader, args.chat_template_kwargs)
+    return args.prompt_builder(family, args.media_loader(backend="pyav"), args.chat_template_kwargs)
 
 
 def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:

@@ -212,7 +212,10 @@ def _rows_by_tag(trainer: Trainer) -> Counter[str]:
     dataset = trainer.train_dataset
     if getattr(trainer, "family", None) is None or "tag" not in (getattr(dataset, "column_names", None) or ()):
         return Counter()
-    return Counter(str(ModalityTag.parse(tag)) for tag in dataset["tag"] if tag)
+    by_tag: Counter[str] = Counter()
+    for spelt, rows in Counter(filter(None, dataset["tag"])).items():  # few spellings, of many rows
+        by_tag[str(ModalityTag.parse(spelt))] += rows
+    return by_tag
 
 
 def _described_rows(trainer: Trainer) -> str:

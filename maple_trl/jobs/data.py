@@ -72,21 +72,21 @@ def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:
     from huggingface_hub import constants
 
     from maple_trl.omni.checkpoints import hub_is_silent
-    from maple_trl.trainers.common.trl_compat import replaced
 
     silent = hub_is_silent()
-    # Else the library asks five times, for half a minute, before it looks there.
-    offline = silent is not None
+    libraries = (constants, datasets.config)
+    before = [library.HF_HUB_OFFLINE for library in libraries]
     try:
-        with (
-            replaced(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE),
-            replaced(datasets.config, "HF_HUB_OFFLINE", offline or datasets.config.HF_HUB_OFFLINE),
-        ):
-            return datasets.load_dataset(name, config)
+        if silent is not None:  # else the library asks five times, for half a minute, before it looks there
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return datasets.load_dataset(name, config)
     except (OSError, ValueError, DatasetsError) as error:
         raise SetupError(
             f"cannot load the data set {name!r}: there is no such local folder, and as a Hub id: {silent or error}"
         ) from error
+    finally:
+        for library, offline in zip(libraries, before, strict=True):
+            library.HF_HUB_OFFLINE = offline
 
 
 def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:

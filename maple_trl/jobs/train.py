@@ -322,7 +322,8 @@ def run(
     replaces = check_output_dir(script_args, training_args, model_args, checkpoint)
     if checkpoint is not None:
         try:
-            check_parts(checkpoint, training_args.process_index, training_args.world_size)
+            replaceable = trainer_class(script_args.trainer).replaceable_state
+            check_parts(checkpoint, training_args.process_index, training_args.world_size, replaceable)
         except ResumeError as error:
             raise SetupError(str(error)) from error
     check_resumed(checkpoint, model_args)

@@ -41,7 +41,11 @@ def headline(entry: Mapping[str, Any], name: str) -> float | None:
     a log; `None` where it has no finite one.
     """
     values = (entry.get(key) for key in _HEADLINES[name])
-    return next((value for value in values if isinstance(value, int | float) and math.isfinite(value)), None)
+    return next(filter(_is_finite, values), None)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def first_and_last(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -72,7 +76,7 @@ def reward_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tu
             name = key.removeprefix("rewards/").removesuffix("/mean")
             if key != "reward" and key != f"rewards/{name}/mean":
                 continue
-            if isinstance(value, int | float) and math.isfinite(value):
+            if _is_finite(value):
                 curves.setdefault(name, []).append((entry["step"], value))
     return curves
 
@@ -83,7 +87,7 @@ def tag_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
     for tag in map(str, ModalityTag):
         for entry in log_history:
             value = entry.get(f"tag/{tag}/reward")
-            if isinstance(value, int | float) and math.isfinite(value) and "step" in entry:
+            if _is_finite(value) and "step" in entry:
                 curves.setdefault(tag, []).append((entry["step"], value))
     return curves
 

@@ -34,7 +34,7 @@ from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.gradient_terms import TermGradients
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar.replay_memory import Group, PassRecord, ReplayMemory, ReplayPlan
-from maple_trl.trainers.avatar.state import load_memory, provenance, save_memory
+from maple_trl.trainers.avatar.state import STATE_FILE, load_memory, provenance, save_memory
 from maple_trl.trainers.common.checkpoint import Batch, LostPromptsError, ResumeError, concat_rows
 from maple_trl.trainers.common.hinted_rows import (
     HINT_COLUMN,
@@ -81,6 +81,7 @@ class AvatarTrainer(OmniGRPOTrainer):
     _name = "AVATAR"
     _config_class = AvatarConfig
     _failed_is_zero = False
+    replaceable_state = (STATE_FILE,)  # see `replay_recovery`
     _paper = {
         "title": "AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video",
         "id": "2508.03100",
@@ -654,9 +655,9 @@ class AvatarTrainer(OmniGRPOTrainer):
 
     # State
 
-    def _geometry(self) -> dict[str, Any]:
+    def _resume_signature(self) -> dict[str, Any]:
         names = ("replayed_generations", "advantage_group", "batching", "hints", "vcrs_window")
-        return super()._geometry() | {name: getattr(self.args, name) for name in names}
+        return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save and self.args.replayed_generations:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 Batch = dict[str, Any]
 
+_SIGNATURE = "geometry"  # its name in the files of checkpoints
+
 
 class ResumeError(ValueError):
     """A checkpoint with which this run cannot go on; the message says what differs or is missing."""
@@ -123,7 +125,7 @@ def save_rollout(
     what the numbers of a run depend on.
     """
     os.makedirs(folder, exist_ok=True)
-    state: dict[str, Any] = {"step": step, "chunks": [], "resume_signature": resume_signature}
+    state: dict[str, Any] = {"step": step, "chunks": [], _SIGNATURE: resume_signature}
     if chunks:
         batch = merge_chunks(chunks)
         tensors = {name: value.contiguous().cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -152,14 +154,14 @@ def _read_state(folder: str, rank: int) -> dict[str, Any]:
         return json.load(file)
 
 
-def check_geometry(folder: str, rank: int, resume_signature: dict[str, Any]) -> None:
+def check_resume_signature(folder: str, rank: int, resume_signature: dict[str, Any]) -> None:
     """
     Holds a run against the one that wrote a checkpoint.
 
     Raises:
         ResumeError: when the checkpoint holds no state for this rank, or was written with other numbers.
     """
-    written = _read_state(folder, rank)["resume_signature"]
+    written = _read_state(folder, rank)[_SIGNATURE]
     changed = [
         f"{name} {written.get(name)} -> {now}" for name, now in resume_signature.items() if written.get(name) != now
     ]

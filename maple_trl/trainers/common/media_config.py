@@ -268,12 +268,13 @@ class MediaConfig:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
 
-    def media_loader(self, root: str | None = None) -> MediaLoader:
+    def media_loader(self, root: str | None = None, backend: str | None = None) -> MediaLoader:
         """
         What reads the rows' files.
 
         Args:
             root (`str`, *optional*): another folder than `media_root`.
+            backend (`str`, *optional*): another decoder than `media_backend`.
 
         Raises:
             FileNotFoundError: when there is no such folder.
@@ -284,7 +285,7 @@ class MediaConfig:
             self.media_limits(),
             cache_bytes=self.media_cache_bytes,
             allow_network=self.media_allow_network,
-            backend=self.media_backend,
+            backend=backend or self.media_backend,
             workers=self.media_workers,
             worker_bytes=self.media_worker_bytes,
         )

@@ -24,7 +24,12 @@ from maple_trl.omni.loading import hub_arguments, load_model, load_processor
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
-from maple_trl.trainers.common.checkpoint import ResumeError, check_geometry, last_complete_checkpoint, load_rows
+from maple_trl.trainers.common.checkpoint import (
+    ResumeError,
+    check_resume_signature,
+    last_complete_checkpoint,
+    load_rows,
+)
 from maple_trl.trainers.common.media_config import MediaConfig
 from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, write_quarantine
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
@@ -43,10 +48,12 @@ class MediaTrainer:
     Attributes:
         family (`OmniFamily`, *optional*): of the model; `None` where it reads text alone.
         towers ([`~maple_trl.omni.towers.TowerCache`], *optional*): what frozen towers have made of clips.
+        replaceable_state: files of a checkpoint without which a run may go on.
     """
 
     family: OmniFamily | None = None
     towers: TowerCache | None = None
+    replaceable_state: tuple[str, ...] = ()
     _first_step = 0  # the step at which this call of `train` began
 
     def _prepare_media(self, model: nn.Module, processor: ProcessorMixin, args: MediaConfig) -> None:
@@ -335,8 +342,9 @@ class MediaTrainer:
     def _check_checkpoint(self, checkpoint: str) -> None:
         """Whether the run can go on from a checkpoint."""
         if self.family is not None:
-            check_geometry(checkpoint, self.accelerator.process_index, self._geometry())
-        check_parts(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
+            check_resume_signature(checkpoint, self.accelerator.process_index, self._resume_signature())
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        check_parts(checkpoint, rank, world, self.replaceable_state)
 
     def _run_epoch(self, *args, **kwargs):
         # The parent makes a step before it asks whether one was left.

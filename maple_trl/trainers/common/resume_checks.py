@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -45,14 +45,17 @@ def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
     return wanted
 
 
-def check_parts(checkpoint: str, rank: int, world: int) -> None:
+def check_parts(checkpoint: str, rank: int, world: int, replaceable: Collection[str] = ()) -> None:
     """
     Holds a checkpoint against what a run needs to go on with: weights, optimizer, learning-rate schedule, random numbers.
+
+    Args:
+        replaceable: files without which a run may go on; whoever reads them says what is wrong with them.
 
     Raises:
         ResumeError: naming what it lacks, or a file that is damaged.
     """
-    for name in sorted(set(os.listdir(checkpoint)) - {OWN_STATE}):
+    for name in sorted(set(os.listdir(checkpoint)) - set(replaceable)):
         reason = _damage(os.path.join(checkpoint, name))
         if reason is not None:
             raise ResumeError(
@@ -129,7 +132,6 @@ def _why(checkpoint: str, world: int) -> str:
     return ""
 
 
-OWN_STATE = "avatar.json"  # of the replay buffer, which a run may go on without
 _OPTIONS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2"}
 _OPTIONS |= {"eps": "adam_epsilon", "momentum": "optim_args: momentum"}
 

@@ -14,17 +14,6 @@ from maple_trl.omni.loading import load_model
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives a module's or an object's attribute another value for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
 def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[None]:
     """
     Bridges places of TRL's constructor that know vision-language or text models alone.
@@ -54,9 +43,11 @@ def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[
         return reference
 
     lend_parts(model)
+    load_as_trl = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = load_reference
     try:
-        with replaced(grpo_trainer, "create_model_from_path", load_reference):
-            yield
+        yield
     finally:
+        grpo_trainer.create_model_from_path = load_as_trl
         for owner, name in borrowers:
             del vars(owner)[name]

@@ -623,11 +623,11 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     # State
 
-    def _geometry(self) -> dict[str, Any]:
+    def _resume_signature(self) -> dict[str, Any]:
         names = ("batching", "leftover", "curriculum", "curriculum_granularity", "dynamic_sampling", "loss_strata")
         if self.args.dynamic_sampling != "none":
             names = (*names, "revisit", "revisit_after")
-        return super()._geometry() | {name: getattr(self.args, name) for name in names}
+        return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _parts(self) -> dict[str, Any]:
         """The components that a checkpoint keeps."""

@@ -46,7 +46,7 @@ from maple_trl.trainers.common.checkpoint import (
     Batch,
     LostPromptsError,
     ResumeError,
-    check_geometry,
+    check_resume_signature,
     count_rows,
     load_rollout,
     merge_chunks,
@@ -733,7 +733,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _check_checkpoint(self, checkpoint: str) -> None:
         if self.family is None:
-            check_geometry(checkpoint, self.accelerator.process_index, self._geometry())
+            check_resume_signature(checkpoint, self.accelerator.process_index, self._resume_signature())
         super()._check_checkpoint(checkpoint)
 
     def _save_checkpoint(self, model, trial):
@@ -742,7 +742,12 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self.family is not None and self.args.should_save:
             save_rows(folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()})
         save_rollout(
-            folder, self.accelerator.process_index, self._step, self._pending_chunks(), PROMPTS_KEY, self._geometry()
+            folder,
+            self.accelerator.process_index,
+            self._step,
+            self._pending_chunks(),
+            PROMPTS_KEY,
+            self._resume_signature(),
         )
         if self.args.should_save:
             self._save_counts(folder)
@@ -766,7 +771,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         for (name, _), count in self.missing_rewards.items():
             self._spoken[name] += count
 
-    def _geometry(self) -> dict[str, Any]:
+    def _resume_signature(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}

@@ -293,10 +293,10 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
                 save_rows(
                     folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()}
                 )
-            save_rollout(folder, self.accelerator.process_index, 0, None, PROMPTS_KEY, self._geometry())
+            save_rollout(folder, self.accelerator.process_index, 0, None, PROMPTS_KEY, self._resume_signature())
         super()._save_checkpoint(model, trial)
 
-    def _geometry(self) -> dict[str, Any]:
+    def _resume_signature(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
