@@ -39,10 +39,10 @@ from maple_trl.rewards import accuracy_reward, format_reward
 BOOKKEEPING = (
     "_own_rows",
     "_refill",
-    "_finish_rollout",
+    "assign",
     "_fold_weights",
     "_add_to_optimizer_step",
-    "_end_optimizer_step",
+    "on_optimizer_step",
     "_log_of_optimizer_step",
 )
 SCHEDULE = ("next_batch", "peek", "draw")

@@ -8,7 +8,7 @@ import pytest
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from maple_trl import AvatarConfig, OmniGRPOConfig
+from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig
 
 
 def config(tmp_path, **options):
@@ -61,7 +61,7 @@ CHOICES = {
     "tas_shape": "'parabolic', 'uniform', 'linear_decay', 'linear_incline', 'inverse_parabolic'",
     "advantage_group": "'fresh', 'mixed'",
     "advantage_scope": "'group', 'tag', 'tag_whitened', 'batch'",
-    "batching": "'mixed', 'stratified'",
+    "batching": "'stratified', 'mixed'",
     "replay_recovery": "'refuse', 'empty'",
     "replay_scope": "'tiers', 'prompt', 'buffer'",
     "replay_draw": "'uniform', 'diverse', 'balanced', 'priority'",
@@ -324,7 +324,7 @@ def test_refused_on_a_command_line(tmp_path):
 
 def test_every_field_says_what_it_is(tmp_path):
     fields = AvatarConfig.__dataclass_fields__
-    added = [name for name in fields if name not in OmniGRPOConfig.__dataclass_fields__]
-    assert {*FIELDS, "advantage_scope"} == set(added)
+    added = [name for name in fields if name not in MAPOConfig.__dataclass_fields__]
+    assert {*added, "batching"} == set(FIELDS)
     for name in added:
         assert len(fields[name].metadata["help"]) > 20, name

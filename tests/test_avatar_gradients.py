@@ -588,7 +588,7 @@ def test_gradients_of_a_text_model(name, text_model, tmp_path):
 @pytest.mark.parametrize("options", [{}, GRPO], ids=["dapo", "grpo"])
 def test_failed_rewards_that_count_as_zero_are_told_apart(options, text_model, tmp_path, monkeypatch):
     """The control of the judged cases: a trainer that takes the scores as TRL does."""
-    monkeypatch.setattr(Watched, "_set_apart", lambda self, rows, scores: scores)
+    monkeypatch.setattr(Watched, "_set_apart", lambda self, flight, scores, tags: scores)
     training = train_text(text_model, tmp_path, steps=1, **JUDGED | options)
     model, formula = reference_for("text"), Formula(**options)
     monkeypatch.setitem(globals(), "set_rewards", as_zero)

@@ -10,6 +10,7 @@ from tiny_models import build_tiny_text
 
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.common.hinted_rows import prompt_key
+from maple_trl.trainers.common.rollout import InFlight
 
 
 pytestmark = pytest.mark.slow
@@ -147,7 +148,7 @@ def test_under_the_other_prompt_they_would_have_other_probabilities(run):
         for hinted in (False, True):
             prompt = prompts[e.prompt + "+hint" if hinted else prompt_key(e.prompt)]
             ids = torch.cat([prompt.input_ids, e.completion_ids.long()])[None]
-            with torch.no_grad(), trainer._rows_in_use([prompt]):
+            with torch.no_grad(), trainer._in_flight(InFlight([prompt])):
                 logps = trainer._get_per_token_logps_and_entropies(
                     trainer.model, ids, torch.ones_like(ids), len(e.completion_ids)
                 )[0][0]

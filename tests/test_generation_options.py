@@ -21,6 +21,7 @@ from maple_trl.omni.families import family_for, unwrap
 from maple_trl.omni.lora import build_lora_config
 from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 from maple_trl.trainers.omni_sft import trainer as omni_sft
+from maple_trl.trainers.common.rollout import InFlight
 
 
 pytestmark = pytest.mark.slow
@@ -137,7 +138,7 @@ def ways(seven_tags, parts, tmp_path_factory):  # noqa: F811
         def rollout(trainer=trainer):
             with contextlib.ExitStack() as stack:
                 prompts = trainer.encode_rows([row for row in rows for _ in range(2)])[1]
-                stack.enter_context(trainer._rows_in_use(prompts))
+                stack.enter_context(trainer._in_flight(InFlight(prompts)))
                 ids, _, fields = trainer._tokenize_prompts([])
                 trainer.model.eval()
                 return trainer._generate_single_turn(ids, None, fields, 1)[0]
@@ -334,7 +335,7 @@ def test_rollouts_end_at_stop_strings(shared, seven_tags):
         tokenizer = trainer.processing_class.tokenizer
         trainer.model.eval()
         prompts = trainer.encode_rows([row for row in rows for _ in range(4)])[1]
-        with trainer._rows_in_use(prompts):
+        with trainer._in_flight(InFlight(prompts)):
             prompt_ids, _, fields = trainer._tokenize_prompts([])
             torch.manual_seed(3)
             ids[stops] = trainer._generate_single_turn(prompt_ids, None, fields, 1)[0]

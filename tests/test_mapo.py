@@ -108,7 +108,7 @@ class Watched(MAPOTrainer):
         super().__init__(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
-        before = self._kept
+        before = getattr(self._flight, "kept", None)
         self.passes.append(len(input_ids) if before is None else len(before))
         return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
@@ -118,11 +118,11 @@ class Watched(MAPOTrainer):
             self.trained.append([p.key for p, m in zip(inputs["omni_prompts"], mask, strict=True) if m.any()])
         return super()._compute_loss(model, inputs)
 
-    def _probe_gradient(self):
+    def _probe_gradient(self, tag):
         named = self.model.named_parameters()
         grads = [p.grad.flatten().double() for n, p in named if "lm_head" in n and p.grad is not None]
-        self.probed.append((self._optimizer_step_tag, torch.cat(grads)))
-        super()._probe_gradient()
+        self.probed.append((tag, torch.cat(grads)))
+        super()._probe_gradient(tag)
 
     def generate_completions(self, rows, batch_size=None):
         self.asked += len(rows)
@@ -239,8 +239,8 @@ def test_a_batch_without_any_reward_changes_no_history(seven_tags, build):
     seen, states = Snapshots(), []
 
     class Noting(Watched):
-        def _finish_rollout(self, *args):
-            output = super()._finish_rollout(*args)
+        def assign(self, rollout):
+            output = super().assign(rollout)
             states.append(json.dumps([self.tag_weights.state_dict(), self.curriculum.state_dict()]))
             return output
 

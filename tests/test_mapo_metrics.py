@@ -26,8 +26,8 @@ class Tokens(Watched):
         self.tokens = defaultdict(list)
         super().__init__(*args, **kwargs)
 
-    def _add_to_optimizer_step(self, inputs):
-        logps, entropies = (value.detach() for value in self._last_pass)
+    def _add_to_optimizer_step(self, flight):
+        logps, entropies, inputs = flight.logps.detach(), flight.entropies.detach(), flight.inputs
         tags = {prompt.key: tag for prompt, tag in zip(*self.tags_of_keys, strict=True)}
         old = inputs.get("old_per_token_logps")
         for i, prompt in enumerate(inputs["omni_prompts"]):
@@ -37,7 +37,7 @@ class Tokens(Watched):
                     ratio = math.exp(float(logps[i, t] - then))
                     token = (tags[prompt.key], ratio, float(inputs["advantages"][i]), float(entropies[i, t]))
                     self.tokens[self.state.global_step].append(token)
-        super()._add_to_optimizer_step(inputs)
+        super()._add_to_optimizer_step(flight)
 
     def train(self):
         rows = self.train_dataset.to_list()

@@ -172,7 +172,7 @@ def test_mapo_with_missing_rewards(world, step, scope, aggregation):  # noqa: F8
 
 def test_the_old_behaviour_fails_the_test(world, step, monkeypatch):  # noqa: F811
     """The control: a trainer that takes the scores as TRL does has the gradient of None = 0."""
-    monkeypatch.setattr(MAPOJobTrainer, "_set_apart", lambda self, rows, scores: scores)
+    monkeypatch.setattr(MAPOJobTrainer, "_set_apart", lambda self, flight, scores, tags: scores)
     training = train(world, reward="failing", reward_weights=WEIGHTS)
     assert worst(right(step, "tag", "sample"), training.gradients[0])[0] > 1e-2
     assert worst(as_zero(step, "tag", "sample"), training.gradients[0])[0] <= 1e-4

@@ -22,6 +22,7 @@ from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config, freeze
 from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.trainers.common.rollout import InFlight
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_media_tokens_cannot_be_generated(seven_tags):
     def sampled_ids():
         used, prompts = trainer.encode_rows(rows)
         model.eval()
-        with trainer._rows_in_use(prompts):
+        with trainer._in_flight(InFlight(prompts)):
             ids, _, fields = trainer._tokenize_prompts([])
             return {token for row in trainer._generate_single_turn(ids, None, fields, 1)[0] for token in row}
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maple_trl.trainers.common.checkpoint import concat_rows, count_rows
+from maple_trl.trainers.common.batch import Batch
 from maple_trl.trainers.common.updates import even_parts, micro_batches, owners
 
 
@@ -15,12 +15,12 @@ BALLAST = -1
 def rows_of(numbers):
     """A batch that is nothing but numbered rows, with a list and a value of the whole batch beside them."""
     numbers = list(numbers)
-    return {
-        "row": torch.tensor(numbers, dtype=torch.long),
-        "wide": torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1).repeat(1, 3),
-        "name": [f"row {number}" for number in numbers],
-        "tokens": torch.tensor(7),
-    }
+    return Batch(
+        row=torch.tensor(numbers, dtype=torch.long),
+        wide=torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1).repeat(1, 3),
+        name=[f"row {number}" for number in numbers],
+        tokens=torch.tensor(7),
+    )
 
 
 def numbers(chunk):
@@ -105,7 +105,7 @@ def test_micro_batches_of_all_ranks(split):
 def test_groups_are_not_cut(group, rows, most_groups, world):
     largest = group * most_groups
     chunks = micro_batches(rows_of(range(rows)), [rows] * world, 1, 40, largest, rows_of([BALLAST]), group)
-    sizes = [count_rows(chunk) for chunk in chunks if count_rows(chunk)]
+    sizes = [chunk.rows for chunk in chunks if chunk.rows]
     assert len(sizes) == -(-rows // largest) and sum(sizes) == rows and max(sizes, default=0) <= largest
     assert not any(size % group for size in sizes[:-1]), "only the last may have a part of a group"
     groups = [-(-size // group) for size in sizes]
@@ -115,7 +115,7 @@ def test_groups_are_not_cut(group, rows, most_groups, world):
 def test_without_the_size_of_groups_they_are_cut():
     """The control: rows as even as they can be."""
     cuts = [micro_batches(rows_of(range(12)), [12], 1, 2, 8, rows_of([BALLAST]), group) for group in (1, 4, 8)]
-    assert [[count_rows(chunk) for chunk in chunks] for chunks in cuts] == [[6, 6], [8, 4], [8, 4]]
+    assert [[chunk.rows for chunk in chunks] for chunks in cuts] == [[6, 6], [8, 4], [8, 4]]
 
 
 def test_a_full_batch_needs_no_ballast():
@@ -132,7 +132,7 @@ def test_a_rank_without_a_row_gets_ballast_where_others_have_one():
 
 def test_without_rows_all_micro_batches_are_empty():
     chunks = micro_batches(rows_of([]), [0, 0], 2, 2, 4, rows_of([BALLAST]))
-    assert [count_rows(chunk) for chunk in chunks] == [0] * 4
+    assert [chunk.rows for chunk in chunks] == [0] * 4
     assert chunks[0]["wide"].shape == (0, 3)
 
 
@@ -164,11 +164,11 @@ shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1,
 @given(shapes)
 def test_rounds_are_padded_as_trl_pads(shapes):
     rounds = [round_of(*shape, first=1000 * (i + 1)) for i, shape in enumerate(shapes)]
-    joined = concat_rows(rounds, PAD)
+    joined = Batch.concat(rounds, PAD)
     width = {"prompt": max(p for _, p, _ in shapes), "completion": max(c for _, _, c in shapes)}
     i = 0
     for part in rounds:
-        for row in range(count_rows(part)):
+        for row in range(part.rows):
             for side in ("prompt", "completion"):
                 own = part[f"{side}_ids"][row].tolist()
                 missing = width[side] - len(own)
@@ -180,7 +180,7 @@ def test_rounds_are_padded_as_trl_pads(shapes):
             assert joined["advantages"][i] == part["advantages"][row]
             assert joined["omni_prompts"][i] == part["omni_prompts"][row]
             i += 1
-    assert count_rows(joined) == i
+    assert joined.rows == i
     assert joined["num_items_in_batch"] == 1000 and joined["absent"] is None
     for name, value in rounds[0].items():
         if isinstance(value, torch.Tensor):
@@ -189,7 +189,7 @@ def test_rounds_are_padded_as_trl_pads(shapes):
 
 def test_one_round_stays_as_it_is():
     part = round_of(2, 3, 4, 10)
-    joined = concat_rows([part], PAD)
+    joined = Batch.concat([part], PAD)
     assert all(
         torch.equal(joined[name], value) if isinstance(value, torch.Tensor) else joined[name] == value
         for name, value in part.items()
@@ -199,5 +199,5 @@ def test_one_round_stays_as_it_is():
 @pytest.mark.parametrize("name", ["prompt_ids", "completion_ids"])
 def test_padding_on_the_other_side_would_be_noticed(name):
     """The control: what the property above checks is not true of the other side."""
-    joined = concat_rows([round_of(1, 1, 1, 1), round_of(1, 3, 3, 100)], PAD)[name][0].tolist()
+    joined = Batch.concat([round_of(1, 1, 1, 1), round_of(1, 3, 3, 100)], PAD)[name][0].tolist()
     assert joined != joined[::-1] and joined.count(PAD) == 2

@@ -6,14 +6,15 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
-from maple_trl.algorithms.advantages import SCOPES
 from maple_trl.algorithms.replay import QUANTILES, SHARES, StratifiedReplayBuffer
 from maple_trl.algorithms.replay_draws import DRAWS
 from maple_trl.algorithms.shaping import SHAPES
 from maple_trl.trainers.avatar.replay_memory import REPLAY_SCOPES
+from maple_trl.trainers.mapo.config import PRESETS, MAPOConfig
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
 
+_NEUTRAL = {"modality_access": "required", "batching": "mixed", "advantage_scope": "group"}
 _MIXABLE_LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "sapo")
 # Clips that a loss does not read: sapo has none, cispo one of large ratios alone.
 _UNREAD_CLIPS = {"sapo": ("replay_epsilon", "replay_epsilon_high"), "cispo": ("replay_epsilon",)}
@@ -21,19 +22,41 @@ _SHAPEABLE_LOSSES = (*_MIXABLE_LOSSES, "bnpo")
 
 
 @dataclass
-class AvatarConfig(OmniGRPOConfig):
+class AvatarConfig(MAPOConfig):
     r"""
     Configuration class for [`AvatarTrainer`].
 
-    Adds to [`OmniGRPOConfig`] what AVATAR (arXiv 2508.03100) adds to GRPO: replayed completions in each group, their
-    baseline, the shaping of advantages over token positions, and hints. With `replayed_generations=0` and
-    `tas_lambda=0` it is GRPO.
+    Adds to GRPO what AVATAR (arXiv 2508.03100) adds: replayed completions in each group, their baseline, the shaping of
+    advantages over token positions, and hints. With `replayed_generations=0` and `tas_lambda=0` it is GRPO.
+
+    What [`MAPOConfig`] varies can be varied here too, and does nothing by itself: `method="mapo"` switches MAPLE's method
+    on, and each of its options can be set alone.
 
     Raises:
         ValueError: for options that contradict each other, naming the fields.
     """
 
-    _VALID_DICT_FIELDS = [*OmniGRPOConfig._VALID_DICT_FIELDS, "replay_shares"]
+    _VALID_DICT_FIELDS = [*MAPOConfig._VALID_DICT_FIELDS, "replay_shares"]
+    _presets = {"avatar": _NEUTRAL, **PRESETS}
+
+    method: str = field(
+        default="avatar",
+        metadata={
+            "help": "Fills in what MAPLE varies where it is left at null: 'avatar' (nothing: mixed batches, advantages per group, "
+            "TRL's loss), 'mapo' or 'mupo' (as in MAPOConfig)."
+        },
+    )
+    loss_strata: str | None = field(
+        default=None,
+        metadata={
+            "help": "Over which rows of an optimizer step the loss is a mean: 'tag' (a weighted sum over tags of the mean over "
+            "each) or 'batch', fresh and replayed completions apart. Null: as method says; with 'avatar' TRL's loss_type "
+            "says it, unless another option of MAPOConfig is set, which takes 'tag' with adaptive tag_weights, else 'batch'."
+        },
+    )
+    cast_lm_head_to_fp32: bool = field(
+        default=False, metadata={"help": "Compute the LM head in float32, so that rollout and training agree."}
+    )
 
     replayed_generations: int = field(
         default=4,
@@ -137,17 +160,18 @@ class AvatarConfig(OmniGRPOConfig):
             "of the group that are of its prompt."
         },
     )
-    advantage_scope: str = field(
-        default="group",
+    advantage_scope: str | None = field(
+        default=None,
         metadata={
             "help": "Centre and scale of a fresh completion's reward, as in MAPOConfig: 'group', 'tag', 'tag_whitened' or "
-            "'batch'. All but 'group' and 'batch' need a tag in each row."
+            "'batch'. All but 'group' and 'batch' need a tag in each row. Null: as method says, 'group' with 'avatar'."
         },
     )
-    batching: str = field(
-        default="mixed",
+    batching: str | None = field(
+        default=None,
         metadata={
-            "help": "'mixed': a rollout takes rows as they come; 'stratified': rows of one tag, in random order."
+            "help": "'mixed': a rollout takes rows as they come; 'stratified': rows of one tag, in random order or as "
+            "curriculum says. Null: as method says, 'mixed' with 'avatar'."
         },
     )
     hints: bool = field(
@@ -176,12 +200,14 @@ class AvatarConfig(OmniGRPOConfig):
     )
 
     def __post_init__(self):
+        axes = (self.tag_weights, self.curriculum, self.dynamic_sampling)
+        if self.method == "avatar" and self.loss_strata is None:
+            if self.leftover != "fill" or any(axis != "none" for axis in axes):
+                self.loss_strata = "tag" if self.tag_weights == "adaptive" else "batch"
         super().__post_init__()
         for name, choices in {
             "tas_shape": SHAPES,
             "advantage_group": ("fresh", "mixed"),
-            "advantage_scope": SCOPES,
-            "batching": ("mixed", "stratified"),
             "replay_recovery": ("refuse", "empty"),
             "replay_scope": REPLAY_SCOPES,
             "replay_draw": DRAWS,
@@ -193,6 +219,10 @@ class AvatarConfig(OmniGRPOConfig):
         self.replay_shares = dict(SHARES) if self.replay_shares is None else self.replay_shares
         self.replay_quantiles = list(QUANTILES if self.replay_quantiles is None else self.replay_quantiles)
         self.new_buffer()
+
+    @property
+    def tag_aware(self) -> bool:
+        return self.loss_strata is not None
 
     def _check_numbers(self) -> None:
         if not 0 <= self.replayed_generations < self.num_generations:
@@ -224,8 +254,10 @@ class AvatarConfig(OmniGRPOConfig):
         return "replay" if self.replayed_generations else "tas_lambda" if self.tas_lambda else None
 
     def _check_loss_type(self) -> None:
-        if self._purpose is None:
+        if self.loss_strata is not None:
             super()._check_loss_type()
+        if self._purpose is None:
+            OmniGRPOConfig._check_loss_type(self)
             return
         losses = _MIXABLE_LOSSES if self.replayed_generations else _SHAPEABLE_LOSSES
         if self.loss_type not in losses:
@@ -253,15 +285,26 @@ class AvatarConfig(OmniGRPOConfig):
             raise ValueError("replay_scope='buffer' brings other tags into a rollout: it needs batching='mixed'")
         if self.advantage_group == "mixed" and self.advantage_scope != "group":
             raise ValueError("advantage_group='mixed' is about a prompt's group: it needs advantage_scope='group'")
+        if self.advantage_group == "mixed" and self.dynamic_sampling != "none":
+            raise ValueError(
+                f"dynamic_sampling={self.dynamic_sampling!r} says which groups teach something before anything is replayed "
+                "in them: it needs advantage_group='fresh'"
+            )
 
     def _check_unused(self) -> None:
         """Options that would silently do nothing."""
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults = {f.name: f.default for f in fields(self)} | {"advantage_scope": _NEUTRAL["advantage_scope"]}
         names = [name for name in defaults if name.startswith("replay_")]
-        for name in (*names, "vcrs_window", "advantage_group", "advantage_scope", "hints"):
+        scope = () if self.tag_aware else ("advantage_scope",)
+        for name in (*names, "vcrs_window", "advantage_group", *scope, "hints"):
             off = name == "replay_alpha" and not self.replay_alpha  # says the same once more
             if getattr(self, name) != defaults[name] and not self.replayed_generations and not off:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect with replayed_generations=0")
+        if self.loss_aggregation != defaults["loss_aggregation"] and not self.tag_aware:
+            raise ValueError(
+                f"loss_aggregation={self.loss_aggregation!r} has no effect without loss_strata: loss_type says how the loss "
+                "is averaged"
+            )
         for name in ("hint_visits", "hint_max_kl", "hint_below", "hint_template"):
             if getattr(self, name) != defaults[name] and not self.hints:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect without hints=True")

@@ -53,6 +53,7 @@ class ReplayPlan:
         hinted (`list[bool]`): whether each prompt is shown with its hint.
         replayed (`list[bool]`): whether the completion of each place is replayed.
         first_number (`int`): number of the completion of the first place.
+        empty (`list[bool]`, *optional*): whether each place holds no completion; `None`: none is empty.
     """
 
     groups: list[Group]
@@ -60,10 +61,17 @@ class ReplayPlan:
     hinted: list[bool]
     replayed: list[bool]
     first_number: int
+    empty: list[bool] | None = None
+
+    @property
+    def fresh(self) -> list[bool]:
+        """Whether the completion of each place is generated."""
+        empty = self.empty or [False] * len(self.replayed)
+        return [not (replayed or absent) for replayed, absent in zip(self.replayed, empty, strict=True)]
 
     def places(self, replayed: bool) -> list[int]:
         """Places of the fresh or of the replayed completions."""
-        return [place for place, flag in enumerate(self.replayed) if flag == replayed]
+        return [place for place, flag in enumerate(self.replayed if replayed else self.fresh) if flag]
 
     def groups_of(self, places: Sequence[int]) -> Tensor:
         """Number of each one's group, of shape (places,)."""
@@ -153,21 +161,26 @@ class ReplayMemory:
         stored = [experience.rewards or {} for experience in self.buffer.stored(key)]
         return [any(not math.isnan(rewards.get(name, math.nan)) for rewards in stored) for name in names]
 
-    def plan(self, groups: Sequence[Group], group_size: int, step: int, ranks: int) -> ReplayPlan:
+    def plan(
+        self, groups: Sequence[Group], group_size: int, step: int, ranks: int, empty: int | None = None
+    ) -> ReplayPlan:
         """
         Decides which completions of a rollout are generated: as few as what is stored allows.
 
         Args:
             groups: the rollout's prompts over all ranks, in order.
             step: the current optimizer step.
+            empty: where given, nothing is replayed, and so many places of each group stay empty.
         """
         hinted = [self.hints is not None and group.has_hint and self.hints.due(group.key) for group in groups]
         for group, shown in zip(groups, hinted, strict=True):
             if shown:
                 self.hints.give(group.key)
-        replayed = replayed_slots(self._wanted(groups, step), group_size, ranks)
-        rollout = ReplayPlan(list(groups), group_size, hinted, replayed, self._next_number)
-        self._next_number += len(replayed)
+        wanted = self._wanted(groups, step) if empty is None else [empty] * len(groups)
+        slots = replayed_slots(wanted, group_size, ranks)
+        replayed, left = (slots, None) if empty is None else ([False] * len(slots), slots)
+        rollout = ReplayPlan(list(groups), group_size, hinted, replayed, self._next_number, left)
+        self._next_number += len(slots)
         return rollout
 
     def _wanted(self, groups: Sequence[Group], step: int) -> list[int]:
@@ -301,6 +314,16 @@ class ReplayMemory:
         """Notes which completions tell how far the policy has moved on which prompts."""
         for place, experience in zip(rollout.places(replayed=True), experiences, strict=True):
             self._replaying[rollout.first_number + place] = experience.prompt
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Forgets fresh completions that are not trained on, so that their log-probabilities will not be known."""
+        for number in numbers:
+            self._pending.pop(number, None)
+
+    def watches(self, number: int) -> bool:
+        """Whether a completion is to be stored even if it is not trained on: a hint waits to be told of its prompt."""
+        pending = self._pending.get(number)
+        return pending is not None and self.hints is not None and self.hints.watches(pending.key)
 
     def waits_for(self, number: int) -> bool:
         """Whether a completion has not been trained on before."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
@@ -16,12 +18,62 @@ from maple_trl.files import write_atomically
 from maple_trl.records.options import deciding
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.replay_memory import ReplayMemory
+from maple_trl.trainers.common.checkpoint import ResumeError
 from maple_trl.trainers.common.hinted_rows import is_plain
 from maple_trl.trainers.common.media_config import MediaConfig
 
 
+logger = logging.getLogger(__name__)
+
 STATE_FILE = "avatar.json"
 BUFFER_FOLDER = "replay"
+
+
+class MemoryState:
+    """
+    A run's memory, as a checkpoint keeps it.
+
+    Args:
+        memory: of the run.
+        needed: tells what the memory depends on; see [`provenance`].
+        recovery (`str`): what happens where it cannot be read: `"refuse"`, or `"empty"` to go on with an empty one.
+        empty: makes the run's memory an empty one.
+    """
+
+    def __init__(
+        self,
+        memory: ReplayMemory,
+        needed: Callable[[], Mapping[str, str]],
+        recovery: str,
+        empty: Callable[[], None],
+    ):
+        self.memory = memory
+        self.needed = needed
+        self.recovery = recovery
+        self.empty = empty
+
+    def save(self, folder: str) -> None:
+        """Writes it."""
+        save_memory(folder, self.memory, self.needed())
+
+    def load(self, folder: str) -> None:
+        """
+        Goes on with it; a collective call, for all ranks go on with the same.
+
+        Raises:
+            ResumeError: when it cannot be read, or depends on something that has changed.
+        """
+        errors: list[str] = []
+        try:
+            load_memory(folder, self.memory, self.needed())
+        except ReplayStateError as error:
+            errors = [str(error)]
+        errors = gather_object(errors)
+        if errors and self.recovery != "empty":
+            raise ResumeError(f"{errors[0]}. Set replay_recovery='empty' to go on with an empty replay buffer.")
+        if errors:
+            logger.warning("The run goes on with an empty replay buffer: %s", errors[0])
+            self.empty()
 
 
 def provenance(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch.utils.data import Sampler
 from maple_trl.algorithms import (
     Experience,
     HintTrigger,
-    ReplayStateError,
     StratifiedSchedule,
     Vcrs,
     group_advantages,
@@ -33,9 +33,18 @@ from maple_trl.trainers.avatar.checks import check_dropout, check_hints, check_p
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.gradient_terms import TermGradients
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
+from maple_trl.trainers.avatar.mixed_rollout import MixedRollout
 from maple_trl.trainers.avatar.replay_memory import Group, PassRecord, ReplayMemory, ReplayPlan
-from maple_trl.trainers.avatar.state import STATE_FILE, load_memory, provenance, save_memory
-from maple_trl.trainers.common.checkpoint import Batch, LostPromptsError, ResumeError, concat_rows
+from maple_trl.trainers.avatar.state import STATE_FILE, MemoryState, provenance
+from maple_trl.trainers.common.batch import (
+    FRESH_SCALE_KEY,
+    NUMBER_KEY,
+    PROMPTS_KEY,
+    REPLAYED_KEY,
+    UNSCORABLE_KEY,
+    Batch,
+)
+from maple_trl.trainers.common.checkpoint import LostPromptsError, StatePart
 from maple_trl.trainers.common.hinted_rows import (
     HINT_COLUMN,
     HINTED,
@@ -45,31 +54,38 @@ from maple_trl.trainers.common.hinted_rows import (
     row_key,
     with_hint,
 )
+from maple_trl.trainers.common.rollout import (
+    Assignment,
+    PassInFlight,
+    Rollout,
+    RolloutInFlight,
+    Round,
+)
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
 from maple_trl.trainers.common.samplers import StratifiedSampler
-from maple_trl.trainers.common.tag_metrics import tag_number, totals_by_tag
-from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
+from maple_trl.trainers.common.tag_metrics import UNTAGGED, tag_number, totals_by_tag
+from maple_trl.trainers.mapo.trainer import MAPOTrainer
 
 
 logger = logging.getLogger(__name__)
 
-REPLAYED_KEY = "replayed"
-NUMBER_KEY = "completion_numbers"
-FRESH_SCALE_KEY = "fresh_scale"
+Shown = tuple[dict[str, Any], EncodedPrompt | None]
+"""A row and its prompt, `None` for a text-only model."""
 
 
-class AvatarTrainer(OmniGRPOTrainer):
+class AvatarTrainer(MAPOTrainer):
     """
     AVATAR's off-policy GRPO: each group mixes fresh completions with replayed ones, drawn by tier of difficulty out of a
     buffer; replayed ones are held against a moving baseline of their own prompt (VCRS); advantages are shaped over token
     positions (TAS); prompts that are stuck are shown with a hint.
 
-    With `replayed_generations=0` and `tas_lambda=0` it is TRL's GRPO.
+    With `replayed_generations=0` and `tas_lambda=0` it is TRL's GRPO. What [`MAPOTrainer`] does by tag (weights, curriculum,
+    filtering, strata of the loss) can be switched on beside it: `AvatarConfig(method="mapo")`.
 
     Args:
         model, reward_funcs, eval_dataset, processing_class, kwargs: as in [`OmniGRPOTrainer`].
         args ([`AvatarConfig`], *optional*): configuration.
-        train_dataset: as in [`OmniGRPOTrainer`]; with `hints=True` a column `hint`, with scopes or batches by tag a `tag`
+        train_dataset: as in [`OmniGRPOTrainer`]; with `hints=True` a column `hint`, where an option goes by tag a `tag`
             in each row.
 
     Raises:
@@ -103,10 +119,21 @@ class AvatarTrainer(OmniGRPOTrainer):
         check_places(args, self.accelerator.num_processes)
         check_dropout(args, self.model)
         check_visits(args, self.train_dataset)
-        self._begin_run()
+
+    def _check_rows(self, args: AvatarConfig | None, dataset: Any) -> None:
+        if getattr(args, "tag_aware", False):
+            super()._check_rows(args, dataset)
 
     def _begin_run(self) -> None:
-        """Nothing of a run before this one is left, wherever it stopped."""
+        super()._begin_run()
+        self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
+        self._digests: dict[str, str] | None = None
+        self._numbers: dict[str, int] | None = None
+        self._tags: list[int] | None = None
+        self._empty_memory()
+        self._begin_passes()
+
+    def _empty_memory(self) -> None:
         args = self.args
         self.memory = ReplayMemory(
             args.new_buffer(),
@@ -119,26 +146,12 @@ class AvatarTrainer(OmniGRPOTrainer):
             args.replay_draw,
             self._tag_of if args.batching == "stratified" else None,
         )
-        self._scores: Tensor | None = None
-        self._rollout: ReplayPlan | None = None
-        self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
-        self._digests: dict[str, str] | None = None
-        self._numbers: dict[str, int] | None = None
-        self._tags: list[int] | None = None
-        self._filling: Batch | None = None
-        self._logps: Tensor | None = None
-        self._graph_logps: Tensor | None = None
-        self._begin_optimizer_step()
-
-    def train(self, *args, **kwargs):
-        self._begin_run()
-        return super().train(*args, **kwargs)
 
     # Rows
 
-    def _row_order(self, dataset: Dataset | None) -> Sampler | None:
-        if self.args.batching == "mixed":
-            return super()._row_order(dataset)
+    def row_order(self, dataset: Dataset | None) -> Sampler | None:
+        if self.args.tag_aware or self.args.batching == "mixed":
+            return super().row_order(dataset)
         schedule = StratifiedSchedule(
             (dataset or self.train_dataset)["tag"],
             self.args.generation_batch_size // self.num_generations,
@@ -218,84 +231,116 @@ class AvatarTrainer(OmniGRPOTrainer):
     def _tag_of(self, experience: Experience) -> int:
         """The tag of a replayed completion's row, as a number."""
         if self._tags is None:
-            self._tags = [tag_number(tag) for tag in self.train_dataset["tag"]]
+            tags = self.train_dataset["tag"] if "tag" in self.train_dataset.column_names else ()
+            self._tags = [tag_number(tag) for tag in tags] or [UNTAGGED] * len(self.train_dataset)
         return self._tags[experience.row if experience.row >= 0 else self._text_row(experience.prompt)]
 
     # Rollout
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        self._scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._scores
-
-    def _prompts_of_scores(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self._rollout is None:
-            return super()._prompts_of_scores(scores)
-        groups = self._rollout.groups_of(self._rollout.places(replayed=False)).to(scores.device)
-        applies = [self.memory.scored_by(group.key, self.reward_func_names) for group in self._rollout.groups]
-        return groups, torch.tensor(applies, device=scores.device)[groups]
-
-    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Batch:
-        if not self.model.training:
-            return super()._complete(rows, prompts)
-        if not self.args.replayed_generations:
-            output = super()._complete(rows, prompts)
-            output[REPLAYED_KEY] = torch.zeros_like(output["advantages"], dtype=torch.long)
-            return self._shaped(output)
-        self._hinted_prompts = {}
+    def _roll_out(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Round:
+        if not self.model.training or not self.args.replayed_generations:
+            r = super()._roll_out(rows, prompts)
+            if self.model.training:
+                r.batch[REPLAYED_KEY] = torch.zeros_like(r.batch["advantages"], dtype=torch.long)
+            return r
         slots = list(zip(rows, prompts or [None] * len(rows), strict=True))
-        places = gather_object([self._group_of(*slot) for slot in slots])
-        groups = [
-            replace(places[i], has_hint=all(place.has_hint for place in places[i : i + self.num_generations]))
-            for i in range(0, len(places), self.num_generations)
-        ]
-        step, world = self.state.global_step, self.accelerator.num_processes
-        rollout = self.memory.plan(groups, self.num_generations, step, world)
+        plan = self._plan(slots)
         first = self.accelerator.process_index * len(slots)
         own = range(first, first + len(slots))
-        fresh = [self._shown(*slots[place - first], rollout.hinted[place // rollout.group_size]) for place in own]
-        fresh = [shown for place, shown in zip(own, fresh, strict=True) if not rollout.replayed[place]]
-        self._rollout = rollout
-        try:
-            output = self._complete_fresh(fresh)
-        finally:
-            self._rollout = None
-        rewards = self._total_rewards(self._scores)
-        experiences = self.memory.learn(rollout, rewards, self._scores, self.reward_func_names, step)
-        of_place = dict(zip(rollout.places(replayed=True), experiences, strict=True))
-        replayed = [(*slots[place - first], of_place[place]) for place in own if place in of_place]
+        shown = [
+            self._shown(*slots[place - first], plan.hinted[place // plan.group_size])
+            for place in own
+            if plan.fresh[place]
+        ]
+        batch, rollout = self._complete_fresh(plan, shown)
+        step = self.state.global_step
+        rewards, scores = rollout.rewards[rollout.fresh], rollout.scores[rollout.fresh]
+        experiences = self.memory.learn(plan, rewards, scores, self.reward_func_names, step)
+        of_place = dict(zip(plan.places(replayed=True), experiences, strict=True))
+        replayed = {place: (*slots[place - first], of_place[place]) for place in own if place in of_place}
+        lost: set[int] = set()
         if self.memory.scope != "prompt":
-            replayed = self._with_own_prompts(replayed)
-        return self._mixed(rollout, output, rewards, replayed, experiences, own)
+            replayed, lost = self._with_own_prompts(replayed)
+        batch.setdefault(
+            "old_per_token_logps", torch.full_like(batch["completion_ids"], torch.nan, dtype=torch.float32)
+        )
+        batch[REPLAYED_KEY] = torch.zeros_like(batch["advantages"], dtype=torch.long)
+        if replayed:
+            parts = [batch, self._replayed_batch(list(replayed.values()), batch)]
+            batch = Batch.concat(parts, self._tokenizer.pad_token_id)
+        places = [place for place in own if plan.fresh[place]] + list(replayed)
+        batch[NUMBER_KEY] = torch.tensor(places, device=self.accelerator.device) + plan.first_number
+        mixed = self._mixed(plan, rollout, of_place, lost)
+        # TRL took each fresh completion for a group.
+        self._metrics["train"]["frac_reward_zero_std"][-1] = float((~mixed.informative).float().mean())
+        return Round(batch, mixed, places)
+
+    def _plan(self, slots: Sequence[Shown]) -> ReplayPlan:
+        """Which completions of all ranks' places are generated. A refill replays nothing."""
+        rounds, size = self._flight.rounds, self.num_generations
+        if not rounds:
+            self._hinted_prompts = {}
+        places = gather_object([self._group_of(*slot) for slot in slots])
+        groups = [
+            replace(places[i], has_hint=all(place.has_hint for place in places[i : i + size]))
+            for i in range(0, len(places), size)
+        ]
+        empty = None
+        if rounds:  # groups as small as those that they stand in for
+            first = rounds[0].rollout
+            empty = ceil(int(first.replayed.sum()) / len(first.hinted))
+        return self.memory.plan(groups, size, self.state.global_step, self.accelerator.num_processes, empty)
+
+    def _complete_fresh(self, plan: ReplayPlan, shown: Sequence[Shown]) -> tuple[Batch, Rollout]:
+        """TRL's rollout of rows that are no whole groups; its advantages are replaced afterwards."""
+        rows, prompts = (list(part) for part in zip(*shown, strict=True))
+        device = self.accelerator.device
+        fresh = torch.tensor(plan.fresh, device=device)
+        tags = torch.tensor([group.tag for group in plan.groups], device=device).repeat_interleave(plan.group_size)
+        applies = [self.memory.scored_by(group.key, self.reward_func_names) for group in plan.groups]
+        applies = torch.tensor(applies, device=device).repeat_interleave(plan.group_size, dim=0)[fresh]
+        flight = RolloutInFlight(
+            None if self.family is None else prompts, rows, plan.group_size, fresh, place_tags=tags, applies=applies
+        )
+        group_size, self.num_generations = self.num_generations, 1
+        try:
+            return self._complete(flight)
+        finally:
+            self.num_generations = group_size
 
     def _with_own_prompts(
-        self, replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]]
-    ) -> list[tuple[dict[str, Any], EncodedPrompt | None, Experience]]:
+        self, replayed: dict[int, tuple[dict[str, Any], EncodedPrompt | None, Experience]]
+    ) -> tuple[dict[int, tuple[dict[str, Any], EncodedPrompt | None, Experience | None]], set[int]]:
         """
-        Replayed completions with the rows and prompts that they were written under. Every rank must call this together.
+        Replayed completions by place, with the rows and prompts that they were written under. Every rank must call this
+        together.
 
         Where media have gone, the completion stays in the place of its group, without a token that counts.
+
+        Returns:
+            those of this rank, and the places of all ranks whose media have gone.
         """
-        shown: dict[tuple[str, bool], tuple[dict[str, Any], EncodedPrompt | None]] = {}
+        shown: dict[tuple[str, bool], Shown] = {}
         failed: dict[tuple[str, bool], MediaError] = {}
-        found = []
-        for row, prompt, experience in replayed:
+        found, lost = {}, []
+        for place, (row, prompt, experience) in replayed.items():
             form = experience.prompt, experience.hinted
             if form not in shown and form not in failed:
                 try:
                     shown[form] = self._row_and_prompt(row, prompt, *form)
                 except MediaError as error:
                     failed[form] = error
-            found.append((*shown.get(form, (row, prompt)), None if form in failed else experience))
-        lost = gather_object([(prompt_key(key), error) for (key, _), error in failed.items()])
-        for key, error in lost:
+            if form in failed:
+                lost.append((place, prompt_key(experience.prompt), failed[form]))
+            found[place] = (*shown.get(form, (row, prompt)), None if form in failed else experience)
+        lost = gather_object(lost)
+        for _, key, error in lost:
             self.row_encoder.registries["train_dataset"].add(key, error)
         if lost:
             self._discard_quarantined()
-        return found
+        return found, {place for place, *_ in lost}
 
-    def _row_and_prompt(
-        self, row: dict[str, Any], prompt: EncodedPrompt | None, key: str, hinted: bool
-    ) -> tuple[dict[str, Any], EncodedPrompt | None]:
+    def _row_and_prompt(self, row: dict[str, Any], prompt: EncodedPrompt | None, key: str, hinted: bool) -> Shown:
         if row_key(row, prompt) != key:
             row = self._row_of(key)
             prompt = None if self.family is None else self.prompt_builder.encode(row)
@@ -305,93 +350,133 @@ class AvatarTrainer(OmniGRPOTrainer):
             raise MediaError("prompt-too-long", row.get("video"), "the prompt cannot be shown with its hint")
         return row, prompt
 
-    def _shown(
-        self, row: dict[str, Any], prompt: EncodedPrompt | None, hinted: bool
-    ) -> tuple[dict[str, Any], EncodedPrompt | None]:
+    def _shown(self, row: dict[str, Any], prompt: EncodedPrompt | None, hinted: bool) -> Shown:
         """A row and its prompt as they are shown to the model."""
         if not hinted:
             return row, prompt
         hinted_prompt = None if prompt is None else self._hinted_prompt(row, prompt)
         return with_hint(row, self.args.hint_template), hinted_prompt
 
-    def _complete_fresh(self, shown: list[tuple[dict[str, Any], EncodedPrompt | None]]) -> Batch:
-        """TRL's rollout of rows that are no whole groups; its advantages are replaced afterwards."""
-        rows, prompts = (list(part) for part in zip(*shown, strict=True))
-        group_size, self.num_generations = self.num_generations, 1
-        try:
-            return super()._complete(rows, None if self.family is None else prompts)
-        finally:
-            self.num_generations = group_size
-
     def _mixed(
-        self,
-        rollout: ReplayPlan,
-        fresh: Batch,
-        rewards: Tensor,
-        replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]],
-        experiences: list[Experience],
-        own: range,
-    ) -> Batch:
+        self, plan: ReplayPlan, rollout: Rollout, experiences: dict[int, Experience], lost: set[int]
+    ) -> MixedRollout:
         """
-        The rank's fresh and replayed completions as one batch.
+        What all ranks generated and replayed.
 
         Args:
-            rewards (`Tensor` of shape (fresh,)): of all ranks' fresh completions.
-            replayed: this rank's replayed completions with the rows and prompts of their places.
-            experiences: those of all ranks.
-            own: this rank's places.
+            experiences: the replayed completions, by place.
+            lost: places of those whose media have gone.
         """
-        device = self.accelerator.device
-        fresh_advantages, replayed_advantages = self._advantages(rollout, rewards, experiences)
-        batch = dict(fresh)
-        batch["advantages"] = self._local(fresh_advantages)
-        batch[REPLAYED_KEY] = torch.zeros_like(batch["advantages"], dtype=torch.long)
-        unknown = torch.full(fresh["completion_ids"].shape, torch.nan, device=device)
-        batch.setdefault("old_per_token_logps", unknown)  # those of the pass that trains on them
-        if replayed:
-            parts = [batch, self._replayed_batch(replayed, self._local(replayed_advantages), batch)]
-            batch = concat_rows(parts, self._tokenizer.pad_token_id)
-        own_places = [place for flag in (False, True) for place in own if rollout.replayed[place] == flag]
-        batch[NUMBER_KEY] = torch.tensor(own_places, device=device) + rollout.first_number
-        self._log_rollout(rollout, rewards, experiences, fresh_advantages)
-        return self._shaped(self._balanced(batch, rollout))
+        device, count = rollout.rewards.device, len(plan.replayed)
+        past = torch.full((2, count), torch.nan, dtype=torch.float64)
+        tags, own = torch.full((count,), UNTAGGED), torch.zeros(count, dtype=torch.bool)
+        for place, experience in experiences.items():
+            group = plan.groups[place // plan.group_size]
+            past[0, place], past[1, place] = experience.reward, self.memory.vcrs.baseline(experience.prompt)
+            own[place] = experience.prompt == group.key
+            if place not in lost:
+                tags[place] = group.tag if own[place] else self._tag_of(experience)
+        return MixedRollout(
+            **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
+            replayed=torch.tensor(plan.replayed, device=device),
+            past=past[0].to(device),
+            baselines=past[1].to(device),
+            past_tags=tags.to(rollout.tags),
+            own=own.to(device),
+            hinted=torch.tensor(plan.hinted, device=device),
+        )
 
-    def _advantages(
-        self, rollout: ReplayPlan, rewards: Tensor, experiences: list[Experience]
-    ) -> tuple[Tensor, Tensor]:
-        """Of fresh and of replayed completions, over all ranks."""
-        device = rewards.device
-        past = torch.tensor([e.reward for e in experiences], dtype=torch.float64, device=device)
-        baselines = [self.memory.vcrs.baseline(e.prompt) for e in experiences]
-        baselines = torch.tensor(baselines, dtype=torch.float64, device=device)
-        off_policy = replay_advantages(past, baselines, self.args.replay_advantage_limit)
-        if experiences:
+    def assign(self, rollout: Rollout) -> Assignment | None:
+        if self.args.tag_aware:
+            assigned = super().assign(rollout)
+        elif self.args.replayed_generations:
+            assigned = Assignment(self._advantages(rollout), torch.ones_like(rollout.fresh))
+        else:
+            return None
+        if not self.args.replayed_generations:
+            return assigned
+        self._log_rollout(rollout, assigned.advantages)
+        self._let_go(rollout, assigned.kept)
+        kept = (assigned.kept & rollout.fresh) | rollout.replayed
+        return Assignment(assigned.advantages, kept)
+
+    def _advantages(self, rollout: Rollout) -> Tensor:
+        if not self.args.replayed_generations:
+            return super()._advantages(rollout)
+        fresh, replayed, scope = rollout.fresh, rollout.replayed, self.args.advantage_scope
+        rewards, groups, past = rollout.rewards[fresh], rollout.groups[fresh], rollout.past[replayed]
+        off_policy = replay_advantages(past, rollout.baselines[replayed], self.args.replay_advantage_limit)
+        if len(past):
             self._log_all({"replay/advantage_mean": float(off_policy.mean())})
-        groups = rollout.groups_of(rollout.places(replayed=False)).to(device)
-        tags = torch.tensor([group.tag for group in rollout.groups], device=device)[groups]
         if self.args.advantage_group == "mixed":
-            replayed_groups = self._groups_of_replayed(rollout, experiences).to(device)
-            everyone = torch.cat([rewards.double(), past]), torch.cat([groups, replayed_groups])
+            everyone = torch.cat([rewards.double(), past]), torch.cat([groups, rollout.replayed_groups])
             on_policy = group_advantages(*everyone, torch.zeros_like(everyone[1]), "group")[: len(rewards)]
         else:
-            scope = self.args.advantage_scope
-            by_tag = scope in ("tag", "tag_whitened")
-            on_policy = group_advantages(rewards, groups, tags if by_tag else torch.zeros_like(tags), scope)
-        self._replace_logged_advantages(on_policy)
-        return on_policy, off_policy
+            tags = rollout.tags[fresh] if scope in ("tag", "tag_whitened") else torch.zeros_like(groups)
+            on_policy = group_advantages(rewards, groups, tags, scope)
+        advantages = torch.zeros(len(fresh), dtype=on_policy.dtype, device=on_policy.device)
+        advantages[fresh], advantages[replayed] = on_policy, off_policy
+        return advantages
 
-    def _groups_of_replayed(self, rollout: ReplayPlan, experiences: list[Experience]) -> Tensor:
-        """Number of the group of each replayed completion; those of other prompts are each a group of their own."""
-        groups = rollout.groups_of(rollout.places(replayed=True))
-        strange = [e.prompt != rollout.groups[i].key for e, i in zip(experiences, groups.tolist(), strict=True)]
-        return torch.where(
-            torch.tensor(strange, dtype=torch.bool), len(rollout.groups) + torch.arange(len(groups)), groups
-        )
+    def _kept_groups(self, rollout: Rollout) -> Tensor:
+        kept = super()._kept_groups(rollout)
+        if not self._dropping or not self.args.replayed_generations:
+            return kept
+        room = self.args.generation_batch_size - int(rollout.replayed.sum())
+        sizes = rollout.fresh.view(-1, rollout.group_size).sum(dim=1)
+        return kept & ((sizes * kept).cumsum(0) <= room)
+
+    def _let_go(self, rollout: MixedRollout, kept: Tensor) -> None:
+        """
+        Fresh completions that are not trained on are not stored for replay, but for those that hints wait for: how far the
+        policy has moved on a stuck prompt can only be told from completions of it.
+        """
+        if not self._dropping:
+            return
+        start, dropped, watched = 0, [], []
+        left_out = rollout.fresh & ~kept & ~rollout.rewards.isnan()
+        for r in self._flight.rounds:
+            end = start + len(r.rollout.tags)
+            first = int(r.batch[NUMBER_KEY][0]) - r.places[0]
+            dropped += [first + place for place in left_out[start:end].nonzero().flatten().tolist()]
+            numbers = r.batch[NUMBER_KEY].tolist()
+            own = zip(r.places, numbers, strict=True)
+            watched.append(
+                [i for i, (place, n) in enumerate(own) if left_out[start + place] and self.memory.watches(n)]
+            )
+            start = end
+        self._store_unseen(watched)
+        self.memory.drop(number for number in dropped if not self.memory.watches(number))
+
+    @torch.no_grad()
+    def _store_unseen(self, watched: Sequence[list[int]]) -> None:
+        """
+        Takes down completions that no training pass will see, with their log-probabilities.
+
+        Args:
+            watched: for each round, the rows of its batch.
+        """
+        for r, rows in zip(self._flight.rounds, watched, strict=True):
+            if not any(gather_object([len(rows)])):
+                continue
+            padded = self._as_many_on_all_ranks(rows)
+            if not padded:
+                continue
+            batch = r.batch.take(padded)
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+            width, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
+            with self._in_flight(PassInFlight(batch.prompts, inputs=batch)) as flight:
+                self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
+            for i in range(len(rows)):
+                tokens = batch["completion_mask"][i].bool()
+                ids_i, logps = batch["completion_ids"][i][tokens], flight.logps[i][tokens]
+                number = int(batch[NUMBER_KEY][i])
+                self._written.completions.append((number, ids_i.cpu(), logps.float().cpu()))
 
     def _replayed_batch(
         self,
-        replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience]],
-        advantages: Tensor,
+        replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience | None]],
         like: Batch,
     ) -> Batch:
         """Replayed completions with the prompts that they were written under, as a batch with the fields of another."""
@@ -418,43 +503,84 @@ class AvatarTrainer(OmniGRPOTrainer):
                     "old_per_token_logps": torch.zeros(1, 1) if experience is None else experience.logps[None],
                 }
             )
-        chunk = {name: value.to(self.accelerator.device) for name, value in concat_rows(rows, pad).items()}
-        chunk |= {"advantages": advantages, REPLAYED_KEY: torch.ones_like(advantages, dtype=torch.long)}
+        joined = Batch.concat(rows, pad)
+        chunk = Batch({name: value.to(self.accelerator.device) for name, value in joined.items()})
+        chunk["advantages"] = torch.zeros_like(like["advantages"][:1]).expand(len(rows))
+        chunk[REPLAYED_KEY] = torch.ones(len(rows), dtype=torch.long, device=self.accelerator.device)
         if UNSCORABLE_KEY in like:
             chunk[UNSCORABLE_KEY] = torch.zeros_like(chunk[REPLAYED_KEY])
         if "ref_per_token_logps" in like:  # the penalty is on the fresh ones alone
             chunk["ref_per_token_logps"] = torch.full_like(chunk["old_per_token_logps"], torch.nan)
         if self.family is not None:
             chunk[PROMPTS_KEY] = prompts
-        return chunk | {"num_items_in_batch": like["num_items_in_batch"]}
+        chunk["num_items_in_batch"] = like["num_items_in_batch"]
+        return chunk
 
-    def _balanced(self, batch: Batch, rollout: ReplayPlan) -> Batch:
+    # Updates
+
+    def _weigh(self, chunks: list[Batch], rollout: Rollout) -> None:
+        if self.args.replayed_generations and not self.args.tag_aware:
+            self._balance(chunks, rollout)
+        if self.args.tas_lambda:  # by a token's place in its completion (AVATAR eq. 6)
+            for chunk in chunks:
+                weights = tas_weights(chunk["completion_mask"], self.args.tas_lambda, self.args.tas_shape)
+                chunk["advantages"] = chunk["advantages"][:, None] * weights
+        super()._weigh(chunks, rollout)
+
+    def _balance(self, chunks: list[Batch], rollout: MixedRollout) -> None:
         """
         Scales the advantages so that TRL's mean over all completions becomes J_on + alpha J_off (AVATAR eq. 3).
 
         The surrogates are linear in the size of the advantage, so a term's weight can stand in it.
         """
-        replayed = batch[REPLAYED_KEY].bool()
-        lengths = batch["completion_mask"].sum(dim=1)
-        counted = lengths if self.loss_type in ("dapo", "cispo") else torch.ones_like(lengths)
-        unscorable = batch[UNSCORABLE_KEY].bool() if UNSCORABLE_KEY in batch else torch.zeros_like(replayed)
-        parts = [~replayed & ~unscorable, replayed, unscorable]
-        totals = torch.stack([*(counted[part].sum() for part in parts), lengths.sum()])
-        fresh, past, lost, tokens = self._all_reduce(totals.double()).tolist()
-        filled = sum(rollout.replayed) / (len(rollout.groups) * self.args.replayed_generations)
+        totals = torch.stack([self._counts_of_terms(chunk) for chunk in chunks]).sum(dim=0)
+        fresh, past, lost, tokens = self._all_reduce(totals).tolist()
+        filled = rollout.filled(self.args.replayed_generations)
         fresh_scale, replayed_scale = term_scales(fresh, past, filled, self.args.replay_alpha, lost)
-        if past or lost:
-            batch["advantages"] = batch["advantages"] * torch.where(replayed, replayed_scale, fresh_scale)
-        batch["num_items_in_batch"] = torch.full_like(batch["num_items_in_batch"], int(tokens))
-        batch[FRESH_SCALE_KEY] = torch.tensor(fresh_scale, device=self.accelerator.device)
-        return batch
+        for chunk in chunks:
+            replayed = chunk[REPLAYED_KEY].bool()
+            if past or lost:
+                chunk["advantages"] = chunk["advantages"] * torch.where(replayed, replayed_scale, fresh_scale)
+            chunk["num_items_in_batch"] = torch.full_like(chunk["num_items_in_batch"], int(tokens))
+            chunk[FRESH_SCALE_KEY] = torch.full_like(chunk["advantages"], fresh_scale)
 
-    def _shaped(self, batch: Batch) -> Batch:
-        """Advantages per token, by their place in the completion (AVATAR eq. 6)."""
-        if self.args.tas_lambda:
-            weights = tas_weights(batch["completion_mask"], self.args.tas_lambda, self.args.tas_shape)
-            batch["advantages"] = batch["advantages"][:, None] * weights
-        return batch
+    def _counts_of_terms(self, chunk: Batch) -> Tensor:
+        """Fresh, replayed and unscorable completions (or their tokens) in TRL's mean, and all tokens; shape (4,)."""
+        replayed = chunk[REPLAYED_KEY].bool()
+        lengths = chunk["completion_mask"].sum(dim=1)
+        counted = lengths if self.loss_type in ("dapo", "cispo") else torch.ones_like(lengths)
+        unscorable = chunk[UNSCORABLE_KEY].bool() if UNSCORABLE_KEY in chunk else torch.zeros_like(replayed)
+        parts = [~replayed & ~unscorable, replayed, unscorable]
+        return torch.stack([*(counted[part].sum() for part in parts), lengths.sum()]).double()
+
+    def _fold_weights(self, chunks: list[Batch], rollout: Rollout) -> Tensor:
+        totals = super()._fold_weights(chunks, rollout)
+        if self.args.replayed_generations and self.beta:
+            counts = 0 if self.args.loss_type == "sapo" else 1  # the rows or the tokens of TRL's mean
+            parts = torch.stack([totals[..., counts].sum(dim=1), totals[:, :UNTAGGED, counts].sum(dim=1)], dim=1)
+            if counts == 0:
+                parts[:, 0] -= totals[:, UNTAGGED, 0]  # another factor leaves those out
+            else:
+                parts = parts.sum(dim=0, keepdim=True).expand_as(parts)
+            slots = self.args.gradient_accumulation_steps
+            for i, chunk in enumerate(chunks):
+                everything, fresh = parts[i // slots].tolist()
+                scale = everything / fresh if fresh else 0.0
+                chunk[FRESH_SCALE_KEY] = torch.full((chunk.rows,), scale, device=totals.device)
+        return totals
+
+    def _strata(self, chunk: Batch, rollout: Rollout) -> Tensor:
+        """Replayed completions have strata of their own, behind those of the fresh ones."""
+        strata = super()._strata(chunk, rollout)
+        replayed = chunk[REPLAYED_KEY].bool() & (strata != UNTAGGED)
+        return torch.where(replayed, strata + UNTAGGED + 1, strata)
+
+    def _stratum_weights(self, rollout: Rollout) -> dict[int, float]:
+        own = super()._stratum_weights(rollout)
+        if not self.args.replayed_generations:
+            return own
+        weight = self.args.replay_alpha * rollout.filled(self.args.replayed_generations)
+        return own | dict.fromkeys(range(UNTAGGED + 1, 2 * UNTAGGED + 1), weight)
 
     def _counts_of_mean(self, chunks: list[Batch]) -> Tensor:
         counts = super()._counts_of_mean(chunks)
@@ -468,20 +594,18 @@ class AvatarTrainer(OmniGRPOTrainer):
     def _compute_loss(self, model, inputs):
         if REPLAYED_KEY not in inputs:
             return super()._compute_loss(model, inputs)
-        inputs = dict(inputs)  # what is filled in here holds for this pass alone
-        self._filling = inputs
-        try:
-            with self._objective_of(inputs):
-                loss = super()._compute_loss(model, inputs)
-            self._record(inputs)
-            self._probe_terms(loss, inputs)
-            if self.beta:
-                self._correct_divergence(inputs)
-        finally:
-            self._filling = self._logps = self._graph_logps = None
-        return loss
+        with self._objective_of(inputs):
+            return super()._compute_loss(model, inputs)
 
-    def _probe_terms(self, loss: Tensor, inputs: Batch) -> None:
+    def _end_pass(self, flight: PassInFlight, loss: Tensor) -> None:
+        super()._end_pass(flight, loss)
+        if REPLAYED_KEY in flight.inputs:
+            self._record(flight)
+            self._probe_terms(loss, flight)
+            if self.beta:
+                self._correct_divergence(flight.inputs)
+
+    def _probe_terms(self, loss: Tensor, flight: PassInFlight) -> None:
         """Takes the gradients of both terms, at the steps at which they are asked for."""
         if not self._steps_between_probes:
             return
@@ -490,7 +614,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             return
         if self._terms is None:
             self._terms = TermGradients([p for p in self.model.parameters() if p.requires_grad])
-        self._terms.add(loss, self._graph_logps, inputs[REPLAYED_KEY].bool())
+        self._terms.add(loss, flight.logps, flight.inputs[REPLAYED_KEY].bool())
 
     @property
     def _steps_between_probes(self) -> int:
@@ -504,13 +628,13 @@ class AvatarTrainer(OmniGRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._filling is not None:
-            self._graph_logps, self._logps = found[0], found[0].detach()
+        flight = self._flight
+        if isinstance(flight, PassInFlight) and REPLAYED_KEY in flight.inputs:
             # TRL reads them after this pass. Unknown ones are those of the pass itself.
             for name in ("old_per_token_logps", "ref_per_token_logps"):
-                values = self._filling.get(name)
+                values = flight.inputs.get(name)
                 if values is not None:
-                    self._filling[name] = torch.where(values.isnan(), self._logps, values)
+                    flight.inputs[name] = torch.where(values.isnan(), found[0].detach(), values)
         return found
 
     @contextmanager
@@ -523,19 +647,20 @@ class AvatarTrainer(OmniGRPOTrainer):
         if any(own[name] != before[name] for name in own):
             for name, value in own.items():
                 setattr(self, name, torch.where(replayed, value, before[name]))
-        if self.beta and FRESH_SCALE_KEY in inputs:
-            self.beta = self.beta * float(inputs[FRESH_SCALE_KEY])
+        if self.beta and len(replayed) and FRESH_SCALE_KEY in inputs:
+            self.beta = self.beta * float(inputs[FRESH_SCALE_KEY].flatten()[0])
         try:
             yield
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
 
-    def _record(self, inputs: Batch) -> None:
+    def _record(self, flight: PassInFlight) -> None:
         """Takes what a training pass found out: log-probabilities of fresh completions, ratios of replayed ones."""
+        inputs, logps = flight.inputs, flight.logps.detach()
         mask, replayed = inputs["completion_mask"], inputs[REPLAYED_KEY].bool()
         old = inputs.get("old_per_token_logps")
-        log_ratios = torch.zeros_like(self._logps) if old is None else (self._logps - old) * mask
+        log_ratios = torch.zeros_like(logps) if old is None else (logps - old) * mask
         advantages = inputs["advantages"]
         signal = (log_ratios.exp() * (advantages if advantages.dim() == 2 else advantages[:, None])).abs()
         self._sums.add_signal(signal, mask)
@@ -552,8 +677,8 @@ class AvatarTrainer(OmniGRPOTrainer):
             if flags[i]:
                 self._written.divergences.append((number, float(divergences[i]), float(tokens.sum())))
             else:
-                ids, logps = inputs["completion_ids"][i][tokens], old[i][tokens]
-                self._written.completions.append((number, ids.cpu(), logps.float().cpu()))
+                ids, written = inputs["completion_ids"][i][tokens], old[i][tokens]
+                self._written.completions.append((number, ids.cpu(), written.float().cpu()))
 
     def _correct_divergence(self, inputs: Batch) -> None:
         """TRL has logged the penalty's mean over all tokens; it is on the fresh ones alone."""
@@ -563,19 +688,14 @@ class AvatarTrainer(OmniGRPOTrainer):
         logged = self._metrics["train"]["kl"]
         logged[-1] = logged[-1] * everything / fresh if fresh else float("nan")
 
-    def training_step(self, model, inputs, num_items_in_batch):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self._end_optimizer_step()
-        return loss
-
-    def _begin_optimizer_step(self) -> None:
+    def _begin_passes(self) -> None:
         """Nothing of an optimizer step has been seen yet."""
         self._written = PassRecord()
         self._sums = PassSums()
         self._terms: TermGradients | None = None
 
-    def _end_optimizer_step(self) -> None:
+    def on_optimizer_step(self) -> None:
+        super().on_optimizer_step()
         found = gather_object([(self._written, self._sums)])
         self._log_all(pass_metrics([sums for _, sums in found]))
         if self._terms is not None:
@@ -584,7 +704,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             self.memory.write([written for written, _ in found])
             for name, value in self.memory.metrics().items():
                 self._metrics["train"][name] = [value]  # as things stand, not a mean since the last entry
-        self._begin_optimizer_step()
+        self._begin_passes()
 
     # Metrics
 
@@ -611,47 +731,44 @@ class AvatarTrainer(OmniGRPOTrainer):
             found.append(make_note("unstorable", self.memory.unstorable, text))
         return found
 
-    def _log_rollout(
-        self, rollout: ReplayPlan, rewards: Tensor, experiences: list[Experience], advantages: Tensor
-    ) -> None:
-        size = len(rollout.groups), rollout.group_size
-        everyone = torch.full(size, torch.nan, dtype=torch.float64).flatten()
-        everyone[rollout.places(replayed=False)] = rewards.double().cpu()
-        fresh_only = ~informative_groups(everyone.view(size))
-        past = torch.tensor([e.reward for e in experiences], dtype=torch.float64)
-        strange = self._groups_of_replayed(rollout, experiences) >= len(rollout.groups)
-        everyone[rollout.places(replayed=True)] = past.masked_fill(strange, torch.nan)
-        mixed = ~informative_groups(everyone.view(size))
-        # TRL took each fresh completion for a group.
-        self._metrics["train"]["frac_reward_zero_std"][-1] = float(fresh_only.float().mean())
-        names = self.reward_func_names
-        task = self._scores[:, names.index("accuracy_reward")] if "accuracy_reward" in names else rewards
-        groups = rollout.groups_of(rollout.places(replayed=False))
-        tags = torch.tensor([group.tag for group in rollout.groups])
+    def _log_rollout(self, rollout: MixedRollout, advantages: Tensor) -> None:
+        fresh, replayed, shape = rollout.fresh, rollout.replayed, (-1, rollout.group_size)
+        everyone = torch.where(rollout.own, rollout.past, rollout.rewards.double()).view(shape)
+        fresh_only, mixed = ~rollout.informative, ~informative_groups(everyone)
+        names, rewards = self.reward_func_names, rollout.rewards
+        task = rollout.scores[:, names.index("accuracy_reward")] if "accuracy_reward" in names else rewards
+        places = len(self._flight.rounds[0].rollout.tags)  # of the round that replays
+        strangers = replayed & ~rollout.own
         self.tally.counts.update(
-            rollouts=1, replayed=sum(rollout.replayed), hinted=sum(rollout.hinted), generated=len(rewards)
+            rollouts=1,
+            replayed=int(replayed.sum()),
+            hinted=int(rollout.hinted.sum()),
+            generated=int(fresh.sum()),
         )
         self._log_all(
             {
                 "replay/zero_variance_fresh": float(fresh_only.float().mean()),
                 "replay/zero_variance_mixed": float(mixed.float().mean()),
-                "replay/hit_rate": sum(rollout.replayed) / (len(rollout.groups) * self.args.replayed_generations),
-                "replay/of_other_prompts": float(strange.sum()) / len(rollout.replayed),
-                "replay/share": sum(rollout.replayed) / len(rollout.replayed),
-                "replay/generated": float(len(rewards)),
+                "replay/hit_rate": rollout.filled(self.args.replayed_generations),
+                "replay/of_other_prompts": float(strangers.sum()) / places,
+                "replay/share": float(replayed.sum()) / places,
+                "replay/generated": float(fresh.sum()),
                 "rewardless": float(not (task.nan_to_num(nan=0.0) > 0).any()),
             }
         )
         if self.memory.hints is not None:
-            self._log_all({"hint/rate": sum(rollout.hinted) / len(rollout.hinted)})
-        values = {"reward": rewards, "unscorable": rewards.isnan().float()}
+            self._log_all({"hint/rate": float(rollout.hinted.float().mean())})
+        prompt_tags = rollout.tags.view(shape)[:, 0]
+        self._means["train"].add(totals_by_tag("zero_variance_mixed", mixed.float(), prompt_tags))
+        if self.args.tag_aware:
+            return  # the rest is told already
+        values = {"reward": rewards}
         if task is not rewards:
             values["accuracy"] = task
         values |= {"advantage_mean": advantages, "advantage_square": advantages.square()}
         for name, value in values.items():
-            self._means["train"].add(totals_by_tag(name, value.cpu(), tags[groups]))
-        for name, value in (("zero_variance", fresh_only), ("zero_variance_mixed", mixed)):
-            self._means["train"].add(totals_by_tag(name, value.float(), tags))
+            self._means["train"].add(totals_by_tag(name, value[fresh], rollout.tags[fresh]))
+        self._means["train"].add(totals_by_tag("zero_variance", fresh_only.float(), prompt_tags))
 
     # State
 
@@ -659,10 +776,12 @@ class AvatarTrainer(OmniGRPOTrainer):
         names = ("replayed_generations", "advantage_group", "batching", "hints", "vcrs_window")
         return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
-    def _save_checkpoint(self, model, trial):
-        if self.args.should_save and self.args.replayed_generations:
-            save_memory(self._checkpoint_folder(trial), self.memory, self._provenance)
-        super()._save_checkpoint(model, trial)
+    def state_parts(self) -> list[StatePart]:
+        parts = super().state_parts()
+        if self.args.replayed_generations:
+            recovery = self.args.replay_recovery
+            parts.append(MemoryState(self.memory, lambda: self._provenance, recovery, self._empty_memory))
+        return parts
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -671,22 +790,8 @@ class AvatarTrainer(OmniGRPOTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if resume_from_checkpoint is not None and self.args.replayed_generations:
-            self._restore(resume_from_checkpoint)
+            self._discard_quarantined()
         return trained
-
-    def _restore(self, checkpoint: str) -> None:
-        errors: list[str] = []
-        try:
-            load_memory(checkpoint, self.memory, self._provenance)
-        except ReplayStateError as error:
-            errors = [str(error)]
-        errors = gather_object(errors)  # all ranks go on with the same memory
-        if errors and self.args.replay_recovery != "empty":
-            raise ResumeError(f"{errors[0]}. Set replay_recovery='empty' to go on with an empty replay buffer.")
-        if errors:
-            logger.warning("The run goes on with an empty replay buffer: %s", errors[0])
-            self._begin_run()
-        self._discard_quarantined()
 
     @property
     def _provenance(self) -> dict[str, str]:

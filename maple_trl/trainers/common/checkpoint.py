@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 
-Batch = dict[str, Any]
 
 _SIGNATURE = "geometry"  # its name in the files of checkpoints
 
@@ -37,86 +36,18 @@ class LostPromptsError(RuntimeError):
         self.step = 0
 
 
-def merge_chunks(chunks: list[Batch]) -> Batch:
-    """Micro-batches as one batch: rows are concatenated, values of the whole batch (0-d) kept."""
-    merged = {}
-    for name, first in chunks[0].items():
-        if isinstance(first, torch.Tensor) and first.ndim:
-            merged[name] = torch.cat([chunk[name] for chunk in chunks])
-        elif isinstance(first, list):
-            merged[name] = [item for chunk in chunks for item in chunk[name]]
-        else:
-            merged[name] = first
-    return merged
+class StatePart(Protocol):
+    """Something of a run that a checkpoint keeps in files of its own."""
 
+    def save(self, folder: str) -> None:
+        """Writes it into the folder of a checkpoint; the main process calls it."""
 
-def take_rows(batch: Batch, order: list[int]) -> Batch:
-    """The given rows of a batch, in the given order."""
-    index = torch.tensor(order, dtype=torch.long)
-
-    def take(value):
-        if isinstance(value, torch.Tensor) and value.ndim:
-            return value[index.to(value.device)]
-        return [value[i] for i in order] if isinstance(value, list) else value
-
-    return {name: take(value) for name, value in batch.items()}
-
-
-def count_rows(batch: Batch) -> int:
-    """How many rows a batch has."""
-    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
-
-
-def split_rows(batch: Batch, sizes: list[int]) -> list[Batch]:
-    """The rows of a batch in order, in chunks of the given sizes."""
-    ends = list(accumulate(sizes))
-    return [take_rows(batch, list(range(end - size, end))) for size, end in zip(sizes, ends, strict=True)]
-
-
-def regroup_rows(batch: Batch, prompts_key: str) -> Batch:
-    """
-    Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first; those with fewer
-    rows here come last, so that the others begin where micro-batches do.
-
-    The shuffle's own random draws are used, so the random stream stays TRL's.
-    """
-    rows_of: dict[int, list[int]] = {}
-    for i, prompt in enumerate(batch[prompts_key]):
-        rows_of.setdefault(id(prompt), []).append(i)
-    groups = sorted(rows_of.values(), key=len, reverse=True)
-    return take_rows(batch, [i for rows in groups for i in rows])
-
-
-def concat_rows(batches: list[Batch], pad_token_id: int) -> Batch:
-    """
-    The rows of several batches as one, each padded as TRL pads: prompts on the left, completions on the right.
-
-    Values of a whole batch (0-d) are those of the first.
-    """
-    joined = {}
-    for name, first in batches[0].items():
-        values = [batch[name] for batch in batches]
-        if isinstance(first, list):
-            joined[name] = [item for value in values for item in value]
-        elif not isinstance(first, torch.Tensor) or not first.ndim:
-            joined[name] = first
-        elif first.ndim == 1:
-            joined[name] = torch.cat(values)
-        else:
-            width = max(value.size(1) for value in values)
-            filler = pad_token_id if name.endswith("_ids") else 0
-            left = name.startswith("prompt_")
-            joined[name] = torch.cat([_widened(value, width, filler, left) for value in values])
-    return joined
-
-
-def _widened(rows: torch.Tensor, width: int, filler: int, left: bool) -> torch.Tensor:
-    missing = width - rows.size(1)
-    return torch.nn.functional.pad(rows, (missing, 0) if left else (0, missing), value=filler)
+    def load(self, folder: str) -> None:
+        """Goes on from what was written; every process calls it."""
 
 
 def save_rollout(
-    folder: str, rank: int, step: int, chunks: list[Batch] | None, prompts_key: str, resume_signature: dict[str, Any]
+    folder: str, rank: int, step: int, chunks: Sequence[Batch] | None, resume_signature: dict[str, Any]
 ) -> None:
     """
     Writes where a rank stands within its rollout, and the rollout's rows as long as updates on them are to come.
@@ -127,17 +58,17 @@ def save_rollout(
     os.makedirs(folder, exist_ok=True)
     state: dict[str, Any] = {"step": step, "chunks": [], _SIGNATURE: resume_signature}
     if chunks:
-        batch = merge_chunks(chunks)
+        batch = Batch.merge(chunks)
         tensors = {name: value.contiguous().cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        others = sorted(set(batch) - set(tensors) - {prompts_key})
+        others = sorted(set(batch) - set(tensors) - {PROMPTS_KEY})
         unknown = [name for name in others if batch[name] is not None]
         if unknown:
             raise TypeError(
                 f"rollout fields {', '.join(unknown)} are neither tensors nor prompts; they cannot be saved"
             )
         save_file(tensors, os.path.join(folder, f"rollout_{rank}.safetensors"))
-        prompts = batch.get(prompts_key)
-        sizes = [count_rows(chunk) for chunk in chunks]
+        prompts = batch.prompts
+        sizes = [chunk.rows for chunk in chunks]
         state |= {"chunks": sizes, "prompts": prompts and [prompt.key for prompt in prompts]}
     with open(os.path.join(folder, f"rollout_{rank}.json"), "w", encoding="utf-8") as file:
         json.dump(state, file)
@@ -172,7 +103,7 @@ def check_resume_signature(folder: str, rank: int, resume_signature: dict[str, A
 
 
 def load_rollout(
-    folder: str, rank: int, prompts_by_key: Callable, prompts_key: str, device: torch.device
+    folder: str, rank: int, prompts_by_key: Callable, device: torch.device
 ) -> tuple[int, list[Batch] | None]:
     """
     Reads what [`save_rollout`] wrote.
@@ -185,14 +116,14 @@ def load_rollout(
     if not state["chunks"]:
         return state["step"], None
     tensors = load_file(os.path.join(folder, f"rollout_{rank}.safetensors"))
-    batch: Batch = {name: value.to(device) for name, value in tensors.items()}  # safetensors knows no "cpu:0"
+    batch = Batch({name: value.to(device) for name, value in tensors.items()})  # safetensors knows no "cpu:0"
     if state["prompts"]:
         try:
-            batch[prompts_key] = prompts_by_key(state["prompts"])
+            batch[PROMPTS_KEY] = prompts_by_key(state["prompts"])
         except LostPromptsError as error:
             error.step = state["step"]
             raise
-    return state["step"], split_rows(batch, state["chunks"])
+    return state["step"], batch.split(state["chunks"])
 
 
 def save_rows(folder: str, states: dict[str, Any]) -> None:

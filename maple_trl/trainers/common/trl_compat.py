@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,3 +52,10 @@ def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[
         grpo_trainer.create_model_from_path = load_as_trl
         for owner, name in borrowers:
             del vars(owner)[name]
+
+
+def replace_latest(logged: deque, values: Sequence[float]) -> None:
+    """Puts values in the place of the newest ones of a column that TRL keeps for `log_completions`."""
+    for _ in range(min(len(values), len(logged))):
+        logged.pop()
+    logged.extend(values)

@@ -3,8 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from maple_trl.trainers.common.checkpoint import Batch, concat_rows, count_rows, split_rows, take_rows
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from trl.trainer.utils import shuffle_sequence_dict
+
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.trainers.common.batch import NUMBER_KEY, PROMPTS_KEY, TAG_KEY, Batch
+from maple_trl.trainers.common.tag_metrics import UNTAGGED
+
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+
+Exchange = Callable[[dict[int, Batch]], list[Batch | None]]
+
+
+def update_batches(
+    batch: Batch,
+    rows_per_rank: Sequence[int],
+    rollout: Batch,
+    args: GRPOConfig,
+    rank: int,
+    exchange: Exchange,
+    pad_token_id: int,
+) -> list[Batch]:
+    """
+    Micro-batches of the rows that are trained on, shared out over the ranks and shuffled as TRL shuffles.
+
+    Args:
+        batch: this rank's rows, and how many each rank has.
+        rollout: any batch with rows; a rank that has none left takes one of it as its padding row.
+        exchange: see [`share_out`].
+
+    Returns:
+        `list[Batch]`: `steps_per_generation` of them; see [`micro_batches`].
+    """
+    batch = share_out(batch, rows_per_rank, rank, exchange, pad_token_id)
+    spare = (batch if batch.rows else rollout).take([0])
+    spare |= {name: torch.zeros_like(spare[name]) for name in ("completion_mask", "advantages")}
+    spare[TAG_KEY] = torch.full_like(spare[TAG_KEY], UNTAGGED)
+    if NUMBER_KEY in spare:
+        spare[NUMBER_KEY] = torch.full_like(spare[NUMBER_KEY], -1)
+    batch, padding_row = Batch.concat([batch, spare], pad_token_id).split([batch.rows, 1])
+    batch = Batch(shuffle_sequence_dict(batch))
+    if batch.prompts is not None:
+        one = {prompt.key: prompt for prompt in batch.prompts}  # rows from other ranks may bring it again
+        batch[PROMPTS_KEY] = [one[prompt.key] for prompt in batch.prompts]
+        batch = batch.regroup()
+    return micro_batches(
+        batch,
+        even_parts(sum(rows_per_rank), len(rows_per_rank)),
+        steps=args.steps_per_generation // args.gradient_accumulation_steps,
+        slots=args.gradient_accumulation_steps,
+        largest=args.per_device_train_batch_size,
+        padding_row=padding_row,
+        group=args.num_generations,
+    )
+
+
+def exchange_rows(
+    parcels: dict[int, Batch], accelerator: Accelerator, prompts_by_key: Callable[[list[str]], list[EncodedPrompt]]
+) -> list[Batch | None]:
+    """
+    Sends rows to other ranks; a collective call.
+
+    Returns:
+        the rows that each rank sent to this one. Media are not sent but decoded again, by the prompts' keys.
+    """
+    packed = {}
+    for to, rows in parcels.items():
+        packed[to] = {name: value.cpu() if torch.is_tensor(value) else value for name, value in rows.items()}
+        if rows.prompts is not None:
+            packed[to][PROMPTS_KEY] = [prompt.key for prompt in rows.prompts]
+    received = [sent.get(accelerator.process_index) for sent in gather_object([packed])]
+    return [None if rows is None else _unpacked(rows, accelerator.device, prompts_by_key) for rows in received]
+
+
+def _unpacked(rows: dict, device: torch.device, prompts_by_key: Callable) -> Batch:
+    batch = Batch({name: value.to(device) if torch.is_tensor(value) else value for name, value in rows.items()})
+    if PROMPTS_KEY in batch:
+        batch[PROMPTS_KEY] = prompts_by_key(batch[PROMPTS_KEY])
+    return batch
 
 
 def even_parts(rows: int, parts: int) -> list[int]:
@@ -31,7 +114,7 @@ def share_out(
     batch: Batch,
     rows_per_rank: Sequence[int],
     rank: int,
-    exchange: Callable[[dict[int, Batch]], list[Batch | None]],
+    exchange: Exchange,
     pad_token_id: int,
 ) -> Batch:
     """
@@ -47,10 +130,10 @@ def share_out(
         return batch
     start = sum(rows_per_rank[:rank])
     own = owner[start : start + rows_per_rank[rank]]
-    rows_for = {to: take_rows(batch, [i for i, other in enumerate(own) if other == to]) for to in {rank, *own}}
+    rows_for = {to: batch.take([i for i, other in enumerate(own) if other == to]) for to in {rank, *own}}
     received = exchange({to: rows for to, rows in rows_for.items() if to != rank})
     pieces = [rows_for[rank] if source == rank else rows for source, rows in enumerate(received)]
-    return concat_rows([rows for rows in pieces if rows is not None], pad_token_id)
+    return Batch.concat([rows for rows in pieces if rows is not None], pad_token_id)
 
 
 def micro_batches(
@@ -82,15 +165,15 @@ def micro_batches(
     Returns:
         `list[Batch]` of length `steps * slots`.
     """
-    own = even_parts(count_rows(batch), steps)
+    own = even_parts(batch.rows, steps)
     busiest = even_parts(max(rows_per_rank), steps)
     chunks = []
-    for part, most in zip(split_rows(batch, own), busiest, strict=True):
+    for part, most in zip(batch.split(own), busiest, strict=True):
         widths = _widths(most, largest, group)
-        chunks += [take_rows(padding_row, [])] * (slots - len(widths))
-        sizes = [*widths[:-1], widths[-1] - most + count_rows(part)] if widths else []
-        for chunk, width in zip(split_rows(part, sizes), widths, strict=True):
-            chunks.append(concat_rows([chunk] + [padding_row] * (width - count_rows(chunk)), pad_token_id=0))
+        chunks += [padding_row.take([])] * (slots - len(widths))
+        sizes = [*widths[:-1], widths[-1] - most + part.rows] if widths else []
+        for chunk, width in zip(part.split(sizes), widths, strict=True):
+            chunks.append(Batch.concat([chunk] + [padding_row] * (width - chunk.rows), pad_token_id=0))
     return chunks
 
 

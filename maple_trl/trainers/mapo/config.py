@@ -44,6 +44,7 @@ class MAPOConfig(OmniGRPOConfig):
     """
 
     _VALID_DICT_FIELDS = [*OmniGRPOConfig._VALID_DICT_FIELDS, "zero_shot_accuracy"]
+    _presets = PRESETS
 
     method: str = field(
         default="mapo",
@@ -186,17 +187,26 @@ class MAPOConfig(OmniGRPOConfig):
     )
 
     def __post_init__(self):
-        self._check_choice("method", tuple(PRESETS))
-        for name, value in PRESETS[self.method].items():
+        self._check_choice("method", tuple(self._presets))
+        for name, value in self._presets[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.curriculum_granularity is None:
             self.curriculum_granularity = self._usual_granularity
         super().__post_init__()
+        self._check_axes()
+
+    @property
+    def tag_aware(self) -> bool:
+        """Whether tags decide which rows come when and what they weigh; each row needs one then."""
+        return True
+
+    def _check_axes(self) -> None:
+        """Checks what MAPLE varies."""
         for name, choices in {
             "batching": ("stratified", "mixed"),
             "advantage_scope": SCOPES,
-            "loss_strata": ("tag", "batch"),
+            **({} if self.loss_strata is None else {"loss_strata": ("tag", "batch")}),
             "loss_aggregation": AGGREGATIONS,
             "leftover": LEFTOVERS,
             "difficulty": DIFFICULTIES,
@@ -221,9 +231,11 @@ class MAPOConfig(OmniGRPOConfig):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self._check_tags()
-        self._check_loss()
+        if self.tag_aware:
+            self._check_stratified_loss()
+            self._check_loader()
         self._check_dynamic_sampling()
-        self._check_unused()
+        self._check_unused_axes()
 
     @property
     def _usual_granularity(self) -> str:
@@ -273,7 +285,7 @@ class MAPOConfig(OmniGRPOConfig):
         if self.loss_type not in _SURROGATES:
             raise ValueError(f"loss_type must be one of {', '.join(_SURROGATES)}, got {self.loss_type!r}")
 
-    def _check_loss(self) -> None:
+    def _check_stratified_loss(self) -> None:
         if self.scale_rewards not in ("group", True):
             raise ValueError(
                 f"scale_rewards={self.scale_rewards!r} is replaced by advantage_scope; leave it at 'group'"
@@ -302,8 +314,8 @@ class MAPOConfig(OmniGRPOConfig):
         if self.fp16:
             raise ValueError("fp16's gradient scaler fails on the steps that dynamic_sampling leaves empty: use bf16")
 
-    def _check_unused(self) -> None:
-        """Options that would silently do nothing, or undo what the schedule does."""
+    def _check_unused_axes(self) -> None:
+        """Options that would silently do nothing."""
         defaults = {f.name: f.default for f in fields(self)}
         defaults["curriculum_granularity"] = self._usual_granularity
         for name, other, value in (
@@ -326,6 +338,9 @@ class MAPOConfig(OmniGRPOConfig):
                 re.compile(self.gradient_probe_pattern)
             except re.error as error:
                 raise ValueError(f"gradient_probe_pattern is no regular expression: {error}") from error
+
+    def _check_loader(self) -> None:
+        """Options that would undo what the schedule does."""
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: rewards and evaluation need every column")
         if self.ignore_data_skip:

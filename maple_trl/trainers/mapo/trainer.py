@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import gcd
 from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from trl.trainer.utils import shuffle_sequence_dict
 
 from maple_trl.algorithms import (
     AdaptiveTagWeights,
@@ -39,34 +34,41 @@ from maple_trl.algorithms import (
     tag_difficulty,
 )
 from maple_trl.algorithms.schedule import MIXED
-from maple_trl.files import write_atomically
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.prompt import RowError
-from maple_trl.trainers.common.checkpoint import (
-    Batch,
-    ResumeError,
-    concat_rows,
-    count_rows,
-    regroup_rows,
-    split_rows,
-    take_rows,
-)
+from maple_trl.trainers.common.batch import SCALE_KEY, TAG_KEY, Batch
+from maple_trl.trainers.common.checkpoint import StatePart
+from maple_trl.trainers.common.rollout import Assignment, PassInFlight, Rollout, RolloutInFlight, Round
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
 from maple_trl.trainers.common.samplers import StratifiedSampler
-from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, TagSums, tag_number
-from maple_trl.trainers.common.updates import even_parts, micro_batches, share_out
+from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, TagSums
 from maple_trl.trainers.mapo.config import MAPOConfig
-from maple_trl.trainers.mapo.rollout import Rollout
+from maple_trl.trainers.mapo.state import ProbeState, ScheduleState
 from maple_trl.trainers.mapo.zero_shot import check_measurable, fingerprint, zero_shot_accuracy
-from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, SCALE_KEY, UNSCORABLE_KEY, OmniGRPOTrainer
+from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
 
 
 logger = logging.getLogger(__name__)
 
-TAG_KEY = "tag_numbers"
-STATE_FILE = "mapo.json"
-PROBE_FILE = "gradient_probe.safetensors"
+
+@dataclass
+class StepRecord:
+    """
+    What an optimizer step shows.
+
+    Attributes:
+        sums: of its tokens, per tag.
+        began, seconds: when its latest micro-batch began, and what those before it took.
+        tag: of all its rows, where they have one.
+        counts: whether anything was trained on.
+    """
+
+    sums: TagSums
+    began: float = 0.0
+    seconds: float = 0.0
+    tag: ModalityTag | None = None
+    counts: bool = False
 
 
 class MAPOTrainer(OmniGRPOTrainer):
@@ -113,7 +115,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        _check_tags(train_dataset)
+        self._check_rows(args, train_dataset)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         self._task_reward = self._find_task_reward()
         if self.args.curriculum == "adaptive":
@@ -121,21 +123,20 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._gradient_sample = self._choose_coordinates() if self.args.gradient_probe else None
         self._begin_run()
 
+    def _check_rows(self, args: MAPOConfig | None, dataset: Any) -> None:
+        """Before the model is loaded: has every row a tag?"""
+        _check_tags(dataset, type(self).__name__)
+
     def _begin_run(self) -> None:
         """Nothing of a run before this one is left, wherever it stopped."""
         self.schedule: StratifiedSchedule | None = None  # made of the rows that the run uses
-        self._epoch_began = 0  # the value of `_step` when the schedule's epoch began
-        self._rows_in_round: list[dict[str, Any]] = []
-        self._dropping = False
-        self._round: Rollout | None = None
-        self._rewards_in_advance: Tensor | None = None
-        self._kept: list[int] | None = None
-        self._update_chunks: list[Batch] | None = None
-        self._of_all_tags = False
-        self._last_pass: tuple[Tensor, Tensor] | None = None
-        self._optimizer_step_tag: ModalityTag | None = None
-        self._window_has_rows = False
-        self._begin_optimizer_step()
+        self.gradient_moments = GradientMoments(self.args.gradient_probe_window)
+        self._optimizer_step = self._ended_step = self._new_step()
+
+    def _new_step(self) -> StepRecord:
+        """Nothing of an optimizer step has been seen yet."""
+        names = ["entropy"] if self.args.loss_type in ("sapo", "vespo") else ["entropy", "clip_fraction"]
+        return StepRecord(TagSums(names, self.accelerator.device))
 
     def _find_task_reward(self) -> int | None:
         names = self.reward_func_names
@@ -184,7 +185,9 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._begin_run()
         return super().train(*args, **kwargs)
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+    def row_order(self, dataset: Dataset | None) -> Sampler | None:
+        if not self.args.tag_aware:
+            return super().row_order(dataset)
         if self.schedule is None:
             self._make_schedule()
         return StratifiedSampler(self.schedule, self.num_generations, self._updates_per_rollout, ahead=False)
@@ -209,7 +212,8 @@ class MAPOTrainer(OmniGRPOTrainer):
         rollouts = self.schedule.batches_per_epoch
         difficulties = rollouts * (1 if args.batching == "stratified" else len(set(self.schedule.tags)))
         self.tag_weights = AdaptiveTagWeights(args.kl_window or max(difficulties, 2), args.weight_history)
-        self.gradient_moments = GradientMoments(args.gradient_probe_window)
+        components = {"schedule": self.schedule, "curriculum": self.curriculum, "sampling": self.sampling}
+        self._progress = ScheduleState(components | {"tag_weights": self.tag_weights}, lambda: self._step)
 
     def _tell_of_rare_tags(self) -> None:
         if self.args.batching != "stratified" or self.args.leftover != "fill" or not self.accelerator.is_main_process:
@@ -236,6 +240,9 @@ class MAPOTrainer(OmniGRPOTrainer):
         return (epochs, *others)
 
     def _prefetch_next_batch(self, current: Sequence[EncodedPrompt]) -> None:
+        if self.schedule is None:
+            super()._prefetch_next_batch(current)
+            return
         batch = self.schedule.peek() if self.args.media_prefetch else None
         if batch is not None:
             self._prefetch(self._own_rows(batch.rows), current)
@@ -251,109 +258,76 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     # Rollout
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A rollout of the schedule's next prompts; the data loader's rows are read in evaluation alone."""
-        if not self.model.training:
-            output, scored = self._roll_out(inputs, [])
-            self._means["eval"].add(scored.totals(self._task_reward))
-            return output
+    @property
+    def _dropping(self) -> bool:
+        """Whether groups that teach nothing are left out of the rollout that is being generated."""
+        return self.schedule is not None and self.model.training and self.sampling.drops(self.schedule.epoch)
+
+    def _rounds(self, inputs: list[dict[str, Any]]) -> Iterator[Round]:
+        """Rollouts of the schedule's next prompts; the data loader's rows are read in evaluation alone."""
+        if not self.model.training or self.schedule is None:
+            for r in super()._rounds(inputs):
+                if not self.model.training:
+                    self._means["eval"].add(r.rollout.totals(self._task_reward))
+                yield r
+            return
         epoch = self.schedule.epoch
         batch = self.schedule.next_batch()
         if self.schedule.epoch != epoch:
-            self._epoch_began = self._step
-        self._dropping = self.sampling.drops(self.schedule.epoch)
-        outputs, rounds = [], []
+            self._progress.epoch_began = self._step
         rows = batch.rows
         while rows:
-            output, scored = self._roll_out(self._own_rows(rows), rows)
-            outputs.append(output)
-            rounds.append(scored)
-            rows = self._refill(batch, rounds) if self._dropping else []
-        return self._finish_rollout(batch, outputs, rounds)
-
-    def _roll_out(self, inputs: list[dict[str, Any]], rows: list[int]) -> tuple[Batch, Rollout]:
-        """TRL's rollout of some rows."""
-        self._rows_in_round = inputs
-        try:
-            output = super()._generate_and_score_completions(inputs)
-        finally:
-            self._kept = self._rewards_in_advance = None
-        return output, replace(self._round, rows=rows)
-
-    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
-        self._rows_in_round, prompts = super().encode_rows(rows)
-        return self._rows_in_round, prompts
+            r = next(super()._rounds(self._own_rows(rows)))
+            r.rollout = replace(r.rollout, rows=rows, stratum=batch.stratum, wanted=len(batch.rows))
+            yield r
+            rows = self._refill(batch, self._flight.rounds) if self._dropping else []
+        self._log_all({"schedule/filled_rows": batch.filled})
 
     def _generate(self, prompts: list):
         generated = super()._generate(prompts)
-        if self.model.training and self._dropping:
+        if self._dropping:
             # Before TRL's passes over the completions, which those of uninformative groups are spared.
-            self._rewards_in_advance = self._calculate_rewards(
-                self._rows_in_round, prompts, completions=generated[3], completion_ids_list=generated[1]
+            flight: RolloutInFlight = self._flight
+            flight.scores = self._calculate_rewards(
+                flight.rows, prompts, completions=generated[3], completion_ids_list=generated[1]
             )
-            kept = self._round.informative.repeat_interleave(self.num_generations)
-            kept = kept & ~self._round.rewards.isnan()
-            self._kept = self._local(kept).nonzero().flatten().tolist()
+            rollout = flight.rollout
+            kept = rollout.informative.repeat_interleave(rollout.group_size) & ~rollout.rewards.isnan()
+            flight.kept = self._local(kept)[self._local(rollout.fresh)].nonzero().flatten().tolist()
         return generated
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards, self._rewards_in_advance = self._rewards_in_advance, None
-        if rewards is not None:
-            return rewards
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        media = [sum(p.media_tokens.get(kind, 0) for kind in ("video", "audio")) for p in self._serving or ()]
-        facts = torch.tensor(
-            [
-                [tag_number(row.get("tag")), len(ids), tokens]
-                for row, ids, tokens in zip(inputs, completion_ids_list, media or [0] * len(inputs), strict=True)
-            ],
-            device=self.accelerator.device,
-        )
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        self._round = Rollout(
-            [], group_size, rewards, self._total_rewards(rewards), *self.accelerator.gather(facts).unbind(1)
-        )
-        return rewards
-
-    def _refill(self, batch: PromptBatch, rounds: list[Rollout]) -> list[int]:
+    def _refill(self, batch: PromptBatch, rounds: list[Round]) -> list[int]:
         """Further prompts for the groups that the rounds so far could not fill, as far as the ranks can share them."""
-        informative = sum(int(r.informative.sum()) for r in rounds)
+        informative = sum(int(r.rollout.informative.sum()) for r in rounds)
         missing = len(batch.rows) - informative
         if missing <= 0 or len(rounds) > self.sampling.refill_rounds:
             return []
         step = self._prompts_that_ranks_share
         return self.schedule.draw(batch.stratum, missing + -missing % step, multiple_of=step)
 
-    def _finish_rollout(self, batch: PromptBatch, outputs: list[Batch], rounds: list[Rollout]) -> Batch:
-        """Advantages of all rounds; what is trained on, where that is not simply all."""
-        scored = Rollout.joined(rounds)
-        advantages = group_advantages(scored.rewards, scored.groups, scored.tags, self.args.advantage_scope)
-        kept = scored.informative if self._dropping else torch.ones_like(scored.informative)
-        kept = kept & (kept.cumsum(0) <= len(batch.rows))  # a refill can bring more than was missing
-        self._learn(scored, kept)
-        self._means["train"].add(scored.totals(self._task_reward, advantages))
-        surplus = int((scored.informative & ~kept).sum())
-        self.tally.counts["dropped_groups"] += int((~scored.informative & ~kept).sum())
-        self._log_all({"schedule/filled_rows": batch.filled, "sampling/surplus_groups": surplus})
-        self._replace_logged_advantages(advantages)
-        self._of_all_tags = self.args.batching == "stratified" and batch.stratum == MIXED
-        trained = kept.repeat_interleave(self.num_generations)
+    def assign(self, rollout: Rollout) -> Assignment | None:
+        """Scales rewards within groups, tags or the rollout, and leaves out the groups that teach nothing."""
+        advantages = self._advantages(rollout)
+        kept = self._kept_groups(rollout)
+        self._learn(rollout, kept)
+        self._means["train"].add(rollout.totals(self._task_reward, advantages))
+        self.tally.counts["dropped_groups"] += int((~rollout.informative & ~kept).sum())
+        self._log_all({"sampling/surplus_groups": int((rollout.informative & ~kept).sum())})
+        trained = kept.repeat_interleave(rollout.group_size)
         if self._dropping:  # otherwise what cannot be scored stays where it is, masked
-            trained = trained & ~scored.rewards.isnan()
-        parts, counts, start = [], torch.zeros(self.accelerator.num_processes, dtype=torch.long), 0
-        for output, r in zip(outputs, rounds, strict=True):
-            rows = slice(start, start + len(r.tags))
-            start = rows.stop
-            output["advantages"] = self._local(advantages[rows])
-            output[TAG_KEY] = self._local(r.tags.masked_fill(r.rewards.isnan(), UNTAGGED))
-            output.pop(UNSCORABLE_KEY, None)
-            mask = trained[rows]
-            counts += mask.view(len(counts), -1).sum(dim=1).cpu()
-            parts.append(take_rows(output, self._local(mask).nonzero().flatten().tolist()))
-        whole = int(trained.sum()) == self.args.generation_batch_size
-        if len(rounds) > 1 or not whole:
-            self._update_chunks = self._split(concat_rows(parts, self._pad_token_id), counts.tolist(), outputs[0])
-        return outputs[0]
+            trained = trained & ~rollout.rewards.isnan()
+        return Assignment(advantages, trained)
+
+    def _advantages(self, rollout: Rollout) -> Tensor:
+        """Of the completion in each place; shape (N,)."""
+        return group_advantages(rollout.rewards, rollout.groups, rollout.tags, self.args.advantage_scope)
+
+    def _kept_groups(self, rollout: Rollout) -> Tensor:
+        """Whether each prompt's fresh completions are trained on; shape (prompts,), bool."""
+        if not self._dropping:
+            return torch.ones_like(rollout.informative)
+        informative = rollout.informative
+        return informative & (informative.cumsum(0) <= rollout.wanted)  # a refill can bring more than was missing
 
     def _learn(self, scored: Rollout, kept: Tensor) -> None:
         """Difficulties of the tags, for their weights and order, and which prompts taught nothing."""
@@ -400,144 +374,105 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     # Updates
 
-    def _split(self, batch: Batch, rows_per_rank: list[int], rollout: Batch) -> list[Batch]:
-        """Micro-batches of the rows that are trained on, shared out over the ranks."""
-        rank = self.accelerator.process_index
-        batch = share_out(batch, rows_per_rank, rank, self._exchange, self._pad_token_id)
-        spare = take_rows(batch if count_rows(batch) else rollout, [0])
-        spare["completion_mask"] = torch.zeros_like(spare["completion_mask"])
-        spare["advantages"] = torch.zeros_like(spare["advantages"])
-        spare[TAG_KEY] = torch.full_like(spare[TAG_KEY], UNTAGGED)
-        rows = count_rows(batch)
-        batch, padding_row = split_rows(concat_rows([batch, spare], self._pad_token_id), [rows, 1])
-        batch = shuffle_sequence_dict(batch)
-        if PROMPTS_KEY in batch:
-            one = {prompt.key: prompt for prompt in batch[PROMPTS_KEY]}  # rows from other ranks may bring it again
-            batch[PROMPTS_KEY] = [one[prompt.key] for prompt in batch[PROMPTS_KEY]]
-            batch = regroup_rows(batch, PROMPTS_KEY)
-        return micro_batches(
-            batch,
-            even_parts(sum(rows_per_rank), len(rows_per_rank)),
-            steps=self.args.steps_per_generation // self.args.gradient_accumulation_steps,
-            slots=self.args.gradient_accumulation_steps,
-            largest=self.args.per_device_train_batch_size,
-            padding_row=padding_row,
-            group=self.num_generations,
-        )
+    def _weigh(self, chunks: list[Batch], rollout: Rollout) -> None:
+        if self.args.loss_strata is None:
+            super()._weigh(chunks, rollout)
+        else:
+            self._fold_weights(chunks, rollout)
 
-    def _exchange(self, parcels: dict[int, Batch]) -> list[Batch | None]:
-        """
-        Sends rows to other ranks; a collective call.
-
-        Returns:
-            the rows that each rank sent to this one. Media are not sent but decoded again, by the prompts' keys.
-        """
-        packed = {}
-        for to, rows in parcels.items():
-            packed[to] = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.items()}
-            if PROMPTS_KEY in rows:
-                packed[to][PROMPTS_KEY] = [prompt.key for prompt in rows[PROMPTS_KEY]]
-        received = [sent.get(self.accelerator.process_index) for sent in gather_object([packed])]
-        for rows in filter(None, received):
-            for name, value in rows.items():
-                if isinstance(value, Tensor):
-                    rows[name] = value.to(self.accelerator.device)
-            if PROMPTS_KEY in rows:
-                rows[PROMPTS_KEY] = self._prompts_by_key(rows[PROMPTS_KEY])
-        return received
-
-    @property
-    def _pad_token_id(self) -> int:
-        return self._tokenizer.pad_token_id
-
-    def _prepare_inputs(self, generation_batch):
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before:
-            return inputs
-        if self._update_chunks is not None:
-            self._buffered_inputs, self._update_chunks = self._update_chunks, None
-        self._fold_weights(self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    def _fold_weights(self, chunks: list[Batch]) -> None:
+    def _fold_weights(self, chunks: list[Batch], rollout: Rollout) -> Tensor:
         """
         Scales the advantages so that TRL's loss of these micro-batches becomes the stratified loss (MAPLE eq. 2, 3).
 
         The surrogates are linear in the size of the advantage, so a row's weight in the loss can stand in it.
+
+        Returns:
+            `Tensor` of shape (optimizer steps, strata, 2): rows and tokens of each stratum.
         """
         args = self.args
         slots, world = args.gradient_accumulation_steps, self.accelerator.num_processes
         lengths = [chunk["completion_mask"].sum(dim=1) for chunk in chunks]
-        strata = [self._strata(chunk[TAG_KEY]) for chunk in chunks]
-        totals = [stratum_totals(*rows, UNTAGGED + 1) for rows in zip(lengths, strata, strict=True)]
+        strata = [self._strata(chunk, rollout) for chunk in chunks]
+        sets = self._stratum_weights(rollout)
+        totals = [stratum_totals(*rows, len(sets)) for rows in zip(lengths, strata, strict=True)]
         totals = torch.stack(totals).unflatten(0, (-1, slots)).sum(dim=1)
         totals = self._all_reduce(totals)
         tokens = totals[..., 1].sum()
+        everything = totals[..., 0].sum(dim=1)
+        counted = everything - totals[:, UNTAGGED, 0]
         weights = None
         if args.tag_weights == "adaptive":
             weights = torch.tensor([*map(self.tag_weights.weight, TAGS), 0.0], device=tokens.device)
         for i, chunk in enumerate(chunks):
+            step = totals[i // slots]
             scale = row_coefficients(
-                lengths[i], strata[i], None, args.loss_aggregation, self.max_completion_length, totals[i // slots]
+                lengths[i], strata[i], sets, args.loss_aggregation, self.max_completion_length, step
             )
             if weights is not None:
                 scale = scale * weights[chunk[TAG_KEY]]
             if args.loss_type == "sapo":  # TRL takes a mean over tokens, rows, micro-batches and ranks
-                scale = scale * lengths[i].clamp(min=1) * count_rows(chunk) * slots * world
-                *counted, others = totals[i // slots][:, 0].tolist()
-                penalty_scale = remaining_scale(sum(counted), sum(counted) + others)
-                chunk[SCALE_KEY] = torch.full_like(scale, penalty_scale)
+                scale = scale * lengths[i].clamp(min=1) * chunk.rows * slots * world
+                penalty = remaining_scale(float(counted[i // slots]), float(everything[i // slots]))
             else:  # TRL divides by the tokens of an average optimizer step
                 scale = scale * tokens * slots / args.steps_per_generation
-            chunk["advantages"] = chunk["advantages"] * scale
+                penalty = float(counted[i // slots] > 0)
+            chunk[SCALE_KEY] = torch.full_like(scale, penalty)
+            advantages = chunk["advantages"]
+            chunk["advantages"] = advantages * (scale if advantages.dim() == 1 else scale[:, None])
             chunk["num_items_in_batch"] = tokens
+        return totals
 
-    def _strata(self, tags: Tensor) -> Tensor:
+    def _strata(self, chunk: Batch, rollout: Rollout) -> Tensor:
         """
-        Strata of the loss as numbers; what does not count (padding rows, unscorable completions) has its own, the last.
+        Strata of the loss as numbers; what does not count (padding rows, unscorable completions) has its own, `UNTAGGED`.
 
         The tags' left-over rows are one batch like any other, so they are one mean, in which each row has its tag's weight.
         """
-        by_tag = self.args.loss_strata == "tag" and not self._of_all_tags
+        tags = chunk[TAG_KEY]
+        of_all_tags = self.args.batching == "stratified" and rollout.stratum == MIXED
+        by_tag = self.args.loss_strata == "tag" and not of_all_tags
         return tags if by_tag else torch.where(tags == UNTAGGED, tags, 0)
 
+    def _stratum_weights(self, rollout: Rollout) -> dict[int, float]:
+        """What each stratum weighs beside the weights of tags."""
+        return dict.fromkeys(range(UNTAGGED + 1), 1.0)
+
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._kept is None:
-            found = super()._get_per_token_logps_and_entropies(
+        flight = self._flight
+        rows = flight.kept if isinstance(flight, RolloutInFlight) else None
+        if rows is None:
+            return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-            self._last_pass = found[:2]
-            return found
-        rows = self._kept
-        if self._touch_all_towers:  # the ranks wait for each other
-            most = int(self.accelerator.gather(torch.tensor([len(rows)], device=input_ids.device)).max())
-            rows = rows + (rows[:1] or [0]) * (most - len(rows))
         logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
-        if rows:
-            with self._rows_in_use(self._serving and [self._serving[i] for i in rows]):
+        padded = self._as_many_on_all_ranks(rows)
+        if padded:
+            prompts = flight.prompts and [flight.prompts[i] for i in padded]
+            with self._in_flight(replace(flight, prompts=prompts, kept=None)):
                 found, *_ = super()._get_per_token_logps_and_entropies(
-                    model, input_ids[rows], attention_mask[rows], logits_to_keep, *args, **kwargs
+                    model, input_ids[padded], attention_mask[padded], logits_to_keep, *args, **kwargs
                 )
-            logps[rows] = found.to(logps.dtype)
+            logps[padded] = found.to(logps.dtype)
         return logps, None, None
 
-    def _compute_loss(self, model, inputs):
-        if not count_rows(inputs):
-            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        loss = super()._compute_loss(model, inputs)
-        if self.model.training:
-            self._add_to_optimizer_step(inputs)
-        self._last_pass = None
-        return loss
+    def _as_many_on_all_ranks(self, rows: list[int]) -> list[int]:
+        """Rows of this rank, some of them again where the ranks wait for each other's passes."""
+        if not self._touch_all_towers:
+            return rows
+        most = int(self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device)).max())
+        return rows + (rows[:1] or [0]) * (most - len(rows))
+
+    def _end_pass(self, flight: PassInFlight, loss: Tensor) -> None:
+        super()._end_pass(flight, loss)
+        if TAG_KEY in flight.inputs:
+            self._add_to_optimizer_step(flight)
 
     def training_step(self, model, inputs, num_items_in_batch):
-        began = time.perf_counter()
+        step = self._optimizer_step
+        step.began = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._optimizer_step_seconds += time.perf_counter() - began
-        if self._step % self.args.gradient_accumulation_steps == 0:
-            self._end_optimizer_step()
-        if self._step % self._updates_per_rollout == 0 and self.schedule.exhausted:
+        step.seconds += time.perf_counter() - step.began
+        if self._step % self._updates_per_rollout == 0 and self.schedule is not None and self.schedule.exhausted:
             self._end_epoch()
         return loss
 
@@ -565,17 +500,8 @@ class MAPOTrainer(OmniGRPOTrainer):
             found.append(make_note("uninformative_rows", left, text))
         return found
 
-    def _begin_optimizer_step(self) -> None:
-        """Nothing of an optimizer step has been seen yet."""
-        names = ["entropy"] if self.args.loss_type in ("sapo", "vespo") else ["entropy", "clip_fraction"]
-        self._step_sums = TagSums(names, self.accelerator.device)
-        self._optimizer_step_seconds = 0.0
-
-    def _end_step(self, counted: bool) -> None:
-        """`_end_optimizer_step` does it, by the tags that were trained on."""
-
-    def _add_to_optimizer_step(self, inputs: Batch) -> None:
-        logps, entropies = (value.detach() for value in self._last_pass)
+    def _add_to_optimizer_step(self, flight: PassInFlight) -> None:
+        logps, entropies, inputs = flight.logps.detach(), flight.entropies.detach(), flight.inputs
         mask = inputs["completion_mask"]
         old = inputs.get("old_per_token_logps")
         log_ratio = torch.zeros_like(logps) if old is None else (logps - old) * mask
@@ -587,66 +513,54 @@ class MAPOTrainer(OmniGRPOTrainer):
         )
         if clipped is not None:
             sums["clip_fraction"] = (clipped * mask).sum(dim=1)
-        self._step_sums.add(inputs[TAG_KEY], sums, mask.sum(dim=1))
+        self._optimizer_step.sums.add(inputs[TAG_KEY], sums, mask.sum(dim=1))
 
-    def _end_optimizer_step(self) -> None:
-        self._step_sums.reduce(self._all_reduce)
-        tags = self._step_sums.tags()
-        self._optimizer_step_tag = tags[0] if len(tags) == 1 else None
-        self._window_has_rows = bool(tags)
-        if not tags:
-            self._forget_gradients()
-        self._means["train"].add(self._step_sums.totals())
-        self._log_all({"sampling/steps_without_update": not tags})
-        self._log_of_optimizer_step("seconds", self._optimizer_step_seconds)
-        if self._gradient_sample is not None and tags:
-            self._probe_gradient()
-        self._begin_optimizer_step()
+    def on_optimizer_step(self) -> None:
+        super().on_optimizer_step()
+        step, self._optimizer_step = self._optimizer_step, self._new_step()
+        step.seconds += time.perf_counter() - step.began
+        step.sums.reduce(self._all_reduce)
+        tags = step.sums.tags()
+        step.tag = tags[0] if len(tags) == 1 else None
+        step.counts = self._step_counts
+        self._ended_step = step
+        self._means["train"].add(step.sums.totals())
+        self._log_of_optimizer_step("seconds", step.seconds)
+        if self._gradient_sample is not None and step.counts:
+            self._probe_gradient(step.tag)
 
     def _log_of_optimizer_step(self, name: str, value: float) -> None:
         """A value of a whole optimizer step, which is its tag's as well where it has one."""
-        for whose in ("all", self._optimizer_step_tag):
+        for whose in ("all", self._ended_step.tag):
             if whose is not None:
                 self._log_all({f"tag/{whose}/{name}": value})
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and self._window_has_rows:
+        if norm is not None and self._ended_step.counts:
             self._log_of_optimizer_step("grad_norm", norm)
         return norm
 
-    def _probe_gradient(self) -> None:
+    def _probe_gradient(self, tag: ModalityTag | None) -> None:
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
-        self.gradient_moments.observe(self._gradient_sample() / scale, self._optimizer_step_tag)
+        self.gradient_moments.observe(self._gradient_sample() / scale, tag)
         self._log_all(self.gradient_moments.metrics())
 
     # State
 
     def _resume_signature(self) -> dict[str, Any]:
+        if not self.args.tag_aware:
+            return super()._resume_signature()
         names = ("batching", "leftover", "curriculum", "curriculum_granularity", "dynamic_sampling", "loss_strata")
         if self.args.dynamic_sampling != "none":
             names = (*names, "revisit", "revisit_after")
         return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
-    def _parts(self) -> dict[str, Any]:
-        """The components that a checkpoint keeps."""
-        return {
-            "schedule": self.schedule,
-            "curriculum": self.curriculum,
-            "sampling": self.sampling,
-            "tag_weights": self.tag_weights,
-        }
-
-    def _save_checkpoint(self, model, trial):
-        folder = self._checkpoint_folder(trial)
-        if self.args.should_save:
-            os.makedirs(folder, exist_ok=True)
-            state = {"step": self._step, "epoch_began": self._epoch_began}
-            state |= {name: part.state_dict() for name, part in self._parts().items()}
-            write_atomically(os.path.join(folder, STATE_FILE), json.dumps(state))
-            save_file(self.gradient_moments.state_dict(), os.path.join(folder, PROBE_FILE))
-        super()._save_checkpoint(model, trial)
+    def state_parts(self) -> list[StatePart]:
+        count = 0 if self._gradient_sample is None else self._gradient_sample.count
+        own = [] if self.schedule is None else [self._progress]
+        return [*super().state_parts(), *own, ProbeState(self.gradient_moments, count)]
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -654,7 +568,12 @@ class MAPOTrainer(OmniGRPOTrainer):
         trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        return trained if resume_from_checkpoint is None else self._restore(resume_from_checkpoint)
+        if resume_from_checkpoint is None or self.schedule is None:
+            return trained
+        step = self._progress.loaded_step
+        if self.schedule.exhausted and step % self._updates_per_rollout == 0:
+            return self.schedule.epoch + 1, 0
+        return max(self.schedule.epoch, 0), step - self._progress.epoch_began
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -664,46 +583,17 @@ class MAPOTrainer(OmniGRPOTrainer):
             self.curriculum.load_state_dict({"histories": {}, "zero_shot": accuracy})
         return prepared
 
-    def _restore(self, checkpoint: str) -> tuple[int, int]:
-        """Epochs that are done, and micro-batches of the one that has begun."""
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.exists(path):
-            raise ResumeError(f"{path} is missing: {checkpoint} is not a checkpoint of {type(self).__name__}")
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-        for name, part in self._parts().items():
-            try:
-                part.load_state_dict(state[name])
-            except ValueError as error:
-                raise ResumeError(f"{path}, {name}: {error}") from error
-        self._restore_probe(load_file(os.path.join(checkpoint, PROBE_FILE)))
-        self._epoch_began = state["epoch_began"]
-        if self.schedule.exhausted and state["step"] % self._updates_per_rollout == 0:
-            return self.schedule.epoch + 1, 0
-        return max(self.schedule.epoch, 0), state["step"] - self._epoch_began
 
-    def _restore_probe(self, state: dict[str, Tensor]) -> None:
-        if self._gradient_sample is None or not state:
-            return
-        if len(state["all.vector"]) != self._gradient_sample.count:
-            raise ResumeError(
-                f"gradient_probe: the checkpoint's has {len(state['all.vector'])} coordinates, this run's "
-                f"{self._gradient_sample.count}; resume with the same or with 0"
-            )
-        self.gradient_moments.load_state_dict(state)
-
-
-def _check_tags(dataset: Any) -> None:
-    """Before a model is loaded: has every row a tag?"""
+def _check_tags(dataset: Any, trainer: str) -> None:
     if dataset is None:
         return
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"MAPOTrainer batches rows by tag, so it needs a map-style Dataset, got {type(dataset).__name__}"
+            f"{trainer} batches rows by tag, so it needs a map-style Dataset, got {type(dataset).__name__}"
         )
     if "tag" not in dataset.column_names:
         raise ValueError(
-            f"train_dataset has no column 'tag' (its columns: {', '.join(dataset.column_names)}): MAPOTrainer needs each "
+            f"train_dataset has no column 'tag' (its columns: {', '.join(dataset.column_names)}): {trainer} needs each "
             f"row's required modality tag, one of {', '.join(ModalityTag)}"
         )
     for i, tag in enumerate(dataset["tag"]):

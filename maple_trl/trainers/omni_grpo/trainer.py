@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import os
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +21,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
 from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
-from maple_trl.files import write_atomically
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import (
     EncodedPrompt,
@@ -42,34 +39,38 @@ from maple_trl.omni.prefix.sharing import probe_prompt, sharing_error
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
+from maple_trl.trainers.common.batch import PROMPTS_KEY, SCALE_KEY, TAG_KEY, UNSCORABLE_KEY, Batch
 from maple_trl.trainers.common.checkpoint import (
-    Batch,
     LostPromptsError,
     ResumeError,
+    StatePart,
     check_resume_signature,
-    count_rows,
     load_rollout,
-    merge_chunks,
-    regroup_rows,
     save_rollout,
     save_rows,
-    split_rows,
 )
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.missing_rewards import MissingRewards
+from maple_trl.trainers.common.rollout import (
+    Assignment,
+    InFlight,
+    PassInFlight,
+    Rollout,
+    RolloutInFlight,
+    Round,
+    UpdatesInFlight,
+)
 from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
-from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, RunningMeans, tag_number, totals_by_tag
-from maple_trl.trainers.common.trl_compat import trl_expectations
+from maple_trl.trainers.common.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
+from maple_trl.trainers.common.trl_compat import replace_latest, trl_expectations
+from maple_trl.trainers.common.updates import exchange_rows, update_batches
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_KEY = "omni_prompts"
-UNSCORABLE_KEY = "unscorable"
-SCALE_KEY = "loss_scale"
-MISSING_FILE = "missing_rewards.json"
 _ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 """Losses that TRL averages over the rows of a micro-batch; `bnpo` is over its tokens, the others over a rollout's."""
 
@@ -80,6 +81,13 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     Media reach generation, the old and reference log-probabilities and the training forward; a row whose media were
     not consumed raises. A text-only model (a tokenizer as `processing_class`) trains exactly as with TRL.
+
+    Subclasses fill four hooks. All are called on every rank, with the same values:
+
+    - `row_order(dataset)`, when a run begins: which rows the rollouts take.
+    - `assign(rollout)`, once a training rollout is scored: advantages, and what is trained on.
+    - `on_optimizer_step()`, after an optimizer step's last backward pass and before its update.
+    - `state_parts()`, when a checkpoint is written, and before a run goes on from one: what it keeps.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -136,11 +144,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
         self._sharing: bool | None = False
         self._unshared: str | None = None  # why prompts are not shared, where they were to be
-        self._serving: list[EncodedPrompt] | None = None
+        self._flight = InFlight()  # of no row
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self._begin_counts()
+        self._begin_counts(args)
         if isinstance(processing_class, PreTrainedTokenizerBase):
             check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         else:
@@ -201,8 +209,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     # Rows
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
-        sampler = self._order = self._row_order(dataset)
-        if self.family is None or not self.args.media_prefetch:
+        sampler = self._order = self.row_order(dataset)
+        if self.family is None or not self.args.media_prefetch or not getattr(sampler, "ahead", True):
             return sampler
         batch = self.args.generation_batch_size
         self._lookahead = LookaheadSampler(
@@ -216,8 +224,13 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         )
         return self._lookahead
 
-    def _row_order(self, dataset: Dataset | None) -> Sampler | None:
-        """Yields the rows of the rollouts, each once per completion, micro-batch and iteration."""
+    def row_order(self, dataset: Dataset | None) -> Sampler | None:
+        """
+        Says which rows the rollouts take: the hook that is called on every rank when a run begins.
+
+        Returns:
+            `Sampler`: yields each row once per completion, micro-batch and iteration, as TRL's does.
+        """
         return super()._get_train_sampler(dataset)
 
     def _prefetch_next_batch(self, current: Sequence[EncodedPrompt]) -> None:
@@ -228,35 +241,102 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, "video", "audio", "subtitle", "tag", "audio_in_video"]
 
-    # Generation
+    # Rollout
 
     @contextmanager
-    def _rows_in_use(self, prompts: list[EncodedPrompt] | None) -> Iterator[None]:
-        """The prompts of the rows that TRL's methods work on, which do not pass them on themselves."""
-        previous, self._serving = self._serving, prompts
+    def _in_flight(self, flight: InFlight) -> Iterator[InFlight]:
+        """What TRL's methods work on until this is left, and do not pass on themselves."""
+        previous, self._flight = self._flight, flight
         try:
-            yield
+            yield flight
         finally:
-            self._serving = previous
+            self._flight = previous
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.family is None:
-            return self._complete(inputs, None)
-        inputs, prompts = self.encode_rows(inputs)
-        self._agree_on_sharing(prompts)
+    @property
+    def _serving(self) -> list[EncodedPrompt] | None:
+        """Prompts of the rows that TRL's methods work on; `None` for a text-only model."""
+        return self._flight.prompts
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        flight: UpdatesInFlight = self._flight
+        for r in self._rounds(inputs):
+            flight.rounds.append(r)
         if self.model.training:
-            self._prefetch_next_batch(prompts)
-        return self._complete(inputs, prompts)
+            flight.rollout = Rollout.joined([r.rollout for r in flight.rounds])
+            assigned = self.assign(flight.rollout)
+            if assigned is not None:
+                self._take_over(flight, assigned)
+        return flight.rounds[0].batch
 
-    def _complete(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Batch:
-        """A rollout of this rank's rows, whose prompts are encoded; `None` for a text-only model."""
-        with self._rows_in_use(prompts):
-            output = super()._generate_and_score_completions(rows)
-        self._mask_unscorable(output)
-        if prompts is None:
-            return output
-        self._log_media(prompts)
-        return output | {PROMPTS_KEY: prompts}
+    def _rounds(self, inputs: list[dict[str, Any]]) -> Iterator[Round]:
+        """The calls of TRL's rollout that make one of ours: one, of the data loader's rows."""
+        rows, prompts = self._encoded(inputs)
+        if prompts is not None and self.model.training:
+            self._prefetch_next_batch(prompts)
+        yield self._roll_out(rows, prompts)
+
+    def _encoded(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt] | None]:
+        """Rows that can be shown, and their prompts; `None` for a text-only model."""
+        if self.family is None:
+            return rows, None
+        rows, prompts = self.encode_rows(rows)
+        self._agree_on_sharing(prompts)
+        return rows, prompts
+
+    def _roll_out(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Round:
+        """TRL's rollout of this rank's rows, each in a place of its own."""
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        batch, rollout = self._complete(RolloutInFlight(prompts, rows, group_size))
+        first = self.accelerator.process_index * len(rows)
+        return Round(batch, rollout, list(range(first, first + len(rows))))
+
+    def _complete(self, flight: RolloutInFlight) -> tuple[Batch, Rollout]:
+        """Lets TRL generate and score."""
+        with self._in_flight(flight):
+            batch = Batch(super()._generate_and_score_completions(flight.rows))
+        self._mask_unscorable(batch, flight)
+        if flight.prompts is not None:
+            self._log_media(flight.prompts)
+            batch[PROMPTS_KEY] = flight.prompts
+        return batch, flight.rollout
+
+    def assign(self, rollout: Rollout) -> Assignment | None:
+        """
+        Makes advantages of rewards: the hook that is called on every rank once a training rollout is scored.
+
+        Returns:
+            [`Assignment`]: advantages, and what is trained on; `None` where TRL's own stand and everything is.
+        """
+        return None
+
+    def _take_over(self, flight: UpdatesInFlight, assigned: Assignment) -> None:
+        """Puts what was assigned into the batches; where not simply all is trained on, cuts the micro-batches."""
+        rollout, rounds, world = flight.rollout, flight.rounds, self.accelerator.num_processes
+        self._replace_logged_advantages(assigned.advantages[rollout.fresh])
+        start, parts, counts = 0, [], torch.zeros(world, dtype=torch.long)
+        for r in rounds:
+            places = torch.tensor(r.places, dtype=torch.long, device=assigned.advantages.device) + start
+            r.batch["advantages"] = assigned.advantages[places]
+            r.batch[TAG_KEY] = rollout.counted_tags[places]
+            end = start + len(r.rollout.tags)
+            counts += assigned.kept[start:end].view(world, -1).sum(dim=1).cpu()
+            parts.append(r.batch.take(assigned.kept[places].nonzero().flatten().tolist()))
+            start = end
+        if len(rounds) == 1 and int(assigned.kept.sum()) == self.args.generation_batch_size:
+            return
+        for part in parts:  # which some rounds have and others have not; the tags say it too
+            part.pop(UNSCORABLE_KEY, None)
+        flight.chunks = update_batches(
+            Batch.concat(parts, self._tokenizer.pad_token_id),
+            counts.tolist(),
+            rounds[0].batch,
+            self.args,
+            self.accelerator.process_index,
+            partial(exchange_rows, accelerator=self.accelerator, prompts_by_key=self._prompts_by_key),
+            self._tokenizer.pad_token_id,
+        )
+
+    # Generation
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, torch.Tensor]]:
         if self.family is None:
@@ -299,7 +379,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return []
         if idle:  # the other ranks generate
             prompts = [self.prompt_builder.stand_in()]
-        with self._rows_in_use(prompts):
+        with self._in_flight(InFlight(prompts)):
             prompt_ids, _, fields = self._tokenize_prompts([])
             ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
         return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
@@ -311,6 +391,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         Besides the columns, rewards are handed `group_ids`, and what one of them names as an argument of
         `completion_logprobs` and `deficit_completions`, which cost a pass and a generation.
         """
+        flight = self._flight
+        if flight.scores is not None:
+            return flight.scores
         self.rollout_log.note(self, inputs, completion_ids_list)
         columns = {}
         if self._serving is not None:
@@ -329,10 +412,22 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 )
         if self.model.training:
             self._tally_rewards(inputs, scores)
-        scores = self._set_apart(inputs, scores)
+        tags, lengths, media_tokens = self._facts(inputs, completion_ids_list)
+        scores = self._set_apart(flight, scores, tags)
+        rewards = self._total_rewards(scores)
+        flight.rollout = flight.scored(scores, rewards, tags, lengths, media_tokens)
         if self.model.training:
-            self.tally.checks.note_rewards(self._compared(self._total_rewards(scores)))
+            self.tally.checks.note_rewards(self._compared(rewards))
         return scores
+
+    def _facts(self, rows: Sequence[dict[str, Any]], completion_ids: Sequence) -> Sequence[torch.Tensor]:
+        """Tag as a number, tokens and media tokens of each completion, over all ranks; each of shape (N,)."""
+        media = [sum(p.media_tokens.get(kind, 0) for kind in ("video", "audio")) for p in self._serving or ()]
+        facts = [
+            [tag_number(row.get("tag")), len(ids), tokens]
+            for row, ids, tokens in zip(rows, completion_ids, media or [0] * len(rows), strict=True)
+        ]
+        return self.accelerator.gather(torch.tensor(facts, device=self.accelerator.device)).unbind(1)
 
     def _tally_rewards(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
         """Counts completions to which a reward function gave nothing, but for those that it is not meant for."""
@@ -365,97 +460,71 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     # Rewards that failed
 
-    def _begin_counts(self) -> None:
-        self.missing_rewards: Counter[tuple[str, str]] = Counter()
-        self.unscorable_completions: Counter[str] = Counter()
-        self._spoken: Counter[str] = Counter()
-        self._scores_given: torch.Tensor | None = None
-        self._unscorable: torch.Tensor | None = None
-        self._window_counts = False
+    def _begin_counts(self, args: OmniGRPOConfig) -> None:
+        self._missing = MissingRewards(args.process_index == 0)
+        self._step_counts = False
 
-    def _prompts_of_scores(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        For the completions that were scored last, over all ranks: the number of each one's prompt, and which functions are
-        known to apply to it from completions that are not among them.
-        """
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        return torch.arange(len(scores), device=scores.device) // size, None
+    @property
+    def missing_rewards(self) -> Counter[tuple[str, str]]:
+        return self._missing.by_function
 
-    def _set_apart(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> torch.Tensor:
+    @property
+    def unscorable_completions(self) -> Counter[str]:
+        return self._missing.unscorable
+
+    def _set_apart(self, flight: RolloutInFlight, scores: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         """
         The scores without those of unscorable completions, all of whose are NaN then, so that TRL and what follows leave
         them out of every mean.
 
         Args:
-            rows: this rank's, with their tags.
             scores (`Tensor` of shape (N, reward functions)): over all ranks.
+            tags (`Tensor` of shape (N,)): as numbers.
         """
-        tags = torch.tensor([tag_number(row.get("tag")) for row in rows], device=self.accelerator.device)
-        tags = self.accelerator.gather(tags)
-        tagged = bool((tags != UNTAGGED).any())
-        self._scores_given = self._unscorable = None
-        if self._failed_is_zero and self.family is None and not tagged:
+        if self._failed_is_zero and self.family is None and not (tags != UNTAGGED).any():
             return scores
-        prompts, applies = self._prompts_of_scores(scores)
-        missing = missing_scores(scores, self.reward_weights, prompts, applies)
+        prompts = flight.groups(scores)
+        missing = missing_scores(scores, self.reward_weights, prompts, flight.applies)
         unscorable = missing.any(dim=1) | scores.isnan().all(dim=1)
-        self._scores_given, self._unscorable = scores, unscorable
+        flight.given, flight.unscorable = scores, unscorable
         scores = scores.masked_fill(unscorable[:, None], torch.nan)
-        self._count_by_tag(scores, missing, tags)
+        self._count_by_tag(scores, missing, unscorable, tags)
         alone = left_alone(unscorable, prompts)
         self._means["train" if self.model.training else "eval"].add(totals_by_tag("alone", alone.float(), tags))
         self.rollout_log.note_rewards(self, self._total_rewards(scores).tolist())
         return scores
 
-    def _count_by_tag(self, scores: torch.Tensor, missing: torch.Tensor, tags: torch.Tensor) -> None:
+    def _count_by_tag(
+        self, scores: torch.Tensor, missing: torch.Tensor, unscorable: torch.Tensor, tags: torch.Tensor
+    ) -> None:
         """
         Means of each reward function as `tag/<TAG>/rewards/<name>`, for rows that have tags, and the shares of completions
         that it failed on (`rewards/<name>/missing`) and that are left out for that (`tag/<TAG>/unscorable`).
         """
         training = self.model.training
         means = self._means["train" if training else "eval"]
-        means.add(totals_by_tag("unscorable", self._unscorable.float(), tags))
+        means.add(totals_by_tag("unscorable", unscorable.float(), tags))
         for name, values, failed in zip(self.reward_func_names, scores.T, missing.T, strict=True):
             means.add({f"rewards/{name}/missing": (float(failed.sum()), len(failed))})
             if (tags != UNTAGGED).any():
                 means.add(totals_by_tag(f"rewards/{name}", values, tags))
                 means.add(totals_by_tag(f"rewards/{name}/missing", failed.float(), tags))
             if training:
-                self._count_missing(name, tags[failed].tolist())
+                self._missing.observe(name, tags[failed].tolist(), self.state.global_step)
         if training:
-            self.unscorable_completions.update(map(_tag_name, tags[self._unscorable].tolist()))
+            self._missing.leave_out(tags[unscorable].tolist())
 
-    def _count_missing(self, name: str, tags: list[int]) -> None:
-        """Counts what a function failed on, and tells of it whenever that has doubled."""
-        counts = Counter(map(_tag_name, tags))
-        self.missing_rewards.update({(name, tag): count for tag, count in counts.items()})
-        total = sum(count for (other, _), count in self.missing_rewards.items() if other == name)
-        if not counts or total < 2 * self._spoken[name] or not self.accelerator.is_main_process:
-            return
-        self._spoken[name] = total
-        by_tag = ", ".join(f"{tag or 'untagged'} {count}" for tag, count in sorted(counts.items()))
-        logger.warning(
-            "The reward function %r gave no reward to %d completions of step %d (%s), %d so far: they are left out of training",
-            name,
-            len(tags),
-            self.state.global_step,
-            by_tag,
-            total,
-        )
-
-    def _mask_unscorable(self, output: Batch) -> None:
+    def _mask_unscorable(self, batch: Batch, flight: RolloutInFlight) -> None:
         """Unscorable completions keep their places without a token that counts; a collective call where there are any."""
-        given, unscorable = self._scores_given, self._unscorable
-        self._scores_given = self._unscorable = None
-        if unscorable is None or not unscorable.any():
+        if flight.unscorable is None or not flight.unscorable.any():
             return
-        for name, values in zip(self.reward_func_names, given.T, strict=True):
-            _replace_latest(self._logs["rewards"][name], values.tolist())
-        own = self._local(unscorable)
-        output[UNSCORABLE_KEY] = own.long()
-        output["completion_mask"] = output["completion_mask"].masked_fill(own[:, None], 0)
-        tokens = self._all_reduce(output["completion_mask"].sum())
-        output["num_items_in_batch"] = tokens.to(output["num_items_in_batch"])
+        for name, values in zip(self.reward_func_names, flight.given.T, strict=True):
+            replace_latest(self._logs["rewards"][name], values.tolist())
+        own = self._local(flight.unscorable)
+        batch[UNSCORABLE_KEY] = own.long()
+        batch["completion_mask"] = batch["completion_mask"].masked_fill(own[:, None], 0)
+        tokens = self._all_reduce(batch["completion_mask"].sum())
+        batch["num_items_in_batch"] = tokens.to(batch["num_items_in_batch"])
 
     def _leave_out(self, chunks: list[Batch]) -> None:
         """
@@ -477,7 +546,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         for chunk in chunks:
             scorable = int((chunk[UNSCORABLE_KEY] == 0).sum())
             if self.loss_type in _ROW_MEANS:
-                counts.append([scorable, count_rows(chunk)])
+                counts.append([scorable, chunk.rows])
             elif self.loss_type == "bnpo":
                 counts.append([int(scorable > 0), 1])
             else:  # over tokens, of which none is left that does not count
@@ -566,11 +635,15 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     # Log-probabilities and loss
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._serving is not None:
-            served = partial(self._forward_with_media, model, iter(self._serving), logits_to_keep)
-        return super()._get_per_token_logps_and_entropies(
-            model if self._serving is None else served, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        flight = self._flight
+        if flight.prompts is not None:
+            model = partial(self._forward_with_media, model, iter(flight.prompts), logits_to_keep)
+        found = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
+        if isinstance(flight, PassInFlight):
+            flight.logps, flight.entropies = found[:2]
+        return found
 
     def _forward_with_media(self, model: nn.Module, rows: Iterator[EncodedPrompt], logits_to_keep: int, **inputs):
         """Stands in for `model` in TRL's log-probability loop, which takes its rows in order, chunk by chunk."""
@@ -643,55 +716,72 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return f"comparing both ways ended with {type(failure).__name__}: {first_line}"
         return None if error <= 1 else f"log-probabilities differ {error:.1f} times as much as rounding explains"
 
+    # Updates
+
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not before:
-            self.rollout_log.write(self)
-            self.tally.checks.end_rollout(self.state.global_step + 1, self._rollout_facts())
-            self._regroup()
-            if UNSCORABLE_KEY in inputs:
-                self._leave_out(self._buffered_inputs)
-            return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        with self._in_flight(UpdatesInFlight()) as flight:
+            inputs = super()._prepare_inputs(generation_batch)
+            if self._buffered_inputs is not before:
+                self.rollout_log.write(self)
+                self.tally.checks.end_rollout(self.state.global_step + 1, self._rollout_facts())
+                self._buffered_inputs = flight.chunks or self._regrouped(list(map(Batch, self._buffered_inputs)))
+                self._weigh(self._buffered_inputs, flight.rollout)
+                return self._buffered_inputs[self._step % self.args.steps_per_generation]
         if not self.model.training and UNSCORABLE_KEY in inputs:
             self._leave_out([inputs])
         return inputs
 
-    def _regroup(self) -> None:
+    def _regrouped(self, chunks: list[Batch]) -> list[Batch]:
         """Puts rows of one prompt together: TRL shuffles them, which passes a prompt once in each micro-batch."""
-        chunks = self._buffered_inputs
         if PROMPTS_KEY not in chunks[0]:
-            return
-        media = any(prompt.kinds for chunk in chunks for prompt in chunk[PROMPTS_KEY])
+            return chunks
+        media = any(prompt.kinds for chunk in chunks for prompt in chunk.prompts)
         if not media and self.args.shared_prefix != "on":
-            return  # as TRL does
-        sizes = [count_rows(chunk) for chunk in chunks]
-        self._buffered_inputs = split_rows(regroup_rows(merge_chunks(chunks), PROMPTS_KEY), sizes)
+            return chunks  # as TRL does
+        return Batch.merge(chunks).regroup().split([chunk.rows for chunk in chunks])
+
+    def _weigh(self, chunks: list[Batch], rollout: Rollout) -> None:
+        """Folds what rows weigh in the loss of their optimizer step into their advantages. A collective call."""
+        if UNSCORABLE_KEY in chunks[0]:
+            self._leave_out(chunks)
 
     def _compute_loss(self, model, inputs):
+        if not inputs["completion_ids"].size(0):  # a rank that is short of rows
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        inputs = Batch(inputs)
         scale = float(inputs[SCALE_KEY][0]) if SCALE_KEY in inputs else 1.0
-        self._window_counts |= scale > 0
+        self._step_counts |= self.model.training and scale > 0
         beta = self.beta
         self.beta = beta * scale if scale else beta  # the KL term is in the same mean, but not in the advantage
         try:
-            with self._rows_in_use(inputs.get(PROMPTS_KEY)):
-                return super()._compute_loss(model, inputs)
+            with self._in_flight(PassInFlight(inputs.prompts, inputs=inputs)) as flight:
+                loss = super()._compute_loss(model, inputs)
+                if self.model.training:
+                    self._end_pass(flight, loss)
         finally:
             self.beta = beta
+        return loss
+
+    def _end_pass(self, flight: PassInFlight, loss: torch.Tensor) -> None:
+        """Takes down what a training pass has shown, before its backward pass."""
 
     def training_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._end_step(self._window_counts)
-            self._window_counts = False
+            self.on_optimizer_step()
+            self._step_counts = False
         return loss
 
-    def _end_step(self, counted: bool) -> None:
-        """Before the optimizer's step, given whether its micro-batches held something that could be scored."""
-        if not counted:
+    def on_optimizer_step(self) -> None:
+        """
+        Sees the gradients of an optimizer step: the hook that is called on every rank after its last backward pass and
+        before its update. What overrides it calls it as well.
+        """
+        if not self._step_counts:
             self._forget_gradients()
         if self.family is not None or not self._failed_is_zero:
-            self._log_all({"sampling/steps_without_update": not counted})
+            self._log_all({"sampling/steps_without_update": not self._step_counts})
 
     # Metrics
 
@@ -714,7 +804,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._metrics[mode][name].append(float(value))
 
     def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
-        _replace_latest(self._logs["advantages"], advantages.tolist())
+        replace_latest(self._logs["advantages"], advantages.tolist())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -726,7 +816,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def train(self, *args, **kwargs):
         # A run before this one may have stopped within a rollout.
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self._begin_counts()
+        self._begin_counts(self.args)
         self._step, self._buffered_inputs = 0, None
         self.rollout_log.begin()
         return super().train(*args, **kwargs)
@@ -746,37 +836,26 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self.accelerator.process_index,
             self._step,
             self._pending_chunks(),
-            PROMPTS_KEY,
             self._resume_signature(),
         )
         if self.args.should_save:
-            self._save_counts(folder)
+            for part in self.state_parts():
+                part.save(folder)
         super()._save_checkpoint(model, trial)
 
-    def _save_counts(self, folder: str) -> None:
-        state = {
-            "missing": [[*key, count] for key, count in self.missing_rewards.items()],
-            "unscorable": list(self.unscorable_completions.items()),
-        }
-        write_atomically(os.path.join(folder, MISSING_FILE), json.dumps(state))
-
-    def _load_counts(self, folder: str) -> None:
-        path = os.path.join(folder, MISSING_FILE)
-        if not os.path.exists(path):
-            return
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-        self.missing_rewards = Counter({(name, tag): count for name, tag, count in state["missing"]})
-        self.unscorable_completions = Counter(dict(state["unscorable"]))
-        for (name, _), count in self.missing_rewards.items():
-            self._spoken[name] += count
+    def state_parts(self) -> list[StatePart]:
+        """
+        Names what a checkpoint keeps beside weights, optimizer and rows: the hook that is called when one is written, and
+        before a run goes on from one. What overrides it adds to the list.
+        """
+        return [self._missing]
 
     def _resume_signature(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
-    def _pending_chunks(self) -> list[dict[str, Any]] | None:
+    def _pending_chunks(self) -> list[Batch] | None:
         """Chunks of the last rollout, while some of its updates are still to come."""
         return self._buffered_inputs if self._step % self._updates_per_rollout else None
 
@@ -785,30 +864,34 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """Micro-batches that are trained on before the next rollout."""
         return self.args.steps_per_generation * self.num_iterations
 
-    def _init_training_state(self, *args, **kwargs):
-        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         # TRL's sampler draws an order per epoch: draw those of the epochs that are done.
         for _ in range(epochs_trained if self._order is not None else 0):
             next(iter(self._order), None)
+        if resume_from_checkpoint is not None:
+            for part in self.state_parts():
+                part.load(resume_from_checkpoint)
         return epochs_trained, steps_trained
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._load_counts(checkpoint)
         rank, device = self.accelerator.process_index, self.accelerator.device
         lost: list[tuple[str, MediaError]] = []
         try:
-            self._step, self._buffered_inputs = load_rollout(
-                checkpoint, rank, self._prompts_by_key, PROMPTS_KEY, device
-            )
+            self._step, self._buffered_inputs = load_rollout(checkpoint, rank, self._prompts_by_key, device)
         except LostPromptsError as error:
             self._step, lost = error.step, error.failed
         self._drop_rollout(gather_object(lost))
         chunks = self._buffered_inputs
         if chunks is not None and self.family is not None:  # trained on before anything is generated
-            self._agree_on_sharing([prompt for chunk in chunks for prompt in chunk[PROMPTS_KEY]])
+            self._agree_on_sharing([prompt for chunk in chunks for prompt in chunk.prompts])
 
     def _drop_rollout(self, lost: list[tuple[str, MediaError]]) -> None:
         """Goes on with a new rollout where some rank cannot show prompts of the one that was under way."""
@@ -838,14 +921,3 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if failed:
             raise LostPromptsError(failed)
         return [encoded[key] for key in keys]
-
-
-def _tag_name(number: int) -> str:
-    return "" if number == UNTAGGED else TAGS[number].value
-
-
-def _replace_latest(logged: deque, values: Sequence[float]) -> None:
-    """Puts values in the place of the newest ones."""
-    for _ in range(min(len(values), len(logged))):
-        logged.pop()
-    logged.extend(values)
