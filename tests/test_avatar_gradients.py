@@ -199,6 +199,11 @@ def train(model, processing_class, data, tmp_path, steps, reward, by_model, **op
     }
     trainer = Watched(model, reward, AvatarConfig(**options), train_dataset=data, processing_class=processing_class)
     trainer.by_model = by_model
+    return follow(trainer, steps)
+
+
+def follow(trainer, steps):
+    """Trains; what happened."""
     training = Training(trainer)
     create_optimizer = trainer.create_optimizer
 
@@ -350,12 +355,17 @@ def loss_of(rows, rollout, logps, formula):
 
 def log_probs(training, model, completion):
     """A completion's log-probabilities, alone in a batch."""
-    trainer, key, ids = training.trainer, completion.key, torch.tensor(completion.ids)
+    trainer, key = training.trainer, completion.key
+    return log_probs_under(trainer, model, key if trainer.family is None else encoded(trainer)[key], completion.ids)
+
+
+def log_probs_under(trainer, model, prompt, ids):
+    """The same of some tokens, given what was shown: token ids, or an encoded prompt with its media."""
+    ids = torch.tensor(ids)
     if trainer.family is None:
-        whole = torch.cat([torch.tensor(key), ids])[None]
+        whole = torch.cat([torch.tensor(prompt), ids])[None]
         logits = model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits[0]
     else:
-        prompt = encoded(trainer)[key]
         whole = torch.cat([prompt.input_ids, ids])[None]
         positions = batch_position_ids([prompt], len(prompt), len(ids))
         with serve_media(trainer.family, model, [prompt]):
