@@ -51,7 +51,7 @@ class AvatarConfig(MAPOConfig):
         metadata={
             "help": "Over which rows of an optimizer step the loss is a mean: 'tag' (a weighted sum over tags of the mean over "
             "each) or 'batch', fresh and replayed completions apart. Null: as method says; with 'avatar' TRL's loss_type "
-            "says it, unless another option of MAPOConfig is set, which takes 'tag' with adaptive tag_weights, else 'batch'."
+            "says it, or 'batch' where curriculum, dynamic_sampling or leftover is set."
         },
     )
     cast_lm_head_to_fp32: bool = field(
@@ -203,7 +203,7 @@ class AvatarConfig(MAPOConfig):
         axes = (self.tag_weights, self.curriculum, self.dynamic_sampling)
         if self.method == "avatar" and self.loss_strata is None:
             if self.leftover != "fill" or any(axis != "none" for axis in axes):
-                self.loss_strata = "tag" if self.tag_weights == "adaptive" else "batch"
+                self.loss_strata = "batch"
         super().__post_init__()
         for name, choices in {
             "tas_shape": SHAPES,

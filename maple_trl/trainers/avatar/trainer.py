@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from math import ceil
 from typing import Any
@@ -64,6 +63,7 @@ from maple_trl.trainers.common.rollout import (
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
 from maple_trl.trainers.common.samplers import StratifiedSampler
 from maple_trl.trainers.common.tag_metrics import UNTAGGED, tag_number, totals_by_tag
+from maple_trl.trainers.common.trl_compat import lent
 from maple_trl.trainers.mapo.trainer import MAPOTrainer
 
 
@@ -302,11 +302,8 @@ class AvatarTrainer(MAPOTrainer):
         flight = RolloutInFlight(
             None if self.family is None else prompts, rows, plan.group_size, fresh, place_tags=tags, applies=applies
         )
-        group_size, self.num_generations = self.num_generations, 1
-        try:
+        with lent(self, num_generations=1):
             return self._complete(flight)
-        finally:
-            self.num_generations = group_size
 
     def _with_own_prompts(
         self, replayed: dict[int, tuple[dict[str, Any], EncodedPrompt | None, Experience]]
@@ -594,7 +591,7 @@ class AvatarTrainer(MAPOTrainer):
     def _compute_loss(self, model, inputs):
         if REPLAYED_KEY not in inputs:
             return super()._compute_loss(model, inputs)
-        with self._objective_of(inputs):
+        with lent(self, **self._objective_of(inputs)):
             return super()._compute_loss(model, inputs)
 
     def _end_pass(self, flight: PassInFlight, loss: Tensor) -> None:
@@ -637,23 +634,19 @@ class AvatarTrainer(MAPOTrainer):
                     flight.inputs[name] = torch.where(values.isnan(), found[0].detach(), values)
         return found
 
-    @contextmanager
-    def _objective_of(self, inputs: Batch) -> Iterator[None]:
-        """The clip of each row, and a penalty that is a mean over the fresh ones, where TRL's loss reads them."""
-        before = {name: getattr(self, name) for name in ("epsilon_low", "epsilon_high", "beta")}
+    def _objective_of(self, inputs: Batch) -> dict[str, Any]:
+        """Settings of TRL's loss: the clip of each row, and a penalty that is a mean over the fresh ones."""
+        settings: dict[str, Any] = {}
         replayed = inputs[REPLAYED_KEY].bool()[:, None]
-        own = {"epsilon_low": self.args.replay_epsilon, "epsilon_high": self.args.replay_epsilon_high}
-        own = {name: before[name] if value is None else value for name, value in own.items()}
-        if any(own[name] != before[name] for name in own):
-            for name, value in own.items():
-                setattr(self, name, torch.where(replayed, value, before[name]))
+        clips = {"epsilon_low": self.args.replay_epsilon, "epsilon_high": self.args.replay_epsilon_high}
+        if any(value is not None and value != getattr(self, name) for name, value in clips.items()):
+            for name, value in clips.items():
+                settings[name] = torch.where(
+                    replayed, getattr(self, name) if value is None else value, getattr(self, name)
+                )
         if self.beta and len(replayed) and FRESH_SCALE_KEY in inputs:
-            self.beta = self.beta * float(inputs[FRESH_SCALE_KEY].flatten()[0])
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(self, name, value)
+            settings["beta"] = self.beta * float(inputs[FRESH_SCALE_KEY].flatten()[0])
+        return settings
 
     def _record(self, flight: PassInFlight) -> None:
         """Takes what a training pass found out: log-probabilities of fresh completions, ratios of replayed ones."""

@@ -54,6 +54,17 @@ def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[
             del vars(owner)[name]
 
 
+@contextmanager
+def lent(trainer: Any, **settings: Any) -> Iterator[None]:
+    """Gives a trainer other settings while its parent's methods read them."""
+    own = {name: getattr(trainer, name) for name in settings}
+    vars(trainer).update(settings)
+    try:
+        yield
+    finally:
+        vars(trainer).update(own)
+
+
 def replace_latest(logged: deque, values: Sequence[float]) -> None:
     """Puts values in the place of the newest ones of a column that TRL keeps for `log_completions`."""
     for _ in range(min(len(values), len(logged))):

@@ -64,7 +64,7 @@ from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
 from maple_trl.trainers.common.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
-from maple_trl.trainers.common.trl_compat import replace_latest, trl_expectations
+from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
@@ -403,7 +403,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self._rewards_want("deficit_completions") and self._serving is not None:
             columns["deficit_completions"] = self._deficit_completions(inputs)
         inputs = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
-        with self._checked_rewards():
+        with lent(self, reward_funcs=self._checked_rewards()):
             scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for name, values in zip(self.reward_func_names, scores.T, strict=True):
             if values.isinf().any():
@@ -445,18 +445,12 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """Rewards in the groups in which they are compared, of shape (groups, completions)."""
         return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
 
-    @contextmanager
-    def _checked_rewards(self) -> Iterator[None]:
-        """Lets reward functions say by name what is wrong with them and with what they return."""
-        functions = self.reward_funcs
-        self.reward_funcs = [
+    def _checked_rewards(self) -> list[Any]:
+        """Reward functions that say by name what is wrong with them and with what they return."""
+        return [
             function if isinstance(function, nn.Module) else checked(function, name)
-            for function, name in zip(functions, self.reward_func_names, strict=True)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        try:
-            yield
-        finally:
-            self.reward_funcs = functions
 
     # Rewards that failed
 
@@ -752,15 +746,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         inputs = Batch(inputs)
         scale = float(inputs[SCALE_KEY][0]) if SCALE_KEY in inputs else 1.0
         self._step_counts |= self.model.training and scale > 0
-        beta = self.beta
-        self.beta = beta * scale if scale else beta  # the KL term is in the same mean, but not in the advantage
-        try:
-            with self._in_flight(PassInFlight(inputs.prompts, inputs=inputs)) as flight:
-                loss = super()._compute_loss(model, inputs)
-                if self.model.training:
-                    self._end_pass(flight, loss)
-        finally:
-            self.beta = beta
+        beta = self.beta * scale if scale else self.beta  # the KL term is in the same mean, but not in the advantage
+        with lent(self, beta=beta), self._in_flight(PassInFlight(inputs.prompts, inputs=inputs)) as flight:
+            loss = super()._compute_loss(model, inputs)
+            if self.model.training:
+                self._end_pass(flight, loss)
         return loss
 
     def _end_pass(self, flight: PassInFlight, loss: torch.Tensor) -> None:
