@@ -92,7 +92,7 @@ _MOVED = {
     "trainers.omni_sft_config": "trainers.omni_sft.config",
     "trainers.quarantine_callback": "trainers.common.quarantine",
     "trainers.rollout_clock": "trainers.common.samplers",
-    "trainers.rounds": "trainers.mapo.rollout",
+    "trainers.rounds": "trainers.common.rollout",
     "trainers.rollout_state": "trainers.common.checkpoint",
     "trainers.stratified_sampler": "trainers.common.samplers",
     "trainers.tracking_callback": "integrations.tracking",

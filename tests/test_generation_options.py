@@ -19,9 +19,9 @@ from maple_trl.evaluation import evaluator as evaluator_module
 from maple_trl.omni import loading
 from maple_trl.omni.families import family_for, unwrap
 from maple_trl.omni.lora import build_lora_config
+from maple_trl.trainers.common.rollout import InFlight
 from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 from maple_trl.trainers.omni_sft import trainer as omni_sft
-from maple_trl.trainers.common.rollout import InFlight
 
 
 pytestmark = pytest.mark.slow

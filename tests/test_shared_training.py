@@ -24,8 +24,8 @@ from maple_trl.omni.prefix import sharing
 from maple_trl.omni.prefix.packed_attention import install
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
+from maple_trl.trainers.common import updates
 from maple_trl.trainers.common.updates import micro_batches
-from maple_trl.trainers.mapo import trainer as mapo
 from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 
 
@@ -498,7 +498,7 @@ def test_groups_stay_together_when_others_were_dropped(whole, seven_tags, tmp_pa
     """Three of four groups, two to a micro-batch; and rows as even as they can be, as the control."""
     folder, dataset = seven_tags
     if not whole:
-        monkeypatch.setattr(mapo, "micro_batches", lambda *args, group, **kwargs: micro_batches(*args, **kwargs))
+        monkeypatch.setattr(updates, "micro_batches", lambda *args, group, **kwargs: micro_batches(*args, **kwargs))
     rows = one_row_per_tag(dataset).filter(lambda r: r["tag"] in ("VA", "S", "VAS", "A"))
     options = {"dynamic_sampling": "early", "batching": "mixed", "per_device_train_batch_size": 2 * G, "max_steps": 2}
     trainer, _ = trained(folder, rows, tmp_path, "on", kind=MAPO, reward=of_all_but_text, **options)
