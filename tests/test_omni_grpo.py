@@ -312,7 +312,7 @@ def test_prefetch_decodes_what_comes_next(seven_tags):
         return original_encode(rows)
 
     def prefetch(calls):
-        fetched.append({trainer.prompt_builder.spec(call.args[0]).key for call in calls})
+        fetched.append({call.args[0].key for call in calls})
         return original_prefetch(calls)
 
     trainer.encode_rows, trainer.loader.prefetch = encode_rows, prefetch

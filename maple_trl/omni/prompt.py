@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from maple_trl.modalities import Modality, ModalityTag
@@ -29,6 +30,9 @@ from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, 
 
 
 __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
+
+PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video")
+"""The columns that a prompt depends on."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class PromptSpec:
         files, requests = (*self.videos, *self.audios), (*self.video_requests, *self.audio_requests)
         return tuple(zip(files, requests, strict=True))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A digest of the content: equal prompts have an equal key."""
         content = [self.messages, self.videos, self.audios, self.subtitle, self.interleaved, self.tag]
@@ -245,23 +249,23 @@ class PromptBuilder:
 
     # Encoding
 
-    def decode(self, row: Mapping[str, Any]) -> None:
-        """Decodes a row's clips into the loader's cache."""
-        self._clips(self.spec(row))
+    def decode(self, row: Mapping[str, Any] | PromptSpec) -> None:
+        """Decodes the clips of a row, or of its spec, into the loader's cache."""
+        self._clips(row if isinstance(row, PromptSpec) else self.spec(row))
 
     def stand_in(self) -> EncodedPrompt:
         """The shortest of prompts, for where one has to be passed and there is none."""
         return self.encode({"prompt": [{"role": "user", "content": "."}]})
 
-    def encode(self, row: Mapping[str, Any]) -> EncodedPrompt:
+    def encode(self, row: Mapping[str, Any] | PromptSpec) -> EncodedPrompt:
         """
-        Decodes and encodes one row.
+        Decodes and encodes one row, or its spec.
 
         Raises:
             RowError: when the row cannot be a prompt.
             MediaError: when a file cannot be used, with the reason.
         """
-        spec = self.spec(row)
+        spec = row if isinstance(row, PromptSpec) else self.spec(row)
         videos, audios = self._clips(spec)
         if spec.fed == {Modality.AUDIO} and not any(audios):
             raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
@@ -425,6 +429,23 @@ def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequenc
             builder.check_template(spec)
         except RowError as error:
             raise RowError(f"row {number}: {error}") from error
+
+
+def prompt_columns(row: Mapping[str, Any]) -> Hashable:
+    """What a row says of its prompt: equal for rows that say the same, if it is all of JSON's types."""
+    return tuple(_typed(row.get(name)) for name in PROMPT_COLUMNS)
+
+
+def _typed(value: Any) -> Hashable:
+    """A value with its types, without which 1, 1.0 and True were equal; one of a foreign type equals nothing."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind, *map(_typed, value)
+    if kind is dict:
+        return kind, *map(_typed, value.items())
+    if kind is float:
+        return kind, repr(value)  # 0.0 and -0.0 are equal too
+    return kind, value if kind in (str, int, bool, type(None)) else object()
 
 
 def _parse_tag(value: Any) -> ModalityTag:

@@ -114,11 +114,9 @@ class MediaTrainer:
 
     def _prefetch(self, rows: Sequence[dict[str, Any]], current: Sequence[EncodedPrompt]) -> None:
         """Begins to decode the media of rows to come, but for those of the current prompts."""
-        waiting = {}
-        for row in map(self.row_encoder.usable, rows):
-            waiting.setdefault(self.prompt_builder.spec(row).key, partial(self.prompt_builder.decode, row))
         done = {prompt.key for prompt in current}
-        self.loader.prefetch([decode for key, decode in waiting.items() if key not in done])
+        specs = {spec.key: spec for _, spec in map(self.row_encoder.usable, rows)}
+        self.loader.prefetch([partial(self.prompt_builder.decode, specs[key]) for key in specs if key not in done])
 
     # What is left out
 

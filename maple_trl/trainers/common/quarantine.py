@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -189,11 +190,13 @@ class RowRegistry:
     def substitute(self, key: str) -> dict[str, Any]:
         """The next usable row after a quarantined one, of its tag where there is one; every rank finds the same."""
         start = self._rows_of[key][0]
-        order = [*range(start + 1, len(self._keys)), *range(start)]
-        usable = [i for i in order if self._keys[i] not in self.quarantined]
-        if not usable:
+        order = chain(range(start + 1, len(self._keys)), range(start))
+        usable = (i for i in order if self._keys[i] not in self.quarantined)
+        nearest = next(usable, None)
+        if nearest is None:
             raise ValueError(self._none_left())
-        return self.dataset[next((i for i in usable if self._tags[i] == self._tags[start]), usable[0])]
+        alike = (i for i in chain([nearest], usable) if self._tags[i] == self._tags[start])
+        return self.dataset[next(alike, nearest)]
 
     def _none_left(self) -> str:
         count = self.reasons().total()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
+from cachetools import LRUCache
 from datasets import Dataset
 
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.prompt import PROMPT_COLUMNS, PromptBuilder, PromptSpec, prompt_columns
 from maple_trl.trainers.common.quarantine import QuarantinedPrompt, Ranks, RowRegistry
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 _ROUNDS = 8  # times that stand-ins of one batch may fail
+_SPECS_AT_HAND = 1024  # more than this rollout and the next one have prompts
 
 
 class RowEncoder:
@@ -45,6 +47,7 @@ class RowEncoder:
         self.progress = progress
         self.most_lost = most_lost
         self.registries: dict[str, RowRegistry] = {}
+        self._specs: LRUCache[Hashable, PromptSpec] = LRUCache(_SPECS_AT_HAND)
 
     def register(self, dataset: Any, name: str) -> Any:
         """
@@ -87,13 +90,13 @@ class RowEncoder:
         """
         encoded: dict[str, EncodedPrompt] = {}
         for rounds in count(1):
-            rows = [self.usable(row, evaluating) for row in rows]
-            keys = [self.builder.spec(row).key for row in rows]
+            used = [self.usable(row, evaluating) for row in rows]
+            rows = [row for row, _ in used]
             tried: list[tuple[str, MediaError | None]] = []
-            for key, row in dict(zip(keys, rows, strict=True)).items():
+            for key, spec in {spec.key: spec for _, spec in used}.items():
                 if key not in encoded:
                     try:
-                        encoded[key] = self.builder.encode(row)
+                        encoded[key] = self.builder.encode(spec)
                         tried.append((key, None))
                     except MediaError as error:
                         tried.append((key, error))
@@ -102,7 +105,7 @@ class RowEncoder:
                 registry.note_seen(key for key, _ in tried)
             failed = [(key, error) for key, error in tried if error is not None]
             if not failed:
-                return rows, [encoded[key] for key in keys]
+                return rows, [encoded[spec.key] for _, spec in used]
             for key, error in failed:
                 registries = [registry for registry in self.registries.values() if key in registry]
                 if not registries:
@@ -120,28 +123,35 @@ class RowEncoder:
         """What is wrong where a data set has lost more rows than a share; see [`RowRegistry.too_many`]."""
         return next(filter(None, (registry.too_many(limit) for registry in self.registries.values())), None)
 
-    def usable(self, row: Row, evaluating: bool = False) -> Row:
-        """The row, or the one of its data set that stands in for it, with the same columns."""
-        key = self.builder.spec(row).key
+    def usable(self, row: Row, evaluating: bool = False) -> tuple[Row, PromptSpec]:
+        """The row, or the one of its data set that stands in for it, with the same columns; and what it is fed."""
+        spec = self.spec(row)
         names = sorted(self.registries, key=lambda name: name.startswith("train") == evaluating)
         for registry in (self.registries[name] for name in names):
-            if key in registry.quarantined:
-                stand_in = registry.substitute(key)
-                return {name: stand_in.get(name) for name in row}
-        return row
+            if spec.key in registry.quarantined:
+                stand_in = registry.substitute(spec.key)
+                row = {name: stand_in.get(name) for name in row}
+                return row, self.spec(row)
+        return row, spec
+
+    def spec(self, row: Row) -> PromptSpec:
+        """What a row is fed, found out once for all its copies."""
+        said = prompt_columns(row)
+        if said not in self._specs:
+            self._specs[said] = self.builder.spec(row)
+        return self._specs[said]
 
     def encode_each(self, rows: Sequence[Row]) -> list[EncodedPrompt | None]:
         """Encodes rows without replacing any: `None` stands where the media cannot be used. Not a collective call."""
         encoded: dict[str, EncodedPrompt | None] = {}
-        keys = [self.builder.spec(row).key for row in rows]
-        for key, row in zip(keys, rows, strict=True):
-            if key not in encoded:
-                try:
-                    encoded[key] = self.builder.encode(row)
-                except MediaError as error:
-                    logger.warning("A row is left out: %s", error)
-                    encoded[key] = None
-        return [encoded[key] for key in keys]
+        specs = [self.spec(row) for row in rows]
+        for key, spec in {spec.key: spec for spec in specs}.items():
+            try:
+                encoded[key] = self.builder.encode(spec)
+            except MediaError as error:
+                logger.warning("A row is left out: %s", error)
+                encoded[key] = None
+        return [encoded[spec.key] for spec in specs]
 
 
 # Columns in which other libraries' data sets hold the question.
@@ -174,7 +184,7 @@ def check_spelling(columns: Sequence[str], name: str) -> None:
         asked = next((other for other in _QUESTIONS if other in columns), None)
         advice = f"rename {asked!r} to 'prompt'" if asked else "a prompt is a text, or messages with role and content"
         raise ValueError(f"{name} has no column 'prompt'; its columns: {', '.join(columns)}; {advice}")
-    for column in ("video", "audio", "subtitle", "tag", "audio_in_video"):
+    for column in PROMPT_COLUMNS:
         alike = [other for other in columns if _bare(other) == column.replace("_", "")]
         if alike and column not in columns:
             raise ValueError(
