@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maple_trl.trainers.common.batch import Batch
+from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 from maple_trl.trainers.common.updates import even_parts, micro_batches, owners
 
 
@@ -55,6 +55,45 @@ def test_owners_share_rows_out_evenly_and_in_order(rows_per_rank):
 
 def test_owners_of_a_worked_case():
     assert owners([6, 0, 1]) == [0, 0, 0, 1, 1, 2, 2]
+
+
+# Prompts
+
+
+@st.composite
+def mixtures(draw):
+    """Groups of fresh completions and single replayed ones, shuffled; and how many optimizer steps they make."""
+    steps, size, groups = draw(st.integers(1, 4)), draw(st.integers(2, 4)), draw(st.integers(1, 4))
+    singles = draw(st.integers(0, 3)) * steps
+    names = [g for g in range(groups * steps) for _ in range(size)] + [-1 - i for i in range(singles)]
+    return steps, size, draw(st.permutations(names))
+
+
+def of_prompts(names):
+    prompts = {name: object() for name in names}
+    batch = rows_of(range(len(names)))
+    batch[PROMPTS_KEY] = [prompts[name] for name in names]
+    return batch, {id(prompt): name for name, prompt in prompts.items()}
+
+
+@settings(deadline=None, max_examples=200)
+@given(mixtures())
+def test_each_step_has_its_share_of_the_groups_and_of_the_single_rows(mixture):
+    steps, size, names = mixture
+    batch, known = of_prompts(names)
+    own = len(names) // steps
+    for parts, whole in ((batch.regroup([own] * steps), True), (batch.regroup(), False)):
+        assert sorted(parts["row"].tolist()) == list(range(len(names))), "every row once"
+        order = [known[id(prompt)] for prompt in parts.prompts]
+        assert [names[i] for i in parts["row"].tolist()] == order
+        singles = [sum(name < 0 for name in order[i : i + own]) for i in range(0, len(order), own)]
+        if whole:
+            assert len(set(singles)) == 1
+            for i in range(0, len(order), own):
+                fresh = [name for name in order[i : i + own] if name >= 0]
+                assert fresh == [name for name in dict.fromkeys(fresh) for _ in range(size)], "groups are whole"
+        elif singles[0] or any(singles):  # the control: single rows are the last
+            assert order == sorted(order, key=lambda name: name < 0)
 
 
 # Micro-batches

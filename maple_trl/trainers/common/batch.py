@@ -65,18 +65,29 @@ class Batch(dict[str, Any]):
         """The rows in order, in parts of the given sizes."""
         return [self.take(range(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
-    def regroup(self) -> Batch:
+    def regroup(self, steps: Sequence[int] | None = None) -> Batch:
         """
         Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first; those with
         fewer rows here come last, so that the others begin where micro-batches do.
 
         The shuffle's own random draws are used, so the random stream stays TRL's.
+
+        Args:
+            steps: rows of each optimizer step. Where given, prompts are dealt out to the steps, so that those with many rows
+                and those with few are in each.
         """
         rows_of: dict[int, list[int]] = {}
         for i, prompt in enumerate(self[PROMPTS_KEY]):
             rows_of.setdefault(id(prompt), []).append(i)
-        groups = sorted(rows_of.values(), key=len, reverse=True)
-        return self.take([i for rows in groups for i in rows])
+        dealt: list[list[int]] = [[] for _ in steps or (0,)]
+        room = list(steps or (self.rows,))
+        for rows in sorted(rows_of.values(), key=len, reverse=True):
+            while rows:
+                step = max(range(len(room)), key=room.__getitem__)
+                fitting, rows = rows[: room[step]], rows[room[step] :]
+                dealt[step] += fitting
+                room[step] -= len(fitting)
+        return self.take([i for rows in dealt for i in rows])
 
     @classmethod
     def merge(cls, chunks: Sequence[Batch]) -> Batch:

@@ -23,7 +23,6 @@ from maple_trl.trainers.common.hinted_rows import HINTED, row_digest
 if TYPE_CHECKING:
     from maple_trl.algorithms import Experience
     from maple_trl.omni.encoded import EncodedPrompt
-    from maple_trl.omni.prompt import PromptBuilder
     from maple_trl.trainers.common.rows import RowEncoder
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ class Rolling(Protocol):
     args: Any
     model: Any
     state: Any
-    prompt_builder: PromptBuilder
     reward_func_names: list[str]
     row_encoder: RowEncoder
     _logs: Mapping[str, Any]
@@ -207,7 +205,7 @@ def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | 
         return facts | {"group": row_digest(row), "prompt": prompt_text(row["prompt"]), "hinted": None}
     group = prompt.key.removesuffix(HINTED)
     registry = trainer.row_encoder.registries.get("train_dataset")
-    spec = trainer.prompt_builder.spec(row)
+    spec = trainer.row_encoder.spec(row)
     return facts | {
         "group": group,
         "row": registry.row_number(group) if registry is not None and group in registry else None,

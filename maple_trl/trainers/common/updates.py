@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from trl.trainer.utils import shuffle_sequence_dict
 
 from maple_trl.omni.encoded import EncodedPrompt
-from maple_trl.trainers.common.batch import NUMBER_KEY, PROMPTS_KEY, TAG_KEY, Batch
+from maple_trl.trainers.common.batch import NUMBER_KEY, PROMPTS_KEY, REPLAYED_KEY, TAG_KEY, Batch
 from maple_trl.trainers.common.tag_metrics import UNTAGGED
 
 
@@ -50,14 +50,15 @@ def update_batches(
         spare[NUMBER_KEY] = torch.full_like(spare[NUMBER_KEY], -1)
     batch, padding_row = Batch.concat([batch, spare], pad_token_id).split([batch.rows, 1])
     batch = Batch(shuffle_sequence_dict(batch))
+    steps = args.steps_per_generation // args.gradient_accumulation_steps
     if batch.prompts is not None:
         one = {prompt.key: prompt for prompt in batch.prompts}  # rows from other ranks may bring it again
         batch[PROMPTS_KEY] = [one[prompt.key] for prompt in batch.prompts]
-        batch = batch.regroup()
+        batch = batch.regroup(even_parts(batch.rows, steps) if REPLAYED_KEY in batch else None)
     return micro_batches(
         batch,
         even_parts(sum(rows_per_rank), len(rows_per_rank)),
-        steps=args.steps_per_generation // args.gradient_accumulation_steps,
+        steps=steps,
         slots=args.gradient_accumulation_steps,
         largest=args.per_device_train_batch_size,
         padding_row=padding_row,

@@ -39,7 +39,14 @@ from maple_trl.omni.prefix.sharing import probe_prompt, sharing_error
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
-from maple_trl.trainers.common.batch import PROMPTS_KEY, SCALE_KEY, TAG_KEY, UNSCORABLE_KEY, Batch
+from maple_trl.trainers.common.batch import (
+    PROMPTS_KEY,
+    REPLAYED_KEY,
+    SCALE_KEY,
+    TAG_KEY,
+    UNSCORABLE_KEY,
+    Batch,
+)
 from maple_trl.trainers.common.checkpoint import (
     LostPromptsError,
     ResumeError,
@@ -733,7 +740,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         media = any(prompt.kinds for chunk in chunks for prompt in chunk.prompts)
         if not media and self.args.shared_prefix != "on":
             return chunks  # as TRL does
-        return Batch.merge(chunks).regroup().split([chunk.rows for chunk in chunks])
+        sizes, slots = [chunk.rows for chunk in chunks], self._micro_batches_of_a_mean(len(chunks))
+        steps = [sum(sizes[i : i + slots]) for i in range(0, len(sizes), slots)]
+        return Batch.merge(chunks).regroup(steps if REPLAYED_KEY in chunks[0] else None).split(sizes)
 
     def _weigh(self, chunks: list[Batch], rollout: Rollout) -> None:
         """Folds what rows weigh in the loss of their optimizer step into their advantages. A collective call."""

@@ -146,7 +146,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             RowError: when the row has no completion, or its chat template writes the prompt in another way when a
                 completion follows.
         """
-        messages = self.prompt_builder.spec(row).messages
+        messages = self.row_encoder.spec(row).messages
         completion = row.get("completion")
         if isinstance(messages, str):
             if not isinstance(completion, str) or not completion:
