@@ -6,14 +6,17 @@ import re
 import runpy
 import sys
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from maple_trl import cli, train
+from maple_trl.data.hint_leaks import leaks_answer
+from maple_trl.jobs.data import load_datasets
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import parse_args, trainer_class
+from maple_trl.jobs.options import OmniScriptArguments, parse_args, trainer_class
 from maple_trl.jobs.stages import load_plan
 
 
@@ -114,7 +117,7 @@ def test_every_row_of_the_tables_has_its_recipe_and_a_tiny_variant():
 
     assert files("maple_qa") == {f"{name}.yaml" for name in QA}
     assert files("maple_caption") == {f"{name}.yaml" for name in CAPTION}
-    assert files("tiny") == {tiny_of(*row).name for row in ROWS}
+    assert files("tiny") == {tiny_of(*row).name for row in ROWS} | {BOTH.name}
 
 
 @pytest.mark.parametrize("folder, name", ROWS)
@@ -198,6 +201,53 @@ def test_the_judge_of_the_caption_recipes(monkeypatch):
     (entry,) = parsed(path)[0].rewards
     (weighed,) = train.load_rewards([entry | yaml.safe_load(line)])
     assert (weighed.__name__, weighed.alpha) == ("caption_judge_crw", 0.5)
+
+
+# MAPLE and AVATAR in one run
+
+BOTH = RECIPES / "tiny" / "maple_avatar.yaml"
+
+
+def test_the_recipe_of_both_has_all_of_both():
+    script_args, args, _ = parsed(BOTH)
+    assert (script_args.trainer, type(args).__name__) == ("avatar", "AvatarConfig")
+    expected = {"method": "mapo", "batching": "stratified", "advantage_scope": "tag", "loss_strata": "tag"}
+    expected |= {"loss_aggregation": "sample", "tag_weights": "adaptive", "dynamic_sampling": "early"}
+    expected |= {"curriculum": "adaptive", "curriculum_granularity": "cycle", "revisit": "unsolved"}
+    expected |= {"num_generations": 8, "replayed_generations": 4, "replay_scope": "tiers", "replay_draw": "balanced"}
+    expected |= {"tas_shape": "parabolic", "tas_lambda": 0.5, "hints": True}
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.steps_per_generation > args.gradient_accumulation_steps  # else nothing is ever clipped
+
+
+def test_the_recipe_of_both_runs(tmp_path):
+    words = ["--config", BOTH, "--output_dir", tmp_path, "--max_steps", 8, "--use_cpu", "true", "--logging_steps", 1]
+    words += ["--evaluate_before_after", "false", "--per_device_train_batch_size", 16, "--zero_shot_questions", 2]
+    words += ["--dataset_filter", '{"tag": ["S", "VA"]}']  # so that tags come again
+    assert cli.main(["train", *map(str, words)]) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    logged = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    found = {name for entry in logged for name in entry}
+    assert found >= {"tag/S/weight", "tag/VA/weight", "tag/all/priority", "tag/all/dropped", "hint/stuck_prompts"}
+    assert max(entry.get("replay/share", 0) for entry in logged) > 0
+    assert {path.name for path in (tmp_path / "checkpoint-8").iterdir()} >= {"mapo.json", "avatar.json", "replay"}
+
+
+def test_the_embedded_hints():
+    """A signal of several says nothing about the answer: all letters go with it."""
+    (splits, root), (plain, _) = (
+        load_datasets(OmniScriptArguments(dataset_name=f"builtin:seven-tags{name}")) for name in ("-hints", "")
+    )
+    letters = defaultdict(set)
+    for row in splits["train"]:
+        assert (row["hint"] is None) == (len(row["tag"]) == 1)
+        if row["hint"] is not None:
+            assert row[f"truth_{row['tag'][0]}"] in row["hint"]
+            assert leaks_answer(row["hint"], row["question"], row["solution"]) is None
+            letters[row["tag"], row["hint"]].add(row["solution"])
+    assert len(letters) == 4 * 4 and all(found == set("ABCD") for found in letters.values())
+    for split, rows in splits.items():
+        assert rows.remove_columns("hint").to_list() == plain[split].to_list()
 
 
 # AVATAR's stages

@@ -311,6 +311,21 @@ def _make_rows(
     return [{"id": f"{split}-{number:04}", **rows[index]} for number, index in enumerate(rng.permutation(len(rows)))]
 
 
+def add_hints(rows: Dataset) -> Dataset:
+    """
+    The rows of the set with a column `hint`: what the first signal of the tag shows, such as `"color: red"`.
+
+    By the Latin square it says nothing about the answer. Where the tag has no other signal it would be all that is asked,
+    and the hint is empty.
+    """
+    signals = [_ordered(tag) for tag in rows["tag"]]
+    hints = [
+        f"{NOUNS[first]}: {row[f'truth_{first.value}']}" if others else None
+        for row, (first, *others) in zip(rows, signals, strict=True)
+    ]
+    return rows.add_column("hint", hints)
+
+
 def default_folder(prompts_per_tag: int | Mapping[str, int] = 64, seed: int = 0) -> Path:
     """
     The folder in the user's cache where [`load_seven_tags`] keeps the set of these sizes and seed.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
-BUILTIN_DATASETS = ("builtin:seven-tags",)
+BUILTIN_DATASETS = ("builtin:seven-tags", "builtin:seven-tags-hints")
 _SHOWN = 20  # values of a column that an error lists
 
 
@@ -47,9 +47,11 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     if name.startswith("builtin:"):
         if name not in BUILTIN_DATASETS:
             raise SetupError(f"there is no embedded data set {name!r}; embedded: {', '.join(BUILTIN_DATASETS)}")
-        from maple_trl.data import default_folder, load_seven_tags
+        from maple_trl.data.synthetic import add_hints, default_folder, load_seven_tags
 
         folder, splits = default_folder(), load_seven_tags()
+        if name.endswith("-hints"):
+            splits = {split: add_hints(rows) for split, rows in splits.items()}
     elif Path(name).exists():
         folder = Path(name) if Path(name).is_dir() else Path(name).parent
         splits = _read_local(Path(name), wanted)

@@ -86,8 +86,8 @@ class OmniScriptArguments:
             ([`AvatarTrainer`]) or `omni_sft` ([`OmniSFTTrainer`], supervised); it decides which config class the other
             options belong to.
         dataset_name (`str`):
-            `builtin:seven-tags` (written into the user's cache when it is first used), a `.parquet`, `.json` or
-            `.jsonl`, `.csv` or `.tsv` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
+            `builtin:seven-tags` (written into the user's cache when it is first used; `builtin:seven-tags-hints` is the
+            same with a column `hint`), a `.parquet`, `.json` or `.jsonl`, `.csv` or `.tsv` file, a folder with one such file per split (`train.parquet`, `test.parquet`) or made by
             `save_to_disk`, or a Hub id. While `media_root` is left at `.`, local data have their own folder as media
             root.
         dataset_config (`str`, *optional*):
