@@ -183,17 +183,17 @@ PAD = 99
 
 def round_of(rows, prompt, completion, first):
     ids = torch.arange(first, first + rows * (prompt + completion)).reshape(rows, prompt + completion)
-    return {
-        "prompt_ids": ids[:, :prompt],
-        "prompt_mask": torch.ones(rows, prompt, dtype=torch.long),
-        "completion_ids": ids[:, prompt:],
-        "completion_mask": torch.ones(rows, completion, dtype=torch.long),
-        "old_per_token_logps": -ids[:, prompt:].float(),
-        "advantages": torch.arange(rows) + 0.5,
-        "omni_prompts": [f"prompt {first + i}" for i in range(rows)],
-        "num_items_in_batch": torch.tensor(first),
-        "absent": None,
-    }
+    return Batch(
+        prompt_ids=ids[:, :prompt],
+        prompt_mask=torch.ones(rows, prompt, dtype=torch.long),
+        completion_ids=ids[:, prompt:],
+        completion_mask=torch.ones(rows, completion, dtype=torch.long),
+        old_per_token_logps=-ids[:, prompt:].float(),
+        advantages=torch.arange(rows) + 0.5,
+        omni_prompts=[f"prompt {first + i}" for i in range(rows)],
+        num_items_in_batch=torch.tensor(first),
+        absent=None,
+    )
 
 
 shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)

@@ -293,7 +293,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
                 save_rows(
                     folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()}
                 )
-            save_rollout(folder, self.accelerator.process_index, 0, None, PROMPTS_KEY, self._resume_signature())
+            save_rollout(folder, self.accelerator.process_index, 0, None, self._resume_signature())
         super()._save_checkpoint(model, trial)
 
     def _resume_signature(self) -> dict[str, Any]:
