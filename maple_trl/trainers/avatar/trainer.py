@@ -375,7 +375,7 @@ class AvatarTrainer(OmniGRPOTrainer):
             on_policy = group_advantages(*everyone, torch.zeros_like(everyone[1]), "group")[: len(rewards)]
         else:
             scope = self.args.advantage_scope
-            by_tag = scope in ("tag", "tag_whitened")
+            by_tag = scope not in ("group", "batch")
             on_policy = group_advantages(rewards, groups, tags if by_tag else torch.zeros_like(tags), scope)
         self._replace_logged_advantages(on_policy)
         return on_policy, off_policy
