@@ -163,8 +163,9 @@ class ExtensionError(ValueError):
 
 class Registry(Mapping[str, _T]):
     """
-    Everything of one kind by name: what is registered here, and what installed packages offer as entry points. Names are
-    read from their metadata; a package is imported when its name is asked for.
+    Everything of one kind by name: what is registered here, and what installed packages offer as entry points.
+
+    Names are read from the packages' metadata; a package is imported when one of its names is asked for.
 
     Args:
         what (`str`): how errors call one of the kind.
@@ -181,7 +182,7 @@ class Registry(Mapping[str, _T]):
 
     def register(self, name: str, replace: bool = False) -> Callable[[_T], _T]:
         """
-        Decorator that makes something known under a name.
+        Return a decorator that makes something known under a name.
 
         Args:
             replace (`bool`, *optional*, defaults to `False`): take the place of what has the name.
@@ -202,7 +203,7 @@ class Registry(Mapping[str, _T]):
 
     def find(self, name: str) -> _T:
         """
-        What has a name.
+        Return what has a name.
 
         Raises:
             ValueError: where nothing has, listing the names that there are; an [`ExtensionError`] where it cannot be used.
@@ -218,7 +219,7 @@ class Registry(Mapping[str, _T]):
         return self._found[name]
 
     def __contains__(self, name: object) -> bool:
-        """Also loads it: options are held against names before a run begins, which is the time to say what is wrong."""
+        """Also load it: options are held against names before a run begins, which is the time to say what is wrong."""
         if not isinstance(name, str) or name not in self._names():
             return False
         self._load(name)

@@ -80,32 +80,32 @@ def group_advantages(
 
 
 def lifts_equal_rewards(scope: str) -> bool:
-    """Whether a prompt whose completions were all rewarded alike has advantages other than 0: beside others it is tried."""
+    """Try whether completions of a prompt that were all rewarded alike have an advantage other than 0 beside others."""
     rewards, prompts, tags = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5, 0.0]), [0, 0, 1, 1, 2, 2], [*"VVVVAA"]
     return bool(group_advantages(rewards, prompts, tags, scope)[:2].any())
 
 
 @register_scope("group")
 def scale_within_prompts(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
-    """Mean and deviation of the prompt."""
+    """Take mean and deviation of the prompt."""
     return _scaled(rewards_N, prompts_N, prompts_N, eps)
 
 
 @register_scope("tag")
 def scale_within_tags(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
-    """Mean of the prompt, deviation of the tag."""
+    """Take the mean of the prompt, the deviation of the tag."""
     return _scaled(rewards_N, prompts_N, tags_N, eps)
 
 
 @register_scope("tag_whitened")
 def whiten_tags(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
-    """Mean and deviation of the tag."""
+    """Take mean and deviation of the tag."""
     return _scaled(rewards_N, tags_N, tags_N, eps)
 
 
 @register_scope("batch")
 def whiten_batch(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
-    """Mean and deviation of all."""
+    """Take mean and deviation of all."""
     batch_N = torch.zeros_like(prompts_N)
     return _scaled(rewards_N, batch_N, batch_N, eps)
 

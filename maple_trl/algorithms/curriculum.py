@@ -114,22 +114,24 @@ class TagCurriculum:
 
 @register_curriculum("none")
 def shuffle_tags(tags: Tags, priorities: ByTag, zero_shot: ByTag, rng: random.Random) -> Tags:
-    """At random; the only one that draws from `rng`."""
+    """Shuffle; the only one that draws from `rng`."""
     rng.shuffle(tags)
     return tags
 
 
 @register_curriculum("static")
 def keep_canonical(tags: Tags, priorities: ByTag, zero_shot: ByTag, rng: random.Random) -> Tags:
-    """Canonical order, so uni-modal, then bi-modal, then tri-modal tags."""
+    """Keep the canonical order, so uni-modal, then bi-modal, then tri-modal tags."""
     return tags
 
 
 @register_curriculum("adaptive")
 def hardest_first(tags: Tags, priorities: ByTag, zero_shot: ByTag, rng: random.Random) -> Tags:
     """
-    The tag of highest priority first. Tags without one yet come before all others, in ascending order of zero-shot accuracy,
-    those of unknown accuracy first. Ties keep the canonical order.
+    Put the tag of highest priority first.
+
+    Tags without one yet come before all others, in ascending order of zero-shot accuracy, those of unknown accuracy first.
+    Ties keep the canonical order.
     """
 
     def rank(tag: ModalityTag) -> tuple[bool, float]:

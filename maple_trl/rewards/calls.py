@@ -31,7 +31,7 @@ class RewardError(ValueError):
 
 
 def find_rewards(rewards: Any) -> Any:
-    """Functions that we know by name in place of their names, alone or in a list; what else TRL takes stays as it is."""
+    """Put functions in place of the names by which we know them, alone or in a list; what else TRL takes stays as it is."""
     if isinstance(rewards, list | tuple):
         return [find_rewards(reward) for reward in rewards]
     known = sys.modules[__package__].REWARDS

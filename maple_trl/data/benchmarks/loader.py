@@ -55,7 +55,7 @@ _SHOWN = 5  # faults in one message
 
 
 def register_benchmark(benchmark: Benchmark) -> Benchmark:
-    """Makes a benchmark known under its name; ValueError for a name that another one has."""
+    """Make a benchmark known under its name; ValueError for a name that another one has."""
     return BENCHMARKS.register(benchmark.name)(benchmark)
 
 
