@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 
 __version__ = "0.1.0"
@@ -152,3 +152,100 @@ def lazy_names(package: str, places: dict[str, str]) -> tuple[Callable[[str], An
 
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS)
+
+
+_T = TypeVar("_T")
+
+
+class ExtensionError(ValueError):
+    """What an installed package adds cannot be used; the message says what it is, of which package, and why."""
+
+
+class Registry(Mapping[str, _T]):
+    """
+    Everything of one kind by name: what is registered here, and what installed packages offer as entry points.
+
+    Names are read from the packages' metadata; a package is imported when one of its names is asked for.
+
+    Args:
+        what (`str`): how errors call one of the kind.
+        group (`str`): of the entry points.
+        ours (`Mapping`, *optional*): those that are there from the beginning.
+        fits (`Callable`, *optional*, defaults to `callable`): whether an object is of the kind.
+    """
+
+    def __init__(
+        self, what: str, group: str, ours: Mapping[str, _T] | None = None, fits: Callable[[Any], bool] = callable
+    ):
+        self.what, self.group, self.fits = what, group, fits
+        self._found: dict[str, _T] = dict(ours or {})
+
+    def register(self, name: str, replace: bool = False) -> Callable[[_T], _T]:
+        """
+        Return a decorator that makes something known under a name.
+
+        Args:
+            replace (`bool`, *optional*, defaults to `False`): take the place of what has the name.
+
+        Raises:
+            ValueError: for a name that something has.
+        """
+
+        def add(found: _T) -> _T:
+            if name in self._found and not replace:
+                raise ValueError(
+                    f"the {self.what} {name!r} is there already; choose another name, or say replace=True"
+                )
+            self._found[name] = found
+            return found
+
+        return add
+
+    def find(self, name: str) -> _T:
+        """
+        Return what has a name.
+
+        Raises:
+            ValueError: where nothing has, listing the names that there are; an [`ExtensionError`] where it cannot be used.
+        """
+        try:
+            return self[name]
+        except KeyError:
+            raise ValueError(f"Unknown {self.what} {name!r}; choose one of {', '.join(self)}") from None
+
+    def __getitem__(self, name: str) -> _T:
+        if name not in self._found:
+            self._load(name)
+        return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Also load it: options are held against names before a run begins, which is the time to say what is wrong."""
+        if not isinstance(name, str) or name not in self._names():
+            return False
+        self._load(name)
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        from importlib.metadata import entry_points
+
+        return list(dict.fromkeys([*self._found, *sorted(entry_points(group=self.group).names)]))
+
+    def _load(self, name: str) -> None:
+        from importlib.metadata import entry_points
+
+        for entry in entry_points(group=self.group, name=name):
+            told = f"the {self.what} {name!r} of the package {getattr(entry.dist, 'name', '')} ({entry.value})"
+            try:
+                offered = entry.load()
+            except (Exception, SystemExit) as error:  # the module is the user's: importing it can fail in any way
+                raise ExtensionError(f"{told} cannot be loaded: {type(error).__name__}: {error}") from error
+            if not self.fits(offered):
+                raise ExtensionError(f"{told} is none: it is {type(offered).__name__}")
+            if self._found.setdefault(name, offered) is not offered:
+                raise ExtensionError(f"{told}: there is another one of this name")

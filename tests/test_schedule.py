@@ -32,7 +32,7 @@ options = st.fixed_dictionaries(
         "seed": st.integers(0, 99),
     }
 )
-curricula = st.builds(TagCurriculum, st.sampled_from(CURRICULA), st.integers(1, 6))
+curricula = st.builds(TagCurriculum, st.sampled_from(list(CURRICULA)), st.integers(1, 6))
 
 
 def epoch_of(schedule):
@@ -292,7 +292,7 @@ def drive(schedule, curriculum, steps, seed):
 
 
 @settings(deadline=None)
-@given(tags=tag_lists, options=options, strategy=st.sampled_from(CURRICULA), steps=st.integers(0, 15))
+@given(tags=tag_lists, options=options, strategy=st.sampled_from(list(CURRICULA)), steps=st.integers(0, 15))
 def test_peeking_changes_nothing(tags, options, strategy, steps):
     curriculum = TagCurriculum(strategy)
     schedule = StratifiedSchedule(tags, curriculum=curriculum, **options)
@@ -309,7 +309,7 @@ def test_peeking_changes_nothing(tags, options, strategy, steps):
 @given(
     tags=tag_lists,
     options=options,
-    strategy=st.sampled_from(CURRICULA),
+    strategy=st.sampled_from(list(CURRICULA)),
     steps=st.integers(0, 25),
     left_out=st.sets(st.integers(0, 39), max_size=20),
 )

@@ -1,10 +1,10 @@
 """Arithmetic and small stateful objects behind the trainers: tensors and numbers in, numbers out."""
 
-from maple_trl.algorithms.advantages import group_advantages
+from maple_trl.algorithms.advantages import group_advantages, register_scope
 from maple_trl.algorithms.aggregation import row_coefficients, stratum_totals
 from maple_trl.algorithms.clipping import clipped_tokens
 from maple_trl.algorithms.crw import contrastive_rewards
-from maple_trl.algorithms.curriculum import TagCurriculum
+from maple_trl.algorithms.curriculum import TagCurriculum, register_curriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
 from maple_trl.algorithms.hinting import HintTrigger
@@ -48,6 +48,8 @@ __all__ = [
     "missing_scores",
     "policy_divergence",
     "rank_share",
+    "register_curriculum",
+    "register_scope",
     "remaining_scale",
     "replay_advantages",
     "replayed_slots",

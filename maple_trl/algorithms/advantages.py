@@ -1,16 +1,23 @@
-"""Advantages of completions under four choices of baseline and scale (MAPLE, arXiv 2602.11596, section 4.1)."""
+"""Advantages of completions under several choices of baseline and scale (MAPLE, arXiv 2602.11596, section 4.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from maple_trl import Registry
 from maple_trl.modalities import ModalityTag
 
 
-SCOPES = ("group", "tag", "tag_whitened", "batch")
+Scope = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+SCOPES: Registry[Scope] = Registry("advantage scope", "maple_trl.scopes")
+"""
+Pure functions `(rewards_N, prompts_N, tags_N, eps) -> advantages_N` by name: float64 rewards of all completions that have
+one, and for each the number of its prompt (equal within a group) and the position of its tag in `list(ModalityTag)`.
+"""
+register_scope = SCOPES.register
 
 
 def group_advantages(
@@ -40,16 +47,16 @@ def group_advantages(
             it counts in no mean and no standard deviation.
         prompt_ids_N: completions of one prompt share a number; any order.
         tags_N: tags in any spelling, or an integer tensor of positions in `list(ModalityTag)`.
-        scope: one of `SCOPES`.
+        scope: one of `SCOPES`; a further one is a function with [`register_scope`].
 
     Returns:
         float32 tensor of shape (N,) on the device of the rewards.
 
     Raises:
-        ValueError: for an unknown scope, arguments of different lengths, an infinite reward, or a bad tag.
+        ValueError: for an unknown scope, one that does not give a number for each completion, arguments of different
+            lengths, an infinite reward, or a bad tag.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"Unknown advantage scope {scope!r}; choose one of {', '.join(SCOPES)}")
+    scaled = SCOPES.find(scope)
     if rewards_N.dim() != 1 or not len(rewards_N) == len(prompt_ids_N) == len(tags_N):
         raise ValueError(
             f"Expected one prompt and one tag per reward, got rewards of shape {tuple(rewards_N.shape)}, "
@@ -63,12 +70,48 @@ def group_advantages(
     scorable_N = ~rewards_N.isnan()
     prompts_N = torch.as_tensor(prompt_ids_N, device=device).unique(return_inverse=True)[1]
     tags_N = _tag_positions(tags_N).to(device)
+    given_M = rewards_N[scorable_N]
+    found_M = torch.as_tensor(scaled(given_M, prompts_N[scorable_N], tags_N[scorable_N], eps)).to(given_M)
+    if found_M.shape != given_M.shape or not found_M.isfinite().all():
+        raise ValueError(
+            f"The advantage scope {scope!r} must give a finite number for each of {len(given_M)} completions, got {found_M}"
+        )
+    return torch.zeros_like(rewards_N).masked_scatter(scorable_N, found_M).float()
+
+
+def lifts_equal_rewards(scope: str) -> bool:
+    """Try whether completions of a prompt that were all rewarded alike have an advantage other than 0 beside others."""
+    rewards, prompts, tags = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5, 0.0]), [0, 0, 1, 1, 2, 2], [*"VVVVAA"]
+    return bool(group_advantages(rewards, prompts, tags, scope)[:2].any())
+
+
+@register_scope("group")
+def scale_within_prompts(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
+    """Take mean and deviation of the prompt."""
+    return _scaled(rewards_N, prompts_N, prompts_N, eps)
+
+
+@register_scope("tag")
+def scale_within_tags(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
+    """Take the mean of the prompt, the deviation of the tag."""
+    return _scaled(rewards_N, prompts_N, tags_N, eps)
+
+
+@register_scope("tag_whitened")
+def whiten_tags(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
+    """Take mean and deviation of the tag."""
+    return _scaled(rewards_N, tags_N, tags_N, eps)
+
+
+@register_scope("batch")
+def whiten_batch(rewards_N: Tensor, prompts_N: Tensor, tags_N: Tensor, eps: float) -> Tensor:
+    """Take mean and deviation of all."""
     batch_N = torch.zeros_like(prompts_N)
-    baseline_N = {"tag_whitened": tags_N, "batch": batch_N}.get(scope, prompts_N)
-    scale_N = {"group": prompts_N, "batch": batch_N}.get(scope, tags_N)
-    mean_N, _ = _moments(rewards_N, baseline_N, scorable_N)
-    _, std_N = _moments(rewards_N, scale_N, scorable_N)
-    return torch.where(scorable_N, (rewards_N - mean_N) / (std_N + eps), 0.0).float()
+    return _scaled(rewards_N, batch_N, batch_N, eps)
+
+
+def _scaled(rewards_N: Tensor, baseline_N: Tensor, scale_N: Tensor, eps: float) -> Tensor:
+    return (rewards_N - _moments(rewards_N, baseline_N)[0]) / (_moments(rewards_N, scale_N)[1] + eps)
 
 
 def _tag_positions(tags: Tensor | Sequence[ModalityTag | str]) -> Tensor:
@@ -80,15 +123,15 @@ def _tag_positions(tags: Tensor | Sequence[ModalityTag | str]) -> Tensor:
     return tags.long()
 
 
-def _moments(values_N: Tensor, groups_N: Tensor, counted_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of each row's group, over the rows that count."""
+def _moments(values_N: Tensor, groups_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of each row's group."""
     size = int(groups_N.max()) + 1 if len(groups_N) else 0
 
     def total(summands_N: Tensor) -> Tensor:
         sums = torch.zeros(size, dtype=torch.float64, device=summands_N.device)
-        return sums.index_add_(0, groups_N, summands_N.masked_fill(~counted_N, 0.0))[groups_N]
+        return sums.index_add_(0, groups_N, summands_N)[groups_N]
 
     count_N = total(torch.ones_like(values_N))
-    mean_N = total(values_N) / count_N.clamp(min=1)
+    mean_N = total(values_N) / count_N
     variance_N = total((values_N - mean_N) ** 2) / (count_N - 1).clamp(min=1)
     return mean_N, variance_N.sqrt()

@@ -5,29 +5,35 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from maple_trl import Registry
 from maple_trl.algorithms.difficulty import values_by_tag
 from maple_trl.modalities import ModalityTag
 
 
-CURRICULA = ("none", "static", "adaptive")
+Tags = list[ModalityTag]
+ByTag = Mapping[ModalityTag, float]
+Order = Callable[[Tags, ByTag, ByTag, random.Random], Sequence[ModalityTag]]
+CURRICULA: Registry[Order] = Registry("curriculum", "maple_trl.curricula")
+"""
+Pure functions `(tags, priorities, zero_shot, rng) -> tags` by name: the tags to order, in canonical order; the priorities of
+those observed so far; accuracies before training where they are given (for `adaptive` alone they are measured); and a
+generator in the same state on all ranks.
+"""
+register_curriculum = CURRICULA.register
+FIXED_CURRICULA = ("none", "static")
+"""Those that look at no priority. Batches of an epoch follow the order of every other one, from the first tag to the last."""
 
 
 class TagCurriculum:
     """
-    Orders tags.
-
-    - `none`: at random.
-    - `static`: canonical order, so uni-modal, then bi-modal, then tri-modal tags.
-    - `adaptive`: the tag of highest priority first. A tag's priority is the mean of its last `window` difficulties.
-      Tags without a difficulty yet come before all others, in ascending order of zero-shot accuracy, those of unknown
-      accuracy first. Ties keep the canonical order.
+    Orders tags. A tag's priority is the mean of its last `window` difficulties.
 
     Args:
-        strategy: one of `CURRICULA`.
+        strategy: one of `CURRICULA`; a further one is a function with [`register_curriculum`].
         zero_shot: accuracy before training per tag, as fractions.
 
     Raises:
@@ -40,8 +46,7 @@ class TagCurriculum:
         window: int = 5,
         zero_shot: Mapping[ModalityTag | str, float] | None = None,
     ):
-        if strategy not in CURRICULA:
-            raise ValueError(f"Unknown curriculum {strategy!r}; choose one of {', '.join(CURRICULA)}")
+        self._ordered = CURRICULA.find(strategy)
         if window < 1:
             raise ValueError(f"The window must hold at least 1 difficulty, got {window}")
         self.strategy = strategy
@@ -72,19 +77,22 @@ class TagCurriculum:
         The given tags, each once, in the order to train them.
 
         Args:
-            rng: drawn from by `none` only. Ranks that must agree pass generators of the same state.
+            rng: ranks that must agree pass generators of the same state.
+
+        Raises:
+            ValueError: when the strategy gives other tags than these.
         """
         given = {ModalityTag.parse(tag) for tag in tags}
-        order = [tag for tag in ModalityTag if tag in given]
-        if self.strategy == "none":
-            rng.shuffle(order)
-        elif self.strategy == "adaptive":
-            order.sort(key=self._rank)
+        canonical = [tag for tag in ModalityTag if tag in given]
+        order = self._ordered(list(canonical), self._priorities(), dict(self._zero_shot), rng)
+        order = [ModalityTag.parse(tag) for tag in order]
+        if sorted(order) != sorted(canonical):
+            raise ValueError(f"The curriculum {self.strategy!r} must give each of {canonical} once, got {order}")
         return order
 
     def metrics(self) -> dict[str, float]:
         """The priorities of the tags observed so far, as `tag/V/priority`."""
-        return {f"tag/{tag}/priority": self.priority(tag) for tag in ModalityTag if tag in self._histories}
+        return {f"tag/{tag}/priority": priority for tag, priority in self._priorities().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Difficulties and zero-shot accuracies, ready for JSON."""
@@ -100,8 +108,33 @@ class TagCurriculum:
         }
         self._zero_shot = values_by_tag(state["zero_shot"])
 
-    def _rank(self, tag: ModalityTag) -> tuple[bool, float]:
-        priority = self.priority(tag)
-        if priority is None:
-            return False, self._zero_shot.get(tag, -math.inf)
-        return True, -priority
+    def _priorities(self) -> dict[ModalityTag, float]:
+        return {tag: fmean(self._histories[tag]) for tag in ModalityTag if tag in self._histories}
+
+
+@register_curriculum("none")
+def shuffle_tags(tags: Tags, priorities: ByTag, zero_shot: ByTag, rng: random.Random) -> Tags:
+    """Shuffle; the only one that draws from `rng`."""
+    rng.shuffle(tags)
+    return tags
+
+
+@register_curriculum("static")
+def keep_canonical(tags: Tags, priorities: ByTag, zero_shot: ByTag, rng: random.Random) -> Tags:
+    """Keep the canonical order, so uni-modal, then bi-modal, then tri-modal tags."""
+    return tags
+
+
+@register_curriculum("adaptive")
+def hardest_first(tags: Tags, priorities: ByTag, zero_shot: ByTag, rng: random.Random) -> Tags:
+    """
+    Put the tag of highest priority first.
+
+    Tags without one yet come before all others, in ascending order of zero-shot accuracy, those of unknown accuracy first.
+    Ties keep the canonical order.
+    """
+
+    def rank(tag: ModalityTag) -> tuple[bool, float]:
+        return (True, -priorities[tag]) if tag in priorities else (False, zero_shot.get(tag, -math.inf))
+
+    return sorted(tags, key=rank)

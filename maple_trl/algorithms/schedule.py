@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from maple_trl.algorithms.curriculum import TagCurriculum
+from maple_trl.algorithms.curriculum import FIXED_CURRICULA, TagCurriculum
 from maple_trl.modalities import ModalityTag
 
 
@@ -225,7 +225,7 @@ class StratifiedSchedule:
         if self.granularity == "cycle":
             return order
         batches = [stratum for stratum in order for _ in range(counts[stratum])]
-        if self.curriculum.strategy == "adaptive":
+        if self.curriculum.strategy not in FIXED_CURRICULA:
             return batches
         if self.shuffle:
             draw.shuffle(batches)

@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from maple_trl import Registry
 from maple_trl.cli.data import run_hints
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
@@ -34,6 +35,11 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 
 
 _OWN_PARSER = {"eval": run_eval, "hints": run_hints, "report": run_report}
+COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
+"""
+Commands of other packages by name: functions of the words behind it, which return the exit status. The names that there are
+stay ours.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),
     ):
         commands.add_parser(name, help=does, add_help=False, allow_abbrev=False)
+    for name in [name for name in COMMANDS if name not in {*commands.choices, *_OWN_PARSER}]:
+        commands.add_parser(name, help="added by an installed package", add_help=False, allow_abbrev=False)
     return parser
 
 
@@ -117,16 +125,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "train":
         return _train(parser, arguments, argv[argv.index("train") + 1 :])
     name = getattr(arguments, "data_command", arguments.command)
-    if rest and name not in _OWN_PARSER:
+    if rest and name in ("env", None):
         known = _subparser(parser, arguments.command)._option_string_actions
         parser.error(f"unknown argument {rest[0]}{did_you_mean(rest[0].split('=')[0], known)}")
     if arguments.command == "data" and arguments.data_command is None:
         _subparser(parser, "data").print_help()
         return 0
     try:
-        if name in _OWN_PARSER:
-            return _OWN_PARSER[name](argv[argv.index(name) + 1 :])
-        return _env(arguments)
+        if name == "env":
+            return _env(arguments)
+        run = _OWN_PARSER[name] if name in _OWN_PARSER else COMMANDS[name]
+        return run(argv[argv.index(name) + 1 :]) or 0
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

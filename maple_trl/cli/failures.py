@@ -132,10 +132,8 @@ def _known(error: BaseException) -> str | None:
         note = next((note for note in getattr(link, "__notes__", ()) if note.startswith(FAILED)), None)
         if note is not None:
             return note
-    module = type(error).__module__
-    if module.startswith("maple_trl.") and isinstance(
-        error, ValueError
-    ):  # every class of errors here says what is wrong
+    ours = type(error).__module__.split(".")[0] == "maple_trl"
+    if ours and isinstance(error, ValueError):  # every class of errors here says what is wrong
         return str(error)
     return None
 

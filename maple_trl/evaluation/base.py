@@ -59,6 +59,9 @@ class BaseEvaluator(ABC):
     """
     Asks and scores batch by batch; what is kept of it is the caller's business.
 
+    A subclass says how prompts are answered (`_answers`), what was read of one (`_read`), and what else decides completions
+    (`generation`).
+
     Args:
         builder ([`~maple_trl.omni.prompt.PromptBuilder`]):
             How rows become prompts; its own `modality_access` is not used.

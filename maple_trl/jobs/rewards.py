@@ -18,12 +18,8 @@ from maple_trl.records.options import not_deciding
 if TYPE_CHECKING:
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
-# Rewards that take parameters: the name in `reward`, and the class in `maple_trl.rewards`.
-MADE = {
-    "length_reward": "LengthReward",
-    "caption_judge": "CaptionJudge",
-    "stepwise_reasoning_judge": "StepwiseReasoningJudge",
-}
+# Rewards that take parameters: a class stands behind their names.
+MADE = ("length_reward", "caption_judge", "stepwise_reasoning_judge")
 # Functions that may be given parameters, and the class that takes them.
 WITH_PARAMETERS = {"accuracy_reward": "AccuracyReward"}
 JUDGES = ("caption_judge", "stepwise_reasoning_judge")
@@ -211,7 +207,7 @@ class _Entry:
             missing = [name for name in ("soft_limit", "hard_limit") if not _is_whole(values.get(name))]
             if missing:
                 raise SetupError(f"{self.where}: {missing[0]} must be a whole number of tokens")
-            reward = self._guarded("", getattr(rewards, MADE[self.reward]), **values)
+            reward = self._guarded("", rewards.REWARDS[self.reward], **values)
             if "name" in self.entry:
                 reward.__name__ = self.entry["name"]
             return reward
@@ -220,7 +216,7 @@ class _Entry:
             values["loader"] = loader or _Nothing()
         if "name" in self.entry:
             values["name"] = self.entry["name"]
-        return self._guarded("", getattr(rewards, MADE[self.reward]), own if scorer is None else scorer, **values)
+        return self._guarded("", rewards.REWARDS[self.reward], own if scorer is None else scorer, **values)
 
     def _scorer(self) -> Any:
         """Options of the judge's server, or its local scorer."""
@@ -322,9 +318,9 @@ class _Entry:
 
 
 def _known() -> list[str]:
-    from maple_trl import rewards
+    from maple_trl.rewards import REWARDS
 
-    return [*(name for name in rewards.__all__ if name.endswith("_reward")), *MADE]
+    return list(REWARDS)
 
 
 def _unknown_reward(name: str) -> str:
@@ -341,18 +337,22 @@ def _parameters(reward: str) -> list[str]:
         return list(inspect.signature(getattr(rewards, WITH_PARAMETERS[reward])).parameters)
     if reward not in MADE:
         return []
-    found = list(inspect.signature(getattr(rewards, MADE[reward])).parameters)
+    found = list(inspect.signature(rewards.REWARDS[reward]).parameters)
     if reward in JUDGES:
         found += inspect.signature(rewards.OpenAIJudge.__init__).parameters
     return [name for name in dict.fromkeys(found) if name not in _NOT_OF_A_FILE]
 
 
 def _find(name: str) -> Callable:
-    """The function that a name leads to: one of `maple_trl.rewards`, or `module:function`."""
-    from maple_trl import rewards
+    """The function that a name leads to: a known one, or `module:function`."""
+    from maple_trl import ExtensionError
+    from maple_trl.rewards import REWARDS
 
-    if name in _known():
-        return getattr(rewards, name)
+    try:
+        if name in REWARDS:
+            return REWARDS[name]
+    except ExtensionError as error:
+        raise SetupError(str(error)) from error
     module_name, _, function_name = name.partition(":")
     if not function_name:
         raise SetupError(_unknown_reward(name))

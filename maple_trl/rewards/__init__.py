@@ -3,6 +3,10 @@ Reward functions: plain callables with TRL's signature `(prompts, completions, c
 number per completion, or `None` where a completion can't be scored.
 """
 
+from typing import Any
+
+from maple_trl import Registry
+
 from .accuracy import AccuracyReward, accuracy_reward
 from .answers import extract_answer, grade_answer
 from .calls import RewardError
@@ -20,8 +24,24 @@ from .self_consistency import self_consistency_reward
 from .similarity import BertScoreSimilarity
 
 
-# The command line takes the names that end in `_reward`; what needs parameters is no such name.
+REWARDS: Registry[Any] = Registry(
+    "reward",
+    "maple_trl.rewards",
+    {
+        "accuracy_reward": accuracy_reward,
+        "box_iou_reward": box_iou_reward,
+        "format_reward": format_reward,
+        "self_consistency_reward": self_consistency_reward,
+        "temporal_iou_reward": temporal_iou_reward,
+        "length_reward": LengthReward,
+        "caption_judge": CaptionJudge,
+        "stepwise_reasoning_judge": StepwiseReasoningJudge,
+    },
+)
+"""Reward functions by the name that YAML files and the command line take; of those that need parameters the class."""
+
 __all__ = [
+    "REWARDS",
     "AccuracyReward",
     "BertScoreSimilarity",
     "CaptionJudge",

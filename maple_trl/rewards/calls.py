@@ -31,12 +31,12 @@ class RewardError(ValueError):
 
 
 def find_rewards(rewards: Any) -> Any:
-    """This package's functions in place of their names, alone or in a list; what else TRL takes stays as it is."""
+    """Put functions in place of the names by which we know them, alone or in a list; what else TRL takes stays as it is."""
     if isinstance(rewards, list | tuple):
         return [find_rewards(reward) for reward in rewards]
-    ours = sys.modules[__package__]
-    is_ours = isinstance(rewards, str) and rewards.endswith("_reward") and rewards in ours.__all__
-    return getattr(ours, rewards) if is_ours else rewards
+    known = sys.modules[__package__].REWARDS
+    found = known[rewards] if isinstance(rewards, str) and rewards in known else None
+    return rewards if found is None or inspect.isclass(found) else found
 
 
 def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> None:

@@ -9,6 +9,7 @@ from maple_trl.data.benchmarks.loader import (
     check,
     load_benchmark,
     read_benchmark,
+    register_benchmark,
 )
 from maple_trl.data.benchmarks.prompts import PROMPT_STYLES, PromptStyle
 
@@ -25,4 +26,5 @@ __all__ = [
     "check",
     "load_benchmark",
     "read_benchmark",
+    "register_benchmark",
 ]

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value
 
+from maple_trl import Registry
 from maple_trl.data.benchmarks.base import Benchmark, BenchmarkError, FieldError, LeaveOut, Medium, Question, Record
 from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
 from maple_trl.data.benchmarks.omni import OMNI_BENCHMARKS
@@ -28,7 +28,12 @@ from maple_trl.modalities import Modality, ModalityTag
 
 logger = logging.getLogger(__name__)
 
-BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({b.name: b for b in (*OMNI_BENCHMARKS, *VIDEO_BENCHMARKS)})
+BENCHMARKS: Registry[Benchmark] = Registry(
+    "benchmark",
+    "maple_trl.benchmarks",
+    {benchmark.name: benchmark for benchmark in (*OMNI_BENCHMARKS, *VIDEO_BENCHMARKS)},
+    fits=lambda found: isinstance(found, Benchmark),
+)
 """Benchmarks by name."""
 
 FEATURES = Features(
@@ -47,6 +52,11 @@ FEATURES = Features(
 """Columns of every benchmark's rows. `record` holds the published record as JSON, without files that it embeds."""
 
 _SHOWN = 5  # faults in one message
+
+
+def register_benchmark(benchmark: Benchmark) -> Benchmark:
+    """Make a benchmark known under its name; ValueError for a name that another one has."""
+    return BENCHMARKS.register(benchmark.name)(benchmark)
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,7 @@ def read_benchmark(
     Reads a benchmark from a local copy.
 
     Args:
-        name: one of `BENCHMARKS`, or a benchmark of your own.
+        name: one of `BENCHMARKS`, or a benchmark itself.
         path: the folder as published, with its archives unpacked, or one table in it. Also the root of its media.
         split: default is the benchmark's first.
         prompt_style: a name in [`~maple_trl.data.benchmarks.prompts.PROMPT_STYLES`], or a style.

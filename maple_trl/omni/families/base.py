@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from maple_trl import Registry
 from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
 from maple_trl.omni.media.loader import AudioClip, VideoClip
 
 
-_FAMILIES: dict[str, type[OmniFamily]] = {}
+_FAMILIES: Registry[type[OmniFamily]] = Registry("model family", "maple_trl.families")
 
 
 def register_family(cls: type[OmniFamily]) -> type[OmniFamily]:
     """Class decorator that makes a family known under its `model_types`."""
     for model_type in cls.model_types:
-        _FAMILIES[model_type] = cls
+        _FAMILIES.register(model_type, replace=True)(cls)
     return cls
 
 
@@ -37,7 +38,7 @@ def family_class(model_type: str) -> type[OmniFamily] | None:
 
 def is_omni(model: nn.Module) -> bool:
     """Whether a model belongs to a registered family."""
-    return unwrap(model).config.model_type in _FAMILIES
+    return family_class(unwrap(model).config.model_type) is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -54,14 +55,15 @@ def family_for(model: nn.Module, processor) -> OmniFamily:
     """
     model = unwrap(model)
     model_type = model.config.model_type
-    if model_type not in _FAMILIES:
+    family = family_class(model_type)
+    if family is None:
         hint = ""
-        if f"{model_type}_thinker" in _FAMILIES:
+        if family_class(f"{model_type}_thinker") is not None:
             hint = " Train the Thinker: load the checkpoint with `maple_trl.omni.loading.load_model`."
         raise ValueError(
             f"No omni family is registered for model type {model_type!r}; known: {', '.join(sorted(_FAMILIES))}.{hint}"
         )
-    return _FAMILIES[model_type](model, processor)
+    return family(model, processor)
 
 
 class PromptEncoder(Protocol):

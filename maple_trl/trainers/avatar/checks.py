@@ -27,7 +27,7 @@ def check_tags(args: AvatarConfig, dataset: Any) -> None:
         RowError: for the first row without a tag, where an option needs one.
         ValueError: for a streamed data set, where rows are batched or scaled by tag.
     """
-    by_tag = args.advantage_scope in ("tag", "tag_whitened")
+    by_tag = args.advantage_scope not in ("group", "batch")
     if args.batching != "stratified" and not by_tag:
         return
     name = "advantage_scope" if by_tag else "batching"

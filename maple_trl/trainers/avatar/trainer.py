@@ -409,7 +409,7 @@ class AvatarTrainer(MAPOTrainer):
             everyone = torch.cat([rewards.double(), past]), torch.cat([groups, rollout.replayed_groups])
             on_policy = group_advantages(*everyone, torch.zeros_like(everyone[1]), "group")[: len(rewards)]
         else:
-            tags = rollout.tags[fresh] if scope in ("tag", "tag_whitened") else torch.zeros_like(groups)
+            tags = torch.zeros_like(groups) if scope in ("group", "batch") else rollout.tags[fresh]
             on_policy = group_advantages(rewards, groups, tags, scope)
         advantages = torch.zeros(len(fresh), dtype=on_policy.dtype, device=on_policy.device)
         advantages[fresh], advantages[replayed] = on_policy, off_policy

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
-from maple_trl.algorithms.advantages import SCOPES
+from maple_trl.algorithms.advantages import SCOPES, lifts_equal_rewards
 from maple_trl.algorithms.aggregation import AGGREGATIONS
-from maple_trl.algorithms.curriculum import CURRICULA
+from maple_trl.algorithms.curriculum import CURRICULA, FIXED_CURRICULA
 from maple_trl.algorithms.difficulty import DIFFICULTIES
 from maple_trl.algorithms.sampling import DYNAMIC_SAMPLING, REVISITS
 from maple_trl.algorithms.schedule import GRANULARITIES, LEFTOVERS
@@ -66,7 +66,7 @@ class MAPOConfig(OmniGRPOConfig):
         default=None,
         metadata={
             "help": "Centre and scale of a reward: 'group' (its prompt's mean and deviation), 'tag' (its prompt's mean, its "
-            "tag's deviation), 'tag_whitened' (both its tag's) or 'batch' (both the rollout's). Null: as method says."
+            "tag's deviation), 'tag_whitened' (both its tag's), 'batch' (both the rollout's) or one of your own. Null: as method says."
         },
     )
     loss_strata: str | None = field(
@@ -122,15 +122,15 @@ class MAPOConfig(OmniGRPOConfig):
         default="none",
         metadata={
             "help": "Order of stratified batches: 'none' (random), 'static' (one signal, two, three) or 'adaptive' (hardest "
-            "tag first, by recent KL; tags not trained on yet by zero-shot accuracy)."
+            "tag first, by recent KL; tags not trained on yet by zero-shot accuracy), or one of your own."
         },
     )
     curriculum_granularity: str | None = field(
         default=None,
         metadata={
-            "help": "'epoch': orders all batches of an epoch; 'cycle': orders rounds of one batch per tag. Null: 'cycle' with "
-            "curriculum='adaptive' (many updates in a row on the hardest tag, at the highest weight, cost accuracy), "
-            "otherwise 'epoch'."
+            "help": "'epoch': orders all batches of an epoch; 'cycle': orders rounds of one batch per tag. Null: 'epoch' with "
+            "curriculum 'none' and 'static', otherwise 'cycle' (many updates in a row on the hardest tag, at the highest "
+            "weight, cost accuracy)."
         },
     )
     curriculum_window: int = field(
@@ -239,7 +239,12 @@ class MAPOConfig(OmniGRPOConfig):
 
     @property
     def _usual_granularity(self) -> str:
-        return "cycle" if self.curriculum == "adaptive" else "epoch"
+        return "cycle" if self.orders_by_difficulty else "epoch"
+
+    @property
+    def orders_by_difficulty(self) -> bool:
+        """Whether the curriculum looks at how hard tags are."""
+        return self.curriculum not in FIXED_CURRICULA
 
     def _check_tags(self) -> None:
         if self.tag_weights == "adaptive" and self.loss_strata != "tag":
@@ -306,7 +311,7 @@ class MAPOConfig(OmniGRPOConfig):
                 "entropy_coef, use_adaptive_entropy and beta with loss_type='sapo' average over full batches, which "
                 "dynamic_sampling does not keep: switch one of the two off"
             )
-        if self.advantage_scope in ("tag_whitened", "batch"):
+        if lifts_equal_rewards(self.advantage_scope):
             raise ValueError(
                 f"dynamic_sampling drops prompts whose completions were all rewarded alike, but with advantage_scope="
                 f"{self.advantage_scope!r} those have a gradient too: choose 'tag' or 'group', or dynamic_sampling='none'"
@@ -318,12 +323,13 @@ class MAPOConfig(OmniGRPOConfig):
         """Options that would silently do nothing."""
         defaults = {f.name: f.default for f in fields(self)}
         defaults["curriculum_granularity"] = self._usual_granularity
+        by_difficulty = self.curriculum if self.orders_by_difficulty else "adaptive"
         for name, other, value in (
             ("revisit_after", "revisit", "unsolved"),
             ("kl_window", "tag_weights", "adaptive"),
             ("weight_history", "tag_weights", "adaptive"),
-            ("curriculum_window", "curriculum", "adaptive"),
-            ("zero_shot_accuracy", "curriculum", "adaptive"),
+            ("curriculum_window", "curriculum", by_difficulty),
+            ("zero_shot_accuracy", "curriculum", by_difficulty),
             ("zero_shot_questions", "curriculum", "adaptive"),
             ("curriculum_granularity", "batching", "stratified"),
             ("leftover", "batching", "stratified"),

@@ -177,7 +177,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     @property
     def _needs_difficulty(self) -> bool:
-        return self.args.tag_weights == "adaptive" or self.args.curriculum == "adaptive"
+        return self.args.tag_weights == "adaptive" or self.args.orders_by_difficulty
 
     # Schedule
 
@@ -344,7 +344,7 @@ class MAPOTrainer(OmniGRPOTrainer):
             self.schedule.epoch,
         )
         metrics = {f"tag/{tag}/kl": value for tag, value in difficulties.items()}
-        if self.args.curriculum == "adaptive":
+        if self.args.orders_by_difficulty:
             metrics |= self.curriculum.metrics()
         if self.args.tag_weights == "adaptive":
             metrics |= self.tag_weights.metrics()
