@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
     if path.exists() and not path.is_file():  # a device or a pipe, whose place a file must not take
@@ -117,7 +117,9 @@ def write_part(folder: Path, name: str, suffix: str, write: Callable[[Path], Non
     return part
 
 
-def write_manifest(folder: Path, name: str, about: Mapping[str, Any], content: Any, parts: Iterable[Mapping]) -> None:
+def write_manifest(
+    folder: Path, name: str, about: Mapping[str, Any], content: Any, parts: Iterable[Mapping[str, Any]]
+) -> None:
     """
     Writes `NAME.json`, from which on the state counts, and removes the files of the one before.
 

@@ -84,7 +84,7 @@ class TagCurriculum:
 
     def metrics(self) -> dict[str, float]:
         """The priorities of the tags observed so far, as `tag/V/priority`."""
-        return {f"tag/{tag}/priority": self.priority(tag) for tag in ModalityTag if tag in self._histories}
+        return {f"tag/{tag}/priority": value for tag in ModalityTag if (value := self.priority(tag)) is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Difficulties and zero-shot accuracies, ready for JSON."""

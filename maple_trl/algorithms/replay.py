@@ -9,6 +9,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Vcrs:
             raise ValueError(f"The window must hold at least 1 reward, got {window}")
         self.window = window
         self._positions: dict[str, int] = {}
-        self._rewards: list[array] = []
+        self._rewards: list[array[float]] = []
         self._baselines = array("d")
 
     def observe(self, prompt: str, rewards: Iterable[float]) -> None:
@@ -200,7 +201,7 @@ class Experience:
     hinted: bool = False
     rewards: Mapping[str, float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids, logps = torch.as_tensor(self.completion_ids), torch.as_tensor(self.logps)
         if ids.dim() != 1 or ids.shape != logps.shape or not len(ids):
             raise ValueError(
@@ -218,8 +219,8 @@ class Experience:
         if not math.isfinite(reward):
             raise ValueError(f"The reward of an experience must be finite, got {reward} for prompt {self.prompt!r}")
         rewards = self.rewards and {name: float(value) for name, value in self.rewards.items()}
-        values = {"row": int(self.row), "step": int(self.step), "hinted": bool(self.hinted), "reward": reward}
-        values |= {"completion_ids": ids, "logps": logps, "rewards": rewards or None}
+        values: dict[str, Any] = {"row": int(self.row), "step": int(self.step), "hinted": bool(self.hinted)}
+        values |= {"reward": reward, "completion_ids": ids, "logps": logps, "rewards": rewards or None}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -370,15 +371,17 @@ class StratifiedReplayBuffer:
         Raises:
             ValueError: when a prompt was never observed; nothing is stored then.
         """
-        experiences = list(experiences)
-        unseen = [e.prompt for e in experiences if baselines.baseline(e.prompt) is None]
-        if unseen:
-            raise ValueError(f"Prompt {unseen[0]!r} has no baseline; observe its rewards before adding experiences")
-        if not experiences:
+        filed: list[tuple[Experience, float]] = []
+        for experience in experiences:
+            baseline = baselines.baseline(experience.prompt)
+            if baseline is None:
+                raise ValueError(f"Prompt {experience.prompt!r} has no baseline; observe its rewards before adding it")
+            filed.append((experience, baseline))
+        if not filed:
             return
         thresholds = tier_thresholds(baselines.baselines(), self.quantiles)
-        for experience in experiences:
-            self._store(experience, tier_of(baselines.baseline(experience.prompt), thresholds))
+        for experience, baseline in filed:
+            self._store(experience, tier_of(baseline, thresholds))
         for tier in TIERS:
             self._evict(tier)
 
@@ -622,7 +625,7 @@ class StratifiedReplayBuffer:
             metrics |= {"replay/age_mean": sum(ages) / len(ages), "replay/age_max": float(max(ages))}
         return metrics
 
-    def save(self, folder: str | os.PathLike, fingerprint: str = "") -> None:
+    def save(self, folder: str | os.PathLike[str], fingerprint: str = "") -> None:
         """
         Writes the buffer: files `replay-*.safetensors` (tokens), `replay-*.parquet` (the rest) and, last,
         `replay.json`, which holds their sizes and SHA-256.
@@ -643,20 +646,20 @@ class StratifiedReplayBuffer:
             key=lambda entry: entry[0],
         )
         experiences = [experience for *_, experience in entries]
-        table = _table([tier for _, tier, _ in entries], experiences)
+        rows = _table([tier for _, tier, _ in entries], experiences)
+        table = write_part(folder, NAME, ".parquet", partial(pq.write_table, rows))
+        shards = [experiences[i : i + _SHARD] for i in range(0, len(experiences), _SHARD)]
+        tensors = [write_part(folder, NAME, ".safetensors", partial(save_file, _tensors(some))) for some in shards]
         content = {
             "fingerprint": fingerprint,
             "experiences": len(entries),
             "counters": asdict(self._counters),
-            "table": write_part(folder, NAME, ".parquet", lambda path: pq.write_table(table, path)),
-            "tensors": [
-                write_part(folder, NAME, ".safetensors", lambda path, some=some: save_file(_tensors(some), path))
-                for some in (experiences[i : i + _SHARD] for i in range(0, len(experiences), _SHARD))
-            ],
+            "table": table,
+            "tensors": tensors,
         }
-        write_manifest(folder, NAME, FORMAT, content, [content["table"], *content["tensors"]])
+        write_manifest(folder, NAME, FORMAT, content, [table, *tensors])
 
-    def load(self, folder: str | os.PathLike, fingerprint: str = "") -> None:
+    def load(self, folder: str | os.PathLike[str], fingerprint: str = "") -> None:
         """
         Takes over what [`save`] wrote; the buffer then samples as the saved one would have. What it held before is
         gone. Options stay those of this buffer: a tier that has become smaller evicts its oldest.
@@ -725,7 +728,7 @@ def _table(tiers: Sequence[str], experiences: Sequence[Experience]) -> pa.Table:
 
 def _read_parts(table: Path, tensors: Sequence[Path]) -> list[tuple[str, Experience]]:
     rows = pq.read_table(table, schema=_COLUMNS).to_pylist()
-    entries = []
+    entries: list[tuple[str, Experience]] = []
     for path in tensors:
         shard = load_file(path)
         lengths = shard["lengths"].tolist()

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,7 @@ from maple_trl.metrics.intervals import (
 from maple_trl.modalities import ModalityTag
 
 
+Value = TypeVar("Value")
 # Means of the same scores in another order differ by this little; that is no gain.
 _TIE = 1e-9
 
@@ -165,7 +166,7 @@ def tag_accuracies(
     if len(bad):
         raise ValueError(f"scores: row {bad[0]} is {values[bad[0]]}; a score must be a fraction in [0, 1]")
     scored = [label for label, is_known in zip(labels, known, strict=True) if is_known]
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
     clips = _kept(clusters, known) if named(clusters, len(values)) else None
     per_tag = {
         str(tag): bootstrap_mean(
@@ -273,8 +274,8 @@ def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
     lengths = {str(tag): len(column) for tag, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"The fusion gain needs the same samples under every tag, got as many as {lengths}")
-    alone = np.max([columns[tag] for tag in ModalityTag if tag.arity == "uni"], axis=0)
-    together = np.max([columns[tag] for tag in ModalityTag if tag.arity != "uni"], axis=0)
+    alone: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity == "uni"], axis=0)
+    together: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity != "uni"], axis=0)
     return together > alone + _TIE
 
 
@@ -336,7 +337,7 @@ def parse_tags(tags: Sequence[str | None]) -> list[str]:
     """
     known: dict[str | None, str] = {None: "", "": ""}
     for row, tag in enumerate(tags):
-        if tag not in known:
+        if tag is not None and tag not in known:
             try:
                 known[tag] = ModalityTag.parse(tag)
             except ValueError as error:
@@ -344,14 +345,14 @@ def parse_tags(tags: Sequence[str | None]) -> list[str]:
     return [known[tag] for tag in tags]
 
 
-def parse_keys(values: Mapping[str, object], name: str) -> dict[ModalityTag, object]:
+def parse_keys(values: Mapping[str, Value], name: str) -> dict[ModalityTag, Value]:
     """
     Values by tag. The key `all` (the mean over all questions, as accuracies carry it) is left out.
 
     Raises:
         ValueError: for a key that is no tag, or two spellings of one tag.
     """
-    by_tag: dict[ModalityTag, object] = {}
+    by_tag: dict[ModalityTag, Value] = {}
     for key, value in values.items():
         if key == "all":
             continue

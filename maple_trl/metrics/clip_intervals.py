@@ -37,15 +37,15 @@ class ClipSums:
 
     @property
     def counts_K(self) -> NDArray[np.float64]:
-        return self.counts_GK.sum(axis=0)
+        return np.asarray(self.counts_GK.sum(axis=0))
 
     @property
     def means_K(self) -> NDArray[np.float64]:
-        return self.scores_GK.sum(axis=0) / self.counts_K
+        return np.asarray(self.scores_GK.sum(axis=0) / self.counts_K)
 
     def macro_weights(self) -> NDArray[np.float64]:
         """How much each clip counts in the plain mean over strata, of shape (clips,)."""
-        return (self.counts_GK / self.counts_K).sum(axis=1)
+        return np.asarray((self.counts_GK / self.counts_K).sum(axis=1))
 
     def left_out(self) -> NDArray[np.float64]:
         """
@@ -60,7 +60,8 @@ class ClipSums:
         with np.errstate(divide="ignore", invalid="ignore"):
             without_GK = (self.scores_GK.sum(axis=0) - self.scores_GK) / rest_GK
         moved_GK = np.where((self.counts_GK > 0) & (rest_GK > 0), without_GK - self.means_K, 0.0)
-        return self.means_K + moved_GK * np.sqrt((held_K - 1) / held_K)
+        drawn_K: NDArray[np.float64] = np.sqrt((held_K - 1) / held_K)
+        return self.means_K + moved_GK * drawn_K
 
 
 def sum_by_clip(
@@ -131,7 +132,8 @@ def clip_interval(
         return value - reach, value + reach
     if not 0 < value < 1:
         return value, value  # all scores are equal
-    return tuple(float(expit(logit(value) + side * reach / (value * (1 - value)))) for side in (-1, 1))
+    low, high = (float(expit(logit(value) + side * reach / (value * (1 - value)))) for side in (-1, 1))
+    return low, high
 
 
 def clip_error(value: float, left_out_G: NDArray[np.float64]) -> float:

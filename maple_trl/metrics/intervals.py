@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -130,7 +131,8 @@ def bootstrap_mean(
     groups = _by_stratum(values, strata)
     draws = resampled_means(scores, strata, resamples, seed)
     count = sum(map(len, groups.values()))
-    low, high = percentile_interval(sum(len(groups[name]) * draws[name] for name in groups) / count, confidence)
+    means = np.asarray(sum(len(groups[name]) * draws[name] for name in groups) / count)
+    low, high = percentile_interval(means, confidence)
     if all(len(values) == 1 for values in groups.values()):
         low = high = math.nan
     # The exact sum: the same whatever the order of the questions.
@@ -149,7 +151,7 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {confidence}")
 
 
-def named(clusters: Sequence[Hashable | None] | None, rows: int) -> bool:
+def named(clusters: Sequence[Hashable | None] | None, rows: int) -> TypeGuard[Sequence[Hashable | None]]:
     """
     Whether clusters name a clip at all.
 

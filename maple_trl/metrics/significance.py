@@ -108,8 +108,8 @@ def compare_runs(
     differences = after - before
     differences[np.abs(differences) < _TIE] = 0
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    by_clip = named(clusters, len(differences))
-    units = sum_by_clip(differences, clusters).scores_GK[:, 0] if by_clip else differences
+    clips = clusters if named(clusters, len(differences)) else None
+    units = differences if clips is None else sum_by_clip(differences, clips).scores_GK[:, 0]
     if test == "mcnemar" and len(units) < len(differences):
         raise ValueError(
             f"McNemar's test takes questions as independent, but {len(differences)} questions share {len(units)} clips. "
@@ -120,8 +120,8 @@ def compare_runs(
     else:
         chosen = "permutation"
         p_value, exact = _sign_flip(np.where(np.abs(units) < _TIE, 0, units), resamples, seed)
-    if by_clip:
-        interval = mean_over_clips(differences, clusters, strata, confidence)
+    if clips is not None:
+        interval = mean_over_clips(differences, clips, strata, confidence)
     else:
         interval = bootstrap_mean(differences, strata, confidence, resamples, seed)
     return PairedComparison(

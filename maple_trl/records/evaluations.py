@@ -86,7 +86,7 @@ class Evaluation:
     run: dict[str, Any]
 
 
-def load_evaluation(folder: str | os.PathLike) -> Evaluation:
+def load_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
     """
     Reads the folder of a finished evaluation, e.g. for a report.
 
@@ -107,7 +107,7 @@ class EvalStore:
     them begins and finishes.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.batches = self.folder / "batches"
         self.table = self.folder / "rows.parquet"
@@ -168,7 +168,7 @@ class EvalStore:
     def has(self, number: int) -> bool:
         """Whether a batch is done; one whose file is damaged is not."""
         try:
-            return pq.read_schema(self._batch(number)).equals(LINES)
+            return bool(pq.read_schema(self._batch(number)).equals(LINES))
         except (OSError, pa.ArrowInvalid):
             return False
 
@@ -220,7 +220,7 @@ def _read_table(path: Path) -> pa.Table:
         raise EvaluationError(f"{path} cannot be read ({error}): begin anew with --overwrite") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from maple_trl.files import as_json, write_atomically
 from maple_trl.modalities import ModalityTag
@@ -19,7 +19,7 @@ from the last on. The bin in the middle is within 5 % of 1; on either side the s
 """
 
 
-def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Writes a trainer's log as JSON lines; values that JSON cannot hold (NaN, infinity) become `null`."""
     write_atomically(path, "".join(json.dumps(as_json(entry)) + "\n" for entry in log_history))
 
@@ -44,7 +44,7 @@ def headline(entry: Mapping[str, Any], name: str) -> float | None:
     return next(filter(_is_finite, values), None)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -98,7 +98,7 @@ def signal_profile(log_history: Sequence[Mapping[str, Any]]) -> list[float]:
 
     Means of `loss_profile/0`, `loss_profile/1`, … over a log (AVATAR, arXiv 2508.03100, Fig. 8); empty without them.
     """
-    means = []
+    means: list[float] = []
     while values := [entry[name] for entry in log_history if (name := f"loss_profile/{len(means)}") in entry]:
         means.append(sum(values) / len(values))
     return [mean * len(means) / sum(means) for mean in means] if sum(means) else []

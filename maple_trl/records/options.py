@@ -69,4 +69,4 @@ def deciding(config: Any, declared_by: type | None = None) -> dict[str, Any]:
         declared_by (`type`, *optional*): only those that this dataclass knows.
     """
     names = [field.name for field in fields(declared_by or config)]
-    return {name: getattr(config, name) for name in names if name not in not_deciding(type(config))}
+    return {name: getattr(config, name) for name in names if name not in not_deciding(config.__class__)}

@@ -15,7 +15,7 @@ _WEIGHTS = re.compile(
 _SHOWN = 4  # results that an error names
 
 
-def run_results(folder: str | os.PathLike) -> list[str]:
+def run_results(folder: str | os.PathLike[str]) -> list[str]:
     """Names of what a training run has left in a folder: checkpoints, weights, completions, log and summary."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -30,7 +30,7 @@ def _is_result(path: Path) -> bool:
     return (path.name in _FILES or bool(_WEIGHTS.fullmatch(path.name))) and path.stat().st_size > 0
 
 
-def _natural(name: str) -> list:
+def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -40,7 +40,7 @@ def named(results: list[str]) -> str:
     return ", ".join(results[:_SHOWN]) + more
 
 
-def holds_evaluation(folder: str | os.PathLike) -> bool:
+def holds_evaluation(folder: str | os.PathLike[str]) -> bool:
     """Whether `maple-trl eval` has written into a folder."""
     folder = Path(folder)
     return (folder / "evaluation.json").is_file() or (
@@ -48,13 +48,13 @@ def holds_evaluation(folder: str | os.PathLike) -> bool:
     )
 
 
-def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder or lies below it, links resolved."""
     path, folder = Path(path).resolve(), Path(folder).resolve()
     return path == folder or folder in path.parents
 
 
-def remove_results(folder: str | os.PathLike) -> list[str]:
+def remove_results(folder: str | os.PathLike[str]) -> list[str]:
     """Removes what [`run_results`] names, and nothing else; gives back the names."""
     results = run_results(folder)
     for name in results:

@@ -1,5 +1,7 @@
 """Fusion gain for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -25,7 +27,7 @@ Returns:
 
 
 class FusionGain(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -39,10 +41,19 @@ class FusionGain(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, samples, tags, confidence=0.95, resamples=2000, seed=0, clusters=None):
-        scores, clips = {}, {}
-        clusters = [None] * len(samples) if clusters is None else clusters
-        for sample, clip in zip(samples, clusters, strict=True):
+    def _compute(
+        self,
+        predictions: list[float],
+        samples: list[str],
+        tags: list[str],
+        confidence: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+        clusters: list[str | None] | None = None,
+    ) -> dict[str, Any]:
+        scores: dict[str, dict[ModalityTag, float]] = {}
+        clips: dict[str, str | None] = {}
+        for sample, clip in zip(samples, [None] * len(samples) if clusters is None else clusters, strict=True):
             if clips.setdefault(sample, clip) != clip:
                 raise ValueError(f"Sample {sample!r} is of two clips, {clips[sample]!r} and {clip!r}")
         for score, sample, tag in zip(predictions, samples, tags, strict=True):

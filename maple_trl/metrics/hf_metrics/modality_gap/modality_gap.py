@@ -1,5 +1,7 @@
 """Modality gap for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -23,7 +25,7 @@ Returns:
 
 
 class ModalityGap(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -31,9 +33,18 @@ class ModalityGap(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions, tags, weighting="sample", confidence=0.95, resamples=2000, seed=0, clusters=None):
+    def _compute(
+        self,
+        predictions: list[float],
+        tags: list[str],
+        weighting: str = "sample",
+        confidence: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+        clusters: list[str | None] | None = None,
+    ) -> dict[str, Any]:
         gaps = modality_gap_intervals(predictions, tags, weighting, confidence, resamples, seed, clusters)
-        result = {}
+        result: dict[str, Any] = {}
         for name, estimate in gaps.items():
             result[name] = estimate.value
             result[f"{name}_low"] = estimate.low

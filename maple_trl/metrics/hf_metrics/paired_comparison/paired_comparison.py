@@ -1,6 +1,7 @@
 """Paired test of two runs for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
 import dataclasses
+from typing import Any
 
 import datasets
 import evaluate
@@ -26,7 +27,7 @@ Returns:
 
 
 class PairedComparison(evaluate.Comparison):
-    def _info(self):
+    def _info(self) -> evaluate.ComparisonInfo:
         return evaluate.ComparisonInfo(
             module_type="comparison",
             description=_DESCRIPTION,
@@ -38,7 +39,14 @@ class PairedComparison(evaluate.Comparison):
         )
 
     def _compute(
-        self, predictions1, predictions2, test="auto", confidence=0.95, resamples=10_000, seed=0, clusters=None
-    ):
+        self,
+        predictions1: list[float],
+        predictions2: list[float],
+        test: str = "auto",
+        confidence: float = 0.95,
+        resamples: int = 10_000,
+        seed: int = 0,
+        clusters: list[str | None] | None = None,
+    ) -> dict[str, Any]:
         compared = compare_runs(predictions1, predictions2, None, test, confidence, resamples, seed, clusters)
         return dataclasses.asdict(compared)

@@ -1,6 +1,7 @@
 """pass@k for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -23,7 +24,7 @@ Returns:
 
 
 class PassAtK(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -31,10 +32,18 @@ class PassAtK(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("bool"))}),
         )
 
-    def _compute(self, predictions, k=1, confidence=0.95, resamples=2000, seed=0, clusters=None):
+    def _compute(
+        self,
+        predictions: list[list[bool]],
+        k: int | Sequence[int] = 1,
+        confidence: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+        clusters: list[str | None] | None = None,
+    ) -> dict[str, Any]:
         samples = [len(right) for right in predictions]
         right = [sum(right) for right in predictions]
-        result = {}
+        result: dict[str, Any] = {}
         for tries in k if isinstance(k, Sequence) else [k]:
             estimate = pass_at_k_interval(samples, right, tries, None, confidence, resamples, seed, clusters)
             result[f"pass@{tries}"] = estimate.value

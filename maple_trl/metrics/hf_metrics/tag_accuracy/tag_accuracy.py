@@ -1,5 +1,7 @@
 """Accuracy per modality tag for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -23,7 +25,7 @@ Returns:
 
 
 class TagAccuracy(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -31,14 +33,22 @@ class TagAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions, tags, confidence=0.95, resamples=2000, seed=0, clusters=None):
+    def _compute(
+        self,
+        predictions: list[float],
+        tags: list[str],
+        confidence: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+        clusters: list[str | None] | None = None,
+    ) -> dict[str, Any]:
         measured = tag_accuracies(predictions, tags, confidence, resamples, seed, clusters)
         estimates = {
             "sample_mean": measured.sample_mean,
             "tag_mean": measured.tag_mean,
             **{f"tag/{tag}": estimate for tag, estimate in measured.per_tag.items()},
         }
-        result = {}
+        result: dict[str, Any] = {}
         for name, estimate in estimates.items():
             result[name] = None if estimate is None else estimate.value
             if estimate is not None:
