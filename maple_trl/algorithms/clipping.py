@@ -7,7 +7,7 @@ from torch import Tensor
 
 def clipped_tokens(ratio_NT: Tensor, advantages_N: Tensor, low: float, high: float, surrogate: str) -> Tensor | None:
     """
-    Tokens whose importance ratio lies beyond the bound that their advantage makes count.
+    Mark the tokens whose importance ratio lies beyond the bound that counts for the sign of their advantage.
 
     Args:
         ratio_NT: importance ratios, shape (N, T).

@@ -31,8 +31,9 @@ _TIE = 1e-9
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> float | NDArray[np.float64]:
     """
-    Probability that at least one of k samples is right, estimated without bias from n samples of which c are right:
-    `1 - C(n - c, k) / C(n, k)` (Chen et al., arXiv 2107.03374, eq. 1).
+    Estimate without bias the probability that at least one of k samples is right.
+
+    From n samples of which c are right, it is `1 - C(n - c, k) / C(n, k)` (Chen et al., arXiv 2107.03374, eq. 1).
 
     For `k = 1` this is `c / n`. MAPLE (arXiv 2602.11596) reports pass@1 from 5 samples per question.
 
@@ -89,7 +90,7 @@ def pass_at_k_interval(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> Estimate:
     """
-    Mean pass@k over questions with its interval: [`pass_at_k`] of each question, then [`bootstrap_mean`].
+    Average pass@k over questions, with its interval: [`pass_at_k`] of each question, then [`bootstrap_mean`].
 
     Args:
         n: samples per question, of shape (N,), or one integer for all.
@@ -139,7 +140,7 @@ def tag_accuracies(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> TagAccuracies:
     """
-    Accuracy per tag, over all questions (sample-weighted) and as the plain mean over tags, each with its interval.
+    Compute accuracy per tag, over all questions (sample-weighted) and as the plain mean over tags, with intervals.
 
     The means over several tags are stratified by tag; a clip that has questions of several tags is left out of all of them
     at once. For pass@k give [`pass_at_k`] of each question as scores.
@@ -219,7 +220,7 @@ def superset_scores(
     scores: ArrayLike, questions: Sequence[Hashable], tags: Sequence[str], inputs: Sequence[str]
 ) -> dict[Hashable, list[float]]:
     """
-    Scores of questions with the inputs that contain their tag, exactly or with more (MAPLE, arXiv 2602.11596, 3.3).
+    Collect scores with the inputs that contain a question's tag, exactly or with more (MAPLE, arXiv 2602.11596, 3.3).
 
     The mean of a question's list is the first stage of MAPLE's two; the plain mean over tags of these means
     ([`tag_accuracies`]`.tag_mean`) is the second, `superset_macro`.
@@ -252,8 +253,9 @@ def superset_scores(
 
 def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
     """
-    Which samples do better with several modalities than with the best one: `max(J(VA), J(VS), J(AS), J(VAS)) >
-    max(J(V), J(A), J(S))` (MAPLE, arXiv 2602.11596, C.3). Scores that differ by less than 1e-9 are equal.
+    Mark the samples that do better with several modalities than with the best one (MAPLE, arXiv 2602.11596, C.3).
+
+    That is `max(J(VA), J(VS), J(AS), J(VAS)) > max(J(V), J(A), J(S))`; scores that differ by less than 1e-9 are equal.
 
     Args:
         scores: for each of the seven tags, in any spelling, the scores of the same N samples when they are given
@@ -281,7 +283,7 @@ def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
 
 def fusion_gain(scores: Mapping[str, ArrayLike]) -> float:
     """
-    Share of samples that do better with several modalities than with the best one (MAPLE, arXiv 2602.11596, C.3).
+    Return the share of samples that do better with several modalities than with the best (arXiv 2602.11596, C.3).
 
     For its interval give [`fused_samples`] to [`bootstrap_mean`].
 
@@ -294,6 +296,8 @@ def fusion_gain(scores: Mapping[str, ArrayLike]) -> float:
 @dataclass(frozen=True)
 class TrainingEfficiency:
     """
+    Mean time of an optimizer step.
+
     Attributes:
         seconds_per_step: mean wall-clock time of an optimizer step.
         seconds_per_sample: the same divided by the batch size.
@@ -307,7 +311,7 @@ class TrainingEfficiency:
 
 def training_efficiency(step_seconds: Sequence[float], batch_size: int) -> TrainingEfficiency:
     """
-    Wall-clock time of an optimizer step, normalized by the batch size (MAPLE, arXiv 2602.11596, 3.3).
+    Measure the time of an optimizer step, normalized by the batch size (MAPLE, arXiv 2602.11596, 3.3).
 
     Args:
         step_seconds: the time of each optimizer step, in seconds. Leave out the steps that warm up or evaluate.
@@ -330,7 +334,7 @@ def training_efficiency(step_seconds: Sequence[float], batch_size: int) -> Train
 
 def parse_tags(tags: Sequence[str | None]) -> list[str]:
     """
-    Canonical tags, `""` for None and `""`.
+    Parse tags, `""` for None and `""`.
 
     Raises:
         ValueError: for an unknown tag, with its row.
@@ -347,7 +351,7 @@ def parse_tags(tags: Sequence[str | None]) -> list[str]:
 
 def parse_keys(values: Mapping[str, Value], name: str) -> dict[ModalityTag, Value]:
     """
-    Values by tag. The key `all` (the mean over all questions, as accuracies carry it) is left out.
+    Return values by tag, without the key `all` (the mean over all questions, as accuracies carry it).
 
     Raises:
         ValueError: for a key that is no tag, or two spellings of one tag.

@@ -54,7 +54,7 @@ def modality_gap(
     accuracy: Mapping[str, float], counts: Mapping[str, int] | None = None, weighting: str = "sample"
 ) -> ModalityGap:
     """
-    Modality gap (MAPLE, arXiv 2602.11596, C.1).
+    Compute the modality gap (MAPLE, arXiv 2602.11596, C.1).
 
     The paper's formulas average the tags of a family plainly; the columns of its Table 1 follow when each tag counts
     by its questions. Both are here.
@@ -100,7 +100,7 @@ def modality_gap_intervals(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> dict[str, Estimate]:
     """
-    Modality gap of scored questions with intervals, stratified by tag.
+    Compute the modality gap of scored questions with intervals, stratified by tag.
 
     With clips, a clip is left out of all tags at once, and an interval ends at 0. Bootstrapped over questions, the interval
     around a gap near 0 lies too high, for a gap is an absolute difference.
@@ -156,7 +156,7 @@ def _gaps_over_clips(
 
 def tag_disparity(accuracy: Mapping[str, float]) -> NDArray[np.float64]:
     """
-    `|accuracy of M - accuracy of M'|` for every two tags (MAPLE, arXiv 2602.11596, figures 4 and 5).
+    Return `|accuracy of M - accuracy of M'|` for every two tags (MAPLE, arXiv 2602.11596, figures 4 and 5).
 
     Args:
         accuracy: by tag, in any spelling; a key `all` is left out.

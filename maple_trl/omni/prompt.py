@@ -128,7 +128,7 @@ class PromptBuilder:
 
     def spec(self, row: Mapping[str, Any]) -> PromptSpec:
         """
-        Decides what a row is fed.
+        Decide what a row is fed.
 
         Raises:
             RowError: naming the field, when the row cannot be a prompt or lacks what its tag needs.
@@ -185,7 +185,7 @@ class PromptBuilder:
         )
 
     def _files(self, row: Mapping[str, Any], kind: str, content: Content) -> tuple[MediaFile, ...]:
-        """The files of a kind that a row names, in its blocks or in its column."""
+        """Return the files of a kind that a row names, in its blocks or in its column."""
         if content.files[kind] and row.get(kind):
             raise RowError(f"field '{kind}' and a '{kind}' block of field 'prompt' both name a file; keep one")
         for file in content.files[kind]:
@@ -193,7 +193,7 @@ class PromptBuilder:
         return tuple(content.files[kind]) or _as_files(row, kind)
 
     def _check_request(self, request: ClipRequest, kind: str) -> None:
-        """What can be asked of no clip is known before one is decoded."""
+        """Check what can be asked of no clip before one is decoded."""
         try:
             request.limits(self.loader.limits)
             if kind == "video" and kind in self.family.placeholders:
@@ -219,7 +219,7 @@ class PromptBuilder:
         return subtitle
 
     def _check_text(self, messages: tuple[dict[str, Any], ...] | str, subtitle: str | None) -> None:
-        """Text that spells a media token would be read as media."""
+        """Refuse text that spells a media token, which would be read as media."""
         if isinstance(messages, str):
             prompt_texts = [messages]
         else:
@@ -246,16 +246,16 @@ class PromptBuilder:
     # Encoding
 
     def decode(self, row: Mapping[str, Any]) -> None:
-        """Decodes a row's clips into the loader's cache."""
+        """Decode a row's clips into the loader's cache."""
         self._clips(self.spec(row))
 
     def stand_in(self) -> EncodedPrompt:
-        """The shortest of prompts, for where one has to be passed and there is none."""
+        """Return the shortest of prompts, for where one has to be passed and there is none."""
         return self.encode({"prompt": [{"role": "user", "content": "."}]})
 
     def encode(self, row: Mapping[str, Any]) -> EncodedPrompt:
         """
-        Decodes and encodes one row.
+        Decode and encode one row.
 
         Raises:
             RowError: when the row cannot be a prompt.
@@ -299,7 +299,7 @@ class PromptBuilder:
 
     def check_template(self, spec: PromptSpec) -> None:
         """
-        Does the chat template show what a row asks? Nothing is decoded for that.
+        Check that the chat template shows what a row asks; nothing is decoded for that.
 
         Raises:
             RowError: when it fails, or leaves the last message's text out.
@@ -340,7 +340,7 @@ class PromptBuilder:
         return videos, audios
 
     def _videos_within(self, budget: int, spec: PromptSpec) -> list[VideoClip]:
-        """A prompt's videos, their frames so small that all fit, if frames can be that small."""
+        """Return a prompt's videos, their frames so small that all fit, if frames can be that small."""
         if not spec.videos:
             return []
         # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
@@ -387,7 +387,7 @@ class PromptBuilder:
         return text
 
     def _shortened(self, subtitle: str, length: int, spec: PromptSpec) -> str:
-        """The subtitle without as many tokens at its end as the prompt is too long."""
+        """Cut as many tokens off the end of the subtitle as the prompt is too long."""
         tokens = self.family.tokens(subtitle)
         kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self.max_prompt_length))])
         kept = kept.rstrip("\ufffd").rstrip()  # a token can end within a character
@@ -403,7 +403,7 @@ class PromptBuilder:
 
 def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """
-    Shows one row of each sequence of roles by the model's chat template, which may take only some.
+    Render one row of each sequence of roles by the model's chat template, which may take only some.
 
     Args:
         prompts: the rows' field `prompt`. Rows that cannot be prompts are passed over.
@@ -435,7 +435,7 @@ def _parse_tag(value: Any) -> ModalityTag:
 
 
 def _track(video: MediaFile) -> MediaFile:
-    """The sound of a video: of the same segment, and nothing else that is asked of its pictures."""
+    """Return the sound of a video: of the same segment, and nothing else that is asked of its pictures."""
     return MediaFile(video.path, ClipRequest(start=video.request.start, end=video.request.end))
 
 

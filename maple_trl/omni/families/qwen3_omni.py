@@ -38,7 +38,7 @@ class Qwen3OmniFamily(Qwen2_5OmniFamily):
         return kwargs
 
     def token_order(self, video: Tensor, audio: Tensor) -> Tensor:
-        """By time alone; of tokens of one time, the video's come first."""
+        """Order tokens by time alone; of those of one time, the video's come first."""
         return torch.cat([video, audio]).argsort(stable=True)
 
     def audio_token_count(self, mel_frames):

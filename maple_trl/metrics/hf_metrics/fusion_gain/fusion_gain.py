@@ -27,6 +27,8 @@ Returns:
 
 
 class FusionGain(evaluate.Metric):
+    """See [`fused_samples`]."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

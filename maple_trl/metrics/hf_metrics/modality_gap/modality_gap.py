@@ -25,6 +25,8 @@ Returns:
 
 
 class ModalityGap(evaluate.Metric):
+    """See [`modality_gap_intervals`]."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

@@ -27,6 +27,8 @@ Returns:
 
 
 class PairedComparison(evaluate.Comparison):
+    """See [`compare_runs`]."""
+
     def _info(self) -> evaluate.ComparisonInfo:
         return evaluate.ComparisonInfo(
             module_type="comparison",

@@ -24,6 +24,8 @@ Returns:
 
 
 class PassAtK(evaluate.Metric):
+    """See [`pass_at_k_interval`]."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

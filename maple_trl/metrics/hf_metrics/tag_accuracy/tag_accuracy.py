@@ -25,6 +25,8 @@ Returns:
 
 
 class TagAccuracy(evaluate.Metric):
+    """See [`tag_accuracies`]."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
