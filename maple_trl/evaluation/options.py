@@ -62,7 +62,7 @@ def parse_access(text: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class EvalOptions:
     """
-    How questions are asked. Everything here decides the numbers.
+    Options of asking questions, all of which decide the numbers.
 
     Args:
         access: names as of [`parse_access`]; kept as a tuple.

@@ -31,7 +31,7 @@ _SHOWN = 300  # characters of what a server said
 @dataclass(frozen=True)
 class ServerInfo:
     """
-    What a server tells of itself.
+    Kind and model of a server, as far as it tells them.
 
     Attributes:
         kind: `"vllm"` or `"other"`.

@@ -36,7 +36,7 @@ class ReportError(ValueError):
 @dataclass
 class RunData:
     """
-    What a folder holds.
+    Contents of the folder of a run or an evaluation.
 
     Attributes:
         folder: as it was named.

@@ -118,7 +118,7 @@ _OTHER = object()
 
 
 class _RoutedReward:
-    """A class, not a closure: TRL's workers send reward functions to other processes."""
+    """A reward for some rows: a class, not a closure, as TRL's workers send reward functions to other processes."""
 
     def __init__(self, reward: Callable, column: str, wanted: set, read: Callable, name: str):
         self.reward, self.column, self.wanted, self.read = reward, column, wanted, read

@@ -71,7 +71,7 @@ class LeftOut:
 @dataclass
 class BenchmarkRows:
     """
-    What was read.
+    Rows of a benchmark, and what did not become one.
 
     Attributes:
         dataset: the rows, with the columns of `FEATURES`.

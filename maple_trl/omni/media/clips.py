@@ -145,7 +145,7 @@ class AudioClip:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What the header says. `duration`, of the file, is `None` where it does not tell, as in live recordings."""
+    """A file's header; `duration`, of the file, is `None` where it does not tell, as in live recordings."""
 
     path: str
     has_video: bool

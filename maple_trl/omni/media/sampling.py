@@ -15,7 +15,7 @@ MAX_ASPECT_RATIO = 200.0  # beyond it a picture is a line; the Qwen vision proce
 @dataclass(frozen=True)
 class MediaLimits:
     """
-    What is taken of a clip, and what is too much.
+    Sampling of a clip, and limits beyond which it is refused.
 
     Args:
         num_frames (`int` or `None`): take this many frames, evenly from the clip's first picture to its last; fewer if

@@ -44,14 +44,7 @@ class FusionGain(evaluate.Metric):
         )
 
     def _compute(
-        self,
-        predictions: list[float],
-        samples: list[str],
-        tags: list[str],
-        confidence: float = 0.95,
-        resamples: int = 2000,
-        seed: int = 0,
-        clusters: list[str | None] | None = None,
+        self, predictions: list[float], samples: list[str], tags: list[str], clusters: Any = None, **options: Any
     ) -> dict[str, Any]:
         scores: dict[str, dict[ModalityTag, float]] = {}
         clips: dict[str, str | None] = {}
@@ -71,7 +64,7 @@ class FusionGain(evaluate.Metric):
                     f"Sample {sample!r} has no score with the input {', '.join(missing)}; it needs all seven"
                 )
         fused = fused_samples({tag: [by_tag[tag] for by_tag in scores.values()] for tag in ModalityTag})
-        estimate = bootstrap_mean(fused, None, confidence, resamples, seed, [clips[sample] for sample in scores])
+        estimate = bootstrap_mean(fused, **options, clusters=[clips[sample] for sample in scores])
         result = {
             "fusion_gain": estimate.value,
             "fusion_gain_low": estimate.low,

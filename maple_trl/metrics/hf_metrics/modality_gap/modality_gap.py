@@ -35,17 +35,8 @@ class ModalityGap(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
         )
 
-    def _compute(
-        self,
-        predictions: list[float],
-        tags: list[str],
-        weighting: str = "sample",
-        confidence: float = 0.95,
-        resamples: int = 2000,
-        seed: int = 0,
-        clusters: list[str | None] | None = None,
-    ) -> dict[str, Any]:
-        gaps = modality_gap_intervals(predictions, tags, weighting, confidence, resamples, seed, clusters)
+    def _compute(self, predictions: list[float], tags: list[str], **options: Any) -> dict[str, Any]:
+        gaps = modality_gap_intervals(predictions, tags, **options)
         result: dict[str, Any] = {}
         for name, estimate in gaps.items():
             result[name] = estimate.value

@@ -40,15 +40,5 @@ class PairedComparison(evaluate.Comparison):
             ),
         )
 
-    def _compute(
-        self,
-        predictions1: list[float],
-        predictions2: list[float],
-        test: str = "auto",
-        confidence: float = 0.95,
-        resamples: int = 10_000,
-        seed: int = 0,
-        clusters: list[str | None] | None = None,
-    ) -> dict[str, Any]:
-        compared = compare_runs(predictions1, predictions2, None, test, confidence, resamples, seed, clusters)
-        return dataclasses.asdict(compared)
+    def _compute(self, predictions1: list[float], predictions2: list[float], **options: Any) -> dict[str, Any]:
+        return dataclasses.asdict(compare_runs(predictions1, predictions2, **options))

@@ -34,20 +34,12 @@ class PassAtK(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("bool"))}),
         )
 
-    def _compute(
-        self,
-        predictions: list[list[bool]],
-        k: int | Sequence[int] = 1,
-        confidence: float = 0.95,
-        resamples: int = 2000,
-        seed: int = 0,
-        clusters: list[str | None] | None = None,
-    ) -> dict[str, Any]:
+    def _compute(self, predictions: list[list[bool]], k: int | Sequence[int] = 1, **options: Any) -> dict[str, Any]:
         samples = [len(right) for right in predictions]
         right = [sum(right) for right in predictions]
         result: dict[str, Any] = {}
         for tries in k if isinstance(k, Sequence) else [k]:
-            estimate = pass_at_k_interval(samples, right, tries, None, confidence, resamples, seed, clusters)
+            estimate = pass_at_k_interval(samples, right, tries, **options)
             result[f"pass@{tries}"] = estimate.value
             result[f"pass@{tries}_low"] = estimate.low
             result[f"pass@{tries}_high"] = estimate.high

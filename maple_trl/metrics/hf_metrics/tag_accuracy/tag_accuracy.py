@@ -35,16 +35,8 @@ class TagAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
         )
 
-    def _compute(
-        self,
-        predictions: list[float],
-        tags: list[str],
-        confidence: float = 0.95,
-        resamples: int = 2000,
-        seed: int = 0,
-        clusters: list[str | None] | None = None,
-    ) -> dict[str, Any]:
-        measured = tag_accuracies(predictions, tags, confidence, resamples, seed, clusters)
+    def _compute(self, predictions: list[float], tags: list[str], **options: Any) -> dict[str, Any]:
+        measured = tag_accuracies(predictions, tags, **options)
         estimates = {
             "sample_mean": measured.sample_mean,
             "tag_mean": measured.tag_mean,
