@@ -167,9 +167,7 @@ class DynamicSampling:
         self._solved = dict(state.get("solved", ()))
 
 
-def _by_row(
-    rows_N: Sequence[int], values_N: Sequence[bool | None], combine: Callable[[Iterable[bool]], bool]
-) -> dict[int, bool]:
+def _by_row(rows_N: Sequence[int], values_N: Sequence[bool | None], combine: Callable[..., bool]) -> dict[int, bool]:
     """Combine the values of each row that has any: a row can stand in a rollout several times."""
     values: dict[int, list[bool]] = {}
     for row, value in zip(rows_N, values_N, strict=True):
