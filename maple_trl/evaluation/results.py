@@ -247,7 +247,7 @@ def _bounds(scores: np.ndarray) -> dict[str, float] | None:
 
 
 def _pass_at_k(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return pass@k by k, the powers of two up to the number of samples and that number; right is a full score."""
+    """Return pass@k by k, the powers of two up to the number of samples and that number; a full score is right."""
     counted = [question for question in questions if question.scores]
     n = [len(question.scores) for question in counted]
     right = [sum(score >= _FULL for score in question.scores) for question in counted]

@@ -173,7 +173,7 @@ def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tu
 
 
 def _quick_state(parameters: list[nn.Parameter]) -> bytes:
-    """Digest one value of each weight and its version: some writers (`.data`) leave no other trace."""
+    """Digest identity, version and one value of each weight; some writers (`.data`) change nothing but values."""
     probe = torch.stack([parameter.detach().flatten()[parameter.numel() // 2].double() for parameter in parameters])
     marks = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
     return hashlib.blake2b(repr(marks).encode() + bytes(tensor_bytes(probe))).digest()

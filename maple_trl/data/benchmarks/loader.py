@@ -455,7 +455,7 @@ def _encodes(text: str) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """Stand in for embedded files by their size; a digest of the table covers their content."""
+    """Return a value for JSON: of embedded files the size, as a digest of the table covers their content."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     if hasattr(value, "isoformat"):

@@ -86,7 +86,7 @@ def write_arrays(arrays: list[np.ndarray]) -> tuple[int, list[dict[str, Any]]]:
 
 
 def read_arrays(descriptor: int, places: list[dict[str, Any]]) -> list[np.ndarray]:
-    """Map the arrays that [`write_arrays`] wrote, read-only, into the memory of this process."""
+    """Read the arrays that [`write_arrays`] wrote, read-only, into memory of this process."""
     arrays = []
     for place in places:
         array = np.empty(place["shape"], np.dtype(place["dtype"]))

@@ -126,7 +126,7 @@ def accepted() -> str:
 
 
 def format_of(path: str) -> Format | None:
-    """Return the accepted container whose first bytes the file has; they say little of MP3 and other headerless ones."""
+    """Return the accepted container whose first bytes the file has; they say little of headerless ones such as MP3."""
     head = _head(path)
     if any(head[at : at + 1] == head[at + packet : at + packet + 1] == b"G" for at, packet in _TS_PACKETS):
         return FORMATS["mpegts"]

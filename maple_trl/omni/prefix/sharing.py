@@ -100,7 +100,7 @@ def _without_autocast(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _log_probs(
     model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, media_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return log-probabilities of two completions: each with its prompt, padded, in one row, and shifted there."""
+    """Return log-probabilities of two completions: apart, padded, in one row, and there one position too far."""
     device = core.get_input_embeddings().weight.device
     rows = [prompt, prompt]
     is_media = torch.isin(prompt.input_ids, prompt.input_ids.new_tensor(list(media_ids)))
@@ -135,7 +135,7 @@ def _log_probs(
 
 
 def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
-    """Return how much the next token's log-probabilities differ on average when two rows read their prompt once."""
+    """Return how much the next token's log-probabilities differ on average when two rows read a prompt once."""
     device = core.get_input_embeddings().weight.device
     rows = [prompt, prompt]
     ids = prompt.input_ids.to(device).expand(2, -1)
