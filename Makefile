@@ -39,9 +39,10 @@ test-latest: ## Run the tests in an environment of their own, with the newest ve
 	rm -f .venv-latest/.installed
 	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade
 
-check: $(STAMP) ## Lint and check the formatting with ruff
+check: $(STAMP) ## Lint, check the formatting and, where it is strict, the types
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	$(BIN)/mypy
 
 bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
 	@mkdir -p runs/bench
@@ -50,7 +51,7 @@ bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
 	done
 
 clean: ## Remove build output and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage.json
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Done once, and again when the dependencies change.

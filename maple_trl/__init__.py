@@ -139,8 +139,9 @@ sys.meta_path.insert(0, _FormerNames(_MOVED))
 
 def lazy_names(package: str, places: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """
-    `__getattr__` and `__dir__` of a package whose names are imported when they are first used: torch and TRL take seconds,
-    which `maple-trl --help` should not.
+    Return `__getattr__` and `__dir__` for a package that imports its names when they are first used.
+
+    Torch and TRL take seconds, which `maple-trl --help` should not.
     """
 
     def get(name: str) -> Any:

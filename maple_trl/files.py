@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
     if path.exists() and not path.is_file():  # a device or a pipe, whose place a file must not take
         path.write_text(text, encoding="utf-8")
@@ -35,14 +35,14 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
 
 
 def _umask() -> int:
-    """The process's umask; a scratch file is private, the finished one is not."""
+    """Return the process's umask; a scratch file is private, the finished one is not."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a Parquet file so that it appears whole or not at all."""
+    """Write a Parquet file so that it appears whole or not at all."""
     import pyarrow.parquet as pq  # as long as most commands take
 
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -54,7 +54,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """A value as strict JSON knows it."""
+    """Convert a value to what strict JSON knows."""
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -65,13 +65,13 @@ def as_json(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON text, keys sorted; what JSON does not know counts by its `str`."""
+    """Return the SHA-256 of a value's JSON text, keys sorted; what JSON does not know counts by its `str`."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def files_digest(folder: str | Path, names: Iterable[str]) -> str:
-    """SHA-256 over files of a folder by their names; one that is not there counts as such."""
+    """Return the SHA-256 over files of a folder by their names; one that is not there counts as such."""
     whole = hashlib.sha256()
     for name in names:
         path = Path(folder, name)
@@ -83,7 +83,7 @@ def files_digest(folder: str | Path, names: Iterable[str]) -> str:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """The places at which two trees of JSON values differ, e.g. `["generation.temperature: 1.0, not 0.7"]`."""
+    """List the places at which two trees of JSON values differ, e.g. `["generation.temperature: 1.0, not 0.7"]`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = dict.fromkeys([*one, *other])
         return [
@@ -103,8 +103,9 @@ class DamagedFileError(ValueError):
 
 def write_part(folder: Path, name: str, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
     """
-    Writes one of the files that a state is made of, under a name that holds what it contains: one that is there already
-    stays whole until the manifest of the new state takes its place.
+    Write one of the files that a state is made of, under a name that holds what it contains.
+
+    One that is there already stays whole until the manifest of the new state takes its place.
 
     Returns:
         `dict`: its ending, size and SHA-256, for the manifest.
@@ -117,9 +118,11 @@ def write_part(folder: Path, name: str, suffix: str, write: Callable[[Path], Non
     return part
 
 
-def write_manifest(folder: Path, name: str, about: Mapping[str, Any], content: Any, parts: Iterable[Mapping]) -> None:
+def write_manifest(
+    folder: Path, name: str, about: Mapping[str, Any], content: Any, parts: Iterable[Mapping[str, Any]]
+) -> None:
     """
-    Writes `NAME.json`, from which on the state counts, and removes the files of the one before.
+    Write `NAME.json`, from which on the state counts, and remove the files of the one before.
 
     Args:
         about: the format, which readers ask for.
@@ -141,7 +144,7 @@ def write_manifest(folder: Path, name: str, about: Mapping[str, Any], content: A
 
 def read_manifest(path: Path, about: Mapping[str, Any]) -> Any:
     """
-    The content of a manifest.
+    Read the content of a manifest.
 
     Raises:
         DamagedFileError: when it is missing, damaged or of another format.
@@ -163,7 +166,7 @@ def read_manifest(path: Path, about: Mapping[str, Any]) -> Any:
 
 def check_part(folder: Path, name: str, part: Mapping[str, Any]) -> Path:
     """
-    The file of a part, once it has been held against what its manifest says.
+    Return the file of a part, once it has been held against what its manifest says.
 
     Raises:
         DamagedFileError: when it is missing, cut short or changed.
@@ -189,7 +192,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

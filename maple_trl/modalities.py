@@ -36,7 +36,7 @@ class ModalityTag(StrEnum):
     @classmethod
     def parse(cls, text: str | ModalityTag) -> ModalityTag:
         """
-        Reads a tag in any order and case (`"sv"` is `VS`).
+        Read a tag in any order and case (`"sv"` is `VS`).
 
         Raises:
             ValueError: when `text` is not one of the seven tags; the message names it and lists them.
@@ -50,11 +50,12 @@ class ModalityTag(StrEnum):
 
     @classmethod
     def from_modalities(cls, modalities: Iterable[Modality]) -> ModalityTag:
-        """The tag of a non-empty set of modalities."""
+        """Return the tag of a non-empty set of modalities."""
         return cls.parse("".join(sorted(modalities)))
 
     @property
     def modalities(self) -> frozenset[Modality]:
+        """The signals that the tag names."""
         return frozenset(Modality(letter) for letter in self.value)
 
     @property
@@ -63,9 +64,9 @@ class ModalityTag(StrEnum):
         return ("uni", "bi", "tri")[len(self.value) - 1]
 
     def supersets(self) -> tuple[ModalityTag, ...]:
-        """Tags that hold strictly more than this one, in canonical order."""
+        """Return the tags that hold strictly more than this one, in canonical order."""
         return tuple(tag for tag in ModalityTag if tag.modalities > self.modalities)
 
     def deficits(self) -> tuple[ModalityTag, ...]:
-        """Tags that lack at least one modality of this one, in canonical order."""
+        """Return the tags that lack at least one modality of this one, in canonical order."""
         return tuple(tag for tag in ModalityTag if not tag.modalities >= self.modalities)

@@ -28,7 +28,7 @@ def group_advantages(
     eps: float = 1e-4,
 ) -> Tensor:
     """
-    How much better than expected each completion of a generation batch is.
+    Compute how much better than expected each completion of a generation batch is.
 
     With q the prompt of a completion, M its tag and B the batch:
 
@@ -124,7 +124,7 @@ def _tag_positions(tags: Tensor | Sequence[ModalityTag | str]) -> Tensor:
 
 
 def _moments(values_N: Tensor, groups_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of each row's group."""
+    """Return the mean and unbiased standard deviation of each row's group."""
     size = int(groups_N.max()) + 1 if len(groups_N) else 0
 
     def total(summands_N: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ AGGREGATIONS = ("token", "sample", "prompt")
 
 def stratum_totals(lengths_N: Tensor, strata_N: Tensor, strata: int) -> Tensor:
     """
-    Rows and tokens of each stratum. Totals of ranks or micro-batches can be added up.
+    Count the rows and tokens of each stratum; totals of ranks or micro-batches can be added up.
 
     Args:
         lengths_N: unmasked completion tokens per row, integers.
@@ -39,7 +39,7 @@ def row_coefficients(
     totals: Tensor | None = None,
 ) -> Tensor:
     """
-    Coefficients c such that `sum_i c_i * sum_t loss_it` is `sum_M w_M * (mean of the loss over stratum M)`.
+    Return coefficients c such that `sum_i c_i * sum_t loss_it` is `sum_M w_M * (mean of the loss over stratum M)`.
 
     With B_M the rows of stratum M, T_M their tokens and L_i the tokens of row i, the mean over a stratum is
 

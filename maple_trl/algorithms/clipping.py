@@ -9,7 +9,7 @@ def clipped_tokens(
     ratio_NT: Tensor, advantages_N: Tensor, low: float | Tensor, high: float | Tensor, surrogate: str
 ) -> Tensor | None:
     """
-    Tokens whose importance ratio lies beyond the bound that their advantage makes count.
+    Mark the tokens whose importance ratio lies beyond the bound that counts for the sign of their advantage.
 
     Args:
         ratio_NT: importance ratios, shape (N, T).

@@ -59,7 +59,7 @@ class TagCurriculum:
 
     def observe(self, difficulties: Mapping[ModalityTag | str, float]) -> None:
         """
-        Adds the difficulties of one step, per tag.
+        Add the difficulties of one step, per tag.
 
         Raises:
             ValueError: for a bad tag or a difficulty that is not finite; nothing is changed then.
@@ -68,13 +68,13 @@ class TagCurriculum:
             self._histories.setdefault(tag, deque(maxlen=self.window)).append(difficulty)
 
     def priority(self, tag: ModalityTag | str) -> float | None:
-        """Mean of the tag's last difficulties, `None` for a tag never observed."""
+        """Return the mean of the tag's last difficulties, `None` for a tag never observed."""
         history = self._histories.get(ModalityTag.parse(tag))
         return fmean(history) if history else None
 
     def order(self, tags: Iterable[ModalityTag | str], rng: random.Random) -> list[ModalityTag]:
         """
-        The given tags, each once, in the order to train them.
+        Return the given tags, each once, in the order to train them.
 
         Args:
             rng: ranks that must agree pass generators of the same state.
@@ -91,18 +91,18 @@ class TagCurriculum:
         return order
 
     def metrics(self) -> dict[str, float]:
-        """The priorities of the tags observed so far, as `tag/V/priority`."""
+        """Return the priorities of the tags observed so far, as `tag/V/priority`."""
         return {f"tag/{tag}/priority": priority for tag, priority in self._priorities().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Difficulties and zero-shot accuracies, ready for JSON."""
+        """Return difficulties and zero-shot accuracies, ready for JSON."""
         return {
             "histories": {str(tag): list(values) for tag, values in self._histories.items()},
             "zero_shot": {str(tag): accuracy for tag, accuracy in self._zero_shot.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from [`state_dict`]; its zero-shot accuracies take the place of those given."""
+        """Continue from [`state_dict`]; its zero-shot accuracies take the place of those given."""
         self._histories = {
             ModalityTag.parse(tag): deque(values, maxlen=self.window) for tag, values in state["histories"].items()
         }

@@ -16,7 +16,7 @@ DIFFICULTIES = ("binary", "continuous")
 
 def bernoulli_kl(p: float, target: float = 100 / 101, eps: float = 1e-6) -> float:
     """
-    KL divergence in nats from a share of right answers to a near-perfect one (MAPLE eq. 7 to 9).
+    Return the KL divergence in nats from a share of right answers to a near-perfect one (MAPLE eq. 7 to 9).
 
     Args:
         p: share of right answers, clipped to [eps, 1 - eps].
@@ -33,7 +33,7 @@ def bernoulli_kl(p: float, target: float = 100 / 101, eps: float = 1e-6) -> floa
 
 def beta_histogram_kl(rewards: Tensor | Sequence[float], bins: int = 50, eps: float = 1e-10) -> float:
     """
-    KL divergence in nats from the histogram of rewards to the density of Beta(100, 1) (MAPLE eq. 6).
+    Return the KL divergence in nats from the histogram of rewards to the density of Beta(100, 1) (MAPLE eq. 6).
 
     Both are densities taken at `bins` equal bins of [0, 1], the target `100 x^99` at their centres. Each has `eps`
     added inside the logarithm: the target nearly vanishes at small rewards, where this sets the value (the paper
@@ -61,7 +61,7 @@ def beta_histogram_kl(rewards: Tensor | Sequence[float], bins: int = 50, eps: fl
 
 def tag_difficulty(rewards: Tensor | Sequence[float], kind: str) -> float | None:
     """
-    Difficulty of one tag from its task rewards: the higher, the harder.
+    Measure the difficulty of one tag by its task rewards: the higher, the harder.
 
     Args:
         rewards: of one tag's completions, in [0, 1]. NaN (no reward function could score it) is left out.
@@ -88,7 +88,7 @@ def tag_difficulty(rewards: Tensor | Sequence[float], kind: str) -> float | None
 
 def values_by_tag(values: Mapping[ModalityTag | str, float]) -> dict[ModalityTag, float]:
     """
-    The finite numbers of some tags, in canonical order.
+    Return finite numbers by tag, in canonical order.
 
     Raises:
         ValueError: for a bad tag, two spellings of the same tag, or a number that is not finite.

@@ -57,7 +57,7 @@ class GradientMoments:
 
     def observe(self, vector: Tensor, tag: ModalityTag | str | None = None) -> None:
         """
-        Adds the gradient of one step.
+        Add the gradient of one step.
 
         Args:
             vector: shape (K,), the same K at each call. One with a value that is not finite is passed over, since it
@@ -88,8 +88,10 @@ class GradientMoments:
 
     def metrics(self) -> dict[str, float]:
         """
-        `tag/V/grad_variance` (of the unit of a squared gradient norm) and `tag/V/grad_mean_norm` (the norm of the mean
-        gradient) of each tag, and of `all`, that has at least two observations.
+        Return variance and mean of the gradients of each tag, and of `all`, with at least two observations.
+
+        `tag/V/grad_variance` has the unit of a squared gradient norm, `tag/V/grad_mean_norm` is the norm of the mean
+        gradient.
         """
         metrics: dict[str, float] = {}
         for name in ("all", *ModalityTag):
@@ -99,7 +101,7 @@ class GradientMoments:
         return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums as float64 tensors: `V.vector` of shape (K,) and `V.scalars` of shape (3,), and so on."""
+        """Return the sums as float64 tensors: `V.vector` of shape (K,) and `V.scalars` of shape (3,), and so on."""
         state = {}
         for name, sums in self._sums.items():
             scalars = [sums.weight, sums.squared_weight, sums.squared_norm]
@@ -108,7 +110,7 @@ class GradientMoments:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from [`state_dict`]."""
+        """Continue from [`state_dict`]."""
         self._sums = {}
         for name in ("all", *map(str, ModalityTag)):
             if f"{name}.scalars" in state:
@@ -164,7 +166,7 @@ class GradientSample:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """
-        The scaled values of the parameters' current `.grad`, 0 where it is `None`.
+        Read the scaled values of the parameters' current `.grad`, 0 where it is `None`.
 
         Returns:
             float32 copy of shape (count,) on the device of the first parameter read.

@@ -47,7 +47,7 @@ class HintTrigger:
         self._withdrawn = 0
 
     def observe(self, prompt: str, stuck: bool) -> None:
-        """A visit of a prompt: is it stuck by what is known now? The divergence of visits before no longer counts."""
+        """Note a visit of a prompt and whether it is stuck now; the divergence of earlier visits no longer counts."""
         known = self._prompts.get(prompt)
         if not stuck:
             self._withdrawn += known is not None and known.hinted
@@ -58,18 +58,18 @@ class HintTrigger:
         known.divergence_sum = known.tokens = 0.0
 
     def observe_divergence(self, prompt: str, total: float, tokens: float) -> None:
-        """Adds a token KL measured at the last visit: its sum over some tokens. Prompts that are not stuck are let be."""
+        """Add a token KL of the last visit, summed over some tokens; prompts that are not stuck are left alone."""
         known = self._prompts.get(prompt)
         if known is not None:
             known.divergence_sum += total
             known.tokens += tokens
 
     def watches(self, prompt: str) -> bool:
-        """Whether a prompt was stuck at its last visit, so that its divergence is asked for."""
+        """Return whether a prompt was stuck at its last visit, so that its divergence is asked for."""
         return prompt in self._prompts
 
     def due(self, prompt: str) -> bool:
-        """Whether a prompt is to be shown with its hint at the visit that begins now."""
+        """Return whether a prompt is to be shown with its hint at the visit that begins now."""
         known = self._prompts.get(prompt)
         if known is None or known.hinted:
             return known is not None
@@ -77,12 +77,12 @@ class HintTrigger:
         return known.visits >= self.visits and stopped
 
     def give(self, prompt: str) -> None:
-        """Notes that a prompt that is due is shown with its hint from now on."""
+        """Note that a prompt that is due is shown with its hint from now on."""
         self._given += not self._prompts[prompt].hinted
         self._prompts[prompt].hinted = True
 
     def metrics(self) -> dict[str, float]:
-        """Prompts that are stuck and that have their hint now, and hints given and withdrawn since the run began."""
+        """Count prompts that are stuck or have their hint now, and hints given and withdrawn since the run began."""
         return {
             "hint/stuck_prompts": float(len(self._prompts)),
             "hint/hinted_prompts": float(sum(known.hinted for known in self._prompts.values())),
@@ -91,9 +91,11 @@ class HintTrigger:
         }
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what is known of the prompts, ready for JSON."""
         prompts = {prompt: asdict(known) for prompt, known in self._prompts.items()}
         return {"prompts": prompts, "given": self._given, "withdrawn": self._withdrawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from [`state_dict`]."""
         self._prompts = {prompt: _Prompt(**known) for prompt, known in state["prompts"].items()}
         self._given, self._withdrawn = state["given"], state["withdrawn"]

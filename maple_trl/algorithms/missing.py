@@ -15,7 +15,7 @@ def missing_scores(
     applies_NR: Tensor | None = None,
 ) -> Tensor:
     """
-    Which scores are missing, and not just those of a function that is for other prompts.
+    Mark the scores that are missing, except those of functions that do not apply to the prompt.
 
     A reward function that scored no completion of a prompt does not apply there: the weighted sum of the others is the
     reward. One that scored some of them failed on the rest. Where no function with a weight applies, all of them are
@@ -56,7 +56,7 @@ def missing_scores(
 
 def left_alone(unscorable_N: Tensor, prompt_ids_N: Tensor) -> Tensor:
     """
-    Which completions are the only ones of their prompt that can be scored, of several: within it they have no deviation.
+    Mark the completions that are the only scorable one among several of their prompt, so that they have no deviation.
 
     Args:
         unscorable_N (`Tensor` of shape (N,)): bool.
@@ -73,7 +73,7 @@ def left_alone(unscorable_N: Tensor, prompt_ids_N: Tensor) -> Tensor:
 
 def remaining_scale(counted: float, everything: float) -> float:
     """
-    The factor that turns a mean over `everything`, in which those left out are 0, into the mean over the `counted` ones.
+    Return the factor from a mean over `everything`, with 0 for what is left out, to the mean over the `counted`.
 
     0 where nothing is left.
     """

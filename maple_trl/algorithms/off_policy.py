@@ -12,7 +12,7 @@ from maple_trl.algorithms.replay_draws import SAME_REWARD
 
 def replayed_slots(wanted: Sequence[int], group_size: int, ranks: int = 1) -> list[bool]:
     """
-    Which completions of a batch are replayed instead of generated.
+    Choose which completions of a batch are replayed instead of generated.
 
     Completions are numbered group by group, and dealt to the ranks in equal, contiguous shares. As ranks generate
     together and wait for each other, all get the same number of replayed ones: the smallest that one of them has.
@@ -58,7 +58,7 @@ def _keep_first(flags: Sequence[bool], count: int) -> list[bool]:
 
 def replay_advantages(rewards_N: Tensor, baselines_N: Tensor, limit: float | None = None, eps: float = 1e-4) -> Tensor:
     """
-    Advantages of replayed completions: (r - Rbar) / (sd_off + eps), AVATAR eq. 11.
+    Return the advantages of replayed completions: (r - Rbar) / (sd_off + eps), AVATAR eq. 11.
 
     Rbar is the moving average of the prompt's on-policy rewards, sd_off the unbiased standard deviation of the rewards
     given. Where all of these are equal they have no scale, and r - Rbar is returned as it is: divided by eps alone it
@@ -95,7 +95,7 @@ def replay_advantages(rewards_N: Tensor, baselines_N: Tensor, limit: float | Non
 
 def term_scales(fresh: float, replayed: float, filled: float, alpha: float, lost: float = 0.0) -> tuple[float, float]:
     """
-    Factors that turn one mean over all completions into J_on + alpha J_off (AVATAR eq. 3).
+    Return the factors that turn one mean over all completions into J_on + alpha J_off (AVATAR eq. 3).
 
     J_on is the mean over the fresh completions, J_off that over the replayed ones. Where the buffer could serve only
     a part of those that were asked for, alpha counts by that part: a single replayed completion does not weigh as much
@@ -120,7 +120,7 @@ def term_scales(fresh: float, replayed: float, filled: float, alpha: float, lost
 
 def effective_share(ratios_N: Tensor) -> float:
     """
-    The effective sample size of importance ratios, as a share of their number: (sum w)^2 / (N sum w^2).
+    Return the effective sample size of importance ratios as a share of their number: (sum w)^2 / (N sum w^2).
 
     1 while all ratios are equal, 1/N when one of them outweighs all others; NaN without any.
     """
@@ -130,7 +130,7 @@ def effective_share(ratios_N: Tensor) -> float:
 
 def policy_divergence(log_ratios_NT: Tensor) -> Tensor:
     """
-    Estimates, token by token, KL(current policy || behaviour policy) from tokens that the latter wrote.
+    Estimate KL(current policy || behaviour policy), token by token, from tokens that the latter wrote.
 
     With w the ratio of the current to the behaviour policy, w log w - (w - 1) has that expectation and is never
     negative.

@@ -9,6 +9,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,12 @@ class Vcrs:
             raise ValueError(f"The window must hold at least 1 reward, got {window}")
         self.window = window
         self._positions: dict[str, int] = {}
-        self._rewards: list[array] = []
+        self._rewards: list[array[float]] = []
         self._baselines = array("d")
 
     def observe(self, prompt: str, rewards: Iterable[float]) -> None:
         """
-        Adds rewards of fresh completions of a prompt, in the order in which they were generated.
+        Add rewards of fresh completions of a prompt, in the order in which they were generated.
 
         NaN, the reward that no function could give, is left out. A prompt with no other reward stays unseen.
 
@@ -98,16 +99,16 @@ class Vcrs:
         return len(self._positions)
 
     def baseline(self, prompt: str) -> float | None:
-        """The mean of the prompt's latest rewards, `None` while it has none."""
+        """Return the mean of the prompt's latest rewards, `None` while it has none."""
         position = self._positions.get(prompt)
         return None if position is None else self._baselines[position]
 
     def baselines(self) -> np.ndarray:
-        """A copy of the baselines of all prompts seen, float64 of shape (prompts,)."""
+        """Return a copy of the baselines of all prompts seen, float64 of shape (prompts,)."""
         return np.array(self._baselines)
 
     def metrics(self) -> dict[str, float]:
-        """The number of prompts seen, the mean of their baselines, and quantiles of these."""
+        """Return the number of prompts seen, the mean of their baselines, and quantiles of these."""
         metrics = {"vcrs/prompts": float(len(self._positions))}
         if self._positions:
             baselines = self.baselines()
@@ -117,11 +118,11 @@ class Vcrs:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The latest rewards of each prompt, ready for JSON."""
+        """Return the latest rewards of each prompt, ready for JSON."""
         return {prompt: list(self._rewards[position]) for prompt, position in self._positions.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Goes on from [`state_dict`]. When the window has shrunk, the oldest rewards are left out."""
+        """Continue from [`state_dict`]. When the window has shrunk, the oldest rewards are left out."""
         self._positions, self._rewards, self._baselines = {}, [], array("d")
         for prompt, rewards in state.items():
             self.observe(prompt, rewards)
@@ -131,7 +132,7 @@ def tier_thresholds(
     baselines_P: np.ndarray | Sequence[float], quantiles: tuple[float, float] = QUANTILES
 ) -> tuple[float, float]:
     """
-    The highest baseline that is still Hard, and the highest that is still Medium.
+    Return the highest baseline that is still Hard, and the highest that is still Medium.
 
     With P prompts, those are the baselines of rank ceil(0.40 P) and ceil(0.75 P) in ascending order. Prompts of equal
     baselines share a tier, the harder one of those that they straddle: a prompt is Hard when fewer than 40 % of the
@@ -157,7 +158,7 @@ def tier_thresholds(
 
 
 def tier_of(baseline: float, thresholds: tuple[float, float]) -> str:
-    """The tier of a prompt with this baseline; thresholds as [`tier_thresholds`] returns them."""
+    """Return the tier of a prompt with this baseline; thresholds as [`tier_thresholds`] returns them."""
     hard, medium = thresholds
     return "hard" if baseline <= hard else "medium" if baseline <= medium else "easy"
 
@@ -200,7 +201,7 @@ class Experience:
     hinted: bool = False
     rewards: Mapping[str, float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids, logps = torch.as_tensor(self.completion_ids), torch.as_tensor(self.logps)
         if ids.dim() != 1 or ids.shape != logps.shape or not len(ids):
             raise ValueError(
@@ -218,8 +219,8 @@ class Experience:
         if not math.isfinite(reward):
             raise ValueError(f"The reward of an experience must be finite, got {reward} for prompt {self.prompt!r}")
         rewards = self.rewards and {name: float(value) for name, value in self.rewards.items()}
-        values = {"row": int(self.row), "step": int(self.step), "hinted": bool(self.hinted), "reward": reward}
-        values |= {"completion_ids": ids, "logps": logps, "rewards": rewards or None}
+        values: dict[str, Any] = {"row": int(self.row), "step": int(self.step), "hinted": bool(self.hinted)}
+        values |= {"reward": reward, "completion_ids": ids, "logps": logps, "rewards": rewards or None}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -314,20 +315,20 @@ class StratifiedReplayBuffer:
         return sum(map(len, self._tiers.values()))
 
     def sizes(self) -> dict[str, int]:
-        """Experiences of each tier."""
+        """Count the experiences of each tier."""
         return {tier: len(members) for tier, members in self._tiers.items()}
 
     def prompts(self) -> list[str]:
-        """Keys of the prompts that have experiences."""
+        """Return the keys of the prompts that have experiences."""
         return list(self._prompts)
 
     def stored(self, prompt: str) -> list[Experience]:
-        """The experiences of a prompt, oldest first. Those too old are among them until the next draw."""
+        """Return the experiences of a prompt, oldest first. Those too old are among them until the next draw."""
         return [self._tiers[tier][number] for number, tier in self._prompts.get(prompt, {}).items()]
 
     def available(self, prompt: str, step: int, hinted: bool = True) -> int:
         """
-        How many experiences of a prompt can be sampled at an optimizer step: as many fresh ones can be saved.
+        Count the experiences of a prompt that can be sampled at an optimizer step, each in place of a fresh one.
 
         Args:
             hinted (`bool`, *optional*, defaults to `True`): whether those written under a hint count.
@@ -337,7 +338,7 @@ class StratifiedReplayBuffer:
 
     def elsewhere(self, prompts: Iterable[str], step: int, where: Callable[[Experience], bool] | None = None) -> int:
         """
-        How many experiences of other prompts than these can be sampled at an optimizer step.
+        Count the experiences of other prompts than these that can be sampled at an optimizer step.
 
         Args:
             where (`Callable[[Experience], bool]`, *optional*): counts those alone for which it is true.
@@ -359,7 +360,7 @@ class StratifiedReplayBuffer:
 
     def add(self, experiences: Iterable[Experience], baselines: Vcrs) -> None:
         """
-        Files experiences by the tiers that their prompts are in now, those given first being the older ones.
+        File experiences by the tiers that their prompts are in now, those given first being the older ones.
 
         Args:
             experiences (`Iterable[Experience]`):
@@ -370,26 +371,28 @@ class StratifiedReplayBuffer:
         Raises:
             ValueError: when a prompt was never observed; nothing is stored then.
         """
-        experiences = list(experiences)
-        unseen = [e.prompt for e in experiences if baselines.baseline(e.prompt) is None]
-        if unseen:
-            raise ValueError(f"Prompt {unseen[0]!r} has no baseline; observe its rewards before adding experiences")
-        if not experiences:
+        filed: list[tuple[Experience, float]] = []
+        for experience in experiences:
+            baseline = baselines.baseline(experience.prompt)
+            if baseline is None:
+                raise ValueError(f"Prompt {experience.prompt!r} has no baseline; observe its rewards before adding it")
+            filed.append((experience, baseline))
+        if not filed:
             return
         thresholds = tier_thresholds(baselines.baselines(), self.quantiles)
-        for experience in experiences:
-            self._store(experience, tier_of(baselines.baseline(experience.prompt), thresholds))
+        for experience, baseline in filed:
+            self._store(experience, tier_of(baseline, thresholds))
         for tier in TIERS:
             self._evict(tier)
 
     def tier(self, prompt: str, baselines: Vcrs) -> str | None:
-        """The tier that a prompt is in now, `None` when it was never observed."""
+        """Return the tier that a prompt is in now, `None` when it was never observed."""
         baseline = baselines.baseline(prompt)
         return None if baseline is None else tier_of(baseline, tier_thresholds(baselines.baselines(), self.quantiles))
 
     def retier(self, baselines: Vcrs) -> None:
         """
-        Moves stored experiences to the tiers that their prompts are in now.
+        Move stored experiences to the tiers that their prompts are in now.
 
         A tier that gets too many evicts those added first, be it those that just came. Experiences of prompts without
         a baseline stay.
@@ -416,7 +419,7 @@ class StratifiedReplayBuffer:
             self._evict(tier)
 
     def discard(self, prompt: str) -> int:
-        """Takes out the experiences of a prompt that cannot be shown any more, and says how many they were."""
+        """Take out the experiences of a prompt that cannot be shown any more; return how many they were."""
         numbers = list(self._prompts.get(prompt, {}).items())
         for number, tier in numbers:
             self._remove(number, tier)
@@ -442,7 +445,7 @@ class StratifiedReplayBuffer:
             self._counters.evicted += 1
 
     def _expire(self, step: int) -> None:
-        """Drops what is too old at a step. Looks through the buffer only where something may be."""
+        """Drop what is too old at a step, looking through the buffer only where something may be."""
         self._counters.step = max(self._counters.step, step)
         if self.max_age is None or step - self._oldest_step <= self.max_age:
             return
@@ -467,7 +470,7 @@ class StratifiedReplayBuffer:
         baselines: Vcrs | None = None,
     ) -> list[Experience]:
         """
-        Draws experiences for a group of completions of one prompt, none twice.
+        Draw experiences for a group of completions of one prompt, none twice.
 
         Args:
             prompt (`str`):
@@ -514,7 +517,7 @@ class StratifiedReplayBuffer:
         where: Callable[[Experience], bool] | None = None,
     ) -> list[Experience]:
         """
-        Draws experiences of any prompts, none twice.
+        Draw experiences of any prompts, none twice.
 
         The tier of each is drawn by the shares, among the tiers that have some left, so that counts are in proportion
         to the shares on average even where they are small.
@@ -567,7 +570,7 @@ class StratifiedReplayBuffer:
         chance: random.Random,
         before: Sequence[Experience] = (),
     ) -> list[Experience]:
-        """Some of the candidates, after others that were drawn before them."""
+        """Draw some of the candidates, with regard to those drawn before them."""
         if baselines is None and draw in ("balanced", "priority"):
             raise ValueError(f"The draw {draw!r} needs the baselines of the prompts")
 
@@ -600,7 +603,7 @@ class StratifiedReplayBuffer:
 
     def metrics(self) -> dict[str, float]:
         """
-        What is stored and what became of the rest.
+        Count what is stored and what became of the rest.
 
         `replay/size` and `replay/size/hard` and so on count experiences. `replay/evicted`, `replay/expired` (too old),
         `replay/discarded`, `replay/promoted` and `replay/demoted` count them since the run began. `replay/hit_rate` is
@@ -622,10 +625,12 @@ class StratifiedReplayBuffer:
             metrics |= {"replay/age_mean": sum(ages) / len(ages), "replay/age_max": float(max(ages))}
         return metrics
 
-    def save(self, folder: str | os.PathLike, fingerprint: str = "") -> None:
+    def save(self, folder: str | os.PathLike[str], fingerprint: str = "") -> None:
         """
-        Writes the buffer: files `replay-*.safetensors` (tokens), `replay-*.parquet` (the rest) and, last,
-        `replay.json`, which holds their sizes and SHA-256.
+        Write the buffer, whose new state counts once `replay.json` is in its place.
+
+        Files are `replay-*.safetensors` (tokens), `replay-*.parquet` (the rest) and, last, `replay.json`, which holds
+        their sizes and SHA-256.
 
         Files appear under their names when they are complete, and the names hold what they contain. So a state that
         was in the folder before stays whole until `replay.json` of the new one takes its place.
@@ -643,23 +648,25 @@ class StratifiedReplayBuffer:
             key=lambda entry: entry[0],
         )
         experiences = [experience for *_, experience in entries]
-        table = _table([tier for _, tier, _ in entries], experiences)
+        rows = _table([tier for _, tier, _ in entries], experiences)
+        table = write_part(folder, NAME, ".parquet", partial(pq.write_table, rows))
+        shards = [experiences[i : i + _SHARD] for i in range(0, len(experiences), _SHARD)]
+        tensors = [write_part(folder, NAME, ".safetensors", partial(save_file, _tensors(some))) for some in shards]
         content = {
             "fingerprint": fingerprint,
             "experiences": len(entries),
             "counters": asdict(self._counters),
-            "table": write_part(folder, NAME, ".parquet", lambda path: pq.write_table(table, path)),
-            "tensors": [
-                write_part(folder, NAME, ".safetensors", lambda path, some=some: save_file(_tensors(some), path))
-                for some in (experiences[i : i + _SHARD] for i in range(0, len(experiences), _SHARD))
-            ],
+            "table": table,
+            "tensors": tensors,
         }
-        write_manifest(folder, NAME, FORMAT, content, [content["table"], *content["tensors"]])
+        write_manifest(folder, NAME, FORMAT, content, [table, *tensors])
 
-    def load(self, folder: str | os.PathLike, fingerprint: str = "") -> None:
+    def load(self, folder: str | os.PathLike[str], fingerprint: str = "") -> None:
         """
-        Takes over what [`save`] wrote; the buffer then samples as the saved one would have. What it held before is
-        gone. Options stay those of this buffer: a tier that has become smaller evicts its oldest.
+        Take over what [`save`] wrote; the buffer then samples as the saved one would have.
+
+        What it held before is gone. Options stay those of this buffer: a tier that has become smaller evicts its
+        oldest.
 
         Raises:
             ReplayStateError: when a file is missing, cut short, changed or of another format, or the fingerprint
@@ -694,7 +701,7 @@ class StratifiedReplayBuffer:
 
 
 def _rounded_shares(shares: Mapping[str, float], capacity: int) -> dict[str, int]:
-    """The largest-remainder method."""
+    """Round capacities by the largest-remainder method."""
     quotas = {tier: share * capacity for tier, share in shares.items()}
     # Rounding may leave a whole number a hair below itself.
     whole = {tier: math.floor(quota + 1e-9) for tier, quota in quotas.items()}
@@ -708,7 +715,7 @@ def _rounded_shares(shares: Mapping[str, float], capacity: int) -> dict[str, int
 
 
 def _tensors(experiences: Sequence[Experience]) -> dict[str, Tensor]:
-    """Some completions joined, and the length of each."""
+    """Join the tokens of some completions, and note the length of each."""
     return {
         "completion_ids": torch.cat([e.completion_ids for e in experiences]),
         "logps": torch.cat([e.logps for e in experiences]),
@@ -725,7 +732,7 @@ def _table(tiers: Sequence[str], experiences: Sequence[Experience]) -> pa.Table:
 
 def _read_parts(table: Path, tensors: Sequence[Path]) -> list[tuple[str, Experience]]:
     rows = pq.read_table(table, schema=_COLUMNS).to_pylist()
-    entries = []
+    entries: list[tuple[str, Experience]] = []
     for path in tensors:
         shard = load_file(path)
         lengths = shard["lengths"].tolist()

@@ -20,7 +20,7 @@ def draw_positions(
     surplus: int = 0,
 ) -> list[int]:
     """
-    Draws some of N candidates, none twice.
+    Draw some of N candidates, none twice.
 
     - `uniform`: all are equally likely.
     - `diverse`: those that differ come first, equally likely among themselves, then the others.
@@ -61,12 +61,12 @@ def draw_positions(
 
 
 def side(advantage: float) -> int:
-    """1 above the baseline, -1 below it, 0 at it."""
+    """Return 1 above the baseline, -1 below it, 0 at it."""
     return (advantage > SAME_REWARD) - (advantage < -SAME_REWARD)
 
 
 def differs(reward: float, known: Sequence[float]) -> bool:
-    """Whether a reward gives variance to those known of its prompt: always, where they vary themselves."""
+    """Return whether a reward gives variance to those known of its prompt: always, where they vary themselves."""
     return not known or max(known) - min(known) > SAME_REWARD or abs(reward - known[0]) > SAME_REWARD
 
 

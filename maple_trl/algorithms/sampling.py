@@ -18,7 +18,7 @@ REVISITS = ("all", "unsolved", "informative")
 
 def informative_groups(rewards_NG: Tensor, tolerance: float = 1e-6) -> Tensor:
     """
-    Which prompts give a gradient: those whose scorable completions were not all rewarded alike.
+    Mark the prompts that give a gradient: their scorable completions were not all rewarded alike.
 
     Args:
         rewards_NG (`Tensor` of shape (N, G)):
@@ -34,7 +34,7 @@ def informative_groups(rewards_NG: Tensor, tolerance: float = 1e-6) -> Tensor:
 
 def compared_groups(rewards_NG: Tensor) -> Tensor:
     """
-    Which prompts have two scorable completions or more: of the others it is not known whether they are informative.
+    Mark the prompts with two scorable completions or more: of the others it is not known whether they are informative.
 
     Args:
         rewards_NG (`Tensor` of shape (N, G)): as for [`informative_groups`].
@@ -47,7 +47,7 @@ def compared_groups(rewards_NG: Tensor) -> Tensor:
 
 def solved_groups(task_rewards_NG: Tensor) -> Tensor:
     """
-    Which prompts were solved: all their scorable completions have a task reward of 1.
+    Mark the solved prompts: all their scorable completions have a task reward of 1.
 
     Args:
         task_rewards_NG (`Tensor` of shape (N, G)): a row per prompt; NaN where a completion is unscorable.
@@ -100,11 +100,11 @@ class DynamicSampling:
         self._dropped: Counter[ModalityTag] = Counter()
 
     def drops(self, epoch: int) -> bool:
-        """Whether uninformative groups leave the batches of this epoch (counted from 0)."""
+        """Return whether uninformative groups leave the batches of this epoch (counted from 0)."""
         return self.mode == "early" or (self.mode == "mid" and epoch > 0)
 
     def skipped(self, epoch: int) -> list[int]:
-        """Rows that this epoch does not visit."""
+        """Return the rows that this epoch does not visit."""
         if not self.drops(epoch) or self.revisit == "all":
             return []
         if self.revisit == "informative":
@@ -121,7 +121,7 @@ class DynamicSampling:
         epoch: int = 0,
     ) -> None:
         """
-        Takes note of one rollout, a value per prompt.
+        Note one rollout, a value per prompt.
 
         Args:
             rows_N (`Sequence[int]`), tags_N (`Iterable[str]`):
@@ -148,7 +148,7 @@ class DynamicSampling:
             (self._kept if kept else self._dropped)[ModalityTag.parse(tag)] += 1
 
     def metrics(self) -> dict[str, float]:
-        """Groups of the last rollout that were kept and dropped, per tag and over all; what is known of the prompts."""
+        """Count kept and dropped groups of the last rollout, per tag and in all, and prompts known to rest."""
         metrics = {"tag/all/kept": float(self._kept.total()), "tag/all/dropped": float(self._dropped.total())}
         for tag in ModalityTag:
             if tag in self._kept or tag in self._dropped:
@@ -158,17 +158,17 @@ class DynamicSampling:
         return metrics | ({"sampling/solved_prompts": float(len(self._solved))} if self._solved else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known of the prompts, ready for JSON."""
+        """Return what is known of the prompts, ready for JSON."""
         return {"uninformative": sorted(self._uninformative), "solved": sorted(self._solved.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from [`state_dict`]."""
+        """Continue from [`state_dict`]."""
         self._uninformative = set(state["uninformative"])
         self._solved = dict(state.get("solved", ()))
 
 
-def _by_row(rows_N: Sequence[int], values_N: Sequence[bool | None], combine: Callable) -> dict[int, bool]:
-    """One value for each row that has any: a row can stand in a rollout several times."""
+def _by_row(rows_N: Sequence[int], values_N: Sequence[bool | None], combine: Callable[..., bool]) -> dict[int, bool]:
+    """Combine the values of each row that has any: a row can stand in a rollout several times."""
     values: dict[int, list[bool]] = {}
     for row, value in zip(rows_N, values_N, strict=True):
         if value is not None:

@@ -138,7 +138,7 @@ class StratifiedSchedule:
         return sum(-(-size // self.batch_size) for size in sizes)
 
     def next_batch(self) -> PromptBatch:
-        """The prompts of the next rollout; begins the next epoch when this one has no rows left."""
+        """Return the prompts of the next rollout; begin the next epoch when this one has no rows left."""
         if self.exhausted:
             self._begin_epoch()
         while True:
@@ -150,7 +150,7 @@ class StratifiedSchedule:
                 return self._filled(rows, stratum)
 
     def draw(self, stratum: str, count: int, multiple_of: int = 1) -> list[int]:
-        """Takes up to `count` further rows of a stratum out of this epoch; fewer when it has no more."""
+        """Take up to `count` further rows of a stratum out of this epoch; fewer when it has no more."""
         count = min(count, self._left(stratum))
         count -= count % multiple_of
         rows: list[int] = []
@@ -162,7 +162,7 @@ class StratifiedSchedule:
         return rows
 
     def peek(self) -> PromptBatch | None:
-        """What [`next_batch`] would give now, without taking it; `None` when the epoch has no rows left."""
+        """Return what [`next_batch`] would give now, without taking it; `None` when the epoch has no rows left."""
         if self.exhausted:
             return None
         position = deepcopy(self._position)
@@ -193,7 +193,7 @@ class StratifiedSchedule:
         self._queues = self._strata(row for row in order if row not in left_out)
 
     def _strata(self, rows: Iterable[int]) -> dict[str, list[int]]:
-        """Rows by stratum, in canonical order of the tags."""
+        """Group rows by stratum, in canonical order of the tags."""
         strata: dict[str, list[int]] = defaultdict(list)
         for row in rows:
             strata[self.tags[row].value if self.stratified else MIXED].append(row)
@@ -205,13 +205,13 @@ class StratifiedSchedule:
         return sum(map(self._left, self._queues))
 
     def _batches_left(self, stratum: str) -> int:
-        """Batches that a stratum still gives; its last rows count as one where they are filled up."""
+        """Count the batches that a stratum still gives; its last rows count as one where they are filled up."""
         whole, rest = divmod(self._left(stratum), self.batch_size)
         filled = self.leftover == "fill" or stratum == MIXED
         return whole + (rest > 0 and filled)
 
     def _next_round(self) -> list[str]:
-        """Strata of the batches to come: of the whole epoch, or of one cycle."""
+        """Choose the strata of the batches to come: of the whole epoch, or of one cycle."""
         position = self._position
         draw = random.Random(f"{self.seed} round {position.epoch} {position.rounds}")
         position.rounds += 1
@@ -234,7 +234,7 @@ class StratifiedSchedule:
         return sorted(batches, key=len) if self.curriculum.strategy == "static" else batches
 
     def _in_order_of_rows(self, counts: dict[str, int]) -> list[str]:
-        """Strata of the batches, each where its first row stands in the data set."""
+        """Return the strata of the batches, each where its first row stands in the data set."""
         starts = [
             (self._queues[stratum][self._position.used[stratum] + i * self.batch_size], stratum)
             for stratum, count in counts.items()
@@ -243,7 +243,7 @@ class StratifiedSchedule:
         return [stratum for _, stratum in sorted(starts)]
 
     def _filled(self, rows: list[int], stratum: str) -> PromptBatch:
-        """The batch made full with rows of its stratum that this epoch visits anyway."""
+        """Fill up the batch with rows of its stratum that this epoch visits anyway."""
         missing = -len(rows) % self.multiple_of if self._position.skipped else self.batch_size - len(rows)
         names = [stratum] if stratum in self._queues else list(self._queues)
         others = [row for name in names for row in self._queues[name] if row not in rows] if missing else []
@@ -261,14 +261,17 @@ class StratifiedSchedule:
     # State
 
     def metrics(self) -> dict[str, float]:
-        """The epoch, and how many rows it leaves out."""
+        """Return the epoch, and how many rows it leaves out."""
         return {"schedule/epoch": float(self.epoch), "schedule/skipped_rows": float(len(self._position.skipped))}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule stands, and a digest of what it goes through, ready for JSON."""
         return {"content": self._content(), **vars(deepcopy(self._position))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
+        Continue from the state of a schedule of the same rows and options.
+
         Raises:
             ValueError: when the state is that of a schedule of other rows or options.
         """
@@ -286,7 +289,7 @@ class StratifiedSchedule:
 
 def rank_share(rows: Sequence[int], copies: int, rank: int, world: int) -> list[int]:
     """
-    The rows that one rank generates for, each prompt `copies` times in a row, as TRL's sampler deals them out.
+    Return the rows that one rank generates for, each prompt `copies` times in a row, as TRL's sampler deals them out.
 
     Raises:
         ValueError: when the copies cannot be shared equally.

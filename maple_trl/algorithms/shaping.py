@@ -22,7 +22,7 @@ SHAPES = tuple(_CURVES)
 
 def tas_weights(mask_NT: Tensor, lam: float, shape: str = "parabolic") -> Tensor:
     """
-    Factors of the tokens' advantages.
+    Return the factors of the tokens' advantages.
 
     With L the unmasked tokens of a row and x = t / (L - 1) the place of the t-th of them, counted from 0:
 

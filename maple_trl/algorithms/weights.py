@@ -45,7 +45,7 @@ class AdaptiveTagWeights:
 
     def observe(self, difficulties: Mapping[ModalityTag | str, float]) -> None:
         """
-        Adds the difficulties of one step to the history, then weighs their tags. Other tags keep their weights.
+        Add the difficulties of one step to the history, then weigh their tags; other tags keep their weights.
 
         Raises:
             ValueError: for a bad tag or a difficulty that is not finite; nothing is changed then.
@@ -61,15 +61,15 @@ class AdaptiveTagWeights:
                 self._weights[tag] = _sigmoid((difficulty - fmean(history)) / (stdev(history) + self.eps))
 
     def weight(self, tag: ModalityTag | str) -> float:
-        """The weight of a tag, 0.5 for one never observed."""
+        """Return the weight of a tag, 0.5 for one never observed."""
         return self._weights.get(ModalityTag.parse(tag), 0.5)
 
     def metrics(self) -> dict[str, float]:
-        """The weights of the tags observed so far, as `tag/V/weight`."""
+        """Return the weights of the tags observed so far, as `tag/V/weight`."""
         return {f"tag/{tag}/weight": self._weights[tag] for tag in ModalityTag if tag in self._weights}
 
     def state_dict(self) -> dict[str, Any]:
-        """Histories and weights, ready for JSON."""
+        """Return histories and weights, ready for JSON."""
         return {
             "history": self.history,
             "histories": {key: list(values) for key, values in self._histories.items()},
@@ -78,7 +78,7 @@ class AdaptiveTagWeights:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """
-        Goes on from [`state_dict`]. When the window has shrunk, the oldest difficulties are left out.
+        Continue from [`state_dict`]. When the window has shrunk, the oldest difficulties are left out.
 
         Raises:
             ValueError: when the state is that of the other kind of history.

@@ -1,6 +1,7 @@
 """
-A client for OpenAI-compatible chat endpoints that outlives their faults: a batch of requests goes in, as many results come
-out, in order, and none of them is an exception.
+A client for OpenAI-compatible chat endpoints that outlives their faults.
+
+A batch of requests goes in, as many results come out, in order, and none of them is an exception.
 
 The `openai` package and what else a request needs come with the extra `judge`; importing this package needs none of them.
 """

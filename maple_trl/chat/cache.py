@@ -71,7 +71,7 @@ class ChatCache:
         return connection
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The object under `key`; `None` when there is none, or none that can be read."""
+        """Return the object under `key`; `None` when there is none, or none that can be read."""
         if self._pauses("read"):
             return None
         try:
@@ -87,7 +87,7 @@ class ChatCache:
         return value if isinstance(value, dict) else None
 
     def put(self, key: str, value: dict[str, Any]) -> None:
-        """Keeps an object; a failure is counted, not raised."""
+        """Keep an object; a failure is counted, not raised."""
         if self._pauses("write"):
             return
         try:
@@ -129,4 +129,5 @@ class ChatCache:
         return self._connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 
     def close(self) -> None:
+        """Close the file."""
         self._connection.close()

@@ -61,12 +61,13 @@ class CallFailure(Exception):
 
     @property
     def retryable(self) -> bool:
+        """Whether the same call may succeed later."""
         return self.reason in _RETRYABLE
 
 
 def make_openai(options: ChatOptions, key: str) -> AsyncOpenAI:
     """
-    The `openai` client, without its own retries: they would multiply with ours and wait in ways nobody counts.
+    Make the `openai` client, without its own retries: they would multiply with ours and wait in ways nobody counts.
 
     Raises:
         ChatSetupError: when a package of the extra is missing.
@@ -84,7 +85,7 @@ def make_openai(options: ChatOptions, key: str) -> AsyncOpenAI:
 
 async def call(client: AsyncOpenAI, body: Mapping[str, Any], timeout: float) -> Reply:
     """
-    Sends one request and reads its answer.
+    Send one request and read its answer.
 
     Args:
         body (`Mapping`): the JSON body.
@@ -117,7 +118,7 @@ async def call(client: AsyncOpenAI, body: Mapping[str, Any], timeout: float) -> 
 
 
 def _status_failure(error: Any) -> CallFailure:
-    """The failure that an HTTP status stands for (`error` is an `openai.APIStatusError`)."""
+    """Return the failure that an HTTP status stands for (`error` is an `openai.APIStatusError`)."""
     status, code = error.status_code, error.code or ""
     if status in (401, 403):
         reason = "unauthorized"
@@ -137,8 +138,9 @@ def _status_failure(error: Any) -> CallFailure:
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """
-    Seconds that a server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as a date (RFC 9110, 10.2.3).
-    `None` where it asks nothing that can be understood.
+    Return the seconds that a server asks to wait; `None` where it asks nothing that can be understood.
+
+    Read are `retry-after-ms`, and `Retry-After` in seconds or as a date (RFC 9110, 10.2.3).
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = (headers.get(name) or "").strip()
@@ -156,7 +158,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def read_reply(content: bytes) -> Reply:
     """
-    Reads the body of a successful call.
+    Read the body of a successful call.
 
     Raises:
         CallFailure: when it is no chat completion, or one without usable text.
@@ -188,7 +190,7 @@ def read_reply(content: bytes) -> Reply:
 
 
 def _text(content: Any) -> str | None:
-    """The text of a message: a string, or the texts of a list of parts."""
+    """Return the text of a message: a string, or the texts of a list of parts."""
     if content is None or isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part.get("type", "text") == "text")

@@ -55,8 +55,9 @@ class ChatClient:
 
     def complete_many(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """
-        Answers a batch and waits for it. Inside an event loop it holds that loop up; there, await
-        [`~ChatClient.acomplete_many`].
+        Answer a batch and wait for it.
+
+        Inside an event loop this holds that loop up; there, await [`~ChatClient.acomplete_many`].
 
         Args:
             requests (`Sequence[ChatRequest]`):
@@ -76,7 +77,7 @@ class ChatClient:
             raise
 
     async def acomplete_many(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
-        """As [`~ChatClient.complete_many`], for code inside an event loop, whichever it is."""
+        """Answer a batch as [`~ChatClient.complete_many`] does, for code inside an event loop, whichever it is."""
         return await asyncio.wrap_future(self._submit(requests))
 
     def _submit(self, requests: Sequence[ChatRequest]) -> Future:
@@ -94,8 +95,9 @@ class ChatClient:
 
     def close(self) -> None:
         """
-        Closes connections, cache and thread; a later batch opens them again. Whoever still waits for a batch gets
-        `CancelledError`.
+        Close connections, cache and thread; a later batch opens them again.
+
+        Whoever still waits for a batch gets `CancelledError`.
         """
         with self._lock:
             thread, engine = self._thread, self._engine

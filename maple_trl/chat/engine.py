@@ -41,13 +41,14 @@ class ChatEngine:
             raise ChatSetupError(f"cache_file {options.cache_file}: cannot be opened: {error}") from error
 
     async def close(self) -> None:
+        """Close connections and cache."""
         if self._sender is not None:
             await self._sender.close()
         if self._cache is not None:
             self._cache.close()
 
     async def batch(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
-        """One result per request, in order; of requests with one key, the first is answered and the others share it."""
+        """Return one result per request, in order; requests with one key share the answer of the first."""
         results: list[ChatResult | None] = [None] * len(requests)
         places: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
@@ -73,7 +74,7 @@ class ChatEngine:
         return results
 
     async def _answer(self, key: str, request: ChatRequest) -> ChatResult:
-        """The result of one request; whatever goes wrong has a name in it."""
+        """Return the result of one request; whatever goes wrong has a name in it."""
         try:
             kept = self._from_cache(key, request)
             if kept is not None:
@@ -111,7 +112,7 @@ class ChatEngine:
 
 
 def _shared(result: ChatResult) -> ChatResult:
-    """The result of an identical request: nothing was spent on it. An object is not shared: each may be changed."""
+    """Copy the result of an identical request: nothing was spent on it, and each may change its object."""
     source = result.source if result.source in ("cache", "none") else "shared"
     data = copy.deepcopy(result.data)
     return dataclasses.replace(result, data=data, source=source, attempts=0, prompt_tokens=0, completion_tokens=0)

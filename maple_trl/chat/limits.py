@@ -19,7 +19,7 @@ class RateLimits:
         self._tokens = _Bucket(tokens_per_minute) if tokens_per_minute else None
 
     async def acquire(self, tokens: int) -> None:
-        """Returns when one call that may take `tokens` fits."""
+        """Wait until one call that may take `tokens` fits."""
         if self._requests is not None:
             await self._requests.take(1)
         if self._tokens is not None:

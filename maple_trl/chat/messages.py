@@ -60,7 +60,7 @@ class ChatRequest:
 
     def read(self, text: str) -> Any:
         """
-        What was asked for, out of the text of an answer; `None` for a request of plain text.
+        Read what was asked for out of the text of an answer; `None` for a request of plain text.
 
         Raises:
             NoObjectError: when it is not there.
@@ -71,13 +71,13 @@ class ChatRequest:
 
 
 def text_block(text: str) -> dict[str, Any]:
-    """A content block with text."""
+    """Return a content block with text."""
     return {"type": "text", "text": text}
 
 
 def image_block(picture: np.ndarray, quality: int = 90) -> dict[str, Any]:
     """
-    A content block with a picture as a data URL (JPEG).
+    Return a content block with a picture as a data URL (JPEG).
 
     Args:
         picture (`np.ndarray`):
@@ -97,7 +97,7 @@ def image_block(picture: np.ndarray, quality: int = 90) -> dict[str, Any]:
 
 def fence(name: str, text: str) -> str:
     """
-    `text` between two marks that it cannot hold, so that a prompt can say where foreign text begins and ends.
+    Put `text` between two marks that it cannot hold, so that a prompt can say where foreign text begins and ends.
 
     The marks carry a digest of the text: whoever wrote the text could not have closed the fence inside it.
 
@@ -113,7 +113,7 @@ def fence(name: str, text: str) -> str:
 
 def request_body(request: ChatRequest, options: ChatOptions, structured: bool) -> dict[str, Any]:
     """
-    The JSON body of a request.
+    Return the JSON body of a request.
 
     Args:
         structured (`bool`):
@@ -139,7 +139,7 @@ def request_body(request: ChatRequest, options: ChatOptions, structured: bool) -
 
 def request_key(request: ChatRequest, options: ChatOptions) -> str:
     """
-    The SHA-256 under which an answer is kept: model, messages with their pictures, sampling fields, schema and sample.
+    Return the SHA-256 under which an answer is kept: of model, messages, pictures, sampling, schema and sample.
 
     The server's address is not part of it, so that answers outlive a local server's port.
 
@@ -152,7 +152,7 @@ def request_key(request: ChatRequest, options: ChatOptions) -> str:
 
 
 def estimate_tokens(body: Mapping[str, Any]) -> int:
-    """Tokens that a request may take, prompt and longest answer together; a rough guess for the rate limit."""
+    """Estimate the tokens that a request may take, prompt and longest answer together, for the rate limit."""
     total = 0
     for message in body["messages"]:
         content = message.get("content") or ""

@@ -145,7 +145,7 @@ class ChatOptions:
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """ValueError for a field that the client itself sets, and for one that could hold a key."""
+    """Raise ValueError for a field that the client itself sets, and for one that could hold a key."""
     if not isinstance(sampling, Mapping):
         raise ValueError(f"sampling must map fields to values, got {type(sampling).__name__}")
     for name in _OWN_FIELDS:
@@ -169,10 +169,11 @@ class ApiKey:
         self._value = value
 
     def reveal(self) -> str:
+        """Return the key itself."""
         return self._value
 
     def redact(self, text: str) -> str:
-        """`text` without the key, should it hold it: servers quote what they were sent."""
+        """Return `text` without the key, should it hold it: servers quote what they were sent."""
         return text.replace(self._value, "[key]") if self._value else text
 
     def __repr__(self) -> str:
@@ -186,7 +187,7 @@ class ApiKey:
 
 def read_key(options: ChatOptions) -> ApiKey:
     """
-    The key of a client; an empty one where neither file nor variable gives any and the server may be a local one.
+    Read the key of a client; it is empty where neither file nor variable gives any and the server may be a local one.
 
     Raises:
         ChatSetupError: naming file or variable, never the content.

@@ -108,10 +108,11 @@ class ChatUsage:
     cache_errors: int = 0
 
     def copy(self) -> ChatUsage:
+        """Return the counters as of now."""
         return dataclasses.replace(self, failed=Counter(self.failed), faults=Counter(self.faults))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             f.name: dict(value) if isinstance(value := getattr(self, f.name), Counter) else value
             for f in dataclasses.fields(self)

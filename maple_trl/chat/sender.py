@@ -52,10 +52,11 @@ class ChatSender:
         self._takes_schema: bool | None = {"auto": None, "always": True, "never": False}[options.structured]
 
     async def close(self) -> None:
+        """Close connections."""
         await self._openai.close()
 
     async def send(self, request: ChatRequest) -> ChatResult:
-        """The result of one request, after as many attempts as the options allow."""
+        """Return the result of one request, after as many attempts as the options allow."""
         import tenacity
 
         spent = _Spent()
@@ -105,7 +106,7 @@ class ChatSender:
     # An attempt
 
     async def _attempt(self, request: ChatRequest, spent: _Spent) -> tuple[Reply, Any]:
-        """One answer, and the object in it where one was asked for."""
+        """Get one answer, and the object in it where one was asked for."""
         async with self._slots:
             reply = await self._exchange(request, spent)
         try:
@@ -117,7 +118,7 @@ class ChatSender:
 
     async def _exchange(self, request: ChatRequest, spent: _Spent) -> Reply:
         """
-        Sends the request in the form that the server takes.
+        Send the request in the form that the server takes.
 
         While it is not known whether it takes a schema, a request that is turned down is sent once more without it:
         servers word that refusal in too many ways to recognise it.

@@ -22,7 +22,7 @@ class NoObjectError(ValueError):
 
 def read_object(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The last JSON object in a text that matches a schema.
+    Return the last JSON object in a text that matches a schema.
 
     Models that were not held to a schema write thoughts, fences and explanations around their answer; thoughts come
     before it, so the last object counts. What stands before `</think>` does not count.
@@ -41,7 +41,7 @@ def read_object(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def matching_objects(text: str, schema: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
-    All objects that [`read_object`] chooses from, in order; at least one.
+    Return all objects that [`read_object`] chooses from, in order; at least one.
 
     Raises:
         NoObjectError: when there is none.
@@ -67,8 +67,9 @@ def matching_objects(text: str, schema: Mapping[str, Any]) -> list[dict[str, Any
 
 def _objects(text: str) -> list[dict[str, Any]]:
     """
-    The outermost objects of a text, in order; numbers that JSON does not know (NaN, Infinity) and names that are given
-    twice spoil theirs.
+    Return the outermost objects of a text, in order.
+
+    Numbers that JSON does not know (NaN, Infinity) and names that are given twice spoil theirs.
     """
     decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_distinct)
     objects, position = [], 0

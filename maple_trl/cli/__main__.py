@@ -1,3 +1,5 @@
+"""What `python -m maple_trl.cli` runs."""
+
 from maple_trl.cli import main
 
 

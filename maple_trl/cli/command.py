@@ -43,7 +43,7 @@ stay ours.
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the commands; the options of a training job are read by [`~maple_trl.jobs.train.parse_args`]."""
+    """Build the parser of the commands; [`~maple_trl.jobs.train.parse_args`] reads the options of a training job."""
     parser = argparse.ArgumentParser(
         prog="maple-trl",
         description="Reinforcement learning for models that watch, listen and read: GRPO on video, audio and subtitles.",
@@ -96,7 +96,7 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Runs one command.
+    Run one command.
 
     Args:
         argv (`Sequence[str]`, *optional*):

@@ -86,7 +86,7 @@ class HintArguments:
 
 
 def run_hints(words: Sequence[str]) -> int:
-    """Runs `maple-trl data hints`; the exit status is as the help says."""
+    """Run `maple-trl data hints`; the exit status is as the help says."""
     from maple_trl.jobs.errors import SetupError
     from maple_trl.jobs.options import OptionParser, read_options
 
@@ -119,7 +119,7 @@ def run_hints(words: Sequence[str]) -> int:
 
 
 def _of_class(options: type, arguments: HintArguments) -> dict[str, Any]:
-    """What a class takes of the arguments, by name."""
+    """Pick the arguments that a class takes, by name."""
     return {field.name: getattr(arguments, field.name) for field in fields(options) if hasattr(arguments, field.name)}
 
 

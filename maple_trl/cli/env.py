@@ -66,6 +66,7 @@ class Package:
 
     @property
     def broken(self) -> bool:
+        """Whether a required package is missing or cannot be imported."""
         return self.required and (self.version is None or self.error is not None)
 
 
@@ -82,7 +83,7 @@ class Codec:
 
 def collect(imports: bool = False) -> dict[str, Any]:
     """
-    Looks at the machine.
+    Find out what this machine and its packages can do.
 
     Args:
         imports (`bool`, *optional*, defaults to `False`):
@@ -132,7 +133,7 @@ def _hint(package: Package) -> str:
 
 
 def _requirements() -> dict[str, tuple[Requirement, str | None]]:
-    """Requirements of this package by name, each with the extra that brings it (`None`: the core)."""
+    """Return the requirements of this package by name, each with the extra that brings it (`None`: the core)."""
     from packaging.requirements import Requirement
 
     try:
@@ -191,7 +192,7 @@ def _import_error(module: str) -> str | None:
 
 
 def _ffmpeg_version() -> str | None:
-    """Version of the FFmpeg libraries that PyAV brings along, or `None` without PyAV."""
+    """Return the version of the FFmpeg libraries that PyAV brings along, or `None` without PyAV."""
     try:
         import av
     except Exception:
@@ -201,7 +202,7 @@ def _ffmpeg_version() -> str | None:
 
 
 def _system_devices() -> list[dict[str, Any]]:
-    """Devices that the system names: whether torch can use them, and bfloat16 there, only torch can tell."""
+    """List devices that the system names: whether torch can use them, and bfloat16 there, only torch can tell."""
     devices = []
     query = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
     if shutil.which(query[0]):
@@ -218,7 +219,7 @@ def _processor() -> str:
 
 
 def _torch_devices() -> list[dict[str, Any]]:
-    """Devices that torch can use, fastest first: name, memory in bytes, and whether bfloat16 works there."""
+    """List devices that torch can use, fastest first: name, memory in bytes, and whether bfloat16 works there."""
     try:
         import torch
     except Exception:
@@ -256,7 +257,7 @@ def _multiplies_bf16(device: str) -> bool:
 
 
 def _memory() -> int | None:
-    """The machine's memory in bytes, or `None` where the system does not tell."""
+    """Return the machine's memory in bytes, or `None` where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -264,7 +265,7 @@ def _memory() -> int | None:
 
 
 def _codecs() -> list[Codec]:
-    """Writes clips of a quarter of a second into memory, and reads them back: the whole way, not a list of names."""
+    """Write clips of a quarter of a second into memory, and read them back: the whole way, not a list of names."""
     found = []
     for name, kind, encoders, required in _CODECS:
         error = None
@@ -278,7 +279,7 @@ def _codecs() -> list[Codec]:
 
 def _round_trip(name: str, kind: str, encoders: tuple[str, ...]) -> None:
     """
-    Encodes and decodes one clip.
+    Encode and decode one clip.
 
     Raises:
         Exception: when PyAV is missing, the codec is not built in, or nothing comes back.
@@ -315,7 +316,7 @@ def _round_trip(name: str, kind: str, encoders: tuple[str, ...]) -> None:
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
-    """Prints what [`collect`] found, as a person reads it."""
+    """Print what [`collect`] found, as a person reads it."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -64,7 +64,7 @@ def _print_help() -> int:
 
 def read_job(words: Sequence[str]) -> EvalJob:
     """
-    An evaluation as a command line and config files describe it.
+    Read an evaluation as a command line and config files describe it.
 
     Raises:
         SetupError: for what is unknown, missing or wrong.
@@ -79,7 +79,7 @@ def read_job(words: Sequence[str]) -> EvalJob:
 
 
 def run_eval(words: Sequence[str]) -> int:
-    """Runs the command; the exit status is as the help says."""
+    """Run the command; the exit status is as the help says."""
     if asks_for_help(words):
         return _print_help()
     from maple_trl.evaluation.options import ScoringError, ServerError
@@ -115,7 +115,7 @@ def run_eval(words: Sequence[str]) -> int:
 
 
 def _hush() -> None:
-    """No progress of the libraries below, which show theirs in files of a log as well."""
+    """Turn off the progress bars of libraries, which they show in files of a log as well."""
     import datasets
     from transformers.utils import logging
 
@@ -124,7 +124,7 @@ def _hush() -> None:
 
 
 def _report(folder: str, file: str) -> int:
-    """Writes the report; the numbers are there already, so that what stops it costs nothing."""
+    """Write the report; what stops it costs nothing, as the numbers are there already."""
     path = Path(file or Path(folder, "report.html"))
     try:
         from maple_trl.reports import ReportError, write_report

@@ -13,7 +13,7 @@ _CHARACTERS = 300  # of what is said of one
 
 
 def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
-    """Prints accuracy by access and tag, the modality gap, and what went wrong."""
+    """Print accuracy by access and tag, the modality gap, and what went wrong."""
     from rich.console import Console
     from rich.table import Table
 

@@ -26,13 +26,13 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
-    """Whether a command line asks how it is written."""
+    """Return whether a command line asks for help."""
     return not {"-h", "--help"}.isdisjoint(words)
 
 
 def refuse(command: str, error: BaseException | str, status: int = 2, folder: str | None = None) -> int:
     """
-    Prints what stopped a command as its last line.
+    Print what stopped a command as its last line.
 
     Args:
         command: as it was called, e.g. `"train"`.
@@ -53,7 +53,7 @@ def refuse(command: str, error: BaseException | str, status: int = 2, folder: st
 
 def fail(command: str, error: BaseException, folder: str | None = None, again: str = "") -> int:
     """
-    Prints what ended a command that had been described rightly.
+    Print what ended a command whose options were right.
 
     The traceback of an error that is not told by its message goes into a file in the folder.
 
@@ -77,12 +77,12 @@ def fail(command: str, error: BaseException, folder: str | None = None, again: s
 
 
 def one_line(message: BaseException | str) -> str:
-    """A message without its line breaks: the last line of the output says all."""
+    """Strip a message of its line breaks: the last line of the output says all."""
     return " ".join(str(message).split())
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it."""
+    """Return an error and those that led to it."""
     seen: set[int] = set()
     following: BaseException | None = error
     while following is not None and id(following) not in seen:
@@ -100,7 +100,7 @@ def _described(error: BaseException) -> str:
 
 
 def _full(error: BaseException, folder: str | None) -> str | None:
-    """What to say where a disk is full; `None` where it is not that."""
+    """Return what to say where a disk is full; `None` for any other error."""
     for link in chain(error):
         words = next((words for words in _FULL_WORDS if words in str(link)), None)
         if not (isinstance(link, OSError) and link.errno in _FULL) and words is None:
@@ -113,7 +113,7 @@ def _full(error: BaseException, folder: str | None) -> str | None:
 
 
 def _known(error: BaseException) -> str | None:
-    """What to say of an error whose message tells a user what to do; `None` for one that may be a fault of the program."""
+    """Return what to say of an error whose message tells a user what to do; `None` for a possible fault of ours."""
     if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
         return f"no access to {error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
@@ -139,7 +139,7 @@ def _known(error: BaseException) -> str | None:
 
 
 def _write_log(error: BaseException, folder: str | None) -> str | None:
-    """The file that holds an error's traceback; `None` where none can be written."""
+    """Write an error's traceback into a file; return its path, `None` where none can be written."""
     text = "".join(traceback.format_exception(error))
     if folder is not None and os.path.isdir(folder):
         path = os.path.join(folder, LOG)

@@ -10,7 +10,7 @@ import sys
 
 
 class _Herald:
-    """Says the word when torch is first asked for, and goes; it finds no module itself."""
+    """Announces the loading of torch once, when it is first imported; it finds no module itself."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
@@ -19,6 +19,6 @@ class _Herald:
 
 
 def tell_when_loading() -> None:
-    """Has the first process say so when torch begins to load; where it is loaded already, nothing is said."""
+    """Let the first process announce when torch begins to load; where it is loaded already, nothing is said."""
     if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         sys.meta_path.insert(0, _Herald())

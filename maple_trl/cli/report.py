@@ -58,7 +58,7 @@ class ReportArguments:
 
 
 def run_report(words: Sequence[str]) -> int:
-    """Runs the command; the exit status is as the help says."""
+    """Run the command; the exit status is as the help says."""
     from maple_trl.jobs.errors import SetupError
     from maple_trl.jobs.options import OptionParser, read_options
 

@@ -59,7 +59,7 @@ _WITH_CAPTIONS = dataclasses.replace(
 
 def load_daily_omni(root: str | os.PathLike, tags: Iterable[ModalityTag | str] | None = None) -> Dataset:
     """
-    The questions whose clips exist below `root`, in the order of `qa.json`.
+    Load the questions whose clips exist below `root`, in the order of `qa.json`.
 
     How many questions were left out is logged as a warning.
 
@@ -96,14 +96,14 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _detail(value: Any) -> str | None:
-    """Daily-Omni writes `null`, "None" and "No … provided" where it has nothing to tell."""
+    """Read a text; Daily-Omni writes `null`, "None" and "No … provided" where it has nothing to tell."""
     text = "" if value is None else str(value).strip()
     return None if text in ("", "None") or re.fullmatch(r"No \w+ provided", text) else text
 
 
 def with_tags(dataset: Dataset, tags: Iterable[ModalityTag | str] = tuple(ModalityTag)) -> Dataset:
     """
-    Every row once in each of the given tags; a question's rows follow each other, and `id` gets the tag behind it.
+    Repeat every row once for each of the given tags; a question's rows follow each other, and `id` ends in the tag.
 
     A row without subtitle text is left out of the tags with S, which is logged as a warning.
 

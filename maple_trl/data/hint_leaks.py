@@ -44,7 +44,7 @@ _BY_POSITION = re.compile(
 
 def leaks_answer(hint: str, prompt_text: str, solution: Any, *, max_words: int = 60) -> str | None:
     """
-    Why a hint must not be given, or `None`.
+    Return why a hint must not be given, or `None`.
 
     Compared are plain forms: compatibility and look-alike characters, case, accents, white space, hyphens between the
     letters of a word, plural and verb endings, and numbers in digits or English words make no difference. A paraphrase
@@ -117,8 +117,9 @@ class _Problem:
 
 def split_options(prompt_text: str) -> tuple[str, dict[str, str]]:
     """
-    The question without its options, and the options by letter; none where no `A. … B. …` stands in the text. The
-    last such row counts, and the last option ends with its line.
+    Split a question into its text and its options by letter; none where no `A. … B. …` stands in it.
+
+    The last such row counts, and the last option ends with its line.
     """
     marks = list(_OPTION_MARK.finditer(prompt_text))
     starts = [index for index, mark in enumerate(marks) if mark[1] == "A"]
@@ -197,7 +198,7 @@ def _holds_text(hint: str, problem: _Problem) -> bool:
 
 
 def _spelled(answer: str, hint: str) -> bool:
-    """The letters of the answer in a row, whatever stands between them: `r-e-d`, `R E D`, `redsquare`."""
+    """Return whether a hint spells the answer, whatever stands between letters: `r-e-d`, `R E D`, `redsquare`."""
     letters = re.findall(r"[^\W_]", plain(answer))
     if not letters or all(char.isdigit() for char in letters):  # "1, 2" is not 12
         return False

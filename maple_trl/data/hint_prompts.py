@@ -63,7 +63,7 @@ class Problem:
     @classmethod
     def from_row(cls, row: Mapping[str, Any], columns: Sequence[str] = ()) -> Problem | None:
         """
-        Reads a row; `None` for one without a solution, whose hint could not be checked.
+        Read a row; `None` for one without a solution, whose hint could not be checked.
 
         Raises:
             ProblemError: naming the field.
@@ -79,7 +79,7 @@ class Problem:
 
 
 def _prompt_text(prompt: Any) -> str:
-    """The text of the user's messages, or of all messages where there are none of the user."""
+    """Return the text of the user's messages, or of all messages where there are none of the user."""
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
@@ -121,7 +121,7 @@ def _as_text(value: Any) -> str:
 
 
 def _video(row: Mapping[str, Any]) -> str | None:
-    """The first video of a row: its column, or a block of its prompt."""
+    """Return the first video of a row: its column, or a block of its prompt."""
     video = row.get("video")
     video = video[0] if isinstance(video, list) and video else video
     if video or not isinstance(row.get("prompt"), list):
@@ -135,7 +135,7 @@ def first_messages(
     problem: Problem, max_words: int, loader: MediaLoader | None = None, frames: int = 0, max_pixels: int = 200_704
 ) -> list[dict[str, Any]]:
     """
-    The messages that ask for a hint.
+    Return the messages that ask for a hint.
 
     Args:
         problem (`Problem`): the row.
@@ -167,7 +167,7 @@ def first_messages(
 
 
 def next_messages(messages: list[dict[str, Any]], hint: str, leak: str, max_words: int) -> list[dict[str, Any]]:
-    """The messages that ask again after a hint was refused, for the reason `leak` (a key of `LEAKS`)."""
+    """Return the messages that ask again after a hint was refused, for the reason `leak` (a key of `LEAKS`)."""
     problem = LEAKS[leak].format(max_words=max_words)
     return [
         *messages,
@@ -177,7 +177,7 @@ def next_messages(messages: list[dict[str, Any]], hint: str, leak: str, max_word
 
 
 def clean_hint(text: str) -> str:
-    """A hint without what models put around it: thoughts, a label, quotation marks, line breaks."""
+    """Strip a hint of what models put around it: thoughts, a label, quotation marks, line breaks."""
     text = " ".join(_THINKING.sub("", text).split())
     text = _LABEL.sub("", text)
     if len(text) > 1 and text[0] in "\"'“‘" and text[-1] in "\"'”’":

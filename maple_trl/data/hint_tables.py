@@ -56,15 +56,16 @@ class RowTable:
         return len(self._rows) if self._table is None else self._table.num_rows
 
     def column(self, name: str) -> list[Any]:
-        """Values of a column, `None` where a row lacks it."""
+        """Return the values of a column, `None` where a row lacks it."""
         if self._table is not None:
             return self._table.column(name).to_pylist()
         return [row.get(name) for row in self._rows]
 
     def write(self, path: str | os.PathLike, name: str, values: Sequence[str | None]) -> None:
         """
-        Writes all rows with the text column `name`, in the place of one of that name; the file appears whole or not at
-        all.
+        Write all rows with the text column `name`, in the place of one of that name.
+
+        The file appears whole or not at all.
 
         Raises:
             TableError: when the rows cannot be written in the format of `path`.

@@ -1,6 +1,7 @@
 """
-Hints for the rows of a data set: a teacher model that sees the whole problem says where to look, and not what the answer
-is (the hint mechanism of AVATAR, arXiv 2508.03100, section 4.1).
+Hints for the rows of a data set (the hint mechanism of AVATAR, arXiv 2508.03100, section 4.1).
+
+A teacher model that sees the whole problem says where to look, and not what the answer is.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def build_hints(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> HintSummary:
     """
-    Writes a table with a column `hint`: text, or null where there is none.
+    Write a table with a column `hint`: text, or null where there is none.
 
     Each finished row is noted in `OUTPUT.progress.jsonl` at once, so that a run that was killed goes on where it was; with
     a cache in the client's options, no answer that had arrived is paid for twice either. Failed rows are asked again by
@@ -132,7 +133,7 @@ class _Builder:
     # Rows
 
     def _rows(self, hints: list[str | None]) -> list[_Row]:
-        """The rows to ask for, all of them read before anything is sent."""
+        """Read the rows to ask for, all of them before anything is sent."""
         optional = [name for name in ("options", "video") if name in self.table.columns]
         names = list(dict.fromkeys(["prompt", "solution", *optional, *self.options.columns]))
         columns = {name: self.table.column(name) for name in names}
@@ -161,7 +162,7 @@ class _Builder:
         return rows
 
     def _key(self, problem: Problem) -> str:
-        """Tells outcomes apart in the progress file: all that the teacher is shown, and what its hints must be."""
+        """Digest all that the teacher is shown and its hints must be, to tell outcomes apart in the progress file."""
         chat, options = self.client.options, self.options
         content = [SYSTEM, chat.model, dict(chat.sampling), options.max_tries, options.max_words, options.frames]
         content += [problem.question, problem.solution, problem.extras]
@@ -191,7 +192,7 @@ class _Builder:
                 self.summary.stopped = f"all {len(chunk)} rows of a chunk failed ({reasons}): {failures[0].detail}"
 
     def _ask(self, chunk: list[_Row]) -> None:
-        """Asks for one chunk until every row has a hint, has been refused too often, or has failed."""
+        """Ask for one chunk until every row has a hint, has been refused too often, or has failed."""
         for row in chunk:
             try:
                 row.messages = first_messages(row.problem, self.options.max_words, self.loader, self.options.frames)

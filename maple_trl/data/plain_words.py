@@ -32,29 +32,29 @@ _OTHERS = {"once": "1", "twice": "2", "thrice": "3", "dozen": "12", "half": "0.5
 
 
 def same_shapes(text: str) -> str:
-    """`text` in compatibility form, without accents and invisible characters, look-alike letters as Latin ones."""
+    """Return `text` in compatibility form, without accents and invisible characters, look-alikes as Latin letters."""
     text = unicodedata.normalize("NFKD", text)
     text = "".join(char for char in text if unicodedata.category(char) not in ("Mn", "Cf"))
     return unicodedata.normalize("NFKC", text).translate(_SHAPES)
 
 
 def plain(text: str) -> str:
-    """[`same_shapes`] without case, white space as single blanks."""
+    """Return [`same_shapes`] of a text without case, white space as single blanks."""
     return " ".join(same_shapes(same_shapes(text).casefold()).split())
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in plain form; numbers in digits, also where they were written in English words."""
+    """Return the words of a text in plain form; numbers in digits, also where they were written in English words."""
     return _with_digits([_canonical(word) for word in _WORD.findall(plain(text))])
 
 
 def stems(texts: Iterable[str]) -> list[str]:
-    """Words without English plural and verb endings; crude, and the same for both sides of a comparison."""
+    """Strip English plural and verb endings; crude, and the same for both sides of a comparison."""
     return [_stem(word) for word in texts]
 
 
 def number_value(text: str) -> float | None:
-    """The finite value of a text that is one number, in digits or English words; `None` for other text."""
+    """Return the finite value of a text that is one number, in digits or English words; `None` for other text."""
     found = words(text)
     if len(found) != 1 or not found[0][0].isdigit():
         return None
@@ -66,7 +66,7 @@ def number_value(text: str) -> float | None:
 
 
 def _canonical(word: str) -> str:
-    """`1,200` -> `1200`, `12.50` -> `12.5`, `3,5` -> `3.5`, other words as they are."""
+    """Rewrite a number: `1,200` -> `1200`, `12.50` -> `12.5`, `3,5` -> `3.5`; other words stay as they are."""
     if not word[0].isdigit():
         return word
     text = word.replace(",", "") if _THOUSANDS.fullmatch(word) else word.replace(",", ".")
@@ -78,7 +78,7 @@ def _canonical(word: str) -> str:
 
 
 def _with_digits(found: list[str]) -> list[str]:
-    """Runs of number words as one number: `twenty`, `one` -> `21`. Two numbers in a row stay two."""
+    """Join runs of number words to one number: `twenty`, `one` -> `21`; two numbers in a row stay two."""
     result: list[str] = []
     total, current = 0, None
 

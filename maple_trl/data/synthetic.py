@@ -83,7 +83,7 @@ FEATURES = Features(
 
 def right_letter(tag: ModalityTag | str, truth: Mapping[Modality, str]) -> str:
     """
-    The right letter of a question.
+    Return the right letter of a question.
 
     Args:
         tag (`ModalityTag` or `str`): the modalities that the question needs.
@@ -94,13 +94,13 @@ def right_letter(tag: ModalityTag | str, truth: Mapping[Modality, str]) -> str:
 
 
 def question_of(tag: ModalityTag | str) -> str:
-    """The question of a tag: the nouns of its modalities in canonical order, such as `"color pitch?"`."""
+    """Return the question of a tag: the nouns of its modalities in canonical order, such as `"color pitch?"`."""
     return " ".join(NOUNS[modality] for modality in _ordered(tag)) + "?"
 
 
 def options_of(tag: ModalityTag | str) -> list[str]:
     """
-    What each letter means for a tag, as four texts.
+    Return what each letter means for a tag, as four texts.
 
     The text of a letter lists the attribute combinations that it stands for (`"red low or green top or …"`). The
     options depend on the tag alone, so they tell nothing about a row.
@@ -118,7 +118,7 @@ def _ordered(tag: ModalityTag | str) -> list[Modality]:
 
 def draw_frames(color: str, rng: np.random.Generator) -> np.ndarray:
     """
-    Frames of a moving shape, `uint8` of shape `(NUM_FRAMES, FRAME_SIDE, FRAME_SIDE, 3)`.
+    Draw frames of a moving shape, `uint8` of shape `(NUM_FRAMES, FRAME_SIDE, FRAME_SIDE, 3)`.
 
     Only the colour is given; shape, size, path, background and a slight shade of the colour are random. The shape
     moves in every frame, so no two neighbouring frames are equal.
@@ -144,7 +144,7 @@ def draw_frames(color: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_tone(pitch: str, rng: np.random.Generator) -> np.ndarray:
-    """A tone with a little noise, `float32` of shape `(TONE_SAMPLES,)`; loudness, phase and detuning are random."""
+    """Make a noisy tone, `float32` of shape `(TONE_SAMPLES,)`; loudness, phase and detuning are random."""
     frequency = PITCHES[pitch] * rng.uniform(0.96, 1.04)
     time = np.arange(TONE_SAMPLES) / SAMPLING_RATE
     tone = rng.uniform(0.2, 0.6) * np.sin(2 * np.pi * (frequency * time + rng.uniform()))
@@ -153,7 +153,7 @@ def make_tone(pitch: str, rng: np.random.Generator) -> np.ndarray:
 
 def write_clip(path: str | os.PathLike, frames: np.ndarray, waveform: np.ndarray) -> None:
     """
-    Writes an mp4 file with one H.264 and one AAC stream. The same input gives the same bytes.
+    Write an mp4 file with one H.264 and one AAC stream; the same input gives the same bytes.
 
     Args:
         path: file to write.
@@ -180,7 +180,7 @@ def write_clip(path: str | os.PathLike, frames: np.ndarray, waveform: np.ndarray
 
 
 def write_subtitle(path: str | os.PathLike, word: str, start_ms: int, end_ms: int) -> None:
-    """Writes an .srt file with one cue."""
+    """Write an .srt file with one cue."""
 
     def clock(milliseconds: int) -> str:
         seconds, rest = divmod(milliseconds, 1000)
@@ -197,7 +197,7 @@ def write_seven_tags(
     clips_per_pair: int = 8,
 ) -> DatasetDict:
     """
-    Writes the set into `folder` and returns its table.
+    Write the set into `folder` and return its table.
 
     The attribute combinations of a tag come in blocks of all 64, in random order: with a multiple of 64 prompts per
     tag the set is exactly balanced. Clips are shared between rows; splits share none.
@@ -233,7 +233,7 @@ def write_seven_tags(
 def _stamp(
     prompts_per_tag: int | Mapping[str, int], seed: int, splits: Sequence[str], clips_per_pair: int
 ) -> dict[str, Any]:
-    """What determines the content of a set, checked and in the form in which it is stored beside the set."""
+    """Check what determines the content of a set, and return it in the form in which it is stored beside the set."""
     counts = prompts_per_tag if isinstance(prompts_per_tag, Mapping) else dict.fromkeys(splits, prompts_per_tag)
     for split in splits:
         if not split.isidentifier():
@@ -256,7 +256,7 @@ def _stamp(
 def _write_media(
     folder: Path, split: str, clips_per_pair: int, rng: np.random.Generator
 ) -> tuple[dict[tuple[str, str], list[str]], dict[str, list[str]]]:
-    """Writes the media of a split; returns the relative paths by (colour, pitch) and by word."""
+    """Write the media of a split; return the relative paths by (colour, pitch) and by word."""
     (folder / split).mkdir(exist_ok=True)
     pairs = list(itertools.product(COLORS, PITCHES)) * clips_per_pair
     clips: dict[tuple[str, str], list[str]] = {pair: [] for pair in pairs}
@@ -283,7 +283,7 @@ def _make_rows(
     subtitles: Mapping[str, list[str]],
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
-    """`count` rows of each tag, in random order."""
+    """Make `count` rows of each tag, in random order."""
     combinations = list(itertools.product(*ATTRIBUTES.values()))
     rows = []
     for tag in ModalityTag:
@@ -313,7 +313,7 @@ def _make_rows(
 
 def add_hints(rows: Dataset) -> Dataset:
     """
-    The rows of the set with a column `hint`: what the first signal of the tag shows, such as `"color: red"`.
+    Add a column `hint`: what the first signal of the tag shows, such as `"color: red"`.
 
     By the Latin square it says nothing about the answer. Where the tag has no other signal it would be all that is asked,
     and the hint is empty.
@@ -328,7 +328,7 @@ def add_hints(rows: Dataset) -> Dataset:
 
 def default_folder(prompts_per_tag: int | Mapping[str, int] = 64, seed: int = 0) -> Path:
     """
-    The folder in the user's cache where [`load_seven_tags`] keeps the set of these sizes and seed.
+    Return the folder in the user's cache where [`load_seven_tags`] keeps the set of these sizes and seed.
 
     The cache is `$XDG_CACHE_HOME/maple_trl`, by default `~/.cache/maple_trl`.
     """
@@ -348,7 +348,7 @@ def load_seven_tags(
     clips_per_pair: int = 8,
 ) -> DatasetDict:
     """
-    Loads the set, writing it first where it is absent, incomplete, or made with other settings or another version.
+    Load the set, writing it first where it is absent, incomplete, or made with other settings or another version.
 
     The set is written beside its place and then renamed into it, so an interrupted or concurrent call never leaves a
     half-written set. With the default sizes that is 448 rows a split (7 tags x 64) on 128 clips, a few seconds.
@@ -386,7 +386,7 @@ def load_seven_tags(
 
 
 def _read(folder: Path, stamp: Mapping[str, Any]) -> DatasetDict | None:
-    """The set in `folder`, or `None` where there is none with this stamp and all its files."""
+    """Read the set in `folder`; `None` where there is none with this stamp and all its files."""
     try:
         if json.loads((folder / STAMP_NAME).read_text(encoding="utf-8")) != stamp:
             return None

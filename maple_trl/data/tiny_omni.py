@@ -72,7 +72,7 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE tokenizer that knows every byte and has one token for each word of the seven-tag set.
+    Build a byte-level BPE tokenizer that knows every byte and has one token for each word of the seven-tag set.
 
     It reads any text; text outside the set costs about one token a letter.
     """
@@ -106,7 +106,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> Qwen2_5OmniProcessor:
     """
-    The processor; all its settings survive `save_pretrained`.
+    Build the processor; all its settings survive `save_pretrained`.
 
     The library resizes frames itself, so the video processor does not: the sizes that `Qwen2_5OmniProcessor` has as
     class attributes start at 128 tokens a frame and cannot be overridden in a saved processor.
@@ -135,7 +135,7 @@ def build_config(
     initializer_range: float = 0.08,
 ) -> Qwen2_5OmniThinkerConfig:
     """
-    The Thinker's configuration.
+    Build the Thinker's configuration.
 
     Args:
         tokenizer: gives the vocabulary size and the ids of the media tokens.
@@ -203,7 +203,7 @@ def build_config(
 def build_model(
     tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config: Any
 ) -> Qwen2_5OmniThinkerForConditionalGeneration:
-    """A model with random weights; `config` is passed to [`build_config`]."""
+    """Build a model with random weights; `config` is passed to [`build_config`]."""
     torch.manual_seed(seed)
     model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(tokenizer, **config))
     model.generation_config = GenerationConfig(
@@ -214,7 +214,7 @@ def build_model(
 
 def target_text(row: Mapping[str, Any]) -> str:
     """
-    The ideal completion of a row of the seven-tag set: what is perceived, then the letter.
+    Return the ideal completion of a row of the seven-tag set: what is perceived, then the letter.
 
     For instance `"<think> red low</think><answer>B</answer>"`.
     """

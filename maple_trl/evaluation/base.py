@@ -114,7 +114,7 @@ class BaseEvaluator(ABC):
 
     def run(self, batch: Batch) -> list[Line]:
         """
-        Asks and scores one batch.
+        Ask and score one batch.
 
         Returns:
             a line per sample, and one for each row that could not be asked, in the order of rows and samples.
@@ -151,11 +151,11 @@ class BaseEvaluator(ABC):
 
     @abstractmethod
     def _answers(self, prompts: Mapping[int, Any], batch: Batch) -> dict[int, list[Answer] | Line]:
-        """For each prompt by row its samples, or the line that says why there are none."""
+        """Return the samples of each prompt by row, or the line that says why there are none."""
 
     @abstractmethod
     def _read(self, prompt: Any) -> dict[str, Any]:
-        """Columns of a line that say what was read of a prompt."""
+        """Return the columns of a line that say what was read of a prompt."""
 
     # What is asked
 
@@ -178,7 +178,7 @@ class BaseEvaluator(ABC):
         return [Batch(i, access, rows) for i, (_, _, access, rows) in enumerate(sorted(chunks))], skipped
 
     def _fed(self, number: int, access: str) -> tuple[PromptBuilder, Row]:
-        """The builder and the row that feed a row what an access says."""
+        """Return the builder and the row that feed a row what an access says."""
         if access in (REQUIRED, ALL):
             return self._builders[access], self.rows[number]
         return self._builders[REQUIRED], {**self.rows[number], "tag": access}
@@ -188,7 +188,7 @@ class BaseEvaluator(ABC):
         return builder.spec(row)
 
     def _is_prompt(self, number: int) -> bool:
-        """Whether a row can be asked under any choice of signals."""
+        """Return whether a row can be asked under any choice of signals."""
         row = self.rows[number]
         for tag in (None, "V", "A", "S"):
             try:
@@ -199,12 +199,12 @@ class BaseEvaluator(ABC):
         return False
 
     def prefetch(self, batch: Batch) -> None:
-        """Begins to decode a batch's media in the background."""
+        """Begin to decode a batch's media in the background."""
         calls = [self._fed(number, batch.access) for number in batch.rows]
         self.loader.prefetch([partial(builder.decode, row) for builder, row in calls])
 
     def _encode(self, number: int, access: str) -> Any:
-        """A row's prompt, or the line (a `dict`) that says why there is none."""
+        """Return a row's prompt, or the line (a `dict`) that says why there is none."""
         builder, row = self._fed(number, access)
         chosen = access not in (REQUIRED, ALL)
         try:
@@ -236,7 +236,7 @@ class BaseEvaluator(ABC):
     def _scores(
         self, asked: list[tuple[int, Answer]], groups: list[str]
     ) -> tuple[list[float | None], list[str | None]]:
-        """A score for each sample, and what the scoring function noted about it, as JSON."""
+        """Return a score for each sample, and what the scoring function noted about it, as JSON."""
         if not asked:
             return [], []
         rows = [self.rows[number] for number, _ in asked]
@@ -289,7 +289,7 @@ def _tag(row: Row, number: int, field: str) -> str | None:
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    """The rows' ids where they tell all rows apart, else their numbers."""
+    """Return the rows' ids where they tell all rows apart, else their numbers."""
     ids = [row.get("id") for row in rows]
     usable = all(isinstance(name, str | int) and name != "" for name in ids) and len(set(map(str, ids))) == len(ids)
     return [str(name) for name in (ids if usable else range(len(ids)))]

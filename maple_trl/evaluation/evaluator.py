@@ -57,6 +57,7 @@ class Evaluator(BaseEvaluator):
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.core.get_input_embeddings().weight.device
 
     @torch.no_grad()
@@ -78,8 +79,9 @@ class Evaluator(BaseEvaluator):
 
     def _generate(self, prompts: list[EncodedPrompt], names: list[str]) -> tuple[list[list[int]], list[bool]]:
         """
-        Token ids of the samples of each prompt in turn, up to and with the end token or stop string, and which ended with a
-        stop string.
+        Generate the samples of each prompt in turn, and tell which ended with a stop string.
+
+        Token ids go up to and with the end token or stop string.
         """
         if not prompts:
             return [], []
@@ -112,7 +114,7 @@ class Evaluator(BaseEvaluator):
         return completions, sampling.stopped(completions)
 
     def _inputs(self, rows: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
-        """Padded on the left, with positions as `generate()` takes them."""
+        """Pad prompts on the left, with positions as `generate()` takes them."""
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.generation_config.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -133,8 +135,9 @@ class Evaluator(BaseEvaluator):
     @torch.no_grad()
     def check_shared_prompt(self) -> None:
         """
-        Compares the next token's probabilities of a prompt that is read once for two rows, and once for each; of one of the
-        first questions with as many kinds of media as they have.
+        Compare the next token's probabilities of a prompt that is read once for two rows, and once for each.
+
+        The prompt is one of the first questions with as many kinds of media as they have.
 
         Raises:
             EvaluationError: when they differ by more than rounding explains.
@@ -161,7 +164,7 @@ class Evaluator(BaseEvaluator):
 
 
 def _input_digest(prompt: EncodedPrompt) -> str:
-    """Of all that the model reads of a prompt: tokens, positions, frames and sound."""
+    """Digest all that the model reads of a prompt: tokens, positions, frames and sound."""
     whole = hashlib.blake2b(digest_size=16)
     for values in (prompt.input_ids, prompt.position_ids):
         whole.update(tensor_bytes(values))
@@ -171,7 +174,7 @@ def _input_digest(prompt: EncodedPrompt) -> str:
 
 
 def _generation_config(model: nn.Module, family: Any, options: EvalOptions):
-    """Every option by itself: what the checkpoint's generation_config.json says beyond its tokens is not used."""
+    """Set every option; what the checkpoint's generation_config.json says beyond its tokens is not used."""
     from transformers import GenerationConfig
 
     try:
@@ -199,7 +202,7 @@ def _generation_config(model: nn.Module, family: Any, options: EvalOptions):
 
 
 def _processors(options: EvalOptions, streams_NT: torch.Tensor, width: int):
-    """Temperature, then what cuts the distribution, then the draw; nothing for greedy answers."""
+    """Return temperature, then what cuts the distribution, then the draw; nothing for greedy answers."""
     from transformers import (
         EpsilonLogitsWarper,
         EtaLogitsWarper,

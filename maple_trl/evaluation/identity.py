@@ -41,7 +41,7 @@ with every change of that code: accuracies of two versions are not comparable.
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 over all columns of rows, in order. Files that they name are not read."""
+    """Return the SHA-256 over all columns of rows, in order; files that they name are not read."""
     whole = hashlib.sha256()
     for row in rows:
         whole.update(digest(dict(row)).encode())
@@ -50,7 +50,7 @@ def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def weights_digest(model: nn.Module) -> str:
     """
-    SHA-256 over the names, types, shapes and bytes of a model's weights as they are loaded.
+    Return the SHA-256 over the names, types, shapes and bytes of a model's weights as they are loaded.
 
     Of the loaded weights and not of files: a checkpoint that was cut into other shards is the same model, one that was
     loaded with another precision is not.
@@ -66,7 +66,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def describe_function(function: Callable) -> dict[str, str | None]:
     """
-    Name and SHA-256 of the source file of a function, or of the class of a callable object.
+    Return the name and the source file's SHA-256 of a function, or of the class of a callable object.
 
     The whole file counts, for a function rests on what stands beside it. A scorer that asks a judge on a server does
     so with a model that nothing here can pin.
@@ -80,7 +80,7 @@ def describe_function(function: Callable) -> dict[str, str | None]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that touch an answer; `None` for one that is not installed."""
+    """Return the versions of Python and of the packages that touch an answer; `None` for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -91,7 +91,7 @@ def versions() -> dict[str, str | None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: `cpu` with its architecture, or the name of the accelerator."""
+    """Name what computes: `cpu` with its architecture, or the accelerator."""
     if device.type != "cuda":
         return f"{device.type} ({platform.machine()})"
     import torch

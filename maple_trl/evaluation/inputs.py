@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 def fed_columns(spec: PromptSpec) -> dict[str, Any]:
     """
-    `prompt` as plain text, the files `video` and `audio` as the row names them, and `subtitle`: a file, or the text
-    itself. A signal that is not fed is empty.
+    Return what is fed, by column; a signal that is not fed is empty.
+
+    `prompt` is plain text, `video` and `audio` the files as the row names them, `subtitle` a file or the text itself.
     """
     return {
         "prompt": prompt_text(spec.messages),
@@ -24,7 +25,7 @@ def fed_columns(spec: PromptSpec) -> dict[str, Any]:
 
 
 def prompt_text(messages: str | Iterable[Mapping[str, Any]]) -> str:
-    """A conversation as plain text; media stand as `[video]` and `[audio]`."""
+    """Return a conversation as plain text; media stand as `[video]` and `[audio]`."""
     if isinstance(messages, str):
         return messages
     parts = []
@@ -37,5 +38,5 @@ def prompt_text(messages: str | Iterable[Mapping[str, Any]]) -> str:
 
 
 def as_text(value: Any) -> str | None:
-    """A cell of a column of texts."""
+    """Read a cell of a column of texts."""
     return None if value is None else str(value)

@@ -34,7 +34,7 @@ class ServerError(EvaluationError):
 
 def parse_access(text: str) -> tuple[str, ...]:
     """
-    Reads a list of accesses, e.g. `required`, `all`, or `V,A,S,VA,VS,AS,VAS`.
+    Read a list of accesses, e.g. `required`, `all`, or `V,A,S,VA,VS,AS,VAS`.
 
     Args:
         text: names joined by commas: `required` (a row is fed the signals of its tag), `all` (all that it has), or tags
@@ -62,7 +62,7 @@ def parse_access(text: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class EvalOptions:
     """
-    How questions are asked. Everything here decides the numbers.
+    Options of asking questions, all of which decide the numbers.
 
     Args:
         access: names as of [`parse_access`]; kept as a tuple.

@@ -56,7 +56,7 @@ def evaluation_results(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    What an evaluation found, as JSON values.
+    Return what an evaluation found, as JSON values.
 
     A question's score is the mean of its samples, so that accuracy is pass@1 estimated from all of them (MAPLE,
     arXiv 2602.11596, 3.1). A question whose media are broken (`error`) or that could not be graded (`unscored`) is in no
@@ -128,7 +128,7 @@ def evaluation_results(
 
 
 def _fed_before(line: Mapping[str, Any]) -> str | None:
-    """What was fed, where the line is of a version that did not write it down."""
+    """Return what was fed, for a line of a version that did not write it down."""
     return (
         line["access"] if line["access"] in list(ModalityTag) else line["tag"] if line["access"] == REQUIRED else None
     )
@@ -146,7 +146,7 @@ def _count_completion(counts: Counter, line: Mapping[str, Any]) -> None:
 
 
 def _grades(extra: str | None) -> list[tuple[str, float]]:
-    """Numbers in what the scoring function noted about a sample, e.g. `("errors", 0.8)` of a judge."""
+    """Return the numbers in what the scoring function noted about a sample, e.g. `("errors", 0.8)` of a judge."""
     found = []
     for name, value in (json.loads(extra) if extra else {}).items():
         try:
@@ -160,7 +160,7 @@ def _grades(extra: str | None) -> list[tuple[str, float]]:
 
 def _access_results(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Accuracies of one access.
+    Compute the accuracies of one access.
 
     Returns:
         `accuracy` over all questions (`sample_mean`), as the plain mean over tags (`tag_mean`), by tag and by category;
@@ -238,7 +238,7 @@ def _accuracy(
 
 
 def _bounds(scores: np.ndarray) -> dict[str, float] | None:
-    """The mean if all that have no score were wrong, and if all were right."""
+    """Return the mean if all that have no score were wrong, and if all were right."""
     if not len(scores):
         return None
     known = scores[~np.isnan(scores)]
@@ -247,7 +247,7 @@ def _bounds(scores: np.ndarray) -> dict[str, float] | None:
 
 
 def _pass_at_k(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """By k, the powers of two up to the samples and their number; a sample is right when its score is full."""
+    """Return pass@k by k, the powers of two up to the number of samples and that number; a full score is right."""
     counted = [question for question in questions if question.scores]
     n = [len(question.scores) for question in counted]
     right = [sum(score >= _FULL for score in question.scores) for question in counted]
@@ -288,7 +288,7 @@ Inputs = dict[tuple[str, str | None], dict[str, list[_Question]]]
 
 
 def _by_input(by_access: Mapping[str, Mapping[int, _Question]]) -> Inputs:
-    """By question (its name and its tag) and input, what was scored; the same input of two accesses counts once."""
+    """Group scores by question (its name and its tag) and input; the same input of two accesses counts once."""
     found: Inputs = defaultdict(dict)
     seen = set()
     for questions in by_access.values():
@@ -306,7 +306,7 @@ def _mean_of(rows: Sequence[_Question]) -> float:
 
 def _superset_macro(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
     """
-    MAPLE's two-stage mean (arXiv 2602.11596, 3.3): of a question over the inputs that contain its tag, then of the tags.
+    Average over a question's inputs that contain its tag, then over the tags (MAPLE, arXiv 2602.11596, 3.3).
 
     `inputs` says how many questions rest on how many inputs, `left_out` how many have none that contains their tag.
     """
@@ -338,7 +338,7 @@ def _superset_macro(by_access: Mapping[str, Mapping[int, _Question]], options: M
 
 
 def _over_inputs(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy by required tag over all inputs alike, those that lack a signal too (MAPLE, arXiv 2602.11596, table 4)."""
+    """Return accuracy by required tag over all inputs, also without a signal (MAPLE, arXiv 2602.11596, table 4)."""
     by_question = _by_input(by_access)
     if all(len(by_input) == 1 for by_input in by_question.values()):
         raise UndefinedMetricError("No question was asked with several inputs")
@@ -358,7 +358,7 @@ def _over_inputs(by_access: Mapping[str, Mapping[int, _Question]], options: Mapp
 
 def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Over the questions that were scored under all seven tags as access, and how many were not.
+    Compute the gain over questions that were scored under all seven tags as access, and count the others.
 
     Where not all seven were asked, rows of one clip with one prompt may be its seven inputs, each with its own tag (MAPLE's
     captions: the caption of an input is judged against the clip's reference for that input).
@@ -394,7 +394,7 @@ def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapp
 
 
 def _inputs_of_clips(questions: Iterable[_Question]) -> dict[tuple, dict[str, list[_Question]]]:
-    """By clip and prompt, then input, the rows that were scored; empty unless some has a row for each of the seven tags."""
+    """Group scored rows by clip and prompt, then input; empty unless some has a row for each of the seven tags."""
     asked: dict[tuple, set[str]] = defaultdict(set)
     found: dict[tuple, dict[str, list[_Question]]] = defaultdict(dict)
     for question in questions:

@@ -39,9 +39,7 @@ class SampledAccuracy:
 
 
 def choose_questions(rows: Sequence[Row], per_tag: int, seed: int = 0) -> list[Row]:
-    """
-    At most `per_tag` rows of each tag, drawn by seed, in canonical tag order. Rows without a tag count as one group.
-    """
+    """Draw at most `per_tag` rows of each tag by seed, in canonical tag order; rows without a tag are one group."""
     by_tag: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_tag[_tag(row)].append(row)
@@ -59,7 +57,7 @@ def sampled_accuracy(
     samples: int = 1,
 ) -> SampledAccuracy:
     """
-    Asks each question once or several times and scores the sampled answers; a question's score is their mean.
+    Ask each question once or several times and score the sampled answers; a question's score is their mean.
 
     The random stream of the run is left as it was, so that evaluating does not change training.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def sample_stream(seed: int, question: str, sample: int, length: int) -> NDArray[np.float64]:
     """
-    Uniform numbers for one completion, token by token.
+    Draw uniform numbers for one completion, token by token.
 
     They come from a counter-based generator (Philox, whose raw stream NumPy keeps between versions) whose key is a
     digest of the arguments: no state is carried from one completion to the next, and a longer stream begins with the
@@ -52,6 +52,7 @@ class StreamSampler:
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Leave each row the token that its stream draws."""
         # In float64, where the sum over a large vocabulary does not round small probabilities away.
         mass_NV = scores.double().softmax(-1).cumsum(-1)
         # The number is at most 1 - 2^-32: the target stays below the whole mass, and a token of probability 0, where the

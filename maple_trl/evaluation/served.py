@@ -31,7 +31,7 @@ _SHOWN = 300  # characters of what a server said
 @dataclass(frozen=True)
 class ServerInfo:
     """
-    What a server tells of itself.
+    Kind and model of a server, as far as it tells them.
 
     Attributes:
         kind: `"vllm"` or `"other"`.
@@ -46,7 +46,7 @@ class ServerInfo:
 
 def inspect_server(options: ChatOptions) -> ServerInfo:
     """
-    Asks a server which models it has.
+    Ask a server which models it has.
 
     Servers are free to have no such list, or one that lacks the model (`transformers serve` loads what is asked for).
 
@@ -81,7 +81,7 @@ def inspect_server(options: ChatOptions) -> ServerInfo:
 
 def check_media(options: ChatOptions, kinds: Sequence[str], video_form: str) -> dict[str, bool]:
     """
-    Sends a text with and without a medium of each kind: does the server take it, and does the model read it?
+    Send a text with and without a medium of each kind, to see whether the server takes and the model reads it.
 
     A server that leaves out what it does not know answers all the same; that shows in the number of prompt tokens.
 
@@ -174,7 +174,7 @@ class ServedEvaluator(BaseEvaluator):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of the media that questions are asked with."""
+        """Kinds of the media that questions are asked with."""
         specs = [self._spec(number, batch.access) for batch in self.batches for number in batch.rows]
         fed = {"video": any(spec.videos for spec in specs), "audio": any(spec.audios for spec in specs)}
         return tuple(kind for kind in fed if fed[kind])
@@ -213,7 +213,7 @@ class ServedEvaluator(BaseEvaluator):
         return answers
 
     def _seed(self, number: int, sample: int) -> int:
-        """By the question's name and not its place, as of samples that are drawn here."""
+        """Derive a seed from the question's name, not its place, as for samples that are drawn here."""
         text = json.dumps([self.options.seed, self.names[number], sample])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
 
@@ -234,7 +234,7 @@ def _answer(result: ChatResult) -> Answer:
 
 
 def _fields(info: ServerInfo, options: EvalOptions, chat_template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request says of sampling. What is not said, servers take from the checkpoint or from themselves."""
+    """Return what a request says of sampling; servers take the rest from the checkpoint or from themselves."""
     fields: dict[str, Any] = {
         "max_tokens": options.max_new_tokens,
         "temperature": options.temperature,

@@ -48,17 +48,17 @@ class ServedPrompt:
 
     @property
     def digest(self) -> str:
-        """Of all that is sent."""
+        """Digest of all that is sent."""
         text = json.dumps(self.messages, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class MessageEncoder(PromptEncoder):
     """
-    Puts a server's rows into messages: with it, a [`~maple_trl.omni.prompt.PromptBuilder`] feeds a server the same signals,
-    frames, sound and subtitles in the same order as a model here.
+    Puts a server's rows into messages.
 
-    Tokens are the server's business: a builder with it must not limit them.
+    With it, a [`~maple_trl.omni.prompt.PromptBuilder`] feeds a server the same signals, frames, sound and subtitles in the
+    same order as a model here. Tokens are the server's business: the builder must not limit them.
 
     Args:
         video_form: one of `VIDEO_FORMS`.
@@ -79,11 +79,11 @@ class MessageEncoder(PromptEncoder):
         self.video_form = video_form
 
     def render(self, messages: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
-        """Messages as they are: the chat template is the server's."""
+        """Return messages as they are: the chat template is the server's."""
         return messages
 
     def tokens(self, text: str) -> list[int]:
-        """None: nobody here can count them."""
+        """Return `None`: nobody here can count them."""
         return []
 
     def encode(
@@ -95,7 +95,7 @@ class MessageEncoder(PromptEncoder):
         interleaved: bool = False,
     ) -> ServedPrompt:
         """
-        Puts media into messages.
+        Put media into messages.
 
         Args:
             text: messages with bare markers for media, in order.
@@ -122,7 +122,7 @@ class MessageEncoder(PromptEncoder):
 
 def video_blocks(frames: np.ndarray, form: str) -> list[dict[str, Any]]:
     """
-    Content blocks of sampled frames.
+    Return the content blocks of sampled frames.
 
     Args:
         frames: uint8, shape (T, H, W, 3).
@@ -137,7 +137,7 @@ def video_blocks(frames: np.ndarray, form: str) -> list[dict[str, Any]]:
 
 
 def audio_block(waveform: np.ndarray, sampling_rate: int) -> dict[str, Any]:
-    """A content block with a sound (16-bit WAV): float32 of shape (n,), in [-1, 1]."""
+    """Return a content block with a sound (16-bit WAV): float32 of shape (n,), in [-1, 1]."""
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
         sound.setnchannels(1)

@@ -47,6 +47,8 @@ class BridgeError(RuntimeError):
 
 def require_lmms_eval() -> None:
     """
+    Check for lmms-eval.
+
     Raises:
         BridgeError: when lmms-eval is not installed in the release that the bridge is written for.
     """
@@ -64,7 +66,7 @@ def require_lmms_eval() -> None:
 
 def manifest() -> Any:
     """
-    What the entry point `lmms_eval.models` names: the class behind `--model maple_trl`.
+    Return what the entry point `lmms_eval.models` names: the class behind `--model maple_trl`.
 
     Raises:
         BridgeError: as [`require_lmms_eval`].
@@ -86,7 +88,7 @@ def write_task(
     generation: Mapping[str, Any] | None = None,
 ) -> Path:
     """
-    Writes rows as a task of lmms-eval: `NAME.jsonl`, `NAME.yaml` and the functions that they share.
+    Write rows as a task of lmms-eval: `NAME.jsonl`, `NAME.yaml` and the functions that they share.
 
     `lmms_eval --include_path FOLDER --tasks NAME` asks it of any of its models. A model of this package, asked by either
     harness, reads the same prompts; another gets the media and the text in lmms-eval's own way, which does not tell a
@@ -148,22 +150,22 @@ def _is_text_prompt(prompt: Any) -> bool:
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[str]:
-    """The files that a document's tag feeds, with absolute paths, videos first."""
+    """Return the files that a document's tag feeds, with absolute paths, videos first."""
     return [block["url"] for block in _media_blocks(doc)]
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """The text of a document's prompt."""
+    """Return the text of a document's prompt."""
     return "\n".join(message["content"] for message in doc["prompt"])
 
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
-    """A document's solution."""
+    """Return a document's solution."""
     return str(doc["solution"])
 
 
 def doc_to_messages(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> list[dict]:
-    """A document's prompt with its media before the last user message's text, as lmms-eval writes messages."""
+    """Return a document's prompt with its media before the last user message's text, as lmms-eval writes messages."""
     messages = [
         {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
         for message in doc["prompt"]
@@ -189,7 +191,7 @@ def _media_blocks(doc: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def score_doc(doc: Mapping[str, Any], results: Sequence[str], score: Callable[..., Sequence[float | None]]) -> dict:
     """
-    A document's `accuracy`.
+    Return a document's `accuracy`.
 
     Args:
         doc: a row of ours.
@@ -208,7 +210,7 @@ def score_doc(doc: Mapping[str, Any], results: Sequence[str], score: Callable[..
 
 
 def row_of(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """The row behind a document of ours, with media paths below its root."""
+    """Return the row behind a document of ours, with media paths below its root."""
     return {name: doc[name] for name in _ROW_FIELDS if doc.get(name) is not None}
 
 
@@ -222,7 +224,7 @@ def evaluate_with_lmms(
     limit: int | None = None,
 ) -> dict[str, Any]:
     """
-    Runs lmms-eval in this process.
+    Run lmms-eval in this process.
 
     Args:
         tasks: names; its own, or those in `include_path`.

@@ -109,7 +109,7 @@ class MapleModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """
-        Answers requests in their order.
+        Answer requests in their order.
 
         Raises:
             BridgeError: for a question that cannot be asked, and for options of generation that are not read here.
@@ -165,7 +165,7 @@ class MapleModel(lmms):
     # Tasks of lmms-eval's own
 
     def _foreign_row(self, messages: Sequence[Mapping[str, Any]], place: str) -> tuple[str, dict[str, Any]]:
-        """The media root and the row of a chat message list."""
+        """Return the media root and the row of a chat message list."""
         prompt: list[dict[str, Any]] = []
         files: dict[str, list[str]] = {"video": [], "audio": []}
         written = set()
@@ -192,7 +192,7 @@ class MapleModel(lmms):
         return (self._written.name if True in written else self.media_root), row
 
     def _medium(self, block: Mapping[str, Any], place: str) -> tuple[str, str, bool]:
-        """Kind and path of a block, and whether its file was written here."""
+        """Return kind and path of a block, and whether its file was written here."""
         value = block["url"]
         if isinstance(value, Mapping) and "array" in value:  # lmms-eval takes a sound without type for a video
             return "audio", self._write_sound(value), True
@@ -223,17 +223,19 @@ class MapleModel(lmms):
         return name
 
     def clean(self) -> None:
-        """Does nothing: lmms-eval would delete the model after its first run, and an instance may be asked again."""
+        """Do nothing: lmms-eval would delete the model after its first run, and an instance may be asked again."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refuse: no likelihoods are computed here."""
         raise NotImplementedError("tasks that compare likelihoods are not asked; choose a task that generates")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refuse: questions of several rounds are not asked here."""
         raise NotImplementedError("tasks of several rounds are not asked")
 
 
 def _media_lead(prompt: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all media stand at the beginning of the last message, videos first."""
+    """Return whether all media stand at the beginning of the last message, videos first."""
     order = {"video": 0, "audio": 1, "text": 2}
     ranks = [[order[block["type"]] for block in message["content"]] for message in prompt]
     return (

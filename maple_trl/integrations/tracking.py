@@ -68,6 +68,7 @@ class TrackingCallback(TrainerCallback):
         self._draws = True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Note the step at which the run begins."""
         self._sent_at = state.global_step
 
     def on_log(
@@ -78,6 +79,7 @@ class TrackingCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
+        """Send plot and table when they are due."""
         # Trackers are closed in on_train_end, before this callback has its turn; the summary of a run comes just before.
         ends = "train_runtime" in (logs or {})
         if not state.is_world_process_zero or (state.global_step - self._sent_at < self.every_steps and not ends):
@@ -93,7 +95,7 @@ class TrackingCallback(TrainerCallback):
             sender(picture, None if name != "tensorboard" and args_log_tables(args) else table, state.global_step)
 
     def _senders(self, args: TrainingArguments) -> dict[str, Any]:
-        """What sends to each tracker that is in use."""
+        """Return a sender for each tracker that is in use."""
         wanted = [name for name in TRACKERS if name in (args.report_to or [])]
         found = {name: getattr(self, f"_{name}")() for name in wanted}
         return {name: sender for name, sender in found.items() if sender is not None}
@@ -114,7 +116,7 @@ class TrackingCallback(TrainerCallback):
                 return picture.convert("RGB")
 
     def _table(self) -> dict[str, list] | None:
-        """Columns of the latest completions; `None` for a trainer that keeps none."""
+        """Return the columns of the latest completions; `None` for a trainer that keeps none."""
         logs = getattr(self.trainer, "_logs", None)
         if not self.rows or not logs or not logs.get("completion"):
             return None
@@ -161,12 +163,12 @@ class TrackingCallback(TrainerCallback):
 
 
 def args_log_tables(args: TrainingArguments) -> bool:
-    """Whether TRL itself sends completions to trackio and W&B."""
+    """Return whether TRL itself sends completions to trackio and W&B."""
     return bool(getattr(args, "log_completions", False))
 
 
 def _table_sender(module: Any, log: Any):
-    """Sends through a module with `Image` and `Table`, beside the numbers of the same step."""
+    """Return a sender through a module with `Image` and `Table`, beside the numbers of the same step."""
 
     def send(picture: Image.Image | None, table: Mapping[str, list] | None, step: int) -> None:
         found = {} if picture is None else {PLOT: module.Image(picture)}
@@ -180,13 +182,13 @@ def _table_sender(module: Any, log: Any):
 
 
 def plain_text(cell: Any) -> str:
-    """A prompt or completion as text: of messages, who says what; of their media, what kind they are."""
+    """Return a prompt or completion as text: of messages, who says what; of their media, what kind they are."""
     text = prompt_text(cell) if isinstance(cell, list) else str(cell)
     return text if len(text) <= _CHARACTERS else text[: _CHARACTERS - 1] + "…"
 
 
 def markdown_table(columns: Mapping[str, Sequence[Any]]) -> str:
-    """A Markdown table in which cells are text: no markup of theirs, and no HTML, has any effect."""
+    """Return a Markdown table in which cells are text: no markup of theirs, and no HTML, has any effect."""
 
     def cell(value: Any) -> str:
         if isinstance(value, float):

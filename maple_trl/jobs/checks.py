@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 def check_files(script_args: OmniScriptArguments) -> None:
     """
+    Check that the files of results can be written.
+
     Raises:
         SetupError: for a file of results that cannot be written, or is the one that the job reads.
     """
@@ -49,7 +51,7 @@ def check_rows(
     rewards: Sequence[Any],
 ) -> None:
     """
-    Holds the columns of the training split against what is read of them.
+    Check the columns of the training split against what is read of them.
 
     Raises:
         SetupError: for a column that is missing or misspelt.
@@ -91,7 +93,7 @@ def check_model(
     model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig, train: Dataset, evaluates: bool
 ) -> None:
     """
-    Looks at the model's files, and whether the rows are prompts for its family.
+    Check the model's files, and that the rows are prompts for its family.
 
     Args:
         evaluates: whether its accuracy is measured, for which it must read media.
@@ -142,7 +144,7 @@ def check_model(
 
 
 def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:
-    """For what a row says: nothing is decoded."""
+    """Return a builder for what a row says, with which nothing is decoded."""
     return args.prompt_builder(family, args.media_loader(backend="pyav"), args.chat_template_kwargs)
 
 
@@ -173,7 +175,7 @@ def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, 
 
 def check_resumed(checkpoint: str | None, model_args: OmniModelConfig) -> None:
     """
-    Holds a checkpoint against what is trained now: the whole model, or an adapter of the same form.
+    Check a checkpoint against what is trained now: the whole model, or an adapter of the same form.
 
     Raises:
         SetupError: naming the option that differs.
@@ -214,7 +216,7 @@ LORA_OPTIONS = {
 
 
 def adapter_base(name_or_path: str | None) -> str | None:
-    """The model that a folder with a LoRA adapter was trained on; `None` for everything else."""
+    """Return the model that a folder with a LoRA adapter was trained on; `None` for everything else."""
     path = os.path.join(name_or_path or "", "adapter_config.json")
     if not os.path.exists(path) or os.path.exists(os.path.join(name_or_path, "config.json")):
         return None

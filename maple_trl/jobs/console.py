@@ -27,7 +27,7 @@ _IMPORTANCE = ("step", "reward", "loss", "acc %", "tok %", "left", "length", "s/
 
 def show_progress(trainer: Trainer) -> None:
     """
-    Has a trainer print a row for each entry of its log, in place of the whole entry.
+    Let a trainer print a row for each entry of its log, in place of the whole entry.
 
     On a terminal the bar of transformers stays below the rows, unless `disable_tqdm`. A notebook keeps its own table, and
     callbacks that are added afterwards are left alone.
@@ -69,6 +69,7 @@ class LogRows(TrainerCallback):
         self._steps, self._seconds = 0, 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
+        """Print how much there is to train."""
         self._begun = (time.monotonic(), state.global_step)
         self._forget_steps()
         self._columns = []
@@ -77,12 +78,15 @@ class LogRows(TrainerCallback):
             self.console.print(_amount(args, state, len(loader) if hasattr(loader, "__len__") else 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock of a step."""
         self._step_begun = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock of a step."""
         self._steps, self._seconds = self._steps + 1, self._seconds + time.monotonic() - self._step_begun
 
     def on_log(self, args, state: TrainerState, control, logs: Mapping[str, Any] | None = None, **kwargs):
+        """Print a row."""
         if state.is_world_process_zero:
             cells = self._cells(logs or {}, state)
             if len(cells) > 1:  # else it tells of other things than learning, as the one at the end does
@@ -104,7 +108,7 @@ class LogRows(TrainerCallback):
         return cells
 
     def _times(self, state: TrainerState) -> dict[str, str]:
-        """Seconds of the steps since the last row, and what is left at the pace of the whole run, evaluations included."""
+        """Return the seconds a step took since the last row, and what is left at the pace of the whole run."""
         cells = {}
         if self._steps:
             seconds = self._seconds / self._steps
@@ -132,7 +136,7 @@ class LogRows(TrainerCallback):
 
 
 def _fitting(widths: Mapping[str, int], room: int) -> list[str]:
-    """The columns for which a line has room."""
+    """Choose the columns for which a line has room."""
     columns = list(widths)
     order = [[name for name in columns if name not in _IMPORTANCE], *([name] for name in reversed(_IMPORTANCE[1:]))]
     for group in order:
@@ -166,7 +170,7 @@ def _counted(number: float, noun: str) -> str:
 
 
 def describe_run(trainer: Trainer, model_name: str) -> None:
-    """Prints what is trained, on which rows, how many of them a step, and where the results go."""
+    """Print what is trained, on which rows, how many of them a step, and where the results go."""
     args, model = trainer.args, trainer.model
     parts = count_parameters(trainer)
     every, trained = (sum(numbers) for numbers in zip(*parts.values(), strict=True))
@@ -187,7 +191,7 @@ def describe_run(trainer: Trainer, model_name: str) -> None:
 
 
 def count_parameters(trainer: Trainer) -> dict[str, tuple[int, int]]:
-    """All parameters and those trained, by part of the model; what an adapter adds or copies is a part of its own."""
+    """Count parameters, all and trained, by part of the model; what an adapter adds or copies is a part of its own."""
     family = getattr(trainer, "family", None)
     counts = {part: [0, 0] for part in (*SCOPES, "other", "adapter")}
     for name, parameter in trainer.model.named_parameters():

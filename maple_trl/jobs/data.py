@@ -23,7 +23,7 @@ _SHOWN = 20  # values of a column that an error lists
 
 def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tuple[dict[str, Dataset], str]:
     """
-    The splits of a job's data set that exist, and the folder to which their media paths are relative.
+    Load the splits of a job's data set that exist, with the folder to which their media paths are relative.
 
     Args:
         script_args ([`OmniScriptArguments`]):
@@ -68,7 +68,7 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
 
 
 def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:
-    """A data set of the Hub; where that cannot be reached, what it gave before."""
+    """Load a data set of the Hub; where that cannot be reached, take what it gave before."""
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
@@ -113,7 +113,7 @@ def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
-    """Files of one split: `train.parquet`, or the shards `train-00000-of-00002.parquet`, …"""
+    """Find the file of one split, `train.parquet`, or its shards, such as `train-00000-of-00002.parquet`."""
     for suffix in SUFFIXES:
         whole = folder / f"{split}{suffix}"
         if whole.is_file():
@@ -126,7 +126,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 def filter_rows(dataset: Dataset, allowed: Mapping[str, Sequence], name: str, strict: bool = True) -> Dataset:
     """
-    The rows whose columns have one of the values allowed there.
+    Keep the rows whose columns have one of the values allowed there.
 
     Args:
         name (`str`): how errors call the data set.
@@ -157,7 +157,7 @@ def filter_rows(dataset: Dataset, allowed: Mapping[str, Sequence], name: str, st
 
 def add_completions(dataset: Dataset, template: str, name: str) -> Dataset:
     """
-    The data set with a column `completion`, built from other columns.
+    Add a column `completion`, built from other columns.
 
     Args:
         template (`str`): text with names of columns in braces.
@@ -187,7 +187,7 @@ def prepare_data(
     script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig
 ) -> tuple[Dataset, Dataset | None]:
     """
-    The training split of a job, and its test split where there is one; sets `media_root` to the folder of their media.
+    Load the training split of a job and its test split, if any; set `media_root` to the folder of their media.
 
     A test split that cannot be used counts as none where nothing is measured on it.
 
@@ -228,5 +228,5 @@ def _prepared(dataset: Dataset, script_args: OmniScriptArguments, split: str, st
 
 
 def evaluates(training_args: OmniGRPOConfig | OmniSFTConfig) -> bool:
-    """Whether a job evaluates on its test split during training."""
+    """Return whether a job evaluates on its test split during training."""
     return str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"

@@ -20,8 +20,9 @@ _RESOLVED_LATE = {("transformers", "TrainingArguments"): "transformers.training_
 @cache
 def declared_class(place: str) -> type:
     """
-    A dataclass with the fields that a class and its bases declare: the same names, types, defaults and help texts. It
-    has none of their methods, and checks nothing.
+    Return a dataclass with the fields that a class and its bases declare.
+
+    Names, types, defaults and help texts are the same; it has none of their methods, and checks nothing.
 
     Args:
         place (`str`): `module:class`.
@@ -35,7 +36,7 @@ def declared_class(place: str) -> type:
 
 
 def _fields(module: str, name: str) -> Iterator[tuple[str, tuple[Any, dataclasses.Field]]]:
-    """A class's fields, those of its bases first: a later one of the same name wins."""
+    """Return a class's fields, those of its bases first: a later one of the same name wins."""
     found = next((n for n in _tree(module).body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if found is None:
         origin = _origin(module, name)
@@ -61,7 +62,7 @@ def _tree(module: str) -> ast.Module:
 
 
 def _origin(module: str, name: str) -> tuple[str, str] | None:
-    """Where a module imports a name from: the module and the name there."""
+    """Find where a module imports a name from: the module and the name there."""
     for node in ast.walk(_tree(module)):
         for alias in node.names if isinstance(node, ast.ImportFrom) else ():
             if (alias.asname or alias.name) == name:
@@ -85,7 +86,7 @@ def _type(annotation: ast.expr) -> Any:
 
 
 def _literal(node: ast.expr) -> Any:
-    """What needs no name to be known, such as `4 * 28 * 28`."""
+    """Evaluate what needs no name to be known, such as `4 * 28 * 28`."""
     try:
         return eval(ast.unparse(node), {"__builtins__": {}})
     except Exception:

@@ -9,7 +9,7 @@ class SetupError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
-    """How an error about an unknown name ends: the closest known one, else other advice where there is any."""
+    """Return the end of an error about an unknown name: the closest known one, else other advice, if any."""
     close = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {prefix}{close[0]}?" if close else otherwise
     return f"; {advice}" if advice else ""

@@ -44,7 +44,7 @@ FORMAT = 4
 
 def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     """
-    Runs an evaluation, or goes on with one that was stopped; every process of a launch must call it.
+    Run an evaluation, or continue one that was stopped; every process of a launch must call it.
 
     Batches are cut from the data set alone and shared out among the processes. Results do not depend on their number,
     nor on interruptions.
@@ -127,7 +127,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
 
 
 def _check_places(job: EvalJob, media_root: str) -> None:
-    """Before the model is loaded: can results be written, and media be found?"""
+    """Check that results can be written and media found, before the model is loaded."""
     folder = os.path.abspath(job.output_dir)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise SetupError(f"--output: {job.output_dir} cannot be made a folder: File exists; name another")
@@ -147,7 +147,7 @@ def _loader(job: EvalJob, root: str) -> MediaLoader:
 
 
 def _on_first(state: PartialState, compute: Callable[[], Any]) -> Any:
-    """What the first process computes, or the error that it met, in all processes."""
+    """Return what the first process computes, or raise the error that it met, in all processes."""
     found: list[Any] = [None, None, False]
     if state.is_main_process:
         try:
@@ -182,7 +182,7 @@ def _write_run(store: EvalStore, run: Mapping[str, Any]) -> None:
 
 
 def _ask(evaluator: BaseEvaluator, store: EvalStore, state: PartialState, quiet: bool) -> None:
-    """Asks this process's share of the batches that are not done."""
+    """Ask this process's share of the batches that are not done."""
     share = evaluator.batches[state.process_index :: state.num_processes]
     waiting = [batch for batch in share if not store.has(batch.number)]
     shows = state.is_local_main_process and not quiet
@@ -225,7 +225,7 @@ class Questions:
 
 def load_questions(job: EvalJob) -> Questions:
     """
-    The questions of an evaluation.
+    Load the questions of an evaluation.
 
     Raises:
         SetupError: when there is no such data set, split or benchmark, or it holds no row.
@@ -289,7 +289,7 @@ def _read_benchmark(job: EvalJob):
 def _identity(
     job: EvalJob, questions: Questions, evaluator: BaseEvaluator, model: LocalModel | ServedModel, scoring: Scoring
 ) -> dict[str, Any]:
-    """All that decides the numbers and is known before the first question."""
+    """Return all that decides the numbers and is known before the first question."""
     return as_json(
         {
             "format": FORMAT,
@@ -314,7 +314,7 @@ def _identity(
 
 
 def _media(media: EvalMedia) -> dict[str, Any]:
-    """What decides which frames and sounds are fed of a signal; which signals are, `access` says."""
+    """Return what decides which frames and sounds are fed of a signal; which signals are, `access` says."""
     return {name: value for name, value in deciding(media).items() if name != "modality_access"}
 
 

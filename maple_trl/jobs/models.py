@@ -64,16 +64,16 @@ class LocalModel:
         self.chat_template_sha256: str | None = digest(template)
 
     def evaluator(self, builder: PromptBuilder, *args: Any) -> Evaluator:
-        """What asks it; `args` as of [`~maple_trl.evaluation.base.BaseEvaluator`]."""
+        """Return the evaluator of this model; `args` as of [`~maple_trl.evaluation.base.BaseEvaluator`]."""
         return Evaluator(self.model, builder, *args)
 
     def check(self, evaluator: Evaluator) -> None:
-        """Before the first question; raises `EvaluationError` where samples cannot share their prompt."""
+        """Check before the first question; raise `EvaluationError` where samples cannot share their prompt."""
         if evaluator.options.shared_prompt and evaluator.options.samples > 1:
             evaluator.check_shared_prompt()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class ServedModel:
@@ -124,12 +124,12 @@ class ServedModel:
         }
 
     def evaluator(self, builder: PromptBuilder, *args: Any) -> ServedEvaluator:
-        """What asks it; `args` as of [`~maple_trl.evaluation.base.BaseEvaluator`]."""
+        """Return the evaluator of this model; `args` as of [`~maple_trl.evaluation.base.BaseEvaluator`]."""
         return ServedEvaluator(self.client, self.info, builder, *args)
 
     def check(self, evaluator: ServedEvaluator) -> None:
         """
-        Before the first question.
+        Check the server before the first question.
 
         Raises:
             ServerError: when the server refuses or ignores media that rows are fed.
@@ -139,12 +139,12 @@ class ServedModel:
             logger.warning("The server counts no tokens: whether it reads %s cannot be told.", kind)
 
     def close(self) -> None:
-        """Closes connections."""
+        """Close connections."""
         self.client.close()
 
 
 def _check_served(job: EvalJob) -> None:
-    """SetupError for an option that has no effect on a server."""
+    """Raise SetupError for an option that has no effect on a server."""
     local = {
         "--adapter": job.adapter is not None,
         "--dtype": job.dtype != "auto",
@@ -164,8 +164,9 @@ def _check_served(job: EvalJob) -> None:
 
 def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, Any]]:
     """
-    The model with its adapter, in evaluation mode on its device; its processor; and what describes it (with a digest of
-    the weights in the first process).
+    Load the model with its adapter, in evaluation mode on its device, its processor, and what describes it.
+
+    In the first process a digest of the weights is part of that.
 
     Raises:
         SetupError: when there is no such model or adapter, or the adapter does not fit.

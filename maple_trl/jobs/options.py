@@ -51,13 +51,13 @@ SUPERVISED = ("omni_sft",)
 
 
 def config_class(trainer: str) -> type[OmniGRPOConfig | OmniSFTConfig]:
-    """The config class of a trainer in `TRAINERS`; SetupError for another name."""
+    """Return the config class of a trainer in `TRAINERS`; raise SetupError for another name."""
     _check_trainer(trainer)
     return _load(TRAINERS[trainer][0])
 
 
 def trainer_class(trainer: str) -> type[OmniGRPOTrainer | OmniSFTTrainer]:
-    """The trainer behind a name in `TRAINERS`; SetupError for another name."""
+    """Return the trainer behind a name in `TRAINERS`; raise SetupError for another name."""
     _check_trainer(trainer)
     return _load(TRAINERS[trainer][1])
 
@@ -209,7 +209,7 @@ OmniScriptArguments.rewards = property(lambda self: self.reward_funcs)  # as att
 
 
 def _checked_filter(value: Any) -> dict[str, list] | None:
-    """The filter with a list of values for each column."""
+    """Return the filter with a list of values for each column."""
     if value is None:
         return None
     form = 'a mapping of columns to lists of values, e.g. {"tag": ["V", "VA"]}'
@@ -228,7 +228,7 @@ def _checked_filter(value: Any) -> dict[str, list] | None:
 
 def template_columns(template: str) -> list[str]:
     """
-    The columns that a `completion_template` names.
+    Return the columns that a `completion_template` names.
 
     Raises:
         ValueError: when it names none, or holds something else in braces.
@@ -358,11 +358,12 @@ class OptionParser(TrlParser):
                 self._option_string_actions.setdefault("--" + option[2:].replace("_", "-"), action)
 
     def error(self, message: str):
+        """Raise SetupError instead of ending the process."""
         raise SetupError(message)
 
 
 def _kind(action: argparse.Action) -> str:
-    """The name of an option's type; an optional one's converter is called as that."""
+    """Return the name of an option's type; an optional one's converter is called as that."""
     return getattr(action.type, "__name__", "")
 
 
@@ -378,7 +379,7 @@ def _json_object(text: str) -> dict:
 
 def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False) -> OptionParser:
     """
-    The parser of a training job.
+    Build the parser of a training job.
 
     Args:
         trainer (`str`, *optional*, defaults to `"omni_grpo"`):
@@ -397,7 +398,7 @@ def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False) -> Optio
 
 def read_options(parser: OptionParser, words: Sequence[str], required: Sequence[str] = ()) -> tuple[Any, ...]:
     """
-    What a command other than `train` is given: by its command line, else by `--config FILE`, else by the defaults.
+    Read what a command other than `train` is given: by command line, else by `--config FILE`, else by the defaults.
 
     Files are read as those of a training job: they may build on others with `extends` and set variables with `env`. A
     key without a value stands for the default.
@@ -435,7 +436,7 @@ def parse_args(
     argv: Sequence[str], above: tuple[str, Mapping[str, Any]] | None = None
 ) -> tuple[OmniScriptArguments, OmniGRPOConfig | OmniSFTConfig, OmniModelConfig]:
     """
-    Reads `--config FILE` and the overrides behind it; what stands on the command line wins.
+    Read `--config FILE` and the overrides behind it; what stands on the command line wins.
 
     A config file may build on others with `extends: FILE` or `extends: [FILES]`, relative to itself. Later files win
     over earlier ones and the file itself over all of them; a file that is reached twice counts where it is reached
@@ -483,7 +484,7 @@ def parse_args(
 def _read(
     parser: OptionParser, trainer: str, files: Sequence[tuple[str, Mapping[str, Any]]], options: Sequence[str]
 ) -> None:
-    """Makes the values of config files the parser's defaults; SetupError for what it does not know."""
+    """Make the values of config files the parser's defaults; raise SetupError for what it does not know."""
     advice = functools.partial(instead, trainer)
     for file, config in files:
         parser.set_defaults_with_config(**_checked(parser, config, file, advice))
@@ -493,7 +494,7 @@ def _read(
 def _parse_known(
     parser: OptionParser, words: Sequence[str], kind: str, advice: Callable[..., str]
 ) -> argparse.Namespace:
-    """The values of a command line; SetupError for a word that the parser does not know."""
+    """Return the values of a command line; raise SetupError for a word that the parser does not know."""
     values, unknown = parser.parse_known_args(words)
     if unknown:
         flag = next((text for text in unknown if text.startswith("-")), None)
@@ -505,13 +506,13 @@ def _parse_known(
 
 
 def _option_of(text: str, parser, words: Sequence[str]) -> str:
-    """The option that has a text as its value, for the beginning of an error."""
+    """Return the option that has a text as its value, for the beginning of an error."""
     values = vars(parser.parse_known_args(words)[0])
     return next((f"{name}: " for name, value in values.items() if value == text), "")
 
 
 def _told(error: Exception) -> str:
-    """What the dataclasses of libraries say in their own words, in those of a job."""
+    """Reword an error of a library's dataclass for those who write a job."""
     if "deepspeed" in str(error).lower() and isinstance(error, ImportError):
         return (
             "deepspeed: the package is not installed (pip install 'deepspeed>=0.9.3'); leave the option out without it"
@@ -522,7 +523,7 @@ def _told(error: Exception) -> str:
 
 
 def _check_installed(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
-    """SetupError for a package that an option needs and that is not there."""
+    """Raise SetupError for a package that an option needs and that is not there."""
     from transformers.integrations import integration_utils
     from transformers.utils import is_liger_kernel_available
 
@@ -541,7 +542,7 @@ def _check_installed(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
 
 
 def _check_optimizer(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
-    """Makes the optimizer and its schedule for a parameter that stands for the model's, which come after the model."""
+    """Make the optimizer and its schedule for a parameter that stands for the model's, which come after the model."""
     import torch
     from transformers import Trainer, get_scheduler
 
@@ -572,12 +573,12 @@ def _check_optimizer(training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
 
 
 def trainer_option(words: Sequence[str]) -> str | None:
-    """What `--trainer` says on a command line; `None` where it is not given."""
+    """Return what `--trainer` says on a command line; `None` where it is not given."""
     return take_option(words, "--trainer")[0]
 
 
 def trainer_of(path: str) -> str:
-    """The trainer that a config file, or one that it builds on, names."""
+    """Return the trainer that a config file, or one that it builds on, names."""
     return _trainer_of(config_files(path))
 
 
@@ -586,7 +587,7 @@ def _trainer_of(files: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of one option (however it is spelt, the last one counts) and the other arguments."""
+    """Return the value of one option (however it is spelt, the last one counts) and the other arguments."""
     value, rest, words = None, [], iter(argv)
     for word in words:
         flag, given, text = word.partition("=")
@@ -603,7 +604,7 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """A config file and those that it extends, in the order in which they count, each with its own keys."""
+    """Return a config file and those that it extends, in the order in which they count, each with its own keys."""
     try:
         config = read_config(path)
     except SetupError as error:
@@ -625,7 +626,7 @@ def config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict
 
 def read_config(path: str) -> dict[str, Any]:
     """
-    The keys of a config file, without those of the files that it extends.
+    Read the keys of a config file, without those of the files that it extends.
 
     Raises:
         SetupError: when it cannot be read, is no mapping, or gives a key twice.
@@ -667,7 +668,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 def take_env(config: dict[str, Any], path: str) -> dict[str, str]:
     """
-    Takes `env`, the environment variables that a config file sets, out of its keys.
+    Take `env`, the environment variables that a config file sets, out of its keys.
 
     Raises:
         SetupError: when it is no mapping.
@@ -679,14 +680,14 @@ def take_env(config: dict[str, Any], path: str) -> dict[str, str]:
 
 
 def option_keys(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Actions of a parser by the names under which a config file gives their value, the first one of each being its own."""
+    """Map the names by which a config file gives a value to a parser's actions, the first of each being its own."""
     names = {action.dest: action for action in reversed(parser._actions)}
     aliases = {option[2:]: action for action in parser._actions for option in action.option_strings}
     return names | {name: action for name, action in aliases.items() if "-" not in name and name not in names}
 
 
 def instead(trainer: str, name: str, known: Mapping[str, Any], prefix: str = "") -> str:
-    """What to write instead of a name that the job's parser does not know."""
+    """Return what to write instead of a name that the job's parser does not know."""
     for other in TRAINERS:
         config = declared_class(TRAINERS[other][0])
         if other != trainer and name in (field.name for field in dataclasses.fields(config)):
@@ -698,7 +699,7 @@ def _checked(
     parser: OptionParser, config: Mapping[str, Any], path: str, advice: Callable[..., str], plain: bool = False
 ) -> dict[str, Any]:
     """
-    The values of a config file by the options' own names, held to the types that the command line enforces.
+    Hold the values of a config file to the types that the command line enforces, by the options' own names.
 
     Args:
         advice: what to write instead of a name, among those that there are.
@@ -735,7 +736,7 @@ def _checked(
 
 
 def _as_number(action, key: str, value: Any, path: str) -> Any:
-    """An item of a list of numbers: YAML reads 1e-6 as a text, and of a list the parser converts nothing."""
+    """Convert an item of a list of numbers: YAML reads 1e-6 as a text, and of a list the parser converts nothing."""
     try:
         return action.type(value) if isinstance(value, str) else value
     except ValueError as error:
@@ -743,7 +744,7 @@ def _as_number(action, key: str, value: Any, path: str) -> Any:
 
 
 def _as_text(action, key: str, value: Any, path: str) -> str | None:
-    """A value as the command line would give it; mappings stand for their JSON."""
+    """Return a value as the command line would give it; mappings stand for their JSON."""
     if action.nargs == "?" and isinstance(value, bool):
         return action.const if value else None
     if isinstance(value, bool | list):
@@ -752,7 +753,7 @@ def _as_text(action, key: str, value: Any, path: str) -> str | None:
 
 
 def _is_scalar(action) -> bool:
-    """Whether an option takes a number, a switch, or one of several names."""
+    """Return whether an option takes a number, a switch, or one of several names."""
     return _kind(action) in ("int", "float", "string_to_bool") or action.nargs == 0 or action.choices is not None
 
 

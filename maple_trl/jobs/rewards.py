@@ -39,7 +39,7 @@ _WATCHING = {"max_failure_rate", "min_requests"}
 
 def read_entries(rewards: Any, place: str = "rewards") -> list[str | dict[str, Any]]:
     """
-    The entries of `rewards`, checked as far as that goes without reading keys and loading models.
+    Check the entries of `rewards` as far as that goes without reading keys and loading models.
 
     Args:
         rewards (`list`):
@@ -86,8 +86,9 @@ def _from_json(text: str, where: str) -> Any:
 
 def what_is_learned(entries: Sequence[str | Mapping[str, Any]]) -> list[str | dict[str, Any]]:
     """
-    The entries without what may change while a run is stopped and does not change what it learns: a server's address,
-    rates and time-outs, devices, limits of failures.
+    Return the entries without what may change while a run is stopped and does not change what it learns.
+
+    That is a server's address, rates and time-outs, devices, limits of failures.
     """
     from maple_trl.chat import ChatOptions
 
@@ -110,7 +111,7 @@ def load_rewards(
     entries: Sequence[str | Mapping[str, Any]], args: OmniGRPOConfig | None = None, place: str = "rewards"
 ) -> list[Callable]:
     """
-    The reward functions of a job.
+    Build the reward functions of a job.
 
     Args:
         entries (`Sequence`):
@@ -142,7 +143,7 @@ def load_rewards(
 
 
 def close_rewards(rewards: Sequence[Callable]) -> None:
-    """Closes connections, caches and models of the judges among reward functions, also of wrapped ones."""
+    """Close connections, caches and models of the judges among reward functions, also of wrapped ones."""
     from maple_trl.rewards.judge import inner_judge
 
     for judge in map(inner_judge, rewards):
@@ -164,7 +165,7 @@ class _Entry:
         self.reward = entry.get("reward")
 
     def check(self) -> None:
-        """SetupError for what is wrong."""
+        """Raise SetupError for what is wrong."""
         if not isinstance(self.reward, str) or not self.reward.strip():
             raise SetupError(f"{self.where} needs `reward`: one of {', '.join(_known())}, or module:function")
         if self.reward not in _known() and ":" not in self.reward:
@@ -182,7 +183,7 @@ class _Entry:
         self._route(self._contrast(reward))
 
     def build(self, loader: Callable | None) -> Callable:
-        """The reward function."""
+        """Build the reward function."""
         self.check()
         reward = self._make(None, loader) if self._is_made else self._guarded("", _find, self.reward)
         return self._route(self._contrast(reward))
@@ -195,7 +196,7 @@ class _Entry:
         return self.reward in MADE or any(name in self.entry for name in _parameters(self.reward))
 
     def _make(self, scorer: Any, loader: Any = None) -> Callable:
-        """What `reward` names, for what takes parameters; `scorer` takes the place of the judge's own where given."""
+        """Make what `reward` names, for what takes parameters; `scorer`, if given, replaces the judge's own."""
         from maple_trl import rewards
 
         values = {name: self.entry[name] for name in _parameters(self.reward) if name in self.entry}
@@ -219,7 +220,7 @@ class _Entry:
         return self._guarded("", rewards.REWARDS[self.reward], own if scorer is None else scorer, **values)
 
     def _scorer(self) -> Any:
-        """Options of the judge's server, or its local scorer."""
+        """Return the options of the judge's server, or its local scorer."""
         from maple_trl.chat import ChatOptions
         from maple_trl.rewards import LocalScorer
 
@@ -236,7 +237,7 @@ class _Entry:
         return self._guarded(f", {part}", kind, **values)
 
     def _contrast(self, reward: Callable) -> Callable:
-        """The reward, weighed where the entry says `contrastive`."""
+        """Wrap the reward where the entry says `contrastive`."""
         if "contrastive" not in self.entry:
             return reward
         from maple_trl.rewards import BertScoreSimilarity, ContrastiveRewardWeighting
@@ -259,7 +260,7 @@ class _Entry:
         )
 
     def _route(self, reward: Callable) -> Callable:
-        """The reward for the rows that the entry names."""
+        """Limit the reward to the rows that the entry names."""
         from maple_trl.rewards import for_rows, for_tags
 
         name = self.entry.get("name")
@@ -310,7 +311,7 @@ class _Entry:
             raise SetupError(f"{where}: unknown field {name!r}{advice}")
 
     def _guarded(self, part: str, make: Callable, *args: Any, **kwargs: Any) -> Any:
-        """What `make` makes, with the entry's place in its errors."""
+        """Make what `make` makes, with the entry's place in its errors."""
         try:
             return make(*args, **kwargs)
         except (ValueError, TypeError, ImportError) as error:
@@ -330,7 +331,7 @@ def _unknown_reward(name: str) -> str:
 
 
 def _parameters(reward: str) -> list[str]:
-    """The fields of an entry that are parameters of the class behind its reward."""
+    """Return the fields of an entry that are parameters of the class behind its reward."""
     from maple_trl import rewards
 
     if reward in WITH_PARAMETERS:
@@ -344,7 +345,7 @@ def _parameters(reward: str) -> list[str]:
 
 
 def _find(name: str) -> Callable:
-    """The function that a name leads to: a known one, or `module:function`."""
+    """Find the function that a name leads to: a known one, or `module:function`."""
     from maple_trl import ExtensionError
     from maple_trl.rewards import REWARDS
 
@@ -375,7 +376,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _stand_in(**columns: Any) -> list[None]:
-    """Takes the place of a function while its entry is checked."""
+    """Stand in for a function while its entry is checked."""
     return [None] * len(columns["completions"])
 
 

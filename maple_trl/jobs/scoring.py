@@ -62,12 +62,12 @@ class Scoring:
         return {**self._judge.usage.as_dict(), "completions": dict(sorted(self._judge.counts.items()))}
 
     def close(self) -> None:
-        """Closes a judge's connections."""
+        """Close a judge's connections."""
         close_rewards([self.function])
 
 
 def _entry(job: EvalJob) -> str | dict[str, Any]:
-    """The judge as an entry of a training job's `rewards`. What its server answers is kept beside the results."""
+    """Return the judge as an entry of a training job's `rewards`; its server's answers are kept with the results."""
     (entry,) = job.reward_funcs
     if isinstance(entry, str) and entry.lstrip().startswith("{"):
         try:

@@ -76,12 +76,12 @@ class Plan:
     stages: list[Stage]
 
     def folder(self, index: int) -> str:
-        """Where a stage writes. An absolute path: adapters note the model that they belong to."""
+        """Return the absolute path where a stage writes: adapters note the model that they belong to."""
         return os.path.abspath(os.path.join(self.output_dir, self.stages[index].name))
 
     def parse(self, index: int) -> tuple:
         """
-        The arguments of a stage, as [`~maple_trl.jobs.options.parse_args`] gives them.
+        Parse the arguments of a stage, as [`~maple_trl.jobs.options.parse_args`] gives them.
 
         Raises:
             SetupError: naming the stage.
@@ -98,7 +98,7 @@ class Plan:
 
 def load_plan(argv: Sequence[str]) -> Plan | None:
     """
-    The stages that a command line asks for; `None` when its config file lists none.
+    Read the stages that a command line asks for; `None` when its config file lists none.
 
     The file holds `stages`, a list of config files relative to it, `output_dir`, and options that override those of
     every stage whose trainer has them; `model_name_or_path` is that of the first stage. So do options behind it on the
@@ -137,7 +137,7 @@ def load_plan(argv: Sequence[str]) -> Plan | None:
 
 
 def _share_keys(path: str, config: Mapping[str, Any], stages: list[Stage], parsers: list) -> None:
-    """Gives each stage the keys that its trainer knows."""
+    """Give each stage the keys that its trainer knows."""
     for key, value in config.items():
         _check_shareable(f"{path}: {key}", key)
         owners = [stage for stage, parser in zip(stages, parsers, strict=True) if key in option_keys(parser)]
@@ -148,7 +148,7 @@ def _share_keys(path: str, config: Mapping[str, Any], stages: list[Stage], parse
 
 
 def _share_words(words: Sequence[str], stages: list[Stage], parsers: list) -> None:
-    """Gives each stage the options of the command line that its trainer knows."""
+    """Give each stage the options of the command line that its trainer knows."""
     groups: list[list[str]] = []
     for word in words:
         if word.startswith("--"):
@@ -185,7 +185,7 @@ def _closest(name: str, parsers: list, prefix: str = "") -> str:
 
 def run_stages(plan: Plan) -> list[dict[str, Any]]:
     """
-    Runs the stages that are not done yet; the one that was stopped goes on from its last complete checkpoint.
+    Run the stages that are not done yet; the one that was stopped goes on from its last complete checkpoint.
 
     `stages.json` in the output folder says what is done, and with which options. All stages are checked before the
     first one starts. Every process of a distributed job must call this.
@@ -226,7 +226,7 @@ def run_stages(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
-    """What can be known to be wrong before hours are spent on the stages before it."""
+    """Check what can be known to be wrong before hours are spent on the stages before it."""
     from maple_trl.jobs.data import prepare_data
     from maple_trl.jobs.rewards import load_rewards
 
@@ -250,7 +250,7 @@ def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
 
 
 def _release_memory() -> None:
-    """Gives back what the trainer of the last stage held; it is full of reference cycles."""
+    """Give back what the trainer of the last stage held; it is full of reference cycles."""
     import torch
 
     gc.collect()
@@ -264,7 +264,7 @@ def _announce(plan: Plan, index: int, checkpoint: str | None) -> None:
 
 
 def print_stages(plan: Plan, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Prints a line per stage: steps, seconds, and sampled accuracy where it was measured."""
+    """Print a line per stage: steps, seconds, and sampled accuracy where it was measured."""
     from rich.console import Console
     from rich.table import Table
 
@@ -290,7 +290,7 @@ def print_stages(plan: Plan, summaries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def resolved_options(job: tuple) -> dict[str, Any]:
-    """Every option of a job that decides what a stage learns, by its name, as JSON knows it."""
+    """Return every option of a job that decides what a stage learns, by its name, as JSON knows it."""
     from maple_trl.jobs.rewards import what_is_learned
     from maple_trl.records.options import deciding
 
@@ -335,7 +335,7 @@ class StageState:
         return sum(entry["done"] for entry in self.entries)
 
     def check(self, index: int, job: tuple) -> None:
-        """Holds a stage against what is known of it."""
+        """Check a stage against what is known of it."""
         folder, name = self.plan.folder(index), self.plan.stages[index].name
         if index >= len(self.entries):
             results = run_results(folder)
@@ -366,19 +366,19 @@ class StageState:
             )
 
     def begun(self, index: int) -> bool:
-        """Whether a stage has run before, to its end or not."""
+        """Return whether a stage has run before, to its end or not."""
         return index < len(self.entries)
 
     def checkpoint(self, index: int) -> str | None:
-        """The checkpoint from which a stage goes on; `None` to begin it."""
+        """Return the checkpoint from which a stage goes on; `None` to begin it."""
         return _last_checkpoint(self.plan.folder(index))
 
     def begin(self, index: int, job: tuple, write: bool) -> None:
-        """Notes with which options a stage runs, before it writes anything and fills some of them in."""
+        """Note with which options a stage runs, before it writes anything and fills some of them in."""
         self._set(index, {"done": False, "options": resolved_options(job)}, write)
 
     def finish(self, index: int, summary: Mapping[str, Any], write: bool) -> None:
-        """Notes that a stage is done; its model is in its folder."""
+        """Note that a stage is done; its model is in its folder."""
         options = self.entries[index]["options"]
         self._set(index, {"done": True, "options": options, "summary": as_json(summary)}, write)
 
@@ -388,7 +388,7 @@ class StageState:
             write_atomically(self.path, json.dumps({"stages": self.entries}, indent=2) + "\n")
 
     def summaries(self) -> list[dict[str, Any]]:
-        """What each finished stage measured."""
+        """Return what each finished stage measured."""
         return [entry["summary"] for entry in self.entries if entry["done"]]
 
 

@@ -34,7 +34,7 @@ _FILES = ("video", "audio")
 
 def read_tables(paths: Sequence[Path]) -> Dataset:
     """
-    The rows of one split, from files of one ending.
+    Read the rows of one split, from files of one ending.
 
     Raises:
         SetupError: with file and line, for what cannot be read.
@@ -96,7 +96,7 @@ def _conformed(paths: Sequence[str], kinds: Mapping[str, Any], state: Any) -> It
 
 
 def _rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, each with its place for errors."""
+    """Yield rows, each with its place for errors."""
     for path in paths:
         try:
             yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(path)
@@ -123,7 +123,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(path: Path, number: int, data: bytes) -> Any:
-    """The JSON value that begins at a line."""
+    """Parse the JSON value that begins at a line."""
     text = _text(path, data, number)
     try:
         value = json.loads(text)
@@ -165,7 +165,7 @@ def _text(path: Path, data: bytes, number: int = 1) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of texts; a cell without one is empty, and conversations and lists of files stand as JSON."""
+    """Yield rows of texts; a cell without one is empty, and conversations and lists of files stand as JSON."""
     text = _text(path, path.read_bytes())
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
     delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
@@ -196,7 +196,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _delimiter(text: str) -> str:
-    """Spreadsheets of some countries write semicolons."""
+    """Guess the delimiter: spreadsheets of some countries write semicolons."""
     header = next(iter(text.lstrip().splitlines()), "")
     names = {delimiter: [name.strip(' "') for name in header.split(delimiter)] for delimiter in ",;\t|"}
     named = next((delimiter for delimiter in names if "prompt" in names[delimiter]), None)
@@ -226,7 +226,7 @@ def _cell(name: str, cell: str, place: str) -> Any:
 
 
 def _kind(value: Any) -> Any:
-    """The type of a value: a name, `[type]` of a list's items, `{name: type}` of an object, or `None`."""
+    """Return the type of a value: a name, `[type]` of a list's items, `{name: type}` of an object, or `None`."""
     if value is None:
         return None
     if isinstance(value, list):
@@ -242,7 +242,7 @@ def _kind(value: Any) -> Any:
 
 
 def _common(first: Any, second: Any) -> Any:
-    """The type that holds values of both."""
+    """Return the type that holds values of both."""
     if first is None or second is None or first == second:
         return second if first is None else first
     if isinstance(first, list) and isinstance(second, list):
@@ -268,7 +268,7 @@ def _features(kinds: Mapping[str, Any]):
 
 
 def _as_kind(value: Any, kind: Any) -> Any:
-    """A value as its column stores it."""
+    """Return a value as its column stores it."""
     if value is None:
         return None
     if kind == "json":  # `datasets` stores its text; a text that spells JSON itself would be taken for that

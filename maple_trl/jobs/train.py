@@ -53,7 +53,7 @@ def load_model_and_processor(
     model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    The model in the form that can be trained (of a full Omni checkpoint the Thinker alone) and its processor.
+    Load the model in the form that can be trained (of a full Omni checkpoint the Thinker alone) and its processor.
 
     Of a folder with a LoRA adapter this is the model that the adapter was trained on; see [`continue_adapter`].
 
@@ -84,7 +84,7 @@ def choose_parameters(
     model: PreTrainedModel, processor: ProcessorMixin, model_args: OmniModelConfig, quiet: bool = False
 ) -> LoraConfig | None:
     """
-    Decides what is trained: LoRA on the chosen parts, or the whole model without the frozen parts.
+    Decide what is trained: LoRA on the chosen parts, or the whole model without the frozen parts.
 
     Args:
         quiet (`bool`, *optional*, defaults to `False`):
@@ -126,7 +126,7 @@ def choose_parameters(
 
 def continue_adapter(model: PreTrainedModel, folder: str, wanted: LoraConfig | None) -> PeftModel:
     """
-    The model with a LoRA adapter from a folder, to be trained on.
+    Load a LoRA adapter from a folder into the model, to be trained on.
 
     Args:
         wanted (`LoraConfig`, *optional*): what the job asks for.
@@ -164,7 +164,7 @@ def build_trainer(
     script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig, model_args: OmniModelConfig
 ) -> tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]:
     """
-    Everything that a job needs, ready to train.
+    Build everything that a job needs, ready to train.
 
     Returns:
         `tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]`: the trainer, of the class that
@@ -216,7 +216,7 @@ def build_trainer(
 
 
 def _check_writable(output_dir: str | None) -> None:
-    """Before the model is loaded: can results be written?"""
+    """Check that results can be written, before the model is loaded."""
     try:
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
@@ -227,7 +227,7 @@ def _check_writable(output_dir: str | None) -> None:
 
 def checkpoint_to_resume(training_args: OmniGRPOConfig | OmniSFTConfig) -> str | None:
     """
-    The checkpoint from which a job goes on.
+    Return the checkpoint from which a job goes on.
 
     `resume_from_checkpoint` is a folder, or `true` for the last checkpoint in `output_dir`.
 
@@ -254,7 +254,7 @@ def check_output_dir(
     checkpoint: str | None,
 ) -> bool:
     """
-    Before the model is loaded: is `output_dir` free for this job?
+    Check that `output_dir` is free for this job, before the model is loaded.
 
     Returns:
         `bool`: whether the results of another run are to be removed before training (`overwrite`).
@@ -293,7 +293,7 @@ def run(
     last: bool = True,
 ) -> dict[str, Any]:
     """
-    Runs a job: builds everything, evaluates, trains, evaluates again, and writes the results.
+    Run a job: build everything, evaluate, train, evaluate again, and write the results.
 
     Written into `output_dir`: the options (`args.json`), the model with its processor, `metrics.jsonl`, `training.png`
     (where matplotlib is installed) and `summary.json`. Only the first process prints and writes these.
@@ -380,7 +380,7 @@ def run(
 
 
 def _options(*parts: Any) -> dict[str, Any]:
-    """Every option of a job by its name, without keys."""
+    """Return every option of a job by its name, without keys."""
     script_args, training_args, model_args = parts
     options = vars(script_args) | vars(model_args) | training_args.to_dict()
     # Whose names end as those of keys do is hidden with them, also where it is not set.
@@ -400,7 +400,7 @@ def _without_keys(value: Any) -> Any:
 
 
 def _written(folder: str, files: Sequence[Path]) -> list[str]:
-    """What a run has left: names in its folder, paths of what lies elsewhere, and of its checkpoints the last one."""
+    """List what a run has left: names in its folder, paths of what lies elsewhere, and its last checkpoint."""
     names = run_results(folder)
     checkpoints = [name for name in names if name.startswith("checkpoint-")]
     if len(checkpoints) > 1:
@@ -412,7 +412,7 @@ def _written(folder: str, files: Sequence[Path]) -> list[str]:
 
 
 def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> None:
-    """Makes `output_dir` free, once everything that could stop the job has been built."""
+    """Make `output_dir` free, once everything that could stop the job has been built."""
     if trainer.is_world_process_zero():
         removed = remove_results(trainer.args.output_dir)
         print(f"overwrite: removed {named(removed)} of another run from {trainer.args.output_dir}")
@@ -420,7 +420,7 @@ def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> None:
 
 
 def _unusable_questions(after: SampledAccuracy | None) -> list[dict[str, Any]]:
-    """Questions of the evaluation that were asked of nobody, as a note of what was left out."""
+    """Note how many questions of the evaluation were asked of nobody."""
     if after is None or not after.unusable:
         return []
     text = f"{after.unusable} questions of the evaluation left out for their media"
@@ -430,7 +430,7 @@ def _unusable_questions(after: SampledAccuracy | None) -> list[dict[str, Any]]:
 def _evaluate(
     trainer: OmniGRPOTrainer | OmniSFTTrainer, dataset: Dataset, script_args: OmniScriptArguments
 ) -> SampledAccuracy:
-    """Accuracy by tag of the answers that the policy samples now; every process takes part."""
+    """Measure the accuracy by tag of answers that the policy samples now; every process takes part."""
     from maple_trl.evaluation import sampled_accuracy
     from maple_trl.rewards import AccuracyReward, accuracy_reward
 
@@ -451,7 +451,7 @@ def _place(path: str | None, training_args: OmniGRPOConfig | OmniSFTConfig, name
 
 
 def _draw(log_history: list[dict], before: Mapping | None, after: Mapping | None, path: Path) -> None:
-    """Draws the plot; a job does not fail for want of matplotlib."""
+    """Draw the plot; a job does not fail for want of matplotlib."""
     from maple_trl.reports.plots import plot_training
 
     try:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,14 +24,16 @@ from maple_trl.metrics.intervals import (
 from maple_trl.modalities import ModalityTag
 
 
+Value = TypeVar("Value")
 # Means of the same scores in another order differ by this little; that is no gain.
 _TIE = 1e-9
 
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> float | NDArray[np.float64]:
     """
-    Probability that at least one of k samples is right, estimated without bias from n samples of which c are right:
-    `1 - C(n - c, k) / C(n, k)` (Chen et al., arXiv 2107.03374, eq. 1).
+    Estimate without bias the probability that at least one of k samples is right.
+
+    From n samples of which c are right, it is `1 - C(n - c, k) / C(n, k)` (Chen et al., arXiv 2107.03374, eq. 1).
 
     For `k = 1` this is `c / n`. MAPLE (arXiv 2602.11596) reports pass@1 from 5 samples per question.
 
@@ -88,7 +90,7 @@ def pass_at_k_interval(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> Estimate:
     """
-    Mean pass@k over questions with its interval: [`pass_at_k`] of each question, then [`bootstrap_mean`].
+    Average pass@k over questions, with its interval: [`pass_at_k`] of each question, then [`bootstrap_mean`].
 
     Args:
         n: samples per question, of shape (N,), or one integer for all.
@@ -138,7 +140,7 @@ def tag_accuracies(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> TagAccuracies:
     """
-    Accuracy per tag, over all questions (sample-weighted) and as the plain mean over tags, each with its interval.
+    Compute accuracy per tag, over all questions (sample-weighted) and as the plain mean over tags, with intervals.
 
     The means over several tags are stratified by tag; a clip that has questions of several tags is left out of all of them
     at once. For pass@k give [`pass_at_k`] of each question as scores.
@@ -165,7 +167,7 @@ def tag_accuracies(
     if len(bad):
         raise ValueError(f"scores: row {bad[0]} is {values[bad[0]]}; a score must be a fraction in [0, 1]")
     scored = [label for label, is_known in zip(labels, known, strict=True) if is_known]
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
     clips = _kept(clusters, known) if named(clusters, len(values)) else None
     per_tag = {
         str(tag): bootstrap_mean(
@@ -218,7 +220,7 @@ def superset_scores(
     scores: ArrayLike, questions: Sequence[Hashable], tags: Sequence[str], inputs: Sequence[str]
 ) -> dict[Hashable, list[float]]:
     """
-    Scores of questions with the inputs that contain their tag, exactly or with more (MAPLE, arXiv 2602.11596, 3.3).
+    Collect scores with the inputs that contain a question's tag, exactly or with more (MAPLE, arXiv 2602.11596, 3.3).
 
     The mean of a question's list is the first stage of MAPLE's two; the plain mean over tags of these means
     ([`tag_accuracies`]`.tag_mean`) is the second, `superset_macro`.
@@ -251,8 +253,9 @@ def superset_scores(
 
 def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
     """
-    Which samples do better with several modalities than with the best one: `max(J(VA), J(VS), J(AS), J(VAS)) >
-    max(J(V), J(A), J(S))` (MAPLE, arXiv 2602.11596, C.3). Scores that differ by less than 1e-9 are equal.
+    Mark the samples that do better with several modalities than with the best one (MAPLE, arXiv 2602.11596, C.3).
+
+    That is `max(J(VA), J(VS), J(AS), J(VAS)) > max(J(V), J(A), J(S))`; scores that differ by less than 1e-9 are equal.
 
     Args:
         scores: for each of the seven tags, in any spelling, the scores of the same N samples when they are given
@@ -273,14 +276,14 @@ def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
     lengths = {str(tag): len(column) for tag, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"The fusion gain needs the same samples under every tag, got as many as {lengths}")
-    alone = np.max([columns[tag] for tag in ModalityTag if tag.arity == "uni"], axis=0)
-    together = np.max([columns[tag] for tag in ModalityTag if tag.arity != "uni"], axis=0)
+    alone: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity == "uni"], axis=0)
+    together: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity != "uni"], axis=0)
     return together > alone + _TIE
 
 
 def fusion_gain(scores: Mapping[str, ArrayLike]) -> float:
     """
-    Share of samples that do better with several modalities than with the best one (MAPLE, arXiv 2602.11596, C.3).
+    Return the share of samples that do better with several modalities than with the best (arXiv 2602.11596, C.3).
 
     For its interval give [`fused_samples`] to [`bootstrap_mean`].
 
@@ -293,6 +296,8 @@ def fusion_gain(scores: Mapping[str, ArrayLike]) -> float:
 @dataclass(frozen=True)
 class TrainingEfficiency:
     """
+    Mean time of an optimizer step.
+
     Attributes:
         seconds_per_step: mean wall-clock time of an optimizer step.
         seconds_per_sample: the same divided by the batch size.
@@ -306,7 +311,7 @@ class TrainingEfficiency:
 
 def training_efficiency(step_seconds: Sequence[float], batch_size: int) -> TrainingEfficiency:
     """
-    Wall-clock time of an optimizer step, normalized by the batch size (MAPLE, arXiv 2602.11596, 3.3).
+    Measure the time of an optimizer step, normalized by the batch size (MAPLE, arXiv 2602.11596, 3.3).
 
     Args:
         step_seconds: the time of each optimizer step, in seconds. Leave out the steps that warm up or evaluate.
@@ -329,14 +334,14 @@ def training_efficiency(step_seconds: Sequence[float], batch_size: int) -> Train
 
 def parse_tags(tags: Sequence[str | None]) -> list[str]:
     """
-    Canonical tags, `""` for None and `""`.
+    Parse tags, `""` for None and `""`.
 
     Raises:
         ValueError: for an unknown tag, with its row.
     """
     known: dict[str | None, str] = {None: "", "": ""}
     for row, tag in enumerate(tags):
-        if tag not in known:
+        if tag is not None and tag not in known:
             try:
                 known[tag] = ModalityTag.parse(tag)
             except ValueError as error:
@@ -344,14 +349,14 @@ def parse_tags(tags: Sequence[str | None]) -> list[str]:
     return [known[tag] for tag in tags]
 
 
-def parse_keys(values: Mapping[str, object], name: str) -> dict[ModalityTag, object]:
+def parse_keys(values: Mapping[str, Value], name: str) -> dict[ModalityTag, Value]:
     """
-    Values by tag. The key `all` (the mean over all questions, as accuracies carry it) is left out.
+    Return values by tag, without the key `all` (the mean over all questions, as accuracies carry it).
 
     Raises:
         ValueError: for a key that is no tag, or two spellings of one tag.
     """
-    by_tag: dict[ModalityTag, object] = {}
+    by_tag: dict[ModalityTag, Value] = {}
     for key, value in values.items():
         if key == "all":
             continue

@@ -33,23 +33,26 @@ class ClipSums:
 
     @property
     def clips(self) -> int:
+        """Number of clips."""
         return len(self.counts_GK)
 
     @property
     def counts_K(self) -> NDArray[np.float64]:
-        return self.counts_GK.sum(axis=0)
+        """Number of questions of each stratum."""
+        return np.asarray(self.counts_GK.sum(axis=0))
 
     @property
     def means_K(self) -> NDArray[np.float64]:
-        return self.scores_GK.sum(axis=0) / self.counts_K
+        """Mean score of each stratum."""
+        return np.asarray(self.scores_GK.sum(axis=0) / self.counts_K)
 
     def macro_weights(self) -> NDArray[np.float64]:
-        """How much each clip counts in the plain mean over strata, of shape (clips,)."""
-        return (self.counts_GK / self.counts_K).sum(axis=1)
+        """Return how much each clip counts in the plain mean over strata, of shape (clips,)."""
+        return np.asarray((self.counts_GK / self.counts_K).sum(axis=1))
 
     def left_out(self) -> NDArray[np.float64]:
         """
-        Means of the strata without each clip in turn, of shape (clips, strata).
+        Return the means of the strata without each clip in turn, of shape (clips, strata).
 
         Each is drawn towards the mean by `sqrt((g - 1) / g)`, where g clips hold the stratum: the sum of squared
         deviations of anything computed from a row then is the jackknife's variance, also where a stratum has clips of its
@@ -60,14 +63,15 @@ class ClipSums:
         with np.errstate(divide="ignore", invalid="ignore"):
             without_GK = (self.scores_GK.sum(axis=0) - self.scores_GK) / rest_GK
         moved_GK = np.where((self.counts_GK > 0) & (rest_GK > 0), without_GK - self.means_K, 0.0)
-        return self.means_K + moved_GK * np.sqrt((held_K - 1) / held_K)
+        drawn_K: NDArray[np.float64] = np.sqrt((held_K - 1) / held_K)
+        return self.means_K + moved_GK * drawn_K
 
 
 def sum_by_clip(
     scores: NDArray[np.float64], clusters: Sequence[Hashable | None], strata: Sequence[Hashable] | None = None
 ) -> ClipSums:
     """
-    Sums questions up by clip and stratum.
+    Sum up questions by clip and stratum.
 
     Args:
         scores: of shape (N,).
@@ -96,6 +100,7 @@ def sum_by_clip(
 
 
 def is_unnamed(clip: Hashable | None) -> bool:
+    """Return whether a question has no clip: None, empty or NaN."""
     return clip is None or clip == "" or clip != clip
 
 
@@ -107,7 +112,7 @@ def clip_interval(
     share: bool = False,
 ) -> tuple[float, float]:
     """
-    Interval of a value from what it is without each clip.
+    Compute the interval of a value from what it is without each clip.
 
     Args:
         value: over all clips.
@@ -131,17 +136,18 @@ def clip_interval(
         return value - reach, value + reach
     if not 0 < value < 1:
         return value, value  # all scores are equal
-    return tuple(float(expit(logit(value) + side * reach / (value * (1 - value)))) for side in (-1, 1))
+    low, high = (float(expit(logit(value) + side * reach / (value * (1 - value)))) for side in (-1, 1))
+    return low, high
 
 
 def clip_error(value: float, left_out_G: NDArray[np.float64]) -> float:
-    """Standard error of a value from what it is without each clip; NaN with one clip."""
+    """Return the standard error of a value from what it is without each clip; NaN with one clip."""
     return math.nan if len(left_out_G) < 2 else math.sqrt(((left_out_G - value) ** 2).sum())
 
 
 def standard_error(scores: Sequence[float], clusters: Sequence[Hashable | None] | None = None) -> float:
     """
-    Standard error of a mean over questions.
+    Return the standard error of a mean over questions.
 
     Args:
         scores: of shape (N,), one per question.

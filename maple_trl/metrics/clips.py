@@ -14,14 +14,16 @@ _SUBTITLES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".sbv")
 
 
 def clips_of(rows: Iterable[Mapping[str, Any]]) -> list[str | None]:
-    """[`clip_of`] each row."""
+    """Return [`clip_of`] each row."""
     return [clip_of(row) for row in rows]
 
 
 def clip_of(row: Mapping[str, Any]) -> str | None:
     """
-    The name of the clip that a row asks about: what the first filled column of `CLIP_COLUMNS` says, else its first video,
-    else its first audio (in columns of that name or as a block of the prompt), else its subtitle where that is a file.
+    Name the clip that a row asks about.
+
+    It is what the first filled column of `CLIP_COLUMNS` says, else the first video, else the first audio (in columns
+    of that name or as a block of the prompt), else the subtitle where that is a file.
 
     Parts of one file are one clip. `None` where a row names none of these: such a question stands alone.
     """
@@ -43,7 +45,7 @@ def _listed(value: Any) -> Sequence[Any]:
 
 
 def _blocks(prompt: Any, kind: str) -> list[Any]:
-    """What the prompt's blocks of a kind name: `{"type": "video", "video": …}`, also with `path` or `url`."""
+    """Return what the prompt's blocks of a kind name: `{"type": "video", "video": …}`, also with `path` or `url`."""
     found = []
     for message in prompt if isinstance(prompt, list) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
@@ -54,7 +56,7 @@ def _blocks(prompt: Any, kind: str) -> list[Any]:
 
 
 def _file(medium: Any) -> str | None:
-    """A file's name in one spelling; of a decoded column's cell its path."""
+    """Return a file's name in one spelling; of a decoded column's cell its path."""
     if isinstance(medium, Mapping):
         medium = medium.get("path")
     if not isinstance(medium, str) or not medium.strip():

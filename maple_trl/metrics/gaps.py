@@ -54,7 +54,7 @@ def modality_gap(
     accuracy: Mapping[str, float], counts: Mapping[str, int] | None = None, weighting: str = "sample"
 ) -> ModalityGap:
     """
-    Modality gap (MAPLE, arXiv 2602.11596, C.1).
+    Compute the modality gap (MAPLE, arXiv 2602.11596, C.1).
 
     The paper's formulas average the tags of a family plainly; the columns of its Table 1 follow when each tag counts
     by its questions. Both are here.
@@ -77,7 +77,7 @@ def modality_gap(
     for tag, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"The accuracy of {tag} must be a finite number of 0 or more, got {value}")
-    families = _families({tag: np.float64(value) for tag, value in values.items()}, _weights(counts, weighting))
+    families = _families({tag: np.asarray(value) for tag, value in values.items()}, _weights(counts, weighting))
     zero = [name for name in ("uni", "bi") if not families[name] > 0]
     if zero:
         tags = [str(tag) for tag in ModalityTag if tag.arity == zero[0]]
@@ -100,7 +100,7 @@ def modality_gap_intervals(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> dict[str, Estimate]:
     """
-    Modality gap of scored questions with intervals, stratified by tag.
+    Compute the modality gap of scored questions with intervals, stratified by tag.
 
     With clips, a clip is left out of all tags at once, and an interval ends at 0. Bootstrapped over questions, the interval
     around a gap near 0 lies too high, for a gap is an absolute difference.
@@ -115,9 +115,9 @@ def modality_gap_intervals(
         `uni_bi`, `uni_tri`, `bi_tri` and `mean`. An interval is NaN when the gap is undefined in one of the resamples or
         without one of the clips (an accuracy of 0), or no tag has two questions or clips.
     """
-    measured = tag_accuracies(scores, tags, confidence, resamples=1, seed=seed)
-    gap = modality_gap(measured.accuracy, measured.counts, weighting)
     values = np.asarray(scores, dtype=np.float64)
+    measured = tag_accuracies(values, tags, confidence, resamples=1, seed=seed)
+    gap = modality_gap(measured.accuracy, measured.counts, weighting)
     labels = parse_tags(tags)
     kept = [row for row in range(len(values)) if labels[row] and not math.isnan(values[row])]
     if named(clusters, len(values)):
@@ -156,7 +156,7 @@ def _gaps_over_clips(
 
 def tag_disparity(accuracy: Mapping[str, float]) -> NDArray[np.float64]:
     """
-    `|accuracy of M - accuracy of M'|` for every two tags (MAPLE, arXiv 2602.11596, figures 4 and 5).
+    Return `|accuracy of M - accuracy of M'|` for every two tags (MAPLE, arXiv 2602.11596, figures 4 and 5).
 
     Args:
         accuracy: by tag, in any spelling; a key `all` is left out.
@@ -203,16 +203,17 @@ def _weights(counts: Mapping[str, int] | None, weighting: str) -> dict[ModalityT
 
 
 def _families(
-    means: Mapping[str, np.float64 | NDArray[np.float64]], weights: Mapping[ModalityTag, float]
-) -> dict[str, np.float64 | NDArray[np.float64]]:
+    means: Mapping[Hashable, NDArray[np.float64]], weights: Mapping[ModalityTag, float]
+) -> dict[str, NDArray[np.float64]]:
     families = {}
     for name in ("uni", "bi", "tri"):
         tags = [tag for tag in ModalityTag if tag.arity == name]
-        families[name] = sum(weights[tag] * means[tag] for tag in tags) / sum(weights[tag] for tag in tags)
+        total = sum(weights[tag] for tag in tags)
+        families[name] = np.asarray(sum(weights[tag] * means[tag] for tag in tags) / total)
     return families
 
 
 def _gaps(families: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
     uni, bi, tri = families["uni"], families["bi"], families["tri"]
-    gaps = [abs(bi - uni) / uni, abs(tri - uni) / uni, abs(tri - bi) / bi]
-    return dict(zip(_NAMES, [*gaps, sum(gaps) / 3], strict=True))
+    uni_bi, uni_tri, bi_tri = abs(bi - uni) / uni, abs(tri - uni) / uni, abs(tri - bi) / bi
+    return dict(zip(_NAMES, [uni_bi, uni_tri, bi_tri, (uni_bi + uni_tri + bi_tri) / 3], strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,7 +44,7 @@ class Estimate:
 
 def checked_scores(scores: ArrayLike, name: str = "scores") -> NDArray[np.float64]:
     """
-    Scores as an array of shape (N,).
+    Return scores as an array of shape (N,).
 
     Raises:
         UndefinedMetricError: when there is none.
@@ -67,7 +68,7 @@ def resampled_means(
     scores: ArrayLike, strata: Sequence[Hashable] | None = None, resamples: int = 2000, seed: int = 0
 ) -> dict[Hashable, NDArray[np.float64]]:
     """
-    Means of each stratum over questions drawn from it with replacement, as many as it has.
+    Draw means of each stratum over questions drawn from it with replacement, as many as it has.
 
     A stratum's means depend on the seed, its name and its scores, and neither on the order of the questions nor on the
     other strata: a run that was interrupted and resumed gives the same intervals.
@@ -96,7 +97,7 @@ def bootstrap_mean(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> Estimate:
     """
-    Mean over questions with its interval.
+    Compute the mean over questions with its interval.
 
     Where clips are known (`clusters`), the interval is over clips: every clip is left out once, and Student's t has as
     many degrees of freedom as the clips are worth (see [`clip_interval`]); for scores in [0, 1] it is computed on the
@@ -130,7 +131,8 @@ def bootstrap_mean(
     groups = _by_stratum(values, strata)
     draws = resampled_means(scores, strata, resamples, seed)
     count = sum(map(len, groups.values()))
-    low, high = percentile_interval(sum(len(groups[name]) * draws[name] for name in groups) / count, confidence)
+    means = np.asarray(sum(len(groups[name]) * draws[name] for name in groups) / count)
+    low, high = percentile_interval(means, confidence)
     if all(len(values) == 1 for values in groups.values()):
         low = high = math.nan
     # The exact sum: the same whatever the order of the questions.
@@ -138,20 +140,21 @@ def bootstrap_mean(
 
 
 def percentile_interval(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    """The central share `confidence` of the draws; NaN twice when one of them is NaN."""
+    """Return the central share `confidence` of the draws; NaN twice when one of them is NaN."""
     check_confidence(confidence)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def check_confidence(confidence: float) -> None:
+    """Raise ValueError for a confidence that is no share."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {confidence}")
 
 
-def named(clusters: Sequence[Hashable | None] | None, rows: int) -> bool:
+def named(clusters: Sequence[Hashable | None] | None, rows: int) -> TypeGuard[Sequence[Hashable | None]]:
     """
-    Whether clusters name a clip at all.
+    Return whether clusters name a clip at all.
 
     Raises:
         ValueError: when there are more or fewer than rows.
@@ -171,7 +174,7 @@ def mean_over_clips(
     share: bool = False,
 ) -> Estimate:
     """
-    Mean over questions with its interval over clips; strata keep their shares.
+    Compute the mean over questions with its interval over clips; strata keep their shares.
 
     Args:
         share: the mean is a share, see [`clip_interval`].

@@ -62,7 +62,7 @@ def compare_runs(
     clusters: Sequence[Hashable | None] | None = None,
 ) -> PairedComparison:
     """
-    Compares two runs question by question.
+    Compare two runs question by question.
 
     The null hypothesis: on each question, it is chance which run got which of the two scores. One answer per question,
     right or wrong, is tested by McNemar's test in its exact binomial form ([`mcnemar_exact`]). Fractions (a share of
@@ -108,8 +108,8 @@ def compare_runs(
     differences = after - before
     differences[np.abs(differences) < _TIE] = 0
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    by_clip = named(clusters, len(differences))
-    units = sum_by_clip(differences, clusters).scores_GK[:, 0] if by_clip else differences
+    clips = clusters if named(clusters, len(differences)) else None
+    units = differences if clips is None else sum_by_clip(differences, clips).scores_GK[:, 0]
     if test == "mcnemar" and len(units) < len(differences):
         raise ValueError(
             f"McNemar's test takes questions as independent, but {len(differences)} questions share {len(units)} clips. "
@@ -120,8 +120,8 @@ def compare_runs(
     else:
         chosen = "permutation"
         p_value, exact = _sign_flip(np.where(np.abs(units) < _TIE, 0, units), resamples, seed)
-    if by_clip:
-        interval = mean_over_clips(differences, clusters, strata, confidence)
+    if clips is not None:
+        interval = mean_over_clips(differences, clips, strata, confidence)
     else:
         interval = bootstrap_mean(differences, strata, confidence, resamples, seed)
     return PairedComparison(
@@ -140,8 +140,9 @@ def compare_runs(
 
 def mcnemar_exact(first_only: int, second_only: int) -> float:
     """
-    Two-sided p-value of McNemar's test: twice the smaller tail of Binomial(m, 1/2), at most 1, where m questions are
-    right in one run only (McNemar, Psychometrika 12, 1947).
+    Return the two-sided p-value of McNemar's test (Psychometrika 12, 1947).
+
+    It is twice the smaller tail of Binomial(m, 1/2), at most 1, where m questions are right in one run only.
 
     Args:
         first_only: questions that only the first run got right.
@@ -164,7 +165,7 @@ def align_runs(
     first: Mapping[str, float], second: Mapping[str, float]
 ) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
     """
-    The scores of two runs in one order.
+    Bring the scores of two runs into one order.
 
     Args:
         first: score by the question's name.
@@ -189,7 +190,7 @@ def align_runs(
 
 
 def _sign_flip(differences: NDArray[np.float64], resamples: int, seed: int) -> tuple[float, bool]:
-    """p-value of the sum of the differences when each sign is as likely as the other, and whether it is exact."""
+    """Return the p-value of the sum of the differences when signs are even chances, and whether it is exact."""
     sizes = np.sort(np.abs(differences[differences != 0]))
     observed = abs(differences.sum())
     # Sums of the same numbers in another order: rounding must not turn a tie into less.

@@ -35,7 +35,7 @@ class EmbeddingSpread:
 
 def embedding_spread(embeddings: ArrayLike, tags: Sequence[str]) -> EmbeddingSpread:
     """
-    Dispersion of captions within tags and separation between tags, by cosine distance of their embeddings.
+    Measure dispersion of captions within tags and separation between tags, by cosine distance of their embeddings.
 
     MAPLE (arXiv 2602.11596, 5.4.2) reports both without a formula; these are mean pairwise distances, with equal
     weight for every tag and every pair of tags. Numbers of different embedding models can't be compared.

@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 def check_checkpoint(name: str, options: Mapping[str, Any], processor: bool = True, text: bool = True) -> None:
     """
-    Looks at a model's files without reading its weights.
+    Check a model's files without reading its weights.
 
     Args:
         name: a folder or Hub id; names of embedded models have been resolved.
@@ -64,7 +64,7 @@ def check_checkpoint(name: str, options: Mapping[str, Any], processor: bool = Tr
 
 def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
     """
-    The config of a checkpoint.
+    Read the config of a checkpoint.
 
     Raises:
         CheckpointError: when there is none, or it is of no model that transformers knows.
@@ -81,7 +81,7 @@ def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _model_type(name: str) -> str | None:
-    """The model type that a folder's config names, where transformers has none of this name."""
+    """Return the model type that a folder's config names, where transformers has none of this name."""
     from transformers import CONFIG_MAPPING
 
     try:
@@ -200,7 +200,7 @@ def _supported() -> str:
 
 def reach(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The options with which a name can be read: where the Hub cannot be reached, from what it gave before.
+    Return the options with which a name can be read: where the Hub cannot be reached, from what it gave before.
 
     Raises:
         CheckpointError: when the name is neither a folder nor a Hub id, or the Hub is needed and does not answer.
@@ -222,7 +222,7 @@ def reach(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_hub_id(name: str, what: str) -> None:
-    """CheckpointError for a name that can only be meant as a path, of which there is nothing, or is no Hub id."""
+    """Raise CheckpointError for a name that is no Hub id, or can only be meant as a path, and nothing is there."""
     if name.startswith("~"):
         raise CheckpointError(f"there is no folder {name}: ~ is not replaced here, write the path from / on")
     if name.startswith(("/", "./", "../", ".\\")) or name.count("/") > 1 or name.endswith("/"):
@@ -236,7 +236,7 @@ def check_hub_id(name: str, what: str) -> None:
 
 
 def hub_is_silent() -> str | None:
-    """Why the Hub cannot be asked; `None` where it answers."""
+    """Return why the Hub cannot be asked; `None` where it answers."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     if constants.ENDPOINT in _reached:

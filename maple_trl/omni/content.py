@@ -60,7 +60,7 @@ class Content:
 
 def read_content(prompt: Any) -> Content:
     """
-    Reads field `prompt`.
+    Read field `prompt`.
 
     Raises:
         RowError: when it is no prompt, or a content block says something that is not known here.
@@ -93,7 +93,7 @@ def _message(message: Any, content: Content) -> dict[str, Any]:
 
 
 def _parts(block: Mapping[str, Any], content: Content) -> Iterator[dict[str, Any]]:
-    """A block as bare blocks: a text is split at its marks."""
+    """Split a block into bare blocks: a text at its marks."""
     # A table fills in what a row lacks.
     kind = block.get("type")
     said = "text" if kind == "text" else None
@@ -139,7 +139,7 @@ def _marks(text: str) -> list[str]:
 
 
 def _media_file(block: Mapping[str, Any], kind: str) -> MediaFile | None:
-    """The file of a media block; `None` where it names none, so that it is a place for one that a column names."""
+    """Return the file of a media block; `None` where it names none and is a place for one that a column names."""
     keys = SEGMENT_KEYS[kind]
     _check_keys(block, kind, (*_FILE_KEYS[kind], *keys))
     named = [block[name] for name in _FILE_KEYS[kind] if name in block]
@@ -162,7 +162,7 @@ def _media_file(block: Mapping[str, Any], kind: str) -> MediaFile | None:
 
 
 def path_of(value: Any) -> Any:
-    """The path in a cell of `datasets.Video` or `Audio` that is not decoded."""
+    """Return the path in a cell of `datasets.Video` or `Audio` that is not decoded."""
     if isinstance(value, Mapping) and set(value) <= {"path", "bytes"} and value.get("bytes") is None:
         return value.get("path")
     return value
@@ -182,7 +182,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def in_block_words(text: str, kind: str) -> str:
-    """An error about a [`ClipRequest`] in the words of a content block."""
+    """Reword an error about a [`ClipRequest`] in the words of a content block."""
     for key, name in SEGMENT_KEYS[kind].items():
         text = re.sub(rf"\b{name}\b", key, text)
     return text
@@ -190,7 +190,7 @@ def in_block_words(text: str, kind: str) -> str:
 
 def check_places(content: Content, columns: Mapping[str, int]) -> None:
     """
-    Checks that every place has its file, and every file its place.
+    Check that every place has its file, and every file its place.
 
     Args:
         columns: by kind, how many files the row's columns give. 0 places are right for any number: such media lead the
@@ -217,7 +217,7 @@ def place_blocks(
     messages: tuple[dict[str, Any], ...], own_place: dict[str, list[bool]], subtitle: str
 ) -> list[dict[str, Any]]:
     """
-    Messages as the chat template wants them.
+    Return messages as the chat template wants them.
 
     Markers keep the place that the author gave them; clips without a marker and the subtitle lead the last user
     message.
@@ -244,7 +244,7 @@ def place_blocks(
 
 
 def with_tracks(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """Messages in which the sound of every video stands behind its pictures."""
+    """Return messages in which the sound of every video stands behind its pictures."""
     return tuple(
         {
             **message,

@@ -30,13 +30,13 @@ _BATCH = 16  # rows whose bytes are in memory at once
 
 
 def stored_path(reference: str) -> str | None:
-    """The file of a reference to embedded bytes; `None` for any other text."""
+    """Return the file of a reference to embedded bytes; `None` for any other text."""
     match = _REFERENCE.fullmatch(reference)
     return str(FOLDER / f"{match[1]}{Path(match[2]).suffix.lower()}") if match else None
 
 
 def store(data: bytes, name: str | None) -> str:
-    """Keeps the bytes of a medium on this machine, and gives the reference to them."""
+    """Keep the bytes of a medium on this machine, and return the reference to them."""
     name = re.sub(r"[^\w.\- ]", "_", os.path.basename((name or "").replace("\\", "/")))
     reference = f"embedded:{hashlib.sha256(data).hexdigest()}/{name}"
     path = Path(stored_path(reference))
@@ -50,7 +50,7 @@ def store(data: bytes, name: str | None) -> str:
 
 def as_paths(dataset: Dataset | IterableDataset | Any) -> Dataset | IterableDataset | Any:
     """
-    The data set with its embedded media as texts that [`~maple_trl.omni.media.loader.MediaLoader`] reads; any other as it is.
+    Write embedded media as texts that [`~maple_trl.omni.media.loader.MediaLoader`] reads; keep any other data set.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): a streamed one is changed row by row, as it is read.
@@ -95,7 +95,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 def _embeds(feature: Any) -> bool:
-    """Whether a column holds bytes, or paths as those features store them."""
+    """Return whether a column holds bytes, or paths as those features store them."""
     from datasets import Audio, List, Value, Video
 
     if isinstance(feature, List):

@@ -62,7 +62,7 @@ class EncodedPrompt:
         return self.input_ids.numel()
 
     def media_digest(self, kind: str) -> str:
-        """A digest of what the tower of a kind reads: equal clips, sampled and resized alike, have an equal one."""
+        """Return a digest of what the tower of a kind reads: clips that are sampled and resized alike share it."""
         if kind not in self._digests:
             digest = hashlib.blake2b(digest_size=16)
             for name in MEDIA_NAMES[kind]:
@@ -78,14 +78,12 @@ class EncodedPrompt:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a tensor, for digests."""
+    """Return the memory of a tensor, for digests."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def unique_prompts(rows: Sequence[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
-    """
-    The distinct prompts of a batch in order of first appearance, and for each row the index of its prompt.
-    """
+    """Return the distinct prompts of a batch in order of first appearance, and each row's index among them."""
     prompts: list[EncodedPrompt] = []
     index: dict[int, int] = {}
     row_to_prompt = []
@@ -99,7 +97,7 @@ def unique_prompts(rows: Sequence[EncodedPrompt]) -> tuple[list[EncodedPrompt], 
 
 def batch_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int, completion_length: int = 0) -> Tensor:
     """
-    Positions of a left-padded batch of prompts, each followed by `completion_length` tokens of text.
+    Return the positions of a left-padded batch of prompts, each followed by `completion_length` tokens of text.
 
     Text after a prompt goes on counting from the prompt's last position in every rotary dimension, as
     `get_rope_index` of the Qwen models does. Padding has position 0; it is masked wherever it could matter.
@@ -118,13 +116,13 @@ def batch_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int, complet
 
 
 def forward_position_ids(positions: Tensor) -> Tensor:
-    """Positions of shape (R, B, T) as a model's forward takes them: without the first dimension where R is 1."""
+    """Return positions of shape (R, B, T) as a model's forward takes them: of shape (B, T) where R is 1."""
     return positions[0] if positions.size(0) == 1 else positions
 
 
 def generation_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int) -> Tensor:
     """
-    Positions for `generate()`: row 0 counts text tokens, rows 1 to 3 are the rotary positions.
+    Return positions for `generate()`: row 0 counts text tokens, rows 1 to 3 are the rotary positions.
 
     Returns:
         `Tensor` of shape (4, B, prompt_width) for multimodal rotary embeddings, (B, prompt_width) otherwise.

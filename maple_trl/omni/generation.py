@@ -115,7 +115,7 @@ _NEUTRAL = {
 
 def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, str], place: str) -> None:
     """
-    Holds further options of `generate()` against what it knows, before a model is loaded.
+    Check further options of `generate()` against what it knows, before a model is loaded.
 
     Args:
         options: as the user gave them.
@@ -149,7 +149,7 @@ def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, 
 
 
 def check_values(options: Mapping[str, Any]) -> None:
-    """ValueError for a value that the first step would refuse; what stands for an option that is off passes."""
+    """Raise ValueError for a value that the first step would refuse; what stands for an option that is off passes."""
     for name, (processor, off) in _PROCESSORS.items():
         value = options.get(name)
         if value is not None and value not in off:
@@ -158,8 +158,10 @@ def check_values(options: Mapping[str, Any]) -> None:
 
 def savable(config: GenerationConfig) -> GenerationConfig:
     """
-    The config, or what can be saved of it: the library refuses to write options that contradict each other once any of
-    them was changed (a trainer sets the padding token), which would end a run at its first checkpoint.
+    Return the config, or what can be saved of it.
+
+    The library refuses to write options that contradict each other once any of them was changed (a trainer sets the
+    padding token), which would end a run at its first checkpoint.
     """
     try:
         config.validate(strict=True)
@@ -188,6 +190,7 @@ class StopStrings(StoppingCriteria):
         self._prompt_width = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Mark the rows that have met a stop string."""
         found_N = self._criteria(input_ids, scores)
         if self._lengths_N is None:  # asked after each new token, so this is the first one
             self._prompt_width = input_ids.size(1) - 1
@@ -196,7 +199,7 @@ class StopStrings(StoppingCriteria):
         return found_N
 
     def lengths(self, rows: int) -> list[int]:
-        """New tokens of each row up to and with its stop string; 0 for a row without."""
+        """Count the new tokens of each row up to and with its stop string; 0 for a row without."""
         return [0] * rows if self._lengths_N is None else self._lengths_N.tolist()
 
 
@@ -207,12 +210,12 @@ class Sampling:
         self._stops = stops
 
     def cut(self, completions: Sequence[list[int]]) -> list[list[int]]:
-        """The completions without what padding follows a stop string."""
+        """Return the completions without what padding follows a stop string."""
         lengths = self._lengths(completions)
         return [ids[:length] if length else ids for ids, length in zip(completions, lengths, strict=True)]
 
     def stopped(self, completions: Sequence[list[int]]) -> list[bool]:
-        """Which of the completions, once cut, end with a stop string."""
+        """Mark the completions that, once cut, end with a stop string."""
         lengths = self._lengths(completions)
         return [0 < length <= len(ids) for ids, length in zip(completions, lengths, strict=True)]
 
@@ -223,7 +226,7 @@ class Sampling:
 @contextmanager
 def own_options(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> Iterator[Sampling]:
     """
-    Inside this context, one `model.generate(generation_config=config)` uses what `config` says and nothing else.
+    Let one `model.generate(generation_config=config)` inside this context use what `config` says and nothing else.
 
     `generate()` takes what `config` leaves open from `model.generation_config`, which a checkpoint's
     `generation_config.json` fills; and it ends completions at stop strings only where it is handed the tokenizer, which

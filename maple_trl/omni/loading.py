@@ -46,7 +46,7 @@ _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 def resolve_checkpoint(name_or_path: str) -> str:
     """
-    The folder of an embedded model (`builtin:tiny-omni`), or the name unchanged.
+    Return the folder of an embedded model (`builtin:tiny-omni`), or the name unchanged.
 
     Raises:
         ValueError: when no embedded model has this name.
@@ -61,14 +61,16 @@ def resolve_checkpoint(name_or_path: str) -> str:
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the arguments of `from_pretrained` for a model, those that its config and processor take as well."""
+    """Pick those arguments of a model's `from_pretrained` that its config and processor take as well."""
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
 def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs: Any) -> PreTrainedModel:
     """
-    Loads the class that can be trained: the Thinker of an Omni checkpoint (its talker and vocoder are neither read nor
-    kept in memory), else the architecture that the checkpoint names.
+    Load the class that can be trained.
+
+    Of an Omni checkpoint that is the Thinker (its talker and vocoder are neither read nor kept in memory), else the
+    architecture that the checkpoint names.
 
     Args:
         name_or_path (`str`): a folder, a Hub id, or `builtin:NAME`.
@@ -110,7 +112,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
 
 
 def _usable_generation_config(path: str, kwargs: Mapping[str, Any]) -> GenerationConfig | None:
-    """What stands in for a `generation_config.json` that the library refuses to read: its tokens; else `None`."""
+    """Return the tokens of a `generation_config.json` that the library refuses to read; `None` for any other."""
     hub = hub_arguments(kwargs)
     hub.pop("trust_remote_code", None)
     try:
@@ -127,7 +129,7 @@ def _usable_generation_config(path: str, kwargs: Mapping[str, Any]) -> Generatio
 
 
 def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """The processor of a checkpoint (of a text model its tokenizer), padding on the left as generation needs it."""
+    """Load the processor of a checkpoint (of a text model its tokenizer), padding on the left for generation."""
     path = resolve_checkpoint(name_or_path)
     processor = AutoProcessor.from_pretrained(path, **reach(path, kwargs))
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def linear_modules(model: nn.Module, family: OmniFamily) -> dict[str, list[str]]:
-    """Names of the linear layers of each scope; the LM head belongs to none."""
+    """Name the linear layers of each scope; the LM head belongs to none."""
     found: dict[str, list[str]] = {scope: [] for scope in SCOPES if scope in family.scopes}
     for name, module in unwrap(model).named_modules():
         scope = family.scope_of(name)
@@ -40,7 +40,7 @@ def build_lora_config(
     console: Console | None = None,
 ) -> LoraConfig:
     """
-    A LoRA configuration over the linear layers of the chosen scopes (AVATAR trains all four).
+    Build a LoRA configuration over the linear layers of the chosen scopes (AVATAR trains all four).
 
     Prints how many layers of each scope matched.
 
@@ -80,7 +80,7 @@ def _print_table(chosen: dict[str, bool], layers: dict[str, list[str]], console:
 
 def freeze(model: nn.Module, family: OmniFamily, *scopes: str) -> dict[str, int]:
     """
-    Stops training the parameters of the named scopes.
+    Stop training the parameters of the named scopes.
 
     Returns:
         `dict[str, int]`: frozen parameters per scope.

@@ -132,7 +132,7 @@ class PromptBuilder:
 
     def spec(self, row: Mapping[str, Any]) -> PromptSpec:
         """
-        Decides what a row is fed.
+        Decide what a row is fed.
 
         Raises:
             RowError: naming the field, when the row cannot be a prompt or lacks what its tag needs.
@@ -189,7 +189,7 @@ class PromptBuilder:
         )
 
     def _files(self, row: Mapping[str, Any], kind: str, content: Content) -> tuple[MediaFile, ...]:
-        """The files of a kind that a row names, in its blocks or in its column."""
+        """Return the files of a kind that a row names, in its blocks or in its column."""
         if content.files[kind] and row.get(kind):
             raise RowError(f"field '{kind}' and a '{kind}' block of field 'prompt' both name a file; keep one")
         for file in content.files[kind]:
@@ -197,7 +197,7 @@ class PromptBuilder:
         return tuple(content.files[kind]) or _as_files(row, kind)
 
     def _check_request(self, request: ClipRequest, kind: str) -> None:
-        """What can be asked of no clip is known before one is decoded."""
+        """Check what can be asked of no clip before one is decoded."""
         try:
             request.limits(self.loader.limits)
             if kind == "video" and kind in self.family.placeholders:
@@ -223,7 +223,7 @@ class PromptBuilder:
         return subtitle
 
     def _check_text(self, messages: tuple[dict[str, Any], ...] | str, subtitle: str | None) -> None:
-        """Text that spells a media token would be read as media."""
+        """Refuse text that spells a media token, which would be read as media."""
         if isinstance(messages, str):
             prompt_texts = [messages]
         else:
@@ -250,16 +250,16 @@ class PromptBuilder:
     # Encoding
 
     def decode(self, row: Mapping[str, Any] | PromptSpec) -> None:
-        """Decodes the clips of a row, or of its spec, into the loader's cache."""
+        """Decode the clips of a row, or of its spec, into the loader's cache."""
         self._clips(row if isinstance(row, PromptSpec) else self.spec(row))
 
     def stand_in(self) -> EncodedPrompt:
-        """The shortest of prompts, for where one has to be passed and there is none."""
+        """Return the shortest of prompts, for where one has to be passed and there is none."""
         return self.encode({"prompt": [{"role": "user", "content": "."}]})
 
     def encode(self, row: Mapping[str, Any] | PromptSpec) -> EncodedPrompt:
         """
-        Decodes and encodes one row, or its spec.
+        Decode and encode one row, or its spec.
 
         Raises:
             RowError: when the row cannot be a prompt.
@@ -303,7 +303,7 @@ class PromptBuilder:
 
     def check_template(self, spec: PromptSpec) -> None:
         """
-        Does the chat template show what a row asks? Nothing is decoded for that.
+        Check that the chat template shows what a row asks; nothing is decoded for that.
 
         Raises:
             RowError: when it fails, or leaves the last message's text out.
@@ -344,7 +344,7 @@ class PromptBuilder:
         return videos, audios
 
     def _videos_within(self, budget: int, spec: PromptSpec) -> list[VideoClip]:
-        """A prompt's videos, their frames so small that all fit, if frames can be that small."""
+        """Return a prompt's videos, their frames so small that all fit, if frames can be that small."""
         if not spec.videos:
             return []
         # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
@@ -391,7 +391,7 @@ class PromptBuilder:
         return text
 
     def _shortened(self, subtitle: str, length: int, spec: PromptSpec) -> str:
-        """The subtitle without as many tokens at its end as the prompt is too long."""
+        """Cut as many tokens off the end of the subtitle as the prompt is too long."""
         tokens = self.family.tokens(subtitle)
         kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self.max_prompt_length))])
         kept = kept.rstrip("\ufffd").rstrip()  # a token can end within a character
@@ -407,7 +407,7 @@ class PromptBuilder:
 
 def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """
-    Shows one row of each sequence of roles by the model's chat template, which may take only some.
+    Render one row of each sequence of roles by the model's chat template, which may take only some.
 
     Args:
         prompts: the rows' field `prompt`. Rows that cannot be prompts are passed over.
@@ -432,12 +432,12 @@ def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequenc
 
 
 def prompt_columns(row: Mapping[str, Any]) -> Hashable:
-    """What a row says of its prompt: equal for rows that say the same, if it is all of JSON's types."""
+    """Return what a row says of its prompt: equal for rows that say the same, if it is all of JSON's types."""
     return tuple(_typed(row.get(name)) for name in PROMPT_COLUMNS)
 
 
 def _typed(value: Any) -> Hashable:
-    """A value with its types, without which 1, 1.0 and True were equal; one of a foreign type equals nothing."""
+    """Return a value with its types, without which 1, 1.0 and True were equal; one of a foreign type equals nothing."""
     kind = type(value)
     if kind in (list, tuple):
         return kind, *map(_typed, value)
@@ -456,7 +456,7 @@ def _parse_tag(value: Any) -> ModalityTag:
 
 
 def _track(video: MediaFile) -> MediaFile:
-    """The sound of a video: of the same segment, and nothing else that is asked of its pictures."""
+    """Return the sound of a video: of the same segment, and nothing else that is asked of its pictures."""
     return MediaFile(video.path, ClipRequest(start=video.request.start, end=video.request.end))
 
 

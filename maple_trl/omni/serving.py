@@ -25,7 +25,7 @@ def serve_media(
     cache: TowerCache | None = None,
 ) -> Iterator[None]:
     """
-    Inside this context, a forward of `model` over `rows` merges the rows' media into its embeddings.
+    Let a forward of `model` over `rows` inside this context merge the rows' media into its embeddings.
 
     The towers run inside the model's own forward, so that DDP, FSDP and ZeRO see them, and each unique prompt passes
     them once however many rows share it. Decoding steps of `generate()` hold no placeholders and pass through.
@@ -81,7 +81,7 @@ def _merged_inputs(
     touch_all_towers: bool,
     cache: TowerCache | None,
 ) -> dict:
-    """Arguments for the core's forward: embeddings with audio in place, and the vision tower's output per row."""
+    """Return arguments for the core's forward: embeddings with audio in place, and vision features per row."""
     token_embeddings = embeddings = core.get_input_embeddings()(input_ids)
     inputs: dict = {}
     for kind in family.placeholder_ids:
@@ -108,7 +108,7 @@ def _merged_inputs(
 
 
 def _video_per_row(features: list[Features]) -> BaseModelOutputWithPooling:
-    """The rows' features as the core reads the vision tower's output."""
+    """Return the rows' features as the core reads the vision tower's output."""
     tokens = tuple(row["tokens"] for row in features)
     names = [name for name in features[0] if name.startswith("deepstack.")]
     if not names:

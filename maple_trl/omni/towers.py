@@ -34,7 +34,7 @@ _TOWER_SCOPES = {"video": "vision", "audio": "audio"}
 
 
 def run_tower(family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]) -> list[Features]:
-    """One pass of a tower over the media of some prompts."""
+    """Run a tower once over the media of some prompts."""
     counts = [prompt.media_tokens[kind] for prompt in prompts]
     if kind == "audio":
         features = family.audio_embeddings(core, prompts)
@@ -81,7 +81,7 @@ class TowerCache:
     def features(
         self, family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]
     ) -> list[Features]:
-        """The features of prompts that have media of a kind; of a frozen tower, a pass for each that is not known."""
+        """Return the features of prompts with media of a kind; of a frozen tower, those not known yet are computed."""
         parameters = _tower_parameters(family, core, kind)
         # An adapter that is switched off for a reference pass asks for no gradient either, but will be trained on.
         if any(parameter.requires_grad or "lora_" in name for name, parameter in parameters):
@@ -103,7 +103,7 @@ class TowerCache:
     def _weights_digest(
         self, family: OmniFamily, core: nn.Module, kind: str, parameters: list[tuple[str, nn.Parameter]]
     ) -> str:
-        """Of a tower's weights and configuration; computed again when something has written to the weights."""
+        """Digest a tower's weights and configuration, again when something has written to the weights."""
         known = self._weights.setdefault(core, {})
         state = _quick_state([parameter for _, parameter in parameters])
         if kind not in known or known[kind][0] != state:
@@ -167,28 +167,26 @@ class TowerCache:
 
 
 def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tuple[str, nn.Parameter]]:
-    """Of a tower and its projector; projectors of both kinds count for either."""
+    """Return the parameters of a tower and its projector; projectors of both kinds count for either."""
     wanted = (_TOWER_SCOPES[kind], "projectors")
     return [(name, parameter) for name, parameter in core.named_parameters() if family.scope_of(name) in wanted]
 
 
 def _quick_state(parameters: list[nn.Parameter]) -> bytes:
-    """
-    What changes when weights do, at the cost of one value of each: some writers (`.data`) leave no other trace.
-    """
+    """Digest identity, version and one value of each weight; some writers (`.data`) change nothing but values."""
     probe = torch.stack([parameter.detach().flatten()[parameter.numel() // 2].double() for parameter in parameters])
     marks = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
     return hashlib.blake2b(repr(marks).encode() + bytes(tensor_bytes(probe))).digest()
 
 
 def _precision(device: torch.device) -> str:
-    """What the towers compute in, where it is not what their weights are kept in."""
+    """Return what the towers compute in, where it is not what their weights are kept in."""
     enabled = torch.is_autocast_enabled(device.type)
     return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if enabled else "own"
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """Of processes that were killed while writing, long enough ago that none still writes."""
+    """Find files of processes that were killed while writing, long enough ago that none still writes."""
     found = []
     for path in folder.glob(f"*{PARTIAL}"):
         with suppress(OSError):  # gone since

@@ -86,9 +86,9 @@ class Evaluation:
     run: dict[str, Any]
 
 
-def load_evaluation(folder: str | os.PathLike) -> Evaluation:
+def load_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
     """
-    Reads the folder of a finished evaluation, e.g. for a report.
+    Read the folder of a finished evaluation, e.g. for a report.
 
     Raises:
         FileNotFoundError: when there is none, or it has not been finished.
@@ -107,18 +107,19 @@ class EvalStore:
     them begins and finishes.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.batches = self.folder / "batches"
         self.table = self.folder / "rows.parquet"
 
     @property
     def complete(self) -> bool:
+        """Whether the evaluation is finished."""
         return self.table.is_file()
 
     def check(self) -> None:
         """
-        Is the folder one for an evaluation?
+        Check that the folder is one for an evaluation.
 
         Raises:
             EvaluationError: when it holds a training run or a model, whose files `--overwrite` does not remove either.
@@ -131,7 +132,7 @@ class EvalStore:
 
     def begin(self, identity: Mapping[str, Any], overwrite: bool = False) -> None:
         """
-        Opens the folder for an evaluation, a new one or the one that it holds.
+        Open the folder for an evaluation, a new one or the one that it holds.
 
         Args:
             identity: what decides the numbers, as JSON values.
@@ -166,19 +167,19 @@ class EvalStore:
             write_atomically(note, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
 
     def has(self, number: int) -> bool:
-        """Whether a batch is done; one whose file is damaged is not."""
+        """Return whether a batch is done; one whose file is damaged is not."""
         try:
-            return pq.read_schema(self._batch(number)).equals(LINES)
+            return bool(pq.read_schema(self._batch(number)).equals(LINES))
         except (OSError, pa.ArrowInvalid):
             return False
 
     def write(self, number: int, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Keeps the lines of a finished batch."""
+        """Keep the lines of a finished batch."""
         write_table(pa.Table.from_pylist(list(lines), LINES), self._batch(number))
 
     def finish(self, batches: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """
-        Joins all batches into the one table, in the order of access, rows and samples.
+        Join all batches into the one table, in the order of access, rows and samples.
 
         Raises:
             EvaluationError: for a batch that is missing or cannot be read.
@@ -200,7 +201,7 @@ class EvalStore:
 
     def lines(self) -> pa.Table:
         """
-        All lines of a finished evaluation.
+        Return all lines of a finished evaluation.
 
         Raises:
             EvaluationError: when the table is damaged.
@@ -220,7 +221,7 @@ def _read_table(path: Path) -> pa.Table:
         raise EvaluationError(f"{path} cannot be read ({error}): begin anew with --overwrite") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

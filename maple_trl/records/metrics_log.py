@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from maple_trl.files import as_json, write_atomically
 from maple_trl.modalities import ModalityTag
@@ -19,8 +19,8 @@ from the last on. The bin in the middle is within 5 % of 1; on either side the s
 """
 
 
-def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes a trainer's log as JSON lines; values that JSON cannot hold (NaN, infinity) become `null`."""
+def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Write a trainer's log as JSON lines; values that JSON cannot hold (NaN, infinity) become `null`."""
     write_atomically(path, "".join(json.dumps(as_json(entry)) + "\n" for entry in log_history))
 
 
@@ -37,21 +37,23 @@ _HEADLINES = {
 
 def headline(entry: Mapping[str, Any], name: str) -> float | None:
     """
-    `"reward"`, `"loss"`, `"accuracy"`, `"token accuracy"`, `"length"` or the accuracy of a tag, by its name, in an entry of
-    a log; `None` where it has no finite one.
+    Return a headline number in an entry of a log; `None` where it has no finite one.
+
+    Names are `"reward"`, `"loss"`, `"accuracy"`, `"token accuracy"`, `"length"`, and a tag for its accuracy.
     """
     values = (entry.get(key) for key in _HEADLINES[name])
     return next(filter(_is_finite, values), None)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def first_and_last(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     """
-    Reward (or loss, where there is none), accuracy and that of each tag in a log: the mean over the first and over the last
-    tenth of its entries that have it.
+    Average headline numbers of a log over the first and over the last tenth of its entries that have them.
+
+    They are reward (or loss, where there is none), accuracy and that of each tag.
     """
     found = {}
     for name in ("reward", "loss", "accuracy", "token accuracy", *map(str, ModalityTag)):
@@ -64,7 +66,7 @@ def first_and_last(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[
 
 def reward_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """
-    The curves in a log: `"reward"` (the weighted sum) and one per reward function, as `(step, value)`.
+    Return the curves in a log: `"reward"` (the weighted sum) and one per reward function, as `(step, value)`.
 
     Values that are no finite number (a reward that scored no row of a step) are left out.
     """
@@ -82,7 +84,7 @@ def reward_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tu
 
 
 def tag_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The mean reward of each tag in a log, as `(step, value)`; empty where it is not logged by tag."""
+    """Return the mean reward of each tag in a log, as `(step, value)`; empty where it is not logged by tag."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for tag in map(str, ModalityTag):
         for entry in log_history:
@@ -94,11 +96,11 @@ def tag_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
 
 def signal_profile(log_history: Sequence[Mapping[str, Any]]) -> list[float]:
     """
-    The size of the training signal over the positions in a completion, as a share of its mean over the positions.
+    Return the size of the training signal over positions in a completion, as a share of its mean over positions.
 
     Means of `loss_profile/0`, `loss_profile/1`, … over a log (AVATAR, arXiv 2508.03100, Fig. 8); empty without them.
     """
-    means = []
+    means: list[float] = []
     while values := [entry[name] for entry in log_history if (name := f"loss_profile/{len(means)}") in entry]:
         means.append(sum(values) / len(values))
     return [mean * len(means) / sum(means) for mean in means] if sum(means) else []

@@ -1,6 +1,7 @@
 """
-Which options decide a result. A field of a configuration that decides none says so in its type, as
-`media_workers: Annotated[int, "speed"]`:
+Which options decide a result.
+
+A field of a configuration that decides none says so in its type, as `media_workers: Annotated[int, "speed"]`:
 
 - `"speed"`: how fast, how safely and within which limits of the machine;
 - `"place"`: where things are, and what is told about them.
@@ -50,7 +51,7 @@ INHERITED = {
 
 @cache
 def not_deciding(config: type) -> dict[str, str]:
-    """The options of a dataclass that decide no result, by name: `"speed"` or `"place"`."""
+    """Return the options of a dataclass that decide no result, by name: `"speed"` or `"place"`."""
     inherited = {name: kind for kind, names in INHERITED.items() for name in names}
     types = get_type_hints(config, include_extras=True)
     said = {
@@ -62,11 +63,11 @@ def not_deciding(config: type) -> dict[str, str]:
 
 def deciding(config: Any, declared_by: type | None = None) -> dict[str, Any]:
     """
-    The options that decide a result, by name.
+    Return the options that decide a result, by name.
 
     Args:
         config: a dataclass instance.
         declared_by (`type`, *optional*): only those that this dataclass knows.
     """
     names = [field.name for field in fields(declared_by or config)]
-    return {name: getattr(config, name) for name in names if name not in not_deciding(type(config))}
+    return {name: getattr(config, name) for name in names if name not in not_deciding(config.__class__)}

@@ -47,12 +47,12 @@ LINES = pa.schema(
 
 
 def rollout_of(path: Path) -> int:
-    """The number of the rollout in a file; -1 for a file of another name."""
+    """Return the number of the rollout in a file; -1 for a file of another name."""
     return int(path.stem) if path.suffix == ".parquet" and path.stem.isdigit() else -1
 
 
 def write_rollout(folder: Path, number: int, lines: Iterable[Mapping[str, Any]], media_root: str) -> None:
-    """Writes the completions of a rollout, so that the file appears whole or not at all."""
+    """Write the completions of a rollout, so that the file appears whole or not at all."""
     about = json.dumps({"format": 1, "media_root": os.path.abspath(media_root)})
     table = pa.Table.from_pylist(list(lines), LINES.with_metadata({_METADATA: about.encode()}))
     write_table(table, folder / f"{number:08}.parquet")
@@ -60,7 +60,7 @@ def write_rollout(folder: Path, number: int, lines: Iterable[Mapping[str, Any]],
 
 def read_rollouts(folder: Path) -> tuple[pa.Table | None, str | None, list[str]]:
     """
-    All completions of a run.
+    Read all completions of a run.
 
     Returns:
         the table, in the order of the rollouts, `None` where there is none; the folder below which the media lie; and
@@ -86,6 +86,6 @@ def read_rollouts(folder: Path) -> tuple[pa.Table | None, str | None, list[str]]
 
 
 def is_table_of(table: pa.Table, schema: pa.Schema, columns: Iterable[str]) -> bool:
-    """Whether a table has these columns of a schema, and none of them, nor another of the schema, with another type."""
+    """Return whether a table has these columns of a schema, and none of the schema's with another type."""
     shared = [name for name in schema.names if name in table.column_names]
     return set(columns) <= set(shared) and all(schema.field(n).type == table.schema.field(n).type for n in shared)

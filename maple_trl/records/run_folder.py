@@ -15,8 +15,8 @@ _WEIGHTS = re.compile(
 _SHOWN = 4  # results that an error names
 
 
-def run_results(folder: str | os.PathLike) -> list[str]:
-    """Names of what a training run has left in a folder: checkpoints, weights, completions, log and summary."""
+def run_results(folder: str | os.PathLike[str]) -> list[str]:
+    """List what a training run has left in a folder: checkpoints, weights, completions, log and summary."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -30,32 +30,32 @@ def _is_result(path: Path) -> bool:
     return (path.name in _FILES or bool(_WEIGHTS.fullmatch(path.name))) and path.stat().st_size > 0
 
 
-def _natural(name: str) -> list:
+def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def named(results: list[str]) -> str:
-    """The first results by name, and how many more there are."""
+    """Return the first results by name, and how many more there are."""
     more = f" and {len(results) - _SHOWN} more" if len(results) > _SHOWN else ""
     return ", ".join(results[:_SHOWN]) + more
 
 
-def holds_evaluation(folder: str | os.PathLike) -> bool:
-    """Whether `maple-trl eval` has written into a folder."""
+def holds_evaluation(folder: str | os.PathLike[str]) -> bool:
+    """Return whether `maple-trl eval` has written into a folder."""
     folder = Path(folder)
     return (folder / "evaluation.json").is_file() or (
         (folder / "result.json").is_file() and (folder / "rows.parquet").is_file()
     )
 
 
-def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Whether a path is a folder or lies below it, links resolved."""
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a folder or lies below it, links resolved."""
     path, folder = Path(path).resolve(), Path(folder).resolve()
     return path == folder or folder in path.parents
 
 
-def remove_results(folder: str | os.PathLike) -> list[str]:
-    """Removes what [`run_results`] names, and nothing else; gives back the names."""
+def remove_results(folder: str | os.PathLike[str]) -> list[str]:
+    """Remove what [`run_results`] names, and nothing else; return the names."""
     results = run_results(folder)
     for name in results:
         path = Path(folder, name)

@@ -9,13 +9,13 @@ from maple_trl.modalities import ModalityTag
 
 
 def accuracy_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Before and after by tag, in canonical order and `all` last."""
+    """Return before and after by tag, in canonical order and `all` last."""
     names = [*(tag.value for tag in ModalityTag), "all"]
     return [(name, before[name], after[name]) for name in names if name in before and name in after]
 
 
 def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
-    """Prints accuracy per tag before and after, what was learned and written, and last what was left out."""
+    """Print accuracy per tag before and after, what was learned and written, and last what was left out."""
     from rich.console import Console
     from rich.table import Table
 
@@ -46,7 +46,7 @@ def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
 
 
 def left_out_line(notes: Sequence[Mapping[str, Any]]) -> str:
-    """What was left out of a run, failed in it or never fired, in one line."""
+    """Say in one line what was left out of a run, failed in it or never fired."""
     if not notes:
         return "Nothing was left out, failed or never fired."
     return f"Left out, failed or never fired: {'; '.join(note['text'] for note in notes)}"

@@ -36,7 +36,7 @@ class ReportError(ValueError):
 @dataclass
 class RunData:
     """
-    What a folder holds.
+    Contents of the folder of a run or an evaluation.
 
     Attributes:
         folder: as it was named.
@@ -78,7 +78,7 @@ class RunData:
 
 def read_run(folder: str | os.PathLike) -> RunData:
     """
-    Reads a folder.
+    Read a folder.
 
     Raises:
         ReportError: when it is none, or holds neither a run nor an evaluation; runs in folders below it are named.
@@ -139,7 +139,7 @@ def _read_training(folder: Path) -> RunData:
 
 
 def _read_quarantine(path: Path, notes: list[str]) -> str | None:
-    """Counts by reason, and the first files."""
+    """Say how many prompts were quarantined by reason, and name the first files."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         reasons = Counter(entry["reason"] for entry in entries)
@@ -155,7 +155,7 @@ def _read_quarantine(path: Path, notes: list[str]) -> str | None:
 
 
 def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str | None]:
-    """The log that goes furthest: `metrics.jsonl`, or that of a newer checkpoint."""
+    """Read the log that goes furthest: `metrics.jsonl`, or that of a newer checkpoint."""
     path = folder / "metrics.jsonl"
     log = _read_metrics(path, notes) if path.is_file() else []
     source = path.name if log else None
@@ -181,7 +181,7 @@ def _last_step(log: list[dict[str, Any]]) -> int:
 
 
 def _log_entries(log: Any) -> list[dict[str, Any]]:
-    """The entries of a log that have a step, and their numbers."""
+    """Return the entries of a log that have a step, and their numbers."""
     found = [
         {name: value for name, value in entry.items() if _number(value) and math.isfinite(value)}
         for entry in (log if isinstance(log, list) else ())
@@ -199,7 +199,7 @@ def _numbers(values: Any) -> bool:
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Entries of a file of JSON lines. The last line may be half there: a run that is going on, or was killed."""
+    """Read a file of JSON lines, of which the last may be half there: a run that is going on, or was killed."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     entries, odd = [], []
     for number, line in enumerate(lines, 1):
@@ -260,7 +260,7 @@ def _is_result(result: Mapping[str, Any]) -> bool:
 
 
 def _read_answers(folder: Path, notes: list[str]) -> pa.Table | None:
-    """The table of a finished evaluation, or the batches of one that is going on."""
+    """Read the table of a finished evaluation, or the batches of one that is going on."""
     whole = folder / "rows.parquet"
     batches = (
         [] if whole.is_file() else [_read_lines(path, notes) for path in sorted(folder.glob("batches/*.parquet"))]
@@ -286,6 +286,6 @@ def _read_lines(path: Path, notes: list[str]) -> pa.Table | None:
 
 
 def results_so_far(table: pa.Table, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of an evaluation that is still going on."""
+    """Return the results of an evaluation that is still going on."""
     asking = identity["asking"]
     return evaluation_results(table, asking["access"], asking["samples"])

@@ -43,7 +43,7 @@ class MediaTable:
         self._numbers: dict[tuple[str, str], int] = {}
 
     def add(self, kind: str, name: str) -> int:
-        """The number of a medium's entry. A subtitle is a file or the text itself."""
+        """Return the number of a medium's entry; a subtitle is a file or the text itself."""
         if (kind, name) not in self._numbers:
             self._numbers[kind, name] = len(self.entries)
             self.entries.append(self._entry(kind, name))
@@ -79,7 +79,7 @@ class MediaTable:
 
 
 def thumbnail(path: str | os.PathLike, width: int = _WIDTH) -> bytes | None:
-    """A picture out of a video as JPEG; `None` where it cannot be decoded, or is no file that training would read."""
+    """Return a picture out of a video as JPEG; `None` where it cannot be decoded, or training would not read it."""
     try:
         pixels = decoder_pool(WORKERS).run(Task("picture", Source(str(path), str(path)), options=(width,)))
     except (MediaError, OSError):
@@ -90,7 +90,7 @@ def thumbnail(path: str | os.PathLike, width: int = _WIDTH) -> bytes | None:
 
 
 def media_of(table: MediaTable, columns: dict[str, list], line: int) -> list[int]:
-    """Numbers of the media of a line."""
+    """Return the numbers of the media of a line."""
     found = []
     for kind in ("video", "audio", "subtitle"):
         names: str | Sequence[str] | None = columns[kind][line] if kind in columns else None

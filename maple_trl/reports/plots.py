@@ -14,7 +14,7 @@ from maple_trl.records.metrics_log import reward_curves, signal_profile, tag_cur
 
 def _figure(width: float, height: float):
     """
-    A figure that belongs to nobody's interactive session.
+    Make a figure that belongs to nobody's interactive session.
 
     Raises:
         ImportError: without matplotlib, naming the extra that brings it.
@@ -36,8 +36,10 @@ def plot_training(
     path: str | os.PathLike,
 ) -> Path:
     """
-    Draws the reward over the steps, for each tag where the log has it, the training signal over the positions in a
-    completion where the log has that, and accuracies before and after training.
+    Draw the reward over the steps, the training signal over positions in a completion, and accuracies.
+
+    The reward is drawn for each tag where the log has it, the signal where the log has that, and accuracies before and
+    after training.
 
     Args:
         log_history (`Sequence[Mapping]`):
@@ -117,5 +119,5 @@ def _draw_accuracies(axes, before: Mapping[str, float], after: Mapping[str, floa
 
 
 def _legend_below(axes, columns: int) -> None:
-    """A legend outside of a panel that is full."""
+    """Draw a legend outside of a panel that is full."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, frameon=False, columnspacing=1)

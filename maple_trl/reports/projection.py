@@ -33,8 +33,7 @@ def project(
     runs: Sequence[RunData], rollouts: Sequence[Rollouts | None], model: str | None = None
 ) -> list[dict[str, Any]]:
     """
-    Two principal components of the embeddings of the runs' completions, the same for all runs, so that their points
-    can be compared.
+    Return two principal components of completions' embeddings, the same for all runs, so that points can be compared.
 
     Where every folder has a file `embeddings.parquet` with the columns `tag` and `embedding` (lists of numbers, such
     as means of hidden states), its vectors are taken. Otherwise a completion is described by its text alone: how
@@ -100,7 +99,7 @@ def project(
 
 
 def _sample(run: RunData, rollouts: Rollouts | None) -> tuple[None, list[str], list[str]]:
-    """Tags and texts of what is drawn: of the last fifth of a tag's steps, or under an evaluation's first access."""
+    """Return tags and texts to draw: of the last fifth of a tag's steps, or of an evaluation's first access."""
     if rollouts is None or not len(rollouts):
         return None, [], []
     picked = []
@@ -125,7 +124,7 @@ def write_embeddings(
     folder: Path, embeddings: NDArray[np.floating], tags: Sequence[str], texts: Sequence[str]
 ) -> Path:
     """
-    Writes vectors for the report to draw.
+    Write vectors for the report to draw.
 
     Args:
         folder: of a run or an evaluation.
@@ -139,7 +138,7 @@ def write_embeddings(
 
 
 def text_vectors(parts: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
-    """TF-IDF vectors of texts, of shape (N, 1024) for each part; the rareness is that over all parts."""
+    """Return TF-IDF vectors of texts, of shape (N, 1024) for each part; the rareness is that over all parts."""
     texts = [text for part in parts for text in part]
     counts = np.zeros((len(texts), _DIMENSIONS))
     for i, text in enumerate(texts):
@@ -155,8 +154,9 @@ def text_vectors(parts: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
 
 def mean_hidden_states(name: str, texts: Sequence[str], batch_size: int = 16) -> NDArray[np.float64]:
     """
-    The mean over a text's tokens of the last hidden states of a model that reads the text alone, without the prompt
-    and without media; of the first 512 tokens.
+    Average a model's last hidden states over the first 512 tokens of each text.
+
+    The model reads the text alone, without the prompt and without media.
 
     Args:
         name: of the model, as `--model` of `maple-trl eval` takes it.
@@ -190,7 +190,7 @@ def mean_hidden_states(name: str, texts: Sequence[str], batch_size: int = 16) ->
 
 def principal_components(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """
-    The two directions in which vectors vary most.
+    Return the two directions in which vectors vary most.
 
     Args:
         vectors: of shape (N, D).

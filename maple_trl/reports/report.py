@@ -41,7 +41,7 @@ def write_report(
     embeddings: str | None = None,
 ) -> Path:
     """
-    Writes a report as one HTML file that needs no network.
+    Write a report as one HTML file that needs no network.
 
     Args:
         runs: a folder, or two to compare: output folders of training jobs or of evaluations, finished or going on.
@@ -90,7 +90,7 @@ def _write(path: str | os.PathLike, text: str) -> None:
 def report_data(
     runs: Sequence[RunData], rollouts: Sequence[Rollouts | None], embeddings: str | None = None
 ) -> dict[str, Any]:
-    """What a report says of one run or two, but for the completions themselves, as JSON values."""
+    """Return what a report says of one run or two, but for the completions themselves, as JSON values."""
     names = _distinct([run.name for run in runs])
     projections = project(runs, rollouts, embeddings)
     described = []
@@ -150,7 +150,7 @@ def _columns(rollouts: Rollouts) -> dict[str, list]:
 
 
 def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None) -> list[tuple[str, Any]]:
-    """What the overview says of a run: names and values."""
+    """Return what the overview says of a run: names and values."""
     if run.kind == "evaluation":
         return _evaluation_facts(run)
     summary = run.summary or {}
@@ -176,7 +176,7 @@ def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None)
 
 
 def _left_out(run: RunData) -> list[str]:
-    """What a finished run says that it left out; of another one, its quarantine."""
+    """Return what a finished run says that it left out; of another one, its quarantine."""
     notes = (run.summary or {}).get("left_out")
     if notes is None:
         return [run.quarantined] if run.quarantined else []
@@ -212,7 +212,7 @@ def _interval(estimate: Mapping[str, Any]) -> str:
 
 def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
     """
-    Paired comparison of two evaluations, by access, over the questions that both have scored.
+    Compare two evaluations in pairs, by access, over the questions that both have scored.
 
     A question is the row with the same id and the same tag; `left_out` counts those that only one run has scored. Where the
     runs name clips, signs are flipped and the interval is made by clip; `clips` says how many there are.
@@ -249,7 +249,7 @@ def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
 
 
 def _question_scores(run: RunData) -> tuple[dict[str, dict[tuple, float]], dict[tuple, str]]:
-    """Mean score of each question by access, id (where rows have none, the row) and tag; and the clips of questions."""
+    """Return each question's mean score by access, id (else the row) and tag; and the clips of questions."""
     sums: dict[str, dict[tuple, list[float]]] = {}
     clips: dict[tuple, str] = {}
     names = ("access", "id", "row", "tag", "score", "clip")
@@ -271,7 +271,7 @@ def _question_scores(run: RunData) -> tuple[dict[str, dict[tuple, float]], dict[
 
 def render(data: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any] | None]) -> str:
     """
-    The HTML of a report.
+    Render the HTML of a report.
 
     Everything that comes from a run stands in blocks of JSON (`<`, `>` and `&` as escapes) or in base64, and scripts
     put it into the page as text. A policy in the page lets the browser run the scripts of this package alone, by their

@@ -62,13 +62,13 @@ class Rollouts:
         return len(self.groups)
 
     def get(self, name: str) -> list:
-        """A column; all `None` where the run has no such."""
+        """Return a column; all `None` where the run has no such."""
         return self.columns.get(name) or [None] * len(self)
 
 
 def rollouts_of(table: pa.Table, kind: str, most: int) -> Rollouts:
     """
-    The completions of a table.
+    Return the completions of a table.
 
     Args:
         table: of `maple_trl.trainers.common.rollout_log` or of an evaluation.
@@ -98,12 +98,13 @@ def rollouts_of(table: pa.Table, kind: str, most: int) -> Rollouts:
 
 
 def question_names(rollouts: Rollouts) -> list[str]:
-    """What each completion's question is called: the row's id, else its number, else its group."""
+    """Name each completion's question: by the row's id, else its number, else its group."""
     columns = zip(rollouts.get("id"), rollouts.get("row"), rollouts.get("group"), strict=True)
     return [name or (f"row {row}" if row is not None else str(group)) for name, row, group in columns]
 
 
 def reward_names(rollouts: Rollouts) -> list[str]:
+    """Return the names of the reward functions."""
     names: dict[str, None] = {}
     for rewards in rollouts.get("rewards"):
         names |= dict.fromkeys(name for name, _ in rewards or ())
@@ -112,8 +113,10 @@ def reward_names(rollouts: Rollouts) -> list[str]:
 
 def packed(rollouts: Rollouts, media: MediaTable) -> dict[str, Any]:
     """
-    What a page needs to filter and to show completions: an index over all, and their texts in chunks, each as
-    compressed JSON in base64, of which a page unpacks those that it shows.
+    Pack what a page needs to filter and to show completions.
+
+    That is an index over all, and their texts in chunks, each as compressed JSON in base64, of which a page unpacks
+    those that it shows.
     """
     names = reward_names(rollouts)
     shown = {name: rollouts.get(name) for name in _SHOWN}
@@ -168,7 +171,7 @@ def packed(rollouts: Rollouts, media: MediaTable) -> dict[str, Any]:
 
 
 def _completion(columns: dict[str, list], line: int, names: list[str]) -> dict[str, Any]:
-    """A completion as the page shows it, without what it lacks."""
+    """Return a completion as the page shows it, without what it lacks."""
     given = dict(columns["rewards"][line] or ())
     found = {
         "text": columns["completion"][line] or "",
@@ -183,6 +186,6 @@ def _completion(columns: dict[str, list], line: int, names: list[str]) -> dict[s
 
 
 def pack(value: Any) -> str:
-    """JSON, compressed, in base64: text that holds no character that HTML reads."""
+    """Compress JSON into base64: text that holds no character that HTML reads."""
     text = json.dumps(as_json(value), ensure_ascii=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=5, mtime=0)).decode()

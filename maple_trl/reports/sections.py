@@ -25,12 +25,13 @@ Section = dict[str, Any]
 
 
 def missing(why: str) -> Section:
+    """Return a part that says why it is missing."""
     return {"missing": why}
 
 
 def near_perfect() -> dict[str, list[float]]:
     """
-    Share of each bin under Beta(100, 1), the rewards of a tag that is nearly solved (MAPLE, arXiv 2602.11596, 4.2).
+    Return the share of each bin under Beta(100, 1), rewards of a nearly solved tag (MAPLE, arXiv 2602.11596, 4.2).
 
     The distribution function is x^100, so that nothing is approximated.
     """
@@ -39,7 +40,7 @@ def near_perfect() -> dict[str, list[float]]:
 
 
 def all_sections(run: RunData, series: Series, rollouts: Rollouts | None) -> dict[str, Section]:
-    """Every part of a run but its curves, its projection and its completions."""
+    """Return every part of a run but its curves, its projection and its completions."""
     made: dict[str, Callable[[], Section]] = {
         "rewards": lambda: reward_section(run, rollouts),
         "weights": lambda: weights_section(run, series),
@@ -58,8 +59,10 @@ def all_sections(run: RunData, series: Series, rollouts: Rollouts | None) -> dic
 
 def reward_section(run: RunData, rollouts: Rollouts | None) -> Section:
     """
-    Histograms of the task reward by tag, with the difficulty of the tag: of the first and the last fifth of the steps
-    at which the tag was trained; of an evaluation, of all completions under its first access.
+    Return histograms of the task reward by tag, with the difficulty of the tag.
+
+    They are of the first and the last fifth of the steps at which the tag was trained; of an evaluation, of all
+    completions under its first access.
     """
     if rollouts is None or not len(rollouts):
         return no_rollouts(run)
@@ -88,7 +91,7 @@ def reward_section(run: RunData, rollouts: Rollouts | None) -> Section:
 
 
 def lines_by_tag(rollouts: Rollouts) -> dict[str, list[int]]:
-    """Numbers of the fresh completions of each tag, in canonical order."""
+    """Return the numbers of the fresh completions of each tag, in canonical order."""
     found: dict[str, list[int]] = {tag: [] for tag in TAGS}
     for line, (tag, replayed) in enumerate(zip(rollouts.get("tag"), rollouts.get("replayed"), strict=True)):
         if tag in found and not replayed:
@@ -97,7 +100,7 @@ def lines_by_tag(rollouts: Rollouts) -> dict[str, list[int]]:
 
 
 def lines_by_phase(run: RunData, rollouts: Rollouts, lines: list[int]) -> dict[str, list[int]]:
-    """Those of the first and of the last fifth of the lines' steps; of an evaluation, those under its first access."""
+    """Return the lines of the first and the last fifth of the steps; of an evaluation, those of its first access."""
     if run.kind == "evaluation":
         accesses, first = rollouts.get("access"), run.accesses[0]
         return {f"access {first}": [line for line in lines if accesses[line] == first]}
@@ -112,7 +115,7 @@ def lines_by_phase(run: RunData, rollouts: Rollouts, lines: list[int]) -> dict[s
 
 
 def task_rewards(rollouts: Rollouts) -> tuple[str, list[float | None]]:
-    """The reward that says whether a task was solved: `accuracy_reward` where there is one, else the weighted sum."""
+    """Return the reward that says if a task was solved: `accuracy_reward` if there is one, else the weighted sum."""
     named = [dict(rewards or ()) for rewards in rollouts.get("rewards")]
     if any("accuracy_reward" in rewards for rewards in named):
         return "accuracy_reward", [rewards.get("accuracy_reward") for rewards in named]
@@ -134,7 +137,7 @@ def _histogram(values: list[float]) -> Section:
 
 
 def weights_section(run: RunData, series: Series) -> Section:
-    """Names of the curves of each tag's weight, priority and difficulty."""
+    """Name the curves of each tag's weight, priority and difficulty."""
     found = {
         name: {tag: f"tag/{tag}/{name}" for tag in metrics_by_tag(series, name)}
         for name in ("weight", "priority", "kl")
@@ -151,7 +154,7 @@ def weights_section(run: RunData, series: Series) -> Section:
 
 
 def curriculum_section(run: RunData, series: Series, rollouts: Rollouts | None) -> Section:
-    """Which tags were trained when: the share of each tag among the completions of a step."""
+    """Return the share of each tag among the completions of a step, which shows when it was trained."""
     if run.kind == "evaluation":
         return missing("An evaluation has no curriculum.")
     if rollouts is not None and any(tag in TAGS for tag in rollouts.get("tag")):
@@ -186,7 +189,7 @@ def curriculum_section(run: RunData, series: Series, rollouts: Rollouts | None) 
 
 
 def disparity_section(run: RunData, series: Series) -> Section:
-    """|accuracy of a tag - accuracy of another|, for each state of the model or each access."""
+    """Return |accuracy of a tag - accuracy of another|, for each state of the model or each access."""
     if run.kind == "evaluation":
         panels = [
             _panel(f"access {access}", {t: e["value"] for t, e in found["accuracy"].get("per_tag", {}).items()})
@@ -225,7 +228,7 @@ def _panel(title: str, accuracy: Mapping[str, float | None]) -> Section | None:
 
 
 def positions_section(run: RunData) -> Section:
-    """The size of the training signal over positions in a completion, of all steps and of both ends of the log."""
+    """Return the size of the training signal by position in a completion, over all steps and at both ends."""
     log = [entry for entry in run.log if "loss_profile/0" in entry]
     if not log:
         return missing("The log has no loss_profile: AvatarTrainer writes it.")
@@ -243,7 +246,7 @@ def positions_section(run: RunData) -> Section:
 
 
 def replay_section(run: RunData, series: Series) -> Section:
-    """Names of the curves of the replay buffer's tiers and ages, and of what it serves and does."""
+    """Name the curves of the replay buffer's tiers and ages, and of what it serves and does."""
     if "replay/size" not in series:
         return missing("The log has no replay buffer: AvatarTrainer has one with replayed_generations above 0.")
     names = {
@@ -265,8 +268,9 @@ def replay_section(run: RunData, series: Series) -> Section:
 
 def ratios_section(run: RunData, series: Series) -> Section:
     """
-    Importance ratios of replayed tokens: names of the curves of their quantiles, and histograms of the first and the
-    last fifth of the log entries that have any.
+    Return importance ratios of replayed tokens: names of the curves of their quantiles, and histograms.
+
+    Those are of the first and the last fifth of the log entries that have any.
     """
     names = [f"replay/ratio_{name}" for name in ("p05", "p50", "p95", "max")]
     names = [name for name in names if name in series]
@@ -289,7 +293,7 @@ def ratios_section(run: RunData, series: Series) -> Section:
 
 
 def accuracy_section(run: RunData) -> Section:
-    """Accuracies with intervals, gaps and counts by access, and what decides them."""
+    """Return accuracies with intervals, gaps and counts by access, and what decides them."""
     if run.kind == "evaluation" and run.result is not None:
         return {
             name: run.result.get(name)
@@ -316,7 +320,7 @@ def accuracy_section(run: RunData) -> Section:
 
 
 def decided_by(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What decides an evaluation's numbers, as names and values."""
+    """Return what decides an evaluation's numbers, as names and values."""
     parts = "model data prompt media asking generation scoring device versions".split()
     found: list[tuple[str, str]] = []
 
@@ -333,7 +337,7 @@ def decided_by(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def no_rollouts(run: RunData) -> Section:
-    """What stands in place of a part that needs completions."""
+    """Say what stands in place of a part that needs completions."""
     if run.kind == "evaluation":
         return missing("No question has been answered yet.")
     return missing(

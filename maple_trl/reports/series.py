@@ -21,7 +21,7 @@ Series = Mapping[str, tuple[list[float], list[float]]]
 
 
 def series_of(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Every number of a log by name, as steps and values; what is no finite number is left out."""
+    """Return every number of a log by name, as steps and values; what is no finite number is left out."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for entry in log:
         step = entry.get("step")
@@ -39,7 +39,7 @@ def series_of(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], 
 
 def thinned(series: Series, most: int = MAX_POINTS) -> tuple[dict[str, dict[str, list[float]]], int]:
     """
-    Curves short enough to draw.
+    Thin curves until they are short enough to draw.
 
     Returns:
         `{"step": …, "value": …}` by name, rounded to 6 digits; and how many log entries stand behind a point of the
@@ -57,24 +57,24 @@ def thinned(series: Series, most: int = MAX_POINTS) -> tuple[dict[str, dict[str,
 
 
 def rounded(values: Sequence[float] | np.ndarray, digits: int = 6) -> list[float | None]:
-    """Numbers with so many significant digits; `None` for what is not finite."""
+    """Round numbers to so many significant digits; `None` for what is not finite."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in map(float, values)]
 
 
 def ends(steps: Sequence[float], share: float = 0.2) -> tuple[float, float]:
-    """The steps up to which the first fifth goes, and from which the last one goes, of those that were logged."""
+    """Return the steps up to which the first fifth of those logged goes, and from which the last one goes."""
     ordered = sorted(set(steps))
     count = max(1, int(len(ordered) * share))
     return ordered[count - 1], ordered[-count]
 
 
 def end_means(steps: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Means of a curve over the first and over the last fifth of its steps."""
+    """Return the means of a curve over the first and over the last fifth of its steps."""
     early, late = ends(steps)
     at, curve = np.asarray(steps), np.asarray(values, float)
     return float(curve[at <= early].mean()), float(curve[at >= late].mean())
 
 
 def metrics_by_tag(series: Series, metric: str) -> dict[str, tuple[list[float], list[float]]]:
-    """A metric's curves by tag, in canonical order; those of evaluations left out."""
+    """Return a metric's curves by tag, in canonical order; those of evaluations left out."""
     return {tag: series[f"tag/{tag}/{metric}"] for tag in TAGS if f"tag/{tag}/{metric}" in series}

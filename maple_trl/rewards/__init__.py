@@ -1,6 +1,7 @@
 """
-Reward functions: plain callables with TRL's signature `(prompts, completions, completion_ids, **columns)`, which return a
-number per completion, or `None` where a completion can't be scored.
+Reward functions: plain callables with TRL's signature `(prompts, completions, completion_ids, **columns)`.
+
+They return a number per completion, or `None` where a completion can't be scored.
 """
 
 from typing import Any

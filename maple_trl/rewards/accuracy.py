@@ -20,7 +20,7 @@ def accuracy_reward(
     **kwargs: Any,
 ) -> list[float | None]:
     r"""
-    Grades the one `<answer>…</answer>` of each completion against the row's `solution` column.
+    Grade the one `<answer>…</answer>` of each completion against the row's `solution` column.
 
     An option must match exactly (case does not matter; `B`, `B.`, `(B)`, `[B]`, `**B**`, `\boxed{B}`, `The answer is B.`, `选B`
     and `B. text` name the same option, see [`~maple_trl.rewards.answers.option_letter`]), a number
@@ -107,4 +107,5 @@ class AccuracyReward:
         self.answer_format = answer_format
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
+        """Grade completions as [`accuracy_reward`] does."""
         return accuracy_reward(*args, **{**kwargs, "answer_format": self.answer_format})

@@ -80,7 +80,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:
     """
-    The text that the model wrote, for both forms in which TRL hands over a completion.
+    Return the text that the model wrote, for both forms in which TRL hands over a completion.
 
     Args:
         completion (`str` or `list[dict]`):
@@ -105,7 +105,7 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
 
 def extract_answer(text: str) -> str | None:
     """
-    The content of the one `<answer>…</answer>` of a completion, stripped.
+    Return the content of the one `<answer>…</answer>` of a completion, stripped.
 
     `None` when there is no answer, when there are several (hedging is not answering), when a tag is left open, or when
     the answer stands inside a think block. A completion whose `<think>` stood in the prompt is read correctly: it
@@ -124,7 +124,7 @@ def extract_answer(text: str) -> str | None:
 
 def extract_bracketed(text: str) -> str | None:
     """
-    The answer of a completion that ends in it in square brackets, as MAPLE's prompts ask for (arXiv 2602.11596, B.4).
+    Return the answer in square brackets in which a completion ends, as in MAPLE's prompts (arXiv 2602.11596, B.4).
 
     Brackets inside a think block do not count. Of the others, those that hold an option (`[B]`, `[(B)]`, `[B. red]`) must
     agree on it; where none does, all must hold the same text (`[12]`, `[Yes]`). `None` otherwise, and when the think block
@@ -144,11 +144,11 @@ ANSWER_FORMATS: Mapping[str, Callable[[str], str | None]] = {"tags": extract_ans
 
 
 def option_letter(text: str) -> str | None:
-    """
-    The upper-case option letter that an answer names.
+    r"""
+    Return the upper-case option letter that an answer names.
 
     It may stand alone or before the option's text, parted from it (`B`, `b`, `B.`, `(B)`, `B)`, `B:`, `B. a red square`);
-    in emphasis, brackets, quotes or a box (`**B**`, `[B]`, `"B"`, `\\boxed{B}`, `$B$`, `**(B)** a red square`), in wide
+    in emphasis, brackets, quotes or a box (`**B**`, `[B]`, `"B"`, `\boxed{B}`, `$B$`, `**(B)** a red square`), in wide
     letters (`Ｂ`, `B。`), and behind words that do nothing but announce it (`The answer is B.`, `Option B`, `答案是B`, `选B`).
 
     `None` for anything else; `A cat` and `The answer is a cat` name no option, for nothing parts the letter from the text.
@@ -158,7 +158,7 @@ def option_letter(text: str) -> str | None:
 
 
 def _read_option(text: str) -> tuple[str, str] | None:
-    """The letter that an answer names, and the text behind it."""
+    """Read the letter that an answer names, and the text behind it."""
     text = text.translate(_WIDE).strip()
     for _ in range(2 if "\\" in text else 0):
         text = _MACRO.sub(r"\1", text)
@@ -179,7 +179,7 @@ def _read_option(text: str) -> tuple[str, str] | None:
 
 
 def _marked_lead(text: str) -> tuple[str, str] | None:
-    """The letter that stands in marks at the beginning of a text (`**(B)** red`), and what is behind it."""
+    """Read the letter that stands in marks at the beginning of a text (`**(B)** red`), and what is behind it."""
     for before, after in _PAIRS:
         if text.startswith(before):
             end = text.find(after, len(before), len(before) + 16)
@@ -193,7 +193,7 @@ def _marked_lead(text: str) -> tuple[str, str] | None:
 
 
 def _sole_letter(text: str) -> str | None:
-    """The letter of a short text that is nothing else but marks around it."""
+    """Read the letter of a short text that is nothing else but marks around it."""
     for _ in range(3):
         text = text.strip()
         match = _SOLE.fullmatch(text)
@@ -204,7 +204,7 @@ def _sole_letter(text: str) -> str | None:
 
 
 def _peeled(text: str) -> str:
-    """A text without the marks around all of it, or without the words that announce an option."""
+    """Strip a text of the marks around all of it, or of the words that announce an option."""
     text = text.strip()
     inner = text.rstrip(".!,;") if text[:1] not in ascii_letters else text
     for before, after in _AROUND_ALL:
@@ -224,7 +224,7 @@ def _peeled(text: str) -> str:
 
 
 def number(text: str) -> float | None:
-    """The finite number that a text consists of (`12`, `-3.5`, `1e3`, `1,200`), or `None`."""
+    """Return the finite number that a text consists of (`12`, `-3.5`, `1e3`, `1,200`), or `None`."""
     text = text.strip()
     if not _NUMBER.fullmatch(text) or not any("0" <= char <= "9" for char in text.lower().split("e")[0]):
         return None
@@ -234,7 +234,7 @@ def number(text: str) -> float | None:
 
 def option_texts(options: Any) -> dict[str, str]:
     """
-    A row's options by letter.
+    Return a row's options by letter.
 
     Args:
         options (`Sequence[str]` or `Mapping[str, str]`):
@@ -264,13 +264,13 @@ def option_texts(options: Any) -> dict[str, str]:
 
 
 def row_options(options: list | None, choices: list | None, rows: int) -> list:
-    """The options of each row: the first of the columns `options` and `choices` that is there, else `None` per row."""
+    """Return each row's options: the first of the columns `options` and `choices` there is, else `None` per row."""
     return next((column for column in (options, choices) if column is not None), [None] * rows)
 
 
 def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | None:
     """
-    The one option that an answer chooses.
+    Return the one option that an answer chooses.
 
     The forms of [`option_letter`] count, but not where the text behind the letter names a second option (`B. or C.`,
     `(B) (C)`, `B. red, C. blue`). That is seen by the letters alone; with the options' texts it is certain: the text
@@ -302,7 +302,7 @@ def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | 
 
 
 def _repeated(answer: str) -> tuple[str, str] | None:
-    """The letter of an answer that says nothing but one letter, several times, with commas or marks (`B, B`, `[B] [B]`)."""
+    """Return the letter of an answer that says nothing but one letter several times (`B, B`, `[B] [B]`)."""
     answer = answer.translate(_WIDE)
     letters = _letters(answer)
     once = {letter.upper() for letter in letters}
@@ -318,7 +318,7 @@ def _words(text: str) -> str:
 
 
 def _contradicts(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
-    """Whether the text behind the letter of an option speaks of another one."""
+    """Return whether the text behind the letter of an option speaks of another one."""
     texts = {name: text.translate(_WIDE) for name, text in texts.items()}
     if _plain(rest) == _plain(texts[letter]):
         return False
@@ -339,14 +339,14 @@ def _names_second_option(rest: str, letter: str) -> bool:
 
 
 def _letters(text: str) -> list[str]:
-    """The letters of a text that lists nothing but single letters (`B, C or D`); else none."""
+    """Return the letters of a text that lists nothing but single letters (`B, C or D`); else none."""
     words = [word for word in _BETWEEN_LETTERS.split(text) if word and word not in ("or", "and")]
     return words if all(len(word) == 1 and word in ascii_letters for word in words) else []
 
 
 def answer_key(answer: str | None, options: Any = None) -> tuple | None:
     """
-    What an answer says, such that two answers that say the same have equal keys.
+    Return what an answer says, such that two answers that say the same have equal keys.
 
     `B`, `(b)` and `B. text` are one option, `12`, `12.0` and `1.2e1` one number, `Red  cat` and `red cat` one text.
 
@@ -374,7 +374,7 @@ def answer_key(answer: str | None, options: Any = None) -> tuple | None:
 
 def grade_answer(answer: str | None, solution: Any, options: Any = None) -> float | None:
     """
-    Grades one extracted answer against the row's solution.
+    Grade one extracted answer against the row's solution.
 
     Letters are ASCII ones or their wide forms, digits ASCII ones: look-alikes of other scripts and styles (Cyrillic `В`,
     circled `Ⓑ`, `𝐁`) name no option and no number, and texts are compared without Unicode normalisation.
@@ -416,7 +416,7 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
 
 
 def solution_text(solution: Any) -> str | None:
-    """A row's solution as stripped text, without an `<answer>` wrapper; `None` for `None`, NaN and blank."""
+    """Return a row's solution as stripped text, without an `<answer>` wrapper; `None` for `None`, NaN and blank."""
     if solution is None or (isinstance(solution, float) and math.isnan(solution)):
         return None
     text = str(solution).strip()

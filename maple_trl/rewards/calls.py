@@ -41,7 +41,7 @@ def find_rewards(rewards: Any) -> Any:
 
 def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> None:
     """
-    Holds reward functions against the columns of a data set, without calling them.
+    Check reward functions against the columns of a data set, without calling them.
 
     Args:
         rewards: reward functions; models and their names, which TRL takes too, are passed over.
@@ -72,7 +72,7 @@ def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> 
 
 
 def required_columns(reward: Any) -> list[str]:
-    """Columns that a reward function cannot do without, as far as it says so; those of a wrapped one among them."""
+    """Return the columns that a reward function cannot do without, as far as it says so, or the one that it wraps."""
     found: list[str] = []
     seen: set[int] = set()
     while reward is not None and id(reward) not in seen:
@@ -109,10 +109,7 @@ def _check_call(reward: Callable, columns: Sequence[str]) -> None:
 
 
 def checked(reward: Callable, name: str) -> Callable:
-    """
-    A reward function whose wrong results are told as [`RewardError`], and whose own exceptions have a note that says where
-    they are from.
-    """
+    """Wrap a reward function: wrong results become [`RewardError`], and its own exceptions say where they are from."""
     # Here and not above: this loads all of TRL and torch.
     from trl.trainer.utils import is_async_callable
 
@@ -136,7 +133,7 @@ def checked(reward: Callable, name: str) -> Callable:
 
 def checked_rewards(values: Any, count: int, name: str) -> list[Any]:
     """
-    What a reward function returned, as a list.
+    Return what a reward function returned, as a list.
 
     Raises:
         RewardError: when it is not a number or `None` for each of `count` completions.
@@ -170,7 +167,7 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def _noting(name: str) -> Iterator[None]:
-    """Adds to what a reward function raises that it is from there; a try to end the process becomes an error."""
+    """Note on what a reward function raises that it is from there; a try to end the process becomes an error."""
     try:
         yield
     except JudgeUnavailableError:  # says all itself

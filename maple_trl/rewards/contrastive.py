@@ -65,7 +65,7 @@ class ContrastiveRewardWeighting:
     """
 
     def __new__(cls, reward: Callable | None = None, *args: Any, **kwargs: Any):
-        # TRL awaits a reward whose `__call__` is declared `async`.
+        """Choose the class with an `async` call, which TRL awaits, for an `async` reward."""
         if cls is ContrastiveRewardWeighting and reward is not None and _is_async(reward):
             cls = _AsyncContrastiveRewardWeighting
         return super().__new__(cls)
@@ -103,6 +103,8 @@ class ContrastiveRewardWeighting:
         self, prompts=None, completions=None, completion_ids=None, *, deficit_completions=None, **columns: Any
     ) -> list[float | None]:
         """
+        Compute the inner rewards, weighed by how far completions are from the deficit completions.
+
         Args:
             prompts (`list`, *optional*):
                 Not used; handed on.
@@ -137,7 +139,7 @@ class ContrastiveRewardWeighting:
             raise ValueError(f"{self.__name__}: {what} {len(values)} values for {len(completions)} completions")
 
     def _compare(self, completions: Sequence, deficits: Sequence[str | None]) -> list[float | None]:
-        """Similarity of each completion to its deficit completion, `None` where it has none."""
+        """Return the similarity of each completion to its deficit completion, `None` where it has none."""
         rows = [i for i, deficit in enumerate(deficits) if deficit is not None]
         values: list[float | None] = [None] * len(completions)
         if not rows:

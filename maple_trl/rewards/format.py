@@ -14,8 +14,9 @@ _SHAPE = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOT
 
 def has_answer_format(text: str) -> bool:
     """
-    Whether a text is `<think>…</think><answer>…</answer>` and nothing else: each tag once, something in both blocks,
-    only white space before, between and after them.
+    Return whether a text is `<think>…</think><answer>…</answer>` and nothing else.
+
+    Each tag stands once, with something in both blocks, and only white space before, between and after them.
     """
     # Counted first: on a text with thousands of tags the pattern would take quadratic time.
     if any(text.count(tag) != 1 for tag in _TAGS):
@@ -31,7 +32,7 @@ def format_reward(
     **kwargs: Any,
 ) -> list[float]:
     r"""
-    1.0 for a completion that is `<think>…</think><answer>…</answer>` and nothing else, 0.0 for any other.
+    Score 1.0 for a completion that is `<think>…</think><answer>…</answer>` and nothing else, 0.0 for any other.
 
     Args:
         prompts (`list`, *optional*):

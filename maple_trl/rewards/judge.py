@@ -32,7 +32,8 @@ class Scorer(Protocol):
 
     usage: ChatUsage
 
-    def complete_many(self, requests: Sequence[ChatRequest]) -> list[ChatResult]: ...
+    def complete_many(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Answer a batch of requests, in their order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Question:
 
 class OpenAIJudge(ABC):
     r"""
-    Base of rewards that a model gives over an OpenAI-compatible endpoint (`openai`, vLLM, `transformers serve`), or in
-    this process ([`LocalScorer`]).
+    Base of rewards that a model gives over an OpenAI-compatible endpoint, or in this process ([`LocalScorer`]).
+
+    Endpoints are those of `openai`, vLLM, `transformers serve` and the like.
 
     It has TRL's reward signature. A completion's reward is the mean of its grades; it is `None`, which TRL leaves out,
     for a row that cannot be scored and for a call that failed after its retries. Never is a failure a reward of 0.
@@ -140,7 +142,7 @@ class OpenAIJudge(ABC):
     @abstractmethod
     def question(self, text: str, row: Mapping[str, Any]) -> Question | None:
         """
-        What is asked about a text.
+        Write what is asked about a text.
 
         Args:
             text (`str`): what [`~OpenAIJudge.judged_text`] gave.
@@ -151,7 +153,7 @@ class OpenAIJudge(ABC):
         """
 
     def judged_text(self, text: str) -> str | None:
-        """The part of a completion that is graded; `None` for a completion without it, which earns 0.0."""
+        """Return the part of a completion that is graded; `None` for a completion without it, which earns 0.0."""
         return text
 
     def _fenced(self, name: str, text: str) -> str:
@@ -171,6 +173,8 @@ class OpenAIJudge(ABC):
         **columns: Any,
     ) -> list[float | None]:
         """
+        Grade completions.
+
         Args:
             prompts (`list`, *optional*):
                 N prompts, plain or conversational.
@@ -221,7 +225,7 @@ class OpenAIJudge(ABC):
         return rewards
 
     def _check_columns(self, columns: Mapping[str, Any]) -> None:
-        """ValueError when the data set lacks a column."""
+        """Raise ValueError when the data set lacks a column."""
         for column in self.columns:
             if columns.get(column) is None:
                 raise ValueError(
@@ -245,7 +249,7 @@ class OpenAIJudge(ABC):
             log_metric(f"judge/{self.__name__}/{name}", float(value))
 
     def _ask(self, completion: str, row: Mapping[str, Any]) -> Question | float | None:
-        """What to ask about a completion, or its reward without asking."""
+        """Return what to ask about a completion, or its reward without asking."""
         text = self.judged_text(completion)
         question = self.question(text or "", row)
         if question is None:
@@ -255,7 +259,7 @@ class OpenAIJudge(ABC):
         return question
 
     def _answers(self, questions: list[Question]) -> list[ChatResult]:
-        """A result for each question; that of one that went well has the grades as `data`."""
+        """Return a result for each question; that of one that went well has the grades as `data`."""
         requests = [
             ChatRequest(
                 question.messages,
@@ -268,21 +272,19 @@ class OpenAIJudge(ABC):
 
     @property
     def usage(self) -> ChatUsage:
+        """Counters of calls, tokens and cost."""
         return self.scorer.usage
 
     # Stopping
 
     def callback(self) -> TrainerCallback:
-        """The callback that ends a run in order; hand it to the trainer (`callbacks=[judge.callback()]`)."""
+        """Return the callback that ends a run in order; hand it to the trainer (`callbacks=[judge.callback()]`)."""
         from maple_trl.rewards.judge_callback import JudgeCallback
 
         return JudgeCallback([self])
 
     def guard(self, state: TrainerState | None) -> None:
-        """
-        Begins anew. Calls that come with this `trainer_state` don't raise: the callback that looks after that trainer
-        ends the run.
-        """
+        """Begin anew; calls with this `trainer_state` don't raise: the callback of that trainer ends the run."""
         self._guarded = state
         self.tripped: str | None = None
         self._window = FailureWindow(self.min_requests)
@@ -310,13 +312,13 @@ class OpenAIJudge(ABC):
     # Copies
 
     def close(self) -> None:
-        """Closes connections and cache; a later call opens them again."""
+        """Close connections and cache; a later call opens them again."""
         close = getattr(self.scorer, "close", None)
         if close is not None:
             close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without connections and without the key: another process reads its own."""
+        """Leave out connections and the key: another process reads its own."""
         scorer = self.scorer.options if isinstance(self.scorer, ChatClient) else self.scorer
         return {**self.__dict__, "scorer": scorer, "_guarded": None}
 
@@ -330,8 +332,9 @@ class OpenAIJudge(ABC):
 
 def judge_callbacks(reward_funcs: Any) -> list[TrainerCallback]:
     """
-    The callbacks that a trainer with these reward functions needs: one for all judges among them, also for judges that
-    are routed to some rows ([`for_tags`]); none where there is no judge.
+    Return the callbacks that a trainer with these reward functions needs: one for all judges, none without a judge.
+
+    Judges that are routed to some rows ([`for_tags`]) are among them.
 
     Args:
         reward_funcs: one reward function, or a list of them.
@@ -346,7 +349,7 @@ def judge_callbacks(reward_funcs: Any) -> list[TrainerCallback]:
 
 
 def inner_judge(reward: Any) -> OpenAIJudge | None:
-    """The judge that a reward function is, or that it is wrapped around; `None` where there is none."""
+    """Return the judge that a reward function is, or that it is wrapped around; `None` where there is none."""
     seen = set()
     while reward is not None and not isinstance(reward, OpenAIJudge) and id(reward) not in seen:
         seen.add(id(reward))
@@ -365,7 +368,7 @@ def _as_scorer(scorer: ChatOptions | Scorer) -> Scorer:
 
 
 def _rows(prompts: list | None, count: int, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Row by row what TRL hands over column by column; what is no column is left out."""
+    """Turn what TRL hands over column by column into rows; what is no column is left out."""
     lists = {name: values for name, values in columns.items() if isinstance(values, (list, tuple))}
     lists = {name: values for name, values in lists.items() if len(values) == count}
     if prompts is not None:

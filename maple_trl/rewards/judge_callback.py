@@ -16,7 +16,8 @@ class Guarded(Protocol):
 
     tripped: str | None
 
-    def guard(self, state: Any) -> None: ...
+    def guard(self, state: Any) -> None:
+        """Begin anew for a run with this trainer state."""
 
 
 class JudgeCallback(TrainerCallback):
@@ -36,14 +37,17 @@ class JudgeCallback(TrainerCallback):
         self._problem: str | None = None
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs) -> None:
+        """Put the judges under this callback."""
         self._problem = None
         for judge in self.judges:
             judge.guard(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Stop the run where a judge has failed too often."""
         self._stop_if_tripped(args, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Stop the run where a judge has failed too often."""
         self._stop_if_tripped(args, control)
 
     def _stop_if_tripped(self, args: TrainingArguments, control: TrainerControl) -> None:
@@ -54,6 +58,7 @@ class JudgeCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state: TrainerState, control, **kwargs) -> None:
+        """Raise on every rank where a judge has stopped the run."""
         for judge in self.judges:
             judge.guard(None)
         if self._problem is not None:

@@ -24,7 +24,7 @@ class FailureWindow:
         self._batches: deque[tuple[int, int]] = deque()
 
     def add(self, requests: int, failures: int) -> None:
-        """Notes a batch, and forgets those that are no longer needed."""
+        """Note a batch, and forget those that are no longer needed."""
         if requests == 0:
             return
         self._batches.append((requests, failures))
@@ -33,10 +33,12 @@ class FailureWindow:
 
     @property
     def requests(self) -> int:
+        """Number of requests in the window."""
         return sum(requests for requests, _ in self._batches)
 
     @property
     def failures(self) -> int:
+        """Number of failed requests in the window."""
         return sum(failures for _, failures in self._batches)
 
     @property

@@ -80,7 +80,7 @@ REASONING_AXES = {
 
 
 def reasoning_system(axes: tuple[str, ...], pictures: bool) -> str:
-    """The guideline for some of `REASONING_AXES`."""
+    """Return the guideline for some of `REASONING_AXES`."""
     head = _REASONING_HEAD.format(
         pictures="some pictures of it, " if pictures else "",
         count="this one thing" if len(axes) == 1 else f"these {len(axes)} things",

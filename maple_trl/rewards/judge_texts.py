@@ -29,7 +29,7 @@ _PLAIN_CHARACTERS = 20_000
 
 def harmless(text: str, limit: int | None = None) -> str:
     """
-    Foreign text as it may stand in a prompt.
+    Change foreign text so that it may stand in a prompt.
 
     A space after each `<`, so that no control token of a chat template (`<|im_end|>`, `</s>`) and no mark of a fence
     can stand in it; likewise for `[INST]`. Half characters, which UTF-8 cannot hold, become `?`.
@@ -47,13 +47,13 @@ def harmless(text: str, limit: int | None = None) -> str:
 
 
 def says_nothing(text: str) -> bool:
-    """Whether there is no letter and no digit in a text: empty, white space, a bare `:`."""
+    """Return whether there is no letter and no digit in a text: empty, white space, a bare `:`."""
     return not any(map(str.isalnum, text))
 
 
 def echoes(text: str, original: str) -> bool:
     """
-    Whether a text is mostly a copy of another one: at least half of its runs of six words stand there too.
+    Return whether a text is mostly a copy of another one: at least half of its runs of six words stand there too.
 
     Case and punctuation do not matter. A text of fewer words is no copy.
     """
@@ -71,7 +71,7 @@ def _runs(text: str) -> list[tuple[str, ...]]:
 
 def caption_text(text: str) -> str:
     """
-    The caption in a completion: its one answer where it has the tags, else what stands after its thoughts.
+    Return the caption in a completion: its one answer where it has the tags, else what stands after its thoughts.
 
     Empty when thoughts were begun and not ended.
     """
@@ -84,8 +84,10 @@ def caption_text(text: str) -> str:
 
 def think_block(text: str) -> str | None:
     """
-    The one block of thoughts of a completion, without any answer in it; `None` where there is none or several, or it
-    is not closed. Where the prompt ends with `<think>`, it begins with the completion.
+    Return the one block of thoughts of a completion, without any answer in it.
+
+    `None` where there is none or several, or it is not closed. Where the prompt ends with `<think>`, it begins with
+    the completion.
     """
     if text.count("</think>") != 1 or text.count("<think>") > 1:
         return None
@@ -96,7 +98,7 @@ def think_block(text: str) -> str | None:
 
 
 def as_text(value: Any) -> str:
-    """A cell of a data set as text: strings as they are, lists of strings as lines, other values as JSON."""
+    """Return a cell of a data set as text: strings as they are, lists of strings as lines, other values as JSON."""
     if value is None or value != value:
         return ""
     if isinstance(value, str):
@@ -107,7 +109,7 @@ def as_text(value: Any) -> str:
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a prompt's user messages."""
+    """Return the text of a prompt's user messages."""
     if isinstance(prompt, str):
         return prompt.strip()
     texts = []
@@ -121,7 +123,7 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def verdict_schema(axes: Sequence[str], scale: Sequence[float]) -> dict[str, Any]:
-    """The JSON schema of a verdict: every axis once, with a grade of the scale."""
+    """Return the JSON schema of a verdict: every axis once, with a grade of the scale."""
     return {
         "type": "object",
         "properties": {axis: {"type": "number", "enum": list(scale)} for axis in axes},
@@ -132,7 +134,7 @@ def verdict_schema(axes: Sequence[str], scale: Sequence[float]) -> dict[str, Any
 
 def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict[str, float]:
     """
-    The grades in a judge's message: a JSON object, or lines where there is none (see [`read_plain_grades`]).
+    Read the grades in a judge's message: a JSON object, or lines where there is none (see [`read_plain_grades`]).
 
     Several objects must agree. A judge may quote a verdict that the judged text holds, before its own or behind it.
 
@@ -153,7 +155,7 @@ def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict
 
 def read_plain_grades(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict[str, float] | None:
     """
-    The grades in an answer of lines such as `missing: 0.8` or `**Visual objects** = 1.0`.
+    Read the grades in an answer of lines such as `missing: 0.8` or `**Visual objects** = 1.0`.
 
     `None` unless every axis has one line, or several with the same grade, and every grade is of the scale: what is off
     the scale is an invalid answer, not a number to be moved.

@@ -11,8 +11,9 @@ from .answers import completion_text
 
 class LengthReward:
     r"""
-    Reward for completions that are not too long: 1.0 up to `soft_limit` tokens, 0.0 from `hard_limit` tokens on, and in
-    between falling along a straight line.
+    Reward for completions that are not too long.
+
+    It is 1.0 up to `soft_limit` tokens, 0.0 from `hard_limit` tokens on, and in between falls along a straight line.
 
     It is [`~trl.rewards.get_soft_overlong_punishment`] plus 1, for what needs rewards in `[0, 1]` (MAPLE's difficulty
     measure); adding 1 to every reward changes no advantage. Below `soft_limit` shorter is not better, and a completion
@@ -58,6 +59,8 @@ class LengthReward:
         **kwargs: Any,
     ) -> list[float]:
         """
+        Reward completions by their lengths.
+
         Args:
             prompts (`list`, *optional*):
                 Not used; TRL passes it.

@@ -67,12 +67,14 @@ class LocalScorer:
 
     @property
     def usage(self) -> ChatUsage:
+        """Counters as of now; a copy."""
         return self._usage.copy()
 
     def complete_many(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """
-        Answers a batch, as [`~maple_trl.chat.ChatClient.complete_many`] does; a request that the model cannot take has
-        `internal` as its reason.
+        Answer a batch, as [`~maple_trl.chat.ChatClient.complete_many`] does.
+
+        A request that the model cannot take has `internal` as its reason.
 
         Raises:
             OSError, ValueError: when the model cannot be loaded.
@@ -145,7 +147,7 @@ class LocalScorer:
         return self._pipeline
 
     def close(self) -> None:
-        """Lets the model go; a later request loads it again."""
+        """Let the model go; a later request loads it again."""
         self._pipeline = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,7 +158,7 @@ class LocalScorer:
 
 
 def _with_pictures(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as multimodal chat templates take them: blocks everywhere, pictures by their data URL."""
+    """Write messages as multimodal chat templates take them: blocks everywhere, pictures by their data URL."""
     messages = []
     for message in chat:
         content = message["content"]

@@ -35,7 +35,7 @@ _BOX = re.compile(rf"{_NUMBERS}|\[ ?{_NUMBERS} ?\]|\( ?{_NUMBERS} ?\)")
 
 def parse_intervals(text: str) -> list[Interval] | None:
     """
-    The time intervals that a text consists of.
+    Parse the time intervals that a text consists of.
 
     Args:
         text (`str`):
@@ -77,7 +77,7 @@ def _seconds(time: str) -> float:
 
 def interval_iou(first: Sequence[Interval], second: Sequence[Interval]) -> float:
     """
-    Length of the time that is in both sets of intervals, over the length of the time that is in either.
+    Return the length of the time in both sets of intervals, over that of the time in either.
 
     Intervals of one set may overlap; each moment counts once. 0 when both have length 0.
     """
@@ -94,7 +94,7 @@ def interval_iou(first: Sequence[Interval], second: Sequence[Interval]) -> float
 
 
 def _union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same time as intervals in order that do not touch."""
+    """Merge intervals to the same time in order, where none touch."""
     union: list[Interval] = []
     for start, end in sorted(intervals):
         if union and start <= union[-1][1]:
@@ -106,7 +106,7 @@ def _union(intervals: Sequence[Interval]) -> list[Interval]:
 
 def parse_box(text: str) -> Box | None:
     """
-    The one box that a text consists of.
+    Parse the one box that a text consists of.
 
     Args:
         text (`str`):
@@ -127,7 +127,7 @@ def _valid_box(numbers: Sequence[float]) -> Box | None:
 
 
 def box_iou(first: Box, second: Box) -> float:
-    """Area that is in both boxes `(x1, y1, x2, y2)`, over the area that is in either."""
+    """Return the area that is in both boxes `(x1, y1, x2, y2)`, over the area that is in either."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     if width <= 0.0 or height <= 0.0:
@@ -150,7 +150,7 @@ def temporal_iou_reward(
     **kwargs: Any,
 ) -> list[float | None]:
     r"""
-    How far the time that a completion names is the right one: intersection over union, in `[0, 1]`.
+    Score how far the time that a completion names is the right one: intersection over union, in `[0, 1]`.
 
     The one `<answer>…</answer>` outside the think block must hold intervals and nothing else, in any form of
     [`~maple_trl.rewards.localisation.parse_intervals`]; of several intervals the union counts, so that naming more
@@ -200,7 +200,7 @@ def box_iou_reward(
     **kwargs: Any,
 ) -> list[float | None]:
     r"""
-    How far the box that a completion names is the right one: intersection over union of the areas, in `[0, 1]`.
+    Score how far the box that a completion names is the right one: intersection over union of areas, in `[0, 1]`.
 
     The one `<answer>…</answer>` outside the think block must hold one box `[x1, y1, x2, y2]` and nothing else (see
     [`~maple_trl.rewards.localisation.parse_box`]). Everything else scores 0, several boxes too.
@@ -290,5 +290,5 @@ def _true_box(solution: Sequence) -> Box | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold: not NaN, not infinite, no integer beyond them."""
+    """Return whether a value is a number that a float can hold: not NaN, not infinite, no integer beyond them."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -30,8 +30,9 @@ _CLIPS_AT_HAND = 64
 
 class StepwiseReasoningJudge(OpenAIJudge):
     r"""
-    Grades the `<think>` block of a completion on up to four axes, each 0.0, 0.2, … 1.0: `audio_cues`, `visual_objects`,
-    `spatial_locations` and `caption`. The reward is their mean.
+    Grades the `<think>` block of a completion on up to four axes, each 0.0, 0.2, … 1.0; the reward is their mean.
+
+    The axes are `audio_cues`, `visual_objects`, `spatial_locations` and `caption`.
 
     The judge sees the question, the row's cues, and the block; no `<answer>` of the completion (one inside the block is
     cut out) and no solution of the row. Thoughts that name an option are not changed, so that put no `solution` among
@@ -104,9 +105,11 @@ class StepwiseReasoningJudge(OpenAIJudge):
             )
 
     def judged_text(self, text: str) -> str | None:
+        """Return the think block of a completion."""
         return think_block(text)
 
     def question(self, text: str, row: Mapping[str, Any]) -> Question | None:
+        """Ask about thoughts; `None` for a row without a cue."""
         try:
             pictures = self._pictures_of(row)
         except MediaError:
@@ -130,7 +133,7 @@ class StepwiseReasoningJudge(OpenAIJudge):
         return Question([{"role": "system", "content": system}, {"role": "user", "content": content}], axes)
 
     def _pictures_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Blocks with the pictures of a row's first video; none where it has no video that counts."""
+        """Return blocks with the pictures of a row's first video; none where it has no video that counts."""
         video = row.get(self.video_column)
         video = video[0] if isinstance(video, (list, tuple)) and video else video
         tag = row.get(self.tag_column)

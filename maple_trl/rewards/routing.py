@@ -13,7 +13,7 @@ def for_tags(
     reward: Callable[..., list[float | None]], tags: Iterable[str | ModalityTag], name: str | None = None
 ) -> Callable[..., list[float | None] | Awaitable[list[float | None]]]:
     r"""
-    A reward that is given to rows of some modality tags only.
+    Give a reward to rows of some modality tags only.
 
     The rows of other tags, and rows without a tag, get `None`, all completions of a prompt alike: they are left out of
     this reward's mean, and the weighted sum of the other rewards is theirs (weigh rewards against each other with TRL's
@@ -58,7 +58,7 @@ def for_rows(
     reward: Callable[..., list[float | None]], column: str, values: Iterable[Any], name: str | None = None
 ) -> Callable[..., list[float | None] | Awaitable[list[float | None]]]:
     r"""
-    A reward that is given only to rows with certain values in a column, e.g. to one kind of question of a mixed set.
+    Give a reward only to rows with certain values in a column, e.g. to one kind of question of a mixed set.
 
     As [`for_tags`], for a column of your own.
 
@@ -94,7 +94,7 @@ def _read_tag(value: Any) -> ModalityTag | None:
 
 
 def _read_value(value: Any) -> Hashable:
-    """A list or a mapping is none of the values."""
+    """Replace a list or a mapping, which is none of the values."""
     return value if isinstance(value, Hashable) else _OTHER
 
 
@@ -118,7 +118,7 @@ _OTHER = object()
 
 
 class _RoutedReward:
-    """A class, not a closure: TRL's workers send reward functions to other processes."""
+    """A reward for some rows: a class, not a closure, as TRL's workers send reward functions to other processes."""
 
     def __init__(self, reward: Callable, column: str, wanted: set, read: Callable, name: str):
         self.reward, self.column, self.wanted, self.read = reward, column, wanted, read
@@ -132,11 +132,11 @@ class _RoutedReward:
         return self._spread(self.reward(**arguments) if chosen else [], chosen, len(completions))
 
     def is_for(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is one of those that the reward is for."""
+        """Return whether a row is one of those that the reward is for."""
         return self.read(row.get(self.column)) in self.wanted
 
     def _choose(self, prompts, completions, completion_ids, columns: dict[str, Any]) -> tuple[list[int], dict]:
-        """Which rows the inner reward is for, and what it is called with."""
+        """Choose the rows that the inner reward is for, and what it is called with."""
         if columns.get(self.column) is None:
             raise ValueError(
                 f"{self.__name__} needs a column `{self.column}` in the dataset; columns that came with this batch: "
@@ -182,7 +182,7 @@ class _AsyncRoutedReward(_RoutedReward):
 
 
 def joint_signature(own: Callable, inner: Callable) -> inspect.Signature:
-    """The signature of the wrapper, with what the inner reward names besides; without annotations, to be pickled."""
+    """Return the signature of the wrapper, with what the inner reward names; without annotations, to be pickled."""
     _, *named, columns = inspect.signature(own).parameters.values()
     known = {parameter.name for parameter in named}
     more = [

@@ -26,7 +26,7 @@ def self_consistency_reward(
     **kwargs: Any,
 ) -> list[float]:
     r"""
-    1.0 for a completion that gives the most common answer of its group, 0.0 for any other.
+    Score 1.0 for a completion that gives the most common answer of its group, 0.0 for any other.
 
     Answers are compared as they are graded: `B`, `(b)` and `B. text` are one answer, `12` and `12.0` too, and text is
     compared up to case and white space. A completion without an answer, with several, or with one that says nothing
@@ -98,7 +98,7 @@ def self_consistency_reward(
 
 
 def _consensus(keys: list[tuple | None], logprobs: list[Sequence[float] | None]) -> tuple | None:
-    """The key that most have; `None` when none has any."""
+    """Return the key that most have; `None` when none has any."""
     votes = Counter(key for key in keys if key is not None)
     most = max(votes.values(), default=0)
     tied = [index for index, key in enumerate(keys) if key is not None and votes[key] == most]
@@ -124,7 +124,7 @@ def _groups_of_equal_prompts(prompts: list | None, columns: dict[str, Any]) -> l
 
 
 def _content(value: Any) -> Hashable:
-    """A hashable stand-in that is equal for equal content; pictures and arrays by their bytes."""
+    """Return a hashable stand-in that is equal for equal content; pictures and arrays by their bytes."""
     if value is None or isinstance(value, (str, bytes, bool, int, float)):
         return value
     if isinstance(value, dict):

@@ -97,7 +97,7 @@ class BertScoreSimilarity:
 
     def load(self) -> None:
         """
-        Loads the model now, so that a wrong name does not come to light after the first rollout.
+        Load the model now, so that a wrong name does not come to light after the first rollout.
 
         Raises:
             OSError: when there is no such model, or it cannot be downloaded.
@@ -109,6 +109,8 @@ class BertScoreSimilarity:
 
     def __call__(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
         """
+        Compare pairs of texts.
+
         Args:
             texts (`Sequence[str]`):
                 N texts.
@@ -158,8 +160,9 @@ class BertScoreSimilarity:
 
     def _load(self) -> None:
         """
-        Loads the model without bert_score, which takes every name with "t5" in it, also that of a folder, for a T5 and
-        starts that from random weights.
+        Load the model without bert_score, which starts T5 models from random weights.
+
+        It takes every name with "t5" in it, also that of a folder, for a T5.
         """
         if self._encoder is not None:
             return
@@ -212,11 +215,11 @@ def _advised_layer(model: str) -> int:
 
 
 def _encodable(text: str) -> str:
-    """Tokenizers refuse half of a surrogate pair."""
+    """Replace half of a surrogate pair, which tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _digest(pair: tuple[str, str]) -> bytes:
-    """Tells pairs apart at a fixed size, however long the texts are. The order of a pair does not matter."""
+    """Digest a pair at a fixed size, however long the texts are; their order does not matter."""
     digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest() for text in pair]
     return b"".join(sorted(digests))

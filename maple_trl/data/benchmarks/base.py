@@ -89,12 +89,12 @@ class Record:
         self.table = table
 
     def get(self, name: str) -> Any:
-        """A field's value, `None` where it is missing."""
+        """Return a field's value, `None` where it is missing."""
         return self.fields.get(name)
 
     def text(self, name: str) -> str:
         """
-        A text that is not blank.
+        Read a text that is not blank.
 
         Raises:
             FieldError: for anything else.
@@ -105,18 +105,18 @@ class Record:
         return value.strip()
 
     def name(self, name: str) -> str:
-        """A text or number that names something, as text."""
+        """Read a text or number that names something, as text."""
         value = self.fields.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             raise FieldError(name, f"must be a text or a number, but is {self._described(name)}")
         return str(value).strip()
 
     def path(self, name: str) -> str:
-        """A path, see [`relative_path`]."""
+        """Read a path, see [`relative_path`]."""
         return self.read(name, relative_path)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """A list of paths; a single path counts as a list of one, `None` as empty."""
+        """Read a list of paths; a single path counts as a list of one, `None` as empty."""
         value = self.fields.get(name)
         if value is None or value == "":
             return ()
@@ -127,7 +127,7 @@ class Record:
 
     def read(self, name: str, reader: Callable[..., Any], *args: Any) -> Any:
         """
-        What a function of [`~maple_trl.data.benchmarks.options`] makes of a field.
+        Read a field with a function of [`~maple_trl.data.benchmarks.options`].
 
         Raises:
             FieldError: when it refuses the value.
@@ -150,7 +150,7 @@ _LONGEST_NAME, _LONGEST_PATH = 200, 1000
 
 def relative_path(value: Any) -> str:
     """
-    A path below the media root, with `/`.
+    Check a path below the media root, and write it with `/`.
 
     Raises:
         FormError: when it is no text, absolute, leads out, or is longer than file systems take.
@@ -168,7 +168,7 @@ def relative_path(value: Any) -> str:
 
 def file_name(value: Any) -> str:
     """
-    A name that becomes part of a path.
+    Check a name that becomes part of a path.
 
     Raises:
         FormError: when it holds a slash, or is no text.
@@ -180,7 +180,7 @@ def file_name(value: Any) -> str:
 
 
 def below(path: str, *folders: str) -> tuple[str, ...]:
-    """A path as it is, and below each of the folders that archives unpack to."""
+    """Return a path as it is, and below each of the folders that archives unpack to."""
     return (path, *(f"{folder}/{path}" for folder in folders))
 
 
@@ -188,7 +188,7 @@ CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".MP4")
 
 
 def clips(name: str, *folders: str) -> tuple[str, ...]:
-    """A clip `name` without its suffix, in each of the folders, `.mp4` first."""
+    """Return the paths of a clip, whose `name` has no suffix, in each of the folders, `.mp4` first."""
     return tuple(f"{folder}/{name}{suffix}" for folder in folders for suffix in CLIP_SUFFIXES)
 
 

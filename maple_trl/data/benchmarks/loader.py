@@ -81,7 +81,7 @@ class LeftOut:
 @dataclass
 class BenchmarkRows:
     """
-    What was read.
+    Rows of a benchmark, and what did not become one.
 
     Attributes:
         dataset: the rows, with the columns of `FEATURES`.
@@ -103,7 +103,7 @@ class BenchmarkRows:
     style: PromptStyle
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         counts = Counter(item.cause for item in self.left_out)
         left = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items()))
         return f"{self.benchmark.title}: {len(self.dataset)} rows of {self.records} questions" + (
@@ -126,7 +126,7 @@ def load_benchmark(
     name: str | Benchmark, path: str | os.PathLike | None = None, split: str | None = None, **options: Any
 ) -> Dataset:
     """
-    The rows of a benchmark, in the order of its tables. How many questions were left out is logged as a warning.
+    Load the rows of a benchmark, in the order of its tables; how many questions were left out is logged as a warning.
 
     Args:
         name, path, split, options: as of [`read_benchmark`], which also tells what was left out, and why.
@@ -172,7 +172,7 @@ def read_benchmark(
     revision: str | None = None,
 ) -> BenchmarkRows:
     """
-    Reads a benchmark from a local copy.
+    Read a benchmark from a local copy.
 
     Args:
         name: one of `BENCHMARKS`, or a benchmark itself.
@@ -211,7 +211,7 @@ def check(
     write_media: bool = False,
 ) -> BenchmarkRows:
     """
-    Reads all of a benchmark and lists what is wrong, where [`read_benchmark`] stops at the first fault.
+    Read all of a benchmark and list what is wrong, where [`read_benchmark`] stops at the first fault.
 
     Args:
         name, path, split, tags, missing_media, write_media:
@@ -307,7 +307,7 @@ def _rows(
     options: _Options,
     left_out: list[LeftOut],
 ) -> list[dict[str, Any]]:
-    """The rows of one record: one, or one per tag asked for."""
+    """Return the rows of one record: one, or one per tag asked for."""
     _check_fields(benchmark, fields)
     record = _record_text(fields)
     try:
@@ -355,7 +355,7 @@ def _check_fields(benchmark: Benchmark, fields: Mapping[str, Any]) -> None:
 
 
 def _signals(question: Question) -> frozenset[Modality]:
-    """The signals that a question has, whether or not their files are there."""
+    """Return the signals that a question has, whether or not their files are there."""
     has = {
         Modality.VIDEO: bool(question.videos),
         # A picture has no track.
@@ -367,7 +367,7 @@ def _signals(question: Question) -> frozenset[Modality]:
 
 def _media(question: Question, tag: ModalityTag, root: Path, options: _Options) -> dict[str, Any]:
     """
-    The media columns of a row: what its tag feeds, and what else is there.
+    Return the media columns of a row: what its tag feeds, and what else is there.
 
     Raises:
         UnusableMedium: for the first medium that the tag feeds and that cannot be used.
@@ -384,7 +384,7 @@ def _media(question: Question, tag: ModalityTag, root: Path, options: _Options) 
 
 
 def _located(root: Path, media: Sequence[Medium], options: _Options, needed: bool) -> list[str]:
-    """Paths of media; none at all where one of them cannot be used and the tag does not feed them."""
+    """Locate media; return none at all where one of them cannot be used and the tag does not feed them."""
     paths = []
     for medium in media:
         try:
@@ -399,7 +399,7 @@ def _located(root: Path, media: Sequence[Medium], options: _Options, needed: boo
 
 
 def _subtitle(root: Path, paths: list[str]) -> str | None:
-    """A subtitle file's path; of a plain text its content."""
+    """Return a subtitle file's path; of a plain text its content."""
     if not paths:
         return None
     if not paths[0].lower().endswith(".txt"):
@@ -441,7 +441,7 @@ def _row(
 
 def _record_text(fields: Mapping[str, Any]) -> str:
     """
-    A record as JSON.
+    Write a record as JSON.
 
     Raises:
         FieldError: for a field that no file of text can hold, which is a JSON file's alone.
@@ -465,7 +465,7 @@ def _encodes(text: str) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """Embedded files are told by their size; a digest of the table covers their content."""
+    """Return a value for JSON: of embedded files the size, as a digest of the table covers their content."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     if hasattr(value, "isoformat"):

@@ -35,7 +35,7 @@ class UnusableMedium(Exception):
 
 
 def existing(root: Path, medium: Medium) -> str | None:
-    """The first of a medium's paths at which there is a file, and of a plain text one that says something."""
+    """Return the first of a medium's paths at which there is a file, and of a plain text one that says something."""
     return next((path for path in medium.paths if (root / path).is_file() and not _is_blank(root / path)), None)
 
 
@@ -45,7 +45,7 @@ def _is_blank(path: Path) -> bool:
 
 def locate(root: Path, medium: Medium, write: bool) -> str:
     """
-    The path of a medium below the root.
+    Return the path of a medium below the root.
 
     Args:
         root: the media root.
@@ -84,7 +84,7 @@ def locate(root: Path, medium: Medium, write: bool) -> str:
 
 def write_still(path: Path, content: bytes) -> None:
     """
-    Writes a picture file as a clip, see [`write_picture`].
+    Write a picture file as a clip, see [`write_picture`].
 
     Raises:
         UnusableMedium: when it is no picture.
@@ -97,7 +97,7 @@ def write_still(path: Path, content: bytes) -> None:
 
 def write_picture(path: Path, picture: Image.Image) -> None:
     """
-    Writes a picture as a clip that shows it for two seconds (H.264, without loss but for its colours' subsampling).
+    Write a picture as a clip that shows it for two seconds (H.264, without loss but for its colours' subsampling).
 
     Pictures of more than 2048 pixels in width or height are made smaller, and sides are cut to even numbers.
 

@@ -139,7 +139,7 @@ def _omni_bench(record: Record) -> Question:
 
 
 def _embedded(record: Record, name: str, still: bool = False) -> Medium:
-    """A file that the table holds as `{"bytes", "path"}`, or names (JSON has `{name}_path`)."""
+    """Return a file that the table holds as `{"bytes", "path"}`, or names (JSON has `{name}_path`)."""
     own = name if record.get(name) is not None or f"{name}_path" not in record.fields else f"{name}_path"
     value = record.get(own)
     if isinstance(value, Mapping):
@@ -228,7 +228,7 @@ def _av_odyssey(record: Record) -> Question:
 
 
 def _check_marks(question: str, options: list[str], shown: int, heard: int) -> None:
-    """`[img2]`, `[audio1]` and `[video1]` in a text must have their medium: the order of media is what tells it."""
+    """Check that `[img2]`, `[audio1]` and `[video1]` in a text have their medium: the order of media tells it."""
     marks = re.findall(r"\[(img|video|audio)([0-9]+)\]", "\n".join([question, *options]))
     for kind, number in marks:
         there = heard if kind == "audio" else shown

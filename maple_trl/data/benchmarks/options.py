@@ -22,7 +22,7 @@ _ANSWER_TAG = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 def read_options(value: Any, at_least: int = 2) -> list[str]:
     """
-    The texts of a question's options, in the order of their letters and without them.
+    Read the texts of a question's options, in the order of their letters and without them.
 
     Args:
         value: a list of texts (`"red"`, or `"A. red"`, `"(A) red"`, `"A: red"` where every one has its letter, in order), a
@@ -59,7 +59,7 @@ def read_options(value: Any, at_least: int = 2) -> list[str]:
 
 def read_letter(value: Any, options: Sequence[str]) -> str:
     """
-    The letter of the right option, given as `B`, `B.`, `(B)` or `<answer>B</answer>`.
+    Read the letter of the right option, given as `B`, `B.`, `(B)` or `<answer>B</answer>`.
 
     Raises:
         FormError: when it is not the letter of one of the options.
@@ -74,7 +74,7 @@ def read_letter(value: Any, options: Sequence[str]) -> str:
 
 def read_letters(value: Any, options: Sequence[str]) -> str:
     """
-    The letters of all right options (`A,C`, in order), given as `C, A`, `A,C` or inside `<answer>…</answer>`.
+    Read the letters of all right options (`A,C`, in order), given as `C, A`, `A,C` or inside `<answer>…</answer>`.
 
     Raises:
         FormError: when one of them is not the letter of an option, or is given twice.
@@ -91,7 +91,7 @@ def read_letters(value: Any, options: Sequence[str]) -> str:
 
 def read_option_text(value: Any, options: Sequence[str]) -> str:
     """
-    The letter of the one option whose text is given.
+    Return the letter of the one option whose text is given.
 
     Raises:
         FormError: when no option has this text, or several have.
@@ -106,7 +106,7 @@ def read_option_text(value: Any, options: Sequence[str]) -> str:
 
 def read_option_index(value: Any, options: Sequence[str]) -> str:
     """
-    The letter of the option whose number, from 0, is given.
+    Return the letter of the option whose number, from 0, is given.
 
     Raises:
         FormError: when there is no such option.
@@ -118,7 +118,7 @@ def read_option_index(value: Any, options: Sequence[str]) -> str:
 
 def read_number(value: Any) -> str:
     """
-    A count, as digits.
+    Read a count, as digits.
 
     Raises:
         FormError: when it is no whole number of 0 or more.
@@ -130,7 +130,7 @@ def read_number(value: Any) -> str:
 
 
 def unwrapped(value: Any) -> Any:
-    """A text without white space and `<answer>` around it; anything else as it is."""
+    """Strip a text of white space and `<answer>` around it; anything else stays as it is."""
     if not isinstance(value, str):
         return value
     match = _ANSWER_TAG.fullmatch(value)
@@ -139,7 +139,7 @@ def unwrapped(value: Any) -> Any:
 
 def shuffled(options: Sequence[str], solution: str, seed: int, name: str) -> tuple[list[str], str]:
     """
-    Options in another order, and the letters that the right ones have there.
+    Shuffle options, and return them with the letters that the right ones then have.
 
     Args:
         options: texts without letters.
@@ -154,7 +154,7 @@ def shuffled(options: Sequence[str], solution: str, seed: int, name: str) -> tup
 
 
 def described(value: Any) -> str:
-    """A value as errors show it: short, and of a container its size alone."""
+    """Return a value as errors show it: short, and of a container its size alone."""
     if isinstance(value, str) and len(value) > 60:
         return repr(value[:57] + "…")
     if isinstance(value, str | int | float | bool) or value is None:

@@ -57,7 +57,7 @@ class PromptStyle:
 
     def render(self, question: str, options: Sequence[str], kind: str) -> str:
         """
-        The text of a question.
+        Return the text of a question.
 
         Args:
             question: its text.
@@ -129,7 +129,7 @@ answer that ends in `[B]`, as MAPLE's prompts do: for `accuracy_reward` with `an
 
 def prompt_style(style: str | PromptStyle) -> PromptStyle:
     """
-    A style by its name.
+    Return a style by its name.
 
     Raises:
         ValueError: for a name that there is not.

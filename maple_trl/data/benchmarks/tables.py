@@ -18,7 +18,7 @@ _ROWS_AT_ONCE = 32  # a row may carry whole pictures and sounds
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """
-    The records of one file, one at a time.
+    Read the records of one file, one at a time.
 
     Raises:
         TableError: when it cannot be read, naming the file, and the line where there is one.
@@ -39,7 +39,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 def find_tables(path: Path, patterns: tuple[str, ...], split: str) -> list[Path]:
     """
-    The tables of a split: `path` itself where it is a file, else the files of the first pattern that has any.
+    Find the tables of a split: `path` itself where it is a file, else the files of the first pattern that has any.
 
     Args:
         path: file or folder.
@@ -69,7 +69,7 @@ def find_tables(path: Path, patterns: tuple[str, ...], split: str) -> list[Path]
 
 def media_root(path: Path, patterns: tuple[str, ...]) -> Path:
     """
-    The folder that a benchmark's media paths are relative to: `path`, or of a table the folder that its pattern starts at.
+    Return the folder that media paths are relative to: `path`, or of a table the folder that its pattern starts at.
 
     Args:
         path: file or folder.

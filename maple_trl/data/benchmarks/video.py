@@ -133,7 +133,7 @@ def _lvbench(record: Record) -> Question:
 
 
 def _options_in(question: str) -> tuple[str, list[str]]:
-    """A question that ends in its options, one a line: `(A) red`."""
+    """Split a question from the options in which it ends, one a line: `(A) red`."""
     lines = question.splitlines()
     first = next((i for i, line in enumerate(lines) if re.match(r"\s*\(?A[.):]", line)), None)
     rest = "\n".join(lines[first:]) if first else ""

@@ -1,5 +1,5 @@
 """
-Metrics for Hugging Face's `evaluate`, loaded from their folders without a network:
+Metrics for Hugging Face's `evaluate`, loaded from their folders without a network.
 
 ```python
 evaluate.load(metric_folder("modality_gap")).compute(predictions=scores, tags=tags)
@@ -16,7 +16,7 @@ NAMES = ("fusion_gain", "modality_gap", "paired_comparison", "pass_at_k", "tag_a
 
 def metric_folder(name: str) -> str:
     """
-    The folder of a metric, for `evaluate.load`.
+    Return the folder of a metric, for `evaluate.load`.
 
     `evaluate` is optional: `pip install "maple-trl[judge]"`.
 

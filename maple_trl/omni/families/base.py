@@ -20,35 +20,35 @@ _FAMILIES: Registry[type[OmniFamily]] = Registry("model family", "maple_trl.fami
 
 
 def register_family(cls: type[OmniFamily]) -> type[OmniFamily]:
-    """Class decorator that makes a family known under its `model_types`."""
+    """Register the class that it decorates under its `model_types`."""
     for model_type in cls.model_types:
         _FAMILIES.register(model_type, replace=True)(cls)
     return cls
 
 
 def registered_types() -> list[str]:
-    """Every `config.model_type` that a registered family serves."""
+    """Return every `config.model_type` that a registered family serves."""
     return sorted(_FAMILIES)
 
 
 def family_class(model_type: str) -> type[OmniFamily] | None:
-    """The registered family of a `config.model_type`; `None` where there is none."""
+    """Return the registered family of a `config.model_type`; `None` where there is none."""
     return _FAMILIES.get(model_type)
 
 
 def is_omni(model: nn.Module) -> bool:
-    """Whether a model belongs to a registered family."""
+    """Return whether a model belongs to a registered family."""
     return family_class(unwrap(model).config.model_type) is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside PEFT."""
+    """Return the Hugging Face model inside PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_for(model: nn.Module, processor) -> OmniFamily:
     """
-    The family of a model.
+    Return the family of a model.
 
     Raises:
         ValueError: when the model type is not registered; the message lists those that are.
@@ -87,18 +87,18 @@ class PromptEncoder(Protocol):
     max_audio_seconds: float | None = None
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        """Messages with bare markers for media in the form that `encode` takes."""
+        """Render messages with bare markers for media in the form that `encode` takes."""
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a text, none where they cannot be known."""
+        """Return the tokens of a text, none where they cannot be known."""
 
     def encode(
         self, key: str, text: Any, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool = False
     ) -> Any:
-        """One rendered prompt with its decoded media."""
+        """Encode one rendered prompt with its decoded media."""
 
     def check_pixels(self, max_pixels: int) -> None:
-        """ValueError where no frame is as small as that."""
+        """Raise ValueError where no frame is as small as that."""
         if "video" in self.placeholders and max_pixels < self.frame_multiple**2:
             raise ValueError(
                 f"max_pixels={max_pixels} is less than the smallest frame of this model, {self.frame_multiple}x"
@@ -149,7 +149,7 @@ class OmniFamily(PromptEncoder):
 
     @staticmethod
     def core(model: nn.Module) -> nn.Module:
-        """The module whose forward merges media into token embeddings."""
+        """Return the module whose forward merges media into token embeddings."""
         return unwrap(model).base_model
 
     @property
@@ -160,31 +160,33 @@ class OmniFamily(PromptEncoder):
 
     @property
     def frames_per_token(self) -> int:
+        """Frames of a clip that a vision token covers."""
         return self.processor.video_processor.temporal_patch_size
 
     @property
     def sampling_rate(self) -> int:
+        """Samples of sound per second, as the audio tower takes them."""
         return self.processor.feature_extractor.sampling_rate
 
     def video_token_count(self, frames: int, height: int, width: int) -> int:
-        """Tokens of a clip of `frames` frames of `height` x `width` pixels."""
+        """Count the tokens of a clip of `frames` frames of `height` x `width` pixels."""
         return -(-frames // self.frames_per_token) * (height // self.frame_multiple) * (width // self.frame_multiple)
 
     # Encoding one prompt
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Messages by the model's chat template."""
+        """Render messages by the model's chat template."""
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones around it."""
+        """Return the tokens of a text, without special ones around it."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode(
         self, key: str, text: str, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool = False
     ) -> EncodedPrompt:
         """
-        Encodes one rendered prompt with its decoded media.
+        Encode one rendered prompt with its decoded media.
 
         Args:
             text (`str`): the rendered chat template, with one placeholder token per clip.
@@ -215,7 +217,7 @@ class OmniFamily(PromptEncoder):
     _media_names = ("pixel_values_videos", "video_grid_thw", "input_features", "feature_attention_mask")
 
     def processor_kwargs(self, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool) -> dict:
-        """Arguments of the processor for already decoded, sampled and resized media."""
+        """Return arguments of the processor for already decoded, sampled and resized media."""
         kwargs: dict = {}
         if videos:
             kwargs["videos"] = [clip.frames.copy() for clip in videos]  # cached frames are read-only
@@ -232,7 +234,7 @@ class OmniFamily(PromptEncoder):
 
     def audio_pad_length(self, audios: Sequence[AudioClip]) -> int:
         """
-        Samples to pad waveforms to, so that no clip is cut and no 30 s of silence are transformed.
+        Return the samples to pad waveforms to, so that no clip is cut and no 30 s of silence are transformed.
 
         A window's worth of silence beyond the end gives the last frames the values that long padding gives them.
         """
@@ -241,7 +243,7 @@ class OmniFamily(PromptEncoder):
         return -(-longest // extractor.hop_length) * extractor.hop_length
 
     def trim_audio(self, media: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drops mel frames that are padding in every audio."""
+        """Drop mel frames that are padding in every audio."""
         length = int(media["feature_attention_mask"].sum(-1).max())
         return media | {
             "input_features": media["input_features"][..., :length],
@@ -249,12 +251,12 @@ class OmniFamily(PromptEncoder):
         }
 
     def patch_seconds(self, clip: VideoClip) -> Tensor:
-        """Time of the first picture of each temporal patch, shape (patches,)."""
+        """Return the time of the first picture of each temporal patch, shape (patches,)."""
         return torch.from_numpy(clip.timestamps[:: self.frames_per_token].copy())
 
     def second_per_grid(self, videos: Sequence[VideoClip]) -> list[Tensor]:
         """
-        Seconds between temporal patches, as `get_rope_index` takes them: it places patch k at k times that.
+        Return the seconds between temporal patches, as `get_rope_index` takes them: it places patch k at k times that.
 
         Each video has one value per patch, of shape (patches,), rather than one in all: so every patch comes to stand
         where its picture is, however unevenly pictures follow each other. Evenly, all values of a video are equal. The
@@ -263,15 +265,15 @@ class OmniFamily(PromptEncoder):
         return [mean_steps(seconds - seconds[0]) for seconds in map(self.patch_seconds, videos)]
 
     def interleave(self, input_ids: Tensor, position_ids: Tensor, clip: VideoClip) -> tuple[Tensor, Tensor]:
-        """Tokens and positions of a prompt with its video's tokens placed among the sound's, by their true times."""
+        """Place a prompt's video tokens among the sound's by their true times; return tokens and positions."""
         raise NotImplementedError
 
     def position_ids(self, batch, media: dict[str, Tensor], videos: Sequence[VideoClip], interleaved: bool) -> Tensor:
-        """Rotary positions of one prompt, shape (R, P)."""
+        """Return the rotary positions of one prompt, shape (R, P)."""
         raise NotImplementedError
 
     def feature_counts(self, kind: str, media: dict[str, Tensor]) -> list[int]:
-        """Features that the tower gives for each clip of a kind."""
+        """Count the features that the tower gives for each clip of a kind."""
         if kind == "video":
             grid = media.get("video_grid_thw")
             merge = self.processor.video_processor.merge_size**2
@@ -280,13 +282,13 @@ class OmniFamily(PromptEncoder):
         return [] if mask is None else [self.audio_token_count(n) for n in mask.sum(-1).tolist()]
 
     def audio_token_count(self, mel_frames: int) -> int:
-        """Tokens of an audio of `mel_frames` mel frames."""
+        """Count the tokens of an audio of `mel_frames` mel frames."""
         raise NotImplementedError
 
     # Running the towers
 
     def collate_media(self, prompts: Sequence[EncodedPrompt], kind: str, device: torch.device) -> dict[str, Tensor]:
-        """Media of several prompts, concatenated; mel frames are padded to the longest."""
+        """Concatenate the media of several prompts; mel frames are padded to the longest."""
         if kind == "video":
             names = ("pixel_values_videos", "video_grid_thw")
             return {name: torch.cat([p.media[name] for p in prompts]).to(device) for name in names}
@@ -298,18 +300,18 @@ class OmniFamily(PromptEncoder):
         }
 
     def video_outputs(self, core: nn.Module, prompts: Sequence[EncodedPrompt]):
-        """The vision tower's output for the prompts' videos, as `mm_encoder_outputs["video"]` holds it."""
+        """Return the vision tower's output for the prompts' videos, as `mm_encoder_outputs["video"]` holds it."""
         device = core.get_input_embeddings().weight.device
         return core.get_video_features(**self.collate_media(prompts, "video", device), return_dict=True)
 
     def audio_embeddings(self, core: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """The audio tower's features of all prompts' audios, shape (sum of tokens, hidden)."""
+        """Return the audio tower's features of all prompts' audios, shape (sum of tokens, hidden)."""
         device = core.get_input_embeddings().weight.device
         media = self.collate_media(prompts, "audio", device)
         return core.get_audio_features(**media, return_dict=True).last_hidden_state
 
     def dummy_output(self, core: nn.Module, kind: str) -> Tensor:
-        """A scalar that depends on every parameter of a tower, from the smallest input that it takes."""
+        """Return a scalar that depends on every parameter of a tower, from the smallest input that it takes."""
         if kind == "audio":
             mel, frames = self.processor.feature_extractor.feature_size, self.dummy_mel_frames
             media = {
@@ -335,12 +337,12 @@ class OmniFamily(PromptEncoder):
         return EncodedPrompt("dummy", empty, empty[None], media)
 
     def scope_of(self, module_name: str) -> str | None:
-        """The part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
+        """Return the part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
         return _scope_of(tuple(self.scopes.items()), module_name)
 
 
 def mean_steps(seconds: Tensor) -> Tensor:
-    """Each time over its number, float32: times it, the number gives the time back. The first is taken as it is."""
+    """Divide each time by its number, float32, such that the product is the time; the first is taken as it is."""
     return (seconds / torch.arange(len(seconds)).clamp(min=1)).float()
 
 

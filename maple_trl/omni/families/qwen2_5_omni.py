@@ -55,7 +55,7 @@ class Qwen2_5OmniFamily(OmniFamily):
 
     def interleave(self, input_ids, position_ids, clip):
         """
-        Places the video's tokens by the times of their pictures, on the clock of the sound.
+        Place the video's tokens by the times of their pictures, on the clock of the sound.
 
         The processor and `get_rope_index` take it that pictures follow each other evenly from the sound's first sample
         on. Where they do, nothing changes here.
@@ -78,7 +78,7 @@ class Qwen2_5OmniFamily(OmniFamily):
 
     def token_order(self, video: Tensor, audio: Tensor) -> Tensor:
         """
-        Order of the tokens of a video and its sound, given the time position of each.
+        Order the tokens of a video and its sound, given the time position of each.
 
         Tokens stand in chunks of some seconds, and in each the video's come first.
 

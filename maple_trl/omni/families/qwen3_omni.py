@@ -11,7 +11,7 @@ from maple_trl.omni.families.qwen2_5_omni import Qwen2_5OmniFamily
 
 @register_family
 class Qwen3OmniFamily(Qwen2_5OmniFamily):
-    """As Qwen2.5-Omni, with other tokens, an audio tower of fixed windows and deep-stacked vision features."""
+    """Qwen2.5-Omni with other tokens, an audio tower of fixed windows and deep-stacked vision features."""
 
     model_types = ("qwen3_omni_moe_thinker",)
     placeholders = {"video": "<|video_pad|>", "audio": "<|audio_pad|>"}
@@ -38,7 +38,7 @@ class Qwen3OmniFamily(Qwen2_5OmniFamily):
         return kwargs
 
     def token_order(self, video: Tensor, audio: Tensor) -> Tensor:
-        """By time alone; of tokens of one time, the video's come first."""
+        """Order tokens by time alone; of those of one time, the video's come first."""
         return torch.cat([video, audio]).argsort(stable=True)
 
     def audio_token_count(self, mel_frames):

@@ -79,13 +79,17 @@ class ClipRequest:
         return not self.start and self.end is None
 
     def limits(self, limits: MediaLimits) -> MediaLimits:
-        """The loader's limits with the sampling that this request wants. Raises `ValueError` over `max_frames`."""
+        """
+        Return the loader's limits with the sampling that this request wants.
+
+        Raises `ValueError` over `max_frames`.
+        """
         if self.num_frames is None and self.fps is None:
             return limits
         return replace(limits, num_frames=self.num_frames, fps=self.fps)
 
     def pixels(self, limits: MediaLimits) -> tuple[int, int]:
-        """Least and most pixels of a frame, of which a row may name one or both."""
+        """Return the least and most pixels of a frame, of which a row may name one or both."""
         least, most = self.min_pixels or limits.min_pixels, self.max_pixels or limits.max_pixels
         if self.resized_height is not None:
             least, most = self.min_pixels or 1, self.max_pixels or MAX_RESIZED_PIXELS
@@ -119,6 +123,7 @@ class VideoClip:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the frames."""
         return self.frames.nbytes + self.timestamps.nbytes
 
 
@@ -134,14 +139,13 @@ class AudioClip:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the waveform."""
         return self.waveform.nbytes
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """
-    What the header says. `duration`, of the file, is `None` where the header does not tell, as in live recordings.
-    """
+    """A file's header; `duration`, of the file, is `None` where it does not tell, as in live recordings."""
 
     path: str
     has_video: bool
@@ -162,7 +166,9 @@ class Source:
 
     @property
     def is_url(self) -> bool:
+        """Whether the medium lies on a network."""
         return "://" in self.path
 
     def error(self, reason: str, detail: str = "") -> MediaError:
+        """Return an error about this medium."""
         return MediaError(reason, self.name, detail)

@@ -13,7 +13,7 @@ _RIFF_SLACK = 1  # some count their first 8 bytes too, which do not count, and m
 
 
 def _ebml_number(file, keep_marker: bool) -> int | None:
-    """A variable-length number of Matroska (RFC 8794, section 4); `None` for the reserved "unknown"."""
+    """Read a variable-length number of Matroska (RFC 8794, section 4); `None` for the reserved "unknown"."""
     first = file.read(1)
     if not first or not first[0]:
         return None
@@ -25,7 +25,7 @@ def _ebml_number(file, keep_marker: bool) -> int | None:
 
 
 def _mp3_bytes(file) -> int | None:
-    """Length by the Xing header in the first frame of an mp3, less a trailing tag, which some count."""
+    """Return the length by the Xing header in the first frame of an mp3, less a trailing tag, which some count."""
     file.seek(0)
     head = file.read(10)
     start = 0
@@ -41,7 +41,7 @@ def _mp3_bytes(file) -> int | None:
 
 
 def _asf_bytes(file) -> int | None:
-    """Length by the file properties of an ASF file; a broadcast leaves them open."""
+    """Return the length by the file properties of an ASF file; a broadcast leaves them open."""
     file.seek(0)
     head = file.read(1 << 16)
     at = head.find(_ASF_PROPERTIES)
@@ -79,7 +79,7 @@ def _wavpack_bytes(file, size: int) -> int:
 
 
 def _ogg_bytes(file, size: int) -> int | None:
-    """Where the last page ends. It is no longer than 64 KiB."""
+    """Return where the last page ends, which is no longer than 64 KiB."""
     start = max(0, size - (1 << 17))
     file.seek(start)
     tail = file.read()
@@ -91,7 +91,7 @@ def _ogg_bytes(file, size: int) -> int | None:
 
 
 def _flv_bytes(file, size: int) -> int | None:
-    """Where the last tag ends. Each is followed by its own length, which is looked at from the end of the file first."""
+    """Return where the last tag ends: each is followed by its length, which is read from the end of the file."""
     file.seek(max(0, size - 4))
     length = int.from_bytes(file.read(4), "big")
     if 11 <= length <= size - 13:
@@ -110,7 +110,7 @@ def _flv_bytes(file, size: int) -> int | None:
 
 
 def _gif_bytes(file, size: int) -> int:
-    """Where the last block ends that has begun, or the closing byte that follows it."""
+    """Return where the last block ends that has begun, or the closing byte that follows it."""
     file.seek(0)
     data = file.read()
     flags = data[10] if size > 10 else 0
@@ -129,9 +129,10 @@ def _gif_bytes(file, size: int) -> int:
 
 def declared_bytes(path: str) -> int | None:
     """
-    How long the file must be by its own container (mp4 boxes, Matroska segment, RIFF chunk, Xing header of an mp3, last page
-    or tag); `None` where that is not said (flac, MPEG streams, live recordings). FFmpeg plays a file that was cut off up to the cut, and
-    reports no error.
+    Return how long the file must be by its own container; `None` where that is not said.
+
+    Mp4 boxes, Matroska segment, RIFF chunk, Xing header of an mp3, last page or tag say it; flac, MPEG streams and
+    live recordings do not. FFmpeg plays a file that was cut off up to the cut, and reports no error.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:

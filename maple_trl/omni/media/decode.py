@@ -63,7 +63,7 @@ class _Deadline:
 
 @contextmanager
 def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.InputContainer"]:
-    """An open container of an accepted format, complete as far as its header tells; FFmpeg's errors as ours."""
+    """Open a container of an accepted format, complete as far as its header tells; FFmpeg's errors become ours."""
     protocols = "http,https,tcp,tls" if source.is_url else "file"
     timeout = limits.decode_timeout
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": protocols}
@@ -90,7 +90,7 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
 
 
 def _track(container, kind: str):
-    """The main stream of a kind, or `None`. Cover art is a picture, not a video."""
+    """Return the main stream of a kind, or `None`; cover art is a picture, not a video."""
     streams = [s for s in getattr(container.streams, kind) if not s.disposition & av.stream.Disposition.attached_pic]
     best = container.streams.best(kind)
     return best if best in streams else next(iter(streams), None)
@@ -106,7 +106,7 @@ def opened_video(
     source: Source, limits: MediaLimits
 ) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
     """
-    An open container and its main video, which can be decoded within bounds.
+    Open a container and its main video, which can be decoded within bounds.
 
     Raises:
         MediaError: `no-video-track`, `unreadable`, `frame-too-large`, `truncated`, `decode-timeout`, `not-media`,
@@ -128,29 +128,30 @@ def _format(container) -> Format:
 
 
 def _file_notes(source: Source, container) -> list[str]:
-    """What is special about the file as a whole. The content decides how it is read, not the name."""
+    """Note what is special about the file as a whole; the content decides how it is read, not the name."""
     extension = os.path.splitext(urlsplit(source.path).path if source.is_url else source.path)[1][1:].lower()
     return ["extension-mismatch"] if extension and extension not in _format(container).suffixes else []
 
 
 def _header_seconds(container) -> float | None:
     """
-    Length in the header: a hint, no more. It may count from 0 rather than from the first picture, include a caption that
-    stays up, or be wrong. `None` where it says nothing and FFmpeg guesses.
+    Return the length in the header, a hint and no more; `None` where it says nothing and FFmpeg guesses.
+
+    It may count from 0 rather than from the first picture, include a caption that stays up, or be wrong.
     """
     guessed = container.duration is None or not _format(container).says_length
     return None if guessed else container.duration / 1e6
 
 
 def _maybe_overlong(header: float | None, limits: MediaLimits, request: ClipRequest) -> bool:
-    """Whether a header's length is reason enough to look at the packets before anything is decoded."""
+    """Return whether a header's length is reason enough to look at the packets before anything is decoded."""
     if header is None or limits.overlong != "quarantine" or request.end is not None:
         return False
     return header - (request.start or 0) > limits.max_seconds
 
 
 def _overlong(source: Source, limits: MediaLimits, kind: str, request: ClipRequest) -> bool:
-    """Whether the packets of a kind's main track last longer than is allowed. Reads no more of them than that takes."""
+    """Return whether the packets of a kind's main track last longer than allowed, reading no more than that takes."""
     with _opened(source, limits) as container:
         stream = _track(container, kind)
         if stream is None:
@@ -172,7 +173,7 @@ def _overlong(source: Source, limits: MediaLimits, kind: str, request: ClipReque
 
 
 def _only(container, stream) -> None:
-    """Lets the container skip the packets of the other streams."""
+    """Let the container skip the packets of the other streams."""
     for other in container.streams:
         if other is not stream:
             other.discard = av.stream.Discard.all
@@ -180,8 +181,9 @@ def _only(container, stream) -> None:
 
 def _zero(container) -> float:
     """
-    Start of the file in seconds: the earliest track. What stands before 0 is not played: the priming of a decoder, or the
-    part before a cut.
+    Return the start of the file in seconds: the earliest track.
+
+    What stands before 0 is not played: the priming of a decoder, or the part before a cut.
     """
     tracks = [track for kind in ("video", "audio") if (track := _track(container, kind)) is not None]
     starts = [track.start_time * track.time_base for track in tracks if track.start_time is not None]
@@ -191,8 +193,9 @@ def _zero(container) -> float:
 
 def _declared_end(source: Source, container, stream) -> float | None:
     """
-    Where the stream's header says it ends, in seconds; `None` where the header has no such claim of its own. Finds files
-    of full size whose end is empty, as an interrupted download leaves them.
+    Return where the stream's header says it ends, in seconds; `None` where it has no such claim of its own.
+
+    This finds files of full size whose end is empty, as an interrupted download leaves them.
     """
     for name, value in stream.metadata.items():  # Matroska: a tag such as 00:00:02.500000000
         if name.upper().startswith("DURATION") and (match := _CLOCK.match(value)):
@@ -212,8 +215,10 @@ def _declared_end(source: Source, container, stream) -> float | None:
 
 def probe(source: Source, limits: MediaLimits, request: ClipRequest) -> MediaInfo:
     """
-    What the header says. Raises as decoding would for what it shows: `not-media`, `truncated`, ...; and `too-long`, where
-    the packets bear out what the header says.
+    Read what the header says.
+
+    Raises as decoding would for what it shows: `not-media`, `truncated`, ...; and `too-long`, where the packets bear
+    out what the header says.
     """
     with _opened(source, limits) as container:
         seconds = _header_seconds(container)
@@ -236,9 +241,10 @@ def _too_long(source: Source, limits: MediaLimits) -> Exception:
 class Timeline:
     """
     What the packets tell without decoding: when pictures are shown (in ticks, sorted), and which are key frames.
-    `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder gives is
-    shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the file. `damaged`:
-    pictures that are not whole, or are made from one that is not.
+
+    `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder
+    gives is shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the
+    file. `damaged`: pictures that are not whole, or are made from one that is not.
     """
 
     pts: np.ndarray
@@ -252,7 +258,7 @@ class Timeline:
 
     @property
     def longest_gap(self) -> float:
-        """Seconds. A last picture that is held may be stored without its length; it counts as no longer than this."""
+        """Longest time between pictures, in seconds; a last one without a stored length counts as no longer."""
         return float(np.diff(self.pts).max() * self.tick) if len(self.pts) > 1 else float("inf")
 
     @property
@@ -264,8 +270,9 @@ class Timeline:
 
 def _timeline(source: Source, container, stream, last: Callable[[float], float], deadline: _Deadline) -> Timeline:
     """
-    Reads the packets (some milliseconds for a clip): the one way to know all times whatever the container. `last` gives,
-    for the time of the first packet, the time up to which pictures can matter, in the stream's seconds.
+    Read the packets (some milliseconds for a clip): the one way to know all times whatever the container.
+
+    `last` gives, for the time of the first packet, the time up to which pictures can matter, in the stream's seconds.
     """
     _only(container, stream)
     in_order = container.format.name in IN_ORDER
@@ -331,7 +338,7 @@ class _Choice:
 def _chosen(
     source: Source, limits: MediaLimits, request: ClipRequest, deadline: _Deadline
 ) -> tuple[_Choice, Fraction | None]:
-    """What is taken of a file's video, and the aspect of its stored pixels."""
+    """Choose what is taken of a file's video; return that and the aspect of its stored pixels."""
     for seek in (True, False):
         with opened_video(source, limits) as (container, stream):
             try:
@@ -350,7 +357,7 @@ def _line_from(
     source: Source, container, stream, start: float, last: Callable[[float], float], deadline: _Deadline
 ) -> Timeline:
     """
-    The timeline from the key frame before `start` (in the stream's seconds) on.
+    Read the timeline from the key frame before `start` (in the stream's seconds) on.
 
     Raises:
         _SeekMissed: if the container's index does not lead there.
@@ -374,7 +381,7 @@ def _choose(
     deadline: _Deadline,
     seek: bool,
 ) -> _Choice:
-    """Finds the pictures of the whole clip or segment that `limits` samples. See [`decode_video`] for what it raises."""
+    """Find the pictures of the whole clip or segment that `limits` samples, with the errors of [`decode_video`]."""
     notes, zero, declared_end = (
         _file_notes(source, container),
         _zero(container),
@@ -433,7 +440,7 @@ def _segment(request: ClipRequest) -> str:
 
 
 def count_frames(source: Source, limits: MediaLimits, request: ClipRequest) -> int:
-    """Frames that [`decode_video`] gives for the same arguments. Reads the packets and decodes nothing."""
+    """Count the frames that [`decode_video`] gives for the same arguments by its packets, decoding nothing."""
     choice, _ = _chosen(source, limits, request, _Deadline(source, limits.decode_timeout))
     return len(even_count(choice.ticks))
 
@@ -441,7 +448,7 @@ def count_frames(source: Source, limits: MediaLimits, request: ClipRequest) -> i
 def _pick(
     source: Source, limits: MediaLimits, line: Timeline, wanted: list[int], deadline: _Deadline, seek: bool
 ) -> Iterator["av.VideoFrame"]:
-    """The frame shown at each tick of `wanted` (ascending). Seeks where a key frame lies between two of them."""
+    """Yield the frame shown at each tick of `wanted` (ascending), seeking where a key frame lies between two."""
     with _opened(source, limits) as container:
         stream = _track(container, "video")
         stream.codec_context.thread_count = 1  # the loader's threads work on different clips instead
@@ -479,7 +486,7 @@ def _pick(
 
 
 def _stamped(frames: Iterator["av.VideoFrame"], pts: np.ndarray) -> Iterator["av.VideoFrame"]:
-    """Decoded frames with the times at which they are shown, one after the other."""
+    """Yield decoded frames with the times at which they are shown, one after the other."""
     for frame, tick in zip(frames, pts.tolist(), strict=False):
         frame.pts = tick
         yield frame
@@ -487,7 +494,7 @@ def _stamped(frames: Iterator["av.VideoFrame"], pts: np.ndarray) -> Iterator["av
 
 def upright(picture: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
     """
-    A stored picture (H, W, C) as a player shows it: turned by quarters and mirrored as FFmpeg's display matrix says.
+    Turn a stored picture (H, W, C) by quarters and mirror it, as a player and FFmpeg's display matrix do.
 
     The matrix maps a point (x, y) to (a x + c y, b x + d y), with (a, b, _, c, d, ...) its numbers.
     """
@@ -502,12 +509,12 @@ def upright(picture: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
 
 
 def _turns_aside(matrix: Sequence[int] | None) -> bool:
-    """Whether a display matrix exchanges width and height."""
+    """Return whether a display matrix exchanges width and height."""
     return matrix is not None and abs(matrix[1]) + abs(matrix[3]) > abs(matrix[0]) + abs(matrix[4])
 
 
 def display_matrix(frame: "av.VideoFrame") -> tuple[int, ...] | None:
-    """The nine numbers of the frame's display matrix, from its container or its own data; `None` without one."""
+    """Return the nine numbers of the frame's display matrix, from container or frame; `None` without one."""
     data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     return None if data is None else tuple(np.frombuffer(data, dtype=np.int32).tolist())
 
@@ -562,7 +569,7 @@ def decode_video(
     picker: Callable | None = None,
 ) -> VideoClip:
     """
-    Samples the frames of a file's video.
+    Sample the frames of a file's video.
 
     Args:
         source (`Source`): the file.
@@ -600,7 +607,7 @@ def decode_video(
 
 
 def _mono(frame: "av.AudioFrame") -> np.ndarray:
-    """Mean of the channels, however many. Of packed samples: PyAV counts the planes of 8 and more channels wrongly."""
+    """Average the channels of packed samples: PyAV counts the planes of 8 and more channels wrongly."""
     return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
 
 
@@ -631,7 +638,7 @@ class _Sound:
         self._resampler, self._kind = av.AudioResampler(format="flt", rate=self.rate), None
 
     def add(self, frame: "av.AudioFrame") -> None:
-        """Takes a decoded frame, at the time that its stamp says."""
+        """Take a decoded frame, at the time that its stamp says."""
         self.recorded = self.recorded or frame.sample_rate
         if frame.sample_rate != self.recorded:  # FFmpeg goes on counting in samples of the first
             rates = f"{self.recorded} to {frame.sample_rate}"
@@ -643,12 +650,12 @@ class _Sound:
         self._take(frame)
 
     def finish(self) -> None:
-        """Takes what the resampler still holds."""
+        """Take what the resampler still holds."""
         if self.at is not None:
             self._take(None)
 
     def _move(self, place: int) -> None:
-        """Goes to where a frame says that it stands, if that is not where the one before ended."""
+        """Go to where a frame says that it stands, if that is not where the one before ended."""
         if self.at is not None:
             off = (place - self.at) / self.rate
             if abs(off) <= STAMP_JITTER:
@@ -675,7 +682,7 @@ class _Sound:
             self._put(_mono(piece))
 
     def _put(self, samples: np.ndarray) -> None:
-        """Appends what of `samples`, which stand at `at`, is not yet there."""
+        """Append what of `samples`, which stand at `at`, is not yet there."""
         start, self.at = self.at, self.at + len(samples)
         if self.at <= self.filled:
             return
@@ -684,7 +691,7 @@ class _Sound:
         self.filled = self.at
 
     def fill(self, length: int) -> None:
-        """Silence up to `length` samples."""
+        """Append silence up to `length` samples."""
         if length > self.filled:
             self.pieces.append(np.zeros(length - self.filled, dtype=np.float32))
             self.filled = length
@@ -694,13 +701,13 @@ class _Sound:
             self.notes.append(note)
 
     def waveform(self) -> np.ndarray:
-        """All samples from the origin on, float32 (n,)."""
+        """Return all samples from the origin on, float32 (n,)."""
         return np.concatenate(self.pieces) if self.pieces else np.zeros(0, dtype=np.float32)
 
 
 def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, request: ClipRequest) -> AudioClip | None:
     """
-    The file's audio, mono (mean of the channels) at `sampling_rate`; `None` if the file has no audio track.
+    Decode the file's audio, mono (mean of the channels) at `sampling_rate`; `None` if it has no audio track.
 
     Raises:
         MediaError: `audio-too-short`, `non-finite-audio`, `truncated`, `unreadable`, `too-long`, `segment-outside`,
@@ -735,7 +742,7 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
 def _heard(
     source: Source, container, stream, limits: MediaLimits, rate: int, request: ClipRequest
 ) -> tuple[np.ndarray, list[str]]:
-    """The sound of a whole file or segment, up to a second more than is allowed, and what is special about it."""
+    """Decode the sound of a file or segment, up to a second more than is allowed, and note what is special."""
     deadline, start, zero = _Deadline(source, limits.decode_timeout), request.start or 0.0, _zero(container)
     declared_end = _declared_end(source, container, stream)
     sound = _Sound(source, rate, zero + start)
@@ -774,7 +781,7 @@ def _heard(
 
 
 def _packets_from(container, stream, start: float) -> Iterator["av.Packet"]:
-    """The stream's packets from before `start` (in its seconds) on, or all, where the container cannot be searched."""
+    """Yield the stream's packets from before `start` (in its seconds) on; all, where it can't be searched."""
     if _seeks(container, start):
         try:
             container.seek(int((start - PREROLL) / stream.time_base), stream=stream)
@@ -792,8 +799,9 @@ def _frames_from(
     container, stream, start: float, declared_end: float | None
 ) -> Iterator[tuple[float, "av.AudioFrame | None"]]:
     """
-    Decoded sound that may be heard at `start` (in the stream's seconds) or later, each frame with where it ends. What
-    precedes is not decoded, and is `None`.
+    Yield decoded sound that may be heard at `start` (in the stream's seconds) or later, each frame with its end.
+
+    What precedes is not decoded, and is `None`.
     """
     end, packets = 0.0, _packets_from(container, stream, start - PREROLL)
     while True:

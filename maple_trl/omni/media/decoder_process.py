@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def blank_file() -> int:
-    """The descriptor of a nameless file in memory (on systems without such files: in the temporary folder)."""
+    """Open a nameless file in memory (on systems without such: in the temporary folder); return its descriptor."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("maple-trl", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:
@@ -41,6 +41,7 @@ def blank_file() -> int:
 
 
 def send(connection: socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    """Send a message, with descriptors of open files."""
     data = json.dumps(message).encode()
     head = struct.pack("!I", len(data))
     if descriptors:
@@ -51,7 +52,7 @@ def send(connection: socket.socket, message: dict[str, Any], descriptors: tuple[
 
 
 def receive(connection: socket.socket, descriptors: list[int] | None = None) -> dict[str, Any] | None:
-    """The next message, or `None` where the other end is closed. Descriptors that come with it are appended."""
+    """Receive the next message, or `None` where the other end is closed; descriptors that come are appended."""
     head = _exactly(connection, 4, descriptors)
     data = None if head is None else _exactly(connection, struct.unpack("!I", head)[0])
     return None if data is None else json.loads(data)
@@ -72,7 +73,7 @@ def _exactly(connection: socket.socket, size: int, descriptors: list[int] | None
 
 
 def write_arrays(arrays: list[np.ndarray]) -> tuple[int, list[dict[str, Any]]]:
-    """A file in memory that holds the arrays, and where each lies in it."""
+    """Write arrays into a file in memory; return it, and where each lies in it."""
     descriptor, places, end = blank_file(), [], 0
     for array in arrays:
         places.append({"dtype": array.dtype.str, "shape": array.shape, "offset": end})
@@ -85,7 +86,7 @@ def write_arrays(arrays: list[np.ndarray]) -> tuple[int, list[dict[str, Any]]]:
 
 
 def read_arrays(descriptor: int, places: list[dict[str, Any]]) -> list[np.ndarray]:
-    """The arrays that [`write_arrays`] wrote, read-only, in memory of this process."""
+    """Read the arrays that [`write_arrays`] wrote, read-only, into memory of this process."""
     arrays = []
     for place in places:
         array = np.empty(place["shape"], np.dtype(place["dtype"]))
@@ -102,7 +103,7 @@ def read_arrays(descriptor: int, places: list[dict[str, Any]]) -> list[np.ndarra
 
 
 def _die_with(parent: int) -> None:
-    """So that a parent that is killed leaves no process behind, even one that hangs."""
+    """Let this process end with its parent: one that is killed leaves none behind, even one that hangs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -121,7 +122,7 @@ def _limit_memory(size: int) -> None:
 
 
 def _data_bytes() -> int:
-    """Private memory of this process, as the limit counts it; 0 where the system does not tell."""
+    """Return the private memory of this process, as the limit counts it; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
@@ -130,7 +131,7 @@ def _data_bytes() -> int:
 
 
 def _answer(connection: socket.socket, request: dict[str, Any]) -> bool:
-    """Answers one task. Returns whether the process is fit for another."""
+    """Answer one task; return whether the process is fit for another."""
     from maple_trl.omni.errors import MediaError
     from maple_trl.omni.media.tasks import perform
     from maple_trl.omni.media.wire import pack, unpack
@@ -156,7 +157,7 @@ def _answer(connection: socket.socket, request: dict[str, Any]) -> bool:
 
 
 def main(parent: int, memory: int, backend: str) -> None:
-    """Serves the socket that is the standard input."""
+    """Serve the socket that is the standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the run, which ends its decoders
     _die_with(parent)
     _limit_memory(memory)

@@ -1,6 +1,7 @@
 """
-The containers that are read: each carries its own data. Playlists, scripts and descriptions of streams, which name other files
-and addresses, are none of them.
+The containers that are read: each carries its own data.
+
+Playlists, scripts and descriptions of streams, which name other files and addresses, are none of them.
 """
 
 from dataclasses import dataclass
@@ -120,12 +121,12 @@ _OTHERS = (
 
 
 def accepted() -> str:
-    """What is read, as one line."""
+    """Return what is read, as one line."""
     return ", ".join(f"{entry.title} (.{entry.suffixes[0]})" for entry in TABLE)
 
 
 def format_of(path: str) -> Format | None:
-    """The accepted container whose first bytes the file has. They say little of headerless ones, such as MP3."""
+    """Return the accepted container whose first bytes the file has; they say little of headerless ones such as MP3."""
     head = _head(path)
     if any(head[at : at + 1] == head[at + packet : at + packet + 1] == b"G" for at, packet in _TS_PACKETS):
         return FORMATS["mpegts"]
@@ -133,7 +134,7 @@ def format_of(path: str) -> Format | None:
 
 
 def found_in(path: str) -> str:
-    """What a file that is no medium seems to be."""
+    """Say what a file that is no medium seems to be."""
     head = _head(path)
     known = next((what for at, mark, what in _OTHERS if head.startswith(mark, at)), None)
     if known is not None:
@@ -151,7 +152,7 @@ def _head(path: str) -> bytes:
 
 
 def markdown_table() -> str:
-    """The table of the README."""
+    """Return the table of the README."""
     lines = ["| container | endings of file names |", "|---|---|"]
     for entry in TABLE:
         lines.append(f"| {entry.title} | {', '.join(f'`.{suffix}`' for suffix in entry.suffixes)} |")

@@ -31,7 +31,7 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*://")
 
 
 def torchcodec_problem() -> str | None:
-    """Why torchcodec cannot be used here, or `None`. It is often installed without the FFmpeg libraries it needs."""
+    """Return why torchcodec cannot be used here, or `None`; often the FFmpeg libraries that it needs are missing."""
     try:
         import torchcodec.decoders  # noqa: F401
     except Exception as error:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
@@ -40,7 +40,7 @@ def torchcodec_problem() -> str | None:
 
 
 def _cost(value: Any) -> int:
-    """Bytes of a cache entry; text, counts and `None` (no audio track) are small but not free."""
+    """Return the bytes of a cache entry; text, counts and `None` (no audio track) are small but not free."""
     return getattr(value, "nbytes", None) or 64 + (len(value) if isinstance(value, str) else 0)
 
 
@@ -116,7 +116,7 @@ class MediaLoader:
         _loaders.add(self)
 
     def _begin(self) -> None:
-        """An empty cache, and no threads."""
+        """Begin with an empty cache, and no threads."""
         self._lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
         # With a condition, cachetools lets one caller compute a missing entry while the others wait for it.
@@ -130,7 +130,7 @@ class MediaLoader:
 
     def resolve(self, path: str | os.PathLike) -> str:
         """
-        The real, absolute path of a medium under the root (or the URL, where the network is allowed).
+        Return the real, absolute path of a medium under the root (or the URL, where the network is allowed).
 
         Raises:
             MediaError: `outside-media-root`, `not-found` or `network-not-allowed`.
@@ -174,8 +174,10 @@ class MediaLoader:
 
     def probe(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> MediaInfo:
         """
-        What the file's header says, without decoding. Raises [`MediaError`] for what a header already shows; the length
-        is judged by the segment that `request` names.
+        Read what the file's header says, without decoding.
+
+        Raises [`MediaError`] for what a header already shows; the length is judged by the segment that `request`
+        names.
         """
         return self._perform("probe", self._source(path), request)
 
@@ -188,8 +190,10 @@ class MediaLoader:
         request: ClipRequest = WHOLE,
     ) -> VideoClip:
         """
-        Frames of a video, sampled and resized: the whole clip as the loader does it, or as `request` says. `max_pixels`
-        can only lower the limit. Raises [`MediaError`], and `ValueError` where `request` goes beyond the loader's limits.
+        Decode the frames of a video, sampled and resized: the whole clip as the loader does it, or as `request` says.
+
+        `max_pixels` can only lower the limit. Raises [`MediaError`], and `ValueError` where `request` goes beyond the
+        loader's limits.
         """
         request.limits(self.limits)
         least, most = request.pixels(self.limits)
@@ -201,15 +205,16 @@ class MediaLoader:
         return self._load("video", self._source(path), multiple, least, most, request)
 
     def frame_count(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> int:
-        """How many frames [`~MediaLoader.video`] will give, without decoding any. Raises [`MediaError`]."""
+        """Count the frames that [`~MediaLoader.video`] will give, without decoding any. Raises [`MediaError`]."""
         return self._load("frames", self._source(path), request)
 
     def audio(
         self, path: str | os.PathLike, *, sampling_rate: int = 16000, request: ClipRequest = WHOLE
     ) -> AudioClip | None:
         """
-        Mono waveform of an audio file, or of a video's audio track; `None` if a valid file has no audio track, which
-        is counted under the note `"no-audio-track"`. Of `request` it follows the segment. Raises [`MediaError`].
+        Decode the mono waveform of an audio file or of a video's track; `None` for a valid file without a track.
+
+        That is counted under the note `"no-audio-track"`. Of `request` it follows the segment. Raises [`MediaError`].
         """
         if sampling_rate <= 0:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
@@ -217,7 +222,7 @@ class MediaLoader:
         return self._load("audio", self._source(path), sampling_rate, segment)
 
     def subtitle(self, path: str | os.PathLike) -> str:
-        """Plain text of a local subtitle file. Raises [`MediaError`]."""
+        """Read the plain text of a local subtitle file. Raises [`MediaError`]."""
         source = self._source(path)
         if source.is_url:
             raise MediaError("network-not-allowed", source.name, "subtitles are read from the media root only")
@@ -266,7 +271,8 @@ class MediaLoader:
 
     def prefetch(self, calls: Iterable[Callable[[], Any]]) -> None:
         """
-        Runs `calls` (each loads a clip) in background threads, which keep the decoder processes busy.
+        Run `calls` (each loads a clip) in background threads, which keep the decoder processes busy.
+
         Errors are dropped here: the foreground call for the same clip meets and reports them.
         """
         with self._lock:
@@ -277,7 +283,7 @@ class MediaLoader:
                 self._pool.submit(call)
 
     def close(self) -> None:
-        """Stops the background threads (calls not yet begun are dropped) and empties the cache."""
+        """Stop the background threads (calls not yet begun are dropped) and empty the cache."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
@@ -296,7 +302,7 @@ _loaders: "weakref.WeakSet[MediaLoader]" = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """In a fork there are no threads that would let go of a lock, or finish a clip that others wait for."""
+    """Begin anew in a fork, where no thread would let go of a lock, or finish a clip that others wait for."""
     for loader in list(_loaders):
         loader._begin()
 

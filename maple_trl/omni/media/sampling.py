@@ -15,7 +15,7 @@ MAX_ASPECT_RATIO = 200.0  # beyond it a picture is a line; the Qwen vision proce
 @dataclass(frozen=True)
 class MediaLimits:
     """
-    What is taken of a clip, and what is too much.
+    Sampling of a clip, and limits beyond which it is refused.
 
     Args:
         num_frames (`int` or `None`): take this many frames, evenly from the clip's first picture to its last; fewer if
@@ -59,7 +59,7 @@ class MediaLimits:
 
 
 def frame_count(limits: MediaLimits, pictures: int, duration: float) -> int:
-    """How many of a clip's `pictures`, which last `duration` seconds, are taken; by rate an even number, as Qwen does."""
+    """Return how many of a clip's `pictures` in `duration` seconds are taken; by rate an even number, as Qwen does."""
     if limits.num_frames is not None:
         return min(limits.num_frames, pictures)
     wanted = (duration + ROUNDED_STAMPS) * limits.fps
@@ -69,8 +69,9 @@ def frame_count(limits: MediaLimits, pictures: int, duration: float) -> int:
 
 def sample_indices(limits: MediaLimits, pictures: int, duration: float) -> np.ndarray:
     """
-    Which of a clip's `pictures` are taken: evenly spaced by number, from the first to the last, as `qwen-vl-utils` and
-    the video processors of the Qwen models do.
+    Choose which of a clip's `pictures` are taken: evenly spaced by number, from the first to the last.
+
+    So do `qwen-vl-utils` and the video processors of the Qwen models.
 
     Returns:
         `np.ndarray`: ascending indices, int64 (n,); distinct, at most `pictures`.
@@ -84,14 +85,16 @@ def sample_indices(limits: MediaLimits, pictures: int, duration: float) -> np.nd
 
 
 def even_count(indices: list) -> list:
-    """The list with its last item repeated if its length is odd: vision towers merge frames in pairs."""
+    """Repeat the list's last item if its length is odd: vision towers merge frames in pairs."""
     return indices + indices[-1:] if len(indices) % 2 else indices
 
 
 def fit_size(height: float, width: float, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """
-    The size nearest to (height, width) with both sides multiples of `multiple` and an area in
-    [`min_pixels`, `max_pixels`]; the aspect ratio is kept up to the rounding of each side to one multiple.
+    Return the size nearest to (height, width) that fits the budget.
+
+    Both sides are multiples of `multiple`, the area is in [`min_pixels`, `max_pixels`]; the aspect ratio is kept up to
+    the rounding of each side to one multiple.
 
     The same idea as `smart_resize` of the Qwen2-VL image processor, except that the budget always holds.
 

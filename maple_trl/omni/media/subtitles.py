@@ -1,8 +1,8 @@
-"""
+r"""
 Subtitle files to the plain text that goes into a prompt.
 
 The content decides the format, as it does for media. Readers of subtitles keep how a line looks and lose what it says
-(pysubs2 takes every brace for a tag, every `\\N` for a line break and WebVTT's notes for speech), so the plain formats are
+(pysubs2 takes every brace for a tag, every `\N` for a line break and WebVTT's notes for speech), so the plain formats are
 read here; ASS, where braces and breaks are just that, by pysubs2.
 """
 
@@ -67,13 +67,13 @@ _ANY_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
 
 def is_subtitle_file(text: str) -> bool:
-    """Whether a row's subtitle is the name of a file that is read, rather than the text itself."""
+    """Return whether a row's subtitle is the name of a file that is read, rather than the text itself."""
     return "\n" not in text and text.lower().endswith(SUBTITLE_SUFFIXES)
 
 
 def unread_file(text: str, root: str) -> str | None:
     """
-    Why a row's subtitle must be the name of a file that is not read as a subtitle; `None` where it is text.
+    Return why a row's subtitle must be the name of a file that is not read as a subtitle; `None` where it is text.
 
     Args:
         root (`str`): the media root.
@@ -86,15 +86,16 @@ def unread_file(text: str, root: str) -> str | None:
 
 
 def subtitle_text(data: bytes, name: str) -> str:
-    """The text of [`read_subtitle`] alone."""
+    """Return the text of [`read_subtitle`] alone."""
     return read_subtitle(data, name)[0]
 
 
 def read_subtitle(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     """
-    The lines of a subtitle file in time order, one per text line, without tags, numbers and times; and its notes. A line
-    that repeats the one before it is dropped: rolling captions show every line twice. Who speaks (`<v Ann>`) stands
-    before what is said: `Ann: It is mine.`
+    Read the lines of a subtitle file in time order, without tags, numbers and times, and its notes.
+
+    There is one per text line. A line that repeats the one before it is dropped: rolling captions show every line
+    twice. Who speaks (`<v Ann>`) stands before what is said: `Ann: It is mine.`
 
     Args:
         data (`bytes`): the file.
@@ -137,7 +138,7 @@ def read_subtitle(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _decode(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
-    """UTF-8 or UTF-16; else Windows-1252 with a note, if it can be that: other code pages give wrong letters."""
+    """Decode UTF-8, UTF-16, or with a note what may be Windows-1252: other code pages give wrong letters."""
     notes: tuple[str, ...] = ()
     try:
         text = data.decode(_unicode(data))
@@ -161,7 +162,7 @@ def _unicode(data: bytes) -> str:
 
 
 def _windows_1252(data: bytes) -> str | None:
-    """The text, unless it must be something else: damaged UTF-8, or a script whose words have few or no ASCII letters."""
+    """Decode text unless it must be something else: damaged UTF-8, or a script with few or no ASCII letters."""
     try:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
@@ -184,7 +185,7 @@ _SIGN_WITHIN = re.compile(r"[^\W\d_][\xa2-\xa9\xac\xae-\xb3\xb6-\xb9\xbc-\xbf][^
 
 
 def _cues(text: str) -> Iterator[tuple[float, str]]:
-    """Start and text of every cue; starts are comparable, whatever their unit."""
+    """Yield start and text of every cue; starts are comparable, whatever their unit."""
     text = text.lstrip()
     return _reader(text[:1024].lower())(text)
 
@@ -202,7 +203,7 @@ def _reader(head: str) -> Callable[[str], Iterator[tuple[float, str]]]:
 
 
 def _srt_cues(text: str) -> Iterator[tuple[float, str]]:
-    """SubRip, and YouTube's SBV."""
+    """Yield the cues of SubRip, and of YouTube's SBV."""
     for begin, lines in _timed_blocks(text.split("\n"), webvtt=False):
         yield begin, html.unescape(_without_markup(lines))
 
@@ -214,7 +215,7 @@ def _vtt_cues(text: str) -> Iterator[tuple[float, str]]:
 
 def _timed_blocks(lines: list[str], webvtt: bool) -> Iterator[tuple[float, list[str]]]:
     """
-    Cues as the lines between two lines of times, less the number or name of the next cue.
+    Yield cues as the lines between two lines of times, less the number or name of the next cue.
 
     WebVTT's NOTE, STYLE and REGION blocks, and headers in the middle of joined files, are no cue's. Each begins behind a
     blank line, and what follows is none either (style sheets with blank lines), up to the next line of times, which begins
@@ -254,7 +255,7 @@ def _seconds(times: re.Match) -> float:
 
 
 def _without_markup(lines: list[str]) -> str:
-    """A cue without the tags of SubRip and WebVTT. Braces and backslashes are text, unless they are ASS's overrides."""
+    """Strip the tags of SubRip and WebVTT; braces and backslashes are text, unless they are ASS's overrides."""
     text = _BREAK.sub("\n", _OVERRIDE.sub("", "\n".join(lines)))
     text, *voices = _VOICE.split(text)
     for name, said in zip(voices[::2], voices[1::2], strict=True):
@@ -272,7 +273,7 @@ def _ass_cues(text: str) -> Iterator[tuple[float, str]]:
 
 
 def _frame_cues(text: str) -> Iterator[tuple[float, str]]:
-    """MicroDVD and MPL2: `{first}{last}text|text` by frame, or in brackets by tenth of a second."""
+    """Yield the cues of MicroDVD and MPL2: `{first}{last}text|text` by frame, or in brackets by tenth of a second."""
     for number, line in enumerate(line for line in text.split("\n") if line.strip()):
         match = _FRAMES.match(line)
         if match is None:
@@ -284,7 +285,7 @@ def _frame_cues(text: str) -> Iterator[tuple[float, str]]:
 
 
 def _json_cues(text: str) -> Iterator[tuple[float, str]]:
-    """Segments as Whisper writes them."""
+    """Yield segments as Whisper writes them."""
     content = json.loads(text)
     for segment in content["segments"] if isinstance(content, dict) else content:
         start, said = float(segment["start"]), segment["text"]
@@ -332,5 +333,5 @@ def _ttml_text(node: ElementTree.Element) -> str:
 
 
 def _local(name: str) -> str:
-    """An XML name without its namespace, of which TTML has had several; a comment has none."""
+    """Return an XML name without its namespace, of which TTML has had several; a comment has none."""
     return name.rpartition("}")[2] if isinstance(name, str) else ""

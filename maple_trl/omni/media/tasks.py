@@ -41,7 +41,7 @@ class Task:
 
 def perform(task: Task) -> Any:
     """
-    Decodes one file.
+    Decode one file.
 
     Raises:
         MediaError: for a file that cannot be used, whatever the decoder stumbled on.
@@ -71,7 +71,7 @@ def _perform(task: Task) -> Any:
 
 
 def one_picture(source: Source, limits: MediaLimits, width: int) -> np.ndarray:
-    """A picture from a third into a video, `width` pixels wide: uint8 (H, W, 3). Raises [`MediaError`]."""
+    """Decode a picture from a third into a video, `width` pixels wide: uint8 (H, W, 3). Raises [`MediaError`]."""
     with opened_video(source, limits) as (container, stream):
         if stream.duration and stream.time_base and stream.duration * stream.time_base > 4:
             container.seek(int(stream.duration // 3), stream=stream)
@@ -85,7 +85,7 @@ def one_picture(source: Source, limits: MediaLimits, width: int) -> np.ndarray:
 
 
 def torchcodec_pictures(path: str, seconds: list[float]) -> list:
-    """The frames shown at `seconds`, by torchcodec, as PyAV frames: choice of times and resize stay the same."""
+    """Decode the frames shown at `seconds` by torchcodec, as PyAV frames: choice of times and resize stay the same."""
     import av
     from torchcodec.decoders import VideoDecoder
 

@@ -13,7 +13,7 @@ _HOME = "maple_trl.omni."
 
 def pack(value: Any, arrays: list[np.ndarray]) -> Any:
     """
-    What `json` can write of `value`; its arrays are appended to `arrays`.
+    Return what `json` can write of `value`; its arrays are appended to `arrays`.
 
     Raises:
         TypeError: for anything but numbers, text, arrays, lists, tuples, dicts with text keys, and dataclasses of
@@ -41,7 +41,7 @@ def pack(value: Any, arrays: list[np.ndarray]) -> Any:
 
 def unpack(value: Any, arrays: Sequence[np.ndarray]) -> Any:
     """
-    The value that [`pack`] was given.
+    Return the value that [`pack`] was given.
 
     Raises:
         TypeError: for a class that is no dataclass of `maple_trl.omni`.

@@ -102,7 +102,7 @@ class _Decoder:
 
     def ask(self, task: Task) -> Any:
         """
-        The outcome of a task. Afterwards, `fit` says whether the process can be asked again.
+        Return the outcome of a task; afterwards, `fit` says whether the process can be asked again.
 
         Raises:
             MediaError: that of the decoder, or `decoder-crashed`, `decoder-memory`, `decode-timeout`.
@@ -147,7 +147,7 @@ class _Decoder:
             raise _Gone from error
 
     def _receive(self, deadline: float, descriptors: list[int] | None = None) -> dict[str, Any] | None:
-        """The next message; `None` when the process has ended. Raises TimeoutError after the deadline."""
+        """Receive the next message; `None` when the process has ended. Raises TimeoutError after the deadline."""
         poller = select.poll()
         poller.register(self._connection, select.POLLIN)
         while True:
@@ -165,7 +165,7 @@ class _Decoder:
             return None
 
     def _end_of_process(self) -> str:
-        """How the process ended, with the last that it wrote."""
+        """Say how the process ended, with the last that it wrote."""
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -183,7 +183,7 @@ class _Decoder:
         return how + (f": {said.splitlines()[-1]}" if said else "")
 
     def end(self) -> None:
-        """Ends the process, if it still runs."""
+        """End the process, if it still runs."""
         self.fit = False
         self.process.kill()
         self.forget()
@@ -193,7 +193,7 @@ class _Decoder:
             pass
 
     def forget(self) -> None:
-        """Closes what this process holds of it."""
+        """Close what this process holds of it."""
         self._connection.close()
         if self._log is not None:
             os.close(self._log)
@@ -228,7 +228,7 @@ class DecoderPool:
 
     def run(self, task: Task) -> Any:
         """
-        Has a process do the task; where none can be started, says so once and does it here.
+        Let a process do the task; where none can be started, say so once and do it here.
 
         Raises:
             MediaError: that of the decoder, or `decoder-crashed`, `decoder-memory`, `decode-timeout`.
@@ -304,7 +304,7 @@ class DecoderPool:
                 self._idle.append(decoder)
 
     def close(self) -> None:
-        """Ends the processes. Whoever asks afterwards gets new ones."""
+        """End the processes; whoever asks afterwards gets new ones."""
         with self._lock:
             idle = [decoder for decoder in self._idle if decoder is not None]
             self._idle = [None] * len(self._idle)
@@ -313,7 +313,7 @@ class DecoderPool:
             decoder.end()
 
     def forget(self) -> None:
-        """In a fork: lets go of what belongs to the process that was forked."""
+        """Let go, in a fork, of what belongs to the process that was forked."""
         for decoder in self._alive:
             decoder.forget()
             decoder.process.returncode = 0  # not ours to wait for
@@ -324,7 +324,7 @@ _pools_lock = threading.Lock()
 
 
 def decoder_pool(count: int, memory: int = WORKER_BYTES, backend: str = "pyav") -> DecoderPool:
-    """The pool of this process with these settings; all loaders share it."""
+    """Return the pool of this process with these settings; all loaders share it."""
     key = (count, memory, backend)
     with _pools_lock:
         if key not in _pools:
@@ -333,7 +333,7 @@ def decoder_pool(count: int, memory: int = WORKER_BYTES, backend: str = "pyav") 
 
 
 def close_decoders() -> None:
-    """Ends all idle decoder processes of this process now, rather than when they have been idle for long."""
+    """End all idle decoder processes of this process now, rather than when they have been idle for long."""
     with _pools_lock:
         pools = list(_pools.values())
     for pool in pools:

@@ -29,13 +29,14 @@ class GrowingLayer(DynamicLayer):
         self._value_room, self.values = _with_room(layer.values.index_select(0, rows))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Add new tokens, and return all keys and values."""
         self._key_room, self.keys = _appended(self._key_room, self.keys, key_states)
         self._value_room, self.values = _appended(self._value_room, self.values, value_states)
         return self.keys, self.values
 
 
 def _with_room(held: Tensor, more: int = 0) -> tuple[Tensor, Tensor]:
-    """A copy of what is held, with room for `more` and `RESERVE` tokens: all of it, and the part that is filled."""
+    """Copy what is held, with room for `more` and `RESERVE` tokens; return all of it, and the part that is filled."""
     length = held.size(-2)
     room = held.new_empty(*held.shape[:-2], length + more + RESERVE, held.size(-1))
     room[..., :length, :] = held
@@ -43,7 +44,7 @@ def _with_room(held: Tensor, more: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _appended(room: Tensor, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """The room, or a larger one, and its filled part with the new tokens after those that are held."""
+    """Put new tokens after those that are held; return the room, or a larger one, and its filled part."""
     length, end = held.size(-2), held.size(-2) + new.size(-2)
     # Rows that were reordered since, as beam search does, lie elsewhere.
     if end > room.size(-2) or held.data_ptr() != room.data_ptr() or len(held) != len(room):

@@ -61,6 +61,7 @@ class PackedAttention:
         shared_prefix: PackedLayout | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attend within a packed row, or leave any other to the function that was there before."""
         if shared_prefix is None:
             return self.plain(module, query, key, value, attention_mask, **kwargs)
         return self.packed(self.plain, module, query, key, value, shared_prefix, **kwargs)
@@ -68,7 +69,7 @@ class PackedAttention:
 
 def install(model: nn.Module) -> bool:
     """
-    Makes a language model's attention able to read packed rows; all else it computes as before.
+    Make a language model's attention able to read packed rows; all else it computes as before.
 
     Nothing is switched around a forward, which reads a packed row where it is passed a `shared_prefix`: gradient
     checkpointing computes a layer again in the backward pass, when what was switched on would be off.
@@ -111,7 +112,7 @@ def packed_sdpa(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """A group's prompt by itself, then its completions as a batch whose keys begin with the prompt's."""
+    """Attend within a group's prompt, then within its completions as a batch whose keys begin with the prompt's."""
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.size(1) != key.size(1)}
     outputs, start = [], 0
     for prefix, suffixes in layout.groups:
@@ -126,7 +127,7 @@ def packed_sdpa(
 def _group_attention(
     query: Tensor, key: Tensor, value: Tensor, prefix: int, suffixes: tuple[int, ...], options: dict
 ) -> list[Tensor]:
-    """Attention of a group's tokens, in pieces along its length, each of shape (1, heads, length, D)."""
+    """Compute the attention of a group's tokens, in pieces along its length, each of shape (1, heads, length, D)."""
     attend: Callable = F.scaled_dot_product_attention
     if len(suffixes) == 1:
         return [attend(query, key, value, is_causal=True, **options)]
@@ -154,7 +155,7 @@ def _group_attention(
 
 
 def _stacked(states: Tensor, sizes: tuple[int, ...], longest: int) -> Tensor:
-    """The suffixes of a group, shape (heads, their total length, D), as a batch of shape (suffixes, heads, longest, D)."""
+    """Stack the suffixes of a group, (heads, their total length, D), as (suffixes, heads, longest, D)."""
     if min(sizes) == longest:
         return states.unflatten(1, (len(sizes), longest)).transpose(0, 1)
     return torch.stack([F.pad(part, (0, 0, 0, longest - part.size(1))) for part in states.split(sizes, dim=1)])
@@ -167,7 +168,7 @@ def packed_flash(
     plain: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, **kwargs
 ) -> tuple[Tensor, None]:
     """
-    Sequences of different lengths in one call: each prompt, and each completion with the keys of its prompt before its own.
+    Attend in one call within each prompt, and within each completion with the keys of its prompt before its own.
 
     The kernels align a causal mask with the end of the keys where there are fewer queries (FlashAttention 2.1 and later).
     """
@@ -188,7 +189,7 @@ def packed_flash(
 
 
 def _sequences(layout: PackedLayout) -> list[tuple[int, int]]:
-    """Numbers of queries and of keys of each sequence."""
+    """Return the numbers of queries and of keys of each sequence."""
     found = []
     for prefix, suffixes in layout.groups:
         if len(suffixes) == 1:
@@ -199,7 +200,7 @@ def _sequences(layout: PackedLayout) -> list[tuple[int, int]]:
 
 
 def _with_prefixes(states: Tensor, layout: PackedLayout) -> Tensor:
-    """A packed row with the prompt of a group repeated before each of its completions."""
+    """Repeat the prompt of a group before each of its completions."""
     lengths = [length for prefix, suffixes in layout.groups for length in (prefix, *suffixes)]
     parts = iter(states.split(lengths, dim=2))
     pieces = []
@@ -232,8 +233,9 @@ def packed_flex(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """
-    The packed row as it is, under a mask of blocks. PyTorch has no backward of it on CPUs, and there computes it without a
-    fused kernel.
+    Attend within the packed row as it is, under a mask of blocks.
+
+    PyTorch has no backward of it on CPUs, and there computes it without a fused kernel.
 
     Raises:
         ValueError: for dropout, which FlexAttention does not have.
@@ -251,7 +253,7 @@ def packed_flex(
 
 @lru_cache
 def _compiled(function: Callable, device: str) -> Callable:
-    """Without compiling, both hold a value for each pair of tokens. Packed rows differ in length."""
+    """Compile flex attention or its mask, which else hold a value per pair of tokens; rows differ in length."""
     return function if device == "cpu" else torch.compile(function, dynamic=True)
 
 

@@ -15,14 +15,14 @@ from maple_trl.omni.prefix.growing_cache import GrowingLayer
 
 
 def grows_cache(config: GenerationConfig) -> bool:
-    """Whether generation grows a key-value cache, whose rows [`share_prefill`] can repeat; others it cannot share."""
+    """Return whether generation grows a key-value cache, whose rows alone [`share_prefill`] can repeat."""
     return config.use_cache is not False and config.cache_implementation in (None, "dynamic")
 
 
 @contextmanager
 def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[None]:
     """
-    Inside this context, the first forward of `core` reads each distinct prompt once, for all rows that share it.
+    Let the first forward of `core` inside this context read each distinct prompt once, for all rows that share it.
 
     `generate()` notices nothing: it passes a row per completion, and gets back the last position's hidden state of each
     row and a key-value cache with a row for each. Of the prompts' other positions no logits are computed.

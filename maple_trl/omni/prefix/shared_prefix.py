@@ -46,14 +46,14 @@ class PackedBatch:
     columns: Tensor
 
     def unpack(self, values_1S: Tensor, batch: int, width: int) -> Tensor:
-        """Values of the suffixes' tokens as a batch of shape (batch, width), 0 where there is no token."""
+        """Return the values of the suffixes' tokens as a batch of shape (batch, width), 0 where there is no token."""
         empty = values_1S.new_zeros(batch, width)
         return empty.index_put((self.rows, self.columns), values_1S[0])
 
 
 def pack(rows: Sequence[EncodedPrompt], completion_ids: Tensor, lengths: Sequence[int]) -> PackedBatch:
     """
-    Packs the rows of a batch.
+    Pack the rows of a batch.
 
     Args:
         rows: the prompt of each row; rows of a prompt share the object, in any order.
@@ -108,7 +108,7 @@ class PackedOutput:
 
 def packed_forward(model: nn.Module, core: nn.Module, batch: PackedBatch, size: tuple[int, int]) -> PackedOutput:
     """
-    Log-probabilities of the packed completions, by TRL's fused head, which is run on their tokens alone.
+    Return log-probabilities of the packed completions, by TRL's fused head, which is run on their tokens alone.
 
     Args:
         model: has the fused head; may be wrapped.

@@ -41,7 +41,7 @@ Serve = Callable[..., AbstractContextManager]
 
 
 def probe_prompt(prompts: Iterable[EncodedPrompt]) -> EncodedPrompt:
-    """The one to compare on: with the most kinds of media, and of those the shortest."""
+    """Choose the prompt to compare on: with the most kinds of media, and of those the shortest."""
     return max(prompts, key=lambda prompt: (len(prompt.kinds), -len(prompt)))
 
 
@@ -50,8 +50,9 @@ def sharing_error(
     model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, media_ids: Sequence[int] = ()
 ) -> float:
     """
-    How far two completions of a prompt come out differently when they share it, as a multiple of what rounding explains:
-    the larger of the mean differences of log-probabilities and of the next token's.
+    Measure how much two completions of a prompt change when they share it, as a multiple of what rounding explains.
+
+    It is the larger of the mean differences of log-probabilities and of the next token's.
 
     Weights in float32 are compared in float32, whatever the run computes in; FlashAttention has no kernels for that.
 
@@ -84,7 +85,7 @@ def sharing_error(
 
 @contextmanager
 def _without_autocast(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Also without that which accelerate puts inside `forward`, where none around a call reaches."""
+    """Turn off autocast, also that which accelerate puts inside `forward`, where none around a call reaches."""
     with torch.autocast(device.type, enabled=False):
         if "_original_forward" not in vars(model):
             yield
@@ -99,7 +100,7 @@ def _without_autocast(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _log_probs(
     model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, media_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of two completions: each with its prompt, the same padded, both in one row, and so with positions one too far."""
+    """Return log-probabilities of two completions: apart, padded, in one row, and there one position too far."""
     device = core.get_input_embeddings().weight.device
     rows = [prompt, prompt]
     is_media = torch.isin(prompt.input_ids, prompt.input_ids.new_tensor(list(media_ids)))
@@ -134,7 +135,7 @@ def _log_probs(
 
 
 def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
-    """Mean difference of the next token's log-probabilities between a prompt that is read once for two rows and twice."""
+    """Return how much the next token's log-probabilities differ on average when two rows read a prompt once."""
     device = core.get_input_embeddings().weight.device
     rows = [prompt, prompt]
     ids = prompt.input_ids.to(device).expand(2, -1)

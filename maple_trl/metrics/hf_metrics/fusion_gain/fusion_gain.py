@@ -1,5 +1,7 @@
 """Fusion gain for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -25,7 +27,9 @@ Returns:
 
 
 class FusionGain(evaluate.Metric):
-    def _info(self):
+    """See [`fused_samples`]."""
+
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -39,10 +43,12 @@ class FusionGain(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, samples, tags, confidence=0.95, resamples=2000, seed=0, clusters=None):
-        scores, clips = {}, {}
-        clusters = [None] * len(samples) if clusters is None else clusters
-        for sample, clip in zip(samples, clusters, strict=True):
+    def _compute(
+        self, predictions: list[float], samples: list[str], tags: list[str], clusters: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        scores: dict[str, dict[ModalityTag, float]] = {}
+        clips: dict[str, str | None] = {}
+        for sample, clip in zip(samples, [None] * len(samples) if clusters is None else clusters, strict=True):
             if clips.setdefault(sample, clip) != clip:
                 raise ValueError(f"Sample {sample!r} is of two clips, {clips[sample]!r} and {clip!r}")
         for score, sample, tag in zip(predictions, samples, tags, strict=True):
@@ -58,7 +64,7 @@ class FusionGain(evaluate.Metric):
                     f"Sample {sample!r} has no score with the input {', '.join(missing)}; it needs all seven"
                 )
         fused = fused_samples({tag: [by_tag[tag] for by_tag in scores.values()] for tag in ModalityTag})
-        estimate = bootstrap_mean(fused, None, confidence, resamples, seed, [clips[sample] for sample in scores])
+        estimate = bootstrap_mean(fused, **options, clusters=[clips[sample] for sample in scores])
         result = {
             "fusion_gain": estimate.value,
             "fusion_gain_low": estimate.low,

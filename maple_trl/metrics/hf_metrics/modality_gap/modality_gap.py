@@ -1,5 +1,7 @@
 """Modality gap for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -23,7 +25,9 @@ Returns:
 
 
 class ModalityGap(evaluate.Metric):
-    def _info(self):
+    """See [`modality_gap_intervals`]."""
+
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -31,9 +35,9 @@ class ModalityGap(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions, tags, weighting="sample", confidence=0.95, resamples=2000, seed=0, clusters=None):
-        gaps = modality_gap_intervals(predictions, tags, weighting, confidence, resamples, seed, clusters)
-        result = {}
+    def _compute(self, predictions: list[float], tags: list[str], **options: Any) -> dict[str, Any]:
+        gaps = modality_gap_intervals(predictions, tags, **options)
+        result: dict[str, Any] = {}
         for name, estimate in gaps.items():
             result[name] = estimate.value
             result[f"{name}_low"] = estimate.low

@@ -1,6 +1,7 @@
 """Paired test of two runs for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
 import dataclasses
+from typing import Any
 
 import datasets
 import evaluate
@@ -26,7 +27,9 @@ Returns:
 
 
 class PairedComparison(evaluate.Comparison):
-    def _info(self):
+    """See [`compare_runs`]."""
+
+    def _info(self) -> evaluate.ComparisonInfo:
         return evaluate.ComparisonInfo(
             module_type="comparison",
             description=_DESCRIPTION,
@@ -37,8 +40,5 @@ class PairedComparison(evaluate.Comparison):
             ),
         )
 
-    def _compute(
-        self, predictions1, predictions2, test="auto", confidence=0.95, resamples=10_000, seed=0, clusters=None
-    ):
-        compared = compare_runs(predictions1, predictions2, None, test, confidence, resamples, seed, clusters)
-        return dataclasses.asdict(compared)
+    def _compute(self, predictions1: list[float], predictions2: list[float], **options: Any) -> dict[str, Any]:
+        return dataclasses.asdict(compare_runs(predictions1, predictions2, **options))

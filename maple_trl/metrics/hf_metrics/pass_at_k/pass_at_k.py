@@ -1,6 +1,7 @@
 """pass@k for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -23,7 +24,9 @@ Returns:
 
 
 class PassAtK(evaluate.Metric):
-    def _info(self):
+    """See [`pass_at_k_interval`]."""
+
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -31,12 +34,12 @@ class PassAtK(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("bool"))}),
         )
 
-    def _compute(self, predictions, k=1, confidence=0.95, resamples=2000, seed=0, clusters=None):
+    def _compute(self, predictions: list[list[bool]], k: int | Sequence[int] = 1, **options: Any) -> dict[str, Any]:
         samples = [len(right) for right in predictions]
         right = [sum(right) for right in predictions]
-        result = {}
+        result: dict[str, Any] = {}
         for tries in k if isinstance(k, Sequence) else [k]:
-            estimate = pass_at_k_interval(samples, right, tries, None, confidence, resamples, seed, clusters)
+            estimate = pass_at_k_interval(samples, right, tries, **options)
             result[f"pass@{tries}"] = estimate.value
             result[f"pass@{tries}_low"] = estimate.low
             result[f"pass@{tries}_high"] = estimate.high

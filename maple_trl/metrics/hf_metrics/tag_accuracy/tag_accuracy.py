@@ -1,5 +1,7 @@
 """Accuracy per modality tag for `evaluate.load`. One import per line: `evaluate` reads them so."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -23,7 +25,9 @@ Returns:
 
 
 class TagAccuracy(evaluate.Metric):
-    def _info(self):
+    """See [`tag_accuracies`]."""
+
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -31,14 +35,14 @@ class TagAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64"), "tags": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions, tags, confidence=0.95, resamples=2000, seed=0, clusters=None):
-        measured = tag_accuracies(predictions, tags, confidence, resamples, seed, clusters)
+    def _compute(self, predictions: list[float], tags: list[str], **options: Any) -> dict[str, Any]:
+        measured = tag_accuracies(predictions, tags, **options)
         estimates = {
             "sample_mean": measured.sample_mean,
             "tag_mean": measured.tag_mean,
             **{f"tag/{tag}": estimate for tag, estimate in measured.per_tag.items()},
         }
-        result = {}
+        result: dict[str, Any] = {}
         for name, estimate in estimates.items():
             result[name] = None if estimate is None else estimate.value
             if estimate is not None:
