@@ -51,7 +51,8 @@ class Opened:
     """A page with all that went wrong in it."""
 
     def __init__(self, browser, path):
-        self.page = browser.new_page(viewport={"width": 1400, "height": 900})
+        # Without smooth scrolling, which goes on while the next thing is clicked.
+        self.page = browser.new_page(viewport={"width": 1400, "height": 900}, reduced_motion="reduce")
         self.errors, self.asked = [], []
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -59,6 +60,10 @@ class Opened:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(Path(path).as_uri())
         self.page.wait_for_selector("#rollout-list[data-drawn]", timeout=60_000)
+        self.heights = self.heights_of_charts()
+
+    def heights_of_charts(self):
+        return self.page.locator(".chart").evaluate_all("places => places.map((place) => place.offsetHeight)")
 
     def after(self, act):
         """Does something that draws the completions anew, and waits for that."""
@@ -141,6 +146,7 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
             charts.nth(i).locator(".main-svg").first.wait_for(timeout=30_000)
     assert opened.errors == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked), opened.asked
+    assert opened.heights_of_charts() == opened.heights, "what is below a chart moves when it is drawn"
     drawn = {section: page.locator(f"#{section} .main-svg").count() for section in SECTIONS}
     assert all(drawn[section] for section in SECTIONS if section not in ("accuracy", "weights", "rollouts")), drawn
     # Every plot says what it shows, and every section has a sentence on it.
@@ -171,6 +177,7 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
 
 def test_curves_of_each_tag_can_be_chosen(opened):
     page = opened.page
+    page.locator("#curves-by-tag").scroll_into_view_if_needed()
     page.locator("#curves-by-tag .main-svg").first.wait_for()
     names = page.locator("#curves-by-tag .legendtext").all_text_contents()
     assert names == ["all", "V", "A", "S", "VA", "VS", "AS", "VAS"]
@@ -259,6 +266,8 @@ def test_clips_play_and_have_a_picture(opened):
             "player.onerror = () => failed('it cannot play'); if (player.readyState > 2) done(); })"
         )
         assert place.evaluate("player => player.duration") > 0.1
+    empty = "player => { player.replaceWith(player = document.createElement('video')); return player.offsetHeight; }"
+    assert video.evaluate("player => player.offsetHeight") == video.evaluate(empty), "what is below moves as it loads"
     assert opened.errors == []
 
 
@@ -296,6 +305,7 @@ def test_an_evaluation_shows_its_questions_clips_and_errors(browser, tmp_path):
     for section in ("accuracy", "rewards", "disparity", "projection"):
         page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
         page.locator(f"#{section} .main-svg").first.wait_for(timeout=30_000)
+    assert opened.heights_of_charts() == opened.heights
     assert opened.errors == []
     page.close()
 
@@ -393,6 +403,7 @@ def test_two_runs_stand_side_by_side(browser, trained, tmp_path):
     opened.after(lambda: opened.page.select_option("#filter-inRun", "1"))
     assert opened.fitting() == (3, 12) and both == (3 + opened_groups(trained), 12 + len(lines_of(trained)))
     page = opened.page
+    page.locator("#curves-by-tag").scroll_into_view_if_needed()
     page.locator("#curves-by-tag .main-svg").first.wait_for()
     dashes = page.locator("#curves-by-tag .scatterlayer path.js-line").evaluate_all(
         "lines => new Set(lines.map((line) => line.style.strokeDasharray)).size"
@@ -431,11 +442,27 @@ def test_many_completions_are_paged(browser, tmp_path):
     assert opened.texts()[0] == "text 24 0"
     opened.after(lambda: opened.page.click("button[data-go=last] >> nth=0"))
     assert opened.texts()[-1] == "text 0 799" and opened.page.locator(".completion").count() <= 64
+    # A page that is typed is drawn when the next button is pressed; the button that is let go turns to the page after.
+    page, after = opened.page.locator(".pager input").first, opened.page.locator("button[data-go=next]").first
+    opened.after(lambda: opened.page.click("button[data-go=first] >> nth=0"))
+    page.fill("5")
+    after.hover()
+    opened.after(opened.page.mouse.down)
+    assert page.input_value() == "5" and opened.texts()[0] == "text 24 256"
+    opened.after(opened.page.mouse.up)
+    assert page.input_value() == "6" and opened.texts()[0] == "text 24 320"
     opened.set("least", "0.9")
     assert opened.fitting() == (2500, 2500)
     opened.set("text", "text 7 8")
     # In rollout 7, texts 8, 80 to 89 and so on; of these the ones with the highest reward.
     wanted = {i // 8 for i in range(800) if str(i).startswith("8") and i % 8 == 7}
     assert f"{len(wanted)} groups" in opened.page.inner_text("#rollouts .pager >> nth=0")
+    # A search goes on to its end, whatever is clicked meanwhile.
+    opened.after(lambda: opened.page.click("text=Show all"))
+    search = "text => { text.value = 'text 7 8'; text.dispatchEvent(new Event('change')); "
+    search += "document.querySelector('button[data-go=next]').click(); }"
+    opened.after(lambda: opened.page.locator("#filter-text").evaluate(search))
+    wanted = {i // 8 for i in range(800) if str(i).startswith("8")}
+    assert opened.page.inner_text("#rollouts .pager .status >> nth=0") == f"{len(wanted)} groups fit"
     assert opened.errors == []
     opened.page.close()

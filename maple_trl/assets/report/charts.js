@@ -1,4 +1,4 @@
-// Charts. Each is drawn when it comes into view.
+// Charts. Each is drawn when it comes into view, at a place of its height: what is below it must not move under a click.
 
 const AXIS = { gridcolor: "#e7ebef", linecolor: "#8c959f", zerolinecolor: "#c6cdd4", ticks: "outside", tickcolor: "#8c959f",
   automargin: true };
@@ -32,6 +32,7 @@ function layoutOf(options) {
 
 function chart(parent, traces, options) {
   const place = node("div", { class: "chart", role: "img", "aria-label": options.title.replace(/<[^>]*>/g, "") });
+  place.style.height = `${layoutOf(options).height}px`;
   parent.append(place);
   waiting.set(place, () => Plotly.newPlot(place, traces, layoutOf(options), CONFIG));
   observer.observe(place);

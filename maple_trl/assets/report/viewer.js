@@ -27,9 +27,9 @@ class Viewer {
     this.shownTags = new Set(this.tags);
     this.question = null;
     this.controls = node("div", { class: "controls", id: "rollout-filters" });
-    this.above = node("div", { class: "pager" });
+    this.above = this.makePager(false);
     this.list = node("div", { id: "rollout-list" });
-    this.below = node("div", { class: "pager" });
+    this.below = this.makePager(true);
     body.append(this.controls, this.above, this.list, this.below);
     this.makeControls();
   }
@@ -141,7 +141,7 @@ class Viewer {
   async search(found, wanted, asked) {
     const kept = [];
     for (const [i, item] of found.entries()) {
-      if (i % 2000 === 0) this.pagers(`Searching, ${Math.round((100 * i) / found.length)} % …`);
+      if (i % 2000 === 0) this.pagers(`Searching, ${Math.round((100 * i) / found.length)} % …`, true);
       const texts = await this.textsOf(item, found.length > 4000);
       if (asked !== this.asked) return [];
       const fitting = texts.completions.some((completion, k) => this.fits(item.run, item.group, item.start + k) && completion.text.toLowerCase().includes(wanted));
@@ -160,18 +160,30 @@ class Viewer {
     return chunk.groups[group - chunk.first];
   }
 
-  pagers(text) {
-    const pages = this.found ? Math.max(1, Math.ceil(this.found.length / PER_PAGE)) : 1;
-    for (const [place, where] of [[this.above, "above"], [this.below, "below"]]) {
-      const go = (page) => () => { this.page = Math.min(Math.max(page, 0), pages - 1); this.show(); if (where === "below") this.above.scrollIntoView(); };
-      const button = (label, page, name) => { const made = node("button", { type: "button", text: label, onclick: go(page), "data-go": name }); made.disabled = page < 0 || page >= pages || page === this.page; return made; };
-      const at = node("input", { type: "number", min: 1, max: pages, value: this.page + 1, "aria-label": "Page" });
-      at.addEventListener("change", () => go((Number(at.value) || 1) - 1)());
-      place.replaceChildren(button("First", 0, "first"), button("Back", this.page - 1, "back"), node("label", {}, "page", at, `of ${pages.toLocaleString("en")}`),
-        button("Next", this.page + 1, "next"), button("Last", pages - 1, "last"), node("span", { class: "status", text }));
-      if (this.question !== null) place.append(node("button", { type: "button", class: "link", text: `only question ${this.question}: show all questions`, onclick: () => { this.question = null; this.page = 0; this.filter(); } }));
-    }
+  get pages() { return this.found ? Math.max(1, Math.ceil(this.found.length / PER_PAGE)) : 1; }
+
+  // Made once and then changed: a button that is replaced while it is pressed gets no click.
+  makePager(below) {
+    const go = (page) => { this.page = Math.min(Math.max(page, 0), this.pages - 1); this.show(); if (below) this.above.scrollIntoView(); };
+    const goals = { First: () => 0, Back: () => this.page - 1, Next: () => this.page + 1, Last: () => this.pages - 1 };
+    const buttons = Object.entries(goals).map(([text, goal]) => node("button", { type: "button", text, onclick: () => go(goal()), "data-go": text.toLowerCase() }));
+    const at = node("input", { type: "number", min: 1, "aria-label": "Page", onchange: () => go((Number(at.value) || 1) - 1) });
+    const of = node("span"), status = node("span", { class: "status" });
+    const question = node("button", { type: "button", class: "link", onclick: () => { this.question = null; this.page = 0; this.filter(); } });
+    const pager = node("div", { class: "pager" }, ...buttons.slice(0, 2), node("label", {}, "page", at, of), ...buttons.slice(2), status, question);
+    pager.update = (text, searching) => {
+      const there = (page) => page >= 0 && page < this.pages && page !== this.page;
+      Object.values(goals).forEach((goal, i) => { buttons[i].disabled = searching || !there(goal()); });
+      Object.assign(at, { max: this.pages, value: this.page + 1, disabled: searching });
+      of.textContent = `of ${this.pages.toLocaleString("en")}`;
+      status.textContent = text;
+      Object.assign(question, { hidden: this.question === null, textContent: `only question ${this.question}: show all questions` });
+    };
+    return pager;
   }
+
+  // While a search runs no page can be turned: to show one would end the search.
+  pagers(text, searching = false) { for (const pager of [this.above, this.below]) pager.update(text, searching); }
 
   async show() {
     const asked = ++this.asked;
