@@ -117,10 +117,10 @@ def watch_gradient(trainer: Any, from_step: int) -> GradientMoments:
     moments = GradientMoments(float("inf"))
     observe = trainer._probe_gradient
 
-    def probe() -> None:
-        observe()
+    def probe(tag: ModalityTag | None) -> None:
+        observe(tag)
         if trainer.state.global_step >= from_step:
-            moments.observe(trainer._gradient_sample(), trainer._optimizer_step_tag)
+            moments.observe(trainer._gradient_sample(), tag)
 
     trainer._probe_gradient = probe
     return moments
