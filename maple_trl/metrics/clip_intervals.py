@@ -3,7 +3,7 @@ Intervals over clips: questions about one clip share its fate, so that the clip 
 
 Every clip is left out once (the delete-one jackknife; Efron and Tibshirani, 1993, chapter 11). A percentile bootstrap over
 clips is too narrow with a few dozen of them, and where clips hold very different numbers of questions; Student's t with
-as many degrees of freedom as the clips are worth is not (see tests/test_clip_intervals.py for the coverage of both).
+as many degrees of freedom as the clips are worth is not (see tests/metrics/test_clip_intervals.py for the coverage of both).
 """
 
 from __future__ import annotations

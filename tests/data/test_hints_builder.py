@@ -32,7 +32,7 @@ from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.train import load_datasets
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-test-0123456789abcdefghijklmnop"
 QUESTION = "Which shape moves?\nA. red circle\nB. dark green square\nC. blue square\nD. yellow star"
 GOOD = "Follow the outline through the whole clip, and compare its corners before you decide."

@@ -14,7 +14,7 @@ from maple_trl.data import load_seven_tags
 pytestmark = pytest.mark.slow
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = "--steps 2 --every 1 --rows 8 --prompts 2 --questions 1 --samples 2 --hard-targets 0.2 --held-out-targets 0.9".split()
 CONTROLS = ["GRPO", "GRPO, G = 4", "replay", "replay, alpha 0"]
 

@@ -14,7 +14,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PROMPT, COMPLETIONS, GENERATIONS, REPEATS = 256, (4, 6), 3, 2
 MODEL = {"hidden": 48, "layers": 2, "heads": 2, "kv-heads": 1, "vocab": 512, "tower": 32, "tower-layers": 2}
 OPTIONS = [text for name, value in MODEL.items() for text in (f"--{name}", str(value))]

@@ -24,7 +24,7 @@ from maple_trl.records.summary import print_summary
 from maple_trl.train import load_datasets, load_rewards
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "demo.yaml"
 
 

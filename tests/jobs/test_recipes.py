@@ -23,7 +23,7 @@ from maple_trl.jobs.stages import load_plan
 pytestmark = pytest.mark.slow
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 GPUS = 4
 

@@ -463,7 +463,7 @@ def test_a_second_process_finds_the_entries(seven_tags, tmp_path):
     cache = TowerCache(0, tmp_path)
     own = [cache.features(world.family, world.core, kind, world.prompts)[0]["tokens"] for kind in ("video", "audio")]
     facts = json.dumps([str(folder), str(tmp_path), row, LIMITS])
-    done = programs.run(["-c", SECOND_PROCESS, Path(__file__).parent, facts])
+    done = programs.run(["-c", SECOND_PROCESS, Path(__file__).parents[1], facts])
     assert done.returncode == 0, done.stderr[-3000:]
     hits, misses, found = json.loads(done.stdout.splitlines()[-1])
     assert (hits, misses) == (2, 0)

@@ -28,7 +28,7 @@ from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, OmniGRPOTrainer
 
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 # Records

@@ -34,7 +34,7 @@ from maple_trl.integrations.lmms_bridge import (
 from maple_trl.rewards import accuracy_reward
 
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def installed() -> str | None:

@@ -92,7 +92,7 @@ def test_without_the_callback_there_are_numbers_alone(seven_tags, tmp_path):
 @needs_tensorboard
 @needs_plots
 def test_a_job_sends_them_by_itself(tmp_path):
-    recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
     words = ["--max_steps", "2", "--output_dir", str(tmp_path), "--report_to", "tensorboard", "--logging_steps", "1"]
     words += ["--evaluate_before_after", "false"]
     assert cli.main(["train", "--config", str(recipe), *words]) == 0
@@ -144,7 +144,7 @@ def test_trackio_gets_plots_and_tables(seven_tags, tmp_path):
     # In a process of its own: trackio reads its folder from the environment when it is imported.
     script = f"""
 import sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}]
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}]
 sys.path += {[path for path in sys.path if path.startswith("/")]!r}
 from datasets import Dataset
 from omni_runs import build_trainer

@@ -153,7 +153,7 @@ def test_where_one_process_cannot_share_none_does(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(ONE_RANK_APART)
     log = tmp_path / "log"
-    ranks = Ranks(2, [program, Path(__file__).parent, tmp_path, json.dumps(rows)], log)
+    ranks = Ranks(2, [program, Path(__file__).parents[1], tmp_path, json.dumps(rows)], log)
     told = (ranks.wait(), log.read_text())
     assert told[0] == 0, told[1][-4000:]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[False, 1]] * 2

@@ -36,7 +36,7 @@ from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.rewards import accuracy_reward
 
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LETTERED = ["A. red", "B. dark red", "C. blue: light", "D. none"]
 PLAIN = ["red", "dark red", "blue: light", "none"]
 

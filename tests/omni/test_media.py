@@ -25,7 +25,7 @@ from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
 
 VFR = {"frames": 12, "pts": [0, 100, 110, 120, 500, 900, 950, 1300, 1310, 2000, 2040, 2900]}
-REAL = Path(os.environ.get("MAPLE_TRL_DAILY_OMNI") or Path(__file__).parents[2] / "shared/data/daily_omni")
+REAL = Path(os.environ.get("MAPLE_TRL_DAILY_OMNI") or Path(__file__).parents[3] / "shared/data/daily_omni")
 REAL_CLIPS = sorted(REAL.glob("Videos/*/*.mp4"))
 
 

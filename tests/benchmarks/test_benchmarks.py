@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GROUPS, GENERATIONS, REPEATS = 2, 3, 2
 TINY = {
     "groups": GROUPS,

@@ -33,7 +33,7 @@ from maple_trl.reports.series import series_of, thinned
 
 
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EVAL = [*MODEL, "--data", "builtin:seven-tags", "--limit", "12", "--samples", "2", "--quiet"]
 
 

@@ -342,7 +342,7 @@ class TestClipsOfRows:
 
 
 def test_what_benchmarks_print(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     benchmark = importlib.import_module("_accuracy")
     found = benchmark.spread([0.5, 0.6, 0.7, 0.8])
     assert found["mean"] == pytest.approx(0.65) and found["error"] == pytest.approx(found["std"] / 2)

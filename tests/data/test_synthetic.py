@@ -415,7 +415,7 @@ def test_target_text_is_perceived_values_and_letter(written):
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "scripts" / "make_tiny_omni.py"
+    path = Path(__file__).parents[2] / "scripts" / "make_tiny_omni.py"
     spec = importlib.util.spec_from_file_location("make_tiny_omni", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

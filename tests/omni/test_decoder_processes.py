@@ -29,7 +29,7 @@ from maple_trl.omni.media.wire import pack, unpack
 pytestmark = pytest.mark.slow
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at through /proc")
 
 

@@ -31,7 +31,7 @@ from maple_trl.train import build_trainer
 pytestmark = pytest.mark.slow
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300  # seconds; only ends a run that hangs
 
 BASE = """
