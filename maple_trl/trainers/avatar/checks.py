@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 def check_tags(args: AvatarConfig, dataset: Any) -> None:
     """
+    Check that each row has a tag, where rows are batched or scaled by tag.
+
     Raises:
         RowError: for the first row without a tag, where an option needs one.
         ValueError: for a streamed data set, where rows are batched or scaled by tag.
@@ -43,6 +45,8 @@ def check_tags(args: AvatarConfig, dataset: Any) -> None:
 
 def check_hints(args: AvatarConfig, dataset: Any, builder: PromptBuilder | None) -> None:
     """
+    Check the column `hint`, and that each row that has one can be shown with it.
+
     Raises:
         RowError: for the first row that cannot be a prompt with its hint.
         ValueError: when no row has a hint.
@@ -78,7 +82,7 @@ def check_hints(args: AvatarConfig, dataset: Any, builder: PromptBuilder | None)
 
 
 def _tell_of_leaks(dataset: Dataset, hinted: Sequence[int]) -> None:
-    """Warns of hints that give the answer away: they are the user's own, `maple-trl data hints` writes none such."""
+    """Warn of hints that give the answer away, which users may write and `maple-trl data hints` does not."""
     if "solution" not in dataset.column_names:
         return
     found = {}
@@ -99,7 +103,7 @@ def _tell_of_leaks(dataset: Dataset, hinted: Sequence[int]) -> None:
 
 
 def _asked(prompt: Any) -> str:
-    """The text of the last user message."""
+    """Return the text of the last user message."""
     messages = read_content(prompt).messages
     if isinstance(messages, str):
         return messages
@@ -109,6 +113,8 @@ def _asked(prompt: Any) -> str:
 
 def check_places(args: AvatarConfig, world: int) -> None:
     """
+    Check that a completion of a rollout can be replayed, as its places are shared by the ranks.
+
     Raises:
         ValueError: when no completion of a rollout could ever be replayed.
     """
@@ -125,6 +131,8 @@ def check_places(args: AvatarConfig, world: int) -> None:
 
 def check_dropout(args: AvatarConfig, model: nn.Module) -> None:
     """
+    Check that no dropout makes log-probabilities random, which replay compares over time.
+
     Raises:
         ValueError: when log-probabilities are random, so that those of a replayed completion cannot be compared with the
             ones it was written with.
@@ -141,11 +149,11 @@ def check_dropout(args: AvatarConfig, model: nn.Module) -> None:
 
 def check_visits(args: AvatarConfig, dataset: Any) -> None:
     """
-    Tells of runs in which prompts do not come back while their completions are stored.
+    Check that prompts come back while their completions are stored; warn where many will be gone.
 
     Raises:
-        ValueError: when the run is one epoch long, so that nothing could ever be replayed. Of one that `max_steps` ends
-            within an epoch it is only told, for that may be a first try.
+        ValueError: when the run is one epoch long, so that nothing could ever be replayed, or when streamed rows would
+            have to be shown again. A run that `max_steps` ends within an epoch may be a first try: it is a warning.
     """
     if not args.replayed_generations:
         return

@@ -222,6 +222,7 @@ class AvatarConfig(MAPOConfig):
 
     @property
     def tag_aware(self) -> bool:
+        """Whether MAPO's schedule and loss are switched on, by `loss_strata`; each row needs a tag then."""
         return self.loss_strata is not None
 
     def _check_numbers(self) -> None:
@@ -250,7 +251,7 @@ class AvatarConfig(MAPOConfig):
 
     @property
     def _purpose(self) -> str | None:
-        """What the loss has beyond TRL's."""
+        """What the loss has beyond TRL's, `"replay"` or `"tas_lambda"`; `None` where it is TRL's."""
         return "replay" if self.replayed_generations else "tas_lambda" if self.tas_lambda else None
 
     def _check_loss_type(self) -> None:
@@ -292,7 +293,7 @@ class AvatarConfig(MAPOConfig):
             )
 
     def _check_unused(self) -> None:
-        """Options that would silently do nothing."""
+        """Refuse options that would silently do nothing."""
         defaults = {f.name: f.default for f in fields(self)} | {"advantage_scope": _NEUTRAL["advantage_scope"]}
         names = [name for name in defaults if name.startswith("replay_")]
         scope = () if self.tag_aware else ("advantage_scope",)
@@ -316,7 +317,7 @@ class AvatarConfig(MAPOConfig):
 
     def new_buffer(self) -> StratifiedReplayBuffer:
         """
-        An empty replay buffer as these options want it.
+        Return an empty replay buffer with these options.
 
         Raises:
             ValueError: when the options contradict each other, in terms of the fields here.

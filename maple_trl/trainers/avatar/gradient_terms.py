@@ -13,7 +13,7 @@ TERMS = ("on", "off")
 
 class TermGradients:
     """
-    Gradients of J_on and of J_off over the micro-batches of an optimizer step.
+    Gradients of J_on (fresh completions) and J_off (replayed ones), summed over an optimizer step's micro-batches.
 
     A loss depends on the log-probabilities row by row, so each row's share of the gradient follows from the loss's
     derivatives by its own log-probabilities. The graph of the loss is kept and no `.grad` is touched: the backward pass that
@@ -30,7 +30,7 @@ class TermGradients:
 
     def add(self, loss: Tensor, logps_NT: Tensor, replayed_N: Tensor) -> None:
         """
-        Adds those of a micro-batch, before its backward pass.
+        Add the gradients of a micro-batch's loss, before its backward pass.
 
         Args:
             loss (`Tensor`): with the graph that it came from.
@@ -51,8 +51,9 @@ class TermGradients:
 
     def metrics(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """
-        `replay/gradient_on` and `replay/gradient_off`, the norms before clipping, and `replay/gradient_cosine` of the angle
-        between both, where neither is 0. Every rank must call this together.
+        Return the norms of both gradients before clipping, and the cosine of their angle; a collective call.
+
+        The keys are `replay/gradient_on`, `replay/gradient_off` and, where neither is 0, `replay/gradient_cosine`.
 
         Args:
             mean (`Callable`): the mean of a tensor over the ranks.

@@ -20,10 +20,10 @@ QUANTILES = (0.05, 0.5, 0.95)
 @dataclass
 class PassSums:
     """
-    Of the passes between two optimizer steps.
+    Importance ratios and training signal of the passes of an optimizer step.
 
     Attributes:
-        log_ratios: of replayed tokens to the policy that wrote them, one tensor per pass.
+        log_ratios: of a replayed completion's tokens to the policy that wrote them, a tensor of shape (T,) each.
         profile (`Tensor` of shape (2, POINTS)): sum of the signal at each position in a completion, and the completions.
     """
 
@@ -31,17 +31,19 @@ class PassSums:
     profile: Tensor = field(default_factory=lambda: torch.zeros(2, POINTS, dtype=torch.float64))
 
     def add_log_ratios(self, log_ratios: Tensor) -> None:
+        """Add the log-ratios of a replayed completion's tokens, shape (T,)."""
         self.log_ratios.append(log_ratios.float().cpu())
 
     def add_signal(self, signal_NT: Tensor, mask_NT: Tensor) -> None:
         """
-        Adds the size of the tokens' policy gradient weights, |ratio x shaped advantage|.
+        Add the size of the weight of each token in the policy gradient, |ratio x shaped advantage|.
 
         A token's position is x = t / (L - 1), as temporal advantage shaping counts it; the only token of a completion
         has none. Between two tokens the signal is interpolated, so that each completion counts at each point, however
         long it is.
 
         Args:
+            signal_NT (`Tensor` of shape (N, T) or (N, 1)): that size for each token.
             mask_NT (`Tensor` of shape (N, T)): 1 for tokens that count, which come first in each row.
         """
         lengths_N = mask_NT.sum(dim=1)
@@ -58,7 +60,7 @@ class PassSums:
 
 def pass_metrics(found: Sequence[PassSums]) -> dict[str, float]:
     """
-    What the passes of all ranks show together.
+    Return metrics of the passes of all ranks together.
 
     `replay/ratio_p05`, `replay/ratio_p50`, `replay/ratio_p95` and `replay/ratio_max` are of the importance ratios of
     replayed tokens, `replay/effective_share` their effective sample size as a share of their number, and

@@ -17,10 +17,11 @@ class MixedRollout(Rollout):
 
     Attributes:
         replayed (`Tensor` of shape (N,)): bool, whether a place holds a replayed completion.
-        past, baselines (`Tensor` of shape (N,)): its reward, and the baseline of its own prompt; NaN elsewhere.
+        past, baselines (`Tensor` of shape (N,)):
+            Reward of the replayed completion, and baseline of the prompt it was written for; NaN in other places.
         past_tags (`Tensor` of shape (N,)):
-            The tag of its own row as a number, `UNTAGGED` where its media have gone.
-        own (`Tensor` of shape (N,)): bool, whether it is of the prompt of its group.
+            Tag of the row it was written for, as a number; `UNTAGGED` where its media have gone, and in other places.
+        own (`Tensor` of shape (N,)): bool, whether a place holds a replayed completion of its group's own prompt.
         hinted (`Tensor` of shape (prompts,)): bool, whether fresh completions were shown a hint.
     """
 
@@ -33,18 +34,19 @@ class MixedRollout(Rollout):
 
     @property
     def counted_tags(self) -> Tensor:
+        """Tag that each completion counts for in the loss; of a replayed one that of its own row; shape (N,)."""
         return torch.where(self.replayed, self.past_tags, super().counted_tags)
 
     @property
     def replayed_groups(self) -> Tensor:
-        """Number of each replayed completion's group; those of other prompts are each a group of their own."""
+        """Group of each replayed completion, as a number; one of another prompt is its own group; shape (replayed,)."""
         groups, own = self.groups[self.replayed], self.own[self.replayed]
         strangers = len(self.hinted) + torch.arange(len(groups), device=groups.device)
         return torch.where(own, groups, strangers)
 
     def filled(self, wanted: int) -> float:
         """
-        The share of the replayed completions asked for that there were, from 0 to 1.
+        Return how many replayed completions there are, as a share of those that were asked for.
 
         Args:
             wanted: replayed completions that each group is to have.

@@ -17,8 +17,8 @@ from maple_trl.algorithms.replay import tier_of, tier_thresholds
 
 REPLAY_SCOPES = ("tiers", "prompt", "buffer")
 """
-Which completions a group replays: any prompts' by tier, its own prompt's, or its own prompt's and in the places that these
-leave other prompts' by tier.
+Which completions a group replays: `tiers`, those of any prompts, by tier; `prompt`, those of its own prompt; `buffer`,
+those of its own prompt, and by tier others in the places that these leave.
 """
 
 
@@ -70,11 +70,11 @@ class ReplayPlan:
         return [not (replayed or absent) for replayed, absent in zip(self.replayed, empty, strict=True)]
 
     def places(self, replayed: bool) -> list[int]:
-        """Places of the fresh or of the replayed completions."""
+        """Return the places of the replayed completions, or of the fresh ones."""
         return [place for place, flag in enumerate(self.replayed if replayed else self.fresh) if flag]
 
     def groups_of(self, places: Sequence[int]) -> Tensor:
-        """Number of each one's group, of shape (places,)."""
+        """Return the number of each place's group, shape (places,)."""
         return torch.tensor(places, dtype=torch.long) // self.group_size
 
 
@@ -93,11 +93,11 @@ class Pending:
 @dataclass
 class PassRecord:
     """
-    What a rank found out in its training passes since it was last taken.
+    Findings of a rank's training passes, until [`ReplayMemory.write`] takes them.
 
     Attributes:
-        completions: number, token ids and behaviour log-probabilities of fresh completions.
-        divergences: number of a replayed completion, sum of its token KL, and its tokens.
+        completions: of each fresh completion its number, token ids, and their log-probabilities when they were generated.
+        divergences: of each replayed completion its number, the sum of its tokens' KL, and how many these are.
     """
 
     completions: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
@@ -151,13 +151,13 @@ class ReplayMemory:
         self._replaying: dict[int, str] = {}
 
     def may_hint(self, key: str) -> bool:
-        """Whether the hinted form of a prompt may be needed at its next visit."""
+        """Return whether fresh or replayed completions may stand under a prompt with its hint at its next visit."""
         if self.hints is None:
             return False
         return self.hints.due(key) or any(experience.hinted for experience in self.buffer.stored(key))
 
     def scored_by(self, key: str, names: Sequence[str]) -> list[bool]:
-        """Which reward functions have scored stored completions of a prompt, so that they apply to it."""
+        """Return whether each reward function has scored a stored completion of a prompt, and so applies to it."""
         stored = [experience.rewards or {} for experience in self.buffer.stored(key)]
         return [any(not math.isnan(rewards.get(name, math.nan)) for rewards in stored) for name in names]
 
@@ -165,7 +165,7 @@ class ReplayMemory:
         self, groups: Sequence[Group], group_size: int, step: int, ranks: int, empty: int | None = None
     ) -> ReplayPlan:
         """
-        Decides which completions of a rollout are generated: as few as what is stored allows.
+        Decide which completions of a rollout are generated: as few as what is stored allows.
 
         Args:
             groups: the rollout's prompts over all ranks, in order.
@@ -184,7 +184,7 @@ class ReplayMemory:
         return rollout
 
     def _wanted(self, groups: Sequence[Group], step: int) -> list[int]:
-        """How many completions each group can replay."""
+        """Return how many completions each group can replay."""
         if self.scope == "tiers":  # spread evenly, since ranks wait for the one that has fewest
             most = self.replayed * len(groups)
             total = min(most, self.buffer.elsewhere((), step, self._fitting(groups)))
@@ -201,7 +201,7 @@ class ReplayMemory:
         return wanted
 
     def _fitting(self, groups: Sequence[Group]) -> Callable[[Experience], bool] | None:
-        """Whether an experience may be replayed in a rollout of these prompts; `None` where all may."""
+        """Return a test of whether an experience may be replayed in a rollout of these prompts; `None`: all may."""
         if self.tag_of is None:
             return None
         tags = {group.tag for group in groups}
@@ -211,7 +211,7 @@ class ReplayMemory:
         self, rollout: ReplayPlan, rewards_F: Tensor, scores_FR: Tensor, names: Sequence[str], step: int
     ) -> list[Experience]:
         """
-        Takes the rewards of the fresh completions, over all ranks and in the order of their places.
+        Take the rewards of all ranks' fresh completions, in the order of their places, and draw the replayed ones.
 
         Args:
             rewards_F (`Tensor` of shape (fresh,)): what they are trained with, NaN where no function gave any.
@@ -248,10 +248,11 @@ class ReplayMemory:
         self, rollout: ReplayPlan, counts: list[int], known: list[list[float]], step: int
     ) -> list[list[Experience]]:
         """
-        For each group as many as it has places. Completions of a prompt of the rollout go to its own group first.
+        Draw by tier what each group replays, as many completions as it has places.
 
-        A prompt that is stuck replays one of its own whatever the draw, for a hint asks how far the policy has moved on it,
-        and completions that all failed are hardly drawn.
+        Completions of a prompt of the rollout go to its own group first. A prompt that is stuck replays one of its own
+        whatever the draw: a hint asks how far the policy has moved on it, and completions that all failed are hardly
+        drawn.
         """
         fresh: dict[str, list[float]] = {}
         dealt: list[list[Experience]] = [[] for _ in counts]
@@ -279,7 +280,7 @@ class ReplayMemory:
     def _draw_by_prompt(
         self, rollout: ReplayPlan, counts: list[int], known: list[list[float]], step: int
     ) -> list[list[Experience]]:
-        """For each group those of its own prompt, and with scope `buffer` others in the places that these leave."""
+        """Draw completions of each group's own prompt, and with scope `buffer` others by tier for the places left."""
         how = {"draw": self.draw, "baselines": self.vcrs}
         drawn: list[list[Experience]] = [[] for _ in counts]
         for number, group in enumerate(rollout.groups):
@@ -299,7 +300,7 @@ class ReplayMemory:
         return baseline is not None and baseline < self.hint_below and tier_of(baseline, thresholds) == "hard"
 
     def _note(self, rollout: ReplayPlan, places, rewards, scores, names, step: int) -> None:
-        """Notes what will be known of the completions when they are trained on."""
+        """Note what is known of fresh completions, until a training pass shows their log-probabilities."""
         for place, reward, row_scores in zip(places, rewards, scores, strict=True):
             number = place // rollout.group_size
             group = rollout.groups[number]
@@ -311,27 +312,27 @@ class ReplayMemory:
             )
 
     def _note_replayed(self, rollout: ReplayPlan, experiences: Sequence[Experience]) -> None:
-        """Notes which completions tell how far the policy has moved on which prompts."""
+        """Note replayed completions' prompts, until a training pass shows how far the policy has moved on them."""
         for place, experience in zip(rollout.places(replayed=True), experiences, strict=True):
             self._replaying[rollout.first_number + place] = experience.prompt
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Forgets fresh completions that are not trained on, so that their log-probabilities will not be known."""
+        """Forget fresh completions that no training pass will see, so that they are not stored."""
         for number in numbers:
             self._pending.pop(number, None)
 
     def watches(self, number: int) -> bool:
-        """Whether a completion is to be stored even if it is not trained on: a hint waits to be told of its prompt."""
+        """Return whether a completion is stored even if it is not trained on: a hint waits for one of its prompt."""
         pending = self._pending.get(number)
         return pending is not None and self.hints is not None and self.hints.watches(pending.key)
 
     def waits_for(self, number: int) -> bool:
-        """Whether a completion has not been trained on before."""
+        """Return whether a completion, fresh or replayed, is still to be in a training pass."""
         return number in self._pending or number in self._replaying
 
     def write(self, found: Iterable[PassRecord]) -> None:
         """
-        Stores fresh completions and takes note of divergences.
+        Store fresh completions, and tell hints how far the policy has moved on replayed ones.
 
         Args:
             found: what each rank found out, in the order of the ranks.
@@ -369,16 +370,13 @@ class ReplayMemory:
     # State
 
     def metrics(self) -> dict[str, float]:
-        """
-        Those of the buffer, of the baselines and of the hints, and `replay/unstorable`: completions without a reward or
-        a token.
-        """
+        """Return metrics of buffer, baselines and hints, and how many completions lacked a reward or a token."""
         metrics = self.buffer.metrics() | self.vcrs.metrics() | {"replay/unstorable": float(self.unstorable)}
         metrics.pop("replay/hit_rate", None)  # of what was planned, which the buffer always has
         return metrics if self.hints is None else metrics | self.hints.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the buffer, which has files of its own; ready for JSON."""
+        """Return all but the buffer, which has files of its own, ready for JSON."""
         return {
             "vcrs": self.vcrs.state_dict(),
             "hints": None if self.hints is None else self.hints.state_dict(),
@@ -389,7 +387,7 @@ class ReplayMemory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from [`state_dict`]."""
+        """Continue from [`state_dict`]."""
         self.vcrs.load_state_dict(state["vcrs"])
         if self.hints is not None and state["hints"] is not None:
             self.hints.load_state_dict(state["hints"])

@@ -53,12 +53,12 @@ class MemoryState:
         self.empty = empty
 
     def save(self, folder: str) -> None:
-        """Writes it."""
+        """Write the memory into the folder of a checkpoint."""
         save_memory(folder, self.memory, self.needed())
 
     def load(self, folder: str) -> None:
         """
-        Goes on with it; a collective call, for all ranks go on with the same.
+        Continue from the memory of a checkpoint; a collective call, so that all ranks have the same.
 
         Raises:
             ResumeError: when it cannot be read, or depends on something that has changed.
@@ -80,7 +80,7 @@ def provenance(
     args: AvatarConfig, dataset: Any, rewards: list[str], weights: Tensor, tokenizer: Any, processing_class: Any
 ) -> dict[str, str]:
     """
-    What stored completions and their rewards depend on, as digests by name.
+    Return digests of what stored completions and their rewards depend on, by name.
 
     Args:
         rewards, weights: names of the reward functions, and the weight of each (R,).
@@ -100,7 +100,7 @@ def provenance(
 
 def save_memory(folder: str, memory: ReplayMemory, written_with: Mapping[str, str]) -> None:
     """
-    Writes a memory.
+    Write a memory into the folder of a checkpoint.
 
     Args:
         written_with: what it depends on; see [`provenance`].
@@ -114,7 +114,7 @@ def save_memory(folder: str, memory: ReplayMemory, written_with: Mapping[str, st
 
 def load_memory(folder: str, memory: ReplayMemory, needed: Mapping[str, str]) -> None:
     """
-    Reads what [`save_memory`] wrote.
+    Read what [`save_memory`] wrote.
 
     Raises:
         ReplayStateError: when a file is missing or damaged, or the memory depends on something that has changed. What

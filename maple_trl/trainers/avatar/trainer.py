@@ -75,9 +75,10 @@ Shown = tuple[dict[str, Any], EncodedPrompt | None]
 
 class AvatarTrainer(MAPOTrainer):
     """
-    AVATAR's off-policy GRPO: each group mixes fresh completions with replayed ones, drawn by tier of difficulty out of a
-    buffer; replayed ones are held against a moving baseline of their own prompt (VCRS); advantages are shaped over token
-    positions (TAS); prompts that are stuck are shown with a hint.
+    GRPO that replays completions, shapes advantages and gives hints to prompts that are stuck (AVATAR).
+
+    Each group mixes fresh completions with replayed ones, drawn by tier of difficulty out of a buffer. Replayed ones
+    are held against a moving baseline of their own prompt (VCRS). Advantages are shaped over token positions (TAS).
 
     With `replayed_generations=0` and `tas_lambda=0` it is TRL's GRPO. What [`MAPOTrainer`] does by tag (weights, curriculum,
     filtering, strata of the loss) can be switched on beside it: `AvatarConfig(method="mapo")`.
@@ -172,7 +173,7 @@ class AvatarTrainer(MAPOTrainer):
         return encoded
 
     def _discard_quarantined(self) -> None:
-        """What cannot be shown any more cannot be replayed; quarantine.json names the reasons."""
+        """Discard stored completions of prompts in quarantine, which cannot be shown any more."""
         reasons = {} if self.family is None else {prompt.key: prompt.detail for prompt in self.row_encoder.quarantined}
         for key in self.memory.buffer.prompts() if reasons else ():
             reason = reasons.get(prompt_key(key))
@@ -191,7 +192,7 @@ class AvatarTrainer(MAPOTrainer):
         return Group(key, number, tag_number(row.get("tag")), hintable)
 
     def _hinted_prompt(self, row: dict[str, Any], prompt: EncodedPrompt) -> EncodedPrompt | None:
-        """The row's prompt with its hint; `None` where that does not fit."""
+        """Return the encoded prompt of a row with its hint; `None` where it cannot be encoded."""
         key = row_key(row, prompt)
         if key not in self._hinted_prompts:
             try:
@@ -217,7 +218,7 @@ class AvatarTrainer(MAPOTrainer):
         return [encoded[key] if key.endswith(HINTED) else next(plain) for key in keys]
 
     def _row_of(self, key: str) -> dict[str, Any]:
-        """The row behind a key of the memory."""
+        """Return the row of the data set that a key of the memory stands for."""
         if self.family is None:
             return self.train_dataset[self._text_row(key)]
         rows = self.row_encoder.registries["train_dataset"].rows_of(prompt_key(key))
@@ -229,7 +230,7 @@ class AvatarTrainer(MAPOTrainer):
         return self._numbers[key]
 
     def _tag_of(self, experience: Experience) -> int:
-        """The tag of a replayed completion's row, as a number."""
+        """Return the tag of the row that a stored completion was written for, as a number."""
         if self._tags is None:
             tags = self.train_dataset["tag"] if "tag" in self.train_dataset.column_names else ()
             self._tags = [tag_number(tag) for tag in tags] or [UNTAGGED] * len(self.train_dataset)
@@ -276,7 +277,7 @@ class AvatarTrainer(MAPOTrainer):
         return Round(batch, mixed, places)
 
     def _plan(self, slots: Sequence[Shown]) -> ReplayPlan:
-        """Which completions of all ranks' places are generated. A refill replays nothing."""
+        """Plan which of all ranks' completions are generated and which are replayed; a refill replays nothing."""
         rounds, size = self._flight.rounds, self.num_generations
         if not rounds:
             self._hinted_prompts = {}
@@ -292,7 +293,7 @@ class AvatarTrainer(MAPOTrainer):
         return self.memory.plan(groups, size, self.state.global_step, self.accelerator.num_processes, empty)
 
     def _complete_fresh(self, plan: ReplayPlan, shown: Sequence[Shown]) -> tuple[Batch, Rollout]:
-        """TRL's rollout of rows that are no whole groups; its advantages are replaced afterwards."""
+        """Let TRL generate and score rows that are no whole groups; its advantages are replaced afterwards."""
         rows, prompts = (list(part) for part in zip(*shown, strict=True))
         device = self.accelerator.device
         fresh = torch.tensor(plan.fresh, device=device)
@@ -309,13 +310,15 @@ class AvatarTrainer(MAPOTrainer):
         self, replayed: dict[int, tuple[dict[str, Any], EncodedPrompt | None, Experience]]
     ) -> tuple[dict[int, tuple[dict[str, Any], EncodedPrompt | None, Experience | None]], set[int]]:
         """
-        Replayed completions by place, with the rows and prompts that they were written under. Every rank must call this
-        together.
+        Put each replayed completion under the row and prompt that it was written for; a collective call.
 
         Where media have gone, the completion stays in the place of its group, without a token that counts.
 
+        Args:
+            replayed: of this rank, by place: the row and prompt of the place, and the completion.
+
         Returns:
-            those of this rank, and the places of all ranks whose media have gone.
+            the same with each completion's own row and prompt, and the places of all ranks whose media have gone.
         """
         shown: dict[tuple[str, bool], Shown] = {}
         failed: dict[tuple[str, bool], MediaError] = {}
@@ -348,7 +351,7 @@ class AvatarTrainer(MAPOTrainer):
         return row, prompt
 
     def _shown(self, row: dict[str, Any], prompt: EncodedPrompt | None, hinted: bool) -> Shown:
-        """A row and its prompt as they are shown to the model."""
+        """Return a row and its prompt as they are shown to the model, with the hint where `hinted`."""
         if not hinted:
             return row, prompt
         hinted_prompt = None if prompt is None else self._hinted_prompt(row, prompt)
@@ -358,10 +361,10 @@ class AvatarTrainer(MAPOTrainer):
         self, plan: ReplayPlan, rollout: Rollout, experiences: dict[int, Experience], lost: set[int]
     ) -> MixedRollout:
         """
-        What all ranks generated and replayed.
+        Put what all ranks generated and replayed into the places of one rollout.
 
         Args:
-            experiences: the replayed completions, by place.
+            experiences: the replayed completions of all ranks, by place.
             lost: places of those whose media have gone.
         """
         device, count = rollout.rewards.device, len(plan.replayed)
@@ -425,8 +428,10 @@ class AvatarTrainer(MAPOTrainer):
 
     def _let_go(self, rollout: MixedRollout, kept: Tensor) -> None:
         """
-        Fresh completions that are not trained on are not stored for replay, but for those that hints wait for: how far the
-        policy has moved on a stuck prompt can only be told from completions of it.
+        Forget fresh completions that are not trained on, so that they are not stored for replay.
+
+        Those that hints wait for are stored all the same: how far the policy has moved on a stuck prompt can only be
+        told from completions of it.
         """
         if not self._dropping:
             return
@@ -448,7 +453,7 @@ class AvatarTrainer(MAPOTrainer):
     @torch.no_grad()
     def _store_unseen(self, watched: Sequence[list[int]]) -> None:
         """
-        Takes down completions that no training pass will see, with their log-probabilities.
+        Compute the log-probabilities of completions that no training pass will see, so that they can be stored.
 
         Args:
             watched: for each round, the rows of its batch.
@@ -476,7 +481,7 @@ class AvatarTrainer(MAPOTrainer):
         replayed: list[tuple[dict[str, Any], EncodedPrompt | None, Experience | None]],
         like: Batch,
     ) -> Batch:
-        """Replayed completions with the prompts that they were written under, as a batch with the fields of another."""
+        """Make a batch of replayed completions under their own prompts, with the fields of the batch `like`."""
         shown = [self._shown(row, prompt, e is not None and e.hinted) for row, prompt, e in replayed]
         self.rollout_log.note_replayed(self, shown, [experience for *_, experience in replayed])
         prompts = [prompt for _, prompt in shown]
@@ -526,7 +531,7 @@ class AvatarTrainer(MAPOTrainer):
 
     def _balance(self, chunks: list[Batch], rollout: MixedRollout) -> None:
         """
-        Scales the advantages so that TRL's mean over all completions becomes J_on + alpha J_off (AVATAR eq. 3).
+        Scale the advantages so that TRL's mean over all completions becomes J_on + alpha J_off (AVATAR eq. 3).
 
         The surrogates are linear in the size of the advantage, so a term's weight can stand in it.
         """
@@ -542,7 +547,7 @@ class AvatarTrainer(MAPOTrainer):
             chunk[FRESH_SCALE_KEY] = torch.full_like(chunk["advantages"], fresh_scale)
 
     def _counts_of_terms(self, chunk: Batch) -> Tensor:
-        """Fresh, replayed and unscorable completions (or their tokens) in TRL's mean, and all tokens; shape (4,)."""
+        """Count fresh, replayed and unscorable completions (or tokens) in TRL's mean, and all tokens; shape (4,)."""
         replayed = chunk[REPLAYED_KEY].bool()
         lengths = chunk["completion_mask"].sum(dim=1)
         counted = lengths if self.loss_type in ("dapo", "cispo") else torch.ones_like(lengths)
@@ -567,7 +572,7 @@ class AvatarTrainer(MAPOTrainer):
         return totals
 
     def _strata(self, chunk: Batch, rollout: Rollout) -> Tensor:
-        """Replayed completions have strata of their own, behind those of the fresh ones."""
+        """Return each row's stratum of the loss, shape (N,): replayed rows have their own, numbered after fresh ones."""
         strata = super()._strata(chunk, rollout)
         replayed = chunk[REPLAYED_KEY].bool() & (strata != UNTAGGED)
         return torch.where(replayed, strata + UNTAGGED + 1, strata)
@@ -583,7 +588,7 @@ class AvatarTrainer(MAPOTrainer):
         counts = super()._counts_of_mean(chunks)
         if not self.args.replayed_generations:
             return counts
-        # `_balanced` has scaled the terms; here it is said which optimizer steps have something to count.
+        # `_balance` has scaled the terms; here it is said which optimizer steps have something to count.
         return (counts[:, :1] > 0).expand_as(counts).to(counts)
 
     # Loss
@@ -603,7 +608,7 @@ class AvatarTrainer(MAPOTrainer):
                 self._correct_divergence(flight.inputs)
 
     def _probe_terms(self, loss: Tensor, flight: PassInFlight) -> None:
-        """Takes the gradients of both terms, at the steps at which they are asked for."""
+        """Add up the gradients of J_on and of J_off, at the optimizer steps at which they are asked for."""
         if not self._steps_between_probes:
             return
         # Nothing is replayed at the first step.
@@ -635,7 +640,7 @@ class AvatarTrainer(MAPOTrainer):
         return found
 
     def _objective_of(self, inputs: Batch) -> dict[str, Any]:
-        """Settings of TRL's loss: the clip of each row, and a penalty that is a mean over the fresh ones."""
+        """Return settings of TRL's loss: the clip of each row, and the weight of a penalty over fresh rows alone."""
         settings: dict[str, Any] = {}
         replayed = inputs[REPLAYED_KEY].bool()[:, None]
         clips = {"epsilon_low": self.args.replay_epsilon, "epsilon_high": self.args.replay_epsilon_high}
@@ -649,7 +654,7 @@ class AvatarTrainer(MAPOTrainer):
         return settings
 
     def _record(self, flight: PassInFlight) -> None:
-        """Takes what a training pass found out: log-probabilities of fresh completions, ratios of replayed ones."""
+        """Take down, from a training pass, fresh completions' log-probabilities and replayed ones' ratios."""
         inputs, logps = flight.inputs, flight.logps.detach()
         mask, replayed = inputs["completion_mask"], inputs[REPLAYED_KEY].bool()
         old = inputs.get("old_per_token_logps")
@@ -674,7 +679,7 @@ class AvatarTrainer(MAPOTrainer):
                 self._written.completions.append((number, ids.cpu(), written.float().cpu()))
 
     def _correct_divergence(self, inputs: Batch) -> None:
-        """TRL has logged the penalty's mean over all tokens; it is on the fresh ones alone."""
+        """Replace the logged KL, which TRL averages over all tokens, by the mean over those of fresh completions."""
         lengths = inputs["completion_mask"].sum(dim=1)
         fresh = lengths[~inputs[REPLAYED_KEY].bool()].sum()
         fresh, everything = self._all_reduce(torch.stack([fresh, lengths.sum()]).double()).tolist()
@@ -682,7 +687,7 @@ class AvatarTrainer(MAPOTrainer):
         logged[-1] = logged[-1] * everything / fresh if fresh else float("nan")
 
     def _begin_passes(self) -> None:
-        """Nothing of an optimizer step has been seen yet."""
+        """Reset what the passes of an optimizer step have shown."""
         self._written = PassRecord()
         self._sums = PassSums()
         self._terms: TermGradients | None = None

@@ -23,35 +23,37 @@ FRESH_SCALE_KEY = "fresh_scale"
 
 class Batch(dict[str, Any]):
     """
-    Completions of one rank as TRL's loss takes them: tensors and lists with an entry per row, and values of the whole
-    batch, which are 0-d.
+    Completions of one rank as TRL's loss takes them.
+
+    Tensors and lists have an entry per row; values of the whole batch are 0-d.
 
     | key | shape | holds |
     | --- | --- | --- |
     | `prompt_ids`, `prompt_mask` | (N, P) | padded on the left |
     | `completion_ids`, `completion_mask` | (N, T) | padded on the right; the mask is 0 for what does not count |
     | `advantages` | (N,) or (N, T) | of a row or of each token, with the weights of the loss folded in |
-    | `old_per_token_logps`, `ref_per_token_logps` | (N, T) | where there are any; NaN: those of the pass itself |
+    | `old_per_token_logps`, `ref_per_token_logps` | (N, T) | where they are known; NaN stands for what the training pass gives |
     | `num_items_in_batch` | 0-d | tokens of all ranks |
     | `omni_prompts` | N | [`EncodedPrompt`]s; absent for a text-only model |
     | `unscorable`, `replayed` | (N,) | flags |
     | `tag_numbers` | (N,) | the tag that a row counts for, as a number |
     | `completion_numbers` | (N,) | counted over the run |
-    | `loss_scale` | (N,) | factor of a penalty that is in the same mean; 0 where nothing counts |
-    | `fresh_scale` | 0-d | factor of a penalty that is on fresh completions alone |
+    | `loss_scale` | (N,) | factor of the KL penalty, which is in the same mean; 0 where nothing counts |
+    | `fresh_scale` | (N,) | factor of the KL penalty, which is on fresh completions alone |
     """
 
     @property
     def prompts(self) -> list[EncodedPrompt] | None:
+        """Prompt of each row; `None` for a text-only model."""
         return self.get(PROMPTS_KEY)
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
         return next(len(value) for value in self.values() if isinstance(value, Tensor) and value.ndim)
 
     def take(self, order: Sequence[int]) -> Batch:
-        """The given rows, in the given order."""
+        """Return the given rows, in the given order."""
         index = torch.tensor(order, dtype=torch.long)
 
         def take(value: Any) -> Any:
@@ -62,15 +64,16 @@ class Batch(dict[str, Any]):
         return Batch({name: take(value) for name, value in self.items()})
 
     def split(self, sizes: Sequence[int]) -> list[Batch]:
-        """The rows in order, in parts of the given sizes."""
+        """Split the rows, in order, into parts of the given sizes."""
         return [self.take(range(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def regroup(self, steps: Sequence[int] | None = None) -> Batch:
         """
-        Puts rows of one prompt next to each other, prompts in the order in which the shuffle met them first; those with
-        fewer rows here come last, so that the others begin where micro-batches do.
+        Put rows of one prompt next to each other.
 
-        The shuffle's own random draws are used, so the random stream stays TRL's.
+        Prompts come in the order in which the shuffle met them first; those with fewer rows here come last, so that
+        the others begin where micro-batches do. No further random number is drawn, so that the random stream stays
+        TRL's.
 
         Args:
             steps: rows of each optimizer step. Where given, prompts are dealt out to the steps, so that those with many rows
@@ -91,13 +94,13 @@ class Batch(dict[str, Any]):
 
     @classmethod
     def merge(cls, chunks: Sequence[Batch]) -> Batch:
-        """Micro-batches of one width as one batch. Values of the whole batch are those of the first."""
+        """Join micro-batches of one width into one batch; values of the whole batch are those of the first."""
         return cls.concat(chunks, pad_token_id=0)
 
     @classmethod
     def concat(cls, batches: Sequence[Batch], pad_token_id: int) -> Batch:
         """
-        The rows of several batches as one, each padded as TRL pads: prompts on the left, completions on the right.
+        Join the rows of several batches, padded as TRL pads: prompts on the left, completions on the right.
 
         Values of the whole batch are those of the first.
         """

@@ -1,4 +1,4 @@
-"""Where a run stands: the rows of its data, and those of a rollout between generation and their last update."""
+"""Files of a checkpoint that say where a run stands: the rows of its data, and of a rollout that is still trained on."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class StatePart(Protocol):
     """Something of a run that a checkpoint keeps in files of its own."""
 
     def save(self, folder: str) -> None:
-        """Writes it into the folder of a checkpoint; the main process calls it."""
+        """Write it into the folder of a checkpoint; the main process calls it."""
 
     def load(self, folder: str) -> None:
-        """Goes on from what was written; every process calls it."""
+        """Continue from what was written; every process calls it."""
 
 
 def save_rollout(
     folder: str, rank: int, step: int, chunks: Sequence[Batch] | None, resume_signature: dict[str, Any]
 ) -> None:
     """
-    Writes where a rank stands within its rollout, and the rollout's rows as long as updates on them are to come.
+    Write where a rank stands within its rollout, and the rollout's rows as long as updates on them are to come.
 
     Prompts are written by key; their media are decoded again from the data set. `resume_signature` (processes, batch sizes) is
     what the numbers of a run depend on.
@@ -87,7 +87,7 @@ def _read_state(folder: str, rank: int) -> dict[str, Any]:
 
 def check_resume_signature(folder: str, rank: int, resume_signature: dict[str, Any]) -> None:
     """
-    Holds a run against the one that wrote a checkpoint.
+    Check that a checkpoint was written by a run with the same `resume_signature`; see [`save_rollout`].
 
     Raises:
         ResumeError: when the checkpoint holds no state for this rank, or was written with other numbers.
@@ -106,7 +106,10 @@ def load_rollout(
     folder: str, rank: int, prompts_by_key: Callable, device: torch.device
 ) -> tuple[int, list[Batch] | None]:
     """
-    Reads what [`save_rollout`] wrote.
+    Read what [`save_rollout`] wrote.
+
+    Returns:
+        micro-batches that the run had made, and those of the rollout, `None` where no update on them was to come.
 
     Raises:
         ResumeError: when the checkpoint holds no state for this rank.
@@ -127,7 +130,7 @@ def load_rollout(
 
 
 def save_rows(folder: str, states: dict[str, Any]) -> None:
-    """Writes which rows of each data set a run uses."""
+    """Write which rows of each data set a run uses."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "rows.json"), "w", encoding="utf-8") as file:
         json.dump(states, file, ensure_ascii=False)
@@ -135,7 +138,7 @@ def save_rows(folder: str, states: dict[str, Any]) -> None:
 
 def load_rows(folder: str) -> dict[str, Any]:
     """
-    Reads what [`save_rows`] wrote.
+    Read what [`save_rows`] wrote.
 
     Raises:
         ResumeError: when the folder holds none.
@@ -149,7 +152,7 @@ def load_rows(folder: str) -> dict[str, Any]:
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """
-    The newest checkpoint that was written to its end; `trainer_state.json` is the last file of one.
+    Find the newest checkpoint that was written to its end; `trainer_state.json` is the last file of one.
 
     `None` when there is none, as for a first start.
     """
@@ -162,7 +165,7 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
 
 def is_complete(checkpoint: str) -> bool:
-    """Whether a checkpoint's last file, `trainer_state.json`, was written to its end."""
+    """Return whether a checkpoint's last file, `trainer_state.json`, was written to its end."""
     try:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             json.load(file)

@@ -17,7 +17,7 @@ HINTED = "+hint"
 
 
 def is_plain(value: Any) -> bool:
-    """Whether JSON knows a value."""
+    """Return whether JSON can hold a value."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):
@@ -27,7 +27,7 @@ def is_plain(value: Any) -> bool:
 
 def row_digest(row: Mapping[str, Any]) -> str:
     """
-    Of all that a row says: rows can show the same and want another answer, or have another hint.
+    Digest all that a row says: rows can show the same and want another answer, or have another hint.
 
     Columns that JSON does not know (decoded pictures and the like) have no lasting text, and are left out.
     """
@@ -38,7 +38,7 @@ def row_digest(row: Mapping[str, Any]) -> str:
 
 def row_key(row: Mapping[str, Any], prompt: EncodedPrompt | None) -> str:
     """
-    What a row's completions and rewards are remembered by.
+    Return the key by which a row's completions and rewards are remembered.
 
     Args:
         prompt: the row's own, without a hint; `None` for a text-only model.
@@ -47,19 +47,19 @@ def row_key(row: Mapping[str, Any], prompt: EncodedPrompt | None) -> str:
 
 
 def prompt_key(key: str) -> str:
-    """The prompt's own key in a key of [`row_key`]."""
+    """Return the prompt's own key, which is a part of the key of [`row_key`]."""
     return key.partition("-")[0]
 
 
 def has_hint(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a hint that is not blank."""
+    """Return whether a row has a hint that is not blank."""
     hint = row.get(HINT_COLUMN)
     return isinstance(hint, str) and bool(hint.strip())
 
 
 def with_hint(row: Mapping[str, Any], template: str) -> dict[str, Any]:
     """
-    The row with its hint at the end of its last user message, or of its text if the prompt is plain text.
+    Return the row with its hint at the end of its last user message, or of its text if the prompt is plain text.
 
     Args:
         row: has a hint; see [`has_hint`].

@@ -21,7 +21,7 @@ ZERO_GRADIENTS = 5
 @dataclass
 class Streak:
     """
-    How often something happened, and how often in a row.
+    Count of how often something happened, and how often in a row.
 
     Attributes:
         limit: times in a row of which a warning is due.
@@ -39,7 +39,7 @@ class Streak:
     warned: bool = False
 
     def observe(self, happened: bool) -> bool:
-        """Takes note; whether a warning is due, which it is once."""
+        """Count one observation, and return whether a warning is due, which it is once."""
         self.seen += 1
         self.count += happened
         self.current = self.current + 1 if happened else 0
@@ -65,7 +65,7 @@ class LearningChecks:
 
     def note_rewards(self, rewards_NG: Tensor) -> None:
         """
-        Takes the rewards of a part of a rollout.
+        Take the rewards of a part of a rollout.
 
         Args:
             rewards_NG (`Tensor` of shape (N, G)): a row per group in which rewards are compared; NaN for no reward.
@@ -74,7 +74,7 @@ class LearningChecks:
 
     def end_rollout(self, step: int, facts: dict[str, Any]) -> None:
         """
-        Judges the rollout whose rewards were taken.
+        Judge the rollout whose rewards were taken; warn where too many in a row had equal ones.
 
         Args:
             step: the optimizer step that it is for.
@@ -101,7 +101,7 @@ class LearningChecks:
             )
 
     def note_gradient(self, norm: float, step: int) -> None:
-        """Takes the norm of the gradient of an optimizer step."""
+        """Take the norm of the gradient of an optimizer step; warn where too many in a row were 0."""
         if self.zero_gradients.observe(norm == 0) and self.speaks:
             logger.warning(
                 "Up to step %d, the gradient was exactly 0 in %d optimizer steps in a row: the weights do not move. Usually "
@@ -112,16 +112,17 @@ class LearningChecks:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the counts, ready for JSON."""
         return {"equal_rewards": asdict(self.equal_rewards), "zero_gradients": asdict(self.zero_gradients)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from [`state_dict`]."""
         self.equal_rewards = Streak(**state["equal_rewards"])
         self.zero_gradients = Streak(**state["zero_gradients"])
 
 
 def _differ(rewards_NG: Tensor) -> bool:
-    """Whether some group has two rewards that differ, as far as floats tell."""
+    """Return whether two rewards of some group differ, as far as floats tell."""
     highest = rewards_NG.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest = rewards_NG.nan_to_num(nan=torch.inf).amin(dim=1)
     return bool((highest - lowest > 1e-6).any())

@@ -71,6 +71,8 @@ _OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_
 
 def _check_numbers(config: object) -> None:
     """
+    Check the numbers of TRL and transformers whose wrong values would be noticed late.
+
     Raises:
         ValueError: for a number out of range, naming the field.
     """
@@ -89,6 +91,8 @@ def _check_numbers(config: object) -> None:
 
 def _check_mappings(config: object) -> None:
     """
+    Check the options that are mappings of further options.
+
     Raises:
         ValueError: for a mapping of further options that is none, or that sets what the trainer itself sets.
     """
@@ -270,7 +274,7 @@ class MediaConfig:
 
     def media_loader(self, root: str | None = None, backend: str | None = None) -> MediaLoader:
         """
-        What reads the rows' files.
+        Make the loader of the rows' files.
 
         Args:
             root (`str`, *optional*): another folder than `media_root`.
@@ -293,7 +297,7 @@ class MediaConfig:
     def prompt_builder(
         self, family: PromptEncoder, loader: MediaLoader, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> PromptBuilder:
-        """What makes prompts of rows, for a model's family."""
+        """Make the builder of prompts out of rows, for a model's family."""
         from maple_trl.omni.prompt import PromptBuilder
 
         return PromptBuilder(
@@ -309,7 +313,7 @@ class MediaConfig:
 
     def media_limits(self) -> MediaLimits:
         """
-        The limits that the media loader applies.
+        Return the limits that the media loader applies.
 
         Raises:
             ValueError: when they contradict each other, in terms of the fields here.

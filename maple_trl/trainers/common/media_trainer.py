@@ -46,8 +46,8 @@ class MediaTrainer:
     Mixed into a TRL trainer: reads rows with their media, samples completions, resumes with the same rows.
 
     Attributes:
-        family (`OmniFamily`, *optional*): of the model; `None` where it reads text alone.
-        towers ([`~maple_trl.omni.towers.TowerCache`], *optional*): what frozen towers have made of clips.
+        family (`OmniFamily`, *optional*): family of the model; `None` where it reads text alone.
+        towers ([`~maple_trl.omni.towers.TowerCache`], *optional*): keeps what frozen towers make of clips.
         replaceable_state: files of a checkpoint without which a run may go on.
     """
 
@@ -57,7 +57,7 @@ class MediaTrainer:
     _first_step = 0  # the step at which this call of `train` began
 
     def _prepare_media(self, model: nn.Module, processor: ProcessorMixin, args: MediaConfig) -> None:
-        """Before the parent's constructor: what reads the rows' media."""
+        """Make what reads the rows' media, before the parent's constructor."""
         self.family = family_for(model, processor)
         self.family.check_pixels(args.max_pixels)
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
@@ -78,7 +78,7 @@ class MediaTrainer:
         )
 
     def _keep_savable(self) -> None:
-        """After the parent's constructor, which sets tokens in the model's own generation config."""
+        """Make the model's generation config savable, in which the parent's constructor has set tokens."""
         model = unwrap(self.model)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config = savable(model.generation_config)
@@ -102,9 +102,7 @@ class MediaTrainer:
             write_quarantine(os.path.join(self.args.output_dir, "quarantine.json"), self.row_encoder.quarantined)
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
-        """
-        Encodes rows for a rollout; see [`~maple_trl.trainers.common.rows.RowEncoder.encode`]. Every rank must call this together.
-        """
+        """Encode rows for a rollout, see [`~maple_trl.trainers.common.rows.RowEncoder.encode`]; a collective call."""
         known = len(self.row_encoder.quarantined)
         try:
             return self.row_encoder.encode(rows, evaluating=not self.model.training)
@@ -113,7 +111,7 @@ class MediaTrainer:
                 self._write_quarantine()
 
     def _prefetch(self, rows: Sequence[dict[str, Any]], current: Sequence[EncodedPrompt]) -> None:
-        """Begins to decode the media of rows to come, but for those of the current prompts."""
+        """Begin to decode the media of rows to come, but for those of the current prompts."""
         done = {prompt.key for prompt in current}
         specs = {spec.key: spec for _, spec in map(self.row_encoder.usable, rows)}
         self.loader.prefetch([partial(self.prompt_builder.decode, specs[key]) for key in specs if key not in done])
@@ -121,18 +119,18 @@ class MediaTrainer:
     # What is left out
 
     def _watch(self) -> None:
-        """After the parent's constructor: what counts what the run leaves out, and stops it where that is too much."""
+        """Begin to count what the run leaves out, and to stop it for too much; after the parent's constructor."""
         self.tally = RunTally(speaks=self.accelerator.is_main_process)
         if self.family is not None:
             self.add_callback(QuarantineCallback(self.too_many_quarantined))
 
     def too_many_quarantined(self) -> str | None:
-        """What is wrong where a data set has lost more rows than `max_quarantined_share`; the same on every rank."""
+        """Return a complaint if a data set has lost more rows than `max_quarantined_share`, the same on all ranks."""
         return None if self.family is None else self.row_encoder.too_many(self.args.max_quarantined_share)
 
     def check_quarantine(self) -> None:
         """
-        Before training: are the media there?
+        Check before training that few enough rows are in quarantine.
 
         Raises:
             TooManyQuarantinedError: when a data set has lost more rows than `max_quarantined_share`.
@@ -145,10 +143,11 @@ class MediaTrainer:
 
     def left_out(self) -> list[Note]:
         """
-        What the run left out, what failed in it and what never fired, each counted and named; empty where nothing was.
+        Return what the run left out, what failed in it and what never fired, each counted and named.
 
         Returns:
-            `list[dict]`: `kind`, `count`, `text` and what else is known; `summary.json` holds the same.
+            `list[dict]`: `kind`, `count`, `text` and what else is known; `summary.json` holds the same. Empty where
+                nothing was.
         """
         registries = list(self.row_encoder.registries.values()) if self.family is not None else []
         found = quarantine_notes(registries) + self.tally.notes()
@@ -191,7 +190,7 @@ class MediaTrainer:
     @torch.no_grad()
     def generate_completions(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> list[str | None]:
         """
-        Samples one completion per row with the run's own generation settings and code path.
+        Sample one completion per row with the run's own generation settings and code path.
 
         The ranks share the work: every rank must call this with the same rows, and gets all completions.
 
@@ -224,7 +223,7 @@ class MediaTrainer:
         return [shares[i % world][i // world] for i in range(len(rows))]
 
     def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
-        """Media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
+        """Log media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
         mode = "train" if self.model.training else "eval"
         kinds = ("video", "audio", "subtitle")
         notes = {"no-audio-track": "rows_without_audio_track", "subtitle-shortened": "rows_with_shortened_subtitle"}
@@ -246,8 +245,10 @@ class MediaTrainer:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        As in [`~transformers.Trainer`]. `resume_from_checkpoint=True` goes on from the last complete checkpoint in
-        `output_dir`, and begins anew where there is none, with a warning: the same script starts a job and restarts it.
+        Train as [`~transformers.Trainer`] does.
+
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `output_dir`, and begins anew where
+        there is none, with a warning: the same script starts a job and restarts it.
 
         Raises:
             ResumeError: when this run cannot go on from the checkpoint: there is none, or it lacks weights, optimizer,
@@ -297,7 +298,11 @@ class MediaTrainer:
         return "train_dataset is a stream that gave too few rows" if size is None else f"train_dataset has {size} rows"
 
     def _check_output_dir(self, fresh: bool) -> None:
-        """Results of two runs in one folder are taken for those of one, by reports and when a run is resumed."""
+        """
+        Refuse the folder of an evaluation, and warn of results of another run.
+
+        Results of two runs in one folder are taken for those of one, by reports and when a run is resumed.
+        """
         folder = self.args.output_dir
         if holds_evaluation(folder):
             raise ValueError(f"output_dir: {folder} holds an evaluation; name another folder for the training run")
@@ -311,7 +316,7 @@ class MediaTrainer:
             )
 
     def _last_checkpoint(self) -> str | None:
-        """The last complete checkpoint in the run's folder."""
+        """Find the last complete checkpoint in the run's folder; warn where there is none."""
         last = last_complete_checkpoint(self.args.output_dir)
         if last is None and self.accelerator.is_main_process:
             logger.warning(
@@ -321,7 +326,7 @@ class MediaTrainer:
         return last
 
     def _checked_checkpoint(self, wanted: str) -> str:
-        """The checkpoint that is meant. What one rank finds wrong with it is raised on all."""
+        """Find the checkpoint that is meant, and check it; what one rank finds wrong with it is raised on all."""
         error, checkpoint = None, ""
         try:
             checkpoint = find_checkpoint(wanted, self.args.output_dir)
@@ -338,7 +343,7 @@ class MediaTrainer:
         return checkpoint
 
     def _check_checkpoint(self, checkpoint: str) -> None:
-        """Whether the run can go on from a checkpoint."""
+        """Check that the run can go on from a checkpoint."""
         if self.family is not None:
             check_resume_signature(checkpoint, self.accelerator.process_index, self._resume_signature())
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -352,7 +357,7 @@ class MediaTrainer:
         return super()._run_epoch(*args, **kwargs)
 
     def _restore_rows(self, checkpoint: str) -> None:
-        """The run goes on with the rows that it began with, even where files broke or were mended in between."""
+        """Restore the rows that the run began with, even where files broke or were mended in between."""
         states = load_rows(checkpoint)
         for name, registry in self.row_encoder.registries.items():
             if name in states:
@@ -392,7 +397,7 @@ class MediaTrainer:
 
     def _load_weights(self, checkpoint: str, model: nn.Module) -> bool:
         """
-        Loads a whole model's weights by `from_pretrained`, which maps a checkpoint's names to the model's.
+        Load a whole model's weights by `from_pretrained`, which maps a checkpoint's names to the model's.
 
         They differ for omni and vision-language models, and the parent passes over names that it does not find.
         Returns False where the parent must do it: adapters, and weights that are sharded over processes.
@@ -407,7 +412,7 @@ class MediaTrainer:
 
 
 def telemetry_wanted() -> bool:
-    """Whether the user's environment asks for usage telemetry: `HF_HUB_DISABLE_TELEMETRY` is there, and says no."""
+    """Return whether the environment asks for usage telemetry: `HF_HUB_DISABLE_TELEMETRY` is there, and says no."""
     return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off")
 
 
@@ -415,7 +420,7 @@ def load_parts(
     model: str | nn.Module, processing_class: ProcessorMixin | PreTrainedTokenizerBase | None, seed: int, options: dict
 ) -> tuple[nn.Module, ProcessorMixin | PreTrainedTokenizerBase]:
     """
-    The model and its processor, loaded where they are not given.
+    Load the model and its processor where they are not given.
 
     Raises:
         TypeError: for something that is no model of transformers.
@@ -436,7 +441,7 @@ def load_parts(
 
 def own_config(args: Any, config_class: type, model: str | nn.Module, trainer: str) -> Any:
     """
-    A copy of a trainer's arguments, made up where there are none.
+    Copy a trainer's arguments, or make them where there are none.
 
     Raises:
         TypeError: for arguments of another class.
@@ -454,14 +459,14 @@ def own_config(args: Any, config_class: type, model: str | nn.Module, trainer: s
 
 
 def each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> Any:
-    """Applies a function to a data set and its name, or to each of a dictionary of data sets."""
+    """Apply a function to a data set and its name, or to each of a dictionary of data sets."""
     if isinstance(dataset, dict):
         return {key: apply(part, f"{name}[{key!r}]") for key, part in dataset.items()}
     return apply(dataset, name)
 
 
 def check_text_only(model: nn.Module, datasets: dict[str, Any]) -> None:
-    """A tokenizer reads no media: refuses to train on the text alone."""
+    """Refuse an omni model or media columns with a tokenizer, which would train on the text alone."""
     if is_omni(model):
         raise ValueError(
             f"processing_class is a tokenizer, but {type(unwrap(model)).__name__} reads media: pass the model's processor"

@@ -19,7 +19,7 @@ STATE_FILE = "missing_rewards.json"
 
 class MissingRewards:
     """
-    Counts what reward functions gave nothing to although they apply.
+    Counts completions to which reward functions gave nothing although they apply.
 
     Args:
         speaks (`bool`): whether this process tells of it.
@@ -37,7 +37,7 @@ class MissingRewards:
 
     def observe(self, name: str, tags: Sequence[int], step: int) -> None:
         """
-        Counts what a function failed on, and tells of it whenever that has doubled.
+        Count completions that a function failed on, and warn whenever their number has doubled.
 
         Args:
             tags: those of the completions, as numbers.
@@ -59,11 +59,11 @@ class MissingRewards:
         )
 
     def leave_out(self, tags: Sequence[int]) -> None:
-        """Counts completions that are left out of training."""
+        """Count completions that are left out of training."""
         self.unscorable.update(map(_tag_name, tags))
 
     def save(self, folder: str) -> None:
-        """Writes the counts into a checkpoint."""
+        """Write the counts into a checkpoint."""
         state = {
             "missing": [[*key, count] for key, count in self.by_function.items()],
             "unscorable": list(self.unscorable.items()),
@@ -71,7 +71,7 @@ class MissingRewards:
         write_atomically(os.path.join(folder, STATE_FILE), json.dumps(state))
 
     def load(self, folder: str) -> None:
-        """Goes on from [`save`]; older checkpoints hold no counts."""
+        """Continue from [`save`]; older checkpoints hold no counts."""
         path = os.path.join(folder, STATE_FILE)
         if not os.path.exists(path):
             return

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Ranks:
     """
-    This process among those of a run, before and after the trainer has an accelerator.
+    A process among those of a run, before and after the trainer has an accelerator.
 
     Attributes:
         gather: concatenates the lists of all ranks, in rank order.
@@ -127,7 +127,7 @@ class RowRegistry:
         files = sorted(media | subtitles, key=repr)
 
         def probe(clip: tuple[str, ClipRequest | None]) -> tuple[tuple, MediaError | None, bool, bool]:
-            """The file and the part of it that is asked for, what is wrong, and whether it has pictures and sound."""
+            """Return the file and the part that is asked for, what is wrong, and whether it has pictures and sound."""
             file, request = clip
             try:
                 if not self.opens:
@@ -168,7 +168,7 @@ class RowRegistry:
         return key in self._rows_of
 
     def add(self, key: str, error: MediaError) -> None:
-        """Puts the rows of a prompt into quarantine."""
+        """Put the rows of a prompt into quarantine."""
         if key in self.quarantined:
             return
         rows = self._rows_of[key]
@@ -181,14 +181,14 @@ class RowRegistry:
             logger.warning("%s: further rows are quarantined; quarantine.json lists them", self.name)
 
     def usable_dataset(self) -> Dataset:
-        """The rows that were not in quarantine when the run began, in order."""
+        """Return the rows that were not in quarantine when the run began, in order."""
         left_out = set(self.left_out)
         return (
             self.dataset.select([i for i in range(len(self._keys)) if i not in left_out]) if left_out else self.dataset
         )
 
     def substitute(self, key: str) -> dict[str, Any]:
-        """The next usable row after a quarantined one, of its tag where there is one; every rank finds the same."""
+        """Return the next usable row after a quarantined one, of its tag if there is one; all ranks find the same."""
         start = self._rows_of[key][0]
         order = chain(range(start + 1, len(self._keys)), range(start))
         usable = (i for i in order if self._keys[i] not in self.quarantined)
@@ -206,55 +206,56 @@ class RowRegistry:
         )
 
     def row_number(self, key: str) -> int:
-        """The first row with this prompt, counted from 0."""
+        """Return the number of the first row with this prompt, counted from 0."""
         return self._rows_of[key][0]
 
     def row_of(self, key: str) -> dict[str, Any]:
-        """A row with this prompt."""
+        """Return a row with this prompt."""
         return self.dataset[self.row_number(key)]
 
     def rows_of(self, key: str) -> list[dict[str, Any]]:
-        """All rows with this prompt, in order."""
+        """Return all rows with this prompt, in order."""
         return [self.dataset[i] for i in self._rows_of[key]]
 
     def reasons(self) -> Counter:
-        """Rows in quarantine by reason."""
+        """Count the rows in quarantine by reason."""
         counts: Counter = Counter()
         for prompt in self.quarantined.values():
             counts[prompt.reason] += len(prompt.rows)
         return counts
 
     def summary(self) -> str:
-        """Counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
+        """Return counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
         counts = self.reasons()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         return f"{counts.total()} rows quarantined" + (f" ({reasons})" if reasons else "")
 
     def first_files(self) -> list[str]:
-        """The first files that cannot be used, as their rows name them."""
+        """Return the first files that cannot be used, as their rows name them."""
         paths = dict.fromkeys(prompt.path for prompt in self.quarantined.values() if prompt.path)
         return list(paths)[:_NAMED]
 
     def reasons_and_files(self) -> str:
-        """E.g. `(2 unreadable, 1 empty-file; first a.mp4, b.mp4)`."""
+        """Return reasons and first files, e.g. `(2 unreadable, 1 empty-file; first a.mp4, b.mp4)`."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons().most_common())
         files = self.first_files()
         return f"({reasons}; first {', '.join(files)})" if files else f"({reasons})"
 
     def note_seen(self, keys: Iterable[str]) -> None:
-        """Batches have asked for these prompts; those of other data sets are passed over."""
+        """Note that batches have asked for these prompts; those of other data sets are passed over."""
         new = {key for key in keys if key in self._rows_of} - self.seen
         self.seen |= new
         self._rows_seen += sum(len(self._rows_of[key]) for key in new)
 
     def usable_seen(self) -> int:
-        """Rows that batches have asked for and that can be used."""
+        """Count the usable rows that batches have asked for."""
         return self._rows_seen - sum(len(prompt.rows) for key, prompt in self.quarantined.items() if key in self.seen)
 
     def too_many(self, limit: float) -> str | None:
         """
-        What is wrong where the share of rows that cannot be used is above a limit; `None` where it is not, or where there
-        are too few rows to tell.
+        Return a complaint where the share of rows that cannot be used is above a limit.
+
+        `None` where it is not, or where there are too few rows to tell.
 
         Rows count as seen once the probe or a batch has looked at their media. The share is that of the rows which the
         probe left out, and among the others that of the rows which broke in the batches that asked for them. Fewer than
@@ -280,14 +281,14 @@ class RowRegistry:
         )
 
     def fed_summary(self) -> str:
-        """How many usable rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
+        """Return how many usable rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
         counts = ", ".join(f"{m.name.lower()} {self._fed[m]}" for m in Modality)
         return f"{len(self._keys) - len(self.left_out)} rows; fed {counts}"
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to see the same rows in the same order."""
+        """Return what a resumed run needs to see the same rows in the same order."""
         return {
             "content": self._content(),
             "left_out": self.left_out,
@@ -297,7 +298,7 @@ class RowRegistry:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Takes over the rows and the quarantine of the run that is resumed, whatever has happened to the files since.
+        Take over the rows and the quarantine of the run that is resumed, whatever has happened to the files since.
 
         Raises:
             ResumeError: when the data set is not the one of that run.
@@ -318,7 +319,7 @@ class RowRegistry:
 
 
 def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:
-    """Writes the list as JSON, replacing the file in one step."""
+    """Write the list as JSON, replacing the file in one step."""
     write_atomically(path, json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
 
 
@@ -330,7 +331,7 @@ class QuarantineCallback(TrainerCallback):
     [`TooManyQuarantinedError`] on every rank: all know the same rows, as encoding them is a collective call.
 
     Args:
-        too_many: what is wrong when there are more, `None` until then.
+        too_many: says what is wrong when there are more; `None` until then.
     """
 
     def __init__(self, too_many: Callable[[], str | None]):
@@ -338,12 +339,15 @@ class QuarantineCallback(TrainerCallback):
         self._problem: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Forget the problem of a run before."""
         self._problem = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Stop the run where too many rows are in quarantine."""
         self._stop_if_too_many(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Stop the run where too many rows are in quarantine."""
         self._stop_if_too_many(control)
 
     def _stop_if_too_many(self, control: TrainerControl) -> None:
@@ -352,6 +356,7 @@ class QuarantineCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        """Raise on every rank where the run was stopped."""
         if self._problem is not None:
             raise TooManyQuarantinedError(
                 f"{self._problem}. Stopped after step {state.global_step}; the checkpoint of that step is in "

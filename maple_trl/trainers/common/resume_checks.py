@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
     """
-    The folder that `resume_from_checkpoint` means: a path, or `True` for the last complete checkpoint in `output_dir`.
+    Find the folder that `resume_from_checkpoint` means: a path, or `True` for the last complete one in `output_dir`.
 
     Raises:
         ResumeError: when there is no such checkpoint.
@@ -47,7 +47,7 @@ def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
 
 def check_parts(checkpoint: str, rank: int, world: int, replaceable: Collection[str] = ()) -> None:
     """
-    Holds a checkpoint against what a run needs to go on with: weights, optimizer, learning-rate schedule, random numbers.
+    Check that a checkpoint has what a run needs: weights, optimizer, learning-rate schedule, random numbers.
 
     Args:
         replaceable: files without which a run may go on; whoever reads them says what is wrong with them.
@@ -72,7 +72,7 @@ def check_parts(checkpoint: str, rank: int, world: int, replaceable: Collection[
 
 
 def _damage(path: str) -> str | None:
-    """What is wrong with a file that was not written to its end, as far as its form tells; `None` for a whole one."""
+    """Return what is wrong with a file that was not written to its end, as its form tells; `None` for a whole one."""
     suffix = os.path.splitext(path)[1]
     if not os.path.isfile(path) or not os.path.getsize(path):
         return None
@@ -91,7 +91,7 @@ def _damage(path: str) -> str | None:
 
 
 def missing_parts(checkpoint: str, rank: int, world: int) -> list[str]:
-    """What a checkpoint lacks for this rank, in words; an empty file counts as missing."""
+    """List in words what a checkpoint lacks for this rank; an empty file counts as missing."""
     names = [name for name in os.listdir(checkpoint) if _has_content(os.path.join(checkpoint, name))]
 
     def has(pattern: str) -> bool:
@@ -122,7 +122,7 @@ def _listed(parts: list[str]) -> str:
 
 
 def _why(checkpoint: str, world: int) -> str:
-    """What tells from the other files why some are missing."""
+    """Return the end of a sentence that tells from the other files why some are missing."""
     states = [name for name in os.listdir(checkpoint) if re.fullmatch(r"rng_state(_\d+)?\.pth", name)]
     if not states:
         return ", as one that was written with save_only_model=True"
@@ -137,20 +137,19 @@ _OPTIONS |= {"eps": "adam_epsilon", "momentum": "optim_args: momentum"}
 
 
 def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What an optimizer's parameter groups say besides parameters."""
+    """Return the options of an optimizer's parameter groups, without the parameters."""
     return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
 
 def check_optimizer(checkpoint: str, made: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
     """
-    Holds the options of a run's optimizer against those that a checkpoint's state has put in their place.
+    Compare the options of a run's optimizer with those that a checkpoint's state has put in their place.
 
     Args:
-        made: as of [`options_of`], before the state was loaded.
-        loaded: and after.
+        made, loaded: as [`options_of`] gives them, before the state was loaded and after.
 
     Raises:
-        ResumeError: when they are those of another kind of optimizer. Of one that was set and has no effect it is told.
+        ResumeError: when they are those of another kind of optimizer. One that was set and has no effect is a warning.
     """
     for before, now in zip(made, loaded, strict=True):
         if not set(before) <= set(now):

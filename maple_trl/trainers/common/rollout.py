@@ -36,7 +36,7 @@ class Rollout:
         rows (`list[int]`): rows of the data set, one per prompt; empty where that is not known.
         group_size (`int`): places of a prompt.
         scores (`Tensor` of shape (N, reward functions)):
-            NaN where a function does not apply; of an unscorable completion all are NaN, and of a place that holds no
+            NaN where a function does not apply; all NaN for an unscorable completion, and for a place that holds no
             fresh completion.
         rewards (`Tensor` of shape (N,)): their weighted sum, NaN where all scores are.
         tags, lengths, media_tokens (`Tensor` of shape (N,)): tag as a number; tokens of completion and of media.
@@ -58,7 +58,7 @@ class Rollout:
 
     @classmethod
     def joined(cls, rounds: Sequence[Rollout]) -> Rollout:
-        """Several rounds, one after the other."""
+        """Join several rounds, one after the other."""
         names = [f.name for f in fields(rounds[0]) if isinstance(getattr(rounds[0], f.name), Tensor)]
         columns = {name: torch.cat([getattr(r, name) for r in rounds]) for name in names}
         return replace(rounds[0], rows=[row for r in rounds for row in r.rows], **columns)
@@ -84,11 +84,11 @@ class Rollout:
         return self._compared(self.rewards)
 
     def told_informative(self) -> list[bool | None]:
-        """Whether each prompt is informative; `None` where too few completions could be scored to tell."""
+        """Tell whether each prompt is informative; `None` where too few completions could be scored to tell."""
         return _where(self.compared, self.informative)
 
     def told_solved(self, task: int) -> list[bool | None]:
-        """Whether each prompt's completions all solved the task of a reward function; `None` where that is not known."""
+        """Tell whether each prompt's completions all solved the task of a reward function; `None` where unknown."""
         scores = self.scores[:, task]
         return _where(self._compared(scores), solved_groups(scores.view(-1, self.group_size)))
 
@@ -97,11 +97,12 @@ class Rollout:
 
     @property
     def prompt_tags(self) -> list[ModalityTag]:
+        """Tag of each prompt."""
         return [TAGS[i] for i in self.tags[:: self.group_size].tolist()]
 
     def totals(self, task: int | None = None, advantages: Tensor | None = None) -> Totals:
         """
-        What is logged of the fresh completions, per tag and over all.
+        Return sums and counts of what is logged of the fresh completions, per tag and over all.
 
         Args:
             task: the reward function whose mean is the accuracy.
@@ -132,7 +133,7 @@ def _where(known: Tensor, values: Tensor) -> list[bool | None]:
 @dataclass
 class Round:
     """
-    One call of TRL's rollout.
+    Outcome of one call of TRL's rollout.
 
     Attributes:
         batch ([`Batch`]): this rank's completions.
@@ -148,7 +149,7 @@ class Round:
 @dataclass(frozen=True)
 class Assignment:
     """
-    What is learned from a rollout.
+    Advantages of a rollout's completions, and which of them are trained on.
 
     Attributes:
         advantages (`Tensor` of shape (N,)): of the completion in each place.
@@ -162,7 +163,7 @@ class Assignment:
 @dataclass
 class InFlight:
     """
-    What the methods of TRL that are running work on, which they do not pass on themselves.
+    Prompts that running methods of TRL work on, and do not pass on themselves.
 
     Attributes:
         prompts: of their rows, in order; `None` for a text-only model.
@@ -197,7 +198,7 @@ class RolloutInFlight(InFlight):
         group_size: places of a prompt.
         fresh (`Tensor` of shape (N,)): bool, which places are generated, over all ranks; `None`: all.
         place_tags (`Tensor` of shape (N,)): tags of all places, where some are not generated.
-        applies (`Tensor` of shape (fresh, reward functions)): which functions are known to apply from other completions.
+        applies (`Tensor` of shape (fresh, reward functions)): which functions are known to apply, from a prompt's other completions.
         given, unscorable: scores as the functions gave them, shape (fresh, reward functions), and which completions they
             leave unscorable.
         rollout: once it is scored.
@@ -217,12 +218,12 @@ class RolloutInFlight(InFlight):
     kept: list[int] | None = None
 
     def groups(self, scores: Tensor) -> Tensor:
-        """Number of each fresh completion's prompt; shape (fresh,)."""
+        """Return the number of each fresh completion's prompt, shape (fresh,)."""
         places = torch.arange(len(scores)) if self.fresh is None else self.fresh.nonzero().flatten()
         return (places // self.group_size).to(scores.device)
 
     def scored(self, scores: Tensor, rewards: Tensor, tags: Tensor, lengths: Tensor, media_tokens: Tensor) -> Rollout:
-        """Puts what is known of the fresh completions into their places."""
+        """Make a rollout of what is known of the fresh completions, each in its place."""
         if self.fresh is None:
             fresh = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
             return Rollout([], self.group_size, scores, rewards, tags, lengths, media_tokens, fresh)

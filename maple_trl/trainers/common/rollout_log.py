@@ -69,18 +69,18 @@ class RolloutLog:
         self.begin()
 
     def begin(self) -> None:
-        """A run begins, or goes on."""
+        """Reset for a run that begins, or goes on."""
         self._facts: list[dict[str, Any]] = []
         self._replayed: list[dict[str, Any]] = []
         self._opened, self._stride = False, 0
 
     def keeps(self, number: int) -> bool:
-        """Whether the rollout with this number is written."""
+        """Return whether the rollout with this number is written."""
         return bool(self.files) and number % stride(number, self.files) == 0
 
     def note(self, trainer: Rolling, rows: Sequence[Mapping[str, Any]], completion_ids: Sequence) -> None:
         """
-        Takes down what TRL does not: where completions that were just scored come from. All ranks must call this.
+        Take down where completions that were just scored come from, which TRL does not; a collective call.
 
         Args:
             rows: of this rank's completions.
@@ -102,7 +102,7 @@ class RolloutLog:
 
     def note_rewards(self, trainer: Rolling, rewards: Sequence[float]) -> None:
         """
-        Takes down what the completions that were noted last, of all ranks, are rewarded with.
+        Take down the rewards of the completions that were noted last, of all ranks.
 
         Args:
             rewards: NaN for an unscorable completion.
@@ -118,7 +118,7 @@ class RolloutLog:
         experiences: Sequence[Experience | None],
     ) -> None:
         """
-        Takes down this rank's replayed completions.
+        Take down this rank's replayed completions.
 
         Args:
             shown: the row and the prompt that each stands under.
@@ -143,7 +143,7 @@ class RolloutLog:
             )
 
     def write(self, trainer: Rolling) -> None:
-        """Writes the rollout that TRL has just finished. All ranks must call this."""
+        """Write the rollout that TRL has just finished; a collective call."""
         number = rollout_number(trainer)
         if not trainer.model.training or not self.keeps(number):
             return
@@ -161,7 +161,7 @@ class RolloutLog:
             self.writes = False  # this rank goes on to gather, as the others do
 
     def _open(self, number: int) -> None:
-        """Before the first file: what lies at or behind it is of a run that was stopped, or of one before this."""
+        """Make the folder, and remove files of this number and above, left by a stopped run or an earlier one."""
         if self._opened:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -182,10 +182,10 @@ class RolloutLog:
 
 def stride(number: int, files: int) -> int:
     """
-    Of how many rollouts one is kept once a run has come to this one: the smallest power of two that leaves at most
-    `files`.
+    Return of how many rollouts one is kept once a run has come to this one.
 
-    A function of the number alone, so that a resumed run keeps the same ones.
+    It is the smallest power of two that leaves at most `files`, a function of the number alone, so that a resumed run
+    keeps the same ones.
     """
     step = 1
     while number // step >= files:
@@ -194,12 +194,12 @@ def stride(number: int, files: int) -> int:
 
 
 def rollout_number(trainer: Rolling) -> int:
-    """The number of the rollout that is being sampled or trained on."""
+    """Return the number of the rollout that is being sampled or trained on."""
     return trainer._step // trainer._updates_per_rollout
 
 
 def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | None) -> dict[str, Any]:
-    """What a row is, and what it was fed."""
+    """Return columns that say what a row is, and what it was fed."""
     facts = {name: as_text(row.get(name)) for name in ("id", "tag", "solution")}
     if prompt is None:
         return facts | {"group": row_digest(row), "prompt": prompt_text(row["prompt"]), "hinted": None}
@@ -215,7 +215,7 @@ def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | 
 
 
 def _fresh_lines(trainer: Rolling, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest entries of what TRL keeps for `log_completions`, each with its facts."""
+    """Return a line per fresh completion: the newest entries that TRL keeps for `log_completions`, and their facts."""
     logs = trainer._logs
     count = min(len(facts), len(logs["completion"]))
     if not count:
@@ -253,10 +253,12 @@ class LiveLog(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Write the log of the checkpoint that the run goes on from, or an empty file."""
         if state.is_world_process_zero:
             write_metrics(state.log_history, Path(args.output_dir, METRICS_FILE))
 
     def on_log(self, args, state, control, **kwargs):
+        """Append the newest entry."""
         if state.is_world_process_zero and state.log_history:
             path = Path(args.output_dir, METRICS_FILE)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ class RowEncoder:
 
     def register(self, dataset: Any, name: str) -> Any:
         """
-        Checks a data set before hours are spent on it, and gives back its usable rows. A streamed one passes unseen.
+        Check a data set before hours are spent on it, and return its usable rows; a streamed one passes unseen.
 
         Raises:
             RowError: for the first row that cannot be a prompt.
@@ -74,12 +74,15 @@ class RowEncoder:
 
     @property
     def quarantined(self) -> list[QuarantinedPrompt]:
+        """Prompts of all data sets that are in quarantine."""
         return [row for registry in self.registries.values() for row in registry.quarantined.values()]
 
     def encode(self, rows: Sequence[Row], evaluating: bool = False) -> tuple[list[Row], list[EncodedPrompt]]:
         """
-        Encodes rows. One whose media cannot be used goes into quarantine, and the next usable row of its data set
-        stands in for it on all ranks. Every rank must call this together.
+        Encode rows, with others in place of those whose media cannot be used; a collective call.
+
+        A row whose media cannot be used goes into quarantine, and the next usable row of its data set stands in for it
+        on all ranks.
 
         Returns:
             the rows that are really used, and their prompts.
@@ -120,11 +123,11 @@ class RowEncoder:
                 )
 
     def too_many(self, limit: float) -> str | None:
-        """What is wrong where a data set has lost more rows than a share; see [`RowRegistry.too_many`]."""
+        """Return a complaint where a data set has lost more rows than a share; see [`RowRegistry.too_many`]."""
         return next(filter(None, (registry.too_many(limit) for registry in self.registries.values())), None)
 
     def usable(self, row: Row, evaluating: bool = False) -> tuple[Row, PromptSpec]:
-        """The row, or the one of its data set that stands in for it, with the same columns; and what it is fed."""
+        """Return the row, or one that stands in for it, with the same columns, and what it is fed."""
         spec = self.spec(row)
         names = sorted(self.registries, key=lambda name: name.startswith("train") == evaluating)
         for registry in (self.registries[name] for name in names):
@@ -135,14 +138,14 @@ class RowEncoder:
         return row, spec
 
     def spec(self, row: Row) -> PromptSpec:
-        """What a row is fed, found out once for all its copies."""
+        """Find out what a row is fed, once for all its copies."""
         said = prompt_columns(row)
         if said not in self._specs:
             self._specs[said] = self.builder.spec(row)
         return self._specs[said]
 
     def encode_each(self, rows: Sequence[Row]) -> list[EncodedPrompt | None]:
-        """Encodes rows without replacing any: `None` stands where the media cannot be used. Not a collective call."""
+        """Encode rows without replacing any: `None` stands where the media cannot be used. Not a collective call."""
         encoded: dict[str, EncodedPrompt | None] = {}
         specs = [self.spec(row) for row in rows]
         for key, spec in {spec.key: spec for spec in specs}.items():
@@ -162,14 +165,15 @@ _SUFFIX = re.compile(r"(?<=video|audio)s?(path|file|filename|url)?s?$|(?<=subtit
 
 
 def _bare(column: str) -> str:
-    """The name of a column without what is not of its meaning: `Video_Paths` as `video`."""
+    """Return a column's name without case, separators and endings such as `path`: `Video_Paths` as `video`."""
     return _SUFFIX.sub("", re.sub(r"[\W_]", "", column.lower()))
 
 
 def check_spelling(columns: Sequence[str], name: str) -> None:
     """
-    Checks the names of the columns that are read. A misspelt media column would be left unread, and the run would train
-    on text alone; so would a column of images.
+    Check the names of the columns that are read.
+
+    A misspelt media column would be left unread, and the run would train on text alone; so would a column of images.
 
     Raises:
         ValueError: with the column to rename or to drop.

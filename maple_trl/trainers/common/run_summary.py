@@ -39,13 +39,13 @@ class RunTally:
         self.counts: Counter[str] = Counter()  # of all else
 
     def save(self, folder: str) -> None:
-        """Writes the counts into a checkpoint."""
+        """Write the counts into a checkpoint."""
         state = {name: dict(getattr(self, name)) for name in ("rewards", "unrewarded", "counts")}
         text = json.dumps(state | {"checks": self.checks.state_dict()})
         write_atomically(os.path.join(folder, TALLY_FILE), text + "\n")
 
     def load(self, folder: str) -> None:
-        """Takes over the counts of a checkpoint; one of an earlier version has none."""
+        """Take over the counts of a checkpoint; one of an earlier version has none."""
         path = os.path.join(folder, TALLY_FILE)
         if not os.path.exists(path):
             return
@@ -56,7 +56,7 @@ class RunTally:
             setattr(self, name, Counter(state[name]))
 
     def notes(self) -> list[Note]:
-        """What the counts have to say."""
+        """Return notes on failed rewards, steps without a gradient, equal rewards, and rows that were fed less."""
         found = [
             make_note(
                 "unrewarded",
@@ -83,15 +83,17 @@ class RunTally:
 
 
 def make_note(kind: str, count: int, text: str, **known: Any) -> Note:
+    """Make a note of a count, a clause for people, and what else is known."""
     return {"kind": kind, "count": int(count), "text": text, **known}
 
 
 def plural(count: int, noun: str) -> str:
+    """Write a count with its noun, e.g. `2 rows`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def quarantine_notes(registries: Sequence[RowRegistry]) -> list[Note]:
-    """Rows of each data set that could not be used, by reason, with their first files."""
+    """Return a note per data set on rows that could not be used, by reason, with their first files."""
     found = []
     for registry in registries:
         reasons = registry.reasons()
@@ -107,7 +109,7 @@ def quarantine_notes(registries: Sequence[RowRegistry]) -> list[Note]:
 
 
 def unseen_note(registry: RowRegistry, epochs: float) -> list[Note]:
-    """Usable rows that a run of at least one epoch has not come to."""
+    """Return a note on usable rows that a run of at least one epoch has not come to, if there are any."""
     usable = len(registry.dataset) - registry.reasons().total()
     unseen = usable - registry.usable_seen()
     if epochs < 1 or unseen <= 0:

@@ -13,8 +13,10 @@ from maple_trl.algorithms import StratifiedSchedule
 
 class StratifiedSampler(Sampler[int]):
     """
-    Yields the rows of a schedule as TRL's sampler yields its own: each prompt of a rollout once per completion, and the
-    rollout once per micro-batch and iteration. Each pass over it is the schedule's next epoch.
+    Yields the rows of a schedule as TRL's sampler yields its own.
+
+    Each prompt of a rollout comes once per completion, and the rollout once per micro-batch and iteration. Each pass
+    over the sampler is the schedule's next epoch.
 
     Args:
         schedule: of the prompts of each rollout.
@@ -48,8 +50,9 @@ class StratifiedSampler(Sampler[int]):
 
 class LookaheadSampler(Sampler[int]):
     """
-    Yields exactly what another sampler yields, and knows the indices around the last one, whose media can be decoded
-    meanwhile.
+    Yields exactly what another sampler yields, and knows the indices around the last one.
+
+    The media of these can be decoded meanwhile.
 
     Args:
         sampler: yields the indices of all ranks, chunk by chunk: chunk c goes to rank c mod `num_processes`.
@@ -83,6 +86,6 @@ class LookaheadSampler(Sampler[int]):
             yield drawn[1]
 
     def upcoming(self) -> list[int]:
-        """The distinct indices among those around the last one that belong to this rank, in order."""
+        """Return this rank's distinct indices among those around the last one, in order."""
         around = (*self._drawn, *self._next)
         return list(dict.fromkeys(i for p, i in around if p // self.chunk % self.num_processes == self.rank))

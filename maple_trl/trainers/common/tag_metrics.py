@@ -22,13 +22,13 @@ Totals = Mapping[str, tuple[float, float]]
 
 @cache
 def tag_number(tag: str | None) -> int:
-    """A tag as the number by which tensors hold it."""
+    """Return the number by which tensors hold a tag."""
     return TAGS.index(ModalityTag.parse(tag)) if tag else UNTAGGED
 
 
 def totals_by_tag(name: str, values_N: Tensor, tags_N: Tensor) -> Totals:
     """
-    `tag/<TAG>/<name>` for each tag that has a value, and `tag/all/<name>`.
+    Sum up values as `tag/<TAG>/<name>` for each tag that has one, and as `tag/all/<name>`.
 
     Args:
         values_N (`Tensor` of shape (N,)): NaN values are left out.
@@ -54,7 +54,7 @@ class TagSums:
 
     def add(self, tags_N: Tensor, sums_N: Mapping[str, Tensor], counts_N: Tensor) -> None:
         """
-        Adds rows.
+        Add rows to the sums of their tags.
 
         Args:
             tags_N (`Tensor` of shape (N,)): tags as numbers.
@@ -65,15 +65,15 @@ class TagSums:
         self._sums.index_add_(1, tags_N.to(self._sums.device), rows)
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Adds up the sums of all ranks; a collective call."""
+        """Add up the sums of all ranks; a collective call."""
         self._sums = reduce(self._sums)
 
     def tags(self) -> list[ModalityTag]:
-        """Tags of the rows that were added."""
+        """List the tags of the rows that were added."""
         return [tag for tag, count in zip(TAGS, self._sums[-1].tolist(), strict=False) if count]
 
     def totals(self) -> Totals:
-        """`tag/<TAG>/<name>` for each tag that was added, and `tag/all/<name>`."""
+        """Return `tag/<TAG>/<name>` for each tag that was added, and `tag/all/<name>`."""
         *sums, counts = self._sums.tolist()
         found = {}
         for name, sum_M in zip(self.names, sums, strict=True):
@@ -90,12 +90,13 @@ class RunningMeans:
         self._totals: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
     def add(self, totals: Totals) -> None:
+        """Add sums and numbers of values."""
         for name, (total, count) in totals.items():
             before, rows = self._totals[name]
             self._totals[name] = (before + total, rows + count)
 
     def take(self) -> dict[str, float]:
-        """The means, which begin anew. Of `…_square` and `…_mean` the standard deviation is given as `…_std`."""
+        """Return the means, and begin anew; `…_square` and `…_mean` give the standard deviation as `…_std`."""
         means = {name: total / count for name, (total, count) in self._totals.items()}
         self._totals.clear()
         for name in [name for name in means if name.endswith("_square")]:

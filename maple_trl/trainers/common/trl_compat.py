@@ -17,7 +17,7 @@ from maple_trl.omni.loading import load_model
 @contextmanager
 def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[None]:
     """
-    Bridges places of TRL's constructor that know vision-language or text models alone.
+    Bridge places of TRL's constructor that know vision-language or text models alone.
 
     It reads `config.image_token_id` of every model with a processor (ours replaces the tokens that it suppresses),
     loads the reference model by the class that the checkpoint names, which for an Omni checkpoint is not the Thinker,
@@ -56,7 +56,7 @@ def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[
 
 @contextmanager
 def lent(trainer: Any, **settings: Any) -> Iterator[None]:
-    """Gives a trainer other settings while its parent's methods read them."""
+    """Give a trainer other settings while its parent's methods read them."""
     own = {name: getattr(trainer, name) for name in settings}
     vars(trainer).update(settings)
     try:
@@ -66,7 +66,7 @@ def lent(trainer: Any, **settings: Any) -> Iterator[None]:
 
 
 def replace_latest(logged: deque, values: Sequence[float]) -> None:
-    """Puts values in the place of the newest ones of a column that TRL keeps for `log_completions`."""
+    """Replace the newest values of a column that TRL keeps for `log_completions`."""
     for _ in range(min(len(values), len(logged))):
         logged.pop()
     logged.extend(values)

@@ -32,10 +32,10 @@ def update_batches(
     pad_token_id: int,
 ) -> list[Batch]:
     """
-    Micro-batches of the rows that are trained on, shared out over the ranks and shuffled as TRL shuffles.
+    Make micro-batches of the rows that are trained on, shared out over the ranks and shuffled as TRL shuffles.
 
     Args:
-        batch: this rank's rows, and how many each rank has.
+        batch, rows_per_rank: this rank's rows, and how many each rank has.
         rollout: any batch with rows; a rank that has none left takes one of it as its padding row.
         exchange: see [`share_out`].
 
@@ -70,10 +70,10 @@ def exchange_rows(
     parcels: dict[int, Batch], accelerator: Accelerator, prompts_by_key: Callable[[list[str]], list[EncodedPrompt]]
 ) -> list[Batch | None]:
     """
-    Sends rows to other ranks; a collective call.
+    Send rows to other ranks; a collective call.
 
     Returns:
-        the rows that each rank sent to this one. Media are not sent but decoded again, by the prompts' keys.
+        the rows that each rank sent to this one, `None` where it sent none. Media are not sent but decoded again, by the prompts' keys.
     """
     packed = {}
     for to, rows in parcels.items():
@@ -92,14 +92,14 @@ def _unpacked(rows: dict, device: torch.device, prompts_by_key: Callable) -> Bat
 
 
 def even_parts(rows: int, parts: int) -> list[int]:
-    """Sizes of `parts` parts of some rows that differ by one at most, the larger ones first."""
+    """Return sizes of `parts` parts of some rows that differ by one at most, the larger ones first."""
     size, rest = divmod(rows, parts)
     return [size + (i < rest) for i in range(parts)]
 
 
 def owners(rows_per_rank: Sequence[int]) -> list[int]:
     """
-    The rank that trains on each row, when rows are shared out again so that no rank has more than one more than another.
+    Return the rank that trains on each row, when rows are shared out so that ranks differ by one row at most.
 
     Args:
         rows_per_rank: rows that each rank generated and kept. Rows are numbered over the ranks, rank by rank.
@@ -119,7 +119,7 @@ def share_out(
     pad_token_id: int,
 ) -> Batch:
     """
-    Moves rows between ranks until none has more than one more than another; see [`owners`].
+    Move rows between ranks until these differ by one row at most; see [`owners`].
 
     Args:
         batch: this rank's rows.
@@ -147,7 +147,7 @@ def micro_batches(
     group: int = 1,
 ) -> list[Batch]:
     """
-    Splits a rank's rows over optimizer steps, and those of a step over as few micro-batches as every rank can.
+    Split a rank's rows over optimizer steps, and those of a step over as few micro-batches as all ranks can.
 
     All ranks run the same micro-batches of the same size, since their passes wait for each other and their metrics are
     gathered: where a rank is a row short, the padding row stands in. Micro-batches that no rank needs are empty and cost
@@ -179,7 +179,11 @@ def micro_batches(
 
 
 def _widths(rows: int, largest: int, group: int) -> list[int]:
-    """Rows of as few micro-batches as hold them, as equal as whole groups allow; the last one has what is left of a group."""
+    """
+    Return the sizes of as few micro-batches as hold some rows, as equal as whole groups allow.
+
+    The last one has what is left of a group.
+    """
     if not rows:
         return []
     unit = 1 if largest % group else group

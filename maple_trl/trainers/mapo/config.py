@@ -202,7 +202,7 @@ class MAPOConfig(OmniGRPOConfig):
         return True
 
     def _check_axes(self) -> None:
-        """Checks what MAPLE varies."""
+        """Check MAPLE's options, alone and against each other."""
         for name, choices in {
             "batching": ("stratified", "mixed"),
             "advantage_scope": SCOPES,
@@ -320,7 +320,7 @@ class MAPOConfig(OmniGRPOConfig):
             raise ValueError("fp16's gradient scaler fails on the steps that dynamic_sampling leaves empty: use bf16")
 
     def _check_unused_axes(self) -> None:
-        """Options that would silently do nothing."""
+        """Refuse options that would silently do nothing."""
         defaults = {f.name: f.default for f in fields(self)}
         defaults["curriculum_granularity"] = self._usual_granularity
         by_difficulty = self.curriculum if self.orders_by_difficulty else "adaptive"
@@ -346,7 +346,7 @@ class MAPOConfig(OmniGRPOConfig):
                 raise ValueError(f"gradient_probe_pattern is no regular expression: {error}") from error
 
     def _check_loader(self) -> None:
-        """Options that would undo what the schedule does."""
+        """Refuse options that would undo what the schedule does."""
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: rewards and evaluation need every column")
         if self.ignore_data_skip:

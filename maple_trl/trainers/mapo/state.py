@@ -38,6 +38,7 @@ class ScheduleState:
         self.loaded_step = 0
 
     def save(self, folder: str) -> None:
+        """Write `mapo.json` into the folder of a checkpoint."""
         os.makedirs(folder, exist_ok=True)
         state = {"step": self.step(), "epoch_began": self.epoch_began}
         state |= {name: part.state_dict() for name, part in self.components.items()}
@@ -45,6 +46,8 @@ class ScheduleState:
 
     def load(self, folder: str) -> None:
         """
+        Continue from [`save`].
+
         Raises:
             ResumeError: when the folder holds no such state, or one of other options.
         """
@@ -63,7 +66,7 @@ class ScheduleState:
 
 class ProbeState:
     """
-    The moments of a run's gradients.
+    Moments of a run's gradients, as a checkpoint keeps them.
 
     Args:
         count (`int`): coordinates that the run looks at; 0 where it does not.
@@ -74,11 +77,14 @@ class ProbeState:
         self.count = count
 
     def save(self, folder: str) -> None:
+        """Write the moments into the folder of a checkpoint."""
         os.makedirs(folder, exist_ok=True)
         save_file(self.moments.state_dict(), os.path.join(folder, PROBE_FILE))
 
     def load(self, folder: str) -> None:
         """
+        Continue from [`save`], where both runs look at gradients.
+
         Raises:
             ResumeError: when the checkpoint's gradients have other coordinates.
         """

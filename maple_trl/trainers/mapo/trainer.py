@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class StepRecord:
     """
-    What an optimizer step shows.
+    Measurements of one optimizer step.
 
     Attributes:
         sums: of its tokens, per tag.
@@ -73,8 +73,10 @@ class StepRecord:
 
 class MAPOTrainer(OmniGRPOTrainer):
     """
-    MAPLE's modality-aware policy optimization: GRPO in which the required modality tag of a row decides what it is fed,
-    which rows share a batch, how its advantage is scaled, what its loss weighs, and when it is trained on.
+    GRPO in which the required modality tag of a row decides how it is trained on (MAPLE).
+
+    The tag decides what the row is fed, which rows share a batch, how its advantage is scaled, what its loss weighs,
+    and when it is trained on.
 
     With one tag, no weights and `advantage_scope="group"` it is TRL's GRPO. `MAPOConfig(method="mupo")` is the paper's
     modality-unaware baseline.
@@ -124,17 +126,17 @@ class MAPOTrainer(OmniGRPOTrainer):
         self._begin_run()
 
     def _check_rows(self, args: MAPOConfig | None, dataset: Any) -> None:
-        """Before the model is loaded: has every row a tag?"""
+        """Check that every row has a tag, before the model is loaded."""
         _check_tags(dataset, type(self).__name__)
 
     def _begin_run(self) -> None:
-        """Nothing of a run before this one is left, wherever it stopped."""
+        """Reset what an earlier run of this trainer has left, wherever it stopped."""
         self.schedule: StratifiedSchedule | None = None  # made of the rows that the run uses
         self.gradient_moments = GradientMoments(self.args.gradient_probe_window)
         self._optimizer_step = self._ended_step = self._new_step()
 
     def _new_step(self) -> StepRecord:
-        """Nothing of an optimizer step has been seen yet."""
+        """Return an empty record for the next optimizer step."""
         names = ["entropy"] if self.args.loss_type in ("sapo", "vespo") else ["entropy", "clip_fraction"]
         return StepRecord(TagSums(names, self.accelerator.device))
 
@@ -230,7 +232,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     @property
     def _prompts_that_ranks_share(self) -> int:
-        """The completions of a multiple of this number of prompts can be shared by the ranks equally."""
+        """Least number of prompts whose completions the ranks can share equally."""
         return self.accelerator.num_processes // gcd(self.accelerator.num_processes, self.num_generations)
 
     def set_initial_training_values(self, args, dataloader):
@@ -248,7 +250,7 @@ class MAPOTrainer(OmniGRPOTrainer):
             self._prefetch(self._own_rows(batch.rows), current)
 
     def _own_rows(self, rows: list[int]) -> list[dict[str, Any]]:
-        """This rank's rows of a rollout, each prompt once per completion."""
+        """Load this rank's rows of a rollout, each prompt once per completion."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         share = rank_share(rows, self.num_generations, rank, world)
         numbers = list(dict.fromkeys(share))
@@ -264,7 +266,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         return self.schedule is not None and self.model.training and self.sampling.drops(self.schedule.epoch)
 
     def _rounds(self, inputs: list[dict[str, Any]]) -> Iterator[Round]:
-        """Rollouts of the schedule's next prompts; the data loader's rows are read in evaluation alone."""
+        """Generate rollouts of the schedule's next prompts; the data loader's rows are read in evaluation alone."""
         if not self.model.training or self.schedule is None:
             for r in super()._rounds(inputs):
                 if not self.model.training:
@@ -297,7 +299,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         return generated
 
     def _refill(self, batch: PromptBatch, rounds: list[Round]) -> list[int]:
-        """Further prompts for the groups that the rounds so far could not fill, as far as the ranks can share them."""
+        """Draw further prompts for groups that the rounds so far could not fill, as many as the ranks can share."""
         informative = sum(int(r.rollout.informative.sum()) for r in rounds)
         missing = len(batch.rows) - informative
         if missing <= 0 or len(rounds) > self.sampling.refill_rounds:
@@ -306,7 +308,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         return self.schedule.draw(batch.stratum, missing + -missing % step, multiple_of=step)
 
     def assign(self, rollout: Rollout) -> Assignment | None:
-        """Scales rewards within groups, tags or the rollout, and leaves out the groups that teach nothing."""
+        """Scale rewards within groups, tags or the rollout, and leave out groups that teach nothing."""
         advantages = self._advantages(rollout)
         kept = self._kept_groups(rollout)
         self._learn(rollout, kept)
@@ -319,18 +321,18 @@ class MAPOTrainer(OmniGRPOTrainer):
         return Assignment(advantages, trained)
 
     def _advantages(self, rollout: Rollout) -> Tensor:
-        """Of the completion in each place; shape (N,)."""
+        """Return the advantage of the completion in each place, shape (N,)."""
         return group_advantages(rollout.rewards, rollout.groups, rollout.tags, self.args.advantage_scope)
 
     def _kept_groups(self, rollout: Rollout) -> Tensor:
-        """Whether each prompt's fresh completions are trained on; shape (prompts,), bool."""
+        """Return whether each prompt's fresh completions are trained on, shape (prompts,), bool."""
         if not self._dropping:
             return torch.ones_like(rollout.informative)
         informative = rollout.informative
         return informative & (informative.cumsum(0) <= rollout.wanted)  # a refill can bring more than was missing
 
     def _learn(self, scored: Rollout, kept: Tensor) -> None:
-        """Difficulties of the tags, for their weights and order, and which prompts taught nothing."""
+        """Tell tag weights, curriculum and sampling how hard tags are and which prompts taught nothing, and log it."""
         difficulties = self._difficulties(scored)
         self.tag_weights.observe(difficulties)
         self.curriculum.observe(difficulties)
@@ -382,7 +384,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _fold_weights(self, chunks: list[Batch], rollout: Rollout) -> Tensor:
         """
-        Scales the advantages so that TRL's loss of these micro-batches becomes the stratified loss (MAPLE eq. 2, 3).
+        Scale the advantages so that TRL's loss of these micro-batches becomes the stratified loss (MAPLE eq. 2, 3).
 
         The surrogates are linear in the size of the advantage, so a row's weight in the loss can stand in it.
 
@@ -424,9 +426,10 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _strata(self, chunk: Batch, rollout: Rollout) -> Tensor:
         """
-        Strata of the loss as numbers; what does not count (padding rows, unscorable completions) has its own, `UNTAGGED`.
+        Return the number of each row's stratum of the loss, shape (N,).
 
-        The tags' left-over rows are one batch like any other, so they are one mean, in which each row has its tag's weight.
+        What does not count (padding rows, unscorable completions) has its own, `UNTAGGED`. The tags' left-over rows
+        are one batch like any other, so they are one mean, in which each row has its tag's weight.
         """
         tags = chunk[TAG_KEY]
         of_all_tags = self.args.batching == "stratified" and rollout.stratum == MIXED
@@ -434,7 +437,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         return tags if by_tag else torch.where(tags == UNTAGGED, tags, 0)
 
     def _stratum_weights(self, rollout: Rollout) -> dict[int, float]:
-        """What each stratum weighs beside the weights of tags."""
+        """Return the weight of each stratum, by number, beside the weights of tags."""
         return dict.fromkeys(range(UNTAGGED + 1), 1.0)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
@@ -456,7 +459,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         return logps, None, None
 
     def _as_many_on_all_ranks(self, rows: list[int]) -> list[int]:
-        """Rows of this rank, some of them again where the ranks wait for each other's passes."""
+        """Return this rank's rows, some of them again where the ranks wait for each other's passes."""
         if not self._touch_all_towers:
             return rows
         most = int(self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device)).max())
@@ -477,7 +480,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         return loss
 
     def _end_epoch(self) -> None:
-        """Ends the epoch where the schedule does, which may be before the data loader does."""
+        """End the epoch where the schedule does, which may be before the data loader does."""
         self.control.should_epoch_stop = True
         if self.args.max_steps <= 0 and self.schedule.epoch + 1 >= self.state.num_train_epochs:
             self.state.max_steps = self.state.global_step + 1  # the step that saves and evaluates as the last one does
@@ -530,7 +533,7 @@ class MAPOTrainer(OmniGRPOTrainer):
             self._probe_gradient(step.tag)
 
     def _log_of_optimizer_step(self, name: str, value: float) -> None:
-        """A value of a whole optimizer step, which is its tag's as well where it has one."""
+        """Log a value of a whole optimizer step, and under its tag where all its rows have one."""
         for whose in ("all", self._ended_step.tag):
             if whose is not None:
                 self._log_all({f"tag/{whose}/{name}": value})

@@ -44,6 +44,8 @@ _SAMPLING = (
 
 def check_measurable(trainer: OmniGRPOTrainer, task_reward: int) -> None:
     """
+    Check that the accuracy before training can be measured.
+
     Raises:
         ValueError: where the accuracy cannot be measured and so has to be given.
     """
@@ -57,12 +59,14 @@ def check_measurable(trainer: OmniGRPOTrainer, task_reward: int) -> None:
 
 def zero_shot_accuracy(trainer: OmniGRPOTrainer, task_reward: int, weights: list[float]) -> dict[str, float]:
     """
-    Accuracy of the untrained policy on training prompts, by tag, from `zero_shot.json` in the output folder where the
-    same measurement has been made before. A collective call; the main process alone scores.
+    Measure the accuracy of the untrained policy on training prompts, by tag; a collective call.
+
+    It is read from `zero_shot.json` in the output folder where the same measurement has been made before. The main
+    process alone scores.
 
     Args:
         task_reward: number of the reward function.
-        weights: what tells the model's from others, see [`fingerprint`].
+        weights: tell the untrained model from others; see [`fingerprint`].
 
     Raises:
         ValueError: for a reward outside [0, 1], or when none could be scored.
@@ -79,7 +83,7 @@ def zero_shot_accuracy(trainer: OmniGRPOTrainer, task_reward: int, weights: list
 
 
 def fingerprint(model: nn.Module) -> list[float]:
-    """Tells weights apart; taken before they are spread over processes."""
+    """Return the sum of each parameter, which tells weights apart; taken before they are spread over processes."""
     return [float(weight.detach().float().sum()) for weight in model.parameters()]
 
 
@@ -128,7 +132,7 @@ def _measure(trainer: OmniGRPOTrainer, task_reward: int) -> dict[str, float]:
 
 
 def _unlogged(*_: Any) -> None:
-    """Stands in for TRL's logging of what a reward function tells, of which this is no step."""
+    """Ignore what a reward function logs, as no training step is being made."""
 
 
 def _identity(trainer: OmniGRPOTrainer, task_reward: int, weights: list[float]) -> str:

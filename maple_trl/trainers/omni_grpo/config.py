@@ -48,7 +48,7 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         if self.rollout_log_size < 0:
             raise ValueError(f"rollout_log_size must be 0 or more, got {self.rollout_log_size}")
         self._check_loss_type()
-        # These too.
+        # TRL asks for these, too, in the first step alone.
         self._check_choice("importance_sampling_level", ("token", "sequence"))
         self._check_choice("scale_rewards", ("group", "batch", "none"))
         self._check_reward_weights()

@@ -89,12 +89,13 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     Media reach generation, the old and reference log-probabilities and the training forward; a row whose media were
     not consumed raises. A text-only model (a tokenizer as `processing_class`) trains exactly as with TRL.
 
-    Subclasses fill four hooks. All are called on every rank, with the same values:
+    Subclasses fill four hooks. They are called on every rank, with the same values:
 
     - `row_order(dataset)`, when a run begins: which rows the rollouts take.
     - `assign(rollout)`, once a training rollout is scored: advantages, and what is trained on.
     - `on_optimizer_step()`, after an optimizer step's last backward pass and before its update.
-    - `state_parts()`, when a checkpoint is written, and before a run goes on from one: what it keeps.
+    - `state_parts()`, before a run goes on from a checkpoint, and where one is written on the rank that writes: what it
+      keeps.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -198,13 +199,17 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _adapt_generation(self, args: OmniGRPOConfig) -> None:
-        """A sampled media token would be taken for media by the next forward; each row takes one completion."""
+        """Keep media tokens from being sampled, which the next forward would take for media."""
         options = dict(args.generation_kwargs or {})
         suppressed = sorted({*self.family.suppressed_ids, *(options.get("suppress_tokens") or [])})
         args.generation_kwargs = {**options, "suppress_tokens": suppressed}
 
     def _check_rollout_size(self) -> None:
-        """From fewer rows than a rollout takes, TRL's sampler would make no step, and a schedule would repeat them."""
+        """
+        Check that there are rows for one rollout.
+
+        Of fewer, TRL's sampler would make no step, and a schedule would repeat them.
+        """
         needed = self.args.generation_batch_size // self.num_generations
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < needed:
             raise ValueError(
@@ -233,7 +238,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def row_order(self, dataset: Dataset | None) -> Sampler | None:
         """
-        Says which rows the rollouts take: the hook that is called on every rank when a run begins.
+        Say which rows the rollouts take: the hook that is called on every rank when a run begins.
 
         Returns:
             `Sampler`: yields each row once per completion, micro-batch and iteration, as TRL's does.
@@ -252,7 +257,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     @contextmanager
     def _in_flight(self, flight: InFlight) -> Iterator[InFlight]:
-        """What TRL's methods work on until this is left, and do not pass on themselves."""
+        """Keep at hand what TRL's methods work on and do not pass on themselves, until the context is left."""
         previous, self._flight = self._flight, flight
         try:
             yield flight
@@ -276,14 +281,14 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return flight.rounds[0].batch
 
     def _rounds(self, inputs: list[dict[str, Any]]) -> Iterator[Round]:
-        """The calls of TRL's rollout that make one of ours: one, of the data loader's rows."""
+        """Generate the rounds that make a rollout: one, of the data loader's rows."""
         rows, prompts = self._encoded(inputs)
         if prompts is not None and self.model.training:
             self._prefetch_next_batch(prompts)
         yield self._roll_out(rows, prompts)
 
     def _encoded(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt] | None]:
-        """Rows that can be shown, and their prompts; `None` for a text-only model."""
+        """Return rows that can be shown, and their prompts, which are `None` for a text-only model."""
         if self.family is None:
             return rows, None
         rows, prompts = self.encode_rows(rows)
@@ -291,14 +296,14 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return rows, prompts
 
     def _roll_out(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Round:
-        """TRL's rollout of this rank's rows, each in a place of its own."""
+        """Let TRL generate and score this rank's rows, each in a place of its own."""
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         batch, rollout = self._complete(RolloutInFlight(prompts, rows, group_size))
         first = self.accelerator.process_index * len(rows)
         return Round(batch, rollout, list(range(first, first + len(rows))))
 
     def _complete(self, flight: RolloutInFlight) -> tuple[Batch, Rollout]:
-        """Lets TRL generate and score."""
+        """Let TRL generate and score; return the batch of this rank, and the rollout of all."""
         with self._in_flight(flight):
             batch = Batch(super()._generate_and_score_completions(flight.rows))
         self._mask_unscorable(batch, flight)
@@ -309,7 +314,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
-        Makes advantages of rewards: the hook that is called on every rank once a training rollout is scored.
+        Make advantages of rewards: the hook that is called on every rank once a training rollout is scored.
 
         Returns:
             [`Assignment`]: advantages, and what is trained on; `None` where TRL's own stand and everything is.
@@ -317,7 +322,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return None
 
     def _take_over(self, flight: UpdatesInFlight, assigned: Assignment) -> None:
-        """Puts what was assigned into the batches; where not simply all is trained on, cuts the micro-batches."""
+        """
+        Put what was assigned into the batches of the rounds.
+
+        Micro-batches are cut anew unless a single round is trained on as a whole.
+        """
         rollout, rounds, world = flight.rollout, flight.rounds, self.accelerator.num_processes
         self._replace_logged_advantages(assigned.advantages[rollout.fresh])
         start, parts, counts = 0, [], torch.zeros(world, dtype=torch.long)
@@ -367,7 +376,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     @contextmanager
     def _serve_generation(self, model: nn.Module) -> Iterator[None]:
-        """Media for `generate()`, which reads a prompt once for all its rows where that is possible."""
+        """Serve media to `generate()`, which reads a prompt once for all its rows where that is possible."""
         if self.family is None:
             yield
         elif not (self._sharing and grows_cache(self.generation_config)):
@@ -395,8 +404,10 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """
-        Besides the columns, rewards are handed `group_ids`, and what one of them names as an argument of
-        `completion_logprobs` and `deficit_completions`, which cost a pass and a generation.
+        Return the scores of all ranks' completions, shape (N, reward functions), and note the rollout that they make.
+
+        Besides the columns, rewards are handed `group_ids`, and `completion_logprobs` and `deficit_completions` where
+        one of them names such an argument: these cost a pass and a generation.
         """
         flight = self._flight
         if flight.scores is not None:
@@ -428,7 +439,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return scores
 
     def _facts(self, rows: Sequence[dict[str, Any]], completion_ids: Sequence) -> Sequence[torch.Tensor]:
-        """Tag as a number, tokens and media tokens of each completion, over all ranks; each of shape (N,)."""
+        """Gather tag (as a number), tokens and media tokens of all ranks' completions; three tensors of shape (N,)."""
         media = [sum(p.media_tokens.get(kind, 0) for kind in ("video", "audio")) for p in self._serving or ()]
         facts = [
             [tag_number(row.get("tag")), len(ids), tokens]
@@ -437,7 +448,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return self.accelerator.gather(torch.tensor(facts, device=self.accelerator.device)).unbind(1)
 
     def _tally_rewards(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
-        """Counts completions to which a reward function gave nothing, but for those that it is not meant for."""
+        """Count completions to which a reward function gave nothing, but for those that it is not meant for."""
         missing, asked = scores.isnan(), torch.ones_like(scores, dtype=torch.bool)
         if any(hasattr(reward, "is_for") for reward in self.reward_funcs):
             asked = [
@@ -449,11 +460,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self.tally.unrewarded[name] += int((asked & missing)[:, i].sum())
 
     def _compared(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Rewards in the groups in which they are compared, of shape (groups, completions)."""
+        """Return rewards in the groups in which they are compared, of shape (groups, completions)."""
         return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
 
     def _checked_rewards(self) -> list[Any]:
-        """Reward functions that say by name what is wrong with them and with what they return."""
+        """Wrap reward functions so that errors say by name what is wrong with them or with what they return."""
         return [
             function if isinstance(function, nn.Module) else checked(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
@@ -475,8 +486,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _set_apart(self, flight: RolloutInFlight, scores: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         """
-        The scores without those of unscorable completions, all of whose are NaN then, so that TRL and what follows leave
-        them out of every mean.
+        Return the scores, all NaN for an unscorable completion, so that what follows leaves it out of every mean.
 
         Args:
             scores (`Tensor` of shape (N, reward functions)): over all ranks.
@@ -499,8 +509,10 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self, scores: torch.Tensor, missing: torch.Tensor, unscorable: torch.Tensor, tags: torch.Tensor
     ) -> None:
         """
-        Means of each reward function as `tag/<TAG>/rewards/<name>`, for rows that have tags, and the shares of completions
-        that it failed on (`rewards/<name>/missing`) and that are left out for that (`tag/<TAG>/unscorable`).
+        Add up, by tag, what reward functions gave and what they failed on.
+
+        Logged are the means `tag/<TAG>/rewards/<name>`, for rows that have tags, and the shares of completions that a
+        function failed on (`rewards/<name>/missing`) and that are left out for that (`tag/<TAG>/unscorable`).
         """
         training = self.model.training
         means = self._means["train" if training else "eval"]
@@ -516,7 +528,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._missing.leave_out(tags[unscorable].tolist())
 
     def _mask_unscorable(self, batch: Batch, flight: RolloutInFlight) -> None:
-        """Unscorable completions keep their places without a token that counts; a collective call where there are any."""
+        """Mask the tokens of unscorable completions, which keep their places; a collective call if there are any."""
         if flight.unscorable is None or not flight.unscorable.any():
             return
         for name, values in zip(self.reward_func_names, flight.given.T, strict=True):
@@ -529,8 +541,10 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _leave_out(self, chunks: list[Batch]) -> None:
         """
-        Makes TRL's means over the rows (or micro-batches) of an optimizer step those over what can be scored: the losses
-        are linear in the size of the advantage, so that the factor stands in it. A collective call.
+        Leave unscorable completions out of TRL's means over an optimizer step; a collective call.
+
+        TRL's means are over rows or micro-batches, and the losses are linear in the size of the advantage, so that a
+        factor in the advantages makes up for what does not count.
         """
         slots = self._micro_batches_of_a_mean(len(chunks))
         counts = self._counts_of_mean(chunks).unflatten(0, (-1, slots)).sum(dim=1)
@@ -542,7 +556,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
                 chunk[SCALE_KEY] = torch.full_like(rows if rows.dim() == 1 else rows[:, 0], scale)
 
     def _counts_of_mean(self, chunks: list[Batch]) -> torch.Tensor:
-        """For each micro-batch, how much of what TRL's mean is over can be scored, and of how much; shape (chunks, 2)."""
+        """Count what TRL's mean is over in each micro-batch: what can be scored of it, and all; shape (chunks, 2)."""
         counts = []
         for chunk in chunks:
             scorable = int((chunk[UNSCORABLE_KEY] == 0).sum())
@@ -555,21 +569,26 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
 
     def _micro_batches_of_a_mean(self, chunks: int) -> int:
-        """Those of an optimizer step; of the whole rollout, where steps and rollouts do not end together."""
+        """
+        Return the number of micro-batches that TRL's mean is over.
+
+        They are those of an optimizer step, or of the whole rollout where steps and rollouts do not end together.
+        """
         slots = self.args.gradient_accumulation_steps
         return chunks if not self.model.training or chunks % slots else slots
 
     def _forget_gradients(self) -> None:
         """
-        Makes of the optimizer step to come none, since nothing could be scored: a gradient of 0 would still move weights by
-        momentum and decay. (A gradient scaler wants one all the same.)
+        Let the optimizer step to come change nothing, since nothing could be scored.
+
+        A gradient of 0 would still move weights by momentum and decay. (A gradient scaler wants one all the same.)
         """
         if self.accelerator.scaler is None:
             self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _completion_logprobs(self, prompts: list, completion_ids: list[list[int]]) -> list[list[float]]:
-        """Log-probability of each token of this rank's completions under the policy."""
+        """Compute the log-probability of each token of this rank's completions under the policy."""
         if self._serving is None:
             prompt_ids = [torch.tensor(ids) for ids in self._tokenize_prompts(prompts)[0]]
         else:
@@ -593,8 +612,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     @torch.no_grad()
     def _deficit_completions(self, rows: Sequence[dict[str, Any]]) -> list[str | None]:
         """
-        For each row what the policy says to its prompt without some of its tag's signals, sampled once per prompt of this
-        rank.
+        Sample an answer to each row without some of its tag's signals, once per prompt of this rank.
 
         `None` where nothing can be taken away: a row without a tag, of one signal, or fed all signals whatever its tag.
         """
@@ -615,7 +633,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _total_rewards(self, scores: torch.Tensor) -> torch.Tensor:
         """
-        The weighted sum of the reward functions that apply; NaN for an unscorable completion, all of whose scores are NaN.
+        Return the weighted sum of each completion's scores, shape (N,); NaN where all are, as for an unscorable one.
 
         Args:
             scores (`Tensor` of shape (N, reward functions)): NaN where a function gave no reward.
@@ -626,11 +644,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     # Ranks
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks; a collective call."""
+        """Sum values over all ranks; a collective call."""
         return self.accelerator.reduce(values, reduction="sum") if self.accelerator.num_processes > 1 else values
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of values over all ranks."""
+        """Return this rank's rows of values over all ranks."""
         return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     # Log-probabilities and loss
@@ -647,7 +665,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return found
 
     def _forward_with_media(self, model: nn.Module, rows: Iterator[EncodedPrompt], logits_to_keep: int, **inputs):
-        """Stands in for `model` in TRL's log-probability loop, which takes its rows in order, chunk by chunk."""
+        """
+        Run the model on the next chunk of rows, with their media.
+
+        Stands in for `model` in TRL's log-probability loop, which takes its rows in order, chunk by chunk.
+        """
         batch, length = inputs["input_ids"].shape
         prompts = [next(rows) for _ in range(batch)]
         # The routers' balancing loss counts a prompt once per row.
@@ -659,7 +681,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return model(**inputs, position_ids=forward_position_ids(positions))
 
     def _forward_packed(self, model: nn.Module, prompts: list[EncodedPrompt], width: int, **inputs) -> PackedOutput:
-        """The same, each prompt passed once for all of its rows in the chunk."""
+        """Run the model on a chunk of rows with their media, each prompt once for all of its rows."""
         unwrapped = self.accelerator.unwrap_model(model)
         lengths = inputs["attention_mask"][:, -width:].sum(dim=1).tolist()
         batch = pack(prompts, inputs["input_ids"][:, -width:], lengths)
@@ -668,15 +690,16 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _agree_on_sharing(self, prompts: Sequence[EncodedPrompt]) -> None:
         """
-        Finds out whether completions share their prompts, unless that is known, on a prompt with as many kinds of media as
-        there are here. Every rank must call this together.
+        Find out whether completions share their prompts, unless that is known; a collective call.
+
+        It is tried on a prompt with as many kinds of media as there are here.
         """
         if self._sharing is None:
             self._sharing = self._try_sharing(probe_prompt(prompts or [self.prompt_builder.stand_in()]))
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
-        Whether completions can share their prompts: all ranks compare both ways on a prompt.
+        Return whether completions can share their prompts, after all ranks have compared both ways on a prompt.
 
         Raises:
             ValueError: when they cannot and `shared_prefix` is `"on"`.
@@ -704,7 +727,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return True
 
     def _why_apart(self, prompt: EncodedPrompt) -> str | None:
-        """What keeps completions from sharing their prompt on this rank; `None` if nothing does."""
+        """Return what keeps completions from sharing their prompt on this rank; `None` if nothing does."""
         models = [model for model in (self.model, self.ref_model) if model is not None]
         if not all(install(unwrap(self.accelerator.unwrap_model(model))) for model in models):
             return "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
@@ -734,7 +757,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return inputs
 
     def _regrouped(self, chunks: list[Batch]) -> list[Batch]:
-        """Puts rows of one prompt together: TRL shuffles them, which passes a prompt once in each micro-batch."""
+        """Put rows of one prompt together, which TRL has shuffled: a prompt is passed once in each micro-batch."""
         if PROMPTS_KEY not in chunks[0]:
             return chunks
         media = any(prompt.kinds for chunk in chunks for prompt in chunk.prompts)
@@ -745,7 +768,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return Batch.merge(chunks).regroup(steps if REPLAYED_KEY in chunks[0] else None).split(sizes)
 
     def _weigh(self, chunks: list[Batch], rollout: Rollout) -> None:
-        """Folds what rows weigh in the loss of their optimizer step into their advantages. A collective call."""
+        """Fold what rows weigh in the loss of their optimizer step into their advantages; a collective call."""
         if UNSCORABLE_KEY in chunks[0]:
             self._leave_out(chunks)
 
@@ -763,7 +786,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return loss
 
     def _end_pass(self, flight: PassInFlight, loss: torch.Tensor) -> None:
-        """Takes down what a training pass has shown, before its backward pass."""
+        """Take down what a training pass has shown, before its backward pass."""
 
     def training_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -774,8 +797,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def on_optimizer_step(self) -> None:
         """
-        Sees the gradients of an optimizer step: the hook that is called on every rank after its last backward pass and
-        before its update. What overrides it calls it as well.
+        See the gradients of an optimizer step: the hook that is called on every rank before its update.
+
+        The last backward pass of the step has been made. What overrides it calls it as well.
         """
         if not self._step_counts:
             self._forget_gradients()
@@ -785,7 +809,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     # Metrics
 
     def _rollout_facts(self) -> dict[str, Any]:
-        """What explains rewards that do not differ."""
+        """Return what can explain rewards that do not differ: sampling options, and the share of cut completions."""
         cut = self._metrics["train"]["completions/clipped_ratio"]
         names = ("temperature", "max_completion_length")
         return {name: getattr(self.args, name) for name in names} | {"cut": cut[-1] if cut else None}
@@ -844,18 +868,20 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def state_parts(self) -> list[StatePart]:
         """
-        Names what a checkpoint keeps beside weights, optimizer and rows: the hook that is called when one is written, and
-        before a run goes on from one. What overrides it adds to the list.
+        Name what a checkpoint keeps beside weights, optimizer and rows: a hook.
+
+        It is called on every rank before a run goes on from a checkpoint, and on the one that writes when one is written.
+        What overrides it adds to the list.
         """
         return [self._missing]
 
     def _resume_signature(self) -> dict[str, Any]:
-        """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
+        """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:
-        """Chunks of the last rollout, while some of its updates are still to come."""
+        """Return the micro-batches of the last rollout while some updates on them are still to come, else `None`."""
         return self._buffered_inputs if self._step % self._updates_per_rollout else None
 
     @property
@@ -893,7 +919,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._agree_on_sharing([prompt for chunk in chunks for prompt in chunk.prompts])
 
     def _drop_rollout(self, lost: list[tuple[str, MediaError]]) -> None:
-        """Goes on with a new rollout where some rank cannot show prompts of the one that was under way."""
+        """Drop the rollout that was under way if some rank cannot show its prompts, so that a new one is generated."""
         if not lost:
             return
         self._buffered_inputs = None

@@ -62,7 +62,7 @@ class OmniSFTConfig(MediaConfig, SFTConfig):
 
     def check_for_media(self) -> None:
         """
-        Holds the options against rows with media.
+        Check the options against rows with media.
 
         Raises:
             ValueError: for an option of [`~trl.SFTConfig`] that would lose media, or that has no effect on such rows.

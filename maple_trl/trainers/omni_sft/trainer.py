@@ -105,7 +105,11 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _check_batch_size(self) -> None:
-        """Of fewer rows than a batch takes, dropping the last incomplete one would leave none, and no step."""
+        """
+        Check that there are rows for one batch.
+
+        Of fewer, dropping the last incomplete batch would leave none, and no step.
+        """
         needed = self.args.train_batch_size * self.accelerator.num_processes
         dataset = self.train_dataset
         if self.args.dataloader_drop_last and isinstance(dataset, Dataset) and len(dataset) < needed:
@@ -117,7 +121,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
     # Rows
 
     def _register(self, dataset: Any, name: str) -> Any:
-        """Checks prompts, media and completions before hours are spent on them; gives back the usable rows."""
+        """Check prompts, media and completions before hours are spent on them, and return the usable rows."""
         if dataset is None:
             return None
         columns = getattr(dataset, "column_names", None)
@@ -138,7 +142,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
 
     def completion_ids(self, row: Mapping[str, Any]) -> list[int]:
         """
-        The tokens that a row teaches: what its completion adds to the rendered prompt, with the token that ends it.
+        Return the tokens that a row teaches: what its completion adds to the rendered prompt, with the end token.
 
         They are encoded apart from the prompt, as sampled completions are.
 
@@ -161,7 +165,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         return self.family.tokens(text)
 
     def _rendered(self, messages: Sequence[dict[str, Any]], completion: list[dict[str, Any]]) -> str:
-        """What a completion adds to its prompt; media do not matter for that."""
+        """Return the text that a completion adds to its prompt; media do not matter for that."""
         texts = [
             {**message, "content": [block for block in message["content"] if block["type"] == "text"]}
             for message in messages
@@ -202,7 +206,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         return super()._prepare_inputs(encoded)
 
     def _encode_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A micro-batch for the model. Every rank must call this together."""
+        """Encode a micro-batch for the model; a collective call."""
         rows, prompts = self.encode_rows(rows)
         self._log_media(prompts)
         completions = [self.completion_ids(row) for row in rows]
@@ -210,7 +214,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
 
     def _padded(self, prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """
-        Prompts padded on the left and completions on the right, as in a rollout.
+        Pad prompts on the left and completions on the right, as in a rollout.
 
         Returns:
             `dict`: `input_ids`, `attention_mask` and `labels` of shape (B, P + C), the labels -100 outside of
@@ -297,13 +301,13 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def _resume_signature(self) -> dict[str, Any]:
-        """What a checkpoint and the run that resumes it must have in common to go on where it stopped."""
+        """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
 
 def _completion_messages(completion: Any) -> list[dict[str, Any]]:
-    """A completion after a conversational prompt, as messages of text blocks."""
+    """Return a completion after a conversational prompt, as messages of text blocks."""
     messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     if not isinstance(messages, list) or not messages:
         raise RowError("field 'completion' must be a non-empty text or list of messages")
