@@ -52,10 +52,11 @@ from test_mapo_refusals import CASES as MAPO_REFUSALS
 from test_processes import worst
 from tiny_models import build_tiny_text
 
-from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig
+from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.algorithms import StratifiedReplayBuffer
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.trainers.common.tag_metrics import TAGS as TAG_NAMES
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 
 
@@ -596,8 +597,12 @@ def by_rollout(training, rollouts):
 
 def remembered(training):
     """The completions that the buffer holds."""
-    buffer = training.trainer.memory.buffer
-    return {tuple(e.completion_ids.tolist()): e for key in buffer.prompts() for e in buffer.stored(key)}
+    return {tuple(e.completion_ids.tolist()): e for e in stored_in(training.trainer)}
+
+
+def stored_in(trainer):
+    buffer = trainer.memory.buffer
+    return [e for key in buffer.prompts() for e in buffer.stored(key)]
 
 
 @pytest.mark.parametrize("case", MATRIX, ids="-".join)
@@ -733,6 +738,28 @@ def test_an_omni_model(omni_model, seven_tags, tmp_path):
         assert any(v.norm() > 1e-4 for step in training.gradients for n, v in step.items() if part in n), part
 
 
+def test_replayed_completions_have_their_own_tags_where_rows_are_left_out(omni_model, seven_tags, tmp_path):
+    """Rows are counted over the whole set, of which those with broken media are left out before training."""
+    usable = [next(row for row in seven_tags[1] if row["tag"] == tag) | {"kind": "usual"} for tag in ("A", "VA")]
+    rows = [usable[1] | {"video": "gone.mp4"}, *usable]
+    options = {"loss_strata": "tag", "prompts": 1, "rollouts": 4, "max_quarantined_share": 1.0}
+    trainer = train_omni(omni_model, seven_tags, tmp_path, rows, **options).trainer
+    assert trainer.row_encoder.registries["train_dataset"].left_out == [0]
+    found = {trainer._row_of(e.prompt)["tag"]: str(TAG_NAMES[trainer._tag_of(e)]) for e in stored_in(trainer)}
+    assert found == {"A": "A", "VA": "VA"}
+
+
+def test_one_tag_after_the_other_without_a_preset(text_model, tmp_path):
+    """The control: without rounds the batches of an epoch are in random order."""
+    found = {}
+    for granularity in ("cycle", "epoch"):
+        options = {"batching": "stratified", "curriculum_granularity": granularity, "rollouts": 6}
+        training = train_text(text_model, tmp_path / granularity, **options)
+        tags = [rounds[0][0][1] for rounds in training.trainer.graded.rollouts]
+        found[granularity] = [set(tags[:3]), set(tags[3:])]
+    assert found["cycle"] == [set(TAGS)] * 2 != found["epoch"]
+
+
 # Hints for prompts that filtering leaves out
 
 
@@ -784,6 +811,7 @@ def config(tmp_path, **options):
 MIXED_GROUP = {"advantage_group": "mixed"}
 # What is refused, the words that say so, and with what instead it is accepted.
 REFUSED = [
+    (HINTS | EARLY | {"revisit": "informative"}, ("revisit", "hints"), {"revisit": "unsolved"}),
     (MIXED_GROUP | EARLY, ("advantage_group", "dynamic_sampling"), {"dynamic_sampling": "none"}),
     (
         MIXED_GROUP | {"dynamic_sampling": "mid"},
@@ -805,6 +833,12 @@ REFUSED = [
         {"replayed_generations": 0, "tas_lambda": 0.0},
     ),
     ({"loss_type": "vespo", "method": "mapo"}, ("loss_type", "vespo"), {"loss_type": "cispo"}),
+    (
+        {"replayed_generations": 7} | EARLY,  # of 8
+        ("replayed_generations", "dynamic_sampling", "at least 2"),
+        {"replayed_generations": 6},
+    ),
+    ({"difficulty": "continuous"}, ("difficulty", "loss_strata"), {"loss_strata": "batch"}),
     ({"refill_rounds": 1}, ("refill_rounds", "dynamic_sampling"), EARLY),
     ({"revisit": "unsolved"}, ("revisit", "dynamic_sampling"), EARLY),
     ({"advantage_scope": "batch"} | EARLY, ("dynamic_sampling", "advantage_scope"), {"advantage_scope": "group"}),
@@ -819,6 +853,16 @@ def test_what_does_not_fit_together_is_refused_by_name(tmp_path, options, named,
     assert all(name in str(caught.value) for name in named), caught.value
     accepted = config(tmp_path, **options | instead)
     assert {name: getattr(accepted, name) for name in instead} == instead
+
+
+@pytest.mark.parametrize("loss_strata", [None, "tag"])
+def test_losses_that_are_offered_are_accepted(tmp_path, loss_strata):
+    with pytest.raises(ValueError, match="loss_type must be one of") as caught:
+        config(tmp_path, loss_type="vespo", loss_strata=loss_strata)
+    offered = str(caught.value).removeprefix("loss_type must be one of ").partition(" with ")[0].split(", ")
+    assert len(offered) > 2
+    for loss_type in offered:
+        config(tmp_path, loss_type=loss_type, loss_strata=loss_strata)
 
 
 @pytest.mark.parametrize(("options", "message", "instead"), MAPO_REFUSALS, ids=lambda value: str(value)[:60])
@@ -873,6 +917,61 @@ def test_streamed_rows_are_refused_where_a_schedule_needs_all(build, options):
     with pytest.raises(ValueError, match="IterableDataset"):
         build(stream, replay_scope="prompt", shuffle_dataset=False, **options)
     build(stream, replay_scope="prompt", shuffle_dataset=False)
+
+
+def test_columns_by_which_rows_are_found_again_are_not_dropped(build):
+    rows = Dataset.from_list(text_rows(2))
+    with pytest.raises(ValueError, match="remove_unused_columns=True drops id, kind.*replay_scope"):
+        build(rows, remove_unused_columns=True)
+    build(rows.remove_columns(["id", "kind"]), remove_unused_columns=True)
+    build(rows, remove_unused_columns=True, replayed_generations=0)
+
+
+def test_the_loss_of_an_evaluation_is_that_of_grpo(text_model, tmp_path):
+    """Nothing is replayed there, and what cannot be scored is in no mean; the divergence from the reference model is seen."""
+    losses = []
+    for kind in (
+        (AvatarTrainer, AvatarConfig, {"replayed_generations": REPLAYED}),
+        (OmniGRPOTrainer, OmniGRPOConfig, {}),
+    ):
+        trainer_class, config_class, own = kind
+        model, tokenizer = build_tiny_text()
+        options = DEFAULTS | {"num_generations": COPIES, "max_completion_length": LONGEST, "loss_type": "grpo"}
+        sizes = {"per_device_train_batch_size": COPIES, "per_device_eval_batch_size": 6 * COPIES}
+        trainer = trainer_class(
+            type(model).from_pretrained(text_model),
+            Graded(fails=True),
+            config_class(str(tmp_path), **options | sizes | own | {"beta": 0.5, "max_steps": 1}),
+            train_dataset=Dataset.from_list(text_rows()),
+            eval_dataset=Dataset.from_list(text_rows(2)),
+            processing_class=tokenizer,
+        )
+        trainer.reward_funcs[0].rollouts.append([])
+        moved, draw = trainer.model.get_input_embeddings().weight, torch.Generator().manual_seed(0)
+        moved.data += torch.randn(moved.shape, generator=draw) / 10
+        torch.manual_seed(0)
+        losses.append(trainer.evaluate()["eval_loss"])
+        values = [value for *_, value in trainer.reward_funcs[0].rollouts[0][0]]
+        assert None in values and values.count(None) < len(values)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[1] > 1e-3
+
+
+def test_accuracy_is_that_of_the_task_reward(text_model, tmp_path):
+    """The control: the reward is another number."""
+
+    def usual(completion_ids, **_):
+        return [1.0 for _ in completion_ids]
+
+    training = train_avatar(
+        text_model,
+        tmp_path,
+        steps=2,
+        reward=[graded, usual],
+        data=Dataset.from_list(text_rows(2)),
+        task_reward="usual",
+    )
+    logs = [entry for entry in training.trainer.state.log_history if "tag/all/accuracy" in entry]
+    assert len(logs) == 2 and all(entry["tag/all/accuracy"] == 1 < entry["tag/all/reward"] for entry in logs)
 
 
 # Without any axis it is what it was

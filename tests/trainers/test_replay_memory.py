@@ -466,6 +466,15 @@ def test_a_rollout_of_one_tag_draws_of_that_tag():
     assert sum(memory.plan([group("new", tag=3)], SIZE, 3, 1).replayed) == 0
 
 
+def test_two_groups_of_a_stuck_prompt_replay_nothing_twice():
+    memory = by_tier(replayed=1, hints=HintTrigger(1, 1.0))
+    visit(memory, [group("a", has_hint=True)], [0.0] * SIZE)
+    rollout = memory.plan([group("a", has_hint=True)] * 2, SIZE, 1, 1)
+    for _ in range(40):
+        first, second = learn(memory, rollout, [0.0] * 6, step=1)
+        assert first is not second and memory.hints.watches("a")
+
+
 @pytest.mark.parametrize("draw", DRAWS)
 def test_a_stuck_prompt_gets_its_hint_among_others(draw):
     """Its completions all failed, so they teach nothing and would hardly be drawn; a hint needs to see one again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -126,6 +126,24 @@ def check_places(args: AvatarConfig, world: int) -> None:
             f"Nothing can be replayed: each of the {world} processes has {args.generation_batch_size // world} "
             "completion(s) of a rollout, and all generate equally many. Raise per_device_train_batch_size or "
             "steps_per_generation, or set replayed_generations=0"
+        )
+
+
+def check_columns(args: AvatarConfig, dataset: Any, used: Collection[str]) -> None:
+    """
+    Args:
+        used: columns that a row keeps with `remove_unused_columns`.
+
+    Raises:
+        ValueError: when rows lose columns by which a replayed completion's row is found again.
+    """
+    if not args.replayed_generations or args.replay_scope == "prompt" or not args.remove_unused_columns:
+        return
+    dropped = [name for name in getattr(dataset, "column_names", None) or () if name not in used]
+    if dropped:
+        raise ValueError(
+            f"remove_unused_columns=True drops {', '.join(dropped)} from rows, by whose columns replay_scope="
+            f"{args.replay_scope!r} finds a completion's row again: leave it False, or remove the columns from train_dataset"
         )
 
 

@@ -10,7 +10,7 @@ from maple_trl.algorithms.replay import QUANTILES, SHARES, StratifiedReplayBuffe
 from maple_trl.algorithms.replay_draws import DRAWS
 from maple_trl.algorithms.shaping import SHAPES
 from maple_trl.trainers.avatar.replay_memory import REPLAY_SCOPES
-from maple_trl.trainers.mapo.config import PRESETS, MAPOConfig
+from maple_trl.trainers.mapo.config import PRESETS, SURROGATES, MAPOConfig
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
 
@@ -51,7 +51,7 @@ class AvatarConfig(MAPOConfig):
         metadata={
             "help": "Over which rows of an optimizer step the loss is a mean: 'tag' (a weighted sum over tags of the mean over "
             "each) or 'batch', fresh and replayed completions apart. Null: as method says; with 'avatar' TRL's loss_type "
-            "says it, or 'batch' where curriculum, dynamic_sampling or leftover is set."
+            "says it, or 'batch' where curriculum, curriculum_granularity, dynamic_sampling or leftover is set."
         },
     )
     cast_lm_head_to_fp32: bool = field(
@@ -202,7 +202,8 @@ class AvatarConfig(MAPOConfig):
     def __post_init__(self):
         axes = (self.tag_weights, self.curriculum, self.dynamic_sampling)
         if self.method == "avatar" and self.loss_strata is None:
-            if self.leftover != "fill" or any(axis != "none" for axis in axes):
+            scheduled = self.leftover != "fill" or self.curriculum_granularity == "cycle"
+            if scheduled or any(axis != "none" for axis in axes):
                 self.loss_strata = "batch"
         super().__post_init__()
         for name, choices in {
@@ -261,6 +262,8 @@ class AvatarConfig(MAPOConfig):
             OmniGRPOConfig._check_loss_type(self)
             return
         losses = _MIXABLE_LOSSES if self.replayed_generations else _SHAPEABLE_LOSSES
+        if self.loss_strata is not None:
+            losses = tuple(loss for loss in losses if loss in SURROGATES)
         if self.loss_type not in losses:
             raise ValueError(
                 f"loss_type must be one of {', '.join(losses)} with {self._purpose}, got {self.loss_type!r}"
@@ -286,10 +289,21 @@ class AvatarConfig(MAPOConfig):
             raise ValueError("replay_scope='buffer' brings other tags into a rollout: it needs batching='mixed'")
         if self.advantage_group == "mixed" and self.advantage_scope != "group":
             raise ValueError("advantage_group='mixed' is about a prompt's group: it needs advantage_scope='group'")
+        if self.hints and self.revisit == "informative":
+            raise ValueError(
+                "revisit='informative' does not come back to prompts whose completions were all wrong, which hints are for: "
+                "choose 'all' or 'unsolved'"
+            )
         if self.advantage_group == "mixed" and self.dynamic_sampling != "none":
             raise ValueError(
                 f"dynamic_sampling={self.dynamic_sampling!r} says which groups teach something before anything is replayed "
                 "in them: it needs advantage_group='fresh'"
+            )
+        fresh = self.num_generations - self.replayed_generations
+        if fresh < 2 and self.dynamic_sampling != "none":
+            raise ValueError(
+                f"dynamic_sampling={self.dynamic_sampling!r} compares the fresh completions of a group, of which replayed_"
+                f"generations={self.replayed_generations} leaves {fresh} of {self.num_generations}: it needs at least 2"
             )
 
     def _check_unused(self) -> None:
@@ -301,6 +315,10 @@ class AvatarConfig(MAPOConfig):
             off = name == "replay_alpha" and not self.replay_alpha  # says the same once more
             if getattr(self, name) != defaults[name] and not self.replayed_generations and not off:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect with replayed_generations=0")
+        if self.difficulty != defaults["difficulty"] and not self.tag_aware:
+            raise ValueError(
+                f"difficulty={self.difficulty!r} has no effect without loss_strata: nothing asks how hard tags are"
+            )
         if self.loss_aggregation != defaults["loss_aggregation"] and not self.tag_aware:
             raise ValueError(
                 f"loss_aggregation={self.loss_aggregation!r} has no effect without loss_strata: loss_type says how the loss "

@@ -258,7 +258,8 @@ class ReplayMemory:
         dealt: list[list[Experience]] = [[] for _ in counts]
         for number, (group, rewards) in enumerate(zip(rollout.groups, known, strict=True)):
             fresh.setdefault(group.key, []).extend(rewards)
-            if counts[number] and self.hints is not None and self.hints.watches(group.key):
+            served = any(own and own[0].prompt == group.key for own in dealt)
+            if counts[number] and not served and self.hints is not None and self.hints.watches(group.key):
                 dealt[number] = self.buffer.sample(group.key, 1, rewards, step, group.has_hint, draw="uniform")
         fits, taken = self._fitting(rollout.groups), {e for own in dealt for e in own}
         drawn = self.buffer.sample_batch(

@@ -28,7 +28,14 @@ from maple_trl.algorithms import (
 )
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
-from maple_trl.trainers.avatar.checks import check_dropout, check_hints, check_places, check_tags, check_visits
+from maple_trl.trainers.avatar.checks import (
+    check_columns,
+    check_dropout,
+    check_hints,
+    check_places,
+    check_tags,
+    check_visits,
+)
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.gradient_terms import TermGradients
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
@@ -117,6 +124,8 @@ class AvatarTrainer(MAPOTrainer):
         args = self.args
         check_tags(args, self.train_dataset)
         check_hints(args, self.train_dataset, None if self.family is None else self.prompt_builder)
+        self._set_signature_columns_if_needed()
+        check_columns(args, self.train_dataset, self._signature_columns)
         check_places(args, self.accelerator.num_processes)
         check_dropout(args, self.model)
         check_visits(args, self.train_dataset)
@@ -130,7 +139,7 @@ class AvatarTrainer(MAPOTrainer):
         self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
         self._digests: dict[str, str] | None = None
         self._numbers: dict[str, int] | None = None
-        self._tags: list[int] | None = None
+        self._tags: dict[str, int] = {}
         self._empty_memory()
         self._begin_passes()
 
@@ -231,10 +240,10 @@ class AvatarTrainer(MAPOTrainer):
 
     def _tag_of(self, experience: Experience) -> int:
         """Return the tag of the row that a stored completion was written for, as a number."""
-        if self._tags is None:
-            tags = self.train_dataset["tag"] if "tag" in self.train_dataset.column_names else ()
-            self._tags = [tag_number(tag) for tag in tags] or [UNTAGGED] * len(self.train_dataset)
-        return self._tags[experience.row if experience.row >= 0 else self._text_row(experience.prompt)]
+        key = experience.prompt
+        if key not in self._tags:
+            self._tags[key] = tag_number(self._row_of(key).get("tag"))
+        return self._tags[key]
 
     # Rollout
 
@@ -586,7 +595,7 @@ class AvatarTrainer(MAPOTrainer):
 
     def _counts_of_mean(self, chunks: list[Batch]) -> Tensor:
         counts = super()._counts_of_mean(chunks)
-        if not self.args.replayed_generations:
+        if not self.args.replayed_generations or not self.model.training:
             return counts
         # `_balance` has scaled the terms; here it is said which optimizer steps have something to count.
         return (counts[:, :1] > 0).expand_as(counts).to(counts)
@@ -733,8 +742,8 @@ class AvatarTrainer(MAPOTrainer):
         fresh, replayed, shape = rollout.fresh, rollout.replayed, (-1, rollout.group_size)
         everyone = torch.where(rollout.own, rollout.past, rollout.rewards.double()).view(shape)
         fresh_only, mixed = ~rollout.informative, ~informative_groups(everyone)
-        names, rewards = self.reward_func_names, rollout.rewards
-        task = rollout.scores[:, names.index("accuracy_reward")] if "accuracy_reward" in names else rewards
+        rewards = rollout.rewards
+        task = rewards if self._task_reward is None else rollout.scores[:, self._task_reward]
         places = len(self._flight.rounds[0].rollout.tags)  # of the round that replays
         strangers = replayed & ~rollout.own
         self.tally.counts.update(

@@ -26,7 +26,7 @@ PRESETS = {
     },
     "mupo": {"modality_access": "all", "batching": "mixed", "advantage_scope": "group", "loss_strata": "batch"},
 }
-_SURROGATES = ("dapo", "cispo", "sapo", "vespo")
+SURROGATES = ("dapo", "cispo", "sapo", "vespo")
 _AGGREGATION_OF_LOSS = {"grpo": "sample", "bnpo": "token", "dr_grpo": "prompt", "luspo": "prompt"}
 
 
@@ -287,8 +287,8 @@ class MAPOConfig(OmniGRPOConfig):
                 f"loss_aggregation={_AGGREGATION_OF_LOSS[self.loss_type]!r} and leave loss_type at 'dapo' (the clipped "
                 "objective)"
             )
-        if self.loss_type not in _SURROGATES:
-            raise ValueError(f"loss_type must be one of {', '.join(_SURROGATES)}, got {self.loss_type!r}")
+        if self.loss_type not in SURROGATES:
+            raise ValueError(f"loss_type must be one of {', '.join(SURROGATES)}, got {self.loss_type!r}")
 
     def _check_stratified_loss(self) -> None:
         if self.scale_rewards not in ("group", True):

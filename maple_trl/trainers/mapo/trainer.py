@@ -562,8 +562,12 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def state_parts(self) -> list[StatePart]:
         count = 0 if self._gradient_sample is None else self._gradient_sample.count
-        own = [] if self.schedule is None else [self._progress]
-        return [*super().state_parts(), *own, ProbeState(self.gradient_moments, count)]
+        parts = super().state_parts()
+        if self.schedule is not None:
+            parts.append(self._progress)
+        if self.schedule is not None or count:
+            parts.append(ProbeState(self.gradient_moments, count))
+        return parts
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
