@@ -131,11 +131,13 @@ def check_places(args: AvatarConfig, world: int) -> None:
 
 def check_columns(args: AvatarConfig, dataset: Any, used: Collection[str]) -> None:
     """
+    Check that rows keep the columns by which a replayed completion's row is found again.
+
     Args:
         used: columns that a row keeps with `remove_unused_columns`.
 
     Raises:
-        ValueError: when rows lose columns by which a replayed completion's row is found again.
+        ValueError: when they lose some.
     """
     if not args.replayed_generations or args.replay_scope == "prompt" or not args.remove_unused_columns:
         return
