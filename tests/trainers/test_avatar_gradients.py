@@ -34,6 +34,14 @@ LAMBDA = 0.5
 LOW, HIGH = 0.2, 0.3
 OWN_LOW, OWN_HIGH = 0.05, 0.1
 RATE = 0.02  # of plain gradient descent; it moves some ratios over the bounds of the clipping
+PLAIN_STEPS = {
+    "optim": "sgd",
+    "learning_rate": RATE,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "epsilon": LOW,
+    "epsilon_high": HIGH,
+}
 STEPS = 5
 
 
@@ -187,12 +195,7 @@ def train(model, processing_class, data, tmp_path, steps, reward, by_model, **op
         "replay_scope": "prompt",
         "max_completion_length": LONGEST,
         "max_steps": steps,
-        "optim": "sgd",
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "epsilon": LOW,
-        "epsilon_high": HIGH,
+        **PLAIN_STEPS,
         "tas_lambda": LAMBDA,
         "seed": 3,
         **options,
