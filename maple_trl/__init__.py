@@ -221,10 +221,10 @@ class Registry(Mapping[str, _T]):
 
     def __contains__(self, name: object) -> bool:
         """Also load it: options are held against names before a run begins, which is the time to say what is wrong."""
-        if not isinstance(name, str) or name not in self._names():
+        if not isinstance(name, str):
             return False
         self._load(name)
-        return True
+        return name in self._found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names())

@@ -34,6 +34,19 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """
+    Read a JSON file; `None` where there is no file.
+
+    Raises:
+        ValueError: when it is no JSON.
+    """
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def _umask() -> int:
     """Return the process's umask; a scratch file is private, the finished one is not."""
     mask = os.umask(0)

@@ -11,11 +11,11 @@ from torch import nn
 
 from maple_trl.algorithms import replayed_slots
 from maple_trl.data.hint_leaks import LEAKS, leaks_answer
-from maple_trl.modalities import ModalityTag
 from maple_trl.omni.content import read_content
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.common.hinted_rows import HINT_COLUMN, has_hint, row_digest, with_hint
+from maple_trl.trainers.common.rows import check_row_tags
 
 
 logger = logging.getLogger(__name__)
@@ -30,17 +30,13 @@ def check_tags(args: AvatarConfig, dataset: Any) -> None:
         ValueError: for a streamed data set, where rows are batched or scaled by tag.
     """
     by_tag = args.advantage_scope not in ("group", "batch")
-    if args.batching != "stratified" and not by_tag:
+    if args.tag_aware or args.batching != "stratified" and not by_tag:  # the schedule has looked at them
         return
     name = "advantage_scope" if by_tag else "batching"
     option = f"{name}={getattr(args, name)!r}"
     if not isinstance(dataset, Dataset):
         raise ValueError(f"{option} needs a map-style Dataset, got {type(dataset).__name__}")
-    for i, tag in enumerate(dataset["tag"] if "tag" in dataset.column_names else [None]):
-        try:
-            ModalityTag.parse(tag)
-        except ValueError as error:
-            raise RowError(f"train_dataset, row {i}: {option} needs a field 'tag': {error}") from error
+    check_row_tags(dataset["tag"] if "tag" in dataset.column_names else [None], f"{option} needs a field 'tag'")
 
 
 def check_hints(args: AvatarConfig, dataset: Any, builder: PromptBuilder | None) -> None:

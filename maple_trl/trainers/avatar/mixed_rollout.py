@@ -51,4 +51,4 @@ class MixedRollout(Rollout):
         Args:
             wanted: replayed completions that each group is to have.
         """
-        return int(self.replayed.sum()) / ((self.wanted or len(self.hinted)) * wanted)
+        return int(self.replayed.sum()) / (self.wanted * wanted)

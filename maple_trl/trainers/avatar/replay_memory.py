@@ -103,6 +103,15 @@ class PassRecord:
     completions: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     divergences: list[tuple[int, float, float]] = field(default_factory=list)
 
+    def add_completion(self, number: int, ids_T: Tensor, logps_T: Tensor, tokens_T: Tensor) -> None:
+        """
+        Add a fresh completion.
+
+        Args:
+            tokens_T (`Tensor` of shape (T,)): bool, which tokens are its own.
+        """
+        self.completions.append((number, ids_T[tokens_T].cpu(), logps_T[tokens_T].float().cpu()))
+
 
 class ReplayMemory:
     """

@@ -22,6 +22,7 @@ from maple_trl.algorithms import (
     group_advantages,
     informative_groups,
     policy_divergence,
+    remaining_scale,
     replay_advantages,
     tas_weights,
     term_scales,
@@ -104,6 +105,7 @@ class AvatarTrainer(MAPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "avatar", "maple-trl"]
     _name = "AVATAR"
     _config_class = AvatarConfig
+    _read_columns = (*MAPOTrainer._read_columns, HINT_COLUMN)
     _failed_is_zero = False
     replaceable_state = (STATE_FILE,)  # see `replay_recovery`
     _paper = {
@@ -169,10 +171,6 @@ class AvatarTrainer(MAPOTrainer):
             seed=self.args.seed,
         )
         return StratifiedSampler(schedule, self.num_generations, self._updates_per_rollout)
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, HINT_COLUMN]
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
         known = len(self.row_encoder.quarantined)
@@ -256,12 +254,9 @@ class AvatarTrainer(MAPOTrainer):
         slots = list(zip(rows, prompts or [None] * len(rows), strict=True))
         plan = self._plan(slots)
         first = self.accelerator.process_index * len(slots)
-        own = range(first, first + len(slots))
-        shown = [
-            self._shown(*slots[place - first], plan.hinted[place // plan.group_size])
-            for place in own
-            if plan.fresh[place]
-        ]
+        own, fresh = range(first, first + len(slots)), plan.fresh
+        generated = [place for place in own if fresh[place]]
+        shown = [self._shown(*slots[place - first], plan.hinted[place // plan.group_size]) for place in generated]
         batch, rollout = self._complete_fresh(plan, shown)
         step = self.state.global_step
         rewards, scores = rollout.rewards[rollout.fresh], rollout.scores[rollout.fresh]
@@ -278,7 +273,7 @@ class AvatarTrainer(MAPOTrainer):
         if replayed:
             parts = [batch, self._replayed_batch(list(replayed.values()), batch)]
             batch = Batch.concat(parts, self._tokenizer.pad_token_id)
-        places = [place for place in own if plan.fresh[place]] + list(replayed)
+        places = generated + list(replayed)
         batch[NUMBER_KEY] = torch.tensor(places, device=self.accelerator.device) + plan.first_number
         mixed = self._mixed(plan, rollout, of_place, lost)
         # TRL took each fresh completion for a group.
@@ -298,7 +293,7 @@ class AvatarTrainer(MAPOTrainer):
         empty = None
         if rounds:  # groups as small as those that they stand in for
             first = rounds[0].rollout
-            empty = ceil(int(first.replayed.sum()) / len(first.hinted))
+            empty = ceil(int(first.replayed.sum()) / first.prompts)
         return self.memory.plan(groups, size, self.state.global_step, self.accelerator.num_processes, empty)
 
     def _complete_fresh(self, plan: ReplayPlan, shown: Sequence[Shown]) -> tuple[Batch, Rollout]:
@@ -444,46 +439,35 @@ class AvatarTrainer(MAPOTrainer):
         """
         if not self._dropping:
             return
-        start, dropped, watched = 0, [], []
-        left_out = rollout.fresh & ~kept & ~rollout.rewards.isnan()
-        for r in self._flight.rounds:
-            end = start + len(r.rollout.tags)
-            first = int(r.batch[NUMBER_KEY][0]) - r.places[0]
-            dropped += [first + place for place in left_out[start:end].nonzero().flatten().tolist()]
-            numbers = r.batch[NUMBER_KEY].tolist()
-            own = zip(r.places, numbers, strict=True)
-            watched.append(
-                [i for i, (place, n) in enumerate(own) if left_out[start + place] and self.memory.watches(n)]
-            )
-            start = end
-        self._store_unseen(watched)
-        self.memory.drop(number for number in dropped if not self.memory.watches(number))
+        left_out = (rollout.fresh & ~kept & ~rollout.rewards.isnan()).tolist()
+        for r, own in self._flight.placed():
+            number_of = int(r.batch[NUMBER_KEY][0]) - r.places[0]  # of the round's first place
+            dropped = {number_of + place for place, left in enumerate(left_out[own]) if left}
+            watched = {number for number in dropped if self.memory.watches(number)}
+            self._store_unseen(r.batch, [i for i, n in enumerate(r.batch[NUMBER_KEY].tolist()) if n in watched])
+            self.memory.drop(dropped - watched)
 
     @torch.no_grad()
-    def _store_unseen(self, watched: Sequence[list[int]]) -> None:
+    def _store_unseen(self, batch: Batch, rows: list[int]) -> None:
         """
-        Compute the log-probabilities of completions that no training pass will see, so that they can be stored.
+        Compute log-probabilities of rows that no training pass will see, so that they can be stored; a collective call.
 
         Args:
-            watched: for each round, the rows of its batch.
+            batch: this rank's completions of a round.
         """
-        for r, rows in zip(self._flight.rounds, watched, strict=True):
-            if not any(gather_object([len(rows)])):
-                continue
-            padded = self._as_many_on_all_ranks(rows)
-            if not padded:
-                continue
-            batch = r.batch.take(padded)
-            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-            width, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
-            with self._in_flight(PassInFlight(batch.prompts, inputs=batch)) as flight:
-                self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
-            for i in range(len(rows)):
-                tokens = batch["completion_mask"][i].bool()
-                ids_i, logps = batch["completion_ids"][i][tokens], flight.logps[i][tokens]
-                number = int(batch[NUMBER_KEY][i])
-                self._written.completions.append((number, ids_i.cpu(), logps.float().cpu()))
+        if not any(gather_object([len(rows)])):
+            return
+        batch = batch.take(self._as_many_on_all_ranks(rows))
+        if not batch.rows:
+            return
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        width, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
+        with self._in_flight(PassInFlight(batch.prompts, inputs=batch)) as flight:
+            self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
+        columns = (batch[NUMBER_KEY].tolist(), batch["completion_ids"], flight.logps, batch["completion_mask"].bool())
+        for completion in list(zip(*columns, strict=True))[: len(rows)]:
+            self._written.add_completion(*completion)
 
     def _replayed_batch(
         self,
@@ -567,16 +551,13 @@ class AvatarTrainer(MAPOTrainer):
     def _fold_weights(self, chunks: list[Batch], rollout: Rollout) -> Tensor:
         totals = super()._fold_weights(chunks, rollout)
         if self.args.replayed_generations and self.beta:
-            counts = 0 if self.args.loss_type == "sapo" else 1  # the rows or the tokens of TRL's mean
-            parts = torch.stack([totals[..., counts].sum(dim=1), totals[:, :UNTAGGED, counts].sum(dim=1)], dim=1)
-            if counts == 0:
-                parts[:, 0] -= totals[:, UNTAGGED, 0]  # another factor leaves those out
-            else:
-                parts = parts.sum(dim=0, keepdim=True).expand_as(parts)
+            by_rows = self.args.loss_type == "sapo"  # TRL's mean is over a step's rows, else over a rollout's tokens
+            counts = totals[..., 0] if by_rows else totals[..., 1].sum(dim=0, keepdim=True).expand(totals.shape[:2])
+            fresh = counts[:, :UNTAGGED].sum(dim=1).tolist()
+            everything = (counts.sum(dim=1) - counts[:, UNTAGGED]).tolist()
             slots = self.args.gradient_accumulation_steps
             for i, chunk in enumerate(chunks):
-                everything, fresh = parts[i // slots].tolist()
-                scale = everything / fresh if fresh else 0.0
+                scale = remaining_scale(fresh[i // slots], everything[i // slots])
                 chunk[FRESH_SCALE_KEY] = torch.full((chunk.rows,), scale, device=totals.device)
         return totals
 
@@ -684,8 +665,7 @@ class AvatarTrainer(MAPOTrainer):
             if flags[i]:
                 self._written.divergences.append((number, float(divergences[i]), float(tokens.sum())))
             else:
-                ids, written = inputs["completion_ids"][i][tokens], old[i][tokens]
-                self._written.completions.append((number, ids.cpu(), written.float().cpu()))
+                self._written.add_completion(number, inputs["completion_ids"][i], old[i], tokens)
 
     def _correct_divergence(self, inputs: Batch) -> None:
         """Replace the logged KL, which TRL averages over all tokens, by the mean over those of fresh completions."""
@@ -744,7 +724,7 @@ class AvatarTrainer(MAPOTrainer):
         fresh_only, mixed = ~rollout.informative, ~informative_groups(everyone)
         rewards = rollout.rewards
         task = rewards if self._task_reward is None else rollout.scores[:, self._task_reward]
-        places = len(self._flight.rounds[0].rollout.tags)  # of the round that replays
+        places = rollout.wanted * rollout.group_size  # of the round that replays
         strangers = replayed & ~rollout.own
         self.tally.counts.update(
             rollouts=1,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
+from maple_trl.files import read_json
 from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 
 
@@ -76,13 +77,13 @@ def save_rollout(
 
 def _read_state(folder: str, rank: int) -> dict[str, Any]:
     path = os.path.join(folder, f"rollout_{rank}.json")
-    if not os.path.exists(path):
+    state = read_json(path)
+    if state is None:
         raise ResumeError(
             f"{path} is missing: the checkpoint was written by another trainer or by fewer processes than {rank + 1}. "
             "Resume with the same trainer and number of processes."
         )
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return state
 
 
 def check_resume_signature(folder: str, rank: int, resume_signature: dict[str, Any]) -> None:
@@ -144,10 +145,10 @@ def load_rows(folder: str) -> dict[str, Any]:
         ResumeError: when the folder holds none.
     """
     path = os.path.join(folder, "rows.json")
-    if not os.path.exists(path):
+    state = read_json(path)
+    if state is None:
         raise ResumeError(f"{path} is missing: {folder} is not a checkpoint of OmniGRPOTrainer")
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return state
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
-from maple_trl.files import write_atomically
+from maple_trl.files import read_json, write_atomically
 from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED
 
 
@@ -72,11 +72,9 @@ class MissingRewards:
 
     def load(self, folder: str) -> None:
         """Continue from [`save`]; older checkpoints hold no counts."""
-        path = os.path.join(folder, STATE_FILE)
-        if not os.path.exists(path):
+        state = read_json(os.path.join(folder, STATE_FILE))
+        if state is None:
             return
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
         self.by_function = Counter({(name, tag): count for name, tag, count in state["missing"]})
         self.unscorable = Counter(dict(state["unscorable"]))
         for (name, _), count in self.by_function.items():

@@ -13,7 +13,7 @@ What the ranks generate together, on its way from rows to a loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ class Rollout:
         tags, lengths, media_tokens (`Tensor` of shape (N,)): tag as a number; tokens of completion and of media.
         fresh (`Tensor` of shape (N,)): bool, whether a place holds a completion that was generated for it.
         stratum: the tag of all of them, or another value of the schedule's; `None` without a schedule.
-        wanted (`int`): prompts that are to be trained on, of those that were taken.
+        wanted (`int`): prompts of the first round, which is how many are to be trained on; further rounds refill it.
     """
 
     rows: list[int]
@@ -61,7 +61,13 @@ class Rollout:
         """Join several rounds, one after the other."""
         names = [f.name for f in fields(rounds[0]) if isinstance(getattr(rounds[0], f.name), Tensor)]
         columns = {name: torch.cat([getattr(r, name) for r in rounds]) for name in names}
-        return replace(rounds[0], rows=[row for r in rounds for row in r.rows], **columns)
+        rows, wanted = [row for r in rounds for row in r.rows], rounds[0].prompts
+        return replace(rounds[0], rows=rows, wanted=wanted, **columns)
+
+    @property
+    def prompts(self) -> int:
+        """How many there are."""
+        return len(self.tags) // self.group_size
 
     @property
     def groups(self) -> Tensor:
@@ -186,6 +192,14 @@ class UpdatesInFlight(InFlight):
     rounds: list[Round] = field(default_factory=list)
     rollout: Rollout | None = None
     chunks: list[Batch] | None = None
+
+    def placed(self) -> Iterator[tuple[Round, slice]]:
+        """Yield each round with its places in the rollout."""
+        start = 0
+        for r in self.rounds:
+            end = start + len(r.rollout.tags)
+            yield r, slice(start, end)
+            start = end
 
 
 @dataclass

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from cachetools import LRUCache
 from datasets import Dataset
 
+from maple_trl.modalities import ModalityTag
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.prompt import PROMPT_COLUMNS, PromptBuilder, PromptSpec, prompt_columns
+from maple_trl.omni.prompt import PROMPT_COLUMNS, PromptBuilder, PromptSpec, RowError, prompt_columns
 from maple_trl.trainers.common.quarantine import QuarantinedPrompt, Ranks, RowRegistry
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
@@ -195,3 +196,20 @@ def check_spelling(columns: Sequence[str], name: str) -> None:
                 f"{name} has the column {alike[0]!r}, which is not read, and no column {column!r}: rename it to "
                 f"{column!r}, or to something less alike if it means something else"
             )
+
+
+def check_row_tags(tags: Iterable[Any], field: str = "field 'tag'") -> None:
+    """
+    Check that each row of the training set has a tag.
+
+    Args:
+        field: how an error begins that tells of one.
+
+    Raises:
+        RowError: for the first row without one, or with an unknown one.
+    """
+    for i, tag in enumerate(tags):
+        try:
+            ModalityTag.parse(tag)
+        except ValueError as error:
+            raise RowError(f"train_dataset, row {i}: {field}: {error}") from error

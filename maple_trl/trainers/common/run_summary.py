@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from maple_trl.files import write_atomically
+from maple_trl.files import read_json, write_atomically
 from maple_trl.trainers.common.learning_checks import LearningChecks
 from maple_trl.trainers.common.quarantine import RowRegistry
 
@@ -46,11 +46,9 @@ class RunTally:
 
     def load(self, folder: str) -> None:
         """Take over the counts of a checkpoint; one of an earlier version has none."""
-        path = os.path.join(folder, TALLY_FILE)
-        if not os.path.exists(path):
+        state = read_json(os.path.join(folder, TALLY_FILE))
+        if state is None:
             return
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
         self.checks.load_state_dict(state["checks"])
         for name in ("rewards", "unrewarded", "counts"):
             setattr(self, name, Counter(state[name]))

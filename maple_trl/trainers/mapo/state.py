@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from maple_trl.algorithms import GradientMoments
-from maple_trl.files import write_atomically
+from maple_trl.files import read_json, write_atomically
 from maple_trl.trainers.common.checkpoint import ResumeError
 
 
@@ -52,10 +52,9 @@ class ScheduleState:
             ResumeError: when the folder holds no such state, or one of other options.
         """
         path = os.path.join(folder, STATE_FILE)
-        if not os.path.exists(path):
+        state = read_json(path)
+        if state is None:
             raise ResumeError(f"{path} is missing: {folder} is not a checkpoint of a run with a schedule of tags")
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
         for name, part in self.components.items():
             try:
                 part.load_state_dict(state[name])

@@ -36,10 +36,10 @@ from maple_trl.algorithms import (
 from maple_trl.algorithms.schedule import MIXED
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt
-from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.common.batch import SCALE_KEY, TAG_KEY, Batch
 from maple_trl.trainers.common.checkpoint import StatePart
 from maple_trl.trainers.common.rollout import Assignment, PassInFlight, Rollout, RolloutInFlight, Round
+from maple_trl.trainers.common.rows import check_row_tags
 from maple_trl.trainers.common.run_summary import Note, make_note, plural
 from maple_trl.trainers.common.samplers import StratifiedSampler
 from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED, TagSums
@@ -280,7 +280,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         rows = batch.rows
         while rows:
             r = next(super()._rounds(self._own_rows(rows)))
-            r.rollout = replace(r.rollout, rows=rows, stratum=batch.stratum, wanted=len(batch.rows))
+            r.rollout = replace(r.rollout, rows=rows, stratum=batch.stratum)
             yield r
             rows = self._refill(batch, self._flight.rounds) if self._dropping else []
         self._log_all({"schedule/filled_rows": batch.filled})
@@ -603,8 +603,4 @@ def _check_tags(dataset: Any, trainer: str) -> None:
             f"train_dataset has no column 'tag' (its columns: {', '.join(dataset.column_names)}): {trainer} needs each "
             f"row's required modality tag, one of {', '.join(ModalityTag)}"
         )
-    for i, tag in enumerate(dataset["tag"]):
-        try:
-            ModalityTag.parse(tag)
-        except ValueError as error:
-            raise RowError(f"train_dataset, row {i}: field 'tag': {error}") from error
+    check_row_tags(dataset["tag"])

@@ -124,6 +124,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
+    _read_columns: tuple[str, ...] = ("video", "audio", "subtitle", "tag", "audio_in_video")
     _failed_is_zero = True  # TRL's way with a reward that failed, where there are neither media nor tags
 
     def __init__(
@@ -250,8 +251,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._prefetch([self.train_dataset[i] for i in self._lookahead.upcoming()], current)
 
     def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "video", "audio", "subtitle", "tag", "audio_in_video"]
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*self._signature_columns, *self._read_columns]
 
     # Rollout
 
@@ -328,17 +330,16 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         Micro-batches are cut anew unless a single round is trained on as a whole.
         """
         rollout, rounds, world = flight.rollout, flight.rounds, self.accelerator.num_processes
+        kept = assigned.kept
         self._replace_logged_advantages(assigned.advantages[rollout.fresh])
-        start, parts, counts = 0, [], torch.zeros(world, dtype=torch.long)
-        for r in rounds:
-            places = torch.tensor(r.places, dtype=torch.long, device=assigned.advantages.device) + start
+        parts, counts = [], torch.zeros(world, dtype=torch.long)
+        for r, own in flight.placed():
+            places = torch.tensor(r.places, dtype=torch.long, device=kept.device) + own.start
             r.batch["advantages"] = assigned.advantages[places]
             r.batch[TAG_KEY] = rollout.counted_tags[places]
-            end = start + len(r.rollout.tags)
-            counts += assigned.kept[start:end].view(world, -1).sum(dim=1).cpu()
-            parts.append(r.batch.take(assigned.kept[places].nonzero().flatten().tolist()))
-            start = end
-        if len(rounds) == 1 and int(assigned.kept.sum()) == self.args.generation_batch_size:
+            counts += kept[own].view(world, -1).sum(dim=1).cpu()
+            parts.append(r.batch.take(kept[places].nonzero().flatten().tolist()))
+        if len(rounds) == 1 and int(kept.sum()) == self.args.generation_batch_size:
             return
         for part in parts:  # which some rounds have and others have not; the tags say it too
             part.pop(UNSCORABLE_KEY, None)
