@@ -31,6 +31,10 @@ def seven_tags(tmp_path_factory):
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once, in the process that all others come from
         leftovers.watch()
+    else:
+        import programs  # not before the settings above
+
+        programs.serve_copies()
 
 
 def pytest_collection_modifyitems(items):

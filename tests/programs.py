@@ -3,11 +3,13 @@ Python programs in processes of their own that need not import torch, transforme
 
 Those imports cost more than most of what tests then run. A server process of multiprocessing makes them once and is
 copied for each program; it has run nothing else, so that copies may train, which a copy of the test's own process may not.
+A worker of pytest-xdist makes them anyhow: there the server is a copy of the worker, made before it runs its first test.
 """
 
 import atexit
 import ctypes
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -19,31 +21,65 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from pathlib import Path
+from unittest import mock
 
 import torch.distributed as dist
 
 
 IMPORTED = [
     "av",
+    "cachetools",
     "datasets",
     "peft",
     "pyarrow.parquet",
     "slipcover",
+    "sqlite3",
     "torch",
     "transformers",
+    "trl.rewards",
     "trl.trainer.grpo_trainer",
     "trl.trainer.sft_trainer",
+    "transformers.models.qwen2.tokenization_qwen2",
     "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
     "transformers.models.qwen2_5_omni.processing_qwen2_5_omni",
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl",
+    "transformers.models.qwen2_vl.video_processing_qwen2_vl",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    "transformers.models.whisper.feature_extraction_whisper",
 ]
+# The package itself, where the process that is copied measures which of its lines are run.
+OWN = ["maple_trl.train", "maple_trl.trainers.avatar.trainer", "maple_trl.trainers.omni_sft.trainer"]
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds; a program takes some, this only ends one that hangs
 ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 _PR_SET_PDEATHSIG = 1
 
 _context = multiprocessing.get_context("forkserver")
+
+
+def serve_copies() -> None:
+    """Makes a copy of this process the server; before anything is trained here."""
+    for name in IMPORTED + OWN:
+        importlib.import_module(name)
+    forkserver.set_forkserver_preload([])
+    with mock.patch.object(util, "spawnv_passfds", _copy):
+        forkserver.ensure_running()
+
+
+def _copy(path: bytes, arguments: list[str], passed: list[int]) -> int:
+    """Starts what multiprocessing would start with a new interpreter, which keeps only the files that are passed to it."""
+    if process := os.fork():
+        return process
+    try:
+        opened = [0, 1, 2, *sorted(passed), os.sysconf("SC_OPEN_MAX")]
+        for before, after in zip(opened, opened[1:], strict=False):
+            os.closerange(before + 1, after)
+        sys.stdout = sys.stderr = sys.__stderr__
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
 
 
 def _ensure_server() -> None:
@@ -53,18 +89,19 @@ def _ensure_server() -> None:
 
 def _measure_coverage(environment: Mapping[str, str]) -> None:
     """Adds the lines of the package that this program runs to those of the suite, if the suite measures them."""
-    if "SLIPCOVER_COVERAGE_DIR" not in environment:
+    finders = [finder for finder in sys.meta_path if type(finder).__name__ == "SlipcoverMetaPathFinder"]
+    if not finders:
         return
-    import slipcover
+    measured = finders[0].sci
+    measured.signal_child_process()  # what the process that was copied has run is told by that one
 
-    os.chdir(ROOT)  # files are told by their paths from here
-    omitted = environment.get("SLIPCOVER_OMIT")
-    matcher = slipcover.FileMatcher([environment["SLIPCOVER_SOURCE"]], [omitted] if omitted else None)
-    measured = slipcover.Slipcover()
-    slipcover.ImportManager(measured, matcher).__enter__()
-    # Named as those of pytest's workers, which are added up.
-    file = Path(environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json")
-    atexit.register(lambda: file.write_text(json.dumps(measured.get_coverage())))
+    def tell() -> None:
+        os.chdir(ROOT)  # files are told by their paths from here
+        # Named as those of pytest's workers, which are added up.
+        file = Path(environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json")
+        file.write_text(json.dumps(measured.get_coverage()))
+
+    atexit.register(tell)
 
 
 def _become(arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str | None) -> None:

@@ -421,7 +421,8 @@ def test_env_finds_what_is_broken(tmp_path, capsys):
     """A package that cannot be imported, as after a broken installation, ends with code 1 and is named."""
     (tmp_path / "pysubs2.py").write_text("raise ImportError('half of it is missing')\n")
     broken = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    shown = maple("env", "--imports", "--json", env=broken)
+    afresh = "import runpy, sys; sys.modules.pop('pysubs2', 0); runpy.run_module('maple_trl.cli', run_name='__main__')"
+    shown = programs.run(["-c", afresh, "env", "--imports", "--json"], broken)
     assert shown.returncode == 1
     report = json.loads(shown.stdout)
     assert report["problems"] == ["pysubs2: import pysubs2 fails: ImportError: half of it is missing"]
