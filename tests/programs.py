@@ -23,9 +23,8 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver, util
 from pathlib import Path
+from typing import Any
 from unittest import mock
-
-import torch.distributed as dist
 
 
 IMPORTED = [
@@ -197,6 +196,37 @@ class Program:
         return self.poll()
 
 
+def write_stand_in(folder: str | os.PathLike) -> Path:
+    """
+    Writes what a launcher can start in the place of an interpreter, for its programs to be copied from the server as well
+    (torchrun and what builds on it take its name from `PYTHON_EXEC`).
+    """
+    _ensure_server()
+    # Newer versions of Python also have a key.
+    named = {name: vars(forkserver._forkserver).get(name) for name in ("_forkserver_address", "_forkserver_authkey")}
+    path = Path(folder, "python")
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"if __name__ == '__main__':\n    import programs\n    programs.stand_in({named!r})\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def stand_in(server: Mapping[str, Any]) -> None:
+    """Has a server of another process start the program that this process was told to be, and ends as that does."""
+    vars(forkserver._forkserver).update(server, _forkserver_alive_fd=os.open(os.devnull, os.O_WRONLY))
+    output = os.readlink("/proc/self/fd/1")
+    with (
+        mock.patch.object(forkserver.ForkServer, "ensure_running"),
+        mock.patch.object(forkserver, "ensure_running"),
+    ):
+        program = Program([word for word in sys.argv[1:] if word != "-u"], output)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 - program.kill()))
+    status = program.wait()
+    sys.exit(status if status >= 0 else 128 - status)
+
+
 class Ranks:
     """
     The processes of one distributed program, as torchrun starts them: when one fails, the others are ended. A single one
@@ -216,6 +246,8 @@ class Ranks:
         if processes == 1 and not distributed:
             self.programs = [Program(arguments, output, None, variables, folder)]
             return
+        import torch.distributed as dist  # not in what stands in for an interpreter
+
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         variables |= {
             "MASTER_ADDR": "127.0.0.1",

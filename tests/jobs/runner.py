@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from programs import LIMIT, Program, Ranks
+from programs import LIMIT, Program, Ranks, write_stand_in
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
@@ -67,7 +67,8 @@ class Job:
         plan_file.write_text(json.dumps({**plan, "out": str(self.out), "runs": runs}))
         self.log = folder / f"{out}.log"
         if isinstance(launcher, list):
-            self.process = Program([*launcher, JOB, plan_file], self.log)
+            variables = {"PYTHON_EXEC": str(write_stand_in(folder))}
+            self.process = Program([*launcher, JOB, plan_file], self.log, variables=variables)
         else:
             self.process = Ranks(launcher, [JOB, plan_file], self.log, distributed=distributed)
 
