@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,16 @@ from unittest import mock
 
 
 IMPORTED = [
+    "aiohttp.web",
     "av",
     "cachetools",
     "datasets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "openai.resources.chat",
     "peft",
     "pyarrow.parquet",
+    "scipy.io.wavfile",
     "slipcover",
     "sqlite3",
     "torch",
@@ -49,7 +55,13 @@ IMPORTED = [
     "transformers.models.whisper.feature_extraction_whisper",
 ]
 # The package itself, where the process that is copied measures which of its lines are run.
-OWN = ["maple_trl.train", "maple_trl.trainers.avatar.trainer", "maple_trl.trainers.omni_sft.trainer"]
+OWN = [
+    "maple_trl.reports",
+    "maple_trl.train",
+    "maple_trl.trainers.avatar.trainer",
+    "maple_trl.trainers.mapo.trainer",
+    "maple_trl.trainers.omni_sft.trainer",
+]
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds; a program takes some, this only ends one that hangs
 ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -61,7 +73,8 @@ _context = multiprocessing.get_context("forkserver")
 def serve_copies() -> None:
     """Makes a copy of this process the server; before anything is trained here."""
     for name in IMPORTED + OWN:
-        importlib.import_module(name)
+        with suppress(ImportError):  # of an extra
+            importlib.import_module(name)
     forkserver.set_forkserver_preload([])
     with mock.patch.object(util, "spawnv_passfds", _copy):
         forkserver.ensure_running()
