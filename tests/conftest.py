@@ -22,10 +22,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="module")
 def seven_tags(tmp_path_factory):
     """A folder with real clips, and four rows of each tag. Some modules make a set of their own under this name."""
-    from maple_trl.data.synthetic import write_seven_tags  # not before the settings above
+    from media_files import copy_small_set  # not before the settings above
 
     folder = tmp_path_factory.mktemp("seven-tags")
-    return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]
+    return folder, copy_small_set(folder, seed=5)
 
 
 def pytest_configure(config):
