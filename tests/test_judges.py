@@ -508,7 +508,7 @@ def _in_another_process(judge):
 def test_judges_can_be_sent_to_another_process():
     with ChatServer(in_turn(say(verdict(1, 1, 1)))) as server:
         judge = for_tags(CaptionJudge(options(server)), ["V"])
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with multiprocessing.get_context("forkserver").Pool(1) as pool:
             assert pool.apply(_in_another_process, (judge.reward,)) == [1.0]
 
 
