@@ -39,7 +39,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The slow files first, so that no core is idle at the end (`make test` deals files to workers in this order)."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_unconfigure():

@@ -102,6 +102,7 @@ def test_a_fault_that_stays_has_a_name(action, reason, calls):
         assert reason in REASONS and result.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [status(500), status(429), hang_up(), half(), drip(30), raw(b"{"), say("  ")])
 def test_a_fault_that_passes_is_got_over(action):
     with ChatServer(in_turn(action, action, say("red"))) as server, client(server, timeout=1.0) as chat:
@@ -137,6 +138,7 @@ def test_retry_after_is_read_in_every_form():
         assert retry_after(nonsense) is None
 
 
+@pytest.mark.slow
 def test_a_batch_has_an_end():
     choose = lambda number, body: say("red", delay=30 if "slow" in str(body) else 0)  # noqa: E731
     with ChatServer(choose) as server, client(server, timeout=60, batch_timeout=1.5) as chat:
@@ -156,6 +158,7 @@ def test_messages_that_cannot_be_sent_cost_only_themselves():
 # Many at once
 
 
+@pytest.mark.slow
 def test_faults_in_a_third_of_many_calls():
     """Every request has an answer of its own or a named failure; none is lost, doubled or another's."""
     faults = [status(500), status(429, headers={"Retry-After": "0"}), hang_up(), half(), raw(b"{"), drip(30)]
@@ -212,6 +215,7 @@ def test_identical_requests_are_sent_once():
         assert results[2].prompt_tokens == 0
 
 
+@pytest.mark.slow
 def test_rates_are_kept():
     """
     Lower bounds only: 15 calls at 10 a second, of which the first second takes 10 at once, need half a second; 3 calls of
@@ -290,6 +294,7 @@ print([result.text for result in ask("quick")], flush=True)
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_what_is_under_way_and_nothing_else():
     choose = lambda n, body: say("red", delay=600 if "slow" in str(body["messages"]) else 0)  # noqa: E731
     with ChatServer(choose) as server:
@@ -523,6 +528,7 @@ def test_a_locked_cache_holds_nothing_up(tmp_path):
     cache.close()
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache(tmp_path):
     """They make the file at the same moment, and lose nothing."""
     context = multiprocessing.get_context("forkserver")  # a fork would copy locks that threads of other tests hold

@@ -448,6 +448,7 @@ print('HEAVY', sorted({{'torch', 'datasets', 'openai', 'pyarrow', 'numpy', 'rich
         assert "usage: maple-trl data" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, capsys):
     """kill -9 in the middle: afterwards each row has been asked once, and no key is in any file."""
     source = table(tmp_path / "in.parquet", [row(f"q{n}") for n in range(60)])

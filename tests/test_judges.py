@@ -356,6 +356,7 @@ def _run_many(server):
     return judge, rewards, seconds
 
 
+@pytest.mark.slow
 def test_faults_in_a_third_of_the_calls_for_many_completions(record_property):
     faults = [status(500), status(429, headers={"Retry-After": "0"}), hang_up(), half(), raw(b"{"), drip(30)]
     faults += [say("no verdict"), say(verdict(0.7, 1, 1)), say("")]
@@ -505,6 +506,7 @@ def _in_another_process(judge):
     return judge(completions=["a cat"], reference=["cat"])
 
 
+@pytest.mark.slow
 def test_judges_can_be_sent_to_another_process():
     with ChatServer(in_turn(say(verdict(1, 1, 1)))) as server:
         judge = for_tags(CaptionJudge(options(server)), ["V"])

@@ -147,6 +147,7 @@ def check(folder: Path, clip: Timed, limits: MediaLimits, request: ClipRequest) 
     )
 
 
+@pytest.mark.slow
 @given(clips(), samplings, segments)
 @settings(
     max_examples=100,
