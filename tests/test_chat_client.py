@@ -377,6 +377,21 @@ def test_a_bad_request_does_not_switch_the_schema_off():
         assert "response_format" in server.calls[-1].body
 
 
+def test_a_schema_that_is_turned_down_late_is_left_out_too():
+    """When the answer comes, another request has shown already that the server does not take the field."""
+
+    def choose(_, body):
+        async def refuse(request, body):
+            await asyncio.sleep(0.3 if "late" in str(body["messages"]) else 0)
+            return await status(400)(request, body)
+
+        return refuse if "response_format" in body else say('{"score": 0}')
+
+    with ChatServer(choose) as server, client(server) as chat:
+        results = chat.complete_many([ask(name, json_schema=SCHEMA) for name in ("early", "late")])
+        assert [result.reason for result in results] == [None, None] and len(server.calls) == 4
+
+
 def test_one_answer_without_the_schema_does_not_switch_it_off_for_others():
     """While the one that is refused is sent again in words, another has shown that the server takes the field."""
 
