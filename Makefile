@@ -11,6 +11,8 @@ MIN_COVERAGE ?= 90
 
 # The models of the tests and of the demo are tiny: one thread is several times faster than two that share a core.
 export OMP_NUM_THREADS ?= 1
+# What one process has compiled, the hundred others of the tests need not compile again.
+unexport PYTHONDONTWRITEBYTECODE
 
 SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
