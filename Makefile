@@ -11,6 +11,8 @@ MIN_COVERAGE ?= 90
 
 # The models of the tests and of the demo are tiny: one thread is several times faster than two that share a core.
 export OMP_NUM_THREADS ?= 1
+# What one process has compiled, the hundred others of the tests need not compile again.
+unexport PYTHONDONTWRITEBYTECODE
 
 SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
@@ -60,5 +62,5 @@ $(STAMP): setup.cfg pyproject.toml
 		echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 <target>" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --python $(BIN)/python $(UPGRADE) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(UPGRADE) -e ".[$(EXTRAS)]"
 	@touch $@

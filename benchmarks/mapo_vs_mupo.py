@@ -131,7 +131,8 @@ def cold_start(folder: Path, steps: int, seed: int = 0) -> Path:
     The embedded model after supervised steps on questions of its set with both kinds of input: every other one with its
     tag's signals, the others with all of them. Returns its folder.
     """
-    rows = write_seven_tags(folder / "cold", prompts_per_tag=64, seed=1000, splits=("train",))["train"]
+    per_tag = min(64, 3 * steps)  # each prompt of each tag makes two rows, of which a step takes 32
+    rows = write_seven_tags(folder / "cold", prompts_per_tag=per_tag, seed=1000, splits=("train",))["train"]
     told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in rows]
     told += [row | {"tag": ModalityTag.VAS.value} for row in told]  # a tag says here what is fed
     options = OmniSFTConfig(

@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="MAPO on the embedded model and data.")
     parser.add_argument("--steps", type=int, default=168, help="optimizer steps; 56 are an epoch of one process")
     parser.add_argument("--output_dir", default="runs/mapo", help="for checkpoints and the model")
+    parser.add_argument("--questions", type=int, default=32, help="of each tag, for the accuracies")
     options = parser.parse_args()
 
     # Rows hold a prompt, the paths of a clip and its subtitles, and a tag: the signals that the question needs.
@@ -33,7 +34,7 @@ def main() -> None:
         method="mapo",
         tag_weights="adaptive",  # a tag weighs more while its rewards are far from perfect
         curriculum="adaptive",  # the hardest tag first; before they are trained on, the one with the lowest accuracy
-        zero_shot_questions=32,  # of each tag, for that accuracy
+        zero_shot_questions=options.questions,  # of each tag, for that accuracy
         difficulty="binary",  # accuracy_reward is 0 or 1
         task_reward="accuracy_reward",
         loss_aggregation="token",
@@ -66,7 +67,7 @@ def main() -> None:
 
     def accuracy() -> dict[str, float]:
         """Of answers sampled as in training; by tag, and over all under `all`. Every process takes part."""
-        questions = {"questions_per_tag": 32, "seed": args.seed}
+        questions = {"questions_per_tag": options.questions, "seed": args.seed}
         return sampled_accuracy(trainer.generate_completions, data["test"], accuracy_reward, **questions).accuracy
 
     before = accuracy()

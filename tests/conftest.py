@@ -22,20 +22,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="module")
 def seven_tags(tmp_path_factory):
     """A folder with real clips, and four rows of each tag. Some modules make a set of their own under this name."""
-    from maple_trl.data.synthetic import write_seven_tags  # not before the settings above
+    from media_files import copy_small_set  # not before the settings above
 
     folder = tmp_path_factory.mktemp("seven-tags")
-    return folder, write_seven_tags(folder, prompts_per_tag=4, seed=5, splits=("train",), clips_per_pair=1)["train"]
+    return folder, copy_small_set(folder, seed=5)
 
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once, in the process that all others come from
         leftovers.watch()
+    else:
+        import programs  # not before the settings above
+
+        programs.serve_copies()
 
 
 def pytest_collection_modifyitems(items):
     """The slow files first, so that no core is idle at the end (`make test` deals files to workers in this order)."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_unconfigure():

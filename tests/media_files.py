@@ -1,10 +1,29 @@
 """Writes the media files that the tests read: real encoders and containers (PyAV), and real damage."""
 
+import functools
+import shutil
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from datasets import Dataset
+
+from maple_trl.data.synthetic import write_seven_tags
+
+
+@functools.cache
+def _small_set(seed: int) -> tuple[tempfile.TemporaryDirectory, Dataset]:
+    folder = tempfile.TemporaryDirectory(prefix="seven-tags-")
+    return folder, write_seven_tags(folder.name, 4, seed=seed, splits=("train",), clips_per_pair=1)["train"]
+
+
+def copy_small_set(folder: Path, seed: int = 0) -> Dataset:
+    """Four rows of each tag and their clips, which are encoded once for all tests; returns the rows."""
+    written, rows = _small_set(seed)
+    shutil.copytree(written.name, folder, dirs_exist_ok=True)
+    return rows
 
 
 def picture(index: int, height: int, width: int) -> np.ndarray:

@@ -3,11 +3,13 @@ Python programs in processes of their own that need not import torch, transforme
 
 Those imports cost more than most of what tests then run. A server process of multiprocessing makes them once and is
 copied for each program; it has run nothing else, so that copies may train, which a copy of the test's own process may not.
+A worker of pytest-xdist makes them anyhow: there the server is a copy of the worker, made before it runs its first test.
 """
 
 import atexit
 import ctypes
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -19,24 +21,46 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
+from contextlib import suppress
+from multiprocessing import forkserver, util
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
+from unittest import mock
 
 
 IMPORTED = [
+    "aiohttp.web",
     "av",
+    "cachetools",
     "datasets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "openai.resources.chat",
     "peft",
     "pyarrow.parquet",
+    "scipy.io.wavfile",
     "slipcover",
+    "sqlite3",
     "torch",
     "transformers",
+    "trl.rewards",
     "trl.trainer.grpo_trainer",
     "trl.trainer.sft_trainer",
+    "transformers.models.qwen2.tokenization_qwen2",
     "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
     "transformers.models.qwen2_5_omni.processing_qwen2_5_omni",
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl",
+    "transformers.models.qwen2_vl.video_processing_qwen2_vl",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    "transformers.models.whisper.feature_extraction_whisper",
+]
+# The package itself, where the process that is copied measures which of its lines are run.
+OWN = [
+    "maple_trl.reports",
+    "maple_trl.train",
+    "maple_trl.trainers.avatar.trainer",
+    "maple_trl.trainers.mapo.trainer",
+    "maple_trl.trainers.omni_sft.trainer",
 ]
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds; a program takes some, this only ends one that hangs
@@ -46,6 +70,30 @@ _PR_SET_PDEATHSIG = 1
 _context = multiprocessing.get_context("forkserver")
 
 
+def serve_copies() -> None:
+    """Makes a copy of this process the server; before anything is trained here."""
+    for name in IMPORTED + OWN:
+        with suppress(ImportError):  # of an extra
+            importlib.import_module(name)
+    forkserver.set_forkserver_preload([])
+    with mock.patch.object(util, "spawnv_passfds", _copy):
+        forkserver.ensure_running()
+
+
+def _copy(path: bytes, arguments: list[str], passed: list[int]) -> int:
+    """Starts what multiprocessing would start with a new interpreter, which keeps only the files that are passed to it."""
+    if process := os.fork():
+        return process
+    try:
+        opened = [0, 1, 2, *sorted(passed), os.sysconf("SC_OPEN_MAX")]
+        for before, after in zip(opened, opened[1:], strict=False):
+            os.closerange(before + 1, after)
+        sys.stdout = sys.stderr = sys.__stderr__
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
+
+
 def _ensure_server() -> None:
     _context.set_forkserver_preload(IMPORTED)
     forkserver.ensure_running()
@@ -53,18 +101,19 @@ def _ensure_server() -> None:
 
 def _measure_coverage(environment: Mapping[str, str]) -> None:
     """Adds the lines of the package that this program runs to those of the suite, if the suite measures them."""
-    if "SLIPCOVER_COVERAGE_DIR" not in environment:
+    finders = [finder for finder in sys.meta_path if type(finder).__name__ == "SlipcoverMetaPathFinder"]
+    if not finders:
         return
-    import slipcover
+    measured = finders[0].sci
+    measured.signal_child_process()  # what the process that was copied has run is told by that one
 
-    os.chdir(ROOT)  # files are told by their paths from here
-    omitted = environment.get("SLIPCOVER_OMIT")
-    matcher = slipcover.FileMatcher([environment["SLIPCOVER_SOURCE"]], [omitted] if omitted else None)
-    measured = slipcover.Slipcover()
-    slipcover.ImportManager(measured, matcher).__enter__()
-    # Named as those of pytest's workers, which are added up.
-    file = Path(environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json")
-    atexit.register(lambda: file.write_text(json.dumps(measured.get_coverage())))
+    def tell() -> None:
+        os.chdir(ROOT)  # files are told by their paths from here
+        # Named as those of pytest's workers, which are added up.
+        file = Path(environment["SLIPCOVER_COVERAGE_DIR"], f"coverage-gw-{os.getpid()}.json")
+        file.write_text(json.dumps(measured.get_coverage()))
+
+    atexit.register(tell)
 
 
 def _become(arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str | None) -> None:
@@ -160,6 +209,37 @@ class Program:
         return self.poll()
 
 
+def write_stand_in(folder: str | os.PathLike) -> Path:
+    """
+    Writes what a launcher can start in the place of an interpreter, for its programs to be copied from the server as well
+    (torchrun and what builds on it take its name from `PYTHON_EXEC`).
+    """
+    _ensure_server()
+    # Newer versions of Python also have a key.
+    named = {name: vars(forkserver._forkserver).get(name) for name in ("_forkserver_address", "_forkserver_authkey")}
+    path = Path(folder, "python")
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"if __name__ == '__main__':\n    import programs\n    programs.stand_in({named!r})\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def stand_in(server: Mapping[str, Any]) -> None:
+    """Has a server of another process start the program that this process was told to be, and ends as that does."""
+    vars(forkserver._forkserver).update(server, _forkserver_alive_fd=os.open(os.devnull, os.O_WRONLY))
+    output = os.readlink("/proc/self/fd/1")
+    with (
+        mock.patch.object(forkserver.ForkServer, "ensure_running"),
+        mock.patch.object(forkserver, "ensure_running"),
+    ):
+        program = Program([word for word in sys.argv[1:] if word != "-u"], output)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 - program.kill()))
+    status = program.wait()
+    sys.exit(status if status >= 0 else 128 - status)
+
+
 class Ranks:
     """
     The processes of one distributed program, as torchrun starts them: when one fails, the others are ended. A single one
@@ -179,6 +259,8 @@ class Ranks:
         if processes == 1 and not distributed:
             self.programs = [Program(arguments, output, None, variables, folder)]
             return
+        import torch.distributed as dist  # not in what stands in for an interpreter
+
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         variables |= {
             "MASTER_ADDR": "127.0.0.1",

@@ -26,6 +26,7 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None])
 def test_what_a_stopped_suite_had_started_ends(tmp_path, ended_by):
     """Where nothing watches (`None`), what a killed suite has started goes on."""

@@ -10,6 +10,7 @@ generation settings (no sampling defaults), left padding.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from dataclasses import dataclass
@@ -467,6 +468,12 @@ def _instantiate(model_class: type, config, tokenizer: Qwen2Tokenizer, seed: int
     return model.float().eval()
 
 
+@functools.lru_cache(maxsize=16)
+def _built(family: str, seed: int) -> PreTrainedModel:
+    tokenizer = build_tokenizer(family)
+    return _instantiate(FAMILIES[family].model_class, _CONFIGS[family](tokenizer), tokenizer, seed)
+
+
 def build_tiny(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A tiny random model of `family` and its processor.
 
@@ -480,9 +487,7 @@ def build_tiny(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMi
     Raises:
         KeyError: `family` is not a key of `FAMILIES`.
     """
-    processor = build_processor(family)
-    config = _CONFIGS[family](processor.tokenizer)
-    return _instantiate(FAMILIES[family].model_class, config, processor.tokenizer, seed), processor
+    return copy.deepcopy(_built(family, seed)), build_processor(family)
 
 
 def save_tiny(family: str, folder: str | Path, seed: int = 0) -> Path:

@@ -128,7 +128,7 @@ class ChatSender:
         try:
             reply = await self._post(request, True, spent)
         except CallFailure as failure:
-            if self._takes_schema is not None or failure.status not in UNSUPPORTED_STATUSES:
+            if self._takes_schema or failure.status not in UNSUPPORTED_STATUSES:
                 raise
             reply = await self._post(request, False, spent)
             if self._takes_schema is None:  # no other request has shown meanwhile that it does

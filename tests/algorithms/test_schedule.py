@@ -268,6 +268,7 @@ for options in ({}, {"granularity": "cycle"}, {"leftover": "mixed"}, {"stratifie
 """
 
 
+@pytest.mark.slow
 def test_other_processes_choose_the_same_batches(capsys):
     exec(PROGRAM, {})
     ours = capsys.readouterr().out

@@ -421,7 +421,8 @@ def test_env_finds_what_is_broken(tmp_path, capsys):
     """A package that cannot be imported, as after a broken installation, ends with code 1 and is named."""
     (tmp_path / "pysubs2.py").write_text("raise ImportError('half of it is missing')\n")
     broken = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    shown = maple("env", "--imports", "--json", env=broken)
+    afresh = "import runpy, sys; sys.modules.pop('pysubs2', 0); runpy.run_module('maple_trl.cli', run_name='__main__')"
+    shown = programs.run(["-c", afresh, "env", "--imports", "--json"], broken)
     assert shown.returncode == 1
     report = json.loads(shown.stdout)
     assert report["problems"] == ["pysubs2: import pysubs2 fails: ImportError: half of it is missing"]
@@ -491,6 +492,7 @@ def short_run(tmp_path_factory):
     return folder, shown
 
 
+@pytest.mark.slow
 def test_train_writes_its_results(short_run):
     folder, shown = short_run
     summary = read_json(folder / "summary.json")
@@ -510,6 +512,7 @@ def test_train_writes_its_results(short_run):
     assert not [word for word in ("deprecated", "Checking rows", "Probing media") if word in shown.stderr]
 
 
+@pytest.mark.slow
 def test_train_leaves_a_model_that_loads_and_has_moved(short_run):
     from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
 
@@ -538,6 +541,7 @@ def run_here(tmp_path, monkeypatch, *words):
     return caught["trainer"], summary
 
 
+@pytest.mark.slow
 def test_train_goes_on_from_its_last_checkpoint(short_run, tmp_path, monkeypatch):
     """A job that ends after step 1 and is resumed gives the weights of one that ran through."""
     folder, _ = short_run
@@ -548,6 +552,7 @@ def test_train_goes_on_from_its_last_checkpoint(short_run, tmp_path, monkeypatch
     assert all((through[name] == pieces[name]).all() for name in through)
 
 
+@pytest.mark.slow
 def test_a_refused_resume_says_why_and_keeps_the_log(tmp_path, monkeypatch):
     run_here(tmp_path, monkeypatch, "--max_steps", "1")
     logged = (tmp_path / "metrics.jsonl").read_text()
@@ -561,6 +566,7 @@ def test_a_refused_resume_says_why_and_keeps_the_log(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == logged
 
 
+@pytest.mark.slow
 def test_train_with_lora(tmp_path, monkeypatch):
     words = [
         "--use_peft",
@@ -584,6 +590,7 @@ def test_train_with_lora(tmp_path, monkeypatch):
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "processor_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_train_with_frozen_parts(short_run, tmp_path, monkeypatch):
     from maple_trl.omni.loading import resolve_checkpoint
 
@@ -642,6 +649,7 @@ def test_train_without_a_model(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_example_does_the_same_job(short_run, tmp_path, monkeypatch):
     folder, _ = short_run
     monkeypatch.setattr(sys, "argv", ["train_omni_grpo.py", *SHORT, "--output_dir", str(tmp_path)])

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import re
 import runpy
 import signal
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import programs
 import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer, hang_up, in_turn, say, status
@@ -203,9 +203,9 @@ def test_any_text_has_a_verdict(hint, prompt, solution):
 
 
 def test_long_texts_take_linear_time():
-    """100 kB of what could make patterns backtrack; a quadratic pattern would take minutes."""
+    """50 kB of what could make patterns backtrack; a quadratic pattern would take minutes."""
     for piece in ("a ", "(A", "A. ", "option ", "- ", "one hundred ", "<", '"', "r...", "</"):
-        text = piece * (100_000 // len(piece))
+        text = piece * (50_000 // len(piece))
         leaks_answer(text, text, "B", max_words=10**6)
         leaks_answer(text, text, text, max_words=10**6)
 
@@ -417,23 +417,16 @@ def test_bytes_cannot_become_json(tmp_path):
 
 def command(server, *options):
     fixed = ("--model", "teacher", "--base-url", server.url, "--retry-wait", "0.005", "--max-attempts", "2")
-    return [sys.executable, "-m", "maple_trl.cli", "data", "hints", *fixed, *map(str, options)]
+    return ["-m", "maple_trl.cli", "data", "hints", *fixed, *map(str, options)]
 
 
-def environment(**variables):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "119", "NO_COLOR": "1", **variables}
-
-
-def run(server, *options, **variables):
-    return subprocess.run(
-        command(server, *options), capture_output=True, text=True, timeout=120, env=environment(**variables)
-    )
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "COLUMNS": "119", "NO_COLOR": "1", "OPENAI_API_KEY": KEY}
 
 
 def run_here(capsys, server, *options):
     """The same in this process, which saves the start of another."""
     try:
-        returncode = cli.main(command(server, *options)[3:])
+        returncode = cli.main(command(server, *options)[2:])
     except SystemExit as ended:
         returncode = ended.code
     shown = capsys.readouterr()
@@ -455,6 +448,7 @@ print('HEAVY', sorted({{'torch', 'datasets', 'openai', 'pyarrow', 'numpy', 'rich
         assert "usage: maple-trl data" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, capsys):
     """kill -9 in the middle: afterwards each row has been asked once, and no key is in any file."""
     source = table(tmp_path / "in.parquet", [row(f"q{n}") for n in range(60)])
@@ -466,18 +460,16 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, capsys):
         )
 
     with ChatServer(slowly) as server:
-        killed = subprocess.Popen(command(server, *line), env=environment(OPENAI_API_KEY=KEY), stderr=subprocess.PIPE)
+        killed = programs.Program(command(server, *line), tmp_path / "log", variables=ENVIRONMENT)
         deadline = time.monotonic() + 60
         while len(server.calls) < 20 and time.monotonic() < deadline:
             time.sleep(0.005)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-        killed.stderr.close()
+        assert killed.kill() == -signal.SIGKILL
         arrived = len(server.calls)
         assert 20 <= arrived < 60 and not (tmp_path / "out" / "out.parquet").exists()
         with open(tmp_path / "out" / "out.parquet.progress.jsonl", "a") as file:
             file.write('\n{"key": "torn')  # as a kill inside a write leaves it
-        shown = run(server, *line, "--json", OPENAI_API_KEY=KEY)
+        shown = programs.run(command(server, *line, "--json"), ENVIRONMENT)
         assert shown.returncode == 0, shown.stderr
         summary = json.loads(shown.stdout)
         # Two calls were open when the process died; all others are known to the second run.

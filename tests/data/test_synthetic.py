@@ -135,6 +135,7 @@ def signals(written):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_files_are_real_and_carry_the_attributes_of_their_row(written, split):
     folder, tables = written
@@ -191,6 +192,7 @@ def test_right_letter_needs_every_modality_of_its_tag(tag):
             assert all(len(answers) == 4 for answers in cells.values())
 
 
+@pytest.mark.slow
 def test_no_other_signal_predicts_the_answers_of_the_written_set(written, signals):
     _, tables = written
     assert leaks(tables["train"], tables["test"], signals) == set()
@@ -206,6 +208,7 @@ def test_no_other_signal_predicts_the_answers_of_the_written_set(written, signal
         assert majority_table_hits(*pairs) == 256, "the full tag must determine the answer"
 
 
+@pytest.mark.slow
 def test_which_file_was_drawn_says_nothing_to_tags_without_its_modalities(written):
     _, tables = written
     for tag, column in [("S", "video"), ("V", "subtitle"), ("A", "subtitle"), ("VA", "subtitle")]:
@@ -213,6 +216,7 @@ def test_which_file_was_drawn_says_nothing_to_tags_without_its_modalities(writte
         assert tail_probability(majority_table_hits(train, test), len(test)) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_leaky_rule_is_caught(written, signals):
     """Negative control of the statistic: two rules that look right but make a modality superfluous."""
     _, tables = written
@@ -233,6 +237,7 @@ def test_a_leaky_rule_is_caught(written, signals):
         assert leaks(train, test, signals) == expected
 
 
+@pytest.mark.slow
 def test_a_subtitle_that_follows_the_color_is_caught(written, signals):
     """Negative control on the signals: a word that depends on the colour lets the subtitle answer V questions."""
     _, tables = written
@@ -333,6 +338,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert len(load_seven_tags(tmp_path / "set", **SMALL)["train"]) == 28
 
 
+@pytest.mark.slow
 def test_concurrent_loads_share_one_set(tmp_path):
     code = f"from maple_trl.data import load_seven_tags; load_seven_tags({str(tmp_path / 'set')!r}, **{SMALL})"
     processes = [programs.Program(["-c", code], tmp_path.with_suffix(".log")) for _ in range(2)]
@@ -422,6 +428,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_training_the_tiny_model_is_repeatable(script, written):
     folder, tables = written
     table = tables["train"].select(range(32))
@@ -442,6 +449,7 @@ def test_training_the_tiny_model_is_repeatable(script, written):
     assert {name for name in first if torch.equal(first[name], start[name])} == unused
 
 
+@pytest.mark.slow
 def test_committed_model_keeps_the_format_and_leaves_headroom(script, tiny, written, capsys):
     """It perceives every modality, is far from perfect, and answers in the format, so that rewards are not sparse."""
     folder, tables = written

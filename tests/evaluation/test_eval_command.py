@@ -167,6 +167,7 @@ def test_what_decides_the_numbers_is_written_down(base):
 # Interruptions and processes
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_a_kill(base, killed, folder, capsys):
     shutil.copytree(killed, folder / "mended")
     assert len(list((killed / "batches").glob("*.parquet"))) == 5 and not (killed / "rows.parquet").exists()
@@ -186,6 +187,7 @@ def test_a_finished_evaluation_is_not_asked_again(base, folder, capsys):
     assert (base / "rows.parquet").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_another_evaluation_is_not_mixed_in(base, folder, capsys):
     before = (base / "result.json").read_bytes()
     assert evaluate(*ASKED, "--output", "base", "--seed", "1", "--temperature", "0.5") == 2

@@ -18,6 +18,7 @@ from test_judge_server import Served, needs_server
 from tiny_models import build_tiny_text, save_tiny
 
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.jobs import models
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 
 
@@ -27,6 +28,12 @@ pytestmark = pytest.mark.slow
 TAGS = ["V", "A", "S", "VA", "VS", "AS", "VAS"]
 ASKED = ["--data", "builtin:seven-tags", *SMALL, "--samples", "2", "--batch-size", "3", "--quiet"]
 evaluate = partial(eval_runs.evaluate, "--model", "served")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Retries come without the wait that spares a real server."""
+    monkeypatch.setattr(models, "ChatOptions", partial(models.ChatOptions, retry_wait=0.01))
 
 
 def blocks(body, kind):

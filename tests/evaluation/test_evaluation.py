@@ -56,6 +56,7 @@ def test_rows_without_a_solution_do_not_count():
         sampled_accuracy(lambda asked: [None], [row(0, "V")], accuracy_reward)
 
 
+@pytest.mark.slow
 def test_through_the_trainer_repeatable_and_without_touching_the_run(tmp_path):
     data = write_seven_tags(tmp_path, prompts_per_tag=2, seed=1)
     trainer = build_trainer(tmp_path, data["train"])

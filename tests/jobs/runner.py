@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from programs import LIMIT, Program, Ranks
+from media_files import copy_small_set
+from programs import LIMIT, Program, Ranks, write_stand_in
 from safetensors.torch import load_file
 from tiny_models import save_tiny
-
-from maple_trl.data.synthetic import write_seven_tags
 
 
 JOB = Path(__file__).with_name("train_job.py")
@@ -39,7 +38,7 @@ def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
 def write_inputs(folder: Path) -> list[dict]:
     """A tiny model and real clips; returns the rows, four of each tag."""
     save_tiny("qwen2_5_omni", folder / "model")
-    return write_seven_tags(folder / "media", 4, seed=0, splits=("train",), clips_per_pair=1)["train"].to_list()
+    return copy_small_set(folder / "media").to_list()
 
 
 class Job:
@@ -67,7 +66,8 @@ class Job:
         plan_file.write_text(json.dumps({**plan, "out": str(self.out), "runs": runs}))
         self.log = folder / f"{out}.log"
         if isinstance(launcher, list):
-            self.process = Program([*launcher, JOB, plan_file], self.log)
+            variables = {"PYTHON_EXEC": str(write_stand_in(folder))}
+            self.process = Program([*launcher, JOB, plan_file], self.log, variables=variables)
         else:
             self.process = Ranks(launcher, [JOB, plan_file], self.log, distributed=distributed)
 

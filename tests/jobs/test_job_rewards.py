@@ -309,6 +309,7 @@ def faulty(number, body):
     return hang_up() if number % 5 == 3 else grade(number, body)
 
 
+@pytest.mark.slow
 def test_a_job_with_judge_weighting_and_routing_from_its_file_alone(job, maple, tmp_path):
     out = tmp_path / "out"
     with ChatServer(faulty) as server:
@@ -335,6 +336,7 @@ def test_a_job_with_judge_weighting_and_routing_from_its_file_alone(job, maple, 
     assert KEY not in shown.stdout + shown.stderr + again.out + again.err
 
 
+@pytest.mark.slow
 def test_a_job_whose_judge_is_down_ends_with_code_1_and_a_checkpoint(job, maple, tmp_path):
     with ChatServer(in_turn(status(503, f"not for {KEY}"))) as server:
         code, shown = maple("train", "--config", job(server.url, max_steps=4))
@@ -350,6 +352,7 @@ def test_a_job_whose_judge_is_down_ends_with_code_1_and_a_checkpoint(job, maple,
     assert summary["steps"] == 4 and int(checkpoint.name.split("-")[1]) < 4
 
 
+@pytest.mark.slow
 def test_stages_take_such_rewards_and_go_on_with_a_judge_that_moved(job, maple, tmp_path):
     plan = {"stages": ["first.yaml"], "output_dir": str(tmp_path / "all")}
     (tmp_path / "stages.yaml").write_text(yaml.safe_dump(plan))

@@ -489,7 +489,9 @@ def test_a_tiny_recipe_runs(name, tmp_path):
 
 
 def test_the_example_trains_and_tells(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_mapo.py", "--steps", "2", "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["train_mapo.py", "--steps", "2", "--questions", "2", "--output_dir", str(tmp_path)]
+    )
     runpy.run_path(str(ROOT / "examples" / "train_mapo.py"), run_name="__main__")
     assert (tmp_path / "model.safetensors").is_file()
     lines = capsys.readouterr().out.splitlines()

@@ -15,12 +15,11 @@ import pytest
 import torch
 from datasets import Dataset
 from jobs.runner import once
-from media_files import cut
+from media_files import copy_small_set, cut
 from programs import Ranks
 from safetensors.torch import load_file
 
 from maple_trl import cli
-from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import parse_args
 from maple_trl.jobs.stages import load_plan, run_stages
@@ -101,7 +100,7 @@ def spread(completion_ids, **_):
 
 
 def write_job(folder):
-    dataset = write_seven_tags(folder / "data", 4, seed=2, splits=("train",), clips_per_pair=1)["train"]
+    dataset = copy_small_set(folder / "data", seed=2)
     dataset.to_parquet(folder / "data" / "train.parquet")
     dataset.filter(lambda row: row["tag"] == "V").to_parquet(folder / "data" / "test.parquet")
     texts = {"base": BASE, "first": FIRST, "second": SECOND, "third": THIRD}

@@ -87,6 +87,7 @@ class TestCoverage:
             covered.append(found.low <= 0.58 <= found.high)
         assert np.mean(covered) < COVERS[0] - 0.1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("clips", "nested"), [(20, False), (68, True)])
     def test_of_means_over_tags_and_of_gaps(self, clips, nested):
         rng = np.random.default_rng(1)

@@ -10,7 +10,7 @@ import av
 import media_files as files
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from timed_clips import BEEP, Timed, beeps_in, number_of, overlaps, sound_at, write
 from tiny_models import build_tiny
@@ -127,7 +127,8 @@ def check(folder: Path, clip: Timed, limits: MediaLimits, request: ClipRequest) 
     whole = [k for k in range(-1, 9) if present[0][0] - 1e-6 <= k + origin and k + origin + BEEP <= present[0][1]]
     clear = [k for k in whole if not overlaps(k + origin, k + origin + BEEP, cuts)]
     for second, at in found:
-        if second in clear:
+        # Where frames are decoded without the one before, what is left of that may sound like any beep.
+        if second in clear and not any(b + origin <= at <= b + origin + SETTLED for _, b in clip.gaps):
             assert abs(at - (second + origin)) <= SOUND_TOLERANCE, (
                 f"beep {second} at {at:.3f} s of {second + origin:.3f} s"
             )
@@ -147,7 +148,15 @@ def check(folder: Path, clip: Timed, limits: MediaLimits, request: ClipRequest) 
     )
 
 
+@pytest.mark.slow
 @given(clips(), samplings, segments)
+@example(
+    Timed(
+        "ts", "libx264", "aac", fps=8, sound_end=5.8, gaps=((3.9666514440670197, 4.500613618662497),), reordered=True
+    ),
+    MediaLimits(num_frames=5, max_pixels=56 * 56),
+    (None, None),
+)
 @settings(
     max_examples=100,
     deadline=None,

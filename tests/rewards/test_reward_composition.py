@@ -145,7 +145,7 @@ def test_rewards_can_be_sent_to_another_process():
     """As TRL's asynchronous trainer does, which a closure would not survive."""
     routed = for_tags(accuracy_reward, ["V"])
     columns = {"completions": ["<answer>B</answer>"] * 2, "tag": ["V", "A"], "solution": ["B", "B"]}
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
         scored = pool.submit(routed, **columns)
         length = pool.submit(LengthReward(0, 10), completions=["red"], completion_ids=[[1] * 5])
         assert scored.result() == [1.0, None] and length.result() == [0.5]

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 BOUND = 1e-5
 G = 4
 # Plain gradient descent: Adam makes steps of one size out of gradients that are rounding alone.
-SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_steps": 3, "num_generations": G}
+SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_steps": 2, "num_generations": G}
 LOGGED = ("loss", "kl", "entropy", "grad_norm", "reward", "reward_std", "completions/mean_length")
 
 
@@ -119,7 +119,7 @@ def both(folder, rows, tmp_path, prepared=dict, **options):
     assert (off.packed, on.packed > 0) == (0, True)
     assert on.sampled == off.sampled
     assert on.trained == off.trained
-    assert len(logged(on)) == len(logged(off)) >= 3
+    assert len(logged(on)) == len(logged(off)) >= 2
     for one, two in zip(logged(off), logged(on), strict=True):
         assert one.keys() == two.keys() and two == pytest.approx(one, rel=1e-4, abs=1e-5)
     error, where = worst(plain, shared)
@@ -149,7 +149,7 @@ WAYS = {
 def test_training_is_the_same(options, seven_tags, tmp_path):
     folder, dataset = seven_tags
     if "mask_truncated_completions" in options:  # else none ends by itself, and there is nothing to train on
-        options = {"mask_truncated_completions": True, "max_completion_length": 40, "temperature": 2.0}
+        options = {"mask_truncated_completions": True, "max_completion_length": 40, "temperature": 2.0, "max_steps": 3}
     both(folder, dataset, tmp_path, **options)
 
 
@@ -248,7 +248,7 @@ def test_mapo(batching, seven_tags, tmp_path):
     folder, dataset = seven_tags
     # Rollouts without any media are regrouped only where sharing is asked for.
     rows = dataset.filter(lambda r: r["tag"] in ("VA", "A", "VAS"))
-    options = {"batching": batching, "per_device_train_batch_size": 6, "max_steps": 3}
+    options = {"batching": batching, "per_device_train_batch_size": 6}
     both(folder, rows, tmp_path, kind=MAPO, **options)
 
 
@@ -290,7 +290,7 @@ def test_avatar_with_replayed_rows_and_hints(options, seven_tags, tmp_path):
         "hint_max_kl": 10.0,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "max_steps": 12,
+        "max_steps": 8,
         **options,
     }
     off, on = both(folder, Dataset.from_list(rows), tmp_path, from_disk(tmp_path), kind=Avatar, reward=hard, **options)
@@ -644,7 +644,7 @@ def test_auto_shares_where_both_ways_agree(family, bf16, seven_tags, tmp_path, c
 def measured(family_name, folder, rows, precision, monkeypatch):
     """What the comparison finds for sharing that is right, and for positions that are one too late."""
     right, wrong = [], []
-    for seed in range(3):
+    for seed in range(2 if precision == "bfloat16" else 1):
         model, processor = build_tiny(family_name, seed)
         family = family_for(model, processor)
         if precision == "bfloat16":
@@ -740,7 +740,7 @@ def test_evaluation_and_completions(seven_tags, tmp_path):
     rows = one_row_per_tag(dataset)
     found = []
     for shared in ("off", "on"):
-        options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "max_steps": 3}
+        options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
         trainer = build(folder, rows, tmp_path, shared, eval_dataset=rows.select(range(4)), **options)
         torch.manual_seed(0)
         first = trainer.evaluate()
@@ -751,7 +751,7 @@ def test_evaluation_and_completions(seven_tags, tmp_path):
         found.append((first, texts, entries, trainer))
     (first, texts, entries, off), (shared_first, shared_texts, shared_entries, on) = found
     assert shared_texts == texts and len(texts) == 7
-    assert len(entries) == len(shared_entries) >= 3 and on.packed > 0
+    assert len(entries) == len(shared_entries) >= 2 and on.packed > 0
     for one, two in [(first, shared_first), *zip(entries, shared_entries, strict=True)]:
         names = [name for name in one if "loss" in name or "reward" in name or "entropy" in name]
         assert names and {n: two[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-4, abs=1e-5)

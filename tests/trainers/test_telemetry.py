@@ -37,7 +37,7 @@ def hub(monkeypatch):
             """Quiet."""
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     # As of a process in whose environment nothing is said, neither for nor against.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -155,27 +155,26 @@ def test_another_callable_object_is_measured_anew(build):
     assert asked(build, lenient) == 0
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        lambda key: b"",
-        lambda key: b'{"key": "',
-        lambda key: b"\xff\xfe",
-        lambda key: json.dumps({"key": key}).encode(),
-        lambda key: json.dumps({"key": key, "accuracy": ACCURACY | {"S": math.nan}}).encode(),
-        lambda key: json.dumps({"key": key, "accuracy": ACCURACY | {"S": 7}}).encode(),
-        lambda key: json.dumps({"key": key, "accuracy": None}).encode(),
-        lambda key: json.dumps({"key": key, "accuracy": [0.5, 0.5, 0.5]}).encode(),
-    ],
-    ids=["empty", "cut", "no-text", "no-accuracy", "NaN", "above-1", "null", "list"],
-)
-def test_a_file_that_holds_no_accuracies_is_replaced(build, tmp_path, broken):
+BROKEN = {
+    "empty": lambda key: b"",
+    "cut": lambda key: b'{"key": "',
+    "no text": lambda key: b"\xff\xfe",
+    "no accuracy": lambda key: json.dumps({"key": key}).encode(),
+    "NaN": lambda key: json.dumps({"key": key, "accuracy": ACCURACY | {"S": math.nan}}).encode(),
+    "above 1": lambda key: json.dumps({"key": key, "accuracy": ACCURACY | {"S": 7}}).encode(),
+    "null": lambda key: json.dumps({"key": key, "accuracy": None}).encode(),
+    "list": lambda key: json.dumps({"key": key, "accuracy": [0.5, 0.5, 0.5]}).encode(),
+}
+
+
+def test_a_file_that_holds_no_accuracies_is_replaced(build, tmp_path):
     train(build, by_tag)
     file = tmp_path / "run" / "zero_shot.json"
     written = file.read_bytes()
-    file.write_bytes(broken(json.loads(written)["key"]))
-    trainer, diary = train(build, by_tag)
-    assert trainer.asked == 6 and file.read_bytes() == written and order(diary) == ["S", "AS", "V"]
+    for name, broken in BROKEN.items():
+        file.write_bytes(broken(json.loads(written)["key"]))
+        trainer, diary = train(build, by_tag, max_steps=1)
+        assert trainer.asked == 6 and file.read_bytes() == written and order(diary) == ["S"], name
 
 
 # Given accuracies
