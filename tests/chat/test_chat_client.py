@@ -552,7 +552,7 @@ def test_processes_share_a_cache(tmp_path):
         workers = [context.Process(target=fill, args=(path, worker, barrier, told)) for worker in range(6)]
         for worker in workers:
             worker.start()
-        assert [told.get(timeout=60) for _ in workers] == [0] * 6
+        assert [told.get(timeout=300) for _ in workers] == [0] * 6
         for worker in workers:
             worker.join()
         cache = ChatCache(path)
