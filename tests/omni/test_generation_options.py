@@ -19,8 +19,8 @@ from maple_trl.evaluation import evaluator as evaluator_module
 from maple_trl.omni import loading
 from maple_trl.omni.families import family_for, unwrap
 from maple_trl.omni.lora import build_lora_config
+from maple_trl.rollout import transformers_engine
 from maple_trl.trainers.common.rollout import InFlight
-from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 from maple_trl.trainers.omni_sft import trainer as omni_sft
 
 
@@ -216,7 +216,7 @@ def test_without_the_guard_they_would_be_felt(ways, undisturbed, checkpoint, mon
 
         yield Nothing()
 
-    for module in (omni_grpo, omni_sft, evaluator_module):
+    for module in (transformers_engine, omni_sft, evaluator_module):
         monkeypatch.setattr(module, "own_options", open_to_all)
     for way, made in ways.items():
         felt = set()

@@ -24,6 +24,7 @@ from maple_trl.omni.prefix import sharing
 from maple_trl.omni.prefix.packed_attention import install
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
+from maple_trl.rollout import transformers_engine
 from maple_trl.trainers.common import updates
 from maple_trl.trainers.common.updates import micro_batches
 from maple_trl.trainers.omni_grpo import trainer as omni_grpo
@@ -563,9 +564,9 @@ def no_numbers(original):
 
 
 FAULTS = {
-    "late positions": ("pack", late_positions),
-    "another position": ("share_prefill", swapped_prefill),
-    "no numbers": ("share_prefill", no_numbers),
+    "late positions": (omni_grpo, "pack", late_positions),
+    "another position": (transformers_engine, "share_prefill", swapped_prefill),
+    "no numbers": (transformers_engine, "share_prefill", no_numbers),
 }
 
 
@@ -578,12 +579,12 @@ def test_a_fault_in_training_moves_the_weights(seven_tags, tmp_path, monkeypatch
     assert on.packed > 0 and worst(plain, shared)[0] > 100 * BOUND
 
 
-@pytest.mark.parametrize(("name", "fault"), FAULTS.values(), ids=list(FAULTS))
-def test_auto_falls_back_where_both_ways_differ(name, fault, seven_tags, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("used_by", "name", "fault"), FAULTS.values(), ids=list(FAULTS))
+def test_auto_falls_back_where_both_ways_differ(used_by, name, fault, seven_tags, tmp_path, monkeypatch, caplog):
     folder, dataset = seven_tags
     rows = one_row_per_tag(dataset)
     off, plain = trained(folder, rows, tmp_path, "off")
-    for module in (sharing, omni_grpo):
+    for module in (sharing, used_by):
         monkeypatch.setattr(module, name, fault(getattr(module, name)))
     with caplog.at_level(logging.WARNING, logger="maple_trl"):
         auto, weights = trained(folder, rows, tmp_path, "auto")

@@ -26,19 +26,17 @@ from maple_trl.omni.encoded import (
     EncodedPrompt,
     batch_position_ids,
     forward_position_ids,
-    generation_position_ids,
-    unique_prompts,
 )
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
-from maple_trl.omni.generation import own_options
 from maple_trl.omni.prefix.packed_attention import install
-from maple_trl.omni.prefix.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.prefix.sharing import probe_prompt, sharing_error
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
+from maple_trl.rollout import RolloutEngine, TransformersEngine
+from maple_trl.rollout.engine import Completions
 from maple_trl.trainers.common.batch import (
     PROMPTS_KEY,
     REPLAYED_KEY,
@@ -189,6 +187,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             media_root=self.args.media_root,
         )
         self._keep_savable()
+        self.engine = self._make_engine()
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
@@ -355,40 +354,32 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     # Generation
 
-    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, torch.Tensor]]:
+    def _make_engine(self) -> RolloutEngine:
+        """Choose what completions are sampled with, by TRL's own options."""
+        return TransformersEngine(
+            self.accelerator.unwrap_model(self.model),
+            self._tokenizer,
+            self.generation_config,
+            self.family,
+            self._serve,
+            lambda: bool(self._sharing),
+            self.pad_to_multiple_of,
+        )
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if self.family is None:
             return super()._tokenize_prompts(prompts)
-        rows = self._serving
-        width = max(map(len, rows))
-        if self.pad_to_multiple_of is not None:
-            width += -width % self.pad_to_multiple_of
-        return [row.input_ids.tolist() for row in rows], None, {"position_ids": generation_position_ids(rows, width)}
+        return [row.input_ids.tolist() for row in self._serving], None, {}
 
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         if self.family is not None:
             self._agree_on_sharing(self._serving)
-        model = self.accelerator.unwrap_model(self.model)
-        with (
-            own_options(model, self._tokenizer, self.generation_config) as sampling,
-            self._serve_generation(model),
-        ):
-            completions, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        return sampling.cut(completions), logprobs
+        generate = super()._generate_single_turn
 
-    @contextmanager
-    def _serve_generation(self, model: nn.Module) -> Iterator[None]:
-        """Serve media to `generate()`, which reads a prompt once for all its rows where that is possible."""
-        if self.family is None:
-            yield
-        elif not (self._sharing and grows_cache(self.generation_config)):
-            with self._serve(self.model, self._serving):
-                yield
-        else:
-            with (
-                share_prefill(self.family.core(model), self._serving),
-                self._serve(self.model, unique_prompts(self._serving)[0]),
-            ):
-                yield
+        def turn(ids: Sequence[Any], fields: dict[str, Any]) -> Completions:
+            return generate(ids, images, multimodal_fields | fields, *args, **kwargs)
+
+        return self.engine.sample(turn, prompt_ids, self._serving)
 
     def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
         idle = not prompts
