@@ -8,6 +8,7 @@ from maple_trl.algorithms.curriculum import TagCurriculum, register_curriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
 from maple_trl.algorithms.hinting import HintTrigger
+from maple_trl.algorithms.importance import raw_ratios, summarise_ratios
 from maple_trl.algorithms.missing import left_alone, missing_scores, remaining_scale
 from maple_trl.algorithms.off_policy import (
     effective_share,
@@ -48,6 +49,7 @@ __all__ = [
     "missing_scores",
     "policy_divergence",
     "rank_share",
+    "raw_ratios",
     "register_curriculum",
     "register_scope",
     "remaining_scale",
@@ -56,6 +58,7 @@ __all__ = [
     "row_coefficients",
     "solved_groups",
     "stratum_totals",
+    "summarise_ratios",
     "tag_difficulty",
     "tas_weights",
     "term_scales",

@@ -28,6 +28,7 @@ REASONS: dict[str, str] = {
     # rows
     "no-signal": "nothing that the row's tag asks for is left",
     "prompt-too-long": "the prompt does not fit, and media placeholders are never cut",
+    "engine-failed": "the engine that samples completions failed on the prompt twice",
 }
 
 

@@ -15,12 +15,25 @@ Turn = Callable[[Sequence[Any], dict[str, Any]], Completions]
 """TRL's own generation, of prompts and further inputs of the model."""
 
 
+class EngineError(RuntimeError):
+    """An engine that has gone, or that samples something else than what is trained; the message says what to do."""
+
+
+class WrongWeightsError(EngineError):
+    """An engine that has other weights than the trainer has sent last, as a server that was started anew."""
+
+
 class RolloutEngine(Protocol):
     """
     Samples a completion for each row of a rank, with the row's own media.
 
     TRL's generation does the rest: it hands weights to an engine of its own, gathers sharded ones, and keeps time.
+
+    Attributes:
+        failed: rows of the last call that have no completion, and why; one token stands in its place.
     """
+
+    failed: dict[int, str]
 
     def sample(self, turn: Turn, prompt_ids: list[list[int]], prompts: Sequence[EncodedPrompt] | None) -> Completions:
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,7 @@ class TransformersEngine:
         serve: hands prompts' media to the forwards of a model inside its context.
         shares: tells whether rows share their prompts.
         pad_to_multiple_of: what TRL pads prompts to.
+        failed: no row ever does.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class TransformersEngine:
     serve: Callable[[nn.Module, Sequence[EncodedPrompt]], AbstractContextManager[None]] | None = None
     shares: Callable[[], bool] = bool
     pad_to_multiple_of: int | None = None
+    failed: dict[int, str] = field(default_factory=dict)
 
     def sample(self, turn: Turn, prompt_ids: list[list[int]], prompts: Sequence[EncodedPrompt] | None) -> Completions:
         """Sample a completion for each row."""

@@ -504,6 +504,15 @@ class AvatarTrainer(MAPOTrainer):
         chunk[REPLAYED_KEY] = torch.ones(len(rows), dtype=torch.long, device=self.accelerator.device)
         if UNSCORABLE_KEY in like:
             chunk[UNSCORABLE_KEY] = torch.zeros_like(chunk[REPLAYED_KEY])
+        if (
+            "sampling_per_token_logps" in like
+        ):  # what another engine had sampled is corrected for by the old log-probabilities
+            chunk["sampling_per_token_logps"] = chunk["old_per_token_logps"]
+        if "importance_sampling_ratio" in like:
+            token_ratios = like["importance_sampling_ratio"].size(1) == like["completion_ids"].size(1)
+            chunk["importance_sampling_ratio"] = torch.ones_like(
+                chunk["old_per_token_logps"] if token_ratios else chunk["old_per_token_logps"][:, :1]
+            )
         if "ref_per_token_logps" in like:  # the penalty is on the fresh ones alone
             chunk["ref_per_token_logps"] = torch.full_like(chunk["old_per_token_logps"], torch.nan)
         if self.family is not None:

@@ -33,6 +33,8 @@ class Batch(dict[str, Any]):
     | `completion_ids`, `completion_mask` | (N, T) | padded on the right; the mask is 0 for what does not count |
     | `advantages` | (N,) or (N, T) | of a row or of each token, with the weights of the loss folded in |
     | `old_per_token_logps`, `ref_per_token_logps` | (N, T) | where they are known; NaN stands for what the training pass gives |
+    | `sampling_per_token_logps` | (N, T) | with which another engine sampled the tokens |
+    | `importance_sampling_ratio` | (N, T) or (N, 1) | what TRL makes of the difference of the two |
     | `num_items_in_batch` | 0-d | tokens of all ranks |
     | `omni_prompts` | N | [`EncodedPrompt`]s; absent for a text-only model |
     | `unscorable`, `replayed` | (N,) | flags |

@@ -218,6 +218,7 @@ class RolloutInFlight(InFlight):
         rollout: once it is scored.
         scores: those of `_calculate_rewards`, where they are known before TRL asks.
         kept: which of this rank's rows pass through the model; `None`: all.
+        failed: this rank's rows that the engine gave no completion for, and why.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -230,6 +231,7 @@ class RolloutInFlight(InFlight):
     rollout: Rollout | None = None
     scores: Tensor | None = None
     kept: list[int] | None = None
+    failed: dict[int, str] = field(default_factory=dict)
 
     def groups(self, scores: Tensor) -> Tensor:
         """Return the number of each fresh completion's prompt, shape (fresh,)."""

@@ -11,3 +11,7 @@ class TooManyQuarantinedError(RunStoppedError):
 
 class NoStepError(RunStoppedError):
     """A run that ended without an optimizer step."""
+
+
+class EngineLostError(RunStoppedError):
+    """The engine that samples completions has gone; the message says where the run's checkpoint is."""

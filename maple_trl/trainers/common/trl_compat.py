@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,18 @@ from maple_trl.omni.loading import load_model
 
 
 @contextmanager
-def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[None]:
+def trl_expectations(
+    model: nn.Module, init_kwargs: dict[str, Any], generation: Callable[..., Any] | None = None
+) -> Iterator[None]:
     """
     Bridge places of TRL's constructor that know vision-language or text models alone.
 
     It reads `config.image_token_id` of every model with a processor (ours replaces the tokens that it suppresses),
     loads the reference model by the class that the checkpoint names, which for an Omni checkpoint is not the Thinker,
     and to keep an LM head in float32 asks whether it is tied, and for the embedding, where text models have them.
+
+    Args:
+        generation: makes what TRL generates with where it uses vLLM; `None`: TRL's own.
     """
     borrowers: list[tuple[Any, str]] = []
 
@@ -44,25 +49,26 @@ def trl_expectations(model: nn.Module, init_kwargs: dict[str, Any]) -> Iterator[
         return reference
 
     lend_parts(model)
-    load_as_trl = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = load_reference
+    makers: dict[str, Any] = {"create_model_from_path": load_reference}
+    if generation is not None:
+        makers["VLLMGeneration"] = generation
     try:
-        yield
+        with lent(grpo_trainer, **makers):
+            yield
     finally:
-        grpo_trainer.create_model_from_path = load_as_trl
         for owner, name in borrowers:
             del vars(owner)[name]
 
 
 @contextmanager
-def lent(trainer: Any, **settings: Any) -> Iterator[None]:
-    """Give a trainer other settings while its parent's methods read them."""
-    own = {name: getattr(trainer, name) for name in settings}
-    vars(trainer).update(settings)
+def lent(owner: Any, **settings: Any) -> Iterator[None]:
+    """Give a trainer, or a module of TRL, other settings while TRL's methods read them."""
+    own = {name: getattr(owner, name) for name in settings}
+    vars(owner).update(settings)
     try:
         yield
     finally:
-        vars(trainer).update(own)
+        vars(owner).update(own)
 
 
 def replace_latest(logged: deque, values: Sequence[float]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from trl import GRPOConfig
 
 from maple_trl.omni.generation import check_generation_options, check_values
+from maple_trl.rollout.sampling_options import OWN_ENGINE_OPTIONS, vllm_options
 from maple_trl.trainers.common.media_config import MediaConfig
 
 
@@ -43,6 +44,21 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         },
     )
 
+    vllm_engine_options: Annotated[dict[str, Any] | None, "speed"] = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of vLLM's engine with vllm_mode='colocate', e.g. {max_num_batched_tokens: 12288, "
+            "enable_chunked_prefill: true}."
+        },
+    )
+    vllm_request_timeout: Annotated[float, "speed"] = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds that a vLLM server has for the completions of a prompt. A request that takes longer is made once "
+            "more; then the prompt is put into quarantine."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.rollout_log_size < 0:
@@ -54,13 +70,36 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         self._check_reward_weights()
         self._check_choice("shared_prefix", ("auto", "on", "off"))
         self._check_sampling()
-        if self.use_vllm:
-            raise ValueError(
-                "use_vllm=True is not supported for omni prompts in this version: their media would not reach the "
-                "rollout. Generate with transformers (use_vllm=False)."
-            )
+        self._check_vllm()
         if self.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching does not support media; leave it False")
+
+    def _check_vllm(self) -> None:
+        if not self.use_vllm:
+            if self.vllm_engine_options:
+                raise ValueError("vllm_engine_options are for use_vllm=True")
+            return
+        self._check_choice("vllm_mode", ("colocate", "server"))
+        if self.vllm_enable_sleep_mode:
+            raise ValueError(
+                "vllm_enable_sleep_mode does not support prompts with media in this version; leave it False"
+            )
+        if self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size}: an engine in the trainer's process is on one "
+                "device here; vllm_mode='server' takes an engine over several"
+            )
+        if self.vllm_structured_outputs_regex is not None:
+            raise ValueError("vllm_structured_outputs_regex does not support prompts with media in this version")
+        if self.vllm_mode == "server" and self.vllm_engine_options:
+            raise ValueError(
+                "vllm_engine_options are for vllm_mode='colocate'; a server is given them where it is started"
+            )
+        taken = sorted(OWN_ENGINE_OPTIONS & set(self.vllm_engine_options or {}))
+        if taken:
+            raise ValueError(f"vllm_engine_options: {taken[0]} is set by the trainer or has an option of its own")
+        if self.vllm_request_timeout <= 0:
+            raise ValueError(f"vllm_request_timeout must be above 0 seconds, got {self.vllm_request_timeout}")
 
     def _check_loss_type(self) -> None:
         # TRL asks for it in the first step.
@@ -86,9 +125,12 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
                     "there is nothing to compare"
                 )
         check_values({name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")})
-        settings = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
-        settings["temperature"] = "temperature, which the log-probabilities need as well"
-        check_generation_options(self.generation_kwargs or {}, settings, "generation_kwargs")
+        if self.use_vllm:
+            vllm_options(self.generation_kwargs or {}, (), ())
+        else:
+            settings = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
+            settings["temperature"] = "temperature, which the log-probabilities need as well"
+            check_generation_options(self.generation_kwargs or {}, settings, "generation_kwargs")
         least = (self.generation_kwargs or {}).get("min_new_tokens") or 0
         if least > self.max_completion_length:
             raise ValueError(

@@ -6,7 +6,7 @@ import inspect
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
-from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
+from maple_trl.algorithms import left_alone, missing_scores, raw_ratios, remaining_scale, summarise_ratios
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import (
     EncodedPrompt,
@@ -35,8 +35,11 @@ from maple_trl.omni.prefix.sharing import probe_prompt, sharing_error
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
-from maple_trl.rollout import RolloutEngine, TransformersEngine
-from maple_trl.rollout.engine import Completions
+from maple_trl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
+from maple_trl.rollout.engine import Completions, EngineError
+from maple_trl.rollout.engine_models import engine_model
+from maple_trl.rollout.vllm_engine import generation_class
+from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.batch import (
     PROMPTS_KEY,
     REPLAYED_KEY,
@@ -50,6 +53,7 @@ from maple_trl.trainers.common.checkpoint import (
     ResumeError,
     StatePart,
     check_resume_signature,
+    is_complete,
     load_rollout,
     save_rollout,
     save_rows,
@@ -66,8 +70,10 @@ from maple_trl.trainers.common.rollout import (
     UpdatesInFlight,
 )
 from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
+from maple_trl.trainers.common.run_errors import EngineLostError
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
+from maple_trl.trainers.common.sampling_checks import ratio_metrics
 from maple_trl.trainers.common.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
@@ -165,7 +171,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             train_dataset = self.row_encoder.register(train_dataset, "train_dataset")
             eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.row_encoder.register)
 
-        with trl_expectations(unwrap(model), init_kwargs):
+        with trl_expectations(unwrap(model), init_kwargs, self._vllm_generation(args)):
             super().__init__(
                 model,
                 reward_funcs,
@@ -307,11 +313,27 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """Let TRL generate and score; return the batch of this rank, and the rollout of all."""
         with self._in_flight(flight):
             batch = Batch(super()._generate_and_score_completions(flight.rows))
+        self._log_ratios(batch, flight)
         self._mask_unscorable(batch, flight)
         if flight.prompts is not None:
             self._log_media(flight.prompts)
             batch[PROMPTS_KEY] = flight.prompts
         return batch, flight.rollout
+
+    def _log_ratios(self, batch: Batch, flight: RolloutInFlight) -> None:
+        """Log, by tag, how far the engine is from the policy, before TRL cuts anything; a collective call."""
+        if "importance_sampling_ratio" not in batch:
+            return
+        args = self.args
+        sequences = args.vllm_importance_sampling_mode.startswith("sequence")
+        logps, sampled = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
+        ratios = raw_ratios(logps, sampled, batch["completion_mask"], sequences)
+        summaries = summarise_ratios(
+            ratios, args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        )
+        tags = torch.tensor([tag_number(row.get("tag")) for row in flight.rows], device=summaries.device)
+        metrics = ratio_metrics(self.accelerator.gather(summaries), self.accelerator.gather(tags))
+        self._log_all(metrics, "train" if self.model.training else "eval")
 
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
@@ -354,8 +376,25 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     # Generation
 
+    def _vllm_generation(self, args: OmniGRPOConfig) -> Callable[..., Any] | None:
+        """Return what makes TRL's access to vLLM; `None` for TRL's own, which takes no media."""
+        if not args.use_vllm or self.family is None:
+            return None
+        engine_model(self.family.config.model_type)
+        own = {"engine_options": args.vllm_engine_options or {}} if args.vllm_mode == "colocate" else {}
+        if args.vllm_mode == "server":
+            own = {"request_timeout": args.vllm_request_timeout, "folder": args.output_dir}
+
+        def make(*given: Any, **options: Any) -> OmniVLLMGeneration:
+            kind = generation_class(args.vllm_mode)
+            return kind(*given, family=self.family, ends=self.eos_token_ids, run_seed=args.seed, **own, **options)
+
+        return make
+
     def _make_engine(self) -> RolloutEngine:
         """Choose what completions are sampled with, by TRL's own options."""
+        if self.use_vllm:
+            return VLLMEngine(self.vllm_generation)
         return TransformersEngine(
             self.accelerator.unwrap_model(self.model),
             self._tokenizer,
@@ -379,7 +418,10 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         def turn(ids: Sequence[Any], fields: dict[str, Any]) -> Completions:
             return generate(ids, images, multimodal_fields | fields, *args, **kwargs)
 
-        return self.engine.sample(turn, prompt_ids, self._serving)
+        completions = self.engine.sample(turn, prompt_ids, self._serving)
+        if isinstance(self._flight, RolloutInFlight):
+            self._flight.failed = dict(self.engine.failed)
+        return completions
 
     def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
         idle = not prompts
@@ -488,7 +530,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return scores
         prompts = flight.groups(scores)
         missing = missing_scores(scores, self.reward_weights, prompts, flight.applies)
-        unscorable = missing.any(dim=1) | scores.isnan().all(dim=1)
+        unscorable = missing.any(dim=1) | scores.isnan().all(dim=1) | self._unanswered(flight)
         flight.given, flight.unscorable = scores, unscorable
         scores = scores.masked_fill(unscorable[:, None], torch.nan)
         self._count_by_tag(scores, missing, unscorable, tags)
@@ -496,6 +538,24 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._means["train" if self.model.training else "eval"].add(totals_by_tag("alone", alone.float(), tags))
         self.rollout_log.note_rewards(self, self._total_rewards(scores).tolist())
         return scores
+
+    def _unanswered(self, flight: RolloutInFlight) -> torch.Tensor:
+        """
+        Mark the completions of all ranks that the engine did not give, shape (N,); a collective call.
+
+        Their prompts go into quarantine.
+        """
+        failed = torch.zeros(len(flight.rows), dtype=torch.bool, device=self.accelerator.device)
+        failed[list(flight.failed)] = True
+        failed = self.accelerator.gather(failed)
+        registry = self.row_encoder.registries.get("train_dataset") if self.family is not None else None
+        if registry is not None and failed.any():
+            own = {flight.prompts[row].key: reason for row, reason in flight.failed.items()}
+            for key, reason in [item for items in gather_object([own]) for item in items.items()]:
+                if key in registry:
+                    registry.add(key, MediaError("engine-failed", registry.row_of(key).get("video"), reason))
+            self._write_quarantine()
+        return failed
 
     def _count_by_tag(
         self, scores: torch.Tensor, missing: torch.Tensor, unscorable: torch.Tensor, tags: torch.Tensor
@@ -834,7 +894,21 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._begin_counts(self.args)
         self._step, self._buffered_inputs = 0, None
         self.rollout_log.begin()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        except EngineError as error:
+            raise EngineLostError(f"{error}. {self._save_where_it_stopped()}") from error
+
+    def _save_where_it_stopped(self) -> str:
+        """Write a checkpoint of the last step where it is whole, and say how to go on; a collective call."""
+        step = self.state.global_step
+        again = "Once the engine is mended, go on with resume_from_checkpoint=True"
+        if not step or self._step % self.args.gradient_accumulation_steps:
+            return f"Stopped after step {step}. {again}"
+        folder = self._checkpoint_folder(None)
+        if not is_complete(folder):
+            self._save_checkpoint(self.model, trial=None)
+        return f"Stopped after step {step}; its checkpoint is in {folder}. {again}"
 
     def _check_checkpoint(self, checkpoint: str) -> None:
         if self.family is None:

@@ -1,0 +1,49 @@
+"""How far what sampled completions is from what is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def raw_ratios(logps_NT: Tensor, sampled_NT: Tensor, mask_NT: Tensor, sequences: bool) -> Tensor:
+    """
+    Return the importance ratios of completions before anything is cut from them.
+
+    Args:
+        logps_NT (`Tensor` of shape (N, T)): log-probabilities of the trained policy.
+        sampled_NT (`Tensor` of shape (N, T)): those with which the tokens were sampled; NaN where they are unknown.
+        mask_NT (`Tensor` of shape (N, T)): which tokens count.
+        sequences: of whole completions, else of each token.
+
+    Returns:
+        `Tensor` of shape (N, T), or (N, 1) for sequences; NaN where there is none.
+    """
+    counted = mask_NT.bool() & ~sampled_NT.isnan()
+    difference = torch.where(counted, logps_NT - sampled_NT, 0.0).double()
+    if sequences:
+        return difference.sum(dim=1, keepdim=True).exp().masked_fill(~counted.any(dim=1, keepdim=True), torch.nan)
+    return difference.exp().masked_fill(~counted, torch.nan)
+
+
+def summarise_ratios(ratios_NT: Tensor, low: float | None, high: float | None) -> Tensor:
+    """
+    Summarise each completion's ratios.
+
+    Args:
+        ratios_NT (`Tensor` of shape (N, T)): NaN where there is none.
+        low, high: what they are cut to; `None`: no limit.
+
+    Returns:
+        `Tensor` of shape (N, 5): number, sum, smallest, largest, and number of those beyond the limits.
+    """
+    known = ~ratios_NT.isnan()
+    beyond = (ratios_NT < (-torch.inf if low is None else low)) | (ratios_NT > (torch.inf if high is None else high))
+    columns = [
+        known.sum(dim=1),
+        ratios_NT.nansum(dim=1),
+        ratios_NT.nan_to_num(nan=torch.inf).amin(dim=1),
+        ratios_NT.nan_to_num(nan=-torch.inf).amax(dim=1),
+        beyond.sum(dim=1),
+    ]
+    return torch.stack([column.double() for column in columns], dim=1)

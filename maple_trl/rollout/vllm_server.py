@@ -1,0 +1,185 @@
+"""vLLM on a server, which takes prompts and weights of trainers by the paths that `serve_rollouts` adds to it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tenacity
+import torch
+from accelerate.utils import gather_object, set_seed
+from safetensors.torch import save_file
+from torch import Tensor
+from trl.generation.vllm_client import VLLMClient
+
+from maple_trl.rollout.engine import EngineError, WrongWeightsError
+from maple_trl.rollout.engine_rows import EngineRow, pack_rows
+from maple_trl.rollout.serve_rollouts import SAMPLE, STATE, WEIGHTS, WRONG_WEIGHTS
+from maple_trl.rollout.vllm_generation import OmniVLLMGeneration, Sampled
+from maple_trl.rollout.weight_sums import WeightSums
+
+
+_AT_ONCE = 64  # prompts of a rank under way
+_SHARD = 1 << 30  # bytes of weights per file
+
+
+class ServedGeneration(OmniVLLMGeneration):
+    """
+    Samples with an engine on a server, whose weights come over NCCL with CUDA, else from a folder that both can read.
+
+    A server that was started anew has other weights than the trainer, says so when it is asked for completions, and is given
+    them.
+
+    Args:
+        request_timeout: seconds for the completions of a prompt.
+        folder: where weights are left for the server.
+        kwargs: those of the base class.
+    """
+
+    def __init__(self, *args: Any, request_timeout: float, folder: str, **kwargs: Any):
+        self.request_timeout = request_timeout
+        self.folder = Path(folder).resolve() / "engine_weights"
+        self._version = ""
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+        self.http = httpx.Client(base_url=url, limits=httpx.Limits(max_connections=_AT_ONCE), trust_env=False)
+        state = self._agreeing(lambda: self._ask("GET", STATE, 30.0).json())
+        model_type = self.plain_model.config.model_type
+        if state["model_type"] != model_type:
+            raise EngineError(f"{url} serves a model of type {state['model_type']}; the trained one is a {model_type}")
+        self._over_nccl = self.accelerator.device.type == "cuda"
+        if self._over_nccl and self.accelerator.is_main_process:
+            self._nccl = VLLMClient(base_url=url, group_port=self.group_port, connection_timeout=self.server_timeout)
+            self._nccl.init_communicator(device=self.accelerator.device)
+        self._logprobs_mode = state["logprobs_mode"]
+        self.vllm_client = self  # which TRL asks about the server
+        set_seed(self.run_seed, device_specific=True)
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Tell TRL how the server makes log-probabilities."""
+        return {"model_config": {"logprobs_mode": self._logprobs_mode}}
+
+    # Weights
+
+    def _load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self._version = gather_object([uuid.uuid4().hex])[0]
+        if not self.accelerator.is_main_process:
+            for _ in weights:  # gathering sharded ones takes every rank
+                pass
+            return
+        body: dict[str, Any] = {"version": self._version}
+        if self._over_nccl:
+            self._send(weights)
+        else:
+            body["folder"] = str(self._write(weights))
+        self._proven = self._ask("POST", WEIGHTS, self.server_timeout, json=body).json()["sums"]
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _send(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Send weights over NCCL, which a server can take once it knows what will come."""
+        if self._weight_metadata is None:
+            held = list(weights)
+            self._weight_metadata = [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in held]
+            weights = iter(held)
+        self._nccl.update_named_params(self._weight_metadata, weights)
+
+    def _write(self, weights: Iterator[tuple[str, Tensor]]) -> Path:
+        """Write weights into a folder of this run."""
+        write_weights(weights, self.folder)
+        return self.folder
+
+    def _sums(self) -> WeightSums | None:
+        return self._proven if self.accelerator.is_main_process else None
+
+    # Completions
+
+    def _sample(self, rows: Sequence[EngineRow], counts: Sequence[int]) -> list[Sampled]:
+        # From a stream that checkpoints keep, unlike that of a server.
+        seeds = torch.randint(2**31 - 1, (len(rows),)).tolist()
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(self._sample_one, rows, counts, seeds))
+
+    def _sample_one(self, row: EngineRow, count: int, seed: int) -> Sampled:
+        """Ask for the completions of a prompt, and once more where that fails for a reason of its own."""
+        fields = {"version": self._version, "count": count, "sampling": {"seed": seed, **self.sampling}}
+        body = pack_rows([row], fields)
+        found = Sampled(row.token_ids, [], "not asked")
+        for _ in range(2):
+            try:
+                answer = self._ask("POST", SAMPLE, self.request_timeout, content=body).json()
+            except httpx.TimeoutException:
+                found = Sampled(row.token_ids, [], f"no answer within {self.request_timeout:g} seconds")
+                continue
+            if "failure" not in answer:
+                completions = [(list(ids), _numbers(values)) for ids, values in answer["completions"]]
+                return Sampled(answer["token_ids"], completions)
+            found = Sampled(row.token_ids, [], answer["failure"])
+        return found
+
+    def _ask(self, method: str, path: str, timeout: float, **body: Any) -> httpx.Response:
+        """
+        Send a request, again while there is no server.
+
+        Raises:
+            EngineError: where none comes up within `vllm_server_timeout`, or it cannot do what it is asked to.
+            WrongWeightsError: where its weights are not those that the trainer has sent last.
+        """
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_no_server),
+            wait=tenacity.wait_exponential(multiplier=0.1, max=5),
+            stop=tenacity.stop_after_delay(self.server_timeout),
+            reraise=True,
+        )
+        try:
+            answer = again(self.http.request, method, path, timeout=httpx.Timeout(timeout, connect=10.0), **body)
+        except httpx.TimeoutException:
+            raise
+        except httpx.HTTPError as error:
+            raise EngineError(
+                f"The vLLM server at {self.http.base_url} was not to be reached for {self.server_timeout:g} seconds "
+                f"({type(error).__name__}: {error}). Start it with `maple-trl vllm-serve`"
+            ) from error
+        if answer.status_code == WRONG_WEIGHTS:
+            raise WrongWeightsError(answer.text)
+        if answer.status_code == 404:
+            raise EngineError(
+                f"{self.http.base_url} is no server for rollouts of maple_trl: start it with `maple-trl vllm-serve`"
+            )
+        if answer.status_code != 200:
+            raise EngineError(
+                f"The vLLM server at {self.http.base_url} answered {path} with {answer.status_code}: {answer.text[:500]}"
+            )
+        return answer
+
+
+def _no_server(error: BaseException) -> bool:
+    """Tell whether a request has met no server, or one that went away before it answered."""
+    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout)
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Write weights as safetensors files of about a gibibyte, in the place of what the folder held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shard: dict[str, Tensor] = {}
+    size, files = 0, 0
+    for name, value in weights:
+        shard[name] = value.detach().to("cpu", copy=True).contiguous()
+        size += value.numel() * value.element_size()
+        if size >= _SHARD:
+            save_file(shard, folder / f"model-{files:05d}.safetensors")
+            shard, size, files = {}, 0, files + 1
+    if shard:
+        save_file(shard, folder / f"model-{files:05d}.safetensors")
