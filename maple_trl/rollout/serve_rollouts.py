@@ -68,20 +68,20 @@ async def _sample(request: Any) -> tuple[int, dict[str, Any]]:
         return WRONG_WEIGHTS, {"error": "this server has other weights"}
     if not hasattr(state, "maple_processor"):
         state.maple_processor = await asyncio.to_thread(_processor, state.engine_client)
-    output = None
+    outputs: list[Any] = []
     try:
         params = SamplingParams(
             n=fields["count"], output_kind=RequestOutputKind.FINAL_ONLY, **_with_numbers(fields["sampling"])
         )
         prompt = engine_input(state.maple_processor, row)
-        async for output in state.engine_client.generate(prompt, params, f"maple-{uuid.uuid4().hex}"):
-            pass
+        outputs = [found async for found in state.engine_client.generate(prompt, params, f"maple-{uuid.uuid4().hex}")]
     except Exception as error:
         if type(error).__name__ == "EngineDeadError":
             raise
         return 200, {"failure": f"{type(error).__name__}: {error}"[:500]}
-    if output is None:
+    if not outputs:
         return 200, {"failure": "the engine gave nothing"}
+    output = outputs[-1]
     completions = [
         [
             list(one.token_ids),

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 
-WeightSums = dict[str, list[float]]
-"""The sum of the weights and that of their squares, of each part of a model."""
+WeightSums = dict[str, list[float] | None]
+"""
+The sum of the weights and that of their squares, of the vectors and of the matrices of each part of a model; `None` where an
+engine keeps them in a form of its own.
+"""
 
-_PARTS = (("audio", r"audio_tower"), ("video", r"visual"), ("head", r"lm_head"), ("language model", ""))
+_PARTS = (("audio tower", r"audio_tower"), ("video tower", r"visual"), ("head", r"lm_head"), ("language model", ""))
 
 
 class WeightSummer:
@@ -26,9 +29,14 @@ class WeightSummer:
     def add(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
         """Add a weight, rounded to what the engine holds."""
         part = next(part for part, pattern in _PARTS if re.search(pattern, name))
-        exact = value.detach().to(dtype or value.dtype).double()
-        total, squares = self.sums.get(part, [0.0, 0.0])
-        self.sums[part] = [total + float(exact.sum()), squares + float(exact.square().sum())]
+        if not value.numel():  # vLLM repacks the matrices of linear layers for a CPU
+            self.sums[f"{part}, matrices"] = None
+            return
+        key = f"{part}, {'vectors' if value.dim() == 1 else 'matrices'}"
+        before = self.sums.setdefault(key, [0.0, 0.0])
+        if before is not None:
+            exact = value.detach().to(dtype or value.dtype).double()
+            self.sums[key] = [before[0] + float(exact.sum()), before[1] + float(exact.square().sum())]
 
 
 def sum_weights(weights: Iterable[tuple[str, Tensor]]) -> WeightSums:
@@ -39,13 +47,15 @@ def sum_weights(weights: Iterable[tuple[str, Tensor]]) -> WeightSums:
     return summer.sums
 
 
-def compare_sums(trained: Mapping[str, list[float]], found: Mapping[str, list[float]]) -> list[str]:
-    """Name the parts whose weights differ between a trainer and its engine."""
+def compare_sums(trained: Mapping[str, list[float] | None], found: Mapping[str, list[float] | None]) -> list[str]:
+    """Name what differs between a trainer and its engine, of what the engine can tell."""
     different = []
-    for part, (total, squares) in trained.items():
-        there = found.get(part, [math.nan, math.nan])
+    for key, sums in trained.items():
+        there = found.get(key, [math.nan, math.nan])
+        if sums is None or there is None:
+            continue
         # What the order of a sum can change, and by far less than a step of training does.
-        close = 1e-9 * math.sqrt(squares or 1.0)
-        if not (abs(there[0] - total) <= close + 1e-12 * abs(total) and math.isclose(there[1], squares, rel_tol=1e-9)):
-            different.append(part)
+        close = 1e-9 * math.sqrt(sums[1] or 1.0) + 1e-12 * abs(sums[0])
+        if not (abs(there[0] - sums[0]) <= close and math.isclose(there[1], sums[1], rel_tol=1e-9)):
+            different.append(key)
     return different

@@ -1,0 +1,118 @@
+"""Runs whose completions vLLM samples, and an independent reference of what it must have sampled them with."""
+
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from omni_runs import DEFAULTS
+from tiny_models import build_tiny, save_tiny
+
+from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
+from maple_trl.omni.encoded import forward_position_ids
+from maple_trl.omni.families import family_for
+from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.serving import serve_media
+
+
+pytest.importorskip("vllm", reason="make test-vllm runs these where vLLM is")
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+BOUND = 1e-4
+OPTIONS = DEFAULTS | {
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": 8,
+    "learning_rate": 1e-2,
+    "max_steps": 3,
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_max_model_length": 1024,
+    "vllm_gpu_memory_utilization": 0.2,
+    "lr_scheduler_type": "constant",
+}
+KINDS = {
+    "grpo": (OmniGRPOTrainer, OmniGRPOConfig),
+    "mapo": (MAPOTrainer, MAPOConfig),
+    "avatar": (AvatarTrainer, AvatarConfig),
+}
+
+
+@torch.no_grad()
+def reference_logps(model, family, prompt, completion, suppressed):
+    """What a row's tokens are sampled with: one plain forward of the row alone, suppressed tokens left out."""
+    ids = torch.cat([prompt.input_ids, completion])[None]
+    later = prompt.position_ids[:, -1:] + torch.arange(1, len(completion) + 1)
+    positions = torch.cat([prompt.position_ids, later], dim=1)[:, None]
+    was_training = model.training
+    model.eval()
+    with serve_media(family, model, [prompt]):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits = model(**inputs, position_ids=forward_position_ids(positions)).logits[0].float()
+    model.train(was_training)
+    logits[:, suppressed] -= 100.0
+    return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, completion[:, None])[:, 0]
+
+
+def compared(trainer_class):
+    """The trainer, with the greatest difference from the reference noted for each rollout, by tag."""
+
+    class Compared(trainer_class):
+        def __init__(self, *args, **kwargs):
+            self.worst, self.media = [], []
+            super().__init__(*args, **kwargs)
+
+        def _log_ratios(self, batch, flight):
+            super()._log_ratios(batch, flight)
+            model = self.accelerator.unwrap_model(self.model)
+            worst = {}
+            for i, prompt in enumerate(flight.prompts):
+                if i in flight.failed:
+                    continue
+                length = int(batch["completion_mask"][i].sum())
+                tokens = batch["completion_ids"][i, :length]
+                expected = reference_logps(model, self.family, prompt, tokens, self.family.suppressed_ids)
+                error = (expected - batch["sampling_per_token_logps"][i, :length]).abs().max()
+                name = f"{prompt.tag}{'+' if self.is_interleaved(prompt) else ''}"
+                worst[name] = max(worst.get(name, 0.0), float(error))
+            self.worst.append(worst)
+
+        def is_interleaved(self, prompt):
+            if len(prompt.kinds) < 2:
+                return False
+            places = torch.isin(prompt.input_ids, torch.tensor(list(self.family.placeholder_ids.values())))
+            kinds = prompt.input_ids[places]
+            return int((kinds[1:] != kinds[:-1]).sum()) > 1
+
+    return Compared
+
+
+def length_reward(completions, **kwargs):
+    """Differs between completions, whatever they are."""
+    texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+    return [float(len(set(text))) for text in texts]
+
+
+def build(kind, folder, dataset, model="builtin:tiny-omni", trainer=None, reward=length_reward, **options):
+    """A trainer whose clips are in `folder`; vLLM's kernels for a CPU take heads of 32 and more, as this model has."""
+    trainer_class, config_class = KINDS[kind]
+    given = {"peft_config": options.pop("peft_config")} if "peft_config" in options else {}
+    options = OPTIONS | {"output_dir": str(folder / "run"), "media_root": str(folder), **options}
+    return (trainer or compared(trainer_class))(
+        model=load_model(model, dtype="float32"),
+        processing_class=load_processor(model),
+        reward_funcs=reward,
+        args=config_class(**options),
+        train_dataset=dataset,
+        **given,
+    )
+
+
+def with_interleaved(dataset: Dataset) -> Dataset:
+    """Every second row with video and sound has its sound among the pictures."""
+    return dataset.add_column("audio_in_video", [i % 2 == 0 for i in range(len(dataset))])
