@@ -63,6 +63,9 @@ class ColocatedGeneration(OmniVLLMGeneration):
             raise EngineError(
                 f"vLLM could not take the weights ({type(error).__name__}: {error}), and is left with some of them"
             ) from error
+        self._empty_caches()
+
+    def _empty_caches(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not empty its cache of prefixes")
         self.llm.llm_engine.reset_encoder_cache()
@@ -78,9 +81,9 @@ class ColocatedGeneration(OmniVLLMGeneration):
 
     def _sample(self, rows: Sequence[EngineRow], counts: Sequence[int]) -> list[Sampled]:
         found = self._run(rows, counts)
-        again = [i for i, sampled in enumerate(found) if sampled.failure is not None]
-        for i in again:
-            (found[i],) = self._run([rows[i]], [counts[i]])
+        for i, sampled in enumerate(found):
+            if sampled.failure is not None:
+                (found[i],) = self._run([rows[i]], [counts[i]])
         return found
 
     def _run(self, rows: Sequence[EngineRow], counts: Sequence[int]) -> list[Sampled]:
@@ -109,6 +112,7 @@ class ColocatedGeneration(OmniVLLMGeneration):
             if type(error).__name__ == "EngineDeadError":
                 raise EngineError(f"vLLM's engine has died: {error}") from error
             engine.abort_request([name for name in waiting if name not in found])
+            self._empty_caches()  # of what was noted for requests that were under way
             for name, row in zip(waiting, rows, strict=True):
                 found.setdefault(name, _failed(row, error))
         return [found[name] for name in waiting]

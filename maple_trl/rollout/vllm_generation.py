@@ -171,6 +171,9 @@ class OmniVLLMGeneration(VLLMGeneration):
                     f"vLLM has read {len(found.token_ids)} tokens of prompt {prompt.key} (tag {prompt.tag}), which are not the "
                     f"{len(prompt)} that it is trained on"
                 )
+        failures = [found.failure for found in sampled if found.failure is not None]
+        if len(failures) == len(sampled) > 1:
+            raise EngineError(f"vLLM has failed on each of {len(sampled)} prompts: {failures[0]}")
         return sampled
 
     def _sample_anew(self, sample: Callable[[], list[Sampled]]) -> list[Sampled]:

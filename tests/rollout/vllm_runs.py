@@ -5,12 +5,11 @@ import os
 import pytest
 import torch
 from datasets import Dataset
-from omni_runs import DEFAULTS
-from tiny_models import build_tiny, save_tiny
+from media_files import copy_small_set, tone, write_video
+from omni_runs import DEFAULTS, spread_reward
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.omni.encoded import forward_position_ids
-from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.serving import serve_media
 
@@ -92,13 +91,7 @@ def compared(trainer_class):
     return Compared
 
 
-def length_reward(completions, **kwargs):
-    """Differs between completions, whatever they are."""
-    texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
-    return [float(len(set(text))) for text in texts]
-
-
-def build(kind, folder, dataset, model="builtin:tiny-omni", trainer=None, reward=length_reward, **options):
+def build(kind, folder, dataset, model="builtin:tiny-omni", trainer=None, reward=spread_reward, **options):
     """A trainer whose clips are in `folder`; vLLM's kernels for a CPU take heads of 32 and more, as this model has."""
     trainer_class, config_class = KINDS[kind]
     given = {"peft_config": options.pop("peft_config")} if "peft_config" in options else {}
@@ -113,6 +106,9 @@ def build(kind, folder, dataset, model="builtin:tiny-omni", trainer=None, reward
     )
 
 
-def with_interleaved(dataset: Dataset) -> Dataset:
-    """Every second row with video and sound has its sound among the pictures."""
-    return dataset.add_column("audio_in_video", [i % 2 == 0 for i in range(len(dataset))])
+def one_of_each(folder):
+    """A row of each tag, and their clips; that of VA has its sound among the pictures of a longer clip."""
+    rows = {row["tag"]: row for row in copy_small_set(folder)}
+    write_video(folder / "long.mp4", frames=48, fps=8, audio=tone(6.0, 16000))
+    rows["VA"] |= {"video": "long.mp4", "audio": "long.mp4"}
+    return Dataset.from_list([{**row, "audio_in_video": tag == "VA"} for tag, row in rows.items()])
