@@ -49,6 +49,9 @@ class EngineModel:
         return f"Maple{self.name}"
 
 
+MEDIA_PER_PROMPT = {"video": 16, "audio": 16, "image": 0}
+"""Clips of a prompt, at most."""
+
 _THINKER = (
     (r"^model\.(audio_tower|visual)\.", r"thinker.\1."),
     (r"^model\.language_model\.", "thinker.model."),
@@ -127,6 +130,14 @@ def engine_config(config: dict[str, Any]) -> dict[str, Any]:
         "dtype": config.get("dtype"),
         "tie_word_embeddings": tied,
     }
+
+
+def tied_name(model: nn.Module) -> str | None:
+    """Return the name of the embedding that is a model's head as well; `None` where they are two."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    return next(name for name, value in model.named_parameters() if value is embedding.weight)
 
 
 def engine_weights(

@@ -14,7 +14,7 @@ from trl.generation import vllm_generation
 
 from maple_trl.rollout.engine import EngineError
 from maple_trl.rollout.engine_inputs import engine_input
-from maple_trl.rollout.engine_models import register, write_engine_folder
+from maple_trl.rollout.engine_models import MEDIA_PER_PROMPT, register, write_engine_folder
 from maple_trl.rollout.engine_rows import EngineRow
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration, Sampled
 from maple_trl.rollout.weight_sums import WeightSums, sum_weights
@@ -47,7 +47,7 @@ class ColocatedGeneration(OmniVLLMGeneration):
         arguments: dict[str, Any] = {
             "load_format": "dummy",  # the first sync brings the weights
             "dtype": str(self.dtype).removeprefix("torch."),
-            "limit_mm_per_prompt": {"video": 16, "audio": 16, "image": 0},
+            "limit_mm_per_prompt": dict(MEDIA_PER_PROMPT),
             "mm_processor_cache_gb": 0,
         }
         if self.accelerator.device.type == "cpu":

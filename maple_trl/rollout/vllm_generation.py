@@ -16,7 +16,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from maple_trl.omni.encoded import EncodedPrompt, unique_prompts
 from maple_trl.omni.families.base import OmniFamily, unwrap
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
-from maple_trl.rollout.engine_models import engine_model, engine_weights
+from maple_trl.rollout.engine_models import engine_model, engine_weights, tied_name
 from maple_trl.rollout.engine_rows import EngineRow
 from maple_trl.rollout.sampling_options import vllm_options
 from maple_trl.rollout.weight_sums import WeightSummer, WeightSums, compare_sums
@@ -95,7 +95,7 @@ class OmniVLLMGeneration(VLLMGeneration):
                 summer.add(name, value, self.dtype)
                 yield name, value
 
-        self._agreeing(lambda: self._load(engine_weights(passed_on(), self.known, self._tied_name)))
+        self._agreeing(lambda: self._load(engine_weights(passed_on(), self.known, tied_name(self.plain_model))))
         self._agreeing(lambda: self._prove(summer.sums))
 
     @abstractmethod
@@ -120,14 +120,6 @@ class OmniVLLMGeneration(VLLMGeneration):
         """What the engine computes in: as the trainer does under autocast, else as its weights are."""
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         return mixed or next(self.plain_model.parameters()).dtype
-
-    @property
-    def _tied_name(self) -> str | None:
-        model = self.plain_model
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if head is None or head.weight is not embedding.weight:
-            return None
-        return next(name for name, value in model.named_parameters() if value is embedding.weight)
 
     # Completions
 

@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import requests
 import tenacity
 import torch
 from accelerate.utils import gather_object, set_seed
+from requests.adapters import HTTPAdapter
+from requests.exceptions import ChunkedEncodingError
 from safetensors.torch import save_file
 from torch import Tensor
 from trl.generation.vllm_client import VLLMClient
@@ -50,14 +52,21 @@ class ServedGeneration(OmniVLLMGeneration):
 
     def _init_vllm(self) -> None:
         url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
-        self.http = httpx.Client(base_url=url, limits=httpx.Limits(max_connections=_AT_ONCE), trust_env=False)
+        self.url = url.rstrip("/")
+        self.http = requests.Session()
+        self.http.trust_env = False  # no proxy, and no password of another host
+        self.http.mount("http://", HTTPAdapter(pool_maxsize=_AT_ONCE))
         state = self._agreeing(lambda: self._ask("GET", STATE, 30.0).json())
         model_type = self.plain_model.config.model_type
         if state["model_type"] != model_type:
-            raise EngineError(f"{url} serves a model of type {state['model_type']}; the trained one is a {model_type}")
+            raise EngineError(
+                f"{self.url} serves a model of type {state['model_type']}; the trained one is a {model_type}"
+            )
         self._over_nccl = self.accelerator.device.type == "cuda"
         if self._over_nccl and self.accelerator.is_main_process:
-            self._nccl = VLLMClient(base_url=url, group_port=self.group_port, connection_timeout=self.server_timeout)
+            self._nccl = VLLMClient(
+                base_url=self.url, group_port=self.group_port, connection_timeout=self.server_timeout
+            )
             self._nccl.init_communicator(device=self.accelerator.device)
         self._logprobs_mode = state["logprobs_mode"]
         self.vllm_client = self  # which TRL asks about the server
@@ -114,8 +123,8 @@ class ServedGeneration(OmniVLLMGeneration):
         found = Sampled(row.token_ids, [], "not asked")
         for _ in range(2):
             try:
-                answer = self._ask("POST", SAMPLE, self.request_timeout, content=body).json()
-            except httpx.TimeoutException:
+                answer = self._ask("POST", SAMPLE, self.request_timeout, data=body).json()
+            except requests.ReadTimeout:
                 found = Sampled(row.token_ids, [], f"no answer within {self.request_timeout:g} seconds")
                 continue
             if "failure" not in answer:
@@ -124,7 +133,7 @@ class ServedGeneration(OmniVLLMGeneration):
             found = Sampled(row.token_ids, [], answer["failure"])
         return found
 
-    def _ask(self, method: str, path: str, timeout: float, **body: Any) -> httpx.Response:
+    def _ask(self, method: str, path: str, timeout: float, **body: Any) -> requests.Response:
         """
         Send a request, again while there is no server.
 
@@ -139,30 +148,32 @@ class ServedGeneration(OmniVLLMGeneration):
             reraise=True,
         )
         try:
-            answer = again(self.http.request, method, path, timeout=httpx.Timeout(timeout, connect=10.0), **body)
-        except httpx.TimeoutException:
+            answer = again(self.http.request, method, self.url + path, timeout=(10.0, timeout), **body)
+        except requests.ReadTimeout:
             raise
-        except httpx.HTTPError as error:
+        except requests.RequestException as error:
             raise EngineError(
-                f"The vLLM server at {self.http.base_url} was not to be reached for {self.server_timeout:g} seconds "
+                f"The vLLM server at {self.url} was not to be reached for {self.server_timeout:g} seconds "
                 f"({type(error).__name__}: {error}). Start it with `maple-trl vllm-serve`"
             ) from error
         if answer.status_code == WRONG_WEIGHTS:
             raise WrongWeightsError(answer.text)
         if answer.status_code == 404:
             raise EngineError(
-                f"{self.http.base_url} is no server for rollouts of maple_trl: start it with `maple-trl vllm-serve`"
+                f"{self.url} is no server for rollouts of maple_trl: start it with `maple-trl vllm-serve`"
             )
         if answer.status_code != 200:
             raise EngineError(
-                f"The vLLM server at {self.http.base_url} answered {path} with {answer.status_code}: {answer.text[:500]}"
+                f"The vLLM server at {self.url} answered {path} with {answer.status_code}: {answer.text[:500]}"
             )
         return answer
 
 
 def _no_server(error: BaseException) -> bool:
     """Tell whether a request has met no server, or one that went away before it answered."""
-    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout)
+    return isinstance(error, requests.ConnectionError | ChunkedEncodingError) and not isinstance(
+        error, requests.ReadTimeout
+    )
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
@@ -170,9 +181,10 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Write weights as safetensors files of about a gibibyte, in the place of what the folder held."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Write weights as safetensors files of about a gibibyte, in the place of those that the folder held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("model-*.safetensors"):
+        file.unlink()
     shard: dict[str, Tensor] = {}
     size, files = 0, 0
     for name, value in weights:
