@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trl.generation.vllm_client import VLLMClient
 
+from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
 from maple_trl.rollout.engine_rows import EngineRow, pack_rows
 from maple_trl.rollout.serve_rollouts import SAMPLE, STATE, WEIGHTS, WRONG_WEIGHTS
@@ -110,11 +111,14 @@ class ServedGeneration(OmniVLLMGeneration):
 
     # Completions
 
+    def generate(self, prompts: list[EncodedPrompt], *args: Any, **kwargs: Any) -> Any:
+        """Sample with seeds from a stream that checkpoints keep, as a server's own is not kept."""
+        self._seeds = torch.randint(2**31 - 1, (len(prompts),)).tolist()
+        return super().generate(prompts, *args, **kwargs)
+
     def _sample(self, rows: Sequence[EngineRow], counts: Sequence[int]) -> list[Sampled]:
-        # From a stream that checkpoints keep, unlike that of a server.
-        seeds = torch.randint(2**31 - 1, (len(rows),)).tolist()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(self._sample_one, rows, counts, seeds))
+            return list(pool.map(self._sample_one, rows, counts, self._seeds))
 
     def _sample_one(self, row: EngineRow, count: int, seed: int) -> Sampled:
         """Ask for the completions of a prompt, and once more where that fails for a reason of its own."""

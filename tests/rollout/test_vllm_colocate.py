@@ -11,6 +11,7 @@ from maple_trl.rollout.vllm_colocate import ColocatedGeneration
 from maple_trl.trainers.common.run_errors import EngineLostError
 
 
+pytest.importorskip("vllm", reason="make test-vllm runs these where vLLM is")
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 

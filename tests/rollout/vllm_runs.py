@@ -1,9 +1,7 @@
 """Runs whose completions vLLM samples, and an independent reference of what it must have sampled them with."""
 
-import importlib.util
 import os
 
-import pytest
 import torch
 from datasets import Dataset
 from media_files import copy_small_set, tone, write_video
@@ -14,9 +12,6 @@ from maple_trl.omni.encoded import forward_position_ids
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.serving import serve_media
 
-
-if importlib.util.find_spec("vllm") is None and not os.environ.get("MAPLE_TRL_VLLM_SERVER"):
-    pytest.skip("make test-vllm runs these where vLLM is", allow_module_level=True)
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -45,8 +40,8 @@ KINDS = {
 
 
 @torch.no_grad()
-def reference_logps(model, family, prompt, completion, suppressed):
-    """What a row's tokens are sampled with: one plain forward of the row alone, suppressed tokens left out."""
+def reference_logits(model, family, prompt, completion):
+    """Logits for each token of a row's completion and for the next one: one plain forward of the row alone."""
     ids = torch.cat([prompt.input_ids, completion])[None]
     later = prompt.position_ids[:, -1:] + torch.arange(1, len(completion) + 1)
     positions = torch.cat([prompt.position_ids, later], dim=1)[:, None]
@@ -56,8 +51,14 @@ def reference_logps(model, family, prompt, completion, suppressed):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         logits = model(**inputs, position_ids=forward_position_ids(positions)).logits[0].float()
     model.train(was_training)
+    return logits[len(prompt) - 1 :]
+
+
+def reference_logps(model, family, prompt, completion, suppressed):
+    """What a row's tokens are sampled with, suppressed tokens left out."""
+    logits = reference_logits(model, family, prompt, completion)[:-1]
     logits[:, suppressed] -= 100.0
-    return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, completion[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
 
 
 def compared(trainer_class):

@@ -160,6 +160,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._flight = InFlight()  # of no row
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
+        self._stream_after_step = torch.get_rng_state()
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(args)
         if isinstance(processing_class, PreTrainedTokenizerBase):
@@ -845,6 +846,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self.accelerator.sync_gradients:
             self.on_optimizer_step()
             self._step_counts = False
+            self._stream_after_step = torch.get_rng_state()
         return loss
 
     def on_optimizer_step(self) -> None:
@@ -907,6 +909,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return f"Stopped after step {step}. {again}"
         folder = self._checkpoint_folder(None)
         if not is_complete(folder):
+            # Batches of the next step have been drawn since; a run that goes on draws them again.
+            torch.set_rng_state(self._stream_after_step)
             self._save_checkpoint(self.model, trial=None)
         return f"Stopped after step {step}; its checkpoint is in {folder}. {again}"
 
