@@ -16,6 +16,7 @@ from maple_trl.cli.data import run_hints
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
+from maple_trl.cli.parity import run_parity
 from maple_trl.cli.report import run_report
 from maple_trl.cli.vllm_serve import run_vllm_serve
 from maple_trl.jobs.errors import did_you_mean
@@ -35,7 +36,13 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 """
 
 
-_OWN_PARSER = {"eval": run_eval, "hints": run_hints, "report": run_report, "vllm-serve": run_vllm_serve}
+_OWN_PARSER = {
+    "eval": run_eval,
+    "hints": run_hints,
+    "parity": run_parity,
+    "report": run_report,
+    "vllm-serve": run_vllm_serve,
+}
 COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
 """
 Commands of other packages by name: functions of the words behind it, which return the exit status. The names that there are
@@ -81,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, does in (
         ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),
+        ("parity", "compare what vLLM computes with what the trainer does"),
         ("vllm-serve", "start a vLLM server that samples completions for a training job"),
     ):
         commands.add_parser(name, help=does, add_help=False, allow_abbrev=False)

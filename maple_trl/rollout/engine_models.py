@@ -34,14 +34,16 @@ class EngineModel:
         wrapped_in: `model_type` of the checkpoint whose part the trained model is, for families of which vLLM knows the
             whole alone.
         renamed: patterns of parameters' names, and what published checkpoints have in their place.
-        options: further arguments of the engine.
+        switched_off: arguments of the engine that must be false.
+        reloads_on_cpu: whether vLLM's CPU build computes with weights that came after its start.
     """
 
     name: str
     module: str
     wrapped_in: str | None = None
     renamed: tuple[tuple[str, str], ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
+    switched_off: tuple[str, ...] = ()
+    reloads_on_cpu: bool = True
 
     @property
     def architecture(self) -> str:
@@ -70,15 +72,23 @@ ENGINE_MODELS = {
         "vllm.model_executor.models.qwen3_omni_moe_thinker",
         "qwen3_omni_moe",
         _THINKER,
+        reloads_on_cpu=False,  # its experts are packed for a CPU when they are loaded first, and not again
     ),
-    "qwen2_5_vl": EngineModel("Qwen2_5_VLForConditionalGeneration", "vllm.model_executor.models.qwen2_5_vl"),
+    "qwen2_5_vl": EngineModel(
+        "Qwen2_5_VLForConditionalGeneration",
+        "vllm.model_executor.models.qwen2_5_vl",
+        switched_off=("mm_device_do_normalize",),  # pictures have been normalised already
+    ),
 }
 """By `config.model_type` of the trained model."""
 
 
-def engine_model(model_type: str) -> EngineModel:
+def engine_model(model_type: str, device: str = "cuda") -> EngineModel:
     """
     Return how vLLM serves a family.
+
+    Args:
+        device: where the engine computes.
 
     Raises:
         ValueError: where it is not known to.
@@ -88,7 +98,13 @@ def engine_model(model_type: str) -> EngineModel:
             f"use_vllm=True: vLLM rollouts are known for {', '.join(ENGINE_MODELS)}, not for {model_type!r}; generate with "
             "transformers (use_vllm=False)"
         )
-    return ENGINE_MODELS[model_type]
+    known = ENGINE_MODELS[model_type]
+    if device == "cpu" and not known.reloads_on_cpu:
+        raise ValueError(
+            f"use_vllm=True: on a CPU vLLM goes on computing with the first weights of a {model_type}; generate with "
+            "transformers (use_vllm=False)"
+        )
+    return known
 
 
 def write_engine_folder(model: nn.Module, processor: Any, folder: Path) -> Path:

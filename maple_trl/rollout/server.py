@@ -17,6 +17,7 @@ import torch
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.rollout.engine_models import (
     MEDIA_PER_PROMPT,
+    EngineModel,
     engine_model,
     engine_weights,
     tied_name,
@@ -46,7 +47,7 @@ def serve(
     cuda = torch.cuda.is_available()
     dtype = ("bfloat16" if cuda else "float32") if dtype == "auto" else dtype
     with tempfile.TemporaryDirectory(prefix="maple-trl-engine-") as folder:
-        write_server_folder(name_or_path, dtype, Path(folder))
+        known = write_server_folder(name_or_path, dtype, Path(folder), "cuda" if cuda else "cpu")
         options = {
             "host": host,
             "port": port,
@@ -63,6 +64,7 @@ def serve(
         if cuda:  # weights come over NCCL
             options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
         given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        given += [f"--no-{name.replace('_', '-')}" for name in known.switched_off]
         if not cuda:
             given += ["--enforce-eager", "--skip-mm-profiling"]
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, *given, *words]
@@ -75,9 +77,10 @@ def serve(
             return process.wait()
 
 
-def write_server_folder(name_or_path: str, dtype: str, folder: Path) -> None:
+def write_server_folder(name_or_path: str, dtype: str, folder: Path, device: str) -> EngineModel:
     """Write a checkpoint as the engine reads it: its part that is trained, under the names of the whole."""
     model, processor = load_model(name_or_path, dtype=dtype), load_processor(name_or_path)
-    known = engine_model(model.config.model_type)
+    known = engine_model(model.config.model_type, device)
     write_engine_folder(model, processor, folder)
     write_weights(engine_weights(model.named_parameters(), known, tied_name(model)), folder)
+    return known

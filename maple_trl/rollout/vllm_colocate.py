@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from trl.generation import vllm_generation
 
 from maple_trl.rollout.engine import EngineError
@@ -52,7 +52,7 @@ class ColocatedGeneration(OmniVLLMGeneration):
         }
         if self.accelerator.device.type == "cpu":
             arguments |= {"enforce_eager": True, "skip_mm_profiling": True}
-        return arguments | self.engine_options
+        return arguments | dict.fromkeys(self.known.switched_off, False) | self.engine_options
 
     # Weights
 
@@ -63,15 +63,21 @@ class ColocatedGeneration(OmniVLLMGeneration):
             raise EngineError(
                 f"vLLM could not take the weights ({type(error).__name__}: {error}), and is left with some of them"
             ) from error
-        self._empty_caches()
+        self.empty_caches()
 
-    def _empty_caches(self) -> None:
+    def empty_caches(self) -> None:
+        """Empty what the engine keeps of prefixes and clips."""
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not empty its cache of prefixes")
         self.llm.llm_engine.reset_encoder_cache()
 
     def _sums(self) -> WeightSums:
-        return sum_weights(self._runner.get_model().named_parameters())
+        return sum_weights(self.engine_model.named_parameters())
+
+    @property
+    def engine_model(self) -> nn.Module:
+        """VLLM's model."""
+        return self._runner.get_model()
 
     @property
     def _runner(self) -> Any:
@@ -112,7 +118,7 @@ class ColocatedGeneration(OmniVLLMGeneration):
             if type(error).__name__ == "EngineDeadError":
                 raise EngineError(f"vLLM's engine has died: {error}") from error
             engine.abort_request([name for name in waiting if name not in found])
-            self._empty_caches()  # of what was noted for requests that were under way
+            self.empty_caches()  # of what was noted for requests that were under way
             for name, row in zip(waiting, rows, strict=True):
                 found.setdefault(name, _failed(row, error))
         return [found[name] for name in waiting]

@@ -70,6 +70,11 @@ class OmniVLLMGeneration(VLLMGeneration):
         set_seed(self.run_seed, device_specific=True)  # an engine seeds this process in its own way
 
     @property
+    def engine_model(self) -> nn.Module | None:
+        """VLLM's model, where it is in this process."""
+        return None
+
+    @property
     def plain_model(self) -> nn.Module:
         """The trained model without adapters and wrappers."""
         return unwrap(self.accelerator.unwrap_model(self.model))
@@ -101,6 +106,9 @@ class OmniVLLMGeneration(VLLMGeneration):
     @abstractmethod
     def _load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Hand over weights, all of which every rank must take from the iterator, and empty caches."""
+
+    def empty_caches(self) -> None:
+        """Empty what an engine of this process keeps of prefixes and clips."""
 
     @abstractmethod
     def _sums(self) -> WeightSums | None:

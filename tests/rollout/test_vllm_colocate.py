@@ -124,7 +124,7 @@ def test_a_scheduler_that_counts_on_lost_features_ends_the_run(clips, tmp_path, 
     def keep_the_list(self):
         self.llm.reset_prefix_cache()
 
-    use(monkeypatch, without("_empty_caches", keep_the_list))
+    use(monkeypatch, without("empty_caches", keep_the_list))
     chosen = clips[1].select([i for i, tag in enumerate(clips[1]["tag"]) if tag in ("V", "A")])
     trainer = build("grpo", clips[0], chosen, output_dir=str(tmp_path), learning_rate=0.05)
     with pytest.raises(EngineLostError, match="failed on each of 2 prompts: .*Encoder cache miss"):

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+import tiny_models
 import torch
 from datasets import Dataset
 from media_files import copy_small_set, tone, write_video
@@ -115,3 +117,14 @@ def one_of_each(folder):
     write_video(folder / "long.mp4", frames=48, fps=8, audio=tone(6.0, 16000))
     rows["VA"] |= {"video": "long.mp4", "audio": "long.mp4"}
     return Dataset.from_list([{**row, "audio_in_video": tag == "VA"} for tag, row in rows.items()])
+
+
+def save_wide(family, folder):
+    """A tiny random model of a family with heads of 32, which vLLM's kernels for a CPU take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_models, "HIDDEN", 128)
+        patch.setattr(tiny_models, "_MROPE", {**tiny_models._MROPE, "mrope_section": [8, 4, 4]})
+        tiny_models._built.cache_clear()
+        saved = tiny_models.save_tiny(family, folder, seed=1)
+        tiny_models._built.cache_clear()
+    return str(saved)

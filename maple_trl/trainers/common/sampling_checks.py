@@ -7,6 +7,10 @@ from torch import Tensor
 from maple_trl.trainers.common.tag_metrics import TAGS
 
 
+MOST_DIFFERENCE = 0.3
+"""Mean difference in log-probability that rounding to bfloat16 can explain, with room."""
+
+
 def ratio_metrics(summaries_N5: Tensor, tags_N: Tensor) -> dict[str, float]:
     """
     Name the importance ratios of a rollout's completions, per tag and over all.

@@ -73,7 +73,7 @@ from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
 from maple_trl.trainers.common.run_errors import EngineLostError
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
-from maple_trl.trainers.common.sampling_checks import ratio_metrics
+from maple_trl.trainers.common.sampling_checks import MOST_DIFFERENCE, ratio_metrics
 from maple_trl.trainers.common.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
@@ -160,6 +160,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._flight = InFlight()  # of no row
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
+        self._engine_is_known = False
         self._stream_after_step = torch.get_rng_state()
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(args)
@@ -195,6 +196,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         )
         self._keep_savable()
         self.engine = self._make_engine()
+        if self.use_vllm and self._cuts_sampling:
+            logger.warning(
+                "top_p, top_k, min_p and repetition_penalty change what vLLM samples from, and not what is trained: the "
+                "importance ratios are of two different distributions, below 1 on average (tag/all/importance_ratio)"
+            )
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
@@ -335,6 +341,31 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         tags = torch.tensor([tag_number(row.get("tag")) for row in flight.rows], device=summaries.device)
         metrics = ratio_metrics(self.accelerator.gather(summaries), self.accelerator.gather(tags))
         self._log_all(metrics, "train" if self.model.training else "eval")
+        if not self._engine_is_known:
+            self._check_engine(logps, sampled, batch["completion_mask"])
+
+    def _check_engine(self, logps: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> None:
+        """
+        Check a first rollout's log-probabilities against the trainer's, on all ranks; a collective call.
+
+        Raises:
+            EngineError: when they differ by more than rounding and sampling options explain.
+        """
+        counted = mask.bool() & ~sampled.isnan()
+        difference = torch.where(counted, (logps - sampled).abs(), 0.0).double()
+        total, tokens = self._all_reduce(torch.stack([difference.sum(), counted.sum().double()])).tolist()
+        mean = total / max(tokens, 1.0)
+        if mean > MOST_DIFFERENCE and not self._cuts_sampling:
+            raise EngineError(
+                f"vLLM's log-probabilities differ from the trainer's by {mean:.2f} on average in the first rollout: it "
+                "samples from another model. `maple-trl parity` shows for which prompts"
+            )
+        self._engine_is_known = True
+
+    @property
+    def _cuts_sampling(self) -> bool:
+        """Whether tokens are left out of what is sampled from, which makes those that are left more probable."""
+        return bool(self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1)
 
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
@@ -381,7 +412,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """Return what makes TRL's access to vLLM; `None` for TRL's own, which takes no media."""
         if not args.use_vllm or self.family is None:
             return None
-        engine_model(self.family.config.model_type)
+        engine_model(self.family.config.model_type, args.device.type)
         own = {"engine_options": args.vllm_engine_options or {}} if args.vllm_mode == "colocate" else {}
         if args.vllm_mode == "server":
             own = {"request_timeout": args.vllm_request_timeout, "folder": args.output_dir}
