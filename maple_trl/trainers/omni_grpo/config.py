@@ -76,8 +76,6 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
 
     def _check_vllm(self) -> None:
         if not self.use_vllm:
-            if self.vllm_engine_options:
-                raise ValueError("vllm_engine_options are for use_vllm=True")
             return
         self._check_choice("vllm_mode", ("colocate", "server"))
         if self.vllm_enable_sleep_mode:

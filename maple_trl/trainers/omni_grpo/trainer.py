@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -145,6 +146,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             if kwargs.get(name):
                 raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
         args = own_config(args, self._config_class, model, self._name)
+        if args.use_vllm and args.vllm_mode == "colocate" and find_spec("vllm") is None:
+            raise ImportError(
+                "use_vllm=True with vllm_mode='colocate' needs vLLM (pip install 'maple-trl[vllm]'); with vllm_mode='server' "
+                "the server alone does, and with use_vllm=False the model generates by itself"
+            )
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         reward_funcs = find_rewards(reward_funcs)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
