@@ -26,6 +26,7 @@ FOLDERS = {
     "records": "what runs write and others read",
     "data": "schema, builders, benchmarks",
     "rewards": "callables and judges",
+    "rollout": "what samples completions",
     "evaluation": "asks models, local and served",
     "trainers": "GRPO, MAPO, AVATAR, SFT",
     "reports": "pages and plots",
