@@ -70,7 +70,7 @@ def draw(path: Path) -> None:
         axes.add_patch(
             Arc((0, middle), height, height, theta1=-90, theta2=90, color=color, alpha=0.45, linewidth=width)
         )
-    axes.set(xlim=(-10.5, 7.5), ylim=(-len(FOLDERS) + 0.3, 0.7), aspect="equal")
+    axes.set(xlim=(-10.5, 8.0), ylim=(-len(FOLDERS) + 0.3, 0.7), aspect="equal")
     axes.set_title("Each folder imports from those above it; a line is as wide as there are imports", fontsize=11)
     axes.axis("off")
     figure.savefig(path, dpi=110)
