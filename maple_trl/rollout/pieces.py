@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -9,6 +10,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
+
+from maple_trl.omni.encoded import tensor_bytes
 
 
 def cut_into_pieces(prompts: Sequence[Hashable], most: int) -> list[slice]:
@@ -82,7 +85,11 @@ class BatchDraws:
     def begin(self, device: torch.device) -> torch.Generator:
         """Return a stream that stands where the device's own stood before the batch."""
         if self._before is None:
-            self._device, self._before = device, _random_numbers(device).get_rng_state(*_index(device))
+            random = _random_numbers(device)
+            self._device, self._before = device, random.get_rng_state(*_index(device))
+            # Dropout, which adapters can have, draws from the device's own: not the numbers that tokens are drawn with.
+            seed = zlib.crc32(tensor_bytes(self._before))
+            random.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), *_index(device))
         return torch.Generator(device).set_state(self._before)
 
     def end(self) -> None:

@@ -9,10 +9,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omni_runs import build_config, build_trainer, one_row_per_tag, spread_reward
-from tiny_models import build_tiny_text
+from tiny_models import build_tiny, build_tiny_text
 from transformers import GenerationConfig
 
 from maple_trl import OmniGRPOTrainer
+from maple_trl.omni.families import family_for
+from maple_trl.omni.lora import build_lora_config
 from maple_trl.rollout import TransformersEngine
 from maple_trl.rollout.pieces import BatchDraws, cut_into_pieces
 from maple_trl.trainers.common.rollout import InFlight
@@ -121,6 +123,18 @@ def test_a_text_only_model(tmp_path):
     assert same(*runs) and max(runs[1][2]) == 3 < max(runs[0][2])
 
 
+def lora_trainer(folder, dataset, **options):
+    model, processor = build_tiny("qwen2_5_omni")
+    torch.manual_seed(8)  # of the adapters' first weights
+    lora = build_lora_config(model, family_for(model, processor), r=4)
+    return build_trainer(folder, dataset, model=model, processing_class=processor, peft_config=lora, **options)
+
+
+def test_a_model_with_adapters(rows):
+    runs = [trained(*rows, most, "on", trainer=lora_trainer) for most in (None, 3)]
+    assert same(*runs) and len(runs[1][2]) > len(runs[0][2])
+
+
 def test_answers_outside_of_rollouts_are_in_pieces_too(rows):
     folder, dataset = rows
     found = []
@@ -176,6 +190,21 @@ def test_a_rank_that_stands_in_leaves_the_random_stream_alone(rows):
             ids, _, fields = trainer._tokenize_prompts([])
             found.append((trainer._generate_single_turn(ids, None, fields, 1)[0], torch.rand(2).tolist()))
     assert found[0] == found[1]
+
+
+def test_what_else_draws_meanwhile_does_not_draw_the_numbers_of_the_tokens():
+    """As the dropout of adapters does; afterwards the stream goes on as if it had not."""
+    torch.manual_seed(6)
+    expected, state = torch.rand(4), torch.get_rng_state()
+    torch.manual_seed(6)
+    draws = BatchDraws(1)
+    first, second = draws.begin(torch.device("cpu")), draws.begin(torch.device("cpu"))
+    meanwhile = torch.rand(4)
+    assert all(torch.equal(torch.rand(4, generator=own), expected) for own in (first, second))
+    assert not torch.isin(meanwhile, expected).any()
+    draws._after = 1, first.get_state()
+    draws.end()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # What is refused
