@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import _shared_prefix_model as sizes
@@ -15,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, generation_position_ids
 from maple_trl.omni.families.base import OmniFamily
 from maple_trl.omni.prefix.packed_attention import install
-from maple_trl.omni.prefix.shared_prefill import share_prefill
+from maple_trl.omni.prefix.shared_prefill import last_position_alone, share_prefill
 from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache, run_tower
@@ -43,6 +44,7 @@ class Group:
     completions: Tensor
     advantages: Tensor
     cache: TowerCache
+    whole_prefill: bool = False  # the head reads all positions, also on `rows`
 
     @classmethod
     def make(cls, args: argparse.Namespace, prompt_tokens: int, completion: int, group: int) -> Group:
@@ -118,6 +120,15 @@ def train(group: Group, side: str) -> Tensor:
 
 def generate(group: Group, side: str, seed: int = 0) -> Tensor:
     """Samples a completion of R tokens for each of the G rows."""
+    training = group.model.training
+    group.model.eval()  # gradient checkpointing keeps no cache
+    try:
+        return _sampled(group, side, seed)
+    finally:
+        group.model.train(training)
+
+
+def _sampled(group: Group, side: str, seed: int) -> Tensor:
     torch.manual_seed(seed)
     ids, length = group.prompt_ids, group.completions.size(1)
     rows = [group.prompt] * len(ids)
@@ -137,7 +148,8 @@ def generate(group: Group, side: str, seed: int = 0) -> Tensor:
     else:
         inputs["position_ids"] = generation_position_ids(rows, len(group.prompt)).to(ids.device)
         if side == "rows":
-            with serve_media(group.family, group.model, rows):
+            alone = nullcontext() if group.whole_prefill else last_position_alone(group.core)
+            with alone, serve_media(group.family, group.model, rows):
                 output = group.model.generate(**inputs)
         else:
             cache = group.cache if side == "cached" else None

@@ -57,6 +57,7 @@ class StreamSampler:
         mass_NV = scores.double().softmax(-1).cumsum(-1)
         # The number is at most 1 - 2^-32: the target stays below the whole mass, and a token of probability 0, where the
         # sum does not grow, is never the first to pass it.
-        number_N = self.streams_NT[:, input_ids.size(1) - self.prompt_width].to(mass_NV.device)
+        self.streams_NT = self.streams_NT.to(mass_NV.device)  # once
+        number_N = self.streams_NT[:, input_ids.size(1) - self.prompt_width]
         chosen_N1 = torch.searchsorted(mass_NV, (number_N * mass_NV[:, -1])[:, None], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_N1, 0.0)

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from maple_trl.omni.families.base import unwrap
+from maple_trl.omni.prefix.shared_prefill import last_position_alone
 
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ def own_options(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Ge
 
     `generate()` takes what `config` leaves open from `model.generation_config`, which a checkpoint's
     `generation_config.json` fills; and it ends completions at stop strings only where it is handed the tokenizer, which
-    not every caller does.
+    not every caller does. Logits are computed of the last position alone.
 
     Args:
         model: with or without adapters; outside of wrappers of accelerate.
@@ -246,7 +247,8 @@ def own_options(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Ge
     if stops is not None:
         plain.generate = partial(plain.generate, stopping_criteria=StoppingCriteriaList([stops]))
     try:
-        yield Sampling(stops)
+        with last_position_alone(plain.base_model):
+            yield Sampling(stops)
     finally:
         config.stop_strings = strings
         if stops is not None:

@@ -28,7 +28,8 @@ def serve_media(
     Let a forward of `model` over `rows` inside this context merge the rows' media into its embeddings.
 
     The towers run inside the model's own forward, so that DDP, FSDP and ZeRO see them, and each unique prompt passes
-    them once however many rows share it. Decoding steps of `generate()` hold no placeholders and pass through.
+    them once however many rows share it. After the first forward, those of one token per row pass through unread, for the
+    host would wait at each: they are decoding steps of `generate()`, which samples no placeholders (`suppressed_ids`).
 
     Args:
         rows: one prompt per row of the forward, in order.
@@ -44,16 +45,19 @@ def serve_media(
         MediaMismatchError: when a row's placeholders and features differ in number, or no forward took the media.
     """
     rows = list(rows)
-    served = False
+    passed = served = False
 
     def merge(module: nn.Module, args: tuple, kwargs: dict):
-        nonlocal served
+        nonlocal passed, served
         input_ids = kwargs.get("input_ids")
-        first = not served  # a decoding step follows the forward that took the media, and has none of its own
-        if input_ids is None or not (first and touch_all_towers or _has_placeholders(family, input_ids)):
+        if input_ids is None or passed and input_ids.size(1) == 1:  # a decoding step
+            return None
+        first, passed = not passed, True
+        found = _count_placeholders(family, input_ids)
+        if not (first and touch_all_towers or any(map(any, found.values()))):
             return None
         served = True
-        (_check_packed_placeholders if packed else _check_placeholders)(family, rows, input_ids)
+        (_check_packed_placeholders if packed else _check_placeholders)(rows, found)
         return args, kwargs | _merged_inputs(family, module, rows, input_ids, touch_all_towers, cache)
 
     handle = family.core(model).register_forward_pre_hook(merge, with_kwargs=True)
@@ -69,8 +73,11 @@ def serve_media(
         )
 
 
-def _has_placeholders(family: OmniFamily, input_ids: Tensor) -> bool:
-    return any(bool((input_ids == token_id).any()) for token_id in family.placeholder_ids.values())
+def _count_placeholders(family: OmniFamily, input_ids: Tensor) -> dict[str, list[int]]:
+    """Count the placeholders of each kind in each row; the host waits once."""
+    kinds = family.placeholder_ids
+    counts = torch.stack([(input_ids == token_id).sum(1) for token_id in kinds.values()])
+    return dict(zip(kinds, counts.tolist(), strict=True))
 
 
 def _merged_inputs(
@@ -117,12 +124,11 @@ def _video_per_row(features: list[Features]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
 
 
-def _check_placeholders(family: OmniFamily, rows: list[EncodedPrompt], input_ids: Tensor) -> None:
-    if len(rows) != input_ids.size(0):
-        raise MediaMismatchError(f"{len(rows)} prompts were given for a forward of {input_ids.size(0)} rows")
-    for kind, token_id in family.placeholder_ids.items():
-        found = (input_ids == token_id).sum(1).tolist()
-        for i, (row, count) in enumerate(zip(rows, found, strict=True)):
+def _check_placeholders(rows: list[EncodedPrompt], found: dict[str, list[int]]) -> None:
+    for kind, counts in found.items():
+        if len(rows) != len(counts):
+            raise MediaMismatchError(f"{len(rows)} prompts were given for a forward of {len(counts)} rows")
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             if count != row.media_tokens.get(kind, 0):
                 raise MediaMismatchError(
                     f"row {i} (prompt {row.key}, tag {row.tag}) has {count} {kind} placeholder(s) in its tokens but "
@@ -130,11 +136,11 @@ def _check_placeholders(family: OmniFamily, rows: list[EncodedPrompt], input_ids
                 )
 
 
-def _check_packed_placeholders(family: OmniFamily, prompts: list[EncodedPrompt], input_ids: Tensor) -> None:
-    for kind, token_id in family.placeholder_ids.items():
-        found, wanted = int((input_ids == token_id).sum()), sum(p.media_tokens.get(kind, 0) for p in prompts)
-        if found != wanted:
+def _check_packed_placeholders(prompts: list[EncodedPrompt], found: dict[str, list[int]]) -> None:
+    for kind, counts in found.items():
+        wanted = sum(prompt.media_tokens.get(kind, 0) for prompt in prompts)
+        if sum(counts) != wanted:
             raise MediaMismatchError(
-                f"a packed row has {found} {kind} placeholder(s) in its tokens, but its {len(prompts)} prompt(s) have "
+                f"a packed row has {sum(counts)} {kind} placeholder(s) in its tokens, but its {len(prompts)} prompt(s) have "
                 f"{wanted} {kind} feature(s)"
             )

@@ -6,8 +6,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from cachetools import LRUCache
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, tensor_bytes
 from maple_trl.omni.families.base import OmniFamily
@@ -48,6 +50,26 @@ def run_tower(family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[
     return [{name: parts[i] for name, parts in split.items()} for i in range(len(prompts))]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """
+    A tower's parameters, with those of its projector, as they were when somebody looked.
+
+    Attributes:
+        time: when that was.
+        parameters: by name.
+        marks: of each its identity, place and version, which takes no look at values; `None` while one is trained.
+        probe: digest of one value of each: some writers (`.data`) change nothing but values.
+        digest: of all values and of the tower's configuration.
+    """
+
+    time: object
+    parameters: list[tuple[str, nn.Parameter]]
+    marks: list[tuple[int, int, int]] | None = None
+    probe: bytes = b""
+    digest: str = ""
+
+
 class TowerCache:
     """
     Features of clips that frozen towers have seen, in memory and, where a folder is given, on disk.
@@ -60,12 +82,21 @@ class TowerCache:
         max_bytes (`int`): in memory, at most; 0 keeps none.
         folder (`str`, *optional*): for entries on disk; several processes may share it.
         max_disk_bytes (`int`): on disk, at most; the entries not used for longest go first.
+        clock (`Callable`, *optional*):
+            Tells the time. Parameters that are replaced or written to behind autograd's back, as `.data` allows, are noticed
+            at the next time that is another: it takes a kernel for each to look. By default every call is another time.
 
     Attributes:
         hits, misses (`int`): prompts that were found and that a tower had to read, of frozen towers.
     """
 
-    def __init__(self, max_bytes: int, folder: str | os.PathLike | None = None, max_disk_bytes: int = 8 << 30):
+    def __init__(
+        self,
+        max_bytes: int,
+        folder: str | os.PathLike | None = None,
+        max_disk_bytes: int = 8 << 30,
+        clock: Callable[[], object] = object,
+    ):
         self._memory: LRUCache[str, Features] = LRUCache(max(max_bytes, 1), getsizeof=_size)
         self.folder = None if folder is None else Path(folder)
         self.max_disk_bytes = max_disk_bytes
@@ -74,7 +105,9 @@ class TowerCache:
             for path in _leftovers(self.folder):
                 with suppress(OSError):  # another process was faster, or the folder may only be read
                     path.unlink()
-        self._weights: WeakKeyDictionary[nn.Module, dict[str, tuple[bytes, str]]] = WeakKeyDictionary()
+        self._clock = clock
+        self._seen: WeakKeyDictionary[nn.Module, dict[str, _Seen]] = WeakKeyDictionary()
+        self._pins = False
         self._disk_fails = False
         self.hits = self.misses = 0
 
@@ -82,12 +115,11 @@ class TowerCache:
         self, family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]
     ) -> list[Features]:
         """Return the features of prompts with media of a kind; of a frozen tower, those not known yet are computed."""
-        parameters = _tower_parameters(family, core, kind)
-        # An adapter that is switched off for a reference pass asks for no gradient either, but will be trained on.
-        if any(parameter.requires_grad or "lora_" in name for name, parameter in parameters):
+        weights = self._weights_digest(family, core, kind)
+        if weights is None:
             return run_tower(family, core, kind, prompts)
         device = core.get_input_embeddings().weight.device
-        weights = self._weights_digest(family, core, kind, parameters)
+        self._pins = device.type == "cuda"
         keys = [f"{weights}-{_precision(device)}-{prompt.media_digest(kind)}" for prompt in prompts]
         found = {key: self._read(key) for key in dict.fromkeys(keys)}
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if found[key] is None}
@@ -98,22 +130,31 @@ class TowerCache:
             (found[key],) = run_tower(family, core, kind, [prompt])
             self._keep(key, {name: values.detach().cpu() for name, values in found[key].items()})
         # Copies, so that nobody writes to what is kept.
-        return [{name: values.to(device, copy=True) for name, values in found[key].items()} for key in keys]
+        return [
+            {name: values.to(device, copy=True, non_blocking=self._pins) for name, values in found[key].items()}
+            for key in keys
+        ]
 
-    def _weights_digest(
-        self, family: OmniFamily, core: nn.Module, kind: str, parameters: list[tuple[str, nn.Parameter]]
-    ) -> str:
-        """Digest a tower's weights and configuration, again when something has written to the weights."""
-        known = self._weights.setdefault(core, {})
-        state = _quick_state([parameter for _, parameter in parameters])
-        if kind not in known or known[kind][0] != state:
-            config = getattr(family.config, f"{_TOWER_SCOPES[kind]}_config")
-            digest = hashlib.blake2b(f"{kind} {config.to_json_string()}".encode(), digest_size=12)
-            for name, parameter in parameters:
-                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-                digest.update(tensor_bytes(parameter))
-            known[kind] = (state, digest.hexdigest())
-        return known[kind][1]
+    def _weights_digest(self, family: OmniFamily, core: nn.Module, kind: str) -> str | None:
+        """Digest a tower's weights and configuration; `None` while any of it is trained."""
+        known, now = self._seen.setdefault(core, {}), self._clock()
+        seen = known.get(kind)
+        current = seen is not None and seen.time == now
+        parameters = seen.parameters if current else _tower_parameters(family, core, kind)
+        # An adapter that is switched off for a reference pass asks for no gradient either, but will be trained on.
+        if any(parameter.requires_grad or "lora_" in name for name, parameter in parameters):
+            known[kind] = _Seen(now, parameters)
+            return None
+        marks = [(id(parameter), parameter.data_ptr(), parameter._version) for _, parameter in parameters]
+        if current and seen.marks == marks:
+            return seen.digest
+        probe = _probe([parameter for _, parameter in parameters])
+        if seen is not None and (seen.marks, seen.probe) == (marks, probe):
+            digest = seen.digest
+        else:
+            digest = _digest(kind, getattr(family.config, f"{_TOWER_SCOPES[kind]}_config"), parameters)
+        known[kind] = _Seen(now, parameters, marks, probe, digest)
+        return digest
 
     def _read(self, key: str) -> Features | None:
         if key in self._memory:
@@ -149,7 +190,8 @@ class TowerCache:
 
     def _remember(self, key: str, features: Features) -> None:
         if _size(features) <= self._memory.maxsize:
-            self._memory[key] = features
+            # From pinned memory the host need not wait for a copy to the device.
+            self._memory[key] = {name: v.pin_memory() for name, v in features.items()} if self._pins else features
 
     def _shrink(self) -> None:
         entries = []
@@ -172,11 +214,18 @@ def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tu
     return [(name, parameter) for name, parameter in core.named_parameters() if family.scope_of(name) in wanted]
 
 
-def _quick_state(parameters: list[nn.Parameter]) -> bytes:
-    """Digest identity, version and one value of each weight; some writers (`.data`) change nothing but values."""
-    probe = torch.stack([parameter.detach().flatten()[parameter.numel() // 2].double() for parameter in parameters])
-    marks = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
-    return hashlib.blake2b(repr(marks).encode() + bytes(tensor_bytes(probe))).digest()
+def _probe(parameters: list[nn.Parameter]) -> bytes:
+    """Digest one value of each weight."""
+    middles = [parameter.detach().flatten()[parameter.numel() // 2 :][:1] for parameter in parameters]
+    return hashlib.blake2b(tensor_bytes(torch.cat(middles))).digest()
+
+
+def _digest(kind: str, config: PreTrainedConfig, parameters: list[tuple[str, nn.Parameter]]) -> str:
+    digest = hashlib.blake2b(f"{kind} {config.to_json_string()}".encode(), digest_size=12)
+    for name, parameter in parameters:
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(tensor_bytes(parameter))
+    return digest.hexdigest()
 
 
 def _precision(device: torch.device) -> str:

@@ -186,3 +186,43 @@ def test_replay_buffer_is_measured(tmp_path):
     assert all(values["wall"]["median"] > 0 for values in result["milliseconds"].values())
     assert result["tensor_bytes"] == 300 * 16 * 8  # int32 tokens and float32 log-probabilities
     assert "300 experiences of 16 tokens" in output
+
+
+# Decoding steps
+
+
+@pytest.fixture(scope="module")
+def decode_steps(tmp_path_factory):
+    file = tmp_path_factory.mktemp("bench") / "decode_steps.json"
+    sizes = ["--prompt", "128", "--tokens", "4", "--generations", "2", "--layers", "2", "--tower-layers", "2"]
+    done = programs.run([str(BENCHMARKS / "decode_steps.py"), "--json", str(file), *sizes])
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text(encoding="utf-8")), done.stdout
+
+
+@pytest.mark.parametrize("side", ["rows", "shared", "cached"])
+def test_a_decoding_step_asks_for_what_transformers_asks_for(decode_steps, side):
+    result, printed = decode_steps
+    before, now = (result[way][side]["decoding_step"] for way in ("before", "now"))
+    # Whether video's and audio's placeholders are among the tokens: compared, reduced, asked for.
+    assert (before["waits"], now["waits"]) == (3, 1) and list(now["waits_by_line"]) == ["utils.py:__call__"]
+    assert before["kernels"] - now["kernels"] == 4 and f"{now['kernels']:.0f}" in printed
+
+
+def test_known_features_cost_no_look_at_the_weights(decode_steps):
+    result, _ = decode_steps
+    passes = {way: result[way]["cached"]["log_probs"] for way in ("before", "now")}
+    towers = {way: result[way]["shared"]["log_probs"] for way in ("before", "now")}
+    assert passes["before"]["kernels"] - passes["now"]["kernels"] > 60  # a kernel for each weight of two towers
+    assert passes["now"]["kernels"] < towers["now"]["kernels"] and passes["now"]["waits"] < towers["now"]["waits"]
+    assert not any("towers.py" in line for line in passes["now"]["waits_by_line"])
+
+
+def test_the_head_reads_a_position_of_each_row(decode_steps):
+    result, printed = decode_steps
+    positions = {
+        way: {side: result[way][side]["prefill"]["head_positions"] for side in ("rows", "shared")}
+        for way in ("before", "now")
+    }
+    assert positions == {"before": {"rows": 128, "shared": 1}, "now": {"rows": 1, "shared": 1}}
+    assert "128 before, 1 now" in printed

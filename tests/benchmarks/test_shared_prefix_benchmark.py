@@ -116,6 +116,15 @@ def test_media_pass_the_towers_as_often_as_the_sides_say(script, tmp_path):
     assert patches == {"trl": [GENERATIONS * own] * 3, "rows": [own], "shared": [own]}
 
 
+def test_completions_are_sampled_beside_gradient_checkpointing(script):
+    """As with `--real`, whose model is in training mode, in which checkpointed layers keep no keys and values."""
+    args = script.parse_args([*OPTIONS, "--checkpointing", "--completions", "4"])
+    group = script.passes.Group.make(args, PROMPT, 4, GENERATIONS)
+    sampled = [script.passes.PASSES["generate"](group, side) for side in script.passes.SIDES]
+    assert sampled[0].shape == (GENERATIONS, 4) and all(torch.equal(sampled[0], other) for other in sampled[1:])
+    assert group.model.training
+
+
 def test_bound_of_the_usual_sizes(script):
     """By hand: P 1024, G 8. A pass over tokens alone saves G (P + R) / (P + G R); attention and head change it."""
     sizes = script.sizes

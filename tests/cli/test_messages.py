@@ -216,6 +216,7 @@ TRAIN = [
     ({"seed": 2**32}, "seed must be at most 4294967295"),
     ({"scale_rewards": "grp"}, "scale_rewards must be one of 'group', 'batch', 'none', got 'grp'"),
     ({"importance_sampling_level": "tok"}, "importance_sampling_level must be one of 'token', 'sequence'"),
+    ({"generation_batch": 0}, "generation_batch must be a whole number from 1 on, or null for all at once, got 0"),
     ({"top_k": 1}, "top_k=1 leaves one token to sample"),
     ({"top_p": 0}, "top_p=0 leaves one token to sample"),
     ({"generation_kwargs": '{"penalty_alpha": 0.6}'}, "generation_kwargs: penalty_alpha=0.6 is not supported"),

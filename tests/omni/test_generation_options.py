@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer, OmniSFTConfig, OmniSFTTrainer
 from maple_trl.evaluation import EvalOptions, EvaluationError
 from maple_trl.evaluation import evaluator as evaluator_module
-from maple_trl.omni import loading
+from maple_trl.omni import generation, loading
 from maple_trl.omni.families import family_for, unwrap
 from maple_trl.omni.lora import build_lora_config
 from maple_trl.rollout import transformers_engine
@@ -231,6 +231,21 @@ def test_without_the_guard_they_would_be_felt(ways, undisturbed, checkpoint, mon
         missing = FELT - felt
         print(way, missing)
         assert len(felt) >= 10, (way, missing)
+
+
+def test_the_head_reads_the_last_position_alone(ways, undisturbed, monkeypatch):
+    """In every way of sampling, of prompts that are shared and of others; the control computes logits of whole prompts."""
+    for guarded in (True, False):
+        if not guarded:
+            monkeypatch.setattr(generation, "last_position_alone", contextlib.nullcontext)
+        for way, (model, draw) in ways.items():
+            widths = []
+            head = unwrap(model).get_output_embeddings()
+            handle = head.register_forward_pre_hook(lambda m, args, widths=widths: widths.append(args[0].size(1)))
+            assert sample((model, draw), model.generation_config) == undisturbed[way]
+            handle.remove()
+            whole = not guarded and way not in ("rollout, shared_prefix on", "evaluation, shared True")
+            assert max(widths) > 10 if whole else set(widths) == {1}, way
 
 
 def test_a_checkpoint_whose_generation_config_is_refused_loads_with_its_tokens(checkpoint, caplog):

@@ -7,6 +7,7 @@ from tiny_models import FAMILIES, build_tiny
 
 from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni import serving
 from maple_trl.omni.encoded import (
     EncodedPrompt,
     MediaMismatchError,
@@ -295,6 +296,60 @@ def test_touched_towers_run_once_in_a_generation(name, seven_tags):
         calls.clear()
         assert torch.equal(generate(batch, touch=True), generate(batch, touch=False))
     assert len(calls) == len(towers)  # of the text rows: the prefill with touch, nothing without
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_decoding_steps_ask_the_device_for_nothing(name, seven_tags, monkeypatch):
+    """Placeholders are looked for in the prefill; without a cache every forward is one."""
+    folder, dataset = seven_tags
+    model, processor, builder = setup(name, folder)
+    prompts = [builder.encode(row) for row in rows_of(name, dataset)]
+    text = [prompt for prompt in prompts if not prompt.kinds]
+    looks = []
+
+    def look(family, input_ids):
+        looks.append(input_ids.size(1))
+        return count(family, input_ids)
+
+    count = serving._count_placeholders
+    monkeypatch.setattr(serving, "_count_placeholders", look)
+
+    def generate(batch, **settings):
+        looks.clear()
+        inputs, width = batched(batch, torch.empty(len(batch), 0, dtype=torch.long), processor.tokenizer.pad_token_id)
+        settings |= {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        settings["suppress_tokens"] = builder.family.suppressed_ids
+        with torch.no_grad(), serve_media(builder.family, model, batch):
+            inputs["position_ids"] = generation_position_ids(batch, width)
+            return model.generate(**inputs, **settings), width
+
+    for batch in (prompts, text):
+        _, width = generate(batch)
+        assert looks == [width]
+    _, width = generate(prompts, use_cache=False)
+    assert looks == [width + step for step in range(4)]
+
+
+def test_placeholders_that_nobody_serves_raise_whatever_passed_before(seven_tags):
+    folder, dataset = seven_tags
+    model, processor, builder = setup("qwen2_5_omni", folder)
+    full, bare = (builder.encode(next(row for row in dataset if row["tag"] == tag)) for tag in ("VAS", "S"))
+    pad = processor.tokenizer.pad_token_id
+
+    def forward(prompt):
+        inputs, _ = batched([prompt], torch.empty(1, 0, dtype=torch.long), pad)
+        with torch.no_grad():
+            return model(**inputs)
+
+    with pytest.raises(MediaMismatchError, match="placeholder"), serve_media(builder.family, model, [bare]):
+        forward(bare)
+        forward(full)
+    token = torch.tensor([[builder.family.placeholder_ids["audio"]]])
+    with pytest.raises(MediaMismatchError, match="placeholder"), serve_media(builder.family, model, [bare]):
+        model(input_ids=token)  # of one token, but no decoding step
+    with pytest.raises(MediaMismatchError, match="never reached the model"):
+        with serve_media(builder.family, model, [full]):
+            forward(bare)
 
 
 def test_padding_silence_does_not_change_mel_frames():

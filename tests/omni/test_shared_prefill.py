@@ -1,5 +1,7 @@
 """Rows that share a prompt are generated as rows that do not, and the model reads the prompt once."""
 
+import inspect
+
 import pytest
 import torch
 from omni_runs import build_trainer, one_row_per_tag
@@ -10,7 +12,7 @@ from transformers import GenerationConfig
 from maple_trl.omni.encoded import MediaMismatchError, generation_position_ids, unique_prompts
 from maple_trl.omni.families import family_for
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
-from maple_trl.omni.prefix.shared_prefill import grows_cache, share_prefill
+from maple_trl.omni.prefix.shared_prefill import grows_cache, last_position_alone, share_prefill
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 
@@ -101,6 +103,24 @@ def test_each_prompt_is_read_once(name, seven_tags):
     plain = Counts(made[0], made[2])
     generate(*made, rows, shared=False, min_new_tokens=TOKENS, **SAMPLED)
     assert plain.real[0] == sum(map(len, rows)) > counts.real[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_head_reads_the_last_position_alone(name, seven_tags):
+    """Where prompts are not shared too; which forwards of transformers see to that themselves is told by the control."""
+    folder, dataset = seven_tags
+    *made, prompts = build(name, folder, rows_of(name, dataset))
+    rows = repeated(prompts)
+    plain = Counts(made[0], made[2])
+    expected = generate(*made, rows, shared=False, min_new_tokens=TOKENS, **SAMPLED)
+    counts = Counts(made[0], made[2])
+    with last_position_alone(made[2].core(made[0])):
+        found = generate(*made, rows, shared=False, min_new_tokens=TOKENS, **SAMPLED)
+    assert torch.equal(found, expected)
+    assert counts.head == [(len(rows), 1)] * TOKENS
+    keeps = "logits_to_keep" in inspect.signature(made[0].forward).parameters
+    assert keeps == name.endswith("vl")
+    assert plain.head[0] == (len(rows), 1 if keeps else max(map(len, rows)))
 
 
 @pytest.mark.parametrize("copies", [1, 4])

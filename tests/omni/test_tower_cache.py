@@ -16,8 +16,10 @@ from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
 from test_mixed_batches import batched, rows_of
 from tiny_models import FAMILIES, build_tiny, save_tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maple_trl import OmniGRPOTrainer
+from maple_trl.omni import towers
 from maple_trl.omni.encoded import tensor_bytes
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import build_lora_config, freeze
@@ -257,6 +259,77 @@ def test_a_parameter_that_is_replaced_is_noticed(world):
     assert torch.equal(world.logits(cache), world.logits(None))
 
 
+class Operations(TorchDispatchMode):
+    """Counts what is run, and what is asked for by the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_within_a_step_a_hit_looks_at_no_weight(world):
+    """The control is a cache without a clock, which looks at each call."""
+    now = [0]
+    cache, watchful = TowerCache(1 << 30, clock=lambda: now[0]), TowerCache(1 << 30)
+    counted = {}
+    for name, each in (("clock", cache), ("none", watchful)):
+        each.features(world.family, world.core, "video", world.prompts)
+        with Operations() as ran:
+            each.features(world.family, world.core, "video", world.prompts)
+        counted[name] = ran.names
+    assert counted["clock"] == ["aten::_to_copy"]
+    assert len(counted["none"]) > len(list(world.core.visual.parameters()))
+    now[0] += 1
+    with Operations() as ran:
+        cache.features(world.family, world.core, "video", world.prompts)
+    assert len(ran.names) == len(counted["none"]) and (cache.hits, cache.misses) == (2, 1)
+
+
+UNSEEN = {
+    "through data": lambda projection: projection.weight.data.mul_(1.5),
+    "replaced": lambda projection: setattr(
+        projection, "weight", torch.nn.Parameter(projection.weight.detach() * 1.5, requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("write", UNSEEN.values(), ids=list(UNSEEN))
+def test_what_autograd_does_not_count_is_noticed_at_the_next_step(write, world):
+    now = [0]
+    cache = TowerCache(1 << 30, clock=lambda: now[0])
+    before = world.logits(cache)
+    write(world.core.visual.patch_embed.proj)
+    assert torch.equal(world.logits(cache), before)
+    now[0] += 1
+    assert torch.equal(world.logits(cache), world.logits(None))
+
+
+def test_what_autograd_counts_is_noticed_within_a_step(world):
+    cache = TowerCache(1 << 30, clock=int)
+    before = world.logits(cache)
+    with torch.no_grad():
+        world.core.visual.patch_embed.proj.weight.mul_(1.5)
+    after = world.logits(cache)
+    assert torch.equal(after, world.logits(None)) and not torch.equal(after, before)
+    world.core.visual.patch_embed.requires_grad_(True)
+    assert [world.passes_of(cache) for _ in range(2)] == [1, 1]
+    world.core.visual.patch_embed.requires_grad_(False)
+    assert world.passes_of(cache) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_wait_for_a_gpu_in_pinned_memory(world):
+    world.model.cuda()
+    cache = TowerCache(1 << 30)
+    first, again = (cache.features(world.family, world.core, "video", world.prompts)[0] for _ in range(2))
+    assert all(value.is_pinned() for kept in cache._memory.values() for value in kept.values())
+    assert all(torch.equal(value, again[name]) and value.is_cuda for name, value in first.items())
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_what_is_trained_is_never_kept(scope, world):
     """Neither a tower nor its projector."""
@@ -303,13 +376,13 @@ def test_a_model_in_the_place_of_one_that_is_gone(seven_tags):
     class Core(torch.nn.Module):
         def __init__(self, scale):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.tensor([scale]), requires_grad=False)
+            self.visual = torch.nn.ParameterList([torch.tensor([scale])]).requires_grad_(False)
 
     digests, addresses = [], []
     for scale in range(1, 20):
         core = Core(float(scale))
         addresses.append(id(core))
-        digests.append(cache._weights_digest(world.family, core, "video", list(core.named_parameters())))
+        digests.append(cache._weights_digest(world.family, core, "video"))
         del core
     assert len(set(addresses)) < len(addresses)  # the case did occur
     assert len(set(digests)) == len(digests)
@@ -616,6 +689,17 @@ def test_training_is_the_same_with_and_without(disk, seven_tags, tmp_path):
     assert any(not torch.equal(value, before[name]) for name, value in cached.items())
     for name, value in plain.items():
         assert (cached[name] - value).norm() <= 1e-5 * value.norm() or value.norm() < 1e-4, name
+
+
+def test_weights_are_looked_at_once_per_optimizer_step(seven_tags, monkeypatch):
+    """Those of each tower, however many rollouts and passes there are."""
+    folder, dataset = seven_tags
+    looks = []
+    monkeypatch.setattr(towers, "_probe", lambda parameters, probe=towers._probe: looks.append(1) or probe(parameters))
+    rows = dataset.filter(lambda r: r["tag"] == "VA")
+    trainer, _ = frozen_trainer(folder, rows, max_steps=4, num_iterations=2)
+    trainer.train()
+    assert len(looks) == 2 * 4 and trainer.towers.hits > 2 * 4
 
 
 def test_the_reference_model_uses_the_cache_too(seven_tags, tmp_path):

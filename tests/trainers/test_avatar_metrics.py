@@ -8,10 +8,12 @@ import pytest
 import torch
 from test_avatar import MODEL, Diary, G, Worth, alike, contents_of, data, ids_by_key, logs, make, take
 from test_avatar_hints import with_hints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
 from maple_trl.rewards import accuracy_reward
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
+from maple_trl.trainers.avatar.trainer import AvatarTrainer
 from maple_trl.trainers.common.hinted_rows import prompt_key
 
 
@@ -205,6 +207,31 @@ def test_ratios(run):
 def shares_of(metrics):
     assert "replay/ratio_share/11" not in metrics
     return [metrics[f"replay/ratio_share/{i}"] for i in range(11)]
+
+
+class Values(TorchDispatchMode):
+    """Counts the single values that the host asks for, at each of which it would wait for a GPU."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += func._schema.name == "aten::_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_is_taken_down_without_a_wait_for_each_row(data, tmp_path, monkeypatch):
+    waits, record = [], AvatarTrainer._record
+
+    def counted(trainer, flight):
+        with Values() as values:
+            record(trainer, flight)
+            float(flight.logps.sum())  # the control: such a wait is seen
+        waits.append(values.asked)
+
+    monkeypatch.setattr(AvatarTrainer, "_record", counted)
+    trainer = make(data[0], tmp_path, take(data[1], VAS=2), Worth(), **OPTIONS | {"max_steps": 3})
+    trainer.train()
+    assert set(waits) == {1} and any(row["replayed"] for rows in trainer.trained for row in rows)
 
 
 def test_the_histogram_of_ratios_by_hand():

@@ -223,9 +223,12 @@ def test_media_tokens_cannot_be_generated(seven_tags):
             return {token for row in trainer._generate_single_turn(ids, None, fields, 1)[0] for token in row}
 
     assert not sampled_ids() & set(banned)
-    trainer.generation_config.suppress_tokens = None  # the control: they are sampled, and the next forward notices
+    trainer.generation_config.suppress_tokens = (
+        None  # the control: they are sampled, and the first pass over them notices
+    )
+    assert sampled_ids() & set(banned)
     with pytest.raises(MediaMismatchError, match="placeholder"):
-        sampled_ids()
+        trainer.train()
 
 
 def test_media_tokens_are_logged_per_modality(seven_tags):

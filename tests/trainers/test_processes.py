@@ -92,7 +92,9 @@ def results(tmp_path_factory):
         save_tiny("qwen3_omni", folder / "experts")
         one = Job(1, folder, "one", rows, gradient_runs(1, folder))
         resumed = long_run("half", resume=str(folder / "two" / "whole" / "checkpoint-2"))
-        long_runs = [long_run("whole"), resumed]
+        pieces = long_run("pieces")
+        pieces["options"] |= {"generation_batch": 3}
+        long_runs = [long_run("whole"), resumed, pieces]
         two = Job(2, folder, "two", rows, gradient_runs(2, folder) + long_runs)
         one.wait()
         two.wait()
@@ -156,6 +158,13 @@ def test_two_processes_resume_in_the_middle_of_a_rollout(results):
         whole, half = weights(out, "whole", rank), weights(out, "half", rank)
         assert all(torch.equal(whole[name], half[name]) for name in whole)
     assert all(value.any() for key, value in changes(out, "whole").items() if "mlp" in key)
+
+
+def test_two_processes_generate_in_pieces_what_they_generate_at_once(results):
+    out = results / "two"
+    for rank in (0, 1):
+        whole, pieces = weights(out, "whole", rank), weights(out, "pieces", rank)
+        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
 # One process, which a launcher starts

@@ -704,6 +704,24 @@ def test_other_attention_falls_back(seven_tags, tmp_path, caplog):
         trained(folder, rows, tmp_path, "on", **prepared())
 
 
+def test_towers_may_have_an_attention_of_their_own(seven_tags, tmp_path):
+    """Their own kernels, beside prompts that are shared: the same numbers."""
+    folder, dataset = seven_tags
+    path, found = str(save_tiny("qwen2_5_omni", tmp_path / "model")), {}
+    towers = {"vision_config": "eager", "audio_config": "eager"}
+    for attention in ("sdpa", towers):
+        options = {"model_init_kwargs": {"dtype": "float32", "attn_implementation": attention}, "beta": 0.1}
+        parts = {"model": path, "processing_class": None}
+        trainer, weights = trained(folder, one_row_per_tag(dataset), tmp_path, "on", **parts, **options)
+        kind = "sdpa" if attention == "sdpa" else "eager"
+        found[kind] = trainer.sampled, weights
+        for core in map(trainer.family.core, (trainer.model, trainer.ref_model)):
+            parts = [core.visual.config, core.audio_tower.config, core.language_model.config]
+            assert [part._attn_implementation for part in parts] == [kind, kind, "sdpa"]
+    assert found["sdpa"][0] == found["eager"][0]
+    assert worst(found["sdpa"][1], found["eager"][1])[0] <= BOUND
+
+
 def test_a_reference_model_with_other_attention_falls_back(seven_tags, tmp_path, caplog):
     folder, dataset = seven_tags
     prepared = from_disk(tmp_path)

@@ -1,9 +1,10 @@
-"""Generation for rows that share prompts, each of which the model reads once."""
+"""Generation reads a prompt once for all rows that share it, and computes logits of its last position alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,30 @@ from maple_trl.omni.prefix.growing_cache import GrowingLayer
 def grows_cache(config: GenerationConfig) -> bool:
     """Return whether generation grows a key-value cache, whose rows alone [`share_prefill`] can repeat."""
     return config.use_cache is not False and config.cache_implementation in (None, "dynamic")
+
+
+@contextmanager
+def last_position_alone(core: nn.Module) -> Iterator[None]:
+    """
+    Let the LM head read the last position of each row alone, which is all that `generate()` looks at.
+
+    `generate()` asks for that itself where a model's forward takes `logits_to_keep`, which those of Omni's Thinkers and of
+    Qwen2-Audio do not: of a long prompt their logits take gigabytes.
+
+    Args:
+        core: the module whose hidden states the LM head reads.
+    """
+
+    def keep_last(module: nn.Module, args: tuple, output: Any) -> Any:
+        if getattr(output, "last_hidden_state", None) is not None:
+            output.last_hidden_state = output.last_hidden_state[:, -1:]
+        return output
+
+    handle = core.register_forward_hook(keep_last)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

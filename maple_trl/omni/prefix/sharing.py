@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
-from maple_trl.omni.prefix.shared_prefill import share_prefill
+from maple_trl.omni.prefix.shared_prefill import last_position_alone, share_prefill
 from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
 
 
@@ -146,18 +146,8 @@ def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt,
         "position_ids": generation_position_ids(rows, len(prompt)).to(device),
         "use_cache": True,
     }
-    # Of all positions, logits would take gigabytes after a long prompt.
-    handle = core.register_forward_hook(_last_position)
-    try:
-        with serve(model, rows):
-            apart = model(**inputs).logits[:, -1]
-    finally:
-        handle.remove()
+    with last_position_alone(core), serve(model, rows):
+        apart = model(**inputs).logits[:, -1]
     with share_prefill(core, rows), serve(model, rows[:1]):
         together = model(**inputs).logits[:, -1]
     return float((apart.float().log_softmax(-1) - together.float().log_softmax(-1)).abs().mean())
-
-
-def _last_position(module: nn.Module, args: tuple, output):
-    output.last_hidden_state = output.last_hidden_state[:, -1:]
-    return output

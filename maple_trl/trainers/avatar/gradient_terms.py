@@ -58,16 +58,14 @@ class TermGradients:
         Args:
             mean (`Callable`): the mean of a tensor over the ranks.
         """
-        squares = dict.fromkeys(TERMS, 0.0)
-        product = 0.0
+        sums = torch.zeros(3, dtype=torch.float64, device=self.parameters[0].device)
         for parameter, *gradients in zip(self.parameters, *(self.sums[term] for term in TERMS), strict=True):
             on, off = (
                 mean(torch.zeros_like(parameter) if gradient is None else gradient).double() for gradient in gradients
             )
-            squares["on"] += float(on.square().sum())
-            squares["off"] += float(off.square().sum())
-            product += float((on * off).sum())
-        norms = {term: square**0.5 for term, square in squares.items()}
+            sums += torch.stack([on.square().sum(), off.square().sum(), (on * off).sum()])
+        *squares, product = sums.tolist()
+        norms = {term: square**0.5 for term, square in zip(TERMS, squares, strict=True)}
         metrics = {f"replay/gradient_{term}": norm for term, norm in norms.items()}
         if all(norms.values()):
             metrics["replay/gradient_cosine"] = product / (norms["on"] * norms["off"])

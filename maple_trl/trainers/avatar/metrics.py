@@ -46,12 +46,10 @@ class PassSums:
             signal_NT (`Tensor` of shape (N, T) or (N, 1)): that size for each token.
             mask_NT (`Tensor` of shape (N, T)): 1 for tokens that count, which come first in each row.
         """
-        lengths_N = mask_NT.sum(dim=1)
+        lengths_N = mask_NT.sum(dim=1).cpu()
         rows = lengths_N > 1
-        if not rows.any():
-            return
-        signal_NT = signal_NT.expand_as(mask_NT)[rows].double().cpu()
-        places_NP = torch.linspace(0, 1, POINTS, dtype=torch.float64) * (lengths_N[rows].cpu()[:, None] - 1)
+        signal_NT = signal_NT.cpu().expand_as(mask_NT)[rows].double()
+        places_NP = torch.linspace(0, 1, POINTS, dtype=torch.float64) * (lengths_N[rows, None] - 1)
         left_NP = places_NP.floor()
         before_NP, after_NP = (signal_NT.gather(1, at.long()) for at in (left_NP, places_NP.ceil()))
         self.profile[0] += torch.lerp(before_NP, after_NP, places_NP - left_NP).sum(dim=0)

@@ -465,8 +465,8 @@ class AvatarTrainer(MAPOTrainer):
         width, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
         with self._in_flight(PassInFlight(batch.prompts, inputs=batch)) as flight:
             self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
-        columns = (batch[NUMBER_KEY].tolist(), batch["completion_ids"], flight.logps, batch["completion_mask"].bool())
-        for completion in list(zip(*columns, strict=True))[: len(rows)]:
+        columns = (batch["completion_ids"].cpu(), flight.logps.cpu(), batch["completion_mask"].bool().cpu())
+        for completion in list(zip(batch[NUMBER_KEY].tolist(), *columns, strict=True))[: len(rows)]:
             self._written.add_completion(*completion)
 
     def _replayed_batch(
@@ -663,18 +663,22 @@ class AvatarTrainer(MAPOTrainer):
         self._sums.add_signal(signal, mask)
         if NUMBER_KEY not in inputs:
             return
-        divergences = (policy_divergence(log_ratios) * mask).sum(dim=1)
-        numbers, flags = inputs[NUMBER_KEY].tolist(), replayed.tolist()
+        divergences = (policy_divergence(log_ratios) * mask).sum(dim=1).tolist()
+        numbers, flags, lengths = torch.stack([inputs[NUMBER_KEY], replayed.long(), mask.bool().sum(dim=1)]).tolist()
+        # All rows at once: for each copy the host waits until the device has come so far.
+        ids, tokens, old, log_ratios = (
+            None if values is None else values.cpu()
+            for values in (inputs["completion_ids"], mask.bool(), old, log_ratios)
+        )
         for i, number in enumerate(numbers):
-            tokens = mask[i].bool()
             if flags[i]:
-                self._sums.add_log_ratios(log_ratios[i][tokens])
+                self._sums.add_log_ratios(log_ratios[i][tokens[i]])
             if not self.memory.waits_for(number):
                 continue
             if flags[i]:
-                self._written.divergences.append((number, float(divergences[i]), float(tokens.sum())))
+                self._written.divergences.append((number, divergences[i], float(lengths[i])))
             else:
-                self._written.add_completion(number, inputs["completion_ids"][i], old[i], tokens)
+                self._written.add_completion(number, ids[i], old[i], tokens[i])
 
     def _correct_divergence(self, inputs: Batch) -> None:
         """Replace the logged KL, which TRL averages over all tokens, by the mean over those of fresh completions."""

@@ -88,7 +88,12 @@ class MediaTrainer:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank sees whole weights
         if self.family is None or sharded or not (args.encoder_cache_bytes or args.encoder_cache_dir):
             return None
-        return TowerCache(args.encoder_cache_bytes, args.encoder_cache_dir, args.encoder_cache_disk_bytes)
+        return TowerCache(
+            args.encoder_cache_bytes,
+            args.encoder_cache_dir,
+            args.encoder_cache_disk_bytes,
+            clock=lambda: self.state.global_step,  # what writes to frozen weights does it between optimizer steps
+        )
 
     def _send_telemetry(self) -> None:
         # The parent sends facts about every run to the Hub unless it is told not to; here it has to be told to.

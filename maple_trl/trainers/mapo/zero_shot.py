@@ -10,6 +10,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import nn
 from trl.trainer.utils import is_async_callable
@@ -84,7 +85,8 @@ def zero_shot_accuracy(trainer: OmniGRPOTrainer, task_reward: int, weights: list
 
 def fingerprint(model: nn.Module) -> list[float]:
     """Return the sum of each parameter, which tells weights apart; taken before they are spread over processes."""
-    return [float(weight.detach().float().sum()) for weight in model.parameters()]
+    sums = [weight.detach().float().sum() for weight in model.parameters()]
+    return torch.stack([value.to(sums[0].device) for value in sums]).tolist()
 
 
 def _of_main_process(trainer: OmniGRPOTrainer, value: Any) -> Any:

@@ -33,6 +33,15 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
             "it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
         },
     )
+    generation_batch: Annotated[int | None, "speed"] = field(
+        default=None,
+        metadata={
+            "help": "Completions that a rank generates at a time, whose key-value caches have to fit; of a prompt as many "
+            "as possible together, so a multiple of num_generations is best. The tokens are those of a rollout in one "
+            "piece, up to rounding. Null: all of a rollout's at once. (`generation_batch_size` is TRL's: the completions "
+            "of a rollout over all ranks.)"
+        },
+    )
     rollout_log_size: Annotated[int, "place"] = field(
         default=20_000,
         metadata={
@@ -61,6 +70,11 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        most = self.generation_batch
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise ValueError(
+                f"generation_batch must be a whole number from 1 on, or null for all at once, got {most!r}"
+            )
         if self.rollout_log_size < 0:
             raise ValueError(f"rollout_log_size must be 0 or more, got {self.rollout_log_size}")
         self._check_loss_type()

@@ -441,6 +441,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._serve,
             lambda: bool(self._sharing),
             self.pad_to_multiple_of,
+            self.args.generation_batch,
+            lambda count: max(gather_object([count])),
         )
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
@@ -693,7 +695,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         width = sides[1][0].size(1)
         logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=batch_size)
-        return [row[: len(tokens)].tolist() for row, tokens in zip(logps, completions, strict=True)]
+        return [row[: len(tokens)] for row, tokens in zip(logps.tolist(), completions, strict=True)]
 
     def _rewards_want(self, argument: str) -> bool:
         functions = [reward for reward in self.reward_funcs if not isinstance(reward, nn.Module)]
