@@ -108,7 +108,7 @@ def test_media_pass_the_towers_as_often_as_the_sides_say(script, tmp_path):
         for model in (trainer.model, trainer.ref_model):
             visual = trainer.family.core(model).visual
             visual.register_forward_pre_hook(lambda m, inputs, counted=counted: counted.append(len(inputs[0])))
-        trainer._agree_on_sharing([trainer.prompt])
+        trainer._agree_on_sharing()
         counted.clear()
         script.steps.step(trainer, seed=0)
     own = len(trainer.prompt.media["pixel_values_videos"])

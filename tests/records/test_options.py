@@ -37,6 +37,7 @@ def test_what_each_option_decides():
     assert found["speed"] == {
         *("media_decode_timeout", "media_workers", "media_worker_bytes", "media_cache_bytes", "media_prefetch"),
         *("media_check", "max_quarantined_share", "encoder_cache_bytes", "encoder_cache_disk_bytes", "shared_prefix"),
+        "packed_attention",
         *("gradient_probe", "gradient_probe_pattern", "gradient_probe_window", "replay_gradient_steps"),
         *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "batch_timeout", "max_attempts"),
         *("invalid_attempts", "retry_wait", "retry_wait_max", "retry_after_max", "structured", "cache_bytes"),
