@@ -21,13 +21,14 @@ from test_shared_prefix import (
     together,
 )
 from test_shared_training import from_disk, one_row_per_tag, trained
-from tiny_models import FAMILIES, build_tiny
+from tiny_models import FAMILIES, build_tiny, save_tiny
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from maple_trl.omni.loading import load_model
 from maple_trl.omni.prefix import packed_attention
 from maple_trl.omni.prefix.packed_attention import (
     PackedAttention,
@@ -37,6 +38,7 @@ from maple_trl.omni.prefix.packed_attention import (
     packed_flex,
     packed_sdpa,
 )
+from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 
 
 pytestmark = pytest.mark.slow
@@ -209,6 +211,47 @@ def test_flex_attention_compiled(monkeypatch):
         torch.testing.assert_close(found, expected_of(layout, states, 0.3), atol=1e-5, rtol=0)
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[1] == graphs[-1], graphs
+
+
+def flex_by_definition(query, key, value, block_mask, scale, enable_gqa):
+    """What FlexAttention computes, with gradients, which PyTorch has none of on CPUs."""
+    places = torch.arange(query.size(2))
+    mask = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+
+
+def test_training_computes_packed_rows_with_flex_attention_where_asked(seven_tags, tmp_path, monkeypatch):
+    """Of a model that transformers loads with sdpa alone."""
+    folder, dataset = seven_tags
+    rows, prepare = one_row_per_tag(dataset), from_disk(tmp_path)
+    options = {"beta": 0.1, "packed_attention": "flex_attention"}
+    with pytest.raises(
+        ValueError, match="cannot be shared: FlexAttention has no backward pass on CPUs: train on a GPU"
+    ):
+        trained(folder, rows, tmp_path, "on", **options, **prepare())
+    calls = []
+    monkeypatch.setattr(
+        packed_attention, "flex_attention", lambda *a, **k: calls.append(1) or flex_by_definition(*a, **k)
+    )
+    monkeypatch.setattr(omni_grpo, "why_not_trained", lambda *args: None)
+    shared, weights = trained(folder, rows, tmp_path / "flex", "on", **options, **prepare())
+    assert shared.packed > 0 and shared.plain == 0
+    # The comparison, the reference's passes and the loss: a call per layer, and of no other attention.
+    layers = shared.model.config.get_text_config().num_hidden_layers
+    assert len(calls) == layers * (1 + shared.packed)
+    _, expected = trained(folder, rows, tmp_path / "sdpa", "off", beta=0.1, **prepare())
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_transformers_does_not_load_with_flex_attention(name, tmp_path):
+    """All families so far; where that changes, the README has to as well."""
+    path = str(save_tiny(name, tmp_path / "model"))
+    with pytest.raises(
+        ValueError, match="not with attn_implementation='flex_attention'.*packed_attention='flex_attent"
+    ):
+        load_model(path, attn_implementation="flex_attention")
 
 
 def test_flex_attention_refuses_dropout():

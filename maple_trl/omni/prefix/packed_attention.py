@@ -97,6 +97,13 @@ def install(model: nn.Module) -> bool:
     return True
 
 
+def why_not_trained(attention: str, device: torch.device) -> str | None:
+    """Return why an implementation that computes packed rows cannot be trained with; `None` if it can."""
+    if attention == "flex_attention" and device.type == "cpu":
+        return "FlexAttention has no backward pass on CPUs: train on a GPU, or set packed_attention to 'sdpa'"
+    return None
+
+
 def _packed_for(implementation: str) -> Callable | None:
     if is_flash_attention_requested(requested_attention_implementation=implementation):
         return packed_flash

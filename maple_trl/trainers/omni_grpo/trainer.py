@@ -31,7 +31,7 @@ from maple_trl.omni.encoded import (
 )
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
-from maple_trl.omni.prefix.packed_attention import install
+from maple_trl.omni.prefix.packed_attention import install, why_not_trained
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.prefix.sharing import Comparison
 from maple_trl.omni.serving import serve_media
@@ -759,9 +759,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if not install(model):
             return "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
         attention = self._packed_attention or model.config.get_text_config()._attn_implementation
-        if attention == "flex_attention" and self.accelerator.device.type == "cpu":
-            return "FlexAttention has no backward pass on CPUs"
-        return None
+        return why_not_trained(attention, self.accelerator.device)
 
     @property
     def _packed_attention(self) -> str | None:
