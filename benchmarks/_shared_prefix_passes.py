@@ -45,6 +45,7 @@ class Group:
     advantages: Tensor
     cache: TowerCache
     whole_prefill: bool = False  # the head reads all positions, also on `rows`
+    attention: str | None = None  # of packed rows, where it is not the model's
 
     @classmethod
     def make(cls, args: argparse.Namespace, prompt_tokens: int, completion: int, group: int) -> Group:
@@ -107,7 +108,7 @@ def _packed_log_probs(group: Group, cache: TowerCache | None) -> Tensor:
     rows, (count, width) = [group.prompt] * len(group.completions), group.completions.shape
     batch = pack(rows, group.completions, [width] * count)
     with serve_media(group.family, group.model, batch.prompts, packed=True, cache=cache):
-        return packed_forward(group.model, group.core, batch, (count, width)).log_probs
+        return packed_forward(group.model, group.core, batch, (count, width), group.attention).log_probs
 
 
 def train(group: Group, side: str) -> Tensor:
@@ -119,16 +120,16 @@ def train(group: Group, side: str) -> Tensor:
 
 
 def generate(group: Group, side: str, seed: int = 0) -> Tensor:
-    """Samples a completion of R tokens for each of the G rows."""
-    training = group.model.training
-    group.model.eval()  # gradient checkpointing keeps no cache
+    """Samples a completion of R tokens for each of the G rows; not in train mode, where checkpointing keeps no cache."""
+    was_training = group.model.training
+    group.model.eval()
     try:
-        return _sampled(group, side, seed)
+        return _generate(group, side, seed)
     finally:
-        group.model.train(training)
+        group.model.train(was_training)
 
 
-def _sampled(group: Group, side: str, seed: int) -> Tensor:
+def _generate(group: Group, side: str, seed: int) -> Tensor:
     torch.manual_seed(seed)
     ids, length = group.prompt_ids, group.completions.size(1)
     rows = [group.prompt] * len(ids)

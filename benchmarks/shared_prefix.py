@@ -81,16 +81,16 @@ def in_turns(sides: dict[str, Callable[[], Any]], repeats: int, device: str) -> 
     for repeat in range(repeats):
         for side in list(sides)[:: -1 if repeat % 2 else 1]:
             gc.collect()
-            _wait_for(device)
+            wait_for(device)
             wall, cpu = time.perf_counter(), time.process_time()
             sides[side]()
-            _wait_for(device)
+            wait_for(device)
             seconds[side]["cpu"].append(time.process_time() - cpu)
             seconds[side]["wall"].append(time.perf_counter() - wall)
     return seconds
 
 
-def _wait_for(device: str) -> None:
+def wait_for(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 

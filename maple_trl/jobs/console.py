@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import textwrap
 import time
@@ -38,6 +39,14 @@ def show_progress(trainer: Trainer) -> None:
     if not trainer.args.disable_tqdm and sys.stderr.isatty():
         trainer.add_callback(_Bar)
     trainer.add_callback(LogRows(_rows_by_tag(trainer)))
+
+
+def show_messages() -> None:
+    """Print the package's messages, also those that warn of nothing, unless logging has been set up already."""
+    package = logging.getLogger("maple_trl")
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
+        package.setLevel(logging.INFO)
 
 
 class _Bar(ProgressCallback):

@@ -313,7 +313,7 @@ def run(
         SetupError: when the arguments name something that is not there; nothing has been trained then.
         RunStoppedError: when the run was stopped, or made no step.
     """
-    from maple_trl.jobs.console import describe_run
+    from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
     from maple_trl.trainers.common.resume_checks import check_parts
 
@@ -336,6 +336,7 @@ def run(
         options = json.dumps(as_json(_options(script_args, training_args, model_args)), indent=2, default=str)
         write_atomically(Path(training_args.output_dir, "args.json"), options + "\n")
         describe_run(trainer, model_args.model_name_or_path)
+        show_messages()
     before = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
     metrics_path = _place(script_args.metrics_file, training_args, "metrics.jsonl")
     train_started = time.monotonic()

@@ -96,6 +96,11 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
     if config.model_type in _THINKERS:
         kwargs["config"] = config.thinker_config
+    if kwargs.get("attn_implementation") == "flex_attention" and not model_class._supports_flex_attn:
+        raise ValueError(
+            f"transformers computes {architecture} not with attn_implementation='flex_attention'. Load it with 'sdpa', the "
+            "default; packed_attention='flex_attention' then computes with it the passes that share prompts"
+        )
     dtype = kwargs.pop("torch_dtype", dtype)  # its older name
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):

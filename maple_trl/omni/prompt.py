@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.content import (
     SEGMENT_KEYS,
@@ -30,6 +32,9 @@ from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, 
 
 
 __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
+
+_PROBE_TEXT = "Which of the two do you see, and what do you hear? Answer with one word."
+_PROBE_FRAMES, _PROBE_SECONDS = 4, 1.0
 
 PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video")
 """The columns that a prompt depends on."""
@@ -257,6 +262,18 @@ class PromptBuilder:
         """Return the shortest of prompts, for where one has to be passed and there is none."""
         return self.encode({"prompt": [{"role": "user", "content": "."}]})
 
+    def probe(self) -> EncodedPrompt:
+        """Return a short prompt with a moment of noise of each kind of media that the chat template shows to the model."""
+        content = [*({"type": kind} for kind in self.family.placeholders), {"type": "text", "text": _PROBE_TEXT}]
+        try:
+            text = self._rendered([{"role": "user", "content": content}])
+        except RowError:  # there is no template, or it takes other conversations
+            text = _PROBE_TEXT
+        shown = {kind for kind, token in self.family.placeholders.items() if token in text}
+        videos = [_noise_video(self.family.frame_multiple)] if "video" in shown else []
+        audios = [_noise_audio(self.family.sampling_rate)] if "audio" in shown else []
+        return self.family.encode("probe", text, videos, audios)
+
     def encode(self, row: Mapping[str, Any] | PromptSpec) -> EncodedPrompt:
         """
         Decode and encode one row, or its spec.
@@ -403,6 +420,17 @@ class PromptBuilder:
                 "shortened, and that is not enough",
             )
         return kept
+
+
+def _noise_video(multiple: int) -> VideoClip:
+    frames = np.random.default_rng(0).integers(0, 256, (_PROBE_FRAMES, 2 * multiple, 2 * multiple, 3), dtype=np.uint8)
+    rate = _PROBE_FRAMES / _PROBE_SECONDS
+    return VideoClip(frames, np.arange(_PROBE_FRAMES) / rate, rate, _PROBE_SECONDS, "noise")
+
+
+def _noise_audio(rate: int) -> AudioClip:
+    waveform = np.random.default_rng(0).normal(scale=0.1, size=int(rate * _PROBE_SECONDS)).astype(np.float32)
+    return AudioClip(waveform, rate, _PROBE_SECONDS, "noise")
 
 
 def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> None:

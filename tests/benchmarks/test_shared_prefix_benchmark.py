@@ -1,5 +1,6 @@
 """The benchmark of shared prompts at sizes far too small to measure anything: both sides agree, what it counts adds up."""
 
+import argparse
 import importlib
 import json
 import os
@@ -98,6 +99,21 @@ def test_operations_are_those_that_pytorch_counts(benchmark):
     assert all(ratio == pytest.approx(1.0, abs=0.005) for ratio in counted.values())
 
 
+def test_the_way_of_the_real_sizes(script, monkeypatch):
+    """Half precision and gradient checkpointing in train mode, which generation in its midst must not meet."""
+    make_config = script.sizes.make_config
+    small = lambda args: make_config(argparse.Namespace(**vars(args) | {"real": False}))  # noqa: E731
+    monkeypatch.setattr(script.sizes, "make_config", small)
+    args = script.parse_args([*OPTIONS, "--layers", "1", "--completions", "4", "--repeats", "1", "--checkpointing"])
+    args.real = True
+    passes = script.measure_passes(args, PROMPT)
+    assert passes["agreement"]["4"]["tolerance"] == script.TOLERANCE["bfloat16"]
+    assert passes["generate"]["4"]["seconds"].keys() == {"trl", "rows", "shared", "cached"}
+    group = script.passes.Group.make(args, PROMPT, 4, GENERATIONS)
+    assert group.model.training and script.passes.generate(group, "shared").shape == (GENERATIONS, 4)
+    assert group.model.training and group.model.is_gradient_checkpointing
+
+
 def test_media_pass_the_towers_as_often_as_the_sides_say(script, tmp_path):
     args = script.parse_args([*OPTIONS, "--completions", "4"])
     script.steps.save_model(args, tmp_path / "model")
@@ -108,7 +124,7 @@ def test_media_pass_the_towers_as_often_as_the_sides_say(script, tmp_path):
         for model in (trainer.model, trainer.ref_model):
             visual = trainer.family.core(model).visual
             visual.register_forward_pre_hook(lambda m, inputs, counted=counted: counted.append(len(inputs[0])))
-        trainer._agree_on_sharing([trainer.prompt])
+        trainer._agree_on_sharing()
         counted.clear()
         script.steps.step(trainer, seed=0)
     own = len(trainer.prompt.media["pixel_values_videos"])

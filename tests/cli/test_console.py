@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -41,6 +42,8 @@ def runs(tmp_path_factory):
     told = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
+        for logger in (logging.root, logging.getLogger("maple_trl")):  # as in a process of its own
+            patch.setattr(logger, "handlers", [])
         for more in (["--max_steps", "2"], ["--max_steps", "3", "--resume_from_checkpoint", "true"]):
             with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
                 assert cli.main([*words, *more]) == 0, err.getvalue()
@@ -70,6 +73,12 @@ def test_a_row_for_each_entry_of_the_log_and_no_more(runs):
     assert [row["left"] for row in shown[1:]] == ["0:00", "0:00"]
     assert "grad_norm" not in first + second  # the rest is in metrics.jsonl alone
     assert not re.search(r"[\r\x1b]", first + second)
+
+
+def test_what_is_compared_before_the_first_step_is_said(runs):
+    _, ((_, first), _) = runs
+    (begun,) = re.findall(r"shared_prefix='auto': comparing a prompt of (\d+) tokens \(video, audio, text\)", first)
+    assert int(begun) < 150 and len(re.findall(r"Both ways agree, which took \d+\.\d s to find", first)) == 1
 
 
 def test_what_the_run_will_do_is_said_first(runs):

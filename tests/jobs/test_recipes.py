@@ -166,6 +166,39 @@ def test_batches_are_those_of_the_paper(folder, prompts_per_rollout, updates, pr
     assert micro_batch * args.gradient_accumulation_steps == prompts_per_update * args.num_generations
 
 
+def torn_groups(args):
+    """Of a step, on any number of processes: micro-batches that hold some of a prompt's completions and not all."""
+    return args.per_device_train_batch_size % args.num_generations
+
+
+SUPERVISED = {"omni_sft"}
+JOBS = [
+    path.relative_to(RECIPES)
+    for path in sorted(RECIPES.rglob("*.yaml"))
+    if path.name not in ("base.yaml", "rl.yaml") and "stages" not in own_keys(path)
+]
+
+
+@pytest.mark.parametrize("name", JOBS, ids=str)
+def test_a_micro_batch_holds_whole_groups(name):
+    """Else a prompt passes once for each micro-batch that has some of its completions; supervised ones have no groups."""
+    script_args, args, _ = parsed(RECIPES / name)
+    assert script_args.trainer in SUPERVISED or torn_groups(args) == 0
+
+
+def test_torn_groups_are_noticed(write):
+    path = write("job.yaml", f"extends: {RECIPES / 'maple_qa' / 'best.yaml'}\nper_device_train_batch_size: 4")
+    assert torn_groups(parsed(path)[1]) == 4
+
+
+def test_a_step_of_avatar_is_as_its_recipe_says():
+    args = parsed(AVATAR / "s1_visual.yaml")[1]
+    assert (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * GPUS == 128 == 16 * args.num_generations
+    )
+    assert "= 128 completions = 16 prompts a step" in (AVATAR / "rl.yaml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("folder, name", ROWS)
 def test_a_tiny_variant_is_the_recipe_with_the_tiny_settings_over_it(folder, name):
     tiny, real = values(tiny_of(folder, name)), values(RECIPES / folder / f"{name}.yaml")

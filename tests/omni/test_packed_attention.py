@@ -21,12 +21,14 @@ from test_shared_prefix import (
     together,
 )
 from test_shared_training import from_disk, one_row_per_tag, trained
-from tiny_models import FAMILIES, build_tiny
+from tiny_models import FAMILIES, build_tiny, save_tiny
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from maple_trl.omni.loading import load_model
 from maple_trl.omni.prefix import packed_attention
 from maple_trl.omni.prefix.packed_attention import (
     PackedAttention,
@@ -36,6 +38,7 @@ from maple_trl.omni.prefix.packed_attention import (
     packed_flex,
     packed_sdpa,
 )
+from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 
 
 pytestmark = pytest.mark.slow
@@ -151,12 +154,14 @@ class Layer(torch.nn.Linear):
 
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=list(LAYOUTS))
-@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
-def test_the_attention_is_that_of_an_explicit_mask(name, groups, heads, key_heads, flash):
+@pytest.mark.parametrize("name", ["sdpa", "masked sdpa", "flash_attention_2", "flex_attention"])
+def test_the_attention_is_that_of_an_explicit_mask(name, groups, heads, key_heads, flash, monkeypatch):
     layout = PackedLayout(groups)
     states, weight = drawn(layout, heads, key_heads)
     expected = expected_of(layout, states, 0.3)
-    packed = {"sdpa": packed_sdpa, "flash_attention_2": packed_flash, "flex_attention": packed_flex}[name]
+    if name == "masked sdpa":
+        monkeypatch.setattr(packed_attention, "can_split", lambda *states: False)
+    packed = {"flash_attention_2": packed_flash, "flex_attention": packed_flex}.get(name, packed_sdpa)
     attention = PackedAttention(flash_attention_forward if "flash" in name else None, packed)
     given = [x.detach() for x in states] if name == "flex_attention" else states  # which has no backward on CPUs
     found, none = attention(Layer(name), *given, None, scaling=0.3, shared_prefix=layout)
@@ -208,6 +213,47 @@ def test_flex_attention_compiled(monkeypatch):
     assert 0 < graphs[1] == graphs[-1], graphs
 
 
+def flex_by_definition(query, key, value, block_mask, scale, enable_gqa):
+    """What FlexAttention computes, with gradients, which PyTorch has none of on CPUs."""
+    places = torch.arange(query.size(2))
+    mask = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+
+
+def test_training_computes_packed_rows_with_flex_attention_where_asked(seven_tags, tmp_path, monkeypatch):
+    """Of a model that transformers loads with sdpa alone."""
+    folder, dataset = seven_tags
+    rows, prepare = one_row_per_tag(dataset), from_disk(tmp_path)
+    options = {"beta": 0.1, "packed_attention": "flex_attention"}
+    with pytest.raises(
+        ValueError, match="cannot be shared: FlexAttention has no backward pass on CPUs: train on a GPU"
+    ):
+        trained(folder, rows, tmp_path, "on", **options, **prepare())
+    calls = []
+    monkeypatch.setattr(
+        packed_attention, "flex_attention", lambda *a, **k: calls.append(1) or flex_by_definition(*a, **k)
+    )
+    monkeypatch.setattr(omni_grpo, "why_not_trained", lambda *args: None)
+    shared, weights = trained(folder, rows, tmp_path / "flex", "on", **options, **prepare())
+    assert shared.packed > 0 and shared.plain == 0
+    # The comparison, the reference's passes and the loss: a call per layer, and of no other attention.
+    layers = shared.model.config.get_text_config().num_hidden_layers
+    assert len(calls) == layers * (1 + shared.packed)
+    _, expected = trained(folder, rows, tmp_path / "sdpa", "off", beta=0.1, **prepare())
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_transformers_does_not_load_with_flex_attention(name, tmp_path):
+    """All families so far; where that changes, the README has to as well."""
+    path = str(save_tiny(name, tmp_path / "model"))
+    with pytest.raises(
+        ValueError, match="not with attn_implementation='flex_attention'.*packed_attention='flex_attent"
+    ):
+        load_model(path, attn_implementation="flex_attention")
+
+
 def test_flex_attention_refuses_dropout():
     """As transformers does, instead of going on without it."""
     layout = PackedLayout(LAYOUTS["ragged"])
@@ -215,13 +261,14 @@ def test_flex_attention_refuses_dropout():
         packed_flex(None, None, *drawn(layout, 4, 2)[0], layout, dropout=0.1)
 
 
-def test_other_devices_mask_full_heads(monkeypatch):
-    """The fused kernels of GPUs take no mask together with fewer key heads; `meta` stands for such a device."""
+def test_other_devices_mask_without_repeating_keys(monkeypatch):
+    """Hardly a kernel of GPUs takes a mask together with fewer key heads; `meta` stands for a device without kernels."""
     calls = []
     original = F.scaled_dot_product_attention
 
     def attend(query, key, value, **options):
-        calls.append((query.size(1), key.size(1), options.get("attn_mask") is not None, options["enable_gqa"]))
+        masked = options.get("attn_mask") is not None
+        calls.append((query.size(1), key.size(1), masked, options.get("enable_gqa", False)))
         return original(query, key, value, **options)
 
     monkeypatch.setattr(packed_attention.F, "scaled_dot_product_attention", attend)
@@ -229,7 +276,116 @@ def test_other_devices_mask_full_heads(monkeypatch):
     states = [torch.empty(1, heads, len(layout), 8, device="meta") for heads in (4, 2, 2)]
     found, _ = packed_sdpa(None, torch.nn.Module(), *states, layout)
     assert found.shape == (1, len(layout), 4, 8)
-    assert sorted(calls) == [(4, 2, False, True), (4, 4, True, False)]
+    assert sorted(calls) == [(2, 2, True, False), (4, 2, False, True)]
+
+
+# Two calls, merged
+
+RAGGED = PackedLayout(tuple((90 + n, (20 + n, 3, 33, 8 * n + 1)) for n in range(4)))
+
+
+def drawn_in_order(layout, dtype=torch.float32):
+    """As a model makes them: the heads of a token lie together."""
+    states, weight = drawn(layout, 8, 2, 16, dtype=dtype)
+    return [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in states], weight
+
+
+def passed(layout, states, weight):
+    found, _ = packed_sdpa(None, torch.nn.Module(), *states, layout)
+    return found, *torch.autograd.grad((found * weight).sum(), states)
+
+
+def largest_error(found, expected):
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def test_merged_calls_give_what_one_with_a_mask_gives(monkeypatch):
+    states, weight = drawn_in_order(RAGGED)
+    split = passed(RAGGED, states, weight)
+    monkeypatch.setattr(packed_attention, "can_split", lambda *states: False)
+    assert 0 < largest_error(split, passed(RAGGED, states, weight)) < 1e-6  # two ways of computing, not one
+
+
+@pytest.mark.parametrize("name, wrong", [("logaddexp", torch.maximum), ("sigmoid", torch.tanh)])
+def test_a_wrong_merge_is_noticed(name, wrong, monkeypatch):
+    """The first alone is what gradients depend on."""
+    states, weight = drawn_in_order(RAGGED)
+    right = passed(RAGGED, states, weight)
+    monkeypatch.setattr(torch, name, wrong)
+    found = passed(RAGGED, states, weight)
+    assert largest_error(found[1:], right[1:]) > 1e-2
+    assert (largest_error(found[:1], right[:1]) > 1e-2) == (name == "sigmoid")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_dropout_and_autocast_are_those_of_pytorch(split, monkeypatch):
+    if not split:
+        monkeypatch.setattr(packed_attention, "can_split", lambda *states: False)
+    states, weight = drawn_in_order(RAGGED)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = passed(RAGGED, states, weight)
+    assert found[0].dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in found[1:])
+    assert largest_error([x.float() for x in found], passed(RAGGED, states, weight)) < 0.02
+    torch.manual_seed(0)
+    dropped, _ = packed_sdpa(None, torch.nn.Module(), *states, RAGGED, dropout=0.5)
+    kept, _ = packed_sdpa(None, torch.nn.Module(), *states, RAGGED)
+    assert largest_error([dropped], [kept]) > 0.1
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched on a GPU, and notes the largest tensor that is made."""
+
+    views = ("view", "slice", "transpose", "expand", "select", "unsqueeze", "squeeze", "split", "t", "alias", "detach")
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.overloadpacket.__name__.lstrip("_").startswith((*self.views, "empty", "reshape_alias")):
+            self.count += 1
+            made = result if isinstance(result, tuple | list) else [result]
+            self.largest = max([self.largest, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return result
+
+
+def operations(groups, split=True):
+    layout = PackedLayout(groups)
+    states, weight = drawn_in_order(layout)
+    with pytest.MonkeyPatch.context() as patch:
+        if not split:
+            patch.setattr(packed_attention, "can_split", lambda *states: False)
+        with Operations() as counted:
+            passed(layout, states, weight)
+    return counted.count, counted.largest / states[0].numel()
+
+
+def test_completions_of_unequal_lengths_launch_no_kernels_of_their_own():
+    def ragged(groups, completions, **options):
+        return operations(((80, tuple(range(5, 5 + completions))),) * groups, **options)[0]
+
+    assert ragged(2, 4) == ragged(2, 16)
+    assert ragged(6, 4) - ragged(2, 4) <= 4 * 10  # per group, forwards and backwards
+    assert ragged(6, 4) < ragged(6, 4, split=False) / 1.5
+
+
+def test_nothing_grows_with_keys_times_completions():
+    """Neither a prompt's keys nor a mask are repeated: nothing is larger than the queries."""
+    groups = ((400, (4,) * 32),)
+    assert operations(groups)[1] == 1
+    assert operations(groups, split=False)[1] > 5
+
+
+def test_the_calls_of_gpus_fit_their_kernels(monkeypatch):
+    """By their signatures, for `meta` stands for a GPU: names, order, and shapes that come back."""
+    monkeypatch.setattr(packed_attention, "can_split", lambda *states: True)
+    layout = PackedLayout(LAYOUTS["several groups"])
+    states = [torch.empty(1, n, len(layout), 64, device="meta", dtype=torch.bfloat16) for n in (8, 2, 2)]
+    states = [x.requires_grad_() for x in states]
+    found, *gradients = passed(layout, states, torch.empty(1, len(layout), 8, 64, device="meta"))
+    assert found.shape == (1, len(layout), 8, 64) and found.dtype == torch.bfloat16
+    assert [x.shape for x in gradients] == [x.shape for x in states]
 
 
 # In a model

@@ -296,20 +296,31 @@ def test_wrong_positions_are_noticed(name, change, seven_tags):
     assert min(errors) > 1e-3 and gradients[0] > 1e-3
 
 
-def all_causal(query, key, value, prefix, suffixes, options):
-    return [F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)]
+def all_causal(groups, scale):
+    outputs = []
+    for group in groups:
+        query, *own = group.states
+        key, value = (torch.cat(pair, dim=2) for pair in zip(group.prompt, own, strict=True))
+        visible = torch.ones(query.size(2), key.size(2), dtype=torch.bool).tril(key.size(2) - query.size(2))
+        options = {"attn_mask": visible, "scale": scale, "enable_gqa": True}
+        outputs.append(F.scaled_dot_product_attention(query, key, value, **options))
+    return outputs
 
 
-def blind_to_the_prompt(query, key, value, prefix, suffixes, options):
-    parts = [states.split([prefix, *suffixes], dim=2) for states in (query, key, value)]
-    return [F.scaled_dot_product_attention(*part, is_causal=True, **options) for part in zip(*parts, strict=True)]
+def blind_to_the_prompt(groups, scale):
+    outputs = []
+    for group in groups:
+        parts = zip(*(states.split(group.sizes, dim=2) for states in group.states), strict=True)
+        options = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        outputs.append(torch.cat([F.scaled_dot_product_attention(*part, **options) for part in parts], dim=2))
+    return outputs
 
 
 @pytest.mark.parametrize("attention", [all_causal, blind_to_the_prompt])
 def test_a_wrong_mask_is_noticed(attention, seven_tags, monkeypatch):
     """A completion that sees the completions before it, and one that sees no prompt."""
     folder, dataset = seven_tags
-    monkeypatch.setattr(packed_attention, "_group_attention", attention)
+    monkeypatch.setattr(packed_attention, "split_attention", attention)
     errors, gradients, _ = compare("qwen2_5_omni", folder, rows_of("qwen2_5_omni", dataset))
     assert min(errors) > 1e-2 and gradients[0] > 1e-2
 
@@ -317,13 +328,13 @@ def test_a_wrong_mask_is_noticed(attention, seven_tags, monkeypatch):
 def test_a_prompt_without_its_share_of_the_gradient_is_noticed(seven_tags, monkeypatch):
     """Log-probabilities are right, gradients are not: what a detached key-value cache would do."""
     folder, dataset = seven_tags
-    original = packed_attention._group_attention
+    original = packed_attention.split_attention
 
-    def detached(query, key, value, prefix, suffixes, options):
-        key, value = (torch.cat([s[:, :, :prefix].detach(), s[:, :, prefix:]], dim=2) for s in (key, value))
-        return original(query, key, value, prefix, suffixes, options)
+    def detached(groups, scale):
+        cut = [dataclasses.replace(group, prompt=tuple(x.detach() for x in group.prompt)) for group in groups]
+        return original(cut, scale)
 
-    monkeypatch.setattr(packed_attention, "_group_attention", detached)
+    monkeypatch.setattr(packed_attention, "split_attention", detached)
     errors, gradients, _ = compare("qwen2_5_omni", folder, rows_of("qwen2_5_omni", dataset))
     assert max(errors) <= BOUND and gradients[0] > 1e-2
 

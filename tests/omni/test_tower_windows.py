@@ -3,12 +3,17 @@ The towers attend within windows and within clips, whatever computes their atten
 with FlashAttention all are parts of one call.
 """
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_packed_attention import flash, flash_attn_varlen_func  # noqa: F401
 from test_tower_cache import World
+from transformers import PreTrainedModel, modeling_utils
 
+from maple_trl import train
+from maple_trl.omni.prefix import packed_attention
 from maple_trl.omni.towers import run_tower
 
 
@@ -67,3 +72,47 @@ def test_sdpa_splits_as_flash_attention_does(name, seven_tags, flash):  # noqa: 
 
     flash(without_splits)
     assert error(features(name, folder, rows, "flash_attention_2"), ours) > 1e-3
+
+
+APART = {"vision_config": "flash_attention_2", "audio_config": "flash_attention_2"}
+RUN = """
+trainer: omni_grpo
+model_name_or_path: builtin:tiny-omni
+dataset_name: builtin:seven-tags
+dataset_filter: {tag: [VA]}
+reward_funcs: [accuracy_reward]
+use_cpu: true
+bf16: false
+dtype: float32
+num_generations: 2
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 1
+max_completion_length: 3
+num_frames: 4
+max_pixels: 3136
+max_steps: 1
+evaluate_before_after: false
+shared_prefix: "on"
+beta: 0.1
+report_to: none
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, APART])
+def test_towers_have_an_attention_of_their_own_where_a_run_says_so(chosen, tmp_path, flash, monkeypatch):  # noqa: F811
+    """By `model_init_kwargs`, as transformers reads it; the language model keeps `sdpa`, also in passes of the reference."""
+    calls, merged = [], []
+    flash(lambda *states, **more: calls.append(1) or flash_attn_varlen_func(*states, **more))
+    # The package is not here: what is there of it stands in.
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda self, **options: True)
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *args, **options: None)
+    original = packed_attention.split_attention
+    monkeypatch.setattr(packed_attention, "split_attention", lambda *args: merged.append(1) or original(*args))
+    more = "" if chosen is None else f"model_init_kwargs: {{attn_implementation: {json.dumps(chosen)}}}\n"
+    (tmp_path / "run.yaml").write_text(f"{RUN}output_dir: {tmp_path / 'out'}\n{more}")
+    trainer, _ = train.build_trainer(*train.parse_args(["--config", str(tmp_path / "run.yaml")]))
+    trainer.train()
+    for model in (trainer.model, trainer.ref_model):
+        found = {name: getattr(model.config, name)._attn_implementation for name in model.config.sub_configs}
+        assert found == {name: (chosen or {}).get(name, "sdpa") for name in found} and "text_config" in found
+    assert bool(calls) == bool(chosen) and merged

@@ -38,6 +38,7 @@ def test_what_each_option_decides():
         *("media_decode_timeout", "media_workers", "media_worker_bytes", "media_cache_bytes", "media_prefetch"),
         *("media_check", "max_quarantined_share", "encoder_cache_bytes", "encoder_cache_disk_bytes", "shared_prefix"),
         "generation_batch",
+        *("packed_attention", "vllm_engine_options", "vllm_request_timeout"),
         *("gradient_probe", "gradient_probe_pattern", "gradient_probe_window", "replay_gradient_steps"),
         *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "batch_timeout", "max_attempts"),
         *("invalid_attempts", "retry_wait", "retry_wait_max", "retry_after_max", "structured", "cache_bytes"),

@@ -19,7 +19,7 @@ class Scripted:
 
     def sample(self, turn, prompt_ids, prompts):
         self.asked.append([str(prompt.tag) for prompt in prompts])
-        self.failed = {row: "it was told to" for row in self.fails}
+        self.failed = dict.fromkeys(self.fails, "it was told to")
         return [[40 + row, 50, 60] for row in range(len(prompt_ids))], None
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 
@@ -434,7 +435,7 @@ def test_each_prompt_and_clip_is_read_once(size, frozen, seven_tags, tmp_path, m
     slots = trainer.args.gradient_accumulation_steps
     assert len(trainer.rollouts) == 4 and len(trainer.passes) == 4 * slots
     assert not any(found.clips or found.tokens or found.head for found in trainer.elsewhere)
-    known = clips_of([trainer.compared]) if frozen else set()
+    known = set()  # also after the comparison, which is on a clip that no row has
     for counts, prompts, completions in trainer.rollouts:
         clips, once = clips_of(prompts), unique(prompts)
         assert len(prompts) == size * slots == G * len(once)
@@ -625,7 +626,72 @@ def test_the_comparison_needs_no_logits_of_the_prompt(seven_tags, tmp_path):
     sizes = []
     trainer.model.get_output_embeddings().register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[:2]))
     assert trainer._try_sharing(prompts[0])
-    assert sizes == [(2, 1), (2, 1)]
+    assert sizes == [(3, 1)]  # of two rows that share it, and of the one that both are compared with
+
+
+def compared(folder, rows, tmp_path, **options):
+    """The trainer of a run of one step, and the tokens and rows that each pass of its comparison has."""
+    options = {"max_steps": 1, "gradient_accumulation_steps": 1, **options}
+    trainer = build(folder, rows, tmp_path, "auto", **options)
+    passes, original = [], trainer._try_sharing
+    core = trainer.family.core(trainer.model)
+
+    def watched(prompt):
+        note = lambda m, args, kwargs: passes.append(tuple(kwargs["inputs_embeds"].shape[:2]))  # noqa: E731
+        handle = core.language_model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            return original(prompt)
+        finally:
+            handle.remove()
+
+    trainer._try_sharing = watched
+    trainer.train()
+    return trainer, passes
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_comparison_is_short_whatever_the_prompts_are(bf16, seven_tags, tmp_path, caplog):
+    """Three passes, on all kinds of media where a batch holds text alone; and it is said how long they took."""
+    folder, dataset = seven_tags
+    row = next(row for row in dataset if row["tag"] == "S")
+    long = Dataset.from_list([dict(row, subtitle="many words " * 200)])
+    with caplog.at_level(logging.INFO, logger="maple_trl"):
+        trainer, passes = compared(folder, long, tmp_path, bf16=bf16)
+    probe = trainer.prompt_builder.probe()
+    assert probe.kinds == ("video", "audio") and len(probe) < len(trainer.encode_rows(long)[1][0]) / 5
+    assert passes == [(2, len(probe) + 8), (1, len(probe) - 1 + 8 + 7), (1, len(probe))]
+    begun, ended = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert begun == (
+        f"shared_prefix='auto': comparing a prompt of {len(probe)} tokens (video, audio, text) passed once for two completions, "
+        "and once for each"
+    )
+    assert re.fullmatch(r"Both ways agree, which took \d+\.\d s to find: completions share their prompt", ended)
+    assert trainer.packed > 0
+
+
+def test_two_more_passes_find_out_what_rounding_explains(seven_tags, tmp_path, monkeypatch):
+    folder, dataset = seven_tags
+    monkeypatch.setattr(sharing, "pack", late_positions(sharing.pack))
+    trainer, passes = compared(folder, one_row_per_tag(dataset), tmp_path)
+    assert len(passes) == 5 and trainer.packed == 0
+
+
+def test_a_template_without_media_is_compared_on_text(seven_tags, tmp_path):
+    folder, dataset = seven_tags
+    model, processor = build_tiny("qwen2_5_omni")
+    processor.chat_template = processor.tokenizer.chat_template = TEXT_ALONE
+    rows = dataset.filter(lambda r: r["tag"] == "S")
+    trainer, passes = compared(folder, rows, tmp_path, model=model, processing_class=processor)
+    assert trainer.prompt_builder.probe().kinds == () and len(passes) == 3 and trainer._sharing
+    processor.chat_template = "{{ raise_exception('no such conversation') }}"
+    assert trainer.prompt_builder.probe().kinds == ()
+
+
+TEXT_ALONE = """\
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}{%- for block in message['content'] -%}{{ block['text'] }}{%- endfor -%}{%- endif -%}
+{%- endfor -%}"""
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -664,8 +730,7 @@ def measured(family_name, folder, rows, precision, monkeypatch):
         def serve(model, prompts, packed=False, family=family):
             return serve_media(family, model, prompts, packed=packed)
 
-        prompts = [builder.encode(row) for row in rows]
-        for prompt in prompts:
+        for prompt in (builder.probe(), *map(builder.encode, rows)):
             right.append(sharing.sharing_error(model, core, prompt, serve))
             with monkeypatch.context() as patch:
                 patch.setattr(sharing, "pack", late_positions(sharing.pack, 1))

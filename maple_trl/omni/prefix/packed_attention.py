@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from maple_trl.omni.prefix.split_attention import Completions, can_split, split_attention, stack, unstack
+
 
 @dataclass(frozen=True)
 class PackedLayout:
@@ -28,9 +30,11 @@ class PackedLayout:
 
     Attributes:
         groups: for each group the length of its prefix (the prompt without its last token) and those of its suffixes.
+        attention: the implementation that computes it, of those in [`CHOICES`]; `None` for the model's own.
     """
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
+    attention: str | None = None
 
     def __len__(self) -> int:
         return sum(prefix + sum(suffixes) for prefix, suffixes in self.groups)
@@ -42,9 +46,9 @@ class PackedAttention:
 
     Args:
         plain: the function, called where a forward has no `shared_prefix`.
-        packed: called instead of it as `packed(plain, module, query, key, value, layout, **kwargs)`, where query has the
-            shape (1, heads, L, D) and key and value (1, key heads, L, D). Returns what `plain` does: a tensor of shape
-            (1, L, heads, D) and None.
+        packed: called instead of it as `packed(plain, module, query, key, value, layout, **kwargs)`, unless the layout asks
+            for another, where query has the shape (1, heads, L, D) and key and value (1, key heads, L, D). Returns what
+            `plain` does: a tensor of shape (1, L, heads, D) and None.
     """
 
     def __init__(self, plain: Callable, packed: Callable):
@@ -64,7 +68,8 @@ class PackedAttention:
         """Attend within a packed row, or leave any other to the function that was there before."""
         if shared_prefix is None:
             return self.plain(module, query, key, value, attention_mask, **kwargs)
-        return self.packed(self.plain, module, query, key, value, shared_prefix, **kwargs)
+        packed = CHOICES[shared_prefix.attention] if shared_prefix.attention else self.packed
+        return packed(self.plain, module, query, key, value, shared_prefix, **kwargs)
 
 
 def install(model: nn.Module) -> bool:
@@ -92,10 +97,17 @@ def install(model: nn.Module) -> bool:
     return True
 
 
+def why_not_trained(attention: str, device: torch.device) -> str | None:
+    """Return why an implementation that computes packed rows cannot be trained with; `None` if it can."""
+    if attention == "flex_attention" and device.type == "cpu":
+        return "FlexAttention has no backward pass on CPUs: train on a GPU, or set packed_attention to 'sdpa'"
+    return None
+
+
 def _packed_for(implementation: str) -> Callable | None:
     if is_flash_attention_requested(requested_attention_implementation=implementation):
         return packed_flash
-    return {"sdpa": packed_sdpa, "flex_attention": packed_flex}.get(implementation)
+    return CHOICES.get(implementation)
 
 
 # Scaled dot product
@@ -112,53 +124,77 @@ def packed_sdpa(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attend within a group's prompt, then within its completions as a batch whose keys begin with the prompt's."""
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.size(1) != key.size(1)}
-    outputs, start = [], 0
+    """Attend within each group's prompt, then within all completions at once, which see their prompt as well."""
+    query, key, value = (_as_autocast(states) for states in (query, key, value))
+    options = {"dropout_p": dropout, "scale": scaling}
+    gqa = options | {"enable_gqa": query.size(1) != key.size(1)}
+    outputs: list[Tensor | None] = []
+    shared = []
+    pieces = zip(*(states.split(_pieces(layout), dim=2) for states in (query, key, value)), strict=True)
     for prefix, suffixes in layout.groups:
-        end = start + prefix + sum(suffixes)
-        outputs += _group_attention(
-            *(states[:, :, start:end] for states in (query, key, value)), prefix, suffixes, options
-        )
-        start = end
+        head = next(pieces)
+        if len(suffixes) == 1 or prefix:
+            outputs.append(F.scaled_dot_product_attention(*head, is_causal=True, **gqa))
+        if len(suffixes) > 1:
+            shared.append((len(outputs), Completions(next(pieces), head[1:], suffixes)))
+            outputs.append(None)
+    if shared:
+        places, groups = zip(*shared, strict=True)
+        if dropout or not can_split(query, key, value):
+            found = [_masked(group, options) for group in groups]
+        else:
+            found = split_attention(groups, scaling)
+        for place, output in zip(places, found, strict=True):
+            outputs[place] = output
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _group_attention(
-    query: Tensor, key: Tensor, value: Tensor, prefix: int, suffixes: tuple[int, ...], options: dict
-) -> list[Tensor]:
-    """Compute the attention of a group's tokens, in pieces along its length, each of shape (1, heads, length, D)."""
-    attend: Callable = F.scaled_dot_product_attention
-    if len(suffixes) == 1:
-        return [attend(query, key, value, is_causal=True, **options)]
-    count, longest = len(suffixes), max(suffixes)
-    head = [states[:, :, :prefix] for states in (query, key, value)]
-    tails = [_stacked(states[0, :, prefix:], suffixes, longest) for states in (query, key, value)]
+def _as_autocast(states: Tensor) -> Tensor:
+    """Convert to what autocast computes attention in, which knows PyTorch's function, but none of its kernels."""
+    device = states.device.type
+    if states.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return states
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+
+def _pieces(layout: PackedLayout) -> list[int]:
+    """Return the lengths of prompts and of all their completions together, or of both where there is only one."""
+    lengths: list[int] = []
+    for prefix, suffixes in layout.groups:
+        lengths += [prefix + suffixes[0]] if len(suffixes) == 1 else [prefix, sum(suffixes)]
+    return lengths
+
+
+def _masked(group: Completions, options: dict) -> Tensor:
+    """
+    Compute as a batch, with a mask and with keys that begin with the prompt's, where no kernel returns its sums.
+
+    Heads that share keys become further queries. Else keys would have to be repeated for each head, for hardly a kernel of
+    GPUs takes a mask together with fewer key heads: FlashAttention takes no mask, the memory-efficient kernel takes fewer
+    key heads only in PyTorch's latest versions, and cuDNN's, which takes both, computes in half precision alone.
+    """
+    query, key, value = (stack(states, group.sizes) for states in group.states)
+    count, heads, longest, _ = query.shape
     keys, values = (
         torch.cat([shared.expand(count, -1, -1, -1), own], dim=2)
-        for shared, own in zip(head[1:], tails[1:], strict=True)
+        for shared, own in zip(group.prompt, (key, value), strict=True)
     )
-    if options["enable_gqa"] and query.device.type != "cpu":
-        # The fused kernels of GPUs take a mask or fewer key heads, not both.
-        keys, values = (repeat_kv(states, query.size(1) // key.size(1)) for states in (keys, values))
-        masked_options = options | {"enable_gqa": False}
-    else:
-        masked_options = options
-    # A completion sees the whole prefix and what stands before it in itself.
-    visible = torch.ones(longest, prefix + longest, dtype=torch.bool, device=query.device).tril(prefix)
-    tail = attend(tails[0], keys, values, attn_mask=visible, **masked_options)
-    if min(suffixes) == longest:
-        flat = tail.transpose(0, 1).flatten(1, 2)
-    else:
-        flat = torch.cat([tail[i, :, :size] for i, size in enumerate(suffixes)], dim=1)
-    return ([attend(*head, is_causal=True, **options)] if prefix else []) + [flat[None]]
+    repeats = heads // keys.size(1)
+    output = F.scaled_dot_product_attention(
+        query.unflatten(1, (-1, repeats)).flatten(2, 3),
+        keys,
+        values,
+        attn_mask=_visible(keys.size(2) - longest, longest, repeats, query.device),
+        **options,
+    )
+    return unstack(output.unflatten(2, (repeats, longest)).flatten(1, 2), group.sizes)
 
 
-def _stacked(states: Tensor, sizes: tuple[int, ...], longest: int) -> Tensor:
-    """Stack the suffixes of a group, (heads, their total length, D), as (suffixes, heads, longest, D)."""
-    if min(sizes) == longest:
-        return states.unflatten(1, (len(sizes), longest)).transpose(0, 1)
-    return torch.stack([F.pad(part, (0, 0, 0, longest - part.size(1))) for part in states.split(sizes, dim=1)])
+@lru_cache(maxsize=4)  # each layer asks for the same
+def _visible(prefix: int, longest: int, repeats: int, device: torch.device) -> Tensor:
+    """Return the mask of a completion, which sees the whole prefix and what stands before it in itself."""
+    visible = torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix)
+    return visible.repeat(repeats, 1)
 
 
 # FlashAttention
@@ -271,3 +307,7 @@ def _block_mask(layout: PackedLayout, device: torch.device) -> BlockMask:
 
     length = len(layout)
     return _compiled(create_block_mask, device.type)(sees, None, None, length, length, device=device)
+
+
+CHOICES: dict[str, Callable] = {"sdpa": packed_sdpa, "flex_attention": packed_flex}
+"""What can compute packed rows whatever the model's own attention is."""

@@ -9,7 +9,7 @@ lets a completion see the prompt and itself. So log-probabilities and gradients 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,9 @@ class PackedOutput:
     entropy: Tensor | None
 
 
-def packed_forward(model: nn.Module, core: nn.Module, batch: PackedBatch, size: tuple[int, int]) -> PackedOutput:
+def packed_forward(
+    model: nn.Module, core: nn.Module, batch: PackedBatch, size: tuple[int, int], attention: str | None = None
+) -> PackedOutput:
     """
     Return log-probabilities of the packed completions, by TRL's fused head, which is run on their tokens alone.
 
@@ -114,6 +116,7 @@ def packed_forward(model: nn.Module, core: nn.Module, batch: PackedBatch, size: 
         model: has the fused head; may be wrapped.
         core: the module inside it whose hidden states the head reads.
         size: (B, T), rows and width of the batch that was packed.
+        attention: what computes attention, `"sdpa"` or `"flex_attention"`; the model's own if `None`.
 
     Raises:
         RuntimeError: when the model's attention cannot read packed rows.
@@ -137,7 +140,7 @@ def packed_forward(model: nn.Module, core: nn.Module, batch: PackedBatch, size: 
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
             shift_labels=batch.labels,
             fused_lm_head=True,
-            shared_prefix=batch.layout,
+            shared_prefix=replace(batch.layout, attention=attention),
         )
     finally:
         handle.remove()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
-from maple_trl.omni.prefix.shared_prefill import last_position_alone, share_prefill
+from maple_trl.omni.prefix.shared_prefill import share_prefill
 from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
 
 
@@ -45,109 +46,198 @@ def probe_prompt(prompts: Iterable[EncodedPrompt]) -> EncodedPrompt:
     return max(prompts, key=lambda prompt: (len(prompt.kinds), -len(prompt)))
 
 
-@torch.no_grad()
-def sharing_error(
-    model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, media_ids: Sequence[int] = ()
-) -> float:
+@dataclass
+class Comparison:
     """
-    Measure how much two completions of a prompt change when they share it, as a multiple of what rounding explains.
-
-    It is the larger of the mean differences of log-probabilities and of the next token's.
+    Compares two completions that share their prompt with two that do not.
 
     Weights in float32 are compared in float32, whatever the run computes in; FlashAttention has no kernels for that.
 
-    Args:
+    Attributes:
         model: has TRL's fused head, and an attention that reads packed rows.
         core: the module whose hidden states the head reads.
         prompt: any; its last tokens stand in for completions.
         media_ids: tokens that no completion holds: a clip may stand at the very end of a prompt.
+        attention: what packed rows are computed with, where that is not the model's own.
     """
-    weight = core.get_input_embeddings().weight
-    exact = weight.dtype in (torch.float32, torch.float64)
-    exact = exact and not is_flash_attention_requested(core.config.get_text_config())
-    was_training = model.training
-    model.eval()
-    try:
-        with _without_autocast(model, weight.device) if exact else nullcontext():
-            apart, padded, together, shifted = _log_probs(model, core, prompt, serve, media_ids)
-            prefill = prefill_difference(model, core, prompt, serve)
-    finally:
-        model.train(was_training)
-    training, padding, shift = (float((apart - other).abs().mean()) for other in (together, padded, shifted))
-    if exact and padding <= _EXACT:
-        tolerance = _TOLERANCE
-    else:
-        tolerance = max(_HALF_TOLERANCE, _TOLERATED_PADDING * padding, _TOLERATED_SHARE * shift)
-    if math.isnan(training + prefill):  # of two numbers, `max` may give the other
-        return math.nan
-    return max(training, prefill) / tolerance
 
+    model: nn.Module
+    core: nn.Module
+    prompt: EncodedPrompt
+    serve: Serve
+    media_ids: Sequence[int] = ()
+    attention: str | None = None
 
-@contextmanager
-def _without_autocast(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Turn off autocast, also that which accelerate puts inside `forward`, where none around a call reaches."""
-    with torch.autocast(device.type, enabled=False):
-        if "_original_forward" not in vars(model):
-            yield
-            return
-        prepared, model.forward = model.forward, model._original_forward
+    def difference(self) -> float:
+        """
+        Return how much sharing changes: the larger mean difference, of log-probabilities and of the next token's.
+
+        That takes three forwards: both rows apart, both in a packed row, and what generation reads of a prompt.
+        """
+        with self._ready():
+            self._apart, hidden = self._log_probs_apart()
+            training = _mean_difference(self._apart, self._log_probs_packed())
+            prefill = _prefill_difference(self.model, self.core, self.prompt, self.serve, hidden)
+        # Of two numbers, `max` may give the other.
+        return math.nan if math.isnan(training + prefill) else max(training, prefill)
+
+    @property
+    def least_tolerance(self) -> float:
+        """What rounding explains in any model, in the precision of this one."""
+        return _TOLERANCE if self._exact else _HALF_TOLERANCE
+
+    def tolerance(self) -> float:
+        """Return what rounding explains in this model, by two further forwards; after [`difference`]."""
+        with self._ready():
+            padding = _mean_difference(self._apart, self._log_probs_apart(_PADDING)[0])
+            shift = _mean_difference(self._apart, self._log_probs_packed(shift=1))
+        if self._exact and padding <= _EXACT:
+            return _TOLERANCE
+        return max(_HALF_TOLERANCE, _TOLERATED_PADDING * padding, _TOLERATED_SHARE * shift)
+
+    @cached_property
+    def _exact(self) -> bool:
+        dtype = self.core.get_input_embeddings().weight.dtype
+        text = self.core.config.get_text_config()
+        return dtype in (torch.float32, torch.float64) and not is_flash_attention_requested(text)
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
         try:
-            yield
+            with torch.no_grad(), self._without_autocast() if self._exact else nullcontext():
+                yield
         finally:
-            model.forward = prepared
+            self.model.train(was_training)
 
+    @contextmanager
+    def _without_autocast(self) -> Iterator[None]:
+        """Turn off autocast, also that which accelerate puts inside `forward`, where none around a call reaches."""
+        with torch.autocast(self._device.type, enabled=False):
+            if "_original_forward" not in vars(self.model):
+                yield
+                return
+            prepared, self.model.forward = self.model.forward, self.model._original_forward
+            try:
+                yield
+            finally:
+                self.model.forward = prepared
 
-def _log_probs(
-    model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, media_ids: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return log-probabilities of two completions: apart, padded, in one row, and there one position too far."""
-    device = core.get_input_embeddings().weight.device
-    rows = [prompt, prompt]
-    is_media = torch.isin(prompt.input_ids, prompt.input_ids.new_tensor(list(media_ids)))
-    tokens = prompt.input_ids[~is_media][-_TOKENS:].to(device)
-    completions = torch.stack([tokens, tokens.flip(0)])
-    width = completions.size(1)
-    lengths = [width, max(width - 1, 1)]
-    ids = torch.cat([prompt.input_ids.to(device).expand(2, -1), completions], dim=1)
-    found = []
-    for padding in (0, _PADDING):
+    @property
+    def _device(self) -> torch.device:
+        return self.core.get_input_embeddings().weight.device
+
+    @cached_property
+    def _completions(self) -> Tensor:
+        ids = self.prompt.input_ids
+        is_media = torch.isin(ids, ids.new_tensor(list(self.media_ids)))
+        tokens = ids[~is_media][-_TOKENS:].to(self._device)
+        return torch.stack([tokens, tokens.flip(0)])
+
+    @property
+    def _lengths(self) -> list[int]:
+        width = self._completions.size(1)
+        return [width, max(width - 1, 1)]
+
+    def _log_probs_apart(self, padding: int = 0) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of the completions, and the hidden state of the prompt's last token, (1, 1, hidden)."""
+        rows, completions = [self.prompt, self.prompt], self._completions
+        width, end = completions.size(1), padding + len(self.prompt)
+        ids = torch.cat([self.prompt.input_ids.to(self._device).expand(2, -1), completions], dim=1)
         padded = F.pad(ids, (padding, 0))
         labels = padded.clone()
         labels[:, :-width] = -100
-        positions = forward_position_ids(batch_position_ids(rows, padding + len(prompt), width)).to(device)
-        with serve(model, rows):
-            output = model(
+        positions = forward_position_ids(batch_position_ids(rows, end, width)).to(self._device)
+        with _noting(self.core, end - 1) as noted, self.serve(self.model, rows):
+            output = self.model(
                 input_ids=padded,
                 attention_mask=F.pad(torch.ones_like(ids), (padding, 0)),
                 position_ids=positions,
                 labels=labels,
                 fused_lm_head=True,
             )
-        found.append(output.log_probs[:, -width:])
-        found[-1][1, lengths[1] :] = 0.0
-    batch = pack(rows, completions, lengths)
-    late = batch.position_ids.clone()
-    late[:, :, batch.suffix] += 1
-    for packed in (batch, replace(batch, position_ids=late)):
-        with serve(model, packed.prompts, packed=True):
-            found.append(packed_forward(model, core, packed, tuple(completions.shape)).log_probs)
-    return tuple(found)
+        log_probs = output.log_probs[:, -width:]
+        log_probs[1, self._lengths[1] :] = 0.0
+        return log_probs, noted[0]
+
+    def _log_probs_packed(self, shift: int = 0) -> Tensor:
+        """Return log-probabilities of the completions in a packed row, with positions that are so much too far."""
+        batch, size = (
+            pack([self.prompt, self.prompt], self._completions, self._lengths),
+            tuple(self._completions.shape),
+        )
+        if shift:
+            positions = batch.position_ids.clone()
+            positions[:, :, batch.suffix] += shift
+            batch = replace(batch, position_ids=positions)
+        with self.serve(self.model, batch.prompts, packed=True):
+            return packed_forward(self.model, self.core, batch, size, self.attention).log_probs
+
+
+def sharing_error(*args, **kwargs) -> float:
+    """Return what a [`Comparison`] finds as a multiple of what rounding explains; its arguments."""
+    comparison = Comparison(*args, **kwargs)
+    difference = comparison.difference()
+    if difference <= comparison.least_tolerance:
+        return difference / comparison.least_tolerance
+    return difference / comparison.tolerance()
 
 
 def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
     """Return how much the next token's log-probabilities differ on average when two rows read a prompt once."""
-    device = core.get_input_embeddings().weight.device
+    with _noting(core, -1, alone=True) as noted, serve(model, [prompt, prompt]):
+        model(**_prefill_inputs(core, prompt))
+    return _prefill_difference(model, core, prompt, serve, noted[0])
+
+
+def _prefill_difference(
+    model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve, expected: Tensor
+) -> float:
+    """Compare with what comes of the hidden state of the prompt's last token, (1, 1, hidden), through the same head."""
+
+    def add_expected(module: nn.Module, args: tuple, output):
+        output.last_hidden_state = torch.cat([output.last_hidden_state, expected])
+        return output
+
     rows = [prompt, prompt]
+    with share_prefill(core, rows), _hooked(core, add_expected), serve(model, rows[:1]):
+        logits = model(**_prefill_inputs(core, prompt)).logits[:, -1]
+    together, apart = logits.float().log_softmax(-1).split([2, 1])
+    return _mean_difference(together, apart)
+
+
+def _prefill_inputs(core: nn.Module, prompt: EncodedPrompt) -> dict:
+    """Make inputs of two rows as `generate()` does, which passes a further dimension of positions, that of the text."""
+    device = core.get_input_embeddings().weight.device
     ids = prompt.input_ids.to(device).expand(2, -1)
-    # generate() passes a further dimension of positions, that of the text, which the cores take off.
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": generation_position_ids(rows, len(prompt)).to(device),
-        "use_cache": True,
-    }
-    with last_position_alone(core), serve(model, rows):
-        apart = model(**inputs).logits[:, -1]
-    with share_prefill(core, rows), serve(model, rows[:1]):
-        together = model(**inputs).logits[:, -1]
-    return float((apart.float().log_softmax(-1) - together.float().log_softmax(-1)).abs().mean())
+    positions = generation_position_ids([prompt, prompt], len(prompt)).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions, "use_cache": True}
+
+
+@contextmanager
+def _noting(core: nn.Module, place: int, alone: bool = False) -> Iterator[list[Tensor]]:
+    """Note the hidden state at a place of the first row, and let the head read that `alone`: logits take gigabytes."""
+    noted: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple, output):
+        noted.append(output.last_hidden_state[:1, place, None])
+        if alone:
+            output.last_hidden_state = noted[0]
+        return output
+
+    with _hooked(core, note):
+        yield noted
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _mean_difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().mean())

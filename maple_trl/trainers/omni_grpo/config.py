@@ -29,7 +29,7 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         default="auto",
         metadata={
             "help": "Pass a prompt through the model once for all completions of its group that stand in a batch: 'auto' "
-            "compares both ways on a first prompt and goes on without where they differ, 'on' raises there, 'off' passes "
+            "compares both ways on a short prompt and goes on without where they differ, 'on' raises there, 'off' passes "
             "it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
         },
     )
@@ -40,6 +40,14 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
             "as possible together, so a multiple of num_generations is best. The tokens are those of a rollout in one "
             "piece, up to rounding. Null: all of a rollout's at once. (`generation_batch_size` is TRL's: the completions "
             "of a rollout over all ranks.)"
+        },
+    )
+    packed_attention: Annotated[str, "speed"] = field(
+        default="model",
+        metadata={
+            "help": "What computes attention in passes that share prompts: 'model', what the model computes all else with; "
+            "'sdpa'; or 'flex_attention', also for models that transformers refuses to load with it, as it does all "
+            "families here: one kernel for all groups, which is compiled at first and needs a GPU to train."
         },
     )
     rollout_log_size: Annotated[int, "place"] = field(
@@ -83,6 +91,7 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         self._check_choice("scale_rewards", ("group", "batch", "none"))
         self._check_reward_weights()
         self._check_choice("shared_prefix", ("auto", "on", "off"))
+        self._check_choice("packed_attention", ("model", "sdpa", "flex_attention"))
         self._check_sampling()
         self._check_vllm()
         if self.use_transformers_continuous_batching:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +32,10 @@ from maple_trl.omni.encoded import (
 )
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
-from maple_trl.omni.prefix.packed_attention import install
+from maple_trl.omni.prefix.packed_attention import install, why_not_trained
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
-from maple_trl.omni.prefix.sharing import probe_prompt, sharing_error
+from maple_trl.omni.prefix.sharing import Comparison
+from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
@@ -312,7 +315,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if self.family is None:
             return rows, None
         rows, prompts = self.encode_rows(rows)
-        self._agree_on_sharing(prompts)
+        self._agree_on_sharing()
         return rows, prompts
 
     def _roll_out(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt] | None) -> Round:
@@ -452,7 +455,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         if self.family is not None:
-            self._agree_on_sharing(self._serving)
+            self._agree_on_sharing()
         generate = super()._generate_single_turn
 
         def turn(ids: Sequence[Any], fields: dict[str, Any]) -> Completions:
@@ -778,16 +781,17 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         lengths = inputs["attention_mask"][:, -width:].sum(dim=1).tolist()
         batch = pack(prompts, inputs["input_ids"][:, -width:], lengths)
         with self._serve(unwrapped, batch.prompts, packed=True):
-            return packed_forward(model, self.family.core(unwrapped), batch, (len(prompts), width))
+            core, size = self.family.core(unwrapped), (len(prompts), width)
+            return packed_forward(model, core, batch, size, self._packed_attention)
 
-    def _agree_on_sharing(self, prompts: Sequence[EncodedPrompt]) -> None:
-        """
-        Find out whether completions share their prompts, unless that is known; a collective call.
-
-        It is tried on a prompt with as many kinds of media as there are here.
-        """
+    def _agree_on_sharing(self) -> None:
+        """Find out whether completions share their prompts, unless that is known; a collective call."""
         if self._sharing is None:
-            self._sharing = self._try_sharing(probe_prompt(prompts or [self.prompt_builder.stand_in()]))
+            self._sharing = self._try_sharing(self._probe_prompt())
+
+    def _probe_prompt(self) -> EncodedPrompt:
+        """Return what to compare on: the same on all ranks, and short however long the run's prompts are."""
+        return self.prompt_builder.probe()
 
     def _try_sharing(self, prompt: EncodedPrompt) -> bool:
         """
@@ -796,11 +800,18 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         Raises:
             ValueError: when they cannot and `shared_prefix` is `"on"`.
         """
-        reasons = [reason for reason in gather_object([self._why_apart(prompt)]) if reason]
-        if reasons:
-            reason = reasons[0]
-            if self.args.shared_prefix == "on":
-                raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
+        level = logging.INFO if self.accelerator.is_main_process else logging.DEBUG
+        kinds = ", ".join((*prompt.kinds, "text"))
+        told = f"a prompt of {len(prompt)} tokens ({kinds}) passed once for two completions, and once for each"
+        logger.log(level, "shared_prefix=%r: comparing %s", self.args.shared_prefix, told)
+        began = time.perf_counter()
+        reason = self._why_apart(prompt)
+        seconds = time.perf_counter() - began
+        if reason is None:
+            logger.log(level, "Both ways agree, which took %.1f s to find: completions share their prompt", seconds)
+        elif self.args.shared_prefix == "on":
+            raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
+        else:
             logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)
             self._unshared = reason
             return False
@@ -819,18 +830,53 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         return True
 
     def _why_apart(self, prompt: EncodedPrompt) -> str | None:
-        """Return what keeps completions from sharing their prompt on this rank; `None` if nothing does."""
-        models = [model for model in (self.model, self.ref_model) if model is not None]
-        if not all(install(unwrap(self.accelerator.unwrap_model(model))) for model in models):
+        """Return what keeps completions from sharing their prompt on any rank, `None` if nothing; a collective call."""
+        models = [unwrap(self.accelerator.unwrap_model(m)) for m in (self.model, self.ref_model) if m is not None]
+        reasons = gather_object([next(filter(None, map(self._why_not_packed, models)), None)])
+        if any(reasons):
+            return next(filter(None, reasons))
+        comparison = Comparison(
+            self.model,
+            self.family.core(self.accelerator.unwrap_model(self.model)),
+            prompt,
+            # Nothing is kept of clips that no row has.
+            partial(serve_media, self.family, touch_all_towers=self._touch_all_towers),
+            self.family.suppressed_ids,
+            self._packed_attention,
+        )
+        differences, failure = self._measure(comparison.difference)
+        if failure or all(value <= comparison.least_tolerance for value in differences):
+            return failure
+        tolerances, failure = self._measure(comparison.tolerance)
+        errors = [value / tolerance for value, tolerance in zip(differences, tolerances, strict=True)]
+        if failure or all(error <= 1 for error in errors):
+            return failure
+        error = next((error for error in errors if math.isnan(error)), max(errors))
+        return f"log-probabilities differ {error:.1f} times as much as rounding explains"
+
+    def _why_not_packed(self, model: nn.Module) -> str | None:
+        """Return why a model cannot be trained on packed rows, before it is tried."""
+        if not install(model):
             return "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
-        core = self.family.core(self.accelerator.unwrap_model(self.model))
+        attention = self._packed_attention or model.config.get_text_config()._attn_implementation
+        return why_not_trained(attention, self.accelerator.device)
+
+    @property
+    def _packed_attention(self) -> str | None:
+        """What computes attention in packed rows; `None` for what the model uses."""
+        return None if self.args.packed_attention == "model" else self.args.packed_attention
+
+    def _measure(self, measure: Callable[[], float]) -> tuple[list[float], str | None]:
+        """Return what each rank measures, and how one failed, if any did; a collective call."""
         try:
-            error = sharing_error(self.model, core, prompt, self._serve, self.family.suppressed_ids)
+            mine: float | str = measure()
         except RuntimeError as failure:  # a kernel does not take what it is given, or does not compile
             logger.debug("Comparing shared prompts failed", exc_info=True)
             first_line = str(failure).split("\n", 1)[0]
-            return f"comparing both ways ended with {type(failure).__name__}: {first_line}"
-        return None if error <= 1 else f"log-probabilities differ {error:.1f} times as much as rounding explains"
+            mine = f"comparing both ways ended with {type(failure).__name__}: {first_line}"
+        found = gather_object([mine])
+        failure = next((value for value in found if isinstance(value, str)), None)
+        return [math.nan if isinstance(value, str) else value for value in found], failure
 
     # Updates
 
@@ -1025,7 +1071,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._drop_rollout(gather_object(lost))
         chunks = self._buffered_inputs
         if chunks is not None and self.family is not None:  # trained on before anything is generated
-            self._agree_on_sharing([prompt for chunk in chunks for prompt in chunk.prompts])
+            self._agree_on_sharing()
 
     def _drop_rollout(self, lost: list[tuple[str, MediaError]]) -> None:
         """Drop the rollout that was under way if some rank cannot show its prompts, so that a new one is generated."""
