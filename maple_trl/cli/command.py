@@ -16,6 +16,7 @@ from maple_trl.cli.data import run_hints
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
+from maple_trl.cli.plan import run_plan
 from maple_trl.cli.report import run_report
 from maple_trl.jobs.errors import did_you_mean
 
@@ -34,7 +35,7 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 """
 
 
-_OWN_PARSER = {"eval": run_eval, "hints": run_hints, "report": run_report}
+_OWN_PARSER = {"eval": run_eval, "hints": run_hints, "plan": run_plan, "report": run_report}
 COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
 """
 Commands of other packages by name: functions of the words behind it, which return the exit status. The names that there are
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, does in (
         ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),
+        ("plan", "compute memory and time of a training job on given cards"),
     ):
         commands.add_parser(name, help=does, add_help=False, allow_abbrev=False)
     for name in [name for name in COMMANDS if name not in {*commands.choices, *_OWN_PARSER}]:

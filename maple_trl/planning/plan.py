@@ -13,8 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from maple_trl.planning.catalogue import RATES, Gpu
-from maple_trl.planning.sizes import PARTS, AudioSizes, Media, ModelSizes, TextSizes, VisionSizes, Work
-from maple_trl.planning.sizes import generation_work, plain_work, shared_work
+from maple_trl.planning.sizes import (
+    PARTS,
+    AudioSizes,
+    Media,
+    ModelSizes,
+    TextSizes,
+    VisionSizes,
+    Work,
+    generation_work,
+    plain_work,
+    shared_work,
+)
 
 
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32_768
@@ -252,9 +262,8 @@ def _trained_size(setup: Setup) -> int:
 
 
 def gradient_bytes(setup: Setup) -> float:
-    """Return the bytes of the gradients on a card, with the copies that DDP makes of them in buckets."""
-    size = setup.trainable * _trained_size(setup) / setup.shards
-    return size * 2 if setup.sharding == "none" and setup.trainers > 1 else size
+    """Return the bytes of the gradients on a card."""
+    return setup.trainable * _trained_size(setup) / setup.shards
 
 
 def optimizer_bytes(setup: Setup) -> float:
@@ -299,7 +308,7 @@ def layer_bytes(text: TextSizes, size: int) -> float:
 def _gradients_within_layer(text: TextSizes, size: int) -> float:
     """Return the bytes of gradients that are held at once while a layer's backward runs, for a token."""
     inner = text.inner if text.sparse < text.layers else text.chosen * text.expert_inner
-    return size * (3 * inner + 2 * text.hidden)
+    return size * (2 * inner + 2 * text.hidden)
 
 
 def _vision_layer_bytes(vision: VisionSizes, size: int) -> float:
@@ -344,41 +353,68 @@ def micro_batch(setup: Setup) -> Micro:
     return Micro(rows, prompts, tokens, rows * setup.completion, copied, media)
 
 
-def activation_bytes(setup: Setup) -> float:
-    """
-    Return the bytes that the backward of a micro-batch needs, but for the head's.
-
-    With gradient checkpointing the inputs of all layers and everything of the one that is computed again, otherwise
-    everything of all layers.
-    """
+def saved_bytes(setup: Setup) -> float:
+    """Return the bytes that the language model's forward keeps for the backward of a micro-batch, but for the head's."""
     text, size, micro = setup.model.text, DTYPES[setup.compute], micro_batch(setup)
-    copies = micro.copied * 2 * text.keys * size
-    layer = layer_bytes(text, size) * micro.tokens + copies
-    last = _norm_bytes(text.hidden, size) * micro.tokens
-    working = _gradients_within_layer(text, size) * micro.tokens + copies
+    last = _norm_bytes(text.hidden, size, output=False) * micro.tokens
     if setup.gradient_checkpointing:
-        inputs = text.layers * micro.tokens * text.hidden * size
-        language = inputs + layer + working
-    else:
-        language = text.layers * layer + working
-    return language + last + _tower_bytes(setup, micro, size)
+        return text.layers * micro.tokens * text.hidden * size + last
+    return text.layers * _layer_saves(setup, micro) + last
 
 
-def _tower_bytes(setup: Setup, micro: Micro, size: int) -> float:
-    """Return the bytes of media and of what the towers need of them: for a backward only where they are trained."""
-    model, total = setup.model, 0.0
-    trained = setup.trains_towers
-    for tower, states, layer in _towers(model, micro.media, size):
-        if not trained:
-            working = layer if not setup.encoder_cache else 0
-        elif setup.gradient_checkpointing:
-            working = tower.layers * tower.hidden * size + layer
-        else:
-            working = tower.layers * layer
-        total += states * working
-    if model.vision:
-        total += model.vision.patches(micro.media) * model.vision.patch_values * 4
-    return total + (micro.media.video + micro.media.audio) * model.text.hidden * size
+def _layer_saves(setup: Setup, micro: Micro) -> float:
+    text, size = setup.model.text, DTYPES[setup.compute]
+    return layer_bytes(text, size) * micro.tokens + micro.copied * 2 * text.keys * size
+
+
+def _layer_backward(setup: Setup, micro: Micro) -> float:
+    """Return what a layer's backward holds beyond what was saved: what is computed again, and gradients within it."""
+    text, size = setup.model.text, DTYPES[setup.compute]
+    again = _layer_saves(setup, micro) - micro.tokens * text.hidden * size if setup.gradient_checkpointing else 0
+    return again + _gradients_within_layer(text, size) * micro.tokens + micro.copied * 2 * text.keys * size
+
+
+def _media_bytes(setup: Setup, micro: Micro) -> float:
+    """Return the bytes of pixels, and of what the towers make of them and of sound."""
+    vision, size = setup.model.vision, DTYPES[setup.compute]
+    pixels = vision.patches(micro.media) * vision.patch_values * 4 if vision else 0
+    return pixels + (micro.media.video + micro.media.audio) * setup.model.text.hidden * size
+
+
+def _tower_bytes(setup: Setup, micro: Micro) -> tuple[float, float]:
+    """Return the bytes that the towers keep for a backward, and the most that a layer of them holds while it runs."""
+    size, saved, running = DTYPES[setup.compute], 0.0, 0.0
+    for tower, states, layer in _towers(setup.model, micro.media, size):
+        kept = tower.hidden * size if setup.gradient_checkpointing else layer
+        saved += states * tower.layers * kept if setup.trains_towers else 0
+        running = max(running, states * layer) if setup.trains_towers or not setup.encoder_cache else running
+    return saved, running
+
+
+def training_moments(setup: Setup) -> dict[str, dict[str, float]]:
+    """
+    Return the bytes that a micro-batch adds at the moments at which it can need most, by part.
+
+    The towers' forward; the head's backward, when everything is kept; that of the uppermost layer; that of the lowest, when
+    all gradients are there. Gradients of a former micro-batch are there from the beginning.
+    """
+    text, micro = setup.model.text, micro_batch(setup)
+    trains_head = not setup.lora_r and "head" in setup.trained and bool(text.head.parameters)
+    gradients, head_gradient = gradient_bytes(setup), 0.0
+    if trains_head:
+        head_gradient = text.head.parameters * _trained_size(setup) / setup.shards
+    before = gradients if setup.gradient_accumulation_steps > 1 else 0
+    head = head_bytes(text, micro.suffix, DTYPES[setup.compute], trains_head)
+    kept, running = _tower_bytes(setup, micro)
+    media = _media_bytes(setup, micro) + kept
+    saved, layer = saved_bytes(setup) + media, _layer_backward(setup, micro)
+    lowest = layer if setup.gradient_checkpointing else layer + _layer_saves(setup, micro)
+    return {
+        "towers": {"gradients": before, "activations": media + running, "LM head": 0},
+        "head": {"gradients": before, "activations": saved, "LM head": head},
+        "uppermost layer": {"gradients": max(before, head_gradient), "activations": saved + layer, "LM head": 0},
+        "lowest layer": {"gradients": gradients, "activations": media + max(lowest, running), "LM head": 0},
+    }
 
 
 def _towers(model: ModelSizes, media: Media, size: int) -> Iterator[tuple[VisionSizes | AudioSizes, float, float]]:
@@ -432,20 +468,14 @@ def plan_memory(setup: Setup) -> Memory:
     model, size = setup.model, DTYPES[setup.compute]
     reference = weight_bytes(replace(setup, lora_r=0)) if setup.beta and not setup.lora_r else 0
     always = {"weights": weight_bytes(setup), "reference model": reference, "optimizer": optimizer_bytes(setup)}
+    if setup.sharding == "none" and setup.trainers > 1:
+        always["buckets of DDP"] = gradient_bytes(setup)
     engine = setup.vllm_gpu_memory_utilization * setup.gpu.memory * GIB
     colocated = engine if setup.rollout == "vllm_colocate" else 0
-    trains_head = not setup.lora_r and "head" in setup.trained and bool(model.text.head.parameters)
-    head = head_bytes(model.text, micro_batch(setup).suffix, size, trains_head)
-    gradients, activations = gradient_bytes(setup), activation_bytes(setup)
-    if setup.gradient_accumulation_steps == 1 and setup.trainers == 1:
-        # What the backward frees and the gradients that it makes take turns.
-        activations = max(activations - gradients, _least_activations(setup))
     training = always | {
-        "gradients": gradients,
         "weights cast or gathered": working_bytes(setup),
-        "activations": activations,
-        "LM head": head,
         "rollout engine": 0 if setup.vllm_enable_sleep_mode else colocated,
+        **max(training_moments(setup).values(), key=lambda moment: sum(moment.values())),
     }
     rollout = always | {"rollout engine": colocated}
     if setup.rollout == "transformers":
@@ -460,12 +490,6 @@ def plan_memory(setup: Setup) -> Memory:
         }
     server = {"rollout engine": engine} if setup.rollout == "vllm_server" else {}
     return Memory(training, rollout, server)
-
-
-def _least_activations(setup: Setup) -> float:
-    """Return what is left of the activations when all gradients are there: a layer's."""
-    text, size, micro = setup.model.text, DTYPES[setup.compute], micro_batch(setup)
-    return (layer_bytes(text, size) + _gradients_within_layer(text, size)) * micro.tokens
 
 
 # Time
@@ -556,7 +580,7 @@ def _needs_old(setup: Setup) -> bool:
 
 
 def _tower_phase(setup: Setup) -> Phase:
-    """The media of a rollout's new prompts."""
+    """Encode the media of a rollout's new prompts."""
     operations = setup.model.tower_operations(setup.media) * setup.prompts
     layers = sum(tower.layers for tower, *_ in _towers(setup.model, setup.media, 2))
     cards = setup.rollout_gpus / setup.trainers if setup.rollout == "vllm_server" else 1
@@ -628,7 +652,7 @@ def _rollout_phases(setup: Setup) -> Iterator[Phase]:
 
 
 def _sync_phase(setup: Setup) -> Phase:
-    """The engine's weights after an update: read and written, and gathered or sent where they lie elsewhere."""
+    """Renew the engine's weights: read and written, and gathered or sent where they lie elsewhere."""
     size = setup.model.parameters * DTYPES[setup.compute]
     copied = 2 * size / (setup.gpu.bandwidth * 1e9)
     gathered = setup.sharded_weights and setup.trainers > 1
@@ -640,7 +664,7 @@ def _sync_phase(setup: Setup) -> Phase:
 
 
 def _update_phase(setup: Setup) -> Phase:
-    """Gradients over all cards, and the optimizer's reading and writing."""
+    """Average gradients over all cards, and update what is trained."""
     touched = 2 * (optimizer_bytes(setup) + gradient_bytes(setup) + setup.trainable * 2 / setup.shards)
     local = touched / (setup.gpu.bandwidth * 1e9)
     moved = 0.0
@@ -709,14 +733,26 @@ class Plan:
         return engine_rows(self.setup)[1] >= 1
 
     @property
-    def fits(self) -> bool:
-        """Whether everything fits."""
-        return self.memory.peak <= self.usable and self.engine_fits
+    def likely(self) -> float:
+        """Bytes that such a job is likely to take, with what is not counted."""
+        return self.memory.peak / self.setup.rate("counted_memory")
+
+    @property
+    def verdict(self) -> str:
+        """`fits`, `tight` where only what is counted does, or `does not fit`."""
+        if not self.engine_fits or self.memory.peak > self.usable:
+            return "does not fit"
+        return "fits" if self.likely <= self.usable else "tight"
 
     @property
     def seconds(self) -> float:
-        """Time of an optimizer step, with its share of the rollout."""
+        """Time of an optimizer step, with its share of the rollout: what is counted of it."""
         return sum(phase.seconds for phase in self.phases) / self.setup.steps
+
+    @property
+    def likely_seconds(self) -> float:
+        """Seconds that such a step is likely to take, with what is not counted."""
+        return self.seconds / self.setup.rate("counted_time")
 
     @property
     def longest(self) -> Phase:
@@ -783,7 +819,7 @@ def advise(plan: Plan) -> list[tuple[str, float]]:
         `list[tuple[str, float]]`: what to change, and the peak on a card in bytes; empty where nothing is enough.
     """
     alone = [(name, make_plan(changed)) for name, changed in remedies(plan.setup)]
-    fitting = [(name, found.memory.peak) for name, found in alone if found.fits]
+    fitting = [(name, found.memory.peak) for name, found in alone if found.verdict == "fits"]
     if fitting:
         return fitting
     names, current = [], plan
@@ -794,6 +830,6 @@ def advise(plan: Plan) -> list[tuple[str, float]]:
             return []
         name, current = min(better, key=lambda pair: pair[1].memory.peak)
         names.append(name)
-        if current.fits:
+        if current.verdict == "fits":
             return [(" + ".join(names), current.memory.peak)]
     return []

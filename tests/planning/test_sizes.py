@@ -2,13 +2,10 @@
 
 import pytest
 import tiny_models
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import linear_modules
-from maple_trl.planning.catalogue import MODELS
-from maple_trl.planning.sizes import Media, generation_work, plain_work, read_sizes, shared_work
+from maple_trl.planning.sizes import read_sizes
 
 
 def counted(model, family) -> dict[str, int]:
