@@ -380,19 +380,21 @@ def _print_time(plan: Plan, console: Console) -> None:
 
 
 def _print_constants(plan: Plan, console: Console) -> None:
-    from rich.table import Table
-
     setup = plan.setup
-    table = Table(title="\nConstants, each an option", title_justify="left")
-    for name in ("option", "value", "unit", "what it is", "from"):
-        table.add_column(name, justify="right" if name == "value" else "left")
     sheet = {name: getattr(setup.gpu, name) for name in ("memory", "teraflops", "bandwidth", "link", "network")}
-    units = ("GiB", "TFLOP/s, bfloat16", "GB/s", "GB/s within a node", "GB/s between nodes")
-    for (name, value), unit in zip(sheet.items(), units, strict=True):
-        origin = "data sheet" if value == getattr(GPUS[setup.gpu.name], name) else "given"
-        table.add_row(f"gpu_{name}", f"{value:g}", unit, f"of a {setup.gpu.name}", origin)
+    given = [f"gpu_{name}" for name, value in sheet.items() if value != getattr(GPUS[setup.gpu.name], name)]
+    console.print(
+        f"\n{setup.gpu.name}: {sheet['memory']:g} GiB, {sheet['teraflops']:g} TFLOP/s of dense bfloat16, "
+        f"{sheet['bandwidth']:g} GB/s of memory, {sheet['link']:g} GB/s within a node, {sheet['network']:g} between nodes "
+        f"({'given: ' + ', '.join(given) if given else 'its data sheet'})"
+    )
+    console.print("Constants, each an option:")
+    sources: list[str] = []
     for name, rate in RATES.items():
-        given = _given(setup, name)
-        origin = given.get("origin") or (f"{rate.origin}: {rate.source}" if rate.source else rate.origin)
-        table.add_row(name, f"{setup.rate(name):g}", rate.unit, rate.means, origin)
-    console.print(table)
+        origin = _given(setup, name).get("origin", rate.origin)
+        if origin == rate.origin and rate.source:
+            sources += [rate.source] * (rate.source not in sources)
+            origin += f" \\[{sources.index(rate.source) + 1}]"
+        console.print(f"  --{name} {setup.rate(name):g} {rate.unit}: {rate.means} ({origin})", soft_wrap=True)
+    for number, source in enumerate(sources, 1):
+        console.print(f"  \\[{number}] {source}", soft_wrap=True)

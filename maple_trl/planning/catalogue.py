@@ -213,10 +213,10 @@ RATES = {
         0.94, "of the card", "assumed", "", "what allocators can fill: the rest is CUDA, NCCL and fragments"
     ),
     "counted_memory": Rate(
-        0.71, "of what jobs take", "published", _JOBS, "tensors that are counted here against published peaks"
+        0.69, "of what jobs take", "published", _JOBS, "tensors that are counted here against published peaks"
     ),
     "counted_time": Rate(
-        0.67, "of what jobs take", "published", _JOBS, "seconds that are counted here against published steps"
+        0.70, "of what jobs take", "published", _JOBS, "seconds that are counted here against published steps"
     ),
     "decode_seconds": Rate(
         1.0, "s", "assumed", "", "of a processor to decode a clip; `benchmarks/plan_points.py --clips` measures it"

@@ -48,7 +48,7 @@ def test_help_names_the_commands_that_exist():
     assert "train" in shown.stdout and "env" in shown.stdout
     assert maple().stdout == shown.stdout
     # Commands of later versions are no stubs here.
-    for absent in ("export", "vllm-serve", "plan"):
+    for absent in ("export", "vllm-serve"):
         assert absent not in shown.stdout
         assert maple(absent).returncode == 2
 
@@ -59,6 +59,9 @@ LIGHT = {
     "env --help": ("usage: maple-trl", {"av"}),
     "env": ("maple-trl env --imports", set()),
     "env --json": ('"imports": false', set()),
+    "plan --help": ("usage: maple-trl plan", {"av"}),
+    "plan --model Qwen/Qwen2.5-Omni-3B --json": ('"verdict"', {"av"}),
+    "plan --model Qwen/Qwen2.5-Omni-3B --gpu H300": ("gpu 'H300' is not known; did you mean H800?", {"av"}),
     "train --max_stepz 3": ("did you mean --max_steps?", {"av"}),
     f"train --config {RECIPE} --max_steps many": ("invalid int value: 'many'", {"av"}),
     f"train --config {RECIPE} --tag_weight adaptive": ("did you mean", {"av"}),

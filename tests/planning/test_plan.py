@@ -65,7 +65,6 @@ class Watch(TrainerCallback):
         self.optimizer = size_of(states)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4])
 def test_weights_gradients_optimizer_and_cache_of_a_step(seven_tags, rank):
     folder, rows = seven_tags
