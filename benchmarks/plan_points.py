@@ -11,7 +11,7 @@ in neither figure.
 
 **Time** is of the processor, in turns over all points. A CPU's two constants (operations per second, and time of a layer and
 pass) are fitted to the points that the output calls `fitted`, as the plan's are to published figures, and so are two for
-decoding. What is held against the others is the ratio of times: how much longer a pass takes than the first fitted one.
+decoding (time of a layer and step, bytes per second). What is held against the others is the ratio of times: how much longer a pass takes than the first fitted one.
 
 **Clips**: processor seconds to decode a clip, pictures and sound, with the default limits.
 """
@@ -185,10 +185,11 @@ def features(shape: Shape, setup: Setup, name: str) -> tuple[float, float]:
 
 
 def decode_features(shape: Shape, setup: Setup) -> tuple[float, float]:
+    """How often a layer runs in decoding, and the bytes of weights and cache that are read."""
     text, steps = setup.model.text, shape.completion - 1
-    context = shape.prompt + shape.completion / 2
-    step = text.operations(Work(shape.group, shape.group * context, shape.group))
-    return step * steps, text.layers * steps
+    weights = text.active + text.vocab * text.hidden
+    cache = shape.group * text.cache_values * (shape.prompt + shape.completion / 2)
+    return text.layers * steps, 4 * (weights + cache) * steps
 
 
 def fit(rows: list[tuple[float, ...]], seconds: list[float]) -> np.ndarray:
@@ -198,6 +199,7 @@ def fit(rows: list[tuple[float, ...]], seconds: list[float]) -> np.ndarray:
 
 
 def measure_times(repeats: int) -> Iterator[dict[str, Any]]:
+    forward = np.zeros(2)
     points = time_shapes()
     groups = [make_group(shape) for shape in points]
     setups = [
@@ -214,12 +216,14 @@ def measure_times(repeats: int) -> Iterator[dict[str, Any]]:
                     seconds[i].append(time.process_time() - before)
         medians = [statistics.median(values) for values in seconds]
         rows = [features(shape, setup, name) for shape, setup in zip(points, setups, strict=True)]
-        if name == "generate":
-            more = [decode_features(shape, setup) for shape, setup in zip(points, setups, strict=True)]
-            rows = [(*a, *b) for a, b in zip(rows, more, strict=True)]
         chosen = [i for i, shape in enumerate(points) if shape.fitted]
-        constants = fit([rows[i] for i in chosen], [medians[i] for i in chosen])
-        predicted = [float(np.dot(row, constants)) for row in rows]
+        known = np.zeros(len(points))
+        if name == "generate":  # its prefill is a pass like that of log-probabilities
+            known = np.array(rows) @ forward
+            rows = [decode_features(shape, setup) for shape, setup in zip(points, setups, strict=True)]
+        constants = fit([rows[i] for i in chosen], [medians[i] - known[i] for i in chosen])
+        forward = constants
+        predicted = (np.array(rows) @ constants + known).tolist()
         base = chosen[0]
         print(f"\n{name}: fitted constants {', '.join(f'{value:.3g}' for value in constants)}")
         for i, shape in enumerate(points):

@@ -522,8 +522,8 @@ def _pass_seconds(setup: Setup, operations: float, layers: int, passes: float) -
     compute = operations / (setup.gpu.teraflops * 1e12 * setup.rate("compute_share"))
     launches = layers * passes * setup.rate("launch_layer_ms") / 1e3
     if setup.sharded_weights and setup.trainers > 1:
-        # Weights for forward and backward, and the gradients.
-        moved = setup.model.parameters * 2 * (2 if passes == 1 else 4) / 2
+        # Weights for each direction, and gradients on the way back.
+        moved = setup.model.parameters * 2 if passes == 1 else (2 * setup.model.parameters + setup.trainable) * 2
         compute += layers * passes * setup.rate("sharded_layer_ms") / 1e3
         return _longest(operations=compute, kernel_launches=launches, communication=moved / _link(setup))
     return _longest(operations=compute, kernel_launches=launches)
