@@ -45,7 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.planning.catalogue import GPUS
 from maple_trl.planning.plan import Setup, micro_batch, pass_operations, training_moments
-from maple_trl.planning.sizes import Media, ModelSizes, Work, generation_work, read_sizes
+from maple_trl.planning.sizes import Media, ModelSizes, generation_work, read_sizes
 
 
 MODELS = {

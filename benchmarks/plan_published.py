@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from _plan_tables import table, write_tables
+
 from maple_trl.planning.catalogue import GPUS, MODELS, RATES
 from maple_trl.planning.plan import GIB, Setup, decode_step, make_plan, weight_bytes
 from maple_trl.planning.sizes import Media, ModelSizes, Work, read_sizes
@@ -458,6 +460,23 @@ def collect() -> list[Point]:
     return [*memory_points(), *decode_points(), *training_points(), *job_points()]
 
 
+def summary(points: list[Point]) -> list[dict[str, Any]]:
+    """By kind of figure: how many nothing was fitted to, and how far they are from what is computed."""
+    rows = []
+    for group in dict.fromkeys(point.group for point in points):
+        errors = [point.error for point in points if point.group == group and not point.fitted]
+        rows.append(
+            {
+                "published": group,
+                "figures": len(errors),
+                "error, median": f"{statistics.median(errors):+.1%}",
+                "from": f"{min(errors):+.1%}",
+                "to": f"{max(errors):+.1%}",
+            }
+        )
+    return rows
+
+
 def print_group(points: list[Point]) -> None:
     for point in points:
         low, high = point.published
@@ -470,6 +489,7 @@ def print_group(points: list[Point]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--write", metavar="FILE", help="put the table of errors into this page")
     parser.add_argument("--json", metavar="FILE", help="write the results here as well")
     args = parser.parse_args(argv)
     constants = fits()
@@ -483,6 +503,9 @@ def main(argv: list[str] | None = None) -> None:
         print_group(own)
         for source in dict.fromkeys(point.source for point in own):
             print(f"  from {source}")
+    print(f"\n{table(summary(points))}")
+    if args.write:
+        write_tables(Path(args.write), {"published": summary(points)})
     if args.json:
         result = {"constants": constants, "points": [asdict(p) | {"error": p.error} for p in points]}
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from _plan_tables import table, write_tables
+
 from maple_trl.planning.catalogue import GPUS, MODELS, RATES
 from maple_trl.planning.plan import GIB, Setup, make_plan
 from maple_trl.planning.sizes import Media, read_sizes
@@ -181,27 +183,6 @@ def collect(clip_seconds: float) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def told(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
-    return "\n".join(lines + [f"| {' | '.join(told(value) for value in row.values())} |" for row in rows])
-
-
-def with_tables(text: str, tables: dict[str, list[dict[str, Any]]]) -> str:
-    """A page whose marked tables are those that are computed."""
-    for name, rows in tables.items():
-        begin, end = f"<!-- {name}: benchmarks/plan_scaling.py -->", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}\n{table(rows)}\n{end}{after}"
-    return text
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.strip().split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -219,8 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in tables.items():
         print(f"{name}\n{table(rows)}\n")
     if args.write:
-        page = Path(args.write)
-        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        write_tables(Path(args.write), tables)
     if args.json:
         Path(args.json).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 

@@ -78,3 +78,14 @@ def test_points_names_what_it_needs(script, capsys):
     with pytest.raises(SystemExit):
         script("plan_points").main(["--parts", "clips"])
     assert "--parts clips needs --clips DIR" in capsys.readouterr().err
+
+
+def test_the_page_has_the_tables_that_are_computed(script):
+    """The command that writes them: python benchmarks/plan_scaling.py --write docs/scaling.md (and plan_published.py)."""
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    scaling, published = script("plan_scaling"), script("plan_published")
+    tables = scaling.collect(RATES["decode_seconds"].value) | {"published": published.summary(published.collect())}
+    assert script("_plan_tables").with_tables(page, tables) == page
+    assert f"`counted_memory` ({RATES['counted_memory'].value:.2f})" in page
+    assert f"`counted_time` ({RATES['counted_time'].value:.2f})" in page
+    assert f"take {RATES['decode_seconds'].value:g} s of a core" in page
