@@ -467,16 +467,18 @@ def plan_memory(setup: Setup) -> Memory:
     """Count what a card holds."""
     model, size = setup.model, DTYPES[setup.compute]
     reference = weight_bytes(replace(setup, lora_r=0)) if setup.beta and not setup.lora_r else 0
-    always = {"weights": weight_bytes(setup), "reference model": reference, "optimizer": optimizer_bytes(setup)}
+    always: dict[str, float] = {
+        "weights": weight_bytes(setup),
+        "reference model": reference,
+        "optimizer": optimizer_bytes(setup),
+    }
     if setup.sharding == "none" and setup.trainers > 1:
         always["buckets of DDP"] = gradient_bytes(setup)
     engine = setup.vllm_gpu_memory_utilization * setup.gpu.memory * GIB
     colocated = engine if setup.rollout == "vllm_colocate" else 0
-    training = always | {
-        "weights cast or gathered": working_bytes(setup),
-        "rollout engine": 0 if setup.vllm_enable_sleep_mode else colocated,
-        **max(training_moments(setup).values(), key=lambda moment: sum(moment.values())),
-    }
+    worst = max(training_moments(setup).values(), key=lambda moment: sum(moment.values()))
+    held = 0 if setup.vllm_enable_sleep_mode else colocated
+    training = always | {"weights cast or gathered": working_bytes(setup), "rollout engine": held} | worst
     rollout = always | {"rollout engine": colocated}
     if setup.rollout == "transformers":
         rows = min(setup.generation_batch or setup.rows, setup.rows)
@@ -595,7 +597,7 @@ def _decode_reads(text: TextSizes, rows: float) -> float:
     always = text.active - text.sparse * text.chosen * expert + text.vocab * text.hidden
     if not text.experts:
         return always
-    read = text.experts * (1 - (1 - text.chosen / text.experts) ** rows)
+    read = text.experts * (1 - math.pow(1 - text.chosen / text.experts, rows))
     return always + text.sparse * read * expert
 
 
@@ -670,11 +672,8 @@ def _update_phase(setup: Setup) -> Phase:
     moved = 0.0
     if setup.trainers > 1 and not setup.sharded_weights:
         moved = 2 * setup.trainable * _trained_size(setup) / _link(setup)
-    return Phase("update", *(n for n in _scaled(_longest(memory_bandwidth=local, communication=moved), setup.steps)))
-
-
-def _scaled(found: tuple[float, str], times: float) -> tuple[float, str]:
-    return found[0] * times, found[1]
+    seconds, bound = _longest(memory_bandwidth=local, communication=moved)
+    return Phase("update", seconds * setup.steps, bound)
 
 
 def plan_time(setup: Setup) -> list[Phase]:
