@@ -180,7 +180,8 @@ class Setup:
     def micro_prompts(self) -> int:
         """Most distinct prompts that a micro-batch holds."""
         batch, group = self.per_device_train_batch_size, self.num_generations
-        return batch // group if batch % group == 0 else min(-(-batch // group) + (group % batch > 0), batch)
+        # It begins at any multiple of what divides both.
+        return -(-(group - math.gcd(batch, group) + batch) // group)
 
 
 def _check(setup: Setup) -> None:

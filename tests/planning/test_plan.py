@@ -291,3 +291,11 @@ def test_media_without_a_tower_are_refused():
     text = read_sizes(MODELS["Qwen/Qwen3-8B"], "Qwen/Qwen3-8B")
     with pytest.raises(PlanError, match="Qwen/Qwen3-8B has no tower for video: video_tokens must be 0"):
         Setup(text, GPUS["H100"], media=Media(8, 0))
+
+
+@pytest.mark.parametrize(("batch", "group"), [(8, 8), (4, 8), (3, 8), (12, 8), (6, 4), (16, 4), (5, 3)])
+def test_prompts_of_a_micro_batch(batch, group):
+    rows = [row // group for row in range(batch * group)]
+    counts = [len(set(rows[start : start + batch])) for start in range(0, len(rows), batch)]
+    options = {"num_generations": group, "per_device_train_batch_size": batch, "gradient_accumulation_steps": group}
+    assert Setup(OMNI_3B, GPUS["H100"], **options).micro_prompts == max(counts)
