@@ -45,7 +45,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.planning.catalogue import GPUS
-from maple_trl.planning.plan import Setup, micro_batch, pass_operations, training_moments
+from maple_trl.planning.duration import pass_operations
+from maple_trl.planning.memory import micro_batch, training_moments
+from maple_trl.planning.setup import Setup
 from maple_trl.planning.sizes import Media, ModelSizes, generation_work, read_sizes
 
 

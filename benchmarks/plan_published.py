@@ -22,7 +22,10 @@ from typing import Any
 from _plan_tables import table, write_tables
 
 from maple_trl.planning.catalogue import GPUS, MODELS, RATES
-from maple_trl.planning.plan import GIB, Setup, decode_step, make_plan, weight_bytes
+from maple_trl.planning.duration import decode_step
+from maple_trl.planning.memory import weight_bytes
+from maple_trl.planning.plan import make_plan
+from maple_trl.planning.setup import GIB, Setup
 from maple_trl.planning.sizes import Media, ModelSizes, Work, read_sizes
 
 

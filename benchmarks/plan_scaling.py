@@ -20,7 +20,8 @@ from typing import Any
 from _plan_tables import table, write_tables
 
 from maple_trl.planning.catalogue import GPUS, MODELS, RATES
-from maple_trl.planning.plan import GIB, Setup, make_plan
+from maple_trl.planning.plan import make_plan
+from maple_trl.planning.setup import GIB, Setup
 from maple_trl.planning.sizes import Media, read_sizes
 
 

@@ -16,7 +16,8 @@ from maple_trl.planning.catalogue import GPUS, MODELS, RATES, Gpu
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from maple_trl.planning.plan import Plan, Setup
+    from maple_trl.planning.plan import Plan
+    from maple_trl.planning.setup import Setup
     from maple_trl.planning.sizes import ModelSizes
 
 _EXAMPLES = """\
@@ -179,7 +180,7 @@ def read_setup(arguments: PlanArguments, card: CardArguments, rates: RateArgumen
     Raises:
         ValueError: for an unknown model or card, and for what contradicts itself.
     """
-    from maple_trl.planning.plan import PlanError, Setup
+    from maple_trl.planning.setup import PlanError, Setup
     from maple_trl.planning.sizes import Media
 
     own = vars(arguments)
@@ -228,7 +229,7 @@ def _trained_parts(arguments: PlanArguments) -> tuple[str, ...]:
 
 def _read_gpu(name: str, card: CardArguments) -> Gpu:
     from maple_trl.jobs.errors import did_you_mean
-    from maple_trl.planning.plan import PlanError
+    from maple_trl.planning.setup import PlanError
 
     found = next((gpu for known, gpu in GPUS.items() if known.lower() == name.lower()), None)
     if found is None:
@@ -265,7 +266,7 @@ def read_model(name: str) -> ModelSizes:
 
 def as_json(plan: Plan, changes: list[tuple[str, float]]) -> dict[str, Any]:
     """Return a plan as plain data: memory in bytes, times in seconds."""
-    from maple_trl.planning.plan import pass_operations
+    from maple_trl.planning.duration import pass_operations
 
     setup = plan.setup
     return {
@@ -331,7 +332,7 @@ def _print_model(plan: Plan, console: Console) -> None:
 def _print_memory(plan: Plan, changes: list[tuple[str, float]], console: Console) -> None:
     from rich.table import Table
 
-    from maple_trl.planning.plan import GIB
+    from maple_trl.planning.setup import GIB
 
     columns = {"training": plan.memory.training, "rollout": plan.memory.rollout}
     if plan.memory.server:

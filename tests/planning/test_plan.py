@@ -16,23 +16,18 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import linear_modules
 from maple_trl.planning.catalogue import GPUS, MODELS
-from maple_trl.planning.plan import (
-    DTYPES,
+from maple_trl.planning.duration import decode_step, pass_operations
+from maple_trl.planning.memory import (
     HEAD_WIDTH,
-    SHARDINGS,
-    PlanError,
-    Setup,
-    advise,
     cache_bytes,
-    decode_step,
     gradient_bytes,
     head_bytes,
-    make_plan,
     optimizer_bytes,
-    pass_operations,
     saved_bytes,
     weight_bytes,
 )
+from maple_trl.planning.plan import advise, make_plan
+from maple_trl.planning.setup import DTYPES, SHARDINGS, PlanError, Setup
 from maple_trl.planning.sizes import PARTS, Media, read_sizes
 
 
@@ -275,7 +270,11 @@ def test_an_engine_that_holds_no_completion_does_not_fit():
         ({"sharding": "zero4"}, "sharding must be one of none, zero2, zero3, fsdp, got 'zero4'"),
         ({"optim": "lion"}, "optim must be one of adamw, adamw_8bit, sgd"),
         ({"media": Media(4000, 200)}, "a prompt of 4096 tokens cannot hold 4000 of video and 200 of audio"),
+        ({"media": Media(-1, 0)}, "video_tokens must be at least 0, got -1"),
+        ({"media": Media(8, 0, 0, 224)}, "a frame must have pixels, got frame_height 0"),
         ({"trained": ()}, "nothing would be trained"),
+        ({"rates": {"compute_share": 0}}, r"compute_share must be in \(0, 1\], got 0"),
+        ({"rates": {"launch_layer_ms": -1}}, "launch_layer_ms must be 0 or more, got -1"),
         ({"rollout_gpus": 1, "gpus": 2}, "rollout_gpus .* goes with vllm_mode server alone"),
         ({"rollout": "vllm_server", "rollout_gpus": 2, "gpus": 2}, "leave at least one to train on"),
         ({"rollout": "vllm_colocate", "vllm_tensor_parallel_size": 2}, "1 cards cannot be divided into engines"),
