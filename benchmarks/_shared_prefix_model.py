@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.families import family_for
 from maple_trl.omni.families.base import OmniFamily
 from maple_trl.omni.lora import freeze
+from maple_trl.planning.sizes import Media, Work, read_sizes
 
 
 PROMPT_UNIT = 128
@@ -124,89 +124,15 @@ def make_prompt(core: nn.Module, family: OmniFamily, tokens: int, seed: int = 0)
     return EncodedPrompt(f"prompt-{seed}", ids, positions[:, 0], media, counts)
 
 
-# Operations: two for each multiplication with a weight, whose addition is the other
-
-
-@dataclass(frozen=True)
-class Work:
-    """Tokens that pass the language model, pairs of tokens in its attention, and tokens that pass its head."""
-
-    tokens: float
-    pairs: float
-    head: float
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.head + other.head)
-
-
-def plain_work(prompt: int, completion: int, group: int) -> Work:
-    """Each row by itself. Of a square of pairs half is looked at."""
-    length = prompt + completion
-    return Work(group * length, group * length**2 / 2, group * completion)
-
-
-def shared_work(prompt: int, completion: int, group: int) -> Work:
-    """The prompt once, each token of a completion once."""
-    pairs = prompt**2 / 2 + group * (completion * prompt + completion**2 / 2)
-    return Work(prompt + group * completion, pairs, group * completion)
-
-
-def generation_work(prompt: int, completion: int, group: int, shared: bool) -> Work:
-    """The prompt, of whose logits the last are needed, then token by token."""
-    times = 1 if shared else group
-    decoded = completion - 1  # the prompt gives the first token
-    pairs = times * prompt**2 / 2 + group * (decoded * prompt + decoded**2 / 2)
-    return Work(times * prompt + group * decoded, pairs, group * completion)
+# Operations
 
 
 def language_operations(config: Qwen2_5OmniThinkerConfig, work: Work) -> float:
-    text = config.get_text_config()
-    heads = text.num_attention_heads * (text.hidden_size // text.num_attention_heads)
-    keys = heads // text.num_attention_heads * text.num_key_value_heads
-    layer = 2 * text.hidden_size * (heads + keys) + 3 * text.hidden_size * text.intermediate_size
-    per_token, per_pair = 2 * layer * text.num_hidden_layers, 4 * heads * text.num_hidden_layers
-    return per_token * work.tokens + per_pair * work.pairs + 2 * text.hidden_size * text.vocab_size * work.head
+    return read_sizes(config.to_dict()).text.operations(work)
 
 
 def tower_operations(config: Qwen2_5OmniThinkerConfig, prompt: EncodedPrompt) -> float:
     """Both towers over a prompt's media."""
-    return _vision_operations(config.vision_config, prompt) + _audio_operations(config.audio_config, prompt)
-
-
-def _vision_operations(config, prompt: EncodedPrompt) -> float:
-    patches, patch = prompt.media["pixel_values_videos"].shape
-    frames, height, width = prompt.media["video_grid_thw"][0].tolist()
-    size, merge = config.hidden_size, config.spatial_merge_size
-    window = config.window_size // config.patch_size
-    parts = [
-        min(window, height - y) * min(window, width - x)
-        for y in range(0, height, window)
-        for x in range(0, width, window)
-    ]
-    full = len([layer for layer in config.fullatt_block_indexes if layer < config.depth])
-    pairs = frames * (full * (height * width) ** 2 + (config.depth - full) * sum(part**2 for part in parts))
-    layers = config.depth * (4 * size**2 + 3 * size * config.intermediate_size)
-    merged = size * merge**2
-    return (
-        2 * patches * (patch * size + layers)
-        + 4 * size * pairs
-        + 2 * patches / merge**2 * (merged**2 + merged * config.out_hidden_size)
-    )
-
-
-def _audio_operations(config, prompt: EncodedPrompt) -> float:
-    mel = prompt.media["input_features"].size(-1)
-    size, chunk = config.d_model, 2 * config.n_window
-    chunks = [min(chunk, mel - start) for start in range(0, mel, chunk)]
-    states = [-(-frames // 2) for frames in chunks]
-    # The convolutions read every chunk padded to the longest.
-    padded = len(chunks) * max(chunks)
-    convolutions = 2 * 3 * (padded * config.num_mel_bins * size + padded / 2 * size**2)
-    layers = config.encoder_layers * (4 * size**2 + 2 * size * config.encoder_ffn_dim)
-    attention = 4 * size * config.encoder_layers * sum(count**2 for count in states)
-    return (
-        convolutions
-        + 2 * sum(states) * layers
-        + attention
-        + 2 * prompt.media_tokens["audio"] * size * config.output_dim
-    )
+    patch = config.vision_config.patch_size
+    media = Media(prompt.media_tokens["video"], prompt.media_tokens["audio"], GRID[0] * patch, GRID[1] * patch)
+    return read_sizes(config.to_dict()).tower_operations(media)

@@ -20,6 +20,7 @@ from maple_trl.omni.prefix.shared_prefill import last_position_alone, share_pref
 from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache, run_tower
+from maple_trl.planning.sizes import generation_work, plain_work, shared_work
 
 
 BASELINES = ("trl", "rows")
@@ -196,9 +197,7 @@ def operations(group: Group, name: str, side: str, trains_towers: bool, checkpoi
     if name == "encode":
         return towers
     if name == "generate":
-        return towers + sizes.language_operations(
-            config, sizes.generation_work(prompt, length, count, shared=side in OURS)
-        )
-    work = (sizes.shared_work if side in OURS else sizes.plain_work)(prompt, length, count)
+        return towers + sizes.language_operations(config, generation_work(prompt, length, count, shared=side in OURS))
+    work = (shared_work if side in OURS else plain_work)(prompt, length, count)
     backward = (3 + checkpointing) if name == "train" else 1
     return (backward if trains_towers else 1) * towers + backward * sizes.language_operations(config, work)

@@ -15,6 +15,7 @@ from torch import Tensor
 from maple_trl.data.tiny_omni import build_processor
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.lora import freeze
+from maple_trl.planning.sizes import generation_work, plain_work, shared_work
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
 
@@ -125,9 +126,9 @@ def operations(trainer: BenchmarkTrainer, args: argparse.Namespace, side: str) -
     """Of a step: rollout, reference's pass, and forward and backward of the loss."""
     config, prompt, group = trainer.model.config, len(trainer.prompt), trainer.num_generations
     length, shared = trainer.args.max_completion_length, side == OURS
-    work = (sizes.shared_work if shared else sizes.plain_work)(prompt, length, group)
+    work = (shared_work if shared else plain_work)(prompt, length, group)
     passes = sizes.language_operations(config, work) * (1 + 3 + args.checkpointing)
-    rollout = sizes.language_operations(config, sizes.generation_work(prompt, length, group, shared))
+    rollout = sizes.language_operations(config, generation_work(prompt, length, group, shared))
     # Frozen towers' output is kept from the rollout on; else policy and reference need a pass in each phase.
     tower_passes = (1 + 1 + (3 + args.checkpointing if args.train_towers else 1)) if side == "trl" else 1
     if side != "trl" and args.train_towers:

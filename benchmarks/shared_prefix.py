@@ -64,6 +64,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import disable_progress_bar
 from trl.kernels import chunked_logprob
 
+from maple_trl.planning.sizes import Work
+
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 TIMED_PASSES = {"train": "train", "log_probs": "log-probs", "generate": "generation", "encode": "towers alone"}
@@ -190,8 +192,8 @@ def check_operations(args: argparse.Namespace) -> dict[str, float]:
     config, prefix = group.model.config, prompt - 1
     towers = sizes.tower_operations(config, group.prompt)
     heads = count * (prompt + length - 1 if args.head == "all" else length)
-    rows = sizes.Work(count * (prompt + length), count * (prompt + length) ** 2, heads)
-    packed = sizes.Work(prefix + count * length, prefix**2 + count * length * (prefix + length), count * length)
+    rows = Work(count * (prompt + length), count * (prompt + length) ** 2, heads)
+    packed = Work(prefix + count * length, prefix**2 + count * length * (prefix + length), count * length)
     computed = {
         "trl": count * towers + sizes.language_operations(config, rows),
         "rows": towers + sizes.language_operations(config, rows),

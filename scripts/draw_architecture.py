@@ -21,6 +21,7 @@ FOLDERS = {
     "files": "whole files, digests",
     "algorithms": "advantages, weights, curriculum, replay: pure",
     "metrics": "accuracy, gaps, intervals: pure",
+    "planning": "memory and time, computed: pure",
     "chat": "one client for judges and teachers",
     "omni": "media, prompts, model families",
     "records": "what runs write and others read",

@@ -12,8 +12,8 @@ import maple_trl
 
 
 ROOT = Path(maple_trl.__file__).parent
-ORDER = ["modalities", "files", "algorithms", "metrics", "chat", "omni", "records", "data", "rewards", "rollout"]
-ORDER += ["evaluation", "trainers", "reports", "integrations", "jobs", "cli"]
+ORDER = ["modalities", "files", "algorithms", "metrics", "planning", "chat", "omni", "records"]
+ORDER += ["data", "rewards", "rollout", "evaluation", "trainers", "reports", "integrations", "jobs", "cli"]
 MODULES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")

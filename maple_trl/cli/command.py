@@ -17,6 +17,7 @@ from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
 from maple_trl.cli.parity import run_parity
+from maple_trl.cli.plan import run_plan
 from maple_trl.cli.report import run_report
 from maple_trl.cli.vllm_serve import run_vllm_serve
 from maple_trl.jobs.errors import did_you_mean
@@ -40,6 +41,7 @@ _OWN_PARSER = {
     "eval": run_eval,
     "hints": run_hints,
     "parity": run_parity,
+    "plan": run_plan,
     "report": run_report,
     "vllm-serve": run_vllm_serve,
 }
@@ -90,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),
         ("parity", "compare what vLLM computes with what the trainer does"),
         ("vllm-serve", "start a vLLM server that samples completions for a training job"),
+        ("plan", "compute memory and time of a training job on given cards"),
     ):
         commands.add_parser(name, help=does, add_help=False, allow_abbrev=False)
     for name in [name for name in COMMANDS if name not in {*commands.choices, *_OWN_PARSER}]:

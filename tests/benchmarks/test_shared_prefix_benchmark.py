@@ -11,6 +11,8 @@ import programs
 import pytest
 import torch
 
+from maple_trl.planning.sizes import generation_work, plain_work, shared_work
+
 
 pytestmark = pytest.mark.slow
 
@@ -141,16 +143,15 @@ def test_completions_are_sampled_beside_gradient_checkpointing(script):
     assert group.model.training
 
 
-def test_bound_of_the_usual_sizes(script):
+def test_bound_of_the_usual_sizes():
     """By hand: P 1024, G 8. A pass over tokens alone saves G (P + R) / (P + G R); attention and head change it."""
-    sizes = script.sizes
-    plain, shared = sizes.plain_work(1024, 64, 8), sizes.shared_work(1024, 64, 8)
+    plain, shared = plain_work(1024, 64, 8), shared_work(1024, 64, 8)
     assert plain.tokens / shared.tokens == pytest.approx(8 * 1088 / 1536)
     assert plain.head == shared.head == 8 * 64
     assert plain.pairs == 8 * 1088**2 / 2
     assert shared.pairs == 1024**2 / 2 + 8 * (64 * 1024 + 64**2 / 2)
     # The first token comes with the prompt, so decoding passes one less; the last is never passed.
-    assert sizes.generation_work(1024, 64, 8, True).tokens == 1024 + 8 * 63
+    assert generation_work(1024, 64, 8, True).tokens == 1024 + 8 * 63
 
 
 def test_sweeps_are_drawn(tmp_path):

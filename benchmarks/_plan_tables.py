@@ -1,0 +1,31 @@
+"""Tables that benchmarks compute, in Markdown, and in the pages that show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def told(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
+    return "\n".join(lines + [f"| {' | '.join(told(value) for value in row.values())} |" for row in rows])
+
+
+def with_tables(text: str, tables: dict[str, list[dict[str, Any]]]) -> str:
+    """A page whose marked tables are those that are computed."""
+    for name, rows in tables.items():
+        begin, end = f"<!-- table {name} -->", "<!-- end -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(end, 1)
+        text = f"{before}{begin}\n{table(rows)}\n{end}{after}"
+    return text
+
+
+def write_tables(page: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
