@@ -129,7 +129,9 @@ def main(words: list[str] | None = None) -> None:
         found[side] = {"median": statistics.median(values), "least": min(values), "most": max(values)}
     for side, value in found.items():
         times = value["median"] / found["rows"]["median"]
-        print(f"{side:8s} {value['median']:8.1f} tokens/s [{value['least']:.1f}, {value['most']:.1f}]   {times:5.2f} x rows")
+        print(
+            f"{side:8s} {value['median']:8.1f} tokens/s [{value['least']:.1f}, {value['most']:.1f}]   {times:5.2f} x rows"
+        )
     if args.json:
         packages = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
         options = {name: value for name, value in vars(args).items() if name != "json"}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from jobs.runner import Job, changes, facts, weights, write_inputs
 from stand_in_server import StandIn
 from tiny_models import save_tiny
 from vllm_runs import BOUND, build, one_of_each
@@ -154,3 +155,25 @@ def test_where_there_is_no_such_server(clips, tmp_path):
             run("grpo", (clips[0], dataset), tmp_path, server, model=model, per_device_train_batch_size=4)
     with pytest.raises(EngineError, match="was not to be reached for 1 seconds"):
         run("grpo", clips, tmp_path, server, vllm_server_timeout=1.0)
+
+
+def test_ranks_share_a_server_and_its_end(tmp_path):
+    """Each sends its own prompts; one hands over the weights; what one is told ends all, at the same step."""
+    rows = write_inputs(tmp_path)
+    with StandIn(str(tmp_path / "model")) as server:
+        server.choose = lambda number, row: 500 if server.syncs == 4 and number % 2 else None
+        where = {
+            "use_vllm": True,
+            "vllm_mode": "server",
+            "vllm_server_base_url": server.url,
+            "vllm_server_timeout": 20.0,
+        }
+        options = {**where, "max_steps": 2, "save_strategy": "no", "max_completion_length": 4}
+        runs = [{"name": name, "options": options} for name in ("whole", "broken")]
+        out = Job(2, tmp_path, "out", rows, runs).wait()
+    assert server.syncs == 4
+    assert all(facts(out, "whole", rank)["error"] is None for rank in (0, 1))
+    one, other = (weights(out, "whole", rank) for rank in (0, 1))
+    assert equal(one, other) and any(value.abs().max() > 0 for value in changes(out, "whole").values())
+    told = [facts(out, "broken", rank)["error"] for rank in (0, 1)]
+    assert all("answered /maple_trl/sample with 500" in text and "Stopped after step 1" in text for text in told)
