@@ -2,7 +2,7 @@
 What `maple-trl plan` computes against what this machine measures: memory of training, time of passes, decoding of clips.
 
     python benchmarks/plan_points.py --json plan_points.json
-    python benchmarks/plan_points.py --parts clips --clips shared/data/daily_omni/Videos
+    python benchmarks/plan_points.py --parts clips --clips Daily-Omni/Videos
 
 **Memory** is what PyTorch's allocator holds at most during forward and backward of GRPO's loss (its own profiler counts
 every allocation), against the largest of the moments that the plan counts. Nothing is fitted to it. TRL's head makes copies

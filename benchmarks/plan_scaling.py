@@ -116,7 +116,7 @@ def split() -> list[dict[str, Any]]:
 def decoders(seconds: float) -> list[dict[str, Any]]:
     """Processes that decode a node's clips, so that no step waits for them."""
     rows = []
-    for clip in (seconds, 3 * seconds, 10 * seconds):
+    for clip in (seconds, 10 * seconds, 30 * seconds):
         alone = make_plan(replace(BASE, gpus=8, rates={"decode_seconds": 0}))
         prompts = alone.setup.prompts * 8
         needed = prompts * clip / alone.seconds
