@@ -154,7 +154,7 @@ class OmniVLLMGeneration(VLLMGeneration):
             sampled = self._sample_anew(lambda: self._checked(unique, self._sample(rows, counts)))
         left = [iter(found.completions) for found in sampled]
         self.failed = {row: failure for row, i in enumerate(order) if (failure := sampled[i].failure) is not None}
-        nothing = [self.ends[0]], [float("nan")]
+        nothing = [self.ends[0] if self.ends else 0], [float("nan")]
         completions = [nothing if row in self.failed else next(left[i]) for row, i in enumerate(order)]
         ids = [list(tokens) for tokens, _ in completions]
         logprobs = [[[value] for value in values] for _, values in completions]
