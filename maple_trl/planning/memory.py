@@ -17,7 +17,7 @@ HEAD_TOKENS, HEAD_WIDTH = 4096, 32_768
 """A tile of logits of TRL's head (`trl.kernels.chunked_logprob`): tokens, and entries of the vocabulary."""
 
 _DEEPSPEED_BUCKETS = 2 * 500_000_000  # elements of the two that ZeRO-2 keeps
-_ATTENTION_COPIES = ("sdpa", "flash_attention_2")
+_ATTENTION_COPIES = ("flash_attention_2",)
 """Kinds of attention that copy a shared prompt's keys for each completion."""
 
 

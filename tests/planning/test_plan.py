@@ -80,6 +80,7 @@ def test_weights_gradients_optimizer_and_cache_of_a_step(seven_tags, rank):
                 (cache.get_seq_length(), size_of(s for layer in cache.layers for s in (layer.keys, layer.values)))
             )
 
+    trainer._agree_on_sharing()  # on a prompt of its own
     handle = family.core(trainer.model).language_model.register_forward_hook(keep)
     trainer.train()
     handle.remove()
