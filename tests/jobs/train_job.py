@@ -23,16 +23,18 @@ knew and trained on) and `NAME-RANK.safetensors` (the trained weights, and under
 """
 
 import json
+import os
 import random
 import shutil
 import sys
 import time
 import zlib
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -51,6 +53,7 @@ from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, OmniGRPOTrainer
 
 
+SHARDED = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 DEFAULTS = {
     "num_frames": 4,
     "min_pixels": 1024,
@@ -291,7 +294,19 @@ TRAINERS = {
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight of which each rank may have a part."""
+    if hasattr(weight, "full_tensor"):
+        return weight.detach().full_tensor().clone()
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight.detach().clone()
 
 
 def copy_checkpoint(source: Path, to: Path, without: str | None) -> None:
@@ -311,7 +326,7 @@ def do(run: dict, plan: dict) -> None:
     args = config_class(**{**options, **run.get("options", {})})
     set_seed(7)  # adapters are drawn at random
     checksums = Checksums()
-    model, kwargs = path, {"callbacks": [checksums]}
+    model, kwargs = path, {"callbacks": [] if SHARDED else [checksums]}
     if "dtype" in run or run.get("lora"):
         model = load_model(path, dtype=run.get("dtype", "float32"))
     if run.get("lora"):
@@ -367,7 +382,24 @@ def do(run: dict, plan: dict) -> None:
     (out / f"{run['name']}-{rank}.json").write_text(json.dumps(result))
 
 
+def begin() -> None:
+    """
+    Joins the ranks where a collective call may take `COLLECTIVE_TIMEOUT` seconds, and has accelerate shard a model over
+    processes of a CPU, which it does for those of GPUs alone.
+    """
+
+    torch.distributed.set_debug_level_from_env()
+    if "COLLECTIVE_TIMEOUT" in os.environ and "RANK" in os.environ:
+        timeout = timedelta(seconds=float(os.environ["COLLECTIVE_TIMEOUT"]))
+        torch.distributed.init_process_group("gloo", timeout=timeout)
+    if SHARDED:
+        DEFAULTS.update(use_cpu=False, ddp_backend="gloo")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
 if __name__ == "__main__":
+    begin()
     plan = json.loads(Path(sys.argv[1]).read_text())
     Path(plan["out"]).mkdir(parents=True, exist_ok=True)
     for run in plan["runs"]:
