@@ -234,7 +234,8 @@ def stand_in(server: Mapping[str, Any]) -> None:
         mock.patch.object(forkserver.ForkServer, "ensure_running"),
         mock.patch.object(forkserver, "ensure_running"),
     ):
-        program = Program([word for word in sys.argv[1:] if word != "-u"], output)
+        told = {name: os.environ[name] for name in ON_CPU}  # which the launcher may have set otherwise
+        program = Program([word for word in sys.argv[1:] if word != "-u"], output, variables=told)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 - program.kill()))
     status = program.wait()
     sys.exit(status if status >= 0 else 128 - status)

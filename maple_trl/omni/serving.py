@@ -91,6 +91,7 @@ def _merged_inputs(
     """Return arguments for the core's forward: embeddings with audio in place, and vision features per row."""
     token_embeddings = embeddings = core.get_input_embeddings()(input_ids)
     inputs: dict = {}
+    unneeded: list[Tensor] = []
     for kind in family.placeholder_ids:
         holders = [row for row in rows if kind in row.kinds]
         if holders:
@@ -106,7 +107,11 @@ def _merged_inputs(
             else:
                 inputs["mm_encoder_outputs"] = {"video": _video_per_row(features)}
         elif touch_all_towers:
-            embeddings = embeddings + 0.0 * family.dummy_output(core, kind).to(embeddings.dtype)
+            unneeded.append(family.dummy_output(core, kind))
+    for (
+        output
+    ) in unneeded:  # after what is needed, so that the backward pass takes towers and embeddings in the same order
+        embeddings = embeddings + 0.0 * output.to(embeddings.dtype)
     if embeddings is not token_embeddings:
         inputs["inputs_embeds"] = embeddings
         if "mm_encoder_outputs" not in inputs:

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class Job:
     Args:
         launcher: on how many processes, or the arguments of a launcher that starts them.
         distributed: whether a single process is one of a distributed program, as `torchrun --nproc_per_node 1` starts it.
+        variables: of its environment.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Job:
         rows: list[dict],
         runs: list[dict],
         distributed: bool = False,
+        variables: Mapping[str, str] | None = None,
     ):
+        variables = dict(variables or {})
         self.out = folder / out
         self.out.mkdir()
         plan = {"rows": rows, "model": str(folder / "model"), "media_root": str(folder / "media")}
@@ -66,10 +69,10 @@ class Job:
         plan_file.write_text(json.dumps({**plan, "out": str(self.out), "runs": runs}))
         self.log = folder / f"{out}.log"
         if isinstance(launcher, list):
-            variables = {"PYTHON_EXEC": str(write_stand_in(folder))}
+            variables["PYTHON_EXEC"] = str(write_stand_in(folder))
             self.process = Program([*launcher, JOB, plan_file], self.log, variables=variables)
         else:
-            self.process = Ranks(launcher, [JOB, plan_file], self.log, distributed=distributed)
+            self.process = Ranks(launcher, [JOB, plan_file], self.log, variables, distributed=distributed)
 
     def kill(self) -> int:
         """SIGKILL for the job and all that it started; returns the exit status."""

@@ -16,6 +16,8 @@ has a `name` and may have
     copies            a checkpoint of an earlier run, `NAME/checkpoint-N`, that is first copied into `output_dir`
     without           a file that the copy lacks
     unsynced          never average gradients over the ranks
+    stays_away        a rank that does not come to the second rollout
+    undone            a function of `media_trainer` that does nothing in this run
 
 Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass and in how many of them
 rows shared their prompt, checksums of weights and of optimizer state after each step, error; what a MAPO or AVATAR trainer
@@ -23,26 +25,31 @@ knew and trained on) and `NAME-RANK.safetensors` (the trained weights, and under
 """
 
 import json
+import os
 import random
 import shutil
 import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
+from watchdog import Watchdog
 
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.trainer import AvatarTrainer
+from maple_trl.trainers.common import media_trainer
 from maple_trl.trainers.common.checkpoint import ResumeError
 from maple_trl.trainers.common.run_errors import RunStoppedError
 from maple_trl.trainers.mapo.config import MAPOConfig
@@ -51,6 +58,7 @@ from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, OmniGRPOTrainer
 
 
+SHARDED = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 DEFAULTS = {
     "num_frames": 4,
     "min_pixels": 1024,
@@ -147,7 +155,8 @@ class Hold(TrainerCallback):
 
     def on_substep_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            self.marker.touch()
+            if state.is_world_process_zero:  # which is the last to have finished the checkpoint
+                self.marker.touch()
             time.sleep(600)
 
 
@@ -178,6 +187,8 @@ class Watched:
     comparing = False  # whether prompts can be shared
 
     def encode_rows(self, rows):
+        if self.run.get("stays_away") == self.accelerator.process_index and self.state.global_step:
+            time.sleep(600)
         used, prompts = super().encode_rows(rows)
         self.used = [*getattr(self, "used", []), [row["id"] for row in used]]
         return used, prompts
@@ -291,7 +302,19 @@ TRAINERS = {
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight of which each rank may have a part."""
+    if hasattr(weight, "full_tensor"):
+        return weight.detach().full_tensor().clone()
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight.detach().clone()
 
 
 def copy_checkpoint(source: Path, to: Path, without: str | None) -> None:
@@ -311,7 +334,7 @@ def do(run: dict, plan: dict) -> None:
     args = config_class(**{**options, **run.get("options", {})})
     set_seed(7)  # adapters are drawn at random
     checksums = Checksums()
-    model, kwargs = path, {"callbacks": [checksums]}
+    model, kwargs = path, {"callbacks": [] if SHARDED else [checksums]}
     if "dtype" in run or run.get("lora"):
         model = load_model(path, dtype=run.get("dtype", "float32"))
     if run.get("lora"):
@@ -342,8 +365,10 @@ def do(run: dict, plan: dict) -> None:
     result = {"rank": rank, "world": world, "backend": None, "error": None}
     if world > 1:
         result["backend"] = torch.distributed.get_backend()
+    undone = {run["undone"]: lambda *_: None} if "undone" in run else {}
     try:
-        trainer.train(resume_from_checkpoint=run.get("resume"))
+        with mock.patch.dict(vars(media_trainer), undone):
+            trainer.train(resume_from_checkpoint=run.get("resume"))
     except (ResumeError, RunStoppedError) as error:
         result["error"] = str(error)
     result |= {
@@ -358,6 +383,7 @@ def do(run: dict, plan: dict) -> None:
         "asked": getattr(trainer, "asked", []),
         "missing": sorted([*key, count] for key, count in trainer.missing_rewards.items()),
     }
+    result["cpu"] = time.process_time()
     result["find_unused"] = getattr(trainer.model_wrapped, "find_unused_parameters", None)
     after = trainable(trainer.accelerator.unwrap_model(trainer.model))
     save_file(
@@ -367,10 +393,24 @@ def do(run: dict, plan: dict) -> None:
     (out / f"{run['name']}-{rank}.json").write_text(json.dumps(result))
 
 
-if __name__ == "__main__":
+def shard_on_cpu() -> None:
+    """Has accelerate shard a model over processes of a CPU, which it does over those of GPUs alone."""
+    DEFAULTS.update(use_cpu=False, ddp_backend="gloo")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     Path(plan["out"]).mkdir(parents=True, exist_ok=True)
     for run in plan["runs"]:
         do(run, plan)
+
+
+if __name__ == "__main__":
+    if SHARDED:
+        shard_on_cpu()
+    with Watchdog(float(os.environ["WATCHDOG"])) if "WATCHDOG" in os.environ else nullcontext():
+        main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

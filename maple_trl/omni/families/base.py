@@ -118,12 +118,14 @@ class OmniFamily(PromptEncoder):
         placeholders: the token that stands for one feature, per kind of media (`video`, `audio`).
         media_tokens: every special token that must not be sampled in a completion.
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
+        unread: ends of the names of weights that no pass reads.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     placeholders: ClassVar[dict[str, str]] = {}
     media_tokens: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[dict[str, str]] = {}
+    unread: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, processor):
         self.config = model.config
@@ -339,6 +341,10 @@ class OmniFamily(PromptEncoder):
     def scope_of(self, module_name: str) -> str | None:
         """Return the part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
         return _scope_of(tuple(self.scopes.items()), module_name)
+
+    def is_unread(self, weight_name: str) -> bool:
+        """Return whether no pass reads this weight, so that it has no gradient."""
+        return weight_name.endswith(self.unread)
 
 
 def mean_steps(seconds: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Qwen2_5OmniFamily(OmniFamily):
         "audio": r"(^|\.)audio_tower\.",
         "llm": r"(^|\.)language_model\.",
     }
+    unread = ("audio_tower.audio_bos_eos_token.weight",)
     interleaves_audio = True
 
     def processor_kwargs(self, videos, audios, interleaved):

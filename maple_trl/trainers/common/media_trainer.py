@@ -36,6 +36,7 @@ from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts
 from maple_trl.trainers.common.rows import RowEncoder
 from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError
 from maple_trl.trainers.common.run_summary import Note, RunTally, make_note, quarantine_notes, unseen_note
+from maple_trl.trainers.common.sharding import check_awaited, keep_head_whole, name_present_layers
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class MediaTrainer:
         """Make what reads the rows' media, before the parent's constructor."""
         self.family = family_for(model, processor)
         self.family.check_pixels(args.max_pixels)
+        self._leave_unread(model)
+        name_present_layers(unwrap(model))
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         if reentrant and args.ddp_find_unused_parameters is None:
             # Transformers has DDP look for unused parameters where the model has adapters, which fails with reentrant
@@ -77,6 +80,13 @@ class MediaTrainer:
             most_lost=args.max_quarantined_share,
         )
 
+    def _leave_unread(self, model: nn.Module) -> None:
+        """Freeze weights that no pass reads: DDP would wait for their gradients, and ZeRO would let them decay."""
+        for name, weight in unwrap(model).named_parameters():
+            if weight.requires_grad and self.family.is_unread(name):
+                logger.info("%s stays as it is: no pass of the model reads it", name)
+                weight.requires_grad_(False)
+
     def _keep_savable(self) -> None:
         """Make the model's generation config savable, in which the parent's constructor has set tokens."""
         model = unwrap(self.model)
@@ -85,8 +95,7 @@ class MediaTrainer:
 
     def _make_tower_cache(self) -> TowerCache | None:
         args = self.args
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank sees whole weights
-        if self.family is None or sharded or not (args.encoder_cache_bytes or args.encoder_cache_dir):
+        if self.family is None or self._spread or not (args.encoder_cache_bytes or args.encoder_cache_dir):
             return None
         return TowerCache(
             args.encoder_cache_bytes,
@@ -170,6 +179,8 @@ class MediaTrainer:
         return self.state.global_step - self._first_step
 
     def _get_grad_norm(self, model, grad_norm=None):
+        if not self.steps_made:
+            check_awaited(model)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None:
             value = norm.item() if isinstance(norm, torch.Tensor) else norm
@@ -184,13 +195,18 @@ class MediaTrainer:
         )
 
     @property
-    def _touch_all_towers(self) -> bool:
-        """Whether all ranks must run the same towers: their parameters are sharded, or DDP waits for each gradient."""
+    def _spread(self) -> bool:
+        """Whether each rank keeps but a part of the weights."""
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return self.is_fsdp_enabled or zero3
+
+    @property
+    def _touch_all_towers(self) -> bool:
+        """Whether all ranks must run the same towers: weights or gradients are sharded, or DDP waits for each gradient."""
         # A launcher makes a single process distributed too.
         distributed = self.accelerator.distributed_type != DistributedType.NO
         waits = distributed and not self.args.ddp_find_unused_parameters
-        return self.is_fsdp_enabled or zero3 or waits
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or waits
 
     @torch.no_grad()
     def generate_completions(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> list[str | None]:
@@ -283,6 +299,13 @@ class MediaTrainer:
         if not self.steps_made:
             logger.warning("%s: no step was left to make", resume_from_checkpoint)
         return output
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.family is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            keep_head_whole(unwrap(model), self.family.core(model))
+        return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = self.optimizer
@@ -407,7 +430,8 @@ class MediaTrainer:
         They differ for omni and vision-language models, and the parent passes over names that it does not find.
         Returns False where the parent must do it: adapters, and weights that are sharded over processes.
         """
-        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel) or sharded:
             return False
         kinds = {parameter.dtype for parameter in model.parameters()}
         # One part may be kept in float32: reading it as the rest would round it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,15 @@ from trl.trainer.utils import shuffle_sequence_dict
 
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.trainers.common.batch import NUMBER_KEY, PROMPTS_KEY, REPLAYED_KEY, TAG_KEY, Batch
+from maple_trl.trainers.common.checkpoint import LostPromptsError
 from maple_trl.trainers.common.tag_metrics import UNTAGGED
 
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
+
+logger = logging.getLogger(__name__)
 
 Exchange = Callable[[dict[int, Batch]], list[Batch | None]]
 
@@ -72,22 +76,49 @@ def exchange_rows(
     """
     Send rows to other ranks; a collective call.
 
+    Media are not sent but decoded again, by the prompts' keys. Only those that cannot be any more are sent after all, by the
+    ranks that have them.
+
     Returns:
-        the rows that each rank sent to this one, `None` where it sent none. Media are not sent but decoded again, by the prompts' keys.
+        the rows that each rank sent to this one, `None` where it sent none.
     """
-    packed = {}
+    packed: dict[int, dict] = {}
+    held: dict[str, EncodedPrompt] = {}
     for to, rows in parcels.items():
         packed[to] = {name: value.cpu() if torch.is_tensor(value) else value for name, value in rows.items()}
         if rows.prompts is not None:
             packed[to][PROMPTS_KEY] = [prompt.key for prompt in rows.prompts]
+            held |= {prompt.key: prompt for prompt in rows.prompts}
     received = [sent.get(accelerator.process_index) for sent in gather_object([packed])]
-    return [None if rows is None else _unpacked(rows, accelerator.device, prompts_by_key) for rows in received]
+    keys = [key for rows in received if rows is not None for key in rows.get(PROMPTS_KEY, ())]
+    shown = _shown_again(keys, held, prompts_by_key)
+    return [None if rows is None else _unpacked(rows, accelerator.device, shown) for rows in received]
 
 
-def _unpacked(rows: dict, device: torch.device, prompts_by_key: Callable) -> Batch:
+def _shown_again(
+    keys: list[str], held: dict[str, EncodedPrompt], prompts_by_key: Callable
+) -> dict[str, EncodedPrompt]:
+    """Return the prompts with these keys, those whose media have gone from the ranks that hold them; a collective call."""
+    shown, lost = {}, []
+    for key in dict.fromkeys(keys):
+        try:
+            (shown[key],) = prompts_by_key([key])
+        except LostPromptsError as error:
+            lost.append(key)
+            logger.warning(
+                "Another process hands over what it has read, for rows of it are trained on here: %s", error
+            )
+    wanted = set(gather_object(lost))
+    if wanted:
+        for sent in gather_object([{key: held[key] for key in wanted & held.keys()}]):
+            shown |= {key: prompt for key, prompt in sent.items() if key in lost}
+    return shown
+
+
+def _unpacked(rows: dict, device: torch.device, prompts: dict[str, EncodedPrompt]) -> Batch:
     batch = Batch({name: value.to(device) if torch.is_tensor(value) else value for name, value in rows.items()})
     if PROMPTS_KEY in batch:
-        batch[PROMPTS_KEY] = prompts_by_key(batch[PROMPTS_KEY])
+        batch[PROMPTS_KEY] = [prompts[key] for key in batch[PROMPTS_KEY]]
     return batch
 
 

@@ -78,6 +78,7 @@ from maple_trl.trainers.common.run_errors import EngineLostError
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
 from maple_trl.trainers.common.sampling_checks import MOST_DIFFERENCE, ratio_metrics
+from maple_trl.trainers.common.sharding import held_back
 from maple_trl.trainers.common.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
@@ -551,7 +552,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _begin_counts(self, args: OmniGRPOConfig) -> None:
         self._missing = MissingRewards(args.process_index == 0)
-        self._step_counts = False
+        self._step_counts = self._pass_made = False
 
     @property
     def missing_rewards(self) -> Counter[tuple[str, str]]:
@@ -913,6 +914,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if not inputs["completion_ids"].size(0):  # a rank that is short of rows
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        self._pass_made = True
         inputs = Batch(inputs)
         scale = float(inputs[SCALE_KEY][0]) if SCALE_KEY in inputs else 1.0
         self._step_counts |= self.model.training and scale > 0
@@ -927,7 +929,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """Take down what a training pass has shown, before its backward pass."""
 
     def training_step(self, model, inputs, num_items_in_batch):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._pass_made = False
+        with held_back(self.accelerator, lambda: self._pass_made, lambda: self._step_counts):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.on_optimizer_step()
             self._step_counts = False
@@ -938,7 +942,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         """
         See the gradients of an optimizer step: the hook that is called on every rank before its update.
 
-        The last backward pass of the step has been made. What overrides it calls it as well.
+        The last backward pass of the step has been made, and with DeepSpeed its update too. What overrides it calls it as well.
         """
         if not self._step_counts:
             self._forget_gradients()

@@ -253,7 +253,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
     # Generation
 
     def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
-        if self._touch_all_towers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self._spread:
             raise ValueError("generate_completions cannot sample from a model that is spread over processes")
         if not prompts:
             return []
