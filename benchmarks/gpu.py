@@ -57,6 +57,7 @@ from transformers.utils.logging import disable_progress_bar
 from maple_trl.data.tiny_omni import build_processor
 from maple_trl.omni.prefix import packed_attention
 from maple_trl.omni.prefix.packed_attention import PackedLayout, packed_flex, packed_sdpa
+from maple_trl.planning.sizes import generation_work, plain_work, shared_work
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
 
@@ -310,8 +311,8 @@ def step_operations(trainer: steps.BenchmarkTrainer, shared: bool) -> float:
     """Of the rollout, and of the loss with gradient checkpointing; what the towers make is known after the rollout."""
     config, prompt, group = trainer.model.config, len(trainer.prompt), trainer.num_generations
     length = trainer.args.max_completion_length
-    work = (sizes.shared_work if shared else sizes.plain_work)(prompt, length, group)
-    rollout = sizes.generation_work(prompt, length, group, shared)
+    work = (shared_work if shared else plain_work)(prompt, length, group)
+    rollout = generation_work(prompt, length, group, shared)
     return (
         sizes.tower_operations(config, trainer.prompt)
         + sizes.language_operations(config, rollout)
