@@ -167,11 +167,16 @@ def test_sums_survive_fusing_and_show_any_step(which, step):
 
 
 def test_sampling_options_of_both_names():
-    given_ = {"stop_strings": ["</a>"], "min_new_tokens": 2, "suppress_tokens": [7], "logit_bias": {3: 1.0}, "seed": 5}
+    given_ = {
+        "stop_strings": ["</a>"],
+        "min_new_tokens": 2,
+        "suppress_tokens": [7],
+        "logit_bias": {3: 1.0},
+        "bad_words": None,
+    }
     assert vllm_options(given_, [8], [1, 0]) == {
         "stop": ["</a>"],
         "min_tokens": 2,
-        "seed": 5,
         "logit_bias": {3: 1.0, 7: -100.0, 8: -100.0},
         "stop_token_ids": [0, 1],
     }
@@ -192,6 +197,26 @@ def test_sampling_options_of_both_names():
             "a server is given them where it is started",
         ),
         ({"vllm_request_timeout": 0}, "vllm_request_timeout must be above 0"),
+        ({"vllm_server_timeout": float("nan")}, "vllm_server_timeout must be above 0"),
+        # The same numbers on every rank and in every rollout.
+        ({"generation_kwargs": {"seed": 5}}, "vLLM rollouts do not know 'seed'"),
+        ({"generation_kwargs": {"presence_penalty": 5}}, "presence_penalty must be a number from -2 to 2, got 5"),
+        ({"generation_kwargs": {"stop_strings": ""}}, "stop_strings must be a text or a list of texts, got ''"),
+        ({"generation_kwargs": {"stop": "a", "stop_strings": "b"}}, "stop_strings and stop are one option"),
+        ({"generation_kwargs": {"min_tokens": 9}}, "min_new_tokens=9 is above max_completion_length=8"),
+        ({"generation_kwargs": {"stop": "a"}, "mask_truncated_completions": True}, "use one of the two"),
+        ({"vllm_importance_sampling_mode": "tokens"}, "vllm_importance_sampling_mode must be one of 'token_truncate'"),
+        (
+            {"vllm_importance_sampling_clip_min": 3.0, "vllm_importance_sampling_clip_max": 2.0},
+            "clip_min=3.0 is above vllm_importance_sampling_clip_max=2.0",
+        ),
+        ({"vllm_gpu_memory_utilization": 60}, "vllm_gpu_memory_utilization must be a share"),
+        (
+            {"max_prompt_length": 1020},
+            r"vllm_max_model_length=1024 does not hold .*max_prompt_length=1020 \+ max_comp",
+        ),
+        ({"vllm_max_model_length": 8}, "vllm_max_model_length=8 does not hold a prompt"),
+        ({"vllm_engine_options": {"pipeline_parallel_size": 2}}, "vllm_engine_options: pipeline_parallel_size is set"),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path):
