@@ -42,6 +42,7 @@ from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from maple_trl.rollout.engine import Completions, EngineError
 from maple_trl.rollout.engine_models import engine_model
+from maple_trl.rollout.sampling_options import vllm_options
 from maple_trl.rollout.vllm_engine import generation_class
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.batch import (
@@ -207,8 +208,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self.engine = self._make_engine()
         if self.use_vllm and self._cuts_sampling:
             logger.warning(
-                "top_p, top_k, min_p and repetition_penalty change what vLLM samples from, and not what is trained: the "
-                "importance ratios are of two different distributions, below 1 on average (tag/all/importance_ratio)"
+                "top_p, top_k, min_p, repetition_penalty and generation_kwargs change what vLLM samples from, and not what is "
+                "trained: the importance ratios are of two different distributions, below 1 on average "
+                "(tag/all/importance_ratio)"
             )
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
@@ -374,7 +376,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     @property
     def _cuts_sampling(self) -> bool:
         """Whether tokens are left out of what is sampled from, which makes those that are left more probable."""
-        return bool(self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1)
+        further = dict(self.args.generation_kwargs or {})
+        if self.family is not None and set(further.get("suppress_tokens") or ()) <= set(self.family.suppressed_ids):
+            further.pop("suppress_tokens", None)  # media tokens, which have next to no weight
+        further = {name for name, value in further.items() if value and name not in ("stop", "stop_strings")}
+        return bool(self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1 or further)
 
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
@@ -419,8 +425,18 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _vllm_generation(self, args: OmniGRPOConfig) -> Callable[..., Any] | None:
         """Return what makes TRL's access to vLLM; `None` for TRL's own, which takes no media."""
-        if not args.use_vllm or self.family is None:
+        if not args.use_vllm:
             return None
+        if self.family is None:
+            if args.vllm_engine_options:
+                raise ValueError(
+                    "vllm_engine_options: TRL starts the engine of a text-only model, and takes none of them"
+                )
+            return None
+        if args.vllm_model_impl not in ("auto", "vllm"):
+            raise ValueError(
+                f"vllm_model_impl={args.vllm_model_impl!r}: prompts with media take vLLM's own models ('auto')"
+            )
         engine_model(self.family.config.model_type, args.device.type)
         own = {"engine_options": args.vllm_engine_options or {}} if args.vllm_mode == "colocate" else {}
         if args.vllm_mode == "server":
