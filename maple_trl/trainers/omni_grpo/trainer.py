@@ -482,7 +482,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._flight.failed = dict(self.engine.failed)
         return completions
 
-    def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
+    def _sample(self, prompts: list[EncodedPrompt]) -> list[str | None]:
         idle = not prompts
         if idle and self.accelerator.num_processes == 1:
             return []
@@ -491,7 +491,13 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         with self._in_flight(InFlight(prompts)):
             prompt_ids, _, fields = self._tokenize_prompts([])
             ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
-        return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        if idle:
+            return []
+        failed = self.engine.failed
+        for row, reason in failed.items():
+            logger.warning("Prompt %s gets no answer: %s", prompts[row].key, reason)
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        return [None if row in failed else text for row, text in enumerate(texts)]
 
     # Rewards
 
