@@ -362,7 +362,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         Raises:
             EngineError: when they differ by more than rounding and sampling options explain.
         """
-        counted = mask.bool() & ~sampled.isnan()
+        counted = mask.bool() & ~(logps - sampled).isnan()
         difference = torch.where(counted, (logps - sampled).abs(), 0.0).double()
         total, tokens = self._all_reduce(torch.stack([difference.sum(), counted.sum().double()])).tolist()
         mean = total / max(tokens, 1.0)
