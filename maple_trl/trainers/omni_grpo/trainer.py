@@ -171,11 +171,15 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
         self._engine_is_known = False
+        self._before_rollout: list[Callable[[], None]] = []  # what puts state back that a rollout under way has moved
         self._stream_after_step = torch.get_rng_state()
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(args)
         if isinstance(processing_class, PreTrainedTokenizerBase):
             check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+            if args.use_vllm:  # TRL hands them on as they are
+                options = vllm_options(args.generation_kwargs or {}, (), ())
+                args.generation_kwargs = {name: value for name, value in options.items() if value}
         else:
             self._prepare_media(model, processing_class, args)
             self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out
@@ -296,6 +300,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         flight: UpdatesInFlight = self._flight
+        if self.use_vllm and self.model.training:
+            self._before_rollout = [part.snapshot() for part in self.state_parts()]
         for r in self._rounds(inputs):
             flight.rounds.append(r)
         if self.model.training:
@@ -303,6 +309,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             assigned = self.assign(flight.rollout)
             if assigned is not None:
                 self._take_over(flight, assigned)
+        self._before_rollout = []
         return flight.rounds[0].batch
 
     def _rounds(self, inputs: list[dict[str, Any]]) -> Iterator[Round]:
@@ -997,11 +1004,24 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     # State
 
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
+        self._distrust_engine()
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._distrust_engine()
+
+    def _distrust_engine(self) -> None:
+        """Let an engine be given the weights before it samples again, though no step was made since it got some."""
+        self._last_loaded_step = -1  # TRL's
+
     def train(self, *args, **kwargs):
+        self._distrust_engine()  # another run's steps have the same numbers
         # A run before this one may have stopped within a rollout.
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(self.args)
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._before_rollout = 0, None, []
         self.rollout_log.begin()
         try:
             return super().train(*args, **kwargs)
@@ -1018,6 +1038,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if not is_complete(folder):
             # Batches of the next step have been drawn since; a run that goes on draws them again.
             torch.set_rng_state(self._stream_after_step)
+            for put_back in self._before_rollout:
+                put_back()
             self._save_checkpoint(self.model, trial=None)
         return f"Stopped after step {step}; its checkpoint is in {folder}. {again}"
 
