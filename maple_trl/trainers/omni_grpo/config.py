@@ -122,19 +122,11 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         for name in ("vllm_request_timeout", "vllm_server_timeout"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
-        self._check_vllm_ratios()
+        # TRL asks for it in the first step.
+        modes = tuple(f"{level}_{cut}" for level in ("token", "sequence") for cut in ("truncate", "mask"))
+        self._check_choice("vllm_importance_sampling_mode", modes)
         if self.vllm_mode == "colocate":
             self._check_vllm_room()
-
-    def _check_vllm_ratios(self) -> None:
-        # TRL asks for the mode in the first step, and for the limits never.
-        modes = [f"{level}_{cut}" for level in ("token", "sequence") for cut in ("truncate", "mask")]
-        self._check_choice("vllm_importance_sampling_mode", tuple(modes))
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low > high:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}: no ratio is between"
-            )
 
     def _check_vllm_room(self) -> None:
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
