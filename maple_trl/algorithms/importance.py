@@ -11,7 +11,7 @@ def raw_ratios(logps_NT: Tensor, sampled_NT: Tensor, mask_NT: Tensor, sequences:
     Return the importance ratios of completions before anything is cut from them.
 
     Args:
-        logps_NT (`Tensor` of shape (N, T)): log-probabilities of the trained policy.
+        logps_NT (`Tensor` of shape (N, T)): log-probabilities of the trained policy; NaN where they are unknown.
         sampled_NT (`Tensor` of shape (N, T)): those with which the tokens were sampled; NaN where they are unknown.
         mask_NT (`Tensor` of shape (N, T)): which tokens count.
         sequences: of whole completions, else of each token.
@@ -19,7 +19,7 @@ def raw_ratios(logps_NT: Tensor, sampled_NT: Tensor, mask_NT: Tensor, sequences:
     Returns:
         `Tensor` of shape (N, T), or (N, 1) for sequences; NaN where there is none.
     """
-    counted = mask_NT.bool() & ~sampled_NT.isnan()
+    counted = mask_NT.bool() & ~(logps_NT - sampled_NT).isnan()
     difference = torch.where(counted, logps_NT - sampled_NT, 0.0).double()
     if sequences:
         return difference.sum(dim=1, keepdim=True).exp().masked_fill(~counted.any(dim=1, keepdim=True), torch.nan)

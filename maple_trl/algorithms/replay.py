@@ -8,7 +8,7 @@ import random
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -624,6 +624,15 @@ class StratifiedReplayBuffer:
         if ages:
             metrics |= {"replay/age_mean": sum(ages) / len(ages), "replay/age_max": float(max(ages))}
         return metrics
+
+    def snapshot(self) -> Callable[[], None]:
+        """Return what puts draws and counts back to as they are, so that the same is drawn again."""
+        kept = replace(self._counters)
+
+        def put_back() -> None:
+            self._counters = kept
+
+        return put_back
 
     def save(self, folder: str | os.PathLike[str], fingerprint: str = "") -> None:
         """

@@ -105,7 +105,7 @@ def print_table(model: str, results: Sequence[Compared]) -> None:
             continue
         counts = (result.tokens, result.video_tokens, result.audio_tokens)
         numbers = map(_plain, (result.features, result.logps, result.logps_after))
-        ids = {True: "same", False: "differ", None: "-"}[result.same_ids]
+        ids = "same" if result.same_ids else "-"
         table.add_row(result.kind, *map(str, counts), ids, *numbers, result.problem or "same")
     console = Console()
     console.print(table)

@@ -44,6 +44,18 @@ def engine_input(processor: Any, row: EngineRow) -> Any:
     )
 
 
+def engine_output(output: Any) -> tuple[list[tuple[list[int], list[float]]], str | None]:
+    """Return tokens and log-probabilities of each completion of a finished request, and why there are none."""
+    broken = [one.finish_reason for one in output.outputs if one.finish_reason in ("abort", "error")]
+    if broken:
+        return [], f"the engine ended the request early ({broken[0]})"
+    completions = [
+        (list(one.token_ids), [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)])
+        for one in output.outputs
+    ]
+    return completions, None
+
+
 def _with_seconds(media: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add what vLLM's processors ask for to compute positions, which are given here."""
     if "video_grid_thw" not in media:

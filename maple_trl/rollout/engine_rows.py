@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from maple_trl.omni.encoded import EncodedPrompt, tensor_bytes
+from maple_trl.omni.encoded import MEDIA_NAMES, EncodedPrompt, tensor_bytes
 from maple_trl.omni.families.base import OmniFamily
 
 
@@ -86,6 +86,27 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return wide
 
 
+def _check(row: EngineRow) -> None:
+    """
+    Check that the parts of a row fit together, as an engine that is handed another one can end.
+
+    Raises:
+        ValueError: saying what does not.
+    """
+    if not row.token_ids or not all(type(token) is int and token >= 0 for token in row.token_ids):
+        raise ValueError("token_ids are not ids of tokens")
+    if row.position_ids.dim() != 2 or row.position_ids.size(1) != len(row.token_ids):
+        raise ValueError(f"{len(row.token_ids)} tokens have positions of shape {tuple(row.position_ids.shape)}")
+    for kind, items in row.items.items():
+        if len(items) != len(row.media[MEDIA_NAMES[kind][1]]):
+            raise ValueError(f"{len(items)} clips ({kind}) have features of {len(row.media[MEDIA_NAMES[kind][1]])}")
+        for item in items:
+            if not (0 <= item.offset and 0 < item.length <= len(row.token_ids) - item.offset):
+                raise ValueError(f"a clip ({kind}) stands at {item.offset} for {item.length} tokens")
+            if item.mask is not None and item.mask.shape != (item.length,):
+                raise ValueError(f"a clip ({kind}) of {item.length} places has a mask of {tuple(item.mask.shape)}")
+
+
 def pack_rows(rows: Sequence[EngineRow], fields: dict[str, Any]) -> bytes:
     """Write rows, and further fields that JSON can hold, as one safetensors file."""
     tensors, described = {}, []
@@ -125,6 +146,7 @@ def unpack_rows(data: bytes) -> tuple[list[EngineRow], dict[str, Any]]:
             }
             media = {name: tensors[f"{i}.media.{name}"] for name in described["media"]}
             rows.append(EngineRow(described["token_ids"], tensors[f"{i}.positions"], media, items))
+            _check(rows[-1])
         return rows, fields
     except Exception as error:
         raise ValueError(f"these are no rows of maple_trl: {type(error).__name__}: {error}") from error

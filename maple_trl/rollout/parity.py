@@ -44,7 +44,7 @@ class Compared:
     Attributes:
         kind: what the prompt holds.
         tokens, video_tokens, audio_tokens: of the prompt.
-        same_ids: whether the engine read the trainer's tokens.
+        same_ids: whether the engine read the trainer's tokens; `None` where it failed.
         features: greatest difference between the engine's tower outputs and the trainer's, in proportion to the greatest
             of them; `None` where the engine does not show them.
         logps: greatest difference between the log-probabilities with which tokens were sampled and the trainer's.
@@ -203,7 +203,7 @@ def _read_all(
             generation.generate([prompt], None, 1)
         result.features = _feature_difference(generation, prompt, seen)
     for result, found in zip(_shown(results), _differences(generation, prompts), strict=True):
-        result.logps, result.same_ids = found, found is not None
+        result.logps, result.same_ids = found, None if found is None else True  # others than the trainer's end it all
         if found is None:
             result.problem = next(iter(generation.failed.values()), "the engine gave nothing")
         elif not found <= bound:

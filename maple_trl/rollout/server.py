@@ -26,6 +26,10 @@ from maple_trl.rollout.engine_models import (
 from maple_trl.rollout.vllm_server import write_weights
 
 
+_SEVERAL_FRONTS = ("--api-server-count", "-asc", "--data-parallel-size", "-dp")
+"""Options of `vllm serve` by which several processes answer at one port, each with a state of its own."""
+
+
 def serve(
     name_or_path: str, dtype: str, host: str, port: int, max_model_length: int | None, words: Sequence[str]
 ) -> int:
@@ -39,9 +43,12 @@ def serve(
         words: further options of `vllm serve`.
 
     Raises:
-        ValueError: for a family that vLLM is not known to serve.
+        ValueError: for a family that vLLM is not known to serve, and for options of `vllm serve` that rollouts cannot have.
         ImportError: without vLLM.
     """
+    for word in words:
+        if word.split("=")[0] in _SEVERAL_FRONTS:
+            raise ValueError(f"{word}: one process takes the requests, which knows whose weights the engine has")
     if find_spec("vllm") is None:
         raise ImportError("vllm-serve needs vLLM: pip install 'maple-trl[vllm]'")
     cuda = torch.cuda.is_available()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trl.generation import vllm_generation
 
 from maple_trl.rollout.engine import EngineError
-from maple_trl.rollout.engine_inputs import engine_input
+from maple_trl.rollout.engine_inputs import engine_input, engine_output
 from maple_trl.rollout.engine_models import MEDIA_PER_PROMPT, register, write_engine_folder
 from maple_trl.rollout.engine_rows import EngineRow
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration, Sampled
@@ -41,6 +41,7 @@ class ColocatedGeneration(OmniVLLMGeneration):
             with _engine_arguments(model=folder, **self._engine_arguments()):
                 super()._init_vllm()
         self.processor = self.llm.llm_engine.input_processor.renderer.get_mm_processor()
+        self.model_length = self.llm.llm_engine.model_config.max_model_len
         self._requests = 0
 
     def _engine_arguments(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class ColocatedGeneration(OmniVLLMGeneration):
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        found[output.request_id] = _sampled(output)
+                        found[output.request_id] = Sampled(list(output.prompt_token_ids), *engine_output(output))
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
                 raise EngineError(f"vLLM's engine has died: {error}") from error
@@ -126,14 +127,6 @@ class ColocatedGeneration(OmniVLLMGeneration):
 
 def _failed(row: EngineRow, error: Exception) -> Sampled:
     return Sampled(row.token_ids, [], f"{type(error).__name__}: {error}")
-
-
-def _sampled(output: Any) -> Sampled:
-    completions = [
-        (list(one.token_ids), [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)])
-        for one in output.outputs
-    ]
-    return Sampled(list(output.prompt_token_ids), completions)
 
 
 @contextmanager

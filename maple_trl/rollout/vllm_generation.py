@@ -63,6 +63,7 @@ class OmniVLLMGeneration(VLLMGeneration):
         self.ends = list(ends)
         self.run_seed = run_seed
         self.failed: dict[int, str] = {}
+        self.model_length: int | None = None  # tokens of prompt and completion that the engine takes
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
@@ -93,14 +94,21 @@ class OmniVLLMGeneration(VLLMGeneration):
         Raises:
             EngineError: on every rank, where the engine of one does not take them.
         """
-        summer = WeightSummer()
+        summer, named = WeightSummer(), self._iter_named_params()
 
         def passed_on() -> Iterator[tuple[str, Tensor]]:
-            for name, value in self._iter_named_params():
+            for name, value in named:
                 summer.add(name, value, self.dtype)
                 yield name, value
 
-        self._agreeing(lambda: self._load(engine_weights(passed_on(), self.known, tied_name(self.plain_model))))
+        def load() -> None:
+            try:
+                self._load(engine_weights(passed_on(), self.known, tied_name(self.plain_model)))
+            finally:
+                for _ in named:  # where it has failed: other ranks gather with this one, and adapters are still merged
+                    pass
+
+        self._agreeing(load)
         self._agreeing(lambda: self._prove(summer.sums))
 
     @abstractmethod
@@ -149,9 +157,8 @@ class OmniVLLMGeneration(VLLMGeneration):
         """
         unique, order = unique_prompts(prompts)
         counts = [order.count(i) for i in range(len(unique))]
-        rows = [EngineRow.of(prompt, self.family) for prompt in unique]
         with profiler or nullcontext():
-            sampled = self._sample_anew(lambda: self._checked(unique, self._sample(rows, counts)))
+            sampled = self._sample_anew(lambda: self._checked(unique, self._sample_fitting(unique, counts)))
         left = [iter(found.completions) for found in sampled]
         self.failed = {row: failure for row, i in enumerate(order) if (failure := sampled[i].failure) is not None}
         nothing = [self.ends[0] if self.ends else 0], [float("nan")]
@@ -159,6 +166,22 @@ class OmniVLLMGeneration(VLLMGeneration):
         ids = [list(tokens) for tokens, _ in completions]
         logprobs = [[[value] for value in values] for _, values in completions]
         return [sampled[i].token_ids for i in order], ids, logprobs, [[[token] for token in row] for row in ids]
+
+    def _sample_fitting(self, prompts: Sequence[EncodedPrompt], counts: Sequence[int]) -> list[Sampled]:
+        """Sample completions of the prompts that leave room for whole ones: an engine would cut them without a word."""
+        found = {i: failure for i, prompt in enumerate(prompts) if (failure := self._too_long(prompt)) is not None}
+        fitting = [i for i in range(len(prompts)) if i not in found]
+        rows = [EngineRow.of(prompts[i], self.family) for i in fitting]
+        found |= dict(zip(fitting, self._sample(rows, [counts[i] for i in fitting]), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _too_long(self, prompt: EncodedPrompt) -> Sampled | None:
+        if self.model_length is None or len(prompt) + self.max_completion_length <= self.model_length:
+            return None
+        reason = f"{len(prompt)} tokens and a completion of {self.max_completion_length} do not fit into {self.model_length}"
+        return Sampled(
+            prompt.input_ids.tolist(), [], f"{reason} (vllm_max_model_length, or vllm-serve --max_model_length)"
+        )
 
     @abstractmethod
     def _sample(self, rows: Sequence[EngineRow], counts: Sequence[int]) -> list[Sampled]:
@@ -193,8 +216,8 @@ class OmniVLLMGeneration(VLLMGeneration):
         except EngineError as error:
             problem = error
         problems = [found for found in gather_object([problem]) if found is not None]
-        if problem is not None or problems:
-            raise problem or problems[0]
+        if problems:  # the same one everywhere: what is done about it is a collective call, or ends the run
+            raise next((p for p in problems if not isinstance(p, WrongWeightsError)), problems[0]) from problem
         return result[0]
 
     @property

@@ -22,6 +22,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
+from maple_trl.rollout.engine_models import engine_weights, tied_name
 from maple_trl.rollout.engine_rows import EngineRow, pack_rows
 from maple_trl.rollout.serve_rollouts import SAMPLE, STATE, WEIGHTS, WRONG_WEIGHTS
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration, Sampled
@@ -57,12 +58,13 @@ class ServedGeneration(OmniVLLMGeneration):
         self.http = requests.Session()
         self.http.trust_env = False  # no proxy, and no password of another host
         self.http.mount("http://", HTTPAdapter(pool_maxsize=_AT_ONCE))
-        state = self._agreeing(lambda: self._ask("GET", STATE, 30.0).json())
+        state = self._agreeing(lambda: self._ask("GET", STATE, 30.0))
         model_type = self.plain_model.config.model_type
         if state["model_type"] != model_type:
             raise EngineError(
                 f"{self.url} serves a model of type {state['model_type']}; the trained one is a {model_type}"
             )
+        self._dtype, self.model_length = getattr(torch, state["dtype"]), state["model_length"]
         self._over_nccl = self.accelerator.device.type == "cuda"
         if self._over_nccl and self.accelerator.is_main_process:
             self._nccl = VLLMClient(
@@ -77,7 +79,19 @@ class ServedGeneration(OmniVLLMGeneration):
         """Tell TRL how the server makes log-probabilities."""
         return {"model_config": {"logprobs_mode": self._logprobs_mode}}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the server computes in, whatever the trainer does."""
+        return self._dtype
+
     # Weights
+
+    def sync_weights(self) -> None:
+        """Hand over the weights; over NCCL a server has to know what will come, which is found out once."""
+        if self._over_nccl and self._weight_metadata is None:
+            named = engine_weights(self._iter_named_params(), self.known, tied_name(self.plain_model))
+            self._weight_metadata = [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in named]
+        super().sync_weights()
 
     def _load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self._version = gather_object([uuid.uuid4().hex])[0]
@@ -86,25 +100,18 @@ class ServedGeneration(OmniVLLMGeneration):
                 pass
             return
         body: dict[str, Any] = {"version": self._version}
-        if self._over_nccl:
-            self._send(weights)
-        else:
-            body["folder"] = str(self._write(weights))
-        self._proven = self._ask("POST", WEIGHTS, self.server_timeout, json=body).json()["sums"]
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _send(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Send weights over NCCL, which a server can take once it knows what will come."""
-        if self._weight_metadata is None:
-            held = list(weights)
-            self._weight_metadata = [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in held]
-            weights = iter(held)
-        self._nccl.update_named_params(self._weight_metadata, weights)
-
-    def _write(self, weights: Iterator[tuple[str, Tensor]]) -> Path:
-        """Write weights into a folder of this run."""
-        write_weights(weights, self.folder)
-        return self.folder
+        try:
+            if self._over_nccl:
+                self._ask("POST", WEIGHTS, self.server_timeout, json={"version": None})  # former ones are no more
+                self._nccl.update_named_params(self._weight_metadata, weights)
+            else:
+                write_weights(weights, self.folder)
+                body["folder"] = str(self.folder)
+            self._proven = self._ask("POST", WEIGHTS, self.server_timeout, json=body)["sums"]
+        except OSError as error:
+            raise EngineError(f"The weights could not be written for the server: {error}") from error
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _sums(self) -> WeightSums | None:
         return self._proven if self.accelerator.is_main_process else None
@@ -127,8 +134,8 @@ class ServedGeneration(OmniVLLMGeneration):
         found = Sampled(row.token_ids, [], "not asked")
         for _ in range(2):
             try:
-                answer = self._ask("POST", SAMPLE, self.request_timeout, data=body).json()
-            except requests.ReadTimeout:
+                answer = self._ask("POST", SAMPLE, self.request_timeout, data=body)
+            except _NoAnswerError:
                 found = Sampled(row.token_ids, [], f"no answer within {self.request_timeout:g} seconds")
                 continue
             if "failure" not in answer:
@@ -137,12 +144,13 @@ class ServedGeneration(OmniVLLMGeneration):
             found = Sampled(row.token_ids, [], answer["failure"])
         return found
 
-    def _ask(self, method: str, path: str, timeout: float, **body: Any) -> requests.Response:
+    def _ask(self, method: str, path: str, timeout: float, **body: Any) -> dict[str, Any]:
         """
-        Send a request, again while there is no server.
+        Send a request, again while there is no server, and return what it is answered with.
 
         Raises:
-            EngineError: where none comes up within `vllm_server_timeout`, or it cannot do what it is asked to.
+            EngineError: where none comes up within `vllm_server_timeout`, does not answer within `timeout` seconds, or cannot
+                do what it is asked to.
             WrongWeightsError: where its weights are not those that the trainer has sent last.
         """
         again = tenacity.Retrying(
@@ -153,24 +161,42 @@ class ServedGeneration(OmniVLLMGeneration):
         )
         try:
             answer = again(self.http.request, method, self.url + path, timeout=(10.0, timeout), **body)
-        except requests.ReadTimeout:
-            raise
+        except requests.ReadTimeout as error:
+            raise _NoAnswerError(
+                f"The vLLM server at {self.url} has not answered {path} within {timeout:g} seconds"
+            ) from error
         except requests.RequestException as error:
             raise EngineError(
                 f"The vLLM server at {self.url} was not to be reached for {self.server_timeout:g} seconds "
                 f"({type(error).__name__}: {error}). Start it with `maple-trl vllm-serve`"
             ) from error
         if answer.status_code == WRONG_WEIGHTS:
-            raise WrongWeightsError(answer.text)
-        if answer.status_code == 404:
-            raise EngineError(
-                f"{self.url} is no server for rollouts of maple_trl: start it with `maple-trl vllm-serve`"
+            raise WrongWeightsError(
+                f"The vLLM server at {self.url} has other weights than this run has sent last: it was started anew, or "
+                "another run uses it, which takes a server of its own"
             )
-        if answer.status_code != 200:
+        if answer.status_code not in (200, 404):
             raise EngineError(
                 f"The vLLM server at {self.url} answered {path} with {answer.status_code}: {answer.text[:500]}"
             )
-        return answer
+        found = _json(answer)
+        if answer.status_code == 404 or not isinstance(found, dict):
+            raise EngineError(
+                f"{self.url} is no server for rollouts of maple_trl: start it with `maple-trl vllm-serve`"
+            )
+        return found
+
+
+class _NoAnswerError(EngineError):
+    """A server that takes too long."""
+
+
+def _json(answer: requests.Response) -> Any:
+    """Read an answer; `None` for one that is no JSON."""
+    try:
+        return answer.json()
+    except ValueError:
+        return None
 
 
 def _no_server(error: BaseException) -> bool:

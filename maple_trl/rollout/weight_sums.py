@@ -16,6 +16,7 @@ The sum of the weights and that of their squares, of the vectors and of the matr
 engine keeps them in a form of its own.
 """
 
+_BLOCK = 1 << 24
 _PARTS = (("audio tower", r"audio_tower"), ("video tower", r"visual"), ("head", r"lm_head"), ("language model", ""))
 
 
@@ -35,8 +36,11 @@ class WeightSummer:
         key = f"{part}, {'vectors' if value.dim() == 1 else 'matrices'}"
         before = self.sums.setdefault(key, [0.0, 0.0])
         if before is not None:
-            exact = value.detach().to(dtype or value.dtype).double()
-            self.sums[key] = [before[0] + float(exact.sum()), before[1] + float(exact.square().sum())]
+            added = torch.zeros(2, dtype=torch.float64, device=value.device)
+            for block in value.detach().flatten().split(_BLOCK):  # in double precision, a large one would not fit
+                exact = block.to(dtype or value.dtype).double()
+                added += torch.stack([exact.sum(), exact.square().sum()])
+            self.sums[key] = [one + other for one, other in zip(before, added.tolist(), strict=True)]
 
 
 def sum_weights(weights: Iterable[tuple[str, Tensor]]) -> WeightSums:

@@ -18,6 +18,8 @@ from maple_trl.rollout import server
         (["vllm-serve", "--model", "x", "--port", "0"], "--port must be a port, got 0"),
         (["vllm-serve", "--model", "x", "--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16"),
         (["vllm-serve", "--model", "x", "--max_model_length", "0"], "--max_model_length must be 1 or more"),
+        (["vllm-serve", "--model", "x", "--", "--data-parallel-size", "2"], "one process takes the requests"),
+        (["vllm-serve", "--model", "x", "--", "--api-server-count=2"], "one process takes the requests"),
     ],
 )
 def test_mistakes(words, message, capsys):

@@ -36,6 +36,7 @@ class StandIn:
         self.known = ENGINE_MODELS[self.model.config.model_type]
         self.choose = choose or (lambda number, row: None)
         self.version, self.asked, self.syncs, self.port = None, 0, 0, port
+        self.model_length, self.facts = 4096, None
 
     def __enter__(self):
         self._loop, ready = asyncio.new_event_loop(), threading.Event()
@@ -69,13 +70,21 @@ class StandIn:
         self._loop.close()
 
     async def _state(self, request):
+        if self.facts is not None:
+            return web.Response(text=self.facts)
         type_ = self.model.config.model_type
-        return web.json_response({"model_type": type_, "version": self.version, "logprobs_mode": "processed_logprobs"})
+        facts = {"model_type": type_, "version": self.version, "logprobs_mode": "processed_logprobs"}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return web.json_response({**facts, "dtype": dtype, "model_length": self.model_length})
 
     async def _weights(self, request):
         body = await request.json()
         self.syncs += 1
-        self.take(body["folder"])
+        self.version = None
+        if body["version"] is None:
+            return web.json_response({"sums": None})
+        if "folder" in body:
+            self.take(body["folder"])
         self.version = body["version"]
         return web.json_response({"sums": sum_weights(self.model.named_parameters())})
 
@@ -103,6 +112,8 @@ class StandIn:
         if instead is not None:
             await asyncio.sleep(instead)
         answer = {"token_ids": row.token_ids, "completions": self.complete(row, fields["count"], fields["sampling"])}
+        if fields["version"] != self.version:
+            return web.json_response({"error": "replaced meanwhile"}, status=WRONG_WEIGHTS)
         return web.json_response(answer)
 
     def complete(self, row, count, sampling):

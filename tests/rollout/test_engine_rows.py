@@ -11,7 +11,7 @@ from vllm_runs import OPTIONS
 
 from maple_trl import OmniGRPOConfig
 from maple_trl.algorithms import raw_ratios, summarise_ratios
-from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.encoded import MEDIA_NAMES, EncodedPrompt
 from maple_trl.rollout.engine_models import ENGINE_MODELS, engine_config, engine_model, engine_weights, tied_name
 from maple_trl.rollout.engine_rows import EngineItem, EngineRow, pack_rows, unpack_rows
 from maple_trl.rollout.sampling_options import vllm_options
@@ -82,9 +82,9 @@ def test_rows_pass_the_wire(kinds):
         kind: [EngineItem(1, 3, torch.tensor([True, False, True]) if kind == "audio" else None, "d")] for kind in kinds
     }
     media = {
-        f"{kind}.{name}": torch.rand(3, 2).to(dtype)
+        name: torch.rand(1, 2).to(dtype)
         for kind in kinds
-        for name, dtype in (("a", torch.float32), ("b", torch.bfloat16))
+        for name, dtype in zip(MEDIA_NAMES[kind], (torch.float32, torch.bfloat16), strict=True)
     }
     row = EngineRow([3, 4, 5, 6], torch.rand(3, 4), media, items)
     (back, empty), fields = unpack_rows(
@@ -167,11 +167,16 @@ def test_sums_survive_fusing_and_show_any_step(which, step):
 
 
 def test_sampling_options_of_both_names():
-    given_ = {"stop_strings": ["</a>"], "min_new_tokens": 2, "suppress_tokens": [7], "logit_bias": {3: 1.0}, "seed": 5}
+    given_ = {
+        "stop_strings": ["</a>"],
+        "min_new_tokens": 2,
+        "suppress_tokens": [7],
+        "logit_bias": {3: 1.0},
+        "bad_words": None,
+    }
     assert vllm_options(given_, [8], [1, 0]) == {
         "stop": ["</a>"],
         "min_tokens": 2,
-        "seed": 5,
         "logit_bias": {3: 1.0, 7: -100.0, 8: -100.0},
         "stop_token_ids": [0, 1],
     }
@@ -192,6 +197,22 @@ def test_sampling_options_of_both_names():
             "a server is given them where it is started",
         ),
         ({"vllm_request_timeout": 0}, "vllm_request_timeout must be above 0"),
+        ({"vllm_server_timeout": float("nan")}, "vllm_server_timeout must be above 0"),
+        # The same numbers on every rank and in every rollout.
+        ({"generation_kwargs": {"seed": 5}}, "vLLM rollouts do not know 'seed'"),
+        ({"generation_kwargs": {"presence_penalty": 5}}, "presence_penalty must be a number from -2 to 2, got 5"),
+        ({"generation_kwargs": {"stop_strings": ""}}, "stop_strings must be a text or a list of texts, got ''"),
+        ({"generation_kwargs": {"stop": "a", "stop_strings": "b"}}, "stop_strings and stop are one option"),
+        ({"generation_kwargs": {"min_tokens": 9}}, "min_new_tokens=9 is above max_completion_length=8"),
+        ({"generation_kwargs": {"stop": "a"}, "mask_truncated_completions": True}, "use one of the two"),
+        ({"vllm_importance_sampling_mode": "tokens"}, "vllm_importance_sampling_mode must be one of 'token_truncate'"),
+        ({"vllm_gpu_memory_utilization": 60}, "vllm_gpu_memory_utilization must be a share"),
+        (
+            {"max_prompt_length": 1020},
+            r"vllm_max_model_length=1024 does not hold .*max_prompt_length=1020 \+ max_comp",
+        ),
+        ({"vllm_max_model_length": 8}, "vllm_max_model_length=8 does not hold a prompt"),
+        ({"vllm_engine_options": {"pipeline_parallel_size": 2}}, "vllm_engine_options: pipeline_parallel_size is set"),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path):

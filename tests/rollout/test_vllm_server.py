@@ -102,7 +102,7 @@ def test_what_was_sampled_is_what_is_trained(kind, options, clips, tmp_path, ser
 def test_other_paths_are_vllms_own(server):
     assert requests.get(server.url + "/v1/models", timeout=30).json()["data"][0]["id"] == "builtin:tiny-omni"
     answer = requests.post(server.url + WEIGHTS, data=b"no json", timeout=30)
-    assert answer.status_code == 500 and "JSONDecodeError" in answer.json()["error"]
+    assert answer.status_code == 400 and "no JSON" in answer.json()["error"]
 
 
 def test_a_server_that_is_killed_and_comes_back(clips, tmp_path, server):

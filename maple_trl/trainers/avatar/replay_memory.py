@@ -396,6 +396,16 @@ class ReplayMemory:
             "replaying": {str(number): key for number, key in self._replaying.items()},
         }
 
+    def snapshot(self) -> Callable[[], None]:
+        """Return what puts everything back to as it is, but for the completions that are stored."""
+        state, put_buffer_back = self.state_dict(), self.buffer.snapshot()
+
+        def put_back() -> None:
+            self.load_state_dict(state)
+            put_buffer_back()
+
+        return put_back
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from [`state_dict`]."""
         self.vcrs.load_state_dict(state["vcrs"])

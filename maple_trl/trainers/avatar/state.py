@@ -56,6 +56,10 @@ class MemoryState:
         """Write the memory into the folder of a checkpoint."""
         save_memory(folder, self.memory, self.needed())
 
+    def snapshot(self) -> Callable[[], None]:
+        """Return what puts the memory back to as it is; completions are stored and dropped between rollouts."""
+        return self.memory.snapshot()
+
     def load(self, folder: str) -> None:
         """
         Continue from the memory of a checkpoint; a collective call, so that all ranks have the same.

@@ -46,6 +46,9 @@ class StatePart(Protocol):
     def load(self, folder: str) -> None:
         """Continue from what was written; every process calls it."""
 
+    def snapshot(self) -> Callable[[], None]:
+        """Return what puts it back to as it is before a rollout, if that ends early."""
+
 
 def save_rollout(
     folder: str, rank: int, step: int, chunks: Sequence[Batch] | None, resume_signature: dict[str, Any]

@@ -219,7 +219,7 @@ class MediaTrainer:
             batch_size: rows per rank at a time; default `per_device_eval_batch_size`.
 
         Returns:
-            `list[str]`: texts in the rows' order, `None` for a row whose media cannot be used.
+            `list[str]`: texts in the rows' order, `None` for a row whose media cannot be used or that the engine fails on.
 
         Raises:
             ValueError: for a text-only model.

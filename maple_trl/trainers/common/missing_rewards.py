@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from maple_trl.files import read_json, write_atomically
 from maple_trl.trainers.common.tag_metrics import TAGS, UNTAGGED
@@ -69,6 +69,15 @@ class MissingRewards:
             "unscorable": list(self.unscorable.items()),
         }
         write_atomically(os.path.join(folder, STATE_FILE), json.dumps(state))
+
+    def snapshot(self) -> Callable[[], None]:
+        """Return what puts the counts back."""
+        kept = self.by_function.copy(), self.unscorable.copy(), self._told.copy()
+
+        def put_back() -> None:
+            self.by_function, self.unscorable, self._told = kept
+
+        return put_back
 
     def load(self, folder: str) -> None:
         """Continue from [`save`]; older checkpoints hold no counts."""

@@ -48,7 +48,14 @@ def update_batches(
     """
     batch = share_out(batch, rows_per_rank, rank, exchange, pad_token_id)
     spare = (batch if batch.rows else rollout).take([0])
-    spare |= {name: torch.zeros_like(spare[name]) for name in ("completion_mask", "advantages")}
+    nothing = (
+        "completion_mask",
+        "advantages",
+        "old_per_token_logps",
+        "ref_per_token_logps",
+        "importance_sampling_ratio",
+    )
+    spare |= {name: torch.zeros_like(spare[name]) for name in nothing if name in spare}  # 0 times NaN would be NaN
     spare[TAG_KEY] = torch.full_like(spare[TAG_KEY], UNTAGGED)
     if NUMBER_KEY in spare:
         spare[NUMBER_KEY] = torch.full_like(spare[NUMBER_KEY], -1)

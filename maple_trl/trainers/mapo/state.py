@@ -62,6 +62,17 @@ class ScheduleState:
                 raise ResumeError(f"{path}, {name}: {error}") from error
         self.epoch_began, self.loaded_step = state["epoch_began"], state["step"]
 
+    def snapshot(self) -> Callable[[], None]:
+        """Return what puts the components back to as they are."""
+        states, epoch_began = {name: part.state_dict() for name, part in self.components.items()}, self.epoch_began
+
+        def put_back() -> None:
+            for name, part in self.components.items():
+                part.load_state_dict(states[name])
+            self.epoch_began = epoch_began
+
+        return put_back
+
 
 class ProbeState:
     """
@@ -79,6 +90,10 @@ class ProbeState:
         """Write the moments into the folder of a checkpoint."""
         os.makedirs(folder, exist_ok=True)
         save_file(self.moments.state_dict(), os.path.join(folder, PROBE_FILE))
+
+    def snapshot(self) -> Callable[[], None]:
+        """Return what does nothing: rollouts have no gradients."""
+        return lambda: None
 
     def load(self, folder: str) -> None:
         """

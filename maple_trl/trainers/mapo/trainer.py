@@ -447,7 +447,7 @@ class MAPOTrainer(OmniGRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        logps = torch.full((len(input_ids), logits_to_keep), torch.nan, device=input_ids.device)  # unknown
         padded = self._as_many_on_all_ranks(rows)
         if padded:
             prompts = flight.prompts and [flight.prompts[i] for i in padded]

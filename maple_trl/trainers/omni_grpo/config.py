@@ -119,8 +119,28 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         taken = sorted(OWN_ENGINE_OPTIONS & set(self.vllm_engine_options or {}))
         if taken:
             raise ValueError(f"vllm_engine_options: {taken[0]} is set by the trainer or has an option of its own")
-        if self.vllm_request_timeout <= 0:
-            raise ValueError(f"vllm_request_timeout must be above 0 seconds, got {self.vllm_request_timeout}")
+        for name in ("vllm_request_timeout", "vllm_server_timeout"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+        # TRL asks for it in the first step.
+        modes = tuple(f"{level}_{cut}" for level in ("token", "sequence") for cut in ("truncate", "mask"))
+        self._check_choice("vllm_importance_sampling_mode", modes)
+        if self.vllm_mode == "colocate":
+            self._check_vllm_room()
+
+    def _check_vllm_room(self) -> None:
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"vllm_gpu_memory_utilization must be a share of the memory, got {self.vllm_gpu_memory_utilization}"
+            )
+        length, needed = self.vllm_max_model_length, (self.max_prompt_length or 1) + self.max_completion_length
+        if length is not None and needed > length:
+            parts = " + ".join(
+                f"{name}={getattr(self, name)}"
+                for name in ("max_prompt_length", "max_completion_length")
+                if getattr(self, name) is not None
+            )
+            raise ValueError(f"vllm_max_model_length={length} does not hold a prompt and its completion ({parts})")
 
     def _check_loss_type(self) -> None:
         # TRL asks for it in the first step.
@@ -146,19 +166,21 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
                     "there is nothing to compare"
                 )
         check_values({name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")})
+        further = self.generation_kwargs or {}
         if self.use_vllm:
-            vllm_options(self.generation_kwargs or {}, (), ())
+            options = vllm_options(further, (), ())
+            least, stops = options.get("min_tokens", 0), options.get("stop")
         else:
             settings = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}
             settings["temperature"] = "temperature, which the log-probabilities need as well"
-            check_generation_options(self.generation_kwargs or {}, settings, "generation_kwargs")
-        least = (self.generation_kwargs or {}).get("min_new_tokens") or 0
+            check_generation_options(further, settings, "generation_kwargs")
+            least, stops = further.get("min_new_tokens") or 0, further.get("stop_strings")
         if least > self.max_completion_length:
             raise ValueError(
                 f"generation_kwargs: min_new_tokens={least} is above max_completion_length={self.max_completion_length}: "
                 "every completion would be cut"
             )
-        if self.mask_truncated_completions and (self.generation_kwargs or {}).get("stop_strings"):
+        if self.mask_truncated_completions and stops:
             raise ValueError(
                 "mask_truncated_completions leaves out completions that do not end with an end token, and so all that end "
                 "at one of generation_kwargs' stop_strings; use one of the two"

@@ -42,6 +42,7 @@ from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from maple_trl.rollout.engine import Completions, EngineError
 from maple_trl.rollout.engine_models import engine_model
+from maple_trl.rollout.sampling_options import vllm_options
 from maple_trl.rollout.vllm_engine import generation_class
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.batch import (
@@ -171,11 +172,15 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
         self._engine_is_known = False
+        self._before_rollout: list[Callable[[], None]] = []  # what puts state back that a rollout under way has moved
         self._stream_after_step = torch.get_rng_state()
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(args)
         if isinstance(processing_class, PreTrainedTokenizerBase):
             check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+            if args.use_vllm:  # TRL hands them on as they are
+                options = vllm_options(args.generation_kwargs or {}, (), ())
+                args.generation_kwargs = {name: value for name, value in options.items() if value}
         else:
             self._prepare_media(model, processing_class, args)
             self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out
@@ -208,8 +213,9 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self.engine = self._make_engine()
         if self.use_vllm and self._cuts_sampling:
             logger.warning(
-                "top_p, top_k, min_p and repetition_penalty change what vLLM samples from, and not what is trained: the "
-                "importance ratios are of two different distributions, below 1 on average (tag/all/importance_ratio)"
+                "top_p, top_k, min_p, repetition_penalty and generation_kwargs change what vLLM samples from, and not what is "
+                "trained: the importance ratios are of two different distributions, below 1 on average "
+                "(tag/all/importance_ratio)"
             )
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
@@ -295,6 +301,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         flight: UpdatesInFlight = self._flight
+        if self.use_vllm and self.model.training:
+            self._before_rollout = [part.snapshot() for part in self.state_parts()]
         for r in self._rounds(inputs):
             flight.rounds.append(r)
         if self.model.training:
@@ -302,6 +310,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             assigned = self.assign(flight.rollout)
             if assigned is not None:
                 self._take_over(flight, assigned)
+        self._before_rollout = []
         return flight.rounds[0].batch
 
     def _rounds(self, inputs: list[dict[str, Any]]) -> Iterator[Round]:
@@ -361,7 +370,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         Raises:
             EngineError: when they differ by more than rounding and sampling options explain.
         """
-        counted = mask.bool() & ~sampled.isnan()
+        counted = mask.bool() & ~(logps - sampled).isnan()
         difference = torch.where(counted, (logps - sampled).abs(), 0.0).double()
         total, tokens = self._all_reduce(torch.stack([difference.sum(), counted.sum().double()])).tolist()
         mean = total / max(tokens, 1.0)
@@ -375,7 +384,11 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
     @property
     def _cuts_sampling(self) -> bool:
         """Whether tokens are left out of what is sampled from, which makes those that are left more probable."""
-        return bool(self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1)
+        further = dict(self.args.generation_kwargs or {})
+        if self.family is not None and set(further.get("suppress_tokens") or ()) <= set(self.family.suppressed_ids):
+            further.pop("suppress_tokens", None)  # media tokens, which have next to no weight
+        further = {name for name, value in further.items() if value and name not in ("stop", "stop_strings")}
+        return bool(self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1 or further)
 
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
@@ -420,8 +433,18 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     def _vllm_generation(self, args: OmniGRPOConfig) -> Callable[..., Any] | None:
         """Return what makes TRL's access to vLLM; `None` for TRL's own, which takes no media."""
-        if not args.use_vllm or self.family is None:
+        if not args.use_vllm:
             return None
+        if self.family is None:
+            if args.vllm_engine_options:
+                raise ValueError(
+                    "vllm_engine_options: TRL starts the engine of a text-only model, and takes none of them"
+                )
+            return None
+        if args.vllm_model_impl not in ("auto", "vllm"):
+            raise ValueError(
+                f"vllm_model_impl={args.vllm_model_impl!r}: prompts with media take vLLM's own models ('auto')"
+            )
         engine_model(self.family.config.model_type, args.device.type)
         own = {"engine_options": args.vllm_engine_options or {}} if args.vllm_mode == "colocate" else {}
         if args.vllm_mode == "server":
@@ -467,7 +490,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             self._flight.failed = dict(self.engine.failed)
         return completions
 
-    def _sample(self, prompts: list[EncodedPrompt]) -> list[str]:
+    def _sample(self, prompts: list[EncodedPrompt]) -> list[str | None]:
         idle = not prompts
         if idle and self.accelerator.num_processes == 1:
             return []
@@ -476,7 +499,13 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         with self._in_flight(InFlight(prompts)):
             prompt_ids, _, fields = self._tokenize_prompts([])
             ids, _ = self._generate_single_turn(prompt_ids, None, fields, 1)
-        return [] if idle else self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        if idle:
+            return []
+        failed = self.engine.failed
+        for row, reason in failed.items():
+            logger.warning("Prompt %s gets no answer: %s", prompts[row].key, reason)
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        return [None if row in failed else text for row, text in enumerate(texts)]
 
     # Rewards
 
@@ -979,11 +1008,24 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
 
     # State
 
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
+        self._distrust_engine()
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._distrust_engine()
+
+    def _distrust_engine(self) -> None:
+        """Let an engine be given the weights before it samples again, though no step was made since it got some."""
+        self._last_loaded_step = -1  # TRL's
+
     def train(self, *args, **kwargs):
+        self._distrust_engine()  # another run's steps have the same numbers
         # A run before this one may have stopped within a rollout.
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(self.args)
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._before_rollout = 0, None, []
         self.rollout_log.begin()
         try:
             return super().train(*args, **kwargs)
@@ -1000,6 +1042,8 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         if not is_complete(folder):
             # Batches of the next step have been drawn since; a run that goes on draws them again.
             torch.set_rng_state(self._stream_after_step)
+            for put_back in self._before_rollout:
+                put_back()
             self._save_checkpoint(self.model, trial=None)
         return f"Stopped after step {step}; its checkpoint is in {folder}. {again}"
 
