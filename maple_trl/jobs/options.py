@@ -515,7 +515,8 @@ def _told(error: Exception) -> str:
     """Reword an error of a library's dataclass for those who write a job."""
     if "deepspeed" in str(error).lower() and isinstance(error, ImportError):
         return (
-            "deepspeed: the package is not installed (pip install 'deepspeed>=0.9.3'); leave the option out without it"
+            "deepspeed: the package is not installed (pip install --no-build-isolation 'maple-trl[deepspeed]'); leave the "
+            "option out without it"
         )
     if isinstance(error, OSError) and error.filename:
         return f"cannot read {error.filename}: {error.strerror}"

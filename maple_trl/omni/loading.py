@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
 from maple_trl.omni.checkpoints import reach, read_config
@@ -113,7 +114,21 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         raise ValueError(
             f"{name_or_path}: {len(missing)} weights of {architecture} are not in the checkpoint, e.g. {missing[0]!r}"
         )
+    _forget_unused_renamings(model)
     return model
+
+
+def _forget_unused_renamings(model: PreTrainedModel) -> None:
+    """
+    Keep the names with which a model is saved those with which it was loaded.
+
+    Under ZeRO-3 transformers notes all ways to read a checkpoint instead of those that it has used, and reverts them all.
+    """
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [
+            entry for entry in noted if entry.was_used() or not isinstance(entry, WeightRenaming)
+        ]
 
 
 def _usable_generation_config(path: str, kwargs: Mapping[str, Any]) -> GenerationConfig | None:

@@ -14,6 +14,8 @@ import torch
 from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from test_processes import by_tag, worst
 
+from maple_trl.omni.loading import load_model
+
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +54,15 @@ LONG = {
     "gradient_checkpointing": False,
     "generation_kwargs": {"stop_strings": ["a", "e", "i", "o", "t"]},  # ranks end at different lengths
 }
+# Two steps on one rollout: a checkpoint of the first stands in its middle.
+SAVED = {
+    "max_steps": 2,
+    "num_iterations": 2,
+    "per_device_train_batch_size": 2,
+    "num_generations": 2,
+    "batching": "mixed",
+    "gradient_checkpointing": False,
+}
 
 
 def equal_run(name, world, rows):
@@ -64,9 +75,15 @@ def equal_run(name, world, rows):
     return run | {"rows": [row | {"varied": v} for row, v in zip(rows, varied, strict=True)]}
 
 
-def runs(world, rows):
+def runs(world, rows, out=None):
+    equal = [equal_run(name, world, rows) for name in EQUAL]
+    if world == 1:
+        return equal
     long = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": LONG}
-    return [equal_run(name, world, rows) for name in EQUAL] + ([long] if world > 1 else [])
+    saved = {"trainer": "mapo", "reward": "of_completion", "options": SAVED}
+    whole = saved | {"name": "whole", "options": SAVED | {"save_strategy": "steps", "save_steps": 1}}
+    half = saved | {"name": "half", "resume": str(out / "whole" / "checkpoint-1")}
+    return [*equal, long, whole, half]
 
 
 def launcher(config: Path) -> list[str]:
@@ -82,14 +99,12 @@ def results(tmp_path_factory):
         Job(1, folder, "one", rows, runs(1, rows)).wait()
         waiting = equal_run("stratified", WORLD, rows) | {"name": "waiting"}
         waiting["options"] = waiting["options"] | {"ddp_find_unused_parameters": False}
-        Job(
-            launcher(CONFIGS / "ddp.yaml"), folder, "ddp", rows, [*runs(WORLD, rows), waiting], variables=PATIENCE
-        ).wait()
+        planned = [*runs(WORLD, rows, folder / "ddp"), waiting]
+        Job(launcher(CONFIGS / "ddp.yaml"), folder, "ddp", rows, planned, variables=PATIENCE).wait()
         shared = PATIENCE | {"ACCELERATE_TORCH_DEVICE": "cpu"}
         apart = equal_run("stratified", WORLD, rows) | {"name": "apart", "undone": "keep_head_whole"}
-        Job(
-            launcher(CONFIGS / "fsdp2.yaml"), folder, "fsdp2", rows, [*runs(WORLD, rows), apart], variables=shared
-        ).wait()
+        planned = [*runs(WORLD, rows, folder / "fsdp2"), apart]
+        Job(launcher(CONFIGS / "fsdp2.yaml"), folder, "fsdp2", rows, planned, variables=shared).wait()
 
     return once(tmp_path_factory, "scale", make)
 
@@ -126,6 +141,16 @@ def assert_equal(results, way, name, of_one=None):
         )
 
 
+def assert_goes_on(results, way):
+    """A run goes on from a checkpoint of one in parts, whose weights any model can be loaded from."""
+    whole, half = (weights(results / way, name) for name in ("whole", "half"))
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    assert len(facts(results / way, "whole")["used"]) == 1 and not facts(results / way, "half")["used"]
+    loaded = load_model(str(results / way / "whole" / "checkpoint-2")).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in whole.items())
+    assert any(value.any() for value in changes(results / way, "half").values())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_four_processes_finish_and_agree(results, way):
     assert_finished(results, way)
@@ -135,6 +160,11 @@ def test_four_processes_finish_and_agree(results, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_four_processes_train_as_one_does(results, way, name):
     assert_equal(results, way, name)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_from_a_checkpoint_of_whole_weights(results, way):
+    assert_goes_on(results, way)
 
 
 def test_ddp_may_wait_for_the_gradient_of_every_weight(results):
