@@ -117,7 +117,7 @@ def test_extras_bring_what_the_core_does_without(unpacked):
         read_metadata(unpacked).get_all("Provides-Extra")
     )
     wanted = {
-        "vllm": {"vllm"},
+        "vllm": {"fastapi", "vllm"},
         "deepspeed": {"deepspeed"},
         "judge": {"openai", "evaluate", "aiolimiter", "jsonschema", "bert-score"},
         "plots": {"matplotlib"},
