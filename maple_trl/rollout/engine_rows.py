@@ -95,8 +95,9 @@ def _check(row: EngineRow) -> None:
     """
     if not row.token_ids or not all(type(token) is int and token >= 0 for token in row.token_ids):
         raise ValueError("token_ids are not ids of tokens")
-    if row.position_ids.dim() != 2 or row.position_ids.size(1) != len(row.token_ids):
-        raise ValueError(f"{len(row.token_ids)} tokens have positions of shape {tuple(row.position_ids.shape)}")
+    shape = row.position_ids.shape  # an engine reads those of a row with clips alone, in time, height and width
+    if len(shape) != 2 or shape[1] != len(row.token_ids) or (row.items and shape[0] != 3):
+        raise ValueError(f"{len(row.token_ids)} tokens have positions of shape {tuple(shape)}")
     for kind, items in row.items.items():
         if len(items) != len(row.media[MEDIA_NAMES[kind][1]]):
             raise ValueError(f"{len(items)} clips ({kind}) have features of {len(row.media[MEDIA_NAMES[kind][1]])}")

@@ -112,6 +112,10 @@ NONE_OF_THEM = {
     "two rows": (SAMPLE, pack_rows([row_of(), row_of()], {"version": "a", "count": 1, "sampling": {}})),
     "texts for tokens": (SAMPLE, sampling(row_of(token_ids=["a", "b"]))),
     "other positions": (SAMPLE, sampling(row_of(position_ids=torch.zeros(3, 5)))),
+    "positions of text": (
+        SAMPLE,
+        sampling(row_of(position_ids=torch.zeros(1, 2), media=CLIP, items={"video": [EngineItem(0, 1, None, "d")]})),
+    ),
     "a clip behind the end": (SAMPLE, sampling(row_of(media=CLIP, items={"video": [EngineItem(1, 4, None, "d")]}))),
     "a clip without features": (SAMPLE, sampling(row_of(items={"video": [EngineItem(0, 1, None, "d")]}))),
     "more clips than features": (

@@ -168,7 +168,7 @@ REFUSED = [
         for loss, name in (("sapo", "replay_epsilon"), ("sapo", "replay_epsilon_high"), ("cispo", "replay_epsilon"))
     ),
     ({"tas_lambda": 0.0, "tas_shape": "uniform"}, "tas_shape='uniform' has no effect with tas_lambda=0"),
-    ({"use_vllm": True}, "use_vllm=True is not supported"),  # what the parent refuses
+    ({"use_vllm": True, "vllm_mode": "elsewhere"}, "vllm_mode must be one of"),  # what the parent refuses
     ({"modality_access": "bogus"}, "modality_access must be one of"),
 ]
 
