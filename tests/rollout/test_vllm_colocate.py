@@ -71,7 +71,7 @@ def without(method, instead):
 
 
 def use(monkeypatch, generation):
-    from maple_trl.trainers.omni_grpo import trainer as module
+    from maple_trl.trainers.omni_grpo import engines as module
 
     monkeypatch.setattr(module, "generation_class", lambda mode: generation)
 

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
-from maple_trl.algorithms import left_alone, missing_scores, raw_ratios, remaining_scale, summarise_ratios
+from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import (
     EncodedPrompt,
@@ -39,12 +38,7 @@ from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
-from maple_trl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from maple_trl.rollout.engine import Completions, EngineError
-from maple_trl.rollout.engine_models import engine_model
-from maple_trl.rollout.sampling_options import vllm_options
-from maple_trl.rollout.vllm_engine import generation_class
-from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.batch import (
     PROMPTS_KEY,
     REPLAYED_KEY,
@@ -58,7 +52,6 @@ from maple_trl.trainers.common.checkpoint import (
     ResumeError,
     StatePart,
     check_resume_signature,
-    is_complete,
     load_rollout,
     save_rollout,
     save_rows,
@@ -78,12 +71,12 @@ from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
 from maple_trl.trainers.common.run_errors import EngineLostError
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
-from maple_trl.trainers.common.sampling_checks import MOST_DIFFERENCE, ratio_metrics
 from maple_trl.trainers.common.sharding import held_back
 from maple_trl.trainers.common.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
 from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
+from maple_trl.trainers.omni_grpo.engines import EngineMixin, check_engine_is_there
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +85,7 @@ _ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 """Losses that TRL averages over the rows of a micro-batch; `bnpo` is over its tokens, the others over a rollout's."""
 
 
-class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
+class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] whose prompts can hold video, audio and subtitles, each row its own, in one batch.
 
@@ -151,11 +144,7 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             if kwargs.get(name):
                 raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
         args = own_config(args, self._config_class, model, self._name)
-        if args.use_vllm and args.vllm_mode == "colocate" and find_spec("vllm") is None:
-            raise ImportError(
-                "use_vllm=True with vllm_mode='colocate' needs vLLM (pip install 'maple-trl[vllm]'); with vllm_mode='server' "
-                "the server alone does, and with use_vllm=False the model generates by itself"
-            )
+        check_engine_is_there(args)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         reward_funcs = find_rewards(reward_funcs)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -171,23 +160,17 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._flight = InFlight()  # of no row
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
-        self._engine_is_known = False
-        self._before_rollout: list[Callable[[], None]] = []  # what puts state back that a rollout under way has moved
-        self._stream_after_step = torch.get_rng_state()
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(args)
         if isinstance(processing_class, PreTrainedTokenizerBase):
             check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
-            if args.use_vllm:  # TRL hands them on as they are
-                options = vllm_options(args.generation_kwargs or {}, (), ())
-                args.generation_kwargs = {name: value for name, value in options.items() if value}
         else:
             self._prepare_media(model, processing_class, args)
             self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out
-            self._adapt_generation(args)
             train_dataset = self.row_encoder.register(train_dataset, "train_dataset")
             eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.row_encoder.register)
 
+        self._prepare_generation(args)
         with trl_expectations(unwrap(model), init_kwargs, self._vllm_generation(args)):
             super().__init__(
                 model,
@@ -211,12 +194,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         )
         self._keep_savable()
         self.engine = self._make_engine()
-        if self.use_vllm and self._cuts_sampling:
-            logger.warning(
-                "top_p, top_k, min_p, repetition_penalty and generation_kwargs change what vLLM samples from, and not what is "
-                "trained: the importance ratios are of two different distributions, below 1 on average "
-                "(tag/all/importance_ratio)"
-            )
         self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
@@ -226,12 +203,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._check_rollout_size()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("Nothing is left to train: every parameter of the model is frozen")
-
-    def _adapt_generation(self, args: OmniGRPOConfig) -> None:
-        """Keep media tokens from being sampled, which the next forward would take for media."""
-        options = dict(args.generation_kwargs or {})
-        suppressed = sorted({*self.family.suppressed_ids, *(options.get("suppress_tokens") or [])})
-        args.generation_kwargs = {**options, "suppress_tokens": suppressed}
 
     def _check_rollout_size(self) -> None:
         """
@@ -346,50 +317,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             batch[PROMPTS_KEY] = flight.prompts
         return batch, flight.rollout
 
-    def _log_ratios(self, batch: Batch, flight: RolloutInFlight) -> None:
-        """Log, by tag, how far the engine is from the policy, before TRL cuts anything; a collective call."""
-        if "importance_sampling_ratio" not in batch:
-            return
-        args = self.args
-        sequences = args.vllm_importance_sampling_mode.startswith("sequence")
-        logps, sampled = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
-        ratios = raw_ratios(logps, sampled, batch["completion_mask"], sequences)
-        summaries = summarise_ratios(
-            ratios, args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
-        )
-        tags = torch.tensor([tag_number(row.get("tag")) for row in flight.rows], device=summaries.device)
-        metrics = ratio_metrics(self.accelerator.gather(summaries), self.accelerator.gather(tags))
-        self._log_all(metrics, "train" if self.model.training else "eval")
-        if not self._engine_is_known:
-            self._check_engine(logps, sampled, batch["completion_mask"])
-
-    def _check_engine(self, logps: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> None:
-        """
-        Check a first rollout's log-probabilities against the trainer's, on all ranks; a collective call.
-
-        Raises:
-            EngineError: when they differ by more than rounding and sampling options explain.
-        """
-        counted = mask.bool() & ~(logps - sampled).isnan()
-        difference = torch.where(counted, (logps - sampled).abs(), 0.0).double()
-        total, tokens = self._all_reduce(torch.stack([difference.sum(), counted.sum().double()])).tolist()
-        mean = total / max(tokens, 1.0)
-        if mean > MOST_DIFFERENCE and not self._cuts_sampling:
-            raise EngineError(
-                f"vLLM's log-probabilities differ from the trainer's by {mean:.2f} on average in the first rollout: it "
-                "samples from another model. `maple-trl parity` shows for which prompts"
-            )
-        self._engine_is_known = True
-
-    @property
-    def _cuts_sampling(self) -> bool:
-        """Whether tokens are left out of what is sampled from, which makes those that are left more probable."""
-        further = dict(self.args.generation_kwargs or {})
-        if self.family is not None and set(further.get("suppress_tokens") or ()) <= set(self.family.suppressed_ids):
-            further.pop("suppress_tokens", None)  # media tokens, which have next to no weight
-        further = {name for name, value in further.items() if value and name not in ("stop", "stop_strings")}
-        return bool(self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1 or further)
-
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
         Make advantages of rewards: the hook that is called on every rank once a training rollout is scored.
@@ -430,47 +357,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         )
 
     # Generation
-
-    def _vllm_generation(self, args: OmniGRPOConfig) -> Callable[..., Any] | None:
-        """Return what makes TRL's access to vLLM; `None` for TRL's own, which takes no media."""
-        if not args.use_vllm:
-            return None
-        if self.family is None:
-            if args.vllm_engine_options:
-                raise ValueError(
-                    "vllm_engine_options: TRL starts the engine of a text-only model, and takes none of them"
-                )
-            return None
-        if args.vllm_model_impl not in ("auto", "vllm"):
-            raise ValueError(
-                f"vllm_model_impl={args.vllm_model_impl!r}: prompts with media take vLLM's own models ('auto')"
-            )
-        engine_model(self.family.config.model_type, args.device.type)
-        own = {"engine_options": args.vllm_engine_options or {}} if args.vllm_mode == "colocate" else {}
-        if args.vllm_mode == "server":
-            own = {"request_timeout": args.vllm_request_timeout, "folder": args.output_dir}
-
-        def make(*given: Any, **options: Any) -> OmniVLLMGeneration:
-            kind = generation_class(args.vllm_mode)
-            return kind(*given, family=self.family, ends=self.eos_token_ids, run_seed=args.seed, **own, **options)
-
-        return make
-
-    def _make_engine(self) -> RolloutEngine:
-        """Choose what completions are sampled with, by TRL's own options."""
-        if self.use_vllm:
-            return VLLMEngine(self.vllm_generation)
-        return TransformersEngine(
-            self.accelerator.unwrap_model(self.model),
-            self._tokenizer,
-            self.generation_config,
-            self.family,
-            self._serve,
-            lambda: bool(self._sharing),
-            self.pad_to_multiple_of,
-            self.args.generation_batch,
-            lambda count: max(gather_object([count])),
-        )
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if self.family is None:
@@ -611,24 +497,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
         self._means["train" if self.model.training else "eval"].add(totals_by_tag("alone", alone.float(), tags))
         self.rollout_log.note_rewards(self, self._total_rewards(scores).tolist())
         return scores
-
-    def _unanswered(self, flight: RolloutInFlight) -> torch.Tensor:
-        """
-        Mark the completions of all ranks that the engine did not give, shape (N,); a collective call.
-
-        Their prompts go into quarantine.
-        """
-        failed = torch.zeros(len(flight.rows), dtype=torch.bool, device=self.accelerator.device)
-        failed[list(flight.failed)] = True
-        failed = self.accelerator.gather(failed)
-        registry = self.row_encoder.registries.get("train_dataset") if self.family is not None else None
-        if registry is not None and failed.any():
-            own = {flight.prompts[row].key: reason for row, reason in flight.failed.items()}
-            for key, reason in [item for items in gather_object([own]) for item in items.items()]:
-                if key in registry:
-                    registry.add(key, MediaError("engine-failed", registry.row_of(key).get("video"), reason))
-            self._write_quarantine()
-        return failed
 
     def _count_by_tag(
         self, scores: torch.Tensor, missing: torch.Tensor, unscorable: torch.Tensor, tags: torch.Tensor
@@ -1031,21 +899,6 @@ class OmniGRPOTrainer(MediaTrainer, GRPOTrainer):
             return super().train(*args, **kwargs)
         except EngineError as error:
             raise EngineLostError(f"{error}. {self._save_where_it_stopped()}") from error
-
-    def _save_where_it_stopped(self) -> str:
-        """Write a checkpoint of the last step where it is whole, and say how to go on; a collective call."""
-        step = self.state.global_step
-        again = "Once the engine is mended, go on with resume_from_checkpoint=True"
-        if not step or self._step % self.args.gradient_accumulation_steps:
-            return f"Stopped after step {step}. {again}"
-        folder = self._checkpoint_folder(None)
-        if not is_complete(folder):
-            # Batches of the next step have been drawn since; a run that goes on draws them again.
-            torch.set_rng_state(self._stream_after_step)
-            for put_back in self._before_rollout:
-                put_back()
-            self._save_checkpoint(self.model, trial=None)
-        return f"Stopped after step {step}; its checkpoint is in {folder}. {again}"
 
     def _check_checkpoint(self, checkpoint: str) -> None:
         if self.family is None:
