@@ -113,7 +113,9 @@ def test_versions(unpacked):
 
 def test_extras_bring_what_the_core_does_without(unpacked):
     core = requirements(unpacked)
-    assert {"vllm", "deepspeed", "judge", "plots", "torchcodec", "dev"} <= set(read_metadata(unpacked).get_all("Provides-Extra"))
+    assert {"vllm", "deepspeed", "judge", "plots", "torchcodec", "dev"} <= set(
+        read_metadata(unpacked).get_all("Provides-Extra")
+    )
     wanted = {
         "vllm": {"vllm"},
         "deepspeed": {"deepspeed"},
