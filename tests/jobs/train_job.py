@@ -16,6 +16,7 @@ has a `name` and may have
     copies            a checkpoint of an earlier run, `NAME/checkpoint-N`, that is first copied into `output_dir`
     without           a file that the copy lacks
     unsynced          never average gradients over the ranks
+    unread            give the model a weight that no pass reads
     stays_away        a rank that does not come to the second rollout
     undone            `MODULE:FUNCTION` below `maple_trl.trainers`, which does nothing in this run
 
@@ -355,6 +356,9 @@ def do(run: dict, plan: dict) -> None:
     model, kwargs = path, {"callbacks": [] if SHARDED else [checksums]}
     if "dtype" in run or run.get("lora"):
         model = load_model(path, dtype=run.get("dtype", "float32"))
+    if run.get("unread"):
+        model = load_model(path)
+        model.unread = torch.nn.Parameter(torch.ones(2))
     if run.get("lora"):
         kwargs["peft_config"] = build_lora_config(model, family_for(model, load_processor(path)), r=4, alpha=8)
     if "hold_at" in run:
