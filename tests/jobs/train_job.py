@@ -16,8 +16,9 @@ has a `name` and may have
     copies            a checkpoint of an earlier run, `NAME/checkpoint-N`, that is first copied into `output_dir`
     without           a file that the copy lacks
     unsynced          never average gradients over the ranks
+    unread            give the model a weight that no pass reads
     stays_away        a rank that does not come to the second rollout
-    undone            a function of `media_trainer` that does nothing in this run
+    undone            `MODULE:FUNCTION` below `maple_trl.trainers`, which does nothing in this run
 
 Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass and in how many of them
 rows shared their prompt, checksums of weights and of optimizer state after each step, error; what a MAPO or AVATAR trainer
@@ -33,6 +34,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -49,7 +51,6 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.trainer import AvatarTrainer
-from maple_trl.trainers.common import media_trainer
 from maple_trl.trainers.common.checkpoint import ResumeError
 from maple_trl.trainers.common.run_errors import RunStoppedError
 from maple_trl.trainers.mapo.config import MAPOConfig
@@ -100,6 +101,16 @@ def _where_varied(completion_ids, varied, **_):
     return [value if told else 0.5 for value, told in zip(_of_completion(completion_ids), varied, strict=True)]
 
 
+def _of_vanishing(completion_ids, vanishes, **_):
+    """Rows name a file that is removed once their completions are scored, and are worth nothing where they name none."""
+    for path in filter(None, vanishes):
+        Path(path).unlink(missing_ok=True)
+    return [
+        value if path is not None else 0.5
+        for value, path in zip(_of_completion(completion_ids), vanishes, strict=True)
+    ]
+
+
 def _where_known(completion_ids, known, **_):
     """Rows say themselves whether their completions can be scored."""
     return [value if told else None for value, told in zip(_of_completion(completion_ids), known, strict=True)]
@@ -143,6 +154,7 @@ REWARDS = {
     "in_halves": _in_halves,
     "in_thirds": _in_thirds,
     "where_varied": _where_varied,
+    "of_vanishing": _of_vanishing,
     "where_known": _where_known,
     "sometimes_failed": _sometimes_failed,
     "failed_after_the_first": _failed_after_the_first,
@@ -324,6 +336,13 @@ def copy_checkpoint(source: Path, to: Path, without: str | None) -> None:
             shutil.copytree(source, to, ignore=shutil.ignore_patterns(without or ""))
 
 
+def undone(name: str | None):
+    if name is None:
+        return nullcontext()
+    module, function = name.split(":")
+    return mock.patch.object(import_module(f"maple_trl.trainers.{module}"), function, lambda *_: {})
+
+
 def do(run: dict, plan: dict) -> None:
     out = Path(plan["out"])
     if "copies" in run:
@@ -337,6 +356,9 @@ def do(run: dict, plan: dict) -> None:
     model, kwargs = path, {"callbacks": [] if SHARDED else [checksums]}
     if "dtype" in run or run.get("lora"):
         model = load_model(path, dtype=run.get("dtype", "float32"))
+    if run.get("unread"):
+        model = load_model(path)
+        model.unread = torch.nn.Parameter(torch.ones(2))
     if run.get("lora"):
         kwargs["peft_config"] = build_lora_config(model, family_for(model, load_processor(path)), r=4, alpha=8)
     if "hold_at" in run:
@@ -365,9 +387,8 @@ def do(run: dict, plan: dict) -> None:
     result = {"rank": rank, "world": world, "backend": None, "error": None}
     if world > 1:
         result["backend"] = torch.distributed.get_backend()
-    undone = {run["undone"]: lambda *_: None} if "undone" in run else {}
     try:
-        with mock.patch.dict(vars(media_trainer), undone):
+        with undone(run.get("undone")):
             trainer.train(resume_from_checkpoint=run.get("resume"))
     except (ResumeError, RunStoppedError) as error:
         result["error"] = str(error)

@@ -60,8 +60,7 @@ def gradient_runs(world, rows, of_one_tag):
         run("early-sapo", varied=ONE_RANK_KEEPS_MOST, loss_type="sapo", **EARLY),
         run("early-one", varied=ONE_PROMPT, advantage_scope="group", loss_strata="batch", **EARLY),
         run("early-passes", varied=ONE_PROMPT, **passes),
-        # Adapters, because the model has a weight that no forward pass uses, which DDP does not accept here.
-        run("early-waiting", varied=ONE_PROMPT, lora=True, ddp_find_unused_parameters=False, **passes | {"beta": 0.0}),
+        run("early-waiting", varied=ONE_PROMPT, ddp_find_unused_parameters=False, **passes | {"beta": 0.0}),
         run("checkpointing", varied=ONE_PROMPT, gradient_checkpointing=True, beta=0.1, **EARLY),
         run("refill", varied=LAST_RANKS_KEEP_NONE, refill_rounds=2, **EARLY),
         run("stratified", rows=of_one_tag, batching="stratified", loss_aggregation="token"),

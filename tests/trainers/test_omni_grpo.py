@@ -11,7 +11,7 @@ from datasets import Dataset
 from omni_runs import build_config, build_trainer, one_row_per_tag, spread_reward
 from safetensors.torch import load_file
 from test_mixed_batches import alone_by_transformers
-from tiny_models import build_tiny, build_tiny_text, save_tiny, save_tiny_full
+from tiny_models import FAMILIES, build_tiny, build_tiny_text, save_tiny, save_tiny_full
 from transformers import AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -658,6 +658,22 @@ def test_trains_with_sharded_towers_setting(seven_tags):
     assert plain.keys() == touched.keys()
     for name, grad in plain.items():
         torch.testing.assert_close(touched[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_that_is_trained_has_a_gradient_without_media(seven_tags, family):
+    """So DDP may wait for each of them, and no rank of FSDP or ZeRO has one that the others have not."""
+    folder, dataset = seven_tags
+
+    class Sharded(OmniGRPOTrainer):
+        _touch_all_towers = True
+
+    rows = dataset.filter(lambda row: row["tag"] == "S")
+    trainer = build_trainer(folder, rows, family, Sharded, gradient_checkpointing=False)
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    frozen = {name for name, weight in build_tiny(family)[0].named_parameters() if weight.requires_grad} - trained
+    assert grads_after_one_step(trainer).keys() == trained
+    assert frozen == ({"model.audio_tower.audio_bos_eos_token.weight"} if family == "qwen2_5_omni" else set())
 
 
 def test_completions_are_logged(seven_tags, tmp_path):

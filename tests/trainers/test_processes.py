@@ -181,7 +181,6 @@ def started(tmp_path_factory):
         rows = by_tag(write_inputs(folder), ("A", "S", "S", "A"))
 
         def run(name, trainer="omni", **options):
-            # Adapters, because the model has a weight that no forward pass uses, for which DDP would wait in vain.
             options = step_options(1, 2, per_device_train_batch_size=2, max_steps=2, learning_rate=1.0, **options)
             return {"name": name, "lora": True, "fixed_completions": True, "trainer": trainer, "options": options}
 
@@ -190,6 +189,11 @@ def started(tmp_path_factory):
         runs.append(run("reentrant", gradient_checkpointing=True, **reentrant))
         mixed = {"batching": "mixed", "dynamic_sampling": "early"}
         runs.append(run("dropping", "mapo", num_iterations=2, **mixed, **WAITING))
+        runs += [
+            run(f"whole-{name}", **options) | {"lora": False}
+            for name, options in (("usual", {}), ("waiting", WAITING))
+        ]
+        runs += [run("unread", **WAITING) | {"lora": False, "unread": True}]
         jobs = [Job(1, folder, "plain", rows, runs), Job(1, folder, "launched", rows, runs, distributed=True)]
         for job in jobs:
             job.wait()
@@ -199,7 +203,10 @@ def started(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "find_unused"),
-    [("usual", True), ("checkpointing", True), ("waiting", False), ("reentrant", False), ("dropping", False)],
+    [
+        *(("usual", True), ("checkpointing", True), ("waiting", False), ("reentrant", False), ("dropping", False)),
+        *(("whole-usual", True), ("whole-waiting", False)),
+    ],
 )
 def test_a_launcher_may_start_one_process(started, name, find_unused):
     """DDP wraps the model there too, and waits for the gradients of towers that the rows have no media for."""
@@ -209,6 +216,17 @@ def test_a_launcher_may_start_one_process(started, name, find_unused):
     assert launched["used"] == plain["used"] and len(launched["log"]) == len(plain["log"])
     error, where = worst(changes(started / "plain", name), changes(started / "launched", name))
     assert error <= 1e-4, where
+
+
+def test_a_weight_without_a_gradient_is_named_where_ddp_waits_for_it(started):
+    told = facts(started / "launched", "unread")
+    assert told["error"].startswith(
+        "ddp_find_unused_parameters is false, but no pass gives these weights a gradient: unread."
+    )
+    assert not any("loss" in entry for entry in told["log"])
+    assert not any(value.any() for value in changes(started / "launched", "unread").values())  # before any update
+    alone = facts(started / "plain", "unread")
+    assert alone["error"] is None and sum("loss" in entry for entry in alone["log"]) == 2
 
 
 # Broken media, under accelerate

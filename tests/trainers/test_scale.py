@@ -102,7 +102,10 @@ def results(tmp_path_factory):
         planned = [*runs(WORLD, rows, folder / "ddp"), waiting]
         Job(launcher(CONFIGS / "ddp.yaml"), folder, "ddp", rows, planned, variables=PATIENCE).wait()
         shared = PATIENCE | {"ACCELERATE_TORCH_DEVICE": "cpu"}
-        apart = equal_run("stratified", WORLD, rows) | {"name": "apart", "undone": "keep_head_whole"}
+        apart = equal_run("stratified", WORLD, rows) | {
+            "name": "apart",
+            "undone": "common.media_trainer:keep_head_whole",
+        }
         planned = [*runs(WORLD, rows, folder / "fsdp2"), apart]
         Job(launcher(CONFIGS / "fsdp2.yaml"), folder, "fsdp2", rows, planned, variables=shared).wait()
 

@@ -178,9 +178,13 @@ class MediaTrainer:
         """Optimizer steps of the last call of `train`, without those before a checkpoint that it went on from."""
         return self.state.global_step - self._first_step
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
         if not self.steps_made:
             check_awaited(model)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None:
             value = norm.item() if isinstance(norm, torch.Tensor) else norm

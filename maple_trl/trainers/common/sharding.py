@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from maple_trl.trainers.common.run_errors import RunStoppedError
+
 
 _NAMED = 3
 
@@ -67,14 +69,14 @@ def check_awaited(model: nn.Module) -> None:
     Check after a first backward pass that it gave each weight a gradient for which DDP waits.
 
     Raises:
-        ValueError: naming those without one, on which the next pass would fail.
+        RunStoppedError: naming those without one, on which the next pass would fail.
     """
     waits = isinstance(model, DistributedDataParallel) and not (model.find_unused_parameters or model.static_graph)
     weights = [(name, w) for name, w in model.named_parameters() if w.requires_grad] if waits else []
     without = [name.removeprefix("module.") for name, weight in weights if weight.grad is None]
     if without and len(without) < len(weights):  # none has one where nothing was trained on
         more = f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
-        raise ValueError(
+        raise RunStoppedError(
             f"ddp_find_unused_parameters is false, but no pass gives these weights a gradient: {', '.join(without[:_NAMED])}"
             f"{more}. DDP would wait for it in vain: freeze them, or leave ddp_find_unused_parameters out"
         )

@@ -105,7 +105,7 @@ def exchange_rows(
 def _shown_again(
     keys: list[str], held: dict[str, EncodedPrompt], prompts_by_key: Callable
 ) -> dict[str, EncodedPrompt]:
-    """Return the prompts with these keys, those whose media have gone from the ranks that hold them; a collective call."""
+    """Return the prompts with these keys, by key; a collective call."""
     shown, lost = {}, []
     for key in dict.fromkeys(keys):
         try:
@@ -115,11 +115,16 @@ def _shown_again(
             logger.warning(
                 "Another process hands over what it has read, for rows of it are trained on here: %s", error
             )
+    return shown | _handed_over(lost, held)
+
+
+def _handed_over(lost: list[str], held: dict[str, EncodedPrompt]) -> dict[str, EncodedPrompt]:
+    """Return prompts that this rank cannot show any more, of those that other ranks hold; a collective call."""
     wanted = set(gather_object(lost))
-    if wanted:
-        for sent in gather_object([{key: held[key] for key in wanted & held.keys()}]):
-            shown |= {key: prompt for key, prompt in sent.items() if key in lost}
-    return shown
+    if not wanted:
+        return {}
+    sent = gather_object([{key: held[key] for key in wanted & held.keys()}])
+    return {key: prompt for prompts in sent for key, prompt in prompts.items() if key in lost}
 
 
 def _unpacked(rows: dict, device: torch.device, prompts: dict[str, EncodedPrompt]) -> Batch:
