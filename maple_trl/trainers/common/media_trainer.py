@@ -179,6 +179,7 @@ class MediaTrainer:
         return self.state.global_step - self._first_step
 
     def training_step(self, model, *args, **kwargs):
+        """Make a training step, and check after the first ones that DDP waits for no gradient in vain."""
         loss = super().training_step(model, *args, **kwargs)
         if not self.steps_made:
             check_awaited(model)
