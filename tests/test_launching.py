@@ -42,8 +42,7 @@ def test_accelerate_reads_the_file(path, tmp_path):
     section = sections[config.distributed_type.value]
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
     for name in getattr(config, section) if section else ():
-        prefixed = name if name.startswith(("fsdp_", "zero", "offload")) else f"fsdp_{name}"
-        assert f"--{prefixed}" in known, name
+        assert f"--{name}" in known, name
     assert config.num_processes % config.num_machines == 0 and config.mixed_precision == "bf16"
     odd = tmp_path / path.name
     odd.write_text(path.read_text() + "num_machine: 2\n")
@@ -83,6 +82,17 @@ def test_processes_are_told_what_the_file_says(name, expected):
     else:
         variables = prepare_multi_gpu_env(args)
     assert {key: variables.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_is_started_by_accelerate_on_several_machines_too(name):
+    """Not by DeepSpeed's own launcher, which reaches the others by ssh."""
+    words = ["--config_file", str(EXAMPLES / "accelerate_configs" / f"{name}.yaml"), "--num_machines", "2"]
+    words += ["--machine_rank", "1", "--main_process_ip", "main", "--main_process_port", "29500", "train.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    command, _ = prepare_deepspeed_cmd_env(args)
+    assert command is None and (args.rdzv_endpoint, args.nnodes, args.node_rank) == ("main:29500", "2", 1)
 
 
 # Several machines

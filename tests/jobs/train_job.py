@@ -16,6 +16,8 @@ has a `name` and may have
     copies            a checkpoint of an earlier run, `NAME/checkpoint-N`, that is first copied into `output_dir`
     without           a file that the copy lacks
     unsynced          never average gradients over the ranks
+    evaluated         of how many rows the evaluation is
+    refused           the options are refused: write `NAME-refused.json`, the error
     unread            give the model a weight that no pass reads
     stays_away        a rank that does not come to the second rollout
     undone            `MODULE:FUNCTION` below `maple_trl.trainers`, which does nothing in this run
@@ -34,6 +36,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -57,6 +60,8 @@ from maple_trl.trainers.mapo.config import MAPOConfig
 from maple_trl.trainers.mapo.trainer import MAPOTrainer
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY, OmniGRPOTrainer
+from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
 
 SHARDED = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
@@ -202,7 +207,7 @@ class Watched:
         if self.run.get("stays_away") == self.accelerator.process_index and self.state.global_step:
             time.sleep(600)
         used, prompts = super().encode_rows(rows)
-        self.used = [*getattr(self, "used", []), [row["id"] for row in used]]
+        self.used = [*getattr(self, "used", []), [row.get("id") for row in used]]
         return used, prompts
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -306,7 +311,12 @@ class AvatarJobTrainer(Watched, AvatarTrainer):
         return super()._compute_loss(model, inputs)
 
 
+class SFTJobTrainer(Watched, OmniSFTTrainer):
+    pass
+
+
 TRAINERS = {
+    "sft": (SFTJobTrainer, OmniSFTConfig),
     "omni": (JobTrainer, OmniGRPOConfig),
     "mapo": (MAPOJobTrainer, MAPOConfig),
     "avatar": (AvatarJobTrainer, AvatarConfig),
@@ -348,9 +358,10 @@ def do(run: dict, plan: dict) -> None:
     if "copies" in run:
         copy_checkpoint(out / run["copies"], out / run["name"] / Path(run["copies"]).name, run.get("without"))
     path = run.get("model", plan["model"])
-    options = {"output_dir": str(out / run["name"]), "media_root": plan["media_root"], **DEFAULTS}
     trainer_class, config_class = TRAINERS[run.get("trainer", "omni")]
-    args = config_class(**{**options, **run.get("options", {})})
+    known = {field.name for field in fields(config_class)}
+    options = {name: value for name, value in DEFAULTS.items() if name in known} | run.get("options", {})
+    args = config_class(**{"output_dir": str(out / run["name"]), "media_root": plan["media_root"], **options})
     set_seed(7)  # adapters are drawn at random
     checksums = Checksums()
     model, kwargs = path, {"callbacks": [] if SHARDED else [checksums]}
@@ -363,14 +374,18 @@ def do(run: dict, plan: dict) -> None:
         kwargs["peft_config"] = build_lora_config(model, family_for(model, load_processor(path)), r=4, alpha=8)
     if "hold_at" in run:
         kwargs["callbacks"] += [Hold(run["hold_at"], out / f"{run['name']}.held")]
-    trainer = trainer_class(
-        model,
-        REWARDS[run.get("reward", "of_completion")],
-        args,
-        train_dataset=Dataset.from_list(run.get("rows", plan["rows"])),
-        processing_class=load_processor(path),
-        **kwargs,
-    )
+    if config_class is not OmniSFTConfig:
+        kwargs["reward_funcs"] = REWARDS[run.get("reward", "of_completion")]
+    rows, processor = Dataset.from_list(run.get("rows", plan["rows"])), load_processor(path)
+    if run.get("evaluated"):
+        kwargs["eval_dataset"] = rows.select(range(run["evaluated"]))
+    try:
+        trainer = trainer_class(model, args=args, train_dataset=rows, processing_class=processor, **kwargs)
+    except ValueError as error:
+        if "refused" not in run:
+            raise
+        (out / f"{run['name']}-refused.json").write_text(json.dumps(str(error)))
+        return
     trainer.run = run
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     passes: list[int] = []
@@ -402,7 +417,7 @@ def do(run: dict, plan: dict) -> None:
         "known": getattr(trainer, "known", []),
         "trained": getattr(trainer, "trained", []),
         "asked": getattr(trainer, "asked", []),
-        "missing": sorted([*key, count] for key, count in trainer.missing_rewards.items()),
+        "missing": sorted([*key, count] for key, count in getattr(trainer, "missing_rewards", {}).items()),
     }
     result["cpu"] = time.process_time()
     result["find_unused"] = getattr(trainer.model_wrapped, "find_unused_parameters", None)

@@ -31,7 +31,7 @@ PLAIN = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "shuffle_da
 EQUAL = {
     # Of the second rollout one prompt is kept, whose four rows all ranks share; of the third it is all but one.
     "mixed": ({"batching": "mixed", "dynamic_sampling": "early", "max_steps": 3, "learning_rate": 0.1}, {}),
-    "stratified": ({"batching": "stratified", "leftover": "fill", "max_steps": 2}, {}),
+    "stratified": ({"batching": "stratified", "leftover": "fill", "max_steps": 2, "beta": 0.1}, {}),
     "adapters": ({"batching": "mixed", "max_steps": 2, "gradient_checkpointing": True}, {"lora": True}),
     # Nothing of the second rollout is kept: a step without a gradient, which must not let weights decay.
     "idle": (
@@ -39,10 +39,11 @@ EQUAL = {
         {"varied": [True] * 4 + [False] * 4},
     ),
 }
+SFT = {"max_steps": 2, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 VARIED = [True, True, True, False, True, False, False, False]
 LONG = {
     "max_steps": 20,
-    "max_completion_length": 4,
+    "max_completion_length": 3,
     "num_generations": 4,
     "per_device_train_batch_size": 4,
     "replayed_generations": 2,
@@ -76,14 +77,18 @@ def equal_run(name, world, rows):
 
 
 def runs(world, rows, out=None):
-    equal = [equal_run(name, world, rows) for name in EQUAL]
+    told = [row | {"completion": row["solution"]} for row in rows]
+    sft = {"name": "sft", "trainer": "sft", "rows": told, "options": SFT | {"per_device_train_batch_size": 4 // world}}
+    equal = [*(equal_run(name, world, rows) for name in EQUAL), sft]
     if world == 1:
         return equal
     long = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": LONG}
     saved = {"trainer": "mapo", "reward": "of_completion", "options": SAVED}
     whole = saved | {"name": "whole", "options": SAVED | {"save_strategy": "steps", "save_steps": 1}}
     half = saved | {"name": "half", "resume": str(out / "whole" / "checkpoint-1")}
-    return [*equal, long, whole, half]
+    long["options"] = LONG | {"encoder_cache_dir": str(out.with_suffix(".towers"))}
+    probed = saved | {"name": "probed", "refused": True, "options": SAVED | {"gradient_probe": 8}}
+    return [*equal, long, whole, half, *([] if out.name == "ddp" else [probed])]
 
 
 def launcher(config: Path) -> list[str]:
@@ -138,6 +143,8 @@ def assert_equal(results, way, name, of_one=None):
     assert error <= 1e-4, where
     for tower in ("visual", "audio_tower", "language_model"):
         assert any(value.norm() > 1e-3 for key, value in one.items() if tower in key), tower
+    told = facts(results / way, name)
+    assert told["packed"] or name == "sft"  # prompts were shared
     for rank in range(1, WORLD):
         assert all(
             torch.equal(v, weights(results / way, name)[key]) for key, v in weights(results / way, name, rank).items()
@@ -159,7 +166,7 @@ def test_four_processes_finish_and_agree(results, way):
     assert_finished(results, way)
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", [*EQUAL, "sft"])
 @pytest.mark.parametrize("way", WAYS)
 def test_four_processes_train_as_one_does(results, way, name):
     assert_equal(results, way, name)
@@ -168,6 +175,21 @@ def test_four_processes_train_as_one_does(results, way, name):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_from_a_checkpoint_of_whole_weights(results, way):
     assert_goes_on(results, way)
+
+
+def assert_refused(results, way):
+    """A probe of whole gradients, which no rank has."""
+    told = json.loads((results / way / "probed-refused.json").read_text())
+    assert told == "gradient_probe reads whole gradients, which FSDP and DeepSpeed do not keep: set it to 0"
+
+
+def test_the_folder_for_features_is_said_to_be_unused_where_towers_are_spread(results):
+    unused = "encoder_cache_dir: nothing is kept there"
+    assert unused in (results / "fsdp2.log").read_text() and unused not in (results / "ddp.log").read_text()
+
+
+def test_what_needs_whole_gradients_is_refused(results):
+    assert_refused(results, "fsdp2")
 
 
 def test_ddp_may_wait_for_the_gradient_of_every_weight(results):

@@ -21,6 +21,7 @@ from test_scale import (
     assert_equal,
     assert_finished,
     assert_goes_on,
+    assert_refused,
     launcher,
     runs,
 )
@@ -82,7 +83,7 @@ def test_four_processes_finish_and_agree(results, way):
     assert_finished(results, way)
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", [*EQUAL, "sft"])
 @pytest.mark.parametrize("way", WAYS)
 def test_four_processes_train_as_one_does(results, way, name):
     assert_equal(results, way, name)
@@ -91,3 +92,8 @@ def test_four_processes_train_as_one_does(results, way, name):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_from_a_checkpoint_of_whole_weights(results, way):
     assert_goes_on(results, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_needs_whole_gradients_is_refused(results, way):
+    assert_refused(results, way)

@@ -95,7 +95,13 @@ class MediaTrainer:
 
     def _make_tower_cache(self) -> TowerCache | None:
         args = self.args
-        if self.family is None or self._spread or not (args.encoder_cache_bytes or args.encoder_cache_dir):
+        if self.family is None or not (args.encoder_cache_bytes or args.encoder_cache_dir):
+            return None
+        if self._spread:
+            if args.encoder_cache_dir:
+                logger.warning(
+                    "encoder_cache_dir: nothing is kept there, since no process has the towers' whole weights"
+                )
             return None
         return TowerCache(
             args.encoder_cache_bytes,
