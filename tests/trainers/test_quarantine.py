@@ -266,7 +266,10 @@ def test_duplicate_rows_are_left_out_together(folder):
         ({"min_pixels": 10_000, "max_pixels": 100}, "min_pixels=10000 is above max_pixels"),
         ({"overlong_media": "ignore"}, "overlong_media must be"),
         ({"media_decode_timeout": 0.0}, "media_decode_timeout must be positive"),
-        ({"use_vllm": True}, "use_vllm=True is not supported"),
+        (
+            {"use_vllm": True, "vllm_enable_sleep_mode": True},
+            "vllm_enable_sleep_mode does not support prompts with media",
+        ),
         ({"use_transformers_continuous_batching": True}, "does not support media"),
     ],
 )
