@@ -2,6 +2,7 @@
 
 import tempfile
 
+import torch
 from tiny_models import build_tiny
 
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
@@ -58,3 +59,20 @@ def one_row_per_tag(dataset):
     for i, tag in enumerate(dataset["tag"]):
         first.setdefault(tag, i)
     return dataset.select(sorted(first.values()))
+
+
+def watch_updates(trainer, gradients, weights):
+    """Have a training add to these lists the gradients of each optimizer step, and the weights before it, by name."""
+    create_optimizer = trainer.create_optimizer
+
+    def remember(*_):
+        named = list(trainer.model.named_parameters())
+        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named})
+        weights.append({n: p.detach().clone() for n, p in named})
+
+    def watched_optimizer(*args, **kwargs):
+        optimizer = create_optimizer(*args, **kwargs)
+        optimizer.register_step_pre_hook(remember)
+        return optimizer
+
+    trainer.create_optimizer = watched_optimizer

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 from datasets import Dataset
-from omni_runs import DEFAULTS
+from omni_runs import DEFAULTS, watch_updates
 from test_grpo_parity import dataset
 from test_processes import worst
 from tiny_models import build_tiny, build_tiny_text, save_tiny
@@ -208,23 +208,12 @@ def train(model, processing_class, data, tmp_path, steps, reward, by_model, **op
 def follow(trainer, steps):
     """Trains; what happened."""
     training = Training(trainer)
-    create_optimizer = trainer.create_optimizer
-
-    def remember(*_):
-        named = list(trainer.model.named_parameters())
-        training.gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named})
-        training.weights.append({n: p.detach().clone() for n, p in named})
-
-    def watched_optimizer(*args, **kwargs):
-        optimizer = create_optimizer(*args, **kwargs)
-        optimizer.register_step_pre_hook(remember)
-        return optimizer
+    watch_updates(trainer, training.gradients, training.weights)
 
     def count(module, args, kwargs):
         if torch.is_grad_enabled():  # neither to generate nor to look back
             training.rows_in_model += len(kwargs["input_ids"])
 
-    trainer.create_optimizer = watched_optimizer
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
     assert len(training.gradients) == steps

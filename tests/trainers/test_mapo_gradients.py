@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from jobs.train_job import DEFAULTS, REWARDS, MAPOJobTrainer
+from omni_runs import watch_updates
 from test_processes import worst
 from tiny_models import build_tiny, save_tiny
 
@@ -107,17 +108,7 @@ def train(world, steps=1, reward="where_varied", kind=(MAPOJobTrainer, MAPOConfi
     )
     trainer.run = {"fixed_completions": True}
     training = Training(trainer, [], [], 0, 0)
-    create_optimizer = trainer.create_optimizer
-
-    def remember(*_):
-        named = list(trainer.model.named_parameters())
-        training.gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named})
-        training.weights.append({n: p.detach().clone() for n, p in named})
-
-    def watched_optimizer(*args, **kwargs):
-        optimizer = create_optimizer(*args, **kwargs)
-        optimizer.register_step_pre_hook(remember)
-        return optimizer
+    watch_updates(trainer, training.gradients, training.weights)
 
     def count(name):
         def hook(module, args, kwargs):
@@ -125,7 +116,6 @@ def train(world, steps=1, reward="where_varied", kind=(MAPOJobTrainer, MAPOConfi
 
         return hook
 
-    trainer.create_optimizer = watched_optimizer
     trainer.model.register_forward_pre_hook(count("rows_in_model"), with_kwargs=True)
     if trainer.ref_model is not None:
         trainer.ref_model.register_forward_pre_hook(count("rows_in_reference"), with_kwargs=True)
