@@ -36,8 +36,6 @@ ROW_FEATURES = Features(
         "audio": Value("string"),
         "subtitle": Value("string"),
         "image": Value("string"),
-        "video_start": Value("float64"),
-        "video_end": Value("float64"),
         "provenance": List(
             {
                 "field": Value("string"),
@@ -60,6 +58,6 @@ Columns of a row of a tagged set, of a question or of a caption. `None` where a 
   `reference_s`, what each of its signals alone tells.
 - `prompt` is what the model is asked, as one user message.
 - `video`, `audio`, `subtitle` and `image` are paths below the media root; `subtitle` may be the text itself; without `audio` the sound
-  is the video's track. `video_start` and `video_end`, in seconds, cut a part out.
+  is the video's track.
 - `provenance` says of fields that a model wrote or a person changed who did it; `prompt_hash` is that of the request.
 """
