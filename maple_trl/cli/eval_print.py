@@ -41,6 +41,12 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         add(name, lambda found, name=name: found["counts"][name])
     add("clips", lambda found: found["accuracy"].get("sample_mean", {}).get("clips"))
     console.print(table)
+    preset = result.get("preset")
+    if preset:
+        told = ", ".join(f"{name} {_told(value)}" for name, value in preset["set"].items())
+        _say(console, f"preset {preset['name']} set {told or 'nothing that was not given'}")
+    for access, found in accesses.items():
+        _print_metrics(console, access if len(accesses) > 1 else None, found)
     macro = result["superset_macro"]
     if "value" in macro and set(macro["inputs"]) != {"1"}:  # of one input each it is the mean of tags
         low, high = (_plain(macro[end]) for end in ("low", "high"))
@@ -60,6 +66,35 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     if result["left_out"]:
         console.print(f"{len(result['left_out'])} questions were left out; result.json names them", highlight=False)
     console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _say(console: Any, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _told(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _print_metrics(console: Any, access: str | None, found: Mapping[str, Any]) -> None:
+    """Print what benchmarks measure beyond accuracy, what was not judged, and how much sound was left out."""
+    under = "" if access is None else f" ({access})"
+    for name, estimate in found.get("metrics", {}).items():
+        low, high = (_plain(estimate[end]) for end in ("low", "high"))
+        _say(console, f"{name}{under} {_plain(estimate['value'])} [{low}, {high}] of {estimate['count']} questions")
+    waiting = found.get("reasons", {}).get("no-judge")
+    if waiting:
+        _say(
+            console,
+            f"{waiting} open answers{under} need a judge and are not scored, nor counted as wrong: name one with --judge_model",
+        )
+    sound = found.get("sound", {})
+    if sound.get("in_part"):
+        _say(
+            console,
+            f"sound{under}: {sound['in_part']} of {sound['questions']} questions were fed parts of it; {sound['seconds']:.0f} s "
+            f"fed, {sound['left_out_seconds']:.0f} s left out",
+        )
 
 
 def _plain(value: float | int | None) -> str:
