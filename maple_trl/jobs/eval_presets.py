@@ -75,6 +75,8 @@ PRESETS: Mapping[str, EvalPreset] = MappingProxyType(
 
 # Of these, one is given or the other.
 _INSTEAD = {"num_frames": "video_fps"}
+# What a model behind a server decides by itself.
+_OF_A_LOCAL_MODEL = ("audio_in_video", "max_prompt_length")
 
 
 def preset_values(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
@@ -94,6 +96,5 @@ def preset_values(values: Mapping[str, Any], given: Collection[str]) -> dict[str
     if name not in PRESETS:
         raise SetupError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     found = PRESETS[name].values(values.get("benchmark"))
-    return {
-        option: value for option, value in found.items() if option not in given and _INSTEAD.get(option) not in given
-    }
+    settled = {*given, *(_OF_A_LOCAL_MODEL if values.get("server") else ())}
+    return {option: value for option, value in found.items() if not {option, _INSTEAD.get(option)} & settled}

@@ -14,6 +14,7 @@ from maple_trl.evaluation.identity import describe_function
 from maple_trl.files import digest
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.rewards import JUDGES, close_rewards, load_rewards, what_is_learned
+from maple_trl.metrics.answers import count_measures
 from maple_trl.rewards.answers import extract_answer
 from maple_trl.rewards.judge import inner_judge
 from maple_trl.rewards.measures import METRIC_COLUMN, MeasuredReward, check_metrics
@@ -67,6 +68,7 @@ class Scoring:
             self.described["entry"] = what_is_learned([entry])[0]
         if measured:
             self.described |= {"metrics": sorted(metrics), "packages": _packages(metrics)}
+            self.described["arithmetic_sha256"] = describe_function(count_measures)["source_sha256"]
             self.described["judge"] = what_is_learned([judge])[0] if judge is not None else None
         if self._judge is not None:
             self.described["guideline_sha256"] = digest(self._judge.guideline)

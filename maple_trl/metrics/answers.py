@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 
@@ -53,11 +54,7 @@ def word_error_rate(told: str, truth: str) -> float:
     Raises:
         ImportError: naming the extra with the package, where that is missing.
     """
-    try:
-        import jiwer
-    except ImportError as error:
-        raise _missing("a word error rate", "jiwer") from error
-    return float(jiwer.wer(truth, told))
+    return float(_optional("jiwer", "a word error rate").wer(truth, told))
 
 
 def rouge_f1(told: str, truth: str) -> dict[str, float]:
@@ -73,12 +70,13 @@ def rouge_f1(told: str, truth: str) -> dict[str, float]:
 
 @cache
 def _rouge_scorer() -> Any:
+    return _optional("rouge_score.rouge_scorer", "ROUGE").RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
+
+
+def _optional(module: str, purpose: str) -> Any:
     try:
-        from rouge_score.rouge_scorer import RougeScorer
+        return import_module(module)
     except ImportError as error:
-        raise _missing("ROUGE", "rouge_score") from error
-    return RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
-
-
-def _missing(what: str, package: str) -> ImportError:
-    return ImportError(f"{what} needs the package {package}, which is not installed: pip install 'maple-trl[texts]'")
+        raise ImportError(
+            f"{purpose} needs {module.split('.')[0]}, which is not installed: pip install 'maple-trl[texts]'"
+        ) from error

@@ -1,5 +1,6 @@
 """Captions of a clip from each of the seven inputs: judged against the clip's reference for what was fed."""
 
+import dataclasses
 import json
 import re
 
@@ -9,6 +10,7 @@ from eval_runs import MODEL, evaluate, lines_of, result_of
 
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.evaluation.captions import CaptionRows
+from maple_trl.evaluation.evaluator import Evaluator
 from maple_trl.modalities import ModalityTag
 
 
@@ -80,10 +82,6 @@ def run(table, tmp_path):
 
 def spoken(monkeypatch):
     """The tiny model may write nothing that could be graded."""
-    import dataclasses
-
-    from maple_trl.evaluation.evaluator import Evaluator
-
     answers = Evaluator._answers
 
     def scripted(self, prompts, batch):
@@ -97,8 +95,10 @@ def spoken(monkeypatch):
 
 def test_seven_rows_of_a_clip_give_its_gain(run, monkeypatch):
     spoken(monkeypatch)
-    status, found, lines = run()
-    assert status == 0
+    status, found, lines = run("--preset", "maple-caption")
+    assert (
+        status == 0 and found["asking"]["temperature"] == 0.7 and found["preset"]["set"]["max_prompt_length"] == 8192
+    )
     assert {line["id"]: line["score"] for line in lines} == pytest.approx(
         {f"{clip}-{tag}": GRADES[clip][tag] for clip in CLIPS for tag in TAGS}
     )
@@ -107,17 +107,19 @@ def test_seven_rows_of_a_clip_give_its_gain(run, monkeypatch):
     assert (gain["count"], gain["clips"], gain["left_out"]) == (3, 3, 0)
 
 
+@pytest.mark.slow
 def test_an_access_is_judged_against_the_clips_reference_for_it(run, monkeypatch):
     """Every row under every access: J(V) of a clip is against its reference from V, whichever row asked."""
     spoken(monkeypatch)
-    status, found, lines = run("--access", ",".join(TAGS))
+    words = ("--access", ",".join(TAGS), "--batch-size", "21")
+    status, found, lines = run(*words)
     assert status == 0 and len(lines) == 3 * 49
     for line in lines:
         assert line["score"] == pytest.approx(GRADES[line["clip"]][line["access"]])
     assert found["fusion_gain"]["value"] == pytest.approx(2 / 3) and found["fusion_gain"]["clips"] == 3
     # Negative control: each by its own row's reference, all accesses of a row earn the same, and none gains.
     monkeypatch.setattr(CaptionRows, "of", lambda self, number, fed: self.rows[number])
-    _, before, lines = run("--access", ",".join(TAGS), output="before")
+    _, before, lines = run(*words, "--limit", "7", output="before")
     assert before["fusion_gain"]["value"] == 0.0
     assert {line["score"] for line in lines if line["id"] == "one-VAS"} == {GRADES["one"]["VAS"]}
 

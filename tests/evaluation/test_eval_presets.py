@@ -89,10 +89,13 @@ def test_what_is_given_wins(tmp_path):
     assert settled("--config", file, "--preset", "avatar").temperature == 0
     options = settled("--preset", "avatar", "--video_fps", "1")
     assert (options.num_frames, options.video_fps) == (None, 1) and "num_frames" not in options.set_by_preset
+    options = settled("--preset", "avatar", "--server", "http://127.0.0.1:9/v1")  # which says these itself
+    assert not options.audio_in_video and options.temperature == 0
     with pytest.raises(SetupError, match="there is no preset 'mapel-qa'; there are maple-qa, maple-caption, avatar"):
         settled("--preset", "mapel-qa")
 
 
+@pytest.mark.slow
 def test_a_preset_is_printed_and_kept(tmp_path, capsys):
     clip = tmp_path / "video" / "clevrer" / "video_validation" / "one.mp4"
     clip.parent.mkdir(parents=True)

@@ -67,7 +67,7 @@ def f1(shared, told, truth):
 
 
 @given(WORDS, WORDS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_rouge_by_hand(told, truth):
     found = rouge_f1(" ".join(told), " ".join(truth))
     pairs = [Counter(zip(words, words[1:], strict=False)) for words in (told, truth)]
