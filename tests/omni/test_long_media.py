@@ -141,6 +141,19 @@ def test_a_sound_without_a_length_in_its_header(tmp_path):
     assert loader(path, max_seconds=30).audio(path.name).source_seconds is None
 
 
+@pytest.mark.parametrize(
+    "name, codec", [("a.flac", "flac"), ("a.mp3", "libmp3lame"), ("a.ogg", "libopus"), ("a.m4a", "aac")]
+)
+def test_parts_of_other_containers(tmp_path, name, codec):
+    """With an index and without one, and with a codec's padding."""
+    wave = np.concatenate([media_files.tone(10, 16000, (frequency,)) for frequency in (400.0, 500.0, 600.0)], axis=1)
+    path = media_files.write_audio(tmp_path / name, wave, codec=codec)
+    clip = loader(path, max_seconds=20).audio(path.name)
+    assert clip.duration == pytest.approx(20, abs=0.1) and clip.source_seconds == pytest.approx(30, abs=0.1)
+    parts = np.split(clip.waveform, [160_000])
+    assert [minute_of(part[32_000:96_000], 16000) for part in parts] == [0, 2] and "sound-spread" in clip.notes
+
+
 def test_a_header_that_claims_more_than_there_is(tmp_path):
     data = bytearray(write(tmp_path / "short.mkv", Timed(sound_end=4.0)).read_bytes())
     at = data.index(b"\x44\x89\x88") + 3  # the element Duration
