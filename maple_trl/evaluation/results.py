@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -474,16 +474,7 @@ def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapp
     """
     missing = [tag for tag in map(str, ModalityTag) if tag not in by_access]
     if not missing:
-        columns = [by_access[tag] for tag in map(str, ModalityTag)]
-        names = sorted(set.union(*(set(column) for column in columns)))
-        by_name = {
-            row: {
-                column_tag: [column[row]]
-                for column_tag, column in zip(ModalityTag, columns, strict=True)
-                if row in column and column[row].scores
-            }
-            for row in names
-        }
+        by_name = _inputs_of_rows({tag: by_access[tag].values() for tag in map(str, ModalityTag)})
     else:
         by_name = _inputs_of_clips(by_access.get(REQUIRED, {}).values())
         if not by_name:
@@ -497,12 +488,27 @@ def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapp
         )
     fused = fused_samples({tag: [_mean_of(by_name[name][tag]) for name in whole] for tag in map(str, ModalityTag)})
     first = [by_name[name][ModalityTag.V][0] for name in whole]
-    strata = [question.tag or "" for question in first] if not missing else None
+    strata = None if missing or any(q.solution is None for q in first) else [q.tag or "" for q in first]
     estimate = bootstrap_mean(fused, strata, **options, clusters=[question.clip for question in first])
     return asdict(estimate) | {"left_out": len(by_name) - len(whole)}
 
 
-def _inputs_of_clips(questions: Iterable[_Question]) -> dict[tuple, dict[str, list[_Question]]]:
+def _inputs_of_rows(by_tag: Mapping[str, Collection[_Question]]) -> dict[Hashable, dict[str, list[_Question]]]:
+    """Group scores by row, then access; the captions of a clip whose rows have a tag each are one, the mean of its rows."""
+    asked = {question.row: question for questions in by_tag.values() for question in questions}.values()
+    captions = Counter((question.clip, question.tag) for question in asked if question.solution is None)
+    several = {clip for (clip, _), count in captions.items() if count > 1} | {None}
+    found: dict[Hashable, dict[str, list[_Question]]] = {}
+    for tag, questions in by_tag.items():
+        for question in questions:
+            alone = question.solution is not None or question.clip in several
+            inputs = found.setdefault(question.row if alone else question.clip, {})
+            if question.scores:
+                inputs.setdefault(tag, []).append(question)
+    return found
+
+
+def _inputs_of_clips(questions: Iterable[_Question]) -> dict[Hashable, dict[str, list[_Question]]]:
     """
     Group scored rows by clip, then input; empty unless some clip has a row for each of the seven tags.
 
@@ -517,7 +523,7 @@ def _inputs_of_clips(questions: Iterable[_Question]) -> dict[tuple, dict[str, li
         if count > 1
     }
     asked: dict[tuple, set[str]] = defaultdict(set)
-    found: dict[tuple, dict[str, list[_Question]]] = defaultdict(dict)
+    found: dict[Hashable, dict[str, list[_Question]]] = defaultdict(dict)
     for question in rows:
         is_whole = question.solution is None and question.clip not in several
         key = (question.clip, None if is_whole else " ".join(_MEDIUM.sub(" ", question.prompt or "").split()))

@@ -116,7 +116,8 @@ def test_an_access_is_judged_against_the_clips_reference_for_it(run, monkeypatch
     assert status == 0 and len(lines) == 3 * 49
     for line in lines:
         assert line["score"] == pytest.approx(GRADES[line["clip"]][line["access"]])
-    assert found["fusion_gain"]["value"] == pytest.approx(2 / 3) and found["fusion_gain"]["clips"] == 3
+    gain = found["fusion_gain"]
+    assert (gain["value"], gain["count"], gain["clips"]) == (pytest.approx(2 / 3), 3, 3)
     # Negative control: each by its own row's reference, all accesses of a row earn the same, and none gains.
     monkeypatch.setattr(CaptionRows, "of", lambda self, number, fed: self.rows[number])
     _, before, lines = run(*words, "--limit", "7", output="before")

@@ -213,6 +213,21 @@ def test_captions_of_a_clip_are_its_seven_inputs():
     assert (gain["value"], gain["count"], gain["clips"]) == (pytest.approx(2 / 3), 6, 3)
 
 
+def test_captions_of_a_clip_are_one_under_every_access():
+    """The rows of a clip are the same seven captions, asked again: their mean counts once for the clip."""
+    asked = [
+        {"row": row, "id": f"{clip}{own}", "tag": own, "fed": fed, "access": fed, "clip": clip, "score": score}
+        for row, (clip, own) in enumerate((clip, own) for clip in "ab" for own in TAGS)
+        for fed in TAGS
+        for score in [0.5 + 0.3 * (fed == "VA" and clip == "a" and own != "V") - 0.1 * (len(fed) > 1 and clip == "b")]
+    ]
+    gain = results(asked, TAGS)["fusion_gain"]
+    assert (gain["value"], gain["count"], gain["clips"]) == (0.5, 2, 2)
+    # Negative control: with solutions they are fourteen questions, of which one of the first clip gains nothing.
+    gain = results([row | {"solution": "B"} for row in asked], TAGS)["fusion_gain"]
+    assert (gain["value"], gain["count"]) == (pytest.approx(6 / 14), 14)
+
+
 def test_strata_by_required_tag():
     """As MAPLE-QA+ lists its rows: `tag` is what is required, and each row says how its input stands to that."""
     asked = [
