@@ -240,7 +240,6 @@ class BaseEvaluator(ABC):
             "clip": self.clips[number],
             "question": self.questions[number],
             "benchmark": as_text(row.get("benchmark")),
-            "stratum": as_text(row.get("stratum")),
             "access": access,
             "status": status,
             **values,
@@ -266,7 +265,12 @@ class BaseEvaluator(ABC):
         by_number = {number: self._row_to_score(number, access) for number, _ in asked}
         places = [i for i, (number, _) in enumerate(asked) if by_number[number] is not None]
         if places:
-            chosen = [(number, by_number[number] or {}, answer) for number, answer in (asked[i] for i in places)]
+            # What a judge is told is what was asked.
+            prompts = {number: self._fed(number, access)[1]["prompt"] for number, _ in asked}
+            chosen = [
+                (number, {**(by_number[number] or {}), "prompt": prompts[number]}, answer)
+                for number, answer in (asked[i] for i in places)
+            ]
             for i, scored in zip(places, self._scores(chosen, [groups[i] for i in places]), strict=True):
                 found[i] = scored
         return found

@@ -54,6 +54,6 @@ class CaptionRows:
             return row
         other = self._of_clip.get((self.clips[number], fed.value))
         if other is not None:
-            return {**self.rows[other], "prompt": row["prompt"]}
+            return self.rows[other]
         alone = row.get(UNIMODAL_COLUMNS.get(fed.value, ""))
         return {**row, "tag": fed.value, REFERENCE: alone} if alone else None

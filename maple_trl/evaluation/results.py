@@ -18,7 +18,7 @@ from maple_trl.files import as_json
 from maple_trl.metrics.accuracy import fused_samples, pass_at_k_interval, superset_scores, tag_accuracies
 from maple_trl.metrics.gaps import WEIGHTINGS, modality_gap_intervals, tag_disparity
 from maple_trl.metrics.intervals import UndefinedMetricError, bootstrap_mean
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import STRATA, ModalityTag
 
 
 # A medium's place in a prompt as plain text.
@@ -44,7 +44,6 @@ class _Question:
     fed: str | None = None
     prompt: str | None = None
     benchmark: str | None = None
-    stratum: str | None = None
     solution: str | None = None
     sound: tuple[float, float] | None = None
     scores: list[float] = field(default_factory=list)
@@ -81,7 +80,7 @@ def evaluation_results(
 
     Returns:
         `accesses`: for each what [`_access_results`] gives; `superset_macro`, `over_inputs` and `fusion_gain`, which rest
-        on several inputs of a question; `strata`: accuracies of rows that give exactly what their question requires, more,
+        on several inputs of a question; `strata`: accuracies of inputs that are exactly what their question requires, more,
         or less; `errors`: every question that ended so, by name. A value that is undefined is `{"undefined": reason}`.
     """
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
@@ -105,7 +104,6 @@ def evaluation_results(
                 line.get("fed") or _fed_before(line),
                 line.get("prompt"),
                 line.get("benchmark"),
-                line.get("stratum"),
                 line["solution"],
                 _sound(line),
             ),
@@ -442,27 +440,24 @@ def _over_inputs(by_access: Mapping[str, Mapping[int, _Question]], options: Mapp
 
 
 def _strata(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return accuracies, over all and by required tag, of the rows of each stratum (MAPLE, arXiv 2602.11596, 5.4.1)."""
-    by_stratum: dict[str, list[_Question]] = defaultdict(list)
-    for question in by_access.get(REQUIRED, {}).values():
-        if question.stratum and question.scores:
-            by_stratum[question.stratum].append(question)
-    if not by_stratum:
-        raise UndefinedMetricError(f"No row that names its stratum was scored under access {REQUIRED}")
+    """Return accuracies, over all and by required tag, of the inputs of each stratum (MAPLE, arXiv 2602.11596, 5.4.1)."""
+    by_stratum: dict[str, list[tuple[float, str, Any]]] = {stratum: [] for stratum in STRATA}
+    for (name, tag), by_input in _by_input(by_access).items():
+        for fed, rows in by_input.items() if tag is not None else ():
+            stratum = ModalityTag(tag).stratum_of(ModalityTag(fed))
+            by_stratum[stratum].append((_mean_of(rows), tag, rows[0].clip or (name, tag)))
+    if sum(map(bool, by_stratum.values())) < 2:
+        raise UndefinedMetricError("No question with a tag was scored with inputs of several strata")
     found = {}
-    for stratum, own in sorted(by_stratum.items(), key=lambda item: _order(item[0])):
-        scores, tags = [question.mean for question in own], [question.tag for question in own]
-        accuracies = tag_accuracies(scores, tags, **options, clusters=[question.clip for question in own])
-        found[stratum] = {
-            "sample_mean": asdict(accuracies.sample_mean),
-            "per_tag": {tag: asdict(estimate) for tag, estimate in accuracies.per_tag.items()},
-        }
+    for stratum, asked in by_stratum.items():
+        if asked:
+            scores, tags, clips = zip(*asked, strict=True)
+            accuracies = tag_accuracies(scores, tags, **options, clusters=clips)
+            found[stratum] = {
+                "sample_mean": asdict(accuracies.sample_mean),
+                "per_tag": {tag: asdict(estimate) for tag, estimate in accuracies.per_tag.items()},
+            }
     return found
-
-
-def _order(stratum: str) -> tuple[int, str]:
-    known = ("exact", "superset", "deficit")
-    return (known.index(stratum) if stratum in known else len(known), stratum)
 
 
 def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,10 +93,15 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
             entry = json.loads(entry)
         except ValueError as error:
             raise SetupError(f"--judge is no JSON object: {error}") from error
-    if entry == "accuracy_reward":
-        answer_format = prompt_style(job.prompt_style).answer_format
-        entry = entry if answer_format == "tags" else {"reward": entry, "answer_format": answer_format}
+    answer_format = _answer_format(job)
+    if entry == "accuracy_reward" and answer_format != "tags":
+        entry = {"reward": entry, "answer_format": answer_format}
     return entry
+
+
+def _answer_format(job: EvalJob) -> str:
+    """Return the form in which the questions ask for answers."""
+    return prompt_style(job.prompt_style).answer_format
 
 
 def _is_accuracy(entry: str | Mapping[str, Any]) -> bool:

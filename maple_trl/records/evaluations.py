@@ -47,7 +47,6 @@ LINES = pa.schema(
         ("clip", pa.string()),  # what shares its fate, see `maple_trl.metrics.clips`
         ("question", pa.string()),  # the same for rows that ask one question with several inputs
         ("benchmark", pa.string()),
-        ("stratum", pa.string()),  # exact, superset or deficit, of the input against what the question requires
         ("status", pa.string()),  # scored, unscored, error or lacking
         ("sample", pa.int64()),  # null where the question was not asked
         ("completion", pa.string()),
