@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set
 from functools import cache
 from importlib import import_module
@@ -16,6 +17,7 @@ model judges.
 
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 
+_WORD = re.compile(r"\w+")
 _EXACT = 1e-5
 _CAP = 100.0  # an error up to it is never capped
 
@@ -47,30 +49,50 @@ def set_f1(told: Set[Any], truth: Set[Any]) -> float:
     return 2 * len(told & truth) / total if total else 0.0
 
 
+def words(text: str) -> list[str]:
+    """Return the words of a text, without case and punctuation."""
+    return _WORD.findall(text.casefold())
+
+
 def word_error_rate(told: str, truth: str) -> float:
     """
     Return the edits of words that lead from an answer to the truth, by words of the truth; it may pass 1.
 
+    Case and punctuation do not count. Of a truth without a word, nothing but the same text is free of errors.
+
     Raises:
         ImportError: naming the extra with the package, where that is missing.
     """
-    return float(_optional("jiwer", "a word error rate").wer(truth, told))
+    if not words(truth):
+        return float(told.strip() != truth.strip())
+    return float(_optional("jiwer", "a word error rate").wer(" ".join(words(truth)), " ".join(words(told))))
 
 
 def rouge_f1(told: str, truth: str) -> dict[str, float]:
     """
-    Return the F1 of shared words, pairs of words and the longest common subsequence, stemmed (ROUGE-1, -2, -L).
+    Return the F1 of shared words, of shared pairs of words, and of the longest common subsequence (ROUGE-1, -2, -L).
+
+    Words are not stemmed; case and punctuation do not count. Of a truth without a word, nothing but the same text scores.
 
     Raises:
         ImportError: naming the extra with the package, where that is missing.
     """
+    if not words(truth):
+        return dict.fromkeys(ROUGE_KINDS, float(told.strip() == truth.strip()))
     found = _rouge_scorer().score(truth, told)
     return {kind: float(found[kind].fmeasure) for kind in ROUGE_KINDS}
 
 
+class _Words:
+    """What ROUGE compares; its own tokenizer knows ASCII letters alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
 @cache
 def _rouge_scorer() -> Any:
-    return _optional("rouge_score.rouge_scorer", "ROUGE").RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
+    return _optional("rouge_score.rouge_scorer", "ROUGE").RougeScorer(list(ROUGE_KINDS), tokenizer=_Words())
 
 
 def _optional(module: str, purpose: str) -> Any:

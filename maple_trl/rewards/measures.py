@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import ascii_letters
 from typing import Any
 
-from maple_trl.metrics.answers import ANSWER_METRICS, count_measures, rouge_f1, set_f1, word_error_rate
+from maple_trl.metrics.answers import ANSWER_METRICS, count_measures, rouge_f1, set_f1, word_error_rate, words
 from maple_trl.rewards.answers import ANSWER_FORMATS, completion_text, grade_answer, number, row_options, solution_text
 from maple_trl.rewards.judge import OpenAIJudge
 
@@ -61,7 +61,9 @@ def _transcribed(answer: str | None, truth: str) -> Measured:
 
 def _overlapping(answer: str | None, truth: str) -> Measured:
     found = rouge_f1(answer or "", truth)
-    return sum(found.values()) / len(found), found
+    have_pairs = min(len(words(answer or "")), len(words(truth))) > 1
+    counted = [value for kind, value in found.items() if have_pairs or kind != "rouge2"]
+    return sum(counted) / len(counted), found
 
 
 _MEASURES: Mapping[str, Callable[[str | None, str], Measured]] = {
@@ -103,7 +105,7 @@ class MeasuredReward:
     - `counting`: 1 for the exact count; `ACC`, `OBOA`, `MAE` and whether there was a number (`answered`);
     - `letters_f1`: `F1` of the letters, and whether all were right (`exact`);
     - `word_error_rate`: `1 - WER`, not below 0; `WER`;
-    - `rouge`: the mean of `rouge1`, `rouge2` and `rougeL`;
+    - `rouge`: the mean of `rouge1`, `rouge2` (where both texts have two words) and `rougeL`;
     - `judge`: the judge's verdict (`judged`); without a judge there is no score, and the reason is `no-judge`.
 
     What is measured is noted by `log_extra`, as the column `measures`.

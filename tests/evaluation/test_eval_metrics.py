@@ -285,6 +285,12 @@ def test_a_judge_without_open_answers_is_refused(clip, tmp_path, capsys):
     assert "row 0, field 'answer_metric': must be one of accuracy, counting, letters_f1" in capsys.readouterr().err
 
 
+def test_a_single_word_has_no_pairs():
+    said = ["<answer>dog</answer>", "<answer>the dog</answer>", "no answer"]
+    columns = {"solution": ["Dog.", "the cat", "the cat"], "answer_metric": ["rouge"] * 3}
+    assert MeasuredReward()(completions=said, **columns) == pytest.approx([1.0, (0.5 + 0 + 0.5) / 3, 0.0])
+
+
 def test_as_a_reward_function():
     noted = {}
     scores = MeasuredReward()(
