@@ -41,12 +41,6 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         add(name, lambda found, name=name: found["counts"][name])
     add("clips", lambda found: found["accuracy"].get("sample_mean", {}).get("clips"))
     console.print(table)
-    preset = result.get("preset")
-    if preset:
-        told = ", ".join(f"{name} {_told(value)}" for name, value in preset["set"].items())
-        _say(console, f"preset {preset['name']} set {told or 'nothing that was not given'}")
-    for access, found in accesses.items():
-        _print_metrics(console, access if len(accesses) > 1 else None, found)
     macro = result["superset_macro"]
     if "value" in macro and set(macro["inputs"]) != {"1"}:  # of one input each it is the mean of tags
         low, high = (_plain(macro[end]) for end in ("low", "high"))
@@ -54,6 +48,7 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     if "value" in result["fusion_gain"]:
         console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
+    _print_measured(console, result)
     failed: dict[tuple, list[str]] = {}
     for error in result["errors"]:
         where = shorten(": ".join(filter(None, (error["path"], error["detail"]))), _CHARACTERS, placeholder=" …")
@@ -66,6 +61,16 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     if result["left_out"]:
         console.print(f"{len(result['left_out'])} questions were left out; result.json names them", highlight=False)
     console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_measured(console: Any, result: Mapping[str, Any]) -> None:
+    """Print what a preset has set, and of each access what is measured beyond accuracy."""
+    preset = result.get("preset")
+    if preset:
+        told = ", ".join(f"{name} {_told(value)}" for name, value in preset["set"].items())
+        _say(console, f"preset {preset['name']} set {told or 'nothing that was not given'}")
+    for access, found in result["accesses"].items():
+        _print_metrics(console, access if len(result["accesses"]) > 1 else None, found)
 
 
 def _say(console: Any, text: str) -> None:

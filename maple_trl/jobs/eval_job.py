@@ -166,5 +166,5 @@ class EvalJob(EvalArguments):
     """An evaluation: its arguments, how questions are asked, and what rows are fed."""
 
     options: EvalOptions = field(default_factory=EvalOptions)
-    media: EvalMedia = field(default_factory=EvalMedia)
     set_by_preset: dict[str, Any] = field(default_factory=dict)
+    media: EvalMedia = field(default_factory=EvalMedia)
