@@ -63,6 +63,10 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _plain(value: float | int | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
 def _print_measured(console: Any, result: Mapping[str, Any]) -> None:
     """Print what a preset has set, and of each access what is measured beyond accuracy."""
     preset = result.get("preset")
@@ -100,7 +104,3 @@ def _print_metrics(console: Any, access: str | None, found: Mapping[str, Any]) -
             f"sound{under}: {sound['in_part']} of {sound['questions']} questions were fed parts of it; {sound['seconds']:.0f} s "
             f"fed, {sound['left_out_seconds']:.0f} s left out",
         )
-
-
-def _plain(value: float | int | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
