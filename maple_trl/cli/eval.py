@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from maple_trl.cli.failures import asks_for_help, fail, refuse
 
@@ -21,6 +21,7 @@ examples:
   maple-trl eval --model_name_or_path builtin:tiny-omni --dataset_name builtin:seven-tags --num_frames 4 --max_completion_length 14 --output_dir runs/eval
   maple-trl eval --model_name_or_path NAME --adapter runs/mapo --dataset_name rows.parquet --access required,V,A,S,VA,VS,AS,VAS --output_dir OUT
   maple-trl eval --model_name_or_path NAME --benchmark daily-omni --dataset_name FOLDER --output_dir OUT
+  maple-trl eval --model_name_or_path NAME --preset avatar --benchmark lvbench --dataset_name FOLDER --output_dir OUT
   maple-trl eval --model_name_or_path NAME --server http://127.0.0.1:8000/v1 --dataset_name rows.parquet --output_dir OUT
   maple-trl eval --model_name_or_path NAME --dataset_name captions.parquet --reward_funcs caption_judge --judge_model NAME --judge_server URL --output_dir OUT
   maple-trl eval --config eval.yaml --limit 100
@@ -29,6 +30,12 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli eval ...
 
 Written into OUTPUT: result.json (accuracies, and all that decides them), rows.parquet (every completion), run.json
 (times) and with --report report.html. An evaluation that was stopped goes on when the same command is given again.
+
+--preset maple-qa, maple-caption or avatar sets decoding, frames, lengths and prompts as that paper evaluates; any option that
+is given wins.
+
+A clip longer than --max_media_seconds is seen over its whole length, and heard in parts that are spread over it; how much of
+the sound was left out is counted in result.json.
 
 A config file (--config FILE) holds the options as keys, with _ for -; what stands on the command line wins. extends: names files to build
 on. A key that is no option is refused.
@@ -71,11 +78,18 @@ def read_job(words: Sequence[str]) -> EvalJob:
     """
     from maple_trl.evaluation.options import EvalOptions
     from maple_trl.jobs.eval_job import EvalArguments, EvalJob, EvalMedia
+    from maple_trl.jobs.eval_presets import preset_values
     from maple_trl.jobs.options import OptionParser, read_options
 
-    parser = OptionParser([EvalArguments, EvalOptions, EvalMedia], prog="maple-trl eval")
-    arguments, options, media = read_options(parser, words, ("model_name_or_path", "dataset_name", "output_dir"))
-    return EvalJob(**vars(arguments), options=options, media=media)
+    parser, set_by_preset = OptionParser([EvalArguments, EvalOptions, EvalMedia], prog="maple-trl eval"), {}
+
+    def further(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+        set_by_preset.update(preset_values(values, given))
+        return set_by_preset
+
+    required = ("model_name_or_path", "dataset_name", "output_dir")
+    arguments, options, media = read_options(parser, words, required, further)
+    return EvalJob(**vars(arguments), options=options, media=media, set_by_preset=set_by_preset)
 
 
 def run_eval(words: Sequence[str]) -> int:

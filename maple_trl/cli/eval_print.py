@@ -48,6 +48,7 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     if "value" in result["fusion_gain"]:
         console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
+    _print_measured(console, result)
     failed: dict[tuple, list[str]] = {}
     for error in result["errors"]:
         where = shorten(": ".join(filter(None, (error["path"], error["detail"]))), _CHARACTERS, placeholder=" …")
@@ -64,3 +65,42 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
 
 def _plain(value: float | int | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _print_measured(console: Any, result: Mapping[str, Any]) -> None:
+    """Print what a preset has set, and of each access what is measured beyond accuracy."""
+    preset = result.get("preset")
+    if preset:
+        told = ", ".join(f"{name} {_told(value)}" for name, value in preset["set"].items())
+        _say(console, f"preset {preset['name']} set {told or 'nothing that was not given'}")
+    for access, found in result["accesses"].items():
+        _print_metrics(console, access if len(result["accesses"]) > 1 else None, found)
+
+
+def _say(console: Any, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _told(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _print_metrics(console: Any, access: str | None, found: Mapping[str, Any]) -> None:
+    """Print what benchmarks measure beyond accuracy, what was not judged, and how much sound was left out."""
+    under = "" if access is None else f" ({access})"
+    for name, estimate in found.get("metrics", {}).items():
+        low, high = (_plain(estimate[end]) for end in ("low", "high"))
+        _say(console, f"{name}{under} {_plain(estimate['value'])} [{low}, {high}] of {estimate['count']} questions")
+    waiting = found.get("reasons", {}).get("no-judge")
+    if waiting:
+        _say(
+            console,
+            f"{waiting} open answers{under} need a judge and are not scored, nor counted as wrong: name one with --judge_model",
+        )
+    sound = found.get("sound", {})
+    if sound.get("in_part"):
+        _say(
+            console,
+            f"sound{under}: {sound['in_part']} of {sound['questions']} questions were fed parts of it; {sound['seconds']:.0f} s "
+            f"fed, {sound['left_out_seconds']:.0f} s left out",
+        )

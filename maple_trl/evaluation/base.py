@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from maple_trl.evaluation.captions import CaptionRows
 from maple_trl.evaluation.inputs import as_text, fed_columns
 from maple_trl.evaluation.options import ALL, REQUIRED, EvalOptions, ScoringError
 from maple_trl.metrics.clips import clips_of
@@ -20,6 +21,10 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.records.evaluations import EvaluationError
 
+
+NO_SCORE, NO_REFERENCE = "no-score", "no-reference"
+REASON = "reason"
+"""What a scoring function may note beside a score of `None`: why there is none."""
 
 Row = Mapping[str, Any]
 Line = dict[str, Any]
@@ -68,7 +73,9 @@ class BaseEvaluator(ABC):
         rows: with `prompt`, where they apply `video`, `audio`, `subtitle` and `tag`, and what `score` reads. A column
             `id`, where it names every row differently, decides the samples; else the row's number does. `tag` is what a
             question requires and is fed; where rows ask one question with several inputs, `required_tag` is what it
-            requires, `tag` the row's input, and `question_id` the same for them.
+            requires, `tag` the row's input, and `question_id` the same for them (without such a column, they are the rows of
+            a clip with the same `question` and `required_tag`). A caption is scored against what its clip's row for the
+            signals that were fed says, see [`~maple_trl.evaluation.captions.CaptionRows`].
         score: a reward function with TRL's signature, whose scores lie in [0, 1]; `None` for what it cannot score.
         extract: the answer in a completion's text, or `None`.
         options: how questions are asked.
@@ -105,6 +112,8 @@ class BaseEvaluator(ABC):
         ]
         self.names = _names(rows)
         self.clips = clips_of(rows)
+        self.questions = [self._question(number) for number in range(len(rows))]
+        self.captions = CaptionRows(rows, self.clips)
         self.batches, self.skipped = self._plan()
         if not self.batches:
             first = self.skipped[0]
@@ -128,9 +137,11 @@ class BaseEvaluator(ABC):
         lines = {number: [found[number]] for number in batch.rows if number not in answers}
         lines |= {number: [given] for number, given in answers.items() if isinstance(given, dict)}
         samples = [(n, i, answer) for n in answers if n not in lines for i, answer in enumerate(answers[n])]
-        scores, extra = self._scores([(n, answer) for n, _, answer in samples], [found[n].key for n, *_ in samples])
+        scored = self._scored(
+            [(n, answer) for n, _, answer in samples], [found[n].key for n, *_ in samples], batch.access
+        )
         read = {number: self._read(found[number]) for number in answers if number not in lines}
-        for (number, sample, answer), score, noted in zip(samples, scores, extra, strict=True):
+        for (number, sample, answer), (score, reason, noted) in zip(samples, scored, strict=True):
             line = self._line(
                 number,
                 batch.access,
@@ -139,7 +150,7 @@ class BaseEvaluator(ABC):
                 completion=answer.text,
                 answer=self.extract(answer.text),
                 score=score,
-                reason="no-score" if score is None else None,
+                reason=reason,
                 finish=answer.finish,
                 completion_tokens=answer.tokens,
                 prompt_tokens=answer.prompt_tokens,
@@ -227,27 +238,63 @@ class BaseEvaluator(ABC):
             fed = {}
         return {"id": self.names[number], "row": number, "tag": self.tags[number], **texts, **fed} | {
             "clip": self.clips[number],
-            "question": self.names[number] if row.get("question_id") in (None, "") else str(row["question_id"]),
+            "question": self.questions[number],
+            "benchmark": as_text(row.get("benchmark")),
             "access": access,
             "status": status,
             **values,
         }
 
+    def _question(self, number: int) -> str:
+        """Name the question that a row asks: the same for rows that ask it with several inputs."""
+        row = self.rows[number]
+        if row.get("question_id") not in (None, ""):
+            return str(row["question_id"])
+        if not row.get("required_tag") or self.clips[number] is None:
+            return self.names[number]
+        asked = row.get("question") or row.get("prompt")
+        return json.dumps(
+            [self.clips[number], self.tags[number], asked], ensure_ascii=False, sort_keys=True, default=str
+        )
+
+    def _scored(
+        self, asked: list[tuple[int, Answer]], groups: list[str], access: str
+    ) -> list[tuple[float | None, str | None, str | None]]:
+        """Return of each sample its score, why there is none, and what the scoring function noted about it, as JSON."""
+        found: list[tuple[float | None, str | None, str | None]] = [(None, NO_REFERENCE, None)] * len(asked)
+        by_number = {number: self._row_to_score(number, access) for number, _ in asked}
+        places = [i for i, (number, _) in enumerate(asked) if by_number[number] is not None]
+        if places:
+            # What a judge is told is what was asked.
+            prompts = {number: self._fed(number, access)[1]["prompt"] for number, _ in asked}
+            chosen = [
+                (number, {**(by_number[number] or {}), "prompt": prompts[number]}, answer)
+                for number, answer in (asked[i] for i in places)
+            ]
+            for i, scored in zip(places, self._scores(chosen, [groups[i] for i in places]), strict=True):
+                found[i] = scored
+        return found
+
+    def _row_to_score(self, number: int, access: str) -> Row | None:
+        """Return the row by which a completion is scored: its own, or of a caption that of the signals that were fed."""
+        if access == REQUIRED or not self.captions.is_one(number):
+            return self.rows[number]
+        fed = self._spec(number, access).fed
+        return self.captions.of(number, ModalityTag.from_modalities(fed)) if fed else self.rows[number]
+
     def _scores(
-        self, asked: list[tuple[int, Answer]], groups: list[str]
-    ) -> tuple[list[float | None], list[str | None]]:
-        """Return a score for each sample, and what the scoring function noted about it, as JSON."""
-        if not asked:
-            return [], []
-        rows = [self.rows[number] for number, _ in asked]
-        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        self, asked: list[tuple[int, Row, Answer]], groups: list[str]
+    ) -> list[tuple[float | None, str | None, str | None]]:
+        rows = [row for _, row, _ in asked]
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
+        columns = {name: [row.get(name) for row in rows] for name in names}
         messages = [
             answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]
-            for row, (_, answer) in zip(rows, asked, strict=True)
+            for _, row, answer in asked
         ]
         columns["group_ids"] = groups
-        if all(answer.ids is not None for _, answer in asked):
-            columns["completion_ids"] = [answer.ids for _, answer in asked]
+        if all(answer.ids is not None for *_, answer in asked):
+            columns["completion_ids"] = [answer.ids for *_, answer in asked]
         noted: dict[str, list] = {}
         if _takes(self.score, "log_extra"):
             columns["log_extra"] = noted.__setitem__
@@ -263,16 +310,14 @@ class BaseEvaluator(ABC):
         for name, values in (("scores", scores), *noted.items()):
             if len(values) != len(asked):
                 raise EvaluationError(f"the scoring function gave {len(values)} {name} for {len(asked)} completions")
-        extra = [
-            {name: values[i] for name, values in noted.items() if values[i] is not None} for i in range(len(asked))
-        ]
-        return (
-            [_checked_score(score, number) for score, (number, _) in zip(scores, asked, strict=True)],
-            [
-                json.dumps(values, ensure_ascii=False, sort_keys=True, default=str) if values else None
-                for values in extra
-            ],
-        )
+        reasons = noted.pop(REASON, [None] * len(asked))
+        found = []
+        for i, (score, (number, *_)) in enumerate(zip(scores, asked, strict=True)):
+            value = _checked_score(score, number)
+            extra = {name: values[i] for name, values in noted.items() if values[i] is not None}
+            text = json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str) if extra else None
+            found.append((value, (reasons[i] or NO_SCORE) if value is None else None, text))
+        return found
 
 
 def _with_access(builder: PromptBuilder, access: str) -> PromptBuilder:

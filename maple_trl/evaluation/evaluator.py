@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Row
+from maple_trl.evaluation.inputs import sound_columns
 from maple_trl.evaluation.options import ALL, EvalOptions
 from maple_trl.evaluation.sampling import StreamSampler, sample_stream
 from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids, tensor_bytes
@@ -75,7 +76,7 @@ class Evaluator(BaseEvaluator):
 
     def _read(self, prompt: EncodedPrompt) -> dict[str, Any]:
         tokens = {f"{kind}_tokens": prompt.media_tokens.get(kind, 0) for kind in ("video", "audio", "subtitle")}
-        return {**tokens, "notes": list(prompt.notes), "inputs": _input_digest(prompt)}
+        return {**tokens, **sound_columns(prompt), "notes": list(prompt.notes), "inputs": _input_digest(prompt)}
 
     def _generate(self, prompts: list[EncodedPrompt], names: list[str]) -> tuple[list[list[int]], list[bool]]:
         """

@@ -24,6 +24,12 @@ def fed_columns(spec: PromptSpec) -> dict[str, Any]:
     }
 
 
+def sound_columns(prompt: Any) -> dict[str, float | None]:
+    """Return the seconds of sound that a prompt holds, and of the sound that they are taken from."""
+    fed, source = (None, None) if prompt.sound is None else (round(seconds, 3) for seconds in prompt.sound)
+    return {"audio_seconds": fed, "audio_source_seconds": source}
+
+
 def prompt_text(messages: str | Iterable[Mapping[str, Any]]) -> str:
     """Return a conversation as plain text; media stand as `[video]` and `[audio]`."""
     if isinstance(messages, str):

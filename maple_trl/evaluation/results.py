@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,13 +18,16 @@ from maple_trl.files import as_json
 from maple_trl.metrics.accuracy import fused_samples, pass_at_k_interval, superset_scores, tag_accuracies
 from maple_trl.metrics.gaps import WEIGHTINGS, modality_gap_intervals, tag_disparity
 from maple_trl.metrics.intervals import UndefinedMetricError, bootstrap_mean
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import STRATA, ModalityTag
 
 
 # A medium's place in a prompt as plain text.
 _MEDIUM = re.compile(r"\[(?:video|audio)\]")
 # A sample counts as right for pass@k when its score is full, but for rounding.
 _FULL = 1 - 1e-9
+MEASURES = "measures"
+"""Under which name a scoring function notes what it measured beside its score."""
+_METRICS = ("ACC", "OBOA", "MAE", "RMSE", "answered", "F1", "exact", "WER", "rouge1", "rouge2", "rougeL", "judged")
 
 
 @dataclass
@@ -40,7 +43,11 @@ class _Question:
     question: str | None = None
     fed: str | None = None
     prompt: str | None = None
+    benchmark: str | None = None
+    solution: str | None = None
+    sound: tuple[float, float] | None = None
     scores: list[float] = field(default_factory=list)
+    measures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def mean(self) -> float:
@@ -73,8 +80,8 @@ def evaluation_results(
 
     Returns:
         `accesses`: for each what [`_access_results`] gives; `superset_macro`, `over_inputs` and `fusion_gain`, which rest
-        on several inputs of a question; `errors`: every question that ended so, by
-        name. A value that is undefined is `{"undefined": reason}`.
+        on several inputs of a question; `strata`: accuracies of inputs that are exactly what their question requires, more,
+        or less; `errors`: every question that ended so, by name. A value that is undefined is `{"undefined": reason}`.
     """
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     by_access: dict[str, dict[int, _Question]] = {access: {} for access in accesses}
@@ -96,11 +103,16 @@ def evaluation_results(
                 line.get("question") or line["id"],
                 line.get("fed") or _fed_before(line),
                 line.get("prompt"),
+                line.get("benchmark"),
+                line["solution"],
+                _sound(line),
             ),
         )
         if line["score"] is not None:
             question.status = "scored"
             question.scores.append(line["score"])
+            for name, value in _measures(line["extra"]):
+                question.measures[name].append(value)
         if line["sample"] is not None:
             _count_completion(completions[line["access"]], line)
             texts[line["access"], line["row"]].append(line["completion"])
@@ -121,6 +133,7 @@ def evaluation_results(
             },
             "superset_macro": _or_reason(lambda: _superset_macro(by_access, options)),
             "over_inputs": _or_reason(lambda: _over_inputs(by_access, options)),
+            "strata": _or_reason(lambda: _strata(by_access, options)),
             "fusion_gain": _or_reason(lambda: _fusion_gain(by_access, options)),
             "errors": sorted(errors, key=lambda error: (error["row"], accesses.index(error["access"]))),
         }
@@ -149,6 +162,8 @@ def _grades(extra: str | None) -> list[tuple[str, float]]:
     """Return the numbers in what the scoring function noted about a sample, e.g. `("errors", 0.8)` of a judge."""
     found = []
     for name, value in (json.loads(extra) if extra else {}).items():
+        if name == MEASURES:
+            continue
         try:
             value = json.loads(value) if isinstance(value, str) else value
         except ValueError:
@@ -158,13 +173,25 @@ def _grades(extra: str | None) -> list[tuple[str, float]]:
     return found
 
 
+def _measures(extra: str | None) -> list[tuple[str, float]]:
+    """Return what the scoring function measured about a sample beyond its score, by name."""
+    noted = json.loads(extra).get(MEASURES) if extra else None
+    return [(name, float(value)) for name, value in json.loads(noted).items()] if isinstance(noted, str) else []
+
+
+def _sound(line: Mapping[str, Any]) -> tuple[float, float] | None:
+    fed, source = line.get("audio_seconds"), line.get("audio_source_seconds")
+    return None if fed is None or source is None else (fed, source)
+
+
 def _access_results(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     Compute the accuracies of one access.
 
     Returns:
         `accuracy` over all questions (`sample_mean`), as the plain mean over tags (`tag_mean`), by tag and by category;
-        `bounds`; `pass_at_k`; `modality_gap` by weighting; `tag_disparity`; `counts` of questions, over all and by tag.
+        `metrics`, what benchmarks measure beyond it; `bounds`; `pass_at_k`; `modality_gap` by weighting; `tag_disparity`;
+        `counts` of questions, over all and by tag; `sound`, how much of it was fed.
     """
     belonging = [question for question in questions if question.status != "lacking"]
     scores = np.array([question.mean for question in belonging])
@@ -172,6 +199,7 @@ def _access_results(questions: list[_Question], samples: int, options: Mapping[s
     clips = [question.clip for question in belonging]
     return {
         "accuracy": _or_reason(lambda: _accuracy(belonging, scores, tags, clips, options)),
+        "metrics": _metrics(belonging, options),
         "bounds": {
             "sample_mean": _bounds(scores),
             "per_tag": {
@@ -194,7 +222,62 @@ def _access_results(questions: list[_Question], samples: int, options: Mapping[s
         "counts": _counts(questions)
         | {"per_tag": {tag or "": _counts([q for q in questions if q.tag == tag]) for tag in _present(questions)}},
         "reasons": dict(sorted(Counter(q.reason for q in questions if q.status != "scored").items())),
+        "sound": _sound_fed(questions),
     }
+
+
+def _sound_fed(questions: Iterable[_Question]) -> dict[str, float]:
+    """Count questions with sound, those that were fed parts of it, and its seconds: fed, and left out."""
+    heard = [question.sound for question in questions if question.sound is not None]
+    fed, source = (math.fsum(seconds[i] for seconds in heard) for i in (0, 1))
+    in_part = sum(source > fed for fed, source in heard)
+    return {"questions": len(heard), "in_part": in_part, "seconds": fed, "left_out_seconds": max(0.0, source - fed)}
+
+
+def _metrics(questions: Sequence[_Question], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return means of what answers were measured by beyond their score, also by benchmark, tag and category."""
+    names = sorted({name for question in questions for name in question.measures}, key=_place)
+    found: dict[str, Any] = {}
+    for name in names:
+        measured = [question for question in questions if question.measures.get(name)]
+        found[name] = _measured(measured, name, options)
+        if name == "MAE":
+            found["RMSE"] = _measured(measured, name, options, squared=True)
+    return found
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (_METRICS.index(name) if name in _METRICS else len(_METRICS), name)
+
+
+def _measured(
+    questions: Sequence[_Question], name: str, options: Mapping[str, Any], squared: bool = False
+) -> dict[str, Any]:
+    found = _measure_mean(questions, name, options, squared)
+    for group in ("benchmark", "tag", "category"):
+        by_value: dict[str, list[_Question]] = defaultdict(list)
+        for question in questions:
+            if getattr(question, group) is not None:
+                by_value[getattr(question, group)].append(question)
+        found[f"per_{group}"] = {
+            value: _measure_mean(asked, name, options, squared) for value, asked in sorted(by_value.items())
+        }
+    return found
+
+
+def _measure_mean(
+    questions: Sequence[_Question], name: str, options: Mapping[str, Any], squared: bool
+) -> dict[str, Any]:
+    """Average over questions the mean over samples; with `squared` the root of the mean square."""
+    power = 2 if squared else 1
+    values = [
+        math.fsum(value**power for value in question.measures[name]) / len(question.measures[name])
+        for question in questions
+    ]
+    estimate = bootstrap_mean(values, None, **options, clusters=[question.clip for question in questions])
+    # The interval of a mean of what is never negative may pass 0.
+    ends = {end: np.maximum(getattr(estimate, end), 0.0) ** (1 / power) for end in ("value", "low", "high")}
+    return asdict(estimate) | {end: float(value) for end, value in ends.items()}
 
 
 def _or_reason(compute: Callable[[], Any]) -> Any:
@@ -356,25 +439,37 @@ def _over_inputs(by_access: Mapping[str, Mapping[int, _Question]], options: Mapp
     }
 
 
+def _strata(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return accuracies, over all and by required tag, of the inputs of each stratum (MAPLE, arXiv 2602.11596, 5.4.1)."""
+    by_stratum: dict[str, list[tuple[float, str, Any]]] = {stratum: [] for stratum in STRATA}
+    for (name, tag), by_input in _by_input(by_access).items():
+        for fed, rows in by_input.items() if tag is not None else ():
+            stratum = ModalityTag(tag).stratum_of(ModalityTag(fed))
+            by_stratum[stratum].append((_mean_of(rows), tag, rows[0].clip or (name, tag)))
+    if sum(map(bool, by_stratum.values())) < 2:
+        raise UndefinedMetricError("No question with a tag was scored with inputs of several strata")
+    found = {}
+    for stratum, asked in by_stratum.items():
+        if asked:
+            scores, tags, clips = zip(*asked, strict=True)
+            accuracies = tag_accuracies(scores, tags, **options, clusters=clips)
+            found[stratum] = {
+                "sample_mean": asdict(accuracies.sample_mean),
+                "per_tag": {tag: asdict(estimate) for tag, estimate in accuracies.per_tag.items()},
+            }
+    return found
+
+
 def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
     """
     Compute the gain over questions that were scored under all seven tags as access, and count the others.
 
-    Where not all seven were asked, rows of one clip with one prompt may be its seven inputs, each with its own tag (MAPLE's
-    captions: the caption of an input is judged against the clip's reference for that input).
+    Where not all seven were asked, a clip's captions are its seven inputs, a row for each tag (MAPLE's C.2: the caption of an
+    input is judged against the clip's reference for that input), and so are rows of one clip with one prompt.
     """
     missing = [tag for tag in map(str, ModalityTag) if tag not in by_access]
     if not missing:
-        columns = [by_access[tag] for tag in map(str, ModalityTag)]
-        names = sorted(set.union(*(set(column) for column in columns)))
-        by_name = {
-            row: {
-                column_tag: [column[row]]
-                for column_tag, column in zip(ModalityTag, columns, strict=True)
-                if row in column and column[row].scores
-            }
-            for row in names
-        }
+        by_name = _inputs_of_rows({tag: by_access[tag].values() for tag in map(str, ModalityTag)})
     else:
         by_name = _inputs_of_clips(by_access.get(REQUIRED, {}).values())
         if not by_name:
@@ -388,20 +483,47 @@ def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapp
         )
     fused = fused_samples({tag: [_mean_of(by_name[name][tag]) for name in whole] for tag in map(str, ModalityTag)})
     first = [by_name[name][ModalityTag.V][0] for name in whole]
-    strata = [question.tag or "" for question in first] if not missing else None
+    strata = None if missing or any(q.solution is None for q in first) else [q.tag or "" for q in first]
     estimate = bootstrap_mean(fused, strata, **options, clusters=[question.clip for question in first])
     return asdict(estimate) | {"left_out": len(by_name) - len(whole)}
 
 
-def _inputs_of_clips(questions: Iterable[_Question]) -> dict[tuple, dict[str, list[_Question]]]:
-    """Group scored rows by clip and prompt, then input; empty unless some has a row for each of the seven tags."""
-    asked: dict[tuple, set[str]] = defaultdict(set)
-    found: dict[tuple, dict[str, list[_Question]]] = defaultdict(dict)
-    for question in questions:
-        if question.clip is not None and question.fed is not None:
-            key = (question.clip, " ".join(_MEDIUM.sub(" ", question.prompt or "").split()))
-            asked[key].add(question.fed)
-            inputs = found[key]
+def _inputs_of_rows(by_tag: Mapping[str, Collection[_Question]]) -> dict[Hashable, dict[str, list[_Question]]]:
+    """Group scores by row, then access; the captions of a clip whose rows have a tag each are one, the mean of its rows."""
+    asked = {question.row: question for questions in by_tag.values() for question in questions}.values()
+    captions = Counter((question.clip, question.tag) for question in asked if question.solution is None)
+    several = {clip for (clip, _), count in captions.items() if count > 1} | {None}
+    found: dict[Hashable, dict[str, list[_Question]]] = {}
+    for tag, questions in by_tag.items():
+        for question in questions:
+            alone = question.solution is not None or question.clip in several
+            inputs = found.setdefault(question.row if alone else question.clip, {})
             if question.scores:
-                inputs.setdefault(question.fed, []).append(question)
+                inputs.setdefault(tag, []).append(question)
+    return found
+
+
+def _inputs_of_clips(questions: Iterable[_Question]) -> dict[Hashable, dict[str, list[_Question]]]:
+    """
+    Group scored rows by clip, then input; empty unless some clip has a row for each of the seven tags.
+
+    Prompts of captions may differ by tag. What has a solution is a question, and a clip's questions differ: of those, and of a
+    clip with several captions of one input, rows with one prompt belong together.
+    """
+    rows = [question for question in questions if question.clip is not None and question.fed is not None]
+    captions = [question for question in rows if question.solution is None]
+    several = {
+        clip
+        for (clip, _), count in Counter((question.clip, question.fed) for question in captions).items()
+        if count > 1
+    }
+    asked: dict[tuple, set[str]] = defaultdict(set)
+    found: dict[Hashable, dict[str, list[_Question]]] = defaultdict(dict)
+    for question in rows:
+        is_whole = question.solution is None and question.clip not in several
+        key = (question.clip, None if is_whole else " ".join(_MEDIUM.sub(" ", question.prompt or "").split()))
+        asked[key].add(question.fed)
+        inputs = found[key]
+        if question.scores:
+            inputs.setdefault(question.fed, []).append(question)
     return dict(found) if any(len(inputs) == len(ModalityTag) for inputs in asked.values()) else {}

@@ -14,6 +14,7 @@ import numpy as np
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, text_block
 from maple_trl.chat.options import check_sampling, read_key
 from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Line, Row
+from maple_trl.evaluation.inputs import sound_columns
 from maple_trl.evaluation.options import EvalOptions, ServerError
 from maple_trl.evaluation.served_prompts import ServedPrompt, audio_block, video_blocks
 from maple_trl.omni.prompt import PromptBuilder, RowError
@@ -218,7 +219,7 @@ class ServedEvaluator(BaseEvaluator):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
 
     def _read(self, prompt: ServedPrompt) -> dict[str, Any]:
-        return {"notes": list(prompt.notes), "inputs": prompt.digest}
+        return {**sound_columns(prompt), "notes": list(prompt.notes), "inputs": prompt.digest}
 
 
 def _answer(result: ChatResult) -> Answer:

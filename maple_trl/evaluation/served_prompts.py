@@ -36,7 +36,7 @@ class ServedPrompt:
         messages: as the API takes them.
         kinds: of its media, `video` and `audio`.
         media_tokens: empty; only the server knows.
-        tag, notes: as of [`~maple_trl.omni.encoded.EncodedPrompt`].
+        tag, notes, sound: as of [`~maple_trl.omni.encoded.EncodedPrompt`].
     """
 
     key: str
@@ -45,6 +45,7 @@ class ServedPrompt:
     media_tokens: dict[str, int] = field(default_factory=dict)
     tag: ModalityTag | None = None
     notes: tuple[str, ...] = ()
+    sound: tuple[float, float] | None = None
 
     @property
     def digest(self) -> str:

@@ -22,6 +22,14 @@ class EvalMedia(MediaConfig, _Plain):
         default=None,
         metadata={"help": "Frames per video, evenly from its first picture to its last (8, without video_fps)."},
     )
+    overlong_media: str = field(
+        default="spread",
+        metadata={
+            "help": "a clip longer than max_media_seconds: 'spread' takes pictures over its whole length, and of its sound "
+            "parts that are spread over it, max_media_seconds together; 'trim' reads its beginning, 'quarantine' makes it "
+            "an error"
+        },
+    )
     # Of a training run alone.
     modality_access: str = field(init=False, default="required")
     media_prefetch: Annotated[bool, "speed"] = field(init=False, default=True)
@@ -41,6 +49,13 @@ class EvalMedia(MediaConfig, _Plain):
 class EvalArguments:
     """What an evaluation asks, of which model, and what becomes of the answers."""
 
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "settings as published: maple-qa, maple-caption or avatar; options that are given win, and what it has "
+            "set is printed and kept with the results"
+        },
+    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -76,10 +91,18 @@ class EvalArguments:
         },
     )
     benchmark: str | None = field(default=None, metadata={"help": "read the data as this benchmark, e.g. daily-omni"})
+    tags: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "ask a benchmark's questions with these signals instead of its own, e.g. VA for a video benchmark with "
+            "its sound; several ask each question once in each"
+        },
+    )
     prompt_style: str = field(
         default="think",
         metadata={
-            "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that"
+            "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that; of rows "
+            "with prompts of their own, only how answers are read"
         },
     )
     missing_media: str = field(
@@ -143,4 +166,5 @@ class EvalJob(EvalArguments):
     """An evaluation: its arguments, how questions are asked, and what rows are fed."""
 
     options: EvalOptions = field(default_factory=EvalOptions)
+    set_by_preset: dict[str, Any] = field(default_factory=dict)
     media: EvalMedia = field(default_factory=EvalMedia)

@@ -38,7 +38,7 @@ from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.common.rows import check_spelling
 
 
-FORMAT = 4
+FORMAT = 5
 """Version of what `result.json` and `rows.parquet` hold."""
 
 
@@ -64,7 +64,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     store = EvalStore(job.output_dir)
     store.check()
     questions = load_questions(job)
-    scoring = Scoring(job, questions.media_root)
+    scoring = Scoring(job, questions.media_root, questions.rows)
     if questions.rows:
         try:
             check_rewards([scoring.function], list(questions.rows[0]), questions.described["name"])
@@ -231,6 +231,10 @@ def load_questions(job: EvalJob) -> Questions:
         SetupError: when there is no such data set, split or benchmark, or it holds no row.
     """
     root, described, left_out = job.media.media_root, {}, []
+    if job.benchmark is None and job.tags is not None:
+        raise SetupError(
+            "--tags gives the questions of a benchmark other signals; rows of a table say it by themselves (tag)"
+        )
     if job.benchmark is None:
         split = job.dataset_test_split or "test"
         name = f"{job.dataset_name}, split {split!r}"
@@ -243,6 +247,7 @@ def load_questions(job: EvalJob) -> Questions:
         left_out = [{"name": item.name, "cause": item.cause, "reason": item.reason} for item in found.left_out]
         style = {"name": found.style.name, "version": found.style.version, "digest": found.style.digest}
         described = {"split": job.dataset_test_split, "missing_media": job.missing_media, "prompt_style": style}
+        described["tags"] = job.tags
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
         raise SetupError(f"{name} holds no row")
@@ -280,7 +285,7 @@ def _read_benchmark(job: EvalJob):
     except ImportError as error:
         raise SetupError(f"benchmark {job.benchmark!r}: the loaders cannot be imported ({error})") from error
     try:
-        given = {"prompt_style": job.prompt_style, "missing_media": job.missing_media}
+        given = {"prompt_style": job.prompt_style, "missing_media": job.missing_media, "tags": job.tags}
         return read_benchmark(job.benchmark, job.dataset_name, job.dataset_test_split, **given)
     except (OSError, ValueError) as error:
         raise SetupError(f"benchmark {job.benchmark!r}: {error}") from error
@@ -293,6 +298,7 @@ def _identity(
     return as_json(
         {
             "format": FORMAT,
+            "preset": None if job.preset is None else {"name": job.preset, "set": job.set_by_preset},
             "model": model.described,
             "data": questions.described,
             "prompt": {

@@ -8,7 +8,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -396,7 +396,12 @@ def make_parser(trainer: str = DEFAULT_TRAINER, declared: bool = False) -> Optio
     return parser
 
 
-def read_options(parser: OptionParser, words: Sequence[str], required: Sequence[str] = ()) -> tuple[Any, ...]:
+def read_options(
+    parser: OptionParser,
+    words: Sequence[str],
+    required: Sequence[str] = (),
+    further: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = None,
+) -> tuple[Any, ...]:
     """
     Read what a command other than `train` is given: by command line, else by `--config FILE`, else by the defaults.
 
@@ -405,6 +410,7 @@ def read_options(parser: OptionParser, words: Sequence[str], required: Sequence[
 
     Args:
         required (`Sequence[str]`, *optional*): options that must be given.
+        further (`Callable`, *optional*): returns other defaults; it is told all values, and which options are given.
 
     Returns:
         `tuple`: the dataclasses that the parser fills, and a namespace of its positional arguments where it has any.
@@ -413,15 +419,21 @@ def read_options(parser: OptionParser, words: Sequence[str], required: Sequence[
         SetupError: for what is unknown, missing or wrong, naming file and key.
     """
     path, words = take_option(words, "--config")
+    named: set[str] = set()
     defaults = {action.dest: action.default for action in parser._actions}
     advice = functools.partial(did_you_mean, otherwise=f"`{parser.prog} --help` lists all options")
     for file, config in [] if path is None else config_files(path):
         os.environ.update(take_env(config, file))
         found = _checked(parser, config, file, advice, plain=True)
+        named = {name for name in named | found.keys() if found.get(name, "") is not None}
         parser.set_defaults_with_config(
             **{name: defaults[name] if value is None else value for name, value in found.items()}
         )
     given = _parse_known(parser, words, "argument", functools.partial(did_you_mean, prefix="--"))
+    if further is not None:
+        flags = (parser._option_string_actions.get(word.split("=")[0]) for word in words)
+        named |= {action.dest for action in flags if action is not None}
+        parser.set_defaults_with_config(**further(vars(given), named))
     for name in required:
         if not getattr(given, name):
             file = f", and {path} does not hold {name} either" if path else ""

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
 # Rewards that take parameters: a class stands behind their names.
-MADE = ("length_reward", "caption_judge", "stepwise_reasoning_judge")
+MADE = ("length_reward", "answer_judge", "caption_judge", "stepwise_reasoning_judge")
 # Functions that may be given parameters, and the class that takes them.
 WITH_PARAMETERS = {"accuracy_reward": "AccuracyReward"}
-JUDGES = ("caption_judge", "stepwise_reasoning_judge")
+JUDGES = ("answer_judge", "caption_judge", "stepwise_reasoning_judge")
 
 _COMMON = ("reward", "name", "tags", "rows", "contrastive")
 # What `name` and the rest of an entry say about parameters of a judge's class.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,10 @@ from maple_trl.evaluation.identity import describe_function
 from maple_trl.files import digest
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.rewards import JUDGES, close_rewards, load_rewards, what_is_learned
+from maple_trl.metrics.answers import count_measures
 from maple_trl.rewards.answers import extract_answer
 from maple_trl.rewards.judge import inner_judge
+from maple_trl.rewards.measures import METRIC_COLUMN, MeasuredReward, check_metrics
 
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ class Scoring:
     Args:
         job: names the function.
         media_root: where a judge that is shown pictures finds clips.
+        rows: those that name their own metric (`answer_metric`) are measured by it where `accuracy_reward` scores.
 
     Attributes:
         function: with the signature of TRL's rewards.
@@ -39,18 +44,32 @@ class Scoring:
         extract: what reads the answer in a completion, in the form that the function grades.
 
     Raises:
-        SetupError: for a name that leads to none, or a judge that is described wrongly.
+        SetupError: for a name that leads to none, a judge that is described wrongly, or a metric that cannot be measured.
     """
 
-    def __init__(self, job: EvalJob, media_root: str):
-        entry = _entry(job)
+    def __init__(self, job: EvalJob, media_root: str, rows: Sequence[Mapping[str, Any]] = ()):
         media = dataclasses.replace(job.media, media_root=media_root)
+        entry, metrics = _entry(job), _metrics(rows)
+        judge = _judge(job, entry, metrics)
+        if isinstance(judge, dict) and not _is_accuracy(entry):
+            entry, judge = judge, None
+        if isinstance(entry, dict):
+            entry = _with_cache(entry, job)
         (self.function,) = load_rewards([entry], media, place="--judge")
-        self.described: dict[str, Any] = describe_function(self.function)
         self._judge = inner_judge(self.function)
+        measured = _is_accuracy(entry) and bool(metrics - {"accuracy"})
+        if measured:
+            if judge is not None:
+                (self._judge,) = load_rewards([judge], media, place="--judge")
+            self.function = MeasuredReward(_format(entry), self._judge)
+        self.described: dict[str, Any] = describe_function(self.function)
         self.extract = getattr(self.function, "extract", extract_answer)
         if isinstance(entry, dict):
             self.described["entry"] = what_is_learned([entry])[0]
+        if measured:
+            self.described |= {"metrics": sorted(metrics), "packages": _packages(metrics)}
+            self.described["arithmetic_sha256"] = describe_function(count_measures)["source_sha256"]
+            self.described["judge"] = what_is_learned([judge])[0] if judge is not None else None
         if self._judge is not None:
             self.described["guideline_sha256"] = digest(self._judge.guideline)
 
@@ -63,33 +82,77 @@ class Scoring:
 
     def close(self) -> None:
         """Close a judge's connections."""
-        close_rewards([self.function])
+        close_rewards([self.function if self._judge is None else self._judge])
 
 
 def _entry(job: EvalJob) -> str | dict[str, Any]:
-    """Return the judge as an entry of a training job's `rewards`; its server's answers are kept with the results."""
+    """Return what scores, as an entry of a training job's `rewards`; answers are read in the form of the prompts."""
     (entry,) = job.reward_funcs
     if isinstance(entry, str) and entry.lstrip().startswith("{"):
         try:
             entry = json.loads(entry)
         except ValueError as error:
             raise SetupError(f"--judge is no JSON object: {error}") from error
-    if entry == "accuracy_reward" and job.benchmark is not None:
-        answer_format = prompt_style(job.prompt_style).answer_format
-        entry = entry if answer_format == "tags" else {"reward": entry, "answer_format": answer_format}
-    if job.judge_model is not None or job.judge_server is not None:
-        if entry not in JUDGES or job.judge_model is None:
-            raise SetupError(
-                f"--judge-model, and where it is with --judge-server, are for --judge {' or '.join(JUDGES)}; a mapping says "
-                "both itself"
-            )
-        local = job.judge_server == LOCAL
-        entry = {"reward": entry, LOCAL if local else "server": {"model": job.judge_model}}
-        if not local:
-            entry["server"]["sampling"] = _SAMPLING
-            if job.judge_server is not None:
-                entry["server"]["base_url"] = job.judge_server
-    if isinstance(entry, dict) and isinstance(entry.get("server"), dict):
-        kept = {"cache_file": str(Path(job.output_dir) / "judge.sqlite")}
-        entry = {**entry, "server": kept | entry["server"]}
+    answer_format = _answer_format(job)
+    if entry == "accuracy_reward" and answer_format != "tags":
+        entry = {"reward": entry, "answer_format": answer_format}
     return entry
+
+
+def _answer_format(job: EvalJob) -> str:
+    """Return the form in which the questions ask for answers."""
+    return prompt_style(job.prompt_style).answer_format
+
+
+def _is_accuracy(entry: str | Mapping[str, Any]) -> bool:
+    """Return whether `accuracy_reward` scores all rows alike."""
+    if isinstance(entry, str):
+        return entry == "accuracy_reward"
+    return entry.get("reward") == "accuracy_reward" and set(entry) <= {"reward", "answer_format"}
+
+
+def _format(entry: str | Mapping[str, Any]) -> str:
+    return "tags" if isinstance(entry, str) else entry.get("answer_format", "tags")
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    try:
+        return check_metrics(row.get(METRIC_COLUMN) for row in rows)
+    except (ValueError, ImportError) as error:
+        raise SetupError(str(error)) from error
+
+
+def _packages(metrics: set[str]) -> dict[str, str]:
+    needed = {"word_error_rate": "jiwer", "rouge": "rouge-score"}
+    return {needed[name]: version(needed[name]) for name in sorted(metrics & needed.keys())}
+
+
+def _judge(job: EvalJob, entry: str | dict[str, Any], metrics: set[str]) -> dict[str, Any] | None:
+    """
+    Return the entry of the judge that `--judge-model` and `--judge-server` describe; `None` where they are not given.
+
+    It is the one that scores, or where rows are measured the one for their open answers.
+    """
+    if job.judge_model is None and job.judge_server is None:
+        return None
+    opens = _is_accuracy(entry) and "judge" in metrics
+    if (entry not in JUDGES and not opens) or job.judge_model is None:
+        raise SetupError(
+            f"--judge-model, and where it is with --judge-server, are for --judge {' or '.join(JUDGES)}, and for open "
+            f"answers of a benchmark (rows whose {METRIC_COLUMN} is judge); a mapping says both itself"
+        )
+    local = job.judge_server == LOCAL
+    made: dict[str, Any] = {"reward": "answer_judge" if opens else entry}
+    made[LOCAL if local else "server"] = {"model": job.judge_model}
+    if not local:
+        made["server"]["sampling"] = _SAMPLING
+        if job.judge_server is not None:
+            made["server"]["base_url"] = job.judge_server
+    return _with_cache(made, job)
+
+
+def _with_cache(entry: dict[str, Any], job: EvalJob) -> dict[str, Any]:
+    """Keep a server's answers with the results."""
+    if not isinstance(entry.get("server"), dict):
+        return entry
+    return {**entry, "server": {"cache_file": str(Path(job.output_dir) / "judge.sqlite")} | entry["server"]}

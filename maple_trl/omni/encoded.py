@@ -46,7 +46,10 @@ class EncodedPrompt:
         tag (`ModalityTag`, *optional*):
             The row's required modality tag.
         notes (`tuple[str, ...]`):
-            What was unusual about the row's media, e.g. `no-audio-track`.
+            What was unusual about the row's media, e.g. `no-audio-track`, or `sound-spread` where only parts of a long sound
+            are fed.
+        sound (`tuple[float, float]`, *optional*):
+            Seconds of sound that are fed, and of the sound that they are taken from.
     """
 
     key: str
@@ -56,6 +59,7 @@ class EncodedPrompt:
     media_tokens: dict[str, int] = field(default_factory=dict)
     tag: ModalityTag | None = None
     notes: tuple[str, ...] = ()
+    sound: tuple[float, float] | None = None
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

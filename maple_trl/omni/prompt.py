@@ -287,7 +287,12 @@ class PromptBuilder:
         if spec.fed == {Modality.AUDIO} and not any(audios):
             raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
         notes = ("no-audio-track",) if None in audios else ()
+        heard = [clip for clip in audios if clip is not None]
+        parts = any(clip.source_seconds is not None for clip in heard)
+        notes += ("sound-spread",) if parts else ()
         interleaved = spec.interleaved and None not in audios
+        if interleaved and parts:  # which no longer stand at the times of the pictures
+            interleaved, spec = False, _with_own_place(spec)
         subtitle = whole_subtitle = self._subtitle_text(spec)
 
         prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
@@ -298,7 +303,7 @@ class PromptBuilder:
             notes += ("subtitle-shortened",)
         if subtitle:
             prompt.media_tokens["subtitle"] = len(self.family.tokens(subtitle))
-        return replace(prompt, tag=spec.tag, notes=notes)
+        return replace(prompt, tag=spec.tag, notes=notes, sound=_seconds_of(heard))
 
     def _encode_text(
         self,
@@ -420,6 +425,22 @@ class PromptBuilder:
                 "shortened, and that is not enough",
             )
         return kept
+
+
+def _with_own_place(spec: PromptSpec) -> PromptSpec:
+    """Return the spec of a row whose sound is not interleaved after all: it stands behind the pictures."""
+    blocks = (block for message in spec.messages if isinstance(message, dict) for block in message["content"])
+    if any(block["type"] == "audio" for block in blocks) or isinstance(spec.messages, str):
+        return spec
+    return replace(spec, messages=with_tracks(spec.messages))
+
+
+def _seconds_of(sounds: Sequence[AudioClip]) -> tuple[float, float] | None:
+    """Return the seconds of sounds, and of what they are taken from."""
+    if not sounds:
+        return None
+    whole = [clip.duration if clip.source_seconds is None else clip.source_seconds for clip in sounds]
+    return sum(clip.duration for clip in sounds), sum(whole)
 
 
 def _noise_video(multiple: int) -> VideoClip:

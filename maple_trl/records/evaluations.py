@@ -46,6 +46,7 @@ LINES = pa.schema(
         ("fed", pa.string()),  # the signals that were fed, as a tag
         ("clip", pa.string()),  # what shares its fate, see `maple_trl.metrics.clips`
         ("question", pa.string()),  # the same for rows that ask one question with several inputs
+        ("benchmark", pa.string()),
         ("status", pa.string()),  # scored, unscored, error or lacking
         ("sample", pa.int64()),  # null where the question was not asked
         ("completion", pa.string()),
@@ -60,9 +61,11 @@ LINES = pa.schema(
         ("video_tokens", pa.int64()),
         ("audio_tokens", pa.int64()),
         ("subtitle_tokens", pa.int64()),
+        ("audio_seconds", pa.float64()),  # that were fed
+        ("audio_source_seconds", pa.float64()),  # of the sound that they are taken from: more where parts were fed
         ("notes", pa.list_(pa.string())),
         ("inputs", pa.string()),  # digest of the tokens, positions, frames and sound that the model read
-        ("extra", pa.string()),  # what the scoring function noted, as JSON, e.g. a judge's grades
+        ("extra", pa.string()),  # what the scoring function noted, as JSON, e.g. a judge's grades or `measures`
     ]
 )
 """Columns of `rows.parquet`: a line per sample, and one for each question that was not asked under an access."""

@@ -9,6 +9,7 @@ from typing import Any
 from maple_trl import Registry
 
 from .accuracy import AccuracyReward, accuracy_reward
+from .answer_judge import AnswerJudge
 from .answers import extract_answer, grade_answer
 from .calls import RewardError
 from .caption_judge import CaptionJudge
@@ -19,6 +20,7 @@ from .judge_limits import JudgeUnavailableError
 from .length import LengthReward
 from .local_scorer import LocalScorer
 from .localisation import box_iou_reward, temporal_iou_reward
+from .measures import MeasuredReward
 from .reasoning_judge import StepwiseReasoningJudge
 from .routing import for_rows, for_tags
 from .self_consistency import self_consistency_reward
@@ -35,6 +37,7 @@ REWARDS: Registry[Any] = Registry(
         "self_consistency_reward": self_consistency_reward,
         "temporal_iou_reward": temporal_iou_reward,
         "length_reward": LengthReward,
+        "answer_judge": AnswerJudge,
         "caption_judge": CaptionJudge,
         "stepwise_reasoning_judge": StepwiseReasoningJudge,
     },
@@ -44,12 +47,14 @@ REWARDS: Registry[Any] = Registry(
 __all__ = [
     "REWARDS",
     "AccuracyReward",
+    "AnswerJudge",
     "BertScoreSimilarity",
     "CaptionJudge",
     "ContrastiveRewardWeighting",
     "JudgeUnavailableError",
     "LengthReward",
     "LocalScorer",
+    "MeasuredReward",
     "OpenAIJudge",
     "RewardError",
     "StepwiseReasoningJudge",

@@ -88,7 +88,7 @@ CASES = {
             "path": "./social/a b.mp4",
         },
         ["videos/social/a b.mp4"],
-        {"tag": "VA", "solution": "B", "audio": None, "category": "multiple choice"},
+        {"tag": "VA", "solution": "B", "audio": None, "category": "multiple choice", "answer_metric": "accuracy"},
     ),
     "omnibench": (
         "data/train-00000-of-00001.parquet",
@@ -161,7 +161,14 @@ CASES = {
             "clue": "[]",
         },
         ["cg_videos_720p/v1.mp4"],
-        {"tag": "VA", "solution": "4", "answer_kind": "number", "options": [], "category": "event"},
+        {
+            "tag": "VA",
+            "solution": "4",
+            "answer_kind": "number",
+            "answer_metric": "counting",
+            "options": [],
+            "category": "event",
+        },
     ),
     "av-counting-clips": (
         "test.json",
@@ -242,7 +249,14 @@ CASES = {
             "answer": "cubism",
         },
         ["videos/Art/0.mp4"],
-        {"tag": "V", "options": [], "solution": "cubism", "answer_kind": "text", "category": "open-ended"},
+        {
+            "tag": "V",
+            "options": [],
+            "solution": "cubism",
+            "answer_kind": "text",
+            "answer_metric": "judge",
+            "category": "open-ended",
+        },
     ),
     "tomato": (
         "test.json",

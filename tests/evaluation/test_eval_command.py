@@ -368,10 +368,11 @@ def test_rows_that_ask_one_question_with_several_inputs(folder, capsys):
             "question_id": name,
             "tag": tag,
             "required_tag": "V",
+            "stratum": stratum,
             "video_id": f"clip-{name}",
         }
         for name in ("one", "two")
-        for tag in ("V", "av", "A")
+        for tag, stratum in (("V", "exact"), ("av", "superset"), ("A", "deficit"))
     ]
     (folder / "inputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [*MODEL, "--data", "inputs.jsonl", "--split", "train", "--samples", "2", "--quiet"]
@@ -388,6 +389,15 @@ def test_rows_that_ask_one_question_with_several_inputs(folder, capsys):
     assert macro["value"] == pytest.approx(mean(scores[0:4] + scores[6:10])) and macro["inputs"] == {"2": 2}
     assert macro["clips"] == found["accesses"]["required"]["accuracy"]["sample_mean"]["clips"] == 2
     assert found["over_inputs"]["per_tag"]["V"]["value"] == pytest.approx(mean(scores))
+    strata = {name: own["per_tag"]["V"]["value"] for name, own in found["strata"].items()}
+    exact, superset, deficit = (mean(scores[i : i + 2] + scores[i + 6 : i + 8]) for i in (0, 2, 4))
+    assert strata == pytest.approx({"exact": exact, "superset": superset, "deficit": deficit})
+    # Without that column, rows of a clip with the same question and required tag are one question.
+    bare = [{name: value for name, value in row.items() if name != "question_id"} for row in rows]
+    (folder / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    assert evaluate(*("bare.jsonl" if word == "inputs.jsonl" else word for word in words[:-1]), "bare") == 0
+    assert result_of(folder / "bare")["superset_macro"] == macro
+    assert len({line["question"] for line in lines_of(folder / "bare")}) == 2
 
 
 def test_errors_may_be_allowed(mixed, capsys):

@@ -34,7 +34,8 @@ def lines_of(asked):
             lines.append(own | {"status": "error", "reason": "unreadable", "finish": None})
             continue
         scores = scores if isinstance(scores, list) else [scores]
-        lines += [own | zeros | {"sample": i, "score": score} for i, score in enumerate(scores)]
+        extra = own.pop("extra", [None] * len(scores))
+        lines += [own | zeros | {"sample": i, "score": score, "extra": extra[i]} for i, score in enumerate(scores)]
     return pa.Table.from_pylist([{"question": line["id"]} | line for line in lines], LINES)
 
 
@@ -201,9 +202,58 @@ def test_captions_of_a_clip_are_its_seven_inputs():
     less = [row for row in asked if (row["clip"], row["tag"]) != ("b", "VS")]
     gain = results(less)["fusion_gain"]
     assert (gain["value"], gain["count"], gain["left_out"]) == (1.0, 2, 1)
-    # Nor are different questions about one clip inputs of one.
+    # Prompts may differ by tag; what has a solution is a question, and different ones are no inputs of one.
     different = [row | {"prompt": f"user: Question {i}?"} for i, row in enumerate(asked)]
-    assert "not asked: V, A, S, VA" in results(different)["fusion_gain"]["undefined"]
+    assert results(different)["fusion_gain"]["value"] == pytest.approx(2 / 3)
+    questions = [row | {"solution": "B"} for row in different]
+    assert "not asked: V, A, S, VA" in results(questions)["fusion_gain"]["undefined"]
+    # Two captions of each input are told apart by what was asked, where the prompts say so.
+    twice = [row | {"prompt": f"user: {how}."} for row in asked for how in ("Shortly", "At length")]
+    gain = results(twice)["fusion_gain"]
+    assert (gain["value"], gain["count"], gain["clips"]) == (pytest.approx(2 / 3), 6, 3)
+
+
+def test_captions_of_a_clip_are_one_under_every_access():
+    """The rows of a clip are the same seven captions, asked again: their mean counts once for the clip."""
+    asked = [
+        {"row": row, "id": f"{clip}{own}", "tag": own, "fed": fed, "access": fed, "clip": clip, "score": score}
+        for row, (clip, own) in enumerate((clip, own) for clip in "ab" for own in TAGS)
+        for fed in TAGS
+        for score in [0.5 + 0.3 * (fed == "VA" and clip == "a" and own != "V") - 0.1 * (len(fed) > 1 and clip == "b")]
+    ]
+    gain = results(asked, TAGS)["fusion_gain"]
+    assert (gain["value"], gain["count"], gain["clips"]) == (0.5, 2, 2)
+    # Negative control: with solutions they are fourteen questions, of which one of the first clip gains nothing.
+    gain = results([row | {"solution": "B"} for row in asked], TAGS)["fusion_gain"]
+    assert (gain["value"], gain["count"]) == (pytest.approx(6 / 14), 14)
+
+
+def test_strata_by_required_tag():
+    """As MAPLE-QA+ lists its rows: each with the question's input, beside what it requires."""
+    asked = [
+        {"question": q, "tag": tag, "fed": fed, "clip": q, "score": score}
+        for q, tag, fed, score in (
+            ("q0", "V", "V", 1.0),
+            ("q0", "V", "VA", 0.5),
+            ("q0", "V", "VAS", 0.0),
+            ("q0", "V", "A", 0.0),
+            ("q1", "VA", "VA", 0.5),
+            ("q1", "VA", "V", 1.0),
+        )
+    ]
+    found = results(asked)
+    strata = found["strata"]
+    assert list(strata) == ["exact", "superset", "deficit"]
+    means = {name: own["sample_mean"]["value"] for name, own in strata.items()}
+    assert means == pytest.approx({"exact": 0.75, "superset": 0.25, "deficit": 0.5})
+    assert strata["deficit"]["per_tag"]["VA"]["value"] == 1.0 and strata["exact"]["sample_mean"]["clips"] == 2
+    # Table 4: by required tag over all inputs, and over all rows.
+    assert found["over_inputs"]["per_tag"]["V"]["value"] == pytest.approx(1.5 / 4)
+    assert found["over_inputs"]["per_tag"]["VA"]["value"] == pytest.approx(0.75)
+    assert found["over_inputs"]["sample_mean"]["value"] == pytest.approx(3.0 / 6)
+    assert found["superset_macro"]["value"] == pytest.approx((0.5 + 0.5) / 2)
+    alone = [row for row in asked if row["fed"] == row["tag"]]
+    assert "inputs of several strata" in results(alone)["strata"]["undefined"]
 
 
 def test_lines_of_an_earlier_version():

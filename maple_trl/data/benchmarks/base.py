@@ -52,6 +52,7 @@ class Question:
         question: text, without options.
         solution: as of the kind.
         kind: one of [`~maple_trl.data.benchmarks.prompts.ANSWER_KINDS`].
+        metric: one of [`~maple_trl.metrics.answers.ANSWER_METRICS`]: what the benchmark's authors report.
         options: texts without letters.
         category: what reports group by.
         name: the benchmark's own name of the question, where it has one.
@@ -65,6 +66,7 @@ class Question:
     question: str
     solution: str
     kind: str = "option"
+    metric: str = "accuracy"
     options: tuple[str, ...] = ()
     category: str | None = None
     name: str | None = None

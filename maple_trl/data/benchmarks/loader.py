@@ -46,6 +46,7 @@ FEATURES = Features(
         "benchmark": Value("string"),
         "category": Value("string"),
         "answer_kind": Value("string"),
+        "answer_metric": Value("string"),
         "record": Value("string"),
     }
 )
@@ -435,6 +436,7 @@ def _row(
         "benchmark": benchmark.name,
         "category": question.category,
         "answer_kind": question.kind,
+        "answer_metric": question.metric,
         "record": record,
     }
 

@@ -73,6 +73,7 @@ _INTENT_KINDS = {
     "free-form": "text",
     "OCR": "text",
 }
+_INTENT_METRICS = {"emer_ov_mc": "letters_f1", "free-form": "rouge", "OCR": "word_error_rate"}
 
 
 def _intent_bench(record: Record) -> Question:
@@ -103,6 +104,7 @@ def _intent_bench(record: Record) -> Question:
         options=tuple(options),
         solution=solution,
         kind=kind,
+        metric=_INTENT_METRICS.get(problem_type, "accuracy"),
         category=problem_type,
         videos=() if data_type == "audio" else (medium,),
         audios={"image": (), "audio": (medium,)}.get(data_type),
@@ -110,7 +112,8 @@ def _intent_bench(record: Record) -> Question:
 
 
 # HumanOmniV2, arXiv 2506.21277. VA: video and its sound (a clip without sound as it is); V for a picture, A for a
-# sound alone. Metric: accuracy; of questions with several right options the F1 of their letters.
+# sound alone. Metric: accuracy; of questions with several right options the F1 of their letters, of transcripts the word
+# error rate, of free answers ROUGE.
 INTENT_BENCH = Benchmark(
     name="intentbench",
     title="IntentBench",
@@ -274,6 +277,7 @@ def _count(record: Record, clip: Medium) -> Question:
         question=record.text("question"),
         solution=record.read("answer", read_number),
         kind="number",
+        metric="counting",
         category=record.text("category"),
         name=record.name("index"),
         videos=(clip,),
@@ -282,8 +286,7 @@ def _count(record: Record, clip: Medium) -> Question:
 
 def _av_counting_benchmark(name: str, title: str, read, media: str) -> Benchmark:
     # arXiv 2506.05328; access is granted on request. VA: video and its sound for every question; field 'type' says
-    # where query and clue are. Metric: share of exact counts (ACC), of counts off by at most one (OBOA), MAE and RMSE;
-    # accuracy_reward gives part of a point to a count that is near, and is not ACC.
+    # where query and clue are. Metric: share of exact counts (ACC), of counts off by at most one (OBOA), MAE and RMSE.
     return Benchmark(
         name=name,
         title=title,

@@ -204,14 +204,14 @@ def _mmvu(record: Record) -> Question:
         options=tuple(options),
         solution=solution,
         kind="option" if options else "text",
+        metric="accuracy" if options else "judge",
         category=kind,
         name=record.name("id"),
         videos=(Medium(below(record.path("video_path"), "videos")),),
     )
 
 
-# arXiv 2501.12380. V: the video alone. Metric: accuracy; open-ended questions (answer_kind 'text') are judged by a
-# model, equality of texts is only a floor.
+# arXiv 2501.12380. V: the video alone. Metric: accuracy; open-ended questions (answer_kind 'text') are judged by a model.
 MMVU = Benchmark(
     name="mmvu",
     title="MMVU",

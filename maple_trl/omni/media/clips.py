@@ -129,13 +129,21 @@ class VideoClip:
 
 @dataclass(frozen=True, eq=False)
 class AudioClip:
-    """Mono waveform, float32 (n,), read-only, at `sampling_rate`; sample 0 is the start of the file or segment."""
+    """
+    Mono waveform, float32 (n,), read-only, at `sampling_rate`; sample 0 is the start of the file or segment.
+
+    With the note `"sound-spread"` it is parts of equal length, joined, whose first begins and whose last ends with the sound.
+
+    Attributes:
+        source_seconds (`float`): how long the sound is of which it is parts; `None` where it is all of it.
+    """
 
     waveform: np.ndarray
     sampling_rate: int
     duration: float
     path: str
     notes: tuple[str, ...] = ()
+    source_seconds: float | None = None
 
     @property
     def nbytes(self) -> int:

@@ -47,6 +47,7 @@ SEEKABLE = {
 SEEK_AFTER = 30.0  # seconds from the start; less is read as it is
 PREROLL = 1.0  # seconds of sound decoded ahead of a segment: codecs need some frames to settle
 PICTURE_SLACK = 0.0005  # seconds: half of a time stamp in milliseconds
+PART_SECONDS = 10.0  # of each part of a sound that is spread: some sentences
 
 
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
@@ -390,6 +391,8 @@ def _choose(
     limits, start, stop = request.limits(limits), request.start or 0.0, request.end
 
     def last(first: float) -> float:
+        if stop is None and limits.overlong == "spread":
+            return math.inf
         return zero + stop if stop is not None else max(first, zero + start) + limits.max_seconds
 
     if seek and _seeks(container, start):
@@ -420,7 +423,7 @@ def _choose(
         taken = before[-1:]
     first = max(start, float(seconds[taken[0]]))
     duration = max(end - first, float(line.tick))
-    if duration > limits.max_seconds + PICTURE_SLACK:
+    if duration > limits.max_seconds + PICTURE_SLACK and limits.overlong != "spread":
         if limits.overlong == "quarantine":
             raise _too_long(source, limits)
         duration = limits.max_seconds
@@ -719,11 +722,15 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
             return None
         _decodable(source, stream)
         # Decoding hours of sound to refuse it would take long, and the header alone is no proof.
-        unsure = _maybe_overlong(_header_seconds(container), limits, request)
-        if unsure and _overlong(source, limits, "audio", request):
+        header, whole = _header_seconds(container), None
+        if _maybe_overlong(header, limits, request) and _overlong(source, limits, "audio", request):
             raise _too_long(source, limits)
-        waveform, notes = _heard(source, container, stream, limits, sampling_rate, request)
+        spread = limits.overlong == "spread" and header is not None and _asked(request, header) > limits.max_seconds
+        if not spread:
+            waveform, notes = _heard(source, container, stream, limits, sampling_rate, request)
     most = round(limits.max_seconds * sampling_rate)
+    if spread or (limits.overlong == "spread" and len(waveform) > most):
+        waveform, notes, whole = _spread(source, limits, sampling_rate, request)
     if len(waveform) > most:
         if limits.overlong == "quarantine":
             raise _too_long(source, limits)
@@ -736,7 +743,59 @@ def decode_audio(source: Source, limits: MediaLimits, sampling_rate: int, reques
         raise source.error("non-finite-audio", f"{int((~np.isfinite(waveform)).sum())} samples are NaN or infinite")
     waveform = waveform.copy()  # a view would keep, in the cache, what was cut off
     waveform.flags.writeable = False
-    return AudioClip(waveform, sampling_rate, duration, source.path, tuple(notes))
+    return AudioClip(waveform, sampling_rate, duration, source.path, tuple(notes), whole)
+
+
+def _asked(request: ClipRequest, end: float) -> float:
+    """Return how many seconds a request asks for of a file that ends at `end`."""
+    return min(end, request.end or math.inf) - (request.start or 0.0)
+
+
+def _sound_end(source: Source, limits: MediaLimits, deadline: _Deadline) -> float:
+    """Return where the sound ends by its packets, in seconds of the file; nothing is decoded."""
+    with _opened(source, limits) as container:
+        stream = _track(container, "audio")
+        _only(container, stream)
+        ticks = 0
+        try:
+            for packet in container.demux(stream):
+                deadline.check()
+                if packet.pts is not None:
+                    ticks = max(ticks, packet.pts + (packet.duration or 0))
+        except av.error.InvalidDataError:  # a tag behind the sound; damage within it is met by its part
+            pass
+        end, declared = float(ticks * stream.time_base), _declared_end(source, container, stream)
+        if declared is not None and end < declared - PREROLL:
+            raise source.error("truncated", f"sound up to {end:.2f} s of {declared:.2f} s")
+        return end - _zero(container)
+
+
+def _spread(
+    source: Source, limits: MediaLimits, rate: int, request: ClipRequest
+) -> tuple[np.ndarray, list[str], float | None]:
+    """
+    Decode parts of a long sound, evenly from its beginning to its end, `max_seconds` together.
+
+    Returns:
+        the parts, joined; what is special; and how long all of it is. `None` where its header overstates that, and it was
+        read whole.
+    """
+    deadline = _Deadline(source, limits.decode_timeout)
+    whole = _asked(request, _sound_end(source, limits, deadline))
+    if whole <= limits.max_seconds:
+        with _opened(source, limits) as container:
+            return (*_heard(source, container, _track(container, "audio"), limits, rate, request), None)
+    start, count = request.start or 0.0, max(1, int(limits.max_seconds // PART_SECONDS))
+    seconds = limits.max_seconds / count
+    pieces, notes = [], {}
+    for begin in np.linspace(start, start + whole - seconds, count):
+        deadline.check()
+        part = ClipRequest(start=float(begin), end=float(begin) + seconds)
+        with _opened(source, limits) as container:
+            piece, told = _heard(source, container, _track(container, "audio"), limits, rate, part)
+        pieces.append(piece)
+        notes |= dict.fromkeys(note for note in told if note != "segment-shortened")
+    return np.concatenate(pieces), [*notes, "sound-spread"], whole
 
 
 def _heard(

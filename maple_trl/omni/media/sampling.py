@@ -24,7 +24,8 @@ class MediaLimits:
         max_frames (`int`): upper limit of sampled frames.
         min_pixels, max_pixels (`int`): area of one frame after the resize.
         max_seconds (`float`): longest clip.
-        overlong (`"quarantine"` or `"trim"`): refuse a longer clip, or use its first `max_seconds`.
+        overlong (`"quarantine"`, `"trim"` or `"spread"`): refuse a longer clip, use its first `max_seconds`, or take pictures
+            over its whole length and `max_seconds` of its sound in parts that are spread over it.
         decode_timeout (`float`): seconds per clip, checked between frames.
 
     Raises:
@@ -37,7 +38,7 @@ class MediaLimits:
     min_pixels: int = 4 * 28 * 28
     max_pixels: int = 128 * 28 * 28
     max_seconds: float = 300.0
-    overlong: Literal["quarantine", "trim"] = "quarantine"
+    overlong: Literal["quarantine", "trim", "spread"] = "quarantine"
     decode_timeout: float = 60.0
 
     def __post_init__(self):
@@ -54,8 +55,8 @@ class MediaLimits:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} is above max_pixels={self.max_pixels}")
-        if self.overlong not in ("quarantine", "trim"):
-            raise ValueError(f"overlong must be 'quarantine' or 'trim', got {self.overlong!r}")
+        if self.overlong not in ("quarantine", "trim", "spread"):
+            raise ValueError(f"overlong must be 'quarantine', 'trim' or 'spread', got {self.overlong!r}")
 
 
 def frame_count(limits: MediaLimits, pictures: int, duration: float) -> int:

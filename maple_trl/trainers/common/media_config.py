@@ -184,7 +184,10 @@ class MediaConfig:
     )
     overlong_media: str = field(
         default="quarantine",
-        metadata={"help": "What happens to a longer clip: 'quarantine' drops its row, 'trim' reads its beginning."},
+        metadata={
+            "help": "What happens to a longer clip: 'quarantine' drops its row, 'trim' reads its beginning, 'spread' takes "
+            "pictures over its whole length and of its sound parts that are spread over it, max_media_seconds together."
+        },
     )
     media_decode_timeout: Annotated[float, "speed"] = field(
         default=60.0, metadata={"help": "Seconds that decoding one clip may take before its row is quarantined."}
