@@ -223,6 +223,8 @@ def _amount_of(parameters: int) -> str:
 
 def _rows_by_tag(trainer: Trainer) -> Counter[str]:
     dataset = trainer.train_dataset
+    if not hasattr(dataset, "__len__"):  # a stream
+        return Counter()
     if getattr(trainer, "family", None) is None or "tag" not in (getattr(dataset, "column_names", None) or ()):
         return Counter()
     by_tag: Counter[str] = Counter()
@@ -232,6 +234,8 @@ def _rows_by_tag(trainer: Trainer) -> Counter[str]:
 
 
 def _described_rows(trainer: Trainer) -> str:
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return "streamed"
     by_tag = _rows_by_tag(trainer)
     shares = ", ".join(f"{tag} {by_tag[tag]}" for tag in _TAGS if by_tag[tag])
     return f"{len(trainer.train_dataset)}{shares and f': {shares}'}"
