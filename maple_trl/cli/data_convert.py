@@ -96,7 +96,7 @@ def run_convert(words: Sequence[str]) -> int:
     except Exception as error:
         return fail("data convert", error)
     if arguments.json:
-        print(json.dumps(asdict(summary), indent=2, ensure_ascii=False))
+        print(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
     else:
         print_summary(summary, named.output)
     return 0

@@ -198,6 +198,7 @@ def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
     while batch := list(islice(records, _ROWS_AT_ONCE)):
         names = dict.fromkeys(name for row in batch for name in row)
         faults = _column_faults(names) if begin == 0 else []
+        checker.columns |= set(names)
         yield faults, _numbered(checker, batch, begin, set(ROW_FEATURES) & set(names))
         begin += len(batch)
 
@@ -207,6 +208,7 @@ def _parquet_tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
         with pq.ParquetFile(file) as table:
             schema = table.schema_arrow
             yield _column_faults(schema.names), iter(())
+            checker.columns |= set(schema.names)
             names = [name for name in schema.names if name in ROW_FEATURES or name in _FURTHER]
             odd = {name for name in names if name in ROW_FEATURES and not _fits(name, schema.field(name).type)}
             begin = 0
@@ -289,6 +291,7 @@ class _RowChecker:
         self.root = root
         self.seen = seen
         self.there: LRUCache[str, bool] = LRUCache(_PATHS_AT_HAND)
+        self.columns: set[str] = set(ROW_FEATURES)
 
     def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
         """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
@@ -308,7 +311,7 @@ class _RowChecker:
         faults += self._id_faults(row.get("id"), number)
         faults += self._split_faults(row, number)
         faults += self._media_faults(row, tag)
-        faults += _provenance_faults(row)
+        faults += _provenance_faults(row, self.columns)
         return faults
 
     def _content_faults(self, row: Mapping[str, Any], tag: ModalityTag | None) -> list[Fault]:
@@ -462,12 +465,12 @@ def _reference_faults(row: Mapping[str, Any], tag: ModalityTag | None) -> list[F
     ]
 
 
-def _provenance_faults(row: Mapping[str, Any]) -> list[Fault]:
+def _provenance_faults(row: Mapping[str, Any], columns: set[str]) -> list[Fault]:
     faults: list[Fault] = []
     for entry in row.get("provenance") or ():
         entry = entry or {}
         name, by = entry.get("field"), (entry.get("model"), entry.get("reviewer"))
-        if name not in ROW_FEATURES and name not in row:
+        if name not in columns:
             message = f"has an entry of {described(name)}, which is no column"
         elif all(map(_blank, by)):
             message = f"has an entry of {name!r} without model and reviewer: it must say who wrote or changed it"

@@ -94,6 +94,10 @@ class ConversionSummary:
     pictures: int = 0
     missing: int = 0
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
 
 def convert(
     name: str | Converter,
@@ -274,7 +278,6 @@ class _Rows:
             "tag": tag.value,
             "source": sample.source or self.converter.source,
             "split": self.options.split or sample.split or split or "train",
-            "prompt": self._prompt(sample),
             "question": sample.question,
             "options": list(sample.options) or None,
             "answer": sample.solution,
@@ -287,6 +290,7 @@ class _Rows:
             **references,
             **media,
             **sample.further,
+            "prompt": self._prompt(sample),  # last, so that a fault is told of what it is made from
         }
         _check_text(row)
         return row
