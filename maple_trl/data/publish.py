@@ -104,7 +104,7 @@ def publish(
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
         operations += [CommitOperationAdd(CARD, card.encode()), *map(CommitOperationDelete, old)]
         commit = api.create_commit(made.repo_id, operations, commit_message=message, repo_type="dataset")
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last from threads that upload
         raise PublishError(f"cannot upload to {repository}: {_told(error)}") from error
     return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows)
 
@@ -115,7 +115,10 @@ def _old_shards(there: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 def _told(error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(
+        getattr(error, "response", None) or getattr(error.__cause__, "response", None), "status_code", None
+    )
     if status in (401, 403):
         return f"the Hub refuses it (HTTP {status}): is there a key that may write (hf auth login, or HF_TOKEN)?"
-    return " ".join(str(error).split()) or type(error).__name__
+    told = re.sub(r"\?\S+", "?…", " ".join(str(error).split()))  # addresses of uploads are signed
+    return (told or type(error).__name__) + (f" (HTTP {status})" if status and str(status) not in told else "")
