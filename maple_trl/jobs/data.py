@@ -296,13 +296,16 @@ def first_rows(dataset: Dataset | IterableDataset, at_least: int) -> Dataset:
         at_least (`int`): how many one batch takes.
 
     Raises:
-        SetupError: when a stream gives none.
+        SetupError: when a stream gives none, or cannot be read.
     """
     from datasets import Dataset
 
     if isinstance(dataset, Dataset):
         return dataset
-    rows = list(dataset.take(max(_CHECKED, at_least)))
+    try:
+        rows = list(dataset.take(max(_CHECKED, at_least)))
+    except (ValueError, OSError) as error:
+        raise SetupError(f"train_dataset: {error}") from error
     if not rows:
         raise SetupError("dataset_streaming: no row is left of the stream; does dataset_filter let one through?")
     return Dataset.from_list(rows, features=dataset.features)
