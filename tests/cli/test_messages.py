@@ -158,7 +158,7 @@ TRAIN = [
     ({"dataset_name": "tag_case.jsonl"}, "has the column 'Tag', which is not read, and no column 'tag'"),
     (
         {"dataset_name": "image.jsonl"},
-        "column 'image': 1 of 1 rows have a picture, the first is row 0. Omni prompts hold video",
+        "column 'image': 8 of 8 rows have a picture, the first is row 0. Omni prompts hold video",
     ),
     ({"dataset_name": "absent.jsonl"}, "8 rows quarantined (8 not-found; first gone.mp4); media are looked for below"),
     ({"dataset_name": "outside.jsonl"}, "(8 outside-media-root; first ../x.mp4)"),
