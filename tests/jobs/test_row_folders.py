@@ -106,7 +106,10 @@ def test_a_stream_is_filtered_and_taught(job, tmp_path, capsys):
     [
         ({"max_steps": None}, "dataset_streaming needs max_steps"),
         ({"trainer": "mapo"}, "mapo batches rows by their tags, for which it needs the whole table"),
-        ({"trainer": "avatar", "num_generations": 8, "per_device_train_batch_size": 8}, "avatar finds the rows of what it replays again"),
+        (
+            {"trainer": "avatar", "num_generations": 8, "per_device_train_batch_size": 8},
+            "avatar finds the rows of what it replays again",
+        ),
         (
             {"dataset_name": "builtin:seven-tags", "media_root": None},
             "dataset_streaming reads local Parquet files, and builtin",
