@@ -54,6 +54,9 @@ class ConvertArguments:
     pictures: str = field(
         default="keep", metadata={"help": "rows with a picture: keep, clips (of two seconds), or leave_out"}
     )
+    missing_media: str = field(
+        default="keep", metadata={"help": "rows that name a file that is not there: keep or leave_out"}
+    )
     json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
 
 

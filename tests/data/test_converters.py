@@ -229,6 +229,14 @@ def test_avqa(tmp_path):
 LINES = "Category&VideoID&Quality&StartTime&EndTime\nChurch bell&RUh&good&0&10\nBark&3jS&good&7&9\nBark&VWi&good&0&0\n"
 
 
+def test_rows_of_clips_that_are_not_there_are_left_out_where_asked(tmp_path):
+    (tmp_path / "source" / "videos").mkdir(parents=True)
+    (tmp_path / "source" / "videos" / "here.mp4").write_bytes(b"x")
+    records = [AVQA, AVQA | {"video_name": "here"}]
+    rows, summary = converted(tmp_path, "avqa", records, "train_qa.json", missing_media="leave_out")
+    assert [row["clip"] for row in rows] == ["here"] and summary.left_out == {"a file that is not there": 1}
+
+
 def test_ave(tmp_path):
     rows, _ = converted(tmp_path, "ave", LINES, "trainSet.txt")
     assert [row["clip"] for row in rows] == ["RUh", "3jS", "VWi"]

@@ -23,6 +23,7 @@ from maple_trl.modalities import Modality, ModalityTag
 
 
 Pictures = Literal["keep", "clips", "leave_out"]
+MissingMedia = Literal["keep", "leave_out"]
 
 _SHOWN = 10
 
@@ -46,6 +47,7 @@ class ConvertOptions:
         skip_malformed: count and name records that are not as published, and go on; else the first of them ends it.
         pictures: `keep` rows with a picture, which cannot be trained on yet; make `clips` of two seconds of them, below
             `media_root/extracted`; or `leave_out` such rows.
+        missing_media: `keep` rows that name a file that is not there (validation then names them), or `leave_out` them.
     """
 
     media_root: str | os.PathLike[str] | None = None
@@ -55,14 +57,17 @@ class ConvertOptions:
     shard_rows: int = SHARD_ROWS
     skip_malformed: bool = False
     pictures: Pictures = "keep"
+    missing_media: MissingMedia = "keep"
 
     def __post_init__(self) -> None:
         if isinstance(self.tags, str):
             raise ConversionError(f"tags must be a list such as ['VA'], got {self.tags!r}")
         self.tags = tuple(dict.fromkeys(map(ModalityTag.parse, self.tags)))
         self.prompt_style = prompt_style(self.prompt_style)
-        if self.pictures not in get_args(Pictures):
-            raise ConversionError(f"pictures must be one of {', '.join(get_args(Pictures))}, got {self.pictures!r}")
+        for name, known in (("pictures", Pictures), ("missing_media", MissingMedia)):
+            if getattr(self, name) not in get_args(known):
+                given = getattr(self, name)
+                raise ConversionError(f"{name} must be one of {', '.join(get_args(known))}, got {given!r}")
 
 
 @dataclass
@@ -312,6 +317,8 @@ class _Rows:
         if sample.track and not sample.audio:
             found["audio"] = existing(self.root, Medium(sample.track))
         found["subtitle"], lost = self._subtitle(sample, tag)
+        if (missing or lost) and self.options.missing_media == "leave_out":
+            raise _Unfed("a file that is not there")
         if found["image"] is not None:
             found |= self._picture(found["image"])
         self.summary.missing += missing or lost
