@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from glob import escape as glob_escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,9 +58,16 @@ class ShardWriter:
         self._splits: dict[str, _Split] = {}
 
     def __enter__(self) -> ShardWriter:
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._remove_abandoned()
         self._scratch.mkdir(parents=True)
         return self
+
+    def _remove_abandoned(self) -> None:
+        """Remove what processes that were killed had begun to write for this folder."""
+        for scratch in self.folder.parent.glob(f".{glob_escape(self.folder.name)}.*.partial"):
+            process = scratch.name.split(".")[-2]
+            if process.isdigit() and (int(process) == os.getpid() or not _runs(int(process))):
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def write(self, row: Mapping[str, Any], split: str = "train") -> None:
         """
@@ -92,9 +100,14 @@ class ShardWriter:
         for split in self._splits.values():
             split.finish()
         _flush(self._scratch)
-        if self.folder.is_dir():
-            self.folder.rmdir()  # it is empty
-        os.rename(self._scratch, self.folder)
+        try:
+            if self.folder.is_dir():
+                self.folder.rmdir()  # it was empty
+            os.rename(self._scratch, self.folder)
+        except OSError as error:
+            raise ShardError(
+                f"{self.folder} cannot be put in its place, another process may have made it: {error}"
+            ) from error
         _flush(self.folder.parent)
 
 
@@ -156,6 +169,16 @@ class _Split:
         for number, file in enumerate(self.files):
             _flush(file)
             os.rename(file, file.with_name(f"{self.name}-{number:05}-of-{len(self.files):05}.parquet"))
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

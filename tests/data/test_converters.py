@@ -229,6 +229,29 @@ def test_avqa(tmp_path):
 LINES = "Category&VideoID&Quality&StartTime&EndTime\nChurch bell&RUh&good&0&10\nBark&3jS&good&7&9\nBark&VWi&good&0&0\n"
 
 
+def test_several_sets_become_one_table(tmp_path, monkeypatch):
+    """As docs/data.md says it."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("data/avqa/videos", "data/ave/AVE", "data/shown"):
+        Path(path).mkdir(parents=True)
+    Path("data/avqa/train_qa.json").write_text(json.dumps([AVQA]))
+    Path(f"data/avqa/videos/{AVQA['video_name']}.mp4").write_bytes(b"x")
+    Path("data/ave/trainSet.txt").write_text("Bark&3jS&good&7&9\n")
+    Path("data/ave/AVE/3jS.mp4").write_bytes(b"x")
+    for name in ("avqa", "ave"):
+        summary = convert(name, f"data/{name}", f"rows/{name}", ConvertOptions(media_root="data"))
+        assert summary.missing == 0
+    assert not validate_tables(["rows/avqa", "rows/ave"], media_root="data").counts
+    code = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    rows = rows_of("rows/avatar")
+    assert [(row["source"], row["video"]) for row in rows] == [
+        ("AVQA", f"avqa/videos/{AVQA['video_name']}.mp4"),
+        ("AVE", "ave/AVE/3jS.mp4"),
+    ]
+    assert rows == rows_of("rows/avqa") + rows_of("rows/ave")
+
+
 def test_rows_of_clips_that_are_not_there_are_left_out_where_asked(tmp_path):
     (tmp_path / "source" / "videos").mkdir(parents=True)
     (tmp_path / "source" / "videos" / "here.mp4").write_bytes(b"x")
@@ -409,7 +432,7 @@ def test_malformed_records_are_skipped_where_asked(tmp_path, capsys):
     (tmp_path / "train_qa.json").write_text(json.dumps(records))
     words = ["data", "convert", "avqa", str(tmp_path), str(tmp_path / "rows")]
     assert cli.main(words) == 2 and "record 4: field 'answer'" in capsys.readouterr().err
-    assert cli.main([*words, "--skip-malformed", "true", "--json"]) == 0
+    assert cli.main([*words, "--skip-malformed", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["malformed"] == 4 and summary["rows"] == {"train": 16} and summary["records"] == 20
     assert [told.split(": ")[0].rpartition(" ")[2] for told in summary["named"]] == ["4", "9", "14", "19"]

@@ -67,9 +67,10 @@ def folder(tmp_path):
     return tmp_path / "rows"
 
 
+@pytest.mark.slow
 def test_what_was_pushed_loads_back(hub, folder, tmp_path, capsys, caplog):
     caplog.set_level(logging.DEBUG)
-    assert cli.main(["data", "push", str(folder), "me/clips", "--private", "true", "--license", "cc-by-4.0"]) == 0
+    assert cli.main(["data", "push", str(folder), "me/clips", "--private", "--license", "cc-by-4.0"]) == 0
     out, err = capsys.readouterr()
     assert "8 rows in 5 shards" in out and hub.repositories["me/clips"].private
     assert KEY not in out + err + caplog.text and KEY in {key for *_, key in hub.requests}

@@ -1,6 +1,7 @@
 """Rows become shards and come back as they were; a folder of shards appears whole or not at all."""
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -105,6 +106,37 @@ def test_what_cannot_be_written_is_named(tmp_path, rows, error):
     with pytest.raises(ShardError, match=error):
         write_shards(rows, tmp_path / "rows")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    def write_and_die():
+        with ShardWriter(tmp_path / "rows") as writer:
+            for number in range(1500):
+                writer.write(row(number))
+            os._exit(9)  # as a kill: nothing is cleaned up
+
+    child = os.fork()
+    if child == 0:
+        try:
+            write_and_die()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    [left] = tmp_path.iterdir()
+    assert left.name == f".rows.{child}.partial" and any(left.iterdir())
+    running = tmp_path / f".rows.{os.getppid()}.partial"
+    running.mkdir()
+    write_shards([row(0)], tmp_path / "rows")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows", running.name}
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    with pytest.raises(ShardError, match="another process may have made it"), ShardWriter(tmp_path / "rows") as writer:
+        writer.write(row(0))
+        (tmp_path / "rows").mkdir()
+        (tmp_path / "rows" / "train-00000-of-00001.parquet").write_bytes(b"theirs")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+    assert (tmp_path / "rows" / "train-00000-of-00001.parquet").read_bytes() == b"theirs"
 
 
 def test_what_is_there_is_not_replaced(tmp_path):

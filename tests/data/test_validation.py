@@ -226,6 +226,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path):
             validate_tables([tmp_path / table])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """But for the digests of ids and clips, which are said to take about 200 bytes a row; a row here is of 4 kB."""
     peaks = {}

@@ -22,7 +22,7 @@ class Place:
     Attributes:
         file: the table.
         number: of the record in it, from 0.
-        root: the media root.
+        root: the folder in which the set's media lie.
     """
 
     file: Path

@@ -38,7 +38,8 @@ class ConvertOptions:
     How a set is converted.
 
     Args:
-        media_root: where its media lie; default is the folder of its table. Paths of rows are relative to it.
+        media_root: what the paths of rows are relative to; default is the folder of the table. In a folder above that one, such
+            as the common one of several sets, the media are looked for beside the table as before.
         tags: give every question once in each of these tags, and its id the tag behind it. Default: what its authors feed, or
             what it has media for. **Such a tag says what a row is fed, not what its question needs.**
         prompt_style: a name in [`~maple_trl.data.benchmarks.prompts.PROMPT_STYLES`], or a style.
@@ -141,11 +142,12 @@ def convert(
         raise ConversionError(str(error)) from error
     options, source = options or ConvertOptions(), Path(source)
     files = find_files(converter, source)
-    root = Path(options.media_root or (source if source.is_dir() else source.parent))
+    folder = source if source.is_dir() else source.parent
+    root = Path(options.media_root or folder)
     if not root.is_dir():
         raise ConversionError(f"media_root: there is no folder {root}")
     summary = ConversionSummary([str(file) for file, _ in files], str(root))
-    rows = _Rows(converter, options, root, summary)
+    rows = _Rows(converter, options, root, _below(root, folder), summary)
     features = Features({**ROW_FEATURES, **{name: Value("string") for name in converter.further}})
     with ShardWriter(output, features, options.shard_rows) as writer:
         for file, split in files:
@@ -160,6 +162,12 @@ def convert(
                 f"{'; '.join(reasons) or 'it has none'}. {converter.title}: {converter.media}"
             )
     return summary
+
+
+def _below(root: Path, folder: Path) -> str:
+    """Return the path of a folder below the media root; empty where it is the root itself, or not below it."""
+    root, folder = root.resolve(), folder.resolve()
+    return folder.relative_to(root).as_posix() if root in folder.parents else ""
 
 
 def find_files(converter: Converter, source: Path) -> list[tuple[Path, str | None]]:
@@ -206,10 +214,13 @@ class _Unfed(Exception):
 class _Rows:
     """Makes rows of records, and keeps account of what does not become one."""
 
-    def __init__(self, converter: Converter, options: ConvertOptions, root: Path, summary: ConversionSummary):
+    def __init__(
+        self, converter: Converter, options: ConvertOptions, root: Path, beside: str, summary: ConversionSummary
+    ):
         self.converter = converter
         self.options = options
         self.root = root
+        self.beside = beside
         self.summary = summary
         self.names: Counter[int] = Counter()
 
@@ -239,7 +250,7 @@ class _Rows:
         if missing is not None:
             needed = f"a record of {self.converter.title} has {', '.join(self.converter.required)}"
             raise FieldError(missing, f"is missing; {needed}, and this one has {', '.join(fields) or 'no field'}")
-        return self.converter.read(Record(fields, file.stem), Place(file, number, self.root))
+        return self.converter.read(Record(fields, file.stem), Place(file, number, self.root / self.beside))
 
     def _of_sample(self, sample: Sample, split: str | None) -> list[dict[str, Any]]:
         has = _signals(sample)
@@ -312,10 +323,10 @@ class _Rows:
         missing = False
         for kind, paths in (("video", sample.video), ("audio", sample.audio), ("image", sample.image)):
             if paths:
-                there = existing(self.root, Medium(paths))
-                found[kind], missing = there or paths[0], missing or there is None
+                there = self._existing(paths)
+                found[kind], missing = there or self._paths(paths)[0], missing or there is None
         if sample.track and not sample.audio:
-            found["audio"] = existing(self.root, Medium(sample.track))
+            found["audio"] = self._existing(sample.track)
         found["subtitle"], lost = self._subtitle(sample, tag)
         if (missing or lost) and self.options.missing_media == "leave_out":
             raise _Unfed("a file that is not there")
@@ -323,6 +334,13 @@ class _Rows:
             found |= self._picture(found["image"])
         self.summary.missing += missing or lost
         return found
+
+    def _paths(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        """Return where a medium may lie below the root, the likeliest first."""
+        return (*(f"{self.beside}/{path}" for path in paths), *paths) if self.beside else paths
+
+    def _existing(self, paths: tuple[str, ...]) -> str | None:
+        return existing(self.root, Medium(self._paths(paths)))
 
     def _picture(self, path: str) -> dict[str, str | None]:
         if self.options.pictures == "keep":
@@ -341,13 +359,13 @@ class _Rows:
         wanted = Modality.SUBTITLE in tag.modalities
         if sample.stand_in and not wanted:
             return None, False
-        path = existing(self.root, Medium(sample.subtitle))
+        path = self._existing(sample.subtitle)
         if path is None and sample.stand_in:
             raise _Unfed(
                 f"tag {tag} needs subtitle, and there is no file {Path(sample.subtitle[0]).name} beside the clip"
             )
         if path is None:
-            return sample.subtitle[0], True
+            return self._paths(sample.subtitle)[0], True
         if not path.lower().endswith(".txt"):
             return path, False
         try:
