@@ -90,6 +90,13 @@ def test_a_folder_of_shards_is_trained_on(job, tmp_path, capsys, streaming):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["mapo", "avatar"])
+def test_the_other_trainers_take_the_columns_of_the_schema(job, capsys, trainer):
+    status, summary = job(trainer=trainer, num_generations=8, per_device_train_batch_size=8)
+    assert status == 0 and summary["steps"] == 2, capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_stream_is_filtered_and_taught(job, tmp_path, capsys):
     status, summary = job(
         trainer="omni_sft",
