@@ -3,20 +3,33 @@
 import csv
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from maple_trl import cli
 from maple_trl.data import converters
-from maple_trl.data.converters import CONVERTERS, ConversionError, Converter, ConvertOptions, Sample, convert
+from maple_trl.data.converters import (
+    CONVERTERS,
+    ConversionError,
+    ConversionSummary,
+    Converter,
+    ConvertOptions,
+    Sample,
+    convert,
+)
 from maple_trl.data.converters.ave import CATEGORIES
 from maple_trl.data.converters.avsbench import box_of
-from maple_trl.data.shards import find_shards
+from maple_trl.data.converters.convert import _Rows
+from maple_trl.data.schema import ROW_FEATURES
+from maple_trl.data.shards import find_shards, write_shards
 from maple_trl.data.validation import validate_tables
 from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import box_iou_reward, temporal_iou_reward
@@ -447,6 +460,61 @@ def test_every_converter_is_tested_here_and_says_what_it_relied_on():
     for converter in CONVERTERS.values():
         text = __import__(converter.read.__module__, fromlist=["x"]).__doc__
         assert "Relied on:" in text and converter.media and converter.hub or converter.name == "sharegpt"
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**20)
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["A", "x.mp4"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["A", "B", "role", "from", "value"]), inner)
+    ),
+    max_leaves=6,
+)
+RECORDS = {
+    "daily-omni": DAILY,
+    "humanomni": OMNI,
+    "video-r1": R1,
+    "video-r1-cot": R1 | {"process": "<think>so</think>"},
+    "tpo": TPO,
+    "avqa": AVQA,
+    "ave": dict(
+        zip(("Category", "VideoID", "Quality", "StartTime", "EndTime"), ("Bark", "x", "good", "1", "3"), strict=True)
+    ),
+    "avsbench": {"name": "a_0", "start": "0", "category": "dog", "split": "train"},
+    "avatar-rl": AVATAR | {"options": None, "question": "?"},
+    "vast": VAST,
+    "sharegpt": SHARE,
+}
+RECORDS |= {"ave-intervals": RECORDS["ave"], "avsbench-boxes": RECORDS["avsbench"]}
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_record_is_refused_or_becomes_valid_rows(data):
+    """Whatever stands in one of its fields."""
+    name = data.draw(st.sampled_from(sorted(CONVERTERS)))
+    record = dict(RECORDS[name])
+    field = data.draw(st.sampled_from(sorted(record)))
+    record[field] = data.draw(JSON)
+    with tempfile.TemporaryDirectory() as folder:
+        summary = ConversionSummary([], folder)
+        rows = _Rows(CONVERTERS[name], ConvertOptions(), Path(folder), "", summary)
+        try:
+            made = rows.of_record((record, Path("records.json"), 0), None)
+        except ConversionError as error:
+            assert str(error).startswith("records.json, record 0: field '")
+            return
+        assert made or summary.left_out
+        if made:
+            features = Features({**ROW_FEATURES, **{name: Value("string") for name in CONVERTERS[name].further}})
+            write_shards(made, f"{folder}/rows", features)
+            report = validate_tables([f"{folder}/rows"])
+            assert not report.counts, report.shown
 
 
 def test_the_same_records_are_the_same_bytes(tmp_path):

@@ -1,13 +1,18 @@
 """Validation of tables: each kind of problem is found where it is, and a right table has none."""
 
 import json
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from maple_trl import cli
 from maple_trl.data.hint_tables import TableError
+from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
 from maple_trl.data.validation import KINDS, signals, validate_tables
 from maple_trl.modalities import Modality
@@ -197,6 +202,33 @@ def test_types_are_checked_where_the_file_does_not_ensure_them(tmp_path):
     assert messages[2].startswith("must be a list of {role, content}")
     Dataset.from_list([question(0) | {"answer": 3}, question(1) | {"answer": 4}]).to_parquet(tmp_path / "t.parquet")
     assert validate_tables([tmp_path / "t.parquet"]).counts == {"type": 2}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["A", "VAS", "exact"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "field", "model"]), inner)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.sampled_from([*ROW_FEATURES, "completion"]), JSON, max_size=8), min_size=1, max_size=4)
+)
+def test_whatever_stands_in_a_table_is_told(rows):
+    rows = [{**question(n), **row} for n, row in enumerate(rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        report = validate_tables([write_jsonl(Path(folder, "t.jsonl"), rows)], shown=1000)
+    assert report.rows == len(rows)
+    assert report.counts.total() == sum(map(len, report.shown.values())) and set(report.counts) <= set(KINDS)
+    json.dumps(report.as_dict())
 
 
 def test_columns_that_are_missing_or_misspelt_are_named(tmp_path):

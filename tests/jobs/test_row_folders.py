@@ -142,6 +142,14 @@ def test_rows_with_a_picture_are_refused_by_number(job, rows, capsys, streaming)
     assert status == 2 and found in error and "dataset_filter: {image: [null]}" in error
 
 
+def test_an_evaluation_refuses_them_too(tmp_path, rows, media, capsys):
+    write_shards(with_picture(rows, (3,)), tmp_path / "rows")
+    words = ["--model_name_or_path", "builtin:tiny-omni", "--dataset_test_split", "train", "--media_root", str(media)]
+    words += ["--dataset_name", str(tmp_path / "rows"), "--output", str(tmp_path / "out")]
+    assert cli.main(["eval", *words]) == 2
+    assert "column 'image': 1 of 14 rows have a picture, the first is row 3" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_with_a_picture_are_left_out_as_the_error_advises(job, rows, capsys, streaming):
