@@ -32,7 +32,8 @@ from maple_trl.data.record_files import RECORD_SUFFIXES, read_records
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import split_of
 from maple_trl.modalities import Modality, ModalityTag
-from maple_trl.omni.media.subtitles import is_subtitle_file
+from maple_trl.omni.content import MARK
+from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
 
 
 KINDS: Mapping[str, str] = MappingProxyType(
@@ -43,7 +44,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "id": "an id that another row has",
         "tag": "a tag or required tag that is none of the seven",
         "stratum": "a stratum that tag and required tag do not make",
-        "prompt": "a prompt that is not a list of messages with one of the user",
+        "prompt": "a prompt without a message of the user, or with marks of media that the row does not have",
         "answer": "options, answer and solution that do not agree",
         "reference": "a caption without the references of its tag's signals",
         "split": "a clip in two splits, or a row in another split than its file",
@@ -306,7 +307,7 @@ class _RowChecker:
         tag = _tag(row, "tag", faults)
         required = _tag(row, "required_tag", faults)
         faults += _stratum_faults(row, tag, required)
-        faults += _prompt_faults(row.get("prompt"))
+        faults += _prompt_faults(row)
         faults += self._content_faults(row, tag)
         faults += self._id_faults(row.get("id"), number)
         faults += self._split_faults(row, number)
@@ -350,6 +351,8 @@ class _RowChecker:
         subtitle = row.get("subtitle")
         if subtitle and is_subtitle_file(subtitle.strip()):
             media["subtitle"] = subtitle.strip()
+        elif subtitle and (reason := unread_subtitle(subtitle, self.root)) is not None:
+            faults.append(("path", "subtitle", f"is {described(subtitle)}, which {reason}"))
         for name, path in media.items():
             if path is not None:
                 faults += self._path_faults(name, path)
@@ -419,7 +422,28 @@ def _stratum_faults(row: Mapping[str, Any], tag: ModalityTag | None, required: M
     return [] if stratum == right else [("stratum", "stratum", message)]
 
 
-def _prompt_faults(prompt: list[Mapping[str, Any]] | None) -> list[Fault]:
+def unread_subtitle(text: str, root: Path | None) -> str | None:
+    """Return why a subtitle's text would be refused as the name of a file that is not read; `None` where it is text."""
+    reason = unread_file(text.strip(), os.devnull if root is None else str(root))
+    endings = ", ".join(SUBTITLE_SUFFIXES)
+    return (
+        reason
+        and f"{reason}; files that are read end in {endings}, and text must not look like a name (end it with a full stop)"
+    )
+
+
+def mark_fault(row: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the marks `<video>`, `<audio>` and `<image>` of a row's prompt: each needs its medium."""
+    marks = Counter(mark for message in row["prompt"] for mark in MARK.findall(message["content"]))
+    media = {"video": row.get("video"), "audio": row.get("audio") or row.get("video"), "image": row.get("image")}
+    for kind, number in marks.items():
+        if number != int(bool(media[kind])):
+            return f"holds {number} <{kind}> mark(s), but the row has {int(bool(media[kind]))} of that; each medium stands at its one mark"
+    return None
+
+
+def _prompt_faults(row: Mapping[str, Any]) -> list[Fault]:
+    prompt = row.get("prompt")
     if not prompt:
         return []
     for message in prompt:
@@ -430,7 +454,8 @@ def _prompt_faults(prompt: list[Mapping[str, Any]] | None) -> list[Fault]:
             return [("prompt", "prompt", f"has an empty message of the {message['role']}")]
     if not any(message["role"] == "user" for message in prompt):
         return [("prompt", "prompt", "has no message of the user, which is what the model is asked")]
-    return []
+    fault = mark_fault(row)
+    return [] if fault is None else [("prompt", "prompt", fault)]
 
 
 def _answer_faults(row: Mapping[str, Any]) -> list[Fault]:

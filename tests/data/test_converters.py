@@ -205,6 +205,21 @@ def test_pictures_become_clips_or_are_left_out(tmp_path):
     assert summary.rows == {"train": 1} and summary.left_out == {"a picture, and pictures were to be left out": 2}
 
 
+def test_marks_of_pictures_lead_to_their_clips(tmp_path):
+    (tmp_path / "source").mkdir()
+    Image.new("RGB", (6, 4)).save(tmp_path / "source" / "1.png")
+    records = [
+        R1 | {"data_type": "image", "path": "1.png", "problem": problem}
+        for problem in ("<image>\nWhat?", "In <image>, what?", "<image> is like what: <image>, <image>?")
+    ]
+    rows, summary = converted(tmp_path, "video-r1", records, "Video-R1-260k.json", pictures="clips")
+    assert prompt(rows[0]).startswith("What?\nA. ") and prompt(rows[1]).startswith("In <video>, what?")
+    assert len(rows) == 2 and summary.left_out == {"marks of media in its text, of which it has another number": 1}
+    convert("video-r1", tmp_path / "source", tmp_path / "kept")
+    assert prompt(rows_of(tmp_path / "kept")[1]).startswith("In <image>, what?")
+    assert not validate_tables([tmp_path / "kept"]).counts
+
+
 def test_tpo(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -418,6 +433,8 @@ MALFORMED = [
     ("avsbench", "s4_meta_data.csv", "name,start,category,split\na,0,b,dev\n", "split", "must be one of train, val"),
     ("avatar-rl", "a.json", AVATAR | {"messages": "hello"}, "messages", "must be a list of turns"),
     ("vast", "annotations.json", VAST | {"audio_cap": [3]}, "audio_cap", "must be a text or a list of texts"),
+    ("vast", "annotations.json", VAST | {"subtitle": "abc.srt"}, "subtitle", "which is the name of a file"),
+    ("vast", "annotations.json", VAST | {"subtitle": "subs/abc.ab"}, "subtitle", "which looks like a file"),
     ("sharegpt", "a.json", SHARE | {"conversations": SHARE["conversations"][:3]}, "conversations", "ends in user"),
     (
         "sharegpt",

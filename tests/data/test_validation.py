@@ -39,6 +39,10 @@ def question(number=0, **changes):
     return fields | changes
 
 
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
 def caption(number=0, **changes):
     fields = question(
         number, question=None, options=None, answer=None, solution=None, subtitle="Hello there.", tag="VS"
@@ -58,6 +62,8 @@ RIGHT = [
     caption(),
     caption(tag="AS", video=None, audio="0.wav", reference_v=None, reference_a="A bark."),
     question(tag="V", video=None, image="0.png"),
+    question(prompt=asked("<video>What? <audio>")),
+    question(tag="V", video=None, image="0.png", prompt=asked("In <image>?")),
     question(tag="s", video=None, subtitle="0.srt"),
     question(stratum="exact", required_tag="AV"),
     question(stratum="superset", required_tag="A"),
@@ -77,6 +83,19 @@ WRONG = [
     (question(prompt=[{"role": "robot", "content": "x"}]), "prompt", "prompt", "one of 'robot'"),
     (question(prompt=[{"role": "user", "content": None}]), "prompt", "prompt", "an empty message of the user"),
     (question(prompt=[{"role": "system", "content": "x"}]), "prompt", "prompt", "no message of the user"),
+    (
+        question(prompt=asked("Here: <audio>, <video> and <image>.")),
+        "prompt",
+        "prompt",
+        "holds 1 <image> mark(s), but the row has 0",
+    ),
+    (
+        question(prompt=asked("<video> or <video>?")),
+        "prompt",
+        "prompt",
+        "holds 2 <video> mark(s), but the row has 1 of that",
+    ),
+    (question(subtitle="subs/words.ab"), "path", "subtitle", "which looks like a file; files that are read end in"),
     (question(answer="C", solution="C"), "answer", "answer", "must be the letter of an option (A, B), or"),
     (question(answer="blue", solution="blue"), "answer", "answer", "but is 'blue'"),
     (question(answer="A,A", solution="A,A"), "answer", "answer", "but is 'A,A'"),

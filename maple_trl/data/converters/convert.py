@@ -13,13 +13,15 @@ from datasets import Features, Value
 
 from maple_trl.data.benchmarks.base import BenchmarkError, FieldError, LeaveOut, Medium, Record
 from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
+from maple_trl.data.benchmarks.options import described
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.converters.base import CONVERTERS, Converter, Place, Sample
 from maple_trl.data.hint_tables import TableError
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import SHARD_ROWS, ShardWriter
-from maple_trl.data.validation import text_digest
+from maple_trl.data.validation import mark_fault, text_digest, unread_subtitle
 from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.media.subtitles import is_subtitle_file
 
 
 Pictures = Literal["keep", "clips", "leave_out"]
@@ -309,6 +311,12 @@ class _Rows:
             "prompt": self._prompt(sample),  # last, so that a fault is told of what it is made from
         }
         _check_text(row)
+        if sample.image and media["image"] is None:  # the picture has become a clip
+            row["prompt"] = [
+                {**turn, "content": turn["content"].replace("<image>", "<video>")} for turn in row["prompt"]
+            ]
+        if mark_fault(row) is not None:
+            raise _Unfed("marks of media in its text, of which it has another number")
         return row
 
     def _prompt(self, sample: Sample) -> list[Mapping[str, str]]:
@@ -354,8 +362,15 @@ class _Rows:
 
     def _subtitle(self, sample: Sample, tag: ModalityTag) -> tuple[str | None, bool]:
         """Return a subtitle's file or text, and whether its file is missing."""
-        if sample.text is not None or not sample.subtitle:
+        if sample.text is not None:
+            if is_subtitle_file(sample.text) or (reason := unread_subtitle(sample.text, self.root)) is not None:
+                looks = "is the name of a file" if is_subtitle_file(sample.text) else reason
+                raise FieldError(
+                    "subtitle", f"must be the text itself, but is {described(sample.text)}, which {looks}"
+                )
             return sample.text, False
+        if not sample.subtitle:
+            return None, False
         wanted = Modality.SUBTITLE in tag.modalities
         if sample.stand_in and not wanted:
             return None, False
@@ -369,7 +384,8 @@ class _Rows:
         if not path.lower().endswith(".txt"):
             return path, False
         try:
-            return (self.root / path).read_text(encoding="utf-8").strip(), False
+            text = (self.root / path).read_text(encoding="utf-8").strip()
+            return (text if unread_subtitle(text, self.root) is None else f"{text}."), False
         except UnicodeDecodeError as error:
             raise FieldError("subtitle", f"names {self.root / path}, which is not UTF-8 text: {error}") from error
 

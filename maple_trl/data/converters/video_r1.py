@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from maple_trl.data.benchmarks.base import FieldError, Record
 from maple_trl.data.benchmarks.options import read_letter, read_options
 from maple_trl.data.converters.base import Converter, Place, Sample, answer_text
+from maple_trl.data.converters.turns import without_marks
 from maple_trl.modalities import ModalityTag
 
 
@@ -45,7 +46,7 @@ def _question(record: Record) -> Sample:
     media = {data_type: (path,)}
     return Sample(
         clip=path,
-        question=record.text("problem"),
+        question=without_marks(record.text("problem")),
         solution=record.read("solution", read_letter, options) if options else answer_text(record, "solution"),
         kind=kind,
         options=tuple(options),
