@@ -15,7 +15,11 @@ from maple_trl.data.hint_tables import TableError
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
 from maple_trl.data.validation import KINDS, signals, validate_tables
+from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.modalities import Modality
+from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.media.sampling import MediaLimits
+from maple_trl.omni.prompt import PromptBuilder
 
 
 PROMPT = [{"role": "user", "content": "What is it?"}]
@@ -248,6 +252,45 @@ def test_whatever_stands_in_a_table_is_told(rows):
     assert report.rows == len(rows)
     assert report.counts.total() == sum(map(len, report.shown.values())) and set(report.counts) <= set(KINDS)
     json.dumps(report.as_dict())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "tag": st.sampled_from(["V", "A", "S", "VA", "SV", "AS", "VAS", "X"]),
+            "video": st.sampled_from([None, "0.mp4"]),
+            "audio": st.sampled_from([None, "0.wav"]),
+            "subtitle": st.sampled_from(
+                [None, "0.srt", "Hello.", "a/b.txt", "~/words", "see x.mp4", "http://h/s.srt2"]
+            ),
+            "prompt": st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "role": st.sampled_from(["user", "system", "assistant"]),
+                        "content": st.sampled_from(
+                            ["What?", "<video>What?", "<audio> or <video>", "In <image>?", "<video><video>"]
+                        ),
+                    }
+                ),
+                min_size=1,
+                max_size=3,
+            ),
+        }
+    )
+)
+def test_what_is_valid_is_what_a_trainer_reads(tmp_path_factory, changes):
+    """The trainer's own reader of rows is the reference, in both directions."""
+    row, root = question(**changes), tmp_path_factory.getbasetemp()
+    try:
+        with MediaLoader(str(root), MediaLimits(), backend="pyav") as loader:
+            PromptBuilder(MessageEncoder(), loader).spec(row)
+        told = None
+    except ValueError as error:
+        told = error
+    with tempfile.TemporaryDirectory() as folder:
+        report = validate_tables([write_jsonl(Path(folder, "t.jsonl"), [row])])
+    assert bool(report.counts) == (told is not None), (report.shown, told)
 
 
 def test_columns_that_are_missing_or_misspelt_are_named(tmp_path):
