@@ -60,13 +60,14 @@ def job(tmp_path, rows, media, monkeypatch):
         "output_dir": "out",
     }
 
-    def run(shards=rows, features=ROW_FEATURES, without=(), **changes):
-        write_shards(shards, tmp_path / "rows", features, shard_rows=5)
+    def run(shards=rows, without=(), words=(), **changes):
+        if not (tmp_path / "rows").exists():
+            write_shards(shards, tmp_path / "rows", shard_rows=5)
         given = {
             name: value for name, value in (options | changes).items() if name not in without and value is not None
         }
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(given))
-        status = cli.main(["train", "--config", "job.yaml"])
+        status = cli.main(["train", "--config", "job.yaml", *words])
         summary = tmp_path / "out" / "summary.json"
         return status, json.loads(summary.read_text()) if summary.is_file() else None
 
@@ -106,6 +107,29 @@ def test_a_stream_is_filtered_and_taught(job, tmp_path, capsys):
         without=("num_generations",),
     )
     assert status == 0 and summary["steps"] == 2, capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_where_a_run_stopped(job, tmp_path, capsys):
+    def losses(*words, **changes):
+        status, _ = job(
+            trainer="omni_sft",
+            dataset_streaming=True,
+            completion_template="<answer>{solution}</answer>",
+            save_strategy="steps",
+            save_steps=2,
+            lr_scheduler_type="constant",
+            without=("num_generations",),
+            words=words,
+            **changes,
+        )
+        assert status == 0, capsys.readouterr().err
+        lines = (tmp_path / changes["output_dir"] / "metrics.jsonl").read_text().splitlines()
+        return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+    whole = losses(output_dir="whole", max_steps=3)
+    assert losses(output_dir="cut", max_steps=2) == whole[:2]
+    assert losses("--resume_from_checkpoint", "true", output_dir="cut", max_steps=3) == whole and len(set(whole)) == 3
 
 
 @pytest.mark.parametrize(
