@@ -60,6 +60,7 @@ REQUIRED = ("id", "clip", "tag", "source", "prompt")
 """Columns that every row must fill."""
 
 _MEDIA = ("video", "audio", "image")
+_SPLITS = ("train", "validation", "test")  # of a file that is no shard
 _ROLES = ("system", "user", "assistant")
 _FURTHER = ("completion",)  # a column that is not of the schema, and says that a row is neither question nor caption
 _ROWS_AT_ONCE = 1000
@@ -288,7 +289,7 @@ class _RowChecker:
     """Checks the rows of one file."""
 
     def __init__(self, file: Path, root: Path | None, seen: _Seen):
-        self.split = split_of(file)
+        self.split = split_of(file) or (file.stem if file.stem in _SPLITS else None)
         self.root = root
         self.seen = seen
         self.there: LRUCache[str, bool] = LRUCache(_PATHS_AT_HAND)

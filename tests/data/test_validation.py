@@ -193,6 +193,15 @@ def test_a_shard_says_the_split_of_its_rows(tmp_path):
     assert "is 'test', but the file is of 'dev'" in report.shown["split"][0].message
 
 
+def test_a_file_named_as_a_split_is_one(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [question(0, split=None)])
+    write_jsonl(tmp_path / "test.jsonl", [question(1, split=None, clip="clip0"), question(2)])
+    report = validate_tables([tmp_path])
+    assert report.counts == {"split": 2}
+    messages = "\n".join(problem.message for problem in report.shown["split"])
+    assert "but the file is of 'test'" in messages and "but clip 'clip0' stands in 'test'" in messages
+
+
 def test_media_must_be_there_where_a_root_is_named(tmp_path):
     (tmp_path / "0.mp4").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
