@@ -17,6 +17,7 @@ from maple_trl.algorithms.advantages import SCOPES, group_advantages, lifts_equa
 from maple_trl.algorithms.curriculum import CURRICULA
 from maple_trl.cli.command import COMMANDS
 from maple_trl.data.benchmarks import BENCHMARKS, read_benchmark
+from maple_trl.data.converters import CONVERTERS
 from maple_trl.evaluation import EvalOptions
 from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.omni.families import base, family_for
@@ -30,7 +31,7 @@ from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.mapo.config import MAPOConfig
 
 
-REGISTRIES = (REWARDS, SCOPES, CURRICULA, base._FAMILIES, BENCHMARKS, COMMANDS)
+REGISTRIES = (REWARDS, SCOPES, CURRICULA, base._FAMILIES, BENCHMARKS, CONVERTERS, COMMANDS)
 
 FILES = {
     "reward": """
@@ -67,6 +68,14 @@ riddles = Benchmark(
     "riddles", "Riddles", read, required=("riddle", "word", "file"), tables=("{split}.jsonl",), splits=("test",),
     hub="me/riddles", tag=ModalityTag.S, media="subtitles beside the table",
 )
+""",
+    "converter": """
+from maple_trl.data.converters import Converter, Sample
+
+def read(record, place):
+    yield Sample(clip=record.text("word"), question=record.text("riddle"), solution=record.text("word"), kind="text", text="Hm.")
+
+words = Converter("words", "Words", "Riddles", read, (("*.jsonl", "test"),), media="none", hub="me/riddles")
 """,
     "engine": '''
 import re
@@ -106,6 +115,8 @@ words_first = more_maple.curriculum:words_first
 my_branch = more_maple.family:ForkFamily
 [maple_trl.benchmarks]
 riddles = more_maple.benchmark:riddles
+[maple_trl.converters]
+words = more_maple.converter:words
 [maple_trl.commands]
 greet = more_maple.command:greet
 """
@@ -199,6 +210,13 @@ def test_an_evaluation_asks_the_benchmark_and_scores_with_the_reward(package, ri
     lines = lines_of(tmp_path / "out")
     assert [line["score"] for line in lines] == pytest.approx([1 / (1 + len(line["completion"])) for line in lines])
     assert len(lines) == 4 and result_of(tmp_path / "out")["data"]["benchmark"] == "riddles"
+
+
+def test_the_converter_makes_rows(package, riddles, tmp_path, capsys):
+    assert cli.main(["data", "convert", "words", str(riddles), str(tmp_path / "rows"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == {"test": 2}
+    assert cli.main(["data", "convert", "word", str(riddles), str(tmp_path / "more")]) == 2
+    assert "Unknown converter 'word'" in told(capsys)
 
 
 def test_an_engine_answers_the_benchmark(package, riddles):

@@ -13,6 +13,9 @@ from typing import Any
 
 from maple_trl import Registry
 from maple_trl.cli.data import run_hints
+from maple_trl.cli.data_convert import run_convert
+from maple_trl.cli.data_push import run_push
+from maple_trl.cli.data_validate import run_validate
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
@@ -38,11 +41,14 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 
 
 _OWN_PARSER = {
+    "convert": run_convert,
     "eval": run_eval,
     "hints": run_hints,
     "parity": run_parity,
     "plan": run_plan,
+    "push": run_push,
     "report": run_report,
+    "validate": run_validate,
     "vllm-serve": run_vllm_serve,
 }
 COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
@@ -84,9 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--imports", action="store_true", help="import every required package too, and ask torch for devices"
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
-    data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
+    data = commands.add_parser("data", help="prepare data: convert, validate, push, hints", allow_abbrev=False)
     group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
     group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
+    group.add_parser("convert", help="make rows of a published set", add_help=False, allow_abbrev=False)
+    group.add_parser("validate", help="check tables of rows", add_help=False, allow_abbrev=False)
+    group.add_parser("push", help="upload shards to the Hub, with a card", add_help=False, allow_abbrev=False)
     for name, does in (
         ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),

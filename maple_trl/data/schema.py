@@ -53,11 +53,12 @@ Columns of a row of a tagged set, of a question or of a caption. `None` where a 
 - `id` names the row, `clip` what it is about: the rows of one clip never stand in two splits, and share their fate in intervals.
 - `tag` says what is fed. `required_tag` is what the question needs, where that may differ (`stratum`: `exact`, `superset` or
   `deficit`).
-- A question has `question`, `options` (texts without letters; `None` of an open one) and `answer`, equal to `solution`: a letter, or
-  the text of an open answer. A caption has `reference` instead, what all of its tag's signals tell, and `reference_v`, `reference_a`,
-  `reference_s`, what each of its signals alone tells.
+- A question has `question`, `options` (texts without letters; `None` of an open one) and `answer`, equal to `solution`: a letter,
+  several joined by commas, or the text of an open answer. A caption has `reference` instead, what all of its tag's signals tell,
+  and `reference_v`, `reference_a`, `reference_s`, what each of its signals alone tells.
 - `prompt` is what the model is asked, as one user message.
 - `video`, `audio`, `subtitle` and `image` are paths below the media root; `subtitle` may be the text itself; without `audio` the sound
   is the video's track.
-- `provenance` says of fields that a model wrote or a person changed who did it; `prompt_hash` is that of the request.
+- `provenance` says of fields that a model wrote or a person changed who did it; `prompt_hash` is that of the request. Empty: nothing
+  is known to come from a model.
 """

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from maple_trl.modalities import SCOPES, ModalityTag
 from maple_trl.omni.families import unwrap
@@ -84,7 +85,7 @@ class LogRows(TrainerCallback):
         self._columns = []
         if state.is_world_process_zero:
             loader = kwargs.get("train_dataloader")
-            self.console.print(_amount(args, state, len(loader) if hasattr(loader, "__len__") else 0))
+            self.console.print(_amount(args, state, len(loader) if has_length(loader) else 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock of a step."""
@@ -166,9 +167,10 @@ def _clock(seconds: float) -> str:
 
 
 def _amount(args: TrainingArguments, state: TrainerState, batches: int) -> str:
-    epochs = state.max_steps * args.gradient_accumulation_steps / batches if batches else args.num_train_epochs
+    epochs = state.max_steps * args.gradient_accumulation_steps / batches if batches else 0.0
+    passes = f", {_counted(float(f'{epochs:.3g}'), 'epoch')}" if batches else ""  # of a stream it is not known
     start = f", going on after step {state.global_step}" if state.global_step else ""
-    return f"Training: {_counted(state.max_steps, 'step')}, {_counted(float(f'{epochs:.3g}'), 'epoch')}{start}"
+    return f"Training: {_counted(state.max_steps, 'step')}{passes}{start}"
 
 
 def _counted(number: float, noun: str) -> str:
@@ -223,6 +225,8 @@ def _amount_of(parameters: int) -> str:
 
 def _rows_by_tag(trainer: Trainer) -> Counter[str]:
     dataset = trainer.train_dataset
+    if not hasattr(dataset, "__len__"):  # a stream
+        return Counter()
     if getattr(trainer, "family", None) is None or "tag" not in (getattr(dataset, "column_names", None) or ()):
         return Counter()
     by_tag: Counter[str] = Counter()
@@ -232,6 +236,8 @@ def _rows_by_tag(trainer: Trainer) -> Counter[str]:
 
 
 def _described_rows(trainer: Trainer) -> str:
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return "streamed"
     by_tag = _rows_by_tag(trainer)
     shares = ", ".join(f"{tag} {by_tag[tag]}" for tag in _TAGS if by_tag[tag])
     return f"{len(trainer.train_dataset)}{shares and f': {shares}'}"

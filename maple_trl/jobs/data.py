@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import OmniScriptArguments, template_columns
-from maple_trl.jobs.tables import SUFFIXES, read_tables
+from maple_trl.jobs.tables import SUFFIXES, read_tables, stream_tables
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 BUILTIN_DATASETS = ("builtin:seven-tags", "builtin:seven-tags-hints")
 _SHOWN = 20  # values of a column that an error lists
+_STREAMING = ("omni_grpo", "omni_sft")
+_CHECKED = 64  # rows of a stream that are checked before training
 
 
 def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tuple[dict[str, Dataset], str]:
@@ -44,6 +46,7 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
     if not name:
         raise SetupError("dataset_name is missing; for a first run: builtin:seven-tags")
     wanted = (script_args.dataset_train_split, script_args.dataset_test_split)
+    streaming = script_args.dataset_streaming
     if name.startswith("builtin:"):
         if name not in BUILTIN_DATASETS:
             raise SetupError(f"there is no embedded data set {name!r}; embedded: {', '.join(BUILTIN_DATASETS)}")
@@ -54,13 +57,15 @@ def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tu
             splits = {split: add_hints(rows) for split, rows in splits.items()}
     elif Path(name).exists():
         folder = Path(name) if Path(name).is_dir() else Path(name).parent
-        splits = _read_local(Path(name), wanted)
+        splits = _read_local(Path(name), wanted, streaming)
     elif name.startswith(("/", "./", "../", "~")) or Path(name).suffix.lower() in SUFFIXES:
         raise SetupError(f"dataset_name: there is no file or folder {name}")
     else:
         folder, splits = None, _read_hub(name, script_args.dataset_config)
     if script_args.dataset_config is not None and folder is not None:
         raise SetupError(f"dataset_config is for data sets of the Hub, and has no effect with {name}; leave it out")
+    if streaming and (folder is None or name.startswith("builtin:")):
+        raise SetupError(f"dataset_streaming reads local Parquet files, and {name} is none; leave it out")
     if wanted[0] not in splits:
         raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
     root = media_root if folder is None or media_root != "." else str(folder.resolve())
@@ -91,13 +96,15 @@ def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:
             library.HF_HUB_OFFLINE = offline
 
 
-def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
+def _read_local(path: Path, wanted: Sequence[str], streaming: bool = False) -> Mapping[str, Dataset | IterableDataset]:
     from datasets import DatasetDict, load_from_disk
 
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise SetupError(f"{path}: a data file is one of {', '.join(SUFFIXES)}")
-        return {wanted[0]: read_tables([path])}
+        return {wanted[0]: stream_tables([path]) if streaming else read_tables([path])}
+    if streaming and (path / "dataset_info.json").is_file():
+        raise SetupError(f"dataset_streaming reads Parquet alone, and {path} was made by save_to_disk; leave it out")
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         stored = load_from_disk(str(path))
         return stored if isinstance(stored, DatasetDict) else {wanted[0]: stored}
@@ -109,7 +116,11 @@ def _read_local(path: Path, wanted: Sequence[str]) -> Mapping[str, Dataset]:
             f"{path} holds no {', '.join(wanted[0] + suffix for suffix in SUFFIXES[:-1])} or {wanted[0]}{SUFFIXES[-1]}"
             + (f"; it has {', '.join(there)}" if there else " and no other table either")
         )
-    return {split: read_tables(shards) for split, shards in files.items() if shards}
+    return {
+        split: stream_tables(shards) if streaming and split == wanted[0] else read_tables(shards)
+        for split, shards in files.items()
+        if shards
+    }
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
@@ -194,6 +205,8 @@ def prepare_data(
     Raises:
         SetupError: when a data set, split or column that the arguments name is not there.
     """
+    if script_args.dataset_streaming:
+        _check_streaming(script_args, training_args)
     splits, training_args.media_root = load_datasets(script_args, training_args.media_root)
     train, test = script_args.dataset_train_split, script_args.dataset_test_split
     measures = evaluates(training_args) or script_args.evaluate_before_after
@@ -213,18 +226,89 @@ def prepare_data(
 
 
 def _prepared(dataset: Dataset, script_args: OmniScriptArguments, split: str, strict: bool) -> Dataset:
-    from maple_trl.trainers.common.rows import check_spelling
+    from datasets import IterableDataset
+
+    from maple_trl.trainers.common.rows import check_spelling, without_pictures
 
     name = f"{script_args.dataset_name}, split {split!r}"
     try:
         check_spelling(dataset.column_names, name)
     except ValueError as error:
         raise SetupError(str(error)) from error
-    if script_args.dataset_filter is not None:
-        dataset = filter_rows(dataset, script_args.dataset_filter, name, strict)
-    if script_args.completion_template is not None:
-        dataset = add_completions(dataset, script_args.completion_template, name)
-    return dataset
+    if isinstance(dataset, IterableDataset):
+        dataset = _prepared_stream(dataset, script_args, name)
+    else:
+        if script_args.dataset_filter is not None:
+            dataset = filter_rows(dataset, script_args.dataset_filter, name, strict)
+        if script_args.completion_template is not None:
+            dataset = add_completions(dataset, script_args.completion_template, name)
+    try:
+        return without_pictures(dataset, name)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
+def _check_streaming(script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+    if script_args.trainer not in _STREAMING:
+        why = (
+            "batches rows by their tags"
+            if script_args.trainer == "mapo"
+            else "finds the rows of what it replays again"
+        )
+        raise SetupError(
+            f"dataset_streaming is for {' and '.join(_STREAMING)}: {script_args.trainer} {why}, for which it needs the whole table"
+        )
+    if training_args.max_steps <= 0:
+        raise SetupError("dataset_streaming needs max_steps: how many rows a stream has is known at its end alone")
+
+
+def _prepared_stream(dataset: IterableDataset, script_args: OmniScriptArguments, name: str) -> IterableDataset:
+    """Filter a stream, and add completions, row by row."""
+    columns = dataset.column_names or []
+    allowed, template = script_args.dataset_filter or {}, script_args.completion_template
+    needed = [("dataset_filter", column) for column in allowed]
+    needed += [("completion_template", column) for column in (template_columns(template) if template else [])]
+    for option, column in needed:
+        if column not in columns:
+            raise SetupError(f"{option}: {name} has no column {column!r}; its columns: {', '.join(columns)}")
+    if template and "completion" in columns:
+        raise SetupError(f"completion_template: {name} has a column 'completion' already; leave the template out")
+    if allowed:
+        dataset = dataset.filter(lambda row: all(row[column] in values for column, values in allowed.items()))
+    if not template:
+        return dataset
+    from datasets import Features, Value
+
+    def add(row: dict) -> dict:
+        empty = next((column for column in template_columns(template) if row[column] in (None, "")), None)
+        if empty is not None:
+            raise ValueError(f"completion_template: {name}: column {empty!r} of row {row.get('id')!r} is empty")
+        return row | {"completion": template.format(**row)}
+
+    return dataset.map(add, features=Features({**dataset.features, "completion": Value("string")}))
+
+
+def first_rows(dataset: Dataset | IterableDataset, at_least: int) -> Dataset:
+    """
+    Return the rows that are checked before training: all of a table, the first of a stream.
+
+    Args:
+        at_least (`int`): how many one batch takes.
+
+    Raises:
+        SetupError: when a stream gives none, or cannot be read.
+    """
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):
+        return dataset
+    try:
+        rows = list(dataset.take(max(_CHECKED, at_least)))
+    except (ValueError, OSError) as error:
+        raise SetupError(f"train_dataset: {error}") from error
+    if not rows:
+        raise SetupError("dataset_streaming: no row is left of the stream; does dataset_filter let one through?")
+    return Dataset.from_list(rows, features=dataset.features)
 
 
 def evaluates(training_args: OmniGRPOConfig | OmniSFTConfig) -> bool:

@@ -35,7 +35,7 @@ from maple_trl.omni.prompt import RowError, check_template
 from maple_trl.records.evaluations import EvalStore, EvaluationError
 from maple_trl.records.options import deciding
 from maple_trl.rewards.calls import RewardError, check_rewards
-from maple_trl.trainers.common.rows import check_spelling
+from maple_trl.trainers.common.rows import check_spelling, without_pictures
 
 
 FORMAT = 5
@@ -262,6 +262,10 @@ def load_questions(job: EvalJob) -> Questions:
         except ValueError as error:
             raise SetupError(str(error)) from error
         dataset = filter_rows(dataset, allowed, name)
+    try:
+        dataset = without_pictures(dataset, name)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     rows = dataset.select(range(min(job.limit or len(dataset), len(dataset)))).to_list()
     source = {"name": job.dataset_name, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit}
     described = source | described

@@ -98,6 +98,10 @@ class OmniScriptArguments:
             Split for evaluation; needed only where something is evaluated.
         dataset_filter (`dict[str, list]`, *optional*):
             Rows that the job uses, in every split: those whose column has one of the values, for each column named.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Read the rows of local Parquet files as they are needed, instead of all before training: for `omni_grpo` and
+            `omni_sft`, with `max_steps`. Only the first rows are then checked before training, and rows whose media
+            cannot be used end the run, since none can stand in.
         completion_template (`str`, *optional*):
             With `omni_sft`: builds the column `completion`, e.g. `<think>...</think><answer>{solution}</answer>`, where
             `{solution}` is the row's column of that name.
@@ -146,6 +150,13 @@ class OmniScriptArguments:
         metadata={
             "help": "Rows to use, in every split: a mapping of columns to the values allowed there, e.g. {tag: [V, VA]}; "
             "as JSON on the command line."
+        },
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the rows of local Parquet files as they are needed (omni_grpo and omni_sft, with max_steps); only the "
+            "first rows are checked before training."
         },
     )
     completion_template: str | None = field(

@@ -20,7 +20,7 @@ from maple_trl.jobs.errors import SetupError
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,31 @@ def _read_parquet(paths: Sequence[Path]) -> Dataset:
     except (OSError, ValueError, TypeError, pa.ArrowException, DatasetsError, StopIteration) as error:
         reason = error.__cause__ or error
         raise SetupError(f"cannot read {paths[0]}: {reason if str(reason) else 'it holds no row'}") from error
+
+
+def stream_tables(paths: Sequence[Path]) -> IterableDataset:
+    """
+    Read the rows of one split as they are asked for, from Parquet files.
+
+    Raises:
+        SetupError: for files of another form, and shards whose columns differ.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    if paths[0].suffix.lower() != ".parquet":
+        raise SetupError(f"dataset_streaming reads Parquet alone, and {paths[0]} is none; write shards (docs/data.md)")
+    try:
+        schemas = [pq.read_schema(path) for path in paths]
+        odd = next((path for path, schema in zip(paths, schemas, strict=True) if not schema.equals(schemas[0])), None)
+        if odd is not None:
+            raise SetupError(f"dataset_streaming: {odd} has other columns or types than {paths[0]}")
+        files = {"train": [str(path) for path in paths]}
+        return load_dataset("parquet", data_files=files, split="train", streaming=True)
+    except (OSError, ValueError, TypeError, pa.ArrowException, DatasetsError) as error:
+        raise error if isinstance(error, SetupError) else SetupError(f"cannot read {paths[0]}: {error}") from error
 
 
 def _conformed(paths: Sequence[str], kinds: Mapping[str, Any], state: Any) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from maple_trl.files import as_json, write_atomically
 from maple_trl.jobs.checks import LORA_OPTIONS, adapter_base, check_files, check_model, check_resumed, check_rows
-from maple_trl.jobs.data import evaluates, load_datasets, prepare_data
+from maple_trl.jobs.data import evaluates, first_rows, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
 from maple_trl.jobs.rewards import KEY_NAMES, close_rewards, load_rewards
@@ -182,8 +182,9 @@ def build_trainer(
     if script_args.trainer not in SUPERVISED:
         rewards["reward_funcs"] = load_rewards(script_args.reward_funcs, training_args)
     train, test = prepare_data(script_args, training_args)
-    check_rows(script_args, training_args, train, rewards.get("reward_funcs", []))
-    check_model(model_args, training_args, train, script_args.evaluate_before_after)
+    checked = first_rows(train, getattr(training_args, "generation_batch_size", None) or 1)
+    check_rows(script_args, training_args, checked, rewards.get("reward_funcs", []))
+    check_model(model_args, training_args, checked, script_args.evaluate_before_after)
     try:
         model, processor = load_model_and_processor(model_args, training_args)
         lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)

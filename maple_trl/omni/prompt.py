@@ -39,6 +39,25 @@ _PROBE_FRAMES, _PROBE_SECONDS = 4, 1.0
 PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video")
 """The columns that a prompt depends on."""
 
+PICTURES = ("image", "images")
+PICTURE_ADVICE = (
+    "Omni prompts hold video, audio and subtitles: leave such rows out (dataset_filter: {image: [null]}), or give a picture as a "
+    "one-frame video (maple-trl data convert does with --pictures clips)"
+)
+
+
+def check_no_picture(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Return a row that has no picture.
+
+    Raises:
+        RowError: when it has one, which would not be fed.
+    """
+    column = next((name for name in PICTURES if row.get(name)), None)
+    if column is not None:
+        raise RowError(f"field '{column}' holds a picture. {PICTURE_ADVICE}")
+    return row
+
 
 @dataclass(frozen=True)
 class PromptSpec:
@@ -142,6 +161,7 @@ class PromptBuilder:
         Raises:
             RowError: naming the field, when the row cannot be a prompt or lacks what its tag needs.
         """
+        check_no_picture(row)
         content = read_content(row.get("prompt"))
         tag = None if row.get("tag") is None else _parse_tag(row["tag"])
         videos, own_audios = (self._files(row, kind, content) for kind in SEGMENT_KEYS)

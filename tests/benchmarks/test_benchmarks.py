@@ -188,6 +188,12 @@ def test_replay_buffer_is_measured(tmp_path):
     assert "300 experiences of 16 tokens" in output
 
 
+def test_tables_are_converted_and_validated(tmp_path):
+    result, output = run_benchmark("data_tables", tmp_path, "--rows", "100")
+    assert [size["rows"] for size in result["sizes"]] == [20, 100] and "100 rows" in output
+    assert all(size["cpu_seconds"] > 0 and size["shards"] == 1 for size in result["sizes"])
+
+
 # Decoding steps
 
 

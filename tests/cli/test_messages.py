@@ -156,7 +156,10 @@ TRAIN = [
     ({"dataset_name": "no_content.jsonl"}, "row 0: field 'prompt' has a message of the user without 'content'"),
     ({"dataset_name": "video_path.jsonl"}, "has the column 'video_path', which is not read, and no column 'video'"),
     ({"dataset_name": "tag_case.jsonl"}, "has the column 'Tag', which is not read, and no column 'tag'"),
-    ({"dataset_name": "image.jsonl"}, "column 'image': omni prompts hold video, audio and subtitles"),
+    (
+        {"dataset_name": "image.jsonl"},
+        "column 'image': 8 of 8 rows have a picture, the first is row 0. Omni prompts hold video",
+    ),
     ({"dataset_name": "absent.jsonl"}, "8 rows quarantined (8 not-found; first gone.mp4); media are looked for below"),
     ({"dataset_name": "outside.jsonl"}, "(8 outside-media-root; first ../x.mp4)"),
     ({"trainer": "omni_sft", "num_generations": None}, "has no column 'completion'"),

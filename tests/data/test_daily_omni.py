@@ -21,7 +21,11 @@ from tiny_models import build_tiny, save_tiny
 from transformers import TrainerCallback
 
 from maple_trl.data.benchmarks import read_benchmark
+from maple_trl.data.converters import ConvertOptions, convert
 from maple_trl.data.daily_omni import FEATURES, load_daily_omni, with_tags
+from maple_trl.data.validation import validate_tables
+from maple_trl.jobs.data import load_datasets
+from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
@@ -367,3 +371,22 @@ def test_the_example_runs(daily_omni, tmp_path, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 2 and all(word in lines[0] for word in ("loss", "reward", "video", "audio", "subtitle"))
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_converted_rows_of_real_clips_are_valid_and_trained_on(daily_omni, tmp_path):
+    """The same questions, options and answers as the loader's, by way of shards."""
+    options = ConvertOptions(tags=tuple(ModalityTag), missing_media="leave_out")
+    summary = convert("daily-omni", daily_omni, tmp_path / "rows", options)
+    assert not validate_tables([tmp_path / "rows"], media_root=daily_omni).counts
+    job = OmniScriptArguments(dataset_name=str(tmp_path / "rows"), dataset_train_split="test")
+    splits, _ = load_datasets(job)
+    rows, loaded = splits["test"], with_tags(load_daily_omni(daily_omni))
+    assert summary.rows == {"test": len(loaded)} and rows["tag"] == loaded["tag"]
+    for name in ("prompt", "question", "options", "answer", "video"):
+        assert rows[name][:] == loaded[name][:], name
+    first = [list(rows["tag"]).index(tag) for tag in ModalityTag]
+    _, prompts, norms = one_step(
+        daily_omni, rows.select(first).rename_column("question_type", "Type"), tmp_path / "run"
+    )
+    assert set(prompts) == set(ModalityTag) and min(norms.values()) > 0

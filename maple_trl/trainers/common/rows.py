@@ -9,13 +9,22 @@ from itertools import count
 from typing import Any
 
 from cachetools import LRUCache
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.prompt import PROMPT_COLUMNS, PromptBuilder, PromptSpec, RowError, prompt_columns
+from maple_trl.omni.prompt import (
+    PICTURE_ADVICE,
+    PICTURES,
+    PROMPT_COLUMNS,
+    PromptBuilder,
+    PromptSpec,
+    RowError,
+    check_no_picture,
+    prompt_columns,
+)
 from maple_trl.trainers.common.quarantine import QuarantinedPrompt, Ranks, RowRegistry
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
@@ -56,13 +65,13 @@ class RowEncoder:
 
         Raises:
             RowError: for the first row that cannot be a prompt.
-            ValueError: for image columns, or when no row is usable.
+            ValueError: for rows with a picture, or when no row is usable.
         """
         if isinstance(dataset, Mapping):
             raise ValueError(f"{name} holds several splits ({', '.join(dataset)}); pass one of them")
         columns = getattr(dataset, "column_names", None) or []
         check_spelling(columns, name)
-        dataset = as_paths(dataset)
+        dataset = as_paths(without_pictures(dataset, name))
         if not isinstance(dataset, Dataset):
             return dataset
         registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
@@ -174,17 +183,11 @@ def check_spelling(columns: Sequence[str], name: str) -> None:
     """
     Check the names of the columns that are read.
 
-    A misspelt media column would be left unread, and the run would train on text alone; so would a column of images.
+    A misspelt media column would be left unread, and the run would train on text alone.
 
     Raises:
         ValueError: with the column to rename or to drop.
     """
-    images = sorted({"image", "images"} & set(columns))
-    if images:
-        raise ValueError(
-            f"{name}, column {images[0]!r}: omni prompts hold video, audio and subtitles. Give an image as a one-frame "
-            "video, or drop the column."
-        )
     if columns and "prompt" not in columns:
         asked = next((other for other in _QUESTIONS if other in columns), None)
         advice = f"rename {asked!r} to 'prompt'" if asked else "a prompt is a text, or messages with role and content"
@@ -196,6 +199,33 @@ def check_spelling(columns: Sequence[str], name: str) -> None:
                 f"{name} has the column {alike[0]!r}, which is not read, and no column {column!r}: rename it to "
                 f"{column!r}, or to something less alike if it means something else"
             )
+
+
+def without_pictures(dataset: Any, name: str) -> Any:
+    """
+    Take columns of pictures out of a data set, which no row may fill: TRL would feed them in its own way.
+
+    A streamed data set is checked row by row, as it is read.
+
+    Raises:
+        ValueError: when rows have a picture, with their number, the first of them and what to do.
+    """
+    columns = [column for column in PICTURES if column in (getattr(dataset, "column_names", None) or [])]
+    if not columns or not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check_no_picture, features=dataset.features).remove_columns(columns)
+    for column in columns:
+        # As it is stored: nothing is decoded to see that it is there.
+        stored = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+        filled = (bool(cell) for table in stored for cell in table.column(column).to_pylist())
+        rows = [row for row, is_filled in enumerate(filled) if is_filled]
+        if rows:
+            raise ValueError(
+                f"{name}, column {column!r}: {len(rows)} of {len(dataset)} rows have a picture, the first is row "
+                f"{rows[0]}. {PICTURE_ADVICE}"
+            )
+    return dataset.remove_columns(columns)
 
 
 def check_row_tags(tags: Iterable[Any], field: str = "field 'tag'") -> None:

@@ -1,0 +1,424 @@
+"""Conversion of a published set into a folder of Parquet shards, a record at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from datasets import Features, Value
+
+from maple_trl.data.benchmarks.base import BenchmarkError, FieldError, LeaveOut, Medium, Record
+from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
+from maple_trl.data.benchmarks.options import described
+from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
+from maple_trl.data.converters.base import CONVERTERS, Converter, Place, Sample
+from maple_trl.data.hint_tables import TableError
+from maple_trl.data.schema import ROW_FEATURES
+from maple_trl.data.shards import SHARD_ROWS, ShardWriter
+from maple_trl.data.validation import mark_fault, text_digest, unread_subtitle
+from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.media.subtitles import is_subtitle_file
+
+
+Pictures = Literal["keep", "clips", "leave_out"]
+MissingMedia = Literal["keep", "leave_out"]
+
+_SHOWN = 10
+
+
+class ConversionError(ValueError):
+    """A set that cannot be converted; the message names the file, and record and field where it is one."""
+
+
+@dataclass
+class ConvertOptions:
+    """
+    How a set is converted.
+
+    Args:
+        media_root: what the paths of rows are relative to; default is the folder of the table. In a folder above that one, such
+            as the common one of several sets, the media are looked for beside the table as before.
+        tags: give every question once in each of these tags, and its id the tag behind it. Default: what its authors feed, or
+            what it has media for. **Such a tag says what a row is fed, not what its question needs.**
+        prompt_style: a name in [`~maple_trl.data.benchmarks.prompts.PROMPT_STYLES`], or a style.
+        split: what all rows are of, in the place of what the set says.
+        shard_rows: most rows of one file.
+        skip_malformed: count and name records that are not as published, and go on; else the first of them ends it.
+        pictures: `keep` rows with a picture, which cannot be trained on yet; make `clips` of two seconds of them, below
+            `media_root/extracted`; or `leave_out` such rows.
+        missing_media: `keep` rows that name a file that is not there (validation then names them), or `leave_out` them.
+    """
+
+    media_root: str | os.PathLike[str] | None = None
+    tags: tuple[ModalityTag | str, ...] = ()
+    prompt_style: str | PromptStyle = "think"
+    split: str | None = None
+    shard_rows: int = SHARD_ROWS
+    skip_malformed: bool = False
+    pictures: Pictures = "keep"
+    missing_media: MissingMedia = "keep"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tags, str):
+            raise ConversionError(f"tags must be a list such as ['VA'], got {self.tags!r}")
+        self.tags = tuple(dict.fromkeys(map(ModalityTag.parse, self.tags)))
+        self.prompt_style = prompt_style(self.prompt_style)
+        for name, known in (("pictures", Pictures), ("missing_media", MissingMedia)):
+            if getattr(self, name) not in get_args(known):
+                given = getattr(self, name)
+                raise ConversionError(f"{name} must be one of {', '.join(get_args(known))}, got {given!r}")
+
+
+@dataclass
+class ConversionSummary:
+    """
+    What became of a set.
+
+    Attributes:
+        files: the tables that were read.
+        media_root: the folder to which the media paths of the rows are relative.
+        records: how many were read.
+        rows: by split.
+        tags: rows by tag.
+        left_out: well-formed records, and tags of them, that did not become rows, by reason.
+        malformed: records that are not as published.
+        named: the first of them.
+        pictures: rows with a picture.
+        missing: rows that name a file that is not there.
+    """
+
+    files: list[str]
+    media_root: str
+    records: int = 0
+    rows: Counter[str] = field(default_factory=Counter)
+    tags: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    malformed: int = 0
+    named: list[str] = field(default_factory=list)
+    pictures: int = 0
+    missing: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+
+def convert(
+    name: str | Converter,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: ConvertOptions | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> ConversionSummary:
+    """
+    Convert a published set into a folder of shards, see [`~maple_trl.data.shards.ShardWriter`].
+
+    Args:
+        name: one of `CONVERTERS`, or a converter itself.
+        source: the folder of a local copy, or one table.
+        output: a folder that holds nothing yet; it appears whole or not at all.
+        options: how.
+        progress: called with the number of records that were read.
+
+    Returns:
+        [`ConversionSummary`].
+
+    Raises:
+        ConversionError: for an unknown converter, a table that is not there, a malformed record, and when no row is left.
+        ShardError: when the output holds something.
+
+    Example:
+    ```python
+    >>> from maple_trl.data.converters import ConvertOptions, convert
+
+    >>> convert("avqa", "data/avqa", "data/avqa_rows", ConvertOptions(tags=("VA",)))  # doctest: +SKIP
+    ```
+    """
+    try:
+        converter = name if isinstance(name, Converter) else CONVERTERS.find(name)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    options, source = options or ConvertOptions(), Path(source)
+    files = find_files(converter, source)
+    folder = source if source.is_dir() else source.parent
+    root = Path(options.media_root or folder)
+    if not root.is_dir():
+        raise ConversionError(f"media_root: there is no folder {root}")
+    summary = ConversionSummary([str(file) for file, _ in files], str(root))
+    rows = _Rows(converter, options, root, _below(root, folder), summary)
+    features = Features({**ROW_FEATURES, **{name: Value("string") for name in converter.further}})
+    with ShardWriter(output, features, options.shard_rows) as writer:
+        for file, split in files:
+            for record in _records(converter, file, summary, progress):
+                for row in rows.of_record(record, split):
+                    writer.write(row, row["split"])
+        summary.rows = writer.rows
+        if not summary.rows:
+            reasons = [f"{reason} ({count})" for reason, count in summary.left_out.most_common(3)] + summary.named[:1]
+            raise ConversionError(
+                f"{source}: no row is left of {summary.records} records of {converter.title}: "
+                f"{'; '.join(reasons) or 'it has none'}. {converter.title}: {converter.media}"
+            )
+    return summary
+
+
+def _below(root: Path, folder: Path) -> str:
+    """Return the path of a folder below the media root; empty where it is the root itself, or not below it."""
+    root, folder = root.resolve(), folder.resolve()
+    return folder.relative_to(root).as_posix() if root in folder.parents else ""
+
+
+def find_files(converter: Converter, source: Path) -> list[tuple[Path, str | None]]:
+    """
+    Find the tables of a set: the one given, or those of a folder, with the split that each one is.
+
+    Raises:
+        ConversionError: when there is none, saying what was looked for.
+    """
+    if source.is_file():
+        return [(source, next((split for glob, split in converter.tables if source.match(glob)), None))]
+    if not source.is_dir():
+        raise ConversionError(f"there is no file or folder {source}")
+    found: dict[str | None, list[Path]] = {}
+    for glob, split in converter.tables:
+        if split is not None or not found:
+            taken = {path for paths in found.values() for path in paths}
+            paths = [path for path in sorted(source.glob(glob)) if path not in taken]
+            if paths:
+                found.setdefault(split, paths)
+    if not found:
+        looked = ", ".join(glob for glob, _ in converter.tables)
+        raise ConversionError(f"{source} holds no table of {converter.title}: looked for {looked}")
+    return [(path, split) for split, paths in found.items() for path in paths]
+
+
+def _records(
+    converter: Converter, file: Path, summary: ConversionSummary, progress: Callable[[int], None] | None
+) -> Iterator[tuple[dict[str, Any], Path, int]]:
+    try:
+        for number, fields in enumerate(converter.records(file)):
+            yield fields, file, number
+            summary.records += 1
+            if progress is not None:
+                progress(summary.records)
+    except TableError as error:
+        raise ConversionError(str(error)) from error
+
+
+class _Unfed(Exception):
+    """A sample that does not become a row of a tag; its text is the reason."""
+
+
+class _Rows:
+    """Makes rows of records, and keeps account of what does not become one."""
+
+    def __init__(
+        self, converter: Converter, options: ConvertOptions, root: Path, beside: str, summary: ConversionSummary
+    ):
+        self.converter = converter
+        self.options = options
+        self.root = root
+        self.beside = beside
+        self.summary = summary
+        self.names: Counter[int] = Counter()
+
+    def of_record(self, record: tuple[dict[str, Any], Path, int], split: str | None) -> list[dict[str, Any]]:
+        """Return the rows of a record: none where it is left out."""
+        fields, file, number = record
+        rows = []
+        try:
+            for sample in self._samples(fields, file, number):
+                rows += self._of_sample(sample, split)
+        except LeaveOut as reason:
+            self.summary.left_out[str(reason)] += 1
+        except BenchmarkError as error:
+            told = f"{file}, record {number}: {error}"
+            if not self.options.skip_malformed:
+                raise ConversionError(told) from error
+            self.summary.malformed += 1
+            self.summary.named += [told] if len(self.summary.named) < _SHOWN else []
+            return []
+        for row in rows:
+            self.summary.tags[row["tag"]] += 1
+            self.summary.pictures += row["image"] is not None
+        return rows
+
+    def _samples(self, fields: Mapping[str, Any], file: Path, number: int) -> Iterable[Sample]:
+        missing = next((name for name in self.converter.required if name not in fields), None)
+        if missing is not None:
+            needed = f"a record of {self.converter.title} has {', '.join(self.converter.required)}"
+            raise FieldError(missing, f"is missing; {needed}, and this one has {', '.join(fields) or 'no field'}")
+        return self.converter.read(Record(fields, file.stem), Place(file, number, self.root / self.beside))
+
+    def _of_sample(self, sample: Sample, split: str | None) -> list[dict[str, Any]]:
+        has = _signals(sample)
+        if sample.tag is not None:
+            tags = (sample.tag,) if not self.options.tags or sample.tag in self.options.tags else ()
+            if not tags:
+                self.summary.left_out[f"tag {sample.tag}, which was not asked for"] += 1
+        elif not has:
+            raise LeaveOut("no medium at all")
+        else:
+            usual = has if self.converter.tag is None else self.converter.tag.modalities & has
+            tags = self.options.tags or (ModalityTag.from_modalities(usual or has),)
+        name = self._name(sample)
+        rows = []
+        for tag in tags:
+            try:
+                own = f"{name}-{tag}" if self.options.tags and sample.tag is None else name
+                rows.append(self._row(sample, own, tag, has, split))
+            except _Unfed as reason:
+                self.summary.left_out[str(reason)] += 1
+        return rows
+
+    def _name(self, sample: Sample) -> str:
+        number = self.summary.records
+        name = f"{self.converter.name}-{sample.name if sample.name is not None else f'{number:07}'}"
+        digest = text_digest(name)
+        self.names[digest] += 1
+        return name if self.names[digest] == 1 else f"{name}-{self.names[digest]}"
+
+    def _row(
+        self, sample: Sample, name: str, tag: ModalityTag, has: frozenset[Modality], split: str | None
+    ) -> dict[str, Any]:
+        lacking = sorted(modality.name.lower() for modality in tag.modalities - has)
+        if lacking:
+            raise _Unfed(f"tag {tag} needs {' and '.join(lacking)}, which the record does not have")
+        media = self._media(sample, tag)
+        references = {f"reference_{signal.lower()}": text for signal, text in sample.references.items()}
+        row = {
+            "id": name,
+            "clip": sample.clip,
+            "tag": tag.value,
+            "source": sample.source or self.converter.source,
+            "split": self.options.split or sample.split or split or "train",
+            "question": sample.question,
+            "options": list(sample.options) or None,
+            "answer": sample.solution,
+            "solution": sample.solution,
+            "question_type": sample.question_type,
+            "required_tag": None if sample.required_tag is None else sample.required_tag.value,
+            "reference": sample.reference,
+            "hint": sample.hint,
+            "provenance": [{"field": written, "model": model} for written, model in sample.written],
+            **references,
+            **media,
+            **sample.further,
+            "prompt": self._prompt(sample),  # last, so that a fault is told of what it is made from
+        }
+        _check_text(row)
+        if sample.image and media["image"] is None:  # the picture has become a clip
+            row["prompt"] = [
+                {**turn, "content": turn["content"].replace("<image>", "<video>")} for turn in row["prompt"]
+            ]
+        if mark_fault(row) is not None:
+            raise _Unfed("marks of media in its text, of which it has another number")
+        return row
+
+    def _prompt(self, sample: Sample) -> list[Mapping[str, str]]:
+        if sample.messages:
+            return [dict(message) for message in sample.messages]
+        style: PromptStyle = self.options.prompt_style  # type: ignore[assignment]
+        return [{"role": "user", "content": style.render(sample.question or "", sample.options, sample.kind)}]
+
+    def _media(self, sample: Sample, tag: ModalityTag) -> dict[str, str | None]:
+        """Return the media columns of a row, and count what is not there."""
+        found: dict[str, str | None] = {"video": None, "audio": None, "subtitle": None, "image": None}
+        missing = False
+        for kind, paths in (("video", sample.video), ("audio", sample.audio), ("image", sample.image)):
+            if paths:
+                there = self._existing(paths)
+                found[kind], missing = there or self._paths(paths)[0], missing or there is None
+        if sample.track and not sample.audio:
+            found["audio"] = self._existing(sample.track)
+        found["subtitle"], lost = self._subtitle(sample, tag)
+        if (missing or lost) and self.options.missing_media == "leave_out":
+            raise _Unfed("a file that is not there")
+        if found["image"] is not None:
+            found |= self._picture(found["image"])
+        self.summary.missing += missing or lost
+        return found
+
+    def _paths(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        """Return where a medium may lie below the root, the likeliest first."""
+        return (*(f"{self.beside}/{path}" for path in paths), *paths) if self.beside else paths
+
+    def _existing(self, paths: tuple[str, ...]) -> str | None:
+        return existing(self.root, Medium(self._paths(paths)))
+
+    def _picture(self, path: str) -> dict[str, str | None]:
+        if self.options.pictures == "keep":
+            return {"image": path}
+        if self.options.pictures == "leave_out":
+            raise _Unfed("a picture, and pictures were to be left out")
+        try:
+            return {"image": None, "video": locate(self.root, Medium((path,), still=True), write=True)}
+        except UnusableMedium as error:
+            raise _Unfed("a picture that is not there or cannot be read") from error
+
+    def _subtitle(self, sample: Sample, tag: ModalityTag) -> tuple[str | None, bool]:
+        """Return a subtitle's file or text, and whether its file is missing."""
+        if sample.text is not None:
+            if is_subtitle_file(sample.text) or (reason := unread_subtitle(sample.text, self.root)) is not None:
+                looks = "is the name of a file" if is_subtitle_file(sample.text) else reason
+                raise FieldError(
+                    "subtitle", f"must be the text itself, but is {described(sample.text)}, which {looks}"
+                )
+            return sample.text, False
+        if not sample.subtitle:
+            return None, False
+        wanted = Modality.SUBTITLE in tag.modalities
+        if sample.stand_in and not wanted:
+            return None, False
+        path = self._existing(sample.subtitle)
+        if path is None and sample.stand_in:
+            raise _Unfed(
+                f"tag {tag} needs subtitle, and there is no file {Path(sample.subtitle[0]).name} beside the clip"
+            )
+        if path is None:
+            return self._paths(sample.subtitle)[0], True
+        if not path.lower().endswith(".txt"):
+            return path, False
+        try:
+            text = (self.root / path).read_text(encoding="utf-8").strip()
+            return (text if unread_subtitle(text, self.root) is None else f"{text}."), False
+        except UnicodeDecodeError as error:
+            raise FieldError("subtitle", f"names {self.root / path}, which is not UTF-8 text: {error}") from error
+
+
+def _signals(sample: Sample) -> frozenset[Modality]:
+    """Return the signals that a sample has, whether or not their files are there."""
+    has = {
+        Modality.VIDEO: bool(sample.video or sample.image),
+        Modality.AUDIO: bool(sample.audio or sample.video),
+        Modality.SUBTITLE: bool(sample.subtitle or sample.text),
+    }
+    return frozenset(modality for modality, there in has.items() if there)
+
+
+def _check_text(row: Mapping[str, Any]) -> None:
+    """Check that every text of a row can be written as UTF-8."""
+    for name, value in row.items():
+        for text in _texts(value):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise FieldError(
+                    name, "holds half of a character (a surrogate without the other), which is no text"
+                ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        if not value.isascii():
+            yield value
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from _texts(member)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

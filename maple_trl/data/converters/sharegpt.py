@@ -1,0 +1,81 @@
+r"""
+Conversations with media: ShareGPT's and LLaVA's turns, and messages with lists of files as ms-swift and LLaMA-Factory take them.
+
+Relied on: the documented forms of LLaVA (`{"id", "conversations": [{"from": "human", "value": "<video>\n…"}, {"from": "gpt", …}],
+"video": …}`) and of ms-swift (`{"messages": [{"role", "content"}], "videos": […], "audios": […], "images": […]}`, `solution`).
+
+The last turn must be the assistant's: it is `answer` and the column `completion`, and what comes before is the prompt. Marks of media
+at the beginning or the end of the first message are taken out, where media go anyway; within a text they stay. A row has one medium of a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record
+from maple_trl.data.converters.base import Converter, Place, Sample, first_of
+from maple_trl.data.converters.turns import read_turns, without_marks
+
+
+_MEDIA = {"video": ("video", "videos"), "audio": ("audio", "audios"), "image": ("image", "images")}
+
+
+def media_of(record: Record) -> dict[str, tuple[str, ...]]:
+    """
+    Read the one medium of each kind that a record names.
+
+    Raises:
+        LeaveOut: when it has several of a kind.
+        FieldError: for what is no path.
+    """
+    found = {}
+    for kind, names in _MEDIA.items():
+        paths = next((record.paths(name) for name in names if record.get(name)), ())
+        if len(paths) > 1:
+            raise LeaveOut(f"several media of the kind {kind}; a row has one of each kind")
+        found[kind] = paths
+    return found
+
+
+def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
+    name = first_of(record, "conversations", "messages", "conversation")
+    turns = read_turns(record.get(name), name)
+    if turns[-1]["role"] != "assistant" or not any(turn["role"] == "user" for turn in turns):
+        raise FieldError(
+            name, f"must have a turn of the user and end in one of the assistant, but ends in {turns[-1]['role']}"
+        )
+    if turns[0]["role"] != "system" and isinstance(record.get("system"), str) and record.get("system").strip():
+        turns.insert(0, {"role": "system", "content": record.text("system")})
+    *prompt, last = turns
+    prompt = [{**turn, "content": without_marks(turn["content"])} for turn in prompt]
+    empty = next((turn for turn in prompt if not turn["content"].strip()), None)
+    if empty is not None:
+        raise FieldError(
+            name, f"must have words beside the marks of media in each turn, but one of the {empty['role']} has none"
+        )
+    media = media_of(record)
+    paths = [paths[0] for paths in media.values() if paths]
+    own = None if record.get("id") is None else record.name("id")
+    yield Sample(
+        clip=paths[0] if paths else f"{place.file.stem}-{place.number}",
+        question=next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user"),
+        solution=last["content"].strip(),
+        kind="text",
+        name=own,
+        messages=tuple(prompt),
+        text=record.text("subtitle") if record.get("subtitle") else None,
+        further={"completion": last["content"]},
+        **media,
+    )
+
+
+SHARE_GPT = Converter(
+    name="sharegpt",
+    title="Conversations as of ShareGPT",
+    source="ShareGPT",
+    read=_share_gpt,
+    tables=(("*.jsonl", None), ("*.json", None), ("*.parquet", None)),
+    media="put the files below the media root, as the records name them",
+    hub="",
+    further=("completion",),
+)

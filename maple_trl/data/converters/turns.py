@@ -1,0 +1,70 @@
+"""Conversations as ShareGPT, LLaVA and chat servers write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from maple_trl.data.benchmarks.base import FieldError
+from maple_trl.data.benchmarks.options import described
+
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
+_MARKS = re.compile(r"(\s*<(video|audio|image)>\s*)+")
+
+
+def without_marks(text: str) -> str:
+    """Strip a text of the marks `<video>`, `<audio>` and `<image>` before and behind it, where media go anyway."""
+    begin = _MARKS.match(text)
+    text = text[begin.end() :] if begin else text
+    end = next((match for match in _MARKS.finditer(text) if match.end() == len(text)), None)
+    return text[: end.start()] if end else text
+
+
+def read_turns(value: Any, name: str) -> list[dict[str, str]]:
+    """
+    Read a conversation as messages with role and content.
+
+    Args:
+        value: `[{"from": "human", "value": …}]`, or `[{"role": "user", "content": …}]` with texts or blocks of text.
+        name: the field.
+
+    Raises:
+        FieldError: for anything else.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise FieldError(name, f"must be a list of turns, but is {described(value)}")
+    return [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(value)]
+
+
+def _turn(turn: Any, name: str) -> dict[str, str]:
+    if not isinstance(turn, Mapping):
+        raise FieldError(
+            name, f"must be an object with 'from' and 'value' or 'role' and 'content', but is {described(turn)}"
+        )
+    said_by, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role = _ROLES.get(said_by) if isinstance(said_by, str) else None
+    if role is None:
+        raise FieldError(name, f"must be of one of {', '.join(_ROLES)}, but is of {described(said_by)}")
+    if isinstance(text, list):  # blocks, as chat servers take them
+        text = "".join(_block_text(block) for block in text)
+    if not isinstance(text, str) or not text.strip():
+        raise FieldError(name, f"must have a text, but has {described(text)}")
+    return {"role": role, "content": text}
+
+
+def _block_text(block: Any) -> str:
+    if isinstance(block, Mapping) and block.get("type") == "text":
+        return str(block.get("text", ""))
+    return (
+        f"<{block['type']}>" if isinstance(block, Mapping) and block.get("type") in ("video", "audio", "image") else ""
+    )

@@ -1,0 +1,149 @@
+"""Records of published files, one at a time: memory depends on the largest record, not on how many there are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from maple_trl.data.hint_tables import TableError
+
+
+_CHUNK = 1 << 20  # characters read at once
+_ROWS_AT_ONCE = 64  # a row may carry whole pictures and sounds
+_MAX_CELL = 64 << 20  # characters; the reader's own limit is 128 KiB, which an answer with thoughts may exceed
+_BLANK = re.compile(r"\s*")
+_NEAR = 16  # characters from the end of a text at which what looks malformed may only be cut
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """
+    Read the records of a file: `.parquet`, `.jsonl` (an object a line), `.json` (a list of objects, or one a line), `.csv`.
+
+    Raises:
+        TableError: when it cannot be read, naming the file, and record or line.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise TableError(f"{path}: a file of records is one of {', '.join(_READERS)}")
+    if not path.is_file():
+        raise TableError(f"there is no file {path}")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    except (OSError, pa.ArrowException, csv.Error) as error:
+        raise TableError(f"cannot read {path}: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    raise TableError(f"{path}, line {number}: {error}; expected one object a line") from error
+                yield _as_record(value, f"{path}, line {number}")
+
+
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        items = _Items(path, file)
+        is_list = items.peek() == "["
+        if is_list:
+            yield from items
+    if not is_list:
+        yield from _json_lines(path)
+
+
+class _Items:
+    """The items of a JSON list, decoded while its text comes in."""
+
+    def __init__(self, path: Path, file: TextIO):
+        self.path = path
+        self.file = file
+        self.text, self.at = "", 0
+        self.decoder = json.JSONDecoder()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.at += 1  # the bracket
+        number = 0
+        while self.peek() != "]":
+            yield _as_record(self._value(number), f"{self.path}, record {number}")
+            number += 1
+            if self.peek() == ",":
+                self.at += 1
+                if self.peek() == "]":
+                    raise TableError(f"{self.path}, record {number}: nothing stands behind the last comma")
+            elif self.peek() != "]":
+                raise TableError(f"{self.path}, record {number}: not JSON (expected a comma or the end of the list)")
+
+    def peek(self) -> str:
+        """Return the next character that is not blank; empty at the end."""
+        while True:
+            self.at = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def _more(self) -> bool:
+        chunk = self.file.read(_CHUNK)
+        self.text, self.at = self.text[self.at :] + chunk, 0
+        return bool(chunk)
+
+    def _value(self, number: int) -> Any:
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except RecursionError as error:
+                raise TableError(f"{self.path}, record {number}: nested too deeply") from error
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _NEAR
+                if cut and self._more():
+                    continue
+                raise TableError(f"{self.path}, record {number}: not JSON ({error.msg})") from error
+            if end == len(self.text) and self._more():  # a number may go on
+                continue
+            self.at = end
+            return value
+
+
+def _as_record(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TableError(f"{place}: expected an object, got {type(value).__name__}")
+    return dict(value)
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    """Read records of texts; an empty cell is `None`."""
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        for cells in reader:
+            if None in cells or None in cells.values():
+                raise TableError(
+                    f"{path}, line {reader.line_num}: another number of cells than the header ({reader.fieldnames})"
+                )
+            yield {name: cell or None for name, cell in cells.items()}
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+}
+RECORD_SUFFIXES = tuple(_READERS)
+"""Endings of files of records."""

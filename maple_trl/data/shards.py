@@ -1,0 +1,252 @@
+"""Folders of Parquet shards, `train-00000-of-00003.parquet`: written as rows come, whole or not at all, and found again."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from glob import escape as glob_escape
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features
+
+from maple_trl.data.schema import ROW_FEATURES
+
+
+SHARD_ROWS = 50_000
+_GROUP_ROWS = 1000  # in memory at once, and the row groups of a file, so that the same rows are the same bytes
+_SPLIT = re.compile(r"\w+(\.\w+)*")  # what the datasets library takes
+_SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\.parquet")
+
+
+class ShardError(ValueError):
+    """A folder of shards that cannot be written or read; the message says which, and what would be right."""
+
+
+class ShardWriter:
+    """
+    Writes rows as shards of a folder, by split, in the order in which they come.
+
+    Used as a context manager: the folder appears at its end, and not at all when an error leaves it. At most a thousand
+    rows of a split are in memory. The same rows give the same bytes.
+
+    Args:
+        folder: must not hold anything yet.
+        features: columns.
+        shard_rows: most rows of one file.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], features: Features = ROW_FEATURES, shard_rows: int = SHARD_ROWS
+    ):
+        self.folder = Path(folder)
+        if shard_rows < 1:
+            raise ShardError(f"shard_rows must be 1 or more, got {shard_rows}")
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ShardError(f"{self.folder} is there already; name another folder, or remove it first")
+        self.schema = features.arrow_schema
+        self.shard_rows = shard_rows
+        self.rows: Counter[str] = Counter()
+        """Rows by split."""
+        self._scratch = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
+        self._splits: dict[str, _Split] = {}
+
+    def __enter__(self) -> ShardWriter:
+        self._remove_abandoned()
+        self._scratch.mkdir(parents=True)
+        return self
+
+    def _remove_abandoned(self) -> None:
+        """Remove what processes that were killed had begun to write for this folder."""
+        for scratch in self.folder.parent.glob(f".{glob_escape(self.folder.name)}.*.partial"):
+            process = scratch.name.split(".")[-2]
+            if process.isdigit() and (int(process) == os.getpid() or not _runs(int(process))):
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def write(self, row: Mapping[str, Any], split: str = "train") -> None:
+        """
+        Add a row to a split.
+
+        Raises:
+            ShardError: for a name of a split that cannot be one, and a row that does not fit the columns.
+        """
+        if split not in self._splits:
+            if not _SPLIT.fullmatch(split):
+                raise ShardError(f"split {split!r} must be letters, digits and underscores, as 'train' is")
+            self._splits[split] = _Split(self._scratch, split, self.schema, self.shard_rows)
+        self._splits[split].add(row)
+        self.rows[split] += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            for split in self._splits.values():
+                split.drop()
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _finish(self) -> None:
+        if not self._splits:
+            raise ShardError(f"{self.folder}: there is no row to write")
+        for split in self._splits.values():
+            split.finish()
+        _flush(self._scratch)
+        try:
+            if self.folder.is_dir():
+                self.folder.rmdir()  # it was empty
+            os.rename(self._scratch, self.folder)
+        except OSError as error:
+            raise ShardError(
+                f"{self.folder} cannot be put in its place, another process may have made it: {error}"
+            ) from error
+        _flush(self.folder.parent)
+
+
+class _Split:
+    """The shards of one split while they are written; how many there are is known at the end alone."""
+
+    def __init__(self, folder: Path, name: str, schema: pa.Schema, shard_rows: int):
+        self.folder, self.name, self.schema, self.shard_rows = folder, name, schema, shard_rows
+        self.waiting: list[Mapping[str, Any]] = []
+        self.files: list[Path] = []
+        self.writer: pq.ParquetWriter | None = None
+        self.in_shard = 0
+        self.written = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.waiting.append(row)
+        if len(self.waiting) == _GROUP_ROWS or self.in_shard + len(self.waiting) == self.shard_rows:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.waiting:
+            return
+        table = self._table()
+        if self.writer is None:
+            self.files.append(self.folder / f"{self.name}-{len(self.files):05}.part")
+            self.writer = pq.ParquetWriter(self.files[-1], self.schema, compression="zstd")
+        self.writer.write_table(table, row_group_size=_GROUP_ROWS)
+        self.in_shard += len(self.waiting)
+        self.written += len(self.waiting)
+        self.waiting = []
+        if self.in_shard == self.shard_rows:
+            self.drop()
+
+    def _table(self) -> pa.Table:
+        try:
+            return _table(self.waiting, self.schema)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            for number, row in enumerate(self.waiting, self.written):
+                for name in self.schema.names:
+                    try:
+                        _table([row], pa.schema([self.schema.field(name)]))
+                    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+                        expected = self.schema.field(name).type
+                        raise ShardError(
+                            f"split {self.name!r}, row {number}: field {name!r} must be {expected}: {error}"
+                        ) from error
+            raise
+
+    def drop(self) -> None:
+        """Close the file that is open."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer, self.in_shard = None, 0
+
+    def finish(self) -> None:
+        """Write what waits, and name the files by their number."""
+        self._write()
+        self.drop()
+        for number, file in enumerate(self.files):
+            _flush(file)
+            os.rename(file, file.with_name(f"{self.name}-{number:05}-of-{len(self.files):05}.parquet"))
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    rows = list(rows)
+    arrays = []
+    for column in schema:
+        cells = [row.get(column.name) for row in rows]
+        if pa.types.is_list(column.type) and any(isinstance(cell, str) for cell in cells):
+            raise TypeError("a text, and no list of texts")  # Arrow would take it for a list of its letters
+        arrays.append(pa.array(cells, column.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_shards(
+    rows: Iterable[Mapping[str, Any]],
+    folder: str | os.PathLike[str],
+    features: Features = ROW_FEATURES,
+    shard_rows: int = SHARD_ROWS,
+) -> Counter[str]:
+    """
+    Write rows into a new folder, each into the shards of its `split` (`train` where it has none).
+
+    Returns:
+        `Counter`: rows by split.
+
+    Raises:
+        ShardError: when the folder holds something, there is no row, or one does not fit the columns.
+    """
+    with ShardWriter(folder, features, shard_rows) as writer:
+        for row in rows:
+            writer.write(row, row.get("split") or "train")
+    return writer.rows
+
+
+def find_shards(folder: str | os.PathLike[str]) -> dict[str, list[Path]]:
+    """
+    Find the shards of a folder, by split, in order.
+
+    Raises:
+        ShardError: when there is none, or one of a split is missing.
+    """
+    found: dict[str, list[Path]] = {}
+    folder = Path(folder)
+    for path in sorted(folder.glob("*.parquet")) if folder.is_dir() else []:
+        if (match := _SHARD.fullmatch(path.name)) is not None:
+            found.setdefault(match["split"], []).append(path)
+    if not found:
+        raise ShardError(f"{folder} holds no shards; they are named as train-00000-of-00001.parquet is")
+    for split, paths in found.items():
+        expected = [f"{split}-{number:05}-of-{len(paths):05}.parquet" for number in range(len(paths))]
+        if [path.name for path in paths] != expected:
+            raise ShardError(
+                f"{folder}: the shards of split {split!r} are not one whole set: it has "
+                f"{', '.join(path.name for path in paths[:5])}; expected {', '.join(expected[:5])}"
+            )
+    return found
+
+
+def split_of(path: Path) -> str | None:
+    """Return the split that the name of a shard says; `None` for any other file."""
+    match = _SHARD.fullmatch(path.name)
+    return match["split"] if match else None

@@ -1,0 +1,529 @@
+"""
+Validation of tables of rows with the columns of [`~maple_trl.data.schema.ROW_FEATURES`]: what is wrong, where, and what would be right.
+
+Tables are read a thousand rows at a time, so that memory does not depend on their size, but for two things that have to be known
+of every row: a digest of its id and one of its clip with its split, about 200 bytes a row.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from string import ascii_uppercase
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from cachetools import LRUCache
+from datasets import Features, List, Value
+
+from maple_trl.data.benchmarks.options import described
+from maple_trl.data.hint_tables import TableError
+from maple_trl.data.record_files import RECORD_SUFFIXES, read_records
+from maple_trl.data.schema import ROW_FEATURES
+from maple_trl.data.shards import split_of
+from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.omni.content import MARK
+from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
+
+
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "column": "a column that must be there is missing",
+        "type": "a value of another type than its column",
+        "empty": "a field that must be filled is empty",
+        "id": "an id that another row has",
+        "tag": "a tag or required tag that is none of the seven",
+        "stratum": "a stratum that tag and required tag do not make",
+        "prompt": "a prompt without a message of the user, or with marks of media that the row does not have",
+        "answer": "options, answer and solution that do not agree",
+        "reference": "a caption without the references of its tag's signals",
+        "split": "a clip in two splits, or a row in another split than its file",
+        "path": "a path that does not lie below the media root",
+        "file": "a file that is not there",
+        "signal": "a tag that asks for a signal of which the row has no medium",
+        "provenance": "an entry that does not say which field, and who",
+    }
+)
+"""Kinds of problems, and what they are."""
+
+REQUIRED = ("id", "clip", "tag", "source", "prompt")
+"""Columns that every row must fill."""
+
+_MEDIA = ("video", "audio", "image")
+_SPLITS = ("train", "validation", "test")  # of a file that is no shard
+_ROLES = ("system", "user", "assistant")
+_FURTHER = ("completion",)  # a column that is not of the schema, and says that a row is neither question nor caption
+_ROWS_AT_ONCE = 1000
+_PATHS_AT_HAND = 20_000
+_LETTERS = re.compile(r"[A-Z](,[A-Z])*")
+_DIGEST = re.compile(r"[0-9a-f]{8,64}")
+_SHOWN = 10
+
+Fault = tuple[str, str, str]
+"""Kind, field and message."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    Something that is wrong.
+
+    Attributes:
+        kind: one of `KINDS`.
+        file: the table.
+        row: number of the row in its file, from 0; `None` where it is about the whole file.
+        field: the column.
+        message: what is wrong, and what would be right.
+    """
+
+    kind: str
+    file: str
+    row: int | None
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        row = "" if self.row is None else f", row {self.row}"
+        return f"{self.file}{row}: field '{self.field}' {self.message}"
+
+
+@dataclass
+class ValidationReport:
+    """
+    What a validation found.
+
+    Attributes:
+        rows, files: how many were read.
+        counts: problems by kind, all of them.
+        shown: the first problems of each kind.
+    """
+
+    rows: int = 0
+    files: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    shown: dict[str, list[Problem]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        shown = {kind: [vars(problem) for problem in problems] for kind, problems in self.shown.items()}
+        return {"rows": self.rows, "files": self.files, "counts": dict(self.counts), "problems": shown}
+
+
+def validate_tables(
+    tables: Iterable[str | os.PathLike[str]],
+    media_root: str | os.PathLike[str] | None = None,
+    shown: int = _SHOWN,
+    progress: Callable[[int], None] | None = None,
+) -> ValidationReport:
+    """
+    Validate tables together: ids are unique and clips stand in one split over all of them.
+
+    Args:
+        tables: files (`.parquet`, `.jsonl`, `.json`, `.csv`), and folders of such files.
+        media_root: where media must lie. Without it their paths are looked at, and not their files.
+        shown: how many problems of each kind to keep.
+        progress: called with the number of rows that were read.
+
+    Raises:
+        TableError: for a table that is not there or cannot be read.
+    """
+    files = [file for table in tables for file in table_files(Path(table))]
+    root = None if media_root is None else Path(media_root)
+    if root is not None and not root.is_dir():
+        raise TableError(f"media root: there is no folder {root}")
+    report, seen = ValidationReport(files=len(files)), _Seen(files)
+    for file in files:
+        seen.begin(report.rows)
+        checker = _RowChecker(file, root, seen)
+        for faults_of_file, rows in _tables(file, checker):
+            for fault in faults_of_file:
+                _note(report, shown, file, None, fault)
+            for row, faults in rows:
+                for fault in faults:
+                    _note(report, shown, file, row, fault)
+                report.rows += 1
+            if progress is not None:
+                progress(report.rows)
+    return report
+
+
+def table_files(path: Path) -> list[Path]:
+    """
+    List the tables of a path: itself, or the tables of a folder, in order.
+
+    Raises:
+        TableError: when there is none.
+    """
+    if path.is_file() and path.suffix.lower() in RECORD_SUFFIXES:
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in RECORD_SUFFIXES and file.is_file())
+        if found:
+            return found
+        raise TableError(f"{path} holds no table ({', '.join(RECORD_SUFFIXES)})")
+    raise TableError(
+        f"{path}: a table is one of {', '.join(RECORD_SUFFIXES)}" if path.exists() else f"there is no table {path}"
+    )
+
+
+def _note(report: ValidationReport, shown: int, file: Path, row: int | None, fault: Fault) -> None:
+    kind, name, message = fault
+    report.counts[kind] += 1
+    problems = report.shown.setdefault(kind, [])
+    if len(problems) < shown:
+        problems.append(Problem(kind, str(file), row, name, message))
+
+
+# Reading
+
+
+_Found = tuple[list[Fault], Iterator[tuple[int, list[Fault]]]]
+
+
+def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
+    """Yield what is wrong with the columns of a file, and then with its rows, a batch at a time."""
+    if file.suffix.lower() == ".parquet":
+        yield from _parquet_tables(file, checker)
+        return
+    records = read_records(file)
+    begin = 0
+    while batch := list(islice(records, _ROWS_AT_ONCE)):
+        names = dict.fromkeys(name for row in batch for name in row)
+        faults = _column_faults(names) if begin == 0 else []
+        checker.columns |= set(names)
+        yield faults, _numbered(checker, batch, begin, set(ROW_FEATURES) & set(names))
+        begin += len(batch)
+
+
+def _parquet_tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
+    try:
+        with pq.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            yield _column_faults(schema.names), iter(())
+            checker.columns |= set(schema.names)
+            names = [name for name in schema.names if name in ROW_FEATURES or name in _FURTHER]
+            odd = {name for name in names if name in ROW_FEATURES and not _fits(name, schema.field(name).type)}
+            begin = 0
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
+                columns = [batch.column(name).to_pylist() for name in names]
+                rows = [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+                yield [], _numbered(checker, rows, begin, odd)
+                begin += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise TableError(f"cannot read {file}: {error}") from error
+
+
+def _numbered(
+    checker: _RowChecker, rows: Sequence[Mapping[str, Any]], begin: int, untyped: set[str]
+) -> Iterator[tuple[int, list[Fault]]]:
+    for number, row in enumerate(rows, begin):
+        yield number, checker.faults(number, row, untyped)
+
+
+def _fits(name: str, found: pa.DataType) -> bool:
+    expected = ROW_FEATURES.arrow_schema.field(name).type
+    return pa.types.is_null(found) or _written(found) == _written(expected)
+
+
+def _written(kind: pa.DataType) -> str:
+    """Return a type's text, in which sizes of offsets and names of items do not count."""
+    return str(kind).replace("large_", "").replace("<element:", "<item:")
+
+
+def _column_faults(names: Iterable[str]) -> list[Fault]:
+    names = list(names)
+    faults: list[Fault] = []
+    for name in REQUIRED:
+        if name not in names:
+            like = get_close_matches(name, [other for other in names if other not in ROW_FEATURES], 1, 0.75)
+            advice = f"; rename {like[0]!r}?" if like else f"; the columns are {', '.join(names)}"
+            faults.append(("column", name, f"is no column of the table{advice}"))
+    for name in names:
+        like = [] if name in ROW_FEATURES else get_close_matches(name, ROW_FEATURES, 1, 0.85)
+        if like and like[0] not in names and like[0] not in REQUIRED:
+            faults.append(("column", name, f"is not read; rename it to {like[0]!r} if that is meant"))
+    return faults
+
+
+# Rows
+
+
+class _Seen:
+    """The ids and clips of all rows so far, as digests."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = files
+        self.ids: dict[int, int] = {}
+        self.clips: dict[int, tuple[str, int]] = {}
+        self.begins: list[int] = []
+
+    def begin(self, rows: int) -> None:
+        """Say how many rows the files before hold."""
+        self.begins.append(rows)
+
+    def number(self, row: int) -> int:
+        """Return the number of a row of the current file, over all files."""
+        return self.begins[-1] + row
+
+    def place(self, number: int) -> str:
+        file = bisect_right(self.begins, number) - 1
+        return f"{self.files[file]}, row {number - self.begins[file]}"
+
+
+def text_digest(text: str) -> int:
+    """Return a text's digest in 64 bits: two of ten million texts have the same one with a chance of 3 in a million."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+class _RowChecker:
+    """Checks the rows of one file."""
+
+    def __init__(self, file: Path, root: Path | None, seen: _Seen):
+        self.split = split_of(file) or (file.stem if file.stem in _SPLITS else None)
+        self.root = root
+        self.seen = seen
+        self.there: LRUCache[str, bool] = LRUCache(_PATHS_AT_HAND)
+        self.columns: set[str] = set(ROW_FEATURES)
+
+    def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
+        """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
+        faults = [
+            ("type", name, f"must be {_type_name(ROW_FEATURES[name])}, but is {described(row[name])}")
+            for name in untyped
+            if row.get(name) is not None and not _is(row[name], ROW_FEATURES[name])
+        ]
+        if faults:  # the rest is about values of the right type
+            return sorted(faults)
+        faults += [("empty", name, "must be filled, but is empty") for name in REQUIRED if _blank(row.get(name))]
+        tag = _tag(row, "tag", faults)
+        required = _tag(row, "required_tag", faults)
+        faults += _stratum_faults(row, tag, required)
+        faults += _prompt_faults(row)
+        faults += self._content_faults(row, tag)
+        faults += self._id_faults(row.get("id"), number)
+        faults += self._split_faults(row, number)
+        faults += self._media_faults(row, tag)
+        faults += _provenance_faults(row, self.columns)
+        return faults
+
+    def _content_faults(self, row: Mapping[str, Any], tag: ModalityTag | None) -> list[Fault]:
+        if not _blank(row.get("question")):
+            return _answer_faults(row)
+        if _blank(row.get("reference")) and row.get("completion"):
+            return []  # of a table for supervised training
+        return _reference_faults(row, tag)
+
+    def _id_faults(self, name: str | None, number: int) -> list[Fault]:
+        if not name:
+            return []
+        own = self.seen.number(number)
+        first = self.seen.ids.setdefault(text_digest(name), own)
+        if first == own:
+            return []
+        return [("id", "id", f"is {name!r}, which {self.seen.place(first)} has already; every row needs its own")]
+
+    def _split_faults(self, row: Mapping[str, Any], number: int) -> list[Fault]:
+        split = row.get("split") or self.split
+        faults: list[Fault] = []
+        if row.get("split") and self.split and row["split"] != self.split:
+            faults.append(("split", "split", f"is {row['split']!r}, but the file is of {self.split!r}"))
+        if split is None or not row.get("clip"):
+            return faults
+        clip = text_digest(row["clip"])
+        first, place = self.seen.clips.setdefault(clip, (split, self.seen.number(number)))
+        if first != split:
+            message = f"is {split!r}, but clip {row['clip']!r} stands in {first!r} ({self.seen.place(place)})"
+            faults.append(("split", "split", f"{message}; all rows of a clip belong into one split"))
+        return faults
+
+    def _media_faults(self, row: Mapping[str, Any], tag: ModalityTag | None) -> list[Fault]:
+        faults: list[Fault] = []
+        media = {name: row.get(name) for name in _MEDIA}
+        subtitle = row.get("subtitle")
+        if subtitle and is_subtitle_file(subtitle.strip()):
+            media["subtitle"] = subtitle.strip()
+        elif subtitle and (reason := unread_subtitle(subtitle, self.root)) is not None:
+            faults.append(("path", "subtitle", f"is {described(subtitle)}, which {reason}"))
+        for name, path in media.items():
+            if path is not None:
+                faults += self._path_faults(name, path)
+        if tag is not None:
+            has = signals(row)
+            for lacking in sorted(tag.modalities - has):
+                fields = {"V": "video", "A": "audio' or 'video", "S": "subtitle"}[lacking]
+                faults.append(("signal", "tag", f"is {tag}, but field '{fields}' is empty, which {lacking} needs"))
+        return faults
+
+    def _path_faults(self, name: str, path: str) -> list[Fault]:
+        parts = PurePosixPath(path.replace("\\", "/")).parts
+        if not path.strip() or not parts or parts[0] == "/" or ".." in parts or re.match(r"[A-Za-z]:|\w+://", path):
+            return [("path", name, f"must be a path below the media root, without '..', but is {described(path)}")]
+        if self.root is None:
+            return []
+        if path not in self.there:
+            self.there[path] = self._is_there(path)
+        return (
+            [] if self.there[path] else [("file", name, f"names {path!r}, and there is no such file in {self.root}")]
+        )
+
+    def _is_there(self, path: str) -> bool:
+        try:
+            return (self.root / path).is_file()  # type: ignore[operator]
+        except (OSError, ValueError):  # too long a name, a zero byte
+            return False
+
+
+def signals(row: Mapping[str, Any]) -> frozenset[Modality]:
+    """Return the signals that a row has a medium for: a picture counts as seen, a video's sound as heard."""
+    has = {
+        Modality.VIDEO: bool(row.get("video") or row.get("image")),
+        Modality.AUDIO: bool(row.get("audio") or row.get("video")),
+        Modality.SUBTITLE: not _blank(row.get("subtitle")),
+    }
+    return frozenset(modality for modality, there in has.items() if there)
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or value == []
+
+
+def _tag(row: Mapping[str, Any], name: str, faults: list[Fault]) -> ModalityTag | None:
+    if _blank(row.get(name)):
+        return None
+    try:
+        return ModalityTag.parse(row[name])
+    except ValueError:
+        faults.append(("tag", name, f"must be one of {', '.join(ModalityTag)}, but is {described(row[name])}"))
+        return None
+
+
+def _stratum_faults(row: Mapping[str, Any], tag: ModalityTag | None, required: ModalityTag | None) -> list[Fault]:
+    stratum = row.get("stratum")
+    if stratum is None:
+        return []
+    if stratum not in ("exact", "superset", "deficit"):
+        return [("stratum", "stratum", f"must be exact, superset or deficit, but is {described(stratum)}")]
+    if tag is None or required is None:
+        return (
+            [] if required or row.get("required_tag") else [("stratum", "required_tag", "is empty beside a stratum")]
+        )
+    is_superset = tag.modalities > required.modalities
+    right = "exact" if tag == required else "superset" if is_superset else "deficit"
+    message = f"is {stratum}, but a row that needs {required} and is fed {tag} is {right}"
+    return [] if stratum == right else [("stratum", "stratum", message)]
+
+
+def unread_subtitle(text: str, root: Path | None) -> str | None:
+    """Return why a subtitle's text would be refused as the name of a file that is not read; `None` where it is text."""
+    reason = unread_file(text.strip(), os.devnull if root is None else str(root))
+    endings = ", ".join(SUBTITLE_SUFFIXES)
+    return (
+        reason
+        and f"{reason}; files that are read end in {endings}, and text must not look like a name (end it with a full stop)"
+    )
+
+
+def mark_fault(row: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the marks `<video>`, `<audio>` and `<image>` of a row's prompt: each needs its medium."""
+    marks = Counter(mark for message in row["prompt"] for mark in MARK.findall(message["content"]))
+    media = {"video": row.get("video"), "audio": row.get("audio") or row.get("video"), "image": row.get("image")}
+    for kind, number in marks.items():
+        if number != int(bool(media[kind])):
+            return f"holds {number} <{kind}> mark(s), but the row has {int(bool(media[kind]))} of that; each medium stands at its one mark"
+    return None
+
+
+def _prompt_faults(row: Mapping[str, Any]) -> list[Fault]:
+    prompt = row.get("prompt")
+    if not prompt:
+        return []
+    for message in prompt:
+        if message.get("role") not in _ROLES:
+            known = f"must have messages of {', '.join(_ROLES)}"
+            return [("prompt", "prompt", f"{known}, but has one of {described(message.get('role'))}")]
+        if _blank(message.get("content")):
+            return [("prompt", "prompt", f"has an empty message of the {message['role']}")]
+    if not any(message["role"] == "user" for message in prompt):
+        return [("prompt", "prompt", "has no message of the user, which is what the model is asked")]
+    fault = mark_fault(row)
+    return [] if fault is None else [("prompt", "prompt", fault)]
+
+
+def _answer_faults(row: Mapping[str, Any]) -> list[Fault]:
+    answer, solution, options = row.get("answer"), row.get("solution"), row.get("options")
+    for name, value in (("answer", answer), ("solution", solution)):
+        if _blank(value):
+            return [("answer", name, "must be filled for a question, but is empty")]
+    faults: list[Fault] = []
+    if answer != solution:
+        faults.append(("answer", "solution", f"is {described(solution)}, but must be the answer, {described(answer)}"))
+    if not options:
+        return faults
+    if not 2 <= len(options) <= len(ascii_uppercase):
+        faults.append(("answer", "options", f"must be 2 to 26 texts, or none at all, but are {len(options)}"))
+    empty = next((i for i, option in enumerate(options[:26]) if _blank(option)), None)
+    if empty is not None:
+        faults.append(("answer", "options", f"must be texts, but option {ascii_uppercase[empty]} is empty"))
+    letters = ascii_uppercase[: len(options)]
+    given = str(answer).split(",")
+    if not _LETTERS.fullmatch(str(answer)) or set(given) - set(letters) or len(set(given)) < len(given):
+        right = f"must be the letter of an option ({', '.join(letters)})"
+        faults.append(("answer", "answer", f"{right}, or several joined by commas, but is {described(answer)}"))
+    return faults
+
+
+def _reference_faults(row: Mapping[str, Any], tag: ModalityTag | None) -> list[Fault]:
+    if _blank(row.get("reference")):
+        return [("reference", "reference", "is empty, and so is 'question': a row is a question or a caption")]
+    missing = [f"reference_{letter.lower()}" for letter in tag or "" if _blank(row.get(f"reference_{letter.lower()}"))]
+    return [
+        ("reference", name, f"must be filled for a caption of {tag}: what this signal alone tells") for name in missing
+    ]
+
+
+def _provenance_faults(row: Mapping[str, Any], columns: set[str]) -> list[Fault]:
+    faults: list[Fault] = []
+    for entry in row.get("provenance") or ():
+        entry = entry or {}
+        name, by = entry.get("field"), (entry.get("model"), entry.get("reviewer"))
+        if name not in columns:
+            message = f"has an entry of {described(name)}, which is no column"
+        elif all(map(_blank, by)):
+            message = f"has an entry of {name!r} without model and reviewer: it must say who wrote or changed it"
+        elif entry.get("prompt_hash") is not None and not _DIGEST.fullmatch(entry["prompt_hash"]):
+            found = described(entry["prompt_hash"])
+            message = f"has for {name!r} the prompt_hash {found}, which must be 8 to 64 hexadecimal digits"
+        else:
+            continue
+        faults.append(("provenance", "provenance", message))
+    return faults
+
+
+# Types
+
+
+def _is(value: Any, feature: Any) -> bool:
+    """Return whether a value that is not `None` is of a column's type."""
+    if isinstance(feature, Value):
+        return isinstance(value, str)
+    if isinstance(feature, List):
+        return isinstance(value, list) and all(item is None or _is(item, feature.feature) for item in value)
+    return isinstance(value, Mapping) and all(
+        value.get(name) is None or _is(value[name], member) for name, member in feature.items()
+    )
+
+
+def _type_name(feature: Features | Any) -> str:
+    if isinstance(feature, List):
+        return "a list of " + ("texts" if isinstance(feature.feature, Value) else f"{{{', '.join(feature.feature)}}}")
+    return "a text"

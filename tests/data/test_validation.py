@@ -1,0 +1,388 @@
+"""Validation of tables: each kind of problem is found where it is, and a right table has none."""
+
+import json
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maple_trl import cli
+from maple_trl.data.hint_tables import TableError
+from maple_trl.data.schema import ROW_FEATURES
+from maple_trl.data.shards import write_shards
+from maple_trl.data.validation import KINDS, signals, validate_tables
+from maple_trl.evaluation.served_prompts import MessageEncoder
+from maple_trl.modalities import Modality
+from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.media.sampling import MediaLimits
+from maple_trl.omni.prompt import PromptBuilder
+
+
+PROMPT = [{"role": "user", "content": "What is it?"}]
+
+
+def question(number=0, **changes):
+    fields = {
+        "id": f"q{number}",
+        "clip": f"clip{number}",
+        "tag": "VA",
+        "source": "s",
+        "split": "train",
+        "prompt": PROMPT,
+        "question": "What is it?",
+        "options": ["red", "blue"],
+        "answer": "B",
+        "solution": "B",
+        "video": f"{number}.mp4",
+        "provenance": [{"field": "question", "model": "m", "prompt_hash": "0123456789abcdef", "reviewer": None}],
+    }
+    return fields | changes
+
+
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
+def caption(number=0, **changes):
+    fields = question(
+        number, question=None, options=None, answer=None, solution=None, subtitle="Hello there.", tag="VS"
+    )
+    return fields | {"reference": "A dog.", "reference_v": "A dog.", "reference_s": "Hello."} | changes
+
+
+def opened(**changes):
+    return question(**{"options": None, "answer": "a dog", "solution": "a dog", **changes})
+
+
+RIGHT = [
+    question(),
+    question(options=["a"] * 26, answer="A,Z", solution="A,Z"),
+    opened(),
+    opened(options=[]),
+    caption(),
+    caption(tag="AS", video=None, audio="0.wav", reference_v=None, reference_a="A bark."),
+    question(tag="V", video=None, image="0.png"),
+    question(prompt=asked("<video>What? <audio>")),
+    question(tag="V", video=None, image="0.png", prompt=asked("In <image>?")),
+    question(tag="s", video=None, subtitle="0.srt"),
+    question(stratum="exact", required_tag="AV"),
+    question(stratum="superset", required_tag="A"),
+    question(stratum="deficit", required_tag="VAS"),
+    question(provenance=None, split=None),
+    question(provenance=[{"field": "tag", "reviewer": "me"}]),
+    question(question=None, answer=None, solution=None, options=None) | {"completion": "It is red."},
+]
+
+
+WRONG = [
+    (question(id=None), "empty", "id", "must be filled"),
+    (question(prompt=[]), "empty", "prompt", "must be filled"),
+    (question(source=" "), "empty", "source", "must be filled"),
+    (question(tag="VX"), "tag", "tag", "must be one of V, A, S, VA, VS, AS, VAS, but is 'VX'"),
+    (question(required_tag="none"), "tag", "required_tag", "must be one of"),
+    (question(prompt=[{"role": "robot", "content": "x"}]), "prompt", "prompt", "one of 'robot'"),
+    (question(prompt=[{"role": "user", "content": None}]), "prompt", "prompt", "an empty message of the user"),
+    (question(prompt=[{"role": "system", "content": "x"}]), "prompt", "prompt", "no message of the user"),
+    (
+        question(prompt=asked("Here: <audio>, <video> and <image>.")),
+        "prompt",
+        "prompt",
+        "holds 1 <image> mark(s), but the row has 0",
+    ),
+    (
+        question(prompt=asked("<video> or <video>?")),
+        "prompt",
+        "prompt",
+        "holds 2 <video> mark(s), but the row has 1 of that",
+    ),
+    (question(subtitle="subs/words.ab"), "path", "subtitle", "which looks like a file; files that are read end in"),
+    (question(answer="C", solution="C"), "answer", "answer", "must be the letter of an option (A, B), or"),
+    (question(answer="blue", solution="blue"), "answer", "answer", "but is 'blue'"),
+    (question(answer="A,A", solution="A,A"), "answer", "answer", "but is 'A,A'"),
+    (question(solution="A"), "answer", "solution", "is 'A', but must be the answer, 'B'"),
+    (question(answer=None), "answer", "answer", "must be filled for a question"),
+    (opened(solution=None), "answer", "solution", "must be filled for a question"),
+    (
+        question(options=["red"], answer="A", solution="A"),
+        "answer",
+        "options",
+        "2 to 26 texts, or none at all, but are 1",
+    ),
+    (question(options=["red", ""]), "answer", "options", "option B is empty"),
+    (caption(reference=None), "reference", "reference", "a row is a question or a caption"),
+    (caption(reference_s=None), "reference", "reference_s", "must be filled for a caption of VS"),
+    (caption(tag="VAS"), "reference", "reference_a", "must be filled for a caption of VAS"),
+    (question(video="/abs/0.mp4"), "path", "video", "must be a path below the media root"),
+    (question(audio="../0.wav"), "path", "audio", "without '..', but is '../0.wav'"),
+    (question(video="http://host/0.mp4"), "path", "video", "below the media root"),
+    (question(video="C:\\0.mp4"), "path", "video", "below the media root"),
+    (question(tag="VAS"), "signal", "tag", "is VAS, but field 'subtitle' is empty, which S needs"),
+    (question(tag="V", video=None, audio="0.wav"), "signal", "tag", "field 'video' is empty"),
+    (question(tag="A", video=None, image="0.png"), "signal", "tag", "field 'audio' or 'video' is empty"),
+    (question(stratum="best", required_tag="V"), "stratum", "stratum", "must be exact, superset or deficit"),
+    (question(stratum="exact", required_tag="V"), "stratum", "stratum", "is fed VA is superset"),
+    (question(stratum="superset", required_tag="S"), "stratum", "stratum", "is fed VA is deficit"),
+    (question(stratum="exact"), "stratum", "required_tag", "is empty beside a stratum"),
+    (
+        question(provenance=[{"field": "color", "model": "m"}]),
+        "provenance",
+        "provenance",
+        "'color', which is no column",
+    ),
+    (question(provenance=[{"field": "answer"}]), "provenance", "provenance", "without model and reviewer"),
+    (
+        question(provenance=[{"field": "answer", "model": "m", "prompt_hash": "no hash"}]),
+        "provenance",
+        "provenance",
+        "which must be 8 to 64 hexadecimal digits",
+    ),
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def found(report):
+    return [(p.kind, p.field, p.row) for problems in report.shown.values() for p in problems]
+
+
+def test_right_rows_have_no_problem(tmp_path):
+    rows = [{**row, "id": str(i), "clip": str(i)} for i, row in enumerate(RIGHT)]
+    report = validate_tables([write_jsonl(tmp_path / "train.jsonl", rows)])
+    assert (report.rows, report.files, found(report)) == (len(RIGHT), 1, [])
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "field", "message"), WRONG, ids=[f"{w[1]}-{w[2]}-{i}" for i, w in enumerate(WRONG)]
+)
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_each_problem_is_found_at_its_row(tmp_path, form, row, kind, field, message):
+    rows = [question(8), row, question(9)]
+    if form == "parquet":
+        write_shards(rows, tmp_path / "rows")
+        [path] = (tmp_path / "rows").iterdir()
+    else:
+        path = write_jsonl(tmp_path / "t.jsonl", rows)
+    report = validate_tables([path])
+    assert found(report) == [(kind, field, 1)] and kind in KINDS
+    [problem] = report.shown[kind]
+    assert message in problem.message
+    assert str(problem).startswith(f"{path}, row 1: field '{field}' ")
+
+
+def test_ids_and_clips_are_compared_over_all_tables(tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", [question(0), question(1), question(2, clip="clip0")])
+    two = write_jsonl(tmp_path / "two.jsonl", [question(1, clip="other"), question(5, clip="clip0", split="test")])
+    report = validate_tables([one, two])
+    assert report.counts == {"id": 1, "split": 1} and report.rows == 5
+    assert f"is 'q1', which {one}, row 1 has already" in report.shown["id"][0].message
+    assert f"is 'test', but clip 'clip0' stands in 'train' ({one}, row 0)" in report.shown["split"][0].message
+
+
+def test_a_shard_says_the_split_of_its_rows(tmp_path):
+    write_shards([question(0, split=None), question(1, split="test")], tmp_path / "rows")
+    assert not validate_tables([tmp_path / "rows"]).counts
+    (tmp_path / "rows" / "test-00000-of-00001.parquet").rename(tmp_path / "rows" / "dev-00000-of-00001.parquet")
+    report = validate_tables([tmp_path / "rows"])
+    assert "is 'test', but the file is of 'dev'" in report.shown["split"][0].message
+
+
+def test_a_file_named_as_a_split_is_one(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [question(0, split=None)])
+    write_jsonl(tmp_path / "test.jsonl", [question(1, split=None, clip="clip0"), question(2)])
+    report = validate_tables([tmp_path])
+    assert report.counts == {"split": 2}
+    messages = "\n".join(problem.message for problem in report.shown["split"])
+    assert "but the file is of 'test'" in messages and "but clip 'clip0' stands in 'test'" in messages
+
+
+def test_media_must_be_there_where_a_root_is_named(tmp_path):
+    (tmp_path / "0.mp4").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    rows = [
+        question(0, subtitle="There is a text.srt.", tag="VAS"),
+        question(1),
+        question(2, video="folder"),
+        question(3, video="0.mp4", subtitle="none.srt"),
+        question(4, video="0.mp4\0"),
+    ]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    report = validate_tables([path], media_root=tmp_path)
+    assert found(report) == [("file", "video", 1), ("file", "video", 2), ("file", "subtitle", 3), ("file", "video", 4)]
+    assert f"names '1.mp4', and there is no such file in {tmp_path}" in report.shown["file"][0].message
+    assert not validate_tables([path]).counts
+
+
+def test_types_are_checked_where_the_file_does_not_ensure_them(tmp_path):
+    rows = [
+        question(0),
+        question(1, options="AB"),
+        question(2, answer=1),
+        question(3, prompt=["x"]),
+        question(4, tag=None),
+    ]
+    report = validate_tables([write_jsonl(tmp_path / "t.jsonl", rows)])
+    assert found(report) == [("type", "options", 1), ("type", "answer", 2), ("type", "prompt", 3), ("empty", "tag", 4)]
+    messages = [problem.message for problem in report.shown["type"]]
+    assert messages[0] == "must be a list of texts, but is 'AB'" and messages[1] == "must be a text, but is 1"
+    assert messages[2].startswith("must be a list of {role, content}")
+    Dataset.from_list([question(0) | {"answer": 3}, question(1) | {"answer": 4}]).to_parquet(tmp_path / "t.parquet")
+    assert validate_tables([tmp_path / "t.parquet"]).counts == {"type": 2}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["A", "VAS", "exact"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "field", "model"]), inner)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.sampled_from([*ROW_FEATURES, "completion"]), JSON, max_size=8), min_size=1, max_size=4)
+)
+def test_whatever_stands_in_a_table_is_told(rows):
+    rows = [{**question(n), **row} for n, row in enumerate(rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        report = validate_tables([write_jsonl(Path(folder, "t.jsonl"), rows)], shown=1000)
+    assert report.rows == len(rows)
+    assert report.counts.total() == sum(map(len, report.shown.values())) and set(report.counts) <= set(KINDS)
+    json.dumps(report.as_dict())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "tag": st.sampled_from(["V", "A", "S", "VA", "SV", "AS", "VAS", "X"]),
+            "video": st.sampled_from([None, "0.mp4"]),
+            "audio": st.sampled_from([None, "0.wav"]),
+            "subtitle": st.sampled_from(
+                [None, "0.srt", "Hello.", "a/b.txt", "~/words", "see x.mp4", "http://h/s.srt2"]
+            ),
+            "prompt": st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "role": st.sampled_from(["user", "system", "assistant"]),
+                        "content": st.sampled_from(
+                            ["What?", "<video>What?", "<audio> or <video>", "In <image>?", "<video><video>"]
+                        ),
+                    }
+                ),
+                min_size=1,
+                max_size=3,
+            ),
+        }
+    )
+)
+def test_what_is_valid_is_what_a_trainer_reads(tmp_path_factory, changes):
+    """The trainer's own reader of rows is the reference, in both directions."""
+    row, root = question(**changes), tmp_path_factory.getbasetemp()
+    try:
+        with MediaLoader(str(root), MediaLimits(), backend="pyav") as loader:
+            PromptBuilder(MessageEncoder(), loader).spec(row)
+        told = None
+    except ValueError as error:
+        told = error
+    with tempfile.TemporaryDirectory() as folder:
+        report = validate_tables([write_jsonl(Path(folder, "t.jsonl"), [row])])
+    assert bool(report.counts) == (told is not None), (report.shown, told)
+
+
+def test_columns_that_are_missing_or_misspelt_are_named(tmp_path):
+    row = question(0) | {"vide": "0.mp4", "subtitles": "x", "sources": "s", "mine": 1}
+    del row["video"], row["source"]
+    row["tag"] = "S"
+    row["subtitle"] = None
+    report = validate_tables([write_jsonl(tmp_path / "t.jsonl", [row])])
+    fields = {problem.field: problem.message for problem in report.shown["column"]}
+    assert fields["source"] == "is no column of the table; rename 'sources'?"
+    assert fields["vide"] == "is not read; rename it to 'video' if that is meant" and set(fields) == {"source", "vide"}
+
+
+def test_what_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "t.parquet").write_bytes(b"no parquet")
+    (tmp_path / "t.json").write_text('[{"id": "a"}, {"id": ]')
+    (tmp_path / "t.txt").write_text("x")
+    for table, error in (
+        ("absent.parquet", "there is no table"),
+        ("empty", "holds no table"),
+        ("t.parquet", "cannot read .*t.parquet"),
+        ("t.json", "record 1: not JSON"),
+        ("t.txt", "a table is one of"),
+    ):
+        with pytest.raises(TableError, match=error):
+            validate_tables([tmp_path / table])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """But for the digests of ids and clips, which are said to take about 200 bytes a row; a row here is of 4 kB."""
+    peaks = {}
+    for rows in (2_000, 6_000):
+        path = tmp_path / str(rows)
+        write_shards(
+            (question(n, question="why " * 1000, video=None, tag="S", subtitle="x") for n in range(rows)), path
+        )
+        tracemalloc.start()
+        assert validate_tables([path]).rows == rows
+        peaks[rows] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (peaks[6_000] - peaks[2_000]) / 4_000 < 500
+
+
+def test_signals_of_a_row():
+    assert signals({"video": "a"}) == {Modality.VIDEO, Modality.AUDIO} and signals({"image": "a"}) == {Modality.VIDEO}
+    assert signals({"subtitle": "a", "audio": "b"}) == {Modality.SUBTITLE, Modality.AUDIO} and signals({}) == set()
+
+
+# The command
+
+
+def test_the_command_counts_all_and_shows_the_first(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "t.jsonl", [question(n, answer="Z", solution="Z") for n in range(7)])
+    assert cli.main(["data", "validate", str(path), "--shown", "2"]) == 1
+    shown = capsys.readouterr().out
+    assert "7 rows in 1 table" in shown and "7  answer  options, answer and solution that do not agree" in shown
+    assert shown.count("field 'answer' must be the letter of an option (A, B)") == 2 and "answer: … 5 more" in shown
+
+
+def test_the_command_prints_json(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "t.jsonl", [question(0), question(0, clip="b")])
+    assert cli.main(["data", "validate", str(path), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    [problem] = told["problems"]["id"]
+    assert told["rows"] == 2 and told["counts"] == {"id": 1} and problem["row"] == 1 and problem["file"] == str(path)
+    write_jsonl(path, [question(0)])
+    assert cli.main(["data", "validate", str(path)]) == 0 and "no problem found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["absent.parquet"], "there is no table absent.parquet"),
+        ([], "the following arguments are required: TABLE"),
+        (["{table}", "--media-root", "absent"], "media root: there is no folder absent"),
+        (["{table}", "--shown", "-1"], "--shown must be 0 or more"),
+        (["{table}", "--wrong", "1"], "unknown argument --wrong"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch, words, error):
+    monkeypatch.chdir(tmp_path)
+    table = write_jsonl(tmp_path / "t.jsonl", [question(0)])
+    assert cli.main(["data", "validate", *(word.format(table=table) for word in words)]) == 2
+    assert error in capsys.readouterr().err
