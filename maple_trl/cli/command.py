@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from maple_trl import Registry
-from maple_trl.cli.data import run_hints
 from maple_trl.cli.data_convert import run_convert
+from maple_trl.cli.data_hints import run_hints
 from maple_trl.cli.data_push import run_push
 from maple_trl.cli.data_validate import run_validate
 from maple_trl.cli.eval import run_eval
@@ -40,17 +40,20 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 """
 
 
-_OWN_PARSER = {
-    "convert": run_convert,
-    "eval": run_eval,
-    "hints": run_hints,
-    "parity": run_parity,
-    "plan": run_plan,
-    "push": run_push,
-    "report": run_report,
-    "validate": run_validate,
-    "vllm-serve": run_vllm_serve,
+_DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "convert": ("make rows of a published set", run_convert),
+    "hints": ("let a teacher model write a hint for each row", run_hints),
+    "push": ("upload shards to the Hub, with a card", run_push),
+    "validate": ("check tables of rows", run_validate),
 }
+_COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "eval": ("measure a model on a data set or benchmark, per tag and per choice of signals", run_eval),
+    "report": ("write one HTML file on a run or an evaluation, or on two of them", run_report),
+    "parity": ("compare what vLLM computes with what the trainer does", run_parity),
+    "vllm-serve": ("start a vLLM server that samples completions for a training job", run_vllm_serve),
+    "plan": ("compute memory and time of a training job on given cards", run_plan),
+}
+_OWN_PARSER = {name: run for name, (_, run) in (_DATA | _COMMANDS).items()}
 COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
 """
 Commands of other packages by name: functions of the words behind it, which return the exit status. The names that there are
@@ -90,20 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--imports", action="store_true", help="import every required package too, and ask torch for devices"
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
-    data = commands.add_parser("data", help="prepare data: convert, validate, push, hints", allow_abbrev=False)
+    data = commands.add_parser("data", help=f"prepare data: {', '.join(_DATA)}", allow_abbrev=False)
     group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
-    group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
-    group.add_parser("convert", help="make rows of a published set", add_help=False, allow_abbrev=False)
-    group.add_parser("validate", help="check tables of rows", add_help=False, allow_abbrev=False)
-    group.add_parser("push", help="upload shards to the Hub, with a card", add_help=False, allow_abbrev=False)
-    for name, does in (
-        ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
-        ("report", "write one HTML file on a run or an evaluation, or on two of them"),
-        ("parity", "compare what vLLM computes with what the trainer does"),
-        ("vllm-serve", "start a vLLM server that samples completions for a training job"),
-        ("plan", "compute memory and time of a training job on given cards"),
-    ):
-        commands.add_parser(name, help=does, add_help=False, allow_abbrev=False)
+    for parsers, known in ((group, _DATA), (commands, _COMMANDS)):
+        for name, (does, _) in known.items():
+            parsers.add_parser(name, help=does, add_help=False, allow_abbrev=False)
     for name in [name for name in COMMANDS if name not in {*commands.choices, *_OWN_PARSER}]:
         commands.add_parser(name, help="added by an installed package", add_help=False, allow_abbrev=False)
     return parser

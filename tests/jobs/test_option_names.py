@@ -5,7 +5,7 @@ import itertools
 import pytest
 import yaml
 
-from maple_trl.cli.data import HintArguments
+from maple_trl.cli.data_hints import HintArguments
 from maple_trl.cli.eval import read_job
 from maple_trl.cli.report import ReportArguments
 from maple_trl.evaluation.options import EvalOptions
