@@ -10,6 +10,10 @@ SCOPES = ("vision", "audio", "projectors", "llm")
 """The parts of an omni model that can be trained or frozen apart."""
 
 
+STRATA = ("exact", "superset", "deficit")
+"""How an input stands to what a question requires (MAPLE, arXiv 2602.11596, 5.4.1): see [`ModalityTag.stratum_of`]."""
+
+
 class Modality(StrEnum):
     """One signal of a clip."""
 
@@ -66,6 +70,12 @@ class ModalityTag(StrEnum):
     def supersets(self) -> tuple[ModalityTag, ...]:
         """Return the tags that hold strictly more than this one, in canonical order."""
         return tuple(tag for tag in ModalityTag if tag.modalities > self.modalities)
+
+    def stratum_of(self, given: ModalityTag) -> str:
+        """Return how an input stands to what this tag requires: `"exact"`, `"superset"` or `"deficit"`."""
+        if given.modalities >= self.modalities:
+            return "exact" if given is self else "superset"
+        return "deficit"
 
     def deficits(self) -> tuple[ModalityTag, ...]:
         """Return the tags that lack at least one modality of this one, in canonical order."""
