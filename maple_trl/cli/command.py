@@ -13,6 +13,8 @@ from typing import Any
 
 from maple_trl import Registry
 from maple_trl.cli.data import run_hints
+from maple_trl.cli.data_difficulty import run_difficulty
+from maple_trl.cli.data_qa_plus import run_qa_plus
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
@@ -38,10 +40,12 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 
 
 _OWN_PARSER = {
+    "difficulty": run_difficulty,
     "eval": run_eval,
     "hints": run_hints,
     "parity": run_parity,
     "plan": run_plan,
+    "qa-plus": run_qa_plus,
     "report": run_report,
     "vllm-serve": run_vllm_serve,
 }
@@ -84,9 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--imports", action="store_true", help="import every required package too, and ask torch for devices"
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
-    data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
+    data = commands.add_parser("data", help="prepare data: hints for hard rows, QA+, difficulty", allow_abbrev=False)
     group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
     group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
+    group.add_parser(
+        "qa-plus", help="ask questions with more signals too, and with fewer", add_help=False, allow_abbrev=False
+    )
+    group.add_parser(
+        "difficulty", help="keep the rows that a model solves sometimes", add_help=False, allow_abbrev=False
+    )
     for name, does in (
         ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),

@@ -46,6 +46,8 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         low, high = (_plain(macro[end]) for end in ("low", "high"))
         text = f"superset macro {macro['value']:.3f} [{low}, {high}]: mean over inputs that contain the tag, then over tags"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if "per_stratum" in result.get("over_inputs", {}):
+        _print_over_inputs(console, result["over_inputs"])
     if "value" in result["fusion_gain"]:
         console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
     failed: dict[tuple, list[str]] = {}
@@ -60,6 +62,27 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     if result["left_out"]:
         console.print(f"{len(result['left_out'])} questions were left out; result.json names them", highlight=False)
     console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_over_inputs(console: Any, found: Mapping[str, Any]) -> None:
+    """Print accuracy over all inputs that questions were asked with, by what they require and by stratum."""
+    from rich.table import Table
+
+    table = Table(title="Over all inputs, by required tag and stratum", title_justify="left")
+    for name in ("required", "accuracy", "from", "to", "rows"):
+        table.add_column(name, justify="left" if name == "required" else "right")
+
+    def add(name: str, estimate: Mapping[str, Any]) -> None:
+        table.add_row(name, *(_plain(estimate[end]) for end in ("value", "low", "high", "count")))
+
+    for tag, estimate in found["per_tag"].items():
+        add(tag, estimate)
+    table.add_section()
+    add("all", found["sample_mean"])
+    table.add_section()
+    for stratum, estimate in found["per_stratum"].items():
+        add(stratum, estimate)
+    console.print(table)
 
 
 def _plain(value: float | int | None) -> str:

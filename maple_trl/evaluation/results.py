@@ -18,7 +18,7 @@ from maple_trl.files import as_json
 from maple_trl.metrics.accuracy import fused_samples, pass_at_k_interval, superset_scores, tag_accuracies
 from maple_trl.metrics.gaps import WEIGHTINGS, modality_gap_intervals, tag_disparity
 from maple_trl.metrics.intervals import UndefinedMetricError, bootstrap_mean
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import STRATA, ModalityTag
 
 
 # A medium's place in a prompt as plain text.
@@ -338,21 +338,34 @@ def _superset_macro(by_access: Mapping[str, Mapping[int, _Question]], options: M
 
 
 def _over_inputs(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return accuracy by required tag over all inputs, also without a signal (MAPLE, arXiv 2602.11596, table 4)."""
+    """Return accuracy by required tag and by stratum over all inputs, also without a signal (MAPLE, 2602.11596, table 4)."""
     by_question = _by_input(by_access)
     if all(len(by_input) == 1 for by_input in by_question.values()):
         raise UndefinedMetricError("No question was asked with several inputs")
     # Questions without a clip share their fate with themselves under another input.
     asked = [
-        (_mean_of(rows), tag, rows[0].clip or (name, tag))
+        (_mean_of(rows), tag, rows[0].clip or (name, tag), tag and ModalityTag(tag).stratum_of(ModalityTag(fed)))
         for (name, tag), by_input in by_question.items()
-        for rows in by_input.values()
+        for fed, rows in by_input.items()
     ]
-    scores, tags, clips = zip(*asked, strict=True)
+    scores, tags, clips, strata = zip(*asked, strict=True)
     found = tag_accuracies(scores, tags, **options, clusters=clips)
+    by_stratum = {stratum: [i for i, own in enumerate(strata) if own == stratum] for stratum in STRATA}
     return {
         "sample_mean": asdict(found.sample_mean),
         "per_tag": {tag: asdict(estimate) for tag, estimate in found.per_tag.items()},
+        "per_stratum": {
+            stratum: asdict(
+                bootstrap_mean(
+                    [scores[i] for i in places],
+                    [tags[i] for i in places],
+                    **options,
+                    clusters=[clips[i] for i in places],
+                )
+            )
+            for stratum, places in by_stratum.items()
+            if places
+        },
     }
 
 
