@@ -67,6 +67,7 @@ def example(action):
     if kind in ("dict", "_json_object") or action.dest == "dataset_filter":
         return {"tag": ["V"]}, '{"tag": ["V"]}'
     number = {"confidence": 0.5, "top_p": 0.5, "min_p": 0.5, "max_failures": 0.5, "temperature": 0.5}
+    number |= {"keep_above": 0.5, "keep_at_most": 0.5}
     number |= {"max_pixels": 200704, "min_pixels": 784, "media_worker_bytes": 1 << 29}
     value = number.get(action.dest, 18) if kind in ("int", "float") else "x"
     return value, str(value)
