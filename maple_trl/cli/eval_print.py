@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _SHOWN = 10  # rows with errors that are printed
 _CHARACTERS = 300  # of what is said of one
@@ -41,13 +44,13 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         add(name, lambda found, name=name: found["counts"][name])
     add("clips", lambda found: found["accuracy"].get("sample_mean", {}).get("clips"))
     console.print(table)
+    if "sample_mean" in result["over_inputs"]:
+        console.print(_table_over_inputs(result))
     macro = result["superset_macro"]
     if "value" in macro and set(macro["inputs"]) != {"1"}:  # of one input each it is the mean of tags
         low, high = (_plain(macro[end]) for end in ("low", "high"))
         text = f"superset macro {macro['value']:.3f} [{low}, {high}]: mean over inputs that contain the tag, then over tags"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    if "per_stratum" in result.get("over_inputs", {}):
-        _print_over_inputs(console, result["over_inputs"])
     if "value" in result["fusion_gain"]:
         console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
     failed: dict[tuple, list[str]] = {}
@@ -64,25 +67,25 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_over_inputs(console: Any, found: Mapping[str, Any]) -> None:
-    """Print accuracy over all inputs that questions were asked with, by what they require and by stratum."""
+def _table_over_inputs(result: Mapping[str, Any]) -> Table:
+    """Return accuracy by required tag over all inputs (MAPLE, arXiv 2602.11596, table 4), and over those of each stratum."""
     from rich.table import Table
 
-    table = Table(title="Over all inputs, by required tag and stratum", title_justify="left")
-    for name in ("required", "accuracy", "from", "to", "rows"):
+    from maple_trl.modalities import STRATA, ModalityTag
+
+    strata = {name: result.get("strata", {}).get(name) for name in STRATA}
+    columns = {"all inputs": result["over_inputs"]} | {name: found for name, found in strata.items() if found}
+    table = Table(title="By required tag, over inputs", title_justify="left")
+    for name in ("required", *columns):
         table.add_column(name, justify="left" if name == "required" else "right")
-
-    def add(name: str, estimate: Mapping[str, Any]) -> None:
-        table.add_row(name, *(_plain(estimate[end]) for end in ("value", "low", "high", "count")))
-
-    for tag, estimate in found["per_tag"].items():
-        add(tag, estimate)
+    for tag in map(str, ModalityTag):
+        if tag in result["over_inputs"]["per_tag"]:
+            values = [found["per_tag"].get(tag, {}).get("value") for found in columns.values()]
+            table.add_row(tag, *map(_plain, values))
     table.add_section()
-    add("all", found["sample_mean"])
-    table.add_section()
-    for stratum, estimate in found["per_stratum"].items():
-        add(stratum, estimate)
-    console.print(table)
+    for name, end in (("all", "value"), ("  from", "low"), ("  to", "high"), ("scored", "count")):
+        table.add_row(name, *(_plain(found["sample_mean"][end]) for found in columns.values()))
+    return table
 
 
 def _plain(value: float | int | None) -> str:

@@ -73,8 +73,8 @@ def evaluation_results(
 
     Returns:
         `accesses`: for each what [`_access_results`] gives; `superset_macro`, `over_inputs` and `fusion_gain`, which rest
-        on several inputs of a question; `errors`: every question that ended so, by
-        name. A value that is undefined is `{"undefined": reason}`.
+        on several inputs of a question; `strata`: accuracies of inputs that are exactly what their question requires, more,
+        or less; `errors`: every question that ended so, by name. A value that is undefined is `{"undefined": reason}`.
     """
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     by_access: dict[str, dict[int, _Question]] = {access: {} for access in accesses}
@@ -121,6 +121,7 @@ def evaluation_results(
             },
             "superset_macro": _or_reason(lambda: _superset_macro(by_access, options)),
             "over_inputs": _or_reason(lambda: _over_inputs(by_access, options)),
+            "strata": _or_reason(lambda: _strata(by_access, options)),
             "fusion_gain": _or_reason(lambda: _fusion_gain(by_access, options)),
             "errors": sorted(errors, key=lambda error: (error["row"], accesses.index(error["access"]))),
         }
@@ -338,35 +339,43 @@ def _superset_macro(by_access: Mapping[str, Mapping[int, _Question]], options: M
 
 
 def _over_inputs(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return accuracy by required tag and by stratum over all inputs, also without a signal (MAPLE, 2602.11596, table 4)."""
+    """Return accuracy by required tag over all inputs, also without a signal (MAPLE, arXiv 2602.11596, table 4)."""
     by_question = _by_input(by_access)
     if all(len(by_input) == 1 for by_input in by_question.values()):
         raise UndefinedMetricError("No question was asked with several inputs")
     # Questions without a clip share their fate with themselves under another input.
     asked = [
-        (_mean_of(rows), tag, rows[0].clip or (name, tag), tag and ModalityTag(tag).stratum_of(ModalityTag(fed)))
+        (_mean_of(rows), tag, rows[0].clip or (name, tag))
         for (name, tag), by_input in by_question.items()
-        for fed, rows in by_input.items()
+        for rows in by_input.values()
     ]
-    scores, tags, clips, strata = zip(*asked, strict=True)
+    scores, tags, clips = zip(*asked, strict=True)
     found = tag_accuracies(scores, tags, **options, clusters=clips)
-    by_stratum = {stratum: [i for i, own in enumerate(strata) if own == stratum] for stratum in STRATA}
     return {
         "sample_mean": asdict(found.sample_mean),
         "per_tag": {tag: asdict(estimate) for tag, estimate in found.per_tag.items()},
-        "per_stratum": {
-            stratum: asdict(
-                bootstrap_mean(
-                    [scores[i] for i in places],
-                    [tags[i] for i in places],
-                    **options,
-                    clusters=[clips[i] for i in places],
-                )
-            )
-            for stratum, places in by_stratum.items()
-            if places
-        },
     }
+
+
+def _strata(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return accuracies, over all and by required tag, of the inputs of each stratum (MAPLE, arXiv 2602.11596, 5.4.1)."""
+    by_stratum: dict[str, list[tuple[float, str, Any]]] = {stratum: [] for stratum in STRATA}
+    for (name, tag), by_input in _by_input(by_access).items():
+        for fed, rows in by_input.items() if tag is not None else ():
+            stratum = ModalityTag(tag).stratum_of(ModalityTag(fed))
+            by_stratum[stratum].append((_mean_of(rows), tag, rows[0].clip or (name, tag)))
+    if sum(map(bool, by_stratum.values())) < 2:
+        raise UndefinedMetricError("No question with a tag was scored with inputs of several strata")
+    found = {}
+    for stratum, asked in by_stratum.items():
+        if asked:
+            scores, tags, clips = zip(*asked, strict=True)
+            accuracies = tag_accuracies(scores, tags, **options, clusters=clips)
+            found[stratum] = {
+                "sample_mean": asdict(accuracies.sample_mean),
+                "per_tag": {tag: asdict(estimate) for tag, estimate in accuracies.per_tag.items()},
+            }
+    return found
 
 
 def _fusion_gain(by_access: Mapping[str, Mapping[int, _Question]], options: Mapping[str, Any]) -> dict[str, Any]:

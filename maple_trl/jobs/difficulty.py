@@ -47,6 +47,7 @@ class DifficultyArguments(EvalArguments):
     keep_at_most: float = field(default=0.75, metadata={"help": "and at most this"})
     shard_rows: int = field(default=50_000, metadata={"help": "rows of a file"})
     # Of an evaluation alone.
+    preset: str | None = field(init=False, default=None)
     max_errors: int = field(init=False, default=0)
     confidence: float = field(init=False, default=0.95)
     report: str | None = field(init=False, default=None)

@@ -1,6 +1,7 @@
 """QA+ of the embedded set on its real path: the command, a step of MAPO on its rows, an evaluation over all inputs."""
 
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -108,16 +109,13 @@ def test_accuracy_by_stratum_and_required_tag_over_all_inputs(tmp_path, capsys):
         kept = [row["replaced"] == "right" for row in asked if kept(row)]
         return sum(kept) / len(kept)
 
-    for stratum in ("exact", "superset", "deficit"):
-        value = found["per_stratum"][stratum]["value"]
+    strata = result_of(tmp_path / "out")["strata"]
+    for stratum, own in strata.items():
+        value = own["sample_mean"]["value"]
         assert value == pytest.approx(share(lambda row, stratum=stratum: row["stratum"] == stratum))
-        assert f"{stratum} " in told and f"{value:.3f}" in told
-    assert found["per_stratum"]["deficit"]["value"] == 1.0 > found["per_stratum"]["superset"]["value"]
-    assert {stratum: estimate["count"] for stratum, estimate in found["per_stratum"].items()} == {
-        "exact": 14,
-        "superset": 24,
-        "deficit": 60,
-    }
+    assert strata["deficit"]["sample_mean"]["value"] == 1.0 > strata["superset"]["sample_mean"]["value"]
+    counts = {stratum: own["sample_mean"]["count"] for stratum, own in strata.items()}
+    assert counts == {"exact": 14, "superset": 24, "deficit": 60}
     for tag in TAGS:
         estimate = found["per_tag"][tag]
         assert estimate["value"] == pytest.approx(share(lambda row, tag=tag: row["required_tag"] == tag))
@@ -125,13 +123,20 @@ def test_accuracy_by_stratum_and_required_tag_over_all_inputs(tmp_path, capsys):
     assert (
         found["sample_mean"]["value"] == pytest.approx(share(lambda row: True)) and found["sample_mean"]["count"] == 98
     )
-    assert "Over all inputs, by required tag and stratum" in told
+    shown = told.split("By required tag, over inputs")[1].split("superset macro")[0]
+    lines = {cells[0]: cells[1:] for cells in (re.findall(r"[\w.]+", line) for line in shown.split("\n")) if cells}
+    assert lines["required"] == ["all", "inputs", "exact", "superset", "deficit"]
+    columns = [found, *strata.values()]
+    assert lines["scored"] == ["98", "14", "24", "60"]
+    for tag in TAGS:
+        values = [column["per_tag"].get(tag, {}).get("value") for column in columns]
+        assert lines[tag] == [f"{value:.3f}" for value in values if value is not None]
 
 
 def test_a_model_in_this_process_over_all_inputs(tmp_path, capsys):
     assert qa_plus(tmp_path / "qa", "--evaluation") == 0
     words = [*MODEL, "--data", tmp_path / "qa", "--media-root", default_folder(), "--samples", "2", "--limit", "14"]
     assert evaluate(*words, "--quiet", "--output", tmp_path / "out") == 0
-    found = result_of(tmp_path / "out")["over_inputs"]
-    assert sum(estimate["count"] for estimate in found["per_stratum"].values()) == 14
-    assert "Over all inputs" in capsys.readouterr().out
+    strata = result_of(tmp_path / "out")["strata"]
+    assert sum(own["sample_mean"]["count"] for own in strata.values()) == 14
+    assert "By required tag, over inputs" in capsys.readouterr().out
