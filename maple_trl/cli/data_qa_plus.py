@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maple_trl.cli.failures import asks_for_help, fail, refuse
@@ -91,7 +92,8 @@ def run_qa_plus(words: Sequence[str]) -> int:
         split = arguments.split or ("test" if options.evaluation else "train")
         named = OmniScriptArguments(dataset_name=places.source, dataset_train_split=split, dataset_test_split=split)
         splits, root = load_datasets(named, arguments.media_root or ".")
-        looked_at = root if arguments.check_files else None
+        local = places.source.startswith("builtin:") or Path(places.source).exists()
+        looked_at = root if arguments.check_files and (local or arguments.media_root) else None
         summary = build_qa_plus(splits[split], places.output, split, options, looked_at, arguments.overwrite)
     except (SetupError, ValueError) as error:
         return refuse("data qa-plus", error)

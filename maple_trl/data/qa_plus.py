@@ -175,6 +175,7 @@ class Plan:
         left_out: Callable[[int, Any, str, str], Any] = lambda *_: None,
     ):
         self.options, self._source, self._style = options, source, options.style
+        self._root = media_root
         self.summary = QAPlusSummary(read=len(source))
         self.features = _features(source.features)
         self._reasons: list[str] = []
@@ -256,8 +257,10 @@ class Plan:
                 rows, tags = rows[taken], tags[taken]
             chosen[rows, tags] = True
         if not chosen.any():
+            where = "" if self._root is None else f"; media were looked for in {self._root}"
             raise QAPlusError(
-                f"no row can be made of {self.summary.questions} questions: {self.summary.not_made}; sizes: {options.sizes}"
+                f"no row can be made of {self.summary.questions} questions: not made: {self.summary.not_made}; sizes: "
+                f"{options.sizes}{where}"
             )
         return chosen
 

@@ -474,7 +474,7 @@ def test_the_command(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "Rows by stratum and input" in told and f"media_root: {tmp_path}" in told
     for more, message in (
-        (["--overwrite"], "no row can be made of 40 questions"),  # there are no clips
+        (["--overwrite"], f"media were looked for in {tmp_path}"),  # there are no clips
         (["--check_files", "false"], "is there already"),
         (["--check_files", "false", "--superset", "999", "--overwrite"], "999 rows are asked for"),
         (["--prompt_stile", "think"], "--prompt_style?"),

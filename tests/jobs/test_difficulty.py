@@ -1,5 +1,6 @@
 """`maple-trl data difficulty`: which rows stay, which leave by which name, and that no answer is asked for twice."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl import cli
+from maple_trl.chat import ChatClient
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.jobs import models
 from maple_trl.jobs.difficulty import Measured, measure, reason_to_drop
 from maple_trl.records.evaluations import LINES
 
@@ -220,6 +223,33 @@ def test_killed_in_the_middle_nothing_is_asked_twice(tmp_path):
     assert not set(before[:-1]) & set(after)
     kept = table_of(tmp_path / "out", "train")
     assert [row["accuracy"] for row in kept] == [place / 8 for place in range(1, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_server_that_fails_in_the_middle(kept, tmp_path, monkeypatch, capsys):
+    """Only the answer that failed is asked for again; the control, without answers of its own, repeats the whole batch."""
+    if not kept:
+        monkeypatch.setattr(
+            models, "ChatClient", lambda options: ChatClient(dataclasses.replace(options, cache_file=None))
+        )
+    write_rows(tmp_path / "rows", 6)
+    failed = []
+
+    def fail(body):
+        if is_question(body) and sum(is_question(call.body) for call in server.calls) == 29 and not failed:
+            failed.append(body)
+            return status(401)
+
+    words = ["--model", "served", "--concurrency", "1", "--batch_size", "2", "--server"]
+    with ChatServer(answers(lambda text: ("A", 3), fail)) as server:
+        assert difficulty(tmp_path / "rows", tmp_path / "out", *words, server.url) == 1
+        assert "the same command goes on from what is answered" in capsys.readouterr().err
+        assert difficulty(tmp_path / "rows", tmp_path / "out", *words, server.url) == 0
+        asked = [json.dumps(call.body) for call in server.calls if is_question(call.body)]
+    twice = {body for body, count in Counter(asked).items() if count > 1}
+    assert len(twice) == (1 if kept else 16) and json.dumps(failed[0]) in twice
+    assert len(asked) == 48 + len(twice)
 
 
 @pytest.mark.slow
