@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,8 @@ COLUMNS = (
 )
 """The columns that are looked at."""
 
-_OPTION_LINES = ("{}. {}", "({}) {}", "{}) {}", "{}: {}")
+_HEADS = tuple([form.format(letter) for letter in ascii_uppercase] for form in ("{}. ", "({}) ", "{}) ", "{}: "))
+"""What stands before an option in each form of its line, by letter."""
 
 
 class NotAnItem(ValueError):
@@ -160,9 +162,9 @@ def _fixed(options: Sequence[str], right: int) -> str | None:
 # Prompts
 
 
-def find_options(prompt: Any, options: Sequence[str]) -> str:
+def find_options(prompt: Any, options: Sequence[str]) -> tuple[str, list[str]]:
     """
-    Return the form of the lines in which a prompt shows the options.
+    Return the lines in which a prompt shows the options, and the heads of lines in their form.
 
     Raises:
         NotAnItem: where it does not show them all, once and in order, each on a line behind its letter.
@@ -170,9 +172,10 @@ def find_options(prompt: Any, options: Sequence[str]) -> str:
     text = _asked(prompt)
     if text is None:
         raise NotAnItem("no prompt", "field 'prompt' has no message of the user that is a text")
-    for form in _OPTION_LINES:
-        if text.count(_lines(form, options)) == 1:
-            return form
+    for heads in _HEADS:
+        lines = _lines(heads, options)
+        if text.count(lines) == 1:
+            return lines, heads
     raise NotAnItem(
         "prompt without options",
         "field 'prompt' does not show the options as lines 'A. text'; name a style in which prompts are written anew",
@@ -181,8 +184,8 @@ def find_options(prompt: Any, options: Sequence[str]) -> str:
 
 def replace_options(prompt: Any, before: Sequence[str], after: Sequence[str]) -> Any:
     """Return a prompt with other options, and all else as it was."""
-    form = find_options(prompt, before)
-    return _with_text(prompt, str(_asked(prompt)).replace(_lines(form, before), _lines(form, after)))
+    lines, heads = find_options(prompt, before)
+    return _with_text(prompt, str(_asked(prompt)).replace(lines, _lines(heads, after)))
 
 
 def write_prompt(prompt: Any, question: str, options: Sequence[str], style: PromptStyle) -> Any:
@@ -190,15 +193,17 @@ def write_prompt(prompt: Any, question: str, options: Sequence[str], style: Prom
     return _with_text(prompt, style.render(question, options, "option"))
 
 
-def _lines(form: str, options: Sequence[str]) -> str:
-    return "\n".join(form.format(letter, text) for letter, text in zip(ascii_uppercase, options, strict=False))
+def _lines(heads: Sequence[str], options: Sequence[str]) -> str:
+    return "\n".join(map(operator.add, heads, options))
 
 
 def _last_of_user(prompt: Any) -> int | None:
     if not isinstance(prompt, list):
         return None
-    places = [i for i, message in enumerate(prompt) if isinstance(message, Mapping) and message.get("role") == "user"]
-    return places[-1] if places else None
+    for place in range(len(prompt) - 1, -1, -1):
+        if isinstance(prompt[place], Mapping) and prompt[place].get("role") == "user":
+            return place
+    return None
 
 
 def _asked(prompt: Any) -> str | None:
