@@ -145,7 +145,8 @@ class _Draws:
     right: NDArray[np.uint8]  # (n,) place of the right option
     signals: NDArray[np.uint8]  # (n,) bits of those that the row has
     fixed: NDArray[np.uint8]  # (n,) 0, or 1 + the number of the reason why no option can be replaced
-    order: NDArray[np.uint64]  # (n, 8) digest of the id by input: which are taken; the last names the id
+    picks: NDArray[np.uint64]  # (n, 3) digest of the id by stratum: which questions are taken
+    order: NDArray[np.uint64]  # (n, 8) by input: which inputs of a question are taken; the last names the id
     swaps: NDArray[np.uint64]  # (n, 8) likewise: in which of them an option is replaced
 
 
@@ -193,7 +194,8 @@ class Plan:
     def _read(self, files: Files, left_out: Callable[[int, Any, str, str], Any]) -> _Draws:
         n = len(self._source)
         numbers = [np.full(n, value, np.uint8) for value in (_UNUSED, 0, 0, 0)]
-        draws = _Draws(*numbers, order=np.zeros((n, 8), np.uint64), swaps=np.zeros((n, 8), np.uint64))
+        picks, order, swaps = (np.zeros((n, width), np.uint64) for width in (len(STRATA), 8, 8))
+        draws = _Draws(*numbers, picks, order, swaps)
         places = {tag: place for place, tag in enumerate(_TAGS)}
         bits = dict(zip(["", *_TAGS], [0, *map(int, _BITS)], strict=True))
         reasons: dict[str, int] = {}
@@ -209,6 +211,7 @@ class Plan:
             if item.fixed is not None:
                 draws.fixed[place] = reasons.setdefault(item.fixed, len(reasons)) + 1
                 left_out(place, item.name, item.fixed, "no option of it is replaced, and it has no deficit row")
+            draws.picks[place] = _keys(self.options.seed, "picks", item.name)[: len(STRATA)]
             draws.order[place] = _keys(self.options.seed, "order", item.name)
             draws.swaps[place] = _keys(self.options.seed, "swaps", item.name)
         self._reasons = list(reasons)
@@ -266,7 +269,9 @@ class Plan:
 
     def _taken(self, stratum: str, rows: NDArray[Any], tags: NDArray[Any]) -> NDArray[Any]:
         """Return which of the possible rows of a stratum are made: first one of each question, in the order of digests."""
-        keys, names = self._draws.order[rows, tags], self._draws.order[rows, 7]
+        # Not by the inputs' own digests: the least of six is less than the least of three.
+        picks, names = self._draws.picks[rows, STRATA.index(stratum)], self._draws.order[rows, 7]
+        keys = self._draws.order[rows, tags]
         by_question = np.lexsort((keys, rows))
         starts = np.flatnonzero(np.diff(rows[by_question], prepend=-1))
         turn = np.empty(len(rows), np.int64)
@@ -279,7 +284,7 @@ class Plan:
                 f"{stratum}: {wanted} rows are asked for, and {len(rows)} can be made of "
                 f"{self.summary.questions} questions; not made: {self.summary.not_made.get(stratum, {})}"
             )
-        return np.lexsort((names, keys, turn))[:wanted]
+        return np.lexsort((names, picks, turn))[:wanted]
 
     def _note_lacking(self, used: NDArray[Any], has: NDArray[Any], fits: NDArray[Any]) -> None:
         """Count what a stratum does without, by reason; of an evaluation by input."""

@@ -183,6 +183,13 @@ def test_sizes_are_kept_and_second_inputs_come_after_all_first_ones():
     assert {row["stratum"] for row in only} == {"deficit"}
 
 
+def test_questions_with_more_inputs_are_not_preferred():
+    """A question of VAS has six deficient inputs, one of V has three; half of them are taken, of each the same share."""
+    rows = [question(f"q{i}", "VAS" if i % 2 else "V") for i in range(2000)]
+    made, _ = made_of(rows, exact=0, superset=0, deficit=1000)
+    assert abs(sum(row["required_tag"] == "VAS" for row in made) - 500) < 60
+
+
 @pytest.mark.slow
 def test_published_sizes():
     """Of 47 893 questions 47 893 + 31 635 + 23 737 rows (B.2), a quarter of each replaced; of 4 864 questions 34 048."""
