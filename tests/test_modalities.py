@@ -38,6 +38,8 @@ def test_relations_follow_set_inclusion():
     for tag, other in itertools.product(ModalityTag, ModalityTag):
         assert (other in tag.supersets()) == (set(other.value) > set(tag.value))
         assert (other in tag.deficits()) == (not set(tag.value) <= set(other.value))
+        stratum = "exact" if other is tag else "superset" if other in tag.supersets() else "deficit"
+        assert tag.stratum_of(other) == stratum
 
 
 def test_families():

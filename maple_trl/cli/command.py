@@ -13,8 +13,10 @@ from typing import Any
 
 from maple_trl import Registry
 from maple_trl.cli.data_convert import run_convert
+from maple_trl.cli.data_difficulty import run_difficulty
 from maple_trl.cli.data_hints import run_hints
 from maple_trl.cli.data_push import run_push
+from maple_trl.cli.data_qa_plus import run_qa_plus
 from maple_trl.cli.data_validate import run_validate
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
@@ -42,9 +44,11 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 
 _DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "convert": ("make rows of a published set", run_convert),
-    "hints": ("let a teacher model write a hint for each row", run_hints),
-    "push": ("upload shards to the Hub, with a card", run_push),
     "validate": ("check tables of rows", run_validate),
+    "hints": ("let a teacher model write a hint for each row", run_hints),
+    "qa-plus": ("ask questions with more signals too, and with fewer", run_qa_plus),
+    "difficulty": ("keep the rows that a model solves sometimes", run_difficulty),
+    "push": ("upload shards to the Hub, with a card", run_push),
 }
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "eval": ("measure a model on a data set or benchmark, per tag and per choice of signals", run_eval),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _SHOWN = 10  # rows with errors that are printed
 _CHARACTERS = 300  # of what is said of one
@@ -41,6 +44,8 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         add(name, lambda found, name=name: found["counts"][name])
     add("clips", lambda found: found["accuracy"].get("sample_mean", {}).get("clips"))
     console.print(table)
+    if "sample_mean" in result["over_inputs"]:
+        console.print(_table_over_inputs(result))
     macro = result["superset_macro"]
     if "value" in macro and set(macro["inputs"]) != {"1"}:  # of one input each it is the mean of tags
         low, high = (_plain(macro[end]) for end in ("low", "high"))
@@ -61,6 +66,27 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     if result["left_out"]:
         console.print(f"{len(result['left_out'])} questions were left out; result.json names them", highlight=False)
     console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _table_over_inputs(result: Mapping[str, Any]) -> Table:
+    """Return accuracy by required tag over all inputs (MAPLE, arXiv 2602.11596, table 4), and over those of each stratum."""
+    from rich.table import Table
+
+    from maple_trl.modalities import STRATA, ModalityTag
+
+    strata = {name: result.get("strata", {}).get(name) for name in STRATA}
+    columns = {"all inputs": result["over_inputs"]} | {name: found for name, found in strata.items() if found}
+    table = Table(title="By required tag, over inputs", title_justify="left")
+    for name in ("required", *columns):
+        table.add_column(name, justify="left" if name == "required" else "right")
+    for tag in map(str, ModalityTag):
+        if tag in result["over_inputs"]["per_tag"]:
+            values = [found["per_tag"].get(tag, {}).get("value") for found in columns.values()]
+            table.add_row(tag, *map(_plain, values))
+    table.add_section()
+    for name, end in (("all", "value"), ("  from", "low"), ("  to", "high"), ("scored", "count")):
+        table.add_row(name, *(_plain(found["sample_mean"][end]) for found in columns.values()))
+    return table
 
 
 def _plain(value: float | int | None) -> str:

@@ -163,8 +163,13 @@ class EvalArguments:
 
 @dataclass
 class EvalJob(EvalArguments):
-    """An evaluation: its arguments, how questions are asked, and what rows are fed."""
+    """
+    An evaluation: its arguments, how questions are asked, and what rows are fed.
+
+    `answer_cache` is a file that keeps the answers of a server one by one, and not only with their batch.
+    """
 
     options: EvalOptions = field(default_factory=EvalOptions)
     set_by_preset: dict[str, Any] = field(default_factory=dict)
     media: EvalMedia = field(default_factory=EvalMedia)
+    answer_cache: str | None = None

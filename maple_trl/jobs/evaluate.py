@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -215,12 +216,14 @@ class Questions:
         media_root: the folder below which their media lie.
         described: where they come from, as JSON values.
         left_out: questions of a benchmark that did not become rows, each with `name`, `cause` and `reason`.
+        dataset: the rows as a table, with the types of their columns.
     """
 
     rows: list[dict[str, Any]]
     media_root: str
     described: dict[str, Any]
     left_out: list[dict[str, str]] = field(default_factory=list)
+    dataset: Dataset | None = None
 
 
 def load_questions(job: EvalJob) -> Questions:
@@ -266,10 +269,11 @@ def load_questions(job: EvalJob) -> Questions:
         dataset = without_pictures(dataset, name)
     except ValueError as error:
         raise SetupError(str(error)) from error
-    rows = dataset.select(range(min(job.limit or len(dataset), len(dataset)))).to_list()
+    dataset = dataset.select(range(min(job.limit or len(dataset), len(dataset))))
+    rows = dataset.to_list()
     source = {"name": job.dataset_name, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit}
     described = source | described
-    return Questions(rows, root, described | {"rows": len(rows), "sha256": rows_digest(rows)}, left_out)
+    return Questions(rows, root, described | {"rows": len(rows), "sha256": rows_digest(rows)}, left_out, dataset)
 
 
 def _load_split(data: str, split: str, root: str):

@@ -108,7 +108,7 @@ class ServedModel:
                 timeout=job.timeout,
             )
             self.info = inspect_server(self.options)
-            self.client = ChatClient(self.options)
+            self.client = ChatClient(dataclasses.replace(self.options, cache_file=job.answer_cache))
         except EvaluationError:
             raise
         except ImportError as error:

@@ -59,6 +59,8 @@ LIGHT = {
     "env --help": ("usage: maple-trl", {"av"}),
     "env": ("maple-trl env --imports", set()),
     "env --json": ('"imports": false', set()),
+    "data qa-plus --help": ("usage: maple-trl data qa-plus", {"av"}),
+    "data difficulty --help": ("usage: maple-trl data difficulty", {"av"}),
     "plan --help": ("usage: maple-trl plan", {"av"}),
     "plan --model Qwen/Qwen2.5-Omni-3B --json": ('"verdict"', {"av"}),
     "plan --model Qwen/Qwen2.5-Omni-3B --gpu H300": ("gpu 'H300' is not known; did you mean H800?", {"av"}),

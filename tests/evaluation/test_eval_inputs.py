@@ -70,6 +70,10 @@ def test_of_a_question_over_the_inputs_that_hold_its_tag_then_of_the_tags():
     assert inputs["per_tag"]["V"]["value"] == pytest.approx((1 + 0 + 0.5 + 0 + 1) / 5)
     assert inputs["per_tag"]["AS"]["value"] == pytest.approx((0.2 + 0.6 + 1) / 3)
     assert inputs["sample_mean"]["value"] == pytest.approx((2.5 + 1.8) / 8)
+    means = {"exact": (2.2 / 3, 3), "superset": (1.1 / 3, 3), "deficit": (0.5, 2)}
+    for stratum, own in found["strata"].items():
+        assert (own["sample_mean"]["value"], own["sample_mean"]["count"]) == pytest.approx(means.pop(stratum))
+    assert not means and found["strata"]["deficit"]["per_tag"]["AS"]["value"] == 1.0
     # By access, a tag is what the questions require and not what they were fed.
     assert found["accesses"]["VAS"]["accuracy"]["per_tag"]["V"]["value"] == 0.0
     assert found["accesses"]["V"]["accuracy"]["per_tag"]["AS"]["value"] == 1.0
@@ -119,7 +123,7 @@ def test_asked_with_its_own_signals_alone_it_is_the_mean_of_tags():
     rows = [{"tag": tag, "fed": tag, "score": score} for tag, score in (("V", 1.0), ("V", 0.0), ("VA", 1.0))]
     found = results(rows)
     assert found["superset_macro"]["value"] == found["accesses"]["required"]["accuracy"]["tag_mean"]["value"] == 0.75
-    assert "several inputs" in found["over_inputs"]["undefined"]
+    assert "several inputs" in found["over_inputs"]["undefined"] and "several strata" in found["strata"]["undefined"]
 
 
 def test_the_same_input_under_two_accesses_counts_once():

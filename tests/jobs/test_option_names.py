@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from maple_trl.cli.data_hints import HintArguments
+from maple_trl.cli.data_qa_plus import QAPlusArguments
 from maple_trl.cli.eval import read_job
 from maple_trl.cli.report import ReportArguments
 from maple_trl.evaluation.options import EvalOptions
+from maple_trl.jobs.difficulty import DifficultyArguments, DifficultyOptions
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.eval_job import EvalArguments, EvalMedia
 from maple_trl.jobs.options import OmniScriptArguments, OptionParser, option_keys, read_options, take_option
@@ -18,6 +20,8 @@ COMMANDS = {
     "train": [OmniScriptArguments],
     "eval": [EvalArguments, EvalOptions, EvalMedia],
     "data hints": [HintArguments],
+    "data qa-plus": [QAPlusArguments],
+    "data difficulty": [DifficultyArguments, DifficultyOptions, EvalMedia],
     "report": [ReportArguments],
 }
 # What files and command lines said before there was one vocabulary.
@@ -33,6 +37,8 @@ FORMER = {
         "judge": "reward_funcs",
     },
     "data hints": {"input": "dataset_name"},
+    "data qa-plus": {},
+    "data difficulty": {},
     "report": {},
 }
 # TRL's names of what is called otherwise here, in Python and in results.
@@ -61,6 +67,7 @@ def example(action):
     if kind in ("dict", "_json_object") or action.dest == "dataset_filter":
         return {"tag": ["V"]}, '{"tag": ["V"]}'
     number = {"confidence": 0.5, "top_p": 0.5, "min_p": 0.5, "max_failures": 0.5, "temperature": 0.5}
+    number |= {"keep_above": 0.5, "keep_at_most": 0.5}
     number |= {"max_pixels": 200704, "min_pixels": 784, "media_worker_bytes": 1 << 29}
     value = number.get(action.dest, 18) if kind in ("int", "float") else "x"
     return value, str(value)
