@@ -94,6 +94,7 @@ class BaseEvaluator(ABC):
     ):
         self.family = builder.family
         self.loader = builder.loader
+        self.template = builder.template
         self.rows = rows
         self.score, self.extract = score, extract
         self.options = options
@@ -128,7 +129,8 @@ class BaseEvaluator(ABC):
         lines = {number: [found[number]] for number in batch.rows if number not in answers}
         lines |= {number: [given] for number, given in answers.items() if isinstance(given, dict)}
         samples = [(n, i, answer) for n in answers if n not in lines for i, answer in enumerate(answers[n])]
-        scores, extra = self._scores([(n, answer) for n, _, answer in samples], [found[n].key for n, *_ in samples])
+        groups = [found[n].key for n, *_ in samples]
+        scores, extra = self._scores([(n, answer) for n, _, answer in samples], groups, batch.access)
         read = {number: self._read(found[number]) for number in answers if number not in lines}
         for (number, sample, answer), score, noted in zip(samples, scores, extra, strict=True):
             line = self._line(
@@ -178,10 +180,17 @@ class BaseEvaluator(ABC):
         return [Batch(i, access, rows) for i, (_, _, access, rows) in enumerate(sorted(chunks))], skipped
 
     def _fed(self, number: int, access: str) -> tuple[PromptBuilder, Row]:
-        """Return the builder and the row that feed a row what an access says."""
+        """
+        Return the builder and the row that feed a row what an access says, and ask what that is asked.
+
+        Raises:
+            RowError: when it cannot be asked.
+        """
         if access in (REQUIRED, ALL):
-            return self._builders[access], self.rows[number]
-        return self._builders[REQUIRED], {**self.rows[number], "tag": access}
+            builder, row = self._builders[access], self.rows[number]
+        else:
+            builder, row = self._builders[REQUIRED], {**self.rows[number], "tag": access}
+        return builder, builder.asked(row) if builder.rewords else row
 
     def _spec(self, number: int, access: str):
         builder, row = self._fed(number, access)
@@ -192,7 +201,7 @@ class BaseEvaluator(ABC):
         row = self.rows[number]
         for tag in (None, "V", "A", "S"):
             try:
-                self._builders[REQUIRED].spec({**row, "tag": tag})
+                self._builders[REQUIRED].spec(self._builders[REQUIRED].asked({**row, "tag": tag}))
                 return True
             except RowError:
                 continue
@@ -234,12 +243,13 @@ class BaseEvaluator(ABC):
         }
 
     def _scores(
-        self, asked: list[tuple[int, Answer]], groups: list[str]
+        self, asked: list[tuple[int, Answer]], groups: list[str], access: str
     ) -> tuple[list[float | None], list[str | None]]:
         """Return a score for each sample, and what the scoring function noted about it, as JSON."""
         if not asked:
             return [], []
-        rows = [self.rows[number] for number, _ in asked]
+        # What a judge is told is what was asked; the other columns are the row's own.
+        rows = [{**self.rows[number], "prompt": self._fed(number, access)[1]["prompt"]} for number, _ in asked]
         columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
         messages = [
             answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]

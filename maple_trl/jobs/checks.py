@@ -63,6 +63,7 @@ def check_rows(
     try:
         if script_args.trainer not in SUPERVISED:
             check_rewards(rewards, columns, name)
+            training_args.check_answer_form(rewards, columns)
     except (RewardError, ValueError) as error:
         raise SetupError(str(error)) from error
     if script_args.trainer in SUPERVISED and "completion" not in columns:
@@ -107,6 +108,7 @@ def check_model(
     from maple_trl.omni.families import family_class
     from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
     from maple_trl.omni.prompt import check_template
+    from maple_trl.trainers.common.rows import asked_rows
 
     if not model_args.model_name_or_path:
         raise SetupError("model_name_or_path is missing; for a first run: builtin:tiny-omni")
@@ -138,7 +140,9 @@ def check_model(
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
         try:
-            check_template(_prompt_builder(stand_in, training_args), train["prompt"], train)
+            builder = _prompt_builder(stand_in, training_args)
+            train = asked_rows(train, builder, "train_dataset")
+            check_template(builder, train["prompt"], train)
         except ValueError as error:
             raise SetupError(f"train_dataset, {error}") from error
 
@@ -150,11 +154,14 @@ def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig)
 
 def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
     from maple_trl.trainers.common.quarantine import RowRegistry, write_quarantine
+    from maple_trl.trainers.common.rows import asked_rows
     from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
     try:
         probe = "paths" if args.media_check == "probe" else False
-        registry = RowRegistry(train, _prompt_builder(family, args), probe=probe, progress=False)
+        builder = _prompt_builder(family, args)
+        asked = asked_rows(train, builder, "train_dataset")
+        registry = RowRegistry(asked, builder, probe=probe, progress=False)
     except ValueError as error:
         raise SetupError(str(error)) from error
     problem = registry.too_many(args.max_quarantined_share)

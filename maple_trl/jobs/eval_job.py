@@ -79,7 +79,8 @@ class EvalArguments:
     prompt_style: str = field(
         default="think",
         metadata={
-            "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that"
+            "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that; "
+            "prompt_template wins over it"
         },
     )
     missing_media: str = field(

@@ -46,6 +46,10 @@ class Scoring:
         entry = _entry(job)
         media = dataclasses.replace(job.media, media_root=media_root)
         (self.function,) = load_rewards([entry], media, place="--judge")
+        try:
+            job.media.check_answer_form([self.function])
+        except ValueError as error:
+            raise SetupError(str(error)) from error
         self.described: dict[str, Any] = describe_function(self.function)
         self._judge = inner_judge(self.function)
         self.extract = getattr(self.function, "extract", extract_answer)
@@ -66,6 +70,18 @@ class Scoring:
         close_rewards([self.function])
 
 
+def _answer_format(job: EvalJob) -> str | None:
+    """Return the form in which the questions ask for answers; `None` where nothing says it."""
+    template = job.media.template()
+    if template is not None:
+        return template.answer_format
+    return None if job.benchmark is None else prompt_style(job.prompt_style).answer_format
+
+
+def _in_form(reward: str, answer_format: str | None) -> str | dict[str, Any]:
+    return reward if answer_format in (None, "tags") else {"reward": reward, "answer_format": answer_format}
+
+
 def _entry(job: EvalJob) -> str | dict[str, Any]:
     """Return the judge as an entry of a training job's `rewards`; its server's answers are kept with the results."""
     (entry,) = job.reward_funcs
@@ -74,9 +90,8 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
             entry = json.loads(entry)
         except ValueError as error:
             raise SetupError(f"--judge is no JSON object: {error}") from error
-    if entry == "accuracy_reward" and job.benchmark is not None:
-        answer_format = prompt_style(job.prompt_style).answer_format
-        entry = entry if answer_format == "tags" else {"reward": entry, "answer_format": answer_format}
+    if entry == "accuracy_reward":
+        entry = _in_form(entry, _answer_format(job))
     if job.judge_model is not None or job.judge_server is not None:
         if entry not in JUDGES or job.judge_model is None:
             raise SetupError(
