@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -315,7 +316,7 @@ def test_a_tiny_evaluation_runs(tmp_path):
     words = ["--config", RECIPES / "tiny" / "eval" / "zero_shot.yaml", "--output", tmp_path, "--limit", 7, "--quiet"]
     assert cli.main(["eval", *map(str, words)]) == 0
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    assert result["accesses"]["required"]["counts"]["scored"] == 7 * 5
+    assert result["accesses"]["required"]["counts"]["scored"] == 7 and result["asking"]["samples"] == 5
 
 
 # MAPLE and AVATAR in one run
@@ -602,9 +603,19 @@ def test_a_tiny_recipe_runs(name, tmp_path):
     words += ["--num_generations", 4, "--save_strategy", "no"]
     if name == "caption_best":
         words += ["--zero_shot_questions", 2]
+    if name == "caption_crw":
+        words += ["--dataset_filter", '{"tag": ["VAS"]}']
     assert cli.main(["train", *map(str, words)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 2 and (tmp_path / "model.safetensors").is_file()
+    fed = {(line["rollout"], line["tag"]) for line in pq.read_table(tmp_path / "rollouts").to_pylist()}
+    mixed = len(fed) > len({rollout for rollout, _ in fed})
+    assert mixed == (name in ("mupo", "algorithm1"))
+    if name == "caption_mupo":
+        assert {tag for _, tag in fed} == {"VAS"}
+    if name == "caption_crw":
+        logged = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        assert any("tag/all/accuracy_reward_crw/similarity" in entry for entry in logged)
 
 
 def test_the_example_trains_and_tells(tmp_path, monkeypatch, capsys):

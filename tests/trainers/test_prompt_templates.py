@@ -49,13 +49,16 @@ def expected():
     return {tag: text.replace(SPOKEN, SPOKEN + ".") for tag, text in CAPTION.items()}
 
 
-class Seeing(OmniGRPOTrainer):
+class Watching:
     """Keeps what is encoded."""
 
     def encode_rows(self, rows):
         rows, prompts = super().encode_rows(rows)
         self.seen = getattr(self, "seen", []) + list(zip(rows, prompts, strict=True))
         return rows, prompts
+
+
+class Seeing(Watching, OmniGRPOTrainer): ...
 
 
 def spelled(family, prompt):
@@ -161,8 +164,7 @@ def test_supervised_rows_are_asked_too(seven, expected):
     options |= {"output_dir": tempfile.mkdtemp(), "media_root": str(folder), "prompt_template": "maple-caption"}
     options |= {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 1}
 
-    class SeeingSFT(OmniSFTTrainer):
-        encode_rows = Seeing.encode_rows
+    class SeeingSFT(Watching, OmniSFTTrainer): ...
 
     model, processor = build_tiny("qwen2_5_omni")
     trainer = SeeingSFT(model, OmniSFTConfig(**options), train_dataset=rows, processing_class=processor)
@@ -198,7 +200,7 @@ def test_hints_follow_the_made_prompt_and_memory_knows_the_prompt(tmp_path):
     rows = Dataset.from_list([dict(row, question=f"Q{i}?", hint="zebra") for i, row in enumerate(WORDS)])
     seen = defaultdict(list)
 
-    class Watching(AvatarTrainer):
+    class Hinting(AvatarTrainer):
         def _encode_hinted(self, row, key):
             prompt = super()._encode_hinted(row, key)
             seen[row["question"]].append(spelled(self.family, prompt)[-1][1])
@@ -206,9 +208,9 @@ def test_hints_follow_the_made_prompt_and_memory_knows_the_prompt(tmp_path):
 
     model, processor = build_tiny("qwen2_5_omni")
     options = DEFAULTS | {"output_dir": str(tmp_path), "prompt_template": "Say. {question} {subtitle}"}
-    options |= {"replayed_generations": 2, "hints": True, "hint_visits": 1, "hint_max_kl": 100.0, "max_steps": 24}
+    options |= {"replayed_generations": 2, "hints": True, "hint_visits": 1, "hint_max_kl": 100.0, "max_steps": 8}
     options |= {"learning_rate": 0.0, "hint_template": " Hint: {hint}", "replay_scope": "tiers"}
-    trainer = Watching(
+    trainer = Hinting(
         model,
         [AlwaysWrong()],
         AvatarConfig(**options),
