@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from maple_trl.data.benchmarks.prompts import PROMPT_STYLES, PromptStyle
+from maple_trl.data.benchmarks.prompts import ANSWER_KINDS, PROMPT_STYLES, PromptStyle
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.errors import RowError
 from maple_trl.omni.templates import Asking, PromptTemplate
@@ -91,7 +91,10 @@ class StyledTemplate:
             )
         if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
             raise RowError(f"prompt_template {self.style.name} needs texts in column 'options', got {options!r:.60}")
-        return self.style.render(question, options, "option" if options else "text")
+        kind = row.get("answer_kind")  # a column of benchmarks
+        if kind not in ANSWER_KINDS:
+            kind = "option" if options else "text"
+        return self.style.render(question, options, kind)
 
 
 PROMPT_TEMPLATES: Mapping[str, Asking] = MappingProxyType(

@@ -171,6 +171,8 @@ def _value(row: Mapping[str, Any], name: str, said: str, fed: ModalityTag | None
     if name == OPTIONS and isinstance(value, list | tuple):
         if not value or not all(isinstance(option, str) for option in value):
             raise RowError(f"prompt_template names {{options}}, and column 'options' is {value!r:.100}, not texts")
+        if len(value) > len(ascii_uppercase):
+            raise RowError(f"column 'options' holds {len(value)} texts, and there are {len(ascii_uppercase)} letters")
         return "\n".join(option_lines(value))
     if value is None or value == "":
         raise RowError(f"prompt_template names {{{name}}}, and column {name!r} is empty in this row")

@@ -97,7 +97,8 @@ def test_the_two_sets_have_seven_texts_for_captions_and_two_for_questions():
 @pytest.mark.parametrize("name", PROMPT_STYLES)
 def test_the_styles_of_benchmarks_are_templates_too(folder, name):
     build = builder(folder, name)
-    for row, kind in ((ROW, "option"), (ROW | {"options": None}, "text"), (ROW | {"options": []}, "text")):
+    rows = [(ROW, "option"), (ROW | {"options": None}, "text"), (ROW | {"options": []}, "text")]
+    for row, kind in [*rows, (ROW | {"options": [], "answer_kind": "yes_no"}, "yes_no")]:
         expected = PROMPT_STYLES[name].render(row["question"], row["options"] or [], kind)
         (message,) = build.asked(row)["prompt"]
         assert message == {"role": "user", "content": expected}
@@ -195,6 +196,7 @@ def test_the_chat_template_is_checked_with_the_made_prompt(folder):
         ("{question}", {"question": True}, r"column 'question' holds bool"),
         ("{options}", {"options": []}, r"column 'options' is \[\], not texts"),
         ("{options}", {"options": None}, r"column 'options' is empty"),
+        ("{options}", {"options": ["x"] * 27}, r"column 'options' holds 27 texts, and there are 26 letters"),
         ("{options}", {"options": [1, 2]}, r"column 'options' is \[1, 2\], not texts"),
         ("x {subtitle}", {}, r"names \{subtitle\} for a row that is fed V, which has none; give texts by tag"),
         ({"A": "x", "VAS": "y"}, {}, r"no text for rows that are fed V, nor one under 'default'; it has A, VAS"),

@@ -317,6 +317,8 @@ def test_an_evaluation_asks_what_training_asks(seven, expected, tmp_path):
     assert len(asked) == 7 and {line["id"]: line["prompt"] for line in lines} == asked
     told = result_of(tmp_path / "eval")
     assert told["prompt"]["template"]["name"] == "maple-caption" and told["media"]["system_prompt"] == SYSTEM
+    again = [SYSTEM + "!" if word == SYSTEM else word for word in words]
+    assert evaluate(*again, "--output", tmp_path / "eval") == 2  # another evaluation
     # Of another choice of signals the text for these.
     assert evaluate(*words, "--output", tmp_path / "seen", "--access", "V,VAS") == 0
     by_access = {line["access"]: line["prompt"] for line in lines_of(tmp_path / "seen")}
