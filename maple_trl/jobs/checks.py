@@ -108,7 +108,6 @@ def check_model(
     from maple_trl.omni.families import family_class
     from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
     from maple_trl.omni.prompt import check_template
-    from maple_trl.trainers.common.rows import asked_rows
 
     if not model_args.model_name_or_path:
         raise SetupError("model_name_or_path is missing; for a first run: builtin:tiny-omni")
@@ -132,7 +131,7 @@ def check_model(
                 raise SetupError(str(error)) from error
         # What a row is fed is decided by facts of the class: no model is needed for that.
         stand_in = family.__new__(family)
-        _check_prompts(stand_in, training_args, train)
+        asked = _check_prompts(stand_in, training_args, train)
         beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
         try:
             stand_in.processor = load_processor(folder if beside else name, **options)
@@ -140,9 +139,7 @@ def check_model(
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
         try:
-            builder = _prompt_builder(stand_in, training_args)
-            train = asked_rows(train, builder, "train_dataset")
-            check_template(builder, train["prompt"], train)
+            check_template(_prompt_builder(stand_in, training_args), asked["prompt"], asked)
         except ValueError as error:
             raise SetupError(f"train_dataset, {error}") from error
 
@@ -152,7 +149,8 @@ def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig)
     return args.prompt_builder(family, args.media_loader(backend="pyav"), args.chat_template_kwargs)
 
 
-def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
+def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> Dataset:
+    """Return the rows as they are asked."""
     from maple_trl.trainers.common.quarantine import RowRegistry, write_quarantine
     from maple_trl.trainers.common.rows import asked_rows
     from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
@@ -178,6 +176,7 @@ def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, 
             f"train_dataset has {len(train)} usable rows, but one rollout takes {needed} prompts (generation_batch_size / "
             "num_generations): lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
         )
+    return asked
 
 
 def check_resumed(checkpoint: str | None, model_args: OmniModelConfig) -> None:

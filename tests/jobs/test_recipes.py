@@ -106,8 +106,11 @@ UNAWARE = {"advantage_scope": "group", "batching": "mixed", "loss_strata": "batc
 # Data, which a row may change, and rewards.
 DATA = {"mupo": {"dataset_filter"}, "qa_plus": {"dataset_name"}, "crw": {"reward_funcs"}}
 OF_SET = {
-    "maple_qa": {"temperature": 0.6, "top_p": 0.95, "difficulty": "binary", "num_train_epochs": 2},
-    "maple_caption": {"temperature": 0.7, "top_p": 0.9, "difficulty": "continuous", "num_train_epochs": 5},
+    "maple_qa": {"temperature": 0.6, "top_p": 0.95, "difficulty": "binary", "num_train_epochs": 2}
+    # 256 prompts a rollout and 32 an update on 4 GPUs: see test_batches_are_those_of_the_paper.
+    | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "steps_per_generation": 64},
+    "maple_caption": {"temperature": 0.7, "top_p": 0.9, "difficulty": "continuous", "num_train_epochs": 5}
+    | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16, "steps_per_generation": 16},
 }
 PROMPTS = {"maple_qa": "maple-qa", "maple_caption": "maple-caption"}
 ROWS = [("maple_qa", name) for name in QA] + [("maple_caption", name) for name in CAPTION]
@@ -616,6 +619,47 @@ def test_a_tiny_recipe_runs(name, tmp_path):
     if name == "caption_crw":
         logged = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
         assert any("tag/all/accuracy_reward_crw/similarity" in entry for entry in logged)
+
+
+def test_the_recipes_of_table_4_take_a_set_of_three_strata(tmp_path):
+    """As `maple-trl data qa-plus` makes them: `tag` is what a row is fed, `required_tag` what its question needs."""
+    splits, root = load_datasets(OmniScriptArguments(dataset_name="builtin:seven-tags"))
+    inputs = {"exact": ("VA", "VA"), "superset": ("VA", "VAS"), "deficit": ("VA", "V")}
+    for split, rows in splits.items():
+        questions = [row for row in rows if row["tag"] == "VA"][:4]
+        expanded = [
+            row
+            | {
+                "id": f"{row['id']}-{fed}",
+                "question_id": row["id"],
+                "required_tag": required,
+                "tag": fed,
+                "stratum": name,
+            }
+            for row in questions
+            for name, (required, fed) in inputs.items()
+        ]
+        lines = [json.dumps({name: value for name, value in row.items() if name != "prompt"}) for row in expanded]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    words = ["--config", RECIPES / "tiny" / "qa_plus.yaml", "--dataset_name", tmp_path, "--media_root", root]
+    words += ["--output_dir", tmp_path / "run", "--max_steps", 2, "--use_cpu", "true", "--save_strategy", "no"]
+    words += ["--evaluate_before_after", "false", "--per_device_train_batch_size", 8, "--num_generations", 4]
+    assert cli.main(["train", *map(str, words)]) == 0
+    fed = {line["tag"] for line in pq.read_table(tmp_path / "run" / "rollouts").to_pylist()}
+    assert fed <= {"VA", "VAS", "V"}
+    words = [
+        "--config",
+        RECIPES / "tiny" / "eval" / "qa_plus.yaml",
+        "--data",
+        tmp_path,
+        "--media-root",
+        root,
+        "--quiet",
+    ]
+    words += ["--model", tmp_path / "run", "--output", tmp_path / "eval", "--samples", 1]
+    assert cli.main(["eval", *map(str, words)]) == 0
+    lines = pq.read_table(tmp_path / "eval" / "rows.parquet").to_pylist()
+    assert {(line["tag"], line["fed"]) for line in lines} == {("VA", "VA"), ("VA", "VAS"), ("VA", "V")}
 
 
 def test_the_example_trains_and_tells(tmp_path, monkeypatch, capsys):

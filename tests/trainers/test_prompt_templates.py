@@ -443,10 +443,10 @@ def test_a_text_model_has_no_templates():
 def test_own_system_messages_are_counted(caplog):
     own = {"role": "system", "content": "Mine."}
     rows = [dict(row, prompt=[own, *row["prompt"]]) if i < 2 else row for i, row in enumerate(WORDS)]
-    trainer = build_trainer(".", Dataset.from_list(rows), system_prompt="Ours.")
+    trainer = build_trainer(".", Dataset.from_list(rows), system_prompt="Ours.\nAll of 'ours'.")
     assert "train_dataset: 2 of 12 rows keep a system message of their own" in caplog.text
     systems = [row["prompt"][0]["content"] for row in trainer.train_dataset]
-    assert systems == ["Mine."] * 2 + ["Ours."] * 10
+    assert systems == ["Mine."] * 2 + ["Ours.\nAll of 'ours'."] * 10
 
 
 def test_the_embedded_set_is_asked_what_it_was():

@@ -65,6 +65,7 @@ class RowEncoder:
         dataset = asked_rows(as_paths(dataset), self.builder, name)
         if not isinstance(dataset, Dataset):
             return dataset
+        self._tell_own_system(dataset, name)
         registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
         self.registries[name] = registry
         if self.ranks.rank == 0:
@@ -72,6 +73,14 @@ class RowEncoder:
             if registry.left_out:
                 print(f"{name}: {len(registry.left_out)} of {len(dataset)} rows left out: {registry.summary()}")
         return registry.usable_dataset()
+
+    def _tell_own_system(self, dataset: Dataset, name: str) -> None:
+        """Warn of rows whose own system message stays in the place of `system_prompt`."""
+        if self.builder.system_prompt is None or self.ranks.rank != 0:
+            return
+        own = sum(_text(prompt[0]["content"]) != self.builder.system_prompt for prompt in dataset["prompt"])
+        if own:
+            logger.warning("%s: %d of %d rows keep a system message of their own", name, own, len(dataset))
 
     @property
     def quarantined(self) -> list[QuarantinedPrompt]:
@@ -178,18 +187,18 @@ def asked_rows(dataset: Any, builder: PromptBuilder, name: str) -> Any:
     if not isinstance(dataset, Dataset) or not len(dataset):
         return dataset
     prompts = []
-    own_system = 0
     for i, row in enumerate(dataset):
         try:
             prompts.append(builder.asked(row)["prompt"])
         except RowError as error:
             raise RowError(f"{name}, row {i}: {error}") from error
-        own_system += builder.system_prompt is not None and builder.system_prompt not in str(prompts[-1][0])
-    if own_system:
-        logger.warning("%s: %d of %d rows keep a system message of their own", name, own_system, len(prompts))
     column = Dataset.from_dict({"prompt": prompts}, Features({"prompt": _prompt_feature(dataset.features)}))
     others = [other for other in dataset.column_names if other != "prompt"]
     return concatenate_datasets([dataset.select_columns(others), column], axis=1) if others else column
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(block.get("text") or "" for block in content or ())
 
 
 def _prompt_feature(features: Features) -> Any:
