@@ -17,14 +17,13 @@ SETS = ("maple_qa", "maple_caption")
 
 def files() -> list[Path]:
     """Return the recipes of both sets, without what they are built on."""
-    return [path for name in SETS for path in sorted((RECIPES / name).rglob("*.yaml")) if path.name != "base.yaml"]
+    return [path for name in SETS for path in sorted((RECIPES / name).glob("*.yaml")) if "base" not in path.stem]
 
 
 def tiny_of(path: Path) -> Path:
     """Return the place of a recipe's twin with the embedded model."""
     prefix = "caption_" if "maple_caption" in path.parts else ""
-    folder = RECIPES / "tiny" / ("eval" if path.parent.name == "eval" else "")
-    return folder / f"{prefix}{path.name}"
+    return RECIPES / "tiny" / f"{prefix}{path.name}"
 
 
 def read(path: Path) -> tuple[str, str, str]:

@@ -114,7 +114,7 @@ OF_SET = {
 }
 PROMPTS = {"maple_qa": "maple-qa", "maple_caption": "maple-caption"}
 ROWS = [("maple_qa", name) for name in QA] + [("maple_caption", name) for name in CAPTION]
-EVALS = [path.relative_to(RECIPES) for path in sorted(RECIPES.glob("maple_*/eval/*.yaml")) if path.name != "base.yaml"]
+EVALS = [path.relative_to(RECIPES) for path in sorted(RECIPES.glob("maple_*/eval_*.yaml")) if "base" not in path.name]
 
 
 def parsed(path, *words):
@@ -139,12 +139,13 @@ def own_keys(path):
 
 def test_every_row_of_the_tables_has_its_recipe_and_a_tiny_variant():
     def files(folder):
-        return {path.name for path in (RECIPES / folder).glob("*.yaml")} - {"base.yaml"}
+        found = {path.name for path in (RECIPES / folder).iterdir()} - {"base.yaml", "eval_base.yaml"}
+        return found - {path.name for path in EVALS if path.parts[0] == folder}
 
     assert files("maple_qa") == {f"{name}.yaml" for name in QA}
     assert files("maple_caption") == {f"{name}.yaml" for name in CAPTION}
-    assert files("tiny") == {tiny_of(*row).name for row in ROWS} | {BOTH.name}
-    assert files("tiny/eval") == {recipe_table.tiny_of(RECIPES / path).name for path in EVALS}
+    twins = {recipe_table.tiny_of(RECIPES / path).name for path in EVALS}
+    assert files("tiny") == {tiny_of(*row).name for row in ROWS} | {BOTH.name} | twins
 
 
 def test_the_document_lists_every_recipe_with_what_its_file_says():
@@ -225,7 +226,7 @@ SUPERVISED = {"omni_sft"}
 JOBS = [
     path.relative_to(RECIPES)
     for path in sorted(RECIPES.rglob("*.yaml"))
-    if path.name not in ("base.yaml", "rl.yaml") and "stages" not in own_keys(path) and path.parent.name != "eval"
+    if path.name not in ("base.yaml", "rl.yaml") and "stages" not in own_keys(path) and "eval_" not in path.name
 ]
 
 
@@ -316,7 +317,7 @@ def test_a_tiny_evaluation_is_the_evaluation_with_the_tiny_settings_over_it(name
 
 
 def test_a_tiny_evaluation_runs(tmp_path):
-    words = ["--config", RECIPES / "tiny" / "eval" / "zero_shot.yaml", "--output", tmp_path, "--limit", 7, "--quiet"]
+    words = ["--config", RECIPES / "tiny" / "eval_zero_shot.yaml", "--output", tmp_path, "--limit", 7, "--quiet"]
     assert cli.main(["eval", *map(str, words)]) == 0
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result["accesses"]["required"]["counts"]["scored"] == 7 and result["asking"]["samples"] == 5
@@ -649,7 +650,7 @@ def test_the_recipes_of_table_4_take_a_set_of_three_strata(tmp_path):
     assert fed <= {"VA", "VAS", "V"}
     words = [
         "--config",
-        RECIPES / "tiny" / "eval" / "qa_plus.yaml",
+        RECIPES / "tiny" / "eval_qa_plus.yaml",
         "--data",
         tmp_path,
         "--media-root",
