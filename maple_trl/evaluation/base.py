@@ -101,6 +101,7 @@ class BaseEvaluator(ABC):
     ):
         self.family = builder.family
         self.loader = builder.loader
+        self.template = builder.template
         self.rows = rows
         self.score, self.extract = score, extract
         self.options = options
@@ -189,10 +190,17 @@ class BaseEvaluator(ABC):
         return [Batch(i, access, rows) for i, (_, _, access, rows) in enumerate(sorted(chunks))], skipped
 
     def _fed(self, number: int, access: str) -> tuple[PromptBuilder, Row]:
-        """Return the builder and the row that feed a row what an access says."""
+        """
+        Return the builder and the row that feed a row what an access says, and ask what that is asked.
+
+        Raises:
+            RowError: when it cannot be asked.
+        """
         if access in (REQUIRED, ALL):
-            return self._builders[access], self.rows[number]
-        return self._builders[REQUIRED], {**self.rows[number], "tag": access}
+            builder, row = self._builders[access], self.rows[number]
+        else:
+            builder, row = self._builders[REQUIRED], {**self.rows[number], "tag": access}
+        return builder, builder.asked(row) if builder.rewords else row
 
     def _spec(self, number: int, access: str):
         builder, row = self._fed(number, access)
@@ -203,7 +211,7 @@ class BaseEvaluator(ABC):
         row = self.rows[number]
         for tag in (None, "V", "A", "S"):
             try:
-                self._builders[REQUIRED].spec({**row, "tag": tag})
+                self._builders[REQUIRED].spec(self._builders[REQUIRED].asked({**row, "tag": tag}))
                 return True
             except RowError:
                 continue

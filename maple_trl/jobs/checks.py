@@ -63,6 +63,7 @@ def check_rows(
     try:
         if script_args.trainer not in SUPERVISED:
             check_rewards(rewards, columns, name)
+            training_args.check_answer_form(rewards, columns)
     except (RewardError, ValueError) as error:
         raise SetupError(str(error)) from error
     if script_args.trainer in SUPERVISED and "completion" not in columns:
@@ -130,7 +131,7 @@ def check_model(
                 raise SetupError(str(error)) from error
         # What a row is fed is decided by facts of the class: no model is needed for that.
         stand_in = family.__new__(family)
-        _check_prompts(stand_in, training_args, train)
+        asked = _check_prompts(stand_in, training_args, train)
         beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
         try:
             stand_in.processor = load_processor(folder if beside else name, **options)
@@ -138,7 +139,7 @@ def check_model(
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
         try:
-            check_template(_prompt_builder(stand_in, training_args), train["prompt"], train)
+            check_template(_prompt_builder(stand_in, training_args), asked["prompt"], asked)
         except ValueError as error:
             raise SetupError(f"train_dataset, {error}") from error
 
@@ -148,13 +149,17 @@ def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig)
     return args.prompt_builder(family, args.media_loader(backend="pyav"), args.chat_template_kwargs)
 
 
-def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> None:
+def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> Dataset:
+    """Return the rows as they are asked."""
     from maple_trl.trainers.common.quarantine import RowRegistry, write_quarantine
+    from maple_trl.trainers.common.rows import asked_rows
     from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
     try:
         probe = "paths" if args.media_check == "probe" else False
-        registry = RowRegistry(train, _prompt_builder(family, args), probe=probe, progress=False)
+        builder = _prompt_builder(family, args)
+        asked = asked_rows(train, builder, "train_dataset")
+        registry = RowRegistry(asked, builder, probe=probe, progress=False)
     except ValueError as error:
         raise SetupError(str(error)) from error
     problem = registry.too_many(args.max_quarantined_share)
@@ -171,6 +176,7 @@ def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, 
             f"train_dataset has {len(train)} usable rows, but one rollout takes {needed} prompts (generation_batch_size / "
             "num_generations): lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
         )
+    return asked
 
 
 def check_resumed(checkpoint: str | None, model_args: OmniModelConfig) -> None:

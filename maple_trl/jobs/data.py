@@ -217,7 +217,8 @@ def prepare_data(
         )
     for split in list(splits):
         try:
-            splits[split] = _prepared(splits[split], script_args, split, strict=split == train)
+            makes_prompt = training_args.prompt_template is not None
+            splits[split] = _prepared(splits[split], script_args, split, split == train, makes_prompt)
         except SetupError:
             if split == train or measures:
                 raise
@@ -225,14 +226,16 @@ def prepare_data(
     return splits[train], splits.get(test)
 
 
-def _prepared(dataset: Dataset, script_args: OmniScriptArguments, split: str, strict: bool) -> Dataset:
+def _prepared(
+    dataset: Dataset, script_args: OmniScriptArguments, split: str, strict: bool, makes_prompt: bool
+) -> Dataset:
     from datasets import IterableDataset
 
     from maple_trl.trainers.common.rows import check_spelling, without_pictures
 
     name = f"{script_args.dataset_name}, split {split!r}"
     try:
-        check_spelling(dataset.column_names, name)
+        check_spelling(dataset.column_names, name, makes_prompt)
     except ValueError as error:
         raise SetupError(str(error)) from error
     if isinstance(dataset, IterableDataset):

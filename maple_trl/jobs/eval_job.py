@@ -102,7 +102,7 @@ class EvalArguments:
         default="think",
         metadata={
             "help": "form of a benchmark's prompts: think, answer, or brackets, which asks for [B] and reads that; of rows "
-            "with prompts of their own, only how answers are read"
+            "with prompts of their own, only how answers are read; prompt_template wins over it"
         },
     )
     missing_media: str = field(

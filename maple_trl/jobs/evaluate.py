@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -32,7 +33,7 @@ from maple_trl.jobs.models import LocalModel, ServedModel
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.jobs.scoring import Scoring
 from maple_trl.omni.media.loader import MediaLoader
-from maple_trl.omni.prompt import RowError, check_template
+from maple_trl.omni.prompt import PromptBuilder, RowError, check_template
 from maple_trl.records.evaluations import EvalStore, EvaluationError
 from maple_trl.records.options import deciding
 from maple_trl.rewards.calls import RewardError, check_rewards
@@ -83,7 +84,8 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
             builder = job.media.prompt_builder(model.family, loader, job.chat_template_kwargs)
             if isinstance(model, LocalModel):
                 try:
-                    check_template(builder, [row.get("prompt") for row in questions.rows], questions.rows)
+                    asked = _askable(builder, questions.rows)
+                    check_template(builder, [row.get("prompt") for row in asked], asked)
                 except RowError as error:
                     raise SetupError(f"{questions.described['name']}, {error}") from error
             evaluator = model.evaluator(builder, questions.rows, scoring.function, scoring.extract, job.options)
@@ -125,6 +127,15 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     write_atomically(store.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     lock.release()
     return result
+
+
+def _askable(builder: PromptBuilder, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return rows as they are asked, without those that cannot be, which the evaluator names."""
+    found = []
+    for row in rows:
+        with suppress(RowError):
+            found.append(builder.asked(row))
+    return found
 
 
 def _check_places(job: EvalJob, media_root: str) -> None:
@@ -249,13 +260,14 @@ def load_questions(job: EvalJob) -> Questions:
         dataset, root = found.dataset, str(found.media_root) if root == "." else root
         left_out = [{"name": item.name, "cause": item.cause, "reason": item.reason} for item in found.left_out]
         style = {"name": found.style.name, "version": found.style.version, "digest": found.style.digest}
+        style = style if job.media.prompt_template is None else None  # which it takes the place of
         described = {"split": job.dataset_test_split, "missing_media": job.missing_media, "prompt_style": style}
         described["tags"] = job.tags
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
         raise SetupError(f"{name} holds no row")
     try:
-        check_spelling(dataset.column_names, name)
+        check_spelling(dataset.column_names, name, makes_prompt=job.media.prompt_template is not None)
     except ValueError as error:
         raise SetupError(str(error)) from error
     allowed = None
@@ -310,6 +322,7 @@ def _identity(
             "model": model.described,
             "data": questions.described,
             "prompt": {
+                **({} if evaluator.template is None else {"template": evaluator.template.described}),
                 "sha256": digest([row.get("prompt") for row in questions.rows]),
                 "chat_template_sha256": model.chat_template_sha256,
                 "chat_template_kwargs": dict(job.chat_template_kwargs),

@@ -786,6 +786,7 @@ _TEXTS = {
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "completion_template"),
     *("summary_file", "metrics_file", "plot_file", "output_dir", "run_name", "media_root", "media_backend"),
     *("model_name_or_path", "model_revision", "attn_implementation", "modality_access", "subtitle_template"),
+    "system_prompt",
     *("encoder_cache_dir", "hub_model_id", "lora_modules_to_save"),
 }
 

@@ -47,6 +47,7 @@ def read_entries(rewards: Any, place: str = "rewards") -> list[str | dict[str, A
 
             - `tags`, a list of modality tags, or `rows`, a mapping of one column to a list of values: rows that it is for;
             - `contrastive`, a mapping with `alpha`, `tau` and arguments of [`~maple_trl.rewards.BertScoreSimilarity`];
+              the model `builtin:words` compares words and needs none;
             - `name`, by which it is logged;
             - for `accuracy_reward` `answer_format`, how completions mark their answer;
             - for a judge `server`, a mapping of [`~maple_trl.chat.ChatOptions`], or `local`, one of arguments of
@@ -241,6 +242,7 @@ class _Entry:
         if "contrastive" not in self.entry:
             return reward
         from maple_trl.rewards import BertScoreSimilarity, ContrastiveRewardWeighting
+        from maple_trl.rewards.similarity import BUILTIN_SIMILARITY, word_similarity
 
         of_model = list(inspect.signature(BertScoreSimilarity).parameters)
         values = self._mapping("contrastive", ["alpha", "tau", *of_model])
@@ -248,7 +250,13 @@ class _Entry:
             if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float):
                 raise SetupError(f"{self.where}, contrastive: {name} must be a number")
         settings = {name: values[name] for name in of_model if name in values}
-        similarity = self._guarded(", contrastive", BertScoreSimilarity, **settings)
+        if settings.get("model") == BUILTIN_SIMILARITY:
+            if len(settings) > 1:
+                idle = next(name for name in settings if name != "model")
+                raise SetupError(f"{self.where}, contrastive: {idle} has no effect with {BUILTIN_SIMILARITY}")
+            similarity = word_similarity
+        else:
+            similarity = self._guarded(", contrastive", BertScoreSimilarity, **settings)
         return self._guarded(
             ", contrastive",
             ContrastiveRewardWeighting,

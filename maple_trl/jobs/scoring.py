@@ -56,6 +56,10 @@ class Scoring:
         if isinstance(entry, dict):
             entry = _with_cache(entry, job)
         (self.function,) = load_rewards([entry], media, place="--judge")
+        try:
+            job.media.check_answer_form([self.function])
+        except ValueError as error:
+            raise SetupError(str(error)) from error
         self._judge = inner_judge(self.function)
         measured = _is_accuracy(entry) and bool(metrics - {"accuracy"})
         if measured:
@@ -85,6 +89,18 @@ class Scoring:
         close_rewards([self.function if self._judge is None else self._judge])
 
 
+def _answer_format(job: EvalJob) -> str:
+    """Return the form in which the questions ask for answers."""
+    template = job.media.template()
+    if template is not None and template.answer_format is not None:
+        return template.answer_format
+    return prompt_style(job.prompt_style).answer_format
+
+
+def _in_form(reward: str, answer_format: str) -> str | dict[str, Any]:
+    return reward if answer_format == "tags" else {"reward": reward, "answer_format": answer_format}
+
+
 def _entry(job: EvalJob) -> str | dict[str, Any]:
     """Return what scores, as an entry of a training job's `rewards`; answers are read in the form of the prompts."""
     (entry,) = job.reward_funcs
@@ -93,15 +109,9 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
             entry = json.loads(entry)
         except ValueError as error:
             raise SetupError(f"--judge is no JSON object: {error}") from error
-    answer_format = _answer_format(job)
-    if entry == "accuracy_reward" and answer_format != "tags":
-        entry = {"reward": entry, "answer_format": answer_format}
+    if entry == "accuracy_reward":
+        entry = _in_form(entry, _answer_format(job))
     return entry
-
-
-def _answer_format(job: EvalJob) -> str:
-    """Return the form in which the questions ask for answers."""
-    return prompt_style(job.prompt_style).answer_format
 
 
 def _is_accuracy(entry: str | Mapping[str, Any]) -> bool:

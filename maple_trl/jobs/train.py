@@ -175,6 +175,7 @@ def build_trainer(
     """
     from maple_trl.integrations.tracking import TRACKERS, TrackingCallback
     from maple_trl.jobs.console import show_progress
+    from maple_trl.trainers.common.rows import asked_rows
 
     _check_writable(training_args.output_dir)
     check_files(script_args)
@@ -199,6 +200,8 @@ def build_trainer(
             processing_class=processor,
             peft_config=lora,
         )
+        if script_args.evaluate_before_after and trainer.family is not None:
+            test = asked_rows(test, trainer.prompt_builder, f"split {script_args.dataset_test_split!r}")
     except SetupError:
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
@@ -437,8 +440,11 @@ def _evaluate(
     from maple_trl.rewards import AccuracyReward, accuracy_reward
 
     rewards = getattr(trainer, "reward_funcs", ())
-    # Answers are read in the form that the job rewards.
-    score = next((reward for reward in rewards if isinstance(reward, AccuracyReward)), accuracy_reward)
+    # Answers are read in the form that the job rewards, or else asks for.
+    template = trainer.args.template()
+    form = None if template is None else template.answer_format
+    asked = accuracy_reward if form is None else AccuracyReward(form)
+    score = next((reward for reward in rewards if isinstance(reward, AccuracyReward)), asked)
     return sampled_accuracy(
         trainer.generate_completions,
         dataset,

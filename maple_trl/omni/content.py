@@ -11,8 +11,13 @@ from maple_trl.omni.errors import RowError
 from maple_trl.omni.media.clips import ClipRequest
 
 
-MARK = re.compile(r"<(video|audio|image)>")
+MARK = re.compile(r"<(video|audio|subtitle|image)>")
 """A place in a text, as LLaMA-Factory, ms-swift, EasyR1 and verl write it."""
+
+SUBTITLE_MARK = "<subtitle>"
+"""The place of the subtitle, in its own words: nothing is put around it there."""
+
+SUBTITLE_BLOCK = {"type": "subtitle"}
 
 SEGMENT_KEYS = {
     "video": {
@@ -47,15 +52,15 @@ class Content:
     A row's messages, and what they say of media.
 
     Attributes:
-        messages: the conversation; every place of a medium is a block `{"type": "video"}` or `{"type": "audio"}`. A plain
-            text prompt is a string.
+        messages: the conversation; every place of a medium is a block `{"type": "video"}`, `{"type": "audio"}` or
+            `{"type": "subtitle"}`. A plain text prompt is a string.
         files: by kind, the files of the blocks that name one, in order.
         places: by kind, the places for files that the row's columns name: marks in texts, and blocks without a file.
     """
 
     messages: tuple[dict[str, Any], ...] | str
     files: dict[str, list[MediaFile]] = field(default_factory=lambda: {"video": [], "audio": []})
-    places: dict[str, int] = field(default_factory=lambda: {"video": 0, "audio": 0})
+    places: dict[str, int] = field(default_factory=lambda: {"video": 0, "audio": 0, "subtitle": 0})
 
 
 def read_content(prompt: Any) -> Content:
@@ -200,7 +205,7 @@ def check_places(content: Content, columns: Mapping[str, int]) -> None:
         RowError: with both numbers.
     """
     for kind, places in content.places.items():
-        named = len(content.files[kind])
+        named = len(content.files.get(kind, ()))
         if places and named:
             raise RowError(
                 f"field 'prompt' holds {places} <{kind}> mark(s) or '{kind}' block(s) without a file, and {named} '{kind}' "
@@ -214,33 +219,53 @@ def check_places(content: Content, columns: Mapping[str, int]) -> None:
 
 
 def place_blocks(
-    messages: tuple[dict[str, Any], ...], own_place: dict[str, list[bool]], subtitle: str
+    messages: tuple[dict[str, Any], ...],
+    own_place: dict[str, list[bool]],
+    subtitle: str,
+    subtitle_template: str = "{subtitle}",
 ) -> list[dict[str, Any]]:
     """
     Return messages as the chat template wants them.
 
-    Markers keep the place that the author gave them; clips without a marker and the subtitle lead the last user
-    message.
+    Markers keep the place that the author gave them; clips and a subtitle without a marker lead the last user message.
 
     Args:
+        subtitle: its text, empty where there is none.
+        subtitle_template: text around a subtitle that has no marker; holds `{subtitle}`.
         own_place: for each clip of a kind, in order, whether it has a block of its own. It has none when the row is
             not fed that signal, when its audio is interleaved with a video, or when the file has no audio track.
     """
     waiting = {kind: list(flags) for kind, flags in own_place.items()}
     placed = []
+    has_place = False
     for message in messages:
         parts = []
         for block in message["content"]:
             flags = waiting.get(block["type"])
             if flags is None or (flags and flags.pop(0)):
                 parts.append(block)
+        if SUBTITLE_BLOCK in parts:
+            has_place = True
+            parts = _with_subtitle(parts, subtitle)
         placed.append({**message, "content": parts})
     lead = [{"type": kind} for kind, flags in waiting.items() for wanted in flags if wanted]
-    lead += [{"type": "text", "text": subtitle}] if subtitle else []
+    if subtitle and not has_place:
+        lead.append({"type": "text", "text": subtitle_template.replace("{subtitle}", subtitle)})
     if lead:
         last_user = max(i for i, message in enumerate(placed) if message["role"] == "user")
         placed[last_user]["content"] = lead + placed[last_user]["content"]
     return placed
+
+
+def _with_subtitle(parts: list[dict[str, Any]], subtitle: str) -> list[dict[str, Any]]:
+    """Return a message's blocks with the subtitle at its mark, as one text with those around it."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        part = {"type": "text", "text": subtitle} if part == SUBTITLE_BLOCK else part
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            part = {"type": "text", "text": joined.pop()["text"] + part["text"]}
+        joined.append(part)
+    return [part for part in joined if part != {"type": "text", "text": ""}]
 
 
 def with_tracks(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:

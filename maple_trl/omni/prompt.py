@@ -29,6 +29,7 @@ from maple_trl.omni.families import PromptEncoder
 from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.loader import AudioClip, MediaLoader, VideoClip
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
+from maple_trl.omni.templates import Asking
 
 
 __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
@@ -115,7 +116,10 @@ class PromptBuilder:
     A row has a `prompt` (text or conversational messages) and may have `video`, `audio` and `subtitle` (paths below
     the media root; `subtitle` may be the text itself), `tag` and `audio_in_video`. Video and audio may also stand as
     content blocks in the messages, each with a part of its file; files of columns stand at the marks `<video>` and `<audio>` of
-    the texts, where there are any. Audio without a file of its own is the video's track.
+    the texts, where there are any, and the subtitle at the mark `<subtitle>`. Audio without a file of its own is the video's
+    track.
+
+    `spec` and `encode` take rows as [`asked`] returns them.
 
     Args:
         family ([`~maple_trl.omni.families.PromptEncoder`]):
@@ -125,11 +129,13 @@ class PromptBuilder:
             without a tag is fed all it has.
         audio_in_video (`bool`):
             Interleave audio tokens with the video's, unless the row's own column says otherwise.
-        subtitle_template (`str`): text around a subtitle; holds `{subtitle}`.
+        subtitle_template (`str`): text around a subtitle without a mark; holds `{subtitle}`.
         max_prompt_length (`int`, *optional*):
             Tokens per prompt. Only the subtitle is ever shortened; media, question and template are never cut.
         max_media_tokens (`int`, *optional*):
             Video and audio tokens per prompt. Frames are made smaller until they fit.
+        template ([`~maple_trl.omni.templates.Asking`], *optional*): makes prompts of the rows' columns.
+        system_prompt (`str`, *optional*): leads conversations that have no system message of their own.
     """
 
     def __init__(
@@ -142,6 +148,8 @@ class PromptBuilder:
         max_prompt_length: int | None = None,
         max_media_tokens: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        template: Asking | None = None,
+        system_prompt: str | None = None,
     ):
         self.family = family
         self.loader = loader
@@ -151,6 +159,42 @@ class PromptBuilder:
         self.max_prompt_length = max_prompt_length
         self.max_media_tokens = max_media_tokens
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.template = template
+        self.system_prompt = system_prompt
+
+    # What a row is asked
+
+    @property
+    def rewords(self) -> bool:
+        """Whether rows are asked something else than their own `prompt`."""
+        return self.template is not None or self.system_prompt is not None
+
+    def asked(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """
+        Return a row with the prompt that it is asked; once more, it stays as it is.
+
+        The template's text is chosen by the signals that the row is fed, and takes the place of its only user message. System
+        messages of its own are kept.
+
+        Raises:
+            RowError: when the template cannot be filled, or would take the place of more than one message.
+        """
+        prompt = row.get("prompt")
+        if self.template is not None:
+            system = _leading_system(prompt)
+            text = self.template.render(row, self._fed_tag(row))
+            # Blocks where the table's own prompts are blocks: a column has one type.
+            blocks = isinstance(prompt, list) and isinstance(prompt[0].get("content"), list)
+            content = [{"type": "text", "text": text}] if blocks else text
+            prompt = [*system, {"role": "user", "content": content}]
+        if self.system_prompt is not None:
+            prompt = _with_system(prompt, self.system_prompt)
+        return {**row, "prompt": prompt}
+
+    def _fed_tag(self, row: Mapping[str, Any]) -> ModalityTag | None:
+        """Return what a row is fed, whatever it is asked."""
+        fed = self.spec({**row, "prompt": [{"role": "user", "content": "."}]}).fed
+        return ModalityTag.from_modalities(fed) if fed else None
 
     # The row's content
 
@@ -170,7 +214,8 @@ class PromptBuilder:
         if isinstance(content.messages, str) and (videos or own_audios or subtitle):
             raise RowError("a row with media needs a conversational 'prompt' (a list of messages), not plain text")
         # A place for sound in a row with none of its own is for the video's track.
-        check_places(content, {"video": len(videos), "audio": len(own_audios or videos)})
+        given = {"video": len(videos), "audio": len(own_audios or videos), "subtitle": int(subtitle is not None)}
+        check_places(content, given)
         interleaved = self.audio_in_video if row.get("audio_in_video") is None else row["audio_in_video"]
         if not isinstance(interleaved, bool):
             raise RowError(f"field 'audio_in_video' is {interleaved!r}; it must be true, false or empty")
@@ -339,8 +384,7 @@ class PromptBuilder:
                 "video": [True] * len(videos),
                 "audio": [clip is not None and not interleaved for clip in audios],
             }
-            subtitle_text = self.subtitle_template.replace("{subtitle}", subtitle) if subtitle else ""
-            text = self._rendered(place_blocks(text, own_place, subtitle_text))
+            text = self._rendered(place_blocks(text, own_place, subtitle, self.subtitle_template))
         return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
 
     def check_template(self, spec: PromptSpec) -> None:
@@ -498,6 +542,34 @@ def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequenc
             builder.check_template(spec)
         except RowError as error:
             raise RowError(f"row {number}: {error}") from error
+
+
+def _leading_system(prompt: Any) -> list[Mapping[str, Any]]:
+    """Return the system messages of a prompt that a template replaces: of one user message, or of none."""
+    if prompt is None or isinstance(prompt, str):
+        return []
+    content = read_content(prompt)
+    if any(content.files.values()):
+        raise RowError("prompt_template would drop the media blocks of field 'prompt'; name the files in columns")
+    roles = [message["role"] for message in content.messages]
+    if roles not in (["user"], ["system", "user"]):
+        raise RowError(
+            f"prompt_template takes the place of one user message, and field 'prompt' has {', '.join(roles)}; leave the "
+            "template out, or the column"
+        )
+    return list(prompt[:-1])
+
+
+def _with_system(prompt: Any, text: str) -> list[Any]:
+    if not isinstance(prompt, list):
+        raise RowError(
+            "system_prompt leads a conversation, and field 'prompt' is none; give messages with role and content, or a "
+            "prompt_template"
+        )
+    if any(isinstance(message, Mapping) and message.get("role") == "system" for message in prompt):
+        return prompt
+    blocks = isinstance(prompt[0], Mapping) and isinstance(prompt[0].get("content"), list) if prompt else False
+    return [{"role": "system", "content": [{"type": "text", "text": text}] if blocks else text}, *prompt]
 
 
 def prompt_columns(row: Mapping[str, Any]) -> Hashable:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 from pathlib import Path
 
 import programs
@@ -171,6 +172,16 @@ def test_mapo_vs_mupo_compares_what_the_recipes_say(tmp_path):
             assert run["required"].keys() == run["redundant"].keys() == run["accuracy"].keys()
     assert "523.28" in output and "full recipe" in output and "redundant" in output
     assert result["settings"]["noise"] == {"VAS": 0.5}
+
+
+def test_every_variant_of_mapo_vs_mupo_is_a_recipe():
+    found = runpy.run_path(str(BENCHMARKS / "mapo_vs_mupo.py"))
+    names = found["VARIANTS"] | found["NAMED"]
+    assert all((found["RECIPES"] / f"{recipe}.yaml").is_file() for recipe in names.values())
+    assert set(found["PAPER_SECONDS"]) | set(found["PAPER_ACCURACY"]) <= set(names)
+    for name in found["PAPER_ACCURACY"]:  # which the recipes tell too
+        text = (found["RECIPES"].parent / "maple_qa" / f"{names[name]}.yaml").read_text()
+        assert f"accuracy {found['PAPER_ACCURACY'][name]:.2f} %" in text, name
 
 
 def test_mapo_bookkeeping_is_measured(tmp_path):

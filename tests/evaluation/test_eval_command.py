@@ -251,6 +251,18 @@ def test_answers_in_brackets_are_asked_for_and_read(folder, tmp_path, monkeypatc
     assert found["scoring"]["score"]["entry"] == {"reward": "accuracy_reward", "answer_format": "brackets"}
     assert found["scoring"]["score"]["name"] == "maple_trl.rewards.accuracy:AccuracyReward"
     assert found["scoring"]["parser"]["name"] == "maple_trl.rewards.answers:extract_bracketed"
+    # As a template the style asks the same; a template wins over a style.
+    monkeypatch.undo()
+    for template, end in (
+        ("brackets", lines[0]["prompt"]),
+        ("maple-qa", "end your answer with its letter in square brackets."),
+    ):
+        given = ["--prompt_template", template, "--prompt-style", "think", "--samples", "1"]
+        assert evaluate(*words, *given, "--output", tmp_path / template) == 0
+        told = result_of(tmp_path / template)
+        assert lines_of(tmp_path / template)[0]["prompt"].endswith(end)
+        assert told["prompt"]["template"]["name"] == template and told["data"]["prompt_style"] is None
+        assert told["scoring"]["score"]["entry"] == found["scoring"]["score"]["entry"]
 
 
 # Rows that are broken, lack a signal, or cannot be graded

@@ -28,6 +28,7 @@ from maple_trl.rewards import (
     StepwiseReasoningJudge,
     accuracy_reward,
 )
+from maple_trl.rewards.similarity import word_similarity
 
 
 KEY = "sk-test-0123456789abcdefghijklmnop"
@@ -181,6 +182,19 @@ def test_every_kind_of_entry(tmp_path, monkeypatch):
     (callback,) = library.judge_callbacks(made)
     assert callback.judges == [made[5], made[6], weighed.reward, made[8]]
     close_rewards(made)
+
+
+def test_words_stand_in_for_a_model_of_similarity():
+    entry = {"reward": "accuracy_reward", "contrastive": {"alpha": 0.5, "tau": 0.6, "model": "builtin:words"}}
+    (weighed,) = load_rewards([entry])
+    columns = {"prompts": ["x"] * 3, "solution": ["10"] * 3, "tag": ["VA"] * 3}
+    said = ["<answer>8</answer>", "<answer>8</answer> or so", "<answer>8</answer>"]
+    # Each is worth 0.8. The first shares its three words with a deficit answer of five, the second none, the third has no other.
+    deficits = ["answer 8 answer x y", "nothing", None]
+    assert weighed(completions=said, deficit_completions=deficits, **columns) == [0.8, 1.0, 0.8]
+    assert word_similarity(["a b b", "", "A"], ["b b c", "", "a"]) == [pytest.approx(2 / 3), 0.0, 1.0]
+    with pytest.raises(SetupError, match="contrastive: num_layers has no effect with builtin:words"):
+        load_rewards([entry | {"contrastive": entry["contrastive"] | {"num_layers": 3}}])
 
 
 def test_an_accuracy_of_answers_in_brackets():

@@ -60,7 +60,13 @@ def example(action):
         return not action.default, str(not action.default)
     if action.choices:
         return action.choices[-1], action.choices[-1]
-    special = {"access": "V", "reward_funcs": "format_reward", "overlong_media": "trim", "media_backend": "auto"}
+    special = {
+        "prompt_template": "{question}",
+        "access": "V",
+        "reward_funcs": "format_reward",
+        "overlong_media": "trim",
+        "media_backend": "auto",
+    }
     special |= {"subtitle_template": "<{subtitle}>", "completion_template": "<{solution}>", "trainer": "omni_sft"}
     if action.dest in special:
         return special[action.dest], special[action.dest]

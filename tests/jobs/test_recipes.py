@@ -8,11 +8,14 @@ import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from maple_trl import cli, train
+from maple_trl.cli.eval import read_job
 from maple_trl.data.hint_leaks import leaks_answer
 from maple_trl.jobs.data import load_datasets
 from maple_trl.jobs.errors import SetupError
@@ -25,9 +28,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
+recipe_table = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "recipe_table.py")))
 GPUS = 4
 
-# MAPLE, Tables 1 and 2 (QA) and 3 (Caption): what each row changes, and the paper's accuracy and seconds per step.
+FULL = {"loss_aggregation": "sample", "epsilon_high": 0.3, "dynamic_sampling": "early", "curriculum": "static"}
+# MAPLE, Tables 1 and 2 (QA) and 3 (Caption): what each row changes, and the paper's accuracy and seconds per step. Behind them what
+# sections 5.2 and 5.4, Table 4 and the algorithms add.
 QA = {
     "mupo": ({"method": "mupo"}, "58.58", "523.28"),
     "mapo_token": ({}, "58.68", "389.11"),
@@ -36,11 +42,7 @@ QA = {
     "early_filtering": ({"dynamic_sampling": "early"}, "58.00", "197.02"),
     "mid_training": ({"dynamic_sampling": "mid"}, "58.39", "265.13"),
     "curriculum": ({"curriculum": "static"}, "59.05", "424.03"),
-    "full_recipe": (
-        {"loss_aggregation": "sample", "epsilon_high": 0.3, "dynamic_sampling": "early", "curriculum": "static"},
-        "58.72",
-        "164.72",
-    ),
+    "full_recipe": (FULL, "58.72", "164.72"),
     "adaptive_weights": ({"tag_weights": "adaptive", "num_train_epochs": 5}, "58.98", None),
     "adaptive_curriculum": ({"curriculum": "adaptive", "num_train_epochs": 5}, "59.38", None),
     "adaptive_weights_curriculum": (
@@ -49,6 +51,15 @@ QA = {
         None,
     ),
     "best": ({"tag_weights": "adaptive", "curriculum": "adaptive", "num_train_epochs": 5}, "59.82", None),
+    "mapo_group": ({"advantage_scope": "group"}, "58.68", "389.11"),
+    "mapo_prompt": ({"loss_aggregation": "prompt"},),
+    "full_without_aggregation": (FULL | {"loss_aggregation": "token"},),
+    "full_without_clipping": (FULL | {"epsilon_high": None},),
+    "full_without_filtering": (FULL | {"dynamic_sampling": "none"},),
+    "full_without_curriculum": (FULL | {"curriculum": "none"},),
+    "algorithm1": ({"batching": "mixed", "loss_strata": "tag"},),
+    "curriculum_cycle": ({"curriculum": "static", "curriculum_granularity": "cycle"},),
+    "qa_plus": ({}, "76.99"),
 }
 CAPTION = {
     "mupo": ({"method": "mupo"}, "67.67"),
@@ -58,6 +69,7 @@ CAPTION = {
     "adaptive_curriculum": ({"curriculum": "adaptive"}, "72.07"),
     "adaptive_weights_curriculum": ({"tag_weights": "adaptive", "curriculum": "static"}, "73.47"),
     "best": ({"tag_weights": "adaptive", "curriculum": "adaptive"}, "74.00"),
+    "crw": ({}, "18.46"),
 }
 # Table 7 and section 5.1, without the axes of Tables 1 to 3
 SHARED = {
@@ -83,12 +95,26 @@ AXES = {
     "dynamic_sampling": "none",
     "curriculum": "none",
     "tag_weights": "none",
+    "advantage_scope": "tag",
+    "batching": "stratified",
+    "loss_strata": "tag",
+    "modality_access": "required",
+    "curriculum_granularity": "epoch",
 }
+# What `method: mupo` fills in.
+UNAWARE = {"advantage_scope": "group", "batching": "mixed", "loss_strata": "batch", "modality_access": "all"}
+# Data, which a row may change, and rewards.
+DATA = {"mupo": {"dataset_filter"}, "qa_plus": {"dataset_name"}, "crw": {"reward_funcs"}}
 OF_SET = {
-    "maple_qa": {"temperature": 0.6, "top_p": 0.95, "difficulty": "binary", "num_train_epochs": 2},
-    "maple_caption": {"temperature": 0.7, "top_p": 0.9, "difficulty": "continuous", "num_train_epochs": 5},
+    "maple_qa": {"temperature": 0.6, "top_p": 0.95, "difficulty": "binary", "num_train_epochs": 2}
+    # 256 prompts a rollout and 32 an update on 4 GPUs: see test_batches_are_those_of_the_paper.
+    | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "steps_per_generation": 64},
+    "maple_caption": {"temperature": 0.7, "top_p": 0.9, "difficulty": "continuous", "num_train_epochs": 5}
+    | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16, "steps_per_generation": 16},
 }
+PROMPTS = {"maple_qa": "maple-qa", "maple_caption": "maple-caption"}
 ROWS = [("maple_qa", name) for name in QA] + [("maple_caption", name) for name in CAPTION]
+EVALS = [path.relative_to(RECIPES) for path in sorted(RECIPES.glob("maple_*/eval_*.yaml")) if "base" not in path.name]
 
 
 def parsed(path, *words):
@@ -113,11 +139,28 @@ def own_keys(path):
 
 def test_every_row_of_the_tables_has_its_recipe_and_a_tiny_variant():
     def files(folder):
-        return {path.name for path in (RECIPES / folder).iterdir()} - {"base.yaml"}
+        found = {path.name for path in (RECIPES / folder).iterdir()} - {"base.yaml", "eval_base.yaml"}
+        return found - {path.name for path in EVALS if path.parts[0] == folder}
 
     assert files("maple_qa") == {f"{name}.yaml" for name in QA}
     assert files("maple_caption") == {f"{name}.yaml" for name in CAPTION}
-    assert files("tiny") == {tiny_of(*row).name for row in ROWS} | {BOTH.name}
+    twins = {recipe_table.tiny_of(RECIPES / path).name for path in EVALS}
+    assert files("tiny") == {tiny_of(*row).name for row in ROWS} | {BOTH.name} | twins
+
+
+def test_the_document_lists_every_recipe_with_what_its_file_says():
+    text = recipe_table.DOC.read_text(encoding="utf-8")
+    written = text.split(recipe_table.BEGIN)[1].split(recipe_table.END)[0].strip()
+    assert written == recipe_table.table(), "run python scripts/recipe_table.py"
+    rows = written.splitlines()[2:]
+    assert len(rows) == len(ROWS) + len(EVALS)
+    for link in re.findall(r"\]\(\.\./(recipes/[^)]+)\)", text):
+        assert (ROOT / link).is_file(), link
+
+
+def test_a_first_line_that_does_not_say_what_it_is_of_is_refused(write):
+    with pytest.raises(ValueError, match="job.yaml: the first line must be '# MAPLE <what>"):
+        recipe_table.read(write("job.yaml", "# MAPLE Table 1\n\nseed: 1"))
 
 
 @pytest.mark.parametrize("folder, name", ROWS)
@@ -125,18 +168,23 @@ def test_a_recipe_has_the_values_of_its_row(folder, name):
     change, *_ = (QA if folder == "maple_qa" else CAPTION)[name]
     script_args, training_args, model_args = parsed(RECIPES / folder / f"{name}.yaml")
     assert type(training_args).__name__ == "MAPOConfig" and script_args.trainer == "mapo"
-    expected = SHARED | OF_SET[folder] | AXES | change
-    expected["curriculum_granularity"] = "cycle" if expected["curriculum"] == "adaptive" else "epoch"
-    expected["revisit"] = "all"
+    expected = SHARED | OF_SET[folder] | AXES | (UNAWARE if change.get("method") == "mupo" else {}) | change
+    if expected["curriculum"] == "adaptive":
+        expected["curriculum_granularity"] = "cycle"
+    expected |= {"revisit": "all", "prompt_template": PROMPTS[folder], "system_prompt": None}
     assert {field: getattr(training_args, field) for field in expected} == expected
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-Omni-3B"
     assert not model_args.use_peft and not model_args.frozen and model_args.dtype == "float32"
     assert training_args.output_dir == f"runs/{folder}/{name}"
-    # What `method` fills in: the recipes leave it alone.
-    aware = change.get("method") != "mupo"
-    assert training_args.modality_access == ("required" if aware else "all")
-    assert training_args.batching == ("stratified" if aware else "mixed")
-    assert training_args.loss_strata == ("tag" if aware else "batch")
+    # E.2.4: what a caption is judged by belongs to one choice of signals.
+    only = {"tag": ["VAS"]} if (folder, name) == ("maple_caption", "mupo") else None
+    assert script_args.dataset_filter == only
+    assert script_args.dataset_name == f"data/{folder}" + ("_plus" if name == "qa_plus" else "")
+    if folder == "maple_qa":
+        assert script_args.reward_funcs == [{"reward": "accuracy_reward", "answer_format": "brackets"}]
+    else:
+        (judge,) = script_args.reward_funcs
+        assert judge["reward"] == "caption_judge" and ("contrastive" in judge) == (name == "crw")
 
 
 @pytest.mark.parametrize("folder, name", ROWS)
@@ -144,11 +192,14 @@ def test_a_recipe_says_which_row_it_is_and_changes_nothing_else(folder, name):
     path = RECIPES / folder / f"{name}.yaml"
     first = path.read_text(encoding="utf-8").splitlines()[0]
     change, *figures = (QA if folder == "maple_qa" else CAPTION)[name]
-    assert re.match(r"# MAPLE Tables? [123]\b", first)
+    assert re.match(r"# MAPLE (Tables? [1234]|section 5\.[24]|Algorithm [12])\b", first)
     for figure in figures:
         assert figure is None or figure in first
-    assert own_keys(path) <= {*AXES, "num_train_epochs", "output_dir"}
-    assert set(change) <= own_keys(path)
+    assert own_keys(path) <= {*AXES, "num_train_epochs", "output_dir"} | DATA.get(name, set())
+    above = own_keys(RECIPES / folder / "full_recipe.yaml") if name.startswith("full_without") else set()
+    assert set(change) <= own_keys(path) | above
+    if above:
+        assert len(own_keys(path) - {"output_dir"}) == 1  # one axis goes back
 
 
 @pytest.mark.parametrize(
@@ -175,7 +226,7 @@ SUPERVISED = {"omni_sft"}
 JOBS = [
     path.relative_to(RECIPES)
     for path in sorted(RECIPES.rglob("*.yaml"))
-    if path.name not in ("base.yaml", "rl.yaml") and "stages" not in own_keys(path)
+    if path.name not in ("base.yaml", "rl.yaml") and "stages" not in own_keys(path) and "eval_" not in path.name
 ]
 
 
@@ -203,12 +254,13 @@ def test_a_step_of_avatar_is_as_its_recipe_says():
 def test_a_tiny_variant_is_the_recipe_with_the_tiny_settings_over_it(folder, name):
     tiny, real = values(tiny_of(folder, name)), values(RECIPES / folder / f"{name}.yaml")
     small = own_keys(RECIPES / "tiny" / "base.yaml")
+    assert tiny["prompt_template"] == "{question}"
     # TRL and transformers compute these from others.
     derived = {"generation_batch_size", "mixed_precision", "activation_checkpointing", "distributed_state"}
     differ = {key for key in real if tiny[key] != real[key]} - derived
     assert differ <= small | {"output_dir"}
     assert not small & {*AXES, "trainer", "difficulty"}
-    assert own_keys(tiny_of(folder, name)) == {"output_dir"}
+    assert own_keys(tiny_of(folder, name)) == {"output_dir"} | ({"reward_funcs"} if name == "crw" else set())
     assert (tiny["model_name_or_path"], tiny["dataset_name"]) == ("builtin:tiny-omni", "builtin:seven-tags")
     assert tiny["output_dir"].startswith("runs/tiny/") and tiny["output_dir"] != real["output_dir"]
     assert tiny["steps_per_generation"] > tiny["gradient_accumulation_steps"]  # else nothing is ever clipped
@@ -228,12 +280,47 @@ def test_the_judge_of_the_caption_recipes(monkeypatch):
     (judge,) = train.load_rewards(parsed(path)[0].rewards)
     options = judge.scorer.options
     assert (judge.__name__, options.model, options.sampling["temperature"]) == ("caption_judge", "gpt-4o", 0)
-    # The line that is commented out is right too.
+    # The line that is commented out is right too, and is what crw.yaml does.
     lines = (RECIPES / "maple_caption" / "base.yaml").read_text(encoding="utf-8").splitlines()
-    (line,) = [line.strip("# ") for line in lines if "# contrastive:" in line]
+    (line,) = [line.strip("# ").split("  #")[0] for line in lines if "# contrastive:" in line]
     (entry,) = parsed(path)[0].rewards
     (weighed,) = train.load_rewards([entry | yaml.safe_load(line)])
     assert (weighed.__name__, weighed.alpha) == ("caption_judge_crw", 0.5)
+    (crw,) = parsed(RECIPES / "maple_caption" / "crw.yaml")[0].rewards
+    assert crw == entry | yaml.safe_load(line)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("name", EVALS, ids=str)
+def test_an_evaluation_has_the_published_settings(name):
+    """Table 7 says the same of train and test."""
+    job, trained = read_job(["--config", str(RECIPES / name)]), parsed(RECIPES / name.parts[0] / "base.yaml")[1]
+    assert (job.options.temperature, job.options.top_p) == (trained.temperature, trained.top_p)
+    assert (job.options.samples, job.options.max_new_tokens) == (5, trained.max_completion_length)
+    assert job.media.num_frames == trained.num_frames and job.media.prompt_template == PROMPTS[name.parts[0]]
+    assert job.dataset_name == f"data/{name.parts[0]}" + ("_plus" if "qa_plus" in name.name else "")
+    if not job.model_name_or_path.startswith("Qwen/"):  # it is what a recipe writes
+        recipe = RECIPES / Path(job.model_name_or_path).relative_to("runs").with_suffix(".yaml")
+        assert parsed(recipe)[1].output_dir == job.model_name_or_path
+
+
+@pytest.mark.parametrize("name", EVALS, ids=str)
+def test_a_tiny_evaluation_is_the_evaluation_with_the_tiny_settings_over_it(name):
+    twin = recipe_table.tiny_of(RECIPES / name)
+    tiny, real = (read_job(["--config", str(path)]) for path in (twin, RECIPES / name))
+    assert own_keys(twin) == {"output_dir"} and tiny.output_dir != real.output_dir
+    assert (tiny.model_name_or_path, tiny.dataset_name) == ("builtin:tiny-omni", "builtin:seven-tags")
+    options = ("samples", "temperature", "top_p", "access", "seed")
+    assert [getattr(tiny.options, o) for o in options] == [getattr(real.options, o) for o in options]
+
+
+def test_a_tiny_evaluation_runs(tmp_path):
+    words = ["--config", RECIPES / "tiny" / "eval_zero_shot.yaml", "--output", tmp_path, "--limit", 7, "--quiet"]
+    assert cli.main(["eval", *map(str, words)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert result["accesses"]["required"]["counts"]["scored"] == 7 and result["asking"]["samples"] == 5
 
 
 # MAPLE and AVATAR in one run
@@ -509,16 +596,71 @@ def test_help_shows_the_options_of_the_chosen_trainer(capsys):
 # The jobs themselves
 
 
-@pytest.mark.parametrize("name", ["mupo", "full_recipe", "caption_best"])
+ADDED = ["mapo_group", "mapo_prompt", "algorithm1", "curriculum_cycle", "qa_plus", "caption_mupo", "caption_crw"]
+ADDED += [f"full_without_{axis}" for axis in ("aggregation", "clipping", "filtering", "curriculum")]
+
+
+@pytest.mark.parametrize("name", ["mupo", "full_recipe", "caption_best", *ADDED])
 def test_a_tiny_recipe_runs(name, tmp_path):
     words = ["--config", RECIPES / "tiny" / f"{name}.yaml", "--output_dir", tmp_path, "--max_steps", 2, "--use_cpu"]
     words += ["true", "--evaluate_before_after", "false", "--logging_steps", 1, "--per_device_train_batch_size", 16]
     words += ["--num_generations", 4, "--save_strategy", "no"]
     if name == "caption_best":
         words += ["--zero_shot_questions", 2]
+    if name == "caption_crw":
+        words += ["--dataset_filter", '{"tag": ["VAS"]}']
     assert cli.main(["train", *map(str, words)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 2 and (tmp_path / "model.safetensors").is_file()
+    fed = {(line["rollout"], line["tag"]) for line in pq.read_table(tmp_path / "rollouts").to_pylist()}
+    mixed = len(fed) > len({rollout for rollout, _ in fed})
+    assert mixed == (name in ("mupo", "algorithm1"))
+    if name == "caption_mupo":
+        assert {tag for _, tag in fed} == {"VAS"}
+    if name == "caption_crw":
+        logged = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        assert any("tag/all/accuracy_reward_crw/similarity" in entry for entry in logged)
+
+
+def test_the_recipes_of_table_4_take_a_set_of_three_strata(tmp_path):
+    """As `maple-trl data qa-plus` makes them: `tag` is what a row is fed, `required_tag` what its question needs."""
+    splits, root = load_datasets(OmniScriptArguments(dataset_name="builtin:seven-tags"))
+    inputs = {"exact": ("VA", "VA"), "superset": ("VA", "VAS"), "deficit": ("VA", "V")}
+    for split, rows in splits.items():
+        questions = [row for row in rows if row["tag"] == "VA"][:4]
+        expanded = [
+            row
+            | {
+                "id": f"{row['id']}-{fed}",
+                "question_id": row["id"],
+                "required_tag": required,
+                "tag": fed,
+                "stratum": name,
+            }
+            for row in questions
+            for name, (required, fed) in inputs.items()
+        ]
+        lines = [json.dumps({name: value for name, value in row.items() if name != "prompt"}) for row in expanded]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    words = ["--config", RECIPES / "tiny" / "qa_plus.yaml", "--dataset_name", tmp_path, "--media_root", root]
+    words += ["--output_dir", tmp_path / "run", "--max_steps", 2, "--use_cpu", "true", "--save_strategy", "no"]
+    words += ["--evaluate_before_after", "false", "--per_device_train_batch_size", 8, "--num_generations", 4]
+    assert cli.main(["train", *map(str, words)]) == 0
+    fed = {line["tag"] for line in pq.read_table(tmp_path / "run" / "rollouts").to_pylist()}
+    assert fed <= {"VA", "VAS", "V"}
+    words = [
+        "--config",
+        RECIPES / "tiny" / "eval_qa_plus.yaml",
+        "--data",
+        tmp_path,
+        "--media-root",
+        root,
+        "--quiet",
+    ]
+    words += ["--model", tmp_path / "run", "--output", tmp_path / "eval", "--samples", 1]
+    assert cli.main(["eval", *map(str, words)]) == 0
+    lines = pq.read_table(tmp_path / "eval" / "rows.parquet").to_pylist()
+    assert {(line["tag"], line["fed"]) for line in lines} == {("VA", "VA"), ("VA", "VAS"), ("VA", "V")}
 
 
 def test_the_example_trains_and_tells(tmp_path, monkeypatch, capsys):

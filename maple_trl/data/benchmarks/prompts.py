@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import ascii_uppercase
 from types import MappingProxyType
+
+from maple_trl.omni.templates import option_lines
 
 
 ANSWER_KINDS = ("option", "options", "yes_no", "number", "text")
@@ -64,10 +65,7 @@ class PromptStyle:
             options: texts without letters, at most 26; empty for an open question.
             kind: one of `ANSWER_KINDS`.
         """
-        lines = [
-            self.option_line.format(letter=letter, text=text)
-            for letter, text in zip(ascii_uppercase, options, strict=False)
-        ]
+        lines = option_lines(options, self.option_line)
         # One pass over the layout: a question may itself hold braces.
         parts = {"question": question, "options": "".join(f"{line}\n" for line in lines)}
         return self.layout.format(**parts, instruction=self.instructions[kind])

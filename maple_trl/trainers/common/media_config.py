@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
+from maple_trl.rewards.accuracy import AccuracyReward, accuracy_reward
 
 
 if TYPE_CHECKING:
     from maple_trl.omni.families import PromptEncoder
     from maple_trl.omni.prompt import PromptBuilder
+    from maple_trl.omni.templates import Asking
 
 
 _FIELD_OF_LIMIT = {
@@ -67,6 +70,13 @@ _MAPPINGS = (
 )
 # What a prompt is rendered with, whatever the user says.
 _OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
+
+
+def _innermost(reward: Any) -> Any:
+    """Return the reward function that others are wrapped around."""
+    while getattr(reward, "reward", None) is not None:
+        reward = reward.reward
+    return reward
 
 
 def _check_numbers(config: object) -> None:
@@ -133,7 +143,26 @@ class MediaConfig:
     )
     subtitle_template: str = field(
         default="Subtitles:\n{subtitle}\n",
-        metadata={"help": "Text around a subtitle in the prompt; must hold '{subtitle}'."},
+        metadata={
+            "help": "Text around a subtitle that leads the prompt; must hold '{subtitle}'. A subtitle that has its place, at "
+            "{subtitle} of prompt_template or at a mark <subtitle>, stands there as it is."
+        },
+    )
+    prompt_template: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Makes the prompt of a row's columns: a text such as '{question}\\n{options}', a mapping of tags (and "
+            "'default') to such texts, of which the signals that a row is fed choose, or a name: maple-qa, maple-caption, "
+            "think, answer, brackets. {options} become lines with letters. The subtitle stands at {subtitle}, alone; "
+            "without it, it leads the prompt in subtitle_template. Null: the column 'prompt'."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "The system message of conversations that have none of their own: a text, or a .txt or .md file that "
+            "holds it."
+        },
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -254,6 +283,7 @@ class MediaConfig:
         self._check_choice("media_backend", ("auto", "pyav", "torchcodec"))
         if "{subtitle}" not in self.subtitle_template:
             raise ValueError(f"subtitle_template must hold '{{subtitle}}', got {self.subtitle_template!r}")
+        self._read_prompts()
         for name in ("max_prompt_length", "max_media_tokens", "media_cache_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -270,6 +300,63 @@ class MediaConfig:
         if not 0 <= self.max_quarantined_share <= 1:
             raise ValueError(f"max_quarantined_share must be between 0 and 1, got {self.max_quarantined_share}")
         self.media_limits()
+
+    def _read_prompts(self) -> None:
+        """Check what rows are asked; a file's text takes the place of its name, for it decides the result."""
+        from maple_trl.data.prompt_templates import texts_of
+
+        self.prompt_template = texts_of(self.prompt_template)
+        self.template()
+        if self.system_prompt is None:
+            return
+        name = self.system_prompt.strip()
+        if name.endswith((".txt", ".md")) and len(name.splitlines()) == 1:
+            try:
+                self.system_prompt = Path(name).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"system_prompt: cannot read {name}: {getattr(error, 'strerror', None) or error}; what ends in .txt or .md "
+                    "is a file"
+                ) from error
+        if not self.system_prompt.strip():
+            raise ValueError("system_prompt is blank; leave it out for none")
+
+    def template(self) -> Asking | None:
+        """
+        Return what makes prompts of the rows' columns; `None` where they have their own.
+
+        Raises:
+            ValueError: for a `prompt_template` that is none.
+        """
+        from maple_trl.data.prompt_templates import read_template
+
+        if self.prompt_template is None:
+            return None
+        try:
+            return read_template(self.prompt_template)
+        except ValueError as error:
+            raise ValueError(f"prompt_template: {error}") from None
+
+    def check_answer_form(self, rewards: Iterable[Any], columns: Iterable[str] = ()) -> None:
+        """
+        Check that answers are read in the form that `prompt_template` asks for.
+
+        Raises:
+            ValueError: with the form to set; all answers would count as wrong.
+        """
+        template = self.template()
+        wanted = None if template is None else template.answer_format
+        if wanted is None or "answer_format" in columns:
+            return
+        for reward in map(_innermost, rewards):
+            if isinstance(reward, AccuracyReward) or reward in (accuracy_reward, "accuracy_reward"):
+                form = getattr(reward, "answer_format", "tags")
+                if form != wanted:
+                    raise ValueError(
+                        f"prompt_template {self.prompt_template} asks for answers in the form {wanted!r}, and accuracy_reward "
+                        f"reads {form!r}: every answer would be wrong. In a job's file: "
+                        f"{{reward: accuracy_reward, answer_format: {wanted}}}; in Python AccuracyReward({wanted!r})"
+                    )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -312,6 +399,8 @@ class MediaConfig:
             max_prompt_length=self.max_prompt_length,
             max_media_tokens=self.max_media_tokens,
             chat_template_kwargs=chat_template_kwargs,
+            template=self.template(),
+            system_prompt=self.system_prompt,
         )
 
     def media_limits(self) -> MediaLimits:

@@ -246,7 +246,8 @@ class MediaTrainer:
         texts: list[str | None] = []
         try:
             for start in range(0, chunks * batch_size, batch_size):
-                prompts = self.row_encoder.encode_each(share[start : start + batch_size])
+                asked = map(self.prompt_builder.asked, share[start : start + batch_size])  # rows of any data set
+                prompts = self.row_encoder.encode_each(list(asked))
                 completions = iter(self._sample([prompt for prompt in prompts if prompt is not None]))
                 texts += [None if prompt is None else next(completions) for prompt in prompts]
         finally:
@@ -505,8 +506,13 @@ def each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> A
     return apply(dataset, name)
 
 
-def check_text_only(model: nn.Module, datasets: dict[str, Any]) -> None:
-    """Refuse an omni model or media columns with a tokenizer, which would train on the text alone."""
+def check_text_only(model: nn.Module, datasets: dict[str, Any], args: MediaConfig) -> None:
+    """Refuse an omni model, media columns or prompts of our own with a tokenizer, which would train on the text alone."""
+    for option in ("prompt_template", "system_prompt"):
+        if getattr(args, option) is not None:
+            raise ValueError(
+                f"{option} is for omni models, and processing_class is a tokenizer: write the prompts into the data set"
+            )
     if is_omni(model):
         raise ValueError(
             f"processing_class is a tokenizer, but {type(unwrap(model)).__name__} reads media: pass the model's processor"

@@ -306,7 +306,7 @@ class RowRegistry:
         if state["content"] != self._content():
             raise ResumeError(
                 f"{self.name} is not the data set of the checkpoint: its prompts or their order differ. Resume with the "
-                "same data, tags and modality_access."
+                "same data, tags, modality_access, prompt_template and system_prompt."
             )
         self.left_out = state["left_out"]
         # That of an earlier version does not say which rows it has seen: all, so that none counts as broken too soon.

@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 
 from cachetools import LRUCache
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.embedded import as_paths
@@ -70,10 +70,11 @@ class RowEncoder:
         if isinstance(dataset, Mapping):
             raise ValueError(f"{name} holds several splits ({', '.join(dataset)}); pass one of them")
         columns = getattr(dataset, "column_names", None) or []
-        check_spelling(columns, name)
-        dataset = as_paths(without_pictures(dataset, name))
+        check_spelling(columns, name, makes_prompt=self.builder.template is not None)
+        dataset = asked_rows(as_paths(without_pictures(dataset, name)), self.builder, name)
         if not isinstance(dataset, Dataset):
             return dataset
+        self._tell_own_system(dataset, name)
         registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
         self.registries[name] = registry
         if self.ranks.rank == 0:
@@ -81,6 +82,14 @@ class RowEncoder:
             if registry.left_out:
                 print(f"{name}: {len(registry.left_out)} of {len(dataset)} rows left out: {registry.summary()}")
         return registry.usable_dataset()
+
+    def _tell_own_system(self, dataset: Dataset, name: str) -> None:
+        """Warn of rows whose own system message stays in the place of `system_prompt`."""
+        if self.builder.system_prompt is None or self.ranks.rank != 0:
+            return
+        own = sum(_text(prompt[0]["content"]) != self.builder.system_prompt for prompt in dataset["prompt"])
+        if own:
+            logger.warning("%s: %d of %d rows keep a system message of their own", name, own, len(dataset))
 
     @property
     def quarantined(self) -> list[QuarantinedPrompt]:
@@ -167,6 +176,46 @@ class RowEncoder:
         return [encoded[spec.key] for spec in specs]
 
 
+_CONVERSATION = List({"role": Value("string"), "content": Value("string")})
+
+
+def asked_rows(dataset: Any, builder: PromptBuilder, name: str) -> Any:
+    """
+    Return a data set whose column `prompt` is what its rows are asked; a streamed one is changed as it is read.
+
+    Raises:
+        RowError: for the first row that cannot be asked, with its number.
+    """
+    if not builder.rewords:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        features = dataset.features
+        if features is not None:
+            features = Features(features | {"prompt": _prompt_feature(features)})
+        return dataset.map(builder.asked, features=features)
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return dataset
+    prompts = []
+    for i, row in enumerate(dataset):
+        try:
+            prompts.append(builder.asked(row)["prompt"])
+        except RowError as error:
+            raise RowError(f"{name}, row {i}: {error}") from error
+    column = Dataset.from_dict({"prompt": prompts}, Features({"prompt": _prompt_feature(dataset.features)}))
+    others = [other for other in dataset.column_names if other != "prompt"]
+    return concatenate_datasets([dataset.select_columns(others), column], axis=1) if others else column
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(block.get("text") or "" for block in content or ())
+
+
+def _prompt_feature(features: Features) -> Any:
+    """Return the type of conversations in a table: that of its own, or texts."""
+    own = features.get("prompt")
+    return own if isinstance(own, List) else _CONVERSATION
+
+
 # Columns in which other libraries' data sets hold the question.
 _QUESTIONS = ("question", "problem", "query", "instruction", "input", "prompts", "messages", "conversations")
 
@@ -179,18 +228,22 @@ def _bare(column: str) -> str:
     return _SUFFIX.sub("", re.sub(r"[\W_]", "", column.lower()))
 
 
-def check_spelling(columns: Sequence[str], name: str) -> None:
+def check_spelling(columns: Sequence[str], name: str, makes_prompt: bool = False) -> None:
     """
     Check the names of the columns that are read.
 
     A misspelt media column would be left unread, and the run would train on text alone.
 
+    Args:
+        makes_prompt: a template makes the column `prompt` of others.
+
     Raises:
         ValueError: with the column to rename or to drop.
     """
-    if columns and "prompt" not in columns:
+    if columns and "prompt" not in columns and not makes_prompt:
         asked = next((other for other in _QUESTIONS if other in columns), None)
         advice = f"rename {asked!r} to 'prompt'" if asked else "a prompt is a text, or messages with role and content"
+        advice += ", or prompt_template makes it of other columns"
         raise ValueError(f"{name} has no column 'prompt'; its columns: {', '.join(columns)}; {advice}")
     for column in PROMPT_COLUMNS:
         alike = [other for other in columns if _bare(other) == column.replace("_", "")]

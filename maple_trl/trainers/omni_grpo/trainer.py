@@ -153,6 +153,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         columns = getattr(train_dataset, "column_names", None)
         if columns:
             check_rewards(rewards, columns, "train_dataset")
+        args.check_answer_form(rewards, columns or ())
         model, processing_class = load_parts(model, processing_class, args.seed, init_kwargs)
 
         self._sharing: bool | None = False
@@ -163,7 +164,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(args)
         if isinstance(processing_class, PreTrainedTokenizerBase):
-            check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+            check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, args)
         else:
             self._prepare_media(model, processing_class, args)
             self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out

@@ -73,7 +73,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         model, processing_class = load_parts(model, processing_class, args.seed, init_kwargs)
 
         if isinstance(processing_class, PreTrainedTokenizerBase):
-            check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+            check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, args)
         else:
             names = ("formatting_func", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
             given = {"data_collator": data_collator} | {argument: kwargs.get(argument) for argument in names}
@@ -132,7 +132,8 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         dataset = as_paths(dataset)
         usable = self.row_encoder.register(dataset, name)
         if isinstance(dataset, Dataset):
-            read = dataset.select_columns([column for column in _MEDIA_COLUMNS if column in columns])
+            dataset = self.row_encoder.registries[name].dataset  # as it is asked
+            read = dataset.select_columns([column for column in _MEDIA_COLUMNS if column in dataset.column_names])
             for i, row in enumerate(read):
                 try:
                     self.completion_ids(row)
