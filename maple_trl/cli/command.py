@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maple_trl import Registry
+from maple_trl.cli.critical_steps import run_critical_steps
 from maple_trl.cli.data import run_hints
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
@@ -38,6 +39,7 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 
 
 _OWN_PARSER = {
+    "critical-steps": run_critical_steps,
     "eval": run_eval,
     "hints": run_hints,
     "parity": run_parity,
@@ -90,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, does in (
         ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),
+        ("critical-steps", "ask a judge where the critical steps of completions stand, for the report"),
         ("parity", "compare what vLLM computes with what the trainer does"),
         ("vllm-serve", "start a vLLM server that samples completions for a training job"),
         ("plan", "compute memory and time of a training job on given cards"),

@@ -22,7 +22,9 @@ from maple_trl.rewards import accuracy_reward, format_reward
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
-SECTIONS = "accuracy curves rewards weights curriculum disparity positions replay ratios projection rollouts".split()
+SECTIONS = "accuracy curves rewards weights curriculum disparity advantages positions critical lengths replay".split()
+SECTIONS += "ratios projection distances rollouts".split()
+ABSENT = ("accuracy", "weights", "critical", "distances")  # of the run: its clips have one tag each
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 pytestmark = [
@@ -149,7 +151,7 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
     assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked), opened.asked
     assert opened.heights_of_charts() == opened.heights, "what is below a chart moves when it is drawn"
     drawn = {section: page.locator(f"#{section} .main-svg").count() for section in SECTIONS}
-    assert all(drawn[section] for section in SECTIONS if section not in ("accuracy", "weights", "rollouts")), drawn
+    assert all(drawn[section] for section in SECTIONS if section not in (*ABSENT, "rollouts")), drawn
     # Every plot says what it shows, and every section has a sentence on it.
     titles = (
         "place => [place.layout.title, place.layout.xaxis.title, place.layout.yaxis.title].map((title) => title.text)"
@@ -164,7 +166,7 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
     assert all(sum(trace["y"]) == pytest.approx(1, abs=1e-3) for trace in bars)
     assert [bars[0]["x"][i] for i in (0, 5, 10)] == ["< 0.25", "0.95–1.05", "≥ 4"]
     # What this run has not got is said, here and in the list of sections.
-    for section in ("accuracy", "weights"):
+    for section in ABSENT:
         assert page.locator(f"#{section} .missing").inner_text().startswith("No data.")
         assert "(no data)" in page.locator(f"nav a[href='#{section}']").inner_text()
     for section in ("curves", "rewards", "replay", "rollouts"):
