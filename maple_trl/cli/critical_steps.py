@@ -46,7 +46,7 @@ class CriticalStepArguments:
     max_failures: float = field(default=0.2, metadata={"help": "failed completions allowed, as a share"})
     model: str | None = field(
         default=None,
-        metadata={"aliases": ["--judge"], "help": "the judge's name, as the server knows it (required)"},
+        metadata={"aliases": ["--model_name_or_path"], "help": "the judge's name, as the server knows it (required)"},
     )
     base_url: str | None = field(default=None, metadata={"help": "root of the API, as http://127.0.0.1:8000/v1"})
     api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the key"})

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from maple_trl.cli.failures import asks_for_help, refuse
 
@@ -49,7 +50,7 @@ class ReportArguments:
         default=None,
         metadata={"help": "how near completions are is told by the mean hidden states of this model, not by wording"},
     )
-    projection: str = field(
+    projection: Literal["pca", "tsne"] = field(
         default="pca",
         metadata={"help": "how completions are placed: pca, or tsne with points numbered by clip (scikit-learn)"},
     )
@@ -63,8 +64,6 @@ class ReportArguments:
         for name, least in (("max_rollouts", 1), ("thumbnails", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
-        if self.projection not in ("pca", "tsne"):
-            raise ValueError(f"--projection must be pca or tsne, got {self.projection!r}")
         if any(bound < 0 for bound in self.length_bins):
             raise ValueError(f"--length-bins are numbers of tokens, 0 or more, got {self.length_bins}")
 

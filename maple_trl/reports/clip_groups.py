@@ -22,7 +22,7 @@ CLIPS = 100
 PER_TAG = 4
 """Completions of a clip's tag that are compared, at most."""
 BINS = 40
-DRAWN_CLIPS = 12
+DRAWN_CLIPS = 8
 """Clips that a t-SNE shows, at most: more numbers could not be read."""
 
 

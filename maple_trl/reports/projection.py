@@ -38,7 +38,7 @@ def project(
     Args:
         embedder: what describes them; see [`~maple_trl.reports.embeddings.vectors_of`].
         kind: `"pca"`: the first two principal components. `"tsne"`: t-SNE by cosine distance (MAPLE, arXiv 2602.11596,
-            Fig. 16), of at most 12 clips with several tags, a completion of each tag, numbered by clip; where there are
+            Fig. 16), of at most 8 clips with several tags, a completion of each tag, numbered by clip; where there are
             no such clips, of the same completions as `"pca"`.
         seed: of the t-SNE.
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import yaml
 
+from maple_trl.cli.critical_steps import CriticalStepArguments
 from maple_trl.cli.data import HintArguments
 from maple_trl.cli.eval import read_job
 from maple_trl.cli.report import ReportArguments
@@ -19,6 +20,7 @@ COMMANDS = {
     "eval": [EvalArguments, EvalOptions, EvalMedia],
     "data hints": [HintArguments],
     "report": [ReportArguments],
+    "critical-steps": [CriticalStepArguments],
 }
 # What files and command lines said before there was one vocabulary.
 FORMER = {
@@ -34,6 +36,7 @@ FORMER = {
     },
     "data hints": {"input": "dataset_name"},
     "report": {},
+    "critical-steps": {},
 }
 # TRL's names of what is called otherwise here, in Python and in results.
 TRLS = {
@@ -44,6 +47,7 @@ TRLS = {
         "generation_kwargs": "generation",
     },
     "data hints": {"model_name_or_path": "model"},
+    "critical-steps": {"model_name_or_path": "model"},
 }
 
 

@@ -85,15 +85,16 @@ function curves() {
     ["Time", "seconds per step", ["step_time"]],
     ["Media tokens", "tokens per rollout", ["media_tokens/video", "media_tokens/audio", "media_tokens/subtitle"],
       { "media_tokens/video": "video", "media_tokens/audio": "audio", "media_tokens/subtitle": "subtitles" }],
-    ["Prompt length", "tokens, mean over prompts", ["tag/all/prompt_tokens"]],
+    ["Prompt length", "mean tokens", ["tag/all/prompt_tokens"]],
   ];
   const grid = node("div", { class: "grid small" });
-  body.append(node("h3", { text: "Over all tags" }), grid);
+  body.append(node("h3", { text: "Over all tags" }));
   if (names.has("tag/all/reward_kept")) {
-    const options = { title: "Rollout score", x: STEP, y: "mean reward", height: 300 };
-    const place = chart(grid, scoreTraces(state.span), options);
+    const options = { title: "Rollout score", x: STEP, y: "mean reward", height: 340 };
+    const place = chart(body, scoreTraces(state.span), options);
     others.push(() => redraw(place, scoreTraces(state.span), options));
   }
+  body.append(grid);
   for (const [title, unit, wanted, labels] of panels) {
     const there = wanted.filter((name) => names.has(name));
     if (!there.length) continue;
@@ -116,8 +117,8 @@ function scoreTraces(span) {
   const kinds = [["tag/all/reward_kept", "trained on", "solid"], ["tag/all/reward", "all, with what was filtered out", "dot"]];
   return REPORT.runs.flatMap((run, index) => kinds.flatMap(([name, label, dash]) => {
     const curve = run.curves.metrics && run.curves.metrics[name];
-    return curve ? [{ type: "scatter", x: curve.step, y: smooth(curve.value, span), name: label + runSuffix(index), ...marker(curve.step.length),
-      hovertemplate: `%{y:.4g}<extra>${label}${runSuffix(index)}</extra>`, line: { color: RUN_STYLE[index].color, width: 1.8, dash } }] : [];
+    return curve ? [{ type: "scatter", x: curve.step, y: smooth(curve.value, span), name: label + runSuffix(index), mode: curve.step.length > 2 ? "lines" : "lines+markers",
+      hovertemplate: `%{y:.4g}<extra>${label}${runSuffix(index)}</extra>`, line: { color: RUN_STYLE[index].color, width: 2, dash } }] : [];
   }));
 }
 
@@ -399,7 +400,7 @@ function projection() {
     });
     const share = (part.explained || []).map((value) => `${(100 * value).toFixed(0)} %`);
     const axes = part.explained ? [`first component (${share[0]} of the variance)`, `second (${share[1]})`] : ["t-SNE, first axis (no unit)", "second axis (no unit)"];
-    chart(grid, traces, { title: plain(run.name), x: axes[0], y: axes[1], height: part.explained ? 440 : 520,
+    chart(part.explained ? grid : body, traces, { title: plain(run.name), x: axes[0], y: axes[1], height: part.explained ? 440 : 520,
       hovermode: "closest", xaxis: { range: range("x"), zeroline: false }, yaxis: { range: range("y"), zeroline: false } });
     if (part.clips.length && index === REPORT.runs.findIndex((other) => other.projection.clips)) {
       body.append(node("p", { class: "what", id: "clip-numbers", text: `Clips: ${part.clips.map((clip, i) => `${i + 1} ${clip}`).join(", ")}.` }));
