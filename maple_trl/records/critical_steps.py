@@ -38,4 +38,4 @@ def read_critical_steps(folder: Path) -> dict[str, Any] | None:
     )
     if not fits or not isinstance(found.get("judge"), str):
         raise ValueError("it is none of `maple-trl critical-steps`")
-    return found
+    return dict(found)

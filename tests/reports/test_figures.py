@@ -401,7 +401,10 @@ def test_training_efficiency_is_time_of_a_step_by_its_batch(runs, tmp_path):
         assert any(name == "seconds per step / batch of 8 completions" for name, _ in run["facts"])
     assert data["efficiency"]["ratio"]["per_step"] == pytest.approx(seconds[1] / seconds[0])
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "Training efficiency: wall-clock seconds of an optimizer step" in page and "times as long as one of early" in page
+    assert (
+        "Training efficiency: wall-clock seconds of an optimizer step" in page
+        and "times as long as one of early" in page
+    )
 
 
 def test_entries_count_as_often_as_they_have_steps(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from maple_trl import AvatarConfig, AvatarTrainer, cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.records.critical_steps import write_critical_steps
 from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import write_report
 from maple_trl.rewards import accuracy_reward, format_reward
@@ -414,6 +415,50 @@ def test_two_runs_stand_side_by_side(browser, trained, tmp_path):
     assert dashes == 2, "solid for the first run, dashed for the second"
     assert page.locator("#replay .missing").inner_text().startswith("No data. other:")
     assert opened.errors == []
+    page.close()
+
+
+def test_figures_of_both_papers_are_drawn(browser, tmp_path):
+    """Two runs over each other, points that are numbered by clip, and scores on solid and dotted lines."""
+    for name, sight in (("plain", "x"), ("varied", "{tag} sees")):
+        folder = tmp_path / name
+        (folder / "rollouts").mkdir(parents=True)
+        lines = [
+            {"rollout": 0, "step": 0, "group": f"{c}{tag}", "id": f"{c}{tag}", "tag": tag, "clip": f"clip {c}"}
+            | {"completion": f"{sight.format(tag=tag)} {c}{i}", "rewards": {"accuracy_reward": i % 2}, "reward": i % 2}
+            | {"advantage": i - 0.5, "tokens": 5 + i, "replayed": False, "prompt": "q", "solution": "A"}
+            for c in "abc"
+            for tag in ("V", "VA", "VAS")
+            for i in range(2)
+        ]
+        write_rollout(folder / "rollouts", 0, lines, ".")
+        entry = {f"tag/all/{metric}": 0.5 for metric in ("reward", "reward_kept", "prompt_tokens", "clip_fraction")}
+        entries = [entry | {"reward": 0.5, "step_time": 2.0, "step": i} for i in range(1, 4)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        steps = [{"position": i / 20} for i in range(20)]
+        write_critical_steps(folder, {"judge": "a judge", "steps": steps})
+    (tmp_path / "varied" / "args.json").write_text(json.dumps({"tas_lambda": 0.3}))
+    write_report([tmp_path / "plain", tmp_path / "varied"], tmp_path / "two.html", projection="tsne")
+    opened = Opened(browser, tmp_path / "two.html")
+    page = opened.page
+    for section in ("curves", "advantages", "critical", "lengths", "projection", "distances"):
+        for i in range(page.locator(f"#{section} .chart").count()):
+            page.locator(f"#{section} .chart").nth(i).scroll_into_view_if_needed()
+            page.locator(f"#{section} .chart").nth(i).locator(".main-svg").first.wait_for(timeout=30_000)
+    told = "place => [place.layout.title.text, place.data.map((trace) => [trace.name, trace.type, trace.mode || ''])]"
+    charts = "[...document.querySelectorAll('.chart')].filter((place) => place.layout)"
+    drawn = dict(page.evaluate(f"{charts}.map({told})"))
+    over = [["plain", "bar", ""], ["varied", "bar", ""]]
+    for title in ("Distances between completions of one clip", "Advantages of fresh completions"):
+        assert drawn[title] == over, title
+    assert drawn["Positions of critical steps"][:2] == over and "by TAS" in drawn["Positions of critical steps"][2][0]
+    assert drawn["Accuracy by completion length"] == over and len(drawn["Rollout score"]) == 4
+    assert {"Prompt length", "Clipped tokens"} <= set(drawn)
+    assert drawn["varied"] == [[tag, "scatter", "markers+text"] for tag in ("V", "VA", "VAS")]
+    assert page.inner_text("#clip-numbers") == "Clips: 1 clip a, 2 clip b, 3 clip c."
+    assert "A step of varied takes 1 times as long as one of plain" in page.inner_text("#efficiency")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert opened.heights_of_charts() == opened.heights and opened.errors == []
     page.close()
 
 

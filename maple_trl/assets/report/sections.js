@@ -264,7 +264,7 @@ function critical() {
 function span(bin) { return bin.from === bin.to ? String(bin.from) : `${bin.from}–${bin.to}`; }
 
 function whiskers(bins, value) {
-  const side = (end, sign) => bins.map((bin) => (bin[end] === null ? 0 : sign * (bin[end] - bin[value])));
+  const side = (end, sign) => bins.map((bin) => (bin[end] === null ? null : sign * (bin[end] - bin[value])));
   return { type: "data", symmetric: false, array: side("high", 1), arrayminus: side("low", -1), color: "#1b1f24", thickness: 1.2, width: 4 };
 }
 
