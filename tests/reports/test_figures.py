@@ -202,7 +202,7 @@ def test_prompt_tokens_of_a_text_model(tmp_path):
 
 @pytest.mark.slow
 def test_advantages_of_fresh_and_replayed_completions(tmp_path):
-    """Against the clipped distance from the moving baseline, computed anew; and the histogram against the file's numbers."""
+    """In the order of their rewards and with the mean that is logged; and the histogram against the file's numbers."""
     from datasets import Dataset
 
     rows = Dataset.from_list([row for row in rows_of_two_clips(tmp_path / "data") if row["tag"] != "S"])
