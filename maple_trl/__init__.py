@@ -78,7 +78,7 @@ _MOVED = {
     "job_rewards": "jobs.rewards",
     "job_tables": "jobs.tables",
     "omni.scopes": "modalities",
-    "reports.hidden_states": "reports.projection",
+    "reports.hidden_states": "reports.embeddings",
     "reports.page": "reports.report",
     "reports.rollout_files": "records.rollouts",
     "rewards.signatures": "rewards.routing",

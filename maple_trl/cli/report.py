@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from maple_trl.cli.failures import asks_for_help, refuse
 
@@ -17,6 +18,7 @@ examples:
   maple-trl report runs/demo
   maple-trl report runs/mupo runs/mapo --output compared.html
   maple-trl report runs/eval_before runs/eval_after --json compared.json
+  maple-trl report runs/plain runs/crw --projection tsne
 
 RUN is the output folder of a training job or of `maple-trl eval`, finished or still going: the report shows what is
 there, and says what is not. Open the file in a browser; it needs no network. Clips and subtitles are links to files
@@ -46,15 +48,24 @@ class ReportArguments:
     thumbnails: int = field(default=200, metadata={"help": "videos of a run with a picture in the page"})
     embeddings: str | None = field(
         default=None,
-        metadata={
-            "help": "place completions in the projection by the mean hidden states of this model, not by wording"
-        },
+        metadata={"help": "how near completions are is told by the mean hidden states of this model, not by wording"},
+    )
+    projection: Literal["pca", "tsne"] = field(
+        default="pca",
+        metadata={"help": "how completions are placed: pca, or tsne with points numbered by clip (scikit-learn)"},
+    )
+    seed: int = field(default=0, metadata={"help": "of the t-SNE"})
+    length_bins: list[int] = field(
+        default_factory=list,
+        metadata={"help": "where bins of completion lengths begin, in tokens (about as many completions in each)"},
     )
 
     def __post_init__(self):
-        for name, least in (("max_rollouts", 1), ("thumbnails", 0)):
+        for name, least in (("max_rollouts", 1), ("thumbnails", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
+        if any(bound < 0 for bound in self.length_bins):
+            raise ValueError(f"--length-bins are numbers of tokens, 0 or more, got {self.length_bins}")
 
 
 def run_report(words: Sequence[str]) -> int:
@@ -91,6 +102,9 @@ def run_report(words: Sequence[str]) -> int:
             arguments.max_rollouts,
             arguments.thumbnails,
             arguments.embeddings,
+            arguments.projection,
+            arguments.seed,
+            arguments.length_bins,
         )
     except (ReportError, ImportError, OSError) as error:
         return refuse("report", error, 2, str(output.parent))

@@ -18,11 +18,12 @@ from maple_trl.metrics.gaps import ModalityGap, modality_gap, modality_gap_inter
 from maple_trl.metrics.hf_metrics import metric_folder
 from maple_trl.metrics.intervals import Estimate, UndefinedMetricError, bootstrap_mean
 from maple_trl.metrics.significance import PairedComparison, align_runs, compare_runs, mcnemar_exact
-from maple_trl.metrics.spread import EmbeddingSpread, embedding_spread
+from maple_trl.metrics.spread import ClipSpread, EmbeddingSpread, clip_spread, embedding_spread
 from maple_trl.records.evaluations import EvalStore, Evaluation, EvaluationError, load_evaluation
 
 
 __all__ = [
+    "ClipSpread",
     "EmbeddingSpread",
     "Estimate",
     "EvalOptions",
@@ -38,6 +39,7 @@ __all__ = [
     "align_runs",
     "bootstrap_mean",
     "choose_questions",
+    "clip_spread",
     "compare_runs",
     "embedding_spread",
     "evaluation_results",

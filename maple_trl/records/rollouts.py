@@ -28,12 +28,13 @@ LINES = pa.schema(
         ("row", pa.int64()),  # of the training set, from 0; null where it is not known
         ("id", pa.string()),  # the column `id` of the row
         ("tag", pa.string()),
+        ("clip", pa.string()),  # that the row is about, see `maple_trl.metrics.clips`
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("solution", pa.string()),
         ("rewards", pa.map_(pa.string(), pa.float64())),  # of each function; null where it gave none
         ("reward", pa.float64()),  # the weighted sum; null for a completion that could not be scored
-        ("advantage", pa.float64()),  # of fresh completions, before they are shaped or weighed
+        ("advantage", pa.float64()),  # before it is shaped or weighed
         ("tokens", pa.int64()),
         ("replayed", pa.bool_()),
         ("hinted", pa.bool_()),  # null for a text-only model, which does not tell

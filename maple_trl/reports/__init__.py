@@ -1,7 +1,8 @@
 """Reports: one HTML file on one run or two, from the folders that training jobs and evaluations leave."""
 
+from maple_trl.reports.embeddings import write_embeddings
 from maple_trl.reports.folders import ReportError
 from maple_trl.reports.report import write_report
 
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["ReportError", "write_embeddings", "write_report"]

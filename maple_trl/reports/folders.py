@@ -53,6 +53,7 @@ class RunData:
         media_root: the folder below which their media lie, where it is known.
         notes: what could not be read.
         quarantined: how many prompts of a training run are in quarantine, by reason, and the first files.
+        options: of a training job, by name; `None` where its folder does not say.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class RunData:
     media_root: str | None = None
     notes: list[str] = field(default_factory=list)
     quarantined: str | None = None
+    options: dict[str, Any] | None = None
 
     @property
     def accesses(self) -> list[str]:
@@ -136,6 +138,7 @@ def _read_training(folder: Path) -> RunData:
     run.summary = summary if finished is not False else None
     run.table, run.media_root = table, media_root
     run.quarantined = _read_quarantine(folder / "quarantine.json", notes)
+    run.options = _read_json(folder / "args.json", notes)
     return run
 
 

@@ -2,190 +2,179 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from maple_trl.files import as_json
 from maple_trl.metrics.intervals import UndefinedMetricError
 from maple_trl.metrics.spread import embedding_spread
-from maple_trl.reports.folders import ReportError, RunData
-from maple_trl.reports.rollouts import Rollouts
-from maple_trl.reports.sections import lines_by_phase, lines_by_tag
-from maple_trl.reports.series import TAGS, rounded
+from maple_trl.reports.clip_groups import DRAWN_CLIPS, lines_by_clip, sample_by_clip
+from maple_trl.reports.embeddings import Embedder, Sample, vectors_of
+from maple_trl.reports.folders import RunData
+from maple_trl.reports.rollouts import Rollouts, clip_names
+from maple_trl.reports.sections import lines_by_phase, lines_by_tag, missing
+from maple_trl.reports.series import rounded
 
 
-EMBEDDINGS_FILE = "embeddings.parquet"
+PROJECTIONS = ("pca", "tsne")
 PER_TAG = 150
 """Completions of a tag that are drawn, at most."""
-_DIMENSIONS = 1024
-_CHARACTERS = 2000  # of a completion
-_TOKENS = 512  # of a text that a model reads
+_FEWEST = {"pca": 3, "tsne": 4}  # points
 
 
 def project(
-    runs: Sequence[RunData], rollouts: Sequence[Rollouts | None], model: str | None = None
+    runs: Sequence[RunData],
+    rollouts: Sequence[Rollouts | None],
+    embedder: Embedder,
+    kind: str = "pca",
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """
-    Return two principal components of completions' embeddings, the same for all runs, so that points can be compared.
-
-    Where every folder has a file `embeddings.parquet` with the columns `tag` and `embedding` (lists of numbers, such
-    as means of hidden states), its vectors are taken. Otherwise a completion is described by its text alone: how
-    often it has each sequence of three characters, hashed to 1024 numbers, weighed by how rare the sequence is
-    (TF-IDF), and scaled to length 1. That shows wording, not what a model makes of it.
+    Return completions of all runs in one plane, so that points can be compared.
 
     Args:
-        model: describe the texts by the mean of this model's last hidden states instead; see [`mean_hidden_states`].
+        embedder: what describes them; see [`~maple_trl.reports.embeddings.vectors_of`].
+        kind: `"pca"`: the first two principal components. `"tsne"`: t-SNE by cosine distance (MAPLE, arXiv 2602.11596,
+            Fig. 16), of at most 8 clips with several tags, a completion of each tag, numbered by clip; where there are
+            no such clips, of the same completions as `"pca"`.
+        seed: of the t-SNE.
 
     Returns:
-        for each run `x`, `y`, `tag` and `text` of the points, `method`, `explained` (shares of the variance) and the
-        mean cosine distances of [`~maple_trl.evaluation.embedding_spread`]; `{"missing": why}` where nothing is there.
+        for each run `x`, `y`, `tag`, `text` and `clip` (a number, see `clips`) of the points, `method`, `explained`
+        (shares of the variance; `None` of a t-SNE) and the mean cosine distances of
+        [`~maple_trl.metrics.spread.embedding_spread`]; `{"missing": why}` where nothing is there.
+
+    Raises:
+        ImportError: for a t-SNE without scikit-learn, naming the extra that brings it.
     """
-    files = [run.folder / EMBEDDINGS_FILE for run in runs]
-    if all(path.is_file() for path in files):
-        try:
-            parts = [_from_file(path) for path in files]
-        except (OSError, KeyError, ValueError) as error:  # what Arrow raises is a ValueError
-            return [{"missing": f"{EMBEDDINGS_FILE} cannot be read: {error}"} for _ in runs]
-        method = f"vectors of {EMBEDDINGS_FILE}"
-        vectors = [part[0] for part in parts]
-        if len({part.shape[1] for part in vectors}) > 1:
-            return [{"missing": f"The vectors of {EMBEDDINGS_FILE} differ in length between the runs."} for _ in runs]
+    samples, told = _samples(runs, rollouts, by_clip=kind == "tsne")
+    samples, method, why = vectors_of(runs, samples, embedder)
+    if why:
+        return [missing(why) for _ in runs]
+    if not method.startswith("vectors of"):
+        method = f"{method}. {told}"
+    elif kind == "tsne":
+        samples = _of_few_clips(samples)
+    counts = [len(sample.tags) for sample in samples]
+    if sum(counts) < _FEWEST[kind]:
+        why = f"There are fewer than {_FEWEST[kind]} completions with a tag to draw."
+        return [missing(why.replace("than 3 ", "than three ").replace("than 4 ", "than four ")) for _ in runs]
+    vectors = np.concatenate([sample.vectors for sample in samples if len(sample.tags)])
+    explained: NDArray[np.float64] | None = None
+    if kind == "pca":
+        points, explained = principal_components(vectors)
+    elif len(np.unique(vectors, axis=0)) < 3:
+        return [missing("A t-SNE needs three completions that differ.") for _ in runs]
     else:
-        parts = [_sample(run, found) for run, found in zip(runs, rollouts, strict=True)]
-        method = (
-            "how often each sequence of three characters stands in a completion (TF-IDF, hashed to 1024 numbers): it "
-            f"shows wording, not what a model makes of it. At most {PER_TAG} completions a tag; of a training run, of "
-            "the last fifth of the tag's steps; of an evaluation, of its first access"
-        )
-        vectors = text_vectors([part[2] for part in parts])
-        if model is not None and any(part[2] for part in parts):
-            method = f"means of the last hidden states of {model}, which reads each completion's text alone"
-            try:
-                states = mean_hidden_states(model, [text for part in parts for text in part[2]])
-            except (OSError, ValueError) as error:
-                raise ReportError(f"--embeddings {model}: {error}") from error
-            vectors = np.split(states, np.cumsum([len(part[2]) for part in parts])[:-1])
-    counts = [len(part[1]) for part in parts]
-    if sum(counts) < 3:
-        why = "There are fewer than three completions with a tag to draw."
-        return [{"missing": why} for _ in runs]
-    points, explained = principal_components(np.concatenate(vectors))
-    ends_of = np.cumsum(counts)
-    found = []
-    for (_, tags, texts), own, end, count in zip(parts, vectors, ends_of, counts, strict=True):
-        if not count:
-            found.append({"missing": "The run has no completion with a tag."})
-            continue
-        x, y = points[end - count : end].T
-        found.append(
-            {
-                "x": rounded(x, 4),
-                "y": rounded(y, 4),
-                "tag": tags,
-                "text": [text[:160] for text in texts],
-                "method": method,
-                "explained": rounded(explained, 3),
-                "spread": _spread(own, tags),
-            }
-        )
-    return found
+        points = neighbour_map(vectors, seed)
+    names = list(dict.fromkeys(clip for sample in samples for clip in sample.clips if clip)) if kind == "tsne" else []
+    parts = np.split(points, np.cumsum(counts)[:-1])
+    shared = {"kind": kind, "method": method, "clips": names}
+    shared |= {"explained": None if explained is None else rounded(explained, 3)}
+    return [
+        _section(sample, part, names) | shared if len(part) else _NONE
+        for sample, part in zip(samples, parts, strict=True)
+    ]
 
 
-def _sample(run: RunData, rollouts: Rollouts | None) -> tuple[None, list[str], list[str]]:
-    """Return tags and texts to draw: of the last fifth of a tag's steps, or of an evaluation's first access."""
+_NONE = missing("The run has no completion with a tag.")
+
+
+def _section(sample: Sample, points: NDArray[np.float64], clips: list[str]) -> dict[str, Any]:
+    return {
+        "x": rounded(points[:, 0], 4),
+        "y": rounded(points[:, 1], 4),
+        "tag": sample.tags,
+        "text": [text[:160] for text in sample.texts],
+        "clip": [clips.index(clip) + 1 if clip in clips else None for clip in sample.clips],
+        "spread": _spread(sample),
+    }
+
+
+def _samples(runs: Sequence[RunData], rollouts: Sequence[Rollouts | None], by_clip: bool) -> tuple[list[Sample], str]:
+    """Return what is drawn of each run, and the sentences that say so."""
+    if by_clip:
+        groups = [lines_by_clip(run, found) for run, found in zip(runs, rollouts, strict=True)]
+        names = _drawn_clips([{clip: len(own) for clip, own in found.items()} for found in groups])
+        if any(names):
+            picked = [{clip: found[clip] for clip in own} for found, own in zip(groups, names, strict=True)]
+            samples = [sample_by_clip(found, own, 1) for found, own in zip(rollouts, picked, strict=True)]
+            return samples, f"At most {DRAWN_CLIPS} clips, of each the newest completion of each tag"
+    told = (
+        f"At most {PER_TAG} completions a tag; of a training run, of the last fifth of the tag's steps; of an "
+        "evaluation, of its first access"
+    )
+    if by_clip:
+        told += ". No clip has completions of several tags, so that points have no numbers"
+    return [_sample(run, found) for run, found in zip(runs, rollouts, strict=True)], told
+
+
+def _drawn_clips(tags: Sequence[dict[str, int]]) -> list[list[str]]:
+    """Choose the clips that all runs have, those with the most tags first; of runs that share none, each its own."""
+    shared = [clip for clip in tags[0] if all(clip in other for other in tags)]
+    pools = [shared or list(own) for own in tags]
+    ranked = [
+        sorted(pool, key=lambda clip: (-sum(other.get(clip, 0) for other in tags), clip))[:DRAWN_CLIPS]
+        for pool in pools
+    ]
+    return [sorted(own) for own in ranked]
+
+
+def _of_few_clips(samples: Sequence[Sample]) -> list[Sample]:
+    """Keep one completion of each tag of a few clips, where the vectors of a file name clips with several tags."""
+    tags = []
+    for sample in samples:
+        found: dict[str, set[str]] = {}
+        for clip, tag in zip(sample.clips, sample.tags, strict=True):
+            if clip:
+                found.setdefault(clip, set()).add(tag)
+        tags.append({clip: len(own) for clip, own in found.items() if len(own) > 1})
+    if not any(tags):
+        return list(samples)
+    kept = []
+    for sample, names in zip(samples, _drawn_clips(tags), strict=True):
+        first: dict[tuple[str | None, str], int] = {}
+        for i, form in enumerate(zip(sample.clips, sample.tags, strict=True)):
+            if form[0] in names:
+                first.setdefault(form, i)
+        kept.append(sample.take(list(first.values())))
+    return kept
+
+
+def _sample(run: RunData, rollouts: Rollouts | None) -> Sample:
+    """Return completions to draw: of the last fifth of a tag's steps, or of an evaluation's first access."""
     if rollouts is None or not len(rollouts):
-        return None, [], []
+        return Sample([], [], [])
     picked = []
     for lines in lines_by_tag(rollouts).values():
         *_, lines = lines_by_phase(run, rollouts, lines).values()
         picked += [lines[i] for i in np.unique(np.linspace(0, len(lines) - 1, PER_TAG).astype(int))] if lines else []
-    tags = rollouts.get("tag")
-    texts = rollouts.get("completion")
-    return None, [tags[i] for i in picked], [texts[i] or "" for i in picked]
+    columns = (rollouts.get("tag"), clip_names(rollouts), [text or "" for text in rollouts.get("completion")])
+    return Sample(*columns).take(picked)
 
 
-def _from_file(path: Path) -> tuple[NDArray[np.float64], list[str], list[str]]:
-    table = pq.ParquetFile(path).read()
-    tags = table["tag"].to_pylist()
-    kept = [i for i, tag in enumerate(tags) if tag in TAGS]
-    vectors = np.array(table["embedding"].to_pylist(), dtype=np.float64)[kept]
-    texts = table["text"].to_pylist() if "text" in table.column_names else [""] * len(tags)
-    return vectors, [tags[i] for i in kept], [texts[i] or "" for i in kept]
-
-
-def write_embeddings(
-    folder: Path, embeddings: NDArray[np.floating], tags: Sequence[str], texts: Sequence[str]
-) -> Path:
+def neighbour_map(vectors: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
     """
-    Write vectors for the report to draw.
+    Return a t-SNE of vectors by cosine distance, of shape (N, 2); the same for the same vectors and seed.
 
     Args:
-        folder: of a run or an evaluation.
-        embeddings: of shape (N, D), e.g. the mean over a completion's tokens of a model's last hidden states.
-        tags, texts: of the N completions.
+        vectors: of shape (N, D), four or more.
+
+    Raises:
+        ImportError: without scikit-learn, naming the extra that brings it.
     """
-    columns = {"tag": list(tags), "text": list(texts), "embedding": np.asarray(embeddings, np.float32).tolist()}
-    path = Path(folder, EMBEDDINGS_FILE)
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def text_vectors(parts: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
-    """Return TF-IDF vectors of texts, of shape (N, 1024) for each part; the rareness is that over all parts."""
-    texts = [text for part in parts for text in part]
-    counts = np.zeros((len(texts), _DIMENSIONS))
-    for i, text in enumerate(texts):
-        data = f" {text[:_CHARACTERS]} ".lower().encode()
-        for start in range(len(data) - 2):
-            counts[i, zlib.crc32(data[start : start + 3]) % _DIMENSIONS] += 1
-    rareness = np.log((1 + len(texts)) / (1 + (counts > 0).sum(axis=0))) + 1
-    vectors = np.log1p(counts) * rareness
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = np.divide(vectors, lengths, out=vectors, where=lengths > 0)
-    return np.split(vectors, np.cumsum([len(part) for part in parts])[:-1])
-
-
-def mean_hidden_states(name: str, texts: Sequence[str], batch_size: int = 16) -> NDArray[np.float64]:
-    """
-    Average a model's last hidden states over the first 512 tokens of each text.
-
-    The model reads the text alone, without the prompt and without media.
-
-    Args:
-        name: of the model, as `--model` of `maple-trl eval` takes it.
-        texts: N texts; an empty one is read as a space.
-
-    Returns:
-        of shape (N, hidden size).
-    """
-    import torch
-
-    from maple_trl.omni.loading import load_model, load_processor
-
-    model, processor = load_model(name, dtype="auto").eval(), load_processor(name)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = getattr(processor, "tokenizer", processor)
-    found = []
-    for start in range(0, len(texts), batch_size):
-        rows = [
-            tokenizer.encode(text or " ", add_special_tokens=False)[:_TOKENS]
-            for text in texts[start : start + batch_size]
-        ]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-        with torch.no_grad():
-            states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-        sums = (states.float() * mask[..., None]).sum(dim=1)
-        found.append((sums / mask.sum(dim=1, keepdim=True)).double().cpu().numpy())
-    return np.concatenate(found)
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError(
+            f'--projection tsne needs scikit-learn ({error}): pip install "maple-trl[report]"'
+        ) from error
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    found = TSNE(2, perplexity=perplexity, metric="cosine", init="pca", random_state=seed).fit_transform(vectors)
+    return np.asarray(found, dtype=np.float64)
 
 
 def principal_components(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -212,9 +201,9 @@ def principal_components(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float
     return points, explained
 
 
-def _spread(vectors: NDArray[np.float64], tags: Sequence[str]) -> dict[str, Any]:
+def _spread(sample: Sample) -> dict[str, Any]:
     try:
-        found = embedding_spread(vectors, tags)
+        found = embedding_spread(sample.vectors, sample.tags)
     except UndefinedMetricError as error:
         return {"undefined": str(error)}
     return as_json({"dispersion": found.dispersion, "separation": found.separation})

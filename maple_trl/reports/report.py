@@ -14,9 +14,16 @@ from typing import Any
 from maple_trl.files import as_json, write_atomically
 from maple_trl.metrics.intervals import UndefinedMetricError
 from maple_trl.metrics.significance import compare_runs
+from maple_trl.reports.advantages import advantage_sections
+from maple_trl.reports.clip_groups import distance_sections
+from maple_trl.reports.critical_steps import critical_section
+from maple_trl.reports.efficiency import DEFINITION, compared_efficiency, efficiency_section
+from maple_trl.reports.embeddings import Embedder
 from maple_trl.reports.folders import ReportError, RunData, read_run
+from maple_trl.reports.lengths import length_gains, length_sections
 from maple_trl.reports.media import MediaTable
-from maple_trl.reports.projection import project
+from maple_trl.reports.projection import PROJECTIONS, project
+from maple_trl.reports.questions import question_means
 from maple_trl.reports.rollouts import Rollouts, packed, rollouts_of
 from maple_trl.reports.sections import all_sections, missing, near_perfect, no_rollouts
 from maple_trl.reports.series import TAGS, end_means, series_of, thinned
@@ -39,6 +46,9 @@ def write_report(
     max_rollouts: int = MOST_ROLLOUTS,
     thumbnails: int = MOST_THUMBNAILS,
     embeddings: str | None = None,
+    projection: str = "pca",
+    seed: int = 0,
+    length_bins: Sequence[int] = (),
 ) -> Path:
     """
     Write a report as one HTML file that needs no network.
@@ -50,15 +60,22 @@ def write_report(
         media_root: the folder below which the media lie, where the run's own is not known or has moved.
         max_rollouts: completions of a run in the report, at most; whole groups are left out evenly.
         thumbnails: pictures of so many videos of a run are put into the page; others are loaded when they are played.
-        embeddings: a model whose hidden states place completions in the projection; without it, their wording does.
+        embeddings: a model whose hidden states say how near completions are, in the projection and within a clip;
+            without it, their wording does.
+        projection: `"pca"` or `"tsne"`; see [`~maple_trl.reports.projection.project`].
+        seed: of the t-SNE.
+        length_bins: where the bins of completion lengths begin, in tokens; without any they hold about as many each.
 
     Returns:
         `Path`: the HTML file.
 
     Raises:
         ReportError: when a folder holds no run, there are none or more than two, or a file cannot be written.
-        ImportError: without jinja2 or plotly, naming the extra that brings them.
+        ValueError: for an unknown projection.
+        ImportError: without jinja2, plotly or (for a t-SNE) scikit-learn, naming the extra that brings them.
     """
+    if projection not in PROJECTIONS:
+        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
     folders = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
     if not 1 <= len(folders) <= 2:
         raise ReportError(f"a report is on one run or two, got {len(folders)}")
@@ -67,7 +84,7 @@ def write_report(
     output = Path(output)
     read = [read_run(folder) for folder in folders]
     rollouts = [None if run.table is None else rollouts_of(run.table, run.kind, max_rollouts) for run in read]
-    data = report_data(read, rollouts, embeddings)
+    data = report_data(read, rollouts, embeddings, projection, seed, length_bins)
     shown = []
     for run, found in zip(read, rollouts, strict=True):
         media = MediaTable(media_root or run.media_root, output.parent, thumbnails)
@@ -88,13 +105,25 @@ def _write(path: str | os.PathLike, text: str) -> None:
 
 
 def report_data(
-    runs: Sequence[RunData], rollouts: Sequence[Rollouts | None], embeddings: str | None = None
+    runs: Sequence[RunData],
+    rollouts: Sequence[Rollouts | None],
+    embeddings: str | None = None,
+    projection: str = "pca",
+    seed: int = 0,
+    length_bins: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return what a report says of one run or two, but for the completions themselves, as JSON values."""
     names = _distinct([run.name for run in runs])
-    projections = project(runs, rollouts, embeddings)
+    embedder = Embedder(embeddings)
+    shared = {  # of which runs must be comparable: made of all of them together
+        "advantages": advantage_sections(runs, rollouts),
+        "lengths": length_sections(runs, rollouts, length_bins),
+        "distances": distance_sections(runs, rollouts, embedder),
+        "projection": project(runs, rollouts, embedder, projection, seed),
+    }
+    efficiency = [efficiency_section(run) for run in runs]
     described = []
-    for run, name, found, projection in zip(runs, names, rollouts, projections, strict=True):
+    for i, (run, name, found) in enumerate(zip(runs, names, rollouts, strict=True)):
         series = series_of(run.log)
         curves, per_point = thinned(series)
         described.append(
@@ -105,12 +134,14 @@ def report_data(
                 "finished": run.finished,
                 "updated": run.updated,
                 "notes": run.notes,
-                "facts": _facts(run, series, found),
+                "facts": _facts(run, series, found, efficiency[i]),
+                "efficiency": efficiency[i],
                 "curves": {"source": run.log_source, "metrics": curves, "entries_per_point": per_point}
                 if curves
                 else missing("An evaluation has no training log." if run.kind == "evaluation" else _no_log(run)),
                 **all_sections(run, series, found),
-                "projection": projection,
+                "critical": critical_section(run),
+                **{part: sections[i] for part, sections in shared.items()},
                 "rollouts": _about_rollouts(run, found),
             }
         )
@@ -122,6 +153,8 @@ def report_data(
             "near_perfect": near_perfect(),
             "runs": described,
             "comparison": comparison(runs),
+            "length_gains": length_gains(runs, length_bins),
+            "efficiency": {"definition": DEFINITION, "ratio": compared_efficiency(efficiency)},
         }
     )
 
@@ -149,7 +182,9 @@ def _columns(rollouts: Rollouts) -> dict[str, list]:
     return columns | {"group_number": rollouts.groups.tolist()}
 
 
-def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None) -> list[tuple[str, Any]]:
+def _facts(
+    run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None, efficiency: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
     """Return what the overview says of a run: names and values."""
     if run.kind == "evaluation":
         return _evaluation_facts(run)
@@ -165,6 +200,7 @@ def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None)
         if name in series:
             first, last = end_means(*series[name])
             facts.append((f"{label}, first → last fifth of the log", f"{first:.4g} → {last:.4g}"))
+    facts += _efficiency_facts(efficiency)
     for name in ("before", "after"):
         value = (summary.get(name) or {}).get("all")
         facts.append((f"accuracy {name} training", None if value is None else f"{value:.3f}"))
@@ -173,6 +209,16 @@ def _facts(run: RunData, series: Mapping[str, tuple], rollouts: Rollouts | None)
     facts.append(("completions kept", None if rollouts is None else rollouts.total))
     facts += [("left out, failed or never fired", text) for text in _left_out(run)]
     return [(name, value) for name, value in facts if value is not None]
+
+
+def _efficiency_facts(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if "missing" in found:
+        return []
+    facts = [(f"seconds per step, mean of {found['steps']} steps", f"{found['seconds_per_step']:.4g}")]
+    if found["completions_per_step"] is None:
+        return [*facts, ("seconds per step / batch", "unknown: args.json of a training job says the batch")]
+    label = f"seconds per step / batch of {found['completions_per_step']} completions"
+    return [*facts, (label, f"{found['seconds_per_completion']:.4g}")]
 
 
 def _left_out(run: RunData) -> list[str]:
@@ -223,7 +269,7 @@ def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
         return missing(
             "A paired test needs two evaluations: the completions of training runs are not of the same questions."
         )
-    (first, clips), (second, more_clips) = (_question_scores(run) for run in runs)
+    (first, clips), (second, more_clips) = (question_means(run, "score") for run in runs)
     clips = more_clips | clips
     found = {}
     for access in [access for access in runs[0].accesses if access in first and access in second]:
@@ -246,27 +292,6 @@ def comparison(runs: Sequence[RunData]) -> dict[str, Any]:
         return missing("The evaluations have no access in common.")
     data = [(run.result or {}).get("data", {}).get("sha256") for run in runs]
     return {"accesses": found, "same_data": data[0] == data[1]}
-
-
-def _question_scores(run: RunData) -> tuple[dict[str, dict[tuple, float]], dict[tuple, str]]:
-    """Return each question's mean score by access, id (else the row) and tag; and the clips of questions."""
-    sums: dict[str, dict[tuple, list[float]]] = {}
-    clips: dict[tuple, str] = {}
-    names = ("access", "id", "row", "tag", "score", "clip")
-    columns = [
-        run.table[name].to_pylist() if name in run.table.column_names else [None] * len(run.table) for name in names
-    ]
-    for access, name, row, tag, score, clip in zip(*columns, strict=True):
-        if score is not None:
-            key = (name if name else row, tag)
-            sums.setdefault(access, {}).setdefault(key, []).append(score)
-            if clip is not None:
-                clips[key] = clip
-    means = {
-        access: {key: sum(scores) / len(scores) for key, scores in questions.items()}
-        for access, questions in sums.items()
-    }
-    return means, clips
 
 
 def render(data: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any] | None]) -> str:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maple_trl.files import as_json
+from maple_trl.metrics.clips import clip_of
 from maple_trl.reports.media import MediaTable, media_of
 from maple_trl.reports.series import TAGS
 
@@ -21,7 +22,7 @@ CHUNK = 400
 """Completions that a page unpacks together."""
 
 _TRAINING = (
-    "step group row id tag prompt completion solution rewards reward advantage tokens replayed hinted written_at "
+    "step group row id tag clip prompt completion solution rewards reward advantage tokens replayed hinted written_at "
     "video audio subtitle"
 ).split()
 _SHOWN = ("completion", "rewards", "advantage", "tokens", "written_at", "answer", "finish")
@@ -30,6 +31,8 @@ _EVALUATION = {
     "row": "row",
     "id": "id",
     "tag": "tag",
+    "clip": "clip",
+    "fed": "fed",
     "prompt": "prompt",
     "completion": "completion",
     "solution": "solution",
@@ -101,6 +104,14 @@ def question_names(rollouts: Rollouts) -> list[str]:
     """Name each completion's question: by the row's id, else its number, else its group."""
     columns = zip(rollouts.get("id"), rollouts.get("row"), rollouts.get("group"), strict=True)
     return [name or (f"row {row}" if row is not None else str(group)) for name, row, group in columns]
+
+
+def clip_names(rollouts: Rollouts) -> list[str | None]:
+    """Name each completion's clip; of runs whose files do not say it, by the media that were fed."""
+    if "clip" in rollouts.columns:
+        return rollouts.columns["clip"]
+    media = zip(*(rollouts.get(name) for name in ("video", "audio", "subtitle")), strict=True)
+    return [clip_of(dict(zip(("video", "audio", "subtitle"), files, strict=True))) for files in media]
 
 
 def reward_names(rollouts: Rollouts) -> list[str]:

@@ -5,8 +5,13 @@ import itertools
 import pytest
 import yaml
 
+<<<<<<< HEAD
 from maple_trl.cli.data_hints import HintArguments
 from maple_trl.cli.data_qa_plus import QAPlusArguments
+=======
+from maple_trl.cli.critical_steps import CriticalStepArguments
+from maple_trl.cli.data import HintArguments
+>>>>>>> p10-figs
 from maple_trl.cli.eval import read_job
 from maple_trl.cli.report import ReportArguments
 from maple_trl.evaluation.options import EvalOptions
@@ -23,6 +28,7 @@ COMMANDS = {
     "data qa-plus": [QAPlusArguments],
     "data difficulty": [DifficultyArguments, DifficultyOptions, EvalMedia],
     "report": [ReportArguments],
+    "critical-steps": [CriticalStepArguments],
 }
 # What files and command lines said before there was one vocabulary.
 FORMER = {
@@ -40,6 +46,7 @@ FORMER = {
     "data qa-plus": {},
     "data difficulty": {},
     "report": {},
+    "critical-steps": {},
 }
 # TRL's names of what is called otherwise here, in Python and in results.
 TRLS = {
@@ -50,6 +57,7 @@ TRLS = {
         "generation_kwargs": "generation",
     },
     "data hints": {"model_name_or_path": "model"},
+    "critical-steps": {"model_name_or_path": "model"},
 }
 
 

@@ -13,6 +13,7 @@ from maple_trl.evaluation import (
     UndefinedMetricError,
     align_runs,
     bootstrap_mean,
+    clip_spread,
     compare_runs,
     embedding_spread,
     fused_samples,
@@ -482,6 +483,43 @@ class TestEmbeddingSpread:
     def test_refusals(self, vectors, tags, error, message):
         with pytest.raises(error, match=message):
             embedding_spread(vectors, tags)
+
+
+class TestClipSpread:
+    @settings(deadline=None)
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(TAGS)), max_size=12), st.integers(0, 1000))
+    def test_against_all_pairs(self, captions, seed):
+        captions = [("a", "V"), ("a", "A"), *captions]
+        clips, tags = zip(*captions, strict=True)
+        vectors = np.random.default_rng(seed).normal(size=(len(tags), 4))
+        spread = clip_spread(vectors, clips, tags)
+        within, between, everything = {}, {}, []
+        for i, j in itertools.combinations(range(len(tags)), 2):
+            distance = 1 - vectors[i] @ vectors[j] / np.linalg.norm(vectors[i]) / np.linalg.norm(vectors[j])
+            if clips[i] != clips[j]:
+                between.setdefault(frozenset((clips[i], clips[j])), []).append(distance)
+            elif tags[i] != tags[j]:
+                within.setdefault(clips[i], []).append(distance)
+                everything.append(distance)
+        assert sorted(spread.distances) == pytest.approx(sorted(everything)) and spread.clips == len(within)
+        assert spread.dispersion == pytest.approx(np.mean([np.mean(found) for found in within.values()]))
+        expected = np.mean([np.mean(found) for found in between.values()]) if between else math.nan
+        assert spread.separation == pytest.approx(expected, nan_ok=True)
+
+    def test_captions_that_ignore_what_is_fed(self):
+        """The groups of the other definition are the tags: what is far there is near here."""
+        vectors, clips, tags = [[1.0, 0], [2.0, 0], [0, 1.0], [0, 3.0]], ["a", "a", "b", "b"], ["V", "A", "V", "A"]
+        spread = clip_spread(vectors, clips, tags)
+        assert (spread.dispersion, spread.separation, spread.clips) == (0, 1, 2)
+        assert embedding_spread(vectors, tags).dispersion == 1
+
+    def test_refusals(self):
+        with pytest.raises(UndefinedMetricError, match="No clip has captions of two tags or more"):
+            clip_spread([[1.0], [2.0]], ["a", "b"], ["V", "A"])
+        with pytest.raises(ValueError, match="clips must name one for each of the 2 captions, got 1"):
+            clip_spread([[1.0], [2.0]], ["a"], ["V", "A"])
+        with pytest.raises(UndefinedMetricError, match="row 1 has length 0"):
+            clip_spread([[1.0], [0.0]], ["a", "a"], ["V", "A"])
 
 
 class TestCompareRuns:

@@ -24,9 +24,10 @@ from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import ReportError, write_report
+from maple_trl.reports.embeddings import text_vectors, write_embeddings
 from maple_trl.reports.folders import read_run
 from maple_trl.reports.media import MediaTable
-from maple_trl.reports.projection import principal_components, text_vectors, write_embeddings
+from maple_trl.reports.projection import principal_components
 from maple_trl.reports.rollouts import packed, rollouts_of
 from maple_trl.reports.sections import near_perfect
 from maple_trl.reports.series import series_of, thinned
@@ -143,13 +144,14 @@ def test_a_part_without_data_says_so(tmp_path):
     (found,) = report(tmp_path, tmp_path / "bare")["runs"]
     why = {name: part["missing"] for name, part in found.items() if isinstance(part, dict) and "missing" in part}
     assert set(why) == set(
-        "rewards weights curriculum disparity positions replay ratios accuracy projection rollouts".split()
+        "rewards weights curriculum disparity positions replay ratios accuracy projection rollouts "
+        "advantages lengths distances critical efficiency".split()
     )
     assert "rollout_log_size" in why["rollouts"] and "loss_profile" in why["positions"]
     assert "AvatarTrainer" in why["replay"] and "evaluate_before_after" in why["accuracy"]
     # Negative control: a run with completions lacks neither them nor their rewards.
     (other,) = report(tmp_path, training_run(tmp_path / "run"))["runs"]
-    assert not {"rewards", "rollouts", "projection", "curriculum", "disparity"} & {
+    assert not {"rewards", "rollouts", "projection", "curriculum", "disparity", "advantages", "lengths"} & {
         name for name, part in other.items() if isinstance(part, dict) and "missing" in part
     }
 
@@ -528,7 +530,7 @@ def test_hidden_states_are_means_over_tokens(tmp_path):
     import torch
 
     from maple_trl.omni.loading import load_model, load_processor
-    from maple_trl.reports.projection import mean_hidden_states
+    from maple_trl.reports.embeddings import mean_hidden_states
 
     texts = ["red circle", "", "a much longer text about a blue circle <answer>A</answer>"]
     found = mean_hidden_states("builtin:tiny-omni", texts, batch_size=3)

@@ -15,6 +15,7 @@ from PIL import Image
 from maple_trl import AvatarConfig, AvatarTrainer, cli
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.records.critical_steps import write_critical_steps
 from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import write_report
 from maple_trl.rewards import accuracy_reward, format_reward
@@ -22,7 +23,9 @@ from maple_trl.rewards import accuracy_reward, format_reward
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
-SECTIONS = "accuracy curves rewards weights curriculum disparity positions replay ratios projection rollouts".split()
+SECTIONS = "accuracy curves rewards weights curriculum disparity advantages positions critical lengths replay".split()
+SECTIONS += "ratios projection distances rollouts".split()
+ABSENT = ("accuracy", "weights", "critical", "distances")  # of the run: its clips have one tag each
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 pytestmark = [
@@ -149,7 +152,7 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
     assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked), opened.asked
     assert opened.heights_of_charts() == opened.heights, "what is below a chart moves when it is drawn"
     drawn = {section: page.locator(f"#{section} .main-svg").count() for section in SECTIONS}
-    assert all(drawn[section] for section in SECTIONS if section not in ("accuracy", "weights", "rollouts")), drawn
+    assert all(drawn[section] for section in SECTIONS if section not in (*ABSENT, "rollouts")), drawn
     # Every plot says what it shows, and every section has a sentence on it.
     titles = (
         "place => [place.layout.title, place.layout.xaxis.title, place.layout.yaxis.title].map((title) => title.text)"
@@ -164,7 +167,7 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
     assert all(sum(trace["y"]) == pytest.approx(1, abs=1e-3) for trace in bars)
     assert [bars[0]["x"][i] for i in (0, 5, 10)] == ["< 0.25", "0.95–1.05", "≥ 4"]
     # What this run has not got is said, here and in the list of sections.
-    for section in ("accuracy", "weights"):
+    for section in ABSENT:
         assert page.locator(f"#{section} .missing").inner_text().startswith("No data.")
         assert "(no data)" in page.locator(f"nav a[href='#{section}']").inner_text()
     for section in ("curves", "rewards", "replay", "rollouts"):
@@ -412,6 +415,50 @@ def test_two_runs_stand_side_by_side(browser, trained, tmp_path):
     assert dashes == 2, "solid for the first run, dashed for the second"
     assert page.locator("#replay .missing").inner_text().startswith("No data. other:")
     assert opened.errors == []
+    page.close()
+
+
+def test_figures_of_both_papers_are_drawn(browser, tmp_path):
+    """Two runs over each other, points that are numbered by clip, and scores on solid and dotted lines."""
+    for name, sight in (("plain", "x"), ("varied", "{tag} sees")):
+        folder = tmp_path / name
+        (folder / "rollouts").mkdir(parents=True)
+        lines = [
+            {"rollout": 0, "step": 0, "group": f"{c}{tag}", "id": f"{c}{tag}", "tag": tag, "clip": f"clip {c}"}
+            | {"completion": f"{sight.format(tag=tag)} {c}{i}", "rewards": {"accuracy_reward": i % 2}, "reward": i % 2}
+            | {"advantage": i - 0.5, "tokens": 5 + i, "replayed": False, "prompt": "q", "solution": "A"}
+            for c in "abc"
+            for tag in ("V", "VA", "VAS")
+            for i in range(2)
+        ]
+        write_rollout(folder / "rollouts", 0, lines, ".")
+        entry = {f"tag/all/{metric}": 0.5 for metric in ("reward", "reward_kept", "prompt_tokens", "clip_fraction")}
+        entries = [entry | {"reward": 0.5, "step_time": 2.0, "step": i} for i in range(1, 4)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        steps = [{"position": i / 20} for i in range(20)]
+        write_critical_steps(folder, {"judge": "a judge", "steps": steps})
+    (tmp_path / "varied" / "args.json").write_text(json.dumps({"tas_lambda": 0.3}))
+    write_report([tmp_path / "plain", tmp_path / "varied"], tmp_path / "two.html", projection="tsne")
+    opened = Opened(browser, tmp_path / "two.html")
+    page = opened.page
+    for section in ("curves", "advantages", "critical", "lengths", "projection", "distances"):
+        for i in range(page.locator(f"#{section} .chart").count()):
+            page.locator(f"#{section} .chart").nth(i).scroll_into_view_if_needed()
+            page.locator(f"#{section} .chart").nth(i).locator(".main-svg").first.wait_for(timeout=30_000)
+    told = "place => [place.layout.title.text, place.data.map((trace) => [trace.name, trace.type, trace.mode || ''])]"
+    charts = "[...document.querySelectorAll('.chart')].filter((place) => place.layout)"
+    drawn = dict(page.evaluate(f"{charts}.map({told})"))
+    over = [["plain", "bar", ""], ["varied", "bar", ""]]
+    for title in ("Distances between completions of one clip", "Advantages of fresh completions"):
+        assert drawn[title] == over, title
+    assert drawn["Positions of critical steps"][:2] == over and "by TAS" in drawn["Positions of critical steps"][2][0]
+    assert drawn["Accuracy by completion length"] == over and len(drawn["Rollout score"]) == 4
+    assert {"Prompt length", "Clipped tokens"} <= set(drawn)
+    assert drawn["varied"] == [[tag, "scatter", "markers+text"] for tag in ("V", "VA", "VAS")]
+    assert page.inner_text("#clip-numbers") == "Clips: 1 clip a, 2 clip b, 3 clip c."
+    assert "A step of varied takes 1 times as long as one of plain" in page.inner_text("#efficiency")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert opened.heights_of_charts() == opened.heights and opened.errors == []
     page.close()
 
 

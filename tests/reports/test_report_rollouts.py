@@ -4,6 +4,7 @@ import json
 import signal
 from collections import Counter
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pyarrow.parquet as pq
 import pytest
@@ -158,11 +159,17 @@ def test_dropped_and_refilled_groups_are_there(tmp_path):
 def test_replayed_completions_are_those_that_were_sampled_before(tmp_path):
     options = {"replayed_generations": 2, "max_steps": 6, "per_device_train_batch_size": 16}
     train(tmp_path, AvatarTrainer, AvatarConfig, 4, **options)
-    fresh, replayed = {}, 0
+    fresh, replayed, history = {}, 0, {}
     for lines in lines_of(tmp_path):
+        for line in (line for line in lines if not line["replayed"]):
+            history.setdefault(line["group"], []).append(line["reward"])
+        past = [line["reward"] for line in lines if line["replayed"]]
+        scale = stdev(past) + 1e-4 if len(set(past)) > 1 else 1.0
         for line in (line for line in lines if line["replayed"]):
             replayed += 1
-            assert line["advantage"] is None
+            # Held against the mean of the prompt's last twenty fresh rewards (AVATAR eq. 11).
+            wanted = (line["reward"] - fmean(history[line["group"]][-20:])) / scale
+            assert line["advantage"] == pytest.approx(min(max(wanted, -5), 5), abs=1e-4)
             assert line["completion"] in fresh[line["group"], line["written_at"]]
             assert line["reward"] == fresh[line["group"], line["written_at"]][line["completion"]]
         for line in (line for line in lines if not line["replayed"]):
@@ -193,7 +200,7 @@ def test_replayed_completions_of_a_text_model_stand_with_their_rows(tmp_path):
     assert [sum(line["replayed"] for line in lines) for lines in lines_of(tmp_path)] == [0] + [4] * 7
     for line in replayed:
         then = asked[line["written_at"]]
-        assert line["written_at"] < line["step"] and line["advantage"] is None
+        assert line["written_at"] < line["step"] and abs(line["advantage"]) <= 5
         assert line["reward"] == then[line["id"], line["prompt"], line["completion"]]
         assert dict(line["rewards"]) == {"noted": line["reward"]}
     buffer = trainer.memory.buffer

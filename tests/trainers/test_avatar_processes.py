@@ -1,8 +1,10 @@
 """AVATAR on one and two processes: the same groups, losses and weights, one buffer, and no rank that waits."""
 
+import itertools
 import json
 import signal
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs.runner import Job, changes, facts, once, weights, write_inputs
@@ -199,6 +201,28 @@ def test_two_processes_remember_what_one_does(results, name):
     one, two = told(results, 1, name)["known"], told(results, 2, name)["known"]
     assert close(one, two)
     assert not close(one[:-1], two[1:])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_write_the_same_advantages(results, name):
+    """Of fresh and replayed completions, into the files of the rollouts."""
+
+    def lines(world):
+        tables = [pq.read_table(path) for path in sorted((results / str(world) / name / "rollouts").glob("*.parquet"))]
+        names = ("step", "replayed", "id", "completion", "tokens", "reward", "written_at")
+        return sorted(
+            ([str(line[n]) for n in names], line["advantage"]) for table in tables for line in table.to_pylist()
+        )
+
+    alone, shared = lines(1), lines(2)
+    assert [about for about, _ in alone] == [about for about, _ in shared]
+    assert all(advantage is not None for _, advantage in alone)
+    # What is alike in all else may stand in either order.
+    for _, group in itertools.groupby(zip(alone, shared, strict=True), lambda pair: pair[0][0]):
+        one, two = zip(*((a, b) for (_, a), (_, b) in group), strict=True)
+        assert sorted(two) == pytest.approx(sorted(one), rel=1e-4, abs=1e-5)
+    past = [advantage for about, advantage in alone if about[1] == "True"]
+    assert past and any(abs(advantage) > 1e-3 for advantage in past)
 
 
 @pytest.mark.parametrize("name", ["spanning", "spanning-most"])

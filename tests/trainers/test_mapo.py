@@ -615,6 +615,8 @@ NAMES = [
     "entropy",
     "completion_length",
     "media_tokens",
+    "prompt_tokens",
+    "reward_kept",
     "seconds",
     "grad_norm",
 ]
@@ -635,6 +637,7 @@ def test_metrics_are_those_of_the_recorded_rewards(seven_tags, build):
         one: sum(p.media_tokens.get(k, 0) for k in ("video", "audio"))
         for one, p in zip(data["id"], prompts, strict=True)
     }
+    lengths = {one: len(p.input_ids) for one, p in zip(data["id"], prompts, strict=True)}
     for entry, call, tag in zip(rollouts, diary.calls, ["V", "S", "VA"], strict=True):
         assert set(call["tags"]) == {tag}
         assert all(tags_in(entry, name) >= {tag, "all"} for name in NAMES), entry.keys()
@@ -650,6 +653,7 @@ def test_metrics_are_those_of_the_recorded_rewards(seven_tags, build):
         advantages = [(r - fmean(group)) / scale for group in groups for r in group]
         expected = {
             "reward": fmean(rewards),
+            "reward_kept": fmean(rewards),  # nothing is left out
             "accuracy": fmean(rewards),
             "zero_variance": 0.5 if tag == "V" else 0.0,
             "advantage_mean": 0.0,
@@ -660,11 +664,12 @@ def test_metrics_are_those_of_the_recorded_rewards(seven_tags, build):
             "kept": 2,
             "dropped": 0,
             "media_tokens": fmean(media[one] for one in call["ids"]),
+            "prompt_tokens": fmean(lengths[one] for one in call["ids"]),
             "completion_length": entry["completions/mean_length"],
         }
         for name, value in expected.items():
             assert entry[f"tag/{tag}/{name}"] == pytest.approx(value, abs=1e-5), (tag, name)
-        for name in ("reward", "accuracy", "zero_variance", "advantage_std", "media_tokens"):
+        for name in ("reward", "accuracy", "zero_variance", "advantage_std", "media_tokens", "prompt_tokens"):
             assert entry[f"tag/all/{name}"] == pytest.approx(expected[name], abs=1e-5), name
     assert media[data["id"][0]] > 0
     for entry in logs(trainer):

@@ -7,7 +7,8 @@ const LABELS = {
   advantage_mean: "mean advantage", advantage_std: "deviation of advantages", weight: "weight in the loss",
   priority: "priority (nats)", kl: "difficulty (KL, nats)", kept: "groups kept per rollout", dropped: "groups dropped per rollout",
   clip_fraction: "share of clipped tokens", entropy: "entropy (nats per token)", completion_length: "completion length (tokens)",
-  media_tokens: "media tokens per prompt", seconds: "seconds per optimizer step", grad_norm: "gradient norm",
+  media_tokens: "media tokens per prompt", prompt_tokens: "prompt tokens, mean over prompts",
+  reward_kept: "mean reward of what is trained on", seconds: "seconds per optimizer step", grad_norm: "gradient norm",
   grad_variance: "variance of the gradient", grad_mean_norm: "norm of the mean gradient",
 };
 const FIRST = ["reward", "accuracy", "completion_length", "entropy", "zero_variance", "clip_fraction", "grad_norm"];
@@ -71,18 +72,29 @@ function curves() {
   controls.append(chooser("Smoothing:", [["1", "none"], ["5", "mean of about 5 points"], ["20", "of about 20"]], "1",
     (value) => { state.span = Number(value); again(); }));
 
+  const everyone = (name) => REPORT.runs.every((run) => run.curves.missing || run.curves.metrics[name]);
   const rewards = [...names].filter((name) => /^rewards\/.+\/mean$/.test(name));
   const panels = [
     ["Rewards", "mean reward", ["reward", ...rewards], Object.fromEntries([["reward", "weighted sum"], ...rewards.map((n) => [n, n.slice(8, -5)])])],
     ["Loss", "loss", ["loss"]], ["Gradient norm", "norm", ["grad_norm"]], ["Entropy", "nats per token", ["entropy"]],
     ["Completion length", "tokens", ["completions/mean_length", "completions/max_length"], { "completions/mean_length": "mean", "completions/max_length": "longest" }],
-    ["Clipped tokens", "share", ["clip_ratio/region_mean"]], ["Divergence from the reference", "nats", ["kl"]],
+    // TRL's own count holds rows that stand in for dropped ones: it is drawn of runs alone that have no other.
+    ["Clipped tokens", "share", everyone("tag/all/clip_fraction") ? ["tag/all/clip_fraction"] : ["tag/all/clip_fraction", "clip_ratio/region_mean"],
+      { "tag/all/clip_fraction": "share of clipped tokens", "clip_ratio/region_mean": "the same, as TRL counts" }],
+    ["Divergence from the reference", "nats", ["kl"]],
     ["Time", "seconds per step", ["step_time"]],
     ["Media tokens", "tokens per rollout", ["media_tokens/video", "media_tokens/audio", "media_tokens/subtitle"],
       { "media_tokens/video": "video", "media_tokens/audio": "audio", "media_tokens/subtitle": "subtitles" }],
+    ["Prompt length", "mean tokens", ["tag/all/prompt_tokens"]],
   ];
   const grid = node("div", { class: "grid small" });
-  body.append(node("h3", { text: "Over all tags" }), grid);
+  body.append(node("h3", { text: "Over all tags" }));
+  if (names.has("tag/all/reward_kept")) {
+    const options = { title: "Rollout score", x: STEP, y: "mean reward", height: 340 };
+    const place = chart(body, scoreTraces(state.span), options);
+    others.push(() => redraw(place, scoreTraces(state.span), options));
+  }
+  body.append(grid);
   for (const [title, unit, wanted, labels] of panels) {
     const there = wanted.filter((name) => names.has(name));
     if (!there.length) continue;
@@ -98,6 +110,16 @@ function curves() {
   body.append(picker);
   const any = chart(body, ...anyOptions());
   others.push(() => redraw(any, ...anyOptions()));
+}
+
+// Of what is trained on a solid line, of all that was sampled a dotted one.
+function scoreTraces(span) {
+  const kinds = [["tag/all/reward_kept", "trained on", "solid"], ["tag/all/reward", "all, with what was filtered out", "dot"]];
+  return REPORT.runs.flatMap((run, index) => kinds.flatMap(([name, label, dash]) => {
+    const curve = run.curves.metrics && run.curves.metrics[name];
+    return curve ? [{ type: "scatter", x: curve.step, y: smooth(curve.value, span), name: label + runSuffix(index), mode: curve.step.length > 2 ? "lines" : "lines+markers",
+      hovertemplate: `%{y:.4g}<extra>${label}${runSuffix(index)}</extra>`, line: { color: RUN_STYLE[index].color, width: 2, dash } }] : [];
+  }));
 }
 
 // Rewards
@@ -186,6 +208,98 @@ function disparity() {
   });
 }
 
+// Advantages, critical steps, lengths
+
+// Two histograms over each other, of two runs: filled, and as steps of a line.
+function overlaid(parent, parts, options) {
+  const traces = parts.map(({ x, y, width, name, index }) => ({
+    type: "bar", x, y, width, name, hovertemplate: "%{y:.3f}", opacity: 0.6,
+    marker: { color: RUN_STYLE[index].color, line: { color: RUN_STYLE[index].color, width: 1 }, pattern: index ? { shape: "/", size: 6, solidity: 0.3 } : undefined },
+  }));
+  return chart(parent, traces, { barmode: "overlay", yaxis: { rangemode: "tozero" }, height: 360, ...options });
+}
+
+function advantages() {
+  const body = bodyOf("advantages");
+  const grid = node("div", { class: "grid" });
+  const kinds = { fresh: [], replayed: [] };
+  const rows = [["run", "completions", "number", "mean", "deviation", "share that is 0"]];
+  eachRun("advantages", (part, run, index) => {
+    for (const [kind, found] of Object.entries(part.kinds)) {
+      const width = part.centres[1] - part.centres[0];
+      kinds[kind].push({ x: part.centres, y: found.share, width, name: plain(run.name), index });
+      rows.push([run.name, kind, String(found.count), number(found.mean), number(found.std), number(found.zero)]);
+    }
+  });
+  if (rows.length < 2) return;
+  body.append(grid);
+  for (const [kind, parts] of Object.entries(kinds)) {
+    if (parts.length) overlaid(grid, parts, { title: `Advantages of ${kind} completions`, x: "advantage", y: "share of completions" });
+  }
+  body.append(table("Advantages before shaping", rows, { text: false }));
+}
+
+function critical() {
+  const parts = [], lines = [];
+  const body = bodyOf("critical");
+  eachRun("critical", (part, run, index) => {
+    const width = 1 / part.share.length;
+    const x = part.share.map((_, i) => (i + 0.5) * width);
+    parts.push({ x, y: part.share, width, name: plain(run.name), index });
+    if (part.shaped) lines.push({ type: "scatter", mode: "lines+markers", x, y: part.shaped.share, hovertemplate: "%{y:.3f}",
+      name: `weight by TAS (${plain(part.shaped.shape.replace(/_/g, " "))}, λ ${part.shaped.lambda})${runSuffix(index)}`, line: { color: "#e06000", width: 2.4, dash: RUN_STYLE[index].dash } });
+    const counts = (found) => Object.entries(found).map(([why, count]) => `${count} ${why}`).join(", ");
+    const left = [counts(part.left_out), counts(part.failed)].filter(Boolean).join("; ");
+    body.append(node("p", { class: "what", text: `${run.name}: ${part.count} completions, by ${part.judge}, mean position ${number(part.mean)}${left ? `; not counted: ${left}` : ""}.` }));
+  });
+  if (!parts.length) return;
+  const place = overlaid(body, parts, { title: "Positions of critical steps", x: "position in the reasoning (0: beginning, 1: end)", y: "share of completions",
+    xaxis: { range: [0, 1], dtick: 0.1 } });
+  if (lines.length) {
+    const draw = waiting.get(place);
+    waiting.set(place, () => { draw(); Plotly.addTraces(place, lines); });
+  }
+}
+
+function span(bin) { return bin.from === bin.to ? String(bin.from) : `${bin.from}–${bin.to}`; }
+
+function whiskers(bins, value) {
+  const side = (end, sign) => bins.map((bin) => (bin[end] === null ? null : sign * (bin[end] - bin[value])));
+  return { type: "data", symmetric: false, array: side("high", 1), arrayminus: side("low", -1), color: "#1b1f24", thickness: 1.2, width: 4 };
+}
+
+function lengths() {
+  const body = bodyOf("lengths");
+  const grid = node("div", { class: "grid" });
+  const traces = [], rewards = new Set(), names = new Map();
+  eachRun("lengths", (part, run, index) => {
+    rewards.add(part.reward);
+    part.bins.forEach((bin) => { const known = names.get(bin.from); if (!known || bin.to > known.to) names.set(bin.from, bin); });
+    traces.push({ index, name: plain(run.name), bins: part.bins });
+  });
+  if (!traces.length) return;
+  body.append(grid);
+  const order = [...names.values()].sort((a, b) => a.from - b.from);
+  chart(grid, traces.map(({ index, name, bins }) => ({ type: "bar", name, x: bins.map((bin) => span(names.get(bin.from))), y: bins.map((bin) => bin.value),
+    customdata: bins.map((bin) => bin.count), error_y: whiskers(bins, "value"), hovertemplate: "%{y:.3f}, %{customdata} completions",
+    marker: { color: RUN_STYLE[index].color, opacity: 0.75, pattern: index ? { shape: "/", size: 6, solidity: 0.25 } : undefined } })),
+  { title: "Accuracy by completion length", x: "completion tokens", y: plain([...rewards].join(", ")), barmode: "group", height: 360,
+    xaxis: { type: "category", categoryorder: "array", categoryarray: order.map(span) }, yaxis: { rangemode: "tozero" } });
+  const gains = REPORT.length_gains;
+  if (gains.missing) {
+    if (REPORT.runs.length > 1) body.append(node("p", { class: "missing", text: gains.missing }));
+    return;
+  }
+  const { bins } = gains;
+  chart(grid, [{ type: "bar", x: bins.map(span), y: bins.map((bin) => bin.difference), error_y: whiskers(bins, "difference"), customdata: bins.map((bin) => bin.count),
+    hovertemplate: "%{y:.3f}, %{customdata} questions<extra></extra>", marker: { color: bins.map((bin) => (bin.difference < 0 ? "#b5494b" : "#2f6f4f")), opacity: 0.8 } }],
+  { title: "Accuracy gain by length", x: "completion tokens of the question, mean of both runs", y: `accuracy of ${plain(REPORT.runs[1].name)} − ${plain(REPORT.runs[0].name)}`,
+    legend: false, height: 360, xaxis: { type: "category" } });
+  const rows = [["tokens", "gain", "interval", "p", "questions", "clips"], ...bins.map((bin) => [span(bin), (bin.difference > 0 ? "+" : "") + bin.difference.toFixed(3),
+    bin.low === null ? "–" : `[${bin.low.toFixed(3)}, ${bin.high.toFixed(3)}]`, number(bin.p_value, 4), String(bin.count), String(bin.clips || "–")])];
+  body.append(table(`Gain by length, access ${gains.access}; p is not corrected for several bins`, rows));
+}
+
 // Positions, replay, ratios
 
 function positions() {
@@ -270,22 +384,47 @@ function projection() {
   const body = bodyOf("projection");
   const grid = node("div", { class: "grid" });
   eachRun("projection", (part, run, index) => {
+    const drawn = part.kind === "tsne" ? "A t-SNE" : "The first two principal components";
     if (!grid.parentNode) {
-      body.append(node("p", { class: "what", text: `The first two principal components${REPORT.runs.length > 1 ? ", the same for both runs" : ""}, of ${part.method}.` }), grid);
+      body.append(node("p", { class: "what", text: `${drawn}${REPORT.runs.length > 1 ? ", the same for both runs" : ""}, of ${part.method}.` }), grid);
     }
     const traces = REPORT.tags.filter((tag) => part.tag.includes(tag)).map((tag) => {
       const at = part.tag.map((own, i) => (own === tag ? i : -1)).filter((i) => i >= 0);
+      const clips = at.map((i) => part.clip[i]);
+      const numbered = clips.some((clip) => clip !== null);
       return { type: "scatter", mode: "markers", name: tag, x: at.map((i) => part.x[i]), y: at.map((i) => part.y[i]),
-        text: at.map((i) => plain(part.text[i]).replace(/\n/g, " ").slice(0, 120)), hovertemplate: `${tag}: %{text}<extra></extra>`,
+        customdata: at.map((i) => plain(part.text[i]).replace(/\n/g, " ").slice(0, 120)),
+        hovertemplate: `${tag}${numbered ? ", clip %{text}" : ""}: %{customdata}<extra></extra>`,
+        ...(numbered ? { mode: "markers+text", text: clips.map(String), textposition: "top center", textfont: { size: 10, color: TAG_STYLE[tag].color } } : {}),
         marker: { color: TAG_STYLE[tag].color, symbol: TAG_STYLE[tag].symbol, size: 7, opacity: 0.65 } };
     });
-    const share = part.explained.map((value) => `${(100 * value).toFixed(0)} %`);
-    chart(grid, traces, { title: plain(run.name), x: `first component (${share[0]} of the variance)`, y: `second (${share[1]})`, height: 440,
+    const share = (part.explained || []).map((value) => `${(100 * value).toFixed(0)} %`);
+    const axes = part.explained ? [`first component (${share[0]} of the variance)`, `second (${share[1]})`] : ["t-SNE, first axis (no unit)", "second axis (no unit)"];
+    chart(part.explained ? grid : body, traces, { title: plain(run.name), x: axes[0], y: axes[1], height: part.explained ? 440 : 520,
       hovermode: "closest", xaxis: { range: range("x"), zeroline: false }, yaxis: { range: range("y"), zeroline: false } });
+    if (part.clips.length && index === REPORT.runs.findIndex((other) => other.projection.clips)) {
+      body.append(node("p", { class: "what", id: "clip-numbers", text: `Clips: ${part.clips.map((clip, i) => `${i + 1} ${clip}`).join(", ")}.` }));
+    }
     const spread = part.spread;
     body.append(node("p", { class: "what", text: spread.undefined ? `${run.name}: ${spread.undefined}`
       : `${run.name}: mean cosine distance within a tag ${number(spread.dispersion)}, between tags ${number(spread.separation)}.` }));
   });
+}
+
+function distances() {
+  const body = bodyOf("distances");
+  const parts = [];
+  const rows = [["run", "clips", "pairs", "mean distance", "median", "within a clip (mean of clips)", "between clips"]];
+  eachRun("distances", (part, run, index) => {
+    const centres = part.edges.slice(1).map((edge, i) => (edge + part.edges[i]) / 2);
+    parts.push({ x: centres, y: part.share, width: part.edges[1] - part.edges[0], name: plain(run.name), index });
+    rows.push([run.name, part.clips, part.pairs, part.mean, part.median, part.dispersion, part.separation].map((value) => (typeof value === "string" ? value : number(value))));
+  });
+  if (!parts.length) return;
+  const method = REPORT.runs.map((run) => run.distances.method).find(Boolean);
+  body.append(node("p", { class: "what", text: `By ${method}. Of at most 100 clips; of a training run the newest completions of each tag, at most 4.` }));
+  overlaid(body, parts, { title: "Distances between completions of one clip", x: "cosine distance (0: the same)", y: "share of pairs" });
+  body.append(table("Cosine distances where the completions of a clip are a group", rows));
 }
 
 // Accuracy
@@ -437,7 +576,11 @@ rewards();
 weights();
 curriculum();
 disparity();
+advantages();
 positions();
+critical();
+lengths();
 replay();
 ratios();
 projection();
+distances();

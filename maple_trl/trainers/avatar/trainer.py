@@ -400,6 +400,7 @@ class AvatarTrainer(MAPOTrainer):
         if not self.args.replayed_generations:
             return assigned
         self._log_rollout(rollout, assigned.advantages)
+        self._note_replayed_advantages(assigned.advantages)
         self._let_go(rollout, assigned.kept)
         kept = (assigned.kept & rollout.fresh) | rollout.replayed
         return Assignment(assigned.advantages, kept)
@@ -421,6 +422,15 @@ class AvatarTrainer(MAPOTrainer):
         advantages = torch.zeros(len(fresh), dtype=on_policy.dtype, device=on_policy.device)
         advantages[fresh], advantages[replayed] = on_policy, off_policy
         return advantages
+
+    def _note_replayed_advantages(self, advantages: Tensor) -> None:
+        """Take down the advantages of this rank's replayed completions, for the file of the rollout."""
+        for r, own in self._flight.placed():
+            told = r.batch[REPLAYED_KEY].bool() & r.batch["completion_mask"].any(
+                dim=1
+            )  # not of those whose media have gone
+            places = torch.tensor(r.places, device=advantages.device)[told]
+            self.rollout_log.note_replayed_advantages(self, advantages[own][places].tolist())
 
     def _kept_groups(self, rollout: Rollout) -> Tensor:
         kept = super()._kept_groups(rollout)

@@ -39,7 +39,9 @@ class Rollout:
             NaN where a function does not apply; all NaN for an unscorable completion, and for a place that holds no
             fresh completion.
         rewards (`Tensor` of shape (N,)): their weighted sum, NaN where all scores are.
-        tags, lengths, media_tokens (`Tensor` of shape (N,)): tag as a number; tokens of completion and of media.
+        tags (`Tensor` of shape (N,)): as numbers.
+        lengths, media_tokens, prompt_tokens (`Tensor` of shape (N,)): tokens of the completion, of the media in its prompt,
+            and of the whole prompt.
         fresh (`Tensor` of shape (N,)): bool, whether a place holds a completion that was generated for it.
         stratum: the tag of all of them, or another value of the schedule's; `None` without a schedule.
         wanted (`int`): prompts of the first round, which is how many are to be trained on; further rounds refill it.
@@ -52,6 +54,7 @@ class Rollout:
     tags: Tensor
     lengths: Tensor
     media_tokens: Tensor
+    prompt_tokens: Tensor
     fresh: Tensor
     stratum: str | None = None
     wanted: int = 0
@@ -106,25 +109,27 @@ class Rollout:
         """Tag of each prompt."""
         return [TAGS[i] for i in self.tags[:: self.group_size].tolist()]
 
-    def totals(self, task: int | None = None, advantages: Tensor | None = None) -> Totals:
+    def totals(self, task: int | None = None, assigned: Assignment | None = None) -> Totals:
         """
         Return sums and counts of what is logged of the fresh completions, per tag and over all.
 
         Args:
             task: the reward function whose mean is the accuracy.
-            advantages (`Tensor` of shape (N,)): logged where given.
+            assigned: its advantages, and the rewards of what is trained on, are logged where it is given.
         """
         absent = ~self.fresh
         values = {
             "reward": self.rewards,
             "completion_length": self.lengths.float().masked_fill(absent, torch.nan),
             "media_tokens": self.media_tokens.float().masked_fill(absent, torch.nan),
+            "prompt_tokens": self.prompt_tokens.float().masked_fill(absent, torch.nan),
         }
         if task is not None:
             values["accuracy"] = self.scores[:, task]
-        if advantages is not None:
-            scored = advantages.masked_fill(self.rewards.isnan(), torch.nan)
+        if assigned is not None:
+            scored = assigned.advantages.masked_fill(self.rewards.isnan(), torch.nan)
             values |= {"advantage_mean": scored, "advantage_square": scored.square()}
+            values["reward_kept"] = self.rewards.masked_fill(~assigned.kept, torch.nan)
         alike = (~self.informative).float().masked_fill(~self.compared, torch.nan)
         totals = dict(totals_by_tag("zero_variance", alike, self.tags[:: self.group_size]))
         for name, value in values.items():
@@ -218,6 +223,7 @@ class RolloutInFlight(InFlight):
         rollout: once it is scored.
         scores: those of `_calculate_rewards`, where they are known before TRL asks.
         kept: which of this rank's rows pass through the model; `None`: all.
+        prompt_tokens: of this rank's rows, of a text-only model.
         failed: this rank's rows that the engine gave no completion for, and why.
     """
 
@@ -231,6 +237,7 @@ class RolloutInFlight(InFlight):
     rollout: Rollout | None = None
     scores: Tensor | None = None
     kept: list[int] | None = None
+    prompt_tokens: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
 
     def groups(self, scores: Tensor) -> Tensor:
@@ -238,11 +245,16 @@ class RolloutInFlight(InFlight):
         places = torch.arange(len(scores)) if self.fresh is None else self.fresh.nonzero().flatten()
         return (places // self.group_size).to(scores.device)
 
-    def scored(self, scores: Tensor, rewards: Tensor, tags: Tensor, lengths: Tensor, media_tokens: Tensor) -> Rollout:
-        """Make a rollout of what is known of the fresh completions, each in its place."""
+    def scored(self, scores: Tensor, rewards: Tensor, tags: Tensor, *tokens: Tensor) -> Rollout:
+        """
+        Make a rollout of what is known of the fresh completions, each in its place.
+
+        Args:
+            tokens: of completions, of media and of prompts; each of shape (fresh,).
+        """
         if self.fresh is None:
             fresh = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-            return Rollout([], self.group_size, scores, rewards, tags, lengths, media_tokens, fresh)
+            return Rollout([], self.group_size, scores, rewards, tags, *tokens, fresh)
         fresh = self.fresh.to(scores.device)
 
         def placed(values: Tensor, filler: float) -> Tensor:
@@ -251,7 +263,7 @@ class RolloutInFlight(InFlight):
             )
 
         columns = (placed(scores, torch.nan), placed(rewards, torch.nan), self.place_tags.to(tags))
-        return Rollout([], self.group_size, *columns, placed(lengths, 0), placed(media_tokens, 0), fresh)
+        return Rollout([], self.group_size, *columns, *(placed(counts, 0) for counts in tokens), fresh)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from maple_trl.evaluation.inputs import as_text, fed_columns, prompt_text
 from maple_trl.files import as_json
+from maple_trl.metrics.clips import clip_of
 from maple_trl.records.metrics_log import write_metrics
 from maple_trl.records.rollouts import ROLLOUTS, rollout_of, write_rollout
 from maple_trl.rewards.answers import completion_text
@@ -142,6 +143,14 @@ class RolloutLog:
                 }
             )
 
+    def note_replayed_advantages(self, trainer: Rolling, advantages: Sequence[float]) -> None:
+        """Take down the advantages of this rank's next replayed completions, in the order in which they were noted."""
+        if not self.keeps(rollout_number(trainer)):
+            return
+        waiting = [facts for facts in self._replayed if "advantage" not in facts]
+        for facts, advantage in zip(waiting, advantages, strict=False):
+            facts["advantage"] = _finite(advantage)
+
     def write(self, trainer: Rolling) -> None:
         """Write the rollout that TRL has just finished; a collective call."""
         number = rollout_number(trainer)
@@ -200,7 +209,7 @@ def rollout_number(trainer: Rolling) -> int:
 
 def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | None) -> dict[str, Any]:
     """Return columns that say what a row is, and what it was fed."""
-    facts = {name: as_text(row.get(name)) for name in ("id", "tag", "solution")}
+    facts = {name: as_text(row.get(name)) for name in ("id", "tag", "solution")} | {"clip": clip_of(row)}
     if prompt is None:
         return facts | {"group": row_digest(row), "prompt": prompt_text(row["prompt"]), "hinted": None}
     group = prompt.key.removesuffix(HINTED)

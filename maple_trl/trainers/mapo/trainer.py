@@ -312,13 +312,14 @@ class MAPOTrainer(OmniGRPOTrainer):
         advantages = self._advantages(rollout)
         kept = self._kept_groups(rollout)
         self._learn(rollout, kept)
-        self._means["train"].add(rollout.totals(self._task_reward, advantages))
         self.tally.counts["dropped_groups"] += int((~rollout.informative & ~kept).sum())
         self._log_all({"sampling/surplus_groups": int((rollout.informative & ~kept).sum())})
         trained = kept.repeat_interleave(rollout.group_size)
         if self._dropping:  # otherwise what cannot be scored stays where it is, masked
             trained = trained & ~rollout.rewards.isnan()
-        return Assignment(advantages, trained)
+        assigned = Assignment(advantages, trained)
+        self._means["train"].add(rollout.totals(self._task_reward, assigned))
+        return assigned
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """Return the advantage of the completion in each place, shape (N,)."""

@@ -361,7 +361,10 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if self.family is None:
-            return super()._tokenize_prompts(prompts)
+            found = super()._tokenize_prompts(prompts)
+            if isinstance(self._flight, RolloutInFlight):
+                self._flight.prompt_tokens = [len(ids) for ids in found[0]]
+            return found
         return [row.input_ids.tolist() for row in self._serving], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
@@ -424,20 +427,28 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
                 )
         if self.model.training:
             self._tally_rewards(inputs, scores)
-        tags, lengths, media_tokens = self._facts(inputs, completion_ids_list)
+        tags, *tokens = self._facts(inputs, completion_ids_list)
         scores = self._set_apart(flight, scores, tags)
         rewards = self._total_rewards(scores)
-        flight.rollout = flight.scored(scores, rewards, tags, lengths, media_tokens)
+        flight.rollout = flight.scored(scores, rewards, tags, *tokens)
         if self.model.training:
             self.tally.checks.note_rewards(self._compared(rewards))
         return scores
 
     def _facts(self, rows: Sequence[dict[str, Any]], completion_ids: Sequence) -> Sequence[torch.Tensor]:
-        """Gather tag (as a number), tokens and media tokens of all ranks' completions; three tensors of shape (N,)."""
-        media = [sum(p.media_tokens.get(kind, 0) for kind in ("video", "audio")) for p in self._serving or ()]
+        """
+        Gather what is known of all ranks' completions; four tensors of shape (N,).
+
+        They are the tag, as a number, and tokens of the completion, of its prompt's media and of its prompt.
+        """
+        if self._serving is None:
+            prompts = [(0, tokens) for tokens in self._flight.prompt_tokens]
+        else:
+            kinds = ("video", "audio")
+            prompts = [(sum(p.media_tokens.get(kind, 0) for kind in kinds), len(p)) for p in self._serving]
         facts = [
-            [tag_number(row.get("tag")), len(ids), tokens]
-            for row, ids, tokens in zip(rows, completion_ids, media or [0] * len(rows), strict=True)
+            [tag_number(row.get("tag")), len(ids), *tokens]
+            for row, ids, tokens in zip(rows, completion_ids, prompts, strict=True)
         ]
         return self.accelerator.gather(torch.tensor(facts, device=self.accelerator.device)).unbind(1)
 
