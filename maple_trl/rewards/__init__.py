@@ -19,6 +19,7 @@ from .judge_limits import JudgeUnavailableError
 from .length import LengthReward
 from .local_scorer import LocalScorer
 from .localisation import box_iou_reward, temporal_iou_reward
+from .places import ObjectPlaceReward, object_place_reward
 from .reasoning_judge import StepwiseReasoningJudge
 from .routing import for_rows, for_tags
 from .self_consistency import self_consistency_reward
@@ -32,6 +33,7 @@ REWARDS: Registry[Any] = Registry(
         "accuracy_reward": accuracy_reward,
         "box_iou_reward": box_iou_reward,
         "format_reward": format_reward,
+        "object_place_reward": object_place_reward,
         "self_consistency_reward": self_consistency_reward,
         "temporal_iou_reward": temporal_iou_reward,
         "length_reward": LengthReward,
@@ -50,6 +52,7 @@ __all__ = [
     "JudgeUnavailableError",
     "LengthReward",
     "LocalScorer",
+    "ObjectPlaceReward",
     "OpenAIJudge",
     "RewardError",
     "StepwiseReasoningJudge",
@@ -61,6 +64,7 @@ __all__ = [
     "format_reward",
     "grade_answer",
     "judge_callbacks",
+    "object_place_reward",
     "self_consistency_reward",
     "temporal_iou_reward",
 ]
