@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .answers import completion_text, extract_answer, solution_text
+from .answers import completion_text, extract_answer, grade_answer, option_letter, solution_text
 from .text_scores import words
 
 
@@ -19,10 +20,16 @@ _AXES: tuple[dict[str, float], ...] = (
     dict.fromkeys(("foreground", "front"), -1.0) | dict.fromkeys(("background", "behind", "back", "rear"), 1.0),
 )
 _CENTRE = frozenset(("center", "centre", "middle", "central"))
+_PLACES = _CENTRE.union(*_AXES)
 _SMALL = frozenset("a an the is are in on at of to from with by near and it its there this that".split())
 _FRAME = frozenset(
     "side part half corner area region edge hand image picture frame scene screen video clip object".split()
 )
+
+
+# What comes behind these is beside the object; what stands between those is another one.
+_BESIDE = re.compile(r"\b(?:near|by|beside|next|with)\b.*", re.DOTALL)
+_ANOTHER = re.compile(r"[,;/|\n]|\b(?:and|or)\b")
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,13 @@ class ObjectPlace:
 
     Attributes:
         object (`tuple[str, ...]`): the words that name it, in order and without plural.
+        count (`int`): how many objects are named, one behind the other.
         place (`tuple[frozenset, ...]`): for each of the axes left-right, top-bottom, front-back the places named on it, from
             -1 to 1.
     """
 
     object: tuple[str, ...]
+    count: int
     place: tuple[frozenset[float], ...]
 
 
@@ -47,17 +56,24 @@ def parse_object_place(text: str) -> ObjectPlace:
     Such as `dog, bottom left`, or `The barking dog is in the middle of the picture.`
 
     Words for places count wherever they stand; articles, prepositions and words such as `side` and `picture` for nothing; all
-    others name the object. `centre` is that of left and right, or, beside one of these, of top and bottom.
+    others name the object, as far as no `near`, `by`, `beside`, `next` or `with` stands before them. `centre` is that of left and
+    right, or, beside one of these, of top and bottom.
     """
     found = words(text)
     places: list[set[float]] = [{axis[word] for word in found if word in axis} for axis in _AXES]
     if _CENTRE.intersection(found):
         places[1 if places[0] and not places[1] else 0].add(0.0)
-    places_words = _CENTRE.union(*_AXES)
-    left = [word for word in found if word not in places_words and word not in _SMALL]
-    # A word for the frame may be the object, and an article all that there is, as of the option A.
-    named = [word for word in left if word not in _FRAME] or left or ([] if any(places) else found)
-    return ObjectPlace(tuple(map(_singular, named)), tuple(map(frozenset, places)))
+    parts = [words(_BESIDE.sub("", part)) for part in _ANOTHER.split(text.casefold())]
+    # A word for the frame may be the object.
+    named = _without(parts, _PLACES | _SMALL | _FRAME) or _without(parts, _PLACES | _SMALL)
+    objects = tuple(_singular(word) for part in named for word in part)
+    return ObjectPlace(objects, len(named), tuple(map(frozenset, places)))
+
+
+def _without(parts: list[list[str]], left_out: frozenset[str]) -> list[list[str]]:
+    """Return the parts without some words, as far as a word is left."""
+    kept = [[word for word in part if word not in left_out] for part in parts]
+    return [part for part in kept if part]
 
 
 def _singular(word: str) -> str:
@@ -65,7 +81,9 @@ def _singular(word: str) -> str:
 
 
 def object_overlap(said: ObjectPlace, truth: ObjectPlace) -> float:
-    """Return the F-measure of the words that name the objects."""
+    """Return the F-measure of the words that name the objects; 0 for a list of more of them."""
+    if said.count > truth.count:
+        return 0.0
     common = len(set(said.object) & set(truth.object))
     return 2.0 * common / (len(set(said.object)) + len(set(truth.object))) if common else 0.0
 
@@ -91,10 +109,11 @@ class ObjectPlaceReward:
     Grade answers that say which object and where, in words: `<answer>dog, bottom left</answer>`.
 
     The reward is `o (w + (1 - w) p)`: o how far the object's words are the right ones (their F-measure, or a synonym), p how
-    near the place is to the right one, w `object_weight`. So a place earns nothing for another object, and naming many
-    objects or opposite places earns less. Where the solution says no place the reward is o.
+    near the place is to the right one, w `object_weight`. So a place earns nothing for another object, opposite places earn
+    nothing, and neither do more objects than the solution has. Where the solution says no place the reward is o.
 
-    Without an answer, with several, or one in the think block it is 0.
+    Without an answer, with several, or one in the think block it is 0. A solution that is an option's letter is graded as by
+    [`accuracy_reward`].
 
     Args:
         object_weight (`float`, *optional*, defaults to 0.5):
@@ -174,13 +193,15 @@ class ObjectPlaceReward:
         right = solution_text(solution)
         if right is None:
             return None
+        answer = extract_answer(completion)
+        if option_letter(right) is not None:
+            return grade_answer(answer, right)
         truth = parse_object_place(right)
         if not truth.object:
             raise ValueError(
                 f"object_place_reward: the solution of row {row!r} must name an object, such as 'dog, bottom left', got "
                 f"{right!r:.60}"
             )
-        answer = extract_answer(completion)
         if answer is None:
             return 0.0
         said = self._renamed(parse_object_place(answer), truth)
@@ -190,7 +211,9 @@ class ObjectPlaceReward:
     def _renamed(self, said: ObjectPlace, truth: ObjectPlace) -> ObjectPlace:
         """Put the solution's name in the place of a synonym of it."""
         name = self._names.get(said.object)
-        return ObjectPlace(name, said.place) if name is not None and set(name) <= set(truth.object) else said
+        return (
+            ObjectPlace(name, said.count, said.place) if name is not None and set(name) <= set(truth.object) else said
+        )
 
 
 object_place_reward = ObjectPlaceReward()

@@ -131,7 +131,7 @@ def test_a_step_is_one_prompt_and_400_steps_are_1600_completions():
     assert args.generation_batch_size == args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
     assert args.generation_batch_size // args.num_generations == 1 and args.num_iterations == 1
     assert 400 * (args.num_generations - args.replayed_generations) == 1600
-    (job,) = [job for job in _jobs(AVATAR / "table4" / "grpo.yaml") if job[1].output_dir.endswith("s1_visual")]
+    (job,) = [job for job in _jobs(AVATAR / "table4_grpo.yaml") if job[1].output_dir.endswith("s1_visual")]
     assert 1000 * (job[1].num_generations - job[1].replayed_generations) == 8000
 
 
@@ -306,6 +306,17 @@ def test_the_tiny_stages_run(tmp_path):
     # Two steps are a first try: told, and not refused.
     told = [{note["kind"] for note in entry["summary"]["left_out"]} for entry in told]
     assert ["hints_never_fired" in kinds for kinds in told] == [False, True, True, True]
+
+
+def test_adapters_go_from_stage_to_stage_with_the_stage_s_beginning_as_reference(tmp_path):
+    """LoRA and the KL term, as published: at a stage's first step the policy is the reference, and at the next it is not."""
+    words = ["--use_peft", "true", "--lora_r", 4, "--learning_rate", 1e-2, "--warmup_steps", 0, "--max_steps", 2]
+    words += ["--per_device_train_batch_size", 8, "--logging_steps", 1, "--save_strategy", "no"]
+    assert run(TINY / "table5_sft_s1_s2.yaml", tmp_path, *words) == 0
+    for stage in ("s1_visual", "s2_audio_visual"):
+        first, second = (entry["kl"] for entry in logged(tmp_path / stage))
+        assert abs(first) < 1e-5 < second, stage
+    assert (tmp_path / "s2_audio_visual" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if is_plan(AVATAR / name) and name != "stages.yaml"])
