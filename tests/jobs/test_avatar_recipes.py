@@ -232,6 +232,11 @@ def test_the_page_names_every_recipe_once():
         assert (PAGE.parent / place).resolve() == AVATAR / name and all(row)
 
 
+def test_the_page_names_no_file_that_is_not_there():
+    named = re.findall(r"recipes/[\w/]+\.yaml", PAGE.read_text(encoding="utf-8"))
+    assert len(named) > len(NAMES) and all((ROOT / name).is_file() for name in named)
+
+
 def test_the_page_says_what_a_row_changes():
     told = {re.match(r"\[`([^`]+)`\]", row[0])[1]: row[2] for row in _table("Which row is which")}
     full = [Path(stage).stem for stage in keys(AVATAR / "stages.yaml")["stages"]]

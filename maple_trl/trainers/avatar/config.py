@@ -150,7 +150,8 @@ class AvatarConfig(MAPOConfig):
     tas_lambda: float = field(
         default=0.3,
         metadata={
-            "help": "How much more the first and last tokens of a completion count than its middle. 0: all count alike."
+            "help": "How much more the first and last tokens of a completion count than its middle. 0: all count alike. The "
+            "default is that of AVATAR's authors."
         },
     )
     tas_shape: str = field(
