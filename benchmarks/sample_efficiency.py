@@ -76,12 +76,13 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "replay": {name: VARIANTS[name] for name in ("GRPO", "GRPO, G = 4", "replay, alpha 0")}
     | {draw: REPLAY | {"replay_draw": draw} for draw in DRAWS}
     | {"own prompt, diverse": REPLAY | {"replay_scope": "prompt", "replay_draw": "diverse"}},
-    "lambda": {f"lambda {value:g}": {"tas_lambda": value} for value in (0.0, 0.25, 0.5, 1.0, 2.0)},
+    "lambda": {f"lambda {value:g}": {"tas_lambda": value} for value in (0.0, 0.3, 0.5, 1.0, 2.0)},
     "shape": {
-        shape: {"tas_shape": shape} for shape in ("parabolic", "linear_decay", "linear_incline", "inverse_parabolic")
+        shape: {"tas_shape": shape, "tas_lambda": 0.5}
+        for shape in ("parabolic", "linear_decay", "linear_incline", "inverse_parabolic")
     }
     | {"uniform": {"tas_lambda": 0.0}},
-    "group": {"fresh": {"advantage_group": "fresh"}, "mixed": {"advantage_group": "mixed"}},
+    "group": {group: {"advantage_group": group, "tas_lambda": 0.5} for group in ("fresh", "mixed")},
 }
 LATE = (
     "grad_norm",

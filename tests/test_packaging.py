@@ -17,8 +17,14 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 # Import names that differ from the distribution's.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "bert_score": "bert-score", "lmms_eval": "lmms-eval"}
-DISTRIBUTIONS |= {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "bert_score": "bert-score",
+    "lmms_eval": "lmms-eval",
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+}
 
 
 @pytest.fixture(scope="session")

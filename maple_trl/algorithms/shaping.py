@@ -41,7 +41,7 @@ def tas_weights(mask_NT: Tensor, lam: float, shape: str = "parabolic") -> Tensor
         mask_NT (`Tensor` of shape (N, T)):
             Nonzero where a token counts.
         lam (`float`):
-            Lambda, at least 0. The paper gives no value ("moderate").
+            Lambda, at least 0. AVATAR's text calls a moderate one best; its authors' released settings have 0.3.
         shape (`str`, *optional*, defaults to `"parabolic"`):
             One of `SHAPES`.
 

@@ -74,8 +74,20 @@ def check_rows(
     if script_args.trainer == "mapo" and "tag" not in columns:
         raise SetupError(f"{name} has no column 'tag', which mapo batches by; its columns: {', '.join(columns)}")
     _check_reward_options(training_args, rewards)
+    if script_args.trainer == "avatar":
+        _check_hints(training_args, train)
     if not os.path.isdir(training_args.media_root):
         raise SetupError(f"media root {training_args.media_root!r} is not a folder (media_root)")
+
+
+def _check_hints(args: Any, train: Dataset) -> None:
+    from maple_trl.trainers.avatar.checks import check_hint_column, check_hint_visits
+
+    try:
+        check_hint_column(args, train)
+        check_hint_visits(args, train, warn=False)  # the trainer will
+    except ValueError as error:
+        raise SetupError(str(error)) from error
 
 
 def _check_reward_options(args: OmniGRPOConfig | OmniSFTConfig, rewards: Sequence[Any]) -> None:

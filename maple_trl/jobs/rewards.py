@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Rewards that take parameters: a class stands behind their names.
 MADE = ("length_reward", "answer_judge", "caption_judge", "stepwise_reasoning_judge")
 # Functions that may be given parameters, and the class that takes them.
-WITH_PARAMETERS = {"accuracy_reward": "AccuracyReward"}
+WITH_PARAMETERS = {"accuracy_reward": "AccuracyReward", "object_place_reward": "ObjectPlaceReward"}
 JUDGES = ("answer_judge", "caption_judge", "stepwise_reasoning_judge")
 
 _COMMON = ("reward", "name", "tags", "rows", "contrastive")
@@ -49,7 +49,9 @@ def read_entries(rewards: Any, place: str = "rewards") -> list[str | dict[str, A
             - `contrastive`, a mapping with `alpha`, `tau` and arguments of [`~maple_trl.rewards.BertScoreSimilarity`];
               the model `builtin:words` compares words and needs none;
             - `name`, by which it is logged;
-            - for `accuracy_reward` `answer_format`, how completions mark their answer;
+            - for `accuracy_reward` `answer_format`, how completions mark their answer, and `text_scores`, which kinds of
+              free-text answers are graded by word errors or ROUGE;
+            - for `object_place_reward` `object_weight` and `synonyms`;
             - for a judge `server`, a mapping of [`~maple_trl.chat.ChatOptions`], or `local`, one of arguments of
               [`~maple_trl.rewards.LocalScorer`];
             - parameters of the class.

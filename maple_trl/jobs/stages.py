@@ -19,10 +19,10 @@ from maple_trl.files import as_json, write_atomically
 from maple_trl.jobs.errors import SetupError, did_you_mean
 from maple_trl.jobs.options import (
     SUPERVISED,
+    config_files,
     make_parser,
     option_keys,
     parse_args,
-    read_config,
     take_option,
     trainer_of,
 )
@@ -100,9 +100,9 @@ def load_plan(argv: Sequence[str]) -> Plan | None:
     """
     Read the stages that a command line asks for; `None` when its config file lists none.
 
-    The file holds `stages`, a list of config files relative to it, `output_dir`, and options that override those of
-    every stage whose trainer has them; `model_name_or_path` is that of the first stage. So do options behind it on the
-    command line, which win.
+    The file, or one that it extends, holds `stages`, a list of config files relative to the file that has it,
+    `output_dir`, and options that override those of every stage whose trainer has them; `model_name_or_path` is that of
+    the first stage. So do options behind it on the command line, which win.
 
     Args:
         argv (`Sequence[str]`): command line without the program's name.
@@ -112,12 +112,18 @@ def load_plan(argv: Sequence[str]) -> Plan | None:
             cannot share.
     """
     path, words = take_option(argv, "--config")
-    if path is None or "stages" not in (config := read_config(path)):
+    if path is None:
+        return None
+    config, listed = {}, path
+    for file, keys in config_files(path):
+        config |= keys
+        listed = file if "stages" in keys else listed
+    if "stages" not in config:
         return None
     files = config.pop("stages")
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         raise SetupError(f"{path}: stages must be a list of config files, got {files!r}")
-    stages = [Stage(Path(file).stem, os.path.join(os.path.dirname(path), file)) for file in files]
+    stages = [Stage(Path(file).stem, os.path.join(os.path.dirname(listed), file)) for file in files]
     names = [stage.name for stage in stages]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -227,6 +233,7 @@ def run_stages(plan: Plan) -> list[dict[str, Any]]:
 
 def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
     """Check what can be known to be wrong before hours are spent on the stages before it."""
+    from maple_trl.jobs.checks import check_rows
     from maple_trl.jobs.data import prepare_data
     from maple_trl.jobs.rewards import load_rewards
 
@@ -242,9 +249,11 @@ def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
         if i < done:
             continue
         try:
+            rewards = []
             if script_args.trainer not in SUPERVISED:
-                load_rewards(script_args.reward_funcs, training_args)
-            prepare_data(script_args, training_args)
+                rewards = load_rewards(script_args.reward_funcs, training_args)
+            train, _ = prepare_data(script_args, training_args)
+            check_rows(script_args, training_args, train, rewards)
         except SetupError as error:
             raise SetupError(f"stage {name}: {error}") from error
 

@@ -310,7 +310,7 @@ def run(
         `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
         `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job), `train_seconds`,
         `steps`, `model`, `dataset`, `learned` (reward and accuracy over the first and the last tenth of the log),
-        `left_out` (what was left out, failed or never fired; see
+        `fired` and `left_out` (what was replayed and hinted; what was left out, failed or never fired; see
         [`~maple_trl.trainers.common.media_trainer.MediaTrainer.left_out`]).
 
     Raises:
@@ -366,6 +366,7 @@ def run(
         "model": model_args.model_name_or_path,
         "dataset": script_args.dataset_name,
         "learned": first_and_last(trainer.state.log_history),
+        "fired": trainer.fired(),
         "left_out": trainer.left_out() + _unusable_questions(after),
     }
     if trainer.is_world_process_zero():

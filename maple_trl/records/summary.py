@@ -41,6 +41,9 @@ def print_summary(summary: Mapping[str, Any], output_dir: str) -> None:
     if "written" in summary:
         written = f"Written: {', '.join(summary['written'])}"
         console.print(written, highlight=False, markup=False, soft_wrap=True)
+    if summary.get("fired"):
+        fired = f"Fired: {'; '.join(note['text'] for note in summary['fired'])}"
+        console.print(fired, highlight=False, markup=False, soft_wrap=True)
     if "left_out" in summary:
         console.print(left_out_line(summary["left_out"]), highlight=False, markup=False, soft_wrap=True)
 

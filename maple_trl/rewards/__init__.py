@@ -21,6 +21,7 @@ from .length import LengthReward
 from .local_scorer import LocalScorer
 from .localisation import box_iou_reward, temporal_iou_reward
 from .measures import MeasuredReward
+from .places import ObjectPlaceReward, object_place_reward
 from .reasoning_judge import StepwiseReasoningJudge
 from .routing import for_rows, for_tags
 from .self_consistency import self_consistency_reward
@@ -34,6 +35,7 @@ REWARDS: Registry[Any] = Registry(
         "accuracy_reward": accuracy_reward,
         "box_iou_reward": box_iou_reward,
         "format_reward": format_reward,
+        "object_place_reward": object_place_reward,
         "self_consistency_reward": self_consistency_reward,
         "temporal_iou_reward": temporal_iou_reward,
         "length_reward": LengthReward,
@@ -55,6 +57,7 @@ __all__ = [
     "LengthReward",
     "LocalScorer",
     "MeasuredReward",
+    "ObjectPlaceReward",
     "OpenAIJudge",
     "RewardError",
     "StepwiseReasoningJudge",
@@ -66,6 +69,7 @@ __all__ = [
     "format_reward",
     "grade_answer",
     "judge_callbacks",
+    "object_place_reward",
     "self_consistency_reward",
     "temporal_iou_reward",
 ]

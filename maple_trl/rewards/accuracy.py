@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .answers import ANSWER_FORMATS, completion_text, grade_answer, row_options
+from .answers import ANSWER_FORMATS, completion_text, grade_answer, row_options, solution_text
+from .text_scores import text_score
 
 
 def accuracy_reward(
@@ -90,22 +91,67 @@ def _reader(answer_format: Any) -> Callable[[str], str | None]:
 
 class AccuracyReward:
     """
-    [`accuracy_reward`] for completions that mark their answer in one form.
+    [`accuracy_reward`] for completions that mark their answer in one form, or for kinds of free-text answers.
 
     Args:
-        answer_format (`str`): as in [`accuracy_reward`].
+        answer_format (`str`, *optional*, defaults to `"tags"`):
+            As in [`accuracy_reward`].
+        text_scores (`Mapping[str, str]`, *optional*):
+            How rows of a kind are graded that have a text for an answer, by the value of their `type_column`: `"wer"` for
+            1 - word error rate (texts that are read off), `"rouge"` for the mean of ROUGE-1, -2 and -L (sentences); see
+            [`~maple_trl.rewards.text_scores`]. Rows of other kinds are graded as by [`accuracy_reward`]. Needs the extra
+            `texts`.
+        type_column (`str`, *optional*, defaults to `"problem_type"`):
+            The column that says a row's kind, as in Video-R1's data; read with `text_scores` alone.
 
     Raises:
-        ValueError: for another format.
+        ValueError: for another format or score; when called: for a data set without the column.
+        ImportError: when a score's package is not installed.
+
+    Example:
+    ```python
+    >>> from maple_trl.rewards import AccuracyReward
+
+    >>> reward = AccuracyReward(text_scores={"OCR": "wer"})
+    >>> completions = ["<answer>no exit</answer>", "<answer>no exit</answer>"]
+    >>> reward(completions=completions, solution=["No entry", "No entry"], problem_type=["OCR", "free-form"])
+    [0.5, 0.0]
+    ```
     """
 
     __name__ = "accuracy_reward"  # what TRL logs it by
-    required_columns = accuracy_reward.required_columns
 
-    def __init__(self, answer_format: str = "tags"):
+    def __init__(
+        self,
+        answer_format: str = "tags",
+        text_scores: Mapping[str, str] | None = None,
+        type_column: str = "problem_type",
+    ):
         self.extract = _reader(answer_format)
         self.answer_format = answer_format
+        if text_scores is not None and (not isinstance(text_scores, Mapping) or not text_scores):
+            raise ValueError(
+                f"text_scores must map kinds of rows to scores, e.g. {{OCR: wer, free-form: rouge}}, got {text_scores!r}"
+            )
+        self._scores = {kind: text_score(name) for kind, name in (text_scores or {}).items()}
+        self.text_scores, self.type_column = text_scores, type_column
+        self.required_columns = (*accuracy_reward.required_columns, *([type_column] if self._scores else []))
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
-        """Grade completions as [`accuracy_reward`] does."""
-        return accuracy_reward(*args, **{**kwargs, "answer_format": self.answer_format})
+        """Grade completions as [`accuracy_reward`] does, and those of the kinds in `text_scores` by theirs."""
+        rewards = accuracy_reward(*args, **{**kwargs, "answer_format": self.answer_format})
+        if not self._scores:
+            return rewards
+        kinds = kwargs.get(self.type_column)
+        if kinds is None:
+            raise ValueError(
+                f"accuracy_reward with text_scores needs a column `{self.type_column}` in the dataset; columns that came "
+                f"with this batch: {sorted(kwargs) or 'none'}"
+            )
+        completions = args[1] if len(args) > 1 else kwargs["completions"]
+        for i, (completion, solution, kind) in enumerate(zip(completions, kwargs["solution"], kinds, strict=True)):
+            score = self._scores.get(kind)
+            if score is not None and rewards[i] is not None:
+                answer = self.extract(completion_text(completion))
+                rewards[i] = 0.0 if answer is None else score(answer, solution_text(solution) or "")
+        return rewards

@@ -106,7 +106,8 @@ class OpenAIJudge(ABC):
     """Columns that the data set must have."""
     guideline = ""
     """Text whose copies earn nothing."""
-    scale: tuple[float, ...] = SCALE
+    scale: tuple[float, ...] | None = SCALE
+    """The grades that there are; `None`: any number in [0, 1]."""
 
     def __init__(
         self,
@@ -264,7 +265,7 @@ class OpenAIJudge(ABC):
             ChatRequest(
                 question.messages,
                 json_schema=verdict_schema(question.axes, self.scale),
-                reader=functools.partial(read_verdict, axes=tuple(question.axes), scale=tuple(self.scale)),
+                reader=functools.partial(read_verdict, axes=tuple(question.axes), scale=self.scale),
             )
             for question in questions
         ]

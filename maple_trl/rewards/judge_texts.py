@@ -122,17 +122,18 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(texts).strip()
 
 
-def verdict_schema(axes: Sequence[str], scale: Sequence[float]) -> dict[str, Any]:
-    """Return the JSON schema of a verdict: every axis once, with a grade of the scale."""
+def verdict_schema(axes: Sequence[str], scale: Sequence[float] | None) -> dict[str, Any]:
+    """Return the JSON schema of a verdict: every axis once, with a grade of the scale, or in [0, 1] without one."""
+    grades = {"minimum": 0, "maximum": 1} if scale is None else {"enum": list(scale)}
     return {
         "type": "object",
-        "properties": {axis: {"type": "number", "enum": list(scale)} for axis in axes},
+        "properties": {axis: {"type": "number", **grades} for axis in axes},
         "required": list(axes),
         "additionalProperties": False,
     }
 
 
-def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict[str, float]:
+def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float] | None) -> dict[str, float]:
     """
     Read the grades in a judge's message: a JSON object, or lines where there is none (see [`read_plain_grades`]).
 
@@ -153,7 +154,7 @@ def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict
     return {axis: float(found[0][axis]) for axis in axes}
 
 
-def read_plain_grades(text: str, axes: Sequence[str], scale: Sequence[float]) -> dict[str, float] | None:
+def read_plain_grades(text: str, axes: Sequence[str], scale: Sequence[float] | None) -> dict[str, float] | None:
     """
     Read the grades in an answer of lines such as `missing: 0.8` or `**Visual objects** = 1.0`.
 
@@ -169,6 +170,7 @@ def read_plain_grades(text: str, axes: Sequence[str], scale: Sequence[float]) ->
         axis = next((axis for axis in axes if name == axis or name.startswith(f"{axis}_")), None)
         if axis is not None:
             found[axis].add(float(match[2]))
-    if any(len(grades) != 1 or not grades <= set(scale) for grades in found.values()):
+    on_scale = (lambda grade: 0 <= grade <= 1) if scale is None else set(scale).__contains__
+    if any(len(grades) != 1 or not all(map(on_scale, grades)) for grades in found.values()):
         return None
     return {axis: grades.pop() for axis, grades in found.items()}

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import ascii_letters
 from typing import Any
 
-from maple_trl.metrics.answers import ANSWER_METRICS, count_measures, rouge_f1, set_f1, word_error_rate, words
+from maple_trl.metrics.answers import ANSWER_METRICS, count_measures, rouge_f1, set_f1, word_error_rate
 from maple_trl.rewards.answers import ANSWER_FORMATS, completion_text, grade_answer, number, row_options, solution_text
 from maple_trl.rewards.judge import OpenAIJudge
+from maple_trl.rewards.text_scores import rouge_mean, word_error_score
 
 
 METRIC_COLUMN = "answer_metric"
@@ -55,15 +56,11 @@ def _lettered(answer: str | None, truth: str) -> Measured:
 
 
 def _transcribed(answer: str | None, truth: str) -> Measured:
-    rate = word_error_rate(answer or "", truth)
-    return max(0.0, 1 - rate), {"WER": rate}
+    return word_error_score(answer or "", truth), {"WER": word_error_rate(answer or "", truth)}
 
 
 def _overlapping(answer: str | None, truth: str) -> Measured:
-    found = rouge_f1(answer or "", truth)
-    have_pairs = min(len(words(answer or "")), len(words(truth))) > 1
-    counted = [value for kind, value in found.items() if have_pairs or kind != "rouge2"]
-    return sum(counted) / len(counted), found
+    return rouge_mean(answer or "", truth), rouge_f1(answer or "", truth)
 
 
 _MEASURES: Mapping[str, Callable[[str | None, str], Measured]] = {

@@ -10,8 +10,9 @@ from cachetools import LRUCache
 from maple_trl.chat import ChatOptions, fence, image_block, text_block
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.errors import MediaError
+from maple_trl.rewards.answers import extract_answer, solution_text
 from maple_trl.rewards.judge import OpenAIJudge, Question, Scorer
-from maple_trl.rewards.judge_prompts import REASONING_AXES, reasoning_system
+from maple_trl.rewards.judge_prompts import REASONING_AXES, SCALE, reasoning_system
 from maple_trl.rewards.judge_texts import as_text, harmless, prompt_text, think_block
 
 
@@ -26,6 +27,9 @@ CUE_COLUMNS = {
 }
 _SEEN = ("visual_objects", "spatial_locations")
 _CLIPS_AT_HAND = 64
+SOLUTION = "solution"
+_ANSWER = "final answer"  # what the completion says, beside the row's columns
+_LONGEST_ANSWER = 1000
 
 
 class StepwiseReasoningJudge(OpenAIJudge):
@@ -36,11 +40,13 @@ class StepwiseReasoningJudge(OpenAIJudge):
 
     The judge sees the question, the row's cues, and the block; no `<answer>` of the completion (one inside the block is
     cut out) and no solution of the row. Thoughts that name an option are not changed, so that put no `solution` among
-    the cues.
+    the cues. (So section 4.3 has it, "independently of the final answer"; the criteria of appendix B.1 and the authors'
+    released settings compare with the solution: `sees_solution`.)
 
-    An axis is graded where the row has a cue for it; with pictures, what is seen is graded without one too. A row
-    without any is not scored. A completion without exactly one closed block earns 0.0, and so does one whose block has
-    more than 16000 characters (see [`OpenAIJudge`] for what else is decided by rule).
+    An axis is graded where the row has a cue for it; with pictures, what is seen is graded without one too. With
+    `sees_solution` all axes are graded, in rows that have a solution. A row without anything to grade by is not scored. A
+    completion without exactly one closed block earns 0.0, and so does one whose block has more than 16000 characters (see
+    [`OpenAIJudge`] for what else is decided by rule).
 
     Args:
         scorer (`ChatOptions`, `ChatClient` or `LocalScorer`):
@@ -54,6 +60,11 @@ class StepwiseReasoningJudge(OpenAIJudge):
         loader (`MediaLoader`, *optional*):
             What reads the videos, or a function that makes it when it is first needed; needed for `frames`. Its
             `num_frames` limits how many there are.
+        sees_solution (`bool`, *optional*, defaults to `False`):
+            Show the row's `solution` and the completion's answer to the judge, which then grades audio grounding, visual
+            identification, the accuracy of places and the rightness of the answer.
+        free_grades (`bool`, *optional*, defaults to `False`):
+            Take any number in `[0, 1]` as a grade, and not steps of 0.2 alone.
         max_pixels (`int`, *optional*, defaults to 448 x 448):
             Area of a picture.
         video_column, tag_column (`str`, *optional*, default to `"video"` and `"tag"`):
@@ -74,6 +85,8 @@ class StepwiseReasoningJudge(OpenAIJudge):
         cue_columns: Mapping[str, str] | None = None,
         frames: int = 0,
         loader: MediaLoader | Callable[[], MediaLoader] | None = None,
+        sees_solution: bool = False,
+        free_grades: bool = False,
         max_pixels: int = 448 * 448,
         video_column: str = "video",
         tag_column: str = "tag",
@@ -92,12 +105,21 @@ class StepwiseReasoningJudge(OpenAIJudge):
                 raise ValueError(f"{field} must be a whole number of at least {least}, got {value!r}")
         if frames and loader is None:
             raise ValueError(f"frames={frames} needs a MediaLoader as `loader`")
+        for field, flag in (("sees_solution", sees_solution), ("free_grades", free_grades)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{field} must be true or false, got {flag!r}")
+        self.sees_solution, self.free_grades = sees_solution, free_grades
+        self.columns = (SOLUTION,) if sees_solution else ()
+        self.scale = None if free_grades else SCALE
         self.frames, self.loader, self.max_pixels = frames, loader, max_pixels
         self.video_column, self.tag_column = video_column, tag_column
-        self.guideline = reasoning_system(tuple(REASONING_AXES), pictures=True)
+        self.guideline = reasoning_system(tuple(REASONING_AXES), True, sees_solution, free_grades)
         self._pictures: LRUCache = LRUCache(_CLIPS_AT_HAND)
 
     def _check_columns(self, columns: Mapping[str, Any]) -> None:
+        super()._check_columns(columns)
+        if self.sees_solution:
+            return
         if not self.frames and all(columns.get(column) is None for column in self.cue_columns.values()):
             raise ValueError(
                 f"{self.__name__} needs one of the columns {', '.join(self.cue_columns.values())} in the dataset (or "
@@ -108,6 +130,11 @@ class StepwiseReasoningJudge(OpenAIJudge):
         """Return the think block of a completion."""
         return think_block(text)
 
+    def _ask(self, completion: str, row: Mapping[str, Any]) -> Question | float | None:
+        if self.sees_solution:
+            row = {**row, _ANSWER: extract_answer(completion)}
+        return super()._ask(completion, row)
+
     def question(self, text: str, row: Mapping[str, Any]) -> Question | None:
         """Ask about thoughts; `None` for a row without a cue."""
         try:
@@ -115,9 +142,13 @@ class StepwiseReasoningJudge(OpenAIJudge):
         except MediaError:
             return None
         cues = {axis: as_text(row.get(column)) for axis, column in self.cue_columns.items()}
-        axes = tuple(
-            axis for axis in REASONING_AXES if cues.get(axis) or (pictures and axis in cues and axis in _SEEN)
-        )
+        solution = solution_text(row.get(SOLUTION)) if self.sees_solution else None
+        if self.sees_solution:
+            axes = tuple(axis for axis in REASONING_AXES if axis in cues and solution is not None)
+        else:
+            axes = tuple(
+                axis for axis in REASONING_AXES if cues.get(axis) or (pictures and axis in cues and axis in _SEEN)
+            )
         if not axes:
             return None
         parts = []
@@ -125,11 +156,16 @@ class StepwiseReasoningJudge(OpenAIJudge):
         if asked:
             parts.append(self._fenced("question", asked))
         parts += [self._fenced(f"notes_{axis}", cues[axis]) for axis in axes if cues[axis]]
-        parts += [fence("reasoning", harmless(text)), "Grade the reasoning."]
+        if solution is not None:
+            parts.append(self._fenced("solution", solution))
+        parts.append(fence("reasoning", harmless(text)))
+        if solution is not None:
+            parts.append(fence("answer", harmless(row.get(_ANSWER) or "", _LONGEST_ANSWER)))
+        parts.append("Grade the reasoning and the answer." if self.sees_solution else "Grade the reasoning.")
         words = "\n\n".join(parts)
         # Servers of text models often take only a string.
         content = [*pictures, text_block(words)] if pictures else words
-        system = reasoning_system(axes, bool(pictures))
+        system = reasoning_system(axes, bool(pictures), self.sees_solution, self.free_grades)
         return Question([{"role": "system", "content": system}, {"role": "user", "content": content}], axes)
 
     def _pictures_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:

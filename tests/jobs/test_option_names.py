@@ -5,13 +5,9 @@ import itertools
 import pytest
 import yaml
 
-<<<<<<< HEAD
+from maple_trl.cli.critical_steps import CriticalStepArguments
 from maple_trl.cli.data_hints import HintArguments
 from maple_trl.cli.data_qa_plus import QAPlusArguments
-=======
-from maple_trl.cli.critical_steps import CriticalStepArguments
-from maple_trl.cli.data import HintArguments
->>>>>>> p10-figs
 from maple_trl.cli.eval import read_job
 from maple_trl.cli.report import ReportArguments
 from maple_trl.evaluation.options import EvalOptions

@@ -20,7 +20,6 @@ from maple_trl.data.hint_leaks import leaks_answer
 from maple_trl.jobs.data import load_datasets
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import OmniScriptArguments, parse_args, trainer_class
-from maple_trl.jobs.stages import load_plan
 
 
 pytestmark = pytest.mark.slow
@@ -242,14 +241,6 @@ def test_torn_groups_are_noticed(write):
     assert torn_groups(parsed(path)[1]) == 4
 
 
-def test_a_step_of_avatar_is_as_its_recipe_says():
-    args = parsed(AVATAR / "s1_visual.yaml")[1]
-    assert (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * GPUS == 128 == 16 * args.num_generations
-    )
-    assert "= 128 completions = 16 prompts a step" in (AVATAR / "rl.yaml").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("folder, name", ROWS)
 def test_a_tiny_variant_is_the_recipe_with_the_tiny_settings_over_it(folder, name):
     tiny, real = values(tiny_of(folder, name)), values(RECIPES / folder / f"{name}.yaml")
@@ -368,105 +359,6 @@ def test_the_embedded_hints():
     assert len(letters) == 4 * 4 and all(found == set("ABCD") for found in letters.values())
     for split, rows in splits.items():
         assert rows.remove_columns("hint").to_list() == plain[split].to_list()
-
-
-# AVATAR's stages
-
-AVATAR = RECIPES / "avatar"
-# What the paper's Table 1 and section 4.3 say: data sets, rewards and their weights.
-STAGES = {
-    "s0_sft": (["Video-R1-CoT", "TPO"], None, None),
-    "s1_visual": (["Video-R1"], ["format_reward", "accuracy_reward"], [0.5, 0.5]),
-    "s2_audio_visual": (
-        ["AVQA", "AVE"],
-        ["format_reward", "accuracy_reward", "self_consistency_reward"],
-        [0.2, 0.4, 0.4],
-    ),
-    "s3_localization": (
-        ["AVSBench"],
-        ["format_reward", "accuracy_reward", "self_consistency_reward"],
-        [1.0, 1.0, 1.0],
-    ),
-}
-LORA = ["vision", "audio", "projectors", "llm"]
-
-
-def test_the_stages_stand_in_their_order():
-    for folder, output_dir in ((AVATAR, "runs/avatar"), (AVATAR / "tiny", "runs/avatar_tiny")):
-        plan = load_plan(["--config", str(folder / "stages.yaml")])
-        assert [stage.name for stage in plan.stages] == list(STAGES) and plan.output_dir == output_dir
-        names = {path.name for path in folder.glob("*.yaml")}
-        assert names == {f"{name}.yaml" for name in (*STAGES, "stages", "base", "rl")}
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_has_the_published_values(name):
-    sources, rewards, weights = STAGES[name]
-    script_args, training_args, model_args = parsed(AVATAR / f"{name}.yaml")
-    assert script_args.dataset_filter == {"source": sources}
-    assert training_args.num_frames == 32 and training_args.output_dir == f"runs/avatar/{name}"
-    assert model_args.model_name_or_path == "Qwen/Qwen2.5-Omni-7B"
-    assert model_args.use_peft and model_args.adapted == LORA
-    if rewards is None:
-        assert script_args.trainer == "omni_sft" and script_args.completion_template is None
-        return
-    assert (script_args.trainer, script_args.rewards, training_args.reward_weights) == ("avatar", rewards, weights)
-    expected = {
-        "num_generations": 8,
-        "replayed_generations": 4,
-        "replay_scope": "tiers",
-        "replay_draw": "uniform",
-        "replay_capacity": 10_000,
-        "replay_shares": {"easy": 0.25, "medium": 0.35, "hard": 0.4},
-        "vcrs_window": 20,
-        "tas_shape": "parabolic",
-    }
-    assert {field: getattr(training_args, field) for field in expected} == expected
-    assert list(training_args.replay_quantiles) == [0.4, 0.75]
-    train.load_rewards(rewards)
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_a_tiny_stage_is_the_stage_with_the_tiny_settings_over_it(name):
-    tiny, real = values(AVATAR / "tiny" / f"{name}.yaml"), values(AVATAR / f"{name}.yaml")
-    small = own_keys(AVATAR / "tiny" / "base.yaml") | own_keys(AVATAR / "tiny" / f"{name}.yaml")
-    small |= own_keys(AVATAR / "tiny" / "rl.yaml") if name != "s0_sft" else set()
-    derived = {"generation_batch_size", "mixed_precision", "activation_checkpointing", "distributed_state"}
-    derived |= {"steps_per_generation"}
-    assert {key for key in real if tiny[key] != real[key]} - derived <= small
-    assert not small & {
-        "trainer",
-        "rewards",
-        "reward_funcs",
-        "reward_weights",
-        "num_generations",
-        "replayed_generations",
-    }
-    assert (tiny["model_name_or_path"], tiny["dataset_name"]) == ("builtin:tiny-omni", "builtin:seven-tags")
-    assert tiny["output_dir"] == f"runs/avatar_tiny/{name}"
-
-
-def test_the_tiny_stages_run(tmp_path, capsys):
-    words = [
-        "--config",
-        AVATAR / "tiny" / "stages.yaml",
-        "--output_dir",
-        tmp_path,
-        "--max_steps",
-        2,
-        "--use_cpu",
-        "true",
-    ]
-    words += ["--evaluate_before_after", "false", "--per_device_train_batch_size", 16, "--logging_steps", 1]
-    assert cli.main(["train", *map(str, words)]) == 0
-    told = json.loads((tmp_path / "stages.json").read_text(encoding="utf-8"))["stages"]
-    assert [(entry["name"], entry["done"], entry["summary"]["steps"]) for entry in told] == [
-        (name, True, 2) for name in STAGES
-    ]
-    lines = (tmp_path / "s2_audio_visual" / "metrics.jsonl").read_text().splitlines()
-    logged = [entry for entry in map(json.loads, lines) if "loss" in entry]
-    assert logged[-1]["replay/size"] > 0 and "rewards/self_consistency_reward/mean" in logged[-1]
-    assert (tmp_path / "s3_localization" / "model.safetensors").is_file()
 
 
 # extends

@@ -282,6 +282,20 @@ def test_options_reach_the_stages_that_know_them(job):
     assert load_plan(["--config", "first.yaml"]) is None and load_plan(["--max_steps", "1"]) is None
 
 
+def test_a_plan_may_extend_another(job):
+    """Stages are found beside the file that lists them, which need not be the one that is run."""
+    (job / "plan.yaml").write_text("stages: [first.yaml, second.yaml]\noutput_dir: out\nseed: 9")
+    (job / "rows").mkdir()
+    (job / "rows" / "base.yaml").write_text("extends: ../plan.yaml\nseed: 11\noutput_dir: rows/base")
+    (job / "rows" / "other.yaml").write_text("extends: base.yaml\nstages: [../first.yaml]\nmax_steps: 1")
+    plan = load_plan(["--config", "rows/base.yaml"])
+    assert [stage.name for stage in plan.stages] == ["first", "second"] and plan.output_dir == "rows/base"
+    assert [plan.parse(i)[1].seed for i in (0, 1)] == [11, 11]
+    plan = load_plan(["--config", "rows/other.yaml"])
+    assert [stage.name for stage in plan.stages] == ["first"]
+    assert (plan.parse(0)[1].seed, plan.parse(0)[1].max_steps) == (11, 1)
+
+
 @pytest.mark.parametrize(
     "text, words, message",
     [

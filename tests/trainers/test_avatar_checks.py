@@ -51,6 +51,88 @@ def test_a_buffer_that_an_epoch_fills_is_told(data, tmp_path, caplog):
     assert "An epoch over 8 rows writes at least" in caplog.text and "replay_capacity (8)" in caplog.text
 
 
+# Hints that could never be shown
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"num_train_epochs": 3}, False),
+        ({"num_train_epochs": 3.5}, True),  # half of the rows come a fourth time
+        ({"num_train_epochs": 4}, True),
+        ({"num_train_epochs": 4, "hint_visits": 4}, False),
+        ({"num_train_epochs": 2, "hint_visits": 1}, False),  # nothing of a prompt is replayed at its first visit
+        ({"num_train_epochs": 3, "hint_visits": 1}, True),
+    ],
+)
+def test_hints_need_prompts_that_come_back(data, tmp_path, options, fits):
+    rows = with_hints(take(data[1], V=4, S=4), *["zebra"] * 8)
+    options = {"hints": True, "max_steps": -1, **options}
+    if fits:
+        assert make(data[0], tmp_path, rows, **options).args.hints
+        return
+    needed = max(options.get("hint_visits", 3), 2) + 1
+    match = (
+        rf"no hint can ever be shown: with hint_visits=\d that is at a prompt's visit {needed} .*visits each of 8 rows"
+    )
+    with pytest.raises(ValueError, match=match):
+        make(data[0], tmp_path, rows, **options)
+    make(data[0], tmp_path, rows, **{**options, "hints": False, "hint_visits": 3})
+
+
+def test_equal_rows_are_visits_of_one_prompt(data, tmp_path):
+    rows = with_hints(take(data[1], V=2, S=2), *["zebra"] * 4).to_list()
+    options = {"hints": True, "max_steps": -1, "num_train_epochs": 2}
+    with pytest.raises(ValueError, match="no hint can ever be shown"):
+        make(data[0], tmp_path, Dataset.from_list(rows), **options)
+    make(data[0], tmp_path, Dataset.from_list(rows * 2), **options)
+
+
+def test_a_first_try_with_hints_is_only_told(data, tmp_path, caplog):
+    rows = with_hints(take(data[1], V=4, S=4), *["zebra"] * 8)
+    with caplog.at_level(logging.WARNING, logger="maple_trl"):
+        make(data[0], tmp_path / "long", rows, hints=True, max_steps=60)
+        assert "no hint" not in caplog.text and "hints wait" not in caplog.text
+        make(data[0], tmp_path / "short", rows, hints=True, max_steps=1)
+        assert "no hint can ever be shown" in caplog.text and "(max_steps=1)" in caplog.text
+        make(data[0], tmp_path / "small", rows, hints=True, max_steps=60, replay_capacity=8)
+    assert "hints wait for one of a prompt's own" in caplog.text
+
+
+def test_completions_that_are_dropped_too_soon_for_hints(data, tmp_path):
+    rows = with_hints(take(data[1], V=4, S=4), *["zebra"] * 8)
+    options = {"hints": True, "max_steps": -1, "num_train_epochs": 5, "per_device_train_batch_size": 4 * G}
+    match = r"older than replay_max_age=1 when the prompt comes back \(2 steps later at least\)"
+    with pytest.raises(ValueError, match=match):
+        make(data[0], tmp_path, rows, replay_max_age=1, shuffle_dataset=False, **options)
+    make(data[0], tmp_path, rows, replay_max_age=1, **options)  # shuffled, it may come back at once
+    make(data[0], tmp_path, rows, replay_max_age=2, shuffle_dataset=False, **options)
+
+
+# The buffer's first entries
+
+
+def test_nothing_is_replayed_before_the_buffer_holds_enough(data, tmp_path):
+    rows = take(data[1], V=1)
+    trainer = make(data[0], tmp_path, rows, max_steps=4, replay_min_size=G + 1, per_device_train_batch_size=G)
+    trainer.train()
+    assert [entry["replay/generated"] for entry in logs(trainer)] == [G, G, G / 2, G / 2]
+    trainer = make(data[0], tmp_path / "usual", rows, max_steps=3, per_device_train_batch_size=G)
+    trainer.train()
+    assert [entry["replay/generated"] for entry in logs(trainer)] == [G, G / 2, G / 2]
+
+
+# The paper
+
+
+def test_the_model_card_cites_the_paper(data, tmp_path):
+    trainer = make(data[0], tmp_path, take(data[1], V=4))
+    trainer.create_model_card(model_name="card")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video" in card and "2508.03100" in card
+    assert "@article{kulkarni2025avatar" in card and "Yogesh Kulkarni and Pooyan Fazli" in card
+
+
 # Random log-probabilities
 
 

@@ -25,7 +25,8 @@ def test_defaults(tmp_path):
     assert args.replay_max_age is args.replay_epsilon is args.replay_epsilon_high is None
     assert args.replay_advantage_limit == 5.0 and args.replay_retier is False and args.replay_recovery == "refuse"
     assert args.vcrs_window == 20
-    assert args.tas_lambda == 0.5 and args.tas_shape == "parabolic"
+    assert args.replay_min_size == 1 and args.first_hinted_visit == 4
+    assert args.tas_lambda == 0.3 and args.tas_shape == "parabolic"
     assert args.advantage_group == "fresh" and args.advantage_scope == "group" and args.batching == "mixed"
     assert args.hints is False and args.hint_visits == 3 and args.hint_max_kl == 0.01
     assert args.hint_template == "\nHint: {hint}"
@@ -76,6 +77,7 @@ WITHOUT_REPLAY = {
     "replay_advantage_limit": 2.0,
     "replay_capacity": 100,
     "replay_max_age": 3,
+    "replay_min_size": 3,
     "replay_retier": True,
     "replay_recovery": "empty",
     "vcrs_window": 5,
@@ -99,6 +101,11 @@ REFUSED = [
         (options | {name: value}, f"{name} {NUMBER} {value}")
         for name, options in (("replay_alpha", {}), ("tas_lambda", {}), ("hint_max_kl", HINTS))
         for value in (-0.5, math.inf, math.nan)
+    ),
+    ({"replay_min_size": 0}, "replay_min_size must be at least 1, got 0"),
+    (
+        {"replay_capacity": 8, "replay_min_size": 9},
+        "Nothing could ever be replayed: replay_min_size=9 is more than replay_capacity=8",
     ),
     *(
         ({name: value}, f"{name} {POSITIVE} {value}")
@@ -237,6 +244,7 @@ FIELDS = {
     "replay_shares": {"easy": 0.2, "medium": 0.3, "hard": 0.5},
     "replay_quantiles": [0.3, 0.6],
     "replay_max_age": 9,
+    "replay_min_size": 12,
     "replay_epsilon": 0.1,
     "replay_epsilon_high": 0.4,
     "replay_advantage_limit": 3.0,

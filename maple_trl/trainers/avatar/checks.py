@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -47,16 +49,39 @@ def check_hints(args: AvatarConfig, dataset: Any, builder: PromptBuilder | None)
         RowError: for the first row that cannot be a prompt with its hint.
         ValueError: when no row has a hint.
     """
+    hinted = check_hint_column(args, dataset)
+    for i in hinted:
+        try:
+            row = with_hint(dataset[i], args.hint_template)
+            if builder is not None:
+                builder.spec(row)
+        except RowError as error:
+            raise RowError(f"train_dataset, row {i}, with its field {HINT_COLUMN!r}: {error}") from error
+    if hinted and args.process_index == 0:
+        _tell_of_leaks(dataset, hinted)
+
+
+def check_hint_column(args: AvatarConfig, dataset: Any) -> list[int]:
+    """
+    Check the column `hint`.
+
+    Returns:
+        `list[int]`: the rows that have one; none without `hints`, and of streamed rows, which are looked at when they come.
+
+    Raises:
+        RowError: for the first hint that is no text.
+        ValueError: when no row has a hint.
+    """
     columns = getattr(dataset, "column_names", None)
     if not args.hints or not columns:
-        return
+        return []
     if HINT_COLUMN not in columns:
         raise ValueError(
             f"hints=True, but train_dataset has no column {HINT_COLUMN!r} (its columns: {', '.join(columns)}); "
             "`maple-trl data hints` writes one"
         )
-    if not isinstance(dataset, Dataset):  # streamed rows are looked at when they come
-        return
+    if not isinstance(dataset, Dataset):
+        return []
     hints = list(dataset[HINT_COLUMN])
     odd = next((i for i, hint in enumerate(hints) if hint is not None and not isinstance(hint, str)), None)
     if odd is not None:
@@ -66,15 +91,73 @@ def check_hints(args: AvatarConfig, dataset: Any, builder: PromptBuilder | None)
     hinted = [i for i, hint in enumerate(hints) if has_hint({HINT_COLUMN: hint})]
     if not hinted:
         raise ValueError(f"hints=True, but every {HINT_COLUMN!r} of train_dataset is empty")
-    for i in hinted:
-        try:
-            row = with_hint(dataset[i], args.hint_template)
-            if builder is not None:
-                builder.spec(row)
-        except RowError as error:
-            raise RowError(f"train_dataset, row {i}, with its field {HINT_COLUMN!r}: {error}") from error
-    if args.process_index == 0:
-        _tell_of_leaks(dataset, hinted)
+    return hinted
+
+
+def check_hint_visits(args: AvatarConfig, dataset: Any, warn: bool = True) -> None:
+    """
+    Check that prompts come back so often that one can be stuck long enough for its hint.
+
+    A run that `max_steps` ends may be a first try: it is a warning.
+
+    Args:
+        warn: whether warnings are given, and not only errors.
+
+    Raises:
+        ValueError: when no hint could ever be shown.
+    """
+    if not args.hints or not isinstance(dataset, Dataset) or not len(dataset):
+        return
+    prompts = args.generation_batch_size // args.num_generations
+    updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+    # Shuffled, a prompt may be the last of an epoch and the first of the next.
+    apart = updates if args.shuffle_dataset else updates * max(1, len(dataset) // prompts)
+    if args.replay_max_age is not None and args.replay_max_age < apart:
+        raise ValueError(
+            f"hints=True, but no hint can ever be shown: it asks how far the policy has moved on a prompt's own completions, "
+            f"which are older than replay_max_age={args.replay_max_age} when the prompt comes back ({apart:g} steps later at "
+            "least). Raise replay_max_age, or set hints=False"
+        )
+    warn = warn and args.process_index == 0
+    if warn:
+        _tell_of_lost_completions(args, len(dataset))
+    by_steps = args.max_steps / updates * prompts / len(dataset) if args.max_steps > 0 else None
+    visits = args.num_train_epochs if by_steps is None else by_steps
+    needed = args.first_hinted_visit
+    often = _repeats(args, dataset, prompts) if math.ceil(visits) < needed else 1
+    if math.ceil(visits) * often >= needed:
+        return
+    length = f"num_train_epochs={args.num_train_epochs:g}" if by_steps is None else f"max_steps={args.max_steps}"
+    text = (
+        f"hints=True, but no hint can ever be shown: with hint_visits={args.hint_visits} that is at a prompt's visit "
+        f"{needed} at the earliest, and this run ({length}) visits each of {len(dataset)} rows "
+        f"{visits:.2g} times. Train for {needed} epochs or more (num_train_epochs), lower hint_visits, or set hints=False"
+    )
+    if by_steps is None:
+        raise ValueError(text)
+    if warn:
+        logger.warning("%s", text)
+
+
+def _repeats(args: AvatarConfig, dataset: Dataset, prompts: int) -> int:
+    """Return how often an epoch visits one prompt at most: rows that are equal, and what a schedule fills up with."""
+    repeats = max(Counter(row_digest(row) for row in dataset if has_hint(row)).values(), default=1)
+    if args.batching == "stratified" and "tag" in dataset.column_names:
+        rows = Counter(dataset["tag"]).values()
+        repeats *= max(math.ceil(math.ceil(count / prompts) * prompts / count) for count in rows)
+    return repeats * (1 + args.refill_rounds)
+
+
+def _tell_of_lost_completions(args: AvatarConfig, rows: int) -> None:
+    written = rows * (args.num_generations - args.replayed_generations)
+    if written > args.replay_capacity:
+        logger.warning(
+            "An epoch over %d rows writes at least %d completions, more than replay_capacity (%d): most are gone before their "
+            "prompt comes back, and hints wait for one of a prompt's own. Raise replay_capacity, or train on fewer rows.",
+            rows,
+            written,
+            args.replay_capacity,
+        )
 
 
 def _tell_of_leaks(dataset: Dataset, hinted: Sequence[int]) -> None:

@@ -114,6 +114,9 @@ class AvatarConfig(MAPOConfig):
             "help": "Share of the prompts that are Hard, and that of those that are Hard or Medium. Null: 0.4 and 0.75."
         },
     )
+    replay_min_size: int = field(
+        default=1, metadata={"help": "Nothing is replayed while the buffer holds fewer completions."}
+    )
     replay_max_age: int | None = field(
         default=None,
         metadata={"help": "Completions written more than so many optimizer steps ago are dropped. Null: no limit."},
@@ -145,9 +148,10 @@ class AvatarConfig(MAPOConfig):
         default=20, metadata={"help": "A prompt's baseline is the mean of so many of its last on-policy rewards."}
     )
     tas_lambda: float = field(
-        default=0.5,
+        default=0.3,
         metadata={
-            "help": "How much more the first and last tokens of a completion count than its middle. 0: all count alike."
+            "help": "How much more the first and last tokens of a completion count than its middle. 0: all count alike. The "
+            "default is that of AVATAR's authors."
         },
     )
     tas_shape: str = field(
@@ -178,7 +182,11 @@ class AvatarConfig(MAPOConfig):
         default=False, metadata={"help": "Show the column 'hint' in prompts that are stuck. Needs replay."}
     )
     hint_visits: int = field(
-        default=3, metadata={"help": "At so many visits in a row must a prompt have been stuck to get its hint."}
+        default=3,
+        metadata={
+            "help": "At so many visits in a row must a prompt have been stuck to get its hint. It is shown at the next visit: a "
+            "run whose prompts don't come back so often is refused."
+        },
     )
     hint_max_kl: float = field(
         default=0.01,
@@ -222,6 +230,11 @@ class AvatarConfig(MAPOConfig):
         self.new_buffer()
 
     @property
+    def first_hinted_visit(self) -> int:
+        """The visit of a prompt at which it can be shown with its hint at the earliest, counted from 1."""
+        return max(self.hint_visits, 2) + 1  # nothing of a prompt is replayed at its first
+
+    @property
     def tag_aware(self) -> bool:
         """Whether MAPO's schedule and loss are switched on, by `loss_strata`; each row needs a tag then."""
         return self.loss_strata is not None
@@ -242,9 +255,14 @@ class AvatarConfig(MAPOConfig):
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if self.replay_gradient_steps < 0:
             raise ValueError(f"replay_gradient_steps must be at least 0, got {self.replay_gradient_steps}")
-        for name in ("vcrs_window", "hint_visits"):
+        for name in ("vcrs_window", "hint_visits", "replay_min_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.replay_min_size > self.replay_capacity >= 1:
+            raise ValueError(
+                f"Nothing could ever be replayed: replay_min_size={self.replay_min_size} is more than replay_capacity="
+                f"{self.replay_capacity}"
+            )
         if not math.isfinite(self.hint_below):
             raise ValueError(f"hint_below must be a finite reward, got {self.hint_below}")
         if "{hint}" not in self.hint_template:

@@ -131,6 +131,7 @@ class ReplayMemory:
         draw (`str`): which of a tier, or of a prompt; one of [`~maple_trl.algorithms.replay_draws.DRAWS`].
         tag_of (`Callable`, *optional*): the tag of an experience as a number. With it, completions of other tags than
             those of the rollout are not replayed.
+        min_size (`int`): nothing is replayed while fewer completions are stored.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class ReplayMemory:
         scope: str = "tiers",
         draw: str = "uniform",
         tag_of: Callable[[Experience], int] | None = None,
+        min_size: int = 1,
     ):
         self.buffer = buffer
         self.vcrs = vcrs
@@ -154,6 +156,7 @@ class ReplayMemory:
         self.scope = scope
         self.draw = draw
         self.tag_of = tag_of
+        self.min_size = min_size
         self.unstorable = 0
         self._next_number = 0
         self._pending: dict[int, Pending] = {}
@@ -194,6 +197,8 @@ class ReplayMemory:
 
     def _wanted(self, groups: Sequence[Group], step: int) -> list[int]:
         """Return how many completions each group can replay."""
+        if len(self.buffer) < self.min_size:
+            return [0] * len(groups)
         if self.scope == "tiers":  # spread evenly, since ranks wait for the one that has fewest
             most = self.replayed * len(groups)
             total = min(most, self.buffer.elsewhere((), step, self._fitting(groups)))

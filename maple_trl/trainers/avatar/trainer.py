@@ -32,6 +32,7 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.trainers.avatar.checks import (
     check_columns,
     check_dropout,
+    check_hint_visits,
     check_hints,
     check_places,
     check_tags,
@@ -111,6 +112,13 @@ class AvatarTrainer(MAPOTrainer):
     _paper = {
         "title": "AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video",
         "id": "2508.03100",
+        "citation": """\
+@article{kulkarni2025avatar,
+    title  = {{AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video}},
+    author = {Yogesh Kulkarni and Pooyan Fazli},
+    year   = 2025,
+    eprint = {arXiv:2508.03100},
+}""",
     }
 
     def __init__(
@@ -126,6 +134,7 @@ class AvatarTrainer(MAPOTrainer):
         args = self.args
         check_tags(args, self.train_dataset)
         check_hints(args, self.train_dataset, None if self.family is None else self.prompt_builder)
+        check_hint_visits(args, self.train_dataset)
         self._set_signature_columns_if_needed()
         check_columns(args, self.train_dataset, self._signature_columns)
         check_places(args, self.accelerator.num_processes)
@@ -157,6 +166,7 @@ class AvatarTrainer(MAPOTrainer):
             args.replay_scope,
             args.replay_draw,
             self._tag_of if args.batching == "stratified" else None,
+            args.replay_min_size,
         )
 
     # Rows
@@ -717,6 +727,21 @@ class AvatarTrainer(MAPOTrainer):
         self._begin_passes()
 
     # Metrics
+
+    def fired(self) -> list[Note]:
+        found, counts = super().fired(), self.tally.counts
+        if counts["replayed"]:
+            text = f"{plural(counts['replayed'], 'completion')} replayed beside {counts['generated']} generated"
+            found.append(make_note("replayed", counts["replayed"], text, generated=counts["generated"]))
+        if counts["hinted"] and self.memory.hints is not None:
+            known = self.memory.hints.metrics()
+            given, withdrawn = int(known["hint/given"]), int(known["hint/withdrawn"])
+            text = (
+                f"hints shown {plural(counts['hinted'], 'time')}, {plural(given, 'hint')} given to prompts that were stuck and "
+                f"{withdrawn} withdrawn"
+            )
+            found.append(make_note("hinted", counts["hinted"], text, given=given, withdrawn=withdrawn))
+        return found
 
     def left_out(self) -> list[Note]:
         found, counts, args = super().left_out(), self.tally.counts, self.args

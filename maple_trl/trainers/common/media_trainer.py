@@ -179,6 +179,15 @@ class MediaTrainer:
             found.append(make_note("no_new_step", 0, text))
         return found
 
+    def fired(self) -> list[Note]:
+        """
+        Return what the run did that it does only at times, each counted and named, as `left_out` does; empty where nothing.
+
+        Returns:
+            `list[dict]`: as of `left_out`.
+        """
+        return []
+
     @property
     def steps_made(self) -> int:
         """Optimizer steps of the last call of `train`, without those before a checkpoint that it went on from."""
