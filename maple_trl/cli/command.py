@@ -13,6 +13,7 @@ from typing import Any
 
 from maple_trl import Registry
 from maple_trl.cli.data import run_hints
+from maple_trl.cli.data_curate import run_curate
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
@@ -38,6 +39,7 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 
 
 _OWN_PARSER = {
+    "curate": run_curate,
     "eval": run_eval,
     "hints": run_hints,
     "parity": run_parity,
@@ -84,8 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--imports", action="store_true", help="import every required package too, and ask torch for devices"
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
-    data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
+    data = commands.add_parser(
+        "data", help="prepare data: tagged sets from clips, hints for hard rows", allow_abbrev=False
+    )
     group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
+    group.add_parser(
+        "curate", help="make questions and captions with tags of clips", add_help=False, allow_abbrev=False
+    )
     group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
     for name, does in (
         ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
