@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from maple_trl.data.curation.stage import Outcome, Row, Stage, Tools
 from maple_trl.data.curation.stages import NAMES, STAGES
 from maple_trl.data.curation.stages.collect import list_source, source_root
 from maple_trl.data.curation.stages.splits import assign_splits
-from maple_trl.data.curation.stages.write import write
+from maple_trl.data.curation.stages.write import CLIPS, write
 from maple_trl.files import write_atomically
 
 
@@ -126,9 +127,23 @@ def curate(
     lock = filelock.FileLock(config.work / "lock", timeout=0)
     try:
         with lock:
+            _sweep(Path(config.output))
             return _Run(config, engine, only, Asker(config), progress).go(source)
     except filelock.Timeout as error:
         raise CurationError(f"output: another run writes into {config.output}; wait for its end") from error
+
+
+def _sweep(output: Path) -> None:
+    """Remove what a killed run had not written to its end."""
+    for pattern in (
+        *(f".{name}.*" for name in (CLIPS, DROPPED, SUMMARY)),
+        *(f"{'*/' * n}.*.partial" for n in (1, 2, 3)),
+    ):
+        for path in output.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class _Run:

@@ -88,7 +88,7 @@ def write(tag: str, body: dict, needs: Callable[[str, str], str]) -> dict:
     """A question of each type; which signals it really needs stands in it, for the voters."""
     items = []
     about = short(blocks_of(body)[1:])
-    for name in prompts.QUESTION_TYPES:
+    for name in [name for name in prompts.QUESTION_TYPES if f"- {name}: " in body["messages"][0]["content"]]:
         need = needs(tag, name)
         question = f"{name} of {tag} about {about}, needs [{need}]?"
         wrong = [f"wrong {number} {about}" for number in range(3)]

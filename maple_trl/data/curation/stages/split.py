@@ -108,7 +108,7 @@ def _written(root: Path, name: Path, data: bytes) -> Row:
 
 def _place(source: str, target: Path) -> None:
     """Put a clip into the output folder: a second name of the file, or a copy where that cannot be."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".partial") as scratch:
         part = Path(scratch, target.name)
         try:
             os.link(source, part)

@@ -15,6 +15,7 @@ from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.files import write_atomically, write_table
 
 
+CLIPS = "clips.jsonl"
 SPLITS = ("train", "test")
 _SHARD = re.compile(r"(?:train|test)-\d{5}-of-\d{5}\.parquet")
 
@@ -23,7 +24,7 @@ def write(
     tables: Mapping[str, Sequence[Row]], clips: Sequence[Row], config: CurationConfig
 ) -> dict[str, dict[str, int]]:
     """
-    Write a folder of Parquet files for each table, and `clips.jsonl` with what was written about each clip's signals.
+    Write a folder of Parquet files for each table, and `CLIPS` with what was written about each clip's signals.
 
     Args:
         tables: the rows of `questions` and of `captions`, with their splits.
@@ -46,7 +47,7 @@ def write(
                 path.unlink()
     about = ("clip", "seconds", "media", "notes", "provenance")
     lines = (json.dumps({name: row[name] for name in about}, ensure_ascii=False) for row in clips)
-    write_atomically(Path(config.output, "clips.jsonl"), "".join(f"{line}\n" for line in lines))
+    write_atomically(Path(config.output, CLIPS), "".join(f"{line}\n" for line in lines))
     return counts
 
 
