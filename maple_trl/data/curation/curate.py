@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -155,13 +156,13 @@ class _Run:
         self.summary = CurationSummary()
         self.rows: dict[str, list[Row]] = {}
         self.dropped: list[dict[str, str]] = []
+        self._open, self._has_ray = contextlib.ExitStack(), False
 
     def go(self, source: list[Row]) -> CurationSummary:
-        try:
+        with self._open:
+            self._open.callback(self.tools.close)
             for stage in self._needed():
                 self._pass(stage, source if stage.after is None else self.rows[stage.after])
-        finally:
-            self.tools.close()
         if isinstance(self.tools.asker, Planner):
             self.summary.spent = _planned(self.tools.asker, self.config)
             return self.summary
@@ -225,8 +226,8 @@ class _Run:
             self.progress(stage.name, total - len(waiting) + done, total)
 
         if self.engine == "ray":
-            with ray_running(self.config):
-                result = run_ray(stage, waiting, self.tools, told)
+            self._start_ray()
+            result = run_ray(stage, waiting, self.tools, told)
         else:
             result = run_local(stage, waiting, self.tools, told)
         known.update(result.finished)
@@ -237,6 +238,12 @@ class _Run:
                 f"run.max_unfinished {self.config.run.max_unfinished:g} allows: {first}; the same command asks for them again"
             )
         return result.unfinished
+
+    def _start_ray(self) -> None:
+        """Have Ray at hand from the first stage that needs it to the end."""
+        if not self._has_ray:
+            self._open.enter_context(ray_running(self.config))
+            self._has_ray = True
 
     # The end
 
