@@ -107,10 +107,11 @@ class Asker:
         config (`CurationConfig`): servers and folder.
         part (`str`): of the logs.
         sharers (`int`): processes that share the servers' rates.
+        host (`str`): of the files with answers, where several machines write: one such file is for one machine.
     """
 
-    def __init__(self, config: CurationConfig, part: str = "", sharers: int = 1):
-        self._config, self._sharers = config, sharers
+    def __init__(self, config: CurationConfig, part: str = "", sharers: int = 1, host: str = ""):
+        self._config, self._sharers, self._host = config, sharers, host and f"-{host}"
         self._options = dict(config.endpoints())
         self._clients: list[tuple[ChatOptions, ChatClient]] = []
         self._spent = GrowingLog(config.work, SPENT, part)
@@ -163,7 +164,7 @@ class Asker:
                 options,
                 **{name: rate and rate / self._sharers for name, rate in rates.items()},
                 concurrency=max(1, options.concurrency // self._sharers),
-                cache_file=self._config.work / f"answers-{digest(options.model)[:8]}.sqlite",
+                cache_file=self._config.work / f"answers-{digest(options.model)[:8]}{self._host}.sqlite",
                 cache_bytes=1 << 40,
                 invalid_attempts=1,
             )

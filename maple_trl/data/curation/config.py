@@ -248,6 +248,8 @@ def make_config(content: Any, folder: str | Path = ".") -> CurationConfig:
 
 
 def _section(place: str, content: Any, kind: type) -> Any:
+    if content is None:  # all of its keys are comments
+        content = {}
     content = {"path": content} if kind is Source and isinstance(content, str) else content
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)

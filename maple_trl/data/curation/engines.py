@@ -127,14 +127,15 @@ class RayWorker:
 
     def __init__(self, config: CurationConfig, name: str):
         (self._stage,) = [stage for stage in STAGES if stage.name == name]
-        self._part = f"{socket.gethostname()}-{os.getpid()}"
-        self._config = config
+        self._host = socket.gethostname() if config.run.ray_address else ""  # of a cluster
+        self._part, self._config = f"{socket.gethostname()}-{os.getpid()}", config
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """Run a batch of `key` and `unit` (JSON); outcomes go into the log, and what is unfinished back."""
         units = {key: json.loads(unit) for key, unit in zip(batch["key"], batch["unit"], strict=True)}
         config = self._config
-        tools = Tools(config, source_root(config), Asker(config, self._part, config.run.ray_workers))
+        asker = Asker(config, self._part, config.run.ray_workers, self._host)
+        tools = Tools(config, source_root(config), asker)
         try:
             log = log_of(self._stage, config, self._part)
             result = asyncio.run(run_rows(self._stage, units, tools, log))

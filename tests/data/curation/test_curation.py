@@ -4,8 +4,10 @@ import asyncio
 import functools
 import json
 import random
+import re
 import tempfile
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from maple_trl.chat import ChatOptions, ChatRequest
 from maple_trl.chat.messages import request_body
 from maple_trl.data.curation import CurationError, curate, make_config, read_config
 from maple_trl.data.curation.asking import Ask
+from maple_trl.data.curation.config import Asr
 from maple_trl.data.curation.evidence import show
 from maple_trl.data.curation.logs import GrowingLog
 from maple_trl.data.curation.prompts import ALIGN_FORM, PROMPTS, QUESTION_TYPES, REPAIR, SEE
@@ -578,3 +581,18 @@ def test_a_config_without_a_file():
         "servers": {"text": {"model": "m"}, "voters": [{"model": "n"}]},
     }
     assert set(make_config(content).servers) == {"text", "judge"}  # nobody looks or listens
+
+
+def test_the_example_says_every_key():
+    """It parses; and what it leaves as a comment, every line of which is one, are the defaults."""
+    path = Path(__file__).parents[3] / "examples" / "curation.yaml"
+    config = read_config(path)
+    assert len(config.voters) == 3 and config.filter.quorum == 2 and config.servers["text"].concurrency == 32
+    lines = [re.sub(r"^( *)# (?=[a-z_]+:( |$))", r"\1", line) for line in path.read_text().splitlines()]
+    content = yaml.safe_load("\n".join(lines))
+    asr = content["split"].pop("asr")
+    full = make_config(content, path.parent)
+    assert full == config and set(asr) == {field.name for field in fields(Asr)}
+    for name in ("source", "split", "captions", "questions", "filter", "splits", "write", "run"):
+        assert set(content[name]) | {"asr"} == {field.name for field in fields(getattr(full, name))} | {"asr"}, name
+    assert set(content) == {field.name for field in fields(full)} - {"voters"}
