@@ -76,6 +76,17 @@ def short(text: Any) -> str:
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:8]
 
 
+def question_key(body: dict) -> str:
+    """The same for a request and the one that asks for its repair."""
+    content = body["messages"][1]["content"]
+    form = "Answer with one JSON object"
+    if isinstance(content, str):
+        content = content.split(form)[0].rstrip()
+    else:
+        content = [block for block in content if form not in block.get("text", "")]
+    return short([body["model"], body["messages"][0], content])
+
+
 def describe(tag: str, body: dict) -> dict:
     summary = f"{MARKS[tag]} {short(blocks_of(body)[1:])}"
     timed = [{"second": 0.5, "event": f"{MARKS[tag]} something"}]

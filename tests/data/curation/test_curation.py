@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chat_server import status
-from curation_server import WORD, CurationServer, servers, short, signals_in, subsets, violation
+from curation_server import WORD, CurationServer, question_key, servers, signals_in, subsets, violation
 from datasets import load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -288,7 +288,7 @@ def test_one_in_a_hundred_answers_is_malformed(clips, tmp_path):
     spoiled, lost = set(), set()
 
     def spoil(number, body):
-        first = short(body["messages"][:2])
+        first = question_key(body)
         again = any(message["role"] == "assistant" for message in body["messages"])
         if random.Random(first).random() >= 0.01 and not first.startswith("00"):
             return None
@@ -393,7 +393,7 @@ def test_what_servers_fail_on_may_be_left_out(clips, tmp_path):
         choose, rejected = server.choose, []
 
         def reject(number, body):
-            name = short(body["messages"][1]["content"][:-1])  # less the form of the answer
+            name = question_key(body)
             if not rejected and "still pictures" in body["messages"][0]["content"]:
                 rejected.append(name)
             return status(400, "too large") if name in rejected else choose(number, body)
@@ -569,6 +569,17 @@ def test_the_output_may_not_hold_the_source_and_has_one_writer(clips, tmp_path):
         with pytest.raises(CurationError, match="--engine: must be one of local, ray, got 'spark'"):
             curate(config, engine="spark")
         assert not server.calls
+
+
+def test_speech_to_text_without_a_model_is_refused(clips, tmp_path, capsys):
+    pytest.importorskip("faster_whisper")
+    (clips / "river.srt").unlink()
+    (tmp_path / "model").mkdir()
+    with CurationServer() as server:
+        split = {"frames": 2, "workers": 0, "asr": {"model": str(tmp_path / "model"), "device": "cpu"}}
+        assert run(write_config(tmp_path, server.url, split=split)) == 2 and not server.calls
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"split.asr.model: faster-whisper cannot load '{tmp_path / 'model'}'" in last
 
 
 def test_a_config_without_a_file():

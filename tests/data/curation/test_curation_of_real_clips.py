@@ -1,9 +1,10 @@
-"""From two clips of Daily-Omni to a set of all seven tags, and a step of MAPO on it."""
+"""From clips of Daily-Omni to a set of all seven tags, and a step of MAPO on it; from speech to a subtitle."""
 
 import json
 import math
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from curation_server import WORD, CurationServer
+from media_files import tone, write_video
 from test_curation import all_rows, check_questions, rows_of, run, write_config
 
 from maple_trl import cli
+from maple_trl.data.curation import curate, read_config
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni.media.loader import MediaLoader
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +92,29 @@ def test_from_real_clips_to_a_step_of_training(daily_omni, tmp_path, capsys):
     (line, *_) = [json.loads(text) for text in (tmp_path / "job" / "metrics.jsonl").read_text().splitlines()]
     assert math.isfinite(line["loss"]) and line["media/quarantined_prompts"] == 0
     assert any(name.startswith("tag/") for name in line)
+
+
+@pytest.mark.slow
+def test_speech_to_text_of_a_clip_without_subtitle(daily_omni, tmp_path):
+    """By faster-whisper with a model that hears one word in all speech: a real clip has it, and a tone has none."""
+    pytest.importorskip("faster_whisper")
+    from tiny_whisper import write_whisper
+
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    shutil.copyfile(next(daily_omni.glob("Videos/bswbQtOPk6E/*_video.mp4")), clips / "talk.mp4")
+    write_video(clips / "tone.mp4", frames=6, fps=6, audio=tone(1.0, 16000))
+    asr = {"model": str(write_whisper(tmp_path, WORD)), "device": "cpu", "language": "en"}
+    with CurationServer() as server:
+        sections = {"split": {"frames": 2, "workers": 0, "asr": asr}, "tags": ["S", "V"]}
+        config = read_config(write_config(tmp_path, server.url, **sections))
+        summary = curate(config)
+        assert server.violations == [] and server.kinds["annotate-subtitle"] == 1
+    assert summary.accounts[1].notes == {"without S": 1}
+    rows = all_rows(tmp_path / "out", "captions")
+    assert {(row["clip"], row["tag"]) for row in rows} == {("talk", "S"), ("talk", "V"), ("tone", "V")}
+    (row,) = [row for row in rows if row["tag"] == "S"]
+    assert {"field": "subtitle", "model": "faster-whisper:tiny-whisper", "prompt_hash": None, "reviewer": None} in row[
+        "provenance"
+    ]
+    assert set(MediaLoader(tmp_path / "out", workers=0).subtitle(row["subtitle"]).split()) == {WORD}

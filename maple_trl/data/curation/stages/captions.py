@@ -16,10 +16,14 @@ REFERENCES = {Modality.VIDEO: "reference_v", Modality.AUDIO: "reference_a", Moda
 
 
 def units(rows: Sequence[Row], config: CurationConfig) -> list[Row]:
-    """Return a row for each clip and tag, with that tag's signals; also for the single signals of the tags."""
-    single = {ModalityTag.from_modalities([modality]) for tag in config.tags for modality in tag.modalities}
-    tags = [tag for tag in ModalityTag if tag in single.union(config.tags)]
-    return [{**isolate(row, tag.modalities), "tag": tag.value} for row in rows for tag in possible_tags(row, tags)]
+    """Return a row for each clip and tag, with that tag's signals; also for the single signals of the clip's tags."""
+    made = []
+    for row in rows:
+        own = possible_tags(row, config.tags)
+        single = {ModalityTag.from_modalities([modality]) for tag in own for modality in tag.modalities}
+        tags = [tag for tag in ModalityTag if tag in single.union(own)]
+        made += [{**isolate(row, tag.modalities), "tag": tag.value} for tag in tags]
+    return made
 
 
 async def caption(row: Row, tools: Tools) -> Outcome:
