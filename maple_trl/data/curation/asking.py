@@ -79,7 +79,7 @@ class Told:
 
     Attributes:
         data: the object.
-        model, prompt_hash: where it came from.
+        model, prompt_hash: where it came from; the first 12 digits of the hash are the prompt's, the others the request's.
         problem: what is still wrong with it after its repair; `None` for a good one.
         repaired: whether it was asked for twice.
     """
@@ -138,8 +138,8 @@ class Asker:
             if again is None and data is None:
                 raise DroppedError("malformed", still or "")
             told = (data, problem) if again is None else (again, still)
-            return Told(told[0], model, f"{ask.prompt.digest}.{key[:16]}", told[1], repaired=True)
-        return Told(data, model, f"{ask.prompt.digest}.{key[:16]}")
+            return Told(told[0], model, ask.prompt.digest + key[:16], told[1], repaired=True)
+        return Told(data, model, ask.prompt.digest + key[:16])
 
     async def _send(self, stage: str, endpoint: str, request: ChatRequest) -> str:
         (result,) = await self._client(endpoint).acomplete_many([request])

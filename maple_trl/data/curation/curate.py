@@ -207,8 +207,11 @@ class _Run:
             account.notes.update(known[key].notes)
             for name, reason, detail in known[key].dropped:
                 self._count(account, name, reason, detail)
-        self.rows[stage.name] = stage.join(made, config)
-        account.rows_out = len(self.rows[stage.name])
+        joined = stage.join(made, config)
+        for name, reason, detail in joined.dropped:
+            self._count(account, name, reason, detail)
+        self.rows[stage.name] = joined.rows
+        account.rows_out = len(joined.rows)
 
     def _count(self, account: Account, name: str, reason: str, detail: str) -> None:
         account.dropped[reason] += 1

@@ -116,34 +116,31 @@ def _first(errors: BaseExceptionGroup) -> BaseException:
 # Ray
 
 
-class RayWorker:
+def run_batch(batch: dict[str, Any], config: CurationConfig, name: str) -> dict[str, list[str]]:
     """
-    A process of Ray Data with a stage's function, its own clients, decoders and logs.
+    Run a stage over a batch in a process of Ray, with clients, decoders and logs of its own.
 
     Args:
-        config (`CurationConfig`): all settings; keys are read by each process itself.
-        name (`str`): of the stage.
+        batch: `key` and `unit` (JSON) of its rows.
+        config: all settings; keys of servers are read by each process itself.
+        name: of the stage.
+
+    Returns:
+        `key`, and `problem` where a row is unfinished; outcomes are in the log.
     """
-
-    def __init__(self, config: CurationConfig, name: str):
-        (self._stage,) = [stage for stage in STAGES if stage.name == name]
-        self._host = socket.gethostname() if config.run.ray_address else ""  # of a cluster
-        self._part, self._config = f"{socket.gethostname()}-{os.getpid()}", config
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Run a batch of `key` and `unit` (JSON); outcomes go into the log, and what is unfinished back."""
-        units = {key: json.loads(unit) for key, unit in zip(batch["key"], batch["unit"], strict=True)}
-        config = self._config
-        asker = Asker(config, self._part, config.run.ray_workers, self._host)
-        tools = Tools(config, source_root(config), asker)
-        try:
-            log = log_of(self._stage, config, self._part)
-            result = asyncio.run(run_rows(self._stage, units, tools, log))
-        except BaseExceptionGroup as errors:
-            raise _first(errors) from errors
-        finally:
-            tools.close()
-        return {"key": list(units), "problem": [result.unfinished.get(key, "") for key in units]}
+    (stage,) = [stage for stage in STAGES if stage.name == name]
+    host = socket.gethostname()
+    part = f"{host}-{os.getpid()}"
+    units = {str(key): json.loads(unit) for key, unit in zip(batch["key"], batch["unit"], strict=True)}
+    asker = Asker(config, part, config.run.ray_workers, host if config.run.ray_address else "")
+    tools = Tools(config, source_root(config), asker)
+    try:
+        result = asyncio.run(run_rows(stage, units, tools, log_of(stage, config, part)))
+    except BaseExceptionGroup as errors:
+        raise _first(errors) from errors
+    finally:
+        tools.close()
+    return {"key": list(units), "problem": [result.unfinished.get(key, "") for key in units]}
 
 
 @contextlib.contextmanager
@@ -187,10 +184,11 @@ def run_ray(stage: Stage, units: dict[str, Row], tools: Tools, progress: Callabl
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * workers))
     done = dataset.map_batches(
-        RayWorker,
-        fn_constructor_args=(config, stage.name),
+        run_batch,
+        fn_kwargs={"config": config, "name": stage.name},
         batch_size=max(1, min(config.run.chunk, -(-len(items) // workers))),
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        # Tasks, whose processes Ray keeps for the next stage; actors would import everything anew.
+        compute=ray.data.TaskPoolStrategy(size=workers),
     )
     result, problems = Pass(), {}
     for batch in done.iter_batches(batch_size=None):

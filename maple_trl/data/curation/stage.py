@@ -106,7 +106,7 @@ class Stage:
         units: from the rows of the stage before to its own.
         prompts, endpoints, decides: all besides a row that its outcome follows from.
         intact: whether what an outcome names is still there.
-        join: from the rows of all its outcomes to those that go on.
+        join: from the rows of all its outcomes to those that go on, and those that do not.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Stage:
     endpoints: Callable[[CurationConfig], Sequence[str]] = lambda config: ()
     decides: Callable[[CurationConfig], Any] = lambda config: None
     intact: Callable[[Sequence[Row], Path], bool] = lambda rows, root: True
-    join: Callable[[list[Row], CurationConfig], list[Row]] = lambda rows, config: rows
+    join: Callable[[list[Row], CurationConfig], Outcome] = lambda rows, config: Outcome(rows)
 
     def identity(self, config: CurationConfig) -> list[Any]:
         """Return all besides a row that its outcome follows from."""

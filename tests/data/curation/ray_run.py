@@ -6,11 +6,7 @@ import sys
 from pathlib import Path
 
 
-def listening() -> dict[str, list[str]]:
-    """Addresses that processes on this machine listen at, as psutil tells them."""
-    import psutil
-
-    return sorted({f"{c.laddr.ip}" for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN})
+TAGS = ["V", "AS"]
 
 
 def main(folder: Path) -> None:
@@ -24,10 +20,10 @@ def main(folder: Path) -> None:
 
     told = {}
     with CurationServer() as server:
-        run(write_config(folder, server.url, output="local"))
+        run(write_config(folder, server.url, output="local", tags=TAGS))
         told["local"] = dict(server.answered)
     with CurationServer() as server:
-        path = write_config(folder, server.url, output="ray", run={"chunk": 4, "ray_workers": 2})
+        path = write_config(folder, server.url, output="ray", tags=TAGS, run={"chunk": 4, "ray_workers": 2})
         run(path, "--engine", "ray")
         told["ray"] = dict(server.answered)
         told["mode"] = os.environ["RAY_AUTH_MODE"]

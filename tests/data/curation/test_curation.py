@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chat_server import status
-from curation_server import WORD, CurationServer, question_key, servers, signals_in, subsets, violation
+from curation_server import WORD, CurationServer, kind_of, question_key, servers, signals_in, subsets, violation
 from datasets import load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,7 +145,7 @@ def check_questions(questions: list[dict], out: Path) -> None:
         told = {(entry["field"], entry["model"]) for entry in row["provenance"]}
         assert {(name, "text-model") for name in ("question", "options", "answer", "solution")} <= told
         assert ("tag", "voter-1") in told
-        hashes = {entry["prompt_hash"].split(".")[0] for entry in row["provenance"]}
+        hashes = {entry["prompt_hash"][:12] for entry in row["provenance"]}
         assert hashes <= {prompt.digest for prompt in PROMPTS}
     kinds = Counter((row["tag"], row["question_type"]) for row in questions)
     assert set(kinds) == {(tag.value, name) for tag in ModalityTag for name in QUESTION_TYPES}
@@ -309,7 +309,7 @@ def test_one_in_a_hundred_answers_is_malformed(clips, tmp_path):
     assert 3 <= len(spoiled) <= 0.03 * calls and 1 <= len(lost) < len(spoiled)
     notes = sum((account.notes for account in summary.accounts), Counter())
     dropped = sum((account.dropped for account in summary.accounts), Counter())
-    assert set(dropped) <= {"malformed", "unsolved", "balance"}
+    assert set(dropped) <= {"malformed", "unsolved", "balance", "no-reference"}
     # A voter that says nothing usable has no vote, and is counted.
     assert notes["repaired"] == len(spoiled) - len(lost)
     assert dropped["malformed"] + notes["no vote: malformed"] >= len(lost)
@@ -331,6 +331,14 @@ def test_a_question_that_stays_malformed_goes_alone(clips, tmp_path):
     assert account.dropped == {"malformed": 3} and account.rows_out == 3
     dropped = (tmp_path / "out" / "dropped.jsonl").read_text()
     assert "bell-V-av-event-alignment-1" in dropped and "two options are the same" in dropped
+
+
+def test_a_caption_goes_with_one_of_its_references(clips, tmp_path):
+    with CurationServer(spoil=lambda number, body: "no" if kind_of(body) == ("caption", "A") else None) as server:
+        summary = curate(read_config(write_config(tmp_path, server.url, tags=["V", "VA"])))
+    (account,) = [account for account in summary.accounts if account.stage == "captions"]
+    assert account.rows_in == 9 and account.dropped == {"malformed": 3, "no-reference": 3}
+    assert {row["tag"] for row in all_rows(tmp_path / "out", "captions")} == {"V"}
 
 
 def test_what_cannot_be_used_is_named(clips, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from maple_trl.data.curation.asking import Ask
 from maple_trl.data.curation.config import CurationConfig
@@ -55,22 +55,32 @@ def about_media(row: Row) -> list[Row]:
     return [entry for entry in row["provenance"] if entry["field"] == "subtitle"]
 
 
-def with_references(rows: list[Row], config: CurationConfig) -> list[Row]:
-    """Give each caption those of its single signals, and keep those of the tags that are made."""
+def with_references(rows: list[Row], config: CurationConfig) -> Outcome:
+    """Give each caption those of its single signals, without which it goes; keep those of the tags that are made."""
     single = {(row["clip"], row["tag"]): row for row in rows if len(row["tag"]) == 1}
-    kept = []
+    outcome = Outcome()
     for row in rows:
-        if ModalityTag(row["tag"]) not in config.tags:
+        tag = ModalityTag(row["tag"])
+        if tag not in config.tags:
             continue
-        row = {**row, "provenance": list(row["provenance"])}
-        for modality in sorted(ModalityTag(row["tag"]).modalities, key=list(Modality).index):
-            alone = single.get((row["clip"], modality.value))
-            if alone is not None:
-                row[REFERENCES[modality]] = alone["reference"]
-                source = next(entry for entry in alone["provenance"] if entry["field"] == "reference")
-                row["provenance"].append({**source, "field": REFERENCES[modality]})
-        kept.append(row)
-    return kept
+        alone = {
+            modality: single.get((row["clip"], modality.value)) for modality in Modality if modality in tag.modalities
+        }
+        missing = [modality.value for modality, other in alone.items() if other is None]
+        if missing:
+            outcome.drop(row["id"], "no-reference", f"there is no caption of {missing[0]} alone")
+        else:
+            outcome.rows.append(_with(row, alone))
+    return outcome
+
+
+def _with(row: Row, alone: Mapping[Modality, Row]) -> Row:
+    row = {**row, "provenance": list(row["provenance"])}
+    for modality, other in alone.items():
+        row[REFERENCES[modality]] = other["reference"]
+        source = next(entry for entry in other["provenance"] if entry["field"] == "reference")
+        row["provenance"].append({**source, "field": REFERENCES[modality]})
+    return row
 
 
 STAGE = Stage(
