@@ -36,5 +36,5 @@ def test_ray_gives_what_the_local_engine_gives(clips, tmp_path):  # noqa: F811
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["differences"] == [] and told["violations"] == []
     assert told["ray"] == told["local"] == told["again"]  # the same requests, each once
-    assert told["same again"] and len(told["logs"]) == 2
+    assert told["same again"] and told["logs"] and "filter.jsonl" not in told["logs"]  # by processes of Ray
     assert told["mode"] == "token" and (home / ".ray" / "auth_token").stat().st_size > 0
