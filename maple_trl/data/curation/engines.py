@@ -15,6 +15,7 @@ from typing import Any
 
 from maple_trl.data.curation.asking import Asker, DroppedError, ServerError
 from maple_trl.data.curation.config import CurationConfig
+from maple_trl.data.curation.errors import CurationError
 from maple_trl.data.curation.logs import GrowingLog
 from maple_trl.data.curation.stage import Outcome, Row, Stage, Tools
 from maple_trl.data.curation.stages import STAGES
@@ -22,6 +23,7 @@ from maple_trl.data.curation.stages.collect import source_root
 
 
 ENGINES = ("local", "ray")
+_RAY_STARTS = 3
 
 
 @dataclass
@@ -164,7 +166,16 @@ def ray_running(config: CurationConfig) -> Iterator[None]:
         about["address"] = config.run.ray_address
     else:
         about |= {"num_cpus": config.run.ray_workers + 1, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(**about)
+    for tries_left in range(_RAY_STARTS - 1, -1, -1):
+        try:
+            ray.init(**about)
+            break
+        except Exception as error:  # on a busy machine its own processes may take longer than it waits for them
+            ray.shutdown()
+            if not tries_left or "timed out during startup" not in str(error):
+                raise CurationError(
+                    f"--engine ray: Ray cannot be started ({type(error).__name__}: {error})"
+                ) from error
     try:
         yield
     finally:

@@ -240,7 +240,7 @@ def test_what_a_part_answers_goes_by_name(clips, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quorum", [1, 2, 3])
+@pytest.mark.parametrize("quorum", [1, 2])
 def test_votes_of_several_models(clips, tmp_path, quorum):
     """Voters that know this and that: what stays is what a count over all subsets says."""
 
