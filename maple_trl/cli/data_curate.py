@@ -101,12 +101,13 @@ def _print_summary(summary: CurationSummary, config: CurationConfig, dry_run: bo
 
     console = Console()
     stages = Table(title="Stages" + (", as far as can be told beforehand" if dry_run else ""), title_justify="left")
-    for name in ("stage", "in", "out", "dropped, and notes"):
-        stages.add_column(name, justify="right" if name in ("in", "out") else "left")
+    for name in ("stage", "in", "to do" if dry_run else "done now", "out", "dropped, and notes"):
+        stages.add_column(name, justify="left" if name in ("stage", "dropped, and notes") else "right")
     for account in summary.accounts:
         told = [f"{reason} {number:,}" for reason, number in account.dropped.most_common()]
         told += [f"({note} {number:,})" for note, number in account.notes.most_common()]
-        stages.add_row(account.stage, f"{account.rows_in:,}", f"{account.rows_out:,}", ", ".join(told))
+        numbers = [f"{number:,}" for number in (account.rows_in, account.asked, account.rows_out)]
+        stages.add_row(account.stage, *numbers, ", ".join(told))
     console.print(stages)
     costs = Table(title="To come, at most" if dry_run else "Spent, over all runs", title_justify="left")
     for name in ("stage", "server", "calls", "prompt tokens", "answer tokens", "cost"):

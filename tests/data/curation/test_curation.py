@@ -437,6 +437,9 @@ def test_a_dry_run_counts_what_a_run_then_does(clips, tmp_path, capsys):
         assert told["filter", "voter-1"]["calls"] == done["filter", "voter-1"]
         assert plan["cost"] > 0 and told["annotate", "vision"]["prompt_tokens"] > 3 * 2 * 800
         assert run(path, "--dry-run") == 0 and json.loads(capsys.readouterr().out)["spent"] == []  # nothing is to come
+        assert cli.main(["data", "curate", "--config", str(path), "--dry-run"]) == 0
+        told = capsys.readouterr()
+        assert "To come, at most" in told.out and "filter: 42 of 42" in told.err
 
 
 def test_some_stages_alone(clips, tmp_path, capsys):
