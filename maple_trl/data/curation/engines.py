@@ -155,7 +155,6 @@ def ray_running(config: CurationConfig) -> Iterator[None]:
     if config.run.ray_address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # before the import: some ports listen on all interfaces
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():

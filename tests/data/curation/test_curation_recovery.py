@@ -11,6 +11,7 @@ from aiohttp import web
 from curation_server import CurationServer, kind_of
 from test_curation import clips, files_of, write_config  # noqa: F401
 
+from maple_trl import cli
 from maple_trl.data.curation import curate, read_config
 from maple_trl.data.curation.logs import GrowingLog
 
@@ -124,3 +125,29 @@ def test_what_was_answered_malformed_is_not_paid_for_again(clips, tmp_path):  # 
         assert killer.run(path, "none", "", 0) == 0
         assert server.answered == calls and set(calls.values()) == {1}
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_interrupted(clips, tmp_path, capfd):  # noqa: F811
+    """An interrupt is told from a fault, and the same command goes on."""
+    with CurationServer() as server:
+        path = write_config(tmp_path, server.url, **SECTIONS)
+        known = threading.Event()
+
+        def before(_, body):
+            if kind_of(body)[0] == "caption" and known.wait():
+                os.kill(process, signal.SIGINT)
+                raise web.HTTPServiceUnavailable
+
+        server.before = before
+        process = forks.start(lambda: cli.main(["data", "curate", "--config", str(path)]))
+        known.set()
+        assert forks.status_of(process) == 130
+        told = capfd.readouterr().err
+        assert told.splitlines()[-1] == "maple-trl data curate: stopped; the same command goes on from here"
+        assert "Traceback" not in told
+        server.before = lambda number, body: None
+        assert (
+            cli.main(["data", "curate", "--config", str(path), "--only", "collect", "split", "annotate", "align"]) == 0
+        )
+        assert set(server.answered.values()) == {1} and server.kinds["align"] == 3
