@@ -7,7 +7,7 @@ The `openai` package and what else a request needs come with the extra `judge`; 
 """
 
 from maple_trl.chat.client import ChatClient
-from maple_trl.chat.messages import ChatRequest, fence, image_block, text_block
+from maple_trl.chat.messages import ChatRequest, audio_block, fence, image_block, jpeg_block, text_block, wav_block
 from maple_trl.chat.options import ChatOptions, ChatSetupError
 from maple_trl.chat.results import REASONS, ChatResult, ChatUsage
 
@@ -20,7 +20,10 @@ __all__ = [
     "ChatResult",
     "ChatSetupError",
     "ChatUsage",
+    "audio_block",
     "fence",
     "image_block",
+    "jpeg_block",
     "text_block",
+    "wav_block",
 ]

@@ -1,4 +1,4 @@
-"""Requests: messages, pictures in them, foreign text fenced off, and the digest that tells two requests apart."""
+"""Requests: messages, pictures and sound in them, foreign text fenced off, and the digest that tells two requests apart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import wave
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # For estimates only: bytes of UTF-8 text per token, and tokens of a picture of a few hundred pixels a side.
 BYTES_PER_TOKEN = 4
 TOKENS_PER_IMAGE = 800
+AUDIO_TOKENS_PER_BYTE = 25 / (2 * 16_000)  # of 16-bit sound at 16 kHz: 25 tokens a second, as Qwen's encoders give
 DEFAULT_ANSWER_TOKENS = 1024
 
 SCHEMA_PROMPT = "Answer with one JSON object and nothing else, neither before nor after it. It must match this JSON schema:\n{schema}"
@@ -33,7 +35,7 @@ class ChatRequest:
     Args:
         messages (`Sequence[Mapping]`):
             Messages as the API takes them: `role`, and `content` that is text or a list of blocks ([`text_block`],
-            [`image_block`]).
+            [`image_block`], [`audio_block`]).
         json_schema (`Mapping`, *optional*):
             JSON schema of the answer, an object; the result then holds the object that was read, as `data`.
         sampling (`Mapping`, *optional*):
@@ -85,14 +87,45 @@ def image_block(picture: np.ndarray, quality: int = 90) -> dict[str, Any]:
         quality (`int`, *optional*, defaults to 90):
             JPEG quality.
     """
+    return jpeg_block(jpeg_bytes(picture, quality))
+
+
+def jpeg_block(data: bytes) -> dict[str, Any]:
+    """Return a content block with the bytes of a JPEG file."""
+    url = "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def jpeg_bytes(picture: np.ndarray, quality: int = 90) -> bytes:
+    """Return a JPEG file of a picture: uint8, shape (H, W, 3), RGB."""
     from PIL import Image
 
     if picture.ndim != 3 or picture.shape[2] != 3 or str(picture.dtype) != "uint8":
         raise ValueError(f"a picture is uint8 of shape (H, W, 3), got {picture.dtype} of shape {picture.shape}")
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="JPEG", quality=quality)
-    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return {"type": "image_url", "image_url": {"url": url}}
+    return file.getvalue()
+
+
+def audio_block(waveform: np.ndarray, sampling_rate: int) -> dict[str, Any]:
+    """Return a content block with a sound (16-bit WAV): float32 of shape (n,), in [-1, 1]."""
+    return wav_block(wav_bytes(waveform, sampling_rate))
+
+
+def wav_block(data: bytes) -> dict[str, Any]:
+    """Return a content block with the bytes of a WAV file."""
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode("ascii"), "format": "wav"}}
+
+
+def wav_bytes(waveform: np.ndarray, sampling_rate: int) -> bytes:
+    """Return a WAV file of 16 bits a sample: float32 of shape (n,), in [-1, 1]."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(sampling_rate)
+        sound.writeframes((waveform.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+    return file.getvalue()
 
 
 def fence(name: str, text: str) -> str:
@@ -153,12 +186,24 @@ def request_key(request: ChatRequest, options: ChatOptions) -> str:
 
 def estimate_tokens(body: Mapping[str, Any]) -> int:
     """Estimate the tokens that a request may take, prompt and longest answer together, for the rate limit."""
-    total = 0
-    for message in body["messages"]:
-        content = message.get("content") or ""
-        blocks = [text_block(content)] if isinstance(content, str) else content
-        for block in blocks:
-            text = block.get("text")
-            total += TOKENS_PER_IMAGE if text is None else len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN + 4
-    answer = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_ANSWER_TOKENS
-    return total + int(answer)
+    return estimate_prompt_tokens(body) + longest_answer(body)
+
+
+def estimate_prompt_tokens(body: Mapping[str, Any]) -> int:
+    """Estimate the tokens of a request's messages."""
+    contents = [message.get("content") or "" for message in body["messages"]]
+    blocks = [[text_block(content)] if isinstance(content, str) else content for content in contents]
+    return sum(_block_tokens(block) for content in blocks for block in content)
+
+
+def longest_answer(body: Mapping[str, Any]) -> int:
+    """Return the tokens that an answer may have, or what is taken for them where the request sets no limit."""
+    return int(body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_ANSWER_TOKENS)
+
+
+def _block_tokens(block: Mapping[str, Any]) -> int:
+    if block.get("text") is not None:
+        return len(block["text"].encode("utf-8", "replace")) // BYTES_PER_TOKEN + 4
+    if block.get("type") == "input_audio":
+        return int(len(block["input_audio"]["data"]) * 3 / 4 * AUDIO_TOKENS_PER_BYTE) + 4
+    return TOKENS_PER_IMAGE

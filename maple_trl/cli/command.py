@@ -14,6 +14,7 @@ from typing import Any
 from maple_trl import Registry
 from maple_trl.cli.critical_steps import run_critical_steps
 from maple_trl.cli.data_convert import run_convert
+from maple_trl.cli.data_curate import run_curate
 from maple_trl.cli.data_difficulty import run_difficulty
 from maple_trl.cli.data_hints import run_hints
 from maple_trl.cli.data_push import run_push
@@ -44,6 +45,7 @@ Several processes: accelerate launch --num_processes N -m maple_trl.cli train --
 
 
 _DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "curate": ("make questions and captions with tags of clips", run_curate),
     "convert": ("make rows of a published set", run_convert),
     "validate": ("check tables of rows", run_validate),
     "hints": ("let a teacher model write a hint for each row", run_hints),
@@ -54,10 +56,7 @@ _DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "eval": ("measure a model on a data set or benchmark, per tag and per choice of signals", run_eval),
     "report": ("write one HTML file on a run or an evaluation, or on two of them", run_report),
-    "critical-steps": (
-        "ask a judge where the critical steps of completions stand, for the report",
-        run_critical_steps,
-    ),
+    "critical-steps": ("ask a judge where the critical steps of completions stand, for the report", run_critical_steps),
     "parity": ("compare what vLLM computes with what the trainer does", run_parity),
     "vllm-serve": ("start a vLLM server that samples completions for a training job", run_vllm_serve),
     "plan": ("compute memory and time of a training job on given cards", run_plan),

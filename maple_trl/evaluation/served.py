@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, text_block
+from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, audio_block, text_block
 from maple_trl.chat.options import check_sampling, read_key
 from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Line, Row
 from maple_trl.evaluation.inputs import sound_columns
 from maple_trl.evaluation.options import EvalOptions, ServerError
-from maple_trl.evaluation.served_prompts import ServedPrompt, audio_block, video_blocks
+from maple_trl.evaluation.served_prompts import ServedPrompt, video_blocks
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.records.evaluations import EvaluationError
 

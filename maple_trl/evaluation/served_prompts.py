@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
-import wave
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from maple_trl.chat import image_block, text_block
+from maple_trl.chat import audio_block, image_block, text_block
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.families import OmniFamily, PromptEncoder
 from maple_trl.omni.media.clips import AudioClip, VideoClip
@@ -135,15 +132,3 @@ def video_blocks(frames: np.ndarray, form: str) -> list[dict[str, Any]]:
         return blocks
     pictures = [block["image_url"]["url"].removeprefix(_PREFIX) for block in blocks]
     return [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(pictures)}}]
-
-
-def audio_block(waveform: np.ndarray, sampling_rate: int) -> dict[str, Any]:
-    """Return a content block with a sound (16-bit WAV): float32 of shape (n,), in [-1, 1]."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as sound:
-        sound.setnchannels(1)
-        sound.setsampwidth(2)
-        sound.setframerate(sampling_rate)
-        sound.writeframes((np.clip(waveform, -1, 1) * 32767).round().astype("<i2").tobytes())
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}

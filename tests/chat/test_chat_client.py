@@ -1,7 +1,9 @@
 """The chat client against a real server on loopback that fails in every way a test can think of."""
 
 import asyncio
+import base64
 import dataclasses
+import io
 import json
 import logging
 import multiprocessing
@@ -22,6 +24,7 @@ from chat_server import ChatServer, drip, half, hang_up, in_turn, raw, say, stat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs.fill_cache import fill
+from scipy.io import wavfile
 
 from maple_trl.chat import (
     REASONS,
@@ -30,12 +33,16 @@ from maple_trl.chat import (
     ChatRequest,
     ChatResult,
     ChatSetupError,
+    audio_block,
     fence,
     image_block,
+    jpeg_block,
     text_block,
+    wav_block,
 )
 from maple_trl.chat.cache import ChatCache
 from maple_trl.chat.calls import retry_after
+from maple_trl.chat.messages import estimate_prompt_tokens, estimate_tokens, request_body
 from maple_trl.chat.structured import NoObjectError, read_object
 
 
@@ -605,6 +612,23 @@ def test_a_dry_run_sends_nothing(tmp_path, monkeypatch):
     with ChatClient(ChatOptions(model="m", dry_run=True, cache_file=tmp_path / "none")) as chat:
         assert chat.complete_many([ask()])[0].reason == "dry-run"
     assert not (tmp_path / "none").exists()
+
+
+def test_blocks_of_media_and_their_tokens():
+    """A second of sound is a 16-bit WAV of 16 kHz, and 25 tokens; a picture costs the same whatever its size."""
+    wave_form = np.sin(np.arange(2 * 16_000) * 0.1).astype(np.float32)
+    block = audio_block(wave_form, 16_000)
+    data = base64.b64decode(block["input_audio"]["data"])
+    assert block["type"] == "input_audio" and block["input_audio"]["format"] == "wav" and wav_block(data) == block
+    rate, samples = wavfile.read(io.BytesIO(data))
+    assert rate == 16_000 and np.abs(samples / 32767 - wave_form).max() < 1e-4
+    options = ChatOptions("m", sampling={"max_tokens": 7})
+    picture = image_block(np.zeros((56, 56, 3), np.uint8))
+    assert jpeg_block(base64.b64decode(picture["image_url"]["url"].partition(",")[2])) == picture
+    for blocks, tokens in (([block], 50), ([picture] * 2, 1600), ([text_block("x" * 400)], 100)):
+        body = request_body(ChatRequest([{"role": "user", "content": blocks}]), options, structured=False)
+        assert estimate_prompt_tokens(body) == pytest.approx(tokens, abs=8)
+        assert estimate_tokens(body) == estimate_prompt_tokens(body) + 7
 
 
 # Keys

@@ -1,0 +1,128 @@
+"""The command `maple-trl data curate`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from maple_trl.cli.failures import asks_for_help, fail, refuse
+
+
+# Nothing heavier than the standard library up here: the help of every command passes through this module.
+
+if TYPE_CHECKING:
+    from maple_trl.data.curation import CurationConfig, CurationSummary
+
+_DESCRIPTION = """\
+Makes questions and captions with modality tags of a folder of clips. Models behind OpenAI-compatible endpoints describe each
+signal alone, write from a tag's signals, and vote on whether a question needs all of them. docs/curation.md tells how, and
+what stands in the file."""
+
+_EXAMPLES = """\
+examples:
+  maple-trl data curate --config curation.yaml --dry-run
+  maple-trl data curate --config curation.yaml
+  maple-trl data curate --config curation.yaml --only collect split annotate
+  maple-trl data curate --config curation.yaml --engine ray
+
+A run that was stopped goes on where it was when the same command is given again, and pays for no answer twice.
+Exit status: 0; 1 when servers failed; 2 for a wrong description; 130 when interrupted.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="maple-trl data curate",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file that describes the curation")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="send and write nothing; count calls, tokens and cost"
+    )
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where stages run (local)")
+    parser.add_argument("--only", metavar="STAGE", nargs="+", default=[], help="run these stages alone")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    return parser
+
+
+def run_curate(words: Sequence[str]) -> int:
+    """Run `maple-trl data curate`; the exit status is as the help says."""
+    parser = make_parser()
+    if asks_for_help(words):
+        parser.print_help()
+        return 0
+    arguments = parser.parse_args(list(words))
+    from maple_trl.data.curation import CurationError, UnfinishedError, curate, read_config
+
+    config = None
+    try:
+        config = read_config(arguments.config)
+        progress = _Progress(quiet=arguments.json)
+        summary = curate(config, arguments.engine, arguments.only, arguments.dry_run, progress)
+    except CurationError as error:
+        return refuse("data curate", error, 2)
+    except UnfinishedError as error:
+        return refuse("data curate", error, 1, config.output)
+    except KeyboardInterrupt:
+        return refuse("data curate", "stopped; the same command goes on from here", 130)
+    except Exception as error:
+        return fail("data curate", error, config and config.output, "the same command goes on from here")
+    if arguments.json:
+        print(json.dumps(summary.as_dict(config), indent=2))
+    else:
+        _print_summary(summary, config, arguments.dry_run)
+    return 0
+
+
+class _Progress:
+    """A line on the standard error output for the beginning of a stage, its end, and now and then between."""
+
+    def __init__(self, quiet: bool):
+        self._quiet, self._last = quiet, 0.0
+
+    def __call__(self, stage: str, done: int, rows: int) -> None:
+        now = time.monotonic()
+        if not self._quiet and (done == rows or now - self._last > 5):
+            self._last = now
+            print(f"{stage}: {done:,} of {rows:,}", file=sys.stderr, flush=True)
+
+
+def _print_summary(summary: CurationSummary, config: CurationConfig, dry_run: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    stages = Table(title="Stages" + (", as far as can be told beforehand" if dry_run else ""), title_justify="left")
+    for name in ("stage", "in", "to do" if dry_run else "done now", "out", "dropped, and notes"):
+        stages.add_column(name, justify="left" if name in ("stage", "dropped, and notes") else "right")
+    for account in summary.accounts:
+        told = [f"{reason} {number:,}" for reason, number in account.dropped.most_common()]
+        told += [f"({note} {number:,})" for note, number in account.notes.most_common()]
+        numbers = [f"{number:,}" for number in (account.rows_in, account.asked, account.rows_out)]
+        stages.add_row(account.stage, *numbers, ", ".join(told))
+    console.print(stages)
+    costs = Table(title="To come, at most" if dry_run else "Spent, over all runs", title_justify="left")
+    for name in ("stage", "server", "calls", "prompt tokens", "answer tokens", "cost"):
+        costs.add_column(name, justify="left" if name in ("stage", "server") else "right")
+    for entry in summary.spent:
+        numbers = [f"{entry[name]:,}" for name in ("calls", "prompt_tokens", "completion_tokens")]
+        costs.add_row(entry["stage"], entry["server"], *numbers, f"{entry['cost']:.4f}")
+    totals = [
+        f"{sum(entry[name] for entry in summary.spent):,}" for name in ("calls", "prompt_tokens", "completion_tokens")
+    ]
+    costs.add_row("all", "", *totals, f"{sum(entry['cost'] for entry in summary.spent):.4f}")
+    console.print(costs)
+    for kind, splits in (summary.written or {}).items():
+        for split, tags in splits.items():
+            told = ", ".join(f"{tag} {number:,}" for tag, number in tags.items())
+            console.print(f"{kind}, {split}: {told or 'none'}", highlight=False, soft_wrap=True)
+    if summary.written is not None:
+        console.print(f"written to {config.output}", highlight=False, soft_wrap=True)
