@@ -33,6 +33,7 @@ ROW_FEATURES = Features(
         "reference_a": Value("string"),
         "reference_s": Value("string"),
         "hint": Value("string"),
+        "audio_cues": Value("string"),
         "audio": Value("string"),
         "subtitle": Value("string"),
         "image": Value("string"),

@@ -369,7 +369,7 @@ def test_avatar(tmp_path):
     rows, summary = converted(tmp_path, "avatar-rl", records, "stage3.jsonl")
     first, second = rows
     assert prompt(first) == first["question"] == "Where is what barks?" and first["answer"] == "left"
-    assert (first["source"], first["hint"], first["reference_a"]) == ("AVSBench", "Listen first.", "A dog barks.")
+    assert (first["source"], first["hint"], first["audio_cues"]) == ("AVSBench", "Listen first.", "A dog barks.")
     assert first["id"] == "avatar-rl-p7" and first["tag"] == "VA" and second["source"] == "AVATAR-RL"
     assert "A. x\nB. y" in prompt(second) and second["audio"] == "c.wav" and second["answer"] == "B"
     assert summary.left_out == {"no medium at all": 1}

@@ -7,7 +7,7 @@ row, `messages` with `videos`, `audios` and `images`.
 
 Guesses: all else. The prompt is made of `question` and `options` where the record has `question`, else of its messages; a solution that is a
 letter with options in the record is one of them; `source` or `dataset`, where it is there, says which of the paper's sets a row is of;
-`audio_cues` becomes `reference_a`, what the sound alone tells, and stays out of the prompt.
+`audio_cues` stay out of the prompt.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def _avatar(record: Record, place: Place) -> Iterator[Sample]:
             raise FieldError("messages", "must have a turn of the user; or field 'question' must be filled")
         turns = [{**turn, "content": without_marks(turn["content"])} for turn in turns]
         question, messages = turns[-1]["content"], tuple(turns)
-    cues = optional_text(record, "audio_cues")
     kind = "option" if options else "number" if problem_type in _NUMBERS else "text"
     name = next((key for key in ("prompt_id", "id") if record.get(key) is not None), None)
     yield Sample(
@@ -52,7 +51,7 @@ def _avatar(record: Record, place: Place) -> Iterator[Sample]:
         question_type=problem_type,
         messages=() if options else messages,
         hint=optional_text(record, "hint"),
-        references={"A": cues} if cues else {},
+        further={"audio_cues": optional_text(record, "audio_cues")},
         source=optional_text(record, "source") or optional_text(record, "dataset"),
         **media,
     )

@@ -130,7 +130,8 @@ def test_questions_and_captions_of_seven_tags(clips, tmp_path, capsys):
             alone = next(r for r in captions if (r["clip"], r["tag"]) == (row["clip"], letter))
             assert row[name] == (alone["reference"] if letter in row["tag"] else None)
         fields = {entry["field"] for entry in row["provenance"]}
-        assert fields == {"reference", *(f"reference_{letter.lower()}" for letter in row["tag"])}
+        cues = {"audio_cues"} if "A" in row["tag"] else set()
+        assert fields == {"reference", *(f"reference_{letter.lower()}" for letter in row["tag"])} | cues
     by_split = [{row["clip"] for row in questions + captions if row["split"] == s} for s in ("train", "test")]
     assert not by_split[0] & by_split[1] and len(by_split[1]) == 1
 
@@ -145,6 +146,8 @@ def check_questions(questions: list[dict], out: Path) -> None:
         told = {(entry["field"], entry["model"]) for entry in row["provenance"]}
         assert {(name, "text-model") for name in ("question", "options", "answer", "solution")} <= told
         assert ("tag", "voter-1") in told
+        # What a model heard is told to no row that is fed no sound.
+        assert (row["audio_cues"] is not None) == (("audio_cues", "audio-model") in told) == ("A" in row["tag"])
         hashes = {entry["prompt_hash"][:12] for entry in row["provenance"]}
         assert hashes <= {prompt.digest for prompt in PROMPTS}
     kinds = Counter((row["tag"], row["question_type"]) for row in questions)
