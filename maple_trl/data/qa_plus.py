@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.none_answers import NONE_ANSWERS
 from maple_trl.data.qa_items import COLUMNS, Files, NotAnItem, read_item, replace_options, write_prompt
-from maple_trl.data.qa_plus_shards import shards_of, write_shards
+from maple_trl.data.shards import replace_split, shards_of
 from maple_trl.files import digest, write_atomically
 from maple_trl.modalities import STRATA, ModalityTag
 
@@ -461,7 +461,7 @@ def build_qa_plus(
         with open(scratch, "w", encoding="utf-8") as file:
             plan = Plan(source, options, media_root, lambda *found: file.write(_line(*found)))
         summary = plan.summary
-        files = write_shards(
+        files = replace_split(
             plan.tables(), plan.features.arrow_schema, summary.total, folder, split, options.shard_rows
         )
         os.replace(scratch, folder / f"left_out-{split}.jsonl")

@@ -250,3 +250,61 @@ def split_of(path: Path) -> str | None:
     """Return the split that the name of a shard says; `None` for any other file."""
     match = _SHARD.fullmatch(path.name)
     return match["split"] if match else None
+
+
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split that are there, one whole or several shards."""
+    return sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*-of-*.parquet")])
+
+
+def replace_split(
+    tables: Iterable[pa.Table], schema: pa.Schema, rows: int, folder: Path, split: str, shard_rows: int
+) -> list[Path]:
+    """
+    Write tables one after another, and put the shards in the place of those of the split that are there.
+
+    Args:
+        rows: of all tables together.
+        shard_rows: of each shard but the last.
+
+    Returns:
+        `list[Path]`: the shards.
+
+    Raises:
+        ValueError: when the tables hold another number of rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{split}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir()
+    count = max(-(-rows // shard_rows), 1)
+    names = [f"{split}-{number:05}-of-{count:05}.parquet" for number in range(count)]
+    try:
+        _write_tables(tables, schema, rows, [scratch / name for name in names], shard_rows)
+        for path in shards_of(folder, split):
+            path.unlink()
+        for name in names:
+            os.replace(scratch / name, folder / name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return [folder / name for name in names]
+
+
+def _write_tables(
+    tables: Iterable[pa.Table], schema: pa.Schema, rows: int, paths: list[Path], shard_rows: int
+) -> None:
+    waiting = iter(paths)
+    writer, room, written = pq.ParquetWriter(next(waiting), schema, compression="zstd"), shard_rows, 0
+    try:
+        for table in tables:
+            while len(table):
+                if not room:
+                    writer.close()
+                    writer, room = pq.ParquetWriter(next(waiting), schema, compression="zstd"), shard_rows
+                part = table.slice(0, room)
+                writer.write_table(part)
+                table, room, written = table.slice(len(part)), room - len(part), written + len(part)
+    finally:
+        writer.close()
+    if written != rows:
+        raise ValueError(f"{rows} rows were to be written, but there were {written}")

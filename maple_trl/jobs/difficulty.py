@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
-from maple_trl.data.qa_plus_shards import shards_of, write_shards
+from maple_trl.data.shards import replace_split, shards_of
 from maple_trl.evaluation.options import EvalOptions
 from maple_trl.files import write_atomically
 from maple_trl.jobs.errors import SetupError
@@ -230,7 +230,7 @@ def _write_rows(dataset: Dataset, kept: list[Measured], folder: Path, split: str
             yield pa.table(columns).cast(features.arrow_schema)
             start += len(table)
 
-    return write_shards(tables(), features.arrow_schema, len(kept), folder, split, shard_rows)
+    return replace_split(tables(), features.arrow_schema, len(kept), folder, split, shard_rows)
 
 
 def _write_dropped(dropped: list[tuple[Measured, str]], folder: Path, split: str, shard_rows: int) -> None:
@@ -240,7 +240,7 @@ def _write_dropped(dropped: list[tuple[Measured, str]], folder: Path, split: str
         for measured, reason in dropped
     ]
     table = pa.Table.from_pylist(rows, DROPPED)
-    write_shards([table], DROPPED, len(rows), folder, f"dropped-{split}", shard_rows)
+    replace_split([table], DROPPED, len(rows), folder, f"dropped-{split}", shard_rows)
 
 
 def _by_tag(counts: Mapping[str, int]) -> dict[str, int]:

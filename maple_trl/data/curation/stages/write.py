@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import pyarrow as pa
 from maple_trl.data.curation.config import CurationConfig
 from maple_trl.data.curation.stage import Row
 from maple_trl.data.schema import ROW_FEATURES
-from maple_trl.files import write_atomically, write_table
+from maple_trl.data.shards import replace_split, shards_of
+from maple_trl.files import write_atomically
 from maple_trl.modalities import Modality, ModalityTag
 
 
 CLIPS = "clips.jsonl"
 SPLITS = ("train", "test")
-_SHARD = re.compile(r"(?:train|test)-\d{5}-of-\d{5}\.parquet")
+_BATCH = 2000
 
 
 def write(
@@ -39,15 +39,15 @@ def write(
     cues = {row["clip"]: heard(row) for row in clips}
     for kind, rows in tables.items():
         folder = Path(config.output, kind)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = set()
         for split in SPLITS:
             part = [with_cues(row, cues[row["clip"]]) for row in rows if row["split"] == split]
             counts.setdefault(kind, {})[split] = len(part)
-            names |= _write_split(folder, split, part, config)
-        for path in folder.iterdir():  # of an earlier run with other rows
-            if _SHARD.fullmatch(path.name) and path.name not in names:
-                path.unlink()
+            if part:
+                size = config.write.rows_per_file
+                replace_split(_tables(part, config), ROW_FEATURES.arrow_schema, len(part), folder, split, size)
+            else:
+                for path in shards_of(folder, split):  # of an earlier run
+                    path.unlink()
     about = ("clip", "seconds", "media", "notes", "provenance")
     lines = (json.dumps({name: row[name] for name in about}, ensure_ascii=False) for row in clips)
     write_atomically(Path(config.output, CLIPS), "".join(f"{line}\n" for line in lines))
@@ -71,13 +71,7 @@ def with_cues(row: Row, told: Mapping[str, Any]) -> Row:
     return {**row, **told, "provenance": [*row["provenance"], *told["provenance"]]}
 
 
-def _write_split(folder: Path, split: str, rows: Sequence[Row], config: CurationConfig) -> set[str]:
-    size = config.write.rows_per_file
-    shards = [rows[start : start + size] for start in range(0, len(rows), size)]
-    names = set()
-    for number, shard in enumerate(shards):
-        name = f"{split}-{number:05}-of-{len(shards):05}.parquet"
-        full = [{**dict.fromkeys(ROW_FEATURES), **row, "source": config.name} for row in shard]
-        write_table(pa.Table.from_pylist(full, schema=ROW_FEATURES.arrow_schema), folder / name)
-        names.add(name)
-    return names
+def _tables(rows: Sequence[Row], config: CurationConfig) -> Iterator[pa.Table]:
+    for start in range(0, len(rows), _BATCH):
+        full = [{**row, "source": config.name} for row in rows[start : start + _BATCH]]
+        yield pa.Table.from_pylist(full, schema=ROW_FEATURES.arrow_schema)
