@@ -13,6 +13,7 @@ from typing import Any
 
 from maple_trl import Registry
 from maple_trl.cli.data import run_hints
+from maple_trl.cli.data_review import run_review
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
@@ -43,6 +44,7 @@ _OWN_PARSER = {
     "parity": run_parity,
     "plan": run_plan,
     "report": run_report,
+    "review": run_review,
     "vllm-serve": run_vllm_serve,
 }
 COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
@@ -84,9 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--imports", action="store_true", help="import every required package too, and ask torch for devices"
     )
     env.add_argument("--json", action="store_true", help="print the report as JSON")
-    data = commands.add_parser("data", help="prepare data: hints for hard rows", allow_abbrev=False)
+    data = commands.add_parser("data", help="prepare data: hints for hard rows, review by people", allow_abbrev=False)
     group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
     group.add_parser("hints", help="let a teacher model write a hint for each row", add_help=False, allow_abbrev=False)
+    group.add_parser(
+        "review", help="open a page to review rows on, or write what was decided", add_help=False, allow_abbrev=False
+    )
     for name, does in (
         ("eval", "measure a model on a data set or benchmark, per tag and per choice of signals"),
         ("report", "write one HTML file on a run or an evaluation, or on two of them"),
