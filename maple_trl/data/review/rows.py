@@ -123,6 +123,8 @@ def prompt_text(row: dict[str, Any]) -> str | None:
 def _read(path: Path) -> list[tuple[str, pa.Table]]:
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         return _stored(path)
+    if not path.exists():
+        raise ReviewError(f"there is no file or folder {path}")
     if not path.is_dir():
         return [(path.stem, _table(path))]
     for folder in (path, path / "data"):

@@ -85,11 +85,15 @@ def test_any_order_of_actions_undo_and_torn_lines(tmp_path, steps):
         if action == "torn":
             line = entry(reviewer, row).line()
             with open(path, "ab") as file:
-                file.write((b"\n" if path.stat().st_size and not path.read_bytes().endswith(b"\n") else b"") + line[:cut])
+                file.write(
+                    (b"\n" if path.stat().st_size and not path.read_bytes().endswith(b"\n") else b"") + line[:cut]
+                )
             damaged += 1
         elif action == "garbage":
             with open(path, "ab") as file:
-                file.write(b"\xff\x00{]\n" if path.read_bytes().endswith(b"\n") or not path.stat().st_size else b"\n[]\n")
+                file.write(
+                    b"\xff\x00{]\n" if path.read_bytes().endswith(b"\n") or not path.stat().st_size else b"\n[]\n"
+                )
             damaged += 1
         elif action == "reopen":
             logs[number % 2] = ReviewLog(path)
@@ -99,7 +103,9 @@ def test_any_order_of_actions_undo_and_torn_lines(tmp_path, steps):
             if made is not None:
                 assert model.done[reviewer].pop().id == made.undoes
         else:
-            made = log.append(lambda replay, a=(reviewer, row, action): entry(*a, changes={"tag": str(len(replay.rows))}))
+            made = log.append(
+                lambda replay, a=(reviewer, row, action): entry(*a, changes={"tag": str(len(replay.rows))})
+            )
             model.done[reviewer].append(made)
     again = ReviewLog(path)
     for log in logs:
@@ -137,7 +143,10 @@ def test_the_model_is_no_copy(tmp_path):
 def test_nobody_undoes_anothers_action():
     first = entry("ann")
     replay = Replay([first, undo("bea", first), entry("bea", decision="rejected", action="reject")])
-    assert {name: made.decision for name, made in replay.decisions("r0").items()} == {"ann": "accepted", "bea": "rejected"}
+    assert {name: made.decision for name, made in replay.decisions("r0").items()} == {
+        "ann": "accepted",
+        "bea": "rejected",
+    }
 
 
 def test_logs_that_are_joined_count_each_line_once(tmp_path):
