@@ -57,6 +57,11 @@
       seconds = 0;
       since = document.hidden ? null : performance.now();
     }
+    for (const tag of TAGS) {
+      const button = find(`#do-tag-${tag}`);
+      button?.classList.toggle("proposed", tag === card?.dataset.tag);
+      button?.classList.toggle("chosen", tag === card?.dataset.decided);
+    }
     remember();
     document.documentElement.dataset.turn = find(".bar").dataset.turn;
   }
@@ -85,8 +90,9 @@
   }
 
   document.addEventListener("visibilitychange", count);
-  document.addEventListener("DOMContentLoaded", () => {
-    new MutationObserver(look).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-turn", "class"] });
+  // Gradio may run this before or after the page's body is there.
+  new MutationObserver(look).observe(document, {
+    childList: true, subtree: true, attributes: true, attributeFilter: ["data-turn", "class"],
   });
 
   // A clip that cannot be played says why.

@@ -72,32 +72,32 @@ class ReviewPage:
                 with gr.Column(visible=False, elem_id="edit-panel") as self.edit_panel:
                     self.form = {name: self._field(name) for name in _FORM}
                     with gr.Row():
-                        self.save = gr.Button("Save  Ctrl+⏎", variant="primary", size="sm", elem_id="do-save")
-                        self.cancel_edit = gr.Button("Cancel  Esc", size="sm", elem_id="do-cancel-edit")
+                        self.save = gr.Button("Save [Ctrl+⏎]", variant="primary", size="sm", elem_id="do-save")
+                        self.cancel_edit = gr.Button("Cancel [Esc]", size="sm", elem_id="do-cancel-edit")
                 with gr.Column(visible=False, elem_id="reject-panel") as self.reject_panel:
                     self.reason = gr.Textbox(label="Why is the row rejected?", max_length=500, elem_id="reason")
                     gr.HTML(render("reasons.html.j2", reasons=REASONS))
                     with gr.Row():
-                        self.reject_now = gr.Button("Reject  ⏎", variant="stop", size="sm", elem_id="do-reject-now")
-                        self.cancel_reject = gr.Button("Cancel  Esc", size="sm", elem_id="do-cancel-reject")
+                        self.reject_now = gr.Button("Reject [⏎]", variant="stop", size="sm", elem_id="do-reject-now")
+                        self.cancel_reject = gr.Button("Cancel [Esc]", size="sm", elem_id="do-cancel-reject")
         with gr.Column(elem_id="actions"):
             with gr.Row(elem_id="tags"):
                 self.retags = {
-                    tag.value: gr.Button(f"{tag}  {key}", size="sm", min_width=40, elem_id=f"do-tag-{tag}")
+                    tag.value: gr.Button(f"[{key}] {tag}", size="sm", min_width=40, elem_id=f"do-tag-{tag}")
                     for key, tag in enumerate(ModalityTag, 1)
                 }
             with gr.Row(elem_id="decisions"):
                 self.buttons = {
                     name: gr.Button(text, size="sm", min_width=60, variant=variant, elem_id=f"do-{name}")
                     for name, text, variant in (
-                        ("accept", "Accept  ⏎", "primary"),
-                        ("edit", "Edit  E", "secondary"),
-                        ("reject", "Reject  X", "stop"),
-                        ("undo", "Undo  U", "secondary"),
-                        ("reveal", "Answer  R", "secondary"),
-                        ("previous", "Previous  ←", "secondary"),
-                        ("next", "Next  →", "secondary"),
-                        ("unreviewed", "Next unreviewed  N", "secondary"),
+                        ("accept", "Accept [⏎]", "primary"),
+                        ("edit", "Edit [E]", "secondary"),
+                        ("reject", "Reject [X]", "stop"),
+                        ("undo", "Undo [U]", "secondary"),
+                        ("reveal", "Answer [R]", "secondary"),
+                        ("previous", "Previous [←]", "secondary"),
+                        ("next", "Next [→]", "secondary"),
+                        ("unreviewed", "Undecided [N]", "secondary"),
                     )
                 }
         self.hidden = {

@@ -140,7 +140,7 @@ def make_app(
         enable_monitoring=False,
         mcp_server=False,
         pwa=False,
-        theme=gr.themes.Default(),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         **page_assets(),
     )
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host.lower(), f"[{host.lower()}]"]
