@@ -30,7 +30,7 @@ examples:
   maple-trl data review rows.parquet --export reviewed.parquet --rule majority --min_reviewers 2
   maple-trl data review rows.parquet --summary
 
-DATASET is a .parquet, .json or .jsonl file, or a folder of such files. The page is served until Ctrl+C.
+DATASET is a .parquet, .json or .jsonl file, or a folder of such files. The page is served until Ctrl+C or SIGTERM.
 
 Every option may be a key of a YAML file (--config FILE); the command line wins.
 

@@ -159,18 +159,31 @@ class ReviewPage:
         """Do what a button asks for, and paint what is there then; a refusal is shown, and changes nothing."""
         sent = View.read(text)
         state = _State(sent, tag or "all", show or "all")
-        with self.desk.log.held():
-            try:
-                state.reviewer = reviewer_name(name or self.reviewer)
+        try:
+            with self.desk.log.held():
+                return self._done(act, sent, state, name, more)
+        except (ReviewError, OSError) as error:  # of the log itself
+            view = dataclasses.replace(sent, turn=sent.turn + 1)
+            said = f"nothing was written: {error}"
+            return {
+                self.view: view.text(),
+                self.bar: bar_html(self.desk, view, state.reviewer or self.reviewer, state.tag, said, wrong=True),
+            }
+
+    def _done(
+        self, act: Callable[..., Any], sent: View, state: _State, name: str, more: tuple[Any, ...]
+    ) -> dict[Any, Any]:
+        try:
+            state.reviewer = reviewer_name(name or self.reviewer)
+            self._place(state)
+            if sent.row or act == self._open:  # else the page had shown no row yet
+                act(state, *more)
+        except ReviewError as error:
+            state.message, state.wrong = str(error), True
+            state.reviewer = state.reviewer or self.reviewer
+            if state.index is None:
                 self._place(state)
-                if sent.row or act == self._open:  # else the page had shown no row yet
-                    act(state, *more)
-            except ReviewError as error:
-                state.message, state.wrong = str(error), True
-                if state.index is None:
-                    state.reviewer = state.reviewer or self.reviewer
-                    self._place(state)
-            return self._paint(sent, state, more)
+        return self._paint(sent, state, more)
 
     def _place(self, state: _State) -> None:
         state.index = self.desk.data.index_of(state.view.row)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -67,7 +70,25 @@ def serve(
 
         # Addresses of requests are not written down, nor anything else but faults.
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-        Server(config).run(sockets=[sock])
+        with _ended_by_signals():
+            Server(config).run(sockets=[sock])
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """End quietly when told to: uvicorn sends itself the signal again once it has closed, and files are still there."""
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if main else None
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _listening(host: str, port: int) -> socket.socket:
