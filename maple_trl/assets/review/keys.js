@@ -78,7 +78,7 @@
   let turn = null;
   function look() {
     const bar = find(".bar");
-    if (bar !== null && bar.dataset.turn !== turn && find("#card") !== null) {
+    if (bar !== null && bar.dataset.turn !== turn && (find("#card") !== null || find("#edit-panel") !== null)) {
       turn = bar.dataset.turn;
       setTimeout(answered, 0); // once the other parts have been painted
     }

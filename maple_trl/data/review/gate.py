@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from hashlib import sha256
@@ -83,6 +84,10 @@ class Gate:
         elif scope["type"] == "http":
             headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
             refusal = self._refusal(scope, headers)
+            if refusal is None and scope["method"] == "POST" and scope["path"].startswith("/gradio_api/"):
+                body = await _body(receive)
+                receive = _once(body, receive)
+                refusal = None if _is_plain(body) else (400, "not what the page sends", None)
             if refusal is None:
                 await self.app(scope, receive, _with_headers(send))
             else:
@@ -111,6 +116,40 @@ def _known(method: str, path: str, raw: bytes) -> bool:
         return False
     method = "GET" if method == "HEAD" else method
     return any(method == known and re.fullmatch(pattern, path) for known, pattern in _ROUTES)
+
+
+async def _body(receive: Receive) -> bytes:
+    """Read what is sent, whose size the server holds to what its header says."""
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _once(body: bytes, receive: Receive) -> Receive:
+    """Return what gives a body that has been read, and then what else comes."""
+    waiting = [body]
+
+    async def received() -> MutableMapping[str, Any]:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return received
+
+
+def _is_plain(body: bytes) -> bool:
+    """Return whether nothing but texts and numbers is sent: Gradio would copy a file that an object there names."""
+    try:
+        sent = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(sent, dict):
+        return False
+    values = sent.pop("data", [])
+    return isinstance(values, list) and not any(isinstance(item, dict | list) for item in [*values, *sent.values()])
 
 
 def _host(value: str) -> str:

@@ -80,7 +80,7 @@ class Opened:
     def __init__(self, browser, url, query="", size=(1280, 720), wait=True):
         self.context = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True)))
         self.page = self.context.new_page()
-        self.page.set_default_timeout(90_000)
+        self.page.set_default_timeout(60_000)
         self.errors, self.asked, self.url = [], [], url
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -86,7 +86,10 @@ def test_media_that_lead_elsewhere_are_not_served(served):
         fine = row["video"] in ("train/clip-000.mp4", "train/clip-001.mp4")
         assert (status == 200) == fine, (row["video"], status, data[:200])
         assert SECRET not in data and b"root:x:" not in data
-    said = {row["video"]: served.ask(f"/media/{number}/V/clip")[2].decode() for number, row in enumerate(served.rows)}
+    said = {
+        row["video"]: served.ask(f"/media/{number}/V/clip")[2].decode(errors="replace")
+        for number, row in enumerate(served.rows)
+    }
     for name in ("../outside.mp4", "link.mp4", "linked/outside.mp4", "/etc/passwd"):
         assert said[name].startswith("outside-media-root"), said[name]
     assert "a playlist (HLS)" in said["playlist.mp4"] and "a concat script" in said["concat.mp4"]
@@ -204,8 +207,7 @@ def test_files_cannot_be_handed_in(served):
     """A value that Gradio would take for a file of this machine, and copy to where it serves files from."""
     for path in ("/etc/passwd", str(served.media / "secret.mp4")):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x"}
-        status, _, data = run(served, view=file)
-        assert b"root:x:" not in data and SECRET not in data
+        assert run(served, view=file)[0] == run(served, view=[file])[0] == run(served, name={"a": file})[0] == 400
     left = [
         path.name
         for path in served.cache.rglob("*")
