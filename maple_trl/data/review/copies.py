@@ -18,6 +18,7 @@ from maple_trl.omni.media.formats import FORMATS, accepted, format_of, found_in
 
 
 _PLAYED = {"video": {"h264", "av1", "vp9"}, "audio": {"aac", "mp3", "opus", "flac"}}  # by browsers, within mp4
+_AAC_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 _PIXELS = ("yuv420p", "yuvj420p")
 _EXACT = ("mov", "matroska")  # containers whose packets have times that another container can take over
 _OPTIONS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
@@ -97,7 +98,10 @@ class _Track:
 
     def _encoder(self) -> Any:
         if self._kind == "audio":
-            return self._output.add_stream("aac", rate=self._stream.codec_context.sample_rate or 44_100)
+            codec = self._stream.codec_context
+            layout = "mono" if codec.channels == 1 else "stereo"
+            rate = codec.sample_rate if codec.sample_rate in _AAC_RATES else 48_000
+            return self._output.add_stream("aac", rate=rate, layout=layout)
         options = {"crf": "18", "preset": "veryfast", "bf": "0"}
         made = self._output.add_stream("libx264", rate=self._stream.average_rate or Fraction(25), options=options)
         made.pix_fmt = "yuv420p"
