@@ -8,7 +8,7 @@
   };
   let picked = null; // what was clicked, for the next action
   let waiting = 0; // since when an action is under way
-  let row = null, seconds = 0, since = null; // the row that is shown, and how long it has been looked at
+  let row = null, entry = null, seconds = 0, since = null; // the row that is shown, and how long it has been looked at
 
   const find = (selector) => document.querySelector(selector);
   const shown = (element) => element !== null && element.offsetParent !== null;
@@ -52,9 +52,9 @@
     const active = document.activeElement;
     if (active !== null && active !== document.body && active.closest("#tag-filter, #show-filter, #actions, #player, #card-place")) active.blur();
     const card = find("#card");
-    if (card !== null && card.dataset.row !== row) {
-      row = card.dataset.row;
-      seconds = 0;
+    if (card !== null && (card.dataset.row !== row || card.dataset.entry !== entry)) {
+      ({ row, entry } = card.dataset);
+      seconds = 0; // since the row was shown, or last decided on
       since = document.hidden ? null : performance.now();
     }
     for (const tag of TAGS) {
@@ -72,6 +72,7 @@
     const value = (selector) => find(`${selector} input, ${selector} textarea`)?.value;
     address.searchParams.set("reviewer", value("#reviewer") || "");
     address.searchParams.set("row", row ?? "");
+    for (const name of ["tag", "show"]) address.searchParams.set(name, find(".bar").dataset[name]);
     history.replaceState(null, "", address);
   }
 

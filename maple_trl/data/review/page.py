@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from maple_trl.data.review.desk import ReviewDesk, reviewer_name
+from maple_trl.data.review.desk import SHOWS, ReviewDesk, reviewer_name
 from maple_trl.data.review.edits import EDITABLE
 from maple_trl.data.review.rows import ReviewError, prompt_text
 from maple_trl.data.review.shelf import ClipShelf
@@ -55,7 +55,10 @@ class ReviewPage:
         return blocks
 
     def _build(self) -> None:
-        tags = ["all", *(tag.value for tag in ModalityTag if tag.value in self.desk.data.tags)]
+        tags = [
+            ("all tags", "all"),
+            *((tag.value, tag.value) for tag in ModalityTag if tag.value in self.desk.data.tags),
+        ]
         with gr.Row(elem_id="head", equal_height=True):
             self.bar = gr.HTML(elem_id="bar")
             self.name = gr.Textbox(
@@ -158,7 +161,7 @@ class ReviewPage:
     def _do(self, act: Callable[..., Any], text: str, name: str, tag: str, show: str, *more: Any) -> dict[Any, Any]:
         """Do what a button asks for, and paint what is there then; a refusal is shown, and changes nothing."""
         sent = View.read(text)
-        state = _State(sent, tag or "all", show or "all")
+        state = _State(sent, tag if tag in list(ModalityTag) else "all", show if show in SHOWS else "all")
         try:
             with self.desk.log.held():
                 return self._done(act, sent, state, name, more)
@@ -167,7 +170,9 @@ class ReviewPage:
             said = f"nothing was written: {error}"
             return {
                 self.view: view.text(),
-                self.bar: bar_html(self.desk, view, state.reviewer or self.reviewer, state.tag, said, wrong=True),
+                self.bar: bar_html(
+                    self.desk, view, state.reviewer or self.reviewer, (state.tag, state.show), said, wrong=True
+                ),
             }
 
     def _done(
@@ -210,7 +215,7 @@ class ReviewPage:
             self.name: state.reviewer,
             self.tag: state.tag,
             self.show: state.show,
-            self.bar: bar_html(self.desk, view, state.reviewer, state.tag, state.message, state.wrong),
+            self.bar: bar_html(self.desk, view, state.reviewer, (state.tag, state.show), state.message, state.wrong),
             self.card: gr.update(
                 value=card_html(self.desk, view, state.index, state.reviewer), visible=state.panel != "edit"
             ),

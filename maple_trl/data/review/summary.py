@@ -93,8 +93,8 @@ def reviewer_summary(desk: ReviewDesk, reviewer: str, known: Sequence[int]) -> d
         known: the rows of the set that somebody has decided on.
 
     Returns:
-        `dict`: `decided` rows; these by decision; `seconds`, the median from a row's showing to its decision, over all of the
-        row's actions; `answered`, rows that the reviewer answered before the right answer was shown, and
+        `dict`: `decided` rows; these by decision; `seconds`, the median over rows of the time from a row's
+        showing to its decision, with that of further decisions on it; `answered`, rows that the reviewer answered before the right answer was shown, and
         `answered_right`, the share that was right.
     """
     entries = [(index, desk.standing(index)[reviewer]) for index in known if reviewer in desk.standing(index)]

@@ -152,9 +152,16 @@ def card_html(desk: ReviewDesk, view: View, index: int, reviewer: str) -> str:
     )
 
 
-def bar_html(desk: ReviewDesk, view: View, reviewer: str, tag: str, message: str, wrong: bool) -> str:
-    """Return progress, and what the last action did."""
-    return render("bar.html.j2", view=view, counts=desk.progress(reviewer, tag), tag=tag, message=message, wrong=wrong)
+def bar_html(desk: ReviewDesk, view: View, reviewer: str, chosen: tuple[str, str], message: str, wrong: bool) -> str:
+    """
+    Return progress, and what the last action did.
+
+    Args:
+        chosen: tag and kind of the rows that are gone through.
+    """
+    tag, show = chosen
+    counts = desk.progress(reviewer, tag)
+    return render("bar.html.j2", view=view, counts=counts, tag=tag, show=show, message=message, wrong=wrong)
 
 
 def shows() -> list[tuple[str, str]]:
