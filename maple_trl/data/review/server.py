@@ -59,9 +59,9 @@ def serve(
     with scratch_folder(review_cache()) as folder, _listening(host, port) as sock:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / "gradio")}
         app = make_app(desk, ClipShelf(media_root, folder / "clips", most_bytes), reviewer, host, token)
-        import uvicorn
+        from gradio import http_server
 
-        class Server(uvicorn.Server):
+        class Server(http_server.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 if self.started:
@@ -69,7 +69,7 @@ def serve(
                     ready(f"http://{name}:{sock.getsockname()[1]}/")
 
         # Addresses of requests are not written down, nor anything else but faults.
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+        config = http_server.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         with _ended_by_signals():
             Server(config).run(sockets=[sock])
 
@@ -111,9 +111,8 @@ def make_app(
 ) -> Any:
     """Return the whole application, for a server of ASGI applications."""
     import gradio as gr
-    from fastapi import FastAPI
-    from starlette.requests import Request
-    from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse
+    from fastapi import FastAPI, Request
+    from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse
 
     from maple_trl.data.review.page import ReviewPage, page_assets
     from maple_trl.data.review.view import render

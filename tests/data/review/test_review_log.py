@@ -1,8 +1,10 @@
 """The log of a review: what it says after any order of actions by several reviewers, torn lines, and killed processes."""
 
+import errno
 import itertools
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -275,3 +277,29 @@ def test_processes_that_are_killed_while_they_write(tmp_path):
     written = {row for row, _ in decisions(log.replay)}
     assert said and {f"r{number}" for number in said} <= written and len(written) <= len(said) + 1
     log.append(lambda replay: entry("bea"))  # the lock went with the process
+
+
+def test_a_full_disk_is_said_and_spoils_nothing(tmp_path):
+    """A limit on the size of files stands for it: the line that does not fit is torn, and the log goes on."""
+    path = tmp_path / "review.log"
+    ReviewLog(path).append(lambda replay: _own("ann", 0))
+
+    def write():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        log = ReviewLog(path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, resource.RLIM_INFINITY))
+        try:
+            log.append(lambda replay: _own("ann", 1))
+        except OSError as error:
+            assert error.errno == errno.EFBIG
+        else:
+            return 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        log.append(lambda replay: _own("ann", 2))
+        return 0
+
+    assert forks.status_of(forks.start(write)) == 0
+    log = ReviewLog(path)
+    assert set(decisions(log.replay)) == {("r0", "ann"), ("r2", "ann")}
+    (damaged,) = log.damaged
+    assert damaged.torn and damaged.number == 2
