@@ -20,13 +20,12 @@
   }
 
   window.mapleReview = {
-    // What the page sends as its view: with the time, and what was clicked.
-    stamp(text) {
+    // What the page sends as its view: that of the row which is seen, with the time, and what was clicked. Gradio's own
+    // values may be those of the row before.
+    stamp() {
       count();
-      let view = {};
-      try { view = JSON.parse(text || "{}"); } catch { /* the server begins anew */ }
-      const made = JSON.stringify({ ...view, seconds, pick: picked });
-      if (picked !== null) picked = null;
+      const made = JSON.stringify({ ...view(), seconds, pick: picked });
+      picked = null;
       return made;
     },
     fromAddress(view, reviewer, tag, show) {
@@ -45,13 +44,23 @@
     button.click();
   }
 
-  // What the server has answered.
+  // What is seen: the card says it, and the bar where a form stands in the card's place.
+  function view() {
+    const text = (find("#card") ?? find(".bar"))?.dataset.view;
+    return text ? JSON.parse(text) : {};
+  }
+
+  // What the server has answered. Its parts are painted one after the other.
 
   function answered() {
+    const bar = find(".bar"), sent = bar === null ? {} : JSON.parse(bar.dataset.view), card = find("#card");
+    if (card === null ? !shown(find("#edit-panel")) && sent.row : view().turn !== sent.turn) {
+      setTimeout(answered, 10);
+      return;
+    }
     waiting = 0;
     const active = document.activeElement;
     if (active !== null && active !== document.body && active.closest("#tag-filter, #show-filter, #actions, #player, #card-place")) active.blur();
-    const card = find("#card");
     if (card !== null && (card.dataset.row !== row || card.dataset.entry !== entry)) {
       ({ row, entry } = card.dataset);
       seconds = 0; // since the row was shown, or last decided on
@@ -63,7 +72,7 @@
       button?.classList.toggle("chosen", tag === card?.dataset.decided);
     }
     remember();
-    document.documentElement.dataset.turn = find(".bar").dataset.turn;
+    document.documentElement.dataset.turn = bar.dataset.turn;
   }
 
   // The address says what is shown, so that a page that is loaded again shows it again.
@@ -79,9 +88,9 @@
   let turn = null;
   function look() {
     const bar = find(".bar");
-    if (bar !== null && bar.dataset.turn !== turn && (find("#card") !== null || find("#edit-panel") !== null)) {
+    if (bar !== null && bar.dataset.turn !== turn) {
       turn = bar.dataset.turn;
-      setTimeout(answered, 0); // once the other parts have been painted
+      setTimeout(answered, 0);
     }
     const reason = find("#reason textarea, #reason input");
     if (shown(reason) && reason.dataset.seen !== turn) {

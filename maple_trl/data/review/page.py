@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from maple_trl.modalities import ModalityTag
 
 
 _FORM = ("question", "options", "answer", "reference", "prompt")
-_STAMP = "(view, ...rest) => [window.mapleReview.stamp(view), ...rest]"
+_STAMP = "(view, ...rest) => [window.mapleReview.stamp(), ...rest]"
 _FROM_ADDRESS = "(view, ...rest) => window.mapleReview.fromAddress(view, ...rest)"
 
 
@@ -118,7 +119,7 @@ class ReviewPage:
     def _connect(self, blocks: gr.Blocks) -> None:
         given = [self.view, self.name, self.tag, self.show]
         panels = [self.edit_panel, self.reject_panel, self.reason, *self.form.values()]
-        painted = [*given, self.bar, self.player, self.card, *panels]
+        painted = [self.name, self.tag, self.show, self.bar, self.player, self.card, *panels]
 
         def on(trigger: Any, act: Callable[..., Any], js: str = _STAMP, more: list[Any] | None = None) -> None:
             trigger(
@@ -166,14 +167,9 @@ class ReviewPage:
             with self.desk.log.held():
                 return self._done(act, sent, state, name, more)
         except (ReviewError, OSError) as error:  # of the log itself
-            view = dataclasses.replace(sent, turn=sent.turn + 1)
-            said = f"nothing was written: {error}"
-            return {
-                self.view: view.text(),
-                self.bar: bar_html(
-                    self.desk, view, state.reviewer or self.reviewer, (state.tag, state.show), said, wrong=True
-                ),
-            }
+            name, chosen = state.reviewer or self.reviewer, (state.tag, state.show)
+            said, turn = f"nothing was written: {error}", _next_turn(sent.turn)
+            return {self.bar: bar_html(self.desk, sent, name, chosen, said, wrong=True, turn=turn)}
 
     def _done(
         self, act: Callable[..., Any], sent: View, state: _State, name: str, more: tuple[Any, ...]
@@ -208,10 +204,9 @@ class ReviewPage:
     def _paint(self, sent: View, state: _State, more: tuple[Any, ...]) -> dict[Any, Any]:
         assert state.index is not None
         digest = self.desk.data.digest(state.index)
-        view = state.view = dataclasses.replace(state.view, digest=digest, turn=sent.turn + 1)
+        view = state.view = dataclasses.replace(state.view, digest=digest, turn=_next_turn(sent.turn))
         row = self.desk.row(state.index, state.reviewer)
         found = {
-            self.view: view.text(),
             self.name: state.reviewer,
             self.tag: state.tag,
             self.show: state.show,
@@ -330,6 +325,11 @@ class _State:
     message: str = ""
     wrong: bool = False
     repaint: bool = False
+
+
+def _next_turn(turn: int) -> int:
+    """Return what tells an answer from all others that a page has had, also one to the same view: milliseconds."""
+    return max(turn + 1, time.time_ns() // 1_000_000)
 
 
 def _form_value(row: dict[str, Any], name: str) -> Any:

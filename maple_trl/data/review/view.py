@@ -37,7 +37,7 @@ class View:
         looked: the tags as which it was looked at, besides its own.
         revealed: whether the right answer is shown.
         answer: the reviewer's own answer, given before that.
-        turn: counts what the server has answered.
+        turn: grows with each answer of the server.
         seconds: since the row was shown, as the page has counted.
         pick: the letter, tag or reason that was clicked.
     """
@@ -152,16 +152,25 @@ def card_html(desk: ReviewDesk, view: View, index: int, reviewer: str) -> str:
     )
 
 
-def bar_html(desk: ReviewDesk, view: View, reviewer: str, chosen: tuple[str, str], message: str, wrong: bool) -> str:
+def bar_html(
+    desk: ReviewDesk,
+    view: View,
+    reviewer: str,
+    chosen: tuple[str, str],
+    message: str,
+    wrong: bool,
+    turn: int | None = None,
+) -> str:
     """
     Return progress, and what the last action did.
 
     Args:
         chosen: tag and kind of the rows that are gone through.
+        turn: of this answer, where nothing else is painted and the view stays as it was.
     """
     tag, show = chosen
-    counts = desk.progress(reviewer, tag)
-    return render("bar.html.j2", view=view, counts=counts, tag=tag, show=show, message=message, wrong=wrong)
+    counts, turn = desk.progress(reviewer, tag), view.turn if turn is None else turn
+    return render("bar.html.j2", view=view, turn=turn, counts=counts, tag=tag, show=show, message=message, wrong=wrong)
 
 
 def shows() -> list[tuple[str, str]]:
