@@ -202,6 +202,7 @@ def test_a_line_that_is_no_entry_is_named(tmp_path, line, why):
 
 def test_an_entry_comes_back_as_it_was():
     made = entry("Çem", reason="no “clip”", answer="B", revealed=True, looked=("VA", "S"), seconds=1.5)
+    assert read_entry(replace(made, seconds=0.0).line()).seconds == 0.0
     assert read_entry(made.line()) == made and b"\n" not in made.line()[:-1]
 
 
