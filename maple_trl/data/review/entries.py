@@ -67,7 +67,11 @@ class Entry:
 
     def line(self) -> bytes:
         """Return the entry as one line of JSON."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None and value is not False and value != ()}
+        values = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None and value is not False and value != ()
+        }
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
 

@@ -270,6 +270,31 @@ def test_names_of_reviewers():
             reviewer_name(text)
 
 
+# The card
+
+
+def test_the_card_shows_every_kind_of_decision_once_one_has_decided(desk):
+    pytest.importorskip("jinja2", reason="no Jinja for the page")
+    from maple_trl.data.review.view import View, card_html
+
+    names = {"accept": "Kay", "retag": "Ray", "edit": "Eve", "reject": "Joe"}
+    for action, name in names.items():
+        values = {"retag": {"tag": "A"}, "edit": {"edit": {"answer": "C"}}, "reject": {"reason": "too <b>dark"}}
+        desk.decide(0, name, action, seen(desk, 0), **values.get(action, {}))
+    view = View("row-0", desk.data.digest(0), "V")
+    assert not any(f"<b>{name}</b>" in card_html(desk, view, 0, "ann") for name in names.values())
+    desk.decide(0, "ann", "retag", seen(desk, 0), tag="VAS")
+    text = card_html(desk, view, 0, "ann")
+    others = {name: text.split(f"<b>{name}</b>")[1].split("</li>")[0].strip() for name in names.values()}
+    assert others == {"Kay": "accepted", "Ray": "retagged → A", "Eve": "edited", "Joe": "rejected: too &lt;b&gt;dark"}
+    assert "reviewers disagree" in text and 'id="new-tag">VAS' in text and "writer, prompt abc" in text
+    assert "right-answer" not in text
+    rows = [desk.data.row(0) | {"provenance": [{"field": "tag"}]}]
+    desk.data.path.with_suffix(".jsonl").write_text(json.dumps(rows[0]) + "\n")
+    other = desk_of(desk.data.path.with_suffix(".jsonl"), desk.log.path)
+    assert "<dt>tag</dt><dd></dd>" in card_html(other, view, 0, "ann")
+
+
 # Agreement
 
 
