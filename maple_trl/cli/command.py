@@ -19,6 +19,7 @@ from maple_trl.cli.data_difficulty import run_difficulty
 from maple_trl.cli.data_hints import run_hints
 from maple_trl.cli.data_push import run_push
 from maple_trl.cli.data_qa_plus import run_qa_plus
+from maple_trl.cli.data_review import run_review
 from maple_trl.cli.data_validate import run_validate
 from maple_trl.cli.eval import run_eval
 from maple_trl.cli.failures import fail, refuse
@@ -48,6 +49,7 @@ _DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "curate": ("make questions and captions with tags of clips", run_curate),
     "convert": ("make rows of a published set", run_convert),
     "validate": ("check tables of rows", run_validate),
+    "review": ("open a page to review rows on, or write what was decided", run_review),
     "hints": ("let a teacher model write a hint for each row", run_hints),
     "qa-plus": ("ask questions with more signals too, and with fewer", run_qa_plus),
     "difficulty": ("keep the rows that a model solves sometimes", run_difficulty),
@@ -56,10 +58,7 @@ _DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "eval": ("measure a model on a data set or benchmark, per tag and per choice of signals", run_eval),
     "report": ("write one HTML file on a run or an evaluation, or on two of them", run_report),
-    "critical-steps": (
-        "ask a judge where the critical steps of completions stand, for the report",
-        run_critical_steps,
-    ),
+    "critical-steps": ("ask a judge where the critical steps of completions stand, for the report", run_critical_steps),
     "parity": ("compare what vLLM computes with what the trainer does", run_parity),
     "vllm-serve": ("start a vLLM server that samples completions for a training job", run_vllm_serve),
     "plan": ("compute memory and time of a training job on given cards", run_plan),
