@@ -16,6 +16,9 @@ from test_curation import all_rows, check_questions, rows_of, run, write_config
 
 from maple_trl import cli
 from maple_trl.data.curation import curate, read_config
+from maple_trl.data.review.desk import ReviewDesk, Shown
+from maple_trl.data.review.log import ReviewLog
+from maple_trl.data.review.rows import ReviewSet
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.media.loader import MediaLoader
 
@@ -32,6 +35,21 @@ def daily_omni() -> Path:
 def spoken(folder: Path) -> str:
     """What its captions quote of the speech, in place of subtitles, which Daily-Omni has not."""
     return " ".join(re.findall(r'"([^"]+)"', (folder / "audio_revised_captions.txt").read_text()))
+
+
+def review(folder: Path) -> tuple[str, str]:
+    """Accept all rows but one, which goes, and one, which gets another tag; return their ids."""
+    desk = ReviewDesk(ReviewSet(folder), ReviewLog(folder.with_name(f"{folder.name}.review.log")))
+    places = {tag: desk.data.tags.index(tag) for tag in ("V", "AS")}
+    for index in range(len(desk.data)):
+        shown = Shown(desk.data.digest(index))
+        if index == places["V"]:
+            desk.decide(index, "ann", "reject", shown, reason="not clear")
+        elif index == places["AS"]:
+            desk.decide(index, "ann", "retag", shown, tag="VAS")
+        else:
+            desk.decide(index, "ann", "accept", shown)
+    return desk.data.ids[places["V"]], desk.data.ids[places["AS"]]
 
 
 @pytest.mark.slow
@@ -60,11 +78,20 @@ def test_from_real_clips_to_a_step_of_training(daily_omni, tmp_path, capsys):
         assert Counter(row["tag"] for row in kept) == {tag.value: 6 for tag in ModalityTag}
         assert len({row["clip"] for row in kept}) == 1
 
+    reviewed = tmp_path / "reviewed"
+    rejected, retagged = review(out / "questions")
+    assert cli.main(["data", "review", str(out / "questions"), "--export", str(reviewed)]) == 0
+    kept = [row for split in ("train", "test") for row in rows_of(reviewed.parent, reviewed.name, split)]
+    assert {row["id"] for row in questions} - {row["id"] for row in kept} == {rejected}
+    (changed,) = [row for row in kept if any(entry["reviewer"] for entry in row["provenance"])]
+    assert (changed["id"], changed["tag"]) == (retagged, "VAS")
+    assert cli.main(["data", "validate", str(reviewed), "--media_root", str(out)]) == 0
+
     job = {
         "trainer": "mapo",
         "model_name_or_path": "builtin:tiny-omni",
         "dtype": "float32",
-        "dataset_name": str(out / "questions"),
+        "dataset_name": str(reviewed),
         "media_root": str(out),
         "num_frames": 4,
         "max_pixels": 8 * 28 * 28,
