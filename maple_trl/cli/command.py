@@ -58,7 +58,10 @@ _DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "eval": ("measure a model on a data set or benchmark, per tag and per choice of signals", run_eval),
     "report": ("write one HTML file on a run or an evaluation, or on two of them", run_report),
-    "critical-steps": ("ask a judge where the critical steps of completions stand, for the report", run_critical_steps),
+    "critical-steps": (
+        "ask a judge where the critical steps of completions stand, for the report",
+        run_critical_steps,
+    ),
     "parity": ("compare what vLLM computes with what the trainer does", run_parity),
     "vllm-serve": ("start a vLLM server that samples completions for a training job", run_vllm_serve),
     "plan": ("compute memory and time of a training job on given cards", run_plan),

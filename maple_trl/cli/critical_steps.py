@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.servers import ServerArguments, chat_options
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
-    from maple_trl.chat import ChatOptions
     from maple_trl.jobs.critical_steps import CriticalSteps
 
 _DESCRIPTION = """\
@@ -38,40 +38,16 @@ Exit status: 0; 1 when more completions failed than --max_failures allows; 2 for
 
 
 @dataclass
-class CriticalStepArguments:
+class CriticalStepArguments(ServerArguments):
     """Which completions a judge reads, and where it is."""
 
     samples: int = field(default=200, metadata={"help": "completions that are asked about"})
     seed: int = field(default=0, metadata={"help": "of the draw of completions"})
-    max_failures: float = field(default=0.2, metadata={"help": "failed completions allowed, as a share"})
-    model: str | None = field(
-        default=None,
-        metadata={"aliases": ["--model_name_or_path"], "help": "the judge's name, as the server knows it (required)"},
-    )
-    base_url: str | None = field(default=None, metadata={"help": "root of the API, as http://127.0.0.1:8000/v1"})
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the key"})
-    api_key_file: str | None = field(default=None, metadata={"help": "file with the key, instead of the variable"})
-    concurrency: int = field(default=16, metadata={"help": "calls open at once"})
-    requests_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
-    tokens_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
-    timeout: float = field(default=120.0, metadata={"help": "seconds of one call"})
-    max_attempts: int = field(default=5, metadata={"help": "calls a request, with retries"})
-    retry_wait: float = field(default=1.0, metadata={"help": "seconds before the first retry"})
-    max_tokens: int = field(default=1024, metadata={"help": "tokens of an answer; 0: no limit"})
     temperature: float | None = field(default=0.0, metadata={"help": "sampling temperature"})
-    sampling: dict[str, Any] = field(default_factory=dict, metadata={"help": "further fields of the request"})
-    cache: str | None = field(
-        default=None, metadata={"help": "file that keeps answers (critical_steps.sqlite in RUN)"}
-    )
-    no_cache: bool = field(default=False, metadata={"help": "keep no answers"})
-    prompt_price: float = field(default=0.0, metadata={"help": "price of 1e6 prompt tokens"})
-    completion_price: float = field(default=0.0, metadata={"help": "price of 1e6 answer tokens"})
-    dry_run: bool = field(default=False, metadata={"help": "send and write nothing; count"})
     json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
 
     def __post_init__(self):
-        if not 0 <= self.max_failures <= 1:
-            raise ValueError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
+        super().__post_init__()
         for name, least in (("samples", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be {least} or more, got {getattr(self, name)}")
@@ -98,7 +74,9 @@ def run_critical_steps(words: Sequence[str]) -> int:
     from maple_trl.reports import ReportError
 
     try:
-        with ChatClient(_chat_options(arguments, named.run)) as client:
+        folder = Path(named.run)
+        kept = str(folder / "critical_steps.sqlite") if folder.is_dir() else None
+        with ChatClient(chat_options(arguments, kept)) as client:
             found = find_critical_steps(named.run, client, arguments.samples, arguments.seed)
             usage = client.usage
     except (ReportError, ChatSetupError, ValueError) as error:
@@ -108,19 +86,6 @@ def run_critical_steps(words: Sequence[str]) -> int:
     except Exception as error:
         return fail("critical-steps", error, named.run)
     return _tell(found, usage.as_dict(), arguments)
-
-
-def _chat_options(arguments: CriticalStepArguments, folder: str) -> ChatOptions:
-    from maple_trl.chat import ChatOptions
-
-    sampling = {"max_tokens": arguments.max_tokens} if arguments.max_tokens else {}
-    sampling |= {} if arguments.temperature is None else {"temperature": arguments.temperature}
-    names = {option.name for option in fields(ChatOptions)}
-    given = {option.name: getattr(arguments, option.name) for option in fields(arguments) if option.name in names}
-    cache = None
-    if not arguments.no_cache and Path(folder).is_dir():
-        cache = arguments.cache or str(Path(folder, "critical_steps.sqlite"))
-    return ChatOptions(**given | {"sampling": sampling | arguments.sampling}, cache_file=cache)
 
 
 def _tell(found: CriticalSteps, usage: dict[str, Any], arguments: CriticalStepArguments) -> int:

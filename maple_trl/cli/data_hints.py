@@ -1,28 +1,28 @@
-"""The commands `maple-trl data …`: their options, and what they print."""
+"""The command `maple-trl data hints`: its options, and what it prints."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.servers import ServerArguments, chat_options, of_class
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
-    from maple_trl.chat import ChatOptions
     from maple_trl.data.hints import HintSummary
 
-_HINTS_DESCRIPTION = """\
+_DESCRIPTION = """\
 Adds a column `hint`: a teacher behind an OpenAI-compatible endpoint sees prompt, answer and, where asked, captions and
 frames, and says where to look. Hints that give the answer away are refused."""
 
-_HINTS_EXAMPLES = """\
+_EXAMPLES = """\
 examples:
   maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --dry_run
   maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --base_url http://127.0.0.1:8000/v1
@@ -36,7 +36,7 @@ Exit status: 0; 1 when more rows failed than --max_failures allows; 2 for a wron
 
 
 @dataclass
-class HintArguments:
+class HintArguments(ServerArguments):
     """What `maple-trl data hints` reads, asks and writes."""
 
     dataset_name: str | None = field(
@@ -56,33 +56,7 @@ class HintArguments:
     max_tries: int = field(default=3, metadata={"help": "hints asked for, a row"})
     max_words: int = field(default=60, metadata={"help": "longest hint"})
     chunk: int = field(default=64, metadata={"help": "rows asked and noted together"})
-    max_failures: float = field(default=0.2, metadata={"help": "failed rows allowed"})
-    model: str | None = field(
-        default=None,
-        metadata={"aliases": ["--model_name_or_path"], "help": "the model's name, as the server knows it (required)"},
-    )
-    base_url: str | None = field(default=None, metadata={"help": "root of the API, as http://127.0.0.1:8000/v1"})
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the key"})
-    api_key_file: str | None = field(default=None, metadata={"help": "file with the key, instead of the variable"})
-    concurrency: int = field(default=16, metadata={"help": "calls open at once"})
-    requests_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
-    tokens_per_minute: float | None = field(default=None, metadata={"help": "rate that is kept"})
-    timeout: float = field(default=120.0, metadata={"help": "seconds of one call"})
-    max_attempts: int = field(default=5, metadata={"help": "calls a request, with retries"})
-    retry_wait: float = field(default=1.0, metadata={"help": "seconds before the first retry"})
-    max_tokens: int = field(default=1024, metadata={"help": "tokens of an answer; 0: no limit"})
-    temperature: float | None = field(default=None, metadata={"help": "sampling temperature (the server's)"})
-    sampling: dict[str, Any] = field(default_factory=dict, metadata={"help": "further fields of the request"})
-    cache: str | None = field(default=None, metadata={"help": "file that keeps answers (OUTPUT.cache.sqlite)"})
-    no_cache: bool = field(default=False, metadata={"help": "keep no answers"})
-    prompt_price: float = field(default=0.0, metadata={"help": "price of 1e6 prompt tokens"})
-    completion_price: float = field(default=0.0, metadata={"help": "price of 1e6 answer tokens"})
-    dry_run: bool = field(default=False, metadata={"help": "send and write nothing; count"})
     json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
-
-    def __post_init__(self):
-        if not 0 <= self.max_failures <= 1:
-            raise ValueError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
 
 
 def run_hints(words: Sequence[str]) -> int:
@@ -90,9 +64,7 @@ def run_hints(words: Sequence[str]) -> int:
     from maple_trl.jobs.errors import SetupError
     from maple_trl.jobs.options import OptionParser, read_options
 
-    parser = OptionParser(
-        [HintArguments], prog="maple-trl data hints", description=_HINTS_DESCRIPTION, epilog=_HINTS_EXAMPLES
-    )
+    parser = OptionParser([HintArguments], prog="maple-trl data hints", description=_DESCRIPTION, epilog=_EXAMPLES)
     if asks_for_help(words):
         parser.print_help()
         return 0
@@ -101,12 +73,14 @@ def run_hints(words: Sequence[str]) -> int:
     except SetupError as error:
         return refuse("data hints", error)
     from maple_trl.chat import ChatClient, ChatSetupError
+    from maple_trl.cli.counting import Counting
     from maple_trl.data.hints import HintError, HintOptions, build_hints
 
     folder = str(Path(arguments.output).parent)
     try:
-        chat, options = _chat_options(arguments), HintOptions(**_of_class(HintOptions, arguments))
-        with ChatClient(chat) as client, _Progress(quiet=arguments.json) as progress:
+        chat = chat_options(arguments, f"{arguments.output}.cache.sqlite")
+        options = HintOptions(**of_class(HintOptions, arguments))
+        with ChatClient(chat) as client, Counting("hints", quiet=arguments.json) as progress:
             source = _input_file(arguments.dataset_name)
             summary = build_hints(source, arguments.output, client, options, progress.update)
     except (HintError, ChatSetupError, ValueError) as error:
@@ -118,49 +92,12 @@ def run_hints(words: Sequence[str]) -> int:
     return _report(summary, arguments)
 
 
-def _of_class(options: type, arguments: HintArguments) -> dict[str, Any]:
-    """Pick the arguments that a class takes, by name."""
-    return {field.name: getattr(arguments, field.name) for field in fields(options) if hasattr(arguments, field.name)}
-
-
 def _input_file(name: str) -> str:
     if name != "builtin:seven-tags":
         return name
     from maple_trl.data import default_folder
 
     return str(default_folder() / "train.parquet")
-
-
-def _chat_options(arguments: HintArguments) -> ChatOptions:
-    from maple_trl.chat import ChatOptions
-
-    sampling = {"max_tokens": arguments.max_tokens} if arguments.max_tokens else {}
-    sampling |= {} if arguments.temperature is None else {"temperature": arguments.temperature}
-    given = _of_class(ChatOptions, arguments) | {"sampling": sampling | arguments.sampling}
-    cache_file = None if arguments.no_cache else arguments.cache or f"{arguments.output}.cache.sqlite"
-    return ChatOptions(**given, cache_file=cache_file)
-
-
-class _Progress:
-    """A bar on the standard error output, where that is a screen."""
-
-    def __init__(self, quiet: bool):
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._bar = Progress(console=console, disable=quiet or not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("hints", total=None)
-
-    def update(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
 
 
 def _report(summary: HintSummary, arguments: HintArguments) -> int:
