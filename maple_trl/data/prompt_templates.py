@@ -85,7 +85,7 @@ class StyledTemplate:
     def render(self, row: Mapping[str, Any], fed: ModalityTag | None) -> str:
         """Return the text for a row; see [`PromptTemplate.render`]."""
         question, options = row.get("question"), row.get("options") or []
-        if not isinstance(question, str) or not question:
+        if not isinstance(question, str) or not question.strip():
             raise RowError(
                 f"prompt_template {self.style.name} needs a text in column 'question', got {question!r:.60}"
             )

@@ -192,6 +192,8 @@ def test_the_chat_template_is_checked_with_the_made_prompt(folder):
     [
         ("{title}?", {}, r"names \{title\}, and there is no column 'title'; there are question, options"),
         ("{question}", {"question": None}, r"column 'question' is empty in this row"),
+        ("{question}", {"question": " \n"}, r"column 'question' is empty in this row"),
+        ("{question}", {"question": float("nan")}, r"column 'question' is empty in this row"),
         ("{question}", {"question": ["x"]}, r"column 'question' holds list; it must be a text or a number"),
         ("{question}", {"question": True}, r"column 'question' holds bool"),
         ("{options}", {"options": []}, r"column 'options' is \[\], not texts"),
