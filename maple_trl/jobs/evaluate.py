@@ -267,7 +267,12 @@ def load_questions(job: EvalJob) -> Questions:
         described["tags"] = job.tags
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
-        raise SetupError(f"{name} holds no row")
+        why = (
+            f": {len(left_out)} left out, the first ({left_out[0]['name']}): {left_out[0]['reason']}"
+            if left_out
+            else ""
+        )
+        raise SetupError(f"{name} holds no row{why}")
     try:
         check_spelling(dataset.column_names, name, makes_prompt=job.media.prompt_template is not None)
     except ValueError as error:

@@ -118,6 +118,8 @@ def test_a_preset_is_printed_and_kept(tmp_path, capsys):
     # Another evaluation is not mixed in.
     assert evaluate(*words, "--tags", "V", "--output", tmp_path / "out") == 2
     assert "data.tags: ['VA'], not ['V']" in capsys.readouterr().err
+    assert evaluate(*words, "--tags", "S", "--output", tmp_path / "none") == 2
+    assert "mvbench holds no row: 1 left out" in (said := capsys.readouterr().err) and "tag S needs subtitle" in said
     assert evaluate(*words, "--tags", "V", "VA", "--output", tmp_path / "both") == 0
     assert [line["fed"] for line in lines_of(tmp_path / "both")] == ["V", "VA"]
 

@@ -201,6 +201,9 @@ def test_a_recipe_says_which_row_it_is_and_changes_nothing_else(folder, name):
         assert len(own_keys(path) - {"output_dir"}) == 1  # one axis goes back
 
 
+LAST_TWO = ("gradient_accumulation_steps", "steps_per_generation")
+
+
 @pytest.mark.parametrize(
     "folder, prompts_per_rollout, updates, prompts_per_update",
     [("maple_qa", 256, 8, 32), ("maple_caption", 64, 1, 64)],
@@ -214,6 +217,13 @@ def test_batches_are_those_of_the_paper(folder, prompts_per_rollout, updates, pr
     assert micro_batch * args.steps_per_generation == prompts_per_rollout * args.num_generations
     assert divmod(args.steps_per_generation, args.gradient_accumulation_steps) == (updates, 0)
     assert micro_batch * args.gradient_accumulation_steps == prompts_per_update * args.num_generations
+    # Another number of GPUs: "change the last two in proportion".
+    for gpus in (1, 2, 8):
+        words = [f"--{name}={getattr(args, name) * GPUS // gpus}" for name in LAST_TWO]
+        other = parsed(path, *words)[1]
+        micro_batch = other.per_device_train_batch_size * gpus
+        assert micro_batch * other.steps_per_generation == prompts_per_rollout * other.num_generations
+        assert other.steps_per_generation // other.gradient_accumulation_steps == updates
 
 
 def torn_groups(args):
