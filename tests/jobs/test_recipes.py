@@ -300,7 +300,14 @@ def test_an_evaluation_has_the_published_settings(name):
     job, trained = read_job(["--config", str(RECIPES / name)]), parsed(RECIPES / name.parts[0] / "base.yaml")[1]
     assert (job.options.temperature, job.options.top_p) == (trained.temperature, trained.top_p)
     assert (job.options.samples, job.options.max_new_tokens) == (5, trained.max_completion_length)
+    assert job.media.max_prompt_length == trained.max_prompt_length == 8192
     assert job.media.num_frames == trained.num_frames and job.media.prompt_template == PROMPTS[name.parts[0]]
+    served = read_job(["--config", str(RECIPES / name), "--server", "http://127.0.0.1:9/v1"])
+    assert served.media.max_prompt_length is None and served.options == job.options
+    # The preset says nothing else: with it alone, an evaluation is the same.
+    words = ["--model", job.model_name_or_path, "--data", job.dataset_name, "--output", job.output_dir]
+    alone = read_job([*words, "--preset", job.preset])
+    assert (alone.options, alone.media) == (job.options, job.media)
     assert job.dataset_name == f"data/{name.parts[0]}" + ("_plus" if "qa_plus" in name.name else "")
     if not job.model_name_or_path.startswith("Qwen/"):  # it is what a recipe writes
         recipe = RECIPES / Path(job.model_name_or_path).relative_to("runs").with_suffix(".yaml")
