@@ -144,7 +144,9 @@ def read_template(value: str | Mapping[str, str]) -> Asking:
 
 
 def texts_of(value: Any) -> Any:
-    """Return texts by tag that stand as JSON, as on a command line, as a mapping; anything else as it is."""
+    """Return texts by tag that stand as JSON, as on a command line, as a mapping, `null` as `None`; all else as it is."""
+    if value == "null":
+        return None
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             found = json.loads(value)

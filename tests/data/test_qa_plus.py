@@ -22,6 +22,7 @@ from maple_trl import cli
 from maple_trl.data import qa_plus
 from maple_trl.data.none_answers import NONE_ANSWERS, plain_option, says_none, speaks_of_others
 from maple_trl.data.qa_plus import Plan, QAPlusError, QAPlusOptions, build_qa_plus
+from maple_trl.data.validation import table_files
 from maple_trl.modalities import ModalityTag
 
 
@@ -427,6 +428,7 @@ def test_shards_and_their_notes(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [*summary.files, "left_out-train.jsonl", "qa_plus-train.json"]
     )
+    assert [file.name for file in table_files(tmp_path / "out")] == summary.files  # the notes are no tables
     loaded = load_dataset(
         "parquet", data_files=str(tmp_path / "out" / "*.parquet"), split="train", cache_dir=tmp_path / "c"
     )

@@ -171,3 +171,5 @@ def test_a_table_is_asked_as_published(tmp_path, capsys):
     assert settled("--preset", "maple-caption").prompt_template == "maple-caption"
     assert settled("--preset", "maple-caption", "--benchmark", "mvbench").prompt_template is None
     assert settled("--preset", "maple-qa", "--prompt_template", "think").prompt_template == "think"
+    kept = settled("--preset", "maple-qa", "--prompt_template", "null")
+    assert kept.prompt_template is None and kept.prompt_style == "brackets"

@@ -235,7 +235,7 @@ def test_values_that_are_no_template(value, message):
 
 
 def test_json_of_a_command_line():
-    assert texts_of('{"V": "x"}') == {"V": "x"}
+    assert texts_of('{"V": "x"}') == {"V": "x"} and texts_of("null") is None
     for text in ("{question}", "{{x}}", "plain", None, {"V": "x"}):
         assert texts_of(text) == text
 
