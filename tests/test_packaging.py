@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
     "bert_score": "bert-score",
+    "faster_whisper": "faster-whisper",
     "lmms_eval": "lmms-eval",
     "rouge_score": "rouge-score",
     "sklearn": "scikit-learn",
