@@ -60,7 +60,10 @@ class QAPlusArguments:
     )
     prompt_style: str = field(
         default="keep",
-        metadata={"help": "form of the prompts: keep (as they are, but for the options), think, answer, brackets"},
+        metadata={
+            "help": "form of the prompts: keep (as they are, but for the options; none where there is no column prompt), think, "
+            "answer, brackets"
+        },
     )
     seed: int = field(default=0, metadata={"help": "of all draws"})
     shard_rows: int = field(default=50_000, metadata={"help": "rows of a file"})

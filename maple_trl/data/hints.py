@@ -44,7 +44,7 @@ def build_hints(
     Args:
         input_file, output_file (`str` or `os.PathLike`):
             `.parquet`, `.json` or `.jsonl`; may be the same. Rows need `prompt` and `solution`, and may have `options` and
-            `video`. With a dry run nothing is written.
+            `video`. Of a table without the column `prompt`, which a template is to make, `question` is read. With a dry run nothing is written.
         client (`ChatClient`):
             The teacher.
         options (`HintOptions`, *optional*):
@@ -89,13 +89,15 @@ class _Builder:
             raise HintError(f"{target}: a table is one of .parquet, .json, .jsonl")
         self.table = RowTable(source)
         self.progress_file = target.with_name(target.name + ".progress.jsonl")
-        missing = [name for name in ("prompt", "solution", *options.columns) if name not in self.table.columns]
+        has_question = "prompt" not in self.table.columns and "question" in self.table.columns
+        self.asked = "question" if has_question else "prompt"
+        missing = [name for name in (self.asked, "solution", *options.columns) if name not in self.table.columns]
         if missing:
             raise HintError(f"{source} has no column {missing[0]!r}; its columns: {', '.join(self.table.columns)}")
         if (
             options.frames
             and "video" not in self.table.columns
-            and not isinstance(self.table.column("prompt")[0], list)
+            and not isinstance(self.table.column(self.asked)[0], list)
         ):
             raise HintError(f"{source} has no column 'video' to take {options.frames} frames from; leave frames at 0")
         root = Path(options.media_root) if options.media_root is not None else source.parent
@@ -135,7 +137,7 @@ class _Builder:
     def _rows(self, hints: list[str | None]) -> list[_Row]:
         """Read the rows to ask for, all of them before anything is sent."""
         optional = [name for name in ("options", "video") if name in self.table.columns]
-        names = list(dict.fromkeys(["prompt", "solution", *optional, *self.options.columns]))
+        names = list(dict.fromkeys([self.asked, "solution", *optional, *self.options.columns]))
         columns = {name: self.table.column(name) for name in names}
         rows = []
         for index in range(len(self.table)):
@@ -146,6 +148,7 @@ class _Builder:
                 continue
             try:
                 row = {name: values[index] for name, values in columns.items()}
+                row.setdefault("prompt", row[self.asked])
                 problem = Problem.from_row(row, self.options.columns)
             except ProblemError as error:
                 raise HintError(f"{self.source}, row {index}: {error}") from error

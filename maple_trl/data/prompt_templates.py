@@ -85,7 +85,7 @@ class StyledTemplate:
     def render(self, row: Mapping[str, Any], fed: ModalityTag | None) -> str:
         """Return the text for a row; see [`PromptTemplate.render`]."""
         question, options = row.get("question"), row.get("options") or []
-        if not isinstance(question, str) or not question:
+        if not isinstance(question, str) or not question.strip():
             raise RowError(
                 f"prompt_template {self.style.name} needs a text in column 'question', got {question!r:.60}"
             )
@@ -144,7 +144,9 @@ def read_template(value: str | Mapping[str, str]) -> Asking:
 
 
 def texts_of(value: Any) -> Any:
-    """Return texts by tag that stand as JSON, as on a command line, as a mapping; anything else as it is."""
+    """Return texts by tag that stand as JSON, as on a command line, as a mapping, `null` as `None`; all else as it is."""
+    if value == "null":
+        return None
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             found = json.loads(value)

@@ -106,11 +106,13 @@ def read_item(row: Mapping[str, Any], style: PromptStyle | None, files: Files) -
         raise NotAnItem("open question", "field 'options' is empty")
     tag = _tag(row)
     right = _right(row, options)
+    has_prompt = "prompt" in row  # a table without the column is asked by templates
     if style is None:
-        find_options(row.get("prompt"), options)
+        if has_prompt:
+            find_options(row["prompt"], options)
     elif not isinstance(row.get("question"), str) or not row["question"].strip():
         raise NotAnItem("no question", "field 'question' is empty, from which the prompt is made anew")
-    elif _asked(row.get("prompt")) is None:
+    elif has_prompt and _asked(row["prompt"]) is None:
         raise NotAnItem("no prompt", "field 'prompt' has no message of the user that is a text")
     return Item(str(name), tag, right, _signals(row, files), _fixed(options, right))
 
@@ -189,7 +191,9 @@ def replace_options(prompt: Any, before: Sequence[str], after: Sequence[str]) ->
 
 
 def write_prompt(prompt: Any, question: str, options: Sequence[str], style: PromptStyle) -> Any:
-    """Return a prompt whose last message of the user is written anew."""
+    """Return a prompt whose last message of the user is written anew; the one message of a new prompt where there is none."""
+    if prompt is None:
+        prompt = [{"role": "user", "content": ""}]
     return _with_text(prompt, style.render(question, options, "option"))
 
 

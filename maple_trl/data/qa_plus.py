@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.none_answers import NONE_ANSWERS
 from maple_trl.data.qa_items import COLUMNS, Files, NotAnItem, read_item, replace_options, write_prompt
+from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import replace_split, shards_of
 from maple_trl.files import digest, write_atomically
 from maple_trl.modalities import STRATA, ModalityTag
@@ -178,7 +179,7 @@ class Plan:
         self.options, self._source, self._style = options, source, options.style
         self._root = media_root
         self.summary = QAPlusSummary(read=len(source))
-        self.features = _features(source.features)
+        self.features = _features(source.features, writes_prompt=self._style is not None)
         self._reasons: list[str] = []
         self._draws = self._read(Files(media_root), left_out)
         self.summary.questions = int((self._draws.required != _UNUSED).sum())
@@ -354,7 +355,7 @@ class Plan:
         prompt = row.get("prompt")
         if self._style is not None:
             prompt = write_prompt(prompt, row["question"], options, self._style)
-        elif replaced is not None:
+        elif replaced is not None and "prompt" in row:
             prompt = replace_options(prompt, row["options"], options)
         return {
             "id": f"{name}-{tag}",
@@ -385,21 +386,25 @@ _MADE = ("id", "prompt", "options", "tag", "hint", *_ADDED)
 """Columns in which the rows of a question differ."""
 
 
-def _features(source: Features) -> Features:
+def _features(source: Features, writes_prompt: bool) -> Features:
     """
     Return the features of QA+ rows: those of the source, and what is added.
+
+    Without a column `prompt` there is none in the rows either, unless a style writes it.
 
     Raises:
         QAPlusError: where the source lacks a column of questions.
     """
-    missing = [name for name in ("id", "tag", "options", "answer", "prompt", "question") if name not in source]
+    right = "solution" if "answer" not in source and "solution" in source else "answer"
+    missing = [name for name in ("id", "tag", "options", right, "question") if name not in source]
     if missing:
         raise QAPlusError(
-            f"there is no column {missing[0]!r}; a question has {', '.join(('id', 'tag', 'prompt', 'question'))}, options "
-            f"and answer, the rows have {', '.join(source)}"
+            f"there is no column {missing[0]!r}; a question has id, tag, question, options and answer (or solution), the rows have "
+            f"{', '.join(source)}"
         )
     texts = {"id": Value("string"), "tag": Value("string"), "options": List(Value("string"))}
-    return Features({**source, **texts, **_ADDED})
+    prompt = {} if "prompt" in source or not writes_prompt else {"prompt": ROW_FEATURES["prompt"]}
+    return Features({**source, **prompt, **texts, **_ADDED})
 
 
 def _tables(source: Dataset) -> Iterator[pa.Table]:

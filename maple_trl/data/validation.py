@@ -161,6 +161,8 @@ def table_files(path: Path) -> list[Path]:
     """
     List the tables of a path: itself, or the tables of a folder, in order.
 
+    In a folder of shards those are its tables: what lies beside them are notes of the command that wrote them.
+
     Raises:
         TableError: when there is none.
     """
@@ -169,7 +171,7 @@ def table_files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in RECORD_SUFFIXES and file.is_file())
         if found:
-            return found
+            return [file for file in found if split_of(file) is not None] or found
         raise TableError(f"{path} holds no table ({', '.join(RECORD_SUFFIXES)})")
     raise TableError(
         f"{path}: a table is one of {', '.join(RECORD_SUFFIXES)}" if path.exists() else f"there is no table {path}"

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maple_trl.jobs.errors import SetupError, did_you_mean
+
+
+if TYPE_CHECKING:
+    from maple_trl.jobs.eval_job import EvalJob
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,17 @@ PRESETS: Mapping[str, EvalPreset] = MappingProxyType(
         # 32 frames: the paper gives no number; as in the recipes.
         "maple-qa": EvalPreset(
             "MAPLE, arXiv 2602.11596, 3.3, B.4 and table 7",
-            {**_MAPLE, "temperature": 0.6, "top_p": 0.95, "prompt_style": "brackets"},
+            {**_MAPLE, "temperature": 0.6, "top_p": 0.95, "prompt_style": "brackets", "prompt_template": "maple-qa"},
         ),
         "maple-caption": EvalPreset(
             "MAPLE, arXiv 2602.11596, 3.3, C.2 and table 7",
-            {**_MAPLE, "temperature": 0.7, "top_p": 0.9, "reward_funcs": ["caption_judge"]},
+            {
+                **_MAPLE,
+                "temperature": 0.7,
+                "top_p": 0.9,
+                "reward_funcs": ["caption_judge"],
+                "prompt_template": "maple-caption",
+            },
         ),
         # Lengths, sound and prompts that ask for the answer alone: the authors' release. 32 frames: the paper, section 5.
         "avatar": EvalPreset(
@@ -97,4 +107,14 @@ def preset_values(values: Mapping[str, Any], given: Collection[str]) -> dict[str
         raise SetupError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     found = PRESETS[name].values(values.get("benchmark"))
     settled = {*given, *(_OF_A_LOCAL_MODEL if values.get("server") else ())}
+    if values.get("benchmark") is not None or "prompt_style" in given:
+        settled.add("prompt_template")  # of a table that is asked as the preset says
     return {option: value for option, value in found.items() if not {option, _INSTEAD.get(option)} & settled}
+
+
+def settle_template(job: EvalJob, columns: Collection[str]) -> None:
+    """Leave the preset's template out where the table has not the columns that it names, but prompts of its own."""
+    lacks = job.media.prompt_template == "maple-qa" and not {"question", "options"} <= {*columns}
+    if "prompt_template" in job.set_by_preset and lacks and "prompt" in columns:
+        del job.set_by_preset["prompt_template"]
+        job.media.prompt_template = None

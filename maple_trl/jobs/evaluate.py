@@ -29,6 +29,7 @@ from maple_trl.files import as_json, digest, write_atomically
 from maple_trl.jobs.data import filter_rows, load_datasets
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.eval_job import EvalJob, EvalMedia
+from maple_trl.jobs.eval_presets import settle_template
 from maple_trl.jobs.models import LocalModel, ServedModel
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.jobs.scoring import Scoring
@@ -253,6 +254,7 @@ def load_questions(job: EvalJob) -> Questions:
         split = job.dataset_test_split or "test"
         name = f"{job.dataset_name}, split {split!r}"
         dataset, root = _load_split(job.dataset_name, split, root)
+        settle_template(job, dataset.column_names)
         described = {"split": split}
     else:
         name = f"benchmark {job.benchmark}"
@@ -265,7 +267,12 @@ def load_questions(job: EvalJob) -> Questions:
         described["tags"] = job.tags
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
-        raise SetupError(f"{name} holds no row")
+        why = (
+            f": {len(left_out)} left out, the first ({left_out[0]['name']}): {left_out[0]['reason']}"
+            if left_out
+            else ""
+        )
+        raise SetupError(f"{name} holds no row{why}")
     try:
         check_spelling(dataset.column_names, name, makes_prompt=job.media.prompt_template is not None)
     except ValueError as error:

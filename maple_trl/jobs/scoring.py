@@ -53,6 +53,11 @@ class Scoring:
         judge = _judge(job, entry, metrics)
         if isinstance(judge, dict) and not _is_accuracy(entry):
             entry, judge = judge, None
+        if entry in JUDGES:
+            raise SetupError(
+                f"{entry} needs a model that judges: --judge_model NAME, and --judge_server URL where it is not the API's own "
+                "(local: in this process)"
+            )
         if isinstance(entry, dict):
             entry = _with_cache(entry, job)
         (self.function,) = load_rewards([entry], media, place="--judge")

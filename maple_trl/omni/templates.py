@@ -174,7 +174,7 @@ def _value(row: Mapping[str, Any], name: str, said: str, fed: ModalityTag | None
         if len(value) > len(ascii_uppercase):
             raise RowError(f"column 'options' holds {len(value)} texts, and there are {len(ascii_uppercase)} letters")
         return "\n".join(option_lines(value))
-    if value is None or value == "":
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # of tables: NaN
         raise RowError(f"prompt_template names {{{name}}}, and column {name!r} is empty in this row")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RowError(

@@ -270,6 +270,23 @@ def test_every_format_keeps_its_rows_and_gains_hints(tmp_path, source, target):
     assert [{name: value for name, value in got.items() if name != "hint"} for got in split] == rows
 
 
+def test_a_table_that_a_template_asks_has_its_question_read(tmp_path):
+    """As AVATAR's recipes describe their data: `question` and `options`, and no column `prompt`."""
+    rows = [row(f"q{n}") for n in range(2)]
+    bare = [{**one, "question": one["prompt"][0]["content"]} for one in rows]
+    bare = [{name: value for name, value in one.items() if name != "prompt"} for one in bare]
+    with ChatServer(by_row) as server:
+        assert build(server, table(tmp_path / "in.jsonl", rows), tmp_path / "a.jsonl").hinted == 2
+        assert build(server, table(tmp_path / "bare.jsonl", bare), tmp_path / "b.jsonl").hinted == 2
+        asked = sorted(call.text for call in server.calls)
+        assert asked[0] == asked[1] and asked[2] == asked[3] and asked[1] != asked[2]
+        # Negative control: with neither there is nothing to ask about.
+        neither = [{"solution": "B"}]
+        with pytest.raises(HintError, match="no column 'prompt'"):
+            build(server, table(tmp_path / "neither.jsonl", neither), tmp_path / "c.jsonl")
+    assert hints_of(tmp_path / "a.jsonl") == hints_of(tmp_path / "b.jsonl")
+
+
 def test_the_teacher_is_told_why_and_asked_again(tmp_path):
     def choose(number, body):
         if "Question stubborn" in str(body["messages"]):

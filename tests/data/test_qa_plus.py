@@ -22,6 +22,7 @@ from maple_trl import cli
 from maple_trl.data import qa_plus
 from maple_trl.data.none_answers import NONE_ANSWERS, plain_option, says_none, speaks_of_others
 from maple_trl.data.qa_plus import Plan, QAPlusError, QAPlusOptions, build_qa_plus
+from maple_trl.data.validation import table_files
 from maple_trl.modalities import ModalityTag
 
 
@@ -366,6 +367,23 @@ def test_prompts_in_another_style():
 # None answers
 
 
+def test_rows_without_prompts_are_asked_by_templates():
+    """What a row is otherwise does not depend on whether it has a prompt."""
+    whole = table(questions(40))
+    bare = whole.remove_columns("prompt")
+    with_prompts, without = made_of(whole)[0], made_of(bare.remove_columns("answer"))[0]  # `solution` says it too
+    assert all("prompt" not in row for row in without)
+    assert [{k: v for k, v in row.items() if k not in ("prompt", "answer")} for row in with_prompts] == without
+    assert any(row["replaced"] for row in without)
+    # A style writes them.
+    written = made_of(bare, prompt_style="brackets")[0]
+    assert written == made_of(whole, prompt_style="brackets")[0]
+    assert all(option in row["prompt"][0]["content"] for row in written for option in row["options"])
+    # Negative control: with the column, a row in which it is empty is no question.
+    rows = [*questions(5), question("q9", prompt=[])]
+    assert {row["question_id"] for row in made_of(table(rows))[0]} == {f"q{i}" for i in range(5)}
+
+
 def test_a_hundred_none_answers():
     assert len(NONE_ANSWERS) == 100 == len(set(map(plain_option, NONE_ANSWERS)))
     assert all(text == text.strip() and text.endswith(".") and 10 < len(text) < 90 for text in NONE_ANSWERS)
@@ -410,6 +428,7 @@ def test_shards_and_their_notes(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [*summary.files, "left_out-train.jsonl", "qa_plus-train.json"]
     )
+    assert [file.name for file in table_files(tmp_path / "out")] == summary.files  # the notes are no tables
     loaded = load_dataset(
         "parquet", data_files=str(tmp_path / "out" / "*.parquet"), split="train", cache_dir=tmp_path / "c"
     )

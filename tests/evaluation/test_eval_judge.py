@@ -113,7 +113,7 @@ def test_a_judge_in_this_process(captions, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--judge", "caption_judge"], "needs either `server` (model, base_url, …) or `local`"),
+        (["--judge", "caption_judge"], "caption_judge needs a model that judges: --judge_model NAME"),
         (["--judge", "caption_judge", "--judge-server", "http://127.0.0.1:9/v1"], "--judge-model, and where it is"),
         (
             ["--judge", "accuracy_reward", "--judge-model", "m"],

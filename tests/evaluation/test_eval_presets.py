@@ -56,10 +56,12 @@ def test_the_tables_of_the_documentation_are_the_code():
 def test_presets_name_benchmarks_and_options_that_there_are():
     for name, preset in PRESETS.items():
         assert set(preset.of_benchmark) <= set(BENCHMARKS)
-        for benchmark in (None, *preset.of_benchmark):
+        for benchmark in (None, "worldsense", *preset.of_benchmark):
             words = [] if benchmark is None else ["--benchmark", benchmark]
             options = vars(settled("--preset", name, *words))
             values = preset.values(benchmark)
+            if benchmark is not None:
+                values.pop("prompt_template", None)  # of tables
             assert {option: options[option] for option in values} == values and options["set_by_preset"] == values
     assert {row[0] for row in table("answer_metric")[1:]} == set(ANSWER_METRICS)
 
@@ -116,6 +118,8 @@ def test_a_preset_is_printed_and_kept(tmp_path, capsys):
     # Another evaluation is not mixed in.
     assert evaluate(*words, "--tags", "V", "--output", tmp_path / "out") == 2
     assert "data.tags: ['VA'], not ['V']" in capsys.readouterr().err
+    assert evaluate(*words, "--tags", "S", "--output", tmp_path / "none") == 2
+    assert "mvbench holds no row: 1 left out" in (said := capsys.readouterr().err) and "tag S needs subtitle" in said
     assert evaluate(*words, "--tags", "V", "VA", "--output", tmp_path / "both") == 0
     assert [line["fed"] for line in lines_of(tmp_path / "both")] == ["V", "VA"]
 
@@ -136,3 +140,36 @@ def test_answers_of_a_table_are_read_as_the_style_has_them(tmp_path):
     scored = result_of(tmp_path / "out")["scoring"]
     assert scored["score"]["entry"] == {"reward": "accuracy_reward", "answer_format": "brackets"}
     assert scored["parser"]["name"].endswith(":extract_bracketed")
+
+
+def test_a_table_is_asked_as_published(tmp_path, capsys):
+    """As the recipes ask it, whether it has prompts of another form or none; and read in the form that was asked for."""
+    style = "Answer in this form: <answer>LETTER</answer>"
+    row = {"id": "one", "question": "Who sings?", "options": ["a", "b"], "solution": "B"}
+    tables = {"none": row, "other": row | {"prompt": [{"role": "user", "content": style}]}}
+    media = {"video": str(default_folder() / load_seven_tags()["test"][0]["video"]), "tag": "V"}
+    words = [*MODEL, "--samples", "1", "--quiet", "--media_root", default_folder()]
+
+    def asked(name, *more):
+        (tmp_path / "test.jsonl").write_text(json.dumps(tables[name] | media) + "\n")
+        out = tmp_path / f"{name}{len(more)}"
+        assert evaluate(*words, *more, "--data", tmp_path, "--output", out) == 0
+        found, (line,) = result_of(out), lines_of(out)
+        return found["preset"]["set"], line["prompt"], found["scoring"]["parser"]["name"]
+
+    for name in tables:
+        settings, prompt, parser = asked(name, "--preset", "maple-qa")
+        assert settings["prompt_template"] == "maple-qa" and "B. b" in prompt and "<answer>" not in prompt
+        assert prompt.rstrip().endswith("in square brackets.") and parser.endswith(":extract_bracketed")
+    # Who names a style keeps the rows' prompts.
+    settings, prompt, parser = asked("other", "--preset", "maple-qa", "--prompt_style", "answer")
+    assert "prompt_template" not in settings and style in prompt and parser.endswith(":extract_answer")
+    # Negative control: without the preset, a table without prompts is refused.
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | media) + "\n")
+    assert evaluate(*words, "--data", tmp_path, "--output", tmp_path / "bare") == 2
+    assert "has no column 'prompt'" in capsys.readouterr().err
+    assert settled("--preset", "maple-caption").prompt_template == "maple-caption"
+    assert settled("--preset", "maple-caption", "--benchmark", "mvbench").prompt_template is None
+    assert settled("--preset", "maple-qa", "--prompt_template", "think").prompt_template == "think"
+    kept = settled("--preset", "maple-qa", "--prompt_template", "null")
+    assert kept.prompt_template is None and kept.prompt_style == "brackets"

@@ -201,6 +201,9 @@ def test_a_recipe_says_which_row_it_is_and_changes_nothing_else(folder, name):
         assert len(own_keys(path) - {"output_dir"}) == 1  # one axis goes back
 
 
+LAST_TWO = ("gradient_accumulation_steps", "steps_per_generation")
+
+
 @pytest.mark.parametrize(
     "folder, prompts_per_rollout, updates, prompts_per_update",
     [("maple_qa", 256, 8, 32), ("maple_caption", 64, 1, 64)],
@@ -214,6 +217,13 @@ def test_batches_are_those_of_the_paper(folder, prompts_per_rollout, updates, pr
     assert micro_batch * args.steps_per_generation == prompts_per_rollout * args.num_generations
     assert divmod(args.steps_per_generation, args.gradient_accumulation_steps) == (updates, 0)
     assert micro_batch * args.gradient_accumulation_steps == prompts_per_update * args.num_generations
+    # Another number of GPUs: "change the last two in proportion".
+    for gpus in (1, 2, 8):
+        words = [f"--{name}={getattr(args, name) * GPUS // gpus}" for name in LAST_TWO]
+        other = parsed(path, *words)[1]
+        micro_batch = other.per_device_train_batch_size * gpus
+        assert micro_batch * other.steps_per_generation == prompts_per_rollout * other.num_generations
+        assert other.steps_per_generation // other.gradient_accumulation_steps == updates
 
 
 def torn_groups(args):
@@ -290,7 +300,14 @@ def test_an_evaluation_has_the_published_settings(name):
     job, trained = read_job(["--config", str(RECIPES / name)]), parsed(RECIPES / name.parts[0] / "base.yaml")[1]
     assert (job.options.temperature, job.options.top_p) == (trained.temperature, trained.top_p)
     assert (job.options.samples, job.options.max_new_tokens) == (5, trained.max_completion_length)
+    assert job.media.max_prompt_length == trained.max_prompt_length == 8192
     assert job.media.num_frames == trained.num_frames and job.media.prompt_template == PROMPTS[name.parts[0]]
+    served = read_job(["--config", str(RECIPES / name), "--server", "http://127.0.0.1:9/v1"])
+    assert served.media.max_prompt_length is None and served.options == job.options
+    # The preset says nothing else: with it alone, an evaluation is the same.
+    words = ["--model", job.model_name_or_path, "--data", job.dataset_name, "--output", job.output_dir]
+    alone = read_job([*words, "--preset", job.preset])
+    assert (alone.options, alone.media) == (job.options, job.media)
     assert job.dataset_name == f"data/{name.parts[0]}" + ("_plus" if "qa_plus" in name.name else "")
     if not job.model_name_or_path.startswith("Qwen/"):  # it is what a recipe writes
         recipe = RECIPES / Path(job.model_name_or_path).relative_to("runs").with_suffix(".yaml")

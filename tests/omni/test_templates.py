@@ -192,6 +192,8 @@ def test_the_chat_template_is_checked_with_the_made_prompt(folder):
     [
         ("{title}?", {}, r"names \{title\}, and there is no column 'title'; there are question, options"),
         ("{question}", {"question": None}, r"column 'question' is empty in this row"),
+        ("{question}", {"question": " \n"}, r"column 'question' is empty in this row"),
+        ("{question}", {"question": float("nan")}, r"column 'question' is empty in this row"),
         ("{question}", {"question": ["x"]}, r"column 'question' holds list; it must be a text or a number"),
         ("{question}", {"question": True}, r"column 'question' holds bool"),
         ("{options}", {"options": []}, r"column 'options' is \[\], not texts"),
@@ -233,7 +235,7 @@ def test_values_that_are_no_template(value, message):
 
 
 def test_json_of_a_command_line():
-    assert texts_of('{"V": "x"}') == {"V": "x"}
+    assert texts_of('{"V": "x"}') == {"V": "x"} and texts_of("null") is None
     for text in ("{question}", "{{x}}", "plain", None, {"V": "x"}):
         assert texts_of(text) == text
 

@@ -400,6 +400,7 @@ def test_a_job_is_refused_before_its_model_is_loaded(seven, tmp_path, monkeypatc
         (["--prompt_template", "maple-qa"], r"answer_format: brackets"),
         (["--prompt_template", "{title}"], r"train_dataset, row 0: prompt_template names \{title\}"),
         ([], r"has no column 'prompt'.*prompt_template makes it of other columns"),
+        (["--prompt_template", "null"], r"has no column 'prompt'"),  # of a recipe that has one
     ):
         with pytest.raises(SetupError, match=message):
             build_job(*job(tmp_path, *media, *words))
