@@ -25,7 +25,7 @@ examples:
   maple-trl data validate train.parquet test.parquet --media_root data/clips
   maple-trl data validate data/rows --json
 
-TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of such files. Tables are read in batches; of all rows together
+TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of shards or of such files. Tables are read in batches; of all rows together
 only digests of their ids and clips are kept, about 200 bytes a row.
 
 Every option may be a key of a YAML file (--config FILE); the command line wins.
@@ -93,6 +93,8 @@ def print_report(report: ValidationReport) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{report.rows:,} rows in {report.files} table{'s' if report.files != 1 else ''}")
+    for path in report.passed_over:
+        console.print(f"not read, as it is no shard: {path}", markup=False)
     if not report.counts:
         console.print("no problem found")
         return

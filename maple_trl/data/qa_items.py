@@ -19,7 +19,7 @@ from maple_trl.omni.media.subtitles import is_subtitle_file
 
 COLUMNS = (
     *("id", "tag", "required_tag", "stratum", "question", "options", "answer", "solution", "prompt"),
-    *("reference", "reference_v", "reference_a", "reference_s", "video", "audio", "subtitle", "image"),
+    *("reference", "reference_v", "reference_a", "reference_s", "video", "audio", "subtitle", "image", "split"),
 )
 """The columns that are looked at."""
 

@@ -5,6 +5,8 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -318,15 +320,34 @@ def test_what_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     (tmp_path / "t.json").write_text('[{"id": "a"}, {"id": ]')
     (tmp_path / "t.txt").write_text("x")
+    (tmp_path / "none.jsonl").touch()
+    pq.write_table(pa.table([["a"], ["b"]], names=["id", "id"]), tmp_path / "twice.parquet")
     for table, error in (
         ("absent.parquet", "there is no table"),
         ("empty", "holds no table"),
         ("t.parquet", "cannot read .*t.parquet"),
         ("t.json", "record 1: not JSON"),
         ("t.txt", "a table is one of"),
+        ("none.jsonl", "there is no row in .*none.jsonl"),
+        ("twice.parquet", "twice.parquet has several columns 'id'"),
     ):
         with pytest.raises(TableError, match=error):
             validate_tables([tmp_path / table])
+
+
+def test_a_folder_of_shards_is_read_as_training_reads_it(tmp_path):
+    """Shards alone, and all of them: notes and dropped rows of other commands lie beside them."""
+    write_shards([question(number) for number in range(3)], tmp_path, shard_rows=1)
+    beside = [tmp_path / name for name in ("dropped-train-00000-of-00001.parquet", "notes.json", "left_out.jsonl")]
+    Dataset.from_list([{"reason": "never solved"}]).to_parquet(beside[0])
+    for path in beside[1:]:
+        path.write_text("{\n}")
+    report = validate_tables([tmp_path])
+    assert (report.rows, report.files, report.counts) == (3, 3, {})
+    assert sorted(report.passed_over) == sorted(map(str, beside))
+    (tmp_path / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(TableError, match="the shards of split 'train' are not one whole set"):
+        validate_tables([tmp_path])
 
 
 @pytest.mark.slow

@@ -148,7 +148,8 @@ def convert(
     root = Path(options.media_root or folder)
     if not root.is_dir():
         raise ConversionError(f"media_root: there is no folder {root}")
-    summary = ConversionSummary([str(file) for file, _ in files], str(root))
+    # Whole: jobs read '.' as the folder of the rows.
+    summary = ConversionSummary([str(file) for file, _ in files], str(root.resolve()))
     rows = _Rows(converter, options, root, _below(root, folder), summary)
     features = Features({**ROW_FEATURES, **{name: Value("string") for name in converter.further}})
     with ShardWriter(output, features, options.shard_rows) as writer:
