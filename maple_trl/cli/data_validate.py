@@ -25,8 +25,8 @@ examples:
   maple-trl data validate train.parquet test.parquet --media_root data/clips
   maple-trl data validate data/rows --json
 
-TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of shards or of such files. Tables are read in batches; of all rows together
-only digests of their ids and clips are kept, about 200 bytes a row.
+TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of shards or of such files. Tables are read in batches; of all
+rows together only digests of their ids and clips are kept, about 200 bytes a row.
 
 Every option may be a key of a YAML file (--config FILE); the command line wins.
 Exit status: 0; 1 when there is a problem; 2 for a table that cannot be read; 130 when interrupted.
