@@ -381,7 +381,7 @@ def test_rows_that_ask_one_question_with_several_inputs(folder, capsys):
             "tag": tag,
             "required_tag": "V",
             "stratum": stratum,
-            "video_id": f"clip-{name}",
+            "clip": f"clip-{name}",
         }
         for name in ("one", "two")
         for tag, stratum in (("V", "exact"), ("av", "superset"), ("A", "deficit"))
