@@ -65,7 +65,7 @@ def run_validate(words: Sequence[str]) -> int:
     except SetupError as error:
         return refuse("data validate", error)
     from maple_trl.cli.counting import Counting
-    from maple_trl.data.hint_tables import TableError
+    from maple_trl.data.record_files import TableError
     from maple_trl.data.validation import validate_tables
 
     try:

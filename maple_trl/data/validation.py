@@ -27,8 +27,7 @@ from cachetools import LRUCache
 from datasets import Features, List, Value
 
 from maple_trl.data.benchmarks.options import described
-from maple_trl.data.hint_tables import TableError
-from maple_trl.data.record_files import RECORD_SUFFIXES, read_records
+from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import ShardError, find_shards, split_of
 from maple_trl.modalities import Modality, ModalityTag

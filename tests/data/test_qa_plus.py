@@ -264,6 +264,13 @@ def test_rows_that_are_no_questions_are_counted_and_named():
         made_of(rows[1:])
 
 
+def test_what_a_question_requires_comes_before_what_it_is_fed():
+    rows, plan = made_of([question("seen", "VA", required_tag="V")], none_share=0)
+    strata = [(row["required_tag"], row["tag"], row["stratum"]) for row in rows]
+    assert ("V", "V", "exact") in strata and Counter(required for required, *_ in strata) == {"V": 3}
+    assert plan.summary.left_out == {}
+
+
 def test_options_that_cannot_be_replaced_are_named():
     options = {
         "twice": ("red", "Blue ", " blue", "grey"),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl import cli
-from maple_trl.data.hint_tables import TableError
+from maple_trl.data.record_files import TableError
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
 from maple_trl.data.validation import KINDS, signals, validate_tables

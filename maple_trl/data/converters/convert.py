@@ -16,7 +16,7 @@ from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
 from maple_trl.data.benchmarks.options import described
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.converters.base import CONVERTERS, Converter, Place, Sample
-from maple_trl.data.hint_tables import TableError
+from maple_trl.data.record_files import TableError
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import SHARD_ROWS, ShardWriter
 from maple_trl.data.validation import mark_fault, text_digest, unread_subtitle
