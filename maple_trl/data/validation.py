@@ -7,6 +7,7 @@ of every row: a digest of its id and one of its clip with its split, about 200 b
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from bisect import bisect_right
@@ -221,6 +222,8 @@ def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
         yield from _parquet_tables(file, checker)
         return
     records = read_records(file)
+    if file.suffix.lower() == ".csv":
+        records = map(_with_messages, records)
     begin = 0
     while batch := list(islice(records, _ROWS_AT_ONCE)):
         names = dict.fromkeys(name for row in batch for name in row)
@@ -228,6 +231,15 @@ def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
         checker.columns |= set(names)
         yield faults, _numbered(checker, batch, begin, set(ROW_FEATURES) & set(names))
         begin += len(batch)
+
+
+def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a CSV file with its prompt read as training reads it: messages stand there as JSON."""
+    prompt = row.get("prompt")
+    try:
+        return row | {"prompt": json.loads(prompt)} if prompt and prompt.lstrip().startswith("[") else row
+    except ValueError:
+        return row
 
 
 def _parquet_tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:

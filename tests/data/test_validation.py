@@ -1,5 +1,6 @@
 """Validation of tables: each kind of problem is found where it is, and a right table has none."""
 
+import csv
 import json
 import tempfile
 import tracemalloc
@@ -18,6 +19,7 @@ from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
 from maple_trl.data.validation import KINDS, signals, validate_tables
 from maple_trl.evaluation.served_prompts import MessageEncoder
+from maple_trl.jobs.tables import read_tables
 from maple_trl.modalities import Modality
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.media.sampling import MediaLimits
@@ -348,6 +350,24 @@ def test_a_folder_of_shards_is_read_as_training_reads_it(tmp_path):
     (tmp_path / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(TableError, match="the shards of split 'train' are not one whole set"):
         validate_tables([tmp_path])
+
+
+def test_messages_of_a_csv_file_stand_as_json(tmp_path):
+    """As a training job reads them."""
+    row = opened() | {"provenance": None}
+    row = {name: row[name] for name in ("id", "clip", "tag", "source", "question", "answer", "solution", "video")}
+    for prompt, faults in (
+        (json.dumps(PROMPT), []),
+        ("[not JSON", [("type", "prompt", 0)]),
+        ("Hi?", [("type", "prompt", 0)]),
+    ):
+        with open(tmp_path / "t.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, [*row, "prompt"])
+            writer.writeheader()
+            writer.writerow(row | {"prompt": prompt})
+        assert found(validate_tables([tmp_path / "t.csv"])) == faults
+        read = read_tables([tmp_path / "t.csv"]) if prompt != "[not JSON" else None
+        assert read is None or isinstance(read["prompt"][0], list) == (not faults)
 
 
 @pytest.mark.slow
