@@ -229,6 +229,7 @@ def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
         names = dict.fromkeys(name for row in batch for name in row)
         faults = _column_faults(names) if begin == 0 else []
         checker.columns |= set(names)
+        checker.missing = (set(REQUIRED) if begin == 0 else checker.missing) - set(names)
         yield faults, _numbered(checker, batch, begin, set(ROW_FEATURES) & set(names))
         begin += len(batch)
 
@@ -251,6 +252,7 @@ def _parquet_tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
                 raise TableError(f"{file} has several columns {twice!r}")
             yield _column_faults(schema.names), iter(())
             checker.columns |= set(schema.names)
+            checker.missing = set(REQUIRED) - set(schema.names)
             names = [name for name in schema.names if name in ROW_FEATURES or name in _FURTHER]
             odd = {name for name in names if name in ROW_FEATURES and not _fits(name, schema.field(name).type)}
             begin = 0
@@ -334,6 +336,7 @@ class _RowChecker:
         self.seen = seen
         self.there: LRUCache[str, bool] = LRUCache(_PATHS_AT_HAND)
         self.columns: set[str] = set(ROW_FEATURES)
+        self.missing: set[str] = set()
 
     def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
         """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
@@ -344,7 +347,8 @@ class _RowChecker:
         ]
         if faults:  # the rest is about values of the right type
             return sorted(faults)
-        faults += [("empty", name, "must be filled, but is empty") for name in REQUIRED if _blank(row.get(name))]
+        empty = [name for name in REQUIRED if _blank(row.get(name)) and name not in self.missing]  # told of the file
+        faults += [("empty", name, "must be filled, but is empty") for name in empty]
         tag = _tag(row, "tag", faults)
         required = _tag(row, "required_tag", faults)
         faults += _stratum_faults(row, tag, required)

@@ -314,6 +314,7 @@ def test_columns_that_are_missing_or_misspelt_are_named(tmp_path):
     report = validate_tables([write_jsonl(tmp_path / "t.jsonl", [row])])
     fields = {problem.field: problem.message for problem in report.shown["column"]}
     assert fields["source"] == "is no column of the table; rename 'sources'?"
+    assert not report.counts["empty"]  # a column that is missing is told once, and not of each row
     assert fields["vide"] == "is not read; rename it to 'video' if that is meant" and set(fields) == {"source", "vide"}
 
 
