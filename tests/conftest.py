@@ -6,6 +6,7 @@ import signal
 
 import leftovers
 import pytest
+from hypothesis import settings
 
 
 # One thread: the models here are tiny, and the workers of pytest-xdist share the cores.
@@ -17,6 +18,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # A shell has its background jobs, and so what they start, ignore the interrupts that tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("unhurried", parent=settings.default, deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="module")

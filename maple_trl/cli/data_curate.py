@@ -125,4 +125,5 @@ def _print_summary(summary: CurationSummary, config: CurationConfig, dry_run: bo
             told = ", ".join(f"{tag} {number:,}" for tag, number in tags.items())
             console.print(f"{kind}, {split}: {told or 'none'}", highlight=False, soft_wrap=True)
     if summary.written is not None:
-        console.print(f"written to {config.output}", highlight=False, soft_wrap=True)
+        told = f"written to {config.output}; train with dataset_name: {config.output}/questions and media_root: {config.output}"
+        console.print(told, highlight=False, soft_wrap=True)

@@ -57,8 +57,8 @@ def run_push(words: Sequence[str]) -> int:
     except SetupError as error:
         return refuse("data push", error)
     from maple_trl.cli.data_validate import print_report
-    from maple_trl.data.hint_tables import TableError
     from maple_trl.data.publish import InvalidRowsError, PublishError, publish
+    from maple_trl.data.record_files import TableError
     from maple_trl.data.shards import ShardError
 
     given = asdict(arguments)

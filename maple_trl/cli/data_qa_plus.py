@@ -94,7 +94,11 @@ def run_qa_plus(words: Sequence[str]) -> int:
         options = QAPlusOptions(**{f.name: getattr(arguments, f.name) for f in fields(QAPlusOptions)})
         split = arguments.split or ("test" if options.evaluation else "train")
         named = OmniScriptArguments(dataset_name=places.source, dataset_train_split=split, dataset_test_split=split)
-        splits, root = load_datasets(named, arguments.media_root or ".")
+        given = arguments.media_root
+        if given is not None and not Path(given).is_dir():
+            raise SetupError(f"media_root: there is no folder {given}")
+        # Whole: '.' is the folder of the rows to it.
+        splits, root = load_datasets(named, "." if given is None else str(Path(given).resolve()))
         local = places.source.startswith("builtin:") or Path(places.source).exists()
         looked_at = root if arguments.check_files and (local or arguments.media_root) else None
         summary = build_qa_plus(splits[split], places.output, split, options, looked_at, arguments.overwrite)

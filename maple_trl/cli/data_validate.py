@@ -25,8 +25,8 @@ examples:
   maple-trl data validate train.parquet test.parquet --media_root data/clips
   maple-trl data validate data/rows --json
 
-TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of such files. Tables are read in batches; of all rows together
-only digests of their ids and clips are kept, about 200 bytes a row.
+TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of shards or of such files. Tables are read in batches; of all
+rows together only digests of their ids and clips are kept, about 200 bytes a row.
 
 Every option may be a key of a YAML file (--config FILE); the command line wins.
 Exit status: 0; 1 when there is a problem; 2 for a table that cannot be read; 130 when interrupted.
@@ -65,7 +65,7 @@ def run_validate(words: Sequence[str]) -> int:
     except SetupError as error:
         return refuse("data validate", error)
     from maple_trl.cli.counting import Counting
-    from maple_trl.data.hint_tables import TableError
+    from maple_trl.data.record_files import TableError
     from maple_trl.data.validation import validate_tables
 
     try:
@@ -93,6 +93,8 @@ def print_report(report: ValidationReport) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{report.rows:,} rows in {report.files} table{'s' if report.files != 1 else ''}")
+    for path in report.passed_over:
+        console.print(f"not read, as it is no shard: {path}", markup=False)
     if not report.counts:
         console.print("no problem found")
         return

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maple_trl.data.record_files import TableError, read_records
+
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
-
-
-class TableError(ValueError):
-    """A table that cannot be read or written as asked; the message names the file, and the row where there is one."""
 
 
 class RowTable:
@@ -49,7 +47,7 @@ class RowTable:
                 raise TableError(f"cannot read {self.path}: {error}") from error
             self.columns = list(self._table.column_names)
         else:
-            self._rows = _read_json(self.path)
+            self._rows = list(read_records(self.path))
             self.columns = list(dict.fromkeys(name for row in self._rows for name in row))
 
     def __len__(self) -> int:
@@ -93,30 +91,6 @@ class RowTable:
             return pa.table({name: self.column(name) for name in self.columns})
         except (pa.ArrowException, TypeError) as error:
             raise TableError(f"{path}: the rows of {self.path} cannot be Parquet ({error}); write .jsonl") from error
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TableError(f"cannot read {path}: {error}") from error
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise TableError(f"cannot read {path}: {error}") from error
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise TableError(f"{path}, line {number}: {error}") from error
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise TableError(f"{path}, row {index}: expected an object, got {type(row).__name__}")
-    return rows
 
 
 def _with_text_column(table: pa.Table, name: str, values: Sequence[str | None]) -> pa.Table:

@@ -18,7 +18,8 @@ from maple_trl.chat import ChatClient, ChatRequest
 from maple_trl.data.hint_leaks import LEAKS, leaks_answer
 from maple_trl.data.hint_options import HintError, HintOptions, HintSummary
 from maple_trl.data.hint_prompts import SYSTEM, Problem, ProblemError, clean_hint, first_messages, next_messages
-from maple_trl.data.hint_tables import RowTable, TableError
+from maple_trl.data.hint_tables import RowTable
+from maple_trl.data.record_files import TableError
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
 

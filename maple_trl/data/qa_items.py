@@ -19,7 +19,7 @@ from maple_trl.omni.media.subtitles import is_subtitle_file
 
 COLUMNS = (
     *("id", "tag", "required_tag", "stratum", "question", "options", "answer", "solution", "prompt"),
-    *("reference", "reference_v", "reference_a", "reference_s", "video", "audio", "subtitle", "image"),
+    *("reference", "reference_v", "reference_a", "reference_s", "video", "audio", "subtitle", "image", "split"),
 )
 """The columns that are looked at."""
 
@@ -123,11 +123,10 @@ def _tag(row: Mapping[str, Any]) -> ModalityTag:
         required = ModalityTag.parse(row.get("required_tag") or tag)
     except ValueError as error:
         raise NotAnItem("no tag", f"field 'tag': {error}") from None
-    if required != tag or row.get("stratum") not in (None, "", "exact"):
-        raise NotAnItem(
-            "not exact", f"it requires {required}, is fed {tag} and its stratum is {row.get('stratum')!r} already"
-        )
-    return tag
+    stratum = row.get("stratum") or None
+    if stratum is not None and (required != tag or stratum != "exact"):
+        raise NotAnItem("not exact", f"it requires {required}, is fed {tag} and its stratum is {stratum!r} already")
+    return required
 
 
 def _right(row: Mapping[str, Any], options: Sequence[Any]) -> int:

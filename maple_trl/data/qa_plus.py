@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.none_answers import NONE_ANSWERS
-from maple_trl.data.qa_items import COLUMNS, Files, NotAnItem, read_item, replace_options, write_prompt
+from maple_trl.data.qa_items import COLUMNS, Files, Item, NotAnItem, read_item, replace_options, write_prompt
 from maple_trl.data.schema import ROW_FEATURES
-from maple_trl.data.shards import replace_split, shards_of
+from maple_trl.data.shards import make_folder, replace_split, shards_of
 from maple_trl.files import digest, write_atomically
 from maple_trl.modalities import STRATA, ModalityTag
 
@@ -160,6 +160,7 @@ class Plan:
         options: what is made of them.
         media_root: where their media must be; `None` looks for none.
         left_out: called with each row that is left out: its place, its id (if any), the reason and the detail.
+        split: rows that say in their column `split` that they are of another one are left out.
 
     Attributes:
         summary: of what will be made.
@@ -175,12 +176,14 @@ class Plan:
         options: QAPlusOptions,
         media_root: str | Path | None = None,
         left_out: Callable[[int, Any, str, str], Any] = lambda *_: None,
+        split: str | None = None,
     ):
         self.options, self._source, self._style = options, source, options.style
-        self._root = media_root
+        self._root, self._split = media_root, split
         self.summary = QAPlusSummary(read=len(source))
         self.features = _features(source.features, writes_prompt=self._style is not None)
         self._reasons: list[str] = []
+        self._details: dict[str, str] = {}
         self._draws = self._read(Files(media_root), left_out)
         self.summary.questions = int((self._draws.required != _UNUSED).sum())
         if not self.summary.questions:
@@ -202,9 +205,9 @@ class Plan:
         reasons: dict[str, int] = {}
         for place, row in _rows(self._source):
             try:
-                item = read_item(row, self._style, files)
+                item = self._item(row, files)
             except NotAnItem as error:
-                self._leave_out(row.get("id"), error.reason)
+                self._leave_out(row.get("id"), error.reason, str(error))
                 left_out(place, row.get("id"), error.reason, str(error))
                 continue
             draws.required[place], draws.right[place] = places[item.tag], item.right
@@ -218,7 +221,14 @@ class Plan:
         self._reasons = list(reasons)
         return draws
 
-    def _leave_out(self, name: Any, reason: str) -> None:
+    def _item(self, row: Mapping[str, Any], files: Files) -> Item:
+        own = row.get("split")
+        if self._split is not None and own not in (None, "", self._split):
+            raise NotAnItem("another split", f"field 'split' is {own!r}, and rows of {self._split!r} are asked for")
+        return read_item(row, self._style, files)
+
+    def _leave_out(self, name: Any, reason: str, detail: str) -> None:
+        self._details.setdefault(reason, detail)
         entry = self.summary.left_out.setdefault(reason, {"count": 0, "ids": []})
         entry["count"] += 1
         if len(entry["ids"]) < _SHOWN:
@@ -226,7 +236,7 @@ class Plan:
 
     def _told(self) -> str:
         return "; ".join(
-            f"{entry['count']} {reason} (the first: {entry['ids'][0]!r})"
+            f"{entry['count']} {reason} (the first, {entry['ids'][0]!r}: {self._details[reason]})"
             for reason, entry in self.summary.left_out.items()
         )
 
@@ -261,7 +271,7 @@ class Plan:
                 rows, tags = rows[taken], tags[taken]
             chosen[rows, tags] = True
         if not chosen.any():
-            where = "" if self._root is None else f"; media were looked for in {self._root}"
+            where = "" if self._root is None else f"; media were looked for in {self._root}, which media_root says"
             raise QAPlusError(
                 f"no row can be made of {self.summary.questions} questions: not made: {self.summary.not_made}; sizes: "
                 f"{options.sizes}{where}"
@@ -456,15 +466,16 @@ def build_qa_plus(
 
     Raises:
         QAPlusError: as of [`Plan`], and when the split is there already.
+        ShardError: when the folder cannot be written.
     """
     folder = Path(folder)
     if not overwrite and (there := shards_of(folder, split)):
         raise QAPlusError(f"{there[0]} is there already; name another folder, or replace the split with overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
+    made = make_folder(folder)
     scratch = folder / f".left_out-{split}.partial"
     try:
         with open(scratch, "w", encoding="utf-8") as file:
-            plan = Plan(source, options, media_root, lambda *found: file.write(_line(*found)))
+            plan = Plan(source, options, media_root, lambda *found: file.write(_line(*found)), split)
         summary = plan.summary
         files = replace_split(
             plan.tables(), plan.features.arrow_schema, summary.total, folder, split, options.shard_rows
@@ -472,6 +483,8 @@ def build_qa_plus(
         os.replace(scratch, folder / f"left_out-{split}.jsonl")
     finally:
         scratch.unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
     summary.files = [path.name for path in files]
     described = {"options": asdict(options), "none_answers": digest(NONE_ANSWERS)[:16], **asdict(summary)}
     write_atomically(folder / f"qa_plus-{split}.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,9 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maple_trl.data.hint_tables import TableError
+
+class TableError(ValueError):
+    """A table that cannot be read or written as asked; the message names the file, and the row where there is one."""
 
 
 _CHUNK = 1 << 20  # characters read at once

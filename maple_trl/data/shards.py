@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from glob import escape as glob_escape
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +59,10 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._remove_abandoned()
-        self._scratch.mkdir(parents=True)
+        try:
+            self._scratch.mkdir(parents=True)
+        except OSError as error:
+            raise ShardError(f"{self.folder} cannot be written: {error}") from error
         return self
 
     def _remove_abandoned(self) -> None:
@@ -237,13 +240,23 @@ def find_shards(folder: str | os.PathLike[str]) -> dict[str, list[Path]]:
     if not found:
         raise ShardError(f"{folder} holds no shards; they are named as train-00000-of-00001.parquet is")
     for split, paths in found.items():
-        expected = [f"{split}-{number:05}-of-{len(paths):05}.parquet" for number in range(len(paths))]
-        if [path.name for path in paths] != expected:
-            raise ShardError(
-                f"{folder}: the shards of split {split!r} are not one whole set: it has "
-                f"{', '.join(path.name for path in paths[:5])}; expected {', '.join(expected[:5])}"
-            )
+        check_whole(paths, split)
     return found
+
+
+def check_whole(paths: Sequence[Path], split: str) -> None:
+    """
+    Check that files which are named as shards of a split, in order, are all of them.
+
+    Raises:
+        ShardError: when one is missing, or those of two sets stand together.
+    """
+    expected = [f"{split}-{number:05}-of-{len(paths):05}{paths[0].suffix}" for number in range(len(paths))]
+    if [path.name for path in paths] != expected:
+        raise ShardError(
+            f"{paths[0].parent}: the shards of split {split!r} are not one whole set: it has "
+            f"{', '.join(path.name for path in paths[:5])}; expected {', '.join(expected[:5])}"
+        )
 
 
 def split_of(path: Path) -> str | None:
@@ -255,6 +268,21 @@ def split_of(path: Path) -> str | None:
 def shards_of(folder: Path, split: str) -> list[Path]:
     """Return the files of a split that are there, one whole or several shards."""
     return sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*-of-*.parquet")])
+
+
+def make_folder(folder: Path) -> bool:
+    """
+    Make a folder for shards where there is none, and return whether there was none.
+
+    Raises:
+        ShardError: where there cannot be one.
+    """
+    there = folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be written: {error}") from error
+    return not there
 
 
 def replace_split(
@@ -273,7 +301,7 @@ def replace_split(
     Raises:
         ValueError: when the tables hold another number of rows.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     scratch = folder / f".{split}.partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir()

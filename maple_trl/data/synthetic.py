@@ -37,11 +37,11 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Value
 from filelock import FileLock
 
-from maple_trl.data.schema import LETTERS, QUESTION_COLUMNS
+from maple_trl.data.schema import LETTERS, QUESTION_COLUMNS, ROW_FEATURES
 from maple_trl.modalities import Modality, ModalityTag
 
 
-VERSION = 1
+VERSION = 2
 """Version of what the generator writes; a set of another version is rebuilt by [`load_seven_tags`]."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -73,7 +73,7 @@ STAMP_NAME = "seven_tags.json"
 FEATURES = Features(
     {
         **QUESTION_COLUMNS,
-        "subtitle": Value("string"),
+        **{name: ROW_FEATURES[name] for name in ("clip", "source", "subtitle")},
         "truth_V": Value("string"),
         "truth_A": Value("string"),
         "truth_S": Value("string"),
@@ -293,6 +293,7 @@ def _make_rows(
         for index in order:
             color, pitch, word = combinations[index]
             answer = right_letter(tag, dict(zip(ATTRIBUTES, combinations[index], strict=True)))
+            video = str(rng.choice(clips[color, pitch]))
             rows.append(
                 {
                     "prompt": [{"role": "user", "content": question}],
@@ -301,7 +302,9 @@ def _make_rows(
                     "answer": answer,
                     "solution": answer,
                     "tag": tag.value,
-                    "video": str(rng.choice(clips[color, pitch])),
+                    "video": video,
+                    "clip": video,
+                    "source": "seven-tags",
                     "subtitle": str(rng.choice(subtitles[word])),
                     "truth_V": color,
                     "truth_A": pitch,

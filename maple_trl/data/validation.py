@@ -7,6 +7,7 @@ of every row: a digest of its id and one of its clip with its split, about 200 b
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from bisect import bisect_right
@@ -27,10 +28,9 @@ from cachetools import LRUCache
 from datasets import Features, List, Value
 
 from maple_trl.data.benchmarks.options import described
-from maple_trl.data.hint_tables import TableError
-from maple_trl.data.record_files import RECORD_SUFFIXES, read_records
+from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
 from maple_trl.data.schema import ROW_FEATURES
-from maple_trl.data.shards import split_of
+from maple_trl.data.shards import ShardError, find_shards, split_of
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.content import MARK
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
@@ -106,17 +106,25 @@ class ValidationReport:
         rows, files: how many were read.
         counts: problems by kind, all of them.
         shown: the first problems of each kind.
+        passed_over: files of the folders that are no shards, and were not read.
     """
 
     rows: int = 0
     files: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     shown: dict[str, list[Problem]] = field(default_factory=dict)
+    passed_over: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything for JSON."""
         shown = {kind: [vars(problem) for problem in problems] for kind, problems in self.shown.items()}
-        return {"rows": self.rows, "files": self.files, "counts": dict(self.counts), "problems": shown}
+        return {
+            "rows": self.rows,
+            "files": self.files,
+            "passed_over": self.passed_over,
+            "counts": dict(self.counts),
+            "problems": shown,
+        }
 
 
 def validate_tables(
@@ -137,11 +145,12 @@ def validate_tables(
     Raises:
         TableError: for a table that is not there or cannot be read.
     """
-    files = [file for table in tables for file in table_files(Path(table))]
+    report = ValidationReport()
+    files = [file for table in tables for file in table_files(Path(table), report.passed_over)]
     root = None if media_root is None else Path(media_root)
     if root is not None and not root.is_dir():
         raise TableError(f"media root: there is no folder {root}")
-    report, seen = ValidationReport(files=len(files)), _Seen(files)
+    report.files, seen = len(files), _Seen(files)
     for file in files:
         seen.begin(report.rows)
         checker = _RowChecker(file, root, seen)
@@ -154,28 +163,43 @@ def validate_tables(
                 report.rows += 1
             if progress is not None:
                 progress(report.rows)
+    if not report.rows and not report.counts:
+        raise TableError(f"there is no row in {', '.join(map(str, files))}")
     return report
 
 
-def table_files(path: Path) -> list[Path]:
+def table_files(path: Path, passed_over: list[str] | None = None) -> list[Path]:
     """
-    List the tables of a path: itself, or the tables of a folder, in order.
+    List the tables of a path: itself, or those of a folder, in order: shards where it has any, as training reads it.
 
-    In a folder of shards those are its tables: what lies beside them are notes of the command that wrote them.
+    Args:
+        passed_over: gets the tables of a folder of shards that are none, such as the notes beside them.
 
     Raises:
-        TableError: when there is none.
+        TableError: when there is none, or a shard is missing.
     """
     if path.is_file() and path.suffix.lower() in RECORD_SUFFIXES:
         return [path]
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in RECORD_SUFFIXES and file.is_file())
+        if any(map(split_of, found)):
+            shards = _whole_shards(path)
+            if passed_over is not None:
+                passed_over += [str(file) for file in found if file not in shards]
+            return shards
         if found:
-            return [file for file in found if split_of(file) is not None] or found
+            return found
         raise TableError(f"{path} holds no table ({', '.join(RECORD_SUFFIXES)})")
     raise TableError(
         f"{path}: a table is one of {', '.join(RECORD_SUFFIXES)}" if path.exists() else f"there is no table {path}"
     )
+
+
+def _whole_shards(folder: Path) -> list[Path]:
+    try:
+        return [path for paths in find_shards(folder).values() for path in paths]
+    except ShardError as error:
+        raise TableError(str(error)) from error
 
 
 def _note(report: ValidationReport, shown: int, file: Path, row: int | None, fault: Fault) -> None:
@@ -198,21 +222,37 @@ def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
         yield from _parquet_tables(file, checker)
         return
     records = read_records(file)
+    if file.suffix.lower() == ".csv":
+        records = map(_with_messages, records)
     begin = 0
     while batch := list(islice(records, _ROWS_AT_ONCE)):
         names = dict.fromkeys(name for row in batch for name in row)
         faults = _column_faults(names) if begin == 0 else []
         checker.columns |= set(names)
+        checker.missing = (set(REQUIRED) if begin == 0 else checker.missing) - set(names)
         yield faults, _numbered(checker, batch, begin, set(ROW_FEATURES) & set(names))
         begin += len(batch)
+
+
+def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a CSV file with its prompt read as training reads it: messages stand there as JSON."""
+    prompt = row.get("prompt")
+    try:
+        return row | {"prompt": json.loads(prompt)} if prompt and prompt.lstrip().startswith("[") else row
+    except ValueError:
+        return row
 
 
 def _parquet_tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
     try:
         with pq.ParquetFile(file) as table:
             schema = table.schema_arrow
+            twice = next((name for name, number in Counter(schema.names).items() if number > 1), None)
+            if twice is not None:
+                raise TableError(f"{file} has several columns {twice!r}")
             yield _column_faults(schema.names), iter(())
             checker.columns |= set(schema.names)
+            checker.missing = set(REQUIRED) - set(schema.names)
             names = [name for name in schema.names if name in ROW_FEATURES or name in _FURTHER]
             odd = {name for name in names if name in ROW_FEATURES and not _fits(name, schema.field(name).type)}
             begin = 0
@@ -296,6 +336,7 @@ class _RowChecker:
         self.seen = seen
         self.there: LRUCache[str, bool] = LRUCache(_PATHS_AT_HAND)
         self.columns: set[str] = set(ROW_FEATURES)
+        self.missing: set[str] = set()
 
     def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
         """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
@@ -306,7 +347,8 @@ class _RowChecker:
         ]
         if faults:  # the rest is about values of the right type
             return sorted(faults)
-        faults += [("empty", name, "must be filled, but is empty") for name in REQUIRED if _blank(row.get(name))]
+        empty = [name for name in REQUIRED if _blank(row.get(name)) and name not in self.missing]  # told of the file
+        faults += [("empty", name, "must be filled, but is empty") for name in empty]
         tag = _tag(row, "tag", faults)
         required = _tag(row, "required_tag", faults)
         faults += _stratum_faults(row, tag, required)

@@ -124,13 +124,24 @@ def _read_local(path: Path, wanted: Sequence[str], streaming: bool = False) -> M
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
-    """Find the file of one split, `train.parquet`, or its shards, such as `train-00000-of-00002.parquet`."""
+    """
+    Find the file of one split, `train.parquet`, or its shards, such as `train-00000-of-00002.parquet`.
+
+    Raises:
+        SetupError: when a shard is missing.
+    """
+    from maple_trl.data.shards import ShardError, check_whole
+
     for suffix in SUFFIXES:
         whole = folder / f"{split}{suffix}"
         if whole.is_file():
             return [whole]
         shards = sorted(folder.glob(f"{split}-*-of-*{suffix}"))
         if shards:
+            try:
+                check_whole(shards, split)
+            except ShardError as error:
+                raise SetupError(str(error)) from error
             return shards
     return []
 

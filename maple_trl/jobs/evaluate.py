@@ -142,10 +142,10 @@ def _askable(builder: PromptBuilder, rows: Sequence[Mapping[str, Any]]) -> list[
 def _check_places(job: EvalJob, media_root: str) -> None:
     """Check that results can be written and media found, before the model is loaded."""
     folder = os.path.abspath(job.output_dir)
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise SetupError(f"--output: {job.output_dir} cannot be made a folder: File exists; name another")
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise SetupError(f"--output: {job.output_dir} cannot be made a folder: {folder} is a file; name another")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SetupError(f"--output: no permission to write into {folder}")
     if not os.path.isdir(media_root):

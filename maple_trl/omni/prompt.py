@@ -37,7 +37,7 @@ __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
 _PROBE_TEXT = "Which of the two do you see, and what do you hear? Answer with one word."
 _PROBE_FRAMES, _PROBE_SECONDS = 4, 1.0
 
-PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video")
+PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video", "image", "images")
 """The columns that a prompt depends on."""
 
 PICTURES = ("image", "images")

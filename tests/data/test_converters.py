@@ -598,6 +598,16 @@ def test_the_command_says_what_became_of_the_records(tmp_path, capsys):
     assert cli.main(["data", "convert", "--help"]) == 0 and "sets: daily-omni, humanomni" in capsys.readouterr().out
 
 
+def test_the_media_root_is_told_whole(tmp_path, capsys, monkeypatch):
+    """A job reads '.' as the folder of its rows."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.json").write_text(json.dumps([SHARE]))
+    monkeypatch.chdir(tmp_path / "set")
+    for source in (".", "a.json"):
+        assert cli.main(["data", "convert", "sharegpt", source, f"../of {source}"]) == 0
+        assert f"media_root: {tmp_path / 'set'}" in capsys.readouterr().out
+
+
 def test_tables_of_parquet_are_records_too(tmp_path):
     Dataset.from_list([AVATAR]).to_parquet(tmp_path / "train.parquet")
     convert("avatar-rl", tmp_path / "train.parquet", tmp_path / "rows")

@@ -138,13 +138,13 @@ def test_malformed_records_are_named(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[{", "cannot read .*qa.json: .*line 1"),
+        ("[{", "qa.json, record 0: not JSON"),
         (
             '{"Question": "?"}',
             "qa.json, record 0: field 'Choice' is missing; a record of Daily-Omni has Question, Choice",
         ),
         ("[]", "qa.json: no record in it"),
-        ('["?"]', "qa.json, row 0: expected an object, got str"),
+        ('["?"]', "qa.json, record 0: expected an object, got str"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, content, words):

@@ -396,7 +396,7 @@ def test_wrong_tables_are_named_before_anything_is_sent(tmp_path):
         ("in.jsonl", [row("b", prompt=[])], {}, "in.jsonl, row 0: field 'prompt' must be text or a list"),
         ("in.jsonl", [row("b", prompt=" ")], {}, "in.jsonl, row 0: field 'prompt' holds no text"),
         ("in.jsonl", [row("b", options="AB")], {}, "in.jsonl, row 0: field 'options' must be a list"),
-        ("in.jsonl", [sound, [1]], {}, "in.jsonl, row 1: expected an object, got list"),
+        ("in.jsonl", [sound, [1]], {}, "in.jsonl, line 2: expected an object, got list"),
         ("in.jsonl", [sound], {"frames": 2}, "in.jsonl, row 0: field 'video' names no file to take 2 frames from"),
         ("in.jsonl", [sound], {"media_root": "/no/folder"}, "media root '/no/folder' is not a folder"),
     ]

@@ -22,7 +22,8 @@ from maple_trl import cli
 from maple_trl.data import qa_plus
 from maple_trl.data.none_answers import NONE_ANSWERS, plain_option, says_none, speaks_of_others
 from maple_trl.data.qa_plus import Plan, QAPlusError, QAPlusOptions, build_qa_plus
-from maple_trl.data.validation import table_files
+from maple_trl.data.shards import write_shards
+from maple_trl.data.validation import table_files, validate_tables
 from maple_trl.modalities import ModalityTag
 
 
@@ -257,9 +258,17 @@ def test_rows_that_are_no_questions_are_counted_and_named():
     assert [place for place, *_ in noted] == list(range(1, len(rows)))
     assert "'XY' is not a modality tag" in noted[-1][3]
     with pytest.raises(
-        QAPlusError, match="none of 10 rows is a question with options: 1 caption .the first: 'caption'."
+        QAPlusError,
+        match="none of 10 rows is a question with options: 1 caption .the first, 'caption': it has field 'reference'",
     ):
         made_of(rows[1:])
+
+
+def test_what_a_question_requires_comes_before_what_it_is_fed():
+    rows, plan = made_of([question("seen", "VA", required_tag="V")], none_share=0)
+    strata = [(row["required_tag"], row["tag"], row["stratum"]) for row in rows]
+    assert ("V", "V", "exact") in strata and Counter(required for required, *_ in strata) == {"V": 3}
+    assert plan.summary.left_out == {}
 
 
 def test_options_that_cannot_be_replaced_are_named():
@@ -438,7 +447,7 @@ def test_shards_and_their_notes(tmp_path):
     noted = json.loads((tmp_path / "out" / "qa_plus-train.json").read_text())
     assert noted["options"]["shard_rows"] == 32 and noted["rows"] == summary.rows
     # Another split joins it; the same one is refused, and replaced when asked, however many shards it had.
-    build_qa_plus(table(rows), tmp_path / "out", "test", QAPlusOptions(evaluation=True))
+    build_qa_plus(table(questions(30, split="test")), tmp_path / "out", "test", QAPlusOptions(evaluation=True))
     with pytest.raises(QAPlusError, match="train-00000-of-.*is there already"):
         build_qa_plus(table(rows), tmp_path / "out", "train", options)
     (tmp_path / "out" / ".train.partial").mkdir()  # of a process that was killed
@@ -447,6 +456,16 @@ def test_shards_and_their_notes(tmp_path):
     ]
     assert len(list((tmp_path / "out").glob("train-*.parquet"))) == 1
     assert len(list((tmp_path / "out").glob("*test*"))) == 3 and not list((tmp_path / "out").glob(".*"))
+
+
+def test_rows_of_another_split_are_left_out(tmp_path):
+    rows = [*questions(9), question("held out", split="test"), question("anywhere", split=None)]
+    summary = build_qa_plus(table(rows), tmp_path / "out", "train", QAPlusOptions())
+    assert summary.left_out == {"another split": {"count": 1, "ids": ["held out"]}} and summary.questions == 10
+    with pytest.raises(QAPlusError, match="field 'split' is 'train', and rows of 'test' are asked for"):
+        build_qa_plus(table(questions(2)), tmp_path / "none", "test", QAPlusOptions())
+    assert not (tmp_path / "none").exists()
+    assert validate_tables([tmp_path / "out"]).counts == {}
 
 
 def test_nothing_is_replaced_by_what_failed(tmp_path, monkeypatch):
@@ -483,6 +502,21 @@ def test_the_same_bytes_in_another_process(tmp_path):
     assert here == there and len(here) > 4
 
 
+def test_what_is_written_is_what_the_others_read(tmp_path, capsys, monkeypatch):
+    """With the media in the folder in which the command is given, and the rows in another."""
+    rows = questions(20)
+    (tmp_path / "clips").mkdir()
+    for name in {row[kind] for row in rows for kind in ("video", "subtitle")}:
+        (tmp_path / "clips" / name).touch()
+    write_shards(rows, tmp_path / "rows")
+    monkeypatch.chdir(tmp_path / "clips")
+    assert cli.main(["data", "qa-plus", "../rows", "../qa", "--media_root", ".", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["media_root"] == str(tmp_path / "clips")
+    assert cli.main(["data", "validate", "../qa", "--media_root", "."]) == 0
+    told = capsys.readouterr().out
+    assert "not read, as it is no shard: ../qa/qa_plus-train.json" in told and "no problem found" in told
+
+
 def test_the_command(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions(40)))
     words = ["data", "qa-plus", str(tmp_path / "rows.jsonl"), str(tmp_path / "out")]
@@ -508,5 +542,12 @@ def test_the_command(tmp_path, capsys):
     ):
         assert cli.main([*words, *more]) == 2
         assert message in capsys.readouterr().err
+    for words, message in (
+        ([str(tmp_path / "out" / "qa_plus-train.json")], "cannot be written"),
+        ([str(tmp_path / "new"), "--media_root", str(tmp_path / "absent")], "media_root: there is no folder"),
+    ):
+        assert cli.main(["data", "qa-plus", str(tmp_path / "rows.jsonl"), *words, "--check_files", "false"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     assert cli.main(["data", "qa-plus", str(tmp_path / "none"), "o"]) == 2
     assert cli.main(["data", "qa-plus", "--help"]) == 0

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl.data import record_files
-from maple_trl.data.hint_tables import TableError
-from maple_trl.data.record_files import read_records
+from maple_trl.data.record_files import TableError, read_records
 
 
 JSON = st.recursive(

@@ -147,6 +147,12 @@ def test_what_is_there_is_not_replaced(tmp_path):
     assert digests(tmp_path) == before
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ShardError, match="file/rows cannot be written"):
+        write_shards([row(0)], tmp_path / "file" / "rows")
+
+
 def test_an_incomplete_set_of_shards_is_refused(tmp_path):
     write_shards([row(number) for number in range(3)], tmp_path / "rows", shard_rows=1)
     (tmp_path / "rows" / "train-00001-of-00003.parquet").unlink()

@@ -16,6 +16,7 @@ import pysubs2
 import pytest
 import torch
 
+from maple_trl import cli
 from maple_trl.data import synthetic
 from maple_trl.data.synthetic import (
     ATTRIBUTES,
@@ -279,6 +280,18 @@ def test_sizes_per_split(tmp_path):
         write_seven_tags(tmp_path, clips_per_pair=0)
     with pytest.raises(ValueError, match="cannot be a folder name"):
         write_seven_tags(tmp_path, splits=["../out"])
+
+
+def test_rows_and_what_is_made_of_them_are_valid(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_seven_tags(synthetic.default_folder(), **SMALL)
+    monkeypatch.setattr(synthetic, "load_seven_tags", lambda: load_seven_tags(synthetic.default_folder(), **SMALL))
+    folder = str(synthetic.default_folder())
+    tables = [f"{folder}/train.parquet", f"{folder}/test.parquet"]
+    assert cli.main(["data", "validate", *tables, "--media_root", folder]) == 0, capsys.readouterr().out
+    words = ["--prompt_style", "answer"]
+    assert cli.main(["data", "qa-plus", "builtin:seven-tags", str(tmp_path / "qa"), *words]) == 0
+    assert cli.main(["data", "validate", str(tmp_path / "qa"), "--media_root", folder]) == 0, capsys.readouterr().out
 
 
 def test_load_writes_once_and_repairs(tmp_path):

@@ -1,21 +1,25 @@
 """Validation of tables: each kind of problem is found where it is, and a right table has none."""
 
+import csv
 import json
 import tempfile
 import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple_trl import cli
-from maple_trl.data.hint_tables import TableError
+from maple_trl.data.record_files import TableError
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
 from maple_trl.data.validation import KINDS, signals, validate_tables
 from maple_trl.evaluation.served_prompts import MessageEncoder
+from maple_trl.jobs.tables import read_tables
 from maple_trl.modalities import Modality
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.media.sampling import MediaLimits
@@ -310,6 +314,7 @@ def test_columns_that_are_missing_or_misspelt_are_named(tmp_path):
     report = validate_tables([write_jsonl(tmp_path / "t.jsonl", [row])])
     fields = {problem.field: problem.message for problem in report.shown["column"]}
     assert fields["source"] == "is no column of the table; rename 'sources'?"
+    assert not report.counts["empty"]  # a column that is missing is told once, and not of each row
     assert fields["vide"] == "is not read; rename it to 'video' if that is meant" and set(fields) == {"source", "vide"}
 
 
@@ -318,15 +323,52 @@ def test_what_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     (tmp_path / "t.json").write_text('[{"id": "a"}, {"id": ]')
     (tmp_path / "t.txt").write_text("x")
+    (tmp_path / "none.jsonl").touch()
+    pq.write_table(pa.table([["a"], ["b"]], names=["id", "id"]), tmp_path / "twice.parquet")
     for table, error in (
         ("absent.parquet", "there is no table"),
         ("empty", "holds no table"),
         ("t.parquet", "cannot read .*t.parquet"),
         ("t.json", "record 1: not JSON"),
         ("t.txt", "a table is one of"),
+        ("none.jsonl", "there is no row in .*none.jsonl"),
+        ("twice.parquet", "twice.parquet has several columns 'id'"),
     ):
         with pytest.raises(TableError, match=error):
             validate_tables([tmp_path / table])
+
+
+def test_a_folder_of_shards_is_read_as_training_reads_it(tmp_path):
+    """Shards alone, and all of them: notes and dropped rows of other commands lie beside them."""
+    write_shards([question(number) for number in range(3)], tmp_path, shard_rows=1)
+    beside = [tmp_path / name for name in ("dropped-train-00000-of-00001.parquet", "notes.json", "left_out.jsonl")]
+    Dataset.from_list([{"reason": "never solved"}]).to_parquet(beside[0])
+    for path in beside[1:]:
+        path.write_text("{\n}")
+    report = validate_tables([tmp_path])
+    assert (report.rows, report.files, report.counts) == (3, 3, {})
+    assert sorted(report.passed_over) == sorted(map(str, beside))
+    (tmp_path / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(TableError, match="the shards of split 'train' are not one whole set"):
+        validate_tables([tmp_path])
+
+
+def test_messages_of_a_csv_file_stand_as_json(tmp_path):
+    """As a training job reads them."""
+    row = opened() | {"provenance": None}
+    row = {name: row[name] for name in ("id", "clip", "tag", "source", "question", "answer", "solution", "video")}
+    for prompt, faults in (
+        (json.dumps(PROMPT), []),
+        ("[not JSON", [("type", "prompt", 0)]),
+        ("Hi?", [("type", "prompt", 0)]),
+    ):
+        with open(tmp_path / "t.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, [*row, "prompt"])
+            writer.writeheader()
+            writer.writerow(row | {"prompt": prompt})
+        assert found(validate_tables([tmp_path / "t.csv"])) == faults
+        read = read_tables([tmp_path / "t.csv"]) if prompt != "[not JSON" else None
+        assert read is None or isinstance(read["prompt"][0], list) == (not faults)
 
 
 @pytest.mark.slow

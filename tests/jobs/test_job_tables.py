@@ -136,6 +136,13 @@ def test_shards_of_which_one_lacks_a_column(tmp_path):
 # Errors
 
 
+def test_a_shard_that_is_missing(tmp_path):
+    for number in (0, 2):
+        Dataset.from_dict({"prompt": ["a"]}).to_parquet(tmp_path / f"train-{number:05}-of-00003.parquet")
+    with pytest.raises(SetupError, match="the shards of split 'train' are not one whole set"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -25,6 +25,7 @@ from maple_trl.rewards import (
     for_rows,
     for_tags,
     format_reward,
+    object_place_reward,
     self_consistency_reward,
     temporal_iou_reward,
 )
@@ -251,6 +252,7 @@ def all_rewards():
         for_rows(box_iou_reward, "kind", ["where"]),
         for_tags(letters_reward, ["VA", "VAS"]),
         for_tags(async_letters_reward, ["V"], name="async_reward"),
+        object_place_reward,
     ]
 
 
@@ -260,7 +262,7 @@ def test_all_rewards_in_trls_trainer(tmp_path):
     names = [get_callable_name(function) for function in functions]
     for name in rewards.__all__:
         assert not name.endswith("_reward") or any(logged.startswith(name) for logged in names)
-    weights = [1.0, 0.5] + [0.25] * 6
+    weights = [1.0, 0.5] + [0.25] * 7
     options = {"trainer_class": Scripted, "reward_weights": weights, "log_completions": True}
     trainer = trainer_with(tmp_path, (model, tokenizer), functions, **options)
     before = {name: value.clone() for name, value in model.named_parameters()}

@@ -21,7 +21,7 @@ from maple_trl.data.benchmarks.options import described, shuffled
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.benchmarks.tables import find_tables, media_root, records
 from maple_trl.data.benchmarks.video import VIDEO_BENCHMARKS
-from maple_trl.data.hint_tables import TableError
+from maple_trl.data.record_files import TableError
 from maple_trl.data.schema import QUESTION_COLUMNS
 from maple_trl.modalities import Modality, ModalityTag
 

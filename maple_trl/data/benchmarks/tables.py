@@ -6,35 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from maple_trl.data.hint_tables import RowTable, TableError
+from maple_trl.data.hint_tables import RowTable
+from maple_trl.data.record_files import TableError, read_records
 
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
-_ROWS_AT_ONCE = 32  # a row may carry whole pictures and sounds
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """
-    Read the records of one file, one at a time.
+    Read the records of one file, all with the same fields: one that a record lacks is `None` there.
 
     Raises:
         TableError: when it cannot be read, naming the file, and the line where there is one.
     """
-    if path.suffix != ".parquet":
-        table = RowTable(path)
-        columns = [table.column(name) for name in table.columns]
-        for values in zip(*columns, strict=True):
-            yield dict(zip(table.columns, values, strict=True))
+    if path.suffix == ".parquet":
+        yield from read_records(path)
         return
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise TableError(f"cannot read {path}: {error}") from error
+    table = RowTable(path)
+    columns = [table.column(name) for name in table.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.columns, values, strict=True))
 
 
 def find_tables(path: Path, patterns: tuple[str, ...], split: str) -> list[Path]:

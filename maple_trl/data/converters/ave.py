@@ -19,7 +19,7 @@ from typing import Any
 
 from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record, clips, file_name
 from maple_trl.data.converters.base import Converter, Place, Sample
-from maple_trl.data.hint_tables import TableError
+from maple_trl.data.record_files import TableError
 from maple_trl.modalities import ModalityTag
 
 

@@ -16,7 +16,7 @@ from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
 from maple_trl.data.benchmarks.options import described
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.converters.base import CONVERTERS, Converter, Place, Sample
-from maple_trl.data.hint_tables import TableError
+from maple_trl.data.record_files import TableError
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import SHARD_ROWS, ShardWriter
 from maple_trl.data.validation import mark_fault, text_digest, unread_subtitle
@@ -148,7 +148,8 @@ def convert(
     root = Path(options.media_root or folder)
     if not root.is_dir():
         raise ConversionError(f"media_root: there is no folder {root}")
-    summary = ConversionSummary([str(file) for file, _ in files], str(root))
+    # Whole: jobs read '.' as the folder of the rows.
+    summary = ConversionSummary([str(file) for file, _ in files], str(root.resolve()))
     rows = _Rows(converter, options, root, _below(root, folder), summary)
     features = Features({**ROW_FEATURES, **{name: Value("string") for name in converter.further}})
     with ShardWriter(output, features, options.shard_rows) as writer:
