@@ -309,10 +309,11 @@ def replace_split(
     names = [f"{split}-{number:05}-of-{count:05}.parquet" for number in range(count)]
     try:
         _write_tables(tables, schema, rows, [scratch / name for name in names], shard_rows)
-        for path in shards_of(folder, split):
-            path.unlink()
+        former = [path for path in shards_of(folder, split) if path.name not in names]
         for name in names:
             os.replace(scratch / name, folder / name)
+        for path in former:  # last: what is left of a killed process is then no whole set, and is refused
+            path.unlink()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return [folder / name for name in names]

@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Features, List, Value, load_dataset
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maple_trl.data.schema import ROW_FEATURES
-from maple_trl.data.shards import ShardError, ShardWriter, find_shards, split_of, write_shards
+from maple_trl.data.shards import ShardError, ShardWriter, find_shards, replace_split, split_of, write_shards
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -167,3 +168,31 @@ def test_further_columns_are_kept(tmp_path):
     write_shards([row(0, completion="yes")], tmp_path / "rows", features)
     table = pq.read_table(find_shards(tmp_path / "rows")["train"][0])
     assert table.column("completion").to_pylist() == ["yes"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_is_left_when_a_split_could_not_be_replaced(tmp_path, monkeypatch, at):
+    """The former rows, or a set that is refused: never other rows without a word."""
+    schema = pa.schema([("id", pa.string())])
+    tables = {name: pa.table({"id": [f"{name}{i}" for i in range(3)]}, schema) for name in ("old", "new")}
+    replace_split([tables["old"]], schema, 3, tmp_path, "train", 3)
+    replace, done = os.replace, []
+
+    def failing(source, target):
+        if len(done) == at:
+            raise OSError("stopped here")
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="stopped here"):
+        replace_split([tables["new"]], schema, 3, tmp_path, "train", 1)
+    monkeypatch.undo()
+    if at == 0:
+        (path,) = find_shards(tmp_path)["train"]
+        assert pq.read_table(path).equals(tables["old"])
+    else:
+        with pytest.raises(ShardError, match="not one whole set"):
+            find_shards(tmp_path)
+    replace_split([tables["new"]], schema, 3, tmp_path, "train", 1)
+    assert pa.concat_tables(map(pq.read_table, find_shards(tmp_path)["train"])).equals(tables["new"])
