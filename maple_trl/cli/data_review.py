@@ -144,7 +144,7 @@ def _serve(desk: ReviewDesk, arguments: ReviewArguments) -> int:
 
     def ready(address: str) -> None:
         print(f"{len(desk.data):,} rows of {desk.data.path}; decisions go to {desk.log.path}")
-        print(f"{address}{' (asks for the token)' if token else ''}; Ctrl+C ends it", flush=True)
+        print(f"{address} ({'asks for the token; ' if token else ''}Ctrl+C ends it)", flush=True)
 
     root = arguments.media_root or desk.data.folder
     serve(desk, root, reviewer, arguments.host, arguments.port, token, arguments.cache_mb << 20, ready)
