@@ -20,6 +20,7 @@ point the least of the runs counts.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -140,6 +141,7 @@ def setup_of(shape: Shape, model: ModelSizes) -> Setup:
 
 def peak_of(run: Callable[[], Any]) -> int:
     """The bytes that a call allocates at most at once."""
+    gc.collect()  # what was left before would else be freed, and counted, meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
