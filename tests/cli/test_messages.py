@@ -333,6 +333,7 @@ def mistakes(here, models):
     write_rows("no_solution.jsonl", without(ROW, "solution"))
     write_rows("no_tag.jsonl", without(ROW, "tag"))
     write_rows("question.jsonl", {"question": "what", "solution": "A"})
+    write_rows("unasked.jsonl", {"solution": "A"})
     write_rows("videos.jsonl", ROW | {"videos": "a.mp4"})
     write_rows("bad_tag.jsonl", ROW | {"tag": "X"})
     write_rows("number.jsonl", ROW | {"prompt": 5})
@@ -433,7 +434,7 @@ def test_an_evaluation_of_a_model_whose_template_does_not_ask(model, mistakes, c
         (["report", ".", "--thumbnails", "-1"], "--thumbnails must be 0 or more"),
         (["data", "hints", "--input", "nowhere.jsonl", "--output", "o.jsonl", "--model", "m"], "nowhere.jsonl"),
         (["data", "hints", "--input", "rows.jsonl", "--output", "o.txt", "--model", "m"], "o.txt"),
-        (["data", "hints", "--input", "question.jsonl", "--output", "o.jsonl", "--model", "m"], "prompt"),
+        (["data", "hints", "--input", "unasked.jsonl", "--output", "o.jsonl", "--model", "m"], "prompt"),
         (["data", "hints", "--input", "rows.jsonl", "--outptu", "x", "--output", "o.jsonl", "--model", "m"], "--output?"),
         (["data", "hints", "--input", "rows.jsonl", "--output", "o.jsonl", "--model", "m", "--sampling", "{"], "--sampling"),
         (["data", "hints", "--input", "rows.jsonl", "--output", "o.jsonl", "--model", "m", "--chunk", "0"], "chunk"),

@@ -77,7 +77,7 @@ CASES = {
             "steps_per_generation": 4,
             "advantage_group": "mixed",
             "hints": True,
-            "seed": 1,
+            "seed": 4,
             "hint_visits": 1,
             "hint_max_kl": 1e6,
             "replay_quantiles": [0.9, 1.0],  # nearly all prompts are hard

@@ -277,7 +277,8 @@ def test_a_question_is_edited(opened, served):
 def test_rows_are_chosen_by_tag_and_state(opened, served):
     def choose(place, text):
         opened.page.click(f"{place} input")
-        opened.after(lambda: opened.page.click(f"[role=option]:has-text('{text}') >> nth=0"))
+        # The list may be drawn anew while it opens, so that it never holds still.
+        opened.after(lambda: opened.page.click(f"[role=option]:has-text('{text}') >> nth=0", force=True))
 
     ids = [row["id"] for row in served.rows]
     vas = [row["id"] for row in served.rows if row["tag"] == "VAS"]
