@@ -310,9 +310,12 @@ def replace_split(
     try:
         _write_tables(tables, schema, rows, [scratch / name for name in names], shard_rows)
         former = [path for path in shards_of(folder, split) if path.name not in names]
+        # In this order what a killed process leaves is one of the sets, or no whole one, which is refused.
+        if count > 1:
+            (folder / names[-1]).unlink(missing_ok=True)
         for name in names:
             os.replace(scratch / name, folder / name)
-        for path in former:  # last: what is left of a killed process is then no whole set, and is refused
+        for path in former:
             path.unlink()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
