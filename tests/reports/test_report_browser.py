@@ -2,14 +2,13 @@
 
 import io
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from browsers import chromium, needs_chromium
 from PIL import Image
 
 from maple_trl import AvatarConfig, AvatarTrainer, cli
@@ -21,33 +20,18 @@ from maple_trl.reports import write_report
 from maple_trl.rewards import accuracy_reward, format_reward
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
 SECTIONS = "accuracy curves rewards weights curriculum disparity advantages positions critical lengths replay".split()
 SECTIONS += "ratios projection distances rollouts".split()
 ABSENT = ("accuracy", "weights", "critical", "distances")  # of the run: its clips have one tag each
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium: the page cannot be opened (Debian: apt-get install chromium)"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive Chromium with")
-    home = str(tmp_path_factory.mktemp("home"))
-    with sync_api.sync_playwright() as driver:
-        made = driver.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[*FLAGS.split(), "--disable-component-update"],
-            env={**os.environ, "HOME": home},
-        )
+    with chromium(tmp_path_factory.mktemp("home")) as made:
         yield made
-        made.close()
 
 
 class Opened:

@@ -1,7 +1,6 @@
 """The review page in a real browser: clips that play, keys, undo, edits, two sessions at once, a killed server, layout."""
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -9,37 +8,26 @@ from urllib.parse import quote
 
 import pyarrow.parquet as pq
 import pytest
+from browsers import chromium, needs_chromium
 from review_server import Served
 from review_sets import caption_row, question_row, write_rows
 
 from maple_trl.data.review.log import ReviewLog
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
-FLAGS += " --autoplay-policy=no-user-gesture-required --disable-component-update"
 EVIL = (
     "<img src=x onerror='window.hacked = 1'>${window.hacked = 1}{{value}}</script><script>window.hacked = 1</script>"
 )
 TOKEN = "a-token-of-24-characters"
 
 pytest.importorskip("gradio", reason="no Gradio for the page (pip install 'maple-trl[review]')")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium: the page cannot be opened (Debian: apt-get install chromium)"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive Chromium with")
-    home = str(tmp_path_factory.mktemp("home"))
-    with sync_api.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split(), env={**os.environ, "HOME": home})
+    with chromium(tmp_path_factory.mktemp("home"), "--autoplay-policy=no-user-gesture-required") as made:
         yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +85,11 @@ class Opened:
         """Does something, and waits until the server has answered it."""
         before = self.turn()
         act()
-        self.page.wait_for_function("turn => Number(document.documentElement.dataset.turn) > turn", arg=before)
+        self.wait_for_turn_after(before)
+
+    def wait_for_turn_after(self, before: int, timeout: float | None = None):
+        found = "turn => Number(document.documentElement.dataset.turn) > turn"
+        self.page.wait_for_function(found, arg=before, timeout=timeout)
 
     def key(self, *keys):
         for key in keys:
@@ -275,10 +267,20 @@ def test_a_question_is_edited(opened, served):
 
 
 def test_rows_are_chosen_by_tag_and_state(opened, served):
+    from playwright.sync_api import TimeoutError as TooLate
+
     def choose(place, text):
-        opened.page.click(f"{place} input")
-        # The list may be drawn anew while it opens, so that it never holds still.
-        opened.after(lambda: opened.page.click(f"[role=option]:has-text('{text}') >> nth=0", force=True))
+        before = opened.turn()
+        for _ in range(10):  # a list closes when what was asked before is drawn meanwhile
+            opened.page.evaluate("document.activeElement.blur()")
+            opened.page.click(f"{place} input")
+            try:
+                opened.page.click(f"[role=option]:has-text('{text}') >> nth=0", timeout=3000, force=True)
+                opened.wait_for_turn_after(before, timeout=6000)
+                return
+            except TooLate:
+                continue
+        raise AssertionError(f"{text} could not be chosen")
 
     ids = [row["id"] for row in served.rows]
     vas = [row["id"] for row in served.rows if row["tag"] == "VAS"]
