@@ -108,14 +108,18 @@ def make_prompt(core: nn.Module, family: OmniFamily, tokens: int, seed: int = 0)
     vision, mel = config.vision_config, audio_tokens * MEL_PER_TOKEN
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     media = {
-        "pixel_values_videos": torch.randn(units * height * width, patch, generator=generator),
-        "video_grid_thw": torch.tensor([[units, height, width]]),
-        "input_features": torch.randn(1, config.audio_config.num_mel_bins, mel, generator=generator),
-        "feature_attention_mask": torch.ones(1, mel, dtype=torch.long),
+        "video": {
+            "pixel_values_videos": torch.randn(units * height * width, patch, generator=generator),
+            "video_grid_thw": torch.tensor([[units, height, width]]),
+        },
+        "audio": {
+            "input_features": torch.randn(1, config.audio_config.num_mel_bins, mel, generator=generator),
+            "feature_attention_mask": torch.ones(1, mel, dtype=torch.long),
+        },
     }
     positions, _ = core.get_rope_index(
         ids[None],
-        video_grid_thw=media["video_grid_thw"],
+        video_grid_thw=media["video"]["video_grid_thw"],
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         use_audio_in_video=False,
         audio_seqlens=torch.tensor([mel]),

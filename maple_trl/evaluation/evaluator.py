@@ -16,7 +16,7 @@ from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Row
 from maple_trl.evaluation.inputs import sound_columns
 from maple_trl.evaluation.options import ALL, EvalOptions
 from maple_trl.evaluation.sampling import StreamSampler, sample_stream
-from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids, tensor_bytes
+from maple_trl.omni.encoded import KINDS, EncodedPrompt, generation_position_ids, tensor_bytes
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.generation import check_generation_options, own_options
 from maple_trl.omni.prefix.shared_prefill import share_prefill
@@ -75,7 +75,7 @@ class Evaluator(BaseEvaluator):
         return answers
 
     def _read(self, prompt: EncodedPrompt) -> dict[str, Any]:
-        tokens = {f"{kind}_tokens": prompt.media_tokens.get(kind, 0) for kind in ("video", "audio", "subtitle")}
+        tokens = {f"{kind}_tokens": prompt.media_tokens.get(kind, 0) for kind in (*KINDS, "subtitle")}
         return {**tokens, **sound_columns(prompt), "notes": list(prompt.notes), "inputs": _input_digest(prompt)}
 
     def _generate(self, prompts: list[EncodedPrompt], names: list[str]) -> tuple[list[list[int]], list[bool]]:

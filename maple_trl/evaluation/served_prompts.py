@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +11,9 @@ import numpy as np
 
 from maple_trl.chat import audio_block, image_block, text_block
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni.encoded import KINDS
 from maple_trl.omni.families import OmniFamily, PromptEncoder
-from maple_trl.omni.media.clips import AudioClip, VideoClip
+from maple_trl.omni.media.clips import PromptMedia
 from maple_trl.records.evaluations import EvaluationError
 
 
@@ -88,8 +88,7 @@ class MessageEncoder(PromptEncoder):
         self,
         key: str,
         text: list[dict[str, Any]],
-        videos: Sequence[VideoClip],
-        audios: Sequence[AudioClip],
+        media: PromptMedia,
         interleaved: bool = False,
     ) -> ServedPrompt:
         """
@@ -99,7 +98,7 @@ class MessageEncoder(PromptEncoder):
             text: messages with bare markers for media, in order.
             interleaved: has no effect: how a server places sound is its own business.
         """
-        clips, sounds = iter(videos), iter(audios)
+        clips, sounds = iter(media.videos), iter(media.audios)
         messages = []
         for message in text:
             content: list[dict[str, Any]] = []
@@ -114,8 +113,7 @@ class MessageEncoder(PromptEncoder):
             texts = [block["text"] for block in content if block["type"] == "text"]
             # Plain text where it is nothing else, which every server takes, in system messages too.
             messages.append({**message, "content": "".join(texts) if len(texts) == len(content) else content})
-        kinds = (*(("video",) if videos else ()), *(("audio",) if audios else ()))
-        return ServedPrompt(key, messages, kinds)
+        return ServedPrompt(key, messages, tuple(kind for kind in KINDS if kind in media.kinds))
 
 
 def video_blocks(frames: np.ndarray, form: str) -> list[dict[str, Any]]:

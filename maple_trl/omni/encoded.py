@@ -12,11 +12,11 @@ from torch import Tensor
 from maple_trl.modalities import ModalityTag
 
 
-MEDIA_NAMES = {
-    "video": ("pixel_values_videos", "video_grid_thw"),
-    "audio": ("input_features", "feature_attention_mask"),
-}
-"""The tensors that each tower reads."""
+KINDS = ("image", "video", "audio")
+"""The kinds of media."""
+
+Features = dict[str, Tensor]
+"""A prompt's features of one kind: `tokens` of shape (tokens, hidden), and `deepstack.0` and so on where there are."""
 
 
 class MediaMismatchError(RuntimeError):
@@ -38,11 +38,12 @@ class EncodedPrompt:
             Prompt tokens with one placeholder token per media feature.
         position_ids (`Tensor` of shape (R, P)):
             Rotary positions, R = 3 for models with multimodal rotary embeddings (time, height, width), else 1.
-        media (`dict[str, Tensor]`):
-            What the towers read: `pixel_values_videos` (patches, patch_dim) with `video_grid_thw` (videos, 3), and
-            `input_features` (audios, mel, frames) with `feature_attention_mask` (audios, frames).
+        media (`dict[str, dict[str, Tensor]]`):
+            By kind of media what the tower reads, under the names of the family's `media_names`. Of the Qwen models:
+            `pixel_values` (patches, patch_dim) with `image_grid_thw` (images, 3), `pixel_values_videos` with `video_grid_thw`,
+            and `input_features` (audios, mel, frames) with `feature_attention_mask` (audios, frames).
         media_tokens (`dict[str, int]`):
-            Tokens of the prompt per signal, for `video`, `audio` and `subtitle`.
+            Tokens of the prompt per kind of media, and for `subtitle`.
         tag (`ModalityTag`, *optional*):
             The row's required modality tag.
         notes (`tuple[str, ...]`):
@@ -55,7 +56,7 @@ class EncodedPrompt:
     key: str
     input_ids: Tensor
     position_ids: Tensor
-    media: dict[str, Tensor] = field(default_factory=dict)
+    media: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     media_tokens: dict[str, int] = field(default_factory=dict)
     tag: ModalityTag | None = None
     notes: tuple[str, ...] = ()
@@ -69,16 +70,16 @@ class EncodedPrompt:
         """Return a digest of what the tower of a kind reads: clips that are sampled and resized alike share it."""
         if kind not in self._digests:
             digest = hashlib.blake2b(digest_size=16)
-            for name in MEDIA_NAMES[kind]:
-                digest.update(f"{name} {self.media[name].dtype} {tuple(self.media[name].shape)}".encode())
-                digest.update(tensor_bytes(self.media[name]))
+            for name, values in self.media[kind].items():
+                digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+                digest.update(tensor_bytes(values))
             self._digests[kind] = digest.hexdigest()
         return self._digests[kind]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The towers that this prompt needs, of `video` and `audio`."""
-        return tuple(kind for kind in ("video", "audio") if self.media_tokens.get(kind))
+        """The kinds of media that this prompt has."""
+        return tuple(kind for kind in KINDS if self.media_tokens.get(kind))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -26,7 +26,7 @@ from maple_trl.omni.content import (
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import PromptEncoder
-from maple_trl.omni.media.clips import ClipRequest
+from maple_trl.omni.media.clips import ClipRequest, Picture, PromptMedia
 from maple_trl.omni.media.loader import AudioClip, MediaLoader, VideoClip
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
 from maple_trl.omni.templates import Asking
@@ -335,9 +335,12 @@ class PromptBuilder:
         except RowError:  # there is no template, or it takes other conversations
             text = _PROBE_TEXT
         shown = {kind for kind, token in self.family.placeholders.items() if token in text}
-        videos = [_noise_video(self.family.frame_multiple)] if "video" in shown else []
-        audios = [_noise_audio(self.family.sampling_rate)] if "audio" in shown else []
-        return self.family.encode("probe", text, videos, audios)
+        media = PromptMedia(
+            [_noise_picture(self.family.frame_multiple)] if "image" in shown else [],
+            [_noise_video(self.family.frame_multiple)] if "video" in shown else [],
+            [_noise_audio(self.family.sampling_rate)] if "audio" in shown else [],
+        )
+        return self.family.encode("probe", text, media)
 
     def encode(self, row: Mapping[str, Any] | PromptSpec) -> EncodedPrompt:
         """
@@ -385,7 +388,8 @@ class PromptBuilder:
                 "audio": [clip is not None and not interleaved for clip in audios],
             }
             text = self._rendered(place_blocks(text, own_place, subtitle, self.subtitle_template))
-        return self.family.encode(spec.key, text, videos, [clip for clip in audios if clip is not None], interleaved)
+        heard = [clip for clip in audios if clip is not None]
+        return self.family.encode(spec.key, text, PromptMedia(videos=videos, audios=heard), interleaved)
 
     def check_template(self, spec: PromptSpec) -> None:
         """
@@ -505,6 +509,10 @@ def _seconds_of(sounds: Sequence[AudioClip]) -> tuple[float, float] | None:
         return None
     whole = [clip.duration if clip.source_seconds is None else clip.source_seconds for clip in sounds]
     return sum(clip.duration for clip in sounds), sum(whole)
+
+
+def _noise_picture(multiple: int) -> Picture:
+    return Picture(_noise_video(multiple).frames[0], "noise")
 
 
 def _noise_video(multiple: int) -> VideoClip:

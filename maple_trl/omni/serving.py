@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
+from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError
 from maple_trl.omni.families.base import OmniFamily
-from maple_trl.omni.towers import Features, TowerCache, run_tower
+from maple_trl.omni.towers import TowerCache, run_tower
 
 
 @contextmanager
@@ -20,7 +19,7 @@ def serve_media(
     family: OmniFamily,
     model: nn.Module,
     rows: Sequence[EncodedPrompt],
-    touch_all_towers: bool = False,
+    touch: Collection[str] = (),
     packed: bool = False,
     cache: TowerCache | None = None,
 ) -> Iterator[None]:
@@ -33,9 +32,9 @@ def serve_media(
 
     Args:
         rows: one prompt per row of the forward, in order.
-        touch_all_towers (`bool`):
-            Run towers that no row needs on a dummy, weighted by zero. Sharded parameters (FSDP, ZeRO-3) are gathered
-            by collective calls, so all ranks must run the same towers.
+        touch:
+            Kinds of media whose tower runs on a dummy, weighted by zero, where no row has any. Sharded parameters (FSDP,
+            ZeRO-3) are gathered by collective calls, so all ranks must run the same towers.
         packed (`bool`):
             The forward has a single row, in which the prompts stand one after the other.
         cache ([`TowerCache`], *optional*):
@@ -54,11 +53,11 @@ def serve_media(
             return None
         first, passed = not passed, True
         found = _count_placeholders(family, input_ids)
-        if not (first and touch_all_towers or any(map(any, found.values()))):
+        if not (first and touch or any(map(any, found.values()))):
             return None
         served = True
         (_check_packed_placeholders if packed else _check_placeholders)(rows, found)
-        return args, kwargs | _merged_inputs(family, module, rows, input_ids, touch_all_towers, cache)
+        return args, kwargs | _merged_inputs(family, module, rows, input_ids, touch, cache)
 
     handle = family.core(model).register_forward_pre_hook(merge, with_kwargs=True)
     try:
@@ -85,12 +84,11 @@ def _merged_inputs(
     core: nn.Module,
     rows: list[EncodedPrompt],
     input_ids: Tensor,
-    touch_all_towers: bool,
+    touch: Collection[str],
     cache: TowerCache | None,
-) -> dict:
-    """Return arguments for the core's forward: embeddings with audio in place, and vision features per row."""
-    token_embeddings = embeddings = core.get_input_embeddings()(input_ids)
-    inputs: dict = {}
+) -> dict[str, Any]:
+    """Return arguments for the core's forward, with the rows' media in place."""
+    found: dict[str, list[Features]] = {}
     unneeded: list[Tensor] = []
     for kind in family.placeholder_ids:
         holders = [row for row in rows if kind in row.kinds]
@@ -99,34 +97,10 @@ def _merged_inputs(
             prompts = list(clips.values())
             run = run_tower if cache is None else cache.features
             known = dict(zip(clips, run(family, core, kind, prompts), strict=True))
-            features = [known[row.media_digest(kind)] for row in holders]
-            if kind == "audio":
-                mask = (input_ids == family.placeholder_ids["audio"]).unsqueeze(-1)
-                tokens = torch.cat([row["tokens"] for row in features])
-                embeddings = embeddings.masked_scatter(mask, tokens.to(embeddings.dtype))
-            else:
-                inputs["mm_encoder_outputs"] = {"video": _video_per_row(features)}
-        elif touch_all_towers:
-            unneeded.append(family.dummy_output(core, kind))
-    for (
-        output
-    ) in unneeded:  # after what is needed, so that the backward pass takes towers and embeddings in the same order
-        embeddings = embeddings + 0.0 * output.to(embeddings.dtype)
-    if embeddings is not token_embeddings:
-        inputs["inputs_embeds"] = embeddings
-        if "mm_encoder_outputs" not in inputs:
-            inputs["input_ids"] = None  # the vision-language cores take one of the two
-    return inputs
-
-
-def _video_per_row(features: list[Features]) -> BaseModelOutputWithPooling:
-    """Return the rows' features as the core reads the vision tower's output."""
-    tokens = tuple(row["tokens"] for row in features)
-    names = [name for name in features[0] if name.startswith("deepstack.")]
-    if not names:
-        return BaseModelOutputWithPooling(pooler_output=tokens)
-    deepstack = [tuple(row[name] for row in features) for name in names]
-    return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
+            found[kind] = [known[row.media_digest(kind)] for row in holders]
+        elif kind in touch:
+            unneeded.append(0.0 * family.dummy_output(core, kind))
+    return family.core_inputs(core, input_ids, found, unneeded)
 
 
 def _check_placeholders(rows: list[EncodedPrompt], found: dict[str, list[int]]) -> None:

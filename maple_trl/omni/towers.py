@@ -17,10 +17,10 @@ import torch
 from cachetools import LRUCache
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
-from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError, tensor_bytes
+from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError, tensor_bytes
 from maple_trl.omni.families.base import OmniFamily
 
 
@@ -29,24 +29,18 @@ logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
 _ABANDONED = 600
 """Seconds after which nobody is still writing a file."""
-Features = dict[str, Tensor]
-"""A prompt's features of one kind: `tokens` of shape (tokens, hidden), and `deepstack.0` and so on where there are."""
-
-_TOWER_SCOPES = {"video": "vision", "audio": "audio"}
+_TOWER_SCOPES = {"image": "vision", "video": "vision", "audio": "audio"}
 
 
 def run_tower(family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]) -> list[Features]:
     """Run a tower once over the media of some prompts."""
     counts = [prompt.media_tokens[kind] for prompt in prompts]
-    if kind == "audio":
-        features = family.audio_embeddings(core, prompts)
-        if len(features) != sum(counts):
-            raise MediaMismatchError(f"the audio tower gave {len(features)} features for {sum(counts)} placeholders")
-        return [{"tokens": tokens} for tokens in features.split(counts)]
-    outputs = family.video_outputs(core, prompts)
-    layers = {"tokens": outputs.pooler_output}
-    layers |= {f"deepstack.{i}": layer for i, layer in enumerate(getattr(outputs, "deepstack_features", None) or [])}
-    split = {name: torch.cat(tuple(features)).split(counts) for name, features in layers.items()}
+    layers = family.tower_outputs(core, kind, prompts)
+    if len(layers["tokens"]) != sum(counts):
+        raise MediaMismatchError(
+            f"the tower gave {len(layers['tokens'])} features ({kind}) for {sum(counts)} placeholders"
+        )
+    split = {name: features.split(counts) for name, features in layers.items()}
     return [{name: parts[i] for name, parts in split.items()} for i in range(len(prompts))]
 
 

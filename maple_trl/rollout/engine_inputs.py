@@ -56,9 +56,10 @@ def engine_output(output: Any) -> tuple[list[tuple[list[int], list[float]]], str
     return completions, None
 
 
-def _with_seconds(media: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add what vLLM's processors ask for to compute positions, which are given here."""
-    if "video_grid_thw" not in media:
-        return dict(media)
-    seconds = torch.ones(len(media["video_grid_thw"]))
-    return {**media, "video_second_per_grid": seconds, "second_per_grid_ts": seconds}
+def _with_seconds(media: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what the towers read, with what vLLM's processors ask for to compute positions, which are given here."""
+    inputs = {name: values for of_kind in media.values() for name, values in of_kind.items()}
+    if "video" not in media:
+        return inputs
+    seconds = torch.ones(len(inputs["video_grid_thw"]))
+    return {**inputs, "video_second_per_grid": seconds, "second_per_grid_ts": seconds}

@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from maple_trl.omni.encoded import MEDIA_NAMES, EncodedPrompt, tensor_bytes
+from maple_trl.omni.encoded import EncodedPrompt, tensor_bytes
 from maple_trl.omni.families.base import OmniFamily
+
+
+_ONE_PER_CLIP = {"image": "image_grid_thw", "video": "video_grid_thw", "audio": "feature_attention_mask"}
+"""Of each kind of media, the tensor that has one row per clip."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ class EngineRow:
     Attributes:
         token_ids (`list[int]`): with one placeholder per media feature.
         position_ids (`Tensor` of shape (R, P)): rotary positions.
-        media (`dict[str, Tensor]`): what the towers read, as in [`~maple_trl.omni.encoded.EncodedPrompt`].
+        media (`dict[str, dict[str, Tensor]]`): what the towers read, as in [`~maple_trl.omni.encoded.EncodedPrompt`].
         items (`dict[str, list[EngineItem]]`): its clips, by kind.
     """
 
     token_ids: list[int]
     position_ids: Tensor
-    media: dict[str, Tensor] = field(default_factory=dict)
+    media: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     items: dict[str, list[EngineItem]] = field(default_factory=dict)
 
     @classmethod
@@ -71,7 +75,7 @@ class EngineRow:
 def _places(prompt: EncodedPrompt, family: OmniFamily, kind: str) -> Sequence[Tensor]:
     """Return the places of the tokens of each clip of a kind."""
     places = (prompt.input_ids == family.placeholder_ids[kind]).nonzero().flatten()
-    return places.split(family.feature_counts(kind, prompt.media))
+    return places.split(family.feature_counts(kind, prompt.media[kind]))
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -99,8 +103,9 @@ def _check(row: EngineRow) -> None:
     if len(shape) != 2 or shape[1] != len(row.token_ids) or (row.items and shape[0] != 3):
         raise ValueError(f"{len(row.token_ids)} tokens have positions of shape {tuple(shape)}")
     for kind, items in row.items.items():
-        if len(items) != len(row.media[MEDIA_NAMES[kind][1]]):
-            raise ValueError(f"{len(items)} clips ({kind}) have features of {len(row.media[MEDIA_NAMES[kind][1]])}")
+        clips = len(row.media[kind][_ONE_PER_CLIP[kind]])
+        if len(items) != clips:
+            raise ValueError(f"{len(items)} clips ({kind}) have features of {clips}")
         for item in items:
             if not (0 <= item.offset and 0 < item.length <= len(row.token_ids) - item.offset):
                 raise ValueError(f"a clip ({kind}) stands at {item.offset} for {item.length} tokens")
@@ -113,7 +118,8 @@ def pack_rows(rows: Sequence[EngineRow], fields: dict[str, Any]) -> bytes:
     tensors, described = {}, []
     for i, row in enumerate(rows):
         tensors[f"{i}.positions"] = row.position_ids.contiguous()
-        tensors |= {f"{i}.media.{name}": value.contiguous() for name, value in row.media.items()}
+        for kind, media in row.media.items():
+            tensors |= {f"{i}.media.{kind}.{name}": value.contiguous() for name, value in media.items()}
         items = {
             kind: [
                 [item.offset, item.length, None if item.mask is None else item.mask.int().tolist(), item.digest]
@@ -121,7 +127,13 @@ def pack_rows(rows: Sequence[EngineRow], fields: dict[str, Any]) -> bytes:
             ]
             for kind, of_kind in row.items.items()
         }
-        described.append({"token_ids": row.token_ids, "media": list(row.media), "items": items})
+        described.append(
+            {
+                "token_ids": row.token_ids,
+                "media": {kind: list(media) for kind, media in row.media.items()},
+                "items": items,
+            }
+        )
     return save(tensors, {"maple_trl": json.dumps({**fields, "rows": described})})
 
 
@@ -145,7 +157,10 @@ def unpack_rows(data: bytes) -> tuple[list[EngineRow], dict[str, Any]]:
                 ]
                 for kind, of_kind in described["items"].items()
             }
-            media = {name: tensors[f"{i}.media.{name}"] for name in described["media"]}
+            media = {
+                kind: {name: tensors[f"{i}.media.{kind}.{name}"] for name in names}
+                for kind, names in described["media"].items()
+            }
             rows.append(EngineRow(described["token_ids"], tensors[f"{i}.positions"], media, items))
             _check(rows[-1])
         return rows, fields

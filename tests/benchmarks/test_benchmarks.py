@@ -136,7 +136,7 @@ def test_step_time_check_catches_a_side_that_computes_something_else(script, mon
 
             def dark(row):
                 prompt = encode(row)
-                prompt.media["pixel_values_videos"] *= 0.9
+                prompt.media["video"]["pixel_values_videos"] *= 0.9
                 return prompt
 
             trainer.prompt_builder.encode = dark

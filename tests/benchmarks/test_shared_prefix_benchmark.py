@@ -129,7 +129,7 @@ def test_media_pass_the_towers_as_often_as_the_sides_say(script, tmp_path):
         trainer._agree_on_sharing()
         counted.clear()
         script.steps.step(trainer, seed=0)
-    own = len(trainer.prompt.media["pixel_values_videos"])
+    own = len(trainer.prompt.media["video"]["pixel_values_videos"])
     # Rollout, reference and loss for each row, or once for all.
     assert patches == {"trl": [GENERATIONS * own] * 3, "rows": [own], "shared": [own]}
 

@@ -14,7 +14,7 @@ from tiny_models import build_tiny
 
 from maple_trl.omni.families import family_for
 from maple_trl.omni.families.qwen2_5_omni import Qwen2_5OmniFamily
-from maple_trl.omni.media.clips import AudioClip, VideoClip
+from maple_trl.omni.media.clips import AudioClip, PromptMedia, VideoClip
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
 
@@ -69,11 +69,11 @@ def test_even_pictures_from_the_start_stand_where_the_model_puts_them(name, way,
     model, processor, family = world(name)
     interleaved, kinds = way
     clip, sound = clip_at(family, [step * i for i in range(2 * pairs)], width), sound_of(seconds)
-    prompt = family.encode("key", text(processor, *kinds), [clip], [sound], interleaved)
+    prompt = family.encode("key", text(processor, *kinds), PromptMedia((), [clip], [sound]), interleaved)
     batch = processor(
         text=[text(processor, *kinds)],
         return_tensors="pt",
-        **family.processor_kwargs([clip], [sound], interleaved),
+        **family.processor_kwargs(PromptMedia((), [clip], [sound]), interleaved),
         position_id_per_seconds=family.config.position_id_per_seconds,
     )
     expected, _ = family.core(model).get_rope_index(
@@ -96,7 +96,9 @@ steps_between = st.lists(st.floats(0.02, 4.0), min_size=2, max_size=10).filter(l
 def test_pictures_beside_sound_stand_at_their_own_times(name, steps, late, seconds, width):
     _, processor, family = world(name)
     times = late + np.cumsum([0.0, *steps[1:]])
-    prompt = family.encode("key", text(processor, "video"), [clip_at(family, times, width)], [sound_of(seconds)], True)
+    prompt = family.encode(
+        "key", text(processor, "video"), PromptMedia((), [clip_at(family, times, width)], [sound_of(seconds)]), True
+    )
     seen, heard = by_kind(family, prompt)
     one = 1 / family.config.position_id_per_seconds
     torch.testing.assert_close(heard, torch.arange(len(heard)) * one)
@@ -115,9 +117,8 @@ def test_pictures_beside_sound_stand_at_their_own_times(name, steps, late, secon
 def test_a_late_picture_stands_in_the_chunk_of_its_time():
     """Qwen2.5-Omni: chunks of 2 s, in each the pictures first. A picture of 10.5 s comes after 10 s of sound."""
     _, processor, family = world("qwen2_5_omni")
-    prompt = family.encode(
-        "key", text(processor, "video"), [clip_at(family, [10.5, 11.0, 12.5, 13.0], 2)], [sound_of(14)], True
-    )
+    media = PromptMedia((), [clip_at(family, [10.5, 11.0, 12.5, 13.0], 2)], [sound_of(14)])
+    prompt = family.encode("key", text(processor, "video"), media, True)
     kinds = [
         {family.placeholder_ids["video"]: "v", family.placeholder_ids["audio"]: "a"}.get(int(token), "")
         for token in prompt.input_ids
@@ -132,7 +133,7 @@ def test_pictures_without_interleaved_sound_keep_their_distances(name):
     """The first picture stands at the video's beginning; the others as far from it as they were shown later."""
     _, processor, family = world(name)
     times = np.array([3.0, 3.2, 3.6, 3.7, 9.5, 9.6])
-    prompt = family.encode("key", text(processor, "video"), [clip_at(family, times)], [])
+    prompt = family.encode("key", text(processor, "video"), PromptMedia(videos=[clip_at(family, times)]))
     placed = prompt.position_ids[0, prompt.input_ids == family.placeholder_ids["video"]]
     per_second = (
         getattr(family.config, "position_id_per_seconds", None) or family.config.vision_config.tokens_per_second
@@ -143,7 +144,9 @@ def test_pictures_without_interleaved_sound_keep_their_distances(name):
 def test_qwen3_vl_reads_the_times_of_the_file():
     """Its prompt names the middle of each pair of pictures, counted from the start of the file."""
     _, processor, family = world("qwen3_vl")
-    prompt = family.encode("key", text(processor, "video"), [clip_at(family, [3.0, 3.4, 5.0, 6.0])], [])
+    prompt = family.encode(
+        "key", text(processor, "video"), PromptMedia(videos=[clip_at(family, [3.0, 3.4, 5.0, 6.0])])
+    )
     words = processor.tokenizer.decode(prompt.input_ids)
     assert re.findall(r"<([\d.]+) seconds>", words) == ["3.2", "5.5"]
 

@@ -17,7 +17,7 @@ from tiny_models import build_tiny
 
 from maple_trl.omni.families import OmniFamily, family_for
 from maple_trl.omni.media import decode
-from maple_trl.omni.media.clips import ClipRequest
+from maple_trl.omni.media.clips import ClipRequest, PromptMedia
 from maple_trl.omni.media.decode import FORMATS
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
@@ -139,7 +139,7 @@ def check(folder: Path, clip: Timed, limits: MediaLimits, request: ClipRequest) 
     with MediaLoader(folder, limits, backend="pyav", workers=0) as loader:
         fed = loader.video(path, multiple=family.frame_multiple, request=request)
     text = family.processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
-    prompt = family.encode("key", text, [fed], [sound], interleaved=True)
+    prompt = family.encode("key", text, PromptMedia(videos=[fed], audios=[sound]), interleaved=True)
     seen, heard = (prompt.position_ids[0, prompt.input_ids == family.placeholder_ids[k]] for k in ("video", "audio"))
     per_second = family.config.position_id_per_seconds
     placed = (seen.view(len(fed.frames) // 2, -1)[:, 0] - heard[0]).numpy() / per_second

@@ -160,10 +160,10 @@ def test_one_flag_for_the_whole_batch_is_wrong(seven_tags):
         right = model(**inputs).logits
     wrong_positions, _ = core.get_rope_index(
         inputs["input_ids"],
-        video_grid_thw=torch.cat([p.media["video_grid_thw"] for p in prompts]),
+        video_grid_thw=torch.cat([p.media["video"]["video_grid_thw"] for p in prompts]),
         attention_mask=inputs["attention_mask"],
         use_audio_in_video=False,
-        audio_seqlens=torch.cat([p.media["feature_attention_mask"].sum(-1) for p in prompts]),
+        audio_seqlens=torch.cat([p.media["audio"]["feature_attention_mask"].sum(-1) for p in prompts]),
         second_per_grids=torch.tensor([0.5, 0.5]),
     )
     with torch.no_grad(), serve_media(builder.family, model, prompts):
@@ -188,7 +188,7 @@ def test_media_are_encoded_once_per_unique_prompt(seven_tags):
     )
     with torch.no_grad(), serve_media(builder.family, model, rows):
         together = model(**inputs).logits
-    assert patches == [prompt.media["pixel_values_videos"].size(0)]
+    assert patches == [prompt.media["video"]["pixel_values_videos"].size(0)]
     assert audios == [2]
     # and the rows still differ only by their completions
     assert torch.equal(together[0, : -COMPLETION - 1], together[2, : -COMPLETION - 1])
@@ -226,7 +226,8 @@ def test_placeholders_equal_features_and_a_difference_raises(name, seven_tags):
     for prompt in prompts:
         for kind, token_id in builder.family.placeholder_ids.items():
             count = int((prompt.input_ids == token_id).sum())
-            assert count == prompt.media_tokens.get(kind, 0) == sum(builder.family.feature_counts(kind, prompt.media))
+            features = sum(builder.family.feature_counts(kind, prompt.media[kind])) if kind in prompt.media else 0
+            assert count == prompt.media_tokens.get(kind, 0) == features
     prompt = next(p for p in prompts if p.kinds)
     ids = prompt.input_ids.clone()
     place = next(i for i, t in enumerate(ids.tolist()) if t in builder.family.placeholder_ids.values())
@@ -254,7 +255,7 @@ def test_unused_towers_can_be_touched_without_moving_anything(name, seven_tags):
     model, processor, builder = setup(name, folder)
     prompt = builder.encode(next(row for row in dataset if row["tag"] == "S"))
     inputs, _ = batched([prompt], torch.empty(1, 0, dtype=torch.long), processor.tokenizer.pad_token_id)
-    with serve_media(builder.family, model, [prompt], touch_all_towers=True):
+    with serve_media(builder.family, model, [prompt], touch=builder.family.placeholders):
         touched = model(**inputs).logits
     torch.testing.assert_close(touched, model(**inputs).logits, atol=1e-5, rtol=0)
     touched.sum().backward()
@@ -289,13 +290,17 @@ def test_touched_towers_run_once_in_a_generation(name, seven_tags):
         inputs, width = batched(batch, torch.empty(len(batch), 0, dtype=torch.long), processor.tokenizer.pad_token_id)
         inputs["position_ids"] = generation_position_ids(batch, width)
         settings = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": builder.family.suppressed_ids}
-        with torch.no_grad(), serve_media(builder.family, model, batch, touch_all_towers=touch):
+        with (
+            torch.no_grad(),
+            serve_media(builder.family, model, batch, touch=builder.family.placeholders if touch else ()),
+        ):
             return model.generate(**inputs, **settings)
 
     for batch in (prompts, text):
         calls.clear()
         assert torch.equal(generate(batch, touch=True), generate(batch, touch=False))
-    assert len(calls) == len(towers)  # of the text rows: the prefill with touch, nothing without
+    # Of the text rows: the prefill with touch, a call for each kind of media, and nothing without.
+    assert len(calls) == len(builder.family.placeholders)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

@@ -53,7 +53,7 @@ def test_a_tagged_row_is_fed_exactly_its_tag(folder, tag, own_audio):
     assert ("red" in text_of(build, prompt)) == ("S" in tag)
     if "A" in tag:
         seconds = 0.7 if own_audio else 1.0
-        assert prompt.media["feature_attention_mask"].sum() == round(seconds * 100)
+        assert prompt.media["audio"]["feature_attention_mask"].sum() == round(seconds * 100)
     everything = builder(folder, modality_access="all").encode(row)
     assert set(everything.media_tokens) == set(letters)
 
@@ -78,7 +78,7 @@ def test_content_blocks_keep_their_place(folder):
         {"type": "video", "path": "other.mp4"},
     ]
     prompt = build.encode({"prompt": [{"role": "user", "content": content}]})
-    assert len(prompt.media["video_grid_thw"]) == 2
+    assert len(prompt.media["video"]["video_grid_thw"]) == 2
     text = text_of(build, prompt)
     order = [text.index(part) for part in ("red", "<|VIDEO|>", "green", "<|AUDIO|>", "blue")]
     assert order == sorted(order) and text.rindex("<|VIDEO|>") > order[-1]
@@ -296,7 +296,7 @@ def test_unknown_family_lists_the_known(folder):
 def test_a_processor_of_another_model_is_refused():
     model, _ = build_tiny("qwen2_5_omni")
     _, processor = build_tiny("qwen3_vl")
-    with pytest.raises(ValueError, match=r"The tokenizer lacks <\|VIDEO\|>"):
+    with pytest.raises(ValueError, match=r"The tokenizer lacks .*<\|VIDEO\|>"):
         family_for(model, processor)
 
 
@@ -320,7 +320,7 @@ def test_left_padding_meant_for_text_does_not_shift_the_sound(folder):
     limits = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096)
     shifted = PromptBuilder(family_for(model, processor), MediaLoader(folder, limits)).encode(row)
     straight = builder(folder).encode(row)
-    np.testing.assert_array_equal(shifted.media["input_features"], straight.media["input_features"])
+    np.testing.assert_array_equal(shifted.media["audio"]["input_features"], straight.media["audio"]["input_features"])
 
 
 def test_a_template_that_drops_media_is_noticed(folder):
@@ -347,7 +347,7 @@ def test_each_video_keeps_its_own_rate(folder):
     content = [{"type": "video", "video": name} for name in ("clip.mp4", "slow.mp4")]
     both = build.encode({"prompt": [{"role": "user", "content": content}]})
     is_video = both.input_ids == build.family.placeholder_ids["video"]
-    times = both.position_ids[0][is_video].split(build.family.feature_counts("video", both.media))
+    times = both.position_ids[0][is_video].split(build.family.feature_counts("video", both.media["video"]))
     steps = [int(t.unique().diff()[0]) for t in times]
     # The third of four frames is picture 15 of 24, and 31 of 48; 25 positions a second.
     assert steps == [int(25 * 15 / 24), int(25 * 31 / 24)]

@@ -71,8 +71,8 @@ def segment(**keys):
 def pictures_of(build, prompt):
     """Numbers of the pictures that reach the vision tower, one per pair of frames, from their brightness."""
     processor = build.family.processor.video_processor
-    steps = int(prompt.media["video_grid_thw"][0, 0])
-    values = prompt.media["pixel_values_videos"].reshape(
+    steps = int(prompt.media["video"]["video_grid_thw"][0, 0])
+    values = prompt.media["video"]["pixel_values_videos"].reshape(
         steps, -1, 3, processor.temporal_patch_size, 28 // 2 * 28 // 2
     )
     mean, std = (np.array(numbers)[:, None] for numbers in (processor.image_mean, processor.image_std))
@@ -107,12 +107,12 @@ def test_sampling_and_size_of_a_block_are_followed(build):
 def test_the_sound_of_a_segment_is_the_segment_s(folder, build):
     def mel_frames(builder, **columns):
         prompt = builder.encode(segment(video_start=6, video_end=8) | columns)
-        return int(prompt.media["feature_attention_mask"].sum())
+        return int(prompt.media["audio"]["feature_attention_mask"].sum())
 
     assert mel_frames(build, tag="VA") == mel_frames(build, tag="A") == 200
     assert mel_frames(build, tag="VA", audio_in_video=True) == 200
     heard = build.encode(row_of({"type": "audio", "audio": "ten.mp4", "audio_start": 2.5, "audio_end": 3.5}))
-    assert int(heard.media["feature_attention_mask"].sum()) == 100
+    assert int(heard.media["audio"]["feature_attention_mask"].sum()) == 100
 
 
 def test_a_budget_of_tokens_holds_for_what_a_block_asks(folder):

@@ -37,7 +37,8 @@ def features(name, folder, rows, attention):
     with torch.no_grad():
         return {
             (kind, i): value
-            for kind in world.family.placeholder_ids
+            for kind in ("video", "audio")
+            if any(kind in p.kinds for p in prompts)
             for i, found in enumerate(
                 run_tower(world.family, world.core, kind, [p for p in prompts if kind in p.kinds])
             )

@@ -130,8 +130,8 @@ def signals(prompt):
     """What a prompt is really fed, read off its tokens and tensors."""
     names = {"video": "V", "audio": "A", "subtitle": "S"}
     fed = {names[kind] for kind, tokens in prompt.media_tokens.items() if tokens}
-    assert ("V" in fed) == ("pixel_values_videos" in prompt.media)
-    assert ("A" in fed) == ("input_features" in prompt.media)
+    assert ("V" in fed) == ("video" in prompt.media)
+    assert ("A" in fed) == ("audio" in prompt.media)
     return fed
 
 

@@ -11,7 +11,8 @@ from vllm_runs import OPTIONS
 
 from maple_trl import OmniGRPOConfig
 from maple_trl.algorithms import raw_ratios, summarise_ratios
-from maple_trl.omni.encoded import MEDIA_NAMES, EncodedPrompt
+from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.families import OmniFamily
 from maple_trl.rollout.engine_models import ENGINE_MODELS, engine_config, engine_model, engine_weights, tied_name
 from maple_trl.rollout.engine_rows import EngineItem, EngineRow, pack_rows, unpack_rows
 from maple_trl.rollout.sampling_options import vllm_options
@@ -25,18 +26,22 @@ class Placeholders:
     placeholder_ids = {"video": 1, "audio": 2}
 
     def feature_counts(self, kind, media):
-        return media[kind].tolist()
+        return media["counts"].tolist()
 
 
 def prompt(ids, video=(), audio=()):
     counts = {"video": list(video), "audio": list(audio)}
     media = {
-        "video": torch.tensor(counts["video"]),
-        "audio": torch.tensor(counts["audio"]),
-        "pixel_values_videos": torch.ones(sum(video), 2),
-        "video_grid_thw": torch.ones(len(video), 3, dtype=torch.long),
-        "input_features": torch.ones(len(audio), 2, 3),
-        "feature_attention_mask": torch.ones(len(audio), 3),
+        "video": {
+            "counts": torch.tensor(counts["video"]),
+            "pixel_values_videos": torch.ones(sum(video), 2),
+            "video_grid_thw": torch.ones(len(video), 3, dtype=torch.long),
+        },
+        "audio": {
+            "counts": torch.tensor(counts["audio"]),
+            "input_features": torch.ones(len(audio), 2, 3),
+            "feature_attention_mask": torch.ones(len(audio), 3),
+        },
     }
     positions = torch.arange(len(ids)).expand(3, -1)
     tokens = {kind: sum(of_kind) for kind, of_kind in counts.items() if of_kind}
@@ -82,9 +87,11 @@ def test_rows_pass_the_wire(kinds):
         kind: [EngineItem(1, 3, torch.tensor([True, False, True]) if kind == "audio" else None, "d")] for kind in kinds
     }
     media = {
-        name: torch.rand(1, 2).to(dtype)
+        kind: {
+            name: torch.rand(1, 2).to(dtype)
+            for name, dtype in zip(OmniFamily.media_names[kind], (torch.float32, torch.bfloat16), strict=True)
+        }
         for kind in kinds
-        for name, dtype in zip(MEDIA_NAMES[kind], (torch.float32, torch.bfloat16), strict=True)
     }
     row = EngineRow([3, 4, 5, 6], torch.rand(3, 4), media, items)
     (back, empty), fields = unpack_rows(
@@ -92,8 +99,11 @@ def test_rows_pass_the_wire(kinds):
     )
     assert fields == {"count": 4, "sampling": {"seed": 1}} and empty.token_ids == [1] and not empty.items
     assert back.token_ids == row.token_ids and torch.equal(back.position_ids, row.position_ids)
-    assert list(back.media) == list(media) and all(torch.equal(back.media[name], media[name]) for name in media)
-    assert all(back.media[name].dtype == media[name].dtype for name in media)
+    assert list(back.media) == list(media)
+    for kind, tensors in media.items():
+        assert list(back.media[kind]) == list(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(back.media[kind][name], tensor) and back.media[kind][name].dtype == tensor.dtype
     for kind in kinds:
         (one,), (other,) = back.items[kind], items[kind]
         assert (one.offset, one.length, one.digest) == (other.offset, other.length, other.digest)

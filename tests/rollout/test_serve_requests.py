@@ -96,7 +96,7 @@ def folders(tmp_path):
     return made
 
 
-CLIP = {"pixel_values_videos": torch.zeros(4, 2), "video_grid_thw": torch.ones(1, 3, dtype=torch.long)}
+CLIP = {"video": {"pixel_values_videos": torch.zeros(4, 2), "video_grid_thw": torch.ones(1, 3, dtype=torch.long)}}
 NONE_OF_THEM = {
     "no JSON": (WEIGHTS, b"no json"),
     "a list": (WEIGHTS, b"[1]"),

@@ -290,7 +290,7 @@ def test_towers_see_each_prompt_once_in_every_pass(seven_tags):
     rows = dataset.filter(lambda r: r["tag"] == "VA").select(range(2))
     trainer = build_trainer(folder, rows, num_iterations=2, max_steps=2, shuffle_dataset=False, shared_prefix="off")
     _, prompts = trainer.encode_rows(rows)
-    own = [prompt.media["pixel_values_videos"].size(0) for prompt in prompts]
+    own = [prompt.media["video"]["pixel_values_videos"].size(0) for prompt in prompts]
     patches, audios = [], []
     core = trainer.family.core(trainer.model)
     core.visual.register_forward_pre_hook(lambda m, args, kw: patches.append(args[0].size(0)), with_kwargs=True)
@@ -649,7 +649,7 @@ def test_trains_with_sharded_towers_setting(seven_tags):
     folder, dataset = seven_tags
 
     class Sharded(OmniGRPOTrainer):
-        _touch_all_towers = True
+        _same_towers = True
 
     rows = one_row_per_tag(dataset)
     options = {"per_device_train_batch_size": 14, "gradient_accumulation_steps": 1, "num_generations": 2}
@@ -666,7 +666,7 @@ def test_every_weight_that_is_trained_has_a_gradient_without_media(seven_tags, f
     folder, dataset = seven_tags
 
     class Sharded(OmniGRPOTrainer):
-        _touch_all_towers = True
+        _same_towers = True
 
     rows = dataset.filter(lambda row: row["tag"] == "S")
     trainer = build_trainer(folder, rows, family, Sharded, gradient_checkpointing=False)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from maple_trl import Registry
-from maple_trl.omni.encoded import EncodedPrompt, MediaMismatchError
-from maple_trl.omni.media.loader import AudioClip, VideoClip
+from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError
+from maple_trl.omni.media.clips import AudioClip, PromptMedia, VideoClip
 
 
 _FAMILIES: Registry[type[OmniFamily]] = Registry("model family", "maple_trl.families")
@@ -71,7 +74,7 @@ class PromptEncoder(Protocol):
     What a [`~maple_trl.omni.prompt.PromptBuilder`] needs of the reader of its prompts: a model's family, or a server.
 
     Attributes:
-        placeholders: the token that stands for one feature, per kind of media that is read (`video`, `audio`).
+        placeholders: the token that stands for one feature, per kind of media that is read (`image`, `video`, `audio`).
         media_tokens: texts that would be read as media.
         interleaves_audio: whether audio tokens can be interleaved with the video's.
         frame_multiple: sides of a frame, in pixels, are multiples of this.
@@ -92,9 +95,7 @@ class PromptEncoder(Protocol):
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a text, none where they cannot be known."""
 
-    def encode(
-        self, key: str, text: Any, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool = False
-    ) -> Any:
+    def encode(self, key: str, text: Any, media: PromptMedia, interleaved: bool = False) -> Any:
         """Encode one rendered prompt with its decoded media."""
 
     def check_pixels(self, max_pixels: int) -> None:
@@ -115,7 +116,8 @@ class OmniFamily(PromptEncoder):
 
     Class attributes:
         model_types: `config.model_type` values that the family serves.
-        placeholders: the token that stands for one feature, per kind of media (`video`, `audio`).
+        placeholders: the token that stands for one feature, per kind of media (`image`, `video`, `audio`).
+        media_names: of each kind, the tensors of the processor that the tower reads.
         media_tokens: every special token that must not be sampled in a completion.
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
         unread: ends of the names of weights that no pass reads.
@@ -123,6 +125,11 @@ class OmniFamily(PromptEncoder):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     placeholders: ClassVar[dict[str, str]] = {}
+    media_names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+        "audio": ("input_features", "feature_attention_mask"),
+    }
     media_tokens: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[dict[str, str]] = {}
     unread: ClassVar[tuple[str, ...]] = ()
@@ -170,6 +177,10 @@ class OmniFamily(PromptEncoder):
         """Samples of sound per second, as the audio tower takes them."""
         return self.processor.feature_extractor.sampling_rate
 
+    def image_token_count(self, height: int, width: int) -> int:
+        """Count the tokens of a picture of `height` x `width` pixels."""
+        return (height // self.frame_multiple) * (width // self.frame_multiple)
+
     def video_token_count(self, frames: int, height: int, width: int) -> int:
         """Count the tokens of a clip of `frames` frames of `height` x `width` pixels."""
         return -(-frames // self.frames_per_token) * (height // self.frame_multiple) * (width // self.frame_multiple)
@@ -184,9 +195,7 @@ class OmniFamily(PromptEncoder):
         """Return the tokens of a text, without special ones around it."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def encode(
-        self, key: str, text: str, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool = False
-    ) -> EncodedPrompt:
+    def encode(self, key: str, text: str, media: PromptMedia, interleaved: bool = False) -> EncodedPrompt:
         """
         Encode one rendered prompt with its decoded media.
 
@@ -197,41 +206,49 @@ class OmniFamily(PromptEncoder):
         Raises:
             MediaMismatchError: when the processor's placeholders and features differ in number.
         """
-        batch = self.processor(text=[text], return_tensors="pt", **self.processor_kwargs(videos, audios, interleaved))
-        media = {name: batch[name] for name in self._media_names if name in batch}
-        if "feature_attention_mask" in media:
-            media = self.trim_audio(media)
+        batch = self.processor(text=[text], return_tensors="pt", **self.processor_kwargs(media, interleaved))
+        inputs = {kind: self.tower_inputs(kind, batch) for kind in self.placeholders if kind in media.kinds}
         input_ids = batch["input_ids"][0]
         tokens = {kind: int((input_ids == token_id).sum()) for kind, token_id in self.placeholder_ids.items()}
-        features = {kind: sum(self.feature_counts(kind, media)) for kind in self.placeholder_ids}
+        features = {kind: sum(self.feature_counts(kind, inputs[kind])) if kind in inputs else 0 for kind in tokens}
         if tokens != features:
             raise MediaMismatchError(f"prompt {key}: placeholder tokens {tokens} but media features {features}")
-        if (bool(videos), bool(audios)) != (bool(features.get("video")), bool(features.get("audio"))):
+        if media.kinds != {kind for kind, count in features.items() if count}:
             raise MediaMismatchError(
-                f"prompt {key}: {len(videos)} video(s) and {len(audios)} audio(s) became features {features}; does the "
-                "chat template render video and audio blocks?"
+                f"prompt {key}: {len(media.images)} image(s), {len(media.videos)} video(s) and {len(media.audios)} audio(s) "
+                f"became features {features}; does the chat template render their blocks?"
             )
-        position_ids = self.position_ids(batch, media, videos, interleaved)
+        position_ids = self.position_ids(batch, media, interleaved)
         if interleaved:
-            input_ids, position_ids = self.interleave(input_ids, position_ids, videos[0])
-        return EncodedPrompt(key, input_ids, position_ids, media, {k: v for k, v in tokens.items() if v})
+            input_ids, position_ids = self.interleave(input_ids, position_ids, media.videos[0])
+        return EncodedPrompt(key, input_ids, position_ids, inputs, {k: v for k, v in tokens.items() if v})
 
-    _media_names = ("pixel_values_videos", "video_grid_thw", "input_features", "feature_attention_mask")
+    def tower_inputs(self, kind: str, batch: BatchFeature) -> dict[str, Tensor]:
+        """Return what the tower of a kind reads of the processor's output for one prompt."""
+        inputs = {name: batch[name] for name in self.media_names[kind] if name in batch}
+        return self.trim_audio(inputs) if kind == "audio" else inputs
 
-    def processor_kwargs(self, videos: Sequence[VideoClip], audios: Sequence[AudioClip], interleaved: bool) -> dict:
+    def processor_kwargs(self, media: PromptMedia, interleaved: bool) -> dict[str, Any]:
         """Return arguments of the processor for already decoded, sampled and resized media."""
-        kwargs: dict = {}
-        if videos:
-            kwargs["videos"] = [clip.frames.copy() for clip in videos]  # cached frames are read-only
+        kwargs: dict[str, Any] = {}
+        # Copies: what is cached is read-only.
+        if media.images:
+            kwargs["images"] = [picture.pixels.copy() for picture in media.images]
+            kwargs["images_kwargs"] = {"do_resize": False, "input_data_format": "channels_last"}
+        if media.videos:
+            kwargs["videos"] = [clip.frames.copy() for clip in media.videos]
             kwargs["videos_kwargs"] = {
                 "do_resize": False,
                 "do_sample_frames": False,
                 "input_data_format": "channels_last",
-                "fps": videos[0].fps,
+                "fps": media.videos[0].fps,
             }
-        if audios:
-            kwargs["audio"] = [clip.waveform for clip in audios]
-            kwargs["audio_kwargs"] = {"sampling_rate": self.sampling_rate, "max_length": self.audio_pad_length(audios)}
+        if media.audios:
+            kwargs["audio"] = [clip.waveform for clip in media.audios]
+            kwargs["audio_kwargs"] = {
+                "sampling_rate": self.sampling_rate,
+                "max_length": self.audio_pad_length(media.audios),
+            }
         return kwargs
 
     def audio_pad_length(self, audios: Sequence[AudioClip]) -> int:
@@ -244,12 +261,12 @@ class OmniFamily(PromptEncoder):
         longest = max(len(clip.waveform) for clip in audios) + extractor.n_fft
         return -(-longest // extractor.hop_length) * extractor.hop_length
 
-    def trim_audio(self, media: dict[str, Tensor]) -> dict[str, Tensor]:
+    def trim_audio(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop mel frames that are padding in every audio."""
-        length = int(media["feature_attention_mask"].sum(-1).max())
-        return media | {
-            "input_features": media["input_features"][..., :length],
-            "feature_attention_mask": media["feature_attention_mask"][..., :length],
+        length = int(inputs["feature_attention_mask"].sum(-1).max())
+        return inputs | {
+            "input_features": inputs["input_features"][..., :length],
+            "feature_attention_mask": inputs["feature_attention_mask"][..., :length],
         }
 
     def patch_seconds(self, clip: VideoClip) -> Tensor:
@@ -270,18 +287,15 @@ class OmniFamily(PromptEncoder):
         """Place a prompt's video tokens among the sound's by their true times; return tokens and positions."""
         raise NotImplementedError
 
-    def position_ids(self, batch, media: dict[str, Tensor], videos: Sequence[VideoClip], interleaved: bool) -> Tensor:
-        """Return the rotary positions of one prompt, shape (R, P)."""
-        raise NotImplementedError
+    def position_ids(self, batch: BatchFeature, media: PromptMedia, interleaved: bool) -> Tensor:
+        """Return the rotary positions of one prompt, shape (R, P); unless a model says otherwise, tokens are counted."""
+        return torch.arange(batch["input_ids"].size(1))[None]
 
-    def feature_counts(self, kind: str, media: dict[str, Tensor]) -> list[int]:
-        """Count the features that the tower gives for each clip of a kind."""
-        if kind == "video":
-            grid = media.get("video_grid_thw")
-            merge = self.processor.video_processor.merge_size**2
-            return [] if grid is None else (grid.prod(-1) // merge).tolist()
-        mask = media.get("feature_attention_mask")
-        return [] if mask is None else [self.audio_token_count(n) for n in mask.sum(-1).tolist()]
+    def feature_counts(self, kind: str, inputs: Mapping[str, Tensor]) -> list[int]:
+        """Count the features that the tower gives for each clip of a kind, given what it reads of them."""
+        if kind == "audio":
+            return [self.audio_token_count(n) for n in inputs["feature_attention_mask"].sum(-1).tolist()]
+        return (inputs[f"{kind}_grid_thw"].prod(-1) // self.processor.video_processor.merge_size**2).tolist()
 
     def audio_token_count(self, mel_frames: int) -> int:
         """Count the tokens of an audio of `mel_frames` mel frames."""
@@ -291,20 +305,27 @@ class OmniFamily(PromptEncoder):
 
     def collate_media(self, prompts: Sequence[EncodedPrompt], kind: str, device: torch.device) -> dict[str, Tensor]:
         """Concatenate the media of several prompts; mel frames are padded to the longest."""
-        if kind == "video":
-            names = ("pixel_values_videos", "video_grid_thw")
-            return {name: torch.cat([p.media[name] for p in prompts]).to(device) for name in names}
-        features = [audio.T for p in prompts for audio in p.media["input_features"]]
-        masks = [mask for p in prompts for mask in p.media["feature_attention_mask"]]
+        if kind != "audio":
+            names = self.media_names[kind]
+            return {name: torch.cat([p.media[kind][name] for p in prompts]).to(device) for name in names}
+        features = [audio.T for p in prompts for audio in p.media[kind]["input_features"]]
+        masks = [mask for p in prompts for mask in p.media[kind]["feature_attention_mask"]]
         return {
             "input_features": pad_sequence(features, batch_first=True).transpose(1, 2).to(device),
             "feature_attention_mask": pad_sequence(masks, batch_first=True).to(device),
         }
 
-    def video_outputs(self, core: nn.Module, prompts: Sequence[EncodedPrompt]):
-        """Return the vision tower's output for the prompts' videos, as `mm_encoder_outputs["video"]` holds it."""
-        device = core.get_input_embeddings().weight.device
-        return core.get_video_features(**self.collate_media(prompts, "video", device), return_dict=True)
+    def tower_outputs(self, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]) -> Features:
+        """Return the features of all media of a kind in the prompts, one after the other."""
+        if kind == "audio":
+            return {"tokens": self.audio_embeddings(core, prompts)}
+        media = self.collate_media(prompts, kind, core.get_input_embeddings().weight.device)
+        features = core.get_image_features if kind == "image" else core.get_video_features
+        outputs = features(**media, return_dict=True)
+        layers = {"tokens": outputs.pooler_output}
+        deepstack = getattr(outputs, "deepstack_features", None) or []
+        layers |= {f"deepstack.{i}": layer for i, layer in enumerate(deepstack)}
+        return {name: torch.cat(tuple(layer)) for name, layer in layers.items()}
 
     def audio_embeddings(self, core: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """Return the audio tower's features of all prompts' audios, shape (sum of tokens, hidden)."""
@@ -312,31 +333,66 @@ class OmniFamily(PromptEncoder):
         media = self.collate_media(prompts, "audio", device)
         return core.get_audio_features(**media, return_dict=True).last_hidden_state
 
+    def core_inputs(
+        self,
+        core: nn.Module,
+        input_ids: Tensor,
+        features: Mapping[str, Sequence[Features]],
+        unneeded: Sequence[Tensor] = (),
+    ) -> dict[str, Any]:
+        """
+        Return arguments for the core's forward that put features in the place of their placeholders.
+
+        Args:
+            input_ids: shape (B, T).
+            features: by kind, those of each prompt that has any, in the order of the placeholders.
+            unneeded: zeros that depend on towers which have nothing to read; they are added to what is read.
+        """
+        token_embeddings = embeddings = core.get_input_embeddings()(input_ids)
+        if "audio" in features:
+            embeddings = self.scattered(embeddings, input_ids, "audio", features["audio"])
+        vision = {kind: list(features[kind]) for kind in ("image", "video") if kind in features}
+        # Beside what is needed, and after all towers, so that the backward pass takes these in the same order everywhere.
+        for zero in unneeded:
+            if not vision:
+                embeddings = embeddings + zero.to(embeddings.dtype)
+                continue
+            of_kind = next(iter(vision.values()))
+            of_kind[0] = of_kind[0] | {"tokens": of_kind[0]["tokens"] + zero.to(of_kind[0]["tokens"].dtype)}
+        inputs: dict[str, Any] = {}
+        if vision:
+            inputs["mm_encoder_outputs"] = {kind: _vision_outputs(of_kind) for kind, of_kind in vision.items()}
+        if embeddings is not token_embeddings:
+            inputs["inputs_embeds"] = embeddings
+            if not vision:
+                inputs["input_ids"] = None  # the vision-language cores take one of the two
+        return inputs
+
+    def scattered(self, embeddings: Tensor, input_ids: Tensor, kind: str, features: Sequence[Features]) -> Tensor:
+        """Return embeddings of shape (B, T, hidden) with the features of a kind in the place of its placeholders."""
+        tokens = torch.cat([prompt["tokens"] for prompt in features]).to(embeddings.dtype)
+        return embeddings.masked_scatter((input_ids == self.placeholder_ids[kind]).unsqueeze(-1), tokens)
+
     def dummy_output(self, core: nn.Module, kind: str) -> Tensor:
         """Return a scalar that depends on every parameter of a tower, from the smallest input that it takes."""
+        empty = torch.empty(0, dtype=torch.long)
+        prompt = EncodedPrompt("dummy", empty, empty[None], {kind: self.dummy_inputs(kind)})
+        return sum(layer.sum() for layer in self.tower_outputs(core, kind, [prompt]).values())
+
+    def dummy_inputs(self, kind: str) -> dict[str, Tensor]:
+        """Return the smallest input that the tower of a kind takes."""
         if kind == "audio":
             mel, frames = self.processor.feature_extractor.feature_size, self.dummy_mel_frames
-            media = {
+            return {
                 "input_features": torch.zeros(1, mel, frames),
                 "feature_attention_mask": torch.ones(1, frames, dtype=torch.long),
             }
-            return self.audio_embeddings(core, [self._dummy_prompt(media)]).sum()
         video = self.processor.video_processor
         merge, patch_dim = video.merge_size, 3 * video.temporal_patch_size * video.patch_size**2
-        media = {
-            "pixel_values_videos": torch.zeros(merge**2, patch_dim),
-            "video_grid_thw": torch.tensor([[1, merge, merge]]),
-        }
-        outputs = self.video_outputs(core, [self._dummy_prompt(media)])
-        layers = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or [])]
-        return sum(feature.sum() for layer in layers for feature in layer)
+        pixels, grid = self.media_names[kind]
+        return {pixels: torch.zeros(merge**2, patch_dim), grid: torch.tensor([[1, merge, merge]])}
 
     dummy_mel_frames = 16
-
-    @staticmethod
-    def _dummy_prompt(media: dict[str, Tensor]) -> EncodedPrompt:
-        empty = torch.empty(0, dtype=torch.long)
-        return EncodedPrompt("dummy", empty, empty[None], media)
 
     def scope_of(self, module_name: str) -> str | None:
         """Return the part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
@@ -345,6 +401,16 @@ class OmniFamily(PromptEncoder):
     def is_unread(self, weight_name: str) -> bool:
         """Return whether no pass reads this weight, so that it has no gradient."""
         return weight_name.endswith(self.unread)
+
+
+def _vision_outputs(features: Sequence[Features]) -> BaseModelOutputWithPooling:
+    """Return prompts' features as a core reads the vision tower's output."""
+    tokens = tuple(prompt["tokens"] for prompt in features)
+    names = [name for name in features[0] if name.startswith("deepstack.")]
+    if not names:
+        return BaseModelOutputWithPooling(pooler_output=tokens)
+    deepstack = [tuple(prompt[name] for prompt in features) for name in names]
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
 
 
 def mean_steps(seconds: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from maple_trl.omni.families.base import OmniFamily, mean_steps, register_family
 
 @register_family
 class Qwen2_5OmniFamily(OmniFamily):
-    """Video, separate audio, and audio interleaved with the video's tokens."""
+    """Images, video, separate audio, and audio interleaved with the video's tokens."""
 
     model_types = ("qwen2_5_omni_thinker",)
-    placeholders = {"video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
+    placeholders = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
     media_tokens = (
         "<|IMAGE|>",
         "<|VIDEO|>",
@@ -34,19 +34,20 @@ class Qwen2_5OmniFamily(OmniFamily):
     unread = ("audio_tower.audio_bos_eos_token.weight",)
     interleaves_audio = True
 
-    def processor_kwargs(self, videos, audios, interleaved):
-        kwargs = super().processor_kwargs(videos, audios, interleaved)
+    def processor_kwargs(self, media, interleaved):
+        kwargs = super().processor_kwargs(media, interleaved)
         if interleaved:
-            kwargs |= {"load_audio_from_video": True, "audio_from_video_indices": list(range(len(videos)))}
+            kwargs |= {"load_audio_from_video": True, "audio_from_video_indices": list(range(len(media.videos)))}
         return kwargs
 
-    def position_ids(self, batch, media, videos, interleaved):
-        mask = media.get("feature_attention_mask")
+    def position_ids(self, batch, media, interleaved):
+        mask = batch.get("feature_attention_mask")
         # Beside sound, all pictures stand first and at the beginning until `interleave` places them.
-        seconds = [torch.zeros(())] * len(videos) if interleaved else self.second_per_grid(videos)
+        seconds = [torch.zeros(())] * len(media.videos) if interleaved else self.second_per_grid(media.videos)
         positions, _ = self._rope_index(
             batch["input_ids"],
-            video_grid_thw=media.get("video_grid_thw"),
+            image_grid_thw=batch.get("image_grid_thw"),
+            video_grid_thw=batch.get("video_grid_thw"),
             attention_mask=torch.ones_like(batch["input_ids"]),
             use_audio_in_video=interleaved,
             audio_seqlens=None if mask is None else mask.sum(-1),

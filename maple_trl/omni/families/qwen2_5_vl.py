@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: video only."""
+"""Qwen2.5-VL: images and video."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from maple_trl.omni.families.base import OmniFamily, register_family
 
 @register_family
 class Qwen2_5VLFamily(OmniFamily):
-    """Video; rows whose tag needs audio are rejected."""
+    """Images and video; rows whose tag needs audio are rejected."""
 
     model_types = ("qwen2_5_vl",)
-    placeholders = {"video": "<|video_pad|>"}
+    placeholders = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
     media_tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     scopes = {
         "projectors": r"(^|\.)visual\.merger\.",
@@ -20,16 +20,18 @@ class Qwen2_5VLFamily(OmniFamily):
         "llm": r"(^|\.)language_model\.",
     }
 
-    def position_ids(self, batch, media, videos, interleaved):
+    def position_ids(self, batch, media, interleaved):
         # These models' `get_rope_index` expects vision tokens; plain text counts up in all three dimensions.
-        if not videos:
+        if not media.kinds:
             return torch.arange(batch["input_ids"].size(1)).expand(3, -1)
-        token_types = (batch["input_ids"] == self.placeholder_ids["video"]).int() * 2
+        ids, kinds = batch["input_ids"], ("image", "video")
+        token_types = sum(number * (ids == self.placeholder_ids[kind]).int() for number, kind in enumerate(kinds, 1))
         positions, _ = self._rope_index(
-            batch["input_ids"],
+            ids,
             mm_token_type_ids=token_types,
-            video_grid_thw=media["video_grid_thw"],
-            attention_mask=torch.ones_like(batch["input_ids"]),
-            second_per_grid_ts=self.second_per_grid(videos),
+            image_grid_thw=batch.get("image_grid_thw"),
+            video_grid_thw=batch.get("video_grid_thw"),
+            attention_mask=torch.ones_like(ids),
+            second_per_grid_ts=self.second_per_grid(media.videos) or None,
         )
         return positions[:, 0]

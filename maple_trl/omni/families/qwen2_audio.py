@@ -21,9 +21,6 @@ class Qwen2AudioFamily(OmniFamily):
         "llm": r"(^|\.)language_model\.",
     }
 
-    def position_ids(self, batch, media, videos, interleaved):
-        return torch.arange(batch["input_ids"].size(1))[None]
-
     def audio_token_count(self, mel_frames):
         return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
 
@@ -40,8 +37,8 @@ class Qwen2AudioFamily(OmniFamily):
     def dummy_mel_frames(self):
         return self.config.audio_config.max_source_positions * 2
 
-    def trim_audio(self, media):
-        return media
+    def trim_audio(self, inputs):
+        return inputs
 
     def audio_embeddings(self, core, prompts):
         media = self.collate_media(prompts, "audio", core.get_input_embeddings().weight.device)

@@ -14,7 +14,7 @@ class Qwen3OmniFamily(Qwen2_5OmniFamily):
     """Qwen2.5-Omni with other tokens, an audio tower of fixed windows and deep-stacked vision features."""
 
     model_types = ("qwen3_omni_moe_thinker",)
-    placeholders = {"video": "<|video_pad|>", "audio": "<|audio_pad|>"}
+    placeholders = {"image": "<|image_pad|>", "video": "<|video_pad|>", "audio": "<|audio_pad|>"}
     media_tokens = (
         "<|image_pad|>",
         "<|video_pad|>",
@@ -31,9 +31,9 @@ class Qwen3OmniFamily(Qwen2_5OmniFamily):
         "llm": r"(^|\.)language_model\.",
     }
 
-    def processor_kwargs(self, videos, audios, interleaved):
-        kwargs = super().processor_kwargs(videos, audios, interleaved)
-        if audios:
+    def processor_kwargs(self, media, interleaved):
+        kwargs = super().processor_kwargs(media, interleaved)
+        if media.audios:
             kwargs["n_window"] = self.config.audio_config.n_window
         return kwargs
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL: video only, with the time of each temporal patch written in text."""
+"""Qwen3-VL: images and video, with the time of each temporal patch written in text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from maple_trl.omni.families.qwen2_5_vl import Qwen2_5VLFamily
 
 @register_family
 class Qwen3VLFamily(Qwen2_5VLFamily):
-    """Video; rows whose tag needs audio are rejected."""
+    """Images and video; rows whose tag needs audio are rejected."""
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     scopes = Qwen2_5VLFamily.scopes | {"projectors": r"(^|\.)visual\.(merger|deepstack_merger_list)\."}
 
-    def processor_kwargs(self, videos, audios, interleaved):
-        kwargs = super().processor_kwargs(videos, audios, interleaved)
-        if videos:
+    def processor_kwargs(self, media, interleaved):
+        kwargs = super().processor_kwargs(media, interleaved)
+        if media.videos:
             # The processor writes index / fps into the prompt: an index of milliseconds gives the true times.
             kwargs["videos_kwargs"]["video_metadata"] = [
                 VideoMetadata(
@@ -26,7 +26,7 @@ class Qwen3VLFamily(Qwen2_5VLFamily):
                     duration=clip.duration,
                     frames_indices=[round(1000 * t) for t in clip.timestamps],
                 )
-                for clip in videos
+                for clip in media.videos
             ]
             del kwargs["videos_kwargs"]["fps"]
         return kwargs

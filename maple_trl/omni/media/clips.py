@@ -1,6 +1,7 @@
 """What decoding gives, and what it is given."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -149,6 +150,42 @@ class AudioClip:
     def nbytes(self) -> int:
         """Bytes of the waveform."""
         return self.waveform.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """
+    An image.
+
+    Attributes:
+        pixels (`np.ndarray`): uint8 (H, W, 3), read-only.
+        path (`str`): resolved path.
+        notes (`tuple[str, ...]`): what was special.
+    """
+
+    pixels: np.ndarray
+    path: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels."""
+        return self.pixels.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMedia:
+    """The decoded media of one prompt, by kind, each in the order in which they stand in it."""
+
+    images: Sequence[Picture] = ()
+    videos: Sequence[VideoClip] = ()
+    audios: Sequence[AudioClip] = ()
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of which there are any, of `image`, `video` and `audio`."""
+        given = {"image": self.images, "video": self.videos, "audio": self.audios}
+        return frozenset(kind for kind, clips in given.items() if clips)
 
 
 @dataclass(frozen=True)

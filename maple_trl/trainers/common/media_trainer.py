@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
@@ -210,9 +210,7 @@ class MediaTrainer:
     # Media and generation
 
     def _serve(self, model: nn.Module, prompts: Sequence[EncodedPrompt], packed: bool = False):
-        return serve_media(
-            self.family, model, prompts, touch_all_towers=self._touch_all_towers, packed=packed, cache=self.towers
-        )
+        return serve_media(self.family, model, prompts, touch=self._touched, packed=packed, cache=self.towers)
 
     @property
     def _spread(self) -> bool:
@@ -221,7 +219,12 @@ class MediaTrainer:
         return self.is_fsdp_enabled or zero3
 
     @property
-    def _touch_all_towers(self) -> bool:
+    def _touched(self) -> tuple[str, ...]:
+        """The kinds of media whose tower every pass runs."""
+        return tuple(self.family.placeholders) if self._same_towers else ()
+
+    @property
+    def _same_towers(self) -> bool:
         """Whether all ranks must run the same towers: weights or gradients are sharded, or DDP waits for each gradient."""
         # A launcher makes a single process distributed too.
         distributed = self.accelerator.distributed_type != DistributedType.NO
@@ -267,7 +270,7 @@ class MediaTrainer:
     def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Log media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
         mode = "train" if self.model.training else "eval"
-        kinds = ("video", "audio", "subtitle")
+        kinds = (*KINDS, "subtitle")
         notes = {"no-audio-track": "rows_without_audio_track", "subtitle-shortened": "rows_with_shortened_subtitle"}
         local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
         local += [sum(note in prompt.notes for prompt in prompts) for note in notes]

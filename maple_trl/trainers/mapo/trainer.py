@@ -461,7 +461,7 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     def _as_many_on_all_ranks(self, rows: list[int]) -> list[int]:
         """Return this rank's rows, some of them again where the ranks wait for each other's passes."""
-        if not self._touch_all_towers:
+        if not self._same_towers:
             return rows
         most = int(self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device)).max())
         return rows + (rows[:1] or [0]) * (most - len(rows))

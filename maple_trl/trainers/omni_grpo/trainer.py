@@ -25,6 +25,7 @@ from trl.trainer.utils import pad
 from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import (
+    KINDS,
     EncodedPrompt,
     batch_position_ids,
     forward_position_ids,
@@ -444,8 +445,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         if self._serving is None:
             prompts = [(0, tokens) for tokens in self._flight.prompt_tokens]
         else:
-            kinds = ("video", "audio")
-            prompts = [(sum(p.media_tokens.get(kind, 0) for kind in kinds), len(p)) for p in self._serving]
+            prompts = [(sum(p.media_tokens.get(kind, 0) for kind in KINDS), len(p)) for p in self._serving]
         facts = [
             [tag_number(row.get("tag")), len(ids), *tokens]
             for row, ids, tokens in zip(rows, completion_ids, prompts, strict=True)
@@ -750,7 +750,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
             self.family.core(self.accelerator.unwrap_model(self.model)),
             prompt,
             # Nothing is kept of clips that no row has.
-            partial(serve_media, self.family, touch_all_towers=self._touch_all_towers),
+            partial(serve_media, self.family, touch=self._touched),
             self.family.suppressed_ids,
             self._packed_attention,
         )
