@@ -94,6 +94,12 @@ class PromptSpec:
         """All files of media, those of sight first."""
         return (*self.images, *self.videos, *self.audios)
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of media of which there are any, of `image`, `video` and `audio`."""
+        files = {"image": self.images, "video": self.videos, "audio": self.audios}
+        return frozenset(kind for kind, named in files.items() if named)
+
     @cached_property
     def key(self) -> str:
         """A digest of the content: equal prompts have an equal key."""

@@ -135,7 +135,9 @@ def test_the_supervised_loss_is_that_of_rows_alone(name, folder, seven_tags, tmp
     for row in data:
         completion = processor.tokenizer(row["completion"] + "<|im_end|>\n", return_tensors="pt")["input_ids"][0]
         logits = alone_by_transformers(name, model.eval(), processor, trainer.prompt_builder, row, completion)
-        total += torch.nn.functional.cross_entropy(logits[-len(completion) - 1 : -1], completion, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits[-len(completion) - 1 : -1], completion, reduction="sum"
+        ).item()
         tokens += len(completion)
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(total / tokens, rel=1e-5)
@@ -166,7 +168,9 @@ def test_a_broken_picture_costs_its_row(folder, seven_tags, tmp_path):
     for i in range(4):
         shutil.copy(media / "square28.png", media / f"{i}.png")
     whole = (media / "1.png").read_bytes()
-    (media / "1.png").write_bytes(whole[: len(whole) // 2])  # its header is whole: the batch that asks for it finds out
+    (media / "1.png").write_bytes(
+        whole[: len(whole) // 2]
+    )  # its header is whole: the batch that asks for it finds out
     (media / "2.png").write_bytes(b"<!DOCTYPE html><title>404</title>")
     options = ONE_ROLLOUT | {"max_steps": 4}
     trainer = make("grpo", "qwen2_5_vl", media, tmp_path / "out", table("qwen2_5_vl", None, rows), **options)
@@ -176,3 +180,39 @@ def test_a_broken_picture_costs_its_row(folder, seven_tags, tmp_path):
         found = {entry["path"]: entry["reason"] for entry in json.load(file)}
     assert found == {"2.png": "not-media", "1.png": "truncated"}
     assert trainer.state.global_step == 4 and logged(trainer, "media_tokens/image")
+
+
+def test_towers_are_run_for_kinds_that_rows_are_known_to_have(folder, seven_tags, tmp_path):
+    class Sharded(OmniGRPOTrainer):
+        _same_towers = True
+
+    rows = [row for row in picture_rows("qwen2_5_omni", seven_tags[1]) if row["tag"] == "V"]
+    stills, both = (
+        [row for row in rows if row["video"] is None],
+        [row for row in rows if row["video"] and row["images"]],
+    )
+    clips = [row for row in rows if not row["images"]]
+    wanted = {
+        "clips": (clips, "video"),
+        "stills": (stills, "image"),
+        "both": (both, "image video"),
+        "none": ([], "video"),
+    }
+    for name, (held, kinds) in wanted.items():
+        text = [{"prompt": rows[0]["prompt"], "tag": None}] * 4
+        data = table("qwen2_5_omni", None, held + text)
+        args = OmniGRPOConfig(str(tmp_path / name), media_root=str(folder), **DEFAULTS)
+        model, processor = build_tiny("qwen2_5_omni")
+        trainer = Sharded(model, spread_reward, args, data, processing_class=processor)
+        assert trainer._touched == (*kinds.split(), "audio"), name
+    # Rows of another data set, of which a rank encodes a share.
+    trainer.generate_completions(stills[:1])
+    assert trainer._touched == ("image", "audio")
+    # A streamed data set is known as far as it was read.
+    args = OmniGRPOConfig(str(tmp_path / "stream"), media_root=str(folder), **DEFAULTS)
+    trainer = Sharded(
+        model, spread_reward, args, table("qwen2_5_omni", None, both).to_iterable_dataset(), processing_class=processor
+    )
+    assert trainer._touched == ("video", "audio")
+    trainer.encode_rows([{**row, "subtitle": None} for row in both[:1]])
+    assert trainer._touched == ("image", "video", "audio")

@@ -109,6 +109,7 @@ class RowRegistry:
                 raise RowError(f"{name}, row {i}: {error}") from error
         self._keys = [spec.key for spec in specs]
         self._tags = [spec.tag for spec in specs]
+        self.kinds = frozenset(kind for spec in specs for kind in spec.kinds)  # of media
         self._rows_of: dict[str, list[int]] = {}
         for i, key in enumerate(self._keys):
             self._rows_of.setdefault(key, []).append(i)

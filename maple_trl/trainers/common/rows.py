@@ -56,6 +56,7 @@ class RowEncoder:
         self.most_lost = most_lost
         self.registries: dict[str, RowRegistry] = {}
         self._specs: LRUCache[Hashable, PromptSpec] = LRUCache(_SPECS_AT_HAND)
+        self._met: set[str] = set()
 
     def register(self, dataset: Any, name: str) -> Any:
         """
@@ -94,6 +95,15 @@ class RowEncoder:
         """Prompts of all data sets that are in quarantine."""
         return [row for registry in self.registries.values() for row in registry.quarantined.values()]
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of media of the rows that are known: of the data sets, and of all ranks' batches; the same on all ranks."""
+        return frozenset(self._met).union(*(registry.kinds for registry in self.registries.values()))
+
+    def note_kinds(self, specs: Iterable[PromptSpec]) -> None:
+        """Note the kinds of media of rows that every rank knows."""
+        self._met.update(kind for spec in specs for kind in spec.kinds)
+
     def encode(self, rows: Sequence[Row], evaluating: bool = False) -> tuple[list[Row], list[EncodedPrompt]]:
         """
         Encode rows, with others in place of those whose media cannot be used; a collective call.
@@ -112,18 +122,19 @@ class RowEncoder:
         for rounds in count(1):
             used = [self.usable(row, evaluating) for row in rows]
             rows = [row for row, _ in used]
-            tried: list[tuple[str, MediaError | None]] = []
+            tried: list[tuple[str, frozenset[str], MediaError | None]] = []
             for key, spec in {spec.key: spec for _, spec in used}.items():
                 if key not in encoded:
                     try:
                         encoded[key] = self.builder.encode(spec)
-                        tried.append((key, None))
+                        tried.append((key, spec.kinds, None))
                     except MediaError as error:
-                        tried.append((key, error))
+                        tried.append((key, spec.kinds, error))
             tried = self.ranks.gather(tried)
+            self._met.update(kind for _, kinds, _ in tried for kind in kinds)
             for registry in self.registries.values():
-                registry.note_seen(key for key, _ in tried)
-            failed = [(key, error) for key, error in tried if error is not None]
+                registry.note_seen(key for key, *_ in tried)
+            failed = [(key, error) for key, _, error in tried if error is not None]
             if not failed:
                 return rows, [encoded[spec.key] for _, spec in used]
             for key, error in failed:
