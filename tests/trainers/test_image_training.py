@@ -182,6 +182,27 @@ def test_a_broken_picture_costs_its_row(folder, seven_tags, tmp_path):
     assert trainer.state.global_step == 4 and logged(trainer, "media_tokens/image")
 
 
+def test_rewards_are_told_of_pictures_that_trl_is_not(folder, seven_tags, tmp_path):
+    """TRL would open the columns `image` and `images` itself, and put the pictures into prompts that hold them already."""
+    told = []
+
+    def reward(completions, images, image, **columns):
+        told.extend(zip(images, image, strict=True))
+        return [0.5] * len(completions)
+
+    rows = [row for row in picture_rows("qwen2_5_vl", seven_tags[1]) if row["tag"] == "V" and row["video"] is None]
+    data = table("qwen2_5_vl", None, rows)
+    data = data.add_column("image", [None] * len(data))
+    model, processor = build_tiny("qwen2_5_vl")
+    args = OmniGRPOConfig(str(tmp_path), media_root=str(folder), **DEFAULTS)
+    trainer = OmniGRPOTrainer(model, reward, args, data, processing_class=processor)
+    trainer.train()
+    assert {(tuple(images), image) for images, image in told} == {(tuple(row["images"]), None) for row in rows}
+    prompts = trainer.encode_rows(list(data))[1]
+    tokens = sum(prompt.media_tokens["image"] for prompt in prompts) * args.num_generations
+    assert logged(trainer, "media_tokens/image") == [tokens]
+
+
 def test_towers_are_run_for_kinds_that_rows_are_known_to_have(folder, seven_tags, tmp_path):
     class Sharded(OmniGRPOTrainer):
         _same_towers = True

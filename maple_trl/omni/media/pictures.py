@@ -1,6 +1,5 @@
 """One picture file to an array, with Pillow."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,9 +30,8 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     """Open a picture of an accepted format and a size that is decoded; Pillow's errors become ours."""
     Image.init()
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            picture = Image.open(source.path, formats=[name for name in FORMATS if name in Image.OPEN])
-    except Image.DecompressionBombError as error:
+        picture = Image.open(source.path, formats=[name for name in FORMATS if name in Image.OPEN])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise source.error("frame-too-large", str(error)) from error
     except UnidentifiedImageError as error:
         raise source.error("not-media", _what_it_is(source.path)) from error

@@ -89,7 +89,7 @@ _ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 
 class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] whose prompts can hold video, audio and subtitles, each row its own, in one batch.
+    [`~trl.GRPOTrainer`] whose prompts can hold pictures, video, audio and subtitles, each row its own, in one batch.
 
     Media reach generation, the old and reference log-probabilities and the training forward; a row whose media were
     not consumed raises. A text-only model (a tokenizer as `processing_class`) trains exactly as with TRL.
@@ -109,8 +109,8 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
             As in [`~trl.GRPOTrainer`], or names of functions in `maple_trl.rewards`; every column of a row reaches them.
         args ([`OmniGRPOConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with `prompt`, and where they apply `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
-            [`~maple_trl.omni.prompt.PromptBuilder`]).
+            Rows with `prompt`, and where they apply `image` or `images`, `video`, `audio`, `subtitle`, `tag` and
+            `audio_in_video` (see [`~maple_trl.omni.prompt.PromptBuilder`]).
         eval_dataset: as in [`~trl.GRPOTrainer`], with the same columns.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
         kwargs: the other arguments of [`~trl.GRPOTrainer`]; tools, environments and rollout functions are rejected.

@@ -28,7 +28,7 @@ _MEDIA_COLUMNS = ("prompt", "completion", *IMAGE_COLUMNS, "video", "audio", "sub
 
 class OmniSFTTrainer(MediaTrainer, SFTTrainer):
     """
-    [`~trl.SFTTrainer`] whose prompts can hold video, audio and subtitles, each row its own, in one batch.
+    [`~trl.SFTTrainer`] whose prompts can hold pictures, video, audio and subtitles, each row its own, in one batch.
 
     The loss is that of the completions' tokens; a row whose media were not consumed raises. A text-only model (a
     tokenizer as `processing_class`) trains exactly as with TRL.
@@ -40,7 +40,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         args ([`OmniSFTConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `prompt` and `completion` (a text, or messages after a conversational prompt), and where they
-            apply `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
+            apply `image` or `images`, `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
             [`~maple_trl.omni.prompt.PromptBuilder`]).
         eval_dataset: as in [`~trl.SFTTrainer`], with the same columns.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
