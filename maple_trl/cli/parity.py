@@ -97,13 +97,13 @@ def print_table(model: str, results: Sequence[Compared]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{model}: trainer against engine", title_justify="left")
-    for name in ("prompt", "tokens", "video", "audio", "ids", "features", "log-probs", "updated", "verdict"):
+    for name in ("prompt", "tokens", "image", "video", "audio", "ids", "features", "log-probs", "updated", "verdict"):
         table.add_column(name, justify="left" if name in ("prompt", "verdict") else "right")
     for result in results:
         if not result.applies:
-            table.add_row(result.kind, *["-"] * 8)
+            table.add_row(result.kind, *["-"] * 9)
             continue
-        counts = (result.tokens, result.video_tokens, result.audio_tokens)
+        counts = (result.tokens, result.image_tokens, result.video_tokens, result.audio_tokens)
         numbers = map(_plain, (result.features, result.logps, result.logps_after))
         ids = "same" if result.same_ids else "-"
         table.add_row(result.kind, *map(str, counts), ids, *numbers, result.problem or "same")

@@ -63,7 +63,9 @@ class PlanArguments:
     completion: int = field(
         default=512, metadata={"aliases": ["--max_completion_length"], "help": "tokens of a completion"}
     )
-    video_tokens: int | None = field(default=None, metadata={"help": "of a prompt (3/4 of it, with a vision tower)"})
+    video_tokens: int | None = field(
+        default=None, metadata={"help": "of a prompt, those of pictures too (3/4 of it, with a vision tower)"}
+    )
     audio_tokens: int | None = field(default=None, metadata={"help": "of a prompt (1/8 of it, with an audio tower)"})
     frame_height: int = field(default=336, metadata={"help": "of a frame, in pixels"})
     frame_width: int = field(default=224, metadata={"help": "of a frame, in pixels"})

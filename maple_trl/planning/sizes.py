@@ -200,7 +200,7 @@ class Media:
     What a prompt's media are, in tokens.
 
     Attributes:
-        video, audio: tokens of each; a clip of the one and of the other.
+        video, audio: tokens of each; a clip of the one and of the other. A picture is as many as a pair of frames.
         height, width: of a frame in pixels.
     """
 

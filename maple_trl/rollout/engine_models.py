@@ -51,8 +51,8 @@ class EngineModel:
         return f"Maple{self.name}"
 
 
-MEDIA_PER_PROMPT = {"video": 16, "audio": 16, "image": 0}
-"""Clips of a prompt, at most."""
+MEDIA_PER_PROMPT = {"image": 16, "video": 16, "audio": 16}
+"""Pictures, clips and sounds of a prompt, at most."""
 
 _THINKER = (
     (r"^model\.(audio_tower|visual)\.", r"thinker.\1."),

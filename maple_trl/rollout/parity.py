@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -32,7 +34,7 @@ from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 SECONDS = 6.0
 """Length of the clip: longer than the pieces in which families interleave pictures and sound."""
 
-KINDS = ("V", "A", "VA", "VA interleaved", "S", "image", "text")
+KINDS = ("V", "A", "VA", "VA interleaved", "S", "image", "image V", "image VA interleaved", "text")
 _BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
@@ -43,7 +45,7 @@ class Compared:
 
     Attributes:
         kind: what the prompt holds.
-        tokens, video_tokens, audio_tokens: of the prompt.
+        tokens, video_tokens, audio_tokens, image_tokens: of the prompt.
         same_ids: whether the engine read the trainer's tokens; `None` where it failed.
         features: greatest difference between the engine's tower outputs and the trainer's, in proportion to the greatest
             of them; `None` where the engine does not show them.
@@ -62,6 +64,7 @@ class Compared:
     logps_after: float | None = None
     problem: str | None = None
     applies: bool = True
+    image_tokens: int = 0
 
 
 def compare(
@@ -109,18 +112,21 @@ def compare(
 
 def _prompts(family: OmniFamily, folder: Path, video: str | None) -> tuple[list[Compared], list[EncodedPrompt]]:
     """Encode a prompt of each kind that the family reads."""
+    rng = np.random.default_rng(0)
     if video is None:
-        rng = np.random.default_rng(0)
         frames = rng.integers(0, 255, (int(SECONDS * FRAME_RATE), 56, 84, 3), dtype=np.uint8)
         write_clip(
             folder / "clip.mp4", frames, (rng.standard_normal(int(SECONDS * SAMPLING_RATE)) * 0.1).astype(np.float32)
         )
-        video = str(folder / "clip.mp4")
-    root = Path(video).resolve().parent
+    else:
+        shutil.copy(video, folder / "clip.mp4")
     builder = PromptBuilder(
-        family, MediaLoader(str(root), MediaLimits(num_frames=8, max_pixels=24 * family.frame_multiple**2))
+        family, MediaLoader(folder, MediaLimits(num_frames=8, max_pixels=24 * family.frame_multiple**2))
     )
-    clip = {"video": Path(video).name, "audio": Path(video).name}
+    clip = {"video": "clip.mp4", "audio": "clip.mp4"}
+    pictures = {"images": ["wide.png", "high.png"]}
+    for name, (height, width) in zip(pictures["images"], ((56, 112), (112, 84)), strict=True):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
     ask = {"prompt": [{"role": "user", "content": "What is there?"}]}
     rows: dict[str, dict[str, Any]] = {
         "V": {**ask, **clip, "tag": "V"},
@@ -128,6 +134,9 @@ def _prompts(family: OmniFamily, folder: Path, video: str | None) -> tuple[list[
         "VA": {**ask, **clip, "tag": "VA"},
         "VA interleaved": {**ask, **clip, "tag": "VA", "audio_in_video": True},
         "S": {**ask, "subtitle": "Who is there, and why?", "tag": "S"},
+        "image": {**ask, **pictures, "tag": "V"},
+        "image V": {**ask, **clip, **pictures, "tag": "V"},
+        "image VA interleaved": {**ask, **clip, **pictures, "tag": "VA", "audio_in_video": True},
         "text": ask,
     }
     results, prompts = [], []
@@ -137,18 +146,15 @@ def _prompts(family: OmniFamily, folder: Path, video: str | None) -> tuple[list[
             results.append(Compared(kind, problem=problem, applies=False))
             continue
         prompt = builder.encode(rows[kind])
-        counts = prompt.media_tokens
-        results.append(Compared(kind, len(prompt), counts.get("video", 0), counts.get("audio", 0)))
+        counts = {f"{name}_tokens": prompt.media_tokens.get(name, 0) for name in ("video", "audio", "image")}
+        results.append(Compared(kind, len(prompt), **counts))
         prompts.append(prompt)
     return results, prompts
 
 
 def _why_not(family: OmniFamily, kind: str) -> str | None:
-    if kind == "image":
-        return "pictures are not fed in this version"
-    lacking = [
-        name for letter, name in (("V", "video"), ("A", "audio")) if letter in kind and name not in family.placeholders
-    ]
+    needed = (("V", "video"), ("A", "audio"), ("image", "image"))
+    lacking = [name for word, name in needed if word in kind and name not in family.placeholders]
     if kind in ("S", "text"):
         return None
     if lacking:
@@ -268,10 +274,11 @@ def _feature_difference(generation: OmniVLLMGeneration, prompt: EncodedPrompt, s
     worst = 0.0
     for kind in prompt.kinds:
         (own,) = run_tower(generation.family, core, kind, [prompt])
-        tokens = own["tokens"].float().cpu()
-        alike = [other[:, : tokens.size(1)] for other in seen if len(other) == len(tokens)]
-        differences = [float((other - tokens).abs().max() / tokens.abs().max()) for other in alike]
-        worst = max(worst, min(differences, default=float("inf")))
+        counts = generation.family.feature_counts(kind, prompt.media[kind])
+        for tokens in own["tokens"].float().cpu().split(counts):
+            alike = [other[:, : tokens.size(1)] for other in seen if len(other) == len(tokens)]
+            differences = [float((other - tokens).abs().max() / tokens.abs().max()) for other in alike]
+            worst = max(worst, min(differences, default=float("inf")))
     return worst
 
 

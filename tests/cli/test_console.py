@@ -77,7 +77,9 @@ def test_a_row_for_each_entry_of_the_log_and_no_more(runs):
 
 def test_what_is_compared_before_the_first_step_is_said(runs):
     _, ((_, first), _) = runs
-    (begun,) = re.findall(r"shared_prefix='auto': comparing a prompt of (\d+) tokens \(video, audio, text\)", first)
+    (begun,) = re.findall(
+        r"shared_prefix='auto': comparing a prompt of (\d+) tokens \(image, video, audio, text\)", first
+    )
     assert int(begun) < 150 and len(re.findall(r"Both ways agree, which took \d+\.\d s to find", first)) == 1
 
 

@@ -23,7 +23,7 @@ has a `name` and may have
     undone            `MODULE:FUNCTION` below `maple_trl.trainers`, which does nothing in this run
 
 Every rank writes `NAME-RANK.json` (world size, rows that it used, log, rows of each forward pass and in how many of them
-rows shared their prompt, checksums of weights and of optimizer state after each step, error; what a MAPO or AVATAR trainer
+rows shared their prompt, passes of the vision tower, checksums of weights and of optimizer state after each step, error; what a MAPO or AVATAR trainer
 knew and trained on) and `NAME-RANK.safetensors` (the trained weights, and under `before.` what they were).
 """
 
@@ -398,6 +398,10 @@ def do(run: dict, plan: dict) -> None:
             packed.append(layout is not None)
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    seen: list[int] = []
+    for name, module in trainer.model.named_modules():
+        if name.endswith("visual"):
+            module.register_forward_pre_hook(lambda *_: trainer.comparing or seen.append(1), with_kwargs=True)
     before = trainable(trainer.model)
     result = {"rank": rank, "world": world, "backend": None, "error": None}
     if world > 1:
@@ -414,6 +418,7 @@ def do(run: dict, plan: dict) -> None:
         "checksums": checksums.of_steps,
         "passes": passes,
         "packed": sum(packed),
+        "seen": len(seen),
         "known": getattr(trainer, "known", []),
         "trained": getattr(trainer, "trained", []),
         "asked": getattr(trainer, "asked", []),

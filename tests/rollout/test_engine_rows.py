@@ -6,13 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import build_tiny
+from media_files import picture
+from PIL import Image
+from test_mixed_images import SHAPES
+from tiny_models import FAMILIES, build_tiny
 from vllm_runs import OPTIONS
 
 from maple_trl import OmniGRPOConfig
 from maple_trl.algorithms import raw_ratios, summarise_ratios
 from maple_trl.omni.encoded import EncodedPrompt
-from maple_trl.omni.families import OmniFamily
+from maple_trl.omni.families import OmniFamily, family_for
+from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.rollout.engine_models import ENGINE_MODELS, engine_config, engine_model, engine_weights, tied_name
 from maple_trl.rollout.engine_rows import EngineItem, EngineRow, pack_rows, unpack_rows
 from maple_trl.rollout.sampling_options import vllm_options
@@ -23,15 +28,20 @@ from maple_trl.trainers.common.sampling_checks import ratio_metrics
 class Placeholders:
     """A family of which a row needs to know its placeholders and how many each clip has."""
 
-    placeholder_ids = {"video": 1, "audio": 2}
+    placeholder_ids = {"image": 3, "video": 1, "audio": 2}
 
     def feature_counts(self, kind, media):
         return media["counts"].tolist()
 
 
-def prompt(ids, video=(), audio=()):
-    counts = {"video": list(video), "audio": list(audio)}
+def prompt(ids, video=(), audio=(), image=()):
+    counts = {"image": list(image), "video": list(video), "audio": list(audio)}
     media = {
+        "image": {
+            "counts": torch.tensor(counts["image"]),
+            "pixel_values": torch.ones(sum(image), 2),
+            "image_grid_thw": torch.ones(len(image), 3, dtype=torch.long),
+        },
         "video": {
             "counts": torch.tensor(counts["video"]),
             "pixel_values_videos": torch.ones(sum(video), 2),
@@ -48,18 +58,21 @@ def prompt(ids, video=(), audio=()):
     return EncodedPrompt("key", torch.tensor(ids), positions, media, tokens)
 
 
-@given(st.lists(st.integers(1, 4), max_size=3), st.lists(st.integers(1, 4), max_size=3), st.booleans(), st.data())
+_CLIPS = st.lists(st.integers(1, 4), max_size=3)
+
+
+@given(_CLIPS, _CLIPS, _CLIPS, st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
-def test_every_placeholder_belongs_to_one_clip(videos, audios, mixed, data):
-    """Clips one after the other, or all tokens in any order."""
-    clips = [[1] * n for n in videos] + [[2] * n for n in audios]
+def test_every_placeholder_belongs_to_one_clip(images, videos, audios, mixed, data):
+    """Pictures and clips one after the other, or all tokens in any order."""
+    clips = [[3] * n for n in images] + [[1] * n for n in videos] + [[2] * n for n in audios]
     ids = sum(([9, *clip, 8] for clip in data.draw(st.permutations(clips))), [5])
     if mixed:
         ids = data.draw(st.permutations(ids))
-    row = EngineRow.of(prompt(ids, videos, audios), Placeholders())
+    row = EngineRow.of(prompt(ids, videos, audios, images), Placeholders())
     taken = []
     for kind, token in Placeholders.placeholder_ids.items():
-        counts = videos if kind == "video" else audios
+        counts = {"image": images, "video": videos, "audio": audios}[kind]
         items = row.items.get(kind, [])
         assert len(items) == len(counts)
         for item, count in zip(items, counts, strict=True):
@@ -67,7 +80,7 @@ def test_every_placeholder_belongs_to_one_clip(videos, audios, mixed, data):
             own = own if item.mask is None else own[item.mask]
             assert len(own) == count and all(ids[i] == token for i in own)
             taken += own.tolist()
-    assert sorted(taken) == [i for i, token in enumerate(ids) if token in (1, 2)]
+    assert sorted(taken) == [i for i, token in enumerate(ids) if token in (1, 2, 3)]
 
 
 def test_other_positions_make_another_clip():
@@ -81,7 +94,7 @@ def test_other_positions_make_another_clip():
     assert digests[0] == digests[2] != digests[1]
 
 
-@pytest.mark.parametrize("kinds", [(), ("video",), ("audio",), ("video", "audio")])
+@pytest.mark.parametrize("kinds", [(), ("image",), ("video",), ("audio",), ("image", "video", "audio")])
 def test_rows_pass_the_wire(kinds):
     items = {
         kind: [EngineItem(1, 3, torch.tensor([True, False, True]) if kind == "audio" else None, "d")] for kind in kinds
@@ -268,3 +281,29 @@ def test_ratios_are_named_by_tag():
     )
     assert metrics["tag/S/importance_ratio/min"] == metrics["tag/S/importance_ratio/max"] == 0.5
     assert not any("/A/" in name for name in metrics)
+
+
+@pytest.mark.parametrize("family_name", ["qwen2_5_omni", "qwen3_omni", "qwen2_5_vl"])
+def test_rows_with_pictures_are_those_of_the_trainer(family_name, tmp_path):
+    """Encoded from files: each picture has its range of tokens, its pixels, and a digest that another picture has not."""
+    for name in SHAPES:
+        multiple = FAMILIES[family_name].frame_multiple
+        height, width = (multiple * side for side in SHAPES[name])
+        Image.fromarray(picture(len(name), height, width)).save(tmp_path / f"{name}.png")
+    family = family_for(*build_tiny(family_name))
+    builder = PromptBuilder(family, MediaLoader(tmp_path, MediaLimits(min_pixels=1024, max_pixels=8192), workers=0))
+    ask = [{"role": "user", "content": "See <image> and <image>."}]
+    rows = []
+    for names in (["square", "wide"], ["wide", "square"], ["square", "other"]):
+        encoded = builder.encode({"prompt": ask, "images": [f"{name}.png" for name in names]})
+        (row,), _ = unpack_rows(pack_rows([EngineRow.of(encoded, family)], {}))
+        rows.append(row)
+        assert row.token_ids == encoded.input_ids.tolist() and torch.equal(row.position_ids, encoded.position_ids)
+        for name in ("pixel_values", "image_grid_thw"):
+            assert torch.equal(row.media["image"][name], encoded.media["image"][name])
+        lengths = [SHAPES[name][0] * SHAPES[name][1] for name in names]
+        assert [item.length for item in row.items["image"]] == lengths and list(row.items) == ["image"]
+        for item in row.items["image"]:
+            own = row.token_ids[item.offset : item.offset + item.length]
+            assert set(own) == {family.placeholder_ids["image"]} and item.mask is None
+    assert len({item.digest for row in rows for item in row.items["image"]}) == 6

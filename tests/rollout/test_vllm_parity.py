@@ -17,15 +17,17 @@ def test_trainer_and_engine_are_the_same(family, tmp_path, capsys):
     model = family if ":" in family else save_wide(family, tmp_path / "model")
     assert cli.main(["parity", "--model", model, "--json", str(tmp_path / "parity.json")]) == 0
     table = {row["kind"]: row for row in json.loads((tmp_path / "parity.json").read_text())}
-    fed = {"V", "S", "text"} | ({"A", "VA", "VA interleaved"} if "omni" in family else set())
+    fed = {"V", "S", "image", "image V", "text"}
+    fed |= {"A", "VA", "VA interleaved", "image VA interleaved"} if "omni" in family else set()
     assert {kind for kind, row in table.items() if row["applies"]} == fed
     for kind in fed:
         row = table[kind]
         assert row["same_ids"] and row["problem"] is None and row["tokens"] > 0
+        assert (row["image_tokens"] > 0) == ("image" in kind)
         assert max(row["logps"], row["logps_after"]) <= BOUND
         assert (row["features"] is not None) == (kind not in ("S", "text")) and (row["features"] or 0) < 1e-5
     shown = capsys.readouterr().out
-    assert "against engine" in " ".join(shown.split()) and "image: pictures are not fed in this version" in shown
+    assert "against engine" in " ".join(shown.split())
 
 
 def test_pictures_that_are_normalised_twice_are_seen(tmp_path, monkeypatch):
@@ -39,5 +41,6 @@ def test_pictures_that_are_normalised_twice_are_seen(tmp_path, monkeypatch):
     model = save_wide("qwen2_5_vl", tmp_path / "model")
     assert cli.main(["parity", "--model", model, "--json", str(tmp_path / "parity.json")]) == 1
     table = {row["kind"]: row for row in json.loads((tmp_path / "parity.json").read_text())}
-    assert "log-probabilities differ" in table["V"]["problem"] and table["V"]["features"] > 0.1
+    for kind in ("V", "image"):
+        assert "log-probabilities differ" in table[kind]["problem"] and table[kind]["features"] > 0.1
     assert table["text"]["problem"] is None

@@ -6,8 +6,9 @@ import pytest
 import tiny_models
 import torch
 from datasets import Dataset
-from media_files import copy_small_set, tone, write_video
+from media_files import copy_small_set, picture, tone, write_video
 from omni_runs import DEFAULTS, spread_reward
+from PIL import Image
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.omni.encoded import forward_position_ids
@@ -112,11 +113,18 @@ def build(kind, folder, dataset, model="builtin:tiny-omni", trainer=None, reward
 
 
 def one_of_each(folder):
-    """A row of each tag, and their clips; that of VA has its sound among the pictures of a longer clip."""
+    """
+    A row of each tag, and their clips. That of VA has its sound among the pictures of a longer clip, and as that of VAS a
+    picture beside it; that of VS has two pictures and no clip.
+    """
     rows = {row["tag"]: row for row in copy_small_set(folder)}
     write_video(folder / "long.mp4", frames=48, fps=8, audio=tone(6.0, 16000))
-    rows["VA"] |= {"video": "long.mp4", "audio": "long.mp4"}
-    return Dataset.from_list([{**row, "audio_in_video": tag == "VA"} for tag, row in rows.items()])
+    for i, size in enumerate(((56, 56), (56, 84))):
+        Image.fromarray(picture(i + 1, *size)).save(folder / f"{i}.png")
+    rows["VA"] |= {"video": "long.mp4", "audio": "long.mp4", "images": ["1.png"]}
+    rows["VAS"] |= {"images": ["0.png"]}
+    rows["VS"] |= {"video": None, "images": ["0.png", "1.png"]}
+    return Dataset.from_list([{"images": [], **row, "audio_in_video": tag == "VA"} for tag, row in rows.items()])
 
 
 def save_wide(family, folder):

@@ -9,6 +9,7 @@ import faults
 import pytest
 import torch
 from jobs.runner import ACCELERATE, Job, changes, facts, once, weights, write_inputs
+from test_mixed_images import write_pictures
 from tiny_models import save_tiny
 
 from maple_trl.omni.errors import MediaError
@@ -24,6 +25,14 @@ ROWS = 16  # completions of one optimizer step
 # Every two of three choices together.
 COMBINATIONS = [("full", 1, "grpo"), ("full", 2, "dapo"), ("lora", 1, "dapo"), ("lora", 2, "grpo")]
 TOWERS = ("visual", "audio_tower", "language_model")
+# Rank 1's rows have these beside their clips, or in place of them, where ranks wait for each other's towers.
+SHOWN = {4: "wide28.png", 5: "square28.png", 6: "high28.png", 7: "other28.png"}
+PICTURES = {
+    "pictures": SHOWN,
+    "no pictures": {},
+    "pictures alone": SHOWN,
+    "other pictures": SHOWN | {5: "other28.png"},
+}
 
 
 def by_tag(rows, tags):
@@ -67,6 +76,17 @@ def gradient_runs(world, folder):
     return runs
 
 
+def picture_runs(world, rows):
+    runs = []
+    for name, pictures in PICTURES.items():
+        own = [row | {"image": pictures.get(i)} for i, row in enumerate(rows)]
+        if name == "pictures alone":
+            own = [row | {"audio": row["video"], "video": None} for row in own]
+        options = step_options(world, 2, ddp_find_unused_parameters=False)
+        runs.append({"name": name, "rows": own, "fixed_completions": True, "options": options})
+    return runs
+
+
 def long_run(name, **extra):
     """Four steps on one rollout, gone over twice: a checkpoint of step 2 stands in its middle."""
     options = {
@@ -90,12 +110,13 @@ def results(tmp_path_factory):
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
         save_tiny("qwen3_omni", folder / "experts")
-        one = Job(1, folder, "one", rows, gradient_runs(1, folder))
+        write_pictures(folder / "media")
+        one = Job(1, folder, "one", rows, gradient_runs(1, folder) + picture_runs(1, rows))
         resumed = long_run("half", resume=str(folder / "two" / "whole" / "checkpoint-2"))
         pieces = long_run("pieces")
         pieces["options"] |= {"generation_batch": 3}
         long_runs = [long_run("whole"), resumed, pieces]
-        two = Job(2, folder, "two", rows, gradient_runs(2, folder) + long_runs)
+        two = Job(2, folder, "two", rows, gradient_runs(2, folder) + picture_runs(2, rows) + long_runs)
         one.wait()
         two.wait()
 
@@ -114,7 +135,7 @@ def worst(one, two):
 NAMES = ["-".join(map(str, combination)) for combination in COMBINATIONS]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "checkpointing", "experts"])
+@pytest.mark.parametrize("name", [*NAMES, "checkpointing", "experts", *PICTURES])
 def test_two_processes_give_the_gradient_of_one(results, name):
     for rank in (0, 1):
         told = facts(results / "two", name, rank)
@@ -123,10 +144,24 @@ def test_two_processes_give_the_gradient_of_one(results, name):
     one, two = changes(results / "one", name), changes(results / "two", name)
     error, where = worst(one, two)
     assert error <= 1e-4, where
+    assert facts(results / "two", name)["find_unused"] == (name not in PICTURES)
     for tower in TOWERS:
         assert any(value.norm() > 1e-4 for key, value in one.items() if tower in key), tower
     other = weights(results / "two", name, 1)
     assert all(torch.equal(value, other[key]) for key, value in weights(results / "two", name).items())
+
+
+def test_a_tower_runs_for_no_kind_that_no_row_has(results):
+    """Ranks that wait for each other pass the vision tower once for each kind that some row has, whatever their own have."""
+    passes = {name: [facts(results / "two", name, rank) for rank in (0, 1)] for name in PICTURES}
+    kinds = {"pictures": 2, "no pictures": 1, "pictures alone": 1, "other pictures": 2}
+    for name, told in passes.items():
+        assert [fact["seen"] for fact in told] == [kinds[name] * len(fact["passes"]) for fact in told], name
+        assert told[0]["passes"], name
+
+
+def test_the_comparison_sees_another_picture(results):
+    assert worst(changes(results / "one", "pictures"), changes(results / "two", "other pictures"))[0] > 0.001
 
 
 def test_both_runs_saw_the_same_batch(results):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs.runner import Job, changes, facts, once, weights, write_inputs
+from test_mixed_images import write_pictures
 from test_processes import by_tag, worst
 
 from maple_trl.omni.loading import load_model
@@ -33,6 +34,11 @@ EQUAL = {
     "mixed": ({"batching": "mixed", "dynamic_sampling": "early", "max_steps": 3, "learning_rate": 0.1}, {}),
     "stratified": ({"batching": "stratified", "leftover": "fill", "max_steps": 2, "beta": 0.1}, {}),
     "adapters": ({"batching": "mixed", "max_steps": 2, "gradient_checkpointing": True}, {"lora": True}),
+    # One prompt of each rollout has a picture beside its clip.
+    "pictures": (
+        {"batching": "mixed", "max_steps": 2, "learning_rate": 0.1},
+        {"pictures": {1: "wide28.png", 4: "high28.png"}},
+    ),
     # Nothing of the second rollout is kept: a step without a gradient, which must not let weights decay.
     "idle": (
         {"batching": "mixed", "dynamic_sampling": "early", "max_steps": 3, "learning_rate": 0.1, "weight_decay": 0.5},
@@ -69,11 +75,13 @@ SAVED = {
 def equal_run(name, world, rows):
     options, extra = EQUAL[name]
     extra = dict(extra)
+    pictures = extra.pop("pictures", {})
     varied = extra.pop("varied", VARIED if "dynamic_sampling" in options else [True] * len(rows))
     sizes = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": ROWS // 2 // world}
     run = {"name": name, "trainer": "mapo", "reward": "where_varied", "fixed_completions": True, **extra}
     run["options"] = {"gradient_checkpointing": False, **PLAIN, **sizes, **options}
-    return run | {"rows": [row | {"varied": v} for row, v in zip(rows, varied, strict=True)]}
+    own = [row | {"varied": v, "image": pictures.get(i)} for i, (row, v) in enumerate(zip(rows, varied, strict=True))]
+    return run | {"rows": own}
 
 
 def runs(world, rows, out=None):
@@ -101,6 +109,7 @@ def launcher(config: Path) -> list[str]:
 def results(tmp_path_factory):
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
+        write_pictures(folder / "media")
         Job(1, folder, "one", rows, runs(1, rows)).wait()
         waiting = equal_run("stratified", WORLD, rows) | {"name": "waiting"}
         waiting["options"] = waiting["options"] | {"ddp_find_unused_parameters": False}

@@ -11,6 +11,7 @@ import yaml
 from filelock import FileLock
 from jobs.runner import Job, once, write_inputs
 from programs import run
+from test_mixed_images import write_pictures
 from test_processes import by_tag
 from test_scale import (
     CONFIGS,
@@ -66,6 +67,7 @@ def in_parts(folder: Path) -> Path:
 def results(tmp_path_factory):
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
+        write_pictures(folder / "media")
         Job(1, folder, "one", rows, runs(1, rows)).wait()
         with FileLock(folder / "build.lock"):  # one that a killed process leaves behind stops all others for good
             built = run(["-c", BUILD], variables=ON_CPU)

@@ -658,13 +658,13 @@ def test_the_comparison_is_short_whatever_the_prompts_are(bf16, seven_tags, tmp_
     with caplog.at_level(logging.INFO, logger="maple_trl"):
         trainer, passes = compared(folder, long, tmp_path, bf16=bf16)
     probe = trainer.prompt_builder.probe()
-    assert probe.kinds == ("video", "audio") and len(probe) < len(trainer.encode_rows(long)[1][0]) / 5
+    assert probe.kinds == ("image", "video", "audio") and len(probe) < len(trainer.encode_rows(long)[1][0]) / 5
     assert passes == [(2, len(probe) + 8), (1, len(probe) - 1 + 8 + 7), (1, len(probe))]
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     begun, ended = [text for text in told if "no pass of the model reads it" not in text]
     assert begun == (
-        f"shared_prefix='auto': comparing a prompt of {len(probe)} tokens (video, audio, text) passed once for two completions, "
-        "and once for each"
+        f"shared_prefix='auto': comparing a prompt of {len(probe)} tokens (image, video, audio, text) passed once for two "
+        "completions, and once for each"
     )
     assert re.fullmatch(r"Both ways agree, which took \d+\.\d s to find: completions share their prompt", ended)
     assert trainer.packed > 0

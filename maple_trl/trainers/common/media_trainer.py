@@ -220,8 +220,18 @@ class MediaTrainer:
 
     @property
     def _touched(self) -> tuple[str, ...]:
-        """The kinds of media whose tower every pass runs."""
-        return tuple(self.family.placeholders) if self._same_towers else ()
+        """
+        The kinds of media whose tower every pass runs.
+
+        The vision tower reads two, and runs for those of them that rows are known to have: for a kind that none has, it would
+        be gathered from all ranks for nothing.
+        """
+        if not self._same_towers:
+            return ()
+        kinds = list(self.family.placeholders)
+        seen = [kind for kind in ("video", "image") if kind in kinds]
+        held = [kind for kind in seen if kind in self.row_encoder.kinds] or seen[:1]
+        return tuple(kind for kind in kinds if kind not in seen or kind in held)
 
     @property
     def _same_towers(self) -> bool:
@@ -252,6 +262,8 @@ class MediaTrainer:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batch_size = batch_size or self.args.per_device_eval_batch_size
         share = list(rows)[rank::world]
+        if self._same_towers:  # which must be the same on ranks whose share has no such media
+            self.row_encoder.note_kinds(map(self.row_encoder.spec, map(self.prompt_builder.asked, rows)))
         chunks = -(-len(rows) // (world * batch_size))  # on every rank, for generating can be a collective call
         was_training = self.model.training
         self.model.eval()
@@ -532,7 +544,9 @@ def check_text_only(model: nn.Module, datasets: dict[str, Any], args: MediaConfi
     for name, dataset in datasets.items():
         parts = dataset if isinstance(dataset, dict) else {name: dataset}
         for part in parts.values():
-            columns = {"video", "audio", "subtitle"} & set(getattr(part, "column_names", None) or [])
+            columns = {"image", "images", "video", "audio", "subtitle"} & set(
+                getattr(part, "column_names", None) or []
+            )
             if columns:
                 raise ValueError(
                     f"{name} has the column {sorted(columns)[0]!r}, but processing_class is a tokenizer, which reads no "

@@ -35,6 +35,7 @@ from maple_trl.omni.families import unwrap
 from maple_trl.omni.prefix.packed_attention import install, why_not_trained
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.prefix.sharing import Comparison
+from maple_trl.omni.prompt import IMAGE_COLUMNS
 from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
@@ -88,7 +89,7 @@ _ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 
 class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] whose prompts can hold video, audio and subtitles, each row its own, in one batch.
+    [`~trl.GRPOTrainer`] whose prompts can hold pictures, video, audio and subtitles, each row its own, in one batch.
 
     Media reach generation, the old and reference log-probabilities and the training forward; a row whose media were
     not consumed raises. A text-only model (a tokenizer as `processing_class`) trains exactly as with TRL.
@@ -108,8 +109,8 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
             As in [`~trl.GRPOTrainer`], or names of functions in `maple_trl.rewards`; every column of a row reaches them.
         args ([`OmniGRPOConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with `prompt`, and where they apply `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
-            [`~maple_trl.omni.prompt.PromptBuilder`]).
+            Rows with `prompt`, and where they apply `image` or `images`, `video`, `audio`, `subtitle`, `tag` and
+            `audio_in_video` (see [`~maple_trl.omni.prompt.PromptBuilder`]).
         eval_dataset: as in [`~trl.GRPOTrainer`], with the same columns.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
         kwargs: the other arguments of [`~trl.GRPOTrainer`]; tools, environments and rollout functions are rejected.
@@ -128,7 +129,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
-    _read_columns: tuple[str, ...] = ("video", "audio", "subtitle", "tag", "audio_in_video")
+    _read_columns: tuple[str, ...] = (*IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
     _failed_is_zero = True  # TRL's way with a reward that failed, where there are neither media nor tags
 
     def __init__(
@@ -311,13 +312,19 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     def _complete(self, flight: RolloutInFlight) -> tuple[Batch, Rollout]:
         """Let TRL generate and score; return the batch of this rank, and the rollout of all."""
         with self._in_flight(flight):
-            batch = Batch(super()._generate_and_score_completions(flight.rows))
+            batch = Batch(super()._generate_and_score_completions(self._without_images(flight.rows)))
         self._log_ratios(batch, flight)
         self._mask_unscorable(batch, flight)
         if flight.prompts is not None:
             self._log_media(flight.prompts)
             batch[PROMPTS_KEY] = flight.prompts
         return batch, flight.rollout
+
+    def _without_images(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return rows without the columns that TRL would open and feed itself; prompts hold these pictures already."""
+        if self.family is None:
+            return rows
+        return [{name: value for name, value in row.items() if name not in IMAGE_COLUMNS} for row in rows]
 
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
@@ -410,6 +417,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         flight = self._flight
         if flight.scores is not None:
             return flight.scores
+        inputs = flight.rows
         self.rollout_log.note(self, inputs, completion_ids_list)
         columns = {}
         if self._serving is not None:

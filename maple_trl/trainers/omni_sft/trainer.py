@@ -16,19 +16,19 @@ from trl import SFTTrainer
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import own_options
-from maple_trl.omni.prompt import RowError
+from maple_trl.omni.prompt import IMAGE_COLUMNS, RowError
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 
-_MEDIA_COLUMNS = ("prompt", "completion", "video", "audio", "subtitle", "tag", "audio_in_video")
+_MEDIA_COLUMNS = ("prompt", "completion", *IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
 
 
 class OmniSFTTrainer(MediaTrainer, SFTTrainer):
     """
-    [`~trl.SFTTrainer`] whose prompts can hold video, audio and subtitles, each row its own, in one batch.
+    [`~trl.SFTTrainer`] whose prompts can hold pictures, video, audio and subtitles, each row its own, in one batch.
 
     The loss is that of the completions' tokens; a row whose media were not consumed raises. A text-only model (a
     tokenizer as `processing_class`) trains exactly as with TRL.
@@ -40,7 +40,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         args ([`OmniSFTConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `prompt` and `completion` (a text, or messages after a conversational prompt), and where they
-            apply `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
+            apply `image` or `images`, `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
             [`~maple_trl.omni.prompt.PromptBuilder`]).
         eval_dataset: as in [`~trl.SFTTrainer`], with the same columns.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
