@@ -488,7 +488,7 @@ def test_attention_that_cannot_be_shared_is_left_alone():
         text._attn_implementation = "eager"
         assert not install(model)
         text._attn_implementation = "sdpa"
-        text.layer_types = ["sliding_attention", "full_attention"]
+        text.layer_types = ["chunked_attention", "full_attention"]
         assert not install(model)
 
 
