@@ -272,7 +272,12 @@ def packed_flash(
 
     The kernels align a causal mask, and the window of a layer (`sliding_window`), with the end of the keys where there are
     fewer queries (FlashAttention 2.1 and later).
+
+    Raises:
+        ValueError: where tokens see each other both ways.
     """
+    if any(layout.blocks_in(kwargs.get("sliding_window"))):
+        raise ValueError("FlashAttention knows no tokens that see each other both ways")
     queries, keys = zip(*_sequences(layout), strict=True)
     return plain(
         module,
