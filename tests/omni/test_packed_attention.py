@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_mixed_batches import rows_of
 from test_shared_prefix import (
     BOUND,
+    LIMITS,
     apart,
     assert_equal,
     backward,
@@ -30,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from maple_trl.omni.encoded import Blocks
 from maple_trl.omni.loading import load_model
+from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.prefix import packed_attention
 from maple_trl.omni.prefix.packed_attention import (
     PackedAttention,
@@ -39,6 +41,9 @@ from maple_trl.omni.prefix.packed_attention import (
     packed_flex,
     packed_sdpa,
 )
+from maple_trl.omni.prefix.sharing import Comparison
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.serving import serve_media
 from maple_trl.trainers.omni_grpo import trainer as omni_grpo
 
 
@@ -106,6 +111,13 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, 
     rows = [states.flatten(0, 1) for states in (q, k, v)]
     found = flash_attn_varlen_func(*rows, *ends, q.size(1), k.size(1), softmax_scale, causal, window_size)
     return found.unflatten(0, q.shape[:2])
+
+
+def windows_from_the_first_key(q, k, *args, window_size=(-1, -1), **kwargs):
+    """Of the causal mask alone this is right."""
+    if window_size[0] < 0:
+        return flash_attn_varlen_func(q, k, *args, **kwargs)
+    return flash_attn_varlen_func(q, k, *args, window_size=window_size, from_end=len(q) == len(k), **kwargs)
 
 
 @pytest.fixture
@@ -493,15 +505,8 @@ def test_flash_attention_is_not_asked_for_what_it_does_not_know(name):
 
 
 def test_a_window_that_begins_at_the_first_key_is_noticed(seven_tags, flash):
-    """Of the mask alone the kernels are right."""
     folder, dataset = seven_tags
-
-    def varlen(q, k, *args, window_size=(-1, -1), **kwargs):
-        if window_size[0] < 0:
-            return flash_attn_varlen_func(q, k, *args, **kwargs)
-        return flash_attn_varlen_func(q, k, *args, window_size=window_size, from_end=len(q) == len(k), **kwargs)
-
-    flash(varlen)
+    flash(windows_from_the_first_key)
     errors, gradients = compare("gemma4", "flash_attention_2", folder, rows_of("gemma4", dataset))
     assert min(errors) > 1e-2 and gradients[0] > 1e-2
 
@@ -633,3 +638,22 @@ def test_training_goes_on_without_sharing_where_a_kernel_refuses(seven_tags, tmp
         trained(folder, rows, tmp_path, "on", **with_flash(prepare))
     _, plain = trained(folder, rows, tmp_path, "off", **with_flash(prepare))
     assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+
+
+def test_windows_longer_than_the_compared_prompt_are_compared(seven_tags, flash):
+    """As of published models: a kernel whose windows begin at the first key would not show otherwise."""
+    folder, _ = seven_tags
+    flash(windows_from_the_first_key)
+    model, _, family = build("gemma4", lambda model, _: with_attention(model, "flash_attention_2"))
+    assert install(model)
+    windows = [one for one in (model.config.get_text_config(), *model.modules()) if hasattr(one, "sliding_window")]
+    windows = [one for one in windows if one.sliding_window is not None]
+    for one in windows:
+        one.sliding_window = 512
+    prompt = PromptBuilder(family, MediaLoader(folder, LIMITS)).probe()
+    assert len(prompt) < 512 and len(windows) == 3
+    comparison = Comparison(model, family.core(model), prompt, partial(serve_media, family), family.suppressed_ids)
+    assert comparison.difference() > comparison.least_tolerance
+    assert {one.sliding_window for one in windows} == {512}
+    flash()
+    assert comparison.difference() < comparison.least_tolerance
