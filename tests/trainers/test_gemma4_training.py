@@ -1,5 +1,7 @@
 """Gemma 4 in every trainer: the same numbers with shared prompts and without, after a resumption, and in fine-tuning."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,8 +10,9 @@ from test_mixed_batches import alone_by_transformers, rows_of
 from test_omni_sft import build as build_sft
 from test_omni_sft import losses
 from test_shared_training import MAPO, Avatar, Omni, both, build, trained, worst
-from tiny_models import GEMMA, build_tiny, towers_of
+from tiny_models import GEMMA, build_tiny, save_tiny, towers_of
 
+from maple_trl import cli
 from maple_trl.data.tiny_omni import target_text
 from maple_trl.omni.families import family_for
 from maple_trl.omni.lora import build_lora_config
@@ -98,3 +101,51 @@ def test_checkpointing_changes_nothing(family, seven_tags, tmp_path):
     _, checkpointed = trained(folder, rows, tmp_path / "again", "on", family=family, gradient_checkpointing=True)
     error, where = worst(plain, checkpointed)
     assert error <= BOUND, (error, where)
+
+
+# By the command line
+
+
+@pytest.fixture
+def job(seven_tags, tmp_path):
+    """Rows in a file, and the words that train on them."""
+    folder, dataset = seven_tags
+
+    def words(family, **options):
+        rows, _ = readable(family, dataset)
+        rows.to_json(tmp_path / "rows.jsonl")
+        own = {
+            "model_name_or_path": save_tiny(family, tmp_path / family),
+            "dataset_name": tmp_path / "rows.jsonl",
+            "media_root": folder,
+            "output_dir": tmp_path / "run",
+            "rewards": "format_reward",
+            "trainer": "mapo",
+            "evaluate_before_after": "false",
+            "bf16": "false",
+        }
+        given = {**{k: str(v).lower() if isinstance(v, bool) else v for k, v in RUN.items()}, **own, **options}
+        return ["train", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
+
+    return words
+
+
+RUN = {"use_cpu": True, "num_frames": 4, "min_pixels": 324, "max_pixels": 4096, "per_device_train_batch_size": 8}
+RUN |= {"num_generations": 4, "max_completion_length": 6, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
+
+
+def test_a_job_trains_and_its_model_answers(job, tmp_path, seven_tags, capsys):
+    assert cli.main(job("gemma4_moe", router_aux_loss_coef=0)) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in row for row in rows) >= 2
+    made = tmp_path / "run"
+    words = ["eval", "--model", made, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "eval"]
+    words += ["--media_root", seven_tags[0], "--max_new_tokens", 4, "--max_pixels", 4096, "--min_pixels", 324]
+    assert cli.main([str(word) for word in words]) == 0, capsys.readouterr().err
+
+
+def test_a_job_with_sound_for_a_model_that_does_not_hear_is_refused_before_it_loads(job, tmp_path, seven_tags, capsys):
+    words = job("gemma4_moe")
+    seven_tags[1].to_json(tmp_path / "rows.jsonl")
+    assert cli.main(words) == 2
+    assert "Gemma4Family reads no audio, which the row" in capsys.readouterr().err

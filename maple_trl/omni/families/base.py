@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, GenerationConfig
+from transformers import BatchFeature, GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.video_utils import VideoMetadata
@@ -156,6 +156,11 @@ class OmniFamily(PromptEncoder):
         self.placeholder_ids = {kind: ids[token] for kind, token in self.placeholders.items()}
         #: Token ids that a completion may never hold: the next forward would take them for media.
         self.suppressed_ids = sorted(i for i in ids.values() if i not in (None, self.tokenizer.unk_token_id))
+
+    @classmethod
+    def stand_in(cls, config: PreTrainedConfig) -> Self:
+        """Return what decides what a row is fed, from a checkpoint's configuration: no model is needed for that."""
+        return cls.__new__(cls)
 
     @staticmethod
     def core(model: nn.Module) -> nn.Module:

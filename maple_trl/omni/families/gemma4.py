@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedConfig
 
 from maple_trl.omni.encoded import Blocks, EncodedPrompt
 from maple_trl.omni.errors import MediaError
@@ -43,11 +43,20 @@ class Gemma4Family(OmniFamily):
     frames_per_token = 1
 
     def __init__(self, model: nn.Module, processor: Any):
-        config = model.config
-        if config.audio_config is None:
-            self.placeholders = {kind: self.placeholders[kind] for kind in ("image", "video")}
-            self.scopes = {scope: self.scopes[scope] for scope in ("projectors", "vision", "llm")}
+        self._leave_out(model.config)
         super().__init__(model, processor)
+
+    @classmethod
+    def stand_in(cls, config):
+        made = super().stand_in(config)
+        made._leave_out(config)
+        return made
+
+    def _leave_out(self, config: PreTrainedConfig) -> None:
+        """Leave out what a model without an audio tower does not have."""
+        if config.audio_config is None:
+            self.placeholders = {kind: token for kind, token in self.placeholders.items() if kind != "audio"}
+            self.scopes = {scope: pattern for scope, pattern in self.scopes.items() if scope != "audio"}
 
     @property
     def frame_multiple(self) -> int:
