@@ -4,7 +4,7 @@ The tokenizers carry the real names of each family's special tokens, the chat te
 published ones, and the models have the published layer layout at toy widths. Weights are drawn with a large standard
 deviation so that the logits depend visibly on every input.
 
-Layout shared by all families: hidden width 64, 2 decoder layers, towers 32 wide with 1 or 2 layers, float32, eager
+Layout shared by all families: hidden width 64, 2 decoder layers (Gemma 4: 4, of two kinds), towers 32 wide with 1 or 2 layers, float32, eager
 generation settings (no sampling defaults), left padding.
 """
 

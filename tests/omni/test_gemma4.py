@@ -155,6 +155,23 @@ def test_room_for_tokens_follows_the_frames(name):
         family.encode("p", text_of(family, huge), huge)
 
 
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_unified"])
+def test_frames_become_smaller_until_a_prompt_fits(name, seven_tags):
+    folder, dataset = seven_tags
+    model, processor = build_tiny(name)
+    row = next(row for row in dataset if row["tag"] == "VA")
+    found = {}
+    for most in (None, 30, 12):
+        builder = PromptBuilder(family_for(model, processor), MediaLoader(folder, LIMITS), max_media_tokens=most)
+        found[most] = builder.encode(row).media_tokens
+    assert found == {None: {"video": 36, "audio": 8}, 30: {"video": 16, "audio": 8}, 12: {"video": 4, "audio": 8}}
+    builder = PromptBuilder(family_for(model, processor), MediaLoader(folder, LIMITS), max_media_tokens=11)
+    with pytest.raises(
+        MediaError, match="media-tokens: .*12 media tokens at the smallest frame size, but max_media_tok"
+    ):
+        builder.encode(row)
+
+
 def test_the_published_processors_make_tokens_of_48_pixels():
     model, _ = build_tiny("gemma4")
     parts = {"image_processor": Gemma4ImageProcessor(), "video_processor": Gemma4VideoProcessor()}

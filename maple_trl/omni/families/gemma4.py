@@ -114,10 +114,10 @@ class Gemma4Family(OmniFamily):
     def _room(self, media: PromptMedia, kind: str) -> int:
         """Return the least room for the tokens of each of a prompt's pictures, whose sizes are decided already."""
         if kind == "image":
-            counts = {picture.path: self.image_token_count(*picture.pixels.shape[:2]) for picture in media.images}
+            sizes = [(picture.pixels.shape[:2], picture.path) for picture in media.images]
         else:
-            counts = {clip.path: self.video_token_count(1, *clip.frames.shape[1:3]) for clip in media.videos}
-        path, most = max(counts.items(), key=lambda item: item[1])
+            sizes = [(clip.frames.shape[1:3], clip.path) for clip in media.videos]
+        most, path = max((self.image_token_count(*size), path) for size, path in sizes)
         room = next((room for room in _SOFT_TOKENS if room >= most), None)
         if room is None:
             side = self.frame_multiple
