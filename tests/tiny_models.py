@@ -4,7 +4,7 @@ The tokenizers carry the real names of each family's special tokens, the chat te
 published ones, and the models have the published layer layout at toy widths. Weights are drawn with a large standard
 deviation so that the logits depend visibly on every input.
 
-Layout shared by all families: hidden width 64, 2 decoder layers, towers 32 wide with 1 or 2 layers, float32, eager
+Layout shared by all families: hidden width 64, 2 decoder layers (Gemma 4: 4, of two kinds), towers 32 wide with 1 or 2 layers, float32, eager
 generation settings (no sampling defaults), left padding.
 """
 
@@ -20,6 +20,18 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma4AudioFeatureExtractor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4UnifiedAudioFeatureExtractor,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedImageProcessor,
+    Gemma4UnifiedProcessor,
+    Gemma4UnifiedVideoProcessor,
+    Gemma4VideoProcessor,
     GenerationConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -55,13 +67,14 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
     Qwen3OmniMoeConfig,
     Qwen3OmniMoeThinkerConfig,
 )
+from trl.chat_template_utils import gemma4_v5_chat_template
 
 
 @dataclass(frozen=True)
 class FamilySpec:
     """What a test must know about one family.
 
-    `frame_multiple` is patch_size * merge_size: the side lengths of frames given to the processor without resizing
+    `frame_multiple` is patch_size * merge_size (of Gemma 4 patch_size * pooling_kernel_size): the side lengths of frames given to the processor without resizing
     must be multiples of it (0 for a family without vision). `sampling_rate` is in Hz (0 without audio).
     `max_audio_seconds` is the longest clip that the feature extractor keeps whole (None: any length).
     `tokens` maps the attribute name on the tokenizer to the token string.
@@ -74,6 +87,8 @@ class FamilySpec:
     sampling_rate: int
     max_audio_seconds: int | None
     tokens: dict[str, str]
+    end: str = "<|im_end|>"
+    pad: str = "<|endoftext|>"
 
     @property
     def has_vision(self) -> bool:
@@ -113,6 +128,22 @@ _AUDIO_TOKENS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
+_GEMMA_TOKENS = {
+    "image_token": "<|image|>",
+    "audio_token": "<|audio|>",
+    "boi_token": "<|image>",
+    "eoi_token": "<image|>",
+    "boa_token": "<|audio>",
+    "eoa_token": "<audio|>",
+}
+
+
+def _gemma(sampling_rate: int = 16000, unified: bool = False) -> FamilySpec:
+    classes = (Gemma4ForConditionalGeneration, Gemma4Processor)
+    if unified:
+        classes = (Gemma4UnifiedForConditionalGeneration, Gemma4UnifiedProcessor)
+    return FamilySpec(*classes, 18, 1, sampling_rate, 30, _GEMMA_TOKENS, "<turn|>", "<pad>")
+
 
 FAMILIES: dict[str, FamilySpec] = {
     "qwen2_5_omni": FamilySpec(
@@ -124,7 +155,17 @@ FAMILIES: dict[str, FamilySpec] = {
     "qwen2_5_vl": FamilySpec(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, 28, 2, 0, None, _VL_TOKENS),
     "qwen3_vl": FamilySpec(Qwen3VLForConditionalGeneration, Qwen3VLProcessor, 32, 2, 0, None, _VL_TOKENS),
     "qwen2_audio": FamilySpec(Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, 0, 2, 16000, 1, _AUDIO_TOKENS),
+    # As E2B and E4B: per-layer embeddings, layers without keys of their own, pictures are read like text.
+    "gemma4": _gemma(),
+    # As the dense ones of tens of billions: tokens of a picture see each other both ways, within a layer's window.
+    "gemma4_both_ways": _gemma(),
+    # As those, with experts, and without an audio tower.
+    "gemma4_moe": _gemma(sampling_rate=0),
+    # Without towers; both ways in every layer, past its window as well.
+    "gemma4_unified": _gemma(unified=True),
 }
+GEMMA = tuple(name for name in FAMILIES if name.startswith("gemma4"))
+QWEN = tuple(name for name in FAMILIES if name.startswith("qwen"))
 FRAME_MULTIPLE: dict[str, int] = {name: spec.frame_multiple for name, spec in FAMILIES.items()}
 SAMPLING_RATE: dict[str, int] = {name: spec.sampling_rate for name, spec in FAMILIES.items()}
 
@@ -190,7 +231,9 @@ def _block_template(image: str, video: str, audio: str | None, *, default_system
 
 
 def chat_template(family: str) -> str:
-    """Chat template of `family` (a key of `FAMILIES`)."""
+    """Chat template of `family` (a key of `FAMILIES`); of Gemma 4 the published one, which TRL brings along."""
+    if family in GEMMA:
+        return gemma4_v5_chat_template
     tokens = FAMILIES[family].tokens
     opening = tokens.get("vision_bos_token", tokens.get("vision_start_token"))
     closing = tokens.get("vision_eos_token", tokens.get("vision_end_token"))
@@ -232,23 +275,29 @@ def _train_bpe() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
 
 
 def build_tokenizer(family: str = "qwen2_5_omni") -> Qwen2Tokenizer:
-    """Tokenizer with the special tokens of `family`, `<|im_end|>` as end of text, left padding.
+    """Tokenizer with the special tokens of `family`, its end of a turn as end of text, left padding.
 
     `<think>`, `</think>`, `<answer>`, `</answer>` are single tokens but not special: decoding keeps them.
     """
     vocab, merges = _train_bpe()
+    spec = FAMILIES[family]
     tokenizer = Qwen2Tokenizer(
         vocab=dict(vocab),
         merges=list(merges),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
+        bos_token="<bos>" if family in GEMMA else None,
+        eos_token=spec.end,
+        pad_token=spec.pad,
+        unk_token=spec.pad,
         padding_side="left",
         model_max_length=32768,
-        extra_special_tokens=dict(FAMILIES[family].tokens),
+        extra_special_tokens=dict(spec.tokens),
         chat_template=chat_template(family),
     )
-    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True)])
+    if family in GEMMA:
+        special = ("<|turn>", "<|think|>", "<|channel>", "<channel|>", "<|video|>")
+    else:
+        special = ("<|im_start|>",)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
     return tokenizer
 
@@ -262,6 +311,10 @@ def build_processor(family: str) -> ProcessorMixin:
     """
     spec = FAMILIES[family]
     tokenizer = build_tokenizer(family)
+    if family in GEMMA:
+        return spec.processor_class(
+            tokenizer=tokenizer, chat_template=chat_template(family), **_gemma_parts(family, spec.frame_multiple // 3)
+        )
     parts = {}
     if spec.has_vision:
         patch = spec.frame_multiple // 2
@@ -284,6 +337,19 @@ def build_processor(family: str) -> ProcessorMixin:
             return_attention_mask=True,
         )
     return spec.processor_class(tokenizer=tokenizer, chat_template=chat_template(family), **parts)
+
+
+def _gemma_parts(family: str, patch: int) -> dict:
+    unified = family == "gemma4_unified"
+    images = Gemma4UnifiedImageProcessor if unified else Gemma4ImageProcessor
+    videos = Gemma4UnifiedVideoProcessor if unified else Gemma4VideoProcessor
+    common = {"patch_size": patch, "pooling_kernel_size": 3, "max_soft_tokens": 70}
+    extractor = Gemma4UnifiedAudioFeatureExtractor() if unified else Gemma4AudioFeatureExtractor(feature_size=MEL_BINS)
+    return {
+        "image_processor": images(**common),
+        "video_processor": videos(do_sample_frames=False, **common),
+        "feature_extractor": extractor,
+    }
 
 
 def _text_config(tokenizer: Qwen2Tokenizer, **extra) -> dict:
@@ -435,12 +501,105 @@ def _config_qwen2_audio(tokenizer: Qwen2Tokenizer) -> Qwen2AudioConfig:
     )
 
 
+def _gemma_text_config(tokenizer: Qwen2Tokenizer, **extra) -> dict:
+    """Four layers, of which every other one has a window that is shorter than prompts; wider heads in the rest."""
+    return _text_config(
+        tokenizer,
+        bos_token_id=tokenizer.bos_token_id,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=12,
+        head_dim=16,
+        global_head_dim=32,
+        final_logit_softcapping=30.0,
+        rope_parameters=None,
+        **extra,
+    )
+
+
+def _gemma_config(tokenizer: Qwen2Tokenizer, audio: dict | None = None, vision: dict | None = None, **text) -> dict:
+    towers = {"hidden_size": TOWER, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": INIT_STD}
+    pictures = {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 2 * TOWER,
+        "position_embedding_size": 64,
+    }
+    return Gemma4Config(
+        text_config=_gemma_text_config(tokenizer, **text),
+        vision_config={**towers, **pictures, "patch_size": 6, **(vision or {})},
+        audio_config=None if audio is None else {**towers, "output_proj_dims": 48, **audio},
+        **_gemma_ids(tokenizer),
+    )
+
+
+def _gemma_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    return {
+        "boi_token_id": tokenizer.boi_token_id,
+        "eoi_token_id": tokenizer.eoi_token_id,
+        "image_token_id": tokenizer.image_token_id,
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video|>"),
+        "boa_token_id": tokenizer.boa_token_id,
+        "eoa_token_index": tokenizer.eoa_token_id,
+        "audio_token_id": tokenizer.audio_token_id,
+    }
+
+
+def _config_gemma4(tokenizer: Qwen2Tokenizer) -> Gemma4Config:
+    return _gemma_config(
+        tokenizer,
+        audio={"subsampling_conv_channels": [MEL_BINS, 4]},
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=len(tokenizer),
+    )
+
+
+def _gemma_both_ways(**extra) -> dict:
+    return {
+        "use_bidirectional_attention": "vision",
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        **extra,
+    }
+
+
+def _config_gemma4_both_ways(tokenizer: Qwen2Tokenizer) -> Gemma4Config:
+    return _gemma_config(
+        tokenizer,
+        audio={"subsampling_conv_channels": [MEL_BINS, 4]},
+        vision={"standardize": True, "use_clipped_linears": True},
+        **_gemma_both_ways(),
+    )
+
+
+def _config_gemma4_moe(tokenizer: Qwen2Tokenizer) -> Gemma4Config:
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    return _gemma_config(tokenizer, **_gemma_both_ways(**experts))
+
+
+def _config_gemma4_unified(tokenizer: Qwen2Tokenizer) -> Gemma4UnifiedConfig:
+    return Gemma4UnifiedConfig(
+        text_config=_gemma_text_config(tokenizer),
+        vision_config={"patch_size": 6, "mm_embed_dim": TOWER, "output_proj_dims": TOWER, "mm_posemb_size": 64},
+        audio_config={},
+        **_gemma_ids(tokenizer),
+    )
+
+
 _CONFIGS = {
     "qwen2_5_omni": _config_qwen2_5_omni,
     "qwen3_omni": _config_qwen3_omni,
     "qwen2_5_vl": _config_qwen2_5_vl,
     "qwen3_vl": _config_qwen3_vl,
     "qwen2_audio": _config_qwen2_audio,
+    "gemma4": _config_gemma4,
+    "gemma4_both_ways": _config_gemma4_both_ways,
+    "gemma4_moe": _config_gemma4_moe,
+    "gemma4_unified": _config_gemma4_unified,
 }
 
 
@@ -456,12 +615,22 @@ def _strengthen_audio_tower(model: PreTrainedModel) -> None:
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
+def _balance_gemma(model: PreTrainedModel) -> None:
+    """Scale queries, whose scores are so sharp else that every rounding shows, and features to the size of words."""
+    for name, module in model.named_modules():
+        if type(module).__name__.startswith("Gemma4") and hasattr(module, "q_norm"):
+            torch.nn.init.constant_(module.q_norm.weight, 1.5 * module.head_dim**-0.5)
+        if name.endswith("embedding_projection"):
+            torch.nn.init.normal_(module.weight, std=4 * INIT_STD)
+
+
 def _instantiate(model_class: type, config, tokenizer: Qwen2Tokenizer, seed: int) -> PreTrainedModel:
     """Random float32 model in evaluation mode; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
         _strengthen_audio_tower(model)
+        _balance_gemma(model)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -488,6 +657,13 @@ def build_tiny(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMi
         KeyError: `family` is not a key of `FAMILIES`.
     """
     return copy.deepcopy(_built(family, seed)), build_processor(family)
+
+
+def towers_of(core: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """What reads media, by name: a tower of vision and one of audio, or what stands in its place."""
+    places = (("visual", "vision_tower", "embed_vision"), ("audio_tower", "embed_audio"))
+    found = [next((name for name in names if getattr(core, name, None) is not None), None) for names in places]
+    return {name: getattr(core, name) for name in found if name is not None}
 
 
 def save_tiny(family: str, folder: str | Path, seed: int = 0) -> Path:
@@ -561,8 +737,8 @@ def encode_sample(
     kwargs = {}
     if videos:
         video_kwargs = {"do_resize": False, "do_sample_frames": False}
-        if family in ("qwen2_5_vl", "qwen3_vl"):
-            # The VL processors read the times from the metadata of the clip, the Omni ones from `fps` of the call.
+        if family in ("qwen2_5_vl", "qwen3_vl", *GEMMA):
+            # These processors read the times from the metadata of the clip, the Omni ones from `fps` of the call.
             video_kwargs["video_metadata"] = [
                 {"fps": fps, "total_num_frames": len(clip), "frames_indices": list(range(len(clip)))}
                 for clip in videos

@@ -53,6 +53,7 @@ class Evaluator(BaseEvaluator):
         self.model = model
         self.core = builder.family.core(model)
         self.generation_config = _generation_config(model, builder.family, options)
+        builder.family.check_generation(self.generation_config)
         self.generation = self.generation_config.to_diff_dict()
         super().__init__(builder, rows, score, extract, options)
 

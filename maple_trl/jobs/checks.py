@@ -130,19 +130,18 @@ def check_model(
         options = given | hub_arguments(training_args.model_init_kwargs or {})
         options = reach(name, options)
         check_checkpoint(name, options, text=not evaluates)
-        kind = read_config(name, options).model_type
+        config = read_config(name, options)
     except (CheckpointError, ValueError) as error:
         _check_prompts(MessageEncoder(), training_args, train)  # one that reads everything
         raise SetupError(f"model_name_or_path: {error}") from error
-    family = family_class(kind) or family_class(f"{kind}_thinker")
+    family = family_class(config.model_type) or family_class(f"{config.model_type}_thinker")
     if family is not None:  # else it reads text alone
         if hasattr(training_args, "check_for_media"):
             try:
                 training_args.check_for_media()
             except ValueError as error:
                 raise SetupError(str(error)) from error
-        # What a row is fed is decided by facts of the class: no model is needed for that.
-        stand_in = family.__new__(family)
+        stand_in = family.stand_in(config)
         asked = _check_prompts(stand_in, training_args, train)
         beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
         try:

@@ -23,6 +23,20 @@ class MediaMismatchError(RuntimeError):
     """A prompt's placeholder tokens and its media features differ in number, or its media never reached the model."""
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """
+    Tokens of a prompt that see each other both ways, as those of a picture do in some models.
+
+    Attributes:
+        spans: of each block the first token, and the one after its last.
+        everywhere: in every layer, past its window as well; else only in layers with a window, and within it.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    everywhere: bool = False
+
+
 @dataclass(eq=False)
 class EncodedPrompt:
     """
@@ -44,6 +58,8 @@ class EncodedPrompt:
             and `input_features` (audios, mel, frames) with `feature_attention_mask` (audios, frames).
         media_tokens (`dict[str, int]`):
             Tokens of the prompt per kind of media, and for `subtitle`.
+        blocks ([`Blocks`], *optional*):
+            Tokens that see each other both ways, in models that have such.
         tag (`ModalityTag`, *optional*):
             The row's required modality tag.
         notes (`tuple[str, ...]`):
@@ -58,6 +74,7 @@ class EncodedPrompt:
     position_ids: Tensor
     media: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     media_tokens: dict[str, int] = field(default_factory=dict)
+    blocks: Blocks | None = None
     tag: ModalityTag | None = None
     notes: tuple[str, ...] = ()
     sound: tuple[float, float] | None = None

@@ -177,7 +177,7 @@ TRAIN = [
         {"model_name_or_path": "unknown"},
         "of model type 'fancy9', which the installed transformers cannot read; supported",
     ),
-    ({"model_name_or_path": "llava"}, "is of the family 'llava', which is not supported; supported are qwen2_5_omni"),
+    ({"model_name_or_path": "llava"}, "is of the family 'llava', which is not supported; supported are"),
     ({"model_name_or_path": "bert"}, "is of the family 'bert', which is not supported"),
     ({"model_name_or_path": "damaged"}, "model.safetensors is damaged"),
     ({"model_name_or_path": "pointer"}, "is a pointer of Git LFS"),

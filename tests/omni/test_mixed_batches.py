@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import FAMILIES, build_tiny
+from tiny_models import FAMILIES, GEMMA, build_tiny, towers_of
 
 from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.modalities import ModalityTag
@@ -23,6 +23,8 @@ from maple_trl.omni.serving import serve_media
 
 
 COMPLETION = 5
+OMNI = ("qwen2_5_omni", "qwen3_omni")
+"""They place sound among the pictures of its video."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def rows_of(name, dataset):
             continue
         seen.add(tag)
         rows.append(dict(row, audio_in_video=False))
-        if spec.has_vision and spec.has_audio and tag in ("VA", "VAS"):
+        if name in OMNI and tag in ("VA", "VAS"):
             rows.append(dict(row, audio_in_video=True))
     return rows
 
@@ -74,9 +76,9 @@ def alone_by_transformers(name, model, processor, builder, row, completion):
         clip = builder.loader.video(spec.videos[0], multiple=FAMILIES[name].frame_multiple)
         kwargs["videos"] = [clip.frames.copy()]
         kwargs["videos_kwargs"] = {"do_resize": False, "do_sample_frames": False}
-        if name.endswith("vl"):
+        if name.endswith("vl") or name in GEMMA:
             spacing = {"fps": clip.fps, "frames_indices": list(range(len(clip.frames)))}
-            if name == "qwen3_vl":
+            if name != "qwen2_5_vl":
                 spacing = {"fps": 1.0, "frames_indices": clip.timestamps.tolist()}
             kwargs["videos_kwargs"]["video_metadata"] = [{"total_num_frames": len(clip.frames), **spacing}]
         else:
@@ -285,10 +287,7 @@ def test_touched_towers_run_once_in_a_generation(name, seven_tags):
     text = [prompt for prompt in prompts if not prompt.kinds]
     calls = []
     core = builder.family.core(model)
-    towers = [
-        tower for tower in (getattr(core, "visual", None), getattr(core, "audio_tower", None)) if tower is not None
-    ]
-    for tower in towers:
+    for tower in towers_of(core).values():
         tower.register_forward_pre_hook(lambda *a: calls.append(1), with_kwargs=True)
 
     def generate(batch, touch):

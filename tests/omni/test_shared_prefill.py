@@ -6,7 +6,7 @@ import pytest
 import torch
 from omni_runs import build_trainer, one_row_per_tag
 from test_mixed_batches import batched, rows_of
-from tiny_models import FAMILIES, build_tiny
+from tiny_models import FAMILIES, GEMMA, build_tiny, towers_of
 from transformers import GenerationConfig
 
 from maple_trl.omni.encoded import MediaMismatchError, generation_position_ids, unique_prompts
@@ -57,15 +57,17 @@ class Counts:
         self.layer, self.real, self.head, self.towers = [], [], [], []
         core.language_model.register_forward_pre_hook(self._tokens, with_kwargs=True)
         model.get_output_embeddings().register_forward_pre_hook(lambda m, args: self.head.append(args[0].shape[:2]))
-        for name in ("visual", "audio_tower"):
-            if hasattr(core, name):
-                getattr(core, name).register_forward_pre_hook(
-                    lambda m, args, kwargs, name=name: self.towers.append(name), with_kwargs=True
-                )
+        for name, tower in towers_of(core).items():
+            tower.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: self.towers.append(name), with_kwargs=True
+            )
 
     def _tokens(self, module, args, kwargs):
         embeddings = kwargs["inputs_embeds"]
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):  # of each kind of layer one; the whole rows' says what is padding in its last line
+            mask = mask["full_attention"]
+            mask = None if mask is None else mask[:, 0, -1]
         self.layer.append(tuple(embeddings.shape[:2]))
         self.real.append(embeddings.shape[0] * embeddings.shape[1] if mask is None else int(mask.sum()))
 
@@ -119,7 +121,7 @@ def test_the_head_reads_the_last_position_alone(name, seven_tags):
     assert torch.equal(found, expected)
     assert counts.head == [(len(rows), 1)] * TOKENS
     keeps = "logits_to_keep" in inspect.signature(made[0].forward).parameters
-    assert keeps == name.endswith("vl")
+    assert keeps == (name.endswith("vl") or name in GEMMA)
     assert plain.head[0] == (len(rows), 1 if keeps else max(map(len, rows)))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_mixed_batches import rows_of
-from tiny_models import FAMILIES, build_tiny
+from tiny_models import FAMILIES, build_tiny, towers_of
 from trl.trainer.utils import add_fused_lm_head
 
 from maple_trl.omni.encoded import batch_position_ids
@@ -166,9 +166,12 @@ def test_log_probs_and_gradients_are_those_of_the_rows_apart(name, checkpointing
     if name in OMNI:
         assert len({row["tag"] for row in rows}) == 7 and sum(row["audio_in_video"] for row in rows) == 2
     errors, gradients, expected = compare(name, folder, rows, checkpointing=CHECKPOINTING[checkpointing])
+    if (name, checkpointing) == ("gemma4", "reentrant"):  # apart too, which is why the family refuses it
+        assert max(errors) <= BOUND and gradients[0] > 0.1
+        return
     assert_equal(errors, gradients)
-    for tower in (["visual"] if FAMILIES[name].has_vision else []) + (["audio"] if FAMILIES[name].has_audio else []):
-        assert any(tower in key and value.norm() > 1e-3 for key, value in expected.items())
+    for tower in towers_of(build_tiny(name)[0].base_model):
+        assert any(f"{tower}." in key and value.norm() > 1e-3 for key, value in expected.items())
 
 
 def one_row(name, dataset, tag, interleaved=False):
@@ -294,6 +297,44 @@ def test_wrong_positions_are_noticed(name, change, seven_tags):
     folder, dataset = seven_tags
     errors, gradients, _ = compare(name, folder, rows_of(name, dataset), change=change)
     assert min(errors) > 1e-3 and gradients[0] > 1e-3
+
+
+def without_blocks(packed):
+    return dataclasses.replace(packed, layout=dataclasses.replace(packed.layout, blocks=()))
+
+
+@pytest.mark.parametrize("name", ["gemma4_both_ways", "gemma4_moe", "gemma4_unified"])
+def test_pictures_that_are_read_like_text_are_noticed(name, seven_tags):
+    folder, dataset = seven_tags
+    errors, gradients, _ = compare(name, folder, rows_of(name, dataset), change=without_blocks)
+    assert min(errors) > 1e-3 and gradients[0] > 1e-3
+
+
+@pytest.mark.parametrize("place", ["_alone", "_masked"])
+def test_a_window_that_is_left_out_is_noticed(place, seven_tags, monkeypatch):
+    """In prompts, and in completions."""
+    folder, dataset = seven_tags
+    original = getattr(packed_attention, place)
+
+    def unlimited(*args):
+        return original(*[None if arg == 12 and isinstance(arg, int) else arg for arg in args])
+
+    monkeypatch.setattr(packed_attention, place, unlimited)
+    errors, gradients, _ = compare("gemma4", folder, rows_of("gemma4", dataset))
+    assert min(errors) > 1e-3 and gradients[0] > 1e-3
+
+
+def test_a_prompt_that_ends_with_a_picture_is_refused(seven_tags):
+    folder, dataset = seven_tags
+    _, _, family = build("gemma4_unified")
+    [prompt] = encode(family, folder, [row for row in dataset if row["tag"] == "V"][:1])
+    end = prompt.blocks.spans[-1][1]
+    cut = dataclasses.replace(prompt, input_ids=prompt.input_ids[:end], position_ids=prompt.position_ids[:, :end])
+    pack([prompt], torch.ones(1, 2).long(), [2])
+    with pytest.raises(
+        ValueError, match="ends with a picture whose tokens see each other both ways.*shared_prefix='off'"
+    ):
+        pack([cut], torch.ones(1, 2).long(), [2])
 
 
 def all_causal(groups, scale):

@@ -15,7 +15,7 @@ import torch
 from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
 from test_mixed_batches import batched, rows_of
-from tiny_models import FAMILIES, build_tiny, save_tiny
+from tiny_models import FAMILIES, build_tiny, save_tiny, towers_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maple_trl import OmniGRPOTrainer
@@ -34,6 +34,8 @@ pytestmark = pytest.mark.slow
 
 LIMITS = {"num_frames": 4, "min_pixels": 1024, "max_pixels": 4096}
 TOWERS = ("visual", "audio_tower")
+ROUNDING = 4e-5
+"""Of towers that read other batches; of Gemma 4, which norms whatever it adds, 3e-5 was seen, of the others 1e-5."""
 SCOPES = ("vision", "audio", "projectors")
 
 
@@ -70,9 +72,8 @@ class World:
 
 def count_passes(core):
     passes = []
-    for name in TOWERS:
-        if hasattr(core, name):
-            getattr(core, name).register_forward_pre_hook(lambda *a, name=name: passes.append(name), with_kwargs=True)
+    for name, tower in towers_of(core).items():
+        tower.register_forward_pre_hook(lambda *a, name=name: passes.append(name), with_kwargs=True)
     return passes
 
 
@@ -104,7 +105,7 @@ def test_the_numbers_are_those_without_a_cache(name, place, seven_tags, tmp_path
     world.passes.clear()
     filled = world.logits(cache)
     assert len(world.passes) == towers
-    torch.testing.assert_close(filled, without, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(filled, without, rtol=1e-5, atol=ROUNDING)
     assert torch.equal(world.logits(cache), filled) and len(world.passes) == towers
     part = TowerCache(1 << 30)
     world.logits(part, world.prompts[:1])
@@ -131,7 +132,7 @@ def test_only_unknown_clips_pass_a_tower(name, seven_tags):
     first = next(prompt for prompt in world.prompts if prompt.kinds)
     world.logits(cache, [first])
     misses = cache.misses
-    torch.testing.assert_close(world.logits(cache), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(world.logits(cache), expected, atol=ROUNDING, rtol=0)
     assert 0 < misses < cache.misses
     assert world.passes_of(cache) == 0
 

@@ -13,7 +13,7 @@ from media_files import tone, write_video
 from omni_runs import DEFAULTS as OMNI_DEFAULTS
 from omni_runs import spread_reward
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, build_tiny, build_tiny_text, save_tiny
+from tiny_models import FAMILIES, GEMMA, build_tiny, build_tiny_text, save_tiny
 from transformers import TrainerCallback
 
 from maple_trl import MAPOConfig, MAPOTrainer, ModalityTag
@@ -845,7 +845,9 @@ def test_a_bfloat16_checkpoint_keeps_the_float32_head_exactly(seven_tags, build,
         return seen.weights
 
     saved = run(1, save_strategy="steps", save_steps=1)[-1]
-    head = next(value for name, value in saved.items() if name.endswith("lm_head.weight"))
+    # Gemma's head is its embedding.
+    name = "language_model.embed_tokens.weight" if family in GEMMA else "lm_head.weight"
+    head = next(value for other, value in saved.items() if other.endswith(name))
     assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16().float())
     stored = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
     assert any(value.dtype == torch.float32 and torch.equal(value, head) for value in stored.values())

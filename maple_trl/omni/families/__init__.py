@@ -1,6 +1,6 @@
 """Model families. Each file holds one; importing this package registers them all."""
 
-from maple_trl.omni.families import qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
+from maple_trl.omni.families import gemma4, qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
 from maple_trl.omni.families.base import (
     OmniFamily,
     PromptEncoder,
@@ -18,6 +18,7 @@ __all__ = [
     "PromptEncoder",
     "family_class",
     "family_for",
+    "gemma4",
     "is_omni",
     "qwen2_5_omni",
     "qwen2_5_vl",

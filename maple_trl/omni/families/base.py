@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature
+from transformers import BatchFeature, GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.video_utils import VideoMetadata
 
 from maple_trl import Registry
-from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError
+from maple_trl.omni.encoded import Blocks, EncodedPrompt, Features, MediaMismatchError
 from maple_trl.omni.media.clips import AudioClip, PromptMedia, VideoClip
 
 
@@ -156,6 +157,11 @@ class OmniFamily(PromptEncoder):
         #: Token ids that a completion may never hold: the next forward would take them for media.
         self.suppressed_ids = sorted(i for i in ids.values() if i not in (None, self.tokenizer.unk_token_id))
 
+    @classmethod
+    def stand_in(cls, config: PreTrainedConfig) -> Self:
+        """Return what decides what a row is fed, from a checkpoint's configuration: no model is needed for that."""
+        return cls.__new__(cls)
+
     @staticmethod
     def core(model: nn.Module) -> nn.Module:
         """Return the module whose forward merges media into token embeddings."""
@@ -184,6 +190,19 @@ class OmniFamily(PromptEncoder):
     def video_token_count(self, frames: int, height: int, width: int) -> int:
         """Count the tokens of a clip of `frames` frames of `height` x `width` pixels."""
         return -(-frames // self.frames_per_token) * (height // self.frame_multiple) * (width // self.frame_multiple)
+
+    # What a model cannot do as others do
+
+    def check_training(self, reentrant: bool) -> None:
+        """
+        Raise ValueError where gradients would be wrong.
+
+        Args:
+            reentrant (`bool`): gradient checkpointing is on, and reentrant.
+        """
+
+    def check_generation(self, config: GenerationConfig) -> None:
+        """Raise ValueError where `generate()` would sample from something else than what is trained."""
 
     # Encoding one prompt
 
@@ -221,7 +240,8 @@ class OmniFamily(PromptEncoder):
         position_ids = self.position_ids(batch, media, interleaved)
         if interleaved:
             input_ids, position_ids = self.interleave(input_ids, position_ids, media.videos[0])
-        return EncodedPrompt(key, input_ids, position_ids, inputs, {k: v for k, v in tokens.items() if v})
+        counts = {kind: count for kind, count in tokens.items() if count}
+        return EncodedPrompt(key, input_ids, position_ids, inputs, counts, self.blocks(input_ids))
 
     def tower_inputs(self, kind: str, batch: BatchFeature) -> dict[str, Tensor]:
         """Return what the tower of a kind reads of the processor's output for one prompt."""
@@ -291,6 +311,10 @@ class OmniFamily(PromptEncoder):
         """Return the rotary positions of one prompt, shape (R, P); unless a model says otherwise, tokens are counted."""
         return torch.arange(batch["input_ids"].size(1))[None]
 
+    def blocks(self, input_ids: Tensor) -> Blocks | None:
+        """Return which of a prompt's tokens, of shape (P,), see each other both ways; `None` where none do."""
+        return None
+
     def feature_counts(self, kind: str, inputs: Mapping[str, Tensor]) -> list[int]:
         """Count the features that the tower gives for each clip of a kind, given what it reads of them."""
         if kind == "audio":
@@ -300,6 +324,10 @@ class OmniFamily(PromptEncoder):
     def audio_token_count(self, mel_frames: int) -> int:
         """Count the tokens of an audio of `mel_frames` mel frames."""
         raise NotImplementedError
+
+    def audio_tokens_of(self, clip: AudioClip) -> int:
+        """Count the tokens of a sound, before it is encoded."""
+        return self.audio_token_count(len(clip.waveform) // self.processor.feature_extractor.hop_length)
 
     # Running the towers
 
@@ -411,6 +439,23 @@ def _vision_outputs(features: Sequence[Features]) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=tokens)
     deepstack = [tuple(prompt[name] for prompt in features) for name in names]
     return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
+
+
+def times_in_text(videos: Sequence[VideoClip]) -> list[VideoMetadata]:
+    """
+    Return what processors read that write the time of pictures into the prompt.
+
+    They write index / fps: an index of milliseconds gives the true times.
+    """
+    return [
+        VideoMetadata(
+            total_num_frames=len(clip.frames),
+            fps=1000.0,
+            duration=clip.duration,
+            frames_indices=[round(1000 * t) for t in clip.timestamps],
+        )
+        for clip in videos
+    ]
 
 
 def mean_steps(seconds: Tensor) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from transformers.video_utils import VideoMetadata
-
-from maple_trl.omni.families.base import register_family
+from maple_trl.omni.families.base import register_family, times_in_text
 from maple_trl.omni.families.qwen2_5_vl import Qwen2_5VLFamily
 
 
@@ -18,15 +16,6 @@ class Qwen3VLFamily(Qwen2_5VLFamily):
     def processor_kwargs(self, media, interleaved):
         kwargs = super().processor_kwargs(media, interleaved)
         if media.videos:
-            # The processor writes index / fps into the prompt: an index of milliseconds gives the true times.
-            kwargs["videos_kwargs"]["video_metadata"] = [
-                VideoMetadata(
-                    total_num_frames=len(clip.frames),
-                    fps=1000.0,
-                    duration=clip.duration,
-                    frames_indices=[round(1000 * t) for t in clip.timestamps],
-                )
-                for clip in media.videos
-            ]
+            kwargs["videos_kwargs"]["video_metadata"] = times_in_text(media.videos)
             del kwargs["videos_kwargs"]["fps"]
         return kwargs

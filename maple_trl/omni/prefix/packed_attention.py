@@ -1,8 +1,8 @@
 """
 Attention over rows that hold a prompt once and its completions after it, with the kernels that transformers knows.
 
-Each completion sees the prompt and itself. Which kernel computes that follows from the model's own attention
-implementation, which goes on to compute everything else.
+Each completion sees the prompt and itself, in layers with a window as far as that reaches. Which kernel computes that follows
+from the model's own attention implementation, which goes on to compute everything else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from maple_trl.omni.encoded import Blocks
 from maple_trl.omni.prefix.split_attention import Completions, can_split, split_attention, stack, unstack
 
 
@@ -30,14 +31,21 @@ class PackedLayout:
 
     Attributes:
         groups: for each group the length of its prefix (the prompt without its last token) and those of its suffixes.
+        blocks: of each group, which tokens of its prompt see each other both ways; empty where none do.
         attention: the implementation that computes it, of those in [`CHOICES`]; `None` for the model's own.
     """
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
+    blocks: tuple[Blocks | None, ...] = ()
     attention: str | None = None
 
     def __len__(self) -> int:
         return sum(prefix + sum(suffixes) for prefix, suffixes in self.groups)
+
+    def blocks_in(self, window: int | None) -> tuple[Blocks | None, ...]:
+        """Return the blocks of each group in a layer with such a window, or with none."""
+        found = self.blocks or (None,) * len(self.groups)
+        return tuple(None if b is None or (window is None and not b.everywhere) else b for b in found)
 
 
 class PackedAttention:
@@ -72,6 +80,9 @@ class PackedAttention:
         return packed(self.plain, module, query, key, value, shared_prefix, **kwargs)
 
 
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
 def install(model: nn.Module) -> bool:
     """
     Make a language model's attention able to read packed rows; all else it computes as before.
@@ -80,13 +91,15 @@ def install(model: nn.Module) -> bool:
     checkpointing computes a layer again in the backward pass, when what was switched on would be off.
 
     Returns:
-        `bool`: False where the model's attention is not over the whole sequence, or of an implementation other than `sdpa`,
-        `flex_attention` and those of FlashAttention.
+        `bool`: False where the model's attention is not over what stands before, or a window of that, or of an
+        implementation other than `sdpa`, `flex_attention` and those of FlashAttention. FlashAttention knows no tokens that
+        see each other both ways.
     """
     config = model.config.get_text_config()
     packed = _packed_for(config._attn_implementation)
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if packed is None or layers != {"full_attention"}:
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    if packed is None or not layers <= _LAYERS or both_ways == "all" or (both_ways and packed is packed_flash):
         return False
     # Loading a kernel of the Hub puts its own function into the table, so it has to come before ours.
     if "/" in config._attn_implementation:
@@ -122,22 +135,26 @@ def packed_sdpa(
     layout: PackedLayout,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attend within each group's prompt, then within all completions at once, which see their prompt as well."""
     query, key, value = (_as_autocast(states) for states in (query, key, value))
     options = {"dropout_p": dropout, "scale": scaling}
-    gqa = options | {"enable_gqa": query.size(1) != key.size(1)}
     outputs: list[Tensor | None] = []
     shared = []
     pieces = zip(*(states.split(_pieces(layout), dim=2) for states in (query, key, value)), strict=True)
-    for prefix, suffixes in layout.groups:
+    for (prefix, suffixes), blocks in zip(layout.groups, layout.blocks_in(sliding_window), strict=True):
         head = next(pieces)
         if len(suffixes) == 1 or prefix:
-            outputs.append(F.scaled_dot_product_attention(*head, is_causal=True, **gqa))
+            outputs.append(_alone(head, sliding_window, blocks, options))
         if len(suffixes) > 1:
-            shared.append((len(outputs), Completions(next(pieces), head[1:], suffixes)))
-            outputs.append(None)
+            group = Completions(next(pieces), head[1:], suffixes)
+            if sliding_window is not None and sliding_window < prefix + max(suffixes):
+                outputs.append(_masked(group, options, sliding_window))
+            else:
+                shared.append((len(outputs), group))
+                outputs.append(None)
     if shared:
         places, groups = zip(*shared, strict=True)
         if dropout or not can_split(query, key, value):
@@ -147,6 +164,47 @@ def packed_sdpa(
         for place, output in zip(places, found, strict=True):
             outputs[place] = output
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _alone(states: tuple[Tensor, ...], window: int | None, blocks: Blocks | None, options: dict) -> Tensor:
+    """Attend within a prompt, or one with its only completion."""
+    query, key, value = states
+    length, repeats = query.size(2), query.size(1) // key.size(1)
+    if blocks is None and (window is None or window >= length):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=repeats > 1, **options)
+    # As transformers does with a mask, which hardly a kernel of GPUs takes together with fewer key heads.
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    mask = _banded(length, window, blocks, query.device)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+
+@lru_cache(maxsize=8)  # each layer asks for the same
+def _banded(length: int, window: int | None, blocks: Blocks | None, device: torch.device) -> Tensor:
+    """Return who sees whom: what stands before, as far as the window reaches, and what is of the same block."""
+    places = torch.arange(length, device=device)
+    query, key = places[:, None], places
+    block = _block_numbers(length, blocks, device)
+    return _sees(query, key, window, blocks is not None and blocks.everywhere, block[:, None], block)
+
+
+def _block_numbers(length: int, blocks: Blocks | None, device: torch.device) -> Tensor:
+    """Return the number of each token's block, -1 of tokens in none, of shape (length,)."""
+    numbers = torch.full((length,), -1, device=device)
+    for number, (first, end) in enumerate(() if blocks is None else blocks.spans):
+        numbers[first:end] = number
+    return numbers
+
+
+def _sees(
+    query: Tensor, key: Tensor, window: int | None, everywhere: bool, query_block: Tensor, key_block: Tensor
+) -> Tensor:
+    """Return whether a token at a place, in a block or in none (-1), sees another."""
+    together = (query_block == key_block) & (query_block >= 0)
+    seen = key <= query
+    if window is None:
+        return seen | together
+    near = key > query - window
+    return (seen & near) | together if everywhere else (seen | together) & near
 
 
 def _as_autocast(states: Tensor) -> Tensor:
@@ -165,7 +223,7 @@ def _pieces(layout: PackedLayout) -> list[int]:
     return lengths
 
 
-def _masked(group: Completions, options: dict) -> Tensor:
+def _masked(group: Completions, options: dict, window: int | None = None) -> Tensor:
     """
     Compute as a batch, with a mask and with keys that begin with the prompt's, where no kernel returns its sums.
 
@@ -175,25 +233,31 @@ def _masked(group: Completions, options: dict) -> Tensor:
     """
     query, key, value = (stack(states, group.sizes) for states in group.states)
     count, heads, longest, _ = query.shape
+    prompt = group.prompt
+    if window is not None:  # of the prompt, what a completion's first token sees
+        unseen = max(prompt[0].size(2) - window + 1, 0)
+        prompt = tuple(states[:, :, unseen:] for states in prompt)
     keys, values = (
         torch.cat([shared.expand(count, -1, -1, -1), own], dim=2)
-        for shared, own in zip(group.prompt, (key, value), strict=True)
+        for shared, own in zip(prompt, (key, value), strict=True)
     )
     repeats = heads // keys.size(1)
     output = F.scaled_dot_product_attention(
         query.unflatten(1, (-1, repeats)).flatten(2, 3),
         keys,
         values,
-        attn_mask=_visible(keys.size(2) - longest, longest, repeats, query.device),
+        attn_mask=_visible(keys.size(2) - longest, longest, repeats, window, query.device),
         **options,
     )
     return unstack(output.unflatten(2, (repeats, longest)).flatten(1, 2), group.sizes)
 
 
 @lru_cache(maxsize=4)  # each layer asks for the same
-def _visible(prefix: int, longest: int, repeats: int, device: torch.device) -> Tensor:
-    """Return the mask of a completion, which sees the whole prefix and what stands before it in itself."""
+def _visible(prefix: int, longest: int, repeats: int, window: int | None, device: torch.device) -> Tensor:
+    """Return the mask of a completion, which sees the prefix and what stands before in itself, as far as a window reaches."""
     visible = torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix)
+    if window is not None:
+        visible = visible.triu(prefix - window + 1)
     return visible.repeat(repeats, 1)
 
 
@@ -206,8 +270,14 @@ def packed_flash(
     """
     Attend in one call within each prompt, and within each completion with the keys of its prompt before its own.
 
-    The kernels align a causal mask with the end of the keys where there are fewer queries (FlashAttention 2.1 and later).
+    The kernels align a causal mask, and the window of a layer (`sliding_window`), with the end of the keys where there are
+    fewer queries (FlashAttention 2.1 and later).
+
+    Raises:
+        ValueError: where tokens see each other both ways.
     """
+    if any(layout.blocks_in(kwargs.get("sliding_window"))):
+        raise ValueError("FlashAttention knows no tokens that see each other both ways")
     queries, keys = zip(*_sequences(layout), strict=True)
     return plain(
         module,
@@ -266,6 +336,7 @@ def packed_flex(
     layout: PackedLayout,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """
@@ -282,7 +353,7 @@ def packed_flex(
     if heads & (heads - 1):  # as transformers does: not every kernel takes fewer key heads then
         key, value, repeats = repeat_kv(key, repeats), repeat_kv(value, repeats), 1
     attend = _compiled(flex_attention, query.device.type)
-    mask = _block_mask(layout, query.device)
+    mask = _block_mask(layout, sliding_window, query.device)
     output = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=repeats > 1)
     return output.transpose(1, 2).contiguous(), None
 
@@ -293,17 +364,22 @@ def _compiled(function: Callable, device: str) -> Callable:
     return function if device == "cpu" else torch.compile(function, dynamic=True)
 
 
-@lru_cache(maxsize=4)  # each layer asks for the same
-def _block_mask(layout: PackedLayout, device: torch.device) -> BlockMask:
-    groups, owners = [], []
-    for number, (prefix, suffixes) in enumerate(layout.groups):
+@lru_cache(maxsize=8)  # each layer of a kind asks for the same
+def _block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> BlockMask:
+    groups, owners, places, numbers = [], [], [], []
+    kinds = layout.blocks_in(window)
+    for number, ((prefix, suffixes), blocks) in enumerate(zip(layout.groups, kinds, strict=True)):
         groups += [number] * (prefix + sum(suffixes))
         owners += [0] * prefix + [i for i, size in enumerate(suffixes, 1) for _ in range(size)]
-    group, owner = torch.tensor(groups, device=device), torch.tensor(owners, device=device)
+        places += [*range(prefix), *(prefix + i for size in suffixes for i in range(size))]
+        numbers += [*_block_numbers(prefix, blocks, torch.device("cpu")).tolist(), *[-1] * sum(suffixes)]
+    group, owner, place, block = (torch.tensor(x, device=device) for x in (groups, owners, places, numbers))
+    everywhere = any(blocks is not None and blocks.everywhere for blocks in kinds)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (owner[key] == 0) | (owner[key] == owner[query])
-        return (key <= query) & (group[key] == group[query]) & own
+        seen = _sees(place[query], place[key], window, everywhere, block[query], block[key])
+        return seen & (group[key] == group[query]) & own
 
     length = len(layout)
     return _compiled(create_block_mask, device.type)(sees, None, None, length, length, device=device)

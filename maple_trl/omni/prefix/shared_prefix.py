@@ -69,6 +69,7 @@ def pack(rows: Sequence[EncodedPrompt], completion_ids: Tensor, lengths: Sequenc
     ids, positions, suffix, labels, row_index, column_index, groups = [], [], [], [], [], [], []
     place = 0
     for prompt, own in zip(prompts, members, strict=True):
+        _check_blocks(prompt)
         tokens, places = prompt.input_ids.to(device), prompt.position_ids.to(device)
         ids.append(tokens[:-1])
         positions.append(places[:, :-1])
@@ -88,7 +89,7 @@ def pack(rows: Sequence[EncodedPrompt], completion_ids: Tensor, lengths: Sequenc
         groups.append((len(tokens) - 1, tuple(sizes)))
     return PackedBatch(
         prompts,
-        PackedLayout(tuple(groups)),
+        PackedLayout(tuple(groups), tuple(prompt.blocks for prompt in prompts)),
         torch.cat(ids)[None],
         torch.cat(positions, dim=1)[:, None],
         torch.cat(suffix),
@@ -96,6 +97,15 @@ def pack(rows: Sequence[EncodedPrompt], completion_ids: Tensor, lengths: Sequenc
         torch.cat(row_index),
         torch.cat(column_index),
     )
+
+
+def _check_blocks(prompt: EncodedPrompt) -> None:
+    """Refuse a prompt whose last token, which stands before each completion, is seen by tokens before it."""
+    if prompt.blocks is not None and prompt.blocks.spans[-1][1] >= len(prompt):
+        raise ValueError(
+            f"prompt {prompt.key} ends with a picture whose tokens see each other both ways, and cannot be shared so: put "
+            "text behind the picture, or train with shared_prefix='off'"
+        )
 
 
 @dataclass

@@ -20,6 +20,8 @@ from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
 
 _TOKENS = 8
 _PADDING = 3
+_WINDOW = 5
+"""Of layers that have one, while both ways are compared: theirs are longer than the prompt, and nothing would show."""
 _TOLERANCE = 1e-4
 """Mean difference of log-probabilities that rounding explains in float32."""
 _EXACT = 1e-5
@@ -51,7 +53,8 @@ class Comparison:
     """
     Compares two completions that share their prompt with two that do not.
 
-    Weights in float32 are compared in float32, whatever the run computes in; FlashAttention has no kernels for that.
+    Weights in float32 are compared in float32, whatever the run computes in; FlashAttention has no kernels for that. Windows of
+    layers are shortened meanwhile, so that they end within the prompt and within a completion.
 
     Attributes:
         model: has TRL's fused head, and an attention that reads packed rows.
@@ -106,7 +109,8 @@ class Comparison:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self._without_autocast() if self._exact else nullcontext():
+            exactly = self._without_autocast() if self._exact else nullcontext()
+            with torch.no_grad(), exactly, _short_windows(self.core):
                 yield
         finally:
             self.model.train(was_training)
@@ -173,6 +177,20 @@ class Comparison:
             batch = replace(batch, position_ids=positions)
         with self.serve(self.model, batch.prompts, packed=True):
             return packed_forward(self.model, self.core, batch, size, self.attention).log_probs
+
+
+@contextmanager
+def _short_windows(core: nn.Module) -> Iterator[None]:
+    """Shorten the windows of a model's attention, and of the masks and caches that are made for it."""
+    holders = [core.config.get_text_config(), *core.modules()]
+    before = [(one, one.sliding_window) for one in holders if isinstance(getattr(one, "sliding_window", None), int)]
+    for one, window in before:
+        one.sliding_window = min(window, _WINDOW)
+    try:
+        yield
+    finally:
+        for one, window in before:
+            one.sliding_window = window
 
 
 def sharing_error(*args, **kwargs) -> float:

@@ -87,6 +87,12 @@ class MediaTrainer:
                 logger.info("%s stays as it is: no pass of the model reads it", name)
                 weight.requires_grad_(False)
 
+    def _check_checkpointing(self) -> None:
+        """Check what the parent's constructor has made of gradient checkpointing; under ZeRO-3 it changes that itself."""
+        kwargs = self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs
+        if self.family is not None:
+            self.family.check_training(reentrant=bool(kwargs and kwargs.get("use_reentrant")))
+
     def _keep_savable(self) -> None:
         """Make the model's generation config savable, in which the parent's constructor has set tokens."""
         model = unwrap(self.model)

@@ -98,6 +98,8 @@ class EngineMixin:
                     "(tag/all/importance_ratio)"
                 )
             return VLLMEngine(self.vllm_generation)
+        if self.family is not None:
+            self.family.check_generation(self.generation_config)
         return TransformersEngine(
             self.accelerator.unwrap_model(self.model),
             self._tokenizer,

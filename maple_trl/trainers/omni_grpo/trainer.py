@@ -195,6 +195,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
             writes=self.accelerator.is_main_process,
             media_root=self.args.media_root,
         )
+        self._check_checkpointing()
         self._keep_savable()
         self.engine = self._make_engine()
         self.towers = self._make_tower_cache()
@@ -775,7 +776,10 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     def _why_not_packed(self, model: nn.Module) -> str | None:
         """Return why a model cannot be trained on packed rows, before it is tried."""
         if not install(model):
-            return "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences"
+            return (
+                "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences or windows "
+                "of them (FlashAttention: where tokens of a picture do not see each other both ways)"
+            )
         attention = self._packed_attention or model.config.get_text_config()._attn_implementation
         return why_not_trained(attention, self.accelerator.device)
 

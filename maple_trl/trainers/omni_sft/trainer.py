@@ -96,6 +96,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._check_checkpointing()
         self._keep_savable()
         self.towers = self._make_tower_cache()
         self._watch()
