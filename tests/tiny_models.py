@@ -21,6 +21,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
+    Phi4MultimodalConfig,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    Phi4MultimodalImageProcessor,
+    Phi4MultimodalProcessor,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -44,6 +49,11 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    VideoLlama3Config,
+    VideoLlama3ForConditionalGeneration,
+    VideoLlama3ImageProcessor,
+    VideoLlama3Processor,
+    VideoLlama3VideoProcessor,
     WhisperFeatureExtractor,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -64,7 +74,8 @@ class FamilySpec:
     `frame_multiple` is patch_size * merge_size: the side lengths of frames given to the processor without resizing
     must be multiples of it (0 for a family without vision). `sampling_rate` is in Hz (0 without audio).
     `max_audio_seconds` is the longest clip that the feature extractor keeps whole (None: any length).
-    `tokens` maps the attribute name on the tokenizer to the token string.
+    `tokens` maps the attribute name on the tokenizer to the token string. `vision` and `audio` are the places of the towers
+    in the core.
     """
 
     model_class: type
@@ -74,6 +85,8 @@ class FamilySpec:
     sampling_rate: int
     max_audio_seconds: int | None
     tokens: dict[str, str]
+    vision: str = "visual"
+    audio: str = "audio_tower"
 
     @property
     def has_vision(self) -> bool:
@@ -108,6 +121,8 @@ _VL_TOKENS = {
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
+_BARE_VISION_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+_PHI4_TOKENS = {"image_token": "<|image|>", "audio_token": "<|audio|>"}
 _AUDIO_TOKENS = {
     "audio_token": "<|AUDIO|>",
     "audio_bos_token": "<|audio_bos|>",
@@ -124,7 +139,30 @@ FAMILIES: dict[str, FamilySpec] = {
     "qwen2_5_vl": FamilySpec(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, 28, 2, 0, None, _VL_TOKENS),
     "qwen3_vl": FamilySpec(Qwen3VLForConditionalGeneration, Qwen3VLProcessor, 32, 2, 0, None, _VL_TOKENS),
     "qwen2_audio": FamilySpec(Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, 0, 2, 16000, 1, _AUDIO_TOKENS),
+    "video_llama_3": FamilySpec(
+        VideoLlama3ForConditionalGeneration,
+        VideoLlama3Processor,
+        28,
+        1,
+        0,
+        None,
+        _BARE_VISION_TOKENS,
+        vision="vision_model",
+    ),
+    "phi4_multimodal": FamilySpec(
+        Phi4MultimodalForCausalLM,
+        Phi4MultimodalProcessor,
+        0,
+        1,
+        16000,
+        None,
+        _PHI4_TOKENS,
+        vision="embed_tokens_extend.image_embed.img_processor",
+        audio="embed_tokens_extend.audio_embed.encoder",
+    ),
 }
+PLANNED = ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl", "qwen2_audio")
+"""Families whose sizes a plan knows."""
 FRAME_MULTIPLE: dict[str, int] = {name: spec.frame_multiple for name, spec in FAMILIES.items()}
 SAMPLING_RATE: dict[str, int] = {name: spec.sampling_rate for name, spec in FAMILIES.items()}
 
@@ -194,12 +232,11 @@ def chat_template(family: str) -> str:
     tokens = FAMILIES[family].tokens
     opening = tokens.get("vision_bos_token", tokens.get("vision_start_token"))
     closing = tokens.get("vision_eos_token", tokens.get("vision_end_token"))
-    image = f"{opening}{tokens['image_token']}{closing}" if opening else None
-    video = f"{opening}{tokens['video_token']}{closing}" if opening else None
-    audio = (
-        f"{tokens['audio_bos_token']}{tokens['audio_token']}{tokens['audio_eos_token']}"
-        if "audio_token" in tokens
-        else None
+    around = (tokens.get("audio_bos_token", ""), tokens.get("audio_eos_token", ""))
+    edges = {"image": (opening or "", closing or ""), "video": (opening or "", closing or ""), "audio": around}
+    image, video, audio = (
+        f"{before}{tokens[f'{kind}_token']}{after}" if f"{kind}_token" in tokens else None
+        for kind, (before, after) in edges.items()
     )
     return _block_template(
         image,
@@ -262,6 +299,22 @@ def build_processor(family: str) -> ProcessorMixin:
     """
     spec = FAMILIES[family]
     tokenizer = build_tokenizer(family)
+    if family == "phi4_multimodal":
+        return Phi4MultimodalProcessor(
+            image_processor=Phi4MultimodalImageProcessor(dynamic_hd=4),
+            audio_processor=Phi4MultimodalFeatureExtractor(),
+            tokenizer=tokenizer,
+            chat_template=chat_template(family),
+        )
+    if family == "video_llama_3":
+        area = spec.frame_multiple**2
+        clip = {"shortest_edge": 4 * area, "longest_edge": 64 * 64 * area}  # of a whole clip
+        return VideoLlama3Processor(
+            image_processor=VideoLlama3ImageProcessor(size={"shortest_edge": area, "longest_edge": 64 * area}),
+            video_processor=VideoLlama3VideoProcessor(size=clip),
+            tokenizer=tokenizer,
+            chat_template=chat_template(family),
+        )
     parts = {}
     if spec.has_vision:
         patch = spec.frame_multiple // 2
@@ -435,12 +488,67 @@ def _config_qwen2_audio(tokenizer: Qwen2Tokenizer) -> Qwen2AudioConfig:
     )
 
 
+def _config_video_llama_3(tokenizer: Qwen2Tokenizer) -> VideoLlama3Config:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return VideoLlama3Config(
+        text_config={"model_type": "qwen2", **_text_config(tokenizer, rope_parameters=rope)},
+        vision_config={
+            "hidden_size": TOWER,
+            "intermediate_size": 2 * TOWER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 14,
+            "initializer_range": INIT_STD,
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        initializer_range=INIT_STD,
+    )
+
+
+def _config_phi4_multimodal(tokenizer: Qwen2Tokenizer) -> Phi4MultimodalConfig:
+    """Positions and the window are those of the published model, which are of its longest context."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0] * 6,
+        "long_factor": [1.0, 1.2, 2.0, 5.0, 20.0, 40.0],
+    }
+    return Phi4MultimodalConfig(
+        **_text_config(tokenizer, rope_parameters=rope, max_position_embeddings=131072),
+        original_max_position_embeddings=4096,
+        sliding_window=262144,
+        vision_config={
+            "hidden_size": TOWER,
+            "intermediate_size": 2 * TOWER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_token_id": tokenizer.image_token_id,
+        },
+        audio_config={
+            "hidden_size": TOWER,
+            "intermediate_size": 2 * TOWER,
+            "num_blocks": 2,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": TOWER,
+            "depthwise_separable_out_channel": TOWER,
+            "nemo_conv_channels": TOWER,
+            "initializer_range": INIT_STD,
+            "audio_token_id": tokenizer.audio_token_id,
+        },
+    )
+
+
 _CONFIGS = {
     "qwen2_5_omni": _config_qwen2_5_omni,
     "qwen3_omni": _config_qwen3_omni,
     "qwen2_5_vl": _config_qwen2_5_vl,
     "qwen3_vl": _config_qwen3_vl,
     "qwen2_audio": _config_qwen2_audio,
+    "video_llama_3": _config_video_llama_3,
+    "phi4_multimodal": _config_phi4_multimodal,
 }
 
 
@@ -452,8 +560,15 @@ def _strengthen_audio_tower(model: PreTrainedModel) -> None:
     """
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
-        if parent.endswith("audio_tower") and leaf in ("conv1", "conv2", "conv2d1", "conv2d2", "conv2d3", "conv_out"):
+        convolves = leaf in ("conv1", "conv2", "conv2d1", "conv2d2", "conv2d3", "conv_out")
+        if (parent.endswith("audio_tower") and convolves) or (
+            "audio_embed" in parent and leaf.isdigit() and _convolution(module)
+        ):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+
+def _convolution(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Conv2d)
 
 
 def _instantiate(model_class: type, config, tokenizer: Qwen2Tokenizer, seed: int) -> PreTrainedModel:
@@ -511,6 +626,17 @@ def build_tiny_text(seed: int = 0, family: str = "qwen2_5_omni") -> tuple[Qwen2F
     return _instantiate(Qwen2ForCausalLM, config, tokenizer, seed), tokenizer
 
 
+def decoder(core: torch.nn.Module) -> torch.nn.Module:
+    """The part of a core that holds its decoder layers, which may be the core itself."""
+    return getattr(core, "language_model", core)
+
+
+def towers(core: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The towers of a core, by their places in it."""
+    places = {place for spec in FAMILIES.values() for place in (spec.vision, spec.audio)}
+    return {place: module for place, module in core.named_modules() if place in places}
+
+
 def sample_media(family: str, seed: int = 0, *, num_frames: int = 4, side: int = 2, seconds: float = 0.5) -> dict:
     """Random media of `family`: `{"video": uint8 (T, H, W, 3)}` and / or `{"audio": float32 (n,)}`.
 
@@ -561,7 +687,7 @@ def encode_sample(
     kwargs = {}
     if videos:
         video_kwargs = {"do_resize": False, "do_sample_frames": False}
-        if family in ("qwen2_5_vl", "qwen3_vl"):
+        if family in ("qwen2_5_vl", "qwen3_vl", "video_llama_3"):
             # The VL processors read the times from the metadata of the clip, the Omni ones from `fps` of the call.
             video_kwargs["video_metadata"] = [
                 {"fps": fps, "total_num_frames": len(clip), "frames_indices": list(range(len(clip)))}

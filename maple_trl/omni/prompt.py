@@ -467,7 +467,7 @@ class PromptBuilder:
         return self.family.video_token_count(*clip.frames.shape[:3])
 
     def _audio_tokens(self, clip: AudioClip) -> int:
-        return self.family.audio_token_count(len(clip.waveform) // self.family.processor.feature_extractor.hop_length)
+        return self.family.audio_token_count(self.family.mel_frames(len(clip.waveform)))
 
     def _subtitle_text(self, spec: PromptSpec) -> str:
         if not spec.subtitle_file:

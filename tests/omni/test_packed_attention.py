@@ -108,6 +108,10 @@ def flash(monkeypatch):
 
 def with_attention(model, implementation):
     model.config.get_text_config()._attn_implementation = implementation
+    for part in {"vision_config", "audio_config"} & set(
+        model.config.sub_configs
+    ):  # which follow where that is the whole
+        getattr(model.config, part)._attn_implementation = "sdpa"
     return model
 
 
@@ -244,9 +248,9 @@ def test_training_computes_packed_rows_with_flex_attention_where_asked(seven_tag
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "phi4_multimodal"])
 def test_a_model_that_transformers_does_not_load_with_flex_attention(name, tmp_path):
-    """All families so far; where that changes, the README has to as well."""
+    """All families but Phi-4; where that changes, the README has to as well."""
     path = str(save_tiny(name, tmp_path / "model"))
     with pytest.raises(
         ValueError, match="not with attn_implementation='flex_attention'.*packed_attention='flex_attent"

@@ -16,6 +16,7 @@ from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
 from test_mixed_batches import batched, rows_of
 from tiny_models import FAMILIES, build_tiny, save_tiny
+from tiny_models import towers as tower_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maple_trl import OmniGRPOTrainer
@@ -70,9 +71,8 @@ class World:
 
 def count_passes(core):
     passes = []
-    for name in TOWERS:
-        if hasattr(core, name):
-            getattr(core, name).register_forward_pre_hook(lambda *a, name=name: passes.append(name), with_kwargs=True)
+    for name, tower in tower_modules(core).items():
+        tower.register_forward_pre_hook(lambda *a, name=name: passes.append(name), with_kwargs=True)
     return passes
 
 

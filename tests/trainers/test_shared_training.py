@@ -700,7 +700,8 @@ TEXT_ALONE = """\
 def test_auto_shares_where_both_ways_agree(family, bf16, seven_tags, tmp_path, caplog):
     """Also under autocast to bfloat16, which TRL switches on unless told otherwise."""
     folder, dataset = seven_tags
-    tag = {"qwen2_5_vl": "VS", "qwen3_vl": "VS", "qwen2_audio": "AS"}.get(family, "VAS")
+    tag = {"qwen2_5_vl": "VS", "qwen3_vl": "VS", "qwen2_audio": "AS", "video_llama_3": "VS", "phi4_multimodal": "AS"}
+    tag = tag.get(family, "VAS")
     rows = dataset.filter(lambda r: r["tag"] == tag)
     options = {"bf16": bf16} | ({"router_aux_loss_coef": 0.0} if family == "qwen3_omni" else {})
     with caplog.at_level(logging.WARNING, logger="maple_trl"):

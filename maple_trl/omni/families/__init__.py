@@ -1,6 +1,14 @@
 """Model families. Each file holds one; importing this package registers them all."""
 
-from maple_trl.omni.families import qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
+from maple_trl.omni.families import (
+    phi4_multimodal,
+    qwen2_5_omni,
+    qwen2_5_vl,
+    qwen2_audio,
+    qwen3_omni,
+    qwen3_vl,
+    video_llama_3,
+)
 from maple_trl.omni.families.base import (
     OmniFamily,
     PromptEncoder,
@@ -19,6 +27,7 @@ __all__ = [
     "family_class",
     "family_for",
     "is_omni",
+    "phi4_multimodal",
     "qwen2_5_omni",
     "qwen2_5_vl",
     "qwen2_audio",
@@ -27,4 +36,5 @@ __all__ = [
     "register_family",
     "registered_types",
     "unwrap",
+    "video_llama_3",
 ]

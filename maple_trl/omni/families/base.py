@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature
+from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -151,7 +151,7 @@ class OmniFamily(PromptEncoder):
         # `from_pretrained(..., padding_side="left")`, meant for text, reaches the audio extractor too and puts the
         # silence before the sound.
         if "audio" in self.placeholders:
-            processor.feature_extractor.padding_side = "right"
+            self.extractor.padding_side = "right"
         self.placeholder_ids = {kind: ids[token] for kind, token in self.placeholders.items()}
         #: Token ids that a completion may never hold: the next forward would take them for media.
         self.suppressed_ids = sorted(i for i in ids.values() if i not in (None, self.tokenizer.unk_token_id))
@@ -173,9 +173,14 @@ class OmniFamily(PromptEncoder):
         return self.processor.video_processor.temporal_patch_size
 
     @property
+    def extractor(self) -> SequenceFeatureExtractor:
+        """The part of the processor that makes mel frames of sound."""
+        return self.processor.feature_extractor
+
+    @property
     def sampling_rate(self) -> int:
         """Samples of sound per second, as the audio tower takes them."""
-        return self.processor.feature_extractor.sampling_rate
+        return self.extractor.sampling_rate
 
     def image_token_count(self, height: int, width: int) -> int:
         """Count the tokens of a picture of `height` x `width` pixels."""
@@ -257,7 +262,7 @@ class OmniFamily(PromptEncoder):
 
         A window's worth of silence beyond the end gives the last frames the values that long padding gives them.
         """
-        extractor = self.processor.feature_extractor
+        extractor = self.extractor
         longest = max(len(clip.waveform) for clip in audios) + extractor.n_fft
         return -(-longest // extractor.hop_length) * extractor.hop_length
 
@@ -296,6 +301,10 @@ class OmniFamily(PromptEncoder):
         if kind == "audio":
             return [self.audio_token_count(n) for n in inputs["feature_attention_mask"].sum(-1).tolist()]
         return (inputs[f"{kind}_grid_thw"].prod(-1) // self.processor.video_processor.merge_size**2).tolist()
+
+    def mel_frames(self, samples: int) -> int:
+        """Count the mel frames of a sound of so many samples."""
+        return samples // self.extractor.hop_length
 
     def audio_token_count(self, mel_frames: int) -> int:
         """Count the tokens of an audio of `mel_frames` mel frames."""
@@ -382,7 +391,7 @@ class OmniFamily(PromptEncoder):
     def dummy_inputs(self, kind: str) -> dict[str, Tensor]:
         """Return the smallest input that the tower of a kind takes."""
         if kind == "audio":
-            mel, frames = self.processor.feature_extractor.feature_size, self.dummy_mel_frames
+            mel, frames = self.extractor.feature_size, self.dummy_mel_frames
             return {
                 "input_features": torch.zeros(1, mel, frames),
                 "feature_attention_mask": torch.ones(1, frames, dtype=torch.long),
