@@ -136,6 +136,8 @@ class PromptBuilder:
             Tokens of pictures, video and audio per prompt. Pictures and frames are made smaller until they fit.
         template ([`~maple_trl.omni.templates.Asking`], *optional*): makes prompts of the rows' columns.
         system_prompt (`str`, *optional*): leads conversations that have no system message of their own.
+        max_completion_length (`int`):
+            Tokens that will follow a prompt. They count for a family with a limit on both together.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class PromptBuilder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         template: Asking | None = None,
         system_prompt: str | None = None,
+        max_completion_length: int = 0,
     ):
         self.family = family
         self.loader = loader
@@ -157,6 +160,9 @@ class PromptBuilder:
         self.audio_in_video = audio_in_video
         self.subtitle_template = subtitle_template
         self.max_prompt_length = max_prompt_length
+        if family.max_tokens is not None:
+            longest = family.max_tokens - max_completion_length
+            self.max_prompt_length = longest if max_prompt_length is None else min(max_prompt_length, longest)
         self.max_media_tokens = max_media_tokens
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.template = template
@@ -483,7 +489,7 @@ class PromptBuilder:
         return self.family.video_token_count(*clip.frames.shape[:3])
 
     def _audio_tokens(self, clip: AudioClip) -> int:
-        return self.family.audio_token_count(self.family.mel_frames(len(clip.waveform)))
+        return self.family.audio_tokens_of(clip)
 
     def _subtitle_text(self, spec: PromptSpec) -> str:
         if not spec.subtitle_file:
@@ -502,11 +508,13 @@ class PromptBuilder:
         kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self.max_prompt_length))])
         kept = kept.rstrip("\ufffd").rstrip()  # a token can end within a character
         if not kept or len(kept) >= len(subtitle):
+            limit = f"max_prompt_length is {self.max_prompt_length}"
+            if self.family.max_tokens is not None:
+                limit += f" ({type(self.family).__name__} takes {self.family.max_tokens} with the completion)"
             raise MediaError(
                 "prompt-too-long",
                 next(iter(spec.files), None),
-                f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; only a subtitle can be "
-                "shortened, and that is not enough",
+                f"the prompt has {length} tokens and {limit}; only a subtitle can be shortened, and that is not enough",
             )
         return kept
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.video_utils import VideoMetadata
 
 from maple_trl import Registry
 from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError
@@ -80,6 +81,7 @@ class PromptEncoder(Protocol):
         frame_multiple: sides of a frame, in pixels, are multiples of this.
         sampling_rate: of sound.
         max_audio_seconds: the longest audio that is read whole, where there is such a limit.
+        max_tokens: of a prompt and its completion together, where longer rows are not computed in a batch as they are alone.
     """
 
     placeholders: ClassVar[dict[str, str]]
@@ -88,6 +90,7 @@ class PromptEncoder(Protocol):
     frame_multiple: int
     sampling_rate: int
     max_audio_seconds: float | None = None
+    max_tokens: int | None = None
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         """Render messages with bare markers for media in the form that `encode` takes."""
@@ -302,13 +305,13 @@ class OmniFamily(PromptEncoder):
             return [self.audio_token_count(n) for n in inputs["feature_attention_mask"].sum(-1).tolist()]
         return (inputs[f"{kind}_grid_thw"].prod(-1) // self.processor.video_processor.merge_size**2).tolist()
 
-    def mel_frames(self, samples: int) -> int:
-        """Count the mel frames of a sound of so many samples."""
-        return samples // self.extractor.hop_length
-
     def audio_token_count(self, mel_frames: int) -> int:
         """Count the tokens of an audio of `mel_frames` mel frames."""
         raise NotImplementedError
+
+    def audio_tokens_of(self, clip: AudioClip) -> int:
+        """Count the tokens of a sound, before it is encoded."""
+        return self.audio_token_count(len(clip.waveform) // self.extractor.hop_length)
 
     # Running the towers
 
@@ -420,6 +423,23 @@ def _vision_outputs(features: Sequence[Features]) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=tokens)
     deepstack = [tuple(prompt[name] for prompt in features) for name in names]
     return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
+
+
+def times_in_text(videos: Sequence[VideoClip]) -> list[VideoMetadata]:
+    """
+    Return what processors read that write the time of pictures into the prompt.
+
+    They write index / fps: an index of milliseconds gives the true times.
+    """
+    return [
+        VideoMetadata(
+            total_num_frames=len(clip.frames),
+            fps=1000.0,
+            duration=clip.duration,
+            frames_indices=[round(1000 * t) for t in clip.timestamps],
+        )
+        for clip in videos
+    ]
 
 
 def mean_steps(seconds: Tensor) -> Tensor:

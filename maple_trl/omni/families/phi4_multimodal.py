@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families.base import OmniFamily, register_family
 
 
@@ -59,19 +58,13 @@ class Phi4MultimodalFamily(OmniFamily):
             del kwargs["audio_kwargs"]["max_length"]
         return kwargs
 
-    def encode(self, key, text, media, interleaved=False):
-        prompt = super().encode(key, text, media, interleaved)
+    @property
+    def max_tokens(self):
+        # Beyond them the model turns the positions of all rows of a batch otherwise.
         rope = self.config.rope_parameters
-        limit = rope.get("original_max_position_embeddings") or self.config.original_max_position_embeddings
-        if rope["rope_type"] == "longrope" and len(prompt) > limit:
-            path = next((clip.path for clip in (*media.images, *media.audios)), None)
-            raise MediaError(
-                "prompt-too-long",
-                path,
-                f"the prompt has {len(prompt)} tokens. Beyond {limit} this model turns the positions of a whole batch otherwise, "
-                "so that its rows are not what they are alone: feed fewer or smaller pictures, or less audio",
-            )
-        return prompt
+        if rope["rope_type"] != "longrope":
+            return None
+        return rope.get("original_max_position_embeddings") or self.config.original_max_position_embeddings
 
     def tower_inputs(self, kind, batch):
         if kind == "image":
@@ -85,11 +78,10 @@ class Phi4MultimodalFamily(OmniFamily):
         )
         return dict(zip(self.media_names["audio"], values, strict=True))
 
-    def mel_frames(self, samples):
-        return max(0, samples - self.extractor.win_length) // self.extractor.hop_length + 1
-
-    def audio_token_count(self, mel_frames):
-        return -(-mel_frames // (self.extractor.audio_compression_rate * self.extractor.audio_downsample_rate))
+    def audio_tokens_of(self, clip):
+        extractor = self.extractor
+        frames = (len(clip.waveform) - extractor.win_length) // extractor.hop_length + 1
+        return int(extractor._compute_audio_embed_size(torch.tensor(frames * extractor.audio_feat_stride)))
 
     def feature_counts(self, kind, inputs):
         if kind == "audio":

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from maple_trl.omni.families.base import OmniFamily, register_family
-from maple_trl.omni.families.qwen3_vl import true_times
+from maple_trl.omni.families.base import OmniFamily, register_family, times_in_text
 
 
 @register_family
@@ -36,7 +35,10 @@ class VideoLlama3Family(OmniFamily):
         # The last of an odd number of pictures comes twice; here a token covers one picture, and none is needed twice.
         videos = [clip if _all_differ(clip.timestamps) else _without_last(clip) for clip in media.videos]
         kwargs = super().processor_kwargs(replace(media, videos=videos), interleaved)
-        return true_times(kwargs, videos)
+        if videos:
+            kwargs["videos_kwargs"]["video_metadata"] = times_in_text(videos)
+            del kwargs["videos_kwargs"]["fps"]
+        return kwargs
 
     def image_token_count(self, height, width):
         images = self.processor.image_processor
