@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import FAMILIES, build_tiny, towers
 
 from maple_trl.data.synthetic import write_seven_tags
@@ -57,16 +58,20 @@ def rows_of(name, dataset):
 def alone_by_transformers(name, model, processor, builder, row, completion):
     """Logits of prompt + completion from the processor's and the model's own handling of a single sample."""
     spec = builder.spec(row)
-    content = [{"type": "video"}] * len(spec.videos)
+    content = [{"type": "image"}] * len(spec.images) + [{"type": "video"}] * len(spec.videos)
     content += [{"type": "audio"}] * (0 if spec.interleaved else len(spec.audios))
     if spec.subtitle:
         content.append({"type": "text", "text": f"Subtitles:\n{builder.loader.subtitle(spec.subtitle)}\n"})
     question = row["prompt"][-1]["content"]
-    content += question if isinstance(question, list) else [{"type": "text", "text": question}]
+    question = question if isinstance(question, list) else [{"type": "text", "text": question}]
+    content = question if any(block["type"] != "text" for block in question) else content + question
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     kwargs = {"text": [text], "return_tensors": "pt"}
+    if spec.images:
+        kwargs["images"] = [Image.open(f"{builder.loader.root}/{path}").convert("RGB") for path in spec.images]
+        kwargs["images_kwargs"] = {"do_resize": False}
     if spec.videos:
         clip = builder.loader.video(spec.videos[0], multiple=FAMILIES[name].frame_multiple)
         kwargs["videos"] = [clip.frames.copy()]
