@@ -156,7 +156,7 @@ def test_packed_rows_with_pictures_have_the_gradients_of_rows_apart(name, folder
     stills = [row for row in rows if row["video"] is None and not row.get("audio")]
     errors, gradients, expected = compare(name, folder, stills)
     assert_equal(errors, gradients)
-    assert any("visual" in key and value.norm() > 1e-3 for key, value in expected.items())  # of pictures alone
+    assert any(FAMILIES[name].vision in key and value.norm() > 1e-3 for key, value in expected.items())  # of pictures alone
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -196,7 +196,7 @@ def test_a_touched_tower_of_pictures_moves_nothing(name, folder, seven_tags):
     rows = picture_rows(name, seven_tags[1])
     prompts = {prompt.kinds: prompt for prompt in map(builder.encode, rows)}
     passes = []
-    core.visual.register_forward_pre_hook(lambda *a: passes.append(1), with_kwargs=True)
+    core.get_submodule(FAMILIES[name].vision).register_forward_pre_hook(lambda *a: passes.append(1), with_kwargs=True)
     for kinds in ((), ("video",), ("image",), ("image", "video")):
         found = []
         for touch in ((), ("image",), ("image", "video")):
