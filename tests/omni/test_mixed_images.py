@@ -156,7 +156,9 @@ def test_packed_rows_with_pictures_have_the_gradients_of_rows_apart(name, folder
     stills = [row for row in rows if row["video"] is None and not row.get("audio")]
     errors, gradients, expected = compare(name, folder, stills)
     assert_equal(errors, gradients)
-    assert any(FAMILIES[name].vision in key and value.norm() > 1e-3 for key, value in expected.items())  # of pictures alone
+    assert any(
+        FAMILIES[name].vision in key and value.norm() > 1e-3 for key, value in expected.items()
+    )  # of pictures alone
 
 
 @pytest.mark.parametrize("name", SEEING)

@@ -26,7 +26,7 @@ LIMITS = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096)
 OMNI = ("qwen2_5_omni", "qwen3_omni")
 WIDTH = 7
 BOUND = 1e-5
-UNROTATED = re.compile(r"audio_tower|audio_embed")
+UNROTATED = re.compile(r"audio_tower|audio_embed|img_processor")
 CHECKPOINTING = {"none": None, "reentrant": True, "not reentrant": False}
 
 

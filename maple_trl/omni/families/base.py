@@ -124,6 +124,7 @@ class OmniFamily(PromptEncoder):
         media_tokens: every special token that must not be sampled in a completion.
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
         unread: ends of the names of weights that no pass reads.
+        passed_alone: kinds of media of which each clip passes its tower alone. Other kinds pass once for all clips of a batch.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -136,6 +137,7 @@ class OmniFamily(PromptEncoder):
     media_tokens: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[dict[str, str]] = {}
     unread: ClassVar[tuple[str, ...]] = ()
+    passed_alone: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, processor):
         self.config = model.config

@@ -32,6 +32,7 @@ class Phi4MultimodalFamily(OmniFamily):
         "audio": r"(^|\.)audio_embed\.",
         "llm": r"(^|\.)(embed_tokens|layers|norm)(\.|$)",
     }
+    passed_alone = ("audio",)
     frame_multiple = 28  # what one token covers of a crop
 
     def __init__(self, model, processor):
@@ -113,9 +114,13 @@ class Phi4MultimodalFamily(OmniFamily):
             return embedder(ids, weight.new_zeros(1, count, self.config.hidden_size), **inputs)[0]
 
         if kind == "image":
+            embedder = core.embed_tokens_extend.image_embed
+            # They are marked as causal, and are so with sdpa and FlashAttention, unless a picture of the batch has padding.
+            for layer in embedder.img_processor.encoder.layers:
+                layer.self_attn.is_causal = False
             media = self.collate_media(prompts, kind, weight.device)
             count = sum(sum(self.feature_counts(kind, prompt.media[kind])) for prompt in prompts)
-            return {"tokens": read(core.embed_tokens_extend.image_embed, count, **media)}
+            return {"tokens": read(embedder, count, **media)}
         # Each sound alone: the tower masks no padding.
         embedder, tokens = core.embed_tokens_extend.audio_embed, []
         for prompt in prompts:
