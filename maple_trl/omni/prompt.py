@@ -160,9 +160,7 @@ class PromptBuilder:
         self.audio_in_video = audio_in_video
         self.subtitle_template = subtitle_template
         self.max_prompt_length = max_prompt_length
-        if family.max_tokens is not None:
-            longest = family.max_tokens - max_completion_length
-            self.max_prompt_length = longest if max_prompt_length is None else min(max_prompt_length, longest)
+        self.max_completion_length = max_completion_length
         self.max_media_tokens = max_media_tokens
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.template = template
@@ -375,7 +373,7 @@ class PromptBuilder:
         subtitle = whole_subtitle = self._subtitle_text(spec)
 
         prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
-        while self.max_prompt_length is not None and len(prompt) > self.max_prompt_length:
+        while self._longest is not None and len(prompt) > self._longest:
             subtitle = self._shortened(subtitle, len(prompt), spec)
             prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
         if subtitle != whole_subtitle:
@@ -502,15 +500,24 @@ class PromptBuilder:
             )
         return text
 
+    @property
+    def _longest(self) -> int | None:
+        """The most tokens that a prompt may have."""
+        if self.family.max_tokens is None:
+            return self.max_prompt_length
+        room = self.family.max_tokens - self.max_completion_length
+        return room if self.max_prompt_length is None else min(self.max_prompt_length, room)
+
     def _shortened(self, subtitle: str, length: int, spec: PromptSpec) -> str:
         """Cut as many tokens off the end of the subtitle as the prompt is too long."""
         tokens = self.family.tokens(subtitle)
-        kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self.max_prompt_length))])
+        kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self._longest))])
         kept = kept.rstrip("\ufffd").rstrip()  # a token can end within a character
         if not kept or len(kept) >= len(subtitle):
             limit = f"max_prompt_length is {self.max_prompt_length}"
-            if self.family.max_tokens is not None:
-                limit += f" ({type(self.family).__name__} takes {self.family.max_tokens} with the completion)"
+            if self._longest != self.max_prompt_length:
+                takes = f"{type(self.family).__name__} takes {self.family.max_tokens} with the completion"
+                limit = f"may have {self._longest}, for {takes}"
             raise MediaError(
                 "prompt-too-long",
                 next(iter(spec.files), None),

@@ -26,6 +26,7 @@ class Phi4MultimodalFamily(OmniFamily):
         "image": ("image_pixel_values", "image_sizes", "image_attention_mask"),
         "audio": ("audio_input_features", "audio_attention_mask", "audio_embed_sizes", "beside_picture"),
     }
+    media_tokens = ("<|image|>", "<|audio|>")
     scopes = {
         "projectors": r"(^|\.)(image_embed\.(img_projection|global_img|sub_img)|audio_embed\.(up|down)_proj_)",
         "vision": r"(^|\.)image_embed\.",
