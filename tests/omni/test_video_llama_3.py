@@ -12,12 +12,13 @@ from tiny_models import build_tiny
 
 from maple_trl.omni.encoded import MediaMismatchError
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.families import family_for
+from maple_trl.omni.families import family_for, registered_types
+from maple_trl.omni.lora import build_lora_config, linear_modules
 from maple_trl.omni.media.clips import PromptMedia, VideoClip
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
-from maple_trl.rollout.engine_models import engine_model
+from maple_trl.rollout.engine_models import ENGINE_MODELS, engine_model
 
 
 TEXT = "look <|video_pad|> here"
@@ -111,7 +112,17 @@ def test_a_budget_of_tokens_is_kept_by_the_most_that_a_clip_can_have(tiny, tmp_p
             PromptBuilder(family, loader).encode(row | {"tag": "VA"})
 
 
+def test_each_part_has_its_layers(tiny):
+    model, _, family = tiny
+    found = {scope: len(names) for scope, names in linear_modules(model, family).items()}
+    assert found == {"vision": 2 * (4 + 2), "projectors": 2, "llm": 2 * (4 + 3)}
+    config = build_lora_config(model, family, vision=False, llm=False)
+    assert all(name.startswith("model.projector.readout.") for name in config.target_modules)
+
+
 def test_vllm_is_refused_by_name():
-    for name in ("video_llama_3", "phi4_multimodal"):
+    others = set(registered_types()) - set(ENGINE_MODELS)
+    assert {"video_llama_3", "phi4_multimodal", "qwen3_vl"} <= others
+    for name in others:
         with pytest.raises(ValueError, match=f"use_vllm=True: vLLM rollouts are known for .*, not for '{name}'"):
             engine_model(name)
