@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from programs import Ranks
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
@@ -86,3 +88,26 @@ def test_two_steps_and_a_resume(family, trainer, data, tmp_path, capsys):
     assert cli.main(["train", *words]) == 0, capsys.readouterr().err
     again = load_file(out / "checkpoint-2" / "model.safetensors")
     assert all(value.equal(again[name]) for name, value in second.items())
+
+
+@pytest.mark.parametrize("family", ["phi4_multimodal"])
+def test_two_processes_train_as_one_does(family, data, tmp_path):
+    """DDP waits for every gradient, while one process has pictures and sounds that the other has not."""
+    options = OPTIONS | TRAINERS["omni_sft"] | {"trainer": "omni_sft", "media_root": str(data), "save_steps": 2}
+    options |= {"model_name_or_path": str(save_tiny(family, tmp_path / "model")), "ddp_find_unused_parameters": False}
+    options |= {"dataset_name": str(data / f"{family}.jsonl"), "optim": "sgd", "learning_rate": 0.1}
+    weights = {}
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        options |= {"output_dir": str(out), "per_device_train_batch_size": 2 // processes}
+        (tmp_path / f"{processes}.yaml").write_text(yaml.safe_dump(options))
+        words = ["-m", "maple_trl.cli", "train", "--config", tmp_path / f"{processes}.yaml"]
+        log = tmp_path / f"{processes}.log"
+        assert Ranks(processes, words, log).wait() == 0, log.read_text()[-3000:]
+        weights[processes] = load_file(out / "checkpoint-2" / "model.safetensors")
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(not torch.equal(start[name], value) for name, value in weights[1].items())
+    for name, value in weights[1].items():
+        torch.testing.assert_close(
+            weights[2][name], value, rtol=1e-4, atol=1e-5, msg=lambda told, name=name: f"{name}: {told}"
+        )

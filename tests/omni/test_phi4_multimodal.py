@@ -8,8 +8,8 @@ import torch
 from media_files import tone, write_audio
 from PIL import Image
 from test_mixed_batches import COMPLETION, alone_by_transformers, batched, setup
-from test_shared_prefill import GREEDY, SAMPLED, generate, repeated
-from test_shared_prefix import assert_equal, compare
+from test_shared_prefill import GREEDY, SAMPLED, TOKENS, generate, repeated
+from test_shared_prefix import Batch, assert_equal, build, compare, together
 from test_tower_cache import World
 from tiny_models import build_tiny, save_tiny
 from transformers import AutoProcessor
@@ -21,6 +21,7 @@ from maple_trl.omni.loading import load_processor
 from maple_trl.omni.lora import build_lora_config, linear_modules
 from maple_trl.omni.media.clips import AudioClip, Picture, PromptMedia
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.prefix.packed_attention import install
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
@@ -219,6 +220,31 @@ def test_rows_that_share_their_media_are_answered_as_rows_apart(rows, folder):
     made, batch = (model, processor, builder.family), repeated(prompts)
     for settings in (SAMPLED, GREEDY):
         assert torch.equal(generate(*made, batch, True, **settings), generate(*made, batch, False, **settings))
+
+
+def sampled_and_trained(name, encode):
+    """Log-probabilities of completions as they were sampled, prompts read once, and as packed rows have them."""
+    model, processor, family = build(name)
+    assert install(model)
+    rows = repeated([encode(family, row) for row in (0, 1, 2)])
+    settings = SAMPLED | {"min_new_tokens": TOKENS, "return_dict_in_generate": True, "output_logits": True}
+    out = generate(model.eval(), processor, family, rows, True, **settings)
+    completions = out.sequences[:, -TOKENS:]
+    sampled = torch.stack(out.logits, dim=1).log_softmax(-1).gather(-1, completions[..., None])[..., 0]
+    with torch.no_grad():
+        batch = Batch(rows, completions, [TOKENS] * len(rows), torch.zeros_like(sampled))
+        return sampled, together(model, family, batch)[0]
+
+
+def test_what_is_sampled_is_what_is_trained(rows, folder):
+    chosen = [next(row for row in rows if row["tag"] == tag) for tag in ("V", "AS", "VA")]
+
+    def encode(family, number):
+        limits = MediaLimits(num_frames=4, min_pixels=1024, max_pixels=4096)
+        return PromptBuilder(family, MediaLoader(folder, limits)).encode(chosen[number])
+
+    sampled, trained = sampled_and_trained(NAME, encode)
+    torch.testing.assert_close(trained, sampled, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 from media_files import tone, write_video
 from test_mixed_batches import batched
+from test_phi4_multimodal import sampled_and_trained
 from tiny_models import build_tiny
 
 from maple_trl.omni.encoded import MediaMismatchError
@@ -110,6 +111,16 @@ def test_a_budget_of_tokens_is_kept_by_the_most_that_a_clip_can_have(tiny, tmp_p
             PromptBuilder(family, loader, max_media_tokens=3).encode(row)
         with pytest.raises(RowError, match="VideoLlama3Family reads no audio, which the row .tag VA. feeds"):
             PromptBuilder(family, loader).encode(row | {"tag": "VA"})
+
+
+def test_what_is_sampled_is_what_is_trained():
+    clips = (clip([0, 0.5, 1]), clip([0, 0.5, 1], still=(1, 2)), clip([0, 1], seed=2))
+
+    def encode(family, number):
+        return family.encode(str(number), TEXT, PromptMedia(videos=[clips[number]]))
+
+    sampled, trained = sampled_and_trained("video_llama_3", encode)
+    torch.testing.assert_close(trained, sampled, atol=1e-4, rtol=0)
 
 
 def test_each_part_has_its_layers(tiny):
