@@ -33,6 +33,11 @@ from transformers import (
     Gemma4UnifiedVideoProcessor,
     Gemma4VideoProcessor,
     GenerationConfig,
+    Phi4MultimodalConfig,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    Phi4MultimodalImageProcessor,
+    Phi4MultimodalProcessor,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -56,6 +61,11 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    VideoLlama3Config,
+    VideoLlama3ForConditionalGeneration,
+    VideoLlama3ImageProcessor,
+    VideoLlama3Processor,
+    VideoLlama3VideoProcessor,
     WhisperFeatureExtractor,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -123,6 +133,8 @@ _VL_TOKENS = {
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
+_BARE_VISION_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+_PHI4_TOKENS = {"image_token": "<|image|>", "audio_token": "<|audio|>"}
 _AUDIO_TOKENS = {
     "audio_token": "<|AUDIO|>",
     "audio_bos_token": "<|audio_bos|>",
@@ -163,9 +175,29 @@ FAMILIES: dict[str, FamilySpec] = {
     "gemma4_moe": _gemma(sampling_rate=0),
     # Without towers; both ways in every layer, past its window as well.
     "gemma4_unified": _gemma(unified=True),
+    "video_llama_3": FamilySpec(
+        VideoLlama3ForConditionalGeneration,
+        VideoLlama3Processor,
+        28,
+        1,
+        0,
+        None,
+        _BARE_VISION_TOKENS,
+    ),
+    "phi4_multimodal": FamilySpec(
+        Phi4MultimodalForCausalLM,
+        Phi4MultimodalProcessor,
+        0,
+        1,
+        16000,
+        None,
+        _PHI4_TOKENS,
+    ),
 }
 GEMMA = tuple(name for name in FAMILIES if name.startswith("gemma4"))
 QWEN = tuple(name for name in FAMILIES if name.startswith("qwen"))
+PLANNED = ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl", "qwen2_audio")
+"""Families whose sizes a plan knows."""
 FRAME_MULTIPLE: dict[str, int] = {name: spec.frame_multiple for name, spec in FAMILIES.items()}
 SAMPLING_RATE: dict[str, int] = {name: spec.sampling_rate for name, spec in FAMILIES.items()}
 
@@ -237,12 +269,11 @@ def chat_template(family: str) -> str:
     tokens = FAMILIES[family].tokens
     opening = tokens.get("vision_bos_token", tokens.get("vision_start_token"))
     closing = tokens.get("vision_eos_token", tokens.get("vision_end_token"))
-    image = f"{opening}{tokens['image_token']}{closing}" if opening else None
-    video = f"{opening}{tokens['video_token']}{closing}" if opening else None
-    audio = (
-        f"{tokens['audio_bos_token']}{tokens['audio_token']}{tokens['audio_eos_token']}"
-        if "audio_token" in tokens
-        else None
+    around = (tokens.get("audio_bos_token", ""), tokens.get("audio_eos_token", ""))
+    edges = {"image": (opening or "", closing or ""), "video": (opening or "", closing or ""), "audio": around}
+    image, video, audio = (
+        f"{before}{tokens[f'{kind}_token']}{after}" if f"{kind}_token" in tokens else None
+        for kind, (before, after) in edges.items()
     )
     return _block_template(
         image,
@@ -314,6 +345,22 @@ def build_processor(family: str) -> ProcessorMixin:
     if family in GEMMA:
         return spec.processor_class(
             tokenizer=tokenizer, chat_template=chat_template(family), **_gemma_parts(family, spec.frame_multiple // 3)
+        )
+    if family == "phi4_multimodal":
+        return Phi4MultimodalProcessor(
+            image_processor=Phi4MultimodalImageProcessor(dynamic_hd=4),
+            audio_processor=Phi4MultimodalFeatureExtractor(),
+            tokenizer=tokenizer,
+            chat_template=chat_template(family),
+        )
+    if family == "video_llama_3":
+        area = spec.frame_multiple**2
+        clip = {"shortest_edge": 4 * area, "longest_edge": 64 * 64 * area}  # of a whole clip
+        return VideoLlama3Processor(
+            image_processor=VideoLlama3ImageProcessor(size={"shortest_edge": area, "longest_edge": 64 * area}),
+            video_processor=VideoLlama3VideoProcessor(size=clip),
+            tokenizer=tokenizer,
+            chat_template=chat_template(family),
         )
     parts = {}
     if spec.has_vision:
@@ -590,6 +637,59 @@ def _config_gemma4_unified(tokenizer: Qwen2Tokenizer) -> Gemma4UnifiedConfig:
     )
 
 
+def _config_video_llama_3(tokenizer: Qwen2Tokenizer) -> VideoLlama3Config:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return VideoLlama3Config(
+        text_config={"model_type": "qwen2", **_text_config(tokenizer, rope_parameters=rope)},
+        vision_config={
+            "hidden_size": TOWER,
+            "intermediate_size": 2 * TOWER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 14,
+            "initializer_range": INIT_STD,
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        initializer_range=INIT_STD,
+    )
+
+
+def _config_phi4_multimodal(tokenizer: Qwen2Tokenizer) -> Phi4MultimodalConfig:
+    """Positions and the window are those of the published model, which are of its longest context."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0] * 6,
+        "long_factor": [1.0, 1.2, 2.0, 5.0, 20.0, 40.0],
+    }
+    return Phi4MultimodalConfig(
+        **_text_config(tokenizer, rope_parameters=rope, max_position_embeddings=131072),
+        original_max_position_embeddings=4096,
+        sliding_window=262144,
+        vision_config={
+            "hidden_size": TOWER,
+            "intermediate_size": 2 * TOWER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_token_id": tokenizer.image_token_id,
+        },
+        audio_config={
+            "hidden_size": TOWER,
+            "intermediate_size": 2 * TOWER,
+            "num_blocks": 2,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": TOWER,
+            "depthwise_separable_out_channel": TOWER,
+            "nemo_conv_channels": TOWER,
+            "initializer_range": INIT_STD,
+            "audio_token_id": tokenizer.audio_token_id,
+        },
+    )
+
+
 _CONFIGS = {
     "qwen2_5_omni": _config_qwen2_5_omni,
     "qwen3_omni": _config_qwen3_omni,
@@ -600,6 +700,8 @@ _CONFIGS = {
     "gemma4_both_ways": _config_gemma4_both_ways,
     "gemma4_moe": _config_gemma4_moe,
     "gemma4_unified": _config_gemma4_unified,
+    "video_llama_3": _config_video_llama_3,
+    "phi4_multimodal": _config_phi4_multimodal,
 }
 
 
@@ -611,7 +713,10 @@ def _strengthen_audio_tower(model: PreTrainedModel) -> None:
     """
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
-        if parent.endswith("audio_tower") and leaf in ("conv1", "conv2", "conv2d1", "conv2d2", "conv2d3", "conv_out"):
+        convolves = leaf in ("conv1", "conv2", "conv2d1", "conv2d2", "conv2d3", "conv_out")
+        if (parent.endswith("audio_tower") and convolves) or (
+            "audio_embed" in parent and leaf.isdigit() and _convolution(module)
+        ):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
@@ -622,6 +727,10 @@ def _balance_gemma(model: PreTrainedModel) -> None:
             torch.nn.init.constant_(module.q_norm.weight, 1.5 * module.head_dim**-0.5)
         if name.endswith("embedding_projection"):
             torch.nn.init.normal_(module.weight, std=4 * INIT_STD)
+
+
+def _convolution(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Conv2d)
 
 
 def _instantiate(model_class: type, config, tokenizer: Qwen2Tokenizer, seed: int) -> PreTrainedModel:
@@ -660,10 +769,15 @@ def build_tiny(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMi
 
 
 def towers_of(core: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """What reads media, by name: a tower of vision and one of audio, or what stands in its place."""
-    places = (("visual", "vision_tower", "embed_vision"), ("audio_tower", "embed_audio"))
-    found = [next((name for name in names if getattr(core, name, None) is not None), None) for names in places]
-    return {name: getattr(core, name) for name in found if name is not None}
+    """What reads media, by its place in the core: a tower of vision and one of audio, or what stands in its place."""
+    phi4 = "embed_tokens_extend"
+    places = (
+        ("visual", "vision_tower", "vision_model", "embed_vision", f"{phi4}.image_embed.img_processor"),
+        ("audio_tower", "embed_audio", f"{phi4}.audio_embed.encoder"),
+    )
+    modules = dict(core.named_modules())
+    found = [next((name for name in names if name in modules), None) for names in places]
+    return {name: modules[name] for name in found if name is not None}
 
 
 def save_tiny(family: str, folder: str | Path, seed: int = 0) -> Path:
@@ -685,6 +799,11 @@ def build_tiny_text(seed: int = 0, family: str = "qwen2_5_omni") -> tuple[Qwen2F
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = Qwen2Config(**_text_config(tokenizer, rope_parameters=rope))
     return _instantiate(Qwen2ForCausalLM, config, tokenizer, seed), tokenizer
+
+
+def decoder(core: torch.nn.Module) -> torch.nn.Module:
+    """The part of a core that holds its decoder layers, which may be the core itself."""
+    return getattr(core, "language_model", core)
 
 
 def sample_media(family: str, seed: int = 0, *, num_frames: int = 4, side: int = 2, seconds: float = 0.5) -> dict:
@@ -737,7 +856,7 @@ def encode_sample(
     kwargs = {}
     if videos:
         video_kwargs = {"do_resize": False, "do_sample_frames": False}
-        if family in ("qwen2_5_vl", "qwen3_vl", *GEMMA):
+        if family in ("qwen2_5_vl", "qwen3_vl", "video_llama_3", *GEMMA):
             # These processors read the times from the metadata of the clip, the Omni ones from `fps` of the call.
             video_kwargs["video_metadata"] = [
                 {"fps": fps, "total_num_frames": len(clip), "frames_indices": list(range(len(clip)))}

@@ -155,4 +155,6 @@ def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrai
     tokenizer = getattr(processor, "tokenizer", processor)
     # Not as arguments above: there they would reach the audio feature extractor as well.
     tokenizer.padding_side = tokenizer.truncation_side = "left"
+    if getattr(processor, "chat_template", None) is None:  # Phi-4's does not read the one that stands beside it
+        processor.chat_template = tokenizer.chat_template
     return processor

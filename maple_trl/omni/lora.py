@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def linear_modules(model: nn.Module, family: OmniFamily) -> dict[str, list[str]]:
-    """Name the linear layers of each scope; the LM head belongs to none."""
+    """Name the linear layers of each scope that a pass reads; the LM head belongs to none."""
     found: dict[str, list[str]] = {scope: [] for scope in SCOPES if scope in family.scopes}
     for name, module in unwrap(model).named_modules():
         scope = family.scope_of(name)
-        if isinstance(module, nn.Linear) and scope is not None:
+        if isinstance(module, nn.Linear) and scope is not None and not family.is_unread(f"{name}.weight"):
             found[scope].append(name)
     return found
 

@@ -142,6 +142,8 @@ class PromptBuilder:
             Tokens of pictures, video and audio per prompt. Pictures and frames are made smaller until they fit.
         template ([`~maple_trl.omni.templates.Asking`], *optional*): makes prompts of the rows' columns.
         system_prompt (`str`, *optional*): leads conversations that have no system message of their own.
+        max_completion_length (`int`):
+            Tokens that will follow a prompt. They count for a family with a limit on both together.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class PromptBuilder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         template: Asking | None = None,
         system_prompt: str | None = None,
+        max_completion_length: int = 0,
     ):
         self.family = family
         self.loader = loader
@@ -163,6 +166,7 @@ class PromptBuilder:
         self.audio_in_video = audio_in_video
         self.subtitle_template = subtitle_template
         self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
         self.max_media_tokens = max_media_tokens
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.template = template
@@ -375,7 +379,7 @@ class PromptBuilder:
         subtitle = whole_subtitle = self._subtitle_text(spec)
 
         prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
-        while self.max_prompt_length is not None and len(prompt) > self.max_prompt_length:
+        while self._longest is not None and len(prompt) > self._longest:
             subtitle = self._shortened(subtitle, len(prompt), spec)
             prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
         if subtitle != whole_subtitle:
@@ -502,17 +506,28 @@ class PromptBuilder:
             )
         return text
 
+    @property
+    def _longest(self) -> int | None:
+        """The most tokens that a prompt may have."""
+        if self.family.max_tokens is None:
+            return self.max_prompt_length
+        room = self.family.max_tokens - self.max_completion_length
+        return room if self.max_prompt_length is None else min(self.max_prompt_length, room)
+
     def _shortened(self, subtitle: str, length: int, spec: PromptSpec) -> str:
         """Cut as many tokens off the end of the subtitle as the prompt is too long."""
         tokens = self.family.tokens(subtitle)
-        kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self.max_prompt_length))])
+        kept = self.family.tokenizer.decode(tokens[: max(0, len(tokens) - (length - self._longest))])
         kept = kept.rstrip("\ufffd").rstrip()  # a token can end within a character
         if not kept or len(kept) >= len(subtitle):
+            limit = f"max_prompt_length is {self.max_prompt_length}"
+            if self._longest != self.max_prompt_length:
+                takes = f"{type(self.family).__name__} takes {self.family.max_tokens} with the completion"
+                limit = f"may have {self._longest}, for {takes}"
             raise MediaError(
                 "prompt-too-long",
                 next(iter(spec.files), None),
-                f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; only a subtitle can be "
-                "shortened, and that is not enough",
+                f"the prompt has {length} tokens and {limit}; only a subtitle can be shortened, and that is not enough",
             )
         return kept
 

@@ -25,6 +25,8 @@ from maple_trl.omni.serving import serve_media
 COMPLETION = 5
 OMNI = ("qwen2_5_omni", "qwen3_omni")
 """They place sound among the pictures of its video."""
+TIMED = ("qwen3_vl", "video_llama_3", *GEMMA)
+"""Families that read in the text when each picture is shown."""
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,9 @@ def alone_by_transformers(name, model, processor, builder, row, completion):
         clip = builder.loader.video(spec.videos[0], multiple=FAMILIES[name].frame_multiple)
         kwargs["videos"] = [clip.frames.copy()]
         kwargs["videos_kwargs"] = {"do_resize": False, "do_sample_frames": False}
-        if name.endswith("vl") or name in GEMMA:
+        if name in ("qwen2_5_vl", *TIMED):
             spacing = {"fps": clip.fps, "frames_indices": list(range(len(clip.frames)))}
-            if name != "qwen2_5_vl":
+            if name in TIMED:
                 spacing = {"fps": 1.0, "frames_indices": clip.timestamps.tolist()}
             kwargs["videos_kwargs"]["video_metadata"] = [{"total_num_frames": len(clip.frames), **spacing}]
         else:
@@ -91,6 +93,7 @@ def alone_by_transformers(name, model, processor, builder, row, completion):
         kwargs |= {"load_audio_from_video": True, "audio_from_video_indices": [0]}
         flag = {"use_audio_in_video": True}
     inputs = dict(processor(**kwargs))
+    inputs.pop("video_metadata", None)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], completion[None]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "mm_token_type_ids" in inputs:
@@ -262,7 +265,8 @@ def test_unused_towers_can_be_touched_without_moving_anything(name, seven_tags):
     model, processor, builder = setup(name, folder)
     prompt = builder.encode(next(row for row in dataset if row["tag"] == "S"))
     inputs, _ = batched([prompt], torch.empty(1, 0, dtype=torch.long), processor.tokenizer.pad_token_id)
-    with serve_media(builder.family, model, [prompt], touch=builder.family.placeholders):
+    full = max((builder.encode(row) for row in rows_of(name, dataset)), key=lambda prompt: len(prompt.kinds))
+    with serve_media(builder.family, model, [prompt], touch=full.kinds):
         touched = model(**inputs).logits
     torch.testing.assert_close(touched, model(**inputs).logits, atol=1e-5, rtol=0)
     touched.sum().backward()
@@ -271,7 +275,6 @@ def test_unused_towers_can_be_touched_without_moving_anything(name, seven_tags):
     reached = {n for n, p in towers.items() if p.grad is not None}
 
     model.zero_grad()
-    full = max((builder.encode(row) for row in rows_of(name, dataset)), key=lambda prompt: len(prompt.kinds))
     inputs, _ = batched([full], torch.empty(1, 0, dtype=torch.long), processor.tokenizer.pad_token_id)
     with serve_media(builder.family, model, [full]):
         model(**inputs).logits.sum().backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omni_runs import build_trainer, one_row_per_tag
 from test_mixed_batches import batched, rows_of
-from tiny_models import FAMILIES, GEMMA, build_tiny, towers_of
+from tiny_models import FAMILIES, GEMMA, build_tiny, decoder, towers_of
 from transformers import GenerationConfig
 
 from maple_trl.omni.encoded import MediaMismatchError, generation_position_ids, unique_prompts
@@ -55,15 +55,15 @@ class Counts:
     def __init__(self, model, family):
         core = family.core(model)
         self.layer, self.real, self.head, self.towers = [], [], [], []
-        core.language_model.register_forward_pre_hook(self._tokens, with_kwargs=True)
+        decoder(core).register_forward_hook(self._tokens, with_kwargs=True)
         model.get_output_embeddings().register_forward_pre_hook(lambda m, args: self.head.append(args[0].shape[:2]))
         for name, tower in towers_of(core).items():
             tower.register_forward_pre_hook(
                 lambda m, args, kwargs, name=name: self.towers.append(name), with_kwargs=True
             )
 
-    def _tokens(self, module, args, kwargs):
-        embeddings = kwargs["inputs_embeds"]
+    def _tokens(self, module, args, kwargs, output):
+        embeddings = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         mask = kwargs.get("attention_mask")
         if isinstance(mask, dict):  # of each kind of layer one; the whole rows' says what is padding in its last line
             mask = mask["full_attention"]
@@ -95,8 +95,9 @@ def test_each_prompt_is_read_once(name, seven_tags):
     rows = repeated(prompts)
     counts = Counts(made[0], made[2])
     generate(*made, rows, shared=True, min_new_tokens=TOKENS, **SAMPLED)
-    kinds = {kind for prompt in prompts for kind in prompt.kinds}
-    assert len(counts.towers) == len(kinds)
+    # A call for all clips of a kind, but of Phi-4 one for each.
+    clips = {(k, p.media_digest(k) if name == "phi4_multimodal" else "") for p in prompts for k in p.kinds}
+    assert len(counts.towers) == len(clips)
     # The padding between prompts of different lengths passes too; of the prompts themselves nothing passes twice.
     assert counts.layer == [(len(prompts), max(map(len, prompts)))] + [(len(rows), 1)] * (TOKENS - 1)
     assert counts.real[0] == sum(map(len, prompts))
@@ -121,7 +122,7 @@ def test_the_head_reads_the_last_position_alone(name, seven_tags):
     assert torch.equal(found, expected)
     assert counts.head == [(len(rows), 1)] * TOKENS
     keeps = "logits_to_keep" in inspect.signature(made[0].forward).parameters
-    assert keeps == (name.endswith("vl") or name in GEMMA)
+    assert keeps == (name in ("qwen2_5_vl", "qwen3_vl", "phi4_multimodal", *GEMMA))
     assert plain.head[0] == (len(rows), 1 if keeps else max(map(len, rows)))
 
 

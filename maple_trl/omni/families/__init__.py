@@ -1,6 +1,15 @@
 """Model families. Each file holds one; importing this package registers them all."""
 
-from maple_trl.omni.families import gemma4, qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen3_omni, qwen3_vl
+from maple_trl.omni.families import (
+    gemma4,
+    phi4_multimodal,
+    qwen2_5_omni,
+    qwen2_5_vl,
+    qwen2_audio,
+    qwen3_omni,
+    qwen3_vl,
+    video_llama_3,
+)
 from maple_trl.omni.families.base import (
     OmniFamily,
     PromptEncoder,
@@ -20,6 +29,7 @@ __all__ = [
     "family_for",
     "gemma4",
     "is_omni",
+    "phi4_multimodal",
     "qwen2_5_omni",
     "qwen2_5_vl",
     "qwen2_audio",
@@ -28,4 +38,5 @@ __all__ = [
     "register_family",
     "registered_types",
     "unwrap",
+    "video_llama_3",
 ]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, GenerationConfig, PreTrainedConfig
+from transformers import BatchFeature, GenerationConfig, PreTrainedConfig, SequenceFeatureExtractor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.video_utils import VideoMetadata
@@ -81,6 +81,7 @@ class PromptEncoder(Protocol):
         frame_multiple: sides of a frame, in pixels, are multiples of this.
         sampling_rate: of sound.
         max_audio_seconds: the longest audio that is read whole, where there is such a limit.
+        max_tokens: of a prompt and its completion together, where longer rows are not computed in a batch as they are alone.
     """
 
     placeholders: ClassVar[dict[str, str]]
@@ -89,6 +90,7 @@ class PromptEncoder(Protocol):
     frame_multiple: int
     sampling_rate: int
     max_audio_seconds: float | None = None
+    max_tokens: int | None = None
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         """Render messages with bare markers for media in the form that `encode` takes."""
@@ -122,6 +124,7 @@ class OmniFamily(PromptEncoder):
         media_tokens: every special token that must not be sampled in a completion.
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
         unread: ends of the names of weights that no pass reads.
+        passed_alone: kinds of media of which each clip passes its tower alone. Other kinds pass once for all clips of a batch.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -134,6 +137,7 @@ class OmniFamily(PromptEncoder):
     media_tokens: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[dict[str, str]] = {}
     unread: ClassVar[tuple[str, ...]] = ()
+    passed_alone: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, processor):
         self.config = model.config
@@ -152,7 +156,7 @@ class OmniFamily(PromptEncoder):
         # `from_pretrained(..., padding_side="left")`, meant for text, reaches the audio extractor too and puts the
         # silence before the sound.
         if "audio" in self.placeholders:
-            processor.feature_extractor.padding_side = "right"
+            self.extractor.padding_side = "right"
         self.placeholder_ids = {kind: ids[token] for kind, token in self.placeholders.items()}
         #: Token ids that a completion may never hold: the next forward would take them for media.
         self.suppressed_ids = sorted(i for i in ids.values() if i not in (None, self.tokenizer.unk_token_id))
@@ -179,9 +183,14 @@ class OmniFamily(PromptEncoder):
         return self.processor.video_processor.temporal_patch_size
 
     @property
+    def extractor(self) -> SequenceFeatureExtractor:
+        """The part of the processor that makes mel frames of sound."""
+        return self.processor.feature_extractor
+
+    @property
     def sampling_rate(self) -> int:
         """Samples of sound per second, as the audio tower takes them."""
-        return self.processor.feature_extractor.sampling_rate
+        return self.extractor.sampling_rate
 
     def image_token_count(self, height: int, width: int) -> int:
         """Count the tokens of a picture of `height` x `width` pixels."""
@@ -277,7 +286,7 @@ class OmniFamily(PromptEncoder):
 
         A window's worth of silence beyond the end gives the last frames the values that long padding gives them.
         """
-        extractor = self.processor.feature_extractor
+        extractor = self.extractor
         longest = max(len(clip.waveform) for clip in audios) + extractor.n_fft
         return -(-longest // extractor.hop_length) * extractor.hop_length
 
@@ -327,7 +336,7 @@ class OmniFamily(PromptEncoder):
 
     def audio_tokens_of(self, clip: AudioClip) -> int:
         """Count the tokens of a sound, before it is encoded."""
-        return self.audio_token_count(len(clip.waveform) // self.processor.feature_extractor.hop_length)
+        return self.audio_token_count(len(clip.waveform) // self.extractor.hop_length)
 
     # Running the towers
 
@@ -410,7 +419,7 @@ class OmniFamily(PromptEncoder):
     def dummy_inputs(self, kind: str) -> dict[str, Tensor]:
         """Return the smallest input that the tower of a kind takes."""
         if kind == "audio":
-            mel, frames = self.processor.feature_extractor.feature_size, self.dummy_mel_frames
+            mel, frames = self.extractor.feature_size, self.dummy_mel_frames
             return {
                 "input_features": torch.zeros(1, mel, frames),
                 "feature_attention_mask": torch.ones(1, frames, dtype=torch.long),

@@ -27,7 +27,7 @@ class Qwen2AudioFamily(OmniFamily):
     @property
     def max_audio_seconds(self) -> float:
         """The tower has one position per mel frame of a fixed window; longer audio cannot be fed."""
-        extractor = self.processor.feature_extractor
+        extractor = self.extractor
         return self.config.audio_config.max_source_positions * 2 * extractor.hop_length / extractor.sampling_rate
 
     def audio_pad_length(self, audios):

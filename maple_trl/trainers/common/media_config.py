@@ -405,6 +405,7 @@ class MediaConfig:
             chat_template_kwargs=chat_template_kwargs,
             template=self.template(),
             system_prompt=self.system_prompt,
+            max_completion_length=getattr(self, "max_completion_length", None) or 0,
         )
 
     def media_limits(self) -> MediaLimits:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
@@ -61,6 +62,11 @@ class MediaTrainer:
         """Make what reads the rows' media, before the parent's constructor."""
         self.family = family_for(model, processor)
         self.family.check_pixels(args.max_pixels)
+        if self.family.passed_alone and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"{type(self.family).__name__} passes {' and '.join(self.family.passed_alone)} clip by clip, and DeepSpeed's ZeRO-3 "
+                "gathers weights at each pass, of which all processes must make as many: use ZeRO-2, FSDP 2 or DDP"
+            )
         self._leave_unread(model)
         name_present_layers(unwrap(model))
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
