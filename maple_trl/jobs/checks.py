@@ -116,9 +116,10 @@ def check_model(
             few rows.
     """
     from maple_trl.evaluation.served_prompts import MessageEncoder
+    from maple_trl.omni.adapters import processor_beside
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
     from maple_trl.omni.families import family_class
-    from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
+    from maple_trl.omni.loading import check_tokens, hub_arguments, load_processor, resolve_checkpoint
     from maple_trl.omni.prompt import check_template
 
     if not model_args.model_name_or_path:
@@ -145,10 +146,12 @@ def check_model(
         # What a row is fed is decided by facts of the class: no model is needed for that.
         stand_in = family.__new__(family)
         asked = _check_prompts(stand_in, training_args, train)
-        beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+        beside = name != folder and processor_beside(folder)
         try:
             of_model = folder if beside else name
             stand_in.processor = load_processor(of_model, **options) if other is None else load_processor(other)
+            if other is not None:
+                check_tokens(stand_in.processor, read_config(name, options), other)
             stand_in.check_pixels(training_args.max_pixels)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error

@@ -17,8 +17,8 @@ from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.files import digest, files_digest
 from maple_trl.jobs.checks import adapter_base
 from maple_trl.jobs.errors import SetupError
-from maple_trl.omni.adapters import fetch_adapter, load_adapter
-from maple_trl.omni.checkpoints import check_checkpoint, reach
+from maple_trl.omni.adapters import fetch_adapter, load_adapter, processor_beside
+from maple_trl.omni.checkpoints import check_checkpoint, reach, read_config
 from maple_trl.omni.families import OmniFamily, family_for
 from maple_trl.omni.generation import check_generation_options
 from maple_trl.omni.loading import (
@@ -182,19 +182,20 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
     name, adapter, revision = _parts(job)
     shared = {"revision": revision, "trust_remote_code": job.trust_remote_code}
     kwargs = shared | ({"attn_implementation": job.attn_implementation} if job.attn_implementation else {})
-    beside = adapter is not None and os.path.exists(os.path.join(adapter, "tokenizer_config.json"))
+    beside = processor_beside(adapter)
     other = job.processor_name_or_path
     try:
         path = resolve_checkpoint(name)
-        check_checkpoint(path, reach(path, hub_arguments(kwargs)), processor=not beside and other is None, text=False)
-    except ValueError as error:
-        raise SetupError(f"model: {error}") from error
-    try:
-        model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
+        options = reach(path, hub_arguments(kwargs))
+        check_checkpoint(path, options, processor=not beside and other is None, text=False)
         of_model = adapter if adapter is not None and beside else name
         processor = load_processor(of_model, **shared) if other is None else load_processor(other)
         if other is not None:
-            check_tokens(processor, model.config, other)
+            check_tokens(processor, read_config(path, options), other)
+    except (ValueError, OSError) as error:
+        raise SetupError(f"model: {error}") from error
+    try:
+        model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
     except (OSError, ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
         raise SetupError(f"model: cannot load {name!r}: {error}") from error
     described = {

@@ -60,7 +60,8 @@ def load_model_and_processor(
     Raises:
         SetupError: without `model_name_or_path`.
     """
-    from maple_trl.omni.loading import check_tokens, load_model, load_processor
+    from maple_trl.omni.adapters import processor_beside
+    from maple_trl.omni.loading import load_model, load_processor
 
     if not model_args.model_name_or_path:
         raise SetupError("model_name_or_path is missing; for a first run: builtin:tiny-omni")
@@ -78,10 +79,8 @@ def load_model_and_processor(
         raise SetupError(f"model_name_or_path: cannot load {name!r}: {error}") from error
     other = model_args.processor_name_or_path
     if other is not None:
-        processor = load_processor(other)
-        check_tokens(processor, model.config, other)
-        return model, processor
-    beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+        return model, load_processor(other)
+    beside = name != folder and processor_beside(folder)
     return model, load_processor(folder if beside else name, **shared)
 
 

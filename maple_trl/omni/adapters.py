@@ -111,6 +111,16 @@ def adapted_model(folder: str, written: str) -> str:
     )
 
 
+def processor_beside(folder: str | None) -> bool:
+    """Return whether a processor of media was saved with an adapter; some trainers save the tokenizer alone."""
+    files = ("processor_config.json", "preprocessor_config.json")
+    return (
+        folder is not None
+        and Path(folder, "tokenizer_config.json").is_file()
+        and any(Path(folder, file).is_file() for file in files)
+    )
+
+
 def _has_pickle(folder: str) -> bool:
     return Path(folder, "adapter_model.bin").is_file()
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file, extract_commit_hash
 
 from maple_trl.omni.families import registered_types
 
@@ -239,6 +240,17 @@ def reach(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             f"there is a network: `hf download {name}`"
         )
     return options | {"local_files_only": True}
+
+
+def commit_of(name: str, options: Mapping[str, Any]) -> str | None:
+    """Return the commit of a model on the Hub whose config is read; `None` of a folder, and where it cannot be told."""
+    if os.path.exists(name):
+        return None
+    places = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    try:
+        return extract_commit_hash(cached_file(name, "config.json", **places), None)
+    except OSError:  # which reading the config will tell
+        return None
 
 
 def check_hub_id(name: str, what: str) -> None:

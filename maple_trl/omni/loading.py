@@ -24,7 +24,15 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
-from maple_trl.omni.checkpoints import ELSEWHERE, PROCESSOR, CheckpointError, check_weights, reach, read_config
+from maple_trl.omni.checkpoints import (
+    ELSEWHERE,
+    PROCESSOR,
+    CheckpointError,
+    check_weights,
+    commit_of,
+    reach,
+    read_config,
+)
 from maple_trl.omni.families import family_class
 from maple_trl.omni.generation import TOKENS
 from maple_trl.omni.layouts import check_thinker, tell_unread, thinker_files
@@ -96,6 +104,9 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
     kwargs |= reach(path, hub_arguments(kwargs))
+    commit = commit_of(path, hub_arguments(kwargs))
+    if commit is not None:
+        kwargs["revision"] = commit  # all files are of one state
     config = read_config(path, hub_arguments(kwargs))
     architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, None)
@@ -128,6 +139,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             raise ValueError(
                 f"{name_or_path}: {len(missing)} weights of {architecture} are not in the checkpoint, e.g. {missing[0]!r}"
             )
+    model.config._commit_hash = commit
     _forget_unused_renamings(model)
     return model
 
@@ -139,7 +151,6 @@ def _thinker_config(config: PreTrainedConfig, path: str, hub: Mapping[str, Any])
     Older releases of transformers asked the language model's config whether the head is tied, today's asks the Thinker's.
     """
     thinker: PreTrainedConfig = getattr(config, "thinker_config", config)
-    thinker._commit_hash = getattr(config, "_commit_hash", None)
     written, _ = PreTrainedConfig.get_config_dict(path, **hub)
     written = written.get("thinker_config", written)
     tied = written.get("text_config", {}).get("tie_word_embeddings")
@@ -210,7 +221,9 @@ def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrai
     options = reach(path, kwargs)
     try:
         processor = AutoProcessor.from_pretrained(path, **options)
-    except ValueError as error:  # it has files of none
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and not os.path.isdir(path):
+            raise  # the Hub's
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}; {PROCESSOR}") from error
     _check_processor(processor, path, options)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -231,7 +244,8 @@ def _check_processor(processor: Any, path: str, options: Mapping[str, Any]) -> N
 
 
 def check_tokens(processor: Any, config: PreTrainedConfig, name: str) -> None:
-    """Raise CheckpointError where a processor from elsewhere has other tokens for media than the model."""
+    """Raise CheckpointError where a processor from elsewhere has other tokens for media than the model of this config."""
+    config = getattr(config, "thinker_config", config)
     for kind in ("image", "video", "audio"):
         token = getattr(processor, f"{kind}_token", None)
         wanted = getattr(config, f"{kind}_token_id", None) or getattr(config, f"{kind}_token_index", None)
