@@ -246,3 +246,19 @@ def local_hub(key: str = "hf_key") -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def taken_for_the_hub(monkeypatch, cache) -> Iterator[Hub]:
+    """Serve a hub from which models are fetched by name, with a cache of its own."""
+    from huggingface_hub import constants
+
+    from maple_trl.omni import checkpoints
+
+    with local_hub() as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        changed = {"ENDPOINT": hub.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
+        for name, value in (changed | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(checkpoints, "_reached", set())
+        yield hub

@@ -3,10 +3,12 @@
 import json
 import logging
 import re
+from pathlib import Path
 
 import checkpoint_layouts as layouts
 import pytest
 import torch
+from local_hub import taken_for_the_hub
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny, encode_sample, sample_media
@@ -182,6 +184,25 @@ def test_the_model_below_an_adapter(tmp_path):
     assert adapted_model("adapter", f"{tmp_path}/omni/thinker") == f"{tmp_path}/omni/thinker"
     with pytest.raises(CheckpointError, match=r"--model Qwen/Qwen2.5-Omni-7B --adapter lora$"):
         adapted_model("lora", "Qwen2.5-Omni-7B/thinker")
+
+
+def test_from_the_hub(monkeypatch, tmp_path):
+    adapter, _ = drawn(OMNI, r"self_attn\.q_proj$")
+    folder = write_adapter(tmp_path / "adapter", adapter, lora_config(["q_proj"]))
+    layouts.write_processor(tmp_path / "adapter", OMNI)
+    (tmp_path / "adapter/training_args.bin").write_bytes(b"never to be read")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    with taken_for_the_hub(monkeypatch, tmp_path / "cache") as hub:
+        first = hub.publish("org/adapter", files)
+        hub.publish("org/adapter", files | {"README.md": b"newer"})
+        hub.publish("org/model", {"config.json": b"{}"})
+        fetched = fetch_adapter("org/adapter", first)
+        assert first in fetched and fetch_adapter("org/model") is None
+        assert not any(".bin" in path for _, path, _ in hub.requests)
+    names = {path.name for path in Path(fetched).iterdir()}
+    assert names == files.keys() - {"training_args.bin"}
+    wanted = logits(load_adapter(build_tiny(OMNI)[0], folder), OMNI)
+    assert torch.equal(logits(load_adapter(build_tiny(OMNI)[0], fetched), OMNI), wanted)
 
 
 def test_a_tokenizer_beside_an_adapter_is_no_processor(tmp_path):

@@ -9,8 +9,7 @@ from collections import Counter
 import checkpoint_layouts as layouts
 import pytest
 import torch
-from huggingface_hub import constants
-from local_hub import local_hub
+from local_hub import taken_for_the_hub
 from safetensors.torch import load_file
 from tiny_models import build_tiny, build_tiny_full, encode_sample, sample_media
 from transformers import (
@@ -21,7 +20,6 @@ from transformers import (
     Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 
-from maple_trl.omni import checkpoints
 from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach
 from maple_trl.omni.layouts import name_in_class, name_in_files
 from maple_trl.omni.loading import check_tokens, load_model, load_processor
@@ -290,14 +288,7 @@ def test_a_processor_of_another_model_is_refused():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with local_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(checkpoints, "_reached", set())
+    with taken_for_the_hub(monkeypatch, tmp_path / "cache") as hub:
         yield hub
 
 
