@@ -63,7 +63,7 @@ def name_in_class(name: str) -> str:
 
 
 @contextmanager
-def thinker_files(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def thinker_files(name: str, hub: Mapping[str, Any], whole: bool = False) -> Iterator[tuple[str, list[str]]]:
     """
     Yield a folder or Hub id to read a Thinker's weights from, and the names of all weights in its files.
 
@@ -73,6 +73,7 @@ def thinker_files(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, list
     Args:
         name: a folder or Hub id.
         hub: where and how it is found on the Hub.
+        whole: yield the checkpoint itself in any case, for a model whose weights stay in its files.
 
     Raises:
         CheckpointError: when it has no weights as safetensors.
@@ -90,7 +91,7 @@ def thinker_files(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, list
         )
     places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     needed = needed_files(places)
-    if len(needed) == len(set(places.values())):
+    if whole or len(needed) == len(set(places.values())):
         yield name, list(places)
         return
     files = cached_files(name, needed, **hub)

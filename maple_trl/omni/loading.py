@@ -166,7 +166,7 @@ def _load_thinker(
     elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE if argument != "config")
     hub = {key: value for key, value in hub_arguments(kwargs).items() if key != "trust_remote_code"}
     kwargs = {"ignore_mismatched_sizes": True} | kwargs  # which are refused below, by their names
-    with nullcontext((path, [])) if elsewhere else thinker_files(path, hub) as (source, names):
+    with nullcontext((path, [])) if elsewhere else thinker_files(path, hub, _offloads(kwargs)) as (source, names):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
     check_thinker(name, model, info, names)
     tell_unread(name, names)
@@ -178,6 +178,14 @@ def _load_thinker(
         # Or who ties the weights again (PEFT, accelerate) would overwrite the head.
         model.config.tie_word_embeddings = False
     return model
+
+
+def _offloads(kwargs: Mapping[str, Any]) -> bool:
+    """Return whether weights may stay on disk, to be read from their files whenever they are computed with."""
+    places = kwargs.get("device_map")
+    if isinstance(places, Mapping):
+        return "disk" in places.values()
+    return bool(kwargs.get("offload_folder")) or places in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _forget_unused_renamings(model: PreTrainedModel) -> None:
