@@ -71,9 +71,20 @@ def _older(config: dict) -> dict:
     return older
 
 
+# Fields that published configs have and no class of today.
+LEFT_OVER = {
+    "thinker_config": {"_attn_implementation_autoset": True, "init_std": 0.02, "bad_words_ids": None, "num_beams": 1},
+    "audio_config": {"_name_or_path": "", "architectures": None, "encoder_layerdrop": 0.0, "num_hidden_layers": 1},
+    "text_config": {"_name_or_path": "", "init_std": 0.02, "torchscript": False, "max_window_layers": 28},
+    "vision_config": {"in_chans": 3, "tokens_per_second": 25, "spatial_patch_size": 14, "image_size": 768},
+}
+
+
 def thinker_config(family: str, **changed) -> dict:
     """The config of a Thinker's own checkpoint."""
-    config = _older(build_tiny(family)[0].config.to_dict())
+    config = _older(build_tiny(family)[0].config.to_dict()) | LEFT_OVER["thinker_config"]
+    for part in ("audio_config", "text_config", "vision_config"):
+        config[part] |= LEFT_OVER[part]
     config["text_config"]["tie_word_embeddings"] = False
     config |= {"architectures": [THINKERS[family]], "transformers_version": "4.52.4", "torch_dtype": "float32"}
     return config | changed
@@ -88,6 +99,8 @@ def full_config(family: str, **changed) -> dict:
         _name_or_path="Qwen2.5-Omni-7B/thinker",
     )
     config |= {"architectures": [FULL[family]], "enable_audio_output": True, "enable_talker": True}
+    if family == "qwen3_omni":
+        config["talker_config"]["model_type"] = ""
     return config | {"transformers_version": "4.50.0.dev0", "torch_dtype": "float32"} | changed
 
 
@@ -146,6 +159,9 @@ def published(folder: Path, family: str) -> Path:
 def full_export(folder: Path, family: str) -> Path:
     """As ms-swift saves the merged model: the full config, of the weights the Thinker's alone, pickles beside."""
     config = full_config(family, enable_audio_output=False)
+    text = config["thinker_config"]["text_config"]
+    # What trainers look for at the top, and write there.
+    config |= {name: text[name] for name in ("hidden_size", "eos_token_id", "pad_token_id")}
     write_checkpoint(folder, family, config, prefixed(thinker_tensors(family)))
     for name in ("spk_dict.pt", "training_args.bin"):
         (folder / name).write_bytes(b"never to be read")
