@@ -6,6 +6,7 @@ import checkpoint_layouts as layouts
 import pytest
 import torch
 from eval_runs import SMALL, evaluate, lines_of, result_of
+from local_hub import taken_for_the_hub
 from media_files import tone, write_video
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
@@ -132,6 +133,26 @@ def test_an_adapter_of_the_full_model_is_evaluated(adapter, plain, folder):
     assert evaluate(*named) == 0
     assert answers(folder / "merged-eval") != answers(plain)
     assert answers(folder / "adapter-eval") == answers(folder / "named-eval") == answers(folder / "merged-eval")
+
+
+@pytest.mark.slow
+def test_models_and_adapters_are_named_on_the_hub(adapter, folder, monkeypatch, capsys):
+    def files(place):
+        return {path.name: path.read_bytes() for path in place.iterdir()}
+
+    with taken_for_the_hub(monkeypatch, folder / "cache") as hub:
+        commit = hub.publish("org/adapter", files(adapter))
+        model = hub.publish("org/omni", files(folder / "base"))
+        hub.publish("org/adapter", files(adapter) | {"adapter_model.safetensors": b"a later one"})
+        words = ["--model", "org/adapter", "--revision", commit, *ASKED]
+        assert evaluate(*words, "--output", folder / "hub-eval") == 0
+        assert evaluate("--model", "org/omni", *ASKED, "--output", folder / "hub-model-eval") == 0
+        nothing = ["--model", "org/omni", "--adapter", "org/omni", *ASKED, "--output", folder / "hub-none"]
+        assert evaluate(*nothing) == 2
+    assert "adapter: org/omni holds no adapter_config.json" in capsys.readouterr().err
+    assert evaluate("--model", folder / "merged", *ASKED, "--output", folder / "hub-wanted") == 0
+    assert answers(folder / "hub-eval") == answers(folder / "hub-wanted")
+    assert result_of(folder / "hub-model-eval")["model"]["revision"] == model
 
 
 TRAINED = {
