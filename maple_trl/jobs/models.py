@@ -192,7 +192,7 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
         processor = load_processor(of_model, **shared) if other is None else load_processor(other)
         if other is not None:
             check_tokens(processor, read_config(path, options), other)
-    except (ValueError, OSError) as error:
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise SetupError(f"model: {error}") from error
     try:
         model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
@@ -217,27 +217,29 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
 
 def _parts(job: EvalJob) -> tuple[str, str | None, str]:
     """Return the names of model and adapter, and the model's revision: an adapter may stand where a model does."""
-    name, adapter, revision = str(job.model_name_or_path), job.adapter, job.model_revision
-    try:
-        # An adapter on the Hub has no config of a model, and its own revisions.
-        found = None if os.path.exists(name) or name.startswith(BUILTIN_PREFIX) else fetch_adapter(name, revision)
-        base = adapter_base(found or name)
-        if base is not None:
-            if adapter is not None:
-                raise SetupError(
-                    f"{name} is an adapter itself; with --adapter, --model names the model below it: {base}"
-                )
-            return base, found or name, "main" if found else revision
-        folder = None if adapter is None else fetch_adapter(adapter)
-    except SetupError:
-        raise
-    except (ValueError, OSError) as error:
-        raise SetupError(f"model: {error}") from error
-    if adapter is not None and folder is None:
+    name, revision = str(job.model_name_or_path), job.model_revision
+    # An adapter on the Hub has revisions of its own.
+    fetched = None if os.path.exists(name) or name.startswith(BUILTIN_PREFIX) else _fetched("model", name, revision)
+    base = adapter_base(fetched or name)
+    if base is not None:
+        if job.adapter is not None:
+            raise SetupError(f"{name} is an adapter itself; with --adapter, --model names the model below it: {base}")
+        return base, fetched or name, "main" if fetched else revision
+    if job.adapter is None:
+        return name, None, revision
+    adapter = _fetched("adapter", job.adapter)
+    if adapter is None:
         raise SetupError(
-            f"adapter: {adapter} holds no adapter_config.json; name a folder or Hub id with a LoRA adapter"
+            f"adapter: {job.adapter} holds no adapter_config.json; name a folder or Hub id with a LoRA adapter"
         )
-    return name, folder, revision
+    return name, adapter, revision
+
+
+def _fetched(option: str, name: str, revision: str = "main") -> str | None:
+    try:
+        return fetch_adapter(name, revision)
+    except (ValueError, OSError) as error:
+        raise SetupError(f"{option}: {error}") from error
 
 
 def _with_adapter(model: Any, folder: str) -> Any:

@@ -50,6 +50,18 @@ def test_a_full_model_is_evaluated(plain, folder):
     assert result_of(folder / "full-eval")["model"]["sha256"] == result_of(plain)["model"]["sha256"]
 
 
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_evaluated(folder):
+    """Without a config of a talker, as Qwen3-Omni's Thinking model is published."""
+    for name, model in (
+        ("moe", save_tiny("qwen3_omni", folder / "moe")),
+        ("moe-published", layouts.without_talker_config(folder / "moe-published", "qwen3_omni")),
+    ):
+        words = ["--model", model, *ASKED, "--max-pixels", "4096", "--output", folder / f"{name}-eval"]
+        assert evaluate(*words) == 0
+    assert answers(folder / "moe-published-eval") == answers(folder / "moe-eval")
+
+
 def test_a_benchmark_as_published_by_one_command(folder):
     clip = folder / "daily/Videos/abc"
     clip.mkdir(parents=True)
