@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _BESIDE = ("*token*.json", "vocab.json", "merges.txt", "*processor_config.json", "chat_template.*")  # of its processor
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_\w+)(?P<rest>\.weight)?")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_\w+)(?:\.weight)?")
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.(?P<leaf>\w+)$")
 
 
@@ -56,12 +56,13 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
     with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
     config = PeftConfig.from_pretrained(folder)
-    is_thinker = model.config.model_type.endswith("_thinker")
-    places = {}
-    if config.peft_type == "LORA":
-        places = _places(type(model).__name__, dict(model.named_modules()), folder, names, is_thinker)
+    places: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    # Of other models, and of parameters that are no layer, the names are PEFT's business.
+    if _is_of_layers(config) and model.config.model_type.endswith("_thinker"):
+        places = _places(type(model).__name__, dict(model.named_modules()), folder, names)
+        options = {"key_mapping": RENAMINGS}
         _retarget(config, places)
-    options: dict[str, Any] = {"key_mapping": RENAMINGS} if is_thinker else {}
     with warnings.catch_warnings():
         # PEFT only warns, and an adapter would be half there.
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -70,6 +71,8 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
         except UserWarning as error:
             raise CheckpointError(str(error)) from error
     _check_values(adapted, file, places)
+    if config.peft_type == "LORA" and not places:
+        _check_count(adapted, file, names)
     return adapted
 
 
@@ -125,11 +128,12 @@ def _has_pickle(folder: str) -> bool:
     return Path(folder, "adapter_model.bin").is_file()
 
 
-def _places(
-    architecture: str, modules: Collection[str], folder: str, names: list[str], is_thinker: bool
-) -> dict[str, str]:
-    """Return for each weight of an adapter the module of the model that it is on; other weights than LoRA's have none."""
-    rename = name_in_class if is_thinker else str
+def _is_of_layers(config: Any) -> bool:
+    return config.peft_type == "LORA" and not getattr(config, "target_parameters", None)
+
+
+def _places(architecture: str, modules: Collection[str], folder: str, names: list[str]) -> dict[str, str]:
+    """Return for each weight of an adapter the module of the Thinker that it is on; other weights than LoRA's have none."""
     found, spoken, foreign = {}, [], []
     for name in names:
         match = _KEY.fullmatch(name)
@@ -140,8 +144,8 @@ def _places(
         module = match["module"]
         if module.startswith(SPEECH):
             spoken.append(name)
-        elif rename(module) in modules or _EXPERT.search(module):
-            found[name] = rename(module)
+        elif name_in_class(module) in modules or _EXPERT.search(module):
+            found[name] = name_in_class(module)
         else:
             foreign.append(name)
     if foreign or not found:
@@ -176,9 +180,21 @@ def _check_values(adapted: PeftModel, file: Path, places: Mapping[str, str]) -> 
             match = _KEY.fullmatch(name)
             if match is None or _EXPERT.search(module):
                 continue
-            loaded = state.get(f"base_model.model.{module}.{match['part']}.default{match['rest'] or ''}")
+            place = f"base_model.model.{module}.{match['part']}.default"
+            loaded = state.get(f"{place}.weight", state.get(place))  # an embedding's has no further name
             partitioned = loaded is not None and not loaded.numel()  # by ZeRO-3
             if loaded is None or not (
                 partitioned or torch.equal(loaded.cpu(), opened.get_tensor(name).to(loaded.dtype))
             ):
                 raise CheckpointError(f"{file}: {name!r} did not reach {module}")
+
+
+def _check_count(adapted: PeftModel, file: Path, names: Collection[str]) -> None:
+    """Raise CheckpointError where the file has more weights of LoRA than the model took: PEFT passes over the others."""
+    held = [name for name in names if ".lora_" in name]
+    taken = [name for name in adapted.state_dict() if re.search(r"\.lora_\w+\.default\b", name)]
+    if len(held) > len(taken) and not any(_EXPERT.search(name.partition(".lora_")[0]) for name in held):
+        raise CheckpointError(
+            f"{file}: {len(held)} weights of LoRA, e.g. {held[0]!r}, of which the model took {len(taken)}: its layers have other "
+            "names, or target_modules in its config names fewer"
+        )

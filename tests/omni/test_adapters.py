@@ -165,14 +165,48 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         load_adapter(build_tiny(OMNI)[0], pickled)
 
 
+@pytest.mark.parametrize("form", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
+def test_forms_of_lora_come_back_as_they_were_saved(form, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **form)
+    model = get_peft_model(build_tiny(OMNI)[0], config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name or "modules_to_save" in name:
+                parameter += 0.5
+    model.save_pretrained(tmp_path)
+    wanted = logits(model, OMNI)
+    assert torch.equal(logits(load_adapter(build_tiny(OMNI)[0], str(tmp_path)), OMNI), wanted)
+    assert not torch.equal(wanted, logits(build_tiny(OMNI)[0], OMNI))
+
+
 def test_an_adapter_of_another_family_is_as_before(tmp_path):
-    """Its names are PEFT's business; what it says is checked all the same."""
+    """Its names are PEFT's business; that it is there whole is not."""
     model = get_peft_model(
         build_tiny("qwen2_5_vl")[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     model.save_pretrained(tmp_path)
     loaded = load_adapter(build_tiny("qwen2_5_vl")[0], str(tmp_path))
     assert torch.equal(logits(loaded, "qwen2_5_vl"), logits(model, "qwen2_5_vl"))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    fewer = {"target_modules": ["model.language_model.layers.0.self_attn.q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | fewer))
+    with pytest.raises(CheckpointError, match="4 weights of LoRA, e.g. .* of which the model took 2"):
+        load_adapter(build_tiny("qwen2_5_vl")[0], str(tmp_path))
+
+
+def test_an_adapter_of_parameters(tmp_path):
+    """Of the fused experts as they are here."""
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(build_tiny("qwen3_omni")[0], config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(build_tiny("qwen3_omni")[0], str(tmp_path))
+    assert torch.equal(logits(loaded, "qwen3_omni"), logits(model, "qwen3_omni"))
 
 
 def test_the_model_below_an_adapter(tmp_path):

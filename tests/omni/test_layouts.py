@@ -162,6 +162,25 @@ def test_no_pickle_is_read(expected, tmp_path):
     assert ran.exists()
 
 
+def test_no_code_of_a_checkpoint_is_run(tmp_path):
+    """Of a model that transformers has not, as Ola is published: it is refused by its type."""
+    folder = layouts.thinker_only(tmp_path / "model", OMNI)
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    config = {
+        "model_type": "ola_qwen",
+        "architectures": ["OlaQwenForCausalLM"],
+        "auto_map": {"AutoConfig": "own.Config"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for read in (lambda: check_checkpoint(str(folder), {}), lambda: load_model(str(folder))):
+        with pytest.raises(
+            CheckpointError, match="is of model type 'ola_qwen', which the installed transformers cannot"
+        ):
+            read()
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_that_speak_are_counted_once(family, tmp_path, caplog):
     folder = str(layouts.published(tmp_path / "model", family))
