@@ -86,7 +86,7 @@ def fetch_adapter(name: str, revision: str = "main") -> str | None:
     if os.path.exists(name):
         return name if Path(name, _CONFIG).is_file() else None
     check_hub_id(name, "model")
-    hub = {"revision": revision, "local_files_only": hub_is_silent() is not None}
+    hub: dict[str, Any] = {"revision": revision, "local_files_only": hub_is_silent() is not None}
     kinder = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(name, _CONFIG, **kinder, **hub) is None:
         return None
@@ -134,7 +134,9 @@ def _is_of_layers(config: Any) -> bool:
 
 def _places(architecture: str, modules: Collection[str], folder: str, names: list[str]) -> dict[str, str]:
     """Return for each weight of an adapter the module of the Thinker that it is on; other weights than LoRA's have none."""
-    found, spoken, foreign = {}, [], []
+    found: dict[str, str] = {}
+    spoken: list[str] = []
+    foreign: list[str] = []
     for name in names:
         match = _KEY.fullmatch(name)
         if match is None:

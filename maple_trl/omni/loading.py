@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +166,14 @@ def _load_thinker(
     elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE if argument != "config")
     hub = {key: value for key, value in hub_arguments(kwargs).items() if key != "trust_remote_code"}
     kwargs = {"ignore_mismatched_sizes": True} | kwargs  # which are refused below, by their names
-    with nullcontext((path, [])) if elsewhere else thinker_files(path, hub, _offloads(kwargs)) as (source, names):
+    unknown: AbstractContextManager[tuple[str, list[str]]] = nullcontext((path, []))
+    with unknown if elsewhere else thinker_files(path, hub, _offloads(kwargs)) as (source, names):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
     check_thinker(name, model, info, names)
     tell_unread(name, names)
     model.name_or_path = model.config._name_or_path = path
-    if (
-        model.config.tie_word_embeddings
-        and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
-    ):
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
         # Or who ties the weights again (PEFT, accelerate) would overwrite the head.
         model.config.tie_word_embeddings = False
     return model
