@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on this machine, in memory: data sets are made, uploaded to in commits, listed and read."""
+"""A small Hugging Face Hub on this machine, in memory: repositories are made, uploaded to in commits, listed and read."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ class Hub:
         name = hashlib.sha256(data).hexdigest()
         self.blobs[name] = data
         return name
+
+    def publish(self, name: str, files: dict[str, bytes]) -> str:
+        """Hold these files as the newest commit of a public repository; returns the commit."""
+        repository = self.repositories.setdefault(name, Repository(private=False))
+        return repository.commit({path: self.put(data) for path, data in files.items()})
 
     def files(self, repository: str) -> dict[str, bytes]:
         """The files of the newest commit."""
@@ -118,9 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
             return (200, {}, {}) if self.hub.put(body) == found[1] else (400, {"error": "other content"}, {})
         if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return 200, {"transfer": "basic", "objects": [self._lfs(o) for o in json.loads(body)["objects"]]}, {}
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._content(self._repository(found[1], known), unquote(found[2]), unquote(found[3]))
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+?)(?:/([a-z-]+)(?:/([^/]+)(?:/(.*))?)?)?", path):
+        if found := re.fullmatch(
+            r"/api/(?:datasets|models)/([^/]+/[^/]+?)(?:/([a-z-]+)(?:/([^/]+)(?:/(.*))?)?)?", path
+        ):
             repository = self._repository(found[1], known)
             operation = getattr(self, f"_{(found[2] or 'revision').replace('-', '_')}", None)
             if operation is not None:
@@ -239,3 +246,19 @@ def local_hub(key: str = "hf_key") -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def taken_for_the_hub(monkeypatch, cache) -> Iterator[Hub]:
+    """Serve a hub from which models are fetched by name, with a cache of its own."""
+    from huggingface_hub import constants
+
+    from maple_trl.omni import checkpoints
+
+    with local_hub() as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        changed = {"ENDPOINT": hub.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
+        for name, value in (changed | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(checkpoints, "_reached", set())
+        yield hub

@@ -116,9 +116,10 @@ def check_model(
             few rows.
     """
     from maple_trl.evaluation.served_prompts import MessageEncoder
+    from maple_trl.omni.adapters import processor_beside
     from maple_trl.omni.checkpoints import CheckpointError, check_checkpoint, reach, read_config
     from maple_trl.omni.families import family_class
-    from maple_trl.omni.loading import hub_arguments, load_processor, resolve_checkpoint
+    from maple_trl.omni.loading import check_tokens, hub_arguments, load_processor, resolve_checkpoint
     from maple_trl.omni.prompt import check_template
 
     if not model_args.model_name_or_path:
@@ -129,7 +130,8 @@ def check_model(
         name = resolve_checkpoint(adapter_base(folder) or folder)
         options = given | hub_arguments(training_args.model_init_kwargs or {})
         options = reach(name, options)
-        check_checkpoint(name, options, text=not evaluates)
+        other = model_args.processor_name_or_path
+        check_checkpoint(name, options, processor=other is None, text=not evaluates)
         config = read_config(name, options)
     except (CheckpointError, ValueError) as error:
         _check_prompts(MessageEncoder(), training_args, train)  # one that reads everything
@@ -143,9 +145,12 @@ def check_model(
                 raise SetupError(str(error)) from error
         stand_in = family.stand_in(config)
         asked = _check_prompts(stand_in, training_args, train)
-        beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+        beside = name != folder and processor_beside(folder)
         try:
-            stand_in.processor = load_processor(folder if beside else name, **options)
+            of_model = folder if beside else name
+            stand_in.processor = load_processor(of_model, **options) if other is None else load_processor(other)
+            if other is not None:
+                check_tokens(stand_in.processor, config, other)
             stand_in.check_pixels(training_args.max_pixels)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
@@ -239,7 +244,13 @@ def adapter_base(name_or_path: str | None) -> str | None:
         return None
     from peft import PeftConfig
 
+    from maple_trl.omni.adapters import adapted_model
+    from maple_trl.omni.checkpoints import CheckpointError
+
     base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
     if not base:
         raise SetupError(f"{path} does not say which model the adapter belongs to (base_model_name_or_path)")
-    return base
+    try:
+        return adapted_model(str(name_or_path), base)
+    except CheckpointError as error:
+        raise SetupError(str(error)) from error

@@ -63,7 +63,15 @@ class EvalArguments:
             "help": "folder, Hub id, builtin:tiny-omni, or adapter; with --server the name there (required)",
         },
     )
-    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter for the model"})
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter for the model, a folder or Hub id"})
+    processor_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--processor"],
+            "help": "folder or Hub id of the processor (that beside the adapter or the model); e.g. the base model, where a "
+            "published checkpoint lacks it",
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "precision (auto: that of the checkpoint)"})
     attn_implementation: str | None = field(default=None, metadata={"help": "attention, e.g. sdpa"})
     model_revision: str = field(default="main", metadata={"aliases": ["--revision"], "help": "of a model on the Hub"})

@@ -26,6 +26,7 @@ from maple_trl.evaluation.identity import PARSER_VERSION, describe_function, row
 from maple_trl.evaluation.options import ServerError
 from maple_trl.evaluation.results import evaluation_results
 from maple_trl.files import as_json, digest, write_atomically
+from maple_trl.jobs.console import show_messages
 from maple_trl.jobs.data import filter_rows, load_datasets
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.eval_job import EvalJob, EvalMedia
@@ -74,6 +75,8 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         except RewardError as error:
             raise SetupError(f"--judge: {error}") from error
     _check_places(job, questions.media_root)
+    if state.is_main_process and not job.quiet:
+        show_messages()
     model = LocalModel(job, state) if job.server is None else ServedModel(job)
     try:
         model.family.check_pixels(job.media.max_pixels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -18,10 +17,18 @@ from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.files import digest, files_digest
 from maple_trl.jobs.checks import adapter_base
 from maple_trl.jobs.errors import SetupError
-from maple_trl.omni.checkpoints import check_checkpoint, reach
+from maple_trl.omni.adapters import fetch_adapter, load_adapter, processor_beside
+from maple_trl.omni.checkpoints import check_checkpoint, reach, read_config
 from maple_trl.omni.families import OmniFamily, family_for
 from maple_trl.omni.generation import check_generation_options
-from maple_trl.omni.loading import hub_arguments, load_model, load_processor, resolve_checkpoint
+from maple_trl.omni.loading import (
+    BUILTIN_PREFIX,
+    check_tokens,
+    hub_arguments,
+    load_model,
+    load_processor,
+    resolve_checkpoint,
+)
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.records.evaluations import EvaluationError
 
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class LocalModel:
@@ -147,6 +154,7 @@ def _check_served(job: EvalJob) -> None:
     """Raise SetupError for an option that has no effect on a server."""
     local = {
         "--adapter": job.adapter is not None,
+        "--processor": job.processor_name_or_path is not None,
         "--dtype": job.dtype != "auto",
         "--attn-implementation": job.attn_implementation is not None,
         "--revision": job.model_revision != "main",
@@ -171,26 +179,24 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
     Raises:
         SetupError: when there is no such model or adapter, or the adapter does not fit.
     """
-    name, adapter = job.model_name_or_path, job.adapter
-    base = adapter_base(name)
-    if base is not None:
-        if adapter is not None:
-            raise SetupError(f"{name} is an adapter itself; with --adapter, --model names the model below it: {base}")
-        name, adapter = base, name
-    if adapter is not None and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
-        raise SetupError(f"adapter: {adapter} holds no adapter_config.json; name a folder with a LoRA adapter")
-    shared = {"revision": job.model_revision, "trust_remote_code": job.trust_remote_code}
+    name, adapter, revision = _parts(job)
+    shared = {"revision": revision, "trust_remote_code": job.trust_remote_code}
     kwargs = shared | ({"attn_implementation": job.attn_implementation} if job.attn_implementation else {})
-    beside = adapter is not None and os.path.exists(os.path.join(adapter, "tokenizer_config.json"))
+    beside = processor_beside(adapter)
+    other = job.processor_name_or_path
     try:
         path = resolve_checkpoint(name)
-        check_checkpoint(path, reach(path, hub_arguments(kwargs)), processor=not beside, text=False)
-    except ValueError as error:
+        options = reach(path, hub_arguments(kwargs))
+        check_checkpoint(path, options, processor=not beside and other is None, text=False)
+        of_model = adapter if adapter is not None and beside else name
+        processor = load_processor(of_model, **shared) if other is None else load_processor(other)
+        if other is not None:
+            check_tokens(processor, read_config(path, options), other)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise SetupError(f"model: {error}") from error
     try:
         model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
-        processor = load_processor(adapter if beside else name, **shared)
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
         raise SetupError(f"model: cannot load {name!r}: {error}") from error
     described = {
         "name": name,
@@ -202,18 +208,42 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
         "attention": model.config._attn_implementation,
         "adapter": None if adapter is None else {"name": adapter, "sha256": files_digest(adapter, _ADAPTER_FILES)},
     }
+    if other is not None:
+        described["processor"] = other
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return model.eval(), processor, described
 
 
-def _with_adapter(model: Any, folder: str) -> Any:
-    from peft import PeftModel
+def _parts(job: EvalJob) -> tuple[str, str | None, str]:
+    """Return the names of model and adapter, and the model's revision: an adapter may stand where a model does."""
+    name, revision = str(job.model_name_or_path), job.model_revision
+    # An adapter on the Hub has revisions of its own.
+    fetched = None if os.path.exists(name) or name.startswith(BUILTIN_PREFIX) else _fetched("model", name, revision)
+    base = adapter_base(fetched or name)
+    if base is not None:
+        if job.adapter is not None:
+            raise SetupError(f"{name} is an adapter itself; with --adapter, --model names the model below it: {base}")
+        return base, fetched or name, "main" if fetched else revision
+    if job.adapter is None:
+        return name, None, revision
+    adapter = _fetched("adapter", job.adapter)
+    if adapter is None:
+        raise SetupError(
+            f"adapter: {job.adapter} holds no adapter_config.json; name a folder or Hub id with a LoRA adapter"
+        )
+    return name, adapter, revision
 
+
+def _fetched(option: str, name: str, revision: str = "main") -> str | None:
     try:
-        with warnings.catch_warnings():
-            # PEFT only warns, and would evaluate a model whose adapter is half there.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, RuntimeError, UserWarning) as error:
+        return fetch_adapter(name, revision)
+    except (ValueError, OSError) as error:
+        raise SetupError(f"{option}: {error}") from error
+
+
+def _with_adapter(model: Any, folder: str) -> Any:
+    try:
+        return load_adapter(model, folder)
+    except (OSError, ValueError, RuntimeError) as error:
         raise SetupError(f"adapter: {folder} does not fit the model: {error}") from error

@@ -269,6 +269,8 @@ class OmniModelConfig(ModelConfig):
     [`~trl.ModelConfig`] with switches for the parts of an omni model.
 
     Args:
+        processor_name_or_path (`str`, *optional*):
+            Folder or Hub id of the processor, where the model has none beside it; that of the model it was trained from.
         lora_vision, lora_audio, lora_projectors, lora_llm (`bool`, *optional*, defaults to `True`):
             Parts that get LoRA adapters; with `use_peft` only.
         freeze_vision, freeze_audio, freeze_projectors, freeze_llm (`bool`, *optional*, defaults to `False`):
@@ -279,6 +281,9 @@ class OmniModelConfig(ModelConfig):
             support.
     """
 
+    processor_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the processor (the model's own)."}
+    )
     lora_vision: bool = field(default=True, metadata={"help": "LoRA on the vision encoder (with use_peft)."})
     lora_audio: bool = field(default=True, metadata={"help": "LoRA on the audio encoder (with use_peft)."})
     lora_projectors: bool = field(default=True, metadata={"help": "LoRA on the projectors (with use_peft)."})

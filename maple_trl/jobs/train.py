@@ -60,6 +60,7 @@ def load_model_and_processor(
     Raises:
         SetupError: without `model_name_or_path`.
     """
+    from maple_trl.omni.adapters import processor_beside
     from maple_trl.omni.loading import load_model, load_processor
 
     if not model_args.model_name_or_path:
@@ -76,7 +77,10 @@ def load_model_and_processor(
         model = load_model(name, dtype=dtype, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise SetupError(f"model_name_or_path: cannot load {name!r}: {error}") from error
-    beside = name != folder and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+    other = model_args.processor_name_or_path
+    if other is not None:
+        return model, load_processor(other)
+    beside = name != folder and processor_beside(folder)
     return model, load_processor(folder if beside else name, **shared)
 
 
@@ -134,15 +138,20 @@ def continue_adapter(model: PreTrainedModel, folder: str, wanted: LoraConfig | N
     Raises:
         SetupError: when the job asks for another adapter than the one in the folder.
     """
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from maple_trl.omni.adapters import load_adapter
+    from maple_trl.omni.checkpoints import CheckpointError
 
     if wanted is None:
         raise SetupError(
             f"{folder} holds a LoRA adapter: set use_peft: true to train it on, or merge it into its model and save that "
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
-    continued = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    try:
+        continued = load_adapter(model, folder, trainable=True)
+    except CheckpointError as error:
+        raise SetupError(f"model_name_or_path: {error}") from error
     config = continued.peft_config["default"]
     for field, option in LORA_OPTIONS.items():
         if getattr(config, field) != getattr(wanted, field):

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file, extract_commit_hash
 
 from maple_trl.omni.families import registered_types
 
@@ -22,12 +23,23 @@ from maple_trl.omni.families import registered_types
 _WAIT = 5.0
 """Seconds in which the Hub must answer; the library below tries five times and says nothing meanwhile."""
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = "model.safetensors"
+PICKLES = (
+    "pickled ones (pytorch_model.bin) are not read, since reading a pickle can run code. Where you trust them, load them with "
+    "transformers and save them again: `model.save_pretrained(FOLDER)` writes safetensors"
+)
+PROCESSOR = (
+    "take that of the model that it was trained from (processor_name_or_path; --processor of maple-trl eval), "
+    "e.g. Qwen/Qwen2.5-Omni-7B"
+)
+SPEECH = ("talker.", "token2wav.", "code2wav.")
+"""Beginnings of the names of weights that belong to parts of an Omni model that speak, which no prompt passes."""
+
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _JSON = (*_TOKENIZERS, *_PROCESSORS, "added_tokens.json", "special_tokens_map.json")  # read with the processor
 _SHOWN = 6  # files of a folder that an error lists
-_ELSEWHERE = ("subfolder", "variant", "gguf_file", "state_dict", "config")  # arguments by which other files are read
+ELSEWHERE = ("subfolder", "variant", "gguf_file", "state_dict", "config")  # arguments by which other files are read
 
 
 _reached: set[str] = set()
@@ -56,8 +68,8 @@ def check_checkpoint(name: str, options: Mapping[str, Any], processor: bool = Tr
         _check_folder(folder)
     config = read_config(name, options)
     _check_kind(config, name, text)
-    if folder is not None and not any(options.get(argument) for argument in _ELSEWHERE):
-        _check_weights(folder)
+    if folder is not None and not any(options.get(argument) for argument in ELSEWHERE):
+        check_weights(folder)
         if processor:
             _check_processor(folder, config)
 
@@ -123,17 +135,20 @@ def _listed(folder: Path) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "") or "no file at all"
 
 
-def _check_weights(folder: Path) -> None:
-    files = [name for name in _WEIGHTS if (folder / name).is_file()]
-    indices = [f"{name}.index.json" for name in _WEIGHTS if (folder / f"{name}.index.json").is_file()]
-    if not files and not indices:
+def check_weights(folder: Path) -> None:
+    """Raise CheckpointError where files of weights are missing, damaged or pickles."""
+    index = f"{_WEIGHTS}.index.json"
+    if not (folder / _WEIGHTS).is_file() and not (folder / index).is_file():
+        pickled = f"; {PICKLES}" if any(folder.glob("pytorch_model*.bin")) else ""
         raise CheckpointError(
-            f"{folder} holds no weights: it has config.json, but neither model.safetensors nor "
-            f"model.safetensors.index.json; it has {_listed(folder)}"
+            f"{folder} holds no weights: it has config.json, but neither {_WEIGHTS} nor {index}; it has {_listed(folder)}"
+            f"{pickled}"
         )
-    for index in [] if files else indices[:1]:
+    files = [_WEIGHTS]
+    if not (folder / _WEIGHTS).is_file():
         try:
-            files = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            files = needed_files(places)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / index} is damaged: {type(error).__name__}: {error}; copy it again"
@@ -145,6 +160,12 @@ def _check_weights(folder: Path) -> None:
             )
     for file in files:
         _check_file(folder / file)
+
+
+def needed_files(places: Mapping[str, str]) -> list[str]:
+    """Return the files of an index in which other weights stand than those of parts that speak; all, where none does."""
+    needed = {file for name, file in places.items() if not name.startswith(SPEECH)}
+    return sorted(needed or set(places.values()))
 
 
 def _check_file(file: Path) -> None:
@@ -170,8 +191,8 @@ def _check_processor(folder: Path, config: PreTrainedConfig) -> None:
             continue
         if not any((folder / name).is_file() for name in names):
             raise CheckpointError(
-                f"{folder} holds a model without its {what}: there is no {names[0]}; copy the files of the processor into it "
-                "(`AutoProcessor.from_pretrained(MODEL).save_pretrained(FOLDER)`)"
+                f"{folder} holds a model without its {what}: there is no {names[0]}; {PROCESSOR}, or copy its files into the "
+                "folder (`AutoProcessor.from_pretrained(MODEL).save_pretrained(FOLDER)`)"
             )
 
 
@@ -219,6 +240,17 @@ def reach(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             f"there is a network: `hf download {name}`"
         )
     return options | {"local_files_only": True}
+
+
+def commit_of(name: str, options: Mapping[str, Any]) -> str | None:
+    """Return the commit of a model on the Hub whose config is read; `None` of a folder, and where it cannot be told."""
+    if os.path.exists(name):
+        return None
+    places = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    try:
+        return extract_commit_hash(cached_file(name, "config.json", **places), None)
+    except OSError:  # which reading the config will tell
+        return None
 
 
 def check_hub_id(name: str, what: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from transformers import (
     AutoProcessor,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -22,8 +24,18 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
-from maple_trl.omni.checkpoints import reach, read_config
+from maple_trl.omni.checkpoints import (
+    ELSEWHERE,
+    PROCESSOR,
+    CheckpointError,
+    check_weights,
+    commit_of,
+    reach,
+    read_config,
+)
+from maple_trl.omni.families import family_class
 from maple_trl.omni.generation import TOKENS
+from maple_trl.omni.layouts import check_thinker, tell_unread, thinker_files
 
 
 # TRL 1.16 and PEFT use names of models that transformers 5.23 deprecates; who trains can do nothing about it.
@@ -41,6 +53,7 @@ _THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
+_THINKERS |= {f"{kind}_thinker": name for kind, name in _THINKERS.items()}
 _HUB_ARGUMENTS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -70,8 +83,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
     """
     Load the class that can be trained.
 
-    Of an Omni checkpoint that is the Thinker (its talker and vocoder are neither read nor kept in memory), else the
-    architecture that the checkpoint names.
+    Of an Omni checkpoint that is the Thinker, in whatever layout (`layouts.py`; its talker and vocoder are neither read
+    nor kept in memory), else the architecture that the checkpoint names.
 
     Args:
         name_or_path (`str`): a folder, a Hub id, or `builtin:NAME`.
@@ -79,7 +92,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given.
 
     Raises:
-        ValueError: when weights of the model are missing from the checkpoint, naming them.
+        ValueError: when weights of the model are missing from the checkpoint, or pickled, or of another model, naming
+            them.
     """
     path = resolve_checkpoint(name_or_path)
     if os.path.exists(os.path.join(path, "adapter_config.json")) and not os.path.exists(
@@ -90,13 +104,18 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
     kwargs |= reach(path, hub_arguments(kwargs))
+    commit = commit_of(path, hub_arguments(kwargs))
+    if commit is not None:
+        kwargs["revision"] = commit  # all files are of one state
     config = read_config(path, hub_arguments(kwargs))
     architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
-    if config.model_type in _THINKERS:
-        kwargs["config"] = config.thinker_config
+    elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE)
+    is_thinker = config.model_type in _THINKERS
+    if is_thinker:
+        kwargs["config"] = _thinker_config(config, path, hub_arguments(kwargs))
     if kwargs.get("attn_implementation") == "flex_attention" and not model_class._supports_flex_attn:
         raise ValueError(
             f"transformers computes {architecture} not with attn_implementation='flex_attention'. Load it with 'sdpa', the "
@@ -108,14 +127,64 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
         dtype = getattr(torch, dtype)
     kwargs.setdefault("generation_config", _usable_generation_config(path, kwargs))
-    model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{name_or_path}: {len(missing)} weights of {architecture} are not in the checkpoint, e.g. {missing[0]!r}"
-        )
+    kwargs.setdefault("use_safetensors", True)
+    if os.path.isdir(path) and not elsewhere:
+        check_weights(Path(path))
+    if is_thinker:
+        model = _load_thinker(model_class, path, name_or_path, dtype, kwargs)
+    else:
+        model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{name_or_path}: {len(missing)} weights of {architecture} are not in the checkpoint, e.g. {missing[0]!r}"
+            )
+    model.config._commit_hash = commit
     _forget_unused_renamings(model)
     return model
+
+
+def _thinker_config(config: PreTrainedConfig, path: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
+    """
+    Return the config of the Thinker of a full Omni model, or of a Thinker alone.
+
+    Older releases of transformers asked the language model's config whether the head is tied, today's asks the Thinker's.
+    """
+    thinker: PreTrainedConfig = getattr(config, "thinker_config", config)
+    written, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    written = written.get("thinker_config", written)
+    tied = written.get("text_config", {}).get("tie_word_embeddings")
+    if tied is not None and "tie_word_embeddings" not in written:
+        thinker.tie_word_embeddings = tied
+    return thinker
+
+
+def _load_thinker(
+    model_class: type[PreTrainedModel], path: str, name: str, dtype: torch.dtype | str, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Load a Thinker, and raise CheckpointError for weights that are missing or of something else."""
+    elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE if argument != "config")
+    hub = {key: value for key, value in hub_arguments(kwargs).items() if key != "trust_remote_code"}
+    kwargs = {"ignore_mismatched_sizes": True} | kwargs  # which are refused below, by their names
+    unknown: AbstractContextManager[tuple[str, list[str]]] = nullcontext((path, []))
+    with unknown if elsewhere else thinker_files(path, hub, _offloads(kwargs)) as (source, names):
+        model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+    check_thinker(name, model, info, names)
+    tell_unread(name, names)
+    model.name_or_path = model.config._name_or_path = path
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        # Or who ties the weights again (PEFT, accelerate) would overwrite the head.
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def _offloads(kwargs: Mapping[str, Any]) -> bool:
+    """Return whether weights may stay on disk, to be read from their files whenever they are computed with."""
+    places = kwargs.get("device_map")
+    if isinstance(places, Mapping):
+        return "disk" in places.values()
+    return bool(kwargs.get("offload_folder")) or places in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _forget_unused_renamings(model: PreTrainedModel) -> None:
@@ -149,12 +218,48 @@ def _usable_generation_config(path: str, kwargs: Mapping[str, Any]) -> Generatio
 
 
 def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Load the processor of a checkpoint (of a text model its tokenizer), padding on the left for generation."""
+    """
+    Load the processor of a checkpoint (of a text model its tokenizer), padding on the left for generation.
+
+    Raises:
+        CheckpointError: when a model that reads media has no processor of media beside it, or no chat template.
+    """
     path = resolve_checkpoint(name_or_path)
-    processor = AutoProcessor.from_pretrained(path, **reach(path, kwargs))
+    options = reach(path, kwargs)
+    try:
+        processor = AutoProcessor.from_pretrained(path, **options)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and not os.path.isdir(path):
+            raise  # the Hub's
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}; {PROCESSOR}") from error
+    _check_processor(processor, path, options)
     tokenizer = getattr(processor, "tokenizer", processor)
     # Not as arguments above: there they would reach the audio feature extractor as well.
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     if getattr(processor, "chat_template", None) is None:  # Phi-4's does not read the one that stands beside it
         processor.chat_template = tokenizer.chat_template
     return processor
+
+
+def _check_processor(processor: Any, path: str, options: Mapping[str, Any]) -> None:
+    if not isinstance(processor, ProcessorMixin):
+        kind = read_config(path, hub_arguments(options)).model_type
+        if family_class(kind) is not None or family_class(f"{kind}_thinker") is not None:
+            raise CheckpointError(
+                f"{path} holds a tokenizer, but not the processor of media that a model of type {kind!r} needs; {PROCESSOR}"
+            )
+    elif getattr(processor, "chat_template", None) is None and processor.tokenizer.chat_template is None:
+        raise CheckpointError(f"the processor in {path} has no chat template; {PROCESSOR}")
+
+
+def check_tokens(processor: Any, config: PreTrainedConfig, name: str) -> None:
+    """Raise CheckpointError where a processor from elsewhere has other tokens for media than the model of this config."""
+    config = getattr(config, "thinker_config", config)
+    for kind in ("image", "video", "audio"):
+        token = getattr(processor, f"{kind}_token", None)
+        wanted = getattr(config, f"{kind}_token_id", None) or getattr(config, f"{kind}_token_index", None)
+        found = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
+        if None not in (wanted, found) and wanted != found:
+            raise CheckpointError(
+                f"the processor in {name} is of another model: its token {token!r} is {found}, the model's for {kind} is {wanted}"
+            )

@@ -1,0 +1,202 @@
+"""LoRA adapters, also those that were trained on a whole Omni model, put on the Thinker that is loaded here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from maple_trl.omni.checkpoints import SPEECH, CheckpointError, check_hub_id, hub_is_silent
+from maple_trl.omni.layouts import RENAMINGS, name_in_class
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_BESIDE = ("*token*.json", "vocab.json", "merges.txt", "*processor_config.json", "chat_template.*")  # of its processor
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_\w+)(?:\.weight)?")
+_EXPERT = re.compile(r"\.mlp\.experts\.\d+\.(?P<leaf>\w+)$")
+
+
+def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -> PeftModel:
+    """
+    Put a LoRA adapter on a model, every weight of it.
+
+    On a Thinker its names may be those of a Thinker or of a whole Omni model, of any release of transformers. What it says of
+    the layers that it is on is not asked: it is on those that it has weights for.
+
+    Args:
+        trainable: whether it is trained on.
+
+    Raises:
+        CheckpointError: when its weights are pickled, or one of them belongs to no layer of the model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    file = Path(folder, _WEIGHTS)
+    if not file.is_file():
+        pickled = (
+            " Pickled ones (adapter_model.bin) are not read, since that can run code" if _has_pickle(folder) else ""
+        )
+        raise CheckpointError(f"{folder} holds no weights of an adapter: there is no {_WEIGHTS}.{pickled}")
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+    config = PeftConfig.from_pretrained(folder)
+    places: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    # Of other models, and of parameters that are no layer, the names are PEFT's business.
+    if _is_of_layers(config) and model.config.model_type.endswith("_thinker"):
+        places = _places(type(model).__name__, dict(model.named_modules()), folder, names)
+        options = {"key_mapping": RENAMINGS}
+        _retarget(config, places)
+    with warnings.catch_warnings():
+        # PEFT only warns, and an adapter would be half there.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config, **options)
+        except UserWarning as error:
+            raise CheckpointError(str(error)) from error
+    _check_values(adapted, file, places)
+    if config.peft_type == "LORA" and not places:
+        _check_count(adapted, file, names)
+    return adapted
+
+
+def fetch_adapter(name: str, revision: str = "main") -> str | None:
+    """
+    Return the folder of an adapter, fetched from the Hub where it is not on this machine; `None` where `name` is none.
+
+    Raises:
+        CheckpointError: when `name` is neither a folder nor a Hub id.
+    """
+    if os.path.exists(name):
+        return name if Path(name, _CONFIG).is_file() else None
+    check_hub_id(name, "model")
+    hub: dict[str, Any] = {"revision": revision, "local_files_only": hub_is_silent() is not None}
+    kinder = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(name, _CONFIG, **kinder, **hub) is None:
+        return None
+    return snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS, *_BESIDE], **hub)
+
+
+def adapted_model(folder: str, written: str) -> str:
+    """
+    Return the model that an adapter was trained on, by the name in its config.
+
+    A trainer of the Thinker alone writes the name that the Thinker has within the full model: NAME/thinker.
+
+    Raises:
+        CheckpointError: when the config names the Thinker of a model that can only be guessed.
+    """
+    whole = written.removesuffix("/thinker")
+    if whole == written or os.path.isdir(written):
+        return written
+    if os.path.isdir(whole) or "/" in whole:
+        return whole
+    raise CheckpointError(
+        f"{Path(folder, _CONFIG)} says that the adapter was trained on {written!r}, the Thinker of a model without its owner: "
+        f"write the full model there (base_model_name_or_path, e.g. Qwen/{whole}), or name both, --model Qwen/{whole} --adapter "
+        f"{folder}"
+    )
+
+
+def processor_beside(folder: str | None) -> bool:
+    """Return whether a processor of media was saved with an adapter; some trainers save the tokenizer alone."""
+    files = ("processor_config.json", "preprocessor_config.json")
+    return (
+        folder is not None
+        and Path(folder, "tokenizer_config.json").is_file()
+        and any(Path(folder, file).is_file() for file in files)
+    )
+
+
+def _has_pickle(folder: str) -> bool:
+    return Path(folder, "adapter_model.bin").is_file()
+
+
+def _is_of_layers(config: Any) -> bool:
+    return config.peft_type == "LORA" and not getattr(config, "target_parameters", None)
+
+
+def _places(architecture: str, modules: Collection[str], folder: str, names: list[str]) -> dict[str, str]:
+    """Return for each weight of an adapter the module of the Thinker that it is on; other weights than LoRA's have none."""
+    found: dict[str, str] = {}
+    spoken: list[str] = []
+    foreign: list[str] = []
+    for name in names:
+        match = _KEY.fullmatch(name)
+        if match is None:
+            if not name.startswith("base_model.model.") or name.startswith("base_model.model.thinker."):
+                foreign.append(name)
+            continue
+        module = match["module"]
+        if module.startswith(SPEECH):
+            spoken.append(name)
+        elif name_in_class(module) in modules or _EXPERT.search(module):
+            found[name] = name_in_class(module)
+        else:
+            foreign.append(name)
+    if foreign or not found:
+        what = f"e.g. {foreign[0]!r}" if foreign else "it has none for it"
+        raise CheckpointError(
+            f"{folder}: {len(foreign)} of the {len(names)} weights of this adapter fit no layer of {architecture}, "
+            f"{what}: it was trained on another model"
+        )
+    if spoken:
+        logger.info("%s: %d weights for parts that speak are not read", folder, len(spoken))
+    return found
+
+
+def _retarget(config: PeftConfig, places: Mapping[str, str]) -> None:
+    """Name in the config the modules as they are called in the model; experts, which are fused there, by their last name."""
+    experts = {match["leaf"] for module in places.values() if (match := _EXPERT.search(module))}
+    whole = {module for module in places.values() if not _EXPERT.search(module)}
+    fields: Any = config
+    fields.target_modules = whole | experts
+    fields.exclude_modules = fields.layers_to_transform = fields.layers_pattern = None
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        setattr(
+            fields, pattern, {name_in_class(key): value for key, value in (getattr(fields, pattern) or {}).items()}
+        )
+
+
+def _check_values(adapted: PeftModel, file: Path, places: Mapping[str, str]) -> None:
+    """Raise CheckpointError where a weight of the file has not arrived; fused experts have no weight of that name."""
+    state = adapted.state_dict()
+    with safe_open(file, framework="pt") as opened:
+        for name, module in places.items():
+            match = _KEY.fullmatch(name)
+            if match is None or _EXPERT.search(module):
+                continue
+            place = f"base_model.model.{module}.{match['part']}.default"
+            loaded = state.get(f"{place}.weight", state.get(place))  # an embedding's has no further name
+            partitioned = loaded is not None and not loaded.numel()  # by ZeRO-3
+            if loaded is None or not (
+                partitioned or torch.equal(loaded.cpu(), opened.get_tensor(name).to(loaded.dtype))
+            ):
+                raise CheckpointError(f"{file}: {name!r} did not reach {module}")
+
+
+def _check_count(adapted: PeftModel, file: Path, names: Collection[str]) -> None:
+    """Raise CheckpointError where the file has more weights of LoRA than the model took: PEFT passes over the others."""
+    held = [name for name in names if ".lora_" in name]
+    taken = [name for name in adapted.state_dict() if re.search(r"\.lora_\w+\.default\b", name)]
+    if len(held) > len(taken) and not any(_EXPERT.search(name.partition(".lora_")[0]) for name in held):
+        raise CheckpointError(
+            f"{file}: {len(held)} weights of LoRA, e.g. {held[0]!r}, of which the model took {len(taken)}: its layers have other "
+            "names, or target_modules in its config names fewer"
+        )
