@@ -26,7 +26,8 @@ def write_pictures(folder):
     """Pictures of which each family takes one size as it is."""
     for multiple in {spec.frame_multiple for spec in FAMILIES.values() if spec.has_vision}:
         for number, (name, (height, width)) in enumerate(SHAPES.items()):
-            pixels = picture(3 * number + 1, height * multiple, width * multiple)
+            more = multiple < 28  # else there were fewer than `min_pixels`
+            pixels = picture(3 * number + 1, (height + more) * multiple, (width + more) * multiple)
             Image.fromarray(pixels).save(folder / f"{name}{multiple}.png")
 
 

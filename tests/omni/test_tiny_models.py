@@ -232,7 +232,7 @@ def test_special_tokens_are_single_and_tags_survive_decoding(family):
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
     assert tokenizer.padding_side == "left"
     assert (tokenizer.eos_token, tokenizer.pad_token) == (FAMILIES[family].end, FAMILIES[family].pad)
-    assert (tokenizer.eos_token == "<|im_end|>") == (family in QWEN)
+    assert (tokenizer.eos_token == "<|im_end|>") == (family not in GEMMA)
 
 
 def test_chat_templates_render_the_published_blocks():
