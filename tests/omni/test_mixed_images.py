@@ -1,8 +1,8 @@
 """Pictures beside clips, sound and subtitles, one or several in a prompt, as other media in every family that has them."""
 
+import numpy as np
 import pytest
 import torch
-from media_files import picture
 from PIL import Image
 from test_mixed_batches import COMPLETION, alone_by_transformers, batched, setup
 from test_shared_prefill import GREEDY, SAMPLED, generate, repeated
@@ -27,7 +27,8 @@ def write_pictures(folder):
     for multiple in {spec.frame_multiple for spec in FAMILIES.values() if spec.has_vision}:
         for number, (name, (height, width)) in enumerate(SHAPES.items()):
             more = multiple < 28  # else there were fewer than `min_pixels`
-            pixels = picture(3 * number + 1, (height + more) * multiple, (width + more) * multiple)
+            shape = (height + more) * multiple, (width + more) * multiple, 3
+            pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{name}{multiple}.png")
 
 
