@@ -161,8 +161,7 @@ FAMILIES: dict[str, FamilySpec] = {
         audio="embed_tokens_extend.audio_embed.encoder",
     ),
 }
-PLANNED = ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl", "qwen2_audio")
-"""Families whose sizes a plan knows."""
+QWEN = tuple(name for name in FAMILIES if name.startswith("qwen"))
 FRAME_MULTIPLE: dict[str, int] = {name: spec.frame_multiple for name, spec in FAMILIES.items()}
 SAMPLING_RATE: dict[str, int] = {name: spec.sampling_rate for name, spec in FAMILIES.items()}
 
@@ -605,6 +604,15 @@ def build_tiny(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMi
     return copy.deepcopy(_built(family, seed)), build_processor(family)
 
 
+def towers_of(core: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """What reads media, by name: a tower of vision and one of audio, or what stands in its place."""
+    vision = ("visual", "vision_tower", "embed_vision", "vision_model", FAMILIES["phi4_multimodal"].vision)
+    audio = ("audio_tower", "embed_audio", FAMILIES["phi4_multimodal"].audio)
+    modules = dict(core.named_modules())
+    found = [next((name for name in names if name in modules), None) for names in (vision, audio)]
+    return {name: modules[name] for name in found if name is not None}
+
+
 def save_tiny(family: str, folder: str | Path, seed: int = 0) -> Path:
     """Write the model and the processor of `build_tiny(family, seed)` to `folder`; returns the folder."""
     model, processor = build_tiny(family, seed)
@@ -629,12 +637,6 @@ def build_tiny_text(seed: int = 0, family: str = "qwen2_5_omni") -> tuple[Qwen2F
 def decoder(core: torch.nn.Module) -> torch.nn.Module:
     """The part of a core that holds its decoder layers, which may be the core itself."""
     return getattr(core, "language_model", core)
-
-
-def towers(core: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The towers of a core, by their places in it."""
-    places = {place for spec in FAMILIES.values() for place in (spec.vision, spec.audio)}
-    return {place: module for place, module in core.named_modules() if place in places}
 
 
 def sample_media(family: str, seed: int = 0, *, num_frames: int = 4, side: int = 2, seconds: float = 0.5) -> dict:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import FAMILIES, build_tiny, towers
+from tiny_models import FAMILIES, build_tiny, towers_of
 
 from maple_trl.data.synthetic import write_seven_tags
 from maple_trl.modalities import ModalityTag
@@ -288,7 +288,7 @@ def test_touched_towers_run_once_in_a_generation(name, seven_tags):
     text = [prompt for prompt in prompts if not prompt.kinds]
     calls = []
     core = builder.family.core(model)
-    for tower in towers(core).values():
+    for tower in towers_of(core).values():
         tower.register_forward_pre_hook(lambda *a: calls.append(1), with_kwargs=True)
 
     def generate(batch, touch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omni_runs import build_trainer, one_row_per_tag
 from test_mixed_batches import batched, rows_of
-from tiny_models import FAMILIES, build_tiny, decoder, towers
+from tiny_models import FAMILIES, build_tiny, decoder, towers_of
 from transformers import GenerationConfig
 
 from maple_trl.omni.encoded import MediaMismatchError, generation_position_ids, unique_prompts
@@ -57,7 +57,7 @@ class Counts:
         self.layer, self.real, self.head, self.towers = [], [], [], []
         decoder(core).register_forward_hook(self._tokens, with_kwargs=True)
         model.get_output_embeddings().register_forward_pre_hook(lambda m, args: self.head.append(args[0].shape[:2]))
-        for name, tower in towers(core).items():
+        for name, tower in towers_of(core).items():
             tower.register_forward_pre_hook(
                 lambda m, args, kwargs, name=name: self.towers.append(name), with_kwargs=True
             )

@@ -15,8 +15,7 @@ import torch
 from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
 from test_mixed_batches import batched, rows_of
-from tiny_models import FAMILIES, build_tiny, save_tiny
-from tiny_models import towers as tower_modules
+from tiny_models import FAMILIES, build_tiny, save_tiny, towers_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maple_trl import OmniGRPOTrainer
@@ -71,7 +70,7 @@ class World:
 
 def count_passes(core):
     passes = []
-    for name, tower in tower_modules(core).items():
+    for name, tower in towers_of(core).items():
         tower.register_forward_pre_hook(lambda *a, name=name: passes.append(name), with_kwargs=True)
     return passes
 
