@@ -196,8 +196,6 @@ FAMILIES: dict[str, FamilySpec] = {
 }
 GEMMA = tuple(name for name in FAMILIES if name.startswith("gemma4"))
 QWEN = tuple(name for name in FAMILIES if name.startswith("qwen"))
-PLANNED = ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl", "qwen2_audio")
-"""Families whose sizes a plan knows."""
 FRAME_MULTIPLE: dict[str, int] = {name: spec.frame_multiple for name, spec in FAMILIES.items()}
 SAMPLING_RATE: dict[str, int] = {name: spec.sampling_rate for name, spec in FAMILIES.items()}
 

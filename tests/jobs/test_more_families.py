@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from eval_runs import evaluate, lines_of
 from PIL import Image
 from programs import Ranks
 from safetensors.torch import load_file
@@ -88,6 +89,25 @@ def test_two_steps_and_a_resume(family, trainer, data, tmp_path, capsys):
     assert cli.main(["train", *words]) == 0, capsys.readouterr().err
     again = load_file(out / "checkpoint-2" / "model.safetensors")
     assert all(value.equal(again[name]) for name, value in second.items())
+
+
+@pytest.mark.parametrize("family", TAGS)
+def test_an_evaluation_answers_every_row(family, data, tmp_path):
+    model = [
+        "--model",
+        save_tiny(family, tmp_path / "model"),
+        "--num-frames",
+        3,
+        "--max-pixels",
+        6272,
+        "--max-new-tokens",
+        4,
+    ]
+    rows = ["--dataset-name", data / f"{family}.jsonl", "--media-root", data, "--limit", 6, "--samples", 1]
+    assert evaluate(*model, *rows, "--output", tmp_path / "out", "--device", "cpu", "--quiet") == 0
+    lines = lines_of(tmp_path / "out")
+    assert len(lines) == 6 and {line["tag"] for line in lines} <= set(TAGS[family])
+    assert any(line["completion"] for line in lines)
 
 
 @pytest.mark.parametrize("family", ["phi4_multimodal"])

@@ -145,6 +145,13 @@ def test_sounds_of_a_prompt_do_not_depend_on_each_other(tiny):
         assert family.audio_tokens_of(clip) == count
 
 
+def test_a_sound_of_less_than_a_window_is_told_by_name(tiny):
+    with pytest.raises(
+        MediaError, match="audio-too-short: sound.wav: 352 samples at 16000 Hz, of which this model reads 400"
+    ):
+        tiny[2].encode("short", AUDIO, PromptMedia(audios=[sound(0.022)]))
+
+
 @pytest.mark.parametrize("shape", [(28, 28), (300, 448), (700, 500), (448, 896), (1500, 1000), (40, 420)])
 def test_tokens_of_a_picture_are_counted_before_it_is_cropped(tiny, shape):
     _, processor, family = tiny
@@ -214,6 +221,7 @@ def test_packed_rows_have_the_gradients_of_rows_apart(rows, folder, checkpointin
         assert any(part in key and value.norm() > 1e-3 for key, value in expected.items()), part
 
 
+@pytest.mark.slow
 def test_rows_that_share_their_media_are_answered_as_rows_apart(rows, folder):
     model, processor, builder = setup(NAME, folder)
     prompts = [builder.encode(row) for row in rows if row["tag"] in ("V", "VA", "AS", "S")]
@@ -305,6 +313,7 @@ def text_prompt(ids):
     return EncodedPrompt("text", ids, torch.arange(len(ids))[None])
 
 
+@pytest.mark.slow
 def test_beyond_4096_tokens_a_row_is_another_in_a_batch(tiny):
     """Why there is a limit: with a longer row beside it, a row has other logits; below it has not."""
     model, _, family = tiny

@@ -144,7 +144,7 @@ def kept_by(model, ids) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", tiny_models.PLANNED)
+@pytest.mark.parametrize("name", tiny_models.QWEN)
 def test_what_a_forward_keeps(name, dtype, checkpointing):
     """Within 3 %, of experts 10 %: tokens that chose the same one share what is kept of its products."""
     model, _ = tiny_models.build_tiny(name)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families.base import OmniFamily, register_family
 
 
@@ -55,6 +56,13 @@ class Phi4MultimodalFamily(OmniFamily):
         return _tokens_of(mask[::2, ::2])
 
     def processor_kwargs(self, media, interleaved):
+        least = self.extractor.win_length if media.audios else 0
+        short = next((clip for clip in media.audios if len(clip.waveform) < least), None)
+        if short is not None:
+            detail = (
+                f"{len(short.waveform)} samples at {short.sampling_rate} Hz, of which this model reads {least} at once"
+            )
+            raise MediaError("audio-too-short", short.path, detail)
         kwargs = super().processor_kwargs(media, interleaved)
         if media.audios:
             del kwargs["audio_kwargs"]["max_length"]
@@ -106,33 +114,34 @@ class Phi4MultimodalFamily(OmniFamily):
         return media
 
     def tower_outputs(self, core, kind, prompts):
-        weight = core.get_input_embeddings().weight
-        token_id = self.placeholder_ids[kind]
+        read = self._picture_features if kind == "image" else self._sound_features
+        return {"tokens": read(core, prompts)}
 
-        def read(embedder, count, **inputs):
-            """Read media into the place of placeholders alone: the model gives its features in no other way."""
-            ids = torch.full((1, count), token_id, device=weight.device)
-            return embedder(ids, weight.new_zeros(1, count, self.config.hidden_size), **inputs)[0]
+    def _picture_features(self, core, prompts):
+        embedder = core.embed_tokens_extend.image_embed
+        # They are marked as causal, and are so with sdpa and FlashAttention, unless a picture of the batch has padding.
+        for layer in embedder.img_processor.encoder.layers:
+            layer.self_attn.is_causal = False
+        media = self.collate_media(prompts, "image", core.get_input_embeddings().weight.device)
+        count = sum(sum(self.feature_counts("image", prompt.media["image"])) for prompt in prompts)
+        return self._read(core, "image", embedder, count, **media)
 
-        if kind == "image":
-            embedder = core.embed_tokens_extend.image_embed
-            # They are marked as causal, and are so with sdpa and FlashAttention, unless a picture of the batch has padding.
-            for layer in embedder.img_processor.encoder.layers:
-                layer.self_attn.is_causal = False
-            media = self.collate_media(prompts, kind, weight.device)
-            count = sum(sum(self.feature_counts(kind, prompt.media[kind])) for prompt in prompts)
-            return {"tokens": read(embedder, count, **media)}
-        # Each sound alone: the tower masks no padding.
+    def _sound_features(self, core, prompts):
+        """Return the features of sounds, which pass alone: the tower masks no padding."""
         embedder, tokens = core.embed_tokens_extend.audio_embed, []
         for prompt in prompts:
-            for features, mask, count, beside in zip(*prompt.media[kind].values(), strict=True):
-                sound = {
-                    "audio_input_features": features[mask][None].to(weight.device),
-                    "audio_embed_sizes": [int(count)],
-                }
+            sounds = (prompt.media["audio"][name] for name in self.media_names["audio"])
+            for features, mask, count, beside in zip(*sounds, strict=True):
+                sound = {"audio_input_features": features[mask][None], "audio_embed_sizes": [int(count)]}
                 mode = "vision" if beside else "speech"
-                tokens.append(read(embedder, int(count), **sound, audio_projection_mode=mode))
-        return {"tokens": torch.cat(tokens) + _zero_of_projections(embedder)}
+                tokens.append(self._read(core, "audio", embedder, int(count), **sound, audio_projection_mode=mode))
+        return torch.cat(tokens) + _zero_of_projections(embedder)
+
+    def _read(self, core, kind, embedder, count, **inputs):
+        """Have media read into the place of placeholders alone: the model gives features in no other way."""
+        weight = core.get_input_embeddings().weight
+        ids = torch.full((1, count), self.placeholder_ids[kind], device=weight.device)
+        return embedder(ids, weight.new_zeros(1, count, self.config.hidden_size), **inputs)[0]
 
     def core_inputs(self, core, input_ids, features, unneeded=()):
         embeddings = core.get_input_embeddings()(input_ids)
