@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_mapo import readable
-from test_mixed_batches import alone_by_transformers, rows_of
+from test_mixed_batches import rows_of
 from test_omni_sft import build as build_sft
 from test_omni_sft import losses
 from test_shared_training import MAPO, Avatar, Omni, both, build, trained, worst
@@ -72,25 +72,23 @@ def test_adapters_train_with_shared_prompts(seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("family", GEMMA)
-def test_the_loss_of_fine_tuning_is_the_mean_over_tokens_of_rows_alone(family, seven_tags):
+def test_fine_tuning_moves_all_parts(family, seven_tags, tmp_path):
+    """What the loss is, is tested with all families; here that it falls, and that a run goes on from its first step."""
     folder, dataset = seven_tags
     rows = Dataset.from_list([row | {"completion": target_text(row)} for row in rows_of(family, dataset)])
     options = {"per_device_train_batch_size": len(rows), "gradient_accumulation_steps": 1, "max_steps": 2}
-    if family == "gemma4_moe":
-        options["router_aux_loss_coef"] = 0.0
+    options |= {"save_strategy": "steps", "save_steps": 1, "output_dir": tmp_path}
     trainer = build_sft(folder, rows, family, **options)
-    model, processor = build_tiny(family)
-    total = tokens = 0
-    for row in rows:
-        completion = processor.tokenizer(row["completion"] + "<turn|>\n", return_tensors="pt")["input_ids"][0]
-        logits = alone_by_transformers(family, model.eval(), processor, trainer.prompt_builder, row, completion)
-        before_each = logits[-len(completion) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(before_each, completion, reduction="sum").item()
-        tokens += len(completion)
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(total / tokens, rel=1e-5) and losses(trainer)[1] < losses(trainer)[0]
+    assert losses(trainer)[1] < losses(trainer)[0]
     found, parts = moved(trainer, family)
     assert found == parts
+    again = build_sft(folder, rows, family, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for (name, value), (_, expected) in zip(
+        again.model.named_parameters(), trainer.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(value, expected), name
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma4_unified"])

@@ -78,7 +78,8 @@ class Gemma4Family(OmniFamily):
         if reentrant and self.config.text_config.num_kv_shared_layers:
             raise ValueError(
                 "gradient_checkpointing_kwargs: with use_reentrant=True the layers of this model that read keys of others "
-                "send those no gradient; set {'use_reentrant': False}"
+                "send those no gradient; set {'use_reentrant': False} (of adapters under ZeRO-3 TRL turns it on by itself: "
+                "train those without gradient_checkpointing)"
             )
 
     def check_generation(self, config):

@@ -96,6 +96,9 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.family is not None:
+            # The loss is the parent's own, over the tokens of all micro-batches, whatever that of the model is over.
+            self.model_accepts_loss_kwargs = True
         self._check_checkpointing()
         self._keep_savable()
         self.towers = self._make_tower_cache()
