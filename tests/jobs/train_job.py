@@ -399,9 +399,14 @@ def do(run: dict, plan: dict) -> None:
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     seen: list[int] = []
+
+    def see(*_):
+        if not trainer.comparing:
+            seen.append(1)
+
     for name, module in trainer.model.named_modules():
         if name.endswith("visual"):
-            module.register_forward_pre_hook(lambda *_: trainer.comparing or seen.append(1), with_kwargs=True)
+            module.register_forward_pre_hook(see, with_kwargs=True)
     before = trainable(trainer.model)
     result = {"rank": rank, "world": world, "backend": None, "error": None}
     if world > 1:

@@ -88,9 +88,10 @@ def compared(trainer_class):
             self.worst.append(worst)
 
         def is_interleaved(self, prompt):
-            if len(prompt.kinds) < 2:
+            if not {"video", "audio"} <= set(prompt.kinds):
                 return False
-            places = torch.isin(prompt.input_ids, torch.tensor(list(self.family.placeholder_ids.values())))
+            ids = [self.family.placeholder_ids[kind] for kind in ("video", "audio")]
+            places = torch.isin(prompt.input_ids, torch.tensor(ids))
             kinds = prompt.input_ids[places]
             return int((kinds[1:] != kinds[:-1]).sum()) > 1
 
