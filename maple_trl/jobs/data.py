@@ -242,7 +242,7 @@ def _prepared(
 ) -> Dataset:
     from datasets import IterableDataset
 
-    from maple_trl.trainers.common.rows import check_spelling, without_pictures
+    from maple_trl.trainers.common.rows import check_spelling
 
     name = f"{script_args.dataset_name}, split {split!r}"
     try:
@@ -256,10 +256,7 @@ def _prepared(
             dataset = filter_rows(dataset, script_args.dataset_filter, name, strict)
         if script_args.completion_template is not None:
             dataset = add_completions(dataset, script_args.completion_template, name)
-    try:
-        return without_pictures(dataset, name)
-    except ValueError as error:
-        raise SetupError(str(error)) from error
+    return dataset
 
 
 def _check_streaming(script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig) -> None:

@@ -38,7 +38,7 @@ from maple_trl.omni.prompt import PromptBuilder, RowError, check_template
 from maple_trl.records.evaluations import EvalStore, EvaluationError
 from maple_trl.records.options import deciding
 from maple_trl.rewards.calls import RewardError, check_rewards
-from maple_trl.trainers.common.rows import check_spelling, without_pictures
+from maple_trl.trainers.common.rows import check_spelling
 
 
 FORMAT = 5
@@ -284,10 +284,6 @@ def load_questions(job: EvalJob) -> Questions:
         except ValueError as error:
             raise SetupError(str(error)) from error
         dataset = filter_rows(dataset, allowed, name)
-    try:
-        dataset = without_pictures(dataset, name)
-    except ValueError as error:
-        raise SetupError(str(error)) from error
     dataset = dataset.select(range(min(job.limit or len(dataset), len(dataset))))
     rows = dataset.to_list()
     source = {"name": job.dataset_name, "benchmark": job.benchmark, "filter": allowed, "limit": job.limit}

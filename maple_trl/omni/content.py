@@ -31,10 +31,18 @@ SEGMENT_KEYS = {
         "resized_width": "resized_width",
     },
     "audio": {"audio_start": "start", "audio_end": "end"},
+    "image": {
+        "min_pixels": "min_pixels",
+        "max_pixels": "max_pixels",
+        "resized_height": "resized_height",
+        "resized_width": "resized_width",
+    },
 }
 """Keys of a content block, as qwen-vl-utils calls them, and the fields of [`ClipRequest`] that they set."""
 
-_FILE_KEYS = {"video": ("video", "path"), "audio": ("audio", "path")}
+_FILE_KEYS = {kind: (kind, "path") for kind in SEGMENT_KEYS}
+_URL_BLOCKS = ("image_url", "video_url", "audio_url")
+_URL_ADVICE = """. Name the file below the media root: {{"type": "{kind}", "{kind}": "path"}}"""
 _QUOTING = "text that only quotes a mark writes it otherwise, as &lt;video&gt;"
 
 
@@ -52,15 +60,15 @@ class Content:
     A row's messages, and what they say of media.
 
     Attributes:
-        messages: the conversation; every place of a medium is a block `{"type": "video"}`, `{"type": "audio"}` or
-            `{"type": "subtitle"}`. A plain text prompt is a string.
+        messages: the conversation; every place of a medium is a block `{"type": "image"}`, `{"type": "video"}`,
+            `{"type": "audio"}` or `{"type": "subtitle"}`. A plain text prompt is a string.
         files: by kind, the files of the blocks that name one, in order.
         places: by kind, the places for files that the row's columns name: marks in texts, and blocks without a file.
     """
 
     messages: tuple[dict[str, Any], ...] | str
-    files: dict[str, list[MediaFile]] = field(default_factory=lambda: {"video": [], "audio": []})
-    places: dict[str, int] = field(default_factory=lambda: {"video": 0, "audio": 0, "subtitle": 0})
+    files: dict[str, list[MediaFile]] = field(default_factory=lambda: {kind: [] for kind in SEGMENT_KEYS})
+    places: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*SEGMENT_KEYS, "subtitle"), 0))
 
 
 def read_content(prompt: Any) -> Content:
@@ -72,7 +80,7 @@ def read_content(prompt: Any) -> Content:
     """
     if isinstance(prompt, str) and prompt:
         content = Content(prompt)
-        for mark in _marks(prompt):
+        for mark in MARK.findall(prompt):
             content.places[mark] += 1
         return content
     if not isinstance(prompt, list) or not prompt:
@@ -115,14 +123,14 @@ def _parts(block: Mapping[str, Any], content: Content) -> Iterator[dict[str, Any
         yield {"type": kind}
     else:
         raise RowError(
-            f"field 'prompt' holds the content block {block!r}; known are text (key 'text'), video and audio"
-            + (" (give an image as a video of one frame)" if kind in ("image", "image_url") else "")
+            f"field 'prompt' holds the content block {block!r:.300}; known are text (key 'text'), image, video and audio"
+            + (_URL_ADVICE.format(kind=kind.removesuffix("_url")) if kind in _URL_BLOCKS else "")
         )
 
 
 def _split_text(text: str, content: Content) -> Iterator[dict[str, Any]]:
     end = 0
-    for mark in _marks(text):
+    for mark in MARK.findall(text):
         content.places[mark] += 1
         start = text.index(f"<{mark}>", end)
         if text[end:start]:
@@ -131,16 +139,6 @@ def _split_text(text: str, content: Content) -> Iterator[dict[str, Any]]:
         end = start + len(mark) + 2
     if text[end:] or not end:
         yield {"type": "text", "text": text[end:]}
-
-
-def _marks(text: str) -> list[str]:
-    marks = MARK.findall(text)
-    if "image" in marks:
-        raise RowError(
-            "field 'prompt' holds the mark <image>, and omni prompts hold no images: give it as a video of one frame, "
-            f"marked <video>; {_QUOTING}"
-        )
-    return marks
 
 
 def _media_file(block: Mapping[str, Any], kind: str) -> MediaFile | None:
@@ -167,7 +165,7 @@ def _media_file(block: Mapping[str, Any], kind: str) -> MediaFile | None:
 
 
 def path_of(value: Any) -> Any:
-    """Return the path in a cell of `datasets.Video` or `Audio` that is not decoded."""
+    """Return the path in a cell of `datasets.Image`, `Video` or `Audio` that is not decoded."""
     if isinstance(value, Mapping) and set(value) <= {"path", "bytes"} and value.get("bytes") is None:
         return value.get("path")
     return value
@@ -227,7 +225,8 @@ def place_blocks(
     """
     Return messages as the chat template wants them.
 
-    Markers keep the place that the author gave them; clips and a subtitle without a marker lead the last user message.
+    Markers keep the place that the author gave them; pictures, clips and a subtitle without a marker lead the last user
+    message, in the order of `own_place`.
 
     Args:
         subtitle: its text, empty where there is none.

@@ -1,5 +1,5 @@
 """
-Media that a table holds itself: columns of `datasets.Video()` and `Audio()`, and plain bytes.
+Media that a table holds itself: columns of `datasets.Image()`, `Video()` and `Audio()`, and plain bytes.
 
 Their bytes are written once, under their digest, to a folder of this machine's Hugging Face cache, and the column
 becomes one of texts: `embedded:<digest>/<name>` for bytes, and the path for a cell that has only that. Nothing is
@@ -64,7 +64,7 @@ def as_paths(dataset: Dataset | IterableDataset | Any) -> Dataset | IterableData
     for name, feature in undecoded.items():
         if feature != features[name]:
             dataset = dataset.cast_column(name, feature)  # of a column itself, this copies nothing
-    names = [name for name in ("video", "audio") if _embeds(undecoded.get(name))]
+    names = [name for name in ("image", "images", "video", "audio") if _embeds(undecoded.get(name))]
     if not names:
         return dataset
     texts = {name: _texts(undecoded[name]) for name in names}
@@ -81,12 +81,11 @@ def as_paths(dataset: Dataset | IterableDataset | Any) -> Dataset | IterableData
 
 
 def _undecoded(feature: Any) -> Any:
-    from datasets import Audio, List, Video
+    from datasets import Audio, Image, List, Video
 
-    if isinstance(feature, Video):
-        return Video(decode=False)
-    if isinstance(feature, Audio):
-        return Audio(decode=False)
+    for kind in (Image, Video, Audio):
+        if isinstance(feature, kind):
+            return kind(decode=False)
     if isinstance(feature, List):
         return List(_undecoded(feature.feature))
     if isinstance(feature, dict):
@@ -96,7 +95,7 @@ def _undecoded(feature: Any) -> Any:
 
 def _embeds(feature: Any) -> bool:
     """Return whether a column holds bytes, or paths as those features store them."""
-    from datasets import Audio, List, Value, Video
+    from datasets import Audio, Image, List, Value, Video
 
     if isinstance(feature, List):
         return _embeds(feature.feature)
@@ -104,7 +103,7 @@ def _embeds(feature: Any) -> bool:
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     if isinstance(feature, Value):
         return feature.dtype in ("binary", "large_binary")
-    return isinstance(feature, (Video, Audio))
+    return isinstance(feature, (Image, Video, Audio))
 
 
 def _texts(feature: Any) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.content import (
-    SEGMENT_KEYS,
     Content,
     MediaFile,
     check_places,
@@ -40,24 +39,10 @@ _PROBE_FRAMES, _PROBE_SECONDS = 4, 1.0
 PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video", "image", "images")
 """The columns that a prompt depends on."""
 
-PICTURES = ("image", "images")
-PICTURE_ADVICE = (
-    "Omni prompts hold video, audio and subtitles: leave such rows out (dataset_filter: {image: [null]}), or give a picture as a "
-    "one-frame video (maple-trl data convert does with --pictures clips)"
-)
+IMAGE_COLUMNS = ("image", "images")
+"""The columns of which one names a row's pictures."""
 
-
-def check_no_picture(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """
-    Return a row that has no picture.
-
-    Raises:
-        RowError: when it has one, which would not be fed.
-    """
-    column = next((name for name in PICTURES if row.get(name)), None)
-    if column is not None:
-        raise RowError(f"field '{column}' holds a picture. {PICTURE_ADVICE}")
-    return row
+_COLUMNS = {"image": IMAGE_COLUMNS, "video": ("video",), "audio": ("audio",)}
 
 
 @dataclass(frozen=True)
@@ -66,10 +51,11 @@ class PromptSpec:
     What a row feeds to the model, before anything is decoded.
 
     Attributes:
-        messages: the conversation; media blocks are `{"type": "video"}` and `{"type": "audio"}`, in order. A plain
-            text prompt is a string, to which no chat template applies.
+        messages: the conversation; media blocks are `{"type": "image"}`, `{"type": "video"}` and `{"type": "audio"}`, in
+            order. A plain text prompt is a string, to which no chat template applies.
         videos, audios: the files of those blocks, in order. With `interleaved`, audios belong to the videos.
         video_requests, audio_requests: what is wanted of each of them.
+        images, image_requests: the same of pictures.
         subtitle: a file, or the text itself.
         tag: the row's tag, where it has one.
         fed: the signals that the row is fed.
@@ -84,6 +70,8 @@ class PromptSpec:
     interleaved: bool = False
     tag: ModalityTag | None = None
     fed: frozenset[Modality] = field(default_factory=frozenset)
+    images: tuple[str, ...] = ()
+    image_requests: tuple[ClipRequest, ...] = ()
 
     @property
     def subtitle_file(self) -> bool:
@@ -96,6 +84,16 @@ class PromptSpec:
         files, requests = (*self.videos, *self.audios), (*self.video_requests, *self.audio_requests)
         return tuple(zip(files, requests, strict=True))
 
+    @property
+    def pictures(self) -> tuple[tuple[str, ClipRequest], ...]:
+        """Images, each with what is wanted of it."""
+        return tuple(zip(self.images, self.image_requests, strict=True))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files of media, those of sight first."""
+        return (*self.images, *self.videos, *self.audios)
+
     @cached_property
     def key(self) -> str:
         """A digest of the content: equal prompts have an equal key."""
@@ -105,6 +103,8 @@ class PromptSpec:
             request != ClipRequest() for kind in requests for request in kind
         ):  # keys of whole clips stay as they were
             content.append([[asdict(request) for request in kind] for kind in requests])
+        if self.images:  # and those of rows without pictures
+            content.append({"images": [[file, asdict(request)] for file, request in self.pictures]})
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -113,11 +113,11 @@ class PromptBuilder:
     """
     Builds prompts from rows.
 
-    A row has a `prompt` (text or conversational messages) and may have `video`, `audio` and `subtitle` (paths below
-    the media root; `subtitle` may be the text itself), `tag` and `audio_in_video`. Video and audio may also stand as
-    content blocks in the messages, each with a part of its file; files of columns stand at the marks `<video>` and `<audio>` of
-    the texts, where there are any, and the subtitle at the mark `<subtitle>`. Audio without a file of its own is the video's
-    track.
+    A row has a `prompt` (text or conversational messages) and may have `image` or `images`, `video`, `audio` and `subtitle`
+    (paths below the media root; `subtitle` may be the text itself), `tag` and `audio_in_video`. Pictures, video and audio
+    may also stand as content blocks in the messages, each with a size or a part of its file; files of columns stand at the marks
+    `<image>`, `<video>` and `<audio>` of the texts, where there are any, and the subtitle at the mark `<subtitle>`. Audio without
+    a file of its own is the video's track. Pictures and videos are one signal, `V`.
 
     `spec` and `encode` take rows as [`asked`] returns them.
 
@@ -133,7 +133,7 @@ class PromptBuilder:
         max_prompt_length (`int`, *optional*):
             Tokens per prompt. Only the subtitle is ever shortened; media, question and template are never cut.
         max_media_tokens (`int`, *optional*):
-            Video and audio tokens per prompt. Frames are made smaller until they fit.
+            Tokens of pictures, video and audio per prompt. Pictures and frames are made smaller until they fit.
         template ([`~maple_trl.omni.templates.Asking`], *optional*): makes prompts of the rows' columns.
         system_prompt (`str`, *optional*): leads conversations that have no system message of their own.
     """
@@ -205,17 +205,16 @@ class PromptBuilder:
         Raises:
             RowError: naming the field, when the row cannot be a prompt or lacks what its tag needs.
         """
-        check_no_picture(row)
         content = read_content(row.get("prompt"))
         tag = None if row.get("tag") is None else _parse_tag(row["tag"])
-        videos, own_audios = (self._files(row, kind, content) for kind in SEGMENT_KEYS)
+        images, videos, own_audios = (self._files(row, kind, content) for kind in _COLUMNS)
         subtitle = self._checked_subtitle(row.get("subtitle") or None)
         self._check_text(content.messages, subtitle)
-        if isinstance(content.messages, str) and (videos or own_audios or subtitle):
+        if isinstance(content.messages, str) and (images or videos or own_audios or subtitle):
             raise RowError("a row with media needs a conversational 'prompt' (a list of messages), not plain text")
         # A place for sound in a row with none of its own is for the video's track.
-        given = {"video": len(videos), "audio": len(own_audios or videos), "subtitle": int(subtitle is not None)}
-        check_places(content, given)
+        given = {"image": len(images), "video": len(videos), "audio": len(own_audios or videos)}
+        check_places(content, given | {"subtitle": int(subtitle is not None)})
         interleaved = self.audio_in_video if row.get("audio_in_video") is None else row["audio_in_video"]
         if not isinstance(interleaved, bool):
             raise RowError(f"field 'audio_in_video' is {interleaved!r}; it must be true, false or empty")
@@ -225,27 +224,28 @@ class PromptBuilder:
         hears = "audio" in self.family.placeholders or (tag is not None and Modality.AUDIO in tag.modalities)
         track_wanted = tag is not None or interleaved or content.places["audio"]
         audio_source = own_audios or (tuple(map(_track, videos)) if hears and track_wanted else ())
-        sources = {Modality.VIDEO: videos, Modality.AUDIO: audio_source, Modality.SUBTITLE: subtitle}
+        sources = {Modality.VIDEO: images or videos, Modality.AUDIO: audio_source, Modality.SUBTITLE: subtitle}
         present = frozenset(m for m, source in sources.items() if source)
         if tag is not None and not tag.modalities <= present:
-            lacking = sorted(m.name.lower() for m in tag.modalities - present)
+            names = {Modality.VIDEO: "video or image"}
+            lacking = sorted(names.get(m, m.name.lower()) for m in tag.modalities - present)
             raise RowError(f"tag {tag} needs {' and '.join(lacking)}, but the row has no such field or content block")
         fed = tag.modalities if tag is not None and self.modality_access == "required" else present
-        self._check_family(fed, tag)
-        interleaved = interleaved and {Modality.VIDEO, Modality.AUDIO} <= fed and self.family.interleaves_audio
+        images, videos = (files if Modality.VIDEO in fed else () for files in (images, videos))
+        audios = audio_source if Modality.AUDIO in fed else ()
+        self._check_family({"image": images, "video": videos, "audio": audios}, tag)
+        interleaved = bool(interleaved and videos and audios and self.family.interleaves_audio)
         # `OmniFamily.interleave` places the tokens of one video among those of one sound.
-        if interleaved and (len(videos), len(audio_source)) != (1, 1):
+        if interleaved and (len(videos), len(audios)) != (1, 1):
             raise RowError(
                 "audio_in_video interleaves one video with one audio, but the row has "
-                f"{len(videos)} video(s) and {len(audio_source)} audio(s)"
+                f"{len(videos)} video(s) and {len(audios)} audio(s)"
             )
         messages = content.messages
         if fed and not any(message["role"] == "user" for message in messages):
             raise RowError("field 'prompt' has no user message to put the media into")
-        if audio_source and not own_audios and not content.places["audio"] and {Modality.VIDEO, Modality.AUDIO} <= fed:
+        if videos and audios and not own_audios and not content.places["audio"]:
             messages = messages if interleaved else with_tracks(messages)
-        videos = videos if Modality.VIDEO in fed else ()
-        audios = audio_source if Modality.AUDIO in fed else ()
         return PromptSpec(
             messages=messages,
             videos=tuple(file.path for file in videos),
@@ -256,21 +256,26 @@ class PromptBuilder:
             interleaved=interleaved,
             tag=tag,
             fed=fed,
+            images=tuple(file.path for file in images),
+            image_requests=tuple(file.request for file in images),
         )
 
     def _files(self, row: Mapping[str, Any], kind: str, content: Content) -> tuple[MediaFile, ...]:
         """Return the files of a kind that a row names, in its blocks or in its column."""
-        if content.files[kind] and row.get(kind):
-            raise RowError(f"field '{kind}' and a '{kind}' block of field 'prompt' both name a file; keep one")
+        named = [column for column in _COLUMNS[kind] if row.get(column)]
+        if len(named) > 1:
+            raise RowError(f"fields {' and '.join(map(repr, named))} both name files; keep one")
+        if content.files[kind] and named:
+            raise RowError(f"field '{named[0]}' and a '{kind}' block of field 'prompt' both name a file; keep one")
         for file in content.files[kind]:
             self._check_request(file.request, kind)
-        return tuple(content.files[kind]) or _as_files(row, kind)
+        return tuple(content.files[kind]) or (_as_files(row, named[0]) if named else ())
 
     def _check_request(self, request: ClipRequest, kind: str) -> None:
         """Check what can be asked of no clip before one is decoded."""
         try:
             request.limits(self.loader.limits)
-            if kind == "video" and kind in self.family.placeholders:
+            if kind != "audio" and kind in self.family.placeholders:
                 least = self.family.frame_multiple**2
                 if request.max_pixels is not None and request.max_pixels < least:
                     raise ValueError(f"max_pixels={request.max_pixels} is less than one patch, {least} pixels")
@@ -308,9 +313,8 @@ class PromptBuilder:
     def _media_token_in(self, texts: Iterable[str]) -> str | None:
         return next((token for text in texts for token in self.family.media_tokens if token in text), None)
 
-    def _check_family(self, fed: frozenset[Modality], tag: ModalityTag | None) -> None:
-        names = {Modality.VIDEO: "video", Modality.AUDIO: "audio"}
-        foreign = [kind for m, kind in names.items() if m in fed and kind not in self.family.placeholders]
+    def _check_family(self, fed: Mapping[str, Sequence[MediaFile]], tag: ModalityTag | None) -> None:
+        foreign = [kind for kind, files in fed.items() if files and kind not in self.family.placeholders]
         if foreign:
             raise RowError(
                 f"{type(self.family).__name__} reads no {' and '.join(foreign)}, which the row"
@@ -321,7 +325,7 @@ class PromptBuilder:
 
     def decode(self, row: Mapping[str, Any] | PromptSpec) -> None:
         """Decode the clips of a row, or of its spec, into the loader's cache."""
-        self._clips(row if isinstance(row, PromptSpec) else self.spec(row))
+        self._media(row if isinstance(row, PromptSpec) else self.spec(row))
 
     def stand_in(self) -> EncodedPrompt:
         """Return the shortest of prompts, for where one has to be passed and there is none."""
@@ -351,11 +355,12 @@ class PromptBuilder:
             MediaError: when a file cannot be used, with the reason.
         """
         spec = row if isinstance(row, PromptSpec) else self.spec(row)
-        videos, audios = self._clips(spec)
+        images, videos, audios = self._media(spec)
         if spec.fed == {Modality.AUDIO} and not any(audios):
             raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
         notes = ("no-audio-track",) if None in audios else ()
         heard = [clip for clip in audios if clip is not None]
+        seen = PromptMedia(images, videos)
         parts = any(clip.source_seconds is not None for clip in heard)
         notes += ("sound-spread",) if parts else ()
         interleaved = spec.interleaved and None not in audios
@@ -363,10 +368,10 @@ class PromptBuilder:
             interleaved, spec = False, _with_own_place(spec)
         subtitle = whole_subtitle = self._subtitle_text(spec)
 
-        prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
+        prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
         while self.max_prompt_length is not None and len(prompt) > self.max_prompt_length:
             subtitle = self._shortened(subtitle, len(prompt), spec)
-            prompt = self._encode_text(spec, videos, audios, subtitle, interleaved)
+            prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
         if subtitle != whole_subtitle:
             notes += ("subtitle-shortened",)
         if subtitle:
@@ -376,7 +381,7 @@ class PromptBuilder:
     def _encode_text(
         self,
         spec: PromptSpec,
-        videos: list[VideoClip],
+        seen: PromptMedia,
         audios: list[AudioClip | None],
         subtitle: str,
         interleaved: bool,
@@ -384,12 +389,13 @@ class PromptBuilder:
         text = spec.messages
         if not isinstance(text, str):
             own_place = {
-                "video": [True] * len(videos),
+                "image": [True] * len(seen.images),
+                "video": [True] * len(seen.videos),
                 "audio": [clip is not None and not interleaved for clip in audios],
             }
             text = self._rendered(place_blocks(text, own_place, subtitle, self.subtitle_template))
         heard = [clip for clip in audios if clip is not None]
-        return self.family.encode(spec.key, text, PromptMedia(videos=videos, audios=heard), interleaved)
+        return self.family.encode(spec.key, text, replace(seen, audios=heard), interleaved)
 
     def check_template(self, spec: PromptSpec) -> None:
         """
@@ -400,7 +406,8 @@ class PromptBuilder:
         """
         if isinstance(spec.messages, str):
             return
-        own_place = {"video": [True] * len(spec.videos), "audio": [not spec.interleaved] * len(spec.audios)}
+        own_place = {"image": [True] * len(spec.images), "video": [True] * len(spec.videos)}
+        own_place["audio"] = [not spec.interleaved] * len(spec.audios)
         text = self._rendered(place_blocks(spec.messages, own_place, ""))
         asked = [block["text"].strip() for block in spec.messages[-1]["content"] if block["type"] == "text"]
         lost = next((part for part in asked if part not in text), None)
@@ -416,40 +423,46 @@ class PromptBuilder:
             told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RowError(f"the model's chat template cannot show field 'prompt': {told}") from error
 
-    def _clips(self, spec: PromptSpec) -> tuple[list[VideoClip], list[AudioClip | None]]:
+    def _media(self, spec: PromptSpec) -> tuple[list[Picture], list[VideoClip], list[AudioClip | None]]:
         audios = [self._audio(*clip) for clip in spec.clips[len(spec.videos) :]]
         if self.max_media_tokens is None:
-            return [self._video(*clip) for clip in spec.clips[: len(spec.videos)]], audios
+            return *self._seen(spec), audios
         audio_tokens = sum(self._audio_tokens(clip) for clip in audios if clip is not None)
         budget = self.max_media_tokens - audio_tokens
-        videos = self._videos_within(budget, spec)
-        needed = sum(map(self._video_tokens, videos))
+        images, videos = self._seen_within(budget, spec)
+        needed = sum(map(self._image_tokens, images)) + sum(map(self._video_tokens, videos))
         if needed > budget:
             raise MediaError(
                 "media-tokens",
-                (spec.videos or spec.audios)[0],
+                spec.files[0],
                 f"{needed + audio_tokens} media tokens at the smallest frame size, but max_media_tokens is "
-                f"{self.max_media_tokens}: feed fewer frames or less audio",
+                f"{self.max_media_tokens}: feed fewer pictures or frames, or less audio",
             )
-        return videos, audios
+        return images, videos, audios
 
-    def _videos_within(self, budget: int, spec: PromptSpec) -> list[VideoClip]:
-        """Return a prompt's videos, their frames so small that all fit, if frames can be that small."""
-        if not spec.videos:
-            return []
+    def _seen(self, spec: PromptSpec, max_pixels: int | None = None) -> tuple[list[Picture], list[VideoClip]]:
+        images = [self._image(*picture, max_pixels) for picture in spec.pictures]
+        return images, [self._video(*clip, max_pixels) for clip in spec.clips[: len(spec.videos)]]
+
+    def _seen_within(self, budget: int, spec: PromptSpec) -> tuple[list[Picture], list[VideoClip]]:
+        """Return a prompt's pictures and videos, all so small that they fit, if they can be that small."""
         # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
         clips = spec.clips[: len(spec.videos)]
-        steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips)
-        pixels = max(budget // steps, 1) * self.family.frame_multiple**2
+        steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips) + len(spec.images)
+        if not steps:
+            return [], []
         try:
-            return [self._video(*clip, max_pixels=pixels) for clip in clips]
+            return self._seen(spec, max(budget // steps, 1) * self.family.frame_multiple**2)
         except MediaError as error:
             if error.reason != "bad-aspect-ratio":
                 raise
-            return [self._video(*clip) for clip in clips]  # no smaller frame of this shape
+            return self._seen(spec)  # nothing smaller of this shape
 
     def _frame_count(self, path: str, request: ClipRequest) -> int:
         return self.loader.frame_count(path, request=request)
+
+    def _image(self, path: str, request: ClipRequest, max_pixels: int | None = None) -> Picture:
+        return self.loader.image(path, multiple=self.family.frame_multiple, max_pixels=max_pixels, request=request)
 
     def _video(self, path: str, request: ClipRequest, max_pixels: int | None = None) -> VideoClip:
         return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels, request=request)
@@ -462,6 +475,9 @@ class PromptBuilder:
                 "too-long", path, f"{clip.duration:.1f} s of audio; {type(self.family).__name__} reads {window:g} s"
             )
         return clip
+
+    def _image_tokens(self, picture: Picture) -> int:
+        return self.family.image_token_count(*picture.pixels.shape[:2])
 
     def _video_tokens(self, clip: VideoClip) -> int:
         return self.family.video_token_count(*clip.frames.shape[:3])
@@ -488,7 +504,7 @@ class PromptBuilder:
         if not kept or len(kept) >= len(subtitle):
             raise MediaError(
                 "prompt-too-long",
-                next(iter(spec.videos + spec.audios), None),
+                next(iter(spec.files), None),
                 f"the prompt has {length} tokens and max_prompt_length is {self.max_prompt_length}; only a subtitle can be "
                 "shortened, and that is not enough",
             )

@@ -1,10 +1,11 @@
-"""A training job reads a folder of shards as it is, whole or streamed; pictures are refused by number, and never fed unseen."""
+"""A training job reads a folder of shards as it is, whole or streamed; pictures too."""
 
 import json
+import shutil
 
 import pytest
 import yaml
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets import Dataset
 from PIL import Image as Picture
 
 from maple_trl import cli
@@ -13,8 +14,6 @@ from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
 from maple_trl.data.validation import validate_tables
 from maple_trl.jobs.data import filter_rows
-from maple_trl.omni.prompt import RowError
-from maple_trl.trainers.common.rows import without_pictures
 
 
 @pytest.fixture(scope="module")
@@ -158,47 +157,20 @@ def with_picture(rows, at):
     return [row | {"image": "a.png"} if number in at else row for number, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_with_a_picture_are_refused_by_number(job, rows, capsys, streaming):
-    status, _ = job(with_picture(rows, (3, 9)), dataset_streaming=streaming)
-    error = capsys.readouterr().err.splitlines()[-1]
-    found = "holds a picture" if streaming else "column 'image': 2 of 14 rows have a picture, the first is row 3"
-    assert status == 2 and found in error and "dataset_filter: {image: [null]}" in error
-
-
-def test_an_evaluation_refuses_them_too(tmp_path, rows, media, capsys):
-    write_shards(with_picture(rows, (3,)), tmp_path / "rows")
-    words = ["--model_name_or_path", "builtin:tiny-omni", "--dataset_test_split", "train", "--media_root", str(media)]
-    words += ["--dataset_name", str(tmp_path / "rows"), "--output", str(tmp_path / "out")]
-    assert cli.main(["eval", *words]) == 2
-    assert "column 'image': 1 of 14 rows have a picture, the first is row 3" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_with_a_picture_are_left_out_as_the_error_advises(job, rows, capsys, streaming):
-    status, summary = job(with_picture(rows, (3, 9)), dataset_streaming=streaming, dataset_filter={"image": [None]})
-    assert status == 0 and summary["steps"] == 2, capsys.readouterr().err
-
-
-def test_a_picture_is_seen_without_being_decoded(tmp_path):
-    Picture.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    rows = {"prompt": ["x", "y"], "image": [None, str(tmp_path / "a.png")]}
-    pictures = Dataset.from_dict(rows, features=Features({"prompt": Value("string"), "image": Image()}))
-    with pytest.raises(ValueError, match="1 of 2 rows have a picture, the first is row 1"):
-        without_pictures(pictures, "train_dataset")
-    assert without_pictures(pictures.select([0]), "train_dataset").column_names == ["prompt"]
-    lists = Dataset.from_dict(
-        {"prompt": ["x"], "images": [[]]}, features=Features({"prompt": Value("string"), "images": List(Image())})
+def test_rows_with_a_picture_are_fed_it(job, rows, media, tmp_path, capsys, streaming):
+    """Those of tags with V have a picture beside their clip: the others' pictures are not fed."""
+    root = tmp_path / "media"
+    shutil.copytree(media, root)
+    Picture.new("RGB", (56, 56), "red").save(root / "a.png")
+    status, summary = job(
+        with_picture(rows, range(len(rows))), dataset_streaming=streaming, media_root=str(root), max_steps=7
     )
-    assert without_pictures(lists, "train_dataset").column_names == ["prompt"]
-    turned = concatenate_datasets([pictures, pictures]).select([2, 1, 0])
-    with pytest.raises(ValueError, match="1 of 3 rows have a picture, the first is row 1"):
-        without_pictures(turned, "train_dataset")
-    stream = without_pictures(pictures.to_iterable_dataset(), "train_dataset")
-    assert stream.column_names == ["prompt"]
-    with pytest.raises(RowError, match="field 'image' holds a picture"):
-        list(stream)
+    assert status == 0 and summary["steps"] == 7, capsys.readouterr().err
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    fed = [line["media_tokens/image"] for line in map(json.loads, lines) if "loss" in line]
+    assert sum(fed) == 4 * 2 * 8 and 0 in fed  # of 14 rows twice, 8 with V, and four tokens a picture
 
 
 def test_rows_without_a_value_can_be_chosen():

@@ -240,8 +240,8 @@ def test_audio_beyond_a_fixed_window_is_named(folder):
         ({"prompt": QUESTION, "audio": [[0.1, 0.2]]}, "field 'audio' is list.*keep decoded arrays out"),
         ({"prompt": QUESTION, "subtitle": ["x"]}, "field 'subtitle' is list"),
         (
-            {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
-            "holds the content block .'type': 'image'.; known are text",
+            {"prompt": [{"role": "user", "content": [{"type": "picture"}]}]},
+            "holds the content block .'type': 'picture'.; known are text",
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},

@@ -163,7 +163,11 @@ def test_keys_differ_where_what_is_asked_differs(build, first, second):
             "'audio' block .* key 'fps', .* its keys are type, audio, path",
         ),
         ({"type": "text", "text": "x", "cache_control": {}}, "'text' block .* key 'cache_control'.* type, text"),
-        ({"type": "image", "image": "a.png"}, "known are text .* video and audio .*video of one frame"),
+        ({"type": "image", "image": "a.png", "fps": 1}, "'image' block .* key 'fps'.* its keys are type, image, path"),
+        (
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+            """'image_url'.* known are text .*Name the file.*{"type": "image", "image": "path"}""",
+        ),
         ({"type": "video_url", "video_url": {"url": "x"}}, "'video_url'.* known are text"),
         ({"type": "video", "video": "ten.mp4", "path": "v0.mp4"}, "holds no path|both"),
         ({"type": "video", "video": ["a.jpg", "b.jpg"]}, "'video' block of field 'prompt' holds no path"),
@@ -315,8 +319,8 @@ def test_marks_and_files_must_be_as_many(build, marks, files, kind):
         (ask("What does <video> do in HTML?"), "1 <video> mark.*names 0 file.*only quotes a mark writes it otherwise"),
         ({"prompt": "<video>What?"}, "1 <video> mark.*names 0 file"),
         ({"prompt": "<video>What?", "video": "v0.mp4"}, "needs a conversational 'prompt'"),
-        (ask("<image>What?"), "mark <image>, and omni prompts hold no images"),
-        (row_of({"type": "text", "text": "<image>"}), "mark <image>"),
+        (ask("<image>What?"), "1 <image> mark.* but field 'image' names 0 file"),
+        (row_of({"type": "text", "text": "<image>"}), "1 <image> mark"),
         (
             row_of({"type": "video", "video": "v0.mp4"}, {"type": "text", "text": "<video>"}),
             "1 <video> mark.* and 1 'video' block.* with one: which belongs where",

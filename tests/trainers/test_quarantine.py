@@ -292,12 +292,6 @@ def test_trainer_rejects_what_would_lose_media(folder, name):
         )
 
 
-def test_image_columns_are_rejected(folder):
-    data = Dataset.from_list([{"prompt": QUESTION, "image": "x.png"}])
-    with pytest.raises(ValueError, match="train_dataset, column 'image'.*one-frame video"):
-        build_trainer(folder, data)
-
-
 def test_a_tokenizer_means_plain_grpo(tmp_path):
     model, tokenizer = build_tiny_text()
     data = Dataset.from_dict({"prompt": ["what color is", "low or high"]})

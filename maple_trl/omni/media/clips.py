@@ -160,7 +160,7 @@ class Picture:
     Attributes:
         pixels (`np.ndarray`): uint8 (H, W, 3), read-only.
         path (`str`): resolved path.
-        notes (`tuple[str, ...]`): what was special.
+        notes (`tuple[str, ...]`): what was special, such as `"first-picture"` of several in the file.
     """
 
     pixels: np.ndarray

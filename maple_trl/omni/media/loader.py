@@ -14,14 +14,14 @@ import cachetools
 
 from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
+from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
 from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.media.subtitles import read_subtitle
 from maple_trl.omni.media.tasks import Task, perform
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
 
 
-__all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "VideoClip"]
+__all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "Picture", "VideoClip"]
 
 NO_AUDIO = "no-audio-track"
 WHOLE = ClipRequest()
@@ -46,7 +46,7 @@ def _cost(value: Any) -> int:
 
 class MediaLoader:
     """
-    Reads the videos, audio tracks and subtitles of a data set, each once.
+    Reads the pictures, videos, audio tracks and subtitles of a data set, each once.
 
     Thread-safe: two threads that ask for one clip decode it once, and [`~MediaLoader.prefetch`] decodes in the
     background what the next batch needs. The arrays are shared and therefore read-only.
@@ -61,7 +61,7 @@ class MediaLoader:
         allow_network (`bool`, *optional*, defaults to `False`):
             Also take http and https URLs for video and audio.
         backend (`"auto"`, `"pyav"` or `"torchcodec"`, *optional*, defaults to `"auto"`):
-            Decoder of video frames; audio is always PyAV's. `"auto"` takes torchcodec where it works, and else PyAV,
+            Decoder of video frames; audio is always PyAV's, and pictures are Pillow's. `"auto"` takes torchcodec where it works, and else PyAV,
             with the reason in `backend_note`.
         workers (`int`, *optional*, defaults to 2):
             Processes that decode, so that a file that crashes or hangs the decoder does not end this one; all loaders of
@@ -196,13 +196,43 @@ class MediaLoader:
         loader's limits.
         """
         request.limits(self.limits)
+        return self._load("video", self._source(path), *self._area(multiple, max_pixels, request), request)
+
+    def image(
+        self,
+        path: str | os.PathLike,
+        *,
+        multiple: int = 28,
+        max_pixels: int | None = None,
+        request: ClipRequest = WHOLE,
+    ) -> Picture:
+        """
+        Decode a picture of the media root, upright, and resize it as frames are; of `request` it follows the size.
+
+        What shines through is white. Of several pictures in a file, the first is taken, with the note `"first-picture"`.
+        `max_pixels` can only lower the limit. Raises [`MediaError`].
+        """
+        return self._load("image", self._local(path, "pictures"), *self._area(multiple, max_pixels, request), request)
+
+    def probe_image(self, path: str | os.PathLike) -> MediaInfo:
+        """Read what the header of a picture says, without decoding. Raises [`MediaError`] for what it already shows."""
+        return self._perform("image-header", self._local(path, "pictures"))
+
+    def _area(self, multiple: int, max_pixels: int | None, request: ClipRequest) -> tuple[int, int, int]:
+        """Return what sides are multiples of, and the least and most pixels of a frame or picture."""
         least, most = request.pixels(self.limits)
         if max_pixels is not None and max_pixels < most:
             most = max_pixels
             least = min(least, most // 4)  # room for any usual aspect ratio below the lowered limit
         if most < multiple**2:
             raise ValueError(f"max_pixels={most} is less than one patch of {multiple}x{multiple} pixels")
-        return self._load("video", self._source(path), multiple, least, most, request)
+        return multiple, least, most
+
+    def _local(self, path: str | os.PathLike, what: str) -> Source:
+        source = self._source(path)
+        if source.is_url:
+            raise MediaError("network-not-allowed", source.name, f"{what} are read from the media root only")
+        return source
 
     def frame_count(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> int:
         """Count the frames that [`~MediaLoader.video`] will give, without decoding any. Raises [`MediaError`]."""
@@ -223,12 +253,9 @@ class MediaLoader:
 
     def subtitle(self, path: str | os.PathLike) -> str:
         """Read the plain text of a local subtitle file. Raises [`MediaError`]."""
-        source = self._source(path)
-        if source.is_url:
-            raise MediaError("network-not-allowed", source.name, "subtitles are read from the media root only")
-        return self._load("subtitle", source)
+        return self._load("subtitle", self._local(path, "subtitles"))
 
-    def _decode(self, kind: str, source: Source, *options: Any) -> VideoClip | AudioClip | str | int | None:
+    def _decode(self, kind: str, source: Source, *options: Any) -> Picture | VideoClip | AudioClip | str | int | None:
         if kind == "frames":
             return self._perform("frames", source, *options)
         if kind == "subtitle":
@@ -254,7 +281,7 @@ class MediaLoader:
         with self._lock:
             if key in self._costly:  # met in the background, perhaps: what hung or crashed once is not tried again
                 raise source.error(*self._costly[key])
-            if kind in ("video", "audio"):
+            if kind in ("image", "video", "audio"):
                 self.decodes[kind, source.path] += 1
         task = Task(kind, source, self.limits, options, self.backend)
         try:

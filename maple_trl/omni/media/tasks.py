@@ -1,4 +1,4 @@
-"""What is done with one media file, in this process or in a decoder process. Imports FFmpeg and NumPy, and no torch."""
+"""What is done with one media file, here or in a decoder process. Imports FFmpeg, Pillow and NumPy, and no torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from maple_trl.omni.media.decode import (
     probe,
     upright,
 )
+from maple_trl.omni.media.pictures import decode_image, image_header
 from maple_trl.omni.media.sampling import MediaLimits
 
 
@@ -25,7 +26,8 @@ class Task:
     One file to decode.
 
     Args:
-        kind (`"video"`, `"audio"`, `"probe"`, `"frames"` or `"picture"`): what is asked of it.
+        kind (`"image"`, `"video"`, `"audio"`, `"probe"`, `"image-header"`, `"frames"` or `"picture"`): what is asked of
+            it.
         source (`Source`): the file.
         limits (`MediaLimits`): sampling and limits.
         options (`tuple`): further arguments of the function that does it.
@@ -65,6 +67,10 @@ def _perform(task: Task) -> Any:
         return probe(*arguments)
     if task.kind == "frames":
         return count_frames(*arguments)
+    if task.kind == "image":
+        return decode_image(*arguments)
+    if task.kind == "image-header":
+        return image_header(*arguments)
     if task.kind == "picture":
         return one_picture(*arguments)
     raise TypeError(f"no such task: {task.kind!r}")

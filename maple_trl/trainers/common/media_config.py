@@ -174,8 +174,8 @@ class MediaConfig:
     max_media_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Video and audio tokens per prompt. Frames are made smaller until they fit; a row that does not fit "
-            "with the smallest frames is quarantined."
+            "help": "Tokens of pictures, video and audio per prompt. Pictures and frames are made smaller until they fit; a "
+            "row that does not fit with the smallest is quarantined."
         },
     )
     media_root: Annotated[str, "place"] = field(
@@ -206,8 +206,12 @@ class MediaConfig:
         },
     )
     max_frames: int = field(default=64, metadata={"help": "Most frames of one video."})
-    min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "Fewest pixels (height x width) of a frame."})
-    max_pixels: int = field(default=128 * 28 * 28, metadata={"help": "Most pixels (height x width) of a frame."})
+    min_pixels: int = field(
+        default=4 * 28 * 28, metadata={"help": "Fewest pixels (height x width) of a frame or picture."}
+    )
+    max_pixels: int = field(
+        default=128 * 28 * 28, metadata={"help": "Most pixels (height x width) of a frame or picture."}
+    )
     max_media_seconds: float = field(
         default=300.0, metadata={"help": "Longest clip or segment that is read, in seconds."}
     )

@@ -532,7 +532,9 @@ def check_text_only(model: nn.Module, datasets: dict[str, Any], args: MediaConfi
     for name, dataset in datasets.items():
         parts = dataset if isinstance(dataset, dict) else {name: dataset}
         for part in parts.values():
-            columns = {"video", "audio", "subtitle"} & set(getattr(part, "column_names", None) or [])
+            columns = {"image", "images", "video", "audio", "subtitle"} & set(
+                getattr(part, "column_names", None) or []
+            )
             if columns:
                 raise ValueError(
                     f"{name} has the column {sorted(columns)[0]!r}, but processing_class is a tokenizer, which reads no "

@@ -122,21 +122,19 @@ class RowRegistry:
             raise ValueError(self._none_left())
 
     def _probe(self, specs: dict[str, PromptSpec], progress: bool) -> None:
-        media = {clip for spec in specs.values() for clip in spec.clips}
-        subtitles = {(spec.subtitle, None) for spec in specs.values() if spec.subtitle_file}
-        files = sorted(media | subtitles, key=repr)
+        files = sorted({file for spec in specs.values() for file in _files(spec)}, key=repr)
 
-        def probe(clip: tuple[str, ClipRequest | None]) -> tuple[tuple, MediaError | None, bool, bool]:
+        def probe(clip: tuple[str, ClipRequest | str]) -> tuple[tuple, MediaError | None, bool, bool]:
             """Return the file and the part that is asked for, what is wrong, and whether it has pictures and sound."""
             file, request = clip
             try:
                 if not self.opens:
                     self.builder.loader.resolve(file)
                     return clip, None, True, True
-                if request is not None:
+                if isinstance(request, ClipRequest):
                     info = self.builder.loader.probe(file, request=request)
                     return clip, None, info.has_video, info.has_audio
-                self.builder.loader.subtitle(file)
+                (self.builder.loader.probe_image if request == "image" else self.builder.loader.subtitle)(file)
                 return clip, None, False, False
             except MediaError as error:
                 return clip, error, False, False
@@ -152,8 +150,7 @@ class RowRegistry:
         with_pictures = {file for (file, _), _, has_video, _ in found if has_video}
         with_sound = {file for (file, _), *_, has_audio in found if has_audio}
         for key, spec in specs.items():
-            row_files = [*spec.clips, *([(spec.subtitle, None)] if spec.subtitle_file else [])]
-            error = next((errors[clip] for clip in row_files if clip in errors), None)
+            error = next((errors[clip] for clip in _files(spec) if clip in errors), None)
             blind = next((file for file in spec.videos if file not in with_pictures), None)
             if error is None and blind is not None:
                 error = MediaError(
@@ -316,6 +313,12 @@ class RowRegistry:
 
     def _content(self) -> str:
         return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
+
+
+def _files(spec: PromptSpec) -> list[tuple[str, ClipRequest | str]]:
+    """Return a prompt's files, each with the part that is asked for, or with what it is: an image or a subtitle."""
+    pictures = [(file, "image") for file in dict.fromkeys(spec.images)]
+    return [*pictures, *spec.clips, *([(spec.subtitle, "subtitle")] if spec.subtitle_file else [])]
 
 
 def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:

@@ -16,13 +16,11 @@ from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.prompt import (
-    PICTURE_ADVICE,
-    PICTURES,
+    IMAGE_COLUMNS,
     PROMPT_COLUMNS,
     PromptBuilder,
     PromptSpec,
     RowError,
-    check_no_picture,
     prompt_columns,
 )
 from maple_trl.trainers.common.quarantine import QuarantinedPrompt, Ranks, RowRegistry
@@ -65,13 +63,13 @@ class RowEncoder:
 
         Raises:
             RowError: for the first row that cannot be a prompt.
-            ValueError: for rows with a picture, or when no row is usable.
+            ValueError: when no row is usable.
         """
         if isinstance(dataset, Mapping):
             raise ValueError(f"{name} holds several splits ({', '.join(dataset)}); pass one of them")
         columns = getattr(dataset, "column_names", None) or []
         check_spelling(columns, name, makes_prompt=self.builder.template is not None)
-        dataset = asked_rows(as_paths(without_pictures(dataset, name)), self.builder, name)
+        dataset = asked_rows(as_paths(dataset), self.builder, name)
         if not isinstance(dataset, Dataset):
             return dataset
         self._tell_own_system(dataset, name)
@@ -220,7 +218,9 @@ def _prompt_feature(features: Features) -> Any:
 _QUESTIONS = ("question", "problem", "query", "instruction", "input", "prompts", "messages", "conversations")
 
 
-_SUFFIX = re.compile(r"(?<=video|audio)s?(path|file|filename|url)?s?$|(?<=subtitle)s?(path|file|filename|url)?s?$")
+_SUFFIX = re.compile(
+    r"(?<=image|video|audio)s?(path|file|filename|url)?s?$|(?<=subtitle)s?(path|file|filename|url)?s?$"
+)
 
 
 def _bare(column: str) -> str:
@@ -247,38 +247,12 @@ def check_spelling(columns: Sequence[str], name: str, makes_prompt: bool = False
         raise ValueError(f"{name} has no column 'prompt'; its columns: {', '.join(columns)}; {advice}")
     for column in PROMPT_COLUMNS:
         alike = [other for other in columns if _bare(other) == column.replace("_", "")]
-        if alike and column not in columns:
+        same = IMAGE_COLUMNS if column in IMAGE_COLUMNS else (column,)
+        if alike and not set(same) & set(columns):
             raise ValueError(
                 f"{name} has the column {alike[0]!r}, which is not read, and no column {column!r}: rename it to "
                 f"{column!r}, or to something less alike if it means something else"
             )
-
-
-def without_pictures(dataset: Any, name: str) -> Any:
-    """
-    Take columns of pictures out of a data set, which no row may fill: TRL would feed them in its own way.
-
-    A streamed data set is checked row by row, as it is read.
-
-    Raises:
-        ValueError: when rows have a picture, with their number, the first of them and what to do.
-    """
-    columns = [column for column in PICTURES if column in (getattr(dataset, "column_names", None) or [])]
-    if not columns or not isinstance(dataset, Dataset | IterableDataset):
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(check_no_picture, features=dataset.features).remove_columns(columns)
-    for column in columns:
-        # As it is stored: nothing is decoded to see that it is there.
-        stored = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
-        filled = (bool(cell) for table in stored for cell in table.column(column).to_pylist())
-        rows = [row for row, is_filled in enumerate(filled) if is_filled]
-        if rows:
-            raise ValueError(
-                f"{name}, column {column!r}: {len(rows)} of {len(dataset)} rows have a picture, the first is row "
-                f"{rows[0]}. {PICTURE_ADVICE}"
-            )
-    return dataset.remove_columns(columns)
 
 
 def check_row_tags(tags: Iterable[Any], field: str = "field 'tag'") -> None:

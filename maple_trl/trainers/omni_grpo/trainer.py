@@ -35,6 +35,7 @@ from maple_trl.omni.families import unwrap
 from maple_trl.omni.prefix.packed_attention import install, why_not_trained
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.prefix.sharing import Comparison
+from maple_trl.omni.prompt import IMAGE_COLUMNS
 from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
@@ -128,7 +129,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
-    _read_columns: tuple[str, ...] = ("video", "audio", "subtitle", "tag", "audio_in_video")
+    _read_columns: tuple[str, ...] = (*IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
     _failed_is_zero = True  # TRL's way with a reward that failed, where there are neither media nor tags
 
     def __init__(
@@ -311,13 +312,19 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     def _complete(self, flight: RolloutInFlight) -> tuple[Batch, Rollout]:
         """Let TRL generate and score; return the batch of this rank, and the rollout of all."""
         with self._in_flight(flight):
-            batch = Batch(super()._generate_and_score_completions(flight.rows))
+            batch = Batch(super()._generate_and_score_completions(self._without_images(flight.rows)))
         self._log_ratios(batch, flight)
         self._mask_unscorable(batch, flight)
         if flight.prompts is not None:
             self._log_media(flight.prompts)
             batch[PROMPTS_KEY] = flight.prompts
         return batch, flight.rollout
+
+    def _without_images(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return rows without the columns that TRL would open and feed itself; prompts hold these pictures already."""
+        if self.family is None:
+            return rows
+        return [{name: value for name, value in row.items() if name not in IMAGE_COLUMNS} for row in rows]
 
     def assign(self, rollout: Rollout) -> Assignment | None:
         """
@@ -410,6 +417,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         flight = self._flight
         if flight.scores is not None:
             return flight.scores
+        inputs = flight.rows
         self.rollout_log.note(self, inputs, completion_ids_list)
         columns = {}
         if self._serving is not None:

@@ -16,14 +16,14 @@ from trl import SFTTrainer
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import own_options
-from maple_trl.omni.prompt import RowError
+from maple_trl.omni.prompt import IMAGE_COLUMNS, RowError
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 
-_MEDIA_COLUMNS = ("prompt", "completion", "video", "audio", "subtitle", "tag", "audio_in_video")
+_MEDIA_COLUMNS = ("prompt", "completion", *IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
 
 
 class OmniSFTTrainer(MediaTrainer, SFTTrainer):

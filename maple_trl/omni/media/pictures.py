@@ -1,0 +1,150 @@
+"""One picture file to an array, with Pillow."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from maple_trl.omni.media.clips import ClipRequest, MediaInfo, Picture, Source
+from maple_trl.omni.media.containers import declared_bytes
+from maple_trl.omni.media.decode import MAX_SOURCE_PIXELS
+from maple_trl.omni.media.formats import format_of, found_in
+from maple_trl.omni.media.sampling import MediaLimits, fit_size
+
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What is read, of what Pillow reads: none of them runs another program or names other files."""
+
+_SEVERAL = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # what else an MPO file holds is another form of its picture
+_WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
+_STILLS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIF")
+"""Brands of MP4 files that hold pictures."""
+
+_ORIENTATION = 0x0112
+_ASIDE = (5, 6, 7, 8)  # orientations that exchange width and height
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """Open a picture of an accepted format and a size that is decoded; Pillow's errors become ours."""
+    Image.init()
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            picture = Image.open(source.path, formats=[name for name in FORMATS if name in Image.OPEN])
+    except Image.DecompressionBombError as error:
+        raise source.error("frame-too-large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise source.error("not-media", _what_it_is(source.path)) from error
+    with picture:
+        if picture.width * picture.height > MAX_SOURCE_PIXELS:
+            size = f"{picture.width}x{picture.height}"
+            raise source.error("frame-too-large", f"{size}; at most {MAX_SOURCE_PIXELS} pixels are decoded")
+        yield picture
+
+
+def _what_it_is(path: str) -> str:
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:] in _STILLS:
+        return (
+            f"the content is a picture ({_STILLS[head[8:]]}) that Pillow cannot read here: convert it to JPEG or PNG"
+        )
+    container = format_of(path)
+    if container is not None and container.demuxer != "gif":
+        kind = "video" if container.video else "audio"
+        return f"the content is {container.title} and no picture: name it in field '{kind}'"
+    found = found_in(path).removesuffix(", which field 'image' takes")
+    damaged = ", but its header is damaged" if found.startswith("a picture") or container else ""
+    return f"the content is {found}{damaged}; pictures are read of the formats {', '.join(FORMATS)}"
+
+
+def image_header(source: Source, limits: MediaLimits) -> MediaInfo:
+    """
+    Read what the header of a picture says.
+
+    Raises:
+        MediaError: `not-media`, `truncated`, `frame-too-large`, `unreadable`.
+    """
+    with _opened(source) as picture:
+        _check_length(source, picture)
+        try:
+            # Of a TIFF, Pillow gives the upright size.
+            aside = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in _ASIDE
+        except Exception:  # what a camera wrote beside the picture may be of any kind
+            aside = False
+        width, height = picture.size[::-1] if aside else picture.size
+        return MediaInfo(source.path, True, False, None, width, height, str(picture.format).lower())
+
+
+def decode_image(
+    source: Source,
+    limits: MediaLimits,
+    multiple: int,
+    min_pixels: int,
+    max_pixels: int,
+    request: ClipRequest,
+) -> Picture:
+    """
+    Decode a picture, upright, and resize it.
+
+    Args:
+        source (`Source`): the file.
+        limits (`MediaLimits`): of videos; none of them is a picture's.
+        multiple (`int`): both sides become multiples of it.
+        min_pixels, max_pixels (`int`): area.
+        request (`ClipRequest`): the size that is wanted, if one is.
+
+    Raises:
+        MediaError: `not-media`, `truncated`, `unreadable`, `frame-too-large`, `bad-aspect-ratio`.
+    """
+    with _opened(source) as picture:
+        _check_length(source, picture)
+        notes = ["first-picture"] if picture.format in _SEVERAL and getattr(picture, "is_animated", False) else []
+        _load(source, picture)
+        try:
+            upright = ImageOps.exif_transpose(picture)
+        except Exception:  # as above
+            upright, notes = picture, [*notes, "bad-exif"]
+        rgb = _rgb(source, upright)
+    asked = rgb.size[::-1] if request.resized_height is None else (request.resized_height, request.resized_width)
+    try:
+        height, width = fit_size(*map(float, asked), multiple, min_pixels, max_pixels)
+    except ValueError as error:
+        raise source.error("bad-aspect-ratio", str(error)) from error
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.array(rgb)
+    pixels.flags.writeable = False
+    return Picture(pixels, source.path, tuple(notes))
+
+
+def _check_length(source: Source, picture: Image.Image) -> None:
+    """Check a file by the length that its header declares, where its kind declares one."""
+    declared = declared_bytes(source.path) if picture.format in ("GIF", "WEBP") else None
+    if declared and source.identity and source.identity[-1] < declared:
+        raise source.error("truncated", f"has {source.identity[-1]} bytes of the {declared} that its header declares")
+
+
+def _load(source: Source, picture: Image.Image) -> None:
+    try:
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever damaged data lead them to
+        reason = "truncated" if "truncated" in str(error) else "unreadable"
+        raise source.error(reason, f"begins as {picture.format}, but Pillow: {error}") from error
+
+
+def _rgb(source: Source, picture: Image.Image) -> Image.Image:
+    """Return 8-bit RGB: what shines through is white, and of 16 bits the upper 8 are kept."""
+    if picture.mode in _WIDE or (picture.mode == "I" and picture.format == "PNG"):
+        wide = np.asarray(picture).astype(np.int32)
+        return Image.fromarray((wide.clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise source.error("unreadable", f"its samples have 32 bits (mode {picture.mode}) of no known range")
+    if picture.has_transparency_data:
+        over = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return picture.convert("RGB")
