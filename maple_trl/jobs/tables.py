@@ -29,7 +29,7 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 
 _MAX_CELL = 64 << 20  # characters; the reader's own limit is 128 KiB, which a long prompt exceeds
 _CONVERSATIONS = ("prompt", "completion")
-_FILES = ("video", "audio")
+_FILES = ("video", "audio", "image", "images")
 
 
 def read_tables(paths: Sequence[Path]) -> Dataset:
