@@ -249,6 +249,22 @@ def test_several_pictures_keep_their_places(tmp_path):
         convert("sharegpt", tmp_path / "source", tmp_path / "clips", ConvertOptions(pictures="clips"))
 
 
+def test_blocks_name_their_files(tmp_path):
+    blocks = [{"type": "text", "text": "Is "}, {"type": "image", "image": "a.png"}, {"type": "text", "text": " like "}]
+    blocks += [{"type": "image", "path": "b.png"}, {"type": "text", "text": "?"}]
+    turns = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "No."}]
+    rows, _ = converted(tmp_path, "sharegpt", [{"messages": turns}])
+    assert rows[0]["images"] == ["a.png", "b.png"] and prompt(rows[0]) == "Is <image> like <image>?"
+    url = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
+    (tmp_path / "source" / "data.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": [url]}, turns[1]]}])
+    )
+    with pytest.raises(
+        ConversionError, match=r"'messages\[0\]' must have blocks of the types text, video, audio, image"
+    ):
+        convert("sharegpt", tmp_path / "source", tmp_path / "none")
+
+
 def test_pictures_inside_a_table_are_written_out(tmp_path):
     turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
     cells = [[{"bytes": png("red"), "path": "image.png"}], [{"bytes": png("blue"), "path": "image.png"}] * 2]

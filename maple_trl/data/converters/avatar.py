@@ -28,7 +28,7 @@ def _avatar(record: Record, place: Place) -> Iterator[Sample]:
     problem_type = optional_text(record, "problem_type")
     has_options = bool(record.get("options"))
     options = record.read("options", read_options) if has_options else []
-    media = media_of(record)
+    media = media_of(record, "messages")
     clip = first_path(media)
     if clip is None:
         raise LeaveOut("no medium at all")

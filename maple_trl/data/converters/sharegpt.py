@@ -16,28 +16,28 @@ from typing import Any
 
 from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record
 from maple_trl.data.converters.base import Converter, Place, Sample, first_of
-from maple_trl.data.converters.turns import read_turns, without_marks
+from maple_trl.data.converters.turns import KINDS, block_files, read_turns, without_marks
 
 
-_MEDIA = {"video": ("video", "videos"), "audio": ("audio", "audios")}
-
-
-def media_of(record: Record) -> dict[str, Any]:
+def media_of(record: Record, turns: str) -> dict[str, Any]:
     """
-    Read the media that a record names, as attributes of a sample: one clip, one sound, and pictures.
+    Read the media that a record names, in fields or else in blocks, as attributes of a sample: one clip, one sound, and pictures.
+
+    Args:
+        turns: the field with the conversation.
 
     Raises:
         LeaveOut: when it has several clips or sounds.
         FieldError: for what is no path.
     """
     found: dict[str, Any] = {}
-    for kind, names in _MEDIA.items():
-        paths = next((record.paths(name) for name in names if record.get(name)), ())
-        if len(paths) > 1:
+    for kind in KINDS:
+        name = next((name for name in (kind, f"{kind}s") if record.get(name)), kind)
+        source = record if record.get(name) else Record({name: block_files(record.get(turns), kind)})
+        found[kind] = source.pictures(name) if kind == "image" else source.paths(name)
+        if kind != "image" and len(found[kind]) > 1:
             raise LeaveOut(f"several media of the kind {kind}; a row has one of it")
-        found[kind] = paths
-    found["images"] = next((record.pictures(name) for name in ("image", "images") if record.get(name)), ())
-    return found
+    return {**found, "image": (), "images": found["image"]}
 
 
 def first_path(media: Mapping[str, Any]) -> str | None:
@@ -63,7 +63,7 @@ def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
     if turns[0]["role"] != "system" and isinstance(record.get("system"), str) and record.get("system").strip():
         turns.insert(0, {"role": "system", "content": record.text("system")})
     *prompt, last = turns
-    media = media_of(record)
+    media = media_of(record, name)
     prompt = without_leading_marks(prompt, media)
     empty = next((turn for turn in prompt if not turn["content"].strip()), None)
     if empty is not None:
