@@ -95,7 +95,7 @@ def thumbnail(path: str | os.PathLike, kind: str = "video") -> bytes | None:
     path = os.path.realpath(path)
     try:
         if kind == "image":
-            with MediaLoader(os.path.dirname(path), MediaLimits(min_pixels=1)) as loader:
+            with MediaLoader(os.path.dirname(path), MediaLimits(min_pixels=1), backend="pyav") as loader:
                 pixels = loader.image(os.path.basename(path), multiple=1, max_pixels=_WIDTH * _WIDTH).pixels
         else:
             pixels = decoder_pool(WORKERS).run(Task("picture", Source(path, path), options=(_WIDTH,)))
