@@ -22,7 +22,7 @@ by dataset_name: OUTPUT, with media_root as this command prints it."""
 _EXAMPLES = """\
 examples:
   maple-trl data convert daily-omni data/daily_omni data/rows --tags V VA VAS
-  maple-trl data convert video-r1 Video-R1-260k.json data/rows --pictures clips
+  maple-trl data convert video-r1 Video-R1-260k.json data/rows --pictures leave_out
   maple-trl data convert avqa data/avqa data/rows --skip_malformed
 
 SOURCE is the folder of a local copy, or one of its tables. The folder OUTPUT appears whole or not at all, and the same records
@@ -52,7 +52,8 @@ class ConvertArguments:
         default=False, metadata={"help": "count and name records that are not as published, and go on"}
     )
     pictures: str = field(
-        default="keep", metadata={"help": "rows with a picture: keep, clips (of two seconds), or leave_out"}
+        default="keep",
+        metadata={"help": "rows with pictures: keep, clips (a picture becomes one of two seconds), or leave_out"},
     )
     missing_media: str = field(
         default="keep", metadata={"help": "rows that name a file that is not there: keep or leave_out"}
@@ -117,7 +118,7 @@ def print_summary(summary: ConversionSummary, output: str) -> None:
     lines += [(f"rows of tag {tag}", count) for tag, count in sorted(summary.tags.items())]
     lines += [(f"left out: {reason}", count) for reason, count in summary.left_out.most_common()]
     lines += [("malformed", summary.malformed)] if summary.malformed else []
-    lines += [("rows with a picture, which are not fed yet", summary.pictures)] if summary.pictures else []
+    lines += [("rows with pictures", summary.pictures)] if summary.pictures else []
     lines += [("rows that name a file that is not there", summary.missing)] if summary.missing else []
     for name, number in lines:
         table.add_row(name, f"{number:,}")

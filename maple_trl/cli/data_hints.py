@@ -47,7 +47,10 @@ class HintArguments(ServerArguments):
         default=None, metadata={"help": "the same table with the column; may be the input (required)"}
     )
     columns: list[str] = field(default_factory=list, metadata={"help": "further columns for the teacher"})
-    frames: int = field(default=0, metadata={"help": "pictures of the video for the teacher"})
+    frames: int = field(
+        default=0,
+        metadata={"help": "pictures of the video for the teacher; above 0 it is shown the row's own pictures too"},
+    )
     media_root: str | None = field(
         default=None, metadata={"help": "folder of videos and subtitles (that of the input)"}
     )

@@ -45,7 +45,9 @@ class ReportArguments:
         default=None, metadata={"help": "folder below which the clips lie, where it has moved since the run"}
     )
     max_rollouts: int = field(default=100_000, metadata={"help": "completions of a run in the report"})
-    thumbnails: int = field(default=200, metadata={"help": "videos of a run with a picture in the page"})
+    thumbnails: int = field(
+        default=200, metadata={"help": "pictures and videos of a run with a small copy in the page"}
+    )
     embeddings: str | None = field(
         default=None,
         metadata={"help": "how near completions are is told by the mean hidden states of this model, not by wording"},

@@ -104,12 +104,12 @@ def render_card(
             "data_files": [{"split": split, "path": list(paths)} for split, paths in files.items()],
         }
     ]
-    head["tags"] = ["maple-trl", "video", "audio", "subtitles"]
+    head["tags"] = ["maple-trl", "video", "audio", "subtitles", "image"]
     total = contents.rows.total()
     lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# {repository.rpartition('/')[2]}", ""]
     lines += [
-        f"{total:,} rows on clips, each with the signals that it is fed (`tag`): V video, A audio, S subtitles.",
+        f"{total:,} rows on clips, each with the signals that it is fed (`tag`): V video or pictures, A audio, S subtitles.",
         "",
     ]
     lines += _table(
@@ -134,7 +134,7 @@ def render_card(
     lines += ["## Use", "", "```python", "from datasets import load_dataset", ""]
     lines += [f'rows = load_dataset("{repository}", split="{next(iter(files))}")', "```", ""]
     lines += [
-        "The media are not part of it: `video`, `audio` and `image` are paths below a media root of yours, as is `subtitle`"
+        "The media are not part of it: `video`, `audio`, `image` and `images` are paths below a media root of yours, as is `subtitle`"
     ]
     lines += [
         f"where it is no text. In a job of `maple-trl train`: `dataset_name: {repository}` and `media_root: FOLDER`.",

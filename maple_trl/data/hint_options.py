@@ -24,9 +24,9 @@ class HintOptions:
             Further columns shown to the teacher, such as captions or cues; of a subtitle file below the media root its
             text.
         frames (`int`, *optional*, defaults to 0):
-            Pictures of the row's video that are shown.
+            Pictures of the row's video that are shown. Above 0, the row's own pictures are shown as well, all of them.
         media_root (`str` or `os.PathLike`, *optional*):
-            Folder of videos and subtitle files; default is that of the input.
+            Folder of pictures, videos and subtitle files; default is that of the input.
         max_tries (`int`, *optional*, defaults to 3):
             Hints asked for, a row, until one is not refused.
         max_words (`int`, *optional*, defaults to 60):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,12 +53,14 @@ class Problem:
         solution (`str`): the right answer, an option with its text where that is known.
         extras (`tuple[tuple[str, str], ...]`): further columns, as (name, text).
         video (`str` or `None`): the row's video.
+        images (`tuple[str, ...]`): the row's pictures.
     """
 
     question: str
     solution: str
     extras: tuple[tuple[str, str], ...] = ()
     video: str | None = None
+    images: tuple[str, ...] = ()
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], columns: Sequence[str] = ()) -> Problem | None:
@@ -75,7 +77,8 @@ class Problem:
         if row.get("options"):
             question = _with_options(question, row["options"])
         extras = tuple((name, _as_text(row[name])) for name in columns if row.get(name) not in (None, "", []))
-        return cls(question, str(solution).strip(), extras, _video(row))
+        images = tuple(_named(row, "image", ("image", "images")))
+        return cls(question, str(solution).strip(), extras, next(_named(row, "video", ("video",)), None), images)
 
 
 def _prompt_text(prompt: Any) -> str:
@@ -120,15 +123,14 @@ def _as_text(value: Any) -> str:
         return str(value)
 
 
-def _video(row: Mapping[str, Any]) -> str | None:
-    """Return the first video of a row: its column, or a block of its prompt."""
-    video = row.get("video")
-    video = video[0] if isinstance(video, list) and video else video
-    if video or not isinstance(row.get("prompt"), list):
-        return video or None
-    contents = [message.get("content") for message in row["prompt"]]
-    blocks = [block for content in contents if isinstance(content, list) for block in content]
-    return next((block["video"] for block in blocks if block.get("type") == "video" and block.get("video")), None)
+def _named(row: Mapping[str, Any], kind: str, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the files of a kind that a row names: in its columns, or in blocks of its prompt."""
+    for cell in (row.get(column) or [] for column in columns):
+        yield from (file for file in (cell if isinstance(cell, list) else [cell]) if file)
+    contents = [message.get("content") for message in row["prompt"]] if isinstance(row.get("prompt"), list) else []
+    for block in (block for content in contents if isinstance(content, list) for block in content):
+        if block.get("type") == kind and (file := block.get(kind) or block.get("path")):
+            yield file
 
 
 def first_messages(
@@ -140,8 +142,8 @@ def first_messages(
     Args:
         problem (`Problem`): the row.
         max_words (`int`): longest hint.
-        loader (`MediaLoader`, *optional*): opens the video, and subtitle files among the extras.
-        frames (`int`, *optional*, defaults to 0): pictures shown, spread over the video.
+        loader (`MediaLoader`, *optional*): opens pictures and the video, and subtitle files among the extras.
+        frames (`int`, *optional*, defaults to 0): pictures shown, spread over the video; 0 shows none of the row's own either.
         max_pixels (`int`, *optional*, defaults to 448 x 448): area of a picture.
 
     Raises:
@@ -153,6 +155,9 @@ def first_messages(
             text = loader.subtitle(text)
         parts.append(fence(re.sub(r"\W", "_", name), text))
     content: list[dict[str, Any]] = []
+    if frames and loader is not None and problem.images:
+        content.append(text_block(f"{len(problem.images)} picture(s) of the problem:"))
+        content += [image_block(loader.image(image, max_pixels=max_pixels).pixels) for image in problem.images]
     if frames and loader is not None and problem.video:
         clip = loader.video(problem.video, max_pixels=max_pixels)
         pictures, times = clip.frames[:frames], ", ".join(f"{time:.1f}" for time in clip.timestamps[:frames])

@@ -20,12 +20,14 @@ from maple_trl.data.hint_options import HintError, HintOptions, HintSummary
 from maple_trl.data.hint_prompts import SYSTEM, Problem, ProblemError, clean_hint, first_messages, next_messages
 from maple_trl.data.hint_tables import RowTable
 from maple_trl.data.record_files import TableError
+from maple_trl.data.schema import PICTURES
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
 
 __all__ = ["LEAKS", "HintError", "HintOptions", "HintSummary", "build_hints", "leaks_answer"]
 
 HINT_COLUMN = "hint"
+_SEEN = ("video", *PICTURES)
 
 
 def build_hints(
@@ -97,10 +99,12 @@ class _Builder:
             raise HintError(f"{source} has no column {missing[0]!r}; its columns: {', '.join(self.table.columns)}")
         if (
             options.frames
-            and "video" not in self.table.columns
+            and not set(_SEEN) & set(self.table.columns)
             and not isinstance(self.table.column(self.asked)[0], list)
         ):
-            raise HintError(f"{source} has no column 'video' to take {options.frames} frames from; leave frames at 0")
+            raise HintError(
+                f"{source} has no column 'video' to take {options.frames} frames from, nor 'image' or 'images'; leave frames at 0"
+            )
         root = Path(options.media_root) if options.media_root is not None else source.parent
         try:
             self.loader = MediaLoader(root, MediaLimits(num_frames=max(1, options.frames)), cache_bytes=64 << 20)
@@ -137,7 +141,7 @@ class _Builder:
 
     def _rows(self, hints: list[str | None]) -> list[_Row]:
         """Read the rows to ask for, all of them before anything is sent."""
-        optional = [name for name in ("options", "video") if name in self.table.columns]
+        optional = [name for name in ("options", *_SEEN) if name in self.table.columns]
         names = list(dict.fromkeys([self.asked, "solution", *optional, *self.options.columns]))
         columns = {name: self.table.column(name) for name in names}
         rows = []
@@ -155,10 +159,10 @@ class _Builder:
                 raise HintError(f"{self.source}, row {index}: {error}") from error
             if problem is None:
                 self.summary.skipped += 1
-            elif self.options.frames and problem.video is None:
+            elif self.options.frames and problem.video is None and not problem.images:
                 raise HintError(
-                    f"{self.source}, row {index}: field 'video' names no file to take {self.options.frames} frames from; "
-                    "leave frames at 0 for rows without a video"
+                    f"{self.source}, row {index}: field 'video' names no file to take {self.options.frames} frames from, nor is "
+                    "there a picture; leave frames at 0 for rows without a video"
                 )
             else:
                 rows.append(_Row(index, problem, self._key(problem)))
@@ -170,7 +174,8 @@ class _Builder:
         chat, options = self.client.options, self.options
         content = [SYSTEM, chat.model, dict(chat.sampling), options.max_tries, options.max_words, options.frames]
         content += [problem.question, problem.solution, problem.extras]
-        for path in (problem.video if options.frames else None, *(text for _, text in problem.extras)):
+        shown = (problem.video, *problem.images) if options.frames else (None,)
+        for path in (*shown, *(text for _, text in problem.extras)):
             try:
                 status = os.stat(self.loader.resolve(path)) if path and len(path) < 1000 else None
                 content.append([path, status and status.st_size, status and status.st_mtime_ns])

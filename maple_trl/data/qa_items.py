@@ -19,7 +19,18 @@ from maple_trl.omni.media.subtitles import is_subtitle_file
 
 COLUMNS = (
     *("id", "tag", "required_tag", "stratum", "question", "options", "answer", "solution", "prompt"),
-    *("reference", "reference_v", "reference_a", "reference_s", "video", "audio", "subtitle", "image", "split"),
+    *(
+        "reference",
+        "reference_v",
+        "reference_a",
+        "reference_s",
+        "video",
+        "audio",
+        "subtitle",
+        "image",
+        "images",
+        "split",
+    ),
 )
 """The columns that are looked at."""
 
@@ -143,7 +154,7 @@ def _right(row: Mapping[str, Any], options: Sequence[Any]) -> int:
 
 def _signals(row: Mapping[str, Any], files: Files) -> str:
     video, subtitle = files(row.get("video")), row.get("subtitle")
-    seen = video or files(row.get("image"))
+    seen = video or files(row.get("image")) or files(row.get("images"))
     heard = files(row["audio"]) if row.get("audio") else video  # the video's track
     read = isinstance(subtitle, str) and bool(subtitle.strip())
     if read and is_subtitle_file(subtitle.strip()):

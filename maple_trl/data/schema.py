@@ -6,6 +6,8 @@ from datasets import Features, List, Value
 
 
 LETTERS = "ABCD"
+PICTURES = ("image", "images")
+"""Columns of which one names a row's pictures."""
 
 QUESTION_COLUMNS = {
     "id": Value("string"),
@@ -37,6 +39,7 @@ ROW_FEATURES = Features(
         "audio": Value("string"),
         "subtitle": Value("string"),
         "image": Value("string"),
+        "images": List(Value("string")),
         "provenance": List(
             {
                 "field": Value("string"),
@@ -59,7 +62,7 @@ Columns of a row of a tagged set, of a question or of a caption. `None` where a 
   and `reference_v`, `reference_a`, `reference_s`, what each of its signals alone tells.
 - `prompt` is what the model is asked, as one user message.
 - `video`, `audio`, `subtitle` and `image` are paths below the media root; `subtitle` may be the text itself; without `audio` the sound
-  is the video's track.
+  is the video's track. A row with several pictures has them in `images`, in the order in which they are shown, and no `image`.
 - `provenance` says of fields that a model wrote or a person changed who did it; `prompt_hash` is that of the request. Empty: nothing
   is known to come from a model.
 """

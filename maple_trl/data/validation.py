@@ -29,10 +29,14 @@ from datasets import Features, List, Value
 
 from maple_trl.data.benchmarks.options import described
 from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
-from maple_trl.data.schema import ROW_FEATURES
+from maple_trl.data.schema import PICTURES, ROW_FEATURES
 from maple_trl.data.shards import ShardError, find_shards, split_of
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.content import MARK
+from maple_trl.omni.errors import MediaError
+from maple_trl.omni.media.clips import Source
+from maple_trl.omni.media.pictures import image_header
+from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
 
 
@@ -49,7 +53,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "reference": "a caption without the references of its tag's signals",
         "split": "a clip in two splits, or a row in another split than its file",
         "path": "a path that does not lie below the media root",
-        "file": "a file that is not there",
+        "file": "a file that is not there, or is no picture where one must be",
+        "image": "pictures in two columns",
         "signal": "a tag that asks for a signal of which the row has no medium",
         "provenance": "an entry that does not say which field, and who",
     }
@@ -59,7 +64,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
 REQUIRED = ("id", "clip", "tag", "source", "prompt")
 """Columns that every row must fill."""
 
-_MEDIA = ("video", "audio", "image")
+_MEDIA = ("video", "audio")
 _SPLITS = ("train", "validation", "test")  # of a file that is no shard
 _ROLES = ("system", "user", "assistant")
 _FURTHER = ("completion",)  # a column that is not of the schema, and says that a row is neither question nor caption
@@ -334,7 +339,7 @@ class _RowChecker:
         self.split = split_of(file) or (file.stem if file.stem in _SPLITS else None)
         self.root = root
         self.seen = seen
-        self.there: LRUCache[str, bool] = LRUCache(_PATHS_AT_HAND)
+        self.there: LRUCache[tuple[str, bool], str | None] = LRUCache(_PATHS_AT_HAND)
         self.columns: set[str] = set(ROW_FEATURES)
         self.missing: set[str] = set()
 
@@ -401,36 +406,47 @@ class _RowChecker:
         for name, path in media.items():
             if path is not None:
                 faults += self._path_faults(name, path)
+        for name in PICTURES:
+            for path in _listed(row.get(name)):
+                faults += self._path_faults(name, path, is_picture=True)
+        if all(row.get(name) for name in PICTURES):
+            faults.append(
+                ("image", "images", "must be empty beside 'image': a row's pictures stand in one of the two")
+            )
         if tag is not None:
             has = signals(row)
             for lacking in sorted(tag.modalities - has):
-                fields = {"V": "video", "A": "audio' or 'video", "S": "subtitle"}[lacking]
+                fields = {"V": "video' or 'image", "A": "audio' or 'video", "S": "subtitle"}[lacking]
                 faults.append(("signal", "tag", f"is {tag}, but field '{fields}' is empty, which {lacking} needs"))
         return faults
 
-    def _path_faults(self, name: str, path: str) -> list[Fault]:
+    def _path_faults(self, name: str, path: str | None, is_picture: bool = False) -> list[Fault]:
+        path = path or ""
         parts = PurePosixPath(path.replace("\\", "/")).parts
         if not path.strip() or not parts or parts[0] == "/" or ".." in parts or re.match(r"[A-Za-z]:|\w+://", path):
             return [("path", name, f"must be a path below the media root, without '..', but is {described(path)}")]
         if self.root is None:
             return []
-        if path not in self.there:
-            self.there[path] = self._is_there(path)
-        return (
-            [] if self.there[path] else [("file", name, f"names {path!r}, and there is no such file in {self.root}")]
-        )
+        if (path, is_picture) not in self.there:
+            self.there[path, is_picture] = self._file_fault(path, is_picture)
+        fault = self.there[path, is_picture]
+        return [] if fault is None else [("file", name, f"names {path!r}, and {fault}")]
 
-    def _is_there(self, path: str) -> bool:
+    def _file_fault(self, path: str, is_picture: bool) -> str | None:
+        assert self.root is not None
         try:
-            return (self.root / path).is_file()  # type: ignore[operator]
+            if not (self.root / path).is_file():
+                return f"there is no such file in {self.root}"
         except (OSError, ValueError):  # too long a name, a zero byte
-            return False
+            return f"there is no such file in {self.root}"
+        fault = picture_fault(self.root / path) if is_picture else None
+        return fault and f"that is no picture that can be fed: {fault}"
 
 
 def signals(row: Mapping[str, Any]) -> frozenset[Modality]:
     """Return the signals that a row has a medium for: a picture counts as seen, a video's sound as heard."""
     has = {
-        Modality.VIDEO: bool(row.get("video") or row.get("image")),
+        Modality.VIDEO: any(row.get(name) for name in ("video", *PICTURES)),
         Modality.AUDIO: bool(row.get("audio") or row.get("video")),
         Modality.SUBTITLE: not _blank(row.get("subtitle")),
     }
@@ -467,6 +483,17 @@ def _stratum_faults(row: Mapping[str, Any], tag: ModalityTag | None, required: M
     return [] if stratum == right else [("stratum", "stratum", message)]
 
 
+def picture_fault(path: Path) -> str | None:
+    """Return why a file is no picture that can be fed, by what its header says; `None` where it is one."""
+    try:
+        image_header(Source(path.name, str(path), (0, path.stat().st_size)), MediaLimits())
+    except MediaError as error:
+        return f"{error.reason}: {error.detail}"
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def unread_subtitle(text: str, root: Path | None) -> str | None:
     """Return why a subtitle's text would be refused as the name of a file that is not read; `None` where it is text."""
     reason = unread_file(text.strip(), os.devnull if root is None else str(root))
@@ -478,13 +505,19 @@ def unread_subtitle(text: str, root: Path | None) -> str | None:
 
 
 def mark_fault(row: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the marks `<video>`, `<audio>` and `<image>` of a row's prompt: each needs its medium."""
+    """Return what is wrong with the marks `<video>`, `<audio>`, `<subtitle>` and `<image>` of a row's prompt: each needs its medium."""
     marks = Counter(mark for message in row["prompt"] for mark in MARK.findall(message["content"]))
-    media = {"video": row.get("video"), "audio": row.get("audio") or row.get("video"), "image": row.get("image")}
+    has = {"video": row.get("video"), "audio": row.get("audio") or row.get("video"), "subtitle": row.get("subtitle")}
+    counts = {kind: int(bool(medium)) for kind, medium in has.items()}
+    counts["image"] = max(len(_listed(row.get(name))) for name in PICTURES)
     for kind, number in marks.items():
-        if number != int(bool(media[kind])):
-            return f"holds {number} <{kind}> mark(s), but the row has {int(bool(media[kind]))} of that; each medium stands at its one mark"
+        if number != counts[kind]:
+            return f"holds {number} <{kind}> mark(s), but the row has {counts[kind]} of that; each medium stands at its one mark"
     return None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _prompt_faults(row: Mapping[str, Any]) -> list[Fault]:

@@ -70,7 +70,7 @@ class BaseEvaluator(ABC):
     Args:
         builder ([`~maple_trl.omni.prompt.PromptBuilder`]):
             How rows become prompts; its own `modality_access` is not used.
-        rows: with `prompt`, where they apply `video`, `audio`, `subtitle` and `tag`, and what `score` reads. A column
+        rows: with `prompt`, where they apply `image` or `images`, `video`, `audio`, `subtitle` and `tag`, and what `score` reads. A column
             `id`, where it names every row differently, decides the samples; else the row's number does. `tag` is what a
             question requires and is fed; where rows ask one question with several inputs, `required_tag` is what it
             requires, `tag` the row's input, and `question_id` the same for them (without such a column, they are the rows of

@@ -166,7 +166,7 @@ class Evaluator(BaseEvaluator):
 
 
 def _input_digest(prompt: EncodedPrompt) -> str:
-    """Digest all that the model reads of a prompt: tokens, positions, frames and sound."""
+    """Digest all that the model reads of a prompt: tokens, positions, pictures, frames and sound."""
     whole = hashlib.blake2b(digest_size=16)
     for values in (prompt.input_ids, prompt.position_ids):
         whole.update(tensor_bytes(values))

@@ -14,12 +14,13 @@ def fed_columns(spec: PromptSpec) -> dict[str, Any]:
     """
     Return what is fed, by column; a signal that is not fed is empty.
 
-    `prompt` is plain text, `video` and `audio` the files as the row names them, `subtitle` a file or the text itself.
+    `prompt` is plain text, `video`, `audio` and `image` the files as the row names them, `subtitle` a file or the text itself.
     """
     return {
         "prompt": prompt_text(spec.messages),
         "video": list(spec.videos),
         "audio": list(spec.audios),
+        "image": list(spec.images),
         "subtitle": spec.subtitle,
     }
 
@@ -31,7 +32,7 @@ def sound_columns(prompt: Any) -> dict[str, float | None]:
 
 
 def prompt_text(messages: str | Iterable[Mapping[str, Any]]) -> str:
-    """Return a conversation as plain text; media stand as `[video]` and `[audio]`."""
+    """Return a conversation as plain text; media stand as `[image]`, `[video]` and `[audio]`."""
     if isinstance(messages, str):
         return messages
     parts = []

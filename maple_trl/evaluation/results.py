@@ -151,7 +151,7 @@ def _count_completion(counts: Counter, line: Mapping[str, Any]) -> None:
     counts["all"] += 1
     counts["cut"] += line["finish"] == "length"
     counts["without_answer"] += line["answer"] is None
-    for column in ("completion_tokens", "video_tokens", "audio_tokens", "subtitle_tokens"):
+    for column in ("completion_tokens", "image_tokens", "video_tokens", "audio_tokens", "subtitle_tokens"):
         if line[column] is not None:  # a server may count none
             counts[column.removeprefix("completion_")] += line[column]
     for note in line["notes"]:

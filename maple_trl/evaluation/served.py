@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, audio_block, text_block
+from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, audio_block, image_block, text_block
 from maple_trl.chat.options import check_sampling, read_key
 from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Line, Row
 from maple_trl.evaluation.inputs import sound_columns
 from maple_trl.evaluation.options import EvalOptions, ServerError
 from maple_trl.evaluation.served_prompts import ServedPrompt, video_blocks
+from maple_trl.omni.encoded import KINDS
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.records.evaluations import EvaluationError
 
@@ -87,7 +88,7 @@ def check_media(options: ChatOptions, kinds: Sequence[str], video_form: str) -> 
     A server that leaves out what it does not know answers all the same; that shows in the number of prompt tokens.
 
     Args:
-        kinds: of `video` and `audio`.
+        kinds: of `image`, `video` and `audio`.
         video_form: as of [`~maple_trl.evaluation.served_prompts.MessageEncoder`].
 
     Returns:
@@ -96,9 +97,10 @@ def check_media(options: ChatOptions, kinds: Sequence[str], video_form: str) -> 
     Raises:
         ServerError: when the server does not answer a text, refuses a kind, or ignores it.
     """
-    noise = np.random.default_rng(0)
+    noise = np.random.default_rng(0).integers(256, size=(2, 56, 56, 3), dtype=np.uint8)
     probes = {
-        "video": video_blocks(noise.integers(256, size=(2, 56, 56, 3), dtype=np.uint8), video_form),
+        "image": [image_block(noise[0])],
+        "video": video_blocks(noise, video_form),
         "audio": [audio_block(np.sin(np.arange(8000) * 0.1).astype(np.float32), 16_000)],
     }
     contents = [[], *(probes[kind] for kind in kinds)]
@@ -177,8 +179,8 @@ class ServedEvaluator(BaseEvaluator):
     def kinds(self) -> tuple[str, ...]:
         """Kinds of the media that questions are asked with."""
         specs = [self._spec(number, batch.access) for batch in self.batches for number in batch.rows]
-        fed = {"video": any(spec.videos for spec in specs), "audio": any(spec.audios for spec in specs)}
-        return tuple(kind for kind in fed if fed[kind])
+        files = {kind: [file for spec in specs for file in getattr(spec, f"{kind}s")] for kind in KINDS}
+        return tuple(kind for kind in KINDS if files[kind])
 
     def _spec(self, number: int, access: str):
         spec = super()._spec(number, access)

@@ -31,7 +31,7 @@ class ServedPrompt:
     Attributes:
         key: equal for rows with the same content.
         messages: as the API takes them.
-        kinds: of its media, `video` and `audio`.
+        kinds: of its media, `image`, `video` and `audio`.
         media_tokens: empty; only the server knows.
         tag, notes, sound: as of [`~maple_trl.omni.encoded.EncodedPrompt`].
     """
@@ -55,8 +55,8 @@ class MessageEncoder(PromptEncoder):
     """
     Puts a server's rows into messages.
 
-    With it, a [`~maple_trl.omni.prompt.PromptBuilder`] feeds a server the same signals, frames, sound and subtitles in the
-    same order as a model here. Tokens are the server's business: the builder must not limit them.
+    With it, a [`~maple_trl.omni.prompt.PromptBuilder`] feeds a server the same signals, pictures, frames, sound and subtitles in
+    the same order as a model here. Tokens are the server's business: the builder must not limit them.
 
     Args:
         video_form: one of `VIDEO_FORMS`.
@@ -65,7 +65,7 @@ class MessageEncoder(PromptEncoder):
         EvaluationError: for another form.
     """
 
-    placeholders = {"video": "", "audio": ""}
+    placeholders = dict.fromkeys(KINDS, "")
     # Whatever the model is: text that spells one would be read as media.
     media_tokens = tuple(sorted({token for family in OmniFamily.__subclasses__() for token in family.media_tokens}))
     frame_multiple = 28
@@ -98,12 +98,14 @@ class MessageEncoder(PromptEncoder):
             text: messages with bare markers for media, in order.
             interleaved: has no effect: how a server places sound is its own business.
         """
-        clips, sounds = iter(media.videos), iter(media.audios)
+        pictures, clips, sounds = iter(media.images), iter(media.videos), iter(media.audios)
         messages = []
         for message in text:
             content: list[dict[str, Any]] = []
             for block in message["content"]:
-                if block["type"] == "video":
+                if block["type"] == "image":
+                    content.append(image_block(next(pictures).pixels))
+                elif block["type"] == "video":
                     content += video_blocks(next(clips).frames, self.video_form)
                 elif block["type"] == "audio":
                     clip = next(sounds)

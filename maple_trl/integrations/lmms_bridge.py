@@ -27,8 +27,10 @@ MODEL_NAME = "maple_trl"
 ROOT_FIELD = "maple_media_root"
 """Column that tells a document of ours from others; holds the folder of its media."""
 
-_MEDIA = ("video", "audio")
-_ROW_FIELDS = ("id", "prompt", "tag", "subtitle", *_MEDIA)
+_PICTURES = ("image", "images")
+_MEDIA = {"image": ("V", _PICTURES), "video": ("V", ("video",)), "audio": ("A", ("audio",))}
+"""By kind of medium, its letter in a tag and the columns that name it."""
+_ROW_FIELDS = ("id", "prompt", "tag", "subtitle", "video", "audio", *_PICTURES)
 
 _CODE = '''"""Functions of this folder's tasks. Written by maple_trl."""
 
@@ -149,8 +151,8 @@ def _is_text_prompt(prompt: Any) -> bool:
     )
 
 
-def doc_to_visual(doc: Mapping[str, Any]) -> list[str]:
-    """Return the files that a document's tag feeds, with absolute paths, videos first."""
+def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
+    """Return what a document's tag feeds: pictures as such, then absolute paths of videos, then of sounds."""
     return [block["url"] for block in _media_blocks(doc)]
 
 
@@ -175,18 +177,25 @@ def doc_to_messages(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[s
     return messages
 
 
-def _media_blocks(doc: Mapping[str, Any]) -> list[dict[str, str]]:
+def _media_blocks(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
     tag = doc.get("tag") or "VA"
     blocks = []
-    for kind, letter in zip(_MEDIA, "VA", strict=True):
-        files = doc.get(kind) or ()
+    for kind, (letter, columns) in _MEDIA.items():
+        cells = (doc.get(column) or () for column in columns)
+        files = [file for cell in cells for file in ([cell] if isinstance(cell, str) else cell)]
         # Other models have no way to take the sound of a video alone.
         if letter in tag or (kind == "video" and "A" in tag and not doc.get("audio")):
-            blocks += [
-                {"type": kind, "url": os.path.join(doc[ROOT_FIELD], file)}
-                for file in ([files] if isinstance(files, str) else files)
-            ]
+            paths = [os.path.join(doc[ROOT_FIELD], file) for file in files]
+            blocks += [{"type": kind, "url": _picture(path) if kind == "image" else path} for path in paths]
     return blocks
+
+
+def _picture(path: str) -> Any:
+    """Return a picture as lmms-eval's models take it."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def score_doc(doc: Mapping[str, Any], results: Sequence[str], score: Callable[..., Sequence[float | None]]) -> dict:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image, ImageOps
 
-from maple_trl.data.benchmarks.media import write_picture
 from maple_trl.evaluation.evaluator import EvalOptions, Evaluator
 from maple_trl.integrations.lmms_bridge import ROOT_FIELD, BridgeError, require_lmms_eval, row_of
 from maple_trl.modalities import ModalityTag
@@ -35,8 +35,7 @@ class MapleModel(lmms):
     A model of this package, asked through the code of `maple-trl eval`: the same prompts, frames and decoding.
 
     A document of ours (see [`~maple_trl.integrations.lmms_bridge.write_task`]) is read as the row that it is. Of other
-    tasks the messages are read: text, paths of videos and sounds, arrays of sound, and pictures, which are shown as
-    clips of two seconds. One process; questions that cannot be asked stop the run unless `on_error="empty"`.
+    tasks the messages are read: text, paths of videos and sounds, arrays of sound, and pictures. One process; questions that cannot be asked stop the run unless `on_error="empty"`.
 
     Args:
         pretrained (`str`): folder, Hub id, or `builtin:tiny-omni`.
@@ -167,7 +166,7 @@ class MapleModel(lmms):
     def _foreign_row(self, messages: Sequence[Mapping[str, Any]], place: str) -> tuple[str, dict[str, Any]]:
         """Return the media root and the row of a chat message list."""
         prompt: list[dict[str, Any]] = []
-        files: dict[str, list[str]] = {"video": [], "audio": []}
+        files: dict[str, list[str]] = {"image": [], "video": [], "audio": []}
         written = set()
         for message in messages:
             blocks = []
@@ -199,14 +198,11 @@ class MapleModel(lmms):
         if isinstance(value, Mapping) and ("video_start" in value or "video_end" in value):
             raise BridgeError(f"{place}: it asks for a part of a clip, which is not read here")
         if block["type"] == "image":
-            name = f"{len(os.listdir(self._written.name))}.mp4"
-            path = Path(self._written.name, name)
+            name = f"{len(os.listdir(self._written.name))}.png"
             if isinstance(value, str):
-                from PIL import Image
-
                 value = Image.open(value)
-            write_picture(path, value)
-            return "video", name, True
+            ImageOps.exif_transpose(value).convert("RGB").save(Path(self._written.name, name))
+            return "image", name, True
         if not isinstance(value, str) or block["type"] not in ("video", "audio"):
             raise BridgeError(f"{place}: a block of type {block['type']!r} holds {type(value).__name__}, not a path")
         return block["type"], value, False
@@ -235,14 +231,14 @@ class MapleModel(lmms):
 
 
 def _media_lead(prompt: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether all media stand at the beginning of the last message, videos first."""
-    order = {"video": 0, "audio": 1, "text": 2}
+    """Return whether all media stand at the beginning of the last message: pictures, then videos, then sounds."""
+    order = {"image": 0, "video": 1, "audio": 2, "text": 3}
     ranks = [[order[block["type"]] for block in message["content"]] for message in prompt]
     return (
         bool(ranks)
         and prompt[-1]["role"] == "user"
         and ranks[-1] == sorted(ranks[-1])
-        and not any(rank < 2 for message in ranks[:-1] for rank in message)
+        and not any(rank < order["text"] for message in ranks[:-1] for rank in message)
     )
 
 

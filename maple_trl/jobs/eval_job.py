@@ -120,6 +120,20 @@ class EvalArguments:
             "help": "a benchmark's questions whose files are not there: errors by name, left out, or refused",
         },
     )
+    pictures: str = field(
+        default="keep",
+        metadata={
+            "choices": ["keep", "clips"],
+            "help": "a benchmark's pictures: fed as they are, or each as a clip of two seconds",
+        },
+    )
+    write_media: bool = field(
+        default=False,
+        metadata={
+            "help": "write the files that a benchmark's tables hold, and clips of pictures, below its folder (extracted/), where "
+            "they are read"
+        },
+    )
     dataset_test_split: str | None = field(
         default=None, metadata={"aliases": ["--split"], "help": "of the data (test; a benchmark's first)"}
     )

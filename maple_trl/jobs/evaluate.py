@@ -42,7 +42,7 @@ from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.common.rows import check_spelling
 
 
-FORMAT = 5
+FORMAT = 6
 """Version of what `result.json` and `rows.parquet` hold."""
 
 
@@ -253,6 +253,10 @@ def load_questions(job: EvalJob) -> Questions:
         raise SetupError(
             "--tags gives the questions of a benchmark other signals; rows of a table say it by themselves (tag)"
         )
+    if job.benchmark is None and (job.pictures != "keep" or job.write_media):
+        raise SetupError(
+            "--pictures and --write_media are for a benchmark's own files; a table's media are read as they are"
+        )
     if job.benchmark is None:
         split = job.dataset_test_split or "test"
         name = f"{job.dataset_name}, split {split!r}"
@@ -267,7 +271,7 @@ def load_questions(job: EvalJob) -> Questions:
         style = {"name": found.style.name, "version": found.style.version, "digest": found.style.digest}
         style = style if job.media.prompt_template is None else None  # which it takes the place of
         described = {"split": job.dataset_test_split, "missing_media": job.missing_media, "prompt_style": style}
-        described["tags"] = job.tags
+        described |= {"tags": job.tags, "pictures": job.pictures}
         described["left_out"] = dict(sorted(Counter(item["cause"] for item in left_out).items()))
     if not len(dataset):
         why = (
@@ -312,6 +316,7 @@ def _read_benchmark(job: EvalJob):
         raise SetupError(f"benchmark {job.benchmark!r}: the loaders cannot be imported ({error})") from error
     try:
         given = {"prompt_style": job.prompt_style, "missing_media": job.missing_media, "tags": job.tags}
+        given |= {"pictures": job.pictures, "write_media": job.write_media}
         return read_benchmark(job.benchmark, job.dataset_name, job.dataset_test_split, **given)
     except (OSError, ValueError) as error:
         raise SetupError(f"benchmark {job.benchmark!r}: {error}") from error

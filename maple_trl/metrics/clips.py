@@ -10,6 +10,7 @@ from typing import Any
 CLIP_COLUMNS = ("clip", "clip_id", "video_id", "videoID", "video_name", "youtube_id")
 """Columns that name a question's clip; the first that a row fills is taken."""
 
+_MEDIA = {"video": ("video",), "image": ("image", "images"), "audio": ("audio",)}
 _SUBTITLES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".sbv")
 
 
@@ -22,16 +23,17 @@ def clip_of(row: Mapping[str, Any]) -> str | None:
     """
     Name the clip that a row asks about.
 
-    It is what the first filled column of `CLIP_COLUMNS` says, else the first video, else the first audio (in columns
-    of that name or as a block of the prompt), else the subtitle where that is a file.
+    It is what the first filled column of `CLIP_COLUMNS` says, else the first video, else the first picture, else the first
+    audio (in columns of that name or as a block of the prompt), else the subtitle where that is a file.
 
     Parts of one file are one clip. `None` where a row names none of these: such a question stands alone.
     """
     for column in CLIP_COLUMNS:
         if isinstance(row.get(column), str | int) and str(row[column]).strip():
             return str(row[column]).strip()
-    for kind in ("video", "audio"):
-        for medium in (*_listed(row.get(kind)), *_blocks(row.get("prompt"), kind)):
+    for kind, columns in _MEDIA.items():
+        cells = [cell for column in columns for cell in _listed(row.get(column))]
+        for medium in (*cells, *_blocks(row.get("prompt"), kind)):
             name = _file(medium)
             if name:
                 return name

@@ -38,9 +38,10 @@ LINES = pa.schema(
         ("tag", pa.string()),  # the signals that the question requires, whatever is fed
         ("solution", pa.string()),
         ("category", pa.string()),
-        ("prompt", pa.string()),  # null, with the three below, where the row is no prompt under the access
+        ("prompt", pa.string()),  # null, with the four below, where the row is no prompt under the access
         ("video", pa.list_(pa.string())),  # the files that are fed, as the row names them
         ("audio", pa.list_(pa.string())),
+        ("image", pa.list_(pa.string())),
         ("subtitle", pa.string()),  # a file, or the text itself
         ("access", pa.string()),  # as it was asked for
         ("fed", pa.string()),  # the signals that were fed, as a tag
@@ -58,13 +59,14 @@ LINES = pa.schema(
         ("finish", pa.string()),  # end, or length where the completion was cut
         ("completion_tokens", pa.int64()),
         ("prompt_tokens", pa.int64()),
+        ("image_tokens", pa.int64()),
         ("video_tokens", pa.int64()),
         ("audio_tokens", pa.int64()),
         ("subtitle_tokens", pa.int64()),
         ("audio_seconds", pa.float64()),  # that were fed
         ("audio_source_seconds", pa.float64()),  # of the sound that they are taken from: more where parts were fed
         ("notes", pa.list_(pa.string())),
-        ("inputs", pa.string()),  # digest of the tokens, positions, frames and sound that the model read
+        ("inputs", pa.string()),  # digest of the tokens, positions, pictures, frames and sound that the model read
         ("extra", pa.string()),  # what the scoring function noted, as JSON, e.g. a judge's grades or `measures`
     ]
 )

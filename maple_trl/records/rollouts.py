@@ -41,6 +41,7 @@ LINES = pa.schema(
         ("written_at", pa.int64()),  # of a replayed completion, the step of the policy that wrote it
         ("video", pa.list_(pa.string())),  # the files that were fed, as the row names them
         ("audio", pa.list_(pa.string())),
+        ("image", pa.list_(pa.string())),
         ("subtitle", pa.string()),  # a file, or the text itself
     ]
 )

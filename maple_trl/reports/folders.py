@@ -22,7 +22,7 @@ from maple_trl.records.rollouts import ROLLOUTS, is_table_of, read_rollouts
 
 
 # Without these columns of `LINES` there is nothing to show, and these parts of an access' results are drawn.
-_EXTRA = ("prompt", "video", "audio", "subtitle", "fed", "clip", "question", "benchmark")
+_EXTRA = ("prompt", "video", "audio", "image", "image_tokens", "subtitle", "fed", "clip", "question", "benchmark")
 _EXTRA += ("audio_seconds", "audio_source_seconds")
 _COLUMNS = tuple(name for name in LINES.names if name not in _EXTRA)
 _OF_AN_ACCESS = {"accuracy", "bounds", "pass_at_k", "modality_gap", "counts"}

@@ -1,4 +1,4 @@
-"""Clips and subtitles of completions as a page can show them: links beside it, and small pictures in it."""
+"""Pictures, clips and subtitles of completions as a page can show them: links beside it, and small pictures in it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
+from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import Source
+from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.media.tasks import Task
 from maple_trl.omni.media.workers import WORKERS, decoder_pool
 
+
+MEDIA = ("image", "video", "audio", "subtitle")
+"""Columns that name what a completion was shown."""
 
 _SUBTITLES = (".srt", ".vtt", ".json")
 _WIDTH = 160
@@ -32,7 +38,7 @@ class MediaTable:
     Args:
         media_root: the folder below which they lie; `None` where it is not known.
         page: folder of the page, which links are relative to.
-        thumbnails: pictures of at most so many videos are put into the page.
+        thumbnails: pictures of at most so many pictures and videos are put into the page.
     """
 
     def __init__(self, media_root: str | os.PathLike | None, page: Path, thumbnails: int):
@@ -52,6 +58,10 @@ class MediaTable:
     def _entry(self, kind: str, name: str) -> dict[str, Any]:
         if kind == "subtitle" and not name.lower().endswith(_SUBTITLES):
             return {"kind": kind, "name": "subtitle text", "text": name[:_SHOWN]}
+        stored = stored_path(name)
+        if stored is not None:
+            entry = {"kind": kind, "name": name.partition("/")[2] or name, "why": "inside the table of the data set"}
+            return entry | self._thumb(kind, stored)
         entry = {"kind": kind, "name": name}
         path, why = self._find(name)
         if path is None:
@@ -60,12 +70,14 @@ class MediaTable:
         if kind == "subtitle":
             with open(path, encoding="utf-8", errors="replace") as file:
                 entry["text"] = file.read(_SHOWN)
-        elif kind == "video" and self.thumbnails > 0:
-            self.thumbnails -= 1
-            picture = thumbnail(path)
-            if picture is not None:
-                entry["thumb"] = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
-        return entry
+        return entry | self._thumb(kind, path)
+
+    def _thumb(self, kind: str, path: str | os.PathLike) -> dict[str, str]:
+        if kind not in ("image", "video") or self.thumbnails <= 0:
+            return {}
+        self.thumbnails -= 1
+        picture = thumbnail(path, kind)
+        return {} if picture is None else {"thumb": "data:image/jpeg;base64," + base64.b64encode(picture).decode()}
 
     def _find(self, name: str) -> tuple[Path | None, str | None]:
         if urlsplit(name).scheme in ("http", "https", "ftp", "s3", "hf"):
@@ -78,10 +90,15 @@ class MediaTable:
         return (path, None) if path.is_file() else (None, "not found at the time of the report")
 
 
-def thumbnail(path: str | os.PathLike, width: int = _WIDTH) -> bytes | None:
-    """Return a picture out of a video as JPEG; `None` where it cannot be decoded, or training would not read it."""
+def thumbnail(path: str | os.PathLike, kind: str = "video") -> bytes | None:
+    """Return a small picture of an image or a video as JPEG; `None` where it cannot be decoded, or training would not read it."""
+    path = os.path.realpath(path)
     try:
-        pixels = decoder_pool(WORKERS).run(Task("picture", Source(str(path), str(path)), options=(width,)))
+        if kind == "image":
+            with MediaLoader(os.path.dirname(path), MediaLimits(min_pixels=1), backend="pyav") as loader:
+                pixels = loader.image(os.path.basename(path), multiple=1, max_pixels=_WIDTH * _WIDTH).pixels
+        else:
+            pixels = decoder_pool(WORKERS).run(Task("picture", Source(path, path), options=(_WIDTH,)))
     except (MediaError, OSError):
         return None
     buffer = io.BytesIO()
@@ -92,7 +109,7 @@ def thumbnail(path: str | os.PathLike, width: int = _WIDTH) -> bytes | None:
 def media_of(table: MediaTable, columns: dict[str, list], line: int) -> list[int]:
     """Return the numbers of the media of a line."""
     found = []
-    for kind in ("video", "audio", "subtitle"):
+    for kind in MEDIA:
         names: str | Sequence[str] | None = columns[kind][line] if kind in columns else None
         names = [names] if isinstance(names, str) else names or []
         found += [table.add(kind, name) for name in names]

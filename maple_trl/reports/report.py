@@ -59,7 +59,7 @@ def write_report(
         json_path: a file for the same data as JSON.
         media_root: the folder below which the media lie, where the run's own is not known or has moved.
         max_rollouts: completions of a run in the report, at most; whole groups are left out evenly.
-        thumbnails: pictures of so many videos of a run are put into the page; others are loaded when they are played.
+        thumbnails: small copies of so many pictures and videos of a run are put into the page; others are loaded when they are shown.
         embeddings: a model whose hidden states say how near completions are, in the projection and within a clip;
             without it, their wording does.
         projection: `"pca"` or `"tsne"`; see [`~maple_trl.reports.projection.project`].

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from maple_trl.files import as_json
 from maple_trl.metrics.clips import clip_of
-from maple_trl.reports.media import MediaTable, media_of
+from maple_trl.reports.media import MEDIA, MediaTable, media_of
 from maple_trl.reports.series import TAGS
 
 
@@ -23,7 +23,7 @@ CHUNK = 400
 
 _TRAINING = (
     "step group row id tag clip prompt completion solution rewards reward advantage tokens replayed hinted written_at "
-    "video audio subtitle"
+    "video audio image subtitle"
 ).split()
 _SHOWN = ("completion", "rewards", "advantage", "tokens", "written_at", "answer", "finish")
 _EVALUATION = {
@@ -42,6 +42,7 @@ _EVALUATION = {
     "finish": "finish",
     "video": "video",
     "audio": "audio",
+    "image": "image",
     "subtitle": "subtitle",
 }
 
@@ -110,8 +111,8 @@ def clip_names(rollouts: Rollouts) -> list[str | None]:
     """Name each completion's clip; of runs whose files do not say it, by the media that were fed."""
     if "clip" in rollouts.columns:
         return rollouts.columns["clip"]
-    media = zip(*(rollouts.get(name) for name in ("video", "audio", "subtitle")), strict=True)
-    return [clip_of(dict(zip(("video", "audio", "subtitle"), files, strict=True))) for files in media]
+    media = zip(*(rollouts.get(name) for name in MEDIA), strict=True)
+    return [clip_of(dict(zip(MEDIA, files, strict=True))) for files in media]
 
 
 def reward_names(rollouts: Rollouts) -> list[str]:

@@ -56,7 +56,7 @@ class StepwiseReasoningJudge(OpenAIJudge):
             out are not graded.
         frames (`int`, *optional*, defaults to 0):
             Pictures shown of the row's video, spread over it, if its tag (where it has one) holds `V`; for judges that
-            take pictures.
+            take pictures. Above 0, the pictures of columns `image` and `images` are shown as well, all of them.
         loader (`MediaLoader`, *optional*):
             What reads the videos, or a function that makes it when it is first needed; needed for `frames`. Its
             `num_frames` limits how many there are.
@@ -169,22 +169,43 @@ class StepwiseReasoningJudge(OpenAIJudge):
         return Question([{"role": "system", "content": system}, {"role": "user", "content": content}], axes)
 
     def _pictures_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return blocks with the pictures of a row's first video; none where it has no video that counts."""
-        video = row.get(self.video_column)
-        video = video[0] if isinstance(video, (list, tuple)) and video else video
+        """Return blocks with a row's pictures, and those of its first video; none where it has nothing to see that counts."""
+        videos = _listed(row.get(self.video_column))[:1]
+        images = [*_listed(row.get("image")), *_listed(row.get("images"))]
         tag = row.get(self.tag_column)
-        if not self.frames or not video or (tag and Modality.VIDEO not in ModalityTag.parse(tag).modalities):
+        hidden = tag and Modality.VIDEO not in ModalityTag.parse(tag).modalities
+        if not self.frames or not (videos or images) or hidden:
             return []
+        blocks = [text_block(f"{len(images)} picture(s) of the question:")] if images else []
+        for file, show in [
+            *((image, self._image_blocks) for image in images),
+            *((v, self._clip_blocks) for v in videos),
+        ]:
+            place = self._opened.resolve(file)  # MediaError for what is no path
+            if place not in self._pictures:
+                self._pictures[place] = show(file)
+            blocks += self._pictures[place]
+        return blocks
+
+    @property
+    def _opened(self) -> MediaLoader:
         if callable(self.loader):
             self.loader = self.loader()
-        place = self.loader.resolve(video)  # MediaError for what is no path
-        if place not in self._pictures:
-            clip = self.loader.video(video, max_pixels=self.max_pixels)
-            count = min(self.frames, len(clip.frames))
-            chosen = [round(i * (len(clip.frames) - 1) / max(count - 1, 1)) for i in range(count)]
-            times = ", ".join(f"{clip.timestamps[i]:.1f}" for i in chosen)
-            self._pictures[place] = [
-                text_block(f"{count} pictures of the clip, at {times} seconds:"),
-                *(image_block(clip.frames[i]) for i in chosen),
-            ]
-        return self._pictures[place]
+        return self.loader
+
+    def _image_blocks(self, image: str) -> list[dict[str, Any]]:
+        return [image_block(self._opened.image(image, max_pixels=self.max_pixels).pixels)]
+
+    def _clip_blocks(self, video: str) -> list[dict[str, Any]]:
+        clip = self._opened.video(video, max_pixels=self.max_pixels)
+        count = min(self.frames, len(clip.frames))
+        chosen = [round(i * (len(clip.frames) - 1) / max(count - 1, 1)) for i in range(count)]
+        times = ", ".join(f"{clip.timestamps[i]:.1f}" for i in chosen)
+        return [
+            text_block(f"{count} pictures of the clip, at {times} seconds:"),
+            *(image_block(clip.frames[i]) for i in chosen),
+        ]
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []

@@ -146,7 +146,7 @@ CASES = {
             "video_path": None,
         },
         ["p1.png", "p2.png", "a1.wav"],
-        {"tag": "VA", "solution": "D", "audio": ["a1.wav"], "category": "Timbre"},
+        {"tag": "VA", "solution": "D", "audio": ["a1.wav"], "image": ["p1.png", "p2.png"], "video": None},
     ),
     "av-counting": (
         "test.json",
@@ -298,7 +298,7 @@ def published(folder: Path, name: str, *changes: dict, files: bool = True) -> Pa
 
 
 def stills(name: str) -> dict:
-    return {"write_media": True} if name in ("omnibench", "av-odyssey") else {}
+    return {"write_media": True} if name == "omnibench" else {}
 
 
 def test_every_benchmark_has_a_case():
@@ -321,7 +321,7 @@ def test_a_record_becomes_a_row(name, tmp_path, caplog):
     assert lines[:-1] == [*row["question"].split("\n"), *rendered] and "<answer>" in lines[-1]
     fields = json.loads(row["record"])
     assert set(fields) == set(record) and fields[BENCHMARKS[name].required[0]]
-    assert all((tmp_path / path).is_file() for kind in ("video", "audio") for path in row[kind] or ())
+    assert all((tmp_path / path).is_file() for kind in ("video", "audio", "image") for path in row[kind] or ())
     assert accuracy_reward(
         completions=[f"<answer>{row['solution']}</answer>", "<answer>zzz</answer>"],
         solution=[row["solution"]] * 2,
@@ -454,13 +454,13 @@ def test_missing_clips_are_counted_kept_or_refused(tmp_path, caplog):
 
 
 def test_what_no_model_here_reads_is_left_out_with_the_reason(tmp_path):
-    found = read_benchmark("av-odyssey", published(tmp_path / "a", "av-odyssey"))
+    found = read_benchmark("av-odyssey", published(tmp_path / "a", "av-odyssey"), pictures="clips")
     (item,) = found.left_out
-    assert item.cause == "unreadable" and "it is a picture; write_media=True" in item.reason
+    assert item.cause == "unreadable" and "it is to become a clip; write_media=True" in item.reason
     assert item.name == "av-odyssey-quiz_1" and item.place.endswith("av_odyssey.parquet, record 0")
     assert not list((tmp_path / "a").glob("extracted*"))
     found = read_benchmark("omnibench", published(tmp_path / "o", "omnibench"))
-    assert "it is a picture" in found.left_out[0].reason
+    assert "the table holds the file itself; write_media=True" in found.left_out[0].reason
     published(tmp_path / "m", "mvbench", {}, {"video": "castle_s01e01_seg02_clip_00"})
     found = read_benchmark("mvbench", tmp_path / "m")
     assert found.left_out[0].cause == "form" and "a folder of single frames" in found.left_out[0].reason
@@ -473,11 +473,29 @@ def test_pictures_and_sounds_inside_a_table_can_be_fed(tmp_path):
     assert len(written) == 2
     load_benchmark("omnibench", tmp_path, write_media=True)
     assert written == {path: os.stat(path).st_mtime_ns for path in (tmp_path / "extracted").iterdir()}
+    assert row["video"] is None and (tmp_path / row["image"][0]).read_bytes() == picture()
     model, processor = build_tiny("qwen2_5_omni")
+    family = family_for(model, processor)
     with MediaLoader(tmp_path, MediaLimits(num_frames=2)) as loader:
-        prompt = PromptBuilder(family_for(model, processor), loader).encode(row)
+        prompt = PromptBuilder(family, loader).encode(row)
+    ids = prompt.input_ids.tolist()
+    assert prompt.tag == "VA" and prompt.media_tokens["audio"] > 0
+    assert ids.count(family.placeholder_ids["image"]) == prompt.media_tokens["image"] > 0
+    assert family.placeholder_ids["video"] not in ids and "video" not in prompt.kinds
+
+
+def test_pictures_can_become_clips(tmp_path):
+    """For models that read clips alone."""
+    published(tmp_path, "omnibench")
+    found = read_benchmark("omnibench", tmp_path, write_media=True, pictures="clips")
+    (row,), kept = found.dataset, read_benchmark("omnibench", tmp_path, write_media=True)
+    assert (found.pictures, kept.pictures) == ("clips", "keep") and row["image"] is None
+    model, processor = build_tiny("qwen2_5_omni")
+    family = family_for(model, processor)
+    with MediaLoader(tmp_path, MediaLimits(num_frames=2)) as loader:
+        prompt = PromptBuilder(family, loader).encode(row)
         clip = loader.video(row["video"][0], multiple=2)
-    assert prompt.tag == "VA" and prompt.media_tokens["video"] > 0 and prompt.media_tokens["audio"] > 0
+    assert prompt.media_tokens["video"] > 0 and family.placeholder_ids["image"] not in prompt.input_ids.tolist()
     shown = np.asarray(clip.frames[0])
     assert shown.shape[:2] == (60, 90)
     original = np.asarray(Image.open(io.BytesIO(picture())))[:60]
@@ -496,7 +514,8 @@ def test_intentbench_has_several_kinds_of_questions(tmp_path):
         {"data_type": "audio", "path": "social/a b.mp4"},
     )
     (tmp_path / "videos/p.png").write_bytes(picture())
-    dataset = load_benchmark("intentbench", tmp_path, write_media=True)
+    dataset = load_benchmark("intentbench", tmp_path)
+    assert dataset["image"] == [None, None, ["videos/p.png"], None]
     assert dataset["solution"] == ["A,C", "Yes", "B", "B"]
     assert dataset["answer_kind"] == ["options", "yes_no", "option", "option"]
     assert dataset["tag"] == ["VA", "VA", "V", "A"]

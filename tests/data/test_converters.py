@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
+from datasets import Image as Picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -157,6 +159,7 @@ def test_human_omni(tmp_path):
     assert [row["tag"] for row in rows] == ["VA", "VA", "A", "VA"] and summary.pictures == 1
     assert rows[0]["answer"] == "A,C" and rows[0]["video"] == "emer/x.mp4" and rows[0]["split"] == "train"
     assert (rows[1]["image"], rows[1]["audio"], rows[1]["video"], rows[1]["options"]) == ("i.png", "a.wav", None, None)
+    assert all(row["images"] is None for row in rows)
     assert rows[1]["question_type"] == "emer_ov" and rows[2]["answer"] == "Yes" and rows[2]["audio"] == "s.wav"
     assert rows[3]["completion"] == "<think>He smiles.</think><answer>A,C</answer>" and rows[0]["completion"] is None
 
@@ -218,6 +221,73 @@ def test_marks_of_pictures_lead_to_their_clips(tmp_path):
     convert("video-r1", tmp_path / "source", tmp_path / "kept")
     assert prompt(rows_of(tmp_path / "kept")[1]).startswith("In <image>, what?")
     assert not validate_tables([tmp_path / "kept"]).counts
+
+
+def png(color) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_several_pictures_keep_their_places(tmp_path):
+    several = {
+        "id": "s2",
+        "messages": [
+            {"role": "user", "content": "<image>\nIs it like <image>?"},
+            {"role": "assistant", "content": "No."},
+        ],
+        "images": ["a.png", "b.png"],
+    }
+    unmarked = several | {"id": "s3", "messages": [{"role": "user", "content": "Alike?"}, several["messages"][1]]}
+    lost = several | {"id": "s4", "images": ["a.png", "b.png", "c.png"]}
+    rows, summary = converted(tmp_path, "sharegpt", [several, unmarked, lost])
+    assert [(row["tag"], row["image"], row["images"]) for row in rows] == [("V", None, ["a.png", "b.png"])] * 2
+    assert [prompt(row) for row in rows] == ["<image>\nIs it like <image>?", "Alike?"]
+    assert summary.pictures == 2 and rows[0]["clip"] == "a.png"
+    assert summary.left_out == {"marks of media in its text, of which it has another number": 1}
+    with pytest.raises(ConversionError, match="more to be seen than one picture, of which one clip cannot be made"):
+        convert("sharegpt", tmp_path / "source", tmp_path / "clips", ConvertOptions(pictures="clips"))
+
+
+def test_blocks_name_their_files(tmp_path):
+    blocks = [{"type": "text", "text": "Is "}, {"type": "image", "image": "a.png"}, {"type": "text", "text": " like "}]
+    blocks += [{"type": "image", "path": "b.png"}, {"type": "text", "text": "?"}]
+    turns = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "No."}]
+    rows, _ = converted(tmp_path, "sharegpt", [{"messages": turns}])
+    assert rows[0]["images"] == ["a.png", "b.png"] and prompt(rows[0]) == "Is <image> like <image>?"
+    url = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
+    (tmp_path / "source" / "data.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": [url]}, turns[1]]}])
+    )
+    with pytest.raises(
+        ConversionError, match=r"'messages\[0\]' must have blocks of the types text, video, audio, image"
+    ):
+        convert("sharegpt", tmp_path / "source", tmp_path / "none")
+
+
+def test_pictures_inside_a_table_are_written_out(tmp_path):
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+    cells = [[{"bytes": png("red"), "path": "image.png"}], [{"bytes": png("blue"), "path": "image.png"}] * 2]
+    (tmp_path / "source").mkdir()
+    features = Features(
+        {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Picture())}
+    )
+    two = [turns[0] | {"content": "<image> or <image>?"}, turns[1]]
+    Dataset.from_dict({"messages": [turns, two], "images": cells}, features).to_parquet(
+        tmp_path / "source/data.parquet"
+    )
+    convert("sharegpt", tmp_path / "source", tmp_path / "rows")
+    report = validate_tables([tmp_path / "rows"], media_root=tmp_path / "source")
+    assert not report.counts, report.shown
+    one, other = rows_of(tmp_path / "rows")
+    assert (tmp_path / "source" / one["image"]).read_bytes() == png("red") and one["images"] is None
+    assert other["images"] == [other["images"][0]] * 2 and (
+        tmp_path / "source" / other["images"][0]
+    ).read_bytes() == png("blue")
+    assert one["clip"] != other["clip"]  # though all files have one name
+    convert("sharegpt", tmp_path / "source", tmp_path / "clips", ConvertOptions(pictures="clips"))
+    [clip] = rows_of(tmp_path / "clips")
+    assert clip["video"].endswith(".mp4") and clip["image"] is None and prompt(clip) == "What?"
 
 
 def test_tpo(tmp_path):
@@ -410,7 +480,7 @@ def test_share_gpt(tmp_path):
     assert rows[0]["completion"] == rows[0]["answer"] == "Black." and rows[0]["question"] == "What color?"
     assert (rows[0]["id"], rows[0]["tag"], rows[0]["clip"]) == ("sharegpt-s1", "VA", "c/cat.mp4")
     assert rows[1]["prompt"][0] == {"role": "system", "content": "Be brief."} and rows[1]["tag"] == "A"
-    assert summary.left_out == {"several media of the kind audio; a row has one of each kind": 1}
+    assert summary.left_out == {"several media of the kind audio; a row has one of it": 1}
 
 
 # What is malformed

@@ -327,6 +327,24 @@ def test_a_signal_that_a_row_lacks():
     assert sum(sum(found.values()) for found in plan.summary.not_made.values()) == 5 * 7 - len(made)
 
 
+def test_pictures_are_a_visual_signal(tmp_path):
+    """A picture is seen, and has no sound; a row's pictures go with it."""
+    for name in ("one.png", "two.png"):
+        (tmp_path / name).write_bytes(b"x")
+    rows = [
+        question("one", "V", video=None, image="one.png"),
+        question("several", "V", video=None, images=["one.png", "two.png"]),
+        question("gone", "V", video=None, images=["one.png", "gone.png"]),
+    ]
+    plan = Plan(
+        table([{**row, "subtitle": "Red, they say."} for row in rows]), QAPlusOptions(evaluation=True), tmp_path
+    )
+    made = [row for part in plan.tables() for row in part.to_pylist()]
+    inputs = {name: {row["tag"] for row in made if row["question_id"] == name} for name in ("one", "several", "gone")}
+    assert inputs == {"one": {"V", "S", "VS"}, "several": {"V", "S", "VS"}, "gone": {"S"}}
+    assert all(row["images"] == ["one.png", "two.png"] for row in made if row["question_id"] == "several")
+
+
 def test_files_that_are_not_there(tmp_path):
     rows = [question("here", "V"), question("gone", "V"), question("text", "V", subtitle="A text, and no file.")]
     for name in ("here.mp4", "here.srt", "gone.mp4", "text.mp4"):

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from maple_trl import cli
 from maple_trl.data.record_files import TableError
@@ -72,6 +73,10 @@ RIGHT = [
     question(tag="V", video=None, image="0.png"),
     question(prompt=asked("<video>What? <audio>")),
     question(tag="V", video=None, image="0.png", prompt=asked("In <image>?")),
+    question(tag="V", video=None, images=["0.png", "1.png"], prompt=asked("Is <image> like <image>?")),
+    question(images=["0.png", "1.png"]),
+    question(images=[]),
+    question(tag="VAS", subtitle="Hi there.", prompt=asked("Said: <subtitle>")),
     question(tag="s", video=None, subtitle="0.srt"),
     question(stratum="exact", required_tag="AV"),
     question(stratum="superset", required_tag="A"),
@@ -125,7 +130,15 @@ WRONG = [
     (question(video="http://host/0.mp4"), "path", "video", "below the media root"),
     (question(video="C:\\0.mp4"), "path", "video", "below the media root"),
     (question(tag="VAS"), "signal", "tag", "is VAS, but field 'subtitle' is empty, which S needs"),
-    (question(tag="V", video=None, audio="0.wav"), "signal", "tag", "field 'video' is empty"),
+    (question(tag="V", video=None, audio="0.wav"), "signal", "tag", "field 'video' or 'image' is empty"),
+    (question(image="0.png", images=["1.png"]), "image", "images", "must be empty beside 'image'"),
+    (question(images=["0.png", "/1.png"]), "path", "images", "below the media root, without '..', but is '/1.png'"),
+    (
+        question(images=["0.png", "1.png"], prompt=asked("In <image>?")),
+        "prompt",
+        "prompt",
+        "holds 1 <image> mark(s), but the row has 2",
+    ),
     (question(tag="A", video=None, image="0.png"), "signal", "tag", "field 'audio' or 'video' is empty"),
     (question(stratum="best", required_tag="V"), "stratum", "stratum", "must be exact, superset or deficit"),
     (question(stratum="exact", required_tag="V"), "stratum", "stratum", "is fed VA is superset"),
@@ -223,6 +236,19 @@ def test_media_must_be_there_where_a_root_is_named(tmp_path):
     assert not validate_tables([path]).counts
 
 
+def test_a_picture_must_be_one(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    rows = [question(n, video=None, tag="V", image=f"{n}.png") for n in range(3)]
+    rows += [question(4, video=None, tag="V", images=["0.png", "1.png"])]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    report = validate_tables([path], media_root=tmp_path)
+    assert found(report) == [("file", "image", 1), ("file", "image", 2), ("file", "images", 3)]
+    messages = [problem.message for problem in report.shown["file"]]
+    assert "names '1.png', and that is no picture that can be fed: not-media: " in messages[0]
+    assert "names '2.png', and there is no such file in" in messages[1]
+
+
 def test_types_are_checked_where_the_file_does_not_ensure_them(tmp_path):
     rows = [
         question(0),
@@ -274,6 +300,8 @@ def test_whatever_stands_in_a_table_is_told(rows):
             "tag": st.sampled_from(["V", "A", "S", "VA", "SV", "AS", "VAS", "X"]),
             "video": st.sampled_from([None, "0.mp4"]),
             "audio": st.sampled_from([None, "0.wav"]),
+            "image": st.sampled_from([None, "0.png"]),
+            "images": st.sampled_from([None, [], ["1.png"], ["1.png", "2.png"]]),
             "subtitle": st.sampled_from(
                 [None, "0.srt", "Hello.", "a/b.txt", "~/words", "see x.mp4", "http://h/s.srt2"]
             ),
@@ -282,7 +310,10 @@ def test_whatever_stands_in_a_table_is_told(rows):
                     {
                         "role": st.sampled_from(["user", "system", "assistant"]),
                         "content": st.sampled_from(
-                            ["What?", "<video>What?", "<audio> or <video>", "In <image>?", "<video><video>"]
+                            [
+                                *("What?", "<video>What?", "<audio> or <video>", "In <image>?", "<video><video>"),
+                                *("<image><image>", "It says <subtitle>"),
+                            ]
                         ),
                     }
                 ),
@@ -389,6 +420,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 
 def test_signals_of_a_row():
     assert signals({"video": "a"}) == {Modality.VIDEO, Modality.AUDIO} and signals({"image": "a"}) == {Modality.VIDEO}
+    assert signals({"images": ["a"]}) == {Modality.VIDEO}
     assert signals({"subtitle": "a", "audio": "b"}) == {Modality.SUBTITLE, Modality.AUDIO} and signals({}) == set()
 
 

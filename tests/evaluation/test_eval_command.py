@@ -518,7 +518,7 @@ def test_a_wrong_command_is_refused(folder, tmp_path, capsys, words, message):
         ([{"question": "color?"}], "has no column 'prompt'; its columns: question"),
         ([{"prompt": "color?", "tag": "VX"}], "row 0, field 'tag': 'VX' is not a modality tag"),
         ([{"prompt": "color?", "videos": "clip.mp4"}], "has the column 'videos', which is not read"),
-        ([{"prompt": "color?", "tag": "V"}], "row 0: tag V needs video, but the row has no such field"),
+        ([{"prompt": "color?", "tag": "V"}], "row 0: tag V needs video or image, but the row has no such field"),
     ],
 )
 def test_wrong_data_are_refused(folder, tmp_path, capsys, rows, message):

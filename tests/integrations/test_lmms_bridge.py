@@ -96,6 +96,21 @@ def test_other_models_get_the_files_that_the_tag_feeds(task):
     assert doc_to_visual({**own, "tag": "V"}) == ["/r/v.mp4"]
 
 
+def test_other_models_get_pictures_as_such(tmp_path):
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (6, 4), color).save(tmp_path / name)
+    doc = {ROOT_FIELD: str(tmp_path), "prompt": [{"role": "user", "content": "?"}], "audio": "s.wav", "tag": "VA"}
+    (message,) = doc_to_messages({**doc, "images": ["a.png", "b.png"]})
+    *pictures, sound, _ = message["content"]
+    assert [block["type"] for block in pictures] == ["image", "image"] and sound["url"] == str(tmp_path / "s.wav")
+    assert [block["url"].getpixel((0, 0)) for block in pictures] == [(255, 0, 0), (0, 0, 255)]
+    assert (
+        len(doc_to_visual({**doc, "image": "a.png"})) == 2
+        and len(doc_to_visual({**doc, "image": "a.png", "tag": "A"})) == 1
+    )
+    assert row_of({**doc, "image": "a.png", "images": None})["image"] == "a.png"
+
+
 def test_scores_are_those_of_the_reward(task):
     doc = documents(task)[0]
     right = f"<answer>{doc['solution']}</answer>"
@@ -269,7 +284,7 @@ def test_messages_of_other_tasks_become_rows(model, tmp_path):
     # lmms-eval marks a sound without a type as video.
     root, row = model._foreign_row(message({"type": "video", "url": sound}, {"type": "image", "url": picture}), "t")
     prompt = model._builder(root).encode(row)
-    assert prompt.media_tokens["audio"] == 25 and prompt.media_tokens["video"] > 0
+    assert prompt.media_tokens["audio"] == 25 and prompt.media_tokens["image"] > 0 and "video" not in prompt.kinds
     with pytest.raises(BridgeError, match="t: it has both files and media without a file"):
         model._foreign_row(message({"type": "video", "url": clip}, {"type": "image", "url": picture}), "t")
     with pytest.raises(BridgeError, match="t: it asks for a part of a clip"):

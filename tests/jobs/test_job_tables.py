@@ -189,19 +189,21 @@ def test_a_question_under_another_name(tmp_path, column, capsys):
 
 def test_csv_cells_are_texts_and_conversations_stand_as_json(tmp_path):
     (tmp_path / "train.csv").write_text(
-        'prompt,video,solution,audio_in_video\n"[{""role"": ""user"", ""content"": ""Hi, you""}]",a.mp4,NA,True\n\n'
-        '"[sic] one\ntwo","[""a.mp4"", ""b.mp4""]",003,\n',
+        'prompt,video,solution,audio_in_video,images\n"[{""role"": ""user"", ""content"": ""Hi, you""}]",a.mp4,NA,True,\n\n'
+        '"[sic] one\ntwo","[""a.mp4"", ""b.mp4""]",003,,"[""a.png"", ""b.png""]"\n',
         encoding="utf-8-sig",
     )
     first, second = read(tmp_path)["train"].to_list()
     assert first == {
-        "prompt": [{"role": "user", "content": "Hi, you"}], "video": "a.mp4", "solution": "NA", "audio_in_video": True
+        "prompt": [{"role": "user", "content": "Hi, you"}], "video": "a.mp4", "solution": "NA", "audio_in_video": True,
+        "images": None,
     }  # fmt: skip
     assert second == {
         "prompt": "[sic] one\ntwo",
         "video": ["a.mp4", "b.mp4"],
         "solution": "003",
         "audio_in_video": None,
+        "images": ["a.png", "b.png"],
     }
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from maple_trl import AvatarConfig, AvatarTrainer, cli
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.omni.embedded import store
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.records.critical_steps import write_critical_steps
 from maple_trl.records.rollouts import write_rollout
@@ -296,6 +297,58 @@ def test_an_evaluation_shows_its_questions_clips_and_errors(browser, tmp_path):
     assert opened.heights_of_charts() == opened.heights
     assert opened.errors == []
     page.close()
+
+
+def test_pictures_are_shown(browser, tmp_path, monkeypatch):
+    """Of files beside the page and of a table that holds them; a small copy stands in the page, and the file behind it."""
+    monkeypatch.setattr("maple_trl.omni.embedded.FOLDER", tmp_path / "inside")
+    media = tmp_path / "media"
+    media.mkdir()
+    for name, color in (("red.png", (250, 10, 10)), ("blue.png", (10, 10, 250))):
+        Image.new("RGB", (600, 400), color).save(media / name)
+    rows = [
+        {"image": "red.png", "tag": "V", "prompt": [{"role": "user", "content": "Which? A. red\nB. blue"}]},
+        {
+            "images": ["red.png", "blue.png"],
+            "prompt": [{"role": "user", "content": "<image> or <image>?"}],
+            "tag": "V",
+        },
+        {
+            "image": store((media / "blue.png").read_bytes(), "inside.png"),
+            "prompt": [{"role": "user", "content": "?"}],
+            "tag": "V",
+        },
+    ]
+    lines = [json.dumps({"id": f"row-{n}", "solution": "A", **row}) + "\n" for n, row in enumerate(rows)]
+    (tmp_path / "test.jsonl").write_text("".join(lines))
+    words = [
+        "--model",
+        "builtin:tiny-omni",
+        "--data",
+        str(tmp_path),
+        "--media-root",
+        str(media),
+        "--quiet",
+        "--report",
+    ]
+    words += ["--max-pixels", "12544", "--max-new-tokens", "6", "--samples", "2", "--output", str(tmp_path / "eval")]
+    assert cli.main(["eval", *words]) == 0
+    opened = Opened(browser, tmp_path / "eval" / "report.html")
+    pictures = opened.page.locator(".group .media img")
+    assert opened.fitting() == (3, 6) and pictures.count() == 4
+    for picture in pictures.all():
+        picture.scroll_into_view_if_needed()
+        assert picture.get_attribute("src").startswith("data:image/jpeg;base64,")
+        assert picture.evaluate("one => one.decode().then(() => one.naturalWidth)") in range(100, 320)
+    links = opened.page.locator(".group .media a").evaluate_all("all => all.map((one) => one.getAttribute('href'))")
+    assert sorted(links) == ["../media/blue.png", "../media/red.png", "../media/red.png"]
+    assert "inside.png" in opened.page.locator(".group").filter(has_text="row-2").inner_text()
+    shot = opened.page.locator(".group").filter(has_text="row-1").screenshot()
+    seen = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).reshape(-1, 3).astype(int)
+    for color in ((250, 10, 10), (10, 10, 250)):
+        assert (np.abs(seen - color).max(axis=1) < 30).sum() > 5_000, color
+    assert opened.errors == []
+    opened.page.close()
 
 
 # Markup in what models say

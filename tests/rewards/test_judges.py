@@ -365,6 +365,29 @@ def test_pictures_of_the_clip(seven_tags):
         judge.close()
 
 
+def test_pictures_of_the_question(tmp_path):
+    """A row's own pictures are shown as its video's are: where its tag has them seen."""
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (60, 40), color).save(tmp_path / name)
+    cells = {"image": ["a.png", None, "a.png", "gone.png"], "images": [None, ["a.png", "b.png"], None, None]}
+
+    def choose(_, body):
+        axes = body["response_format"]["json_schema"]["schema"]["required"]
+        return say(verdict(*[1.0] * len(axes), axes=axes))
+
+    with ChatServer(choose) as server, MediaLoader(tmp_path) as loader:
+        judge = StepwiseReasoningJudge(options(server), frames=3, loader=loader)
+        rewards = ask(
+            judge, [THOUGHTS] * 4, tag=["V", "V", "A", "V"], audio_cues=[None, None, "a tone", None], **cells
+        )
+        shown = [call.body["messages"][-1]["content"] for call in server.calls]
+        judge.close()
+    assert rewards == [1.0, 1.0, 1.0, None]
+    counts = [sum(b["type"] == "image_url" for b in found) if isinstance(found, list) else 0 for found in shown]
+    assert sorted(counts) == [0, 1, 2]
+    assert any(block.get("text") == "2 picture(s) of the question:" for found in shown for block in found if counts)
+
+
 def test_refusals():
     url = {"model": "m", "base_url": "http://127.0.0.1:9/v1"}
     for changes, why in (

@@ -83,8 +83,8 @@ function curves() {
       { "tag/all/clip_fraction": "share of clipped tokens", "clip_ratio/region_mean": "the same, as TRL counts" }],
     ["Divergence from the reference", "nats", ["kl"]],
     ["Time", "seconds per step", ["step_time"]],
-    ["Media tokens", "tokens per rollout", ["media_tokens/video", "media_tokens/audio", "media_tokens/subtitle"],
-      { "media_tokens/video": "video", "media_tokens/audio": "audio", "media_tokens/subtitle": "subtitles" }],
+    ["Media tokens", "tokens per rollout", ["media_tokens/image", "media_tokens/video", "media_tokens/audio", "media_tokens/subtitle"],
+      { "media_tokens/image": "pictures", "media_tokens/video": "video", "media_tokens/audio": "audio", "media_tokens/subtitle": "subtitles" }],
     ["Prompt length", "mean tokens", ["tag/all/prompt_tokens"]],
   ];
   const grid = node("div", { class: "grid small" });

@@ -245,10 +245,15 @@ class Viewer {
 
 function mediaNode(entry) {
   const caption = node("figcaption", { text: entry.name });
-  if (!entry.href && entry.kind !== "subtitle") return node("figure", {}, node("figcaption", { text: `${entry.kind}: ${entry.name} (${entry.why})` }));
+  if (!entry.href && entry.kind !== "subtitle" && !(entry.kind === "image" && entry.thumb)) return node("figure", {}, node("figcaption", { text: `${entry.kind}: ${entry.name} (${entry.why})` }));
   if (entry.kind === "subtitle") {
     const text = entry.text === undefined ? `(${entry.why})` : entry.text;
     return node("figure", {}, node("pre", { text }), entry.href ? node("figcaption", {}, node("a", { href: entry.href, text: entry.name })) : caption);
+  }
+  if (entry.kind === "image") {
+    const gone = () => { caption.textContent = `${entry.name} (cannot be shown: the file has moved, or this browser does not know its format)`; };
+    const picture = node("img", { src: entry.thumb || entry.href, alt: entry.name, loading: "lazy", onerror: gone });
+    return node("figure", {}, entry.href ? node("a", { href: entry.href, target: "_blank" }, picture) : picture, caption);
   }
   const failed = () => { caption.textContent = `${entry.name} (cannot be played: the file has moved, or this browser does not know its format)`; };
   const player = node(entry.kind, { controls: "", preload: entry.thumb || entry.kind === "audio" ? "none" : "metadata", src: entry.href, poster: entry.thumb, onerror: failed });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -56,7 +57,7 @@ class Question:
         options: texts without letters.
         category: what reports group by.
         name: the benchmark's own name of the question, where it has one.
-        videos: clips and pictures, in the order in which the question counts them.
+        videos: clips and pictures, each kind in the order in which the question counts it.
         audios: sounds of their own, in that order; `None`: the sound is the videos' own track.
         track: a copy of that track as a file, used where it is there.
         subtitle: a file.
@@ -126,6 +127,27 @@ class Record:
         if not isinstance(values, list | tuple):
             raise FieldError(name, f"must be a list of paths, but is {self._described(name)}")
         return tuple(self._read(name, relative_path, item) for item in values)
+
+    def pictures(self, name: str) -> tuple[Medium, ...]:
+        """
+        Read a picture, or a list of them: paths, or the files themselves as `{"bytes", "path"}` or bytes.
+
+        Raises:
+            FieldError: for anything else.
+        """
+        value = self.fields.get(name)
+        if value is None or value == "":
+            return ()
+        return tuple(self._picture(name, item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+    def _picture(self, name: str, value: Any) -> Medium:
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, value)
+        if not isinstance(data, bytes):
+            return Medium((self._read(name, relative_path, path),), still=True)
+        suffix = PurePosixPath(path).suffix.lower() if isinstance(path, str) else ""
+        # Tables often give all their files one name.
+        digest = hashlib.blake2b(data, digest_size=10).hexdigest()
+        return Medium((f"{digest}{suffix or '.png'}",), content=data, still=True)
 
     def read(self, name: str, reader: Callable[..., Any], *args: Any) -> Any:
         """

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from datasets import Dataset, Features, List, Value
 
@@ -42,6 +42,7 @@ FEATURES = Features(
         # Lists: a question of AV-Odyssey may have several.
         "video": List(Value("string")),
         "audio": List(Value("string")),
+        "image": List(Value("string")),
         "subtitle": Value("string"),
         "benchmark": Value("string"),
         "category": Value("string"),
@@ -51,6 +52,9 @@ FEATURES = Features(
     }
 )
 """Columns of every benchmark's rows. `record` holds the published record as JSON, without files that it embeds."""
+
+Pictures = Literal["keep", "clips"]
+"""Whether a question's pictures are fed as they are, or as clips of two seconds."""
 
 _SHOWN = 5  # faults in one message
 
@@ -92,6 +96,7 @@ class BenchmarkRows:
         files: the tables.
         media_root: the folder to which the media paths of the rows are relative.
         style: how prompts were written.
+        pictures: how pictures are fed.
     """
 
     benchmark: Benchmark
@@ -102,6 +107,7 @@ class BenchmarkRows:
     files: list[Path]
     media_root: Path
     style: PromptStyle
+    pictures: Pictures = "keep"
 
     def summary(self) -> str:
         """Return one line for people."""
@@ -119,6 +125,7 @@ class _Options:
     missing_media: str
     write_media: bool
     shuffle_seed: int | None
+    pictures: Pictures
     collect: bool = False
     seen: Counter = field(default_factory=Counter)
 
@@ -169,6 +176,7 @@ def read_benchmark(
     missing_media: Literal["leave_out", "keep", "error"] = "leave_out",
     write_media: bool = False,
     shuffle_seed: int | None = None,
+    pictures: Pictures = "keep",
     download: bool = False,
     revision: str | None = None,
 ) -> BenchmarkRows:
@@ -183,9 +191,11 @@ def read_benchmark(
         tags: give every question once in each of these tags, and its id the tag behind it. Default: the benchmark's own.
         missing_media: leave out questions whose files are not there, keep their rows (an evaluation then names them as
             errors), or refuse.
-        write_media: write files that tables hold, and pictures as short clips, below `path/extracted`.
+        write_media: write files that tables hold, and pictures that become clips, below `path/extracted`.
         shuffle_seed: give every question's options another order, drawn from this and its id. Of a question whose
             options speak of each other ("both A and B") the sense is lost.
+        pictures: `"keep"` feeds pictures as they are (column `image`); `"clips"` shows each for two seconds (column `video`), for
+            models that read clips alone.
         download: fetch the benchmark's tables and archives from the Hub when no `path` is given. Nothing goes over the
             network without it. Archives have to be unpacked.
         revision: of the Hub's copy.
@@ -198,7 +208,7 @@ def read_benchmark(
             missing file, naming file, record and field.
         FileNotFoundError: when there is no table.
     """
-    options = _options(prompt_style, tags, missing_media, write_media, shuffle_seed)
+    options = _options(prompt_style, tags, missing_media, write_media, shuffle_seed, pictures)
     return _read(_benchmark(name), path, split, options, download, revision)
 
 
@@ -210,18 +220,19 @@ def check(
     tags: Iterable[ModalityTag | str] | None = None,
     missing_media: Literal["leave_out", "keep", "error"] = "leave_out",
     write_media: bool = False,
+    pictures: Pictures = "keep",
 ) -> BenchmarkRows:
     """
     Read all of a benchmark and list what is wrong, where [`read_benchmark`] stops at the first fault.
 
     Args:
-        name, path, split, tags, missing_media, write_media:
+        name, path, split, tags, missing_media, write_media, pictures:
             As of [`read_benchmark`]; with `missing_media="error"` every missing file is a fault.
 
     Returns:
         [`BenchmarkRows`], whose `faults` name file, record, field and what would be right.
     """
-    options = _options("think", tags, missing_media, write_media, None)
+    options = _options("think", tags, missing_media, write_media, None, pictures)
     options.collect = True
     return _read(_benchmark(name), path, split, options, download=False, revision=None)
 
@@ -234,7 +245,9 @@ def _benchmark(name: str | Benchmark) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def _options(style, tags, missing_media, write_media, shuffle_seed) -> _Options:
+def _options(style, tags, missing_media, write_media, shuffle_seed, pictures) -> _Options:
+    if pictures not in get_args(Pictures):
+        raise BenchmarkError(f"pictures must be one of {', '.join(get_args(Pictures))}, got {pictures!r}")
     if missing_media not in ("leave_out", "keep", "error"):
         raise BenchmarkError(f"missing_media must be 'leave_out', 'keep' or 'error', got {missing_media!r}")
     if isinstance(tags, str):
@@ -242,7 +255,7 @@ def _options(style, tags, missing_media, write_media, shuffle_seed) -> _Options:
     chosen = () if tags is None else tuple(dict.fromkeys(map(ModalityTag.parse, tags)))
     if tags is not None and not chosen:
         raise BenchmarkError(f"tags is empty; give at least one of {', '.join(ModalityTag)}")
-    return _Options(chosen, prompt_style(style), missing_media, write_media, shuffle_seed)
+    return _Options(chosen, prompt_style(style), missing_media, write_media, shuffle_seed, pictures)
 
 
 def _read(benchmark: Benchmark, path, split, options: _Options, download: bool, revision: str | None) -> BenchmarkRows:
@@ -277,7 +290,7 @@ def _read(benchmark: Benchmark, path, split, options: _Options, download: bool, 
     if not count:
         raise BenchmarkError(f"{', '.join(map(str, files))}: no record in it; {benchmark.title} has one per question")
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
-    return BenchmarkRows(benchmark, dataset, left_out, faults, count, files, root, options.style)
+    return BenchmarkRows(benchmark, dataset, left_out, faults, count, files, root, options.style, options.pictures)
 
 
 def _numbered(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -360,7 +373,8 @@ def _signals(question: Question) -> frozenset[Modality]:
     has = {
         Modality.VIDEO: bool(question.videos),
         # A picture has no track.
-        Modality.AUDIO: bool(question.audios) or (question.audios is None and bool(question.videos)),
+        Modality.AUDIO: bool(question.audios)
+        or (question.audios is None and not all(medium.still for medium in question.videos)),
         Modality.SUBTITLE: question.subtitle is not None,
     }
     return frozenset(modality for modality, there in has.items() if there)
@@ -376,12 +390,16 @@ def _media(question: Question, tag: ModalityTag, root: Path, options: _Options) 
     fed = tag.modalities
     track = existing(root, question.track) if question.track is not None else None
     audio_is_track = Modality.AUDIO in fed and question.audios is None and track is None
-    video = _located(root, question.videos, options, needed=Modality.VIDEO in fed or audio_is_track)
+    stills = [medium for medium in question.videos if medium.still and options.pictures == "keep"]
+    clips = [medium for medium in question.videos if medium not in stills]
+    image = _located(root, stills, options, needed=Modality.VIDEO in fed)
+    video = _located(root, clips, options, needed=Modality.VIDEO in fed or audio_is_track)
     audio = [track] if track else _located(root, question.audios or (), options, needed=Modality.AUDIO in fed)
     subtitle = []
     if question.subtitle is not None and (Modality.SUBTITLE in fed or not question.stand_in):
         subtitle = _located(root, (question.subtitle,), options, needed=Modality.SUBTITLE in fed)
-    return {"video": video or None, "audio": audio or None, "subtitle": _subtitle(root, subtitle)}
+    found = {"video": video, "audio": audio, "image": image}
+    return {**{name: paths or None for name, paths in found.items()}, "subtitle": _subtitle(root, subtitle)}
 
 
 def _located(root: Path, media: Sequence[Medium], options: _Options, needed: bool) -> list[str]:
@@ -389,7 +407,7 @@ def _located(root: Path, media: Sequence[Medium], options: _Options, needed: boo
     paths = []
     for medium in media:
         try:
-            paths.append(locate(root, medium, options.write_media))
+            paths.append(locate(root, medium, options.write_media, options.pictures == "clips"))
         except UnusableMedium as error:
             if not needed:
                 return []

@@ -43,7 +43,7 @@ def _is_blank(path: Path) -> bool:
     return path.suffix.lower() == ".txt" and not path.read_bytes().strip()
 
 
-def locate(root: Path, medium: Medium, write: bool) -> str:
+def locate(root: Path, medium: Medium, write: bool, as_clips: bool = False) -> str:
     """
     Return the path of a medium below the root.
 
@@ -52,6 +52,7 @@ def locate(root: Path, medium: Medium, write: bool) -> str:
         medium: what is looked for.
         write: write what the table holds, and pictures as clips, below `root / WRITTEN`; what is there is not written
             again.
+        as_clips: make a clip of a picture.
 
     Raises:
         UnusableMedium: with the reason.
@@ -59,20 +60,21 @@ def locate(root: Path, medium: Medium, write: bool) -> str:
     found = existing(root, medium)
     if medium.content is None and found is None:
         raise UnusableMedium(f"no file {medium.paths[0]}", missing=True)
-    if medium.content is None and not medium.still:
+    becomes_clip = medium.still and as_clips
+    if medium.content is None and not becomes_clip:
         return found
     if not write:
-        held = "it is a picture" if medium.still else "the table holds the file itself"
+        held = "it is to become a clip" if becomes_clip else "the table holds the file itself"
         raise UnusableMedium(f"{held}; write_media=True puts a readable copy below {WRITTEN}/")
     content = medium.content if medium.content is not None else (root / found).read_bytes()
     digest = hashlib.blake2b(content, digest_size=10).hexdigest()
-    suffix = ".mp4" if medium.still else Path(medium.paths[0]).suffix if medium.paths else ".bin"
+    suffix = ".mp4" if becomes_clip else Path(medium.paths[0]).suffix if medium.paths else ".bin"
     path = f"{WRITTEN}/{digest}{suffix}"
     if not (root / path).is_file():
         (root / WRITTEN).mkdir(exist_ok=True)
         scratch = root / WRITTEN / f".{digest}-{os.getpid()}{suffix}"
         try:
-            if medium.still:
+            if becomes_clip:
                 write_still(scratch, content)
             else:
                 scratch.write_bytes(content)

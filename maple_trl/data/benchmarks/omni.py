@@ -158,7 +158,7 @@ def _embedded(record: Record, name: str, still: bool = False) -> Medium:
     return Medium(below(path, name, f"mm_data/{name}"), still=still)
 
 
-# arXiv 2409.15272. VA: a picture, shown as a clip of two seconds for the models here read no pictures, and a sound.
+# arXiv 2409.15272. VA: a picture and a sound.
 OMNI_BENCH = Benchmark(
     name="omnibench",
     title="OmniBench",
@@ -240,7 +240,7 @@ def _check_marks(question: str, options: list[str], shown: int, heard: int) -> N
             raise FieldError(name, f"has {there} paths, but the question speaks of [{kind}{number}]")
 
 
-# arXiv 2412.02611. VA: pictures (each shown as a clip of two seconds) or a clip, then the sounds. They stand before
+# arXiv 2412.02611. VA: pictures or a clip, then the sounds. They stand before
 # the question in the order of its marks [img1], [audio1], …, and not at the marks; a clip's own track is not used.
 # License: apache-2.0.
 AV_ODYSSEY = Benchmark(
@@ -253,7 +253,7 @@ AV_ODYSSEY = Benchmark(
     splits=("test",),
     hub="AV-Odyssey/AV_Odyssey_Bench_LMMs_Eval",
     tag=ModalityTag.VA,
-    media="unpack the archives beside the table; write_media=True makes clips of the pictures",
+    media="unpack the archives beside the table",
 )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record
 from maple_trl.data.benchmarks.options import read_letter, read_options
 from maple_trl.data.converters.base import Converter, Place, Sample, answer_text, optional_text
-from maple_trl.data.converters.sharegpt import media_of
+from maple_trl.data.converters.sharegpt import first_path, media_of, without_leading_marks
 from maple_trl.data.converters.turns import read_turns, without_marks
 
 
@@ -28,22 +28,24 @@ def _avatar(record: Record, place: Place) -> Iterator[Sample]:
     problem_type = optional_text(record, "problem_type")
     has_options = bool(record.get("options"))
     options = record.read("options", read_options) if has_options else []
-    media = media_of(record)
-    paths = [paths[0] for paths in media.values() if paths]
-    if not paths:
+    media = media_of(record, "messages")
+    clip = first_path(media)
+    if clip is None:
         raise LeaveOut("no medium at all")
     question, messages = optional_text(record, "question"), ()
     if question is None:
         turns = [turn for turn in read_turns(record.get("messages"), "messages") if turn["role"] != "assistant"]
         if not turns or turns[-1]["role"] != "user":
             raise FieldError("messages", "must have a turn of the user; or field 'question' must be filled")
-        turns = [{**turn, "content": without_marks(turn["content"])} for turn in turns]
+        turns = without_leading_marks(turns, media)
         question, messages = turns[-1]["content"], tuple(turns)
+    elif len(media["images"]) < 2:
+        question = without_marks(question)
     kind = "option" if options else "number" if problem_type in _NUMBERS else "text"
     name = next((key for key in ("prompt_id", "id") if record.get(key) is not None), None)
     yield Sample(
-        clip=paths[0],
-        question=without_marks(question),
+        clip=clip,
+        question=question,
         solution=record.read("solution", read_letter, options) if options else answer_text(record, "solution"),
         kind=kind,
         options=tuple(options),

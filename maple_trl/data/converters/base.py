@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maple_trl import Registry
-from maple_trl.data.benchmarks.base import FieldError, Question, Record
+from maple_trl.data.benchmarks.base import FieldError, Medium, Question, Record
 from maple_trl.data.benchmarks.options import unwrapped
 from maple_trl.data.record_files import read_records
 from maple_trl.modalities import ModalityTag
@@ -43,6 +43,7 @@ class Sample:
         options: texts without letters.
         name: the set's own name of it, where it has one.
         video, audio, subtitle, image: paths below the media root at which the medium may lie, the likeliest first.
+        images: pictures in the order in which they are shown, in the place of `image`.
         track: the video's sound as a file, used where it is there.
         stand_in: whether the subtitle only stands in for one, and is given where a tag asks for it alone.
         text: the subtitle itself, where the set has it.
@@ -67,6 +68,7 @@ class Sample:
     audio: tuple[str, ...] = ()
     subtitle: tuple[str, ...] = ()
     image: tuple[str, ...] = ()
+    images: tuple[Medium, ...] = ()
     track: tuple[str, ...] = ()
     stand_in: bool = False
     text: str | None = None
@@ -80,6 +82,11 @@ class Sample:
     split: str | None = None
     source: str | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> tuple[Medium, ...]:
+        """All its pictures."""
+        return self.images or ((Medium(self.image, still=True),) if self.image else ())
 
 
 @dataclass(frozen=True)
@@ -131,15 +138,14 @@ def of_question(question: Question, clip: str, **known: Any) -> Sample:
     Make a sample of a benchmark's question.
 
     Args:
-        question: with at most one medium of each kind.
+        question: with at most one clip and one sound.
         clip: what it is about.
         known: further attributes of the sample.
     """
-    still = [medium for medium in question.videos if medium.still]
     moving = [medium for medium in question.videos if not medium.still]
     media = {
         "video": moving[0].paths if moving else (),
-        "image": still[0].paths if still else (),
+        "images": tuple(medium for medium in question.videos if medium.still),
         "audio": question.audios[0].paths if question.audios else (),
         "track": question.track.paths if question.track else (),
         "subtitle": question.subtitle.paths if question.subtitle else (),

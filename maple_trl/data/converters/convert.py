@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,8 +48,8 @@ class ConvertOptions:
         split: what all rows are of, in the place of what the set says.
         shard_rows: most rows of one file.
         skip_malformed: count and name records that are not as published, and go on; else the first of them ends it.
-        pictures: `keep` rows with a picture, which cannot be trained on yet; make `clips` of two seconds of them, below
-            `media_root/extracted`; or `leave_out` such rows.
+        pictures: `keep` rows with pictures, which are fed as they are; make a clip of two seconds of a row's one picture
+            (`clips`), below `media_root/extracted`, for models that read clips alone; or `leave_out` such rows.
         missing_media: `keep` rows that name a file that is not there (validation then names them), or `leave_out` them.
     """
 
@@ -87,7 +87,7 @@ class ConversionSummary:
         left_out: well-formed records, and tags of them, that did not become rows, by reason.
         malformed: records that are not as published.
         named: the first of them.
-        pictures: rows with a picture.
+        pictures: rows with pictures.
         missing: rows that name a file that is not there.
     """
 
@@ -245,7 +245,7 @@ class _Rows:
             return []
         for row in rows:
             self.summary.tags[row["tag"]] += 1
-            self.summary.pictures += row["image"] is not None
+            self.summary.pictures += bool(row["image"] or row["images"])
         return rows
 
     def _samples(self, fields: Mapping[str, Any], file: Path, number: int) -> Iterable[Sample]:
@@ -312,7 +312,7 @@ class _Rows:
             "prompt": self._prompt(sample),  # last, so that a fault is told of what it is made from
         }
         _check_text(row)
-        if sample.image and media["image"] is None:  # the picture has become a clip
+        if sample.pictures and self.options.pictures == "clips":
             row["prompt"] = [
                 {**turn, "content": turn["content"].replace("<image>", "<video>")} for turn in row["prompt"]
             ]
@@ -326,21 +326,23 @@ class _Rows:
         style: PromptStyle = self.options.prompt_style  # type: ignore[assignment]
         return [{"role": "user", "content": style.render(sample.question or "", sample.options, sample.kind)}]
 
-    def _media(self, sample: Sample, tag: ModalityTag) -> dict[str, str | None]:
+    def _media(self, sample: Sample, tag: ModalityTag) -> dict[str, Any]:
         """Return the media columns of a row, and count what is not there."""
-        found: dict[str, str | None] = {"video": None, "audio": None, "subtitle": None, "image": None}
+        found: dict[str, Any] = dict.fromkeys(("video", "audio", "subtitle", "image", "images"))
         missing = False
-        for kind, paths in (("video", sample.video), ("audio", sample.audio), ("image", sample.image)):
+        for kind, paths in (("video", sample.video), ("audio", sample.audio)):
             if paths:
                 there = self._existing(paths)
                 found[kind], missing = there or self._paths(paths)[0], missing or there is None
+        pictures = [self._place(picture) for picture in sample.pictures]
+        missing |= any(there is None for there in pictures)
         if sample.track and not sample.audio:
             found["audio"] = self._existing(sample.track)
         found["subtitle"], lost = self._subtitle(sample, tag)
         if (missing or lost) and self.options.missing_media == "leave_out":
             raise _Unfed("a file that is not there")
-        if found["image"] is not None:
-            found |= self._picture(found["image"])
+        if sample.pictures:
+            found |= self._picture_columns(sample, pictures)
         self.summary.missing += missing or lost
         return found
 
@@ -351,13 +353,26 @@ class _Rows:
     def _existing(self, paths: tuple[str, ...]) -> str | None:
         return existing(self.root, Medium(self._paths(paths)))
 
-    def _picture(self, path: str) -> dict[str, str | None]:
-        if self.options.pictures == "keep":
-            return {"image": path}
+    def _place(self, picture: Medium) -> str | None:
+        """Return where a picture lies, written there if the table holds it; `None` where it is not there."""
+        if picture.content is None:
+            return self._existing(picture.paths)
+        return locate(self.root, picture, write=True) if self.options.pictures == "keep" else ""
+
+    def _picture_columns(self, sample: Sample, there: Sequence[str | None]) -> dict[str, Any]:
         if self.options.pictures == "leave_out":
             raise _Unfed("a picture, and pictures were to be left out")
+        if self.options.pictures == "keep":
+            paths = [
+                path or self._paths(picture.paths)[0] for path, picture in zip(there, sample.pictures, strict=True)
+            ]
+            return {"image": paths[0]} if len(paths) == 1 else {"images": paths}
+        if len(sample.pictures) > 1 or sample.video:
+            raise _Unfed("more to be seen than one picture, of which one clip cannot be made")
+        [picture] = sample.pictures
         try:
-            return {"image": None, "video": locate(self.root, Medium((path,), still=True), write=True)}
+            medium = picture if picture.content is not None else Medium((there[0] or picture.paths[0],), still=True)
+            return {"video": locate(self.root, medium, write=True, as_clips=True)}
         except UnusableMedium as error:
             raise _Unfed("a picture that is not there or cannot be read") from error
 
@@ -394,7 +409,7 @@ class _Rows:
 def _signals(sample: Sample) -> frozenset[Modality]:
     """Return the signals that a sample has, whether or not their files are there."""
     has = {
-        Modality.VIDEO: bool(sample.video or sample.image),
+        Modality.VIDEO: bool(sample.video or sample.pictures),
         Modality.AUDIO: bool(sample.audio or sample.video),
         Modality.SUBTITLE: bool(sample.subtitle or sample.text),
     }

@@ -5,36 +5,52 @@ Relied on: the documented forms of LLaVA (`{"id", "conversations": [{"from": "hu
 "video": …}`) and of ms-swift (`{"messages": [{"role", "content"}], "videos": […], "audios": […], "images": […]}`, `solution`).
 
 The last turn must be the assistant's: it is `answer` and the column `completion`, and what comes before is the prompt. Marks of media
-at the beginning or the end of the first message are taken out, where media go anyway; within a text they stay. A row has one medium of a kind.
+at the beginning or the end of a message are taken out, where media go anyway; within a text they stay, and so do all of them in a row with
+several pictures. A row has one clip and one sound. Pictures may be inside the table (`{"bytes", "path"}`): they are written out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record
 from maple_trl.data.converters.base import Converter, Place, Sample, first_of
-from maple_trl.data.converters.turns import read_turns, without_marks
+from maple_trl.data.converters.turns import KINDS, block_files, read_turns, without_marks
 
 
-_MEDIA = {"video": ("video", "videos"), "audio": ("audio", "audios"), "image": ("image", "images")}
-
-
-def media_of(record: Record) -> dict[str, tuple[str, ...]]:
+def media_of(record: Record, turns: str) -> dict[str, Any]:
     """
-    Read the one medium of each kind that a record names.
+    Read the media that a record names, in fields or else in blocks, as attributes of a sample: one clip, one sound, and pictures.
+
+    Args:
+        turns: the field with the conversation.
 
     Raises:
-        LeaveOut: when it has several of a kind.
+        LeaveOut: when it has several clips or sounds.
         FieldError: for what is no path.
     """
-    found = {}
-    for kind, names in _MEDIA.items():
-        paths = next((record.paths(name) for name in names if record.get(name)), ())
-        if len(paths) > 1:
-            raise LeaveOut(f"several media of the kind {kind}; a row has one of each kind")
-        found[kind] = paths
-    return found
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        name = next((name for name in (kind, f"{kind}s") if record.get(name)), kind)
+        source = record if record.get(name) else Record({name: block_files(record.get(turns), kind)})
+        found[kind] = source.pictures(name) if kind == "image" else source.paths(name)
+        if kind != "image" and len(found[kind]) > 1:
+            raise LeaveOut(f"several media of the kind {kind}; a row has one of it")
+    return {**found, "image": (), "images": found["image"]}
+
+
+def first_path(media: Mapping[str, Any]) -> str | None:
+    """Return the path of the first of the media that [`media_of`] found; `None` where it found none."""
+    paths = (*media["video"], *media["audio"], *(picture.paths[0] for picture in media["images"]))
+    return paths[0] if paths else None
+
+
+def without_leading_marks(turns: list[dict[str, str]], media: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return turns without the marks that stand where media go anyway; of several pictures the marks tell the places."""
+    if len(media["images"]) > 1:
+        return turns
+    return [{**turn, "content": without_marks(turn["content"])} for turn in turns]
 
 
 def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
@@ -47,17 +63,16 @@ def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
     if turns[0]["role"] != "system" and isinstance(record.get("system"), str) and record.get("system").strip():
         turns.insert(0, {"role": "system", "content": record.text("system")})
     *prompt, last = turns
-    prompt = [{**turn, "content": without_marks(turn["content"])} for turn in prompt]
+    media = media_of(record, name)
+    prompt = without_leading_marks(prompt, media)
     empty = next((turn for turn in prompt if not turn["content"].strip()), None)
     if empty is not None:
         raise FieldError(
             name, f"must have words beside the marks of media in each turn, but one of the {empty['role']} has none"
         )
-    media = media_of(record)
-    paths = [paths[0] for paths in media.values() if paths]
     own = None if record.get("id") is None else record.name("id")
     yield Sample(
-        clip=paths[0] if paths else f"{place.file.stem}-{place.number}",
+        clip=first_path(media) or f"{place.file.stem}-{place.number}",
         question=next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user"),
         solution=last["content"].strip(),
         kind="text",

@@ -19,6 +19,7 @@ _ROLES = {
     "bard": "assistant",
     "system": "system",
 }
+KINDS = ("video", "audio", "image")
 _MARKS = re.compile(r"(\s*<(video|audio|image)>\s*)+")
 
 
@@ -56,15 +57,30 @@ def _turn(turn: Any, name: str) -> dict[str, str]:
     if role is None:
         raise FieldError(name, f"must be of one of {', '.join(_ROLES)}, but is of {described(said_by)}")
     if isinstance(text, list):  # blocks, as chat servers take them
-        text = "".join(_block_text(block) for block in text)
+        text = "".join(_block_text(block, name) for block in text)
     if not isinstance(text, str) or not text.strip():
         raise FieldError(name, f"must have a text, but has {described(text)}")
     return {"role": role, "content": text}
 
 
-def _block_text(block: Any) -> str:
-    if isinstance(block, Mapping) and block.get("type") == "text":
-        return str(block.get("text", ""))
-    return (
-        f"<{block['type']}>" if isinstance(block, Mapping) and block.get("type") in ("video", "audio", "image") else ""
-    )
+def _block_text(block: Any, name: str) -> str:
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if kind == "text":
+        return str(block.get("text") or "")
+    if kind not in KINDS:
+        known = ", ".join(("text", *KINDS))
+        raise FieldError(
+            name, f"must have blocks of the types {known}, with files of the media root, but has {described(block)}"
+        )
+    return f"<{kind}>"
+
+
+def block_files(turns: Any, kind: str) -> tuple[Any, ...]:
+    """Return what the blocks of a kind name, in order, of turns that [`read_turns`] takes: `{"type": "image", "image": …}`, or `path`."""
+    found: list[Any] = []
+    for turn in turns if isinstance(turns, list | tuple) else ():
+        content = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, Mapping) and block.get("type") == kind:
+                found += [file for name in (kind, "path") if (file := block.get(name))][:1]
+    return tuple(found)

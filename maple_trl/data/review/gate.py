@@ -25,7 +25,7 @@ _ROUTES = (
     ("GET", r"/(?:assets|static)/[\w./@+~\-]+"),
     ("POST", r"/gradio_api/run/predict/?"),
     ("GET", r"/gradio_api/app_id/?"),  # until a server answers again, where one has been ended
-    ("GET", r"/media/\d{1,9}/[VAS]{1,3}/(?:clip|image)"),
+    ("GET", r"/media/\d{1,9}/[VAS]{1,3}/(?:clip|image\d{0,3})"),
     ("GET", r"/login"),
     ("POST", r"/login"),
 )

@@ -17,10 +17,11 @@ from maple_trl.modalities import ModalityTag
 
 
 SEEN = ("prompt", "question", "options", "answer", "solution", "tag", "required_tag", "stratum")
-SEEN += ("reference", "reference_v", "reference_a", "reference_s", "video", "audio", "subtitle", "image")
+SEEN += ("reference", "reference_v", "reference_a", "reference_s", "video", "audio", "subtitle", "image", "images")
 """Columns that a reviewer judges by; a row that differs in one of them is another row."""
 
-_TEXTS = tuple(name for name in SEEN if name not in ("prompt", "options"))
+_LISTS = ("options", "images")
+_TEXTS = tuple(name for name in SEEN if name not in ("prompt", *_LISTS))
 _SHOWN_FAULTS = 5
 
 
@@ -169,11 +170,11 @@ def _check_columns(name: str, table: pa.Table) -> None:
         kind = table.schema.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
             raise ReviewError(f"{name}: column {column} is {kind}; it must be text (a path, where it names a medium)")
-    if "options" in table.column_names:
-        kind = table.schema.field("options").type
+    for column in (column for column in _LISTS if column in table.column_names):
+        kind = table.schema.field(column).type
         texts = pa.types.is_list(kind) and pa.types.is_string(kind.value_type)
         if not (texts or pa.types.is_null(kind) or (pa.types.is_list(kind) and pa.types.is_null(kind.value_type))):
-            raise ReviewError(f"{name}: column options is {kind}; it must be a list of texts")
+            raise ReviewError(f"{name}: column {column} is {kind}; it must be a list of texts")
 
 
 def _repeated(names: list[str]) -> list[str]:

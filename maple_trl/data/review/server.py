@@ -125,7 +125,8 @@ def make_app(
             if number >= len(desk.data) or ModalityTag.parse(tag) != tag:
                 return PlainTextResponse("there is no such row or tag", 404)
             row = desk.data.row(number)
-            path: Path = shelf.image(row) if kind == "image" else shelf.clip(row, tag)
+            is_picture = kind.startswith("image")
+            path: Path = shelf.image(row, int(kind.removeprefix("image") or 0)) if is_picture else shelf.clip(row, tag)
         except (MediaError, ValueError) as error:
             return PlainTextResponse(str(error), 404)
         kinds = {".jpg": "image/jpeg", ".mp4": "video/mp4" if "V" in tag else "audio/mp4"}

@@ -29,13 +29,13 @@ class Signals:
 
     Attributes:
         clip: `video`, `audio` or `None`: what plays.
-        image: whether there is a picture.
+        images: numbers of its pictures that are there.
         subtitle: its text.
         problems: what is missing or broken, as texts.
     """
 
     clip: str | None
-    image: bool
+    images: tuple[int, ...]
     subtitle: str | None
     problems: tuple[str, ...]
 
@@ -109,7 +109,8 @@ class ClipShelf:
                 problems.append(str(error))
             if subtitle is None and not problems:
                 problems.append("no-signal: the row has no subtitle")
-        image = "V" in tag and row.get("image") is not None and found(row["image"])
+        pictures = pictures_of(row) if "V" in tag else []
+        images = tuple(number for number, name in enumerate(pictures) if found(name))
         video, audio = self._sources(row, tag)
         names = {video, audio} - {None}
         there = sum(map(found, names)) == len(names)  # what is wrong with each is told
@@ -118,12 +119,12 @@ class ClipShelf:
         except MediaError as error:
             problems.append(str(error))
             there = False
-        if "V" in tag and video is None and row.get("image") is None:
-            problems.append("no-signal: the row has no video")
+        if "V" in tag and video is None and not pictures:
+            problems.append("no-signal: the row has no video or image")
         if "A" in tag and audio is None and there:
             problems.append("no-audio-track: the row has no sound")
         clip = ("video" if video else "audio" if audio else None) if there else None
-        return Signals(clip, image, subtitle, tuple(dict.fromkeys(problems)))
+        return Signals(clip, images, subtitle, tuple(dict.fromkeys(problems)))
 
     @staticmethod
     def _sources(row: Mapping[str, Any], tag: str) -> tuple[str | None, str | None]:
@@ -174,11 +175,12 @@ class ClipShelf:
         kind = "video" if video else "audio"
         return self._kept((kind, *map(_identity, paths)), ".mp4", lambda target: write_copy(target, *paths))
 
-    def image(self, row: Mapping[str, Any]) -> Path:
-        """Return a copy of a row's picture, upright and without what else its file says."""
-        if not row.get("image"):
-            raise MediaError("no-signal", None, "the row has no image")
-        path = self.resolve(row["image"])
+    def image(self, row: Mapping[str, Any], number: int = 0) -> Path:
+        """Return a copy of one of a row's pictures, upright and without what else its file says."""
+        names = pictures_of(row)
+        if number >= len(names):
+            raise MediaError("no-signal", None, f"the row has {len(names) or 'no'} image(s)")
+        path = self.resolve(names[number])
 
         def write(target: Path) -> None:
             try:
@@ -186,7 +188,7 @@ class ClipShelf:
                     picture.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE))
                     ImageOps.exif_transpose(picture).convert("RGB").save(target, "JPEG", quality=92)
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise MediaError("unreadable", row["image"], f"no picture that can be read: {error}") from error
+                raise MediaError("unreadable", names[number], f"no picture that can be read: {error}") from error
 
         return self._kept(("image", _identity(path)), ".jpg", write)
 
@@ -209,6 +211,12 @@ class ClipShelf:
             oldest, _ = self._sizes.popitem(last=False)
             oldest.unlink(missing_ok=True)
             self._making.pop(oldest, None)
+
+
+def pictures_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the pictures that a row names."""
+    cells = (row.get(name) or [] for name in ("image", "images"))
+    return [name for cell in cells for name in ([cell] if isinstance(cell, str) else cell)]
 
 
 def _identity(path: Path | None) -> tuple[str, int, int] | None:

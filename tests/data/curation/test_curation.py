@@ -561,6 +561,11 @@ def test_tables_of_clips(clips, tmp_path):
             ([{"video": "bell.mp4"}, {"video": "bell.mp4"}], "row 1: the clip 'bell' stands in row 0 too"),
             ([{"clip": "x", "video": None}], "row 0: the column 'video' must name a file"),
             ([{"video": ["bell.mp4"]}], "row 0: the column 'video' must be text"),
+            (
+                [{"video": "bell.mp4", "image": "a.png"}],
+                "row 0: the column 'image' holds a picture, and clips are curated",
+            ),
+            ([{"video": None, "images": ["a.png"]}], "row 0: the column 'images' holds a picture"),
             ([{"path": "bell.mp4"}], "has no column 'video'; its columns: path"),
         ):
             table.write_text("".join(json.dumps(row) + "\n" for row in bad))

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 import pytest
 from browsers import chromium, needs_chromium
+from PIL import Image
 from review_server import Served
 from review_sets import caption_row, question_row, write_rows
 
@@ -56,6 +57,9 @@ def served(clips, tmp_path_factory):
             31, "VAS", id="long", question=asked, options=texts, video="train/clip-002.mp4", subtitle="word " * 300
         )
     )
+    for name, color in (("red.png", "red"), ("blue.png", "blue")):
+        Image.new("RGB", (60, 40), color).save(folder / "media" / name)
+    rows.append(question_row(32, "V", id="pictures", images=["red.png", "blue.png"]))
     write_rows(folder / "media" / "rows.parquet", rows)
     made = Served(folder, folder / "media" / "rows.parquet", "--log", folder / "review.log", "--reviewer", "ann")
     made.folder, made.rows = folder, rows
@@ -151,6 +155,21 @@ def test_clips_play_with_what_their_tag_gives(browser, served):
     assert {tag for tag, size in heard.items() if size} == {"A", "VA", "AS", "VAS"}, (
         "V has no sound that could be let out"
     )
+
+
+def test_pictures_are_shown_beside_each_other(browser, served):
+    opened = Opened(browser, served.url, "?reviewer=player&row=pictures")
+    pictures = opened.page.locator("#player img.picture")
+    assert pictures.count() == 2 and opened.page.locator("#player #clip").count() == 0
+    sizes = pictures.evaluate_all("all => all.map((one) => [one.naturalWidth, one.naturalHeight])")
+    assert sizes == [[60, 40], [60, 40]]
+    boxes = [pictures.nth(number).bounding_box() for number in range(2)]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and boxes[0]["y"] == boxes[1]["y"]
+    assert all(box["height"] > 100 and box["y"] + box["height"] <= 720 for box in boxes)
+    opened.key("Shift+Digit2")  # as A
+    assert opened.page.locator("#player img.picture").count() == 0
+    assert opened.errors == []
+    opened.close()
 
 
 def test_a_row_is_looked_at_as_another_tag(opened, served):

@@ -149,6 +149,20 @@ def test_a_picture_is_upright_and_tells_nothing_else(shelf, media):
         shelf.image({"image": "clip.mp4"})
 
 
+def test_each_of_several_pictures_is_given(shelf, media):
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (60, 40), color).save(media / name)
+    row = {"images": ["a.png", "gone.png", "b.png"], "image": None}
+    found = shelf.signals(row, "V")
+    assert found.images == (0, 2) and found.clip is None
+    assert [problem.split(":")[0] for problem in found.problems] == ["not-found"]
+    with Image.open(shelf.image(row, 2)) as copy:
+        assert copy.getpixel((5, 5))[2] > 200
+    with pytest.raises(MediaError, match=r"the row has 3 image\(s\)"):
+        shelf.image(row, 3)
+    assert shelf.signals(row, "A").images == () and "no sound" in shelf.signals(row, "A").problems[0]
+
+
 def test_copies_stay_within_their_bound(media, tmp_path):
     shelf = ClipShelf(media, tmp_path / "copies")
     sizes = {tag: shelf.clip({"video": "clip.mp4"}, tag).stat().st_size for tag in ("V", "A", "VA")}

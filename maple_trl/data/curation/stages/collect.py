@@ -64,8 +64,15 @@ def _of_table(path: Path) -> list[Row]:
     if "video" not in table.columns:
         raise CurationError(f"source.path: {path} has no column 'video'; its columns: {', '.join(table.columns)}")
     columns = {name: table.column(name) for name in ("clip", "video", "audio", "subtitle") if name in table.columns}
+    pictures = {name: table.column(name) for name in ("image", "images") if name in table.columns}
     rows, seen = [], {}
     for index in range(len(table)):
+        picture = next((name for name, cells in pictures.items() if cells[index]), None)
+        if picture is not None:
+            raise CurationError(
+                f"source.path: {path}, row {index}: the column {picture!r} holds a picture, and clips are curated; leave such rows "
+                "out, or make clips of pictures (maple-trl data convert --pictures clips)"
+            )
         row = {name: _text(path, index, name, columns[name][index]) for name in columns}
         if row["video"] is None:
             raise CurationError(f"source.path: {path}, row {index}: the column 'video' must name a file")

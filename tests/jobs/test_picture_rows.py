@@ -1,0 +1,84 @@
+"""Video-R1 mixes clips and pictures: its records are converted, validated, trained on by AVATAR's first stage, and reported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maple_trl import cli
+from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.records.rollouts import read_rollouts
+
+
+pytestmark = pytest.mark.slow
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "avatar" / "tiny" / "s1_visual.yaml"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Three pictures and a clip, as Video-R1 is published."""
+    folder = tmp_path_factory.mktemp("video_r1")
+    clip = next(row["video"] for row in load_seven_tags()["train"] if row["tag"] == "V")
+    shutil.copy(default_folder() / clip, folder / "clip.mp4")
+    for number, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (112, 112), color).save(folder / f"{number}.png")
+    shared = {"problem": "Which is it?", "problem_type": "multiple choice", "options": ["A. red", "B. other"]}
+    files = [("image", "0.png", "A"), ("image", "1.png", "B"), ("image", "2.png", "B"), ("video", "clip.mp4", "A")]
+    records = [
+        {"problem_id": i, "data_type": kind, "path": f"./{path}", "solution": f"<answer>{letter}</answer>", **shared}
+        for i, (kind, path, letter) in enumerate(files)
+    ]
+    (folder / "Video-R1-260k.json").write_text(json.dumps(records))
+    return folder
+
+
+def train(rows, root, folder):
+    words = [
+        "--config",
+        RECIPE,
+        "--output_dir",
+        folder,
+        "--dataset_name",
+        rows,
+        "--media_root",
+        root,
+        "--max_steps",
+        2,
+    ]
+    words += ["--dataset_filter", '{"source": ["Video-R1"]}', "--hints", "false", "--hint_max_kl", 0.01]
+    words += ["--evaluate_before_after", "false", "--use_cpu", "true", "--bf16", "false", "--save_strategy", "no"]
+    # A step of all four rows, each with the recipe's group of eight.
+    words += ["--per_device_train_batch_size", 32, "--logging_steps", 1, "--dataset_test_split", "none"]
+    return cli.main(["train", *map(str, words)])
+
+
+def logged(folder):
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.mark.parametrize(("pictures", "images"), [("keep", 3), ("clips", 0), ("leave_out", 0)])
+def test_video_r1_with_its_pictures_is_trained_on(published, tmp_path, capsys, pictures, images):
+    rows = tmp_path / "rows"
+    assert cli.main(["data", "convert", "video-r1", str(published), str(rows), "--pictures", pictures]) == 0
+    assert ("rows with pictures │ 3" in " ".join(capsys.readouterr().out.split())) == (pictures == "keep")
+    assert cli.main(["data", "validate", str(rows), "--media_root", str(published)]) == 0
+    if pictures == "leave_out":
+        return
+    assert train(rows, published, tmp_path / "run") == 0, capsys.readouterr().err
+    first, last = logged(tmp_path / "run")
+    # Of each step all rows are one batch: 112 x 112 pixels are more than the recipe's area, which makes 4 tokens of them.
+    assert (first["media_tokens/image"] > 0) == (last["media_tokens/image"] > 0) == (images > 0)
+    assert first["media_tokens/video"] > 0
+    table, root, broken = read_rollouts(tmp_path / "run" / "rollouts")
+    named = {path for line in table["image"].to_pylist() for path in line}
+    assert named == {f"{number}.png" for number in range(images)} and not broken and root == str(published)
+    if not images:
+        return
+    assert {line["clip"] for line in table.to_pylist()} == {"0.png", "1.png", "2.png", "clip.mp4"}
+    assert cli.main(["report", str(tmp_path / "run"), "--json", str(tmp_path / "report.json")]) == 0
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["runs"][0]["rollouts"]["completions"]["image"][0] is not None
