@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from maple_trl.evaluation.options import EvalOptions
+from maple_trl.jobs.options import check_quantization
 from maple_trl.trainers.common.media_config import MediaConfig
 
 
@@ -66,6 +67,12 @@ class EvalArguments:
     adapter: str | None = field(default=None, metadata={"help": "LoRA adapter for the model"})
     dtype: str = field(default="auto", metadata={"help": "precision (auto: that of the checkpoint)"})
     attn_implementation: str | None = field(default=None, metadata={"help": "attention, e.g. sdpa"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "weights of 4 bits (bitsandbytes)"})
+    load_in_8bit: bool = field(default=False, metadata={"help": "weights of 8 bits (bitsandbytes)"})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "of 4 bits: nf4 or fp4"})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "of 4 bits: quantize their scales too"})
+    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "of 4 bits: type they are packed into"})
+    quantize_towers: bool = field(default=False, metadata={"help": "few bits for towers and projectors too"})
     model_revision: str = field(default="main", metadata={"aliases": ["--revision"], "help": "of a model on the Hub"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that the checkpoint brings"})
     device: str = field(default="auto", metadata={"choices": ["auto", "cpu"], "help": "where to compute"})
@@ -159,6 +166,7 @@ class EvalArguments:
             raise ValueError(f"--max-errors must be 0 or more, got {self.max_errors}")
         if len(self.reward_funcs) != 1:
             raise ValueError(f"--reward_funcs: one reward scores the completions, got {len(self.reward_funcs)}")
+        check_quantization(self)
 
 
 @dataclass

@@ -16,13 +16,14 @@ from maple_trl.evaluation.identity import device_name, weights_digest
 from maple_trl.evaluation.served import ServedEvaluator, check_media, inspect_server
 from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.files import digest, files_digest
-from maple_trl.jobs.checks import adapter_base
+from maple_trl.jobs.checks import adapter_base, quantization_options
 from maple_trl.jobs.errors import SetupError
 from maple_trl.omni.checkpoints import check_checkpoint, reach
 from maple_trl.omni.families import OmniFamily, family_for
 from maple_trl.omni.generation import check_generation_options
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor, resolve_checkpoint
 from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.quantization import describe, is_quantized
 from maple_trl.records.evaluations import EvaluationError
 
 
@@ -153,6 +154,8 @@ def _check_served(job: EvalJob) -> None:
         "--trust-remote-code": job.trust_remote_code,
         "--device": job.device != "auto",
         "--no-shared-prompt": not job.options.shared_prompt,
+        "--load-in-4bit": job.load_in_4bit,
+        "--load-in-8bit": job.load_in_8bit,
         "--audio-in-video": job.media.audio_in_video,
         "--max-prompt-length": job.media.max_prompt_length is not None,
         "--max-media-tokens": job.media.max_media_tokens is not None,
@@ -188,7 +191,10 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
     except ValueError as error:
         raise SetupError(f"model: {error}") from error
     try:
-        model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
+        quantized = quantization_options(job, name, shared, state.device)
+        model = load_model(name, dtype=job.dtype, **(kwargs | quantized))
+        if not is_quantized(model):  # which is where it belongs
+            model = model.to(state.device)
         processor = load_processor(adapter if beside else name, **shared)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise SetupError(f"model: cannot load {name!r}: {error}") from error
@@ -202,6 +208,8 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
         "attention": model.config._attn_implementation,
         "adapter": None if adapter is None else {"name": adapter, "sha256": files_digest(adapter, _ADAPTER_FILES)},
     }
+    if is_quantized(model):
+        described["quantization"] = describe(model)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return model.eval(), processor, described

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from maple_trl.omni.checkpoints import reach, read_config
 from maple_trl.omni.generation import TOKENS
+from maple_trl.omni.quantization import is_quantized, settle, with_kept_parts
 
 
 # TRL 1.16 and PEFT use names of models that transformers 5.23 deprecates; who trains can do nothing about it.
@@ -66,7 +67,9 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
-def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    name_or_path: str, dtype: str | torch.dtype = "float32", quantize_towers: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """
     Load the class that can be trained.
 
@@ -76,10 +79,13 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
     Args:
         name_or_path (`str`): a folder, a Hub id, or `builtin:NAME`.
         dtype (`str` or `torch.dtype`): precision of the weights, e.g. `"bfloat16"`.
-        kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given.
+        quantize_towers (`bool`): with `quantization_config`, quantize towers and projectors too.
+        kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given. Of an omni model a
+            `quantization_config` quantizes the language model alone, unless it lists what to leave.
 
     Raises:
-        ValueError: when weights of the model are missing from the checkpoint, naming them.
+        ImportError: for a `quantization_config` without bitsandbytes.
+        ValueError: when weights of the model are missing from the checkpoint, naming them, or nothing was quantized.
     """
     path = resolve_checkpoint(name_or_path)
     if os.path.exists(os.path.join(path, "adapter_config.json")) and not os.path.exists(
@@ -107,6 +113,11 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
         dtype = getattr(torch, dtype)
+    if kwargs.get("quantization_config") is not None:
+        own = config.thinker_config if config.model_type in _THINKERS else config
+        kwargs["quantization_config"] = with_kept_parts(
+            kwargs["quantization_config"], model_class, own, quantize_towers
+        )
     kwargs.setdefault("generation_config", _usable_generation_config(path, kwargs))
     model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
@@ -115,6 +126,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             f"{name_or_path}: {len(missing)} weights of {architecture} are not in the checkpoint, e.g. {missing[0]!r}"
         )
     _forget_unused_renamings(model)
+    if is_quantized(model):
+        settle(model)
     return model
 
 
