@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from maple_trl.evaluation.options import EvalOptions
-from maple_trl.jobs.options import check_quantization
 from maple_trl.trainers.common.media_config import MediaConfig
 
 
@@ -166,7 +165,6 @@ class EvalArguments:
             raise ValueError(f"--max-errors must be 0 or more, got {self.max_errors}")
         if len(self.reward_funcs) != 1:
             raise ValueError(f"--reward_funcs: one reward scores the completions, got {len(self.reward_funcs)}")
-        check_quantization(self)
 
 
 @dataclass

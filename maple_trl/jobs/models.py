@@ -18,6 +18,7 @@ from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.files import digest, files_digest
 from maple_trl.jobs.checks import adapter_base, quantization_options
 from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import check_quantization
 from maple_trl.omni.checkpoints import check_checkpoint, reach
 from maple_trl.omni.families import OmniFamily, family_for
 from maple_trl.omni.generation import check_generation_options
@@ -55,6 +56,7 @@ class LocalModel:
     def __init__(self, job: EvalJob, state: PartialState):
         try:
             check_generation_options(job.options.generation, {}, "generation")
+            check_quantization(job)
         except ValueError as error:
             raise SetupError(str(error)) from error
         self.model, processor, self.described = load_policy(job, state)

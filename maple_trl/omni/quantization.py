@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from maple_trl.omni.families import family_class, unwrap
 logger = logging.getLogger(__name__)
 
 _MIB = 2**20
+_settled: WeakSet[nn.Module] = WeakSet()
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -228,8 +230,11 @@ def settle(model: PreTrainedModel) -> None:
         layer.support_avx512bf16_for_cpu = False
     # It says with each product of 8 bits that inputs are cast to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if model in _settled:
+        return
     held = Held.of(model)
     share = held.few / held.linear_llm if held.linear_llm else 1.0
+    _settled.add(model)
     logger.log(logging.INFO if share > _MOST else logging.WARNING, "%s", held.told())
 
 
@@ -259,11 +264,13 @@ class Held:
 
     @classmethod
     def of(cls, model: nn.Module) -> Held:
-        """Count those of a model without adapters."""
+        """Count those of a model, without adapters."""
         model = unwrap(model)
         layers = dict(_layers(model))
         packed = {id(layer.weight) for layer in layers.values()}
-        whole = [parameter for parameter in model.parameters() if id(parameter) not in packed]
+        added = (".lora_", ".modules_to_save.")
+        parameters = [(n, p) for n, p in model.named_parameters() if not any(part in n for part in added)]
+        whole = [parameter for _, parameter in parameters if id(parameter) not in packed]
         scales = {tensor.data_ptr(): tensor.nbytes for _, tensor in named_scales(model)}
         first = next(iter(layers.values()), None)
         family = family_class(model.config.model_type)
@@ -278,7 +285,7 @@ class Held:
             whole_bytes=sum(parameter.nbytes for parameter in whole),
             linear_llm=sum(
                 weight_count(parameter)
-                for name, parameter in model.named_parameters()
+                for name, parameter in parameters
                 if scope_of(name) == "llm"
                 and (id(parameter) in packed or parameter.dim() > 1)
                 and parameter is not embedding

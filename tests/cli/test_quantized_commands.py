@@ -63,9 +63,34 @@ def test_a_job_trains_beside_4_bits(tmp_path, capsys, trainer):
     assert options["load_in_4bit"] and options["use_bnb_nested_quant"]
 
 
+SUPERVISED = """
+trainer: omni_sft
+model_name_or_path: builtin:tiny-omni
+dataset_name: builtin:seven-tags
+completion_template: "<answer>{solution}</answer>"
+use_peft: true
+load_in_8bit: true
+dtype: float32
+bf16: false
+num_frames: 4
+max_pixels: 3136
+gradient_checkpointing: false
+max_steps: 2
+report_to: none
+save_strategy: "no"
+"""
+
+
+def test_a_supervised_job_trains_beside_8_bits(tmp_path, capsys):
+    (tmp_path / "job.yaml").write_text(SUPERVISED)
+    assert cli.main(["train", "--config", str(tmp_path / "job.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    assert "weights in 21 linear layers are int8" in " ".join(capsys.readouterr().out.split())
+    assert any(value.abs().max() > 0 for name, value in adapter(tmp_path).items() if "lora_B" in name)
+
+
 def test_an_adapter_is_evaluated_beside_few_bits_and_whole_weights(tmp_path, capsys):
     assert train(tmp_path, "--load_in_8bit", "true", "--quantize_towers", "true") == 0
-    asked = ["--data", "builtin:seven-tags", "--limit", "8", "--quiet"]
+    asked = ["--data", "builtin:seven-tags", "--limit", "8", "--samples", "2", "--quiet"]  # which share their prompts
     run = tmp_path / "run"
     model = [*MODEL[2:], "--model", run]
     digests = set()
@@ -122,6 +147,19 @@ def test_without_bitsandbytes_the_extra_is_named(tmp_path, capsys, monkeypatch):
     asked = ["--data", "builtin:seven-tags", "--limit", "8", "--quiet", "--load-in-4bit", "true"]
     assert evaluate(*MODEL, *asked, "--output", tmp_path / "eval") == 2
     assert "pip install 'maple-trl[quantization]'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--load-in-4bit", "true", "--load-in-8bit", "true"], "both true"),
+        (["--use-bnb-nested-quant", "true"], "has no effect without load_in_4bit"),
+        (["--load-in-4bit", "true", "--bnb-4bit-quant-type", "nf5"], "must be nf4 or fp4, got 'nf5'"),
+    ],
+)
+def test_an_evaluation_refuses_what_has_no_effect(tmp_path, capsys, words, message):
+    assert evaluate(*MODEL, "--data", "builtin:seven-tags", "--limit", "8", *words, "--output", tmp_path / "eval") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_few_bits_are_no_option_of_a_server(tmp_path, capsys):

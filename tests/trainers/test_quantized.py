@@ -1,10 +1,13 @@
 """Training LoRA adapters beside weights of 4 and 8 bits, through `train()`."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from omni_runs import DEFAULTS, one_row_per_tag, spread_reward, watch_updates
 from peft import LoraConfig, PeftModel
 from tiny_models import build_tiny, save_tiny
@@ -151,6 +154,48 @@ def test_the_reference_is_the_model_without_its_adapter(build):
     trainer.train()
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert trainer.ref_model is None and kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-6
+
+
+class Kept(OmniGRPOTrainer):
+    """Counts inputs of layers of few bits that are still there once a loss has been computed."""
+
+    def _compute_loss(self, model, inputs):
+        seen = []
+        layers = [module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)]
+        # Not those that the residual stream keeps anyway.
+        layers = [layer for layer in layers if layer.in_features == self.watched]
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0]))) for layer in layers
+        ]
+        loss = super()._compute_loss(model, inputs)
+        for handle in handles:
+            handle.remove()
+        gc.collect()
+        self.kept = sum(ref() is not None for ref in seen), len(seen)
+        return loss
+
+
+@pytest.mark.parametrize("quantized", KINDS)
+def test_gradient_checkpointing_keeps_no_inputs(build, quantized, monkeypatch, caplog):
+    """Layers of 8 bits would keep theirs with the checkpointing that transformers has by default."""
+    monkeypatch.setitem(TRAINERS, "kept", (Kept, OmniGRPOConfig, {}))
+
+    def run(**more):
+        trainer = build("kept", KINDS[quantized], **SGD, **more)
+        trainer.watched = trainer.model.config.get_text_config().intermediate_size
+        trainer.train()
+        return trainer, losses(trainer), trainer.kept
+
+    plain, expected, kept = run()
+    assert kept[0] == (kept[1] if quantized == "int8" else 0)  # 4 bits hold on to nothing
+    recomputed, found, kept = run(gradient_checkpointing=True)
+    assert found == pytest.approx(expected, abs=1e-6) and kept[0] == 0 and kept[1] > 0
+    for name, value in state(plain.model)[0].items():
+        assert (value.float() - state(recomputed.model)[0][name].float()).abs().max() <= 2e-3
+    if quantized == "int8":
+        assert recomputed.args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+        _, _, kept = run(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert kept[0] == kept[1] > 0 and "frees little beside weights of 8 bits" in caplog.text
 
 
 def test_a_resumed_run_is_the_whole_run(build, tmp_path):

@@ -18,7 +18,13 @@ KINDS = {
 def runs(world):
     def run(name, kind, **more):
         options = step_options(world, 2, loss_type="dapo", shared_prefix="on")
-        return {"name": name, "lora": True, "quantized": KINDS[kind], "fixed_completions": True, "options": options} | more
+        return {
+            "name": name,
+            "lora": True,
+            "quantized": KINDS[kind],
+            "fixed_completions": True,
+            "options": options,
+        } | more
 
     return [run(kind, kind) for kind in KINDS] + ([run("unsynced", "nf4", unsynced=True)] if world == 2 else [])
 
