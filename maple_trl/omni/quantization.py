@@ -205,6 +205,33 @@ def weight_count(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
+def _keep_as_loaded(layer: nn.Module) -> None:
+    """Switch off what bitsandbytes does to a layer, and to gradients and memory by that."""
+    if _state(layer) is None:
+        if _let_go not in layer._forward_hooks.values():
+            layer.register_forward_hook(_let_go)
+        return
+    if getattr(_state(layer), "packing_format_for_cpu", False):
+        layer.state_dict()  # which reverts it
+    # On some CPUs a pass in evaluation mode would pack weights once more: they are rounded by that, and let no gradient pass in
+    # training afterwards.
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _let_go(layer: nn.Module, args: tuple, output: Tensor) -> None:
+    """
+    Have the graph not hold the input of a product of 8 bits.
+
+    That would be for a gradient of the weight, which has none, and it is held beside what autograd saves: gradient
+    checkpointing would free none of it.
+    """
+    node = output.grad_fn
+    if hasattr(node, "tensors"):
+        node.tensors = (None, None, None)
+    elif hasattr(node, "A"):
+        node.A = None
+
+
 def settle(model: PreTrainedModel) -> None:
     """
     Check what was loaded with few bits, keep it as it was loaded, and say how much of the model it is.
@@ -223,11 +250,7 @@ def settle(model: PreTrainedModel) -> None:
     if at is not None:
         raise ValueError(f"the LM head must keep its 16 bits: add {at!r} to llm_int8_skip_modules")
     for layer in layers.values():
-        if getattr(_state(layer), "packing_format_for_cpu", False):
-            layer.state_dict()  # which reverts it
-        # On some CPUs a pass in evaluation mode would pack weights once more: they are rounded by that, and let no gradient
-        # pass in training afterwards.
-        layer.support_avx512bf16_for_cpu = False
+        _keep_as_loaded(layer)
     # It says with each product of 8 bits that inputs are cast to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if model in _settled:

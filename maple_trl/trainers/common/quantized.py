@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -11,11 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import strtobool
 
-from maple_trl.omni.families import unwrap
 from maple_trl.omni.quantization import as_config, is_quantized
-
-
-logger = logging.getLogger(__name__)
 
 
 def check_run(args: TrainingArguments, adapted: bool) -> None:
@@ -43,22 +38,6 @@ def check_run(args: TrainingArguments, adapted: bool) -> None:
         )
 
 
-def _recompute_whole_layers(args: TrainingArguments) -> None:
-    """
-    Have gradient checkpointing keep nothing beside layers of 8 bits.
-
-    They hold on to their inputs outside of what autograd saves. Only reentrant checkpointing has no graph to do so with.
-    """
-    options = args.gradient_checkpointing_kwargs or {}
-    if args.gradient_checkpointing and options.get("use_reentrant") is False:
-        logger.warning(
-            "gradient_checkpointing with use_reentrant=False frees little beside weights of 8 bits: each of their layers keeps "
-            "its input. Leave use_reentrant out, or use load_in_4bit"
-        )
-    elif args.gradient_checkpointing:
-        args.gradient_checkpointing_kwargs = {**options, "use_reentrant": True}
-
-
 def _is_on(variable: str) -> bool:
     return bool(strtobool(os.environ.get(variable, "false")))
 
@@ -68,8 +47,6 @@ def model_options(
 ) -> dict[str, Any]:
     """
     Return the options with which a trainer loads its model, of few bits where that is asked for.
-
-    Of 8 bits, `args` get the kind of gradient checkpointing that goes with them, unless they say one.
 
     Args:
         model: its name, or one that is loaded already.
@@ -90,8 +67,6 @@ def model_options(
             )
         if is_quantized(model):
             check_run(args, adapter is not None or isinstance(model, PeftModel))
-            if getattr(unwrap(model), "is_loaded_in_8bit", False):
-                _recompute_whole_layers(args)
         return options
     if given is not None and own is not None:
         raise ValueError("quantization_config is given as an argument and in model_init_kwargs: keep one")
@@ -100,6 +75,4 @@ def model_options(
         return options
     config = as_config(config)
     check_run(args, adapter is not None)
-    if config.load_in_8bit:
-        _recompute_whole_layers(args)
     return {"device_map": {"": str(args.device)}} | options | {"quantization_config": config}
