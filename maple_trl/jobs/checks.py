@@ -169,7 +169,7 @@ def check_quantized(model_args: OmniModelConfig, training_args: OmniGRPOConfig |
     own = (training_args.model_init_kwargs or {}).get("quantization_config")
     if not few and own is None:
         return
-    from maple_trl.omni.quantization import as_config
+    from maple_trl.omni.quantization import as_config, check_installed
     from maple_trl.trainers.common.quantized import check_run
 
     if few and own is not None:
@@ -177,7 +177,9 @@ def check_quantized(model_args: OmniModelConfig, training_args: OmniGRPOConfig |
             "load_in_4bit, load_in_8bit: model_init_kwargs has a quantization_config of its own; keep one of them"
         )
     try:
-        as_config({"load_in_8bit": True} if own is None else own)
+        check_installed()
+        if own is not None:
+            as_config(own)
         check_run(training_args, model_args.use_peft)
     except (ImportError, ValueError) as error:
         raise SetupError(str(error)) from error

@@ -55,6 +55,8 @@ def as_config(value: Any) -> BitsAndBytesConfig:
             "quantization_config must be a BitsAndBytesConfig, or a mapping of its options, with load_in_4bit or "
             f"load_in_8bit, got {value if isinstance(value, Mapping) else type(value).__name__}"
         )
+    if made.llm_int8_has_fp16_weight:
+        raise ValueError("llm_int8_has_fp16_weight keeps weights in 16 bits, so that nothing is gained: leave it out")
     return made
 
 
@@ -140,6 +142,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _state(layer: nn.Module) -> Any:
     """Return the scales of 4 bits; `None` for 8."""
     return getattr(layer.weight, "quant_state", None)
+
+
+def _has_8_bits(layer: nn.Module) -> bool:
+    return layer.weight.dtype == torch.int8
 
 
 def _scales(layer: nn.Module) -> dict[str, Tensor]:
@@ -245,6 +251,9 @@ def settle(model: PreTrainedModel) -> None:
             f"quantization_config: no linear layer of {type(model).__name__} was quantized. llm_int8_skip_modules must "
             "leave some; other kinds of quantization than bitsandbytes' are not supported"
         )
+    whole = next((name for name, layer in layers.items() if _state(layer) is None and not _has_8_bits(layer)), None)
+    if whole is not None:
+        raise ValueError(f"quantization_config: {whole} was left with weights of {layers[whole].weight.dtype}")
     head = model.get_output_embeddings()
     at = next((name for name, layer in layers.items() if layer is head), None)
     if at is not None:

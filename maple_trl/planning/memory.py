@@ -233,8 +233,8 @@ def working_bytes(setup: Setup) -> float:
     They are cast for autocast, unpacked of few bits, gathered from other cards, or in buckets.
     """
     text = setup.model.text
-    cast = 2 * setup.trainable if DTYPES[setup.dtype] > DTYPES[setup.compute] and not setup.deepspeed else 0
-    cast += unpacked_bytes(setup)
+    casts = DTYPES[setup.dtype] > DTYPES[setup.compute] and not setup.deepspeed
+    cast = unpacked_bytes(setup) + 2 * setup.trainable * casts
     if not setup.sharded_weights:
         return cast + (2 * _DEEPSPEED_BUCKETS if setup.sharding == "zero2" else 0)
     layer = text.part.parameters / text.layers

@@ -1,9 +1,11 @@
 """`maple-trl train` and `eval` with weights of 4 and 8 bits: on the embedded model, from a file and the command line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from eval_runs import MODEL, evaluate, result_of
 from safetensors.torch import load_file
 
@@ -14,6 +16,7 @@ from maple_trl.omni import quantization
 pytestmark = pytest.mark.slow
 
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 JOB = """
 trainer: {trainer}
 model_name_or_path: builtin:tiny-omni
@@ -109,6 +112,32 @@ def test_an_adapter_is_evaluated_beside_few_bits_and_whole_weights(tmp_path, cap
     assert len(digests) == 3
 
 
+def test_a_quantization_config_of_ones_own(tmp_path, capsys):
+    own = {"quantization_config": {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "model.visual"]}}
+    assert train(tmp_path, "--model_init_kwargs", json.dumps(own)) == 0
+    assert "weights in 28 linear layers are int8" in " ".join(capsys.readouterr().out.split())  # sound's among them
+
+
+def test_the_recipe_of_a_small_card_runs_tiny(tmp_path):
+    words = [
+        "--config",
+        RECIPES / "small_gpu_tiny.yaml",
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        2,
+        "--use_cpu",
+        "true",
+    ]
+    words += ["--evaluate_before_after", "false", "--logging_steps", 1, "--per_device_train_batch_size", 8]
+    words += ["--num_generations", 4, "--save_strategy", "no"]
+    assert cli.main(["train", *map(str, words)]) == 0
+    options = json.loads((tmp_path / "args.json").read_text())
+    real = yaml.safe_load((RECIPES / "small_gpu.yaml").read_text())
+    few = ("load_in_4bit", "use_bnb_nested_quant", "quantize_towers", "use_peft", "lora_vision", "lora_audio")
+    assert {name: options[name] for name in few} == {name: real[name] for name in few}
+
+
 def test_an_adapter_is_trained_on_beside_few_bits(tmp_path):
     assert train(tmp_path, *NF4) == 0
     first = adapter(tmp_path)
@@ -133,6 +162,10 @@ def test_a_killed_run_goes_on_only_with_its_own_bits(tmp_path, capsys):
         ([*NF4, "--use_vllm", "true", "--vllm_mode", "server"], "use_vllm does not go with weights of 4 or 8 bits"),
         ([*NF4, "--model_init_kwargs", '{"quantization_config": {"load_in_8bit": true}}'], "keep one of them"),
         (["--model_init_kwargs", '{"quantization_config": {"load_in_8bits": true}}'], "no option 'load_in_8bits'"),
+        (
+            ["--use_peft", "false", "--model_init_kwargs", '{"quantization_config": {"load_in_8bit": true}}'],
+            "weights of 4 or 8 bits cannot be trained",
+        ),
     ],
 )
 def test_refusals(tmp_path, capsys, words, message):

@@ -1,6 +1,7 @@
 """Weights of few bits: which layers have them, what identifies them, and what they do on a CPU."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -79,6 +80,16 @@ def test_a_list_of_ones_own_stands(folders):
         load_model(folder, quantization_config={**NF4, "llm_int8_skip_modules": ["lm_head"]}, quantize_towers=True)
 
 
+@pytest.mark.parametrize("options", [NESTED, INT8], ids=["nested", "int8"])
+def test_a_model_that_was_saved_with_few_bits(folders, tmp_path, options):
+    model = load_model(folders["qwen2_5_omni"], quantization_config=options)
+    model.save_pretrained(tmp_path)
+    again, ids = load_model(str(tmp_path)), torch.arange(50, 70)[None]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert describe(again) == describe(model) and Held.of(again) == Held.of(model)
+
+
 def test_experts_that_keep_their_bits_are_told(folders, caplog):
     with caplog.at_level(logging.INFO, "maple_trl"):
         load_model(folders["qwen3_omni"], quantization_config=NF4)
@@ -116,6 +127,27 @@ def test_a_pass_in_evaluation_mode_changes_nothing(folders, options):
     with torch.no_grad():
         model.eval()(input_ids=ids)
     assert not torch.equal(gradient(), before)
+
+
+@pytest.mark.parametrize("training", [True, False])  # on a GPU both compute as evaluation does on a CPU
+def test_layers_of_8_bits_let_go_of_their_inputs(folders, training):
+    layer = load_model(folders["qwen2_5_omni"], quantization_config=INT8).model.language_model.layers[0].mlp.down_proj
+    layer.train(training)
+
+    def passed():
+        inputs = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        between = inputs * 2
+        there = weakref.ref(between)
+        output = layer(between)
+        del between
+        kept = there() is not None
+        output.pow(2).sum().backward()
+        return inputs.grad, kept
+
+    gradient, kept = passed()
+    layer._forward_hooks.clear()
+    expected, plainly = passed()
+    assert torch.equal(gradient, expected) and (kept, plainly) == (False, True)
 
 
 def test_a_packed_model_is_put_back(folders):

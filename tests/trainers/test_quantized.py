@@ -268,6 +268,7 @@ NOWHERE = "/there/is/no/model"  # so nothing has been loaded
         ({"quantized": {"load_in_4bit": True, "load_in_8bit": True}}, "only one can be used"),
         ({"quantized": {"load_in_4bits": True}}, "no option 'load_in_4bits'"),
         ({"quantized": {"llm_int8_threshold": 3.0}}, "with load_in_4bit or load_in_8bit"),
+        ({"quantized": {**INT8, "llm_int8_has_fp16_weight": True}}, "keeps weights in 16 bits"),
         ({"model_init_kwargs": {"quantization_config": INT8}}, "as an argument and in model_init_kwargs"),
     ],
 )
