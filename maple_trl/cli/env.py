@@ -25,7 +25,7 @@ _IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "torchcodec": "torchcodec.de
 # Used where they are installed, but brought by no extra: they are built against the machine's own CUDA.
 _UNMANAGED = {
     "flash-attn": "pip install flash-attn --no-build-isolation (needs CUDA)",
-    "bitsandbytes": "pip install bitsandbytes (8-bit optimizers and weights)",
+    "bitsandbytes": "pip install 'maple-trl[quantization]' (weights of 4 and 8 bits, 8-bit optimizers)",
 }
 # Name, kind, encoders that can write a sample, and whether the embedded data set needs the codec.
 _CODECS = (

@@ -25,6 +25,7 @@ examples:
   maple-trl plan --model Qwen/Qwen2.5-Omni-3B --gpus 1 --gpu H200 --prompt 4096 --completion 256
   maple-trl plan --model Qwen/Qwen2.5-Omni-7B --gpus 8 --sharding zero2 --use_peft true --prompt 8192 --completion 1024
   maple-trl plan --model Qwen/Qwen2.5-Omni-3B --gpus 16 --use_vllm true --vllm_mode server --rollout_gpus 8 --sharding zero3
+  maple-trl plan --model Qwen/Qwen2.5-Omni-7B --gpu RTX-4090 --use_peft true --load_in_4bit true --prompt 2048
   maple-trl plan --model runs/first --gpus 1 --json
 
 Models whose sizes are known without their files: {models}.
@@ -95,6 +96,10 @@ class PlanArguments:
     freeze_audio: bool = field(default=False, metadata={"help": "do not train the audio encoder"})
     freeze_projectors: bool = field(default=False, metadata={"help": "do not train the projectors"})
     freeze_llm: bool = field(default=False, metadata={"help": "do not train the language model"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "weights of 4 bits, with use_peft"})
+    load_in_8bit: bool = field(default=False, metadata={"help": "weights of 8 bits, with use_peft"})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "of 4 bits: quantize their scales too"})
+    quantize_towers: bool = field(default=False, metadata={"help": "few bits for towers and projectors too"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the weights: bfloat16 or float32"})
     bf16: bool = field(default=True, metadata={"help": "passes in bfloat16, also over weights in float32"})
     optim: str = field(default="adamw", metadata={"help": "adamw, adamw_8bit or sgd"})
@@ -201,6 +206,7 @@ def read_setup(arguments: PlanArguments, card: CardArguments, rates: RateArgumen
     same = ("gpus", "prompt", "completion", "num_generations", "per_device_train_batch_size", "num_iterations", "beta")
     same += ("gradient_accumulation_steps", "gradient_checkpointing", "dtype", "optim", "sharding", "rollout_gpus")
     same += ("vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "attn_implementation", "gpus_per_node")
+    same += ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "quantize_towers")
     same += ("judge_calls", "judge_seconds", "judge_concurrency", "media_workers", "media_prefetch")
     utilization = arguments.vllm_gpu_memory_utilization
     return Setup(

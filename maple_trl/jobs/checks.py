@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.jobs.errors import SetupError
@@ -124,6 +125,7 @@ def check_model(
 
     if not model_args.model_name_or_path:
         raise SetupError("model_name_or_path is missing; for a first run: builtin:tiny-omni")
+    check_quantized(model_args, training_args)
     given = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     folder = model_args.model_name_or_path
     try:
@@ -158,6 +160,65 @@ def check_model(
             check_template(_prompt_builder(stand_in, training_args), asked["prompt"], asked)
         except ValueError as error:
             raise SetupError(f"train_dataset, {error}") from error
+
+
+def check_quantized(model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+    """
+    Check that a job which asks for weights of 4 or 8 bits can have them.
+
+    Raises:
+        SetupError: naming what is missing, or does not go with them.
+    """
+    few = model_args.load_in_4bit or model_args.load_in_8bit
+    own = (training_args.model_init_kwargs or {}).get("quantization_config")
+    if not few and own is None:
+        return
+    from maple_trl.omni.quantization import as_config, check_installed
+    from maple_trl.trainers.common.quantized import check_run
+
+    if few and own is not None:
+        raise SetupError(
+            "load_in_4bit, load_in_8bit: model_init_kwargs has a quantization_config of its own; keep one of them"
+        )
+    try:
+        check_installed()
+        if own is not None:
+            as_config(own)
+        check_run(training_args, model_args.use_peft)
+    except (ImportError, ValueError) as error:
+        raise SetupError(str(error)) from error
+
+
+def quantization_options(options: Any, name: str, given: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """
+    Return the arguments of `load_model` that follow from options of quantization; none where there are none.
+
+    Args:
+        options: as of [`~trl.ModelConfig`], with `quantize_towers`.
+        name: the model whose configuration says its precision, where `dtype` is `auto`.
+        given: what its configuration is read with; see [`~maple_trl.omni.checkpoints.reach`].
+        device: which holds the weights.
+
+    Raises:
+        ImportError: without bitsandbytes.
+    """
+    if not (options.load_in_4bit or options.load_in_8bit):
+        return {}
+    from trl import get_quantization_config
+
+    from maple_trl.omni.checkpoints import checkpoint_dtype
+    from maple_trl.omni.loading import resolve_checkpoint
+    from maple_trl.omni.quantization import check_installed
+
+    check_installed()
+    resolved = copy.copy(options)
+    if options.dtype in (None, "auto"):
+        resolved.dtype = checkpoint_dtype(resolve_checkpoint(name), given)
+    return {
+        "quantization_config": get_quantization_config(resolved),
+        "quantize_towers": options.quantize_towers,
+        "device_map": {"": str(device)},
+    }
 
 
 def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig) -> PromptBuilder:

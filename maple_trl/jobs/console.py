@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 
 from maple_trl.modalities import SCOPES, ModalityTag
 from maple_trl.omni.families import unwrap
+from maple_trl.omni.quantization import Held, is_quantized, weight_count
 from maple_trl.records.metrics_log import headline
 
 
@@ -189,6 +190,7 @@ def describe_run(trainer: Trainer, model_name: str) -> None:
     lines = {
         "model": f"{model_name}, {str(unwrap(model).dtype).removeprefix('torch.')} on {args.device}",
         "trained": f"{_amount_of(trained)} of {_amount_of(every)} parameters ({100 * trained / every:.3g} %): {', '.join(shares)}",
+        **({"weights": Held.of(model).told()} if is_quantized(model) else {}),
         "rows": _described_rows(trainer),
         "a step": _described_step(args),
         "steps": str(args.max_steps) if args.max_steps > 0 else _counted(args.num_train_epochs, "epoch"),
@@ -209,7 +211,7 @@ def count_parameters(trainer: Trainer) -> dict[str, tuple[int, int]]:
         adds = ".lora_" in name or ".modules_to_save." in name
         part = "adapter" if adds else (family.scope_of(name) if family is not None else "llm") or "other"
         size = getattr(
-            parameter, "ds_numel", parameter.numel()
+            parameter, "ds_numel", weight_count(parameter)
         )  # DeepSpeed's, of one that is spread over the processes
         counts[part][0] += size
         counts[part][1] += size * parameter.requires_grad

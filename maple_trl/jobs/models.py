@@ -15,8 +15,9 @@ from maple_trl.evaluation.identity import device_name, weights_digest
 from maple_trl.evaluation.served import ServedEvaluator, check_media, inspect_server
 from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.files import digest, files_digest
-from maple_trl.jobs.checks import adapter_base
+from maple_trl.jobs.checks import adapter_base, quantization_options
 from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.options import check_quantization
 from maple_trl.omni.adapters import fetch_adapter, load_adapter, processor_beside
 from maple_trl.omni.checkpoints import check_checkpoint, reach, read_config
 from maple_trl.omni.families import OmniFamily, family_for
@@ -30,6 +31,7 @@ from maple_trl.omni.loading import (
     resolve_checkpoint,
 )
 from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.quantization import describe, is_quantized
 from maple_trl.records.evaluations import EvaluationError
 
 
@@ -61,6 +63,7 @@ class LocalModel:
     def __init__(self, job: EvalJob, state: PartialState):
         try:
             check_generation_options(job.options.generation, {}, "generation")
+            check_quantization(job)
         except ValueError as error:
             raise SetupError(str(error)) from error
         self.model, processor, self.described = load_policy(job, state)
@@ -161,6 +164,8 @@ def _check_served(job: EvalJob) -> None:
         "--trust-remote-code": job.trust_remote_code,
         "--device": job.device != "auto",
         "--no-shared-prompt": not job.options.shared_prompt,
+        "--load-in-4bit": job.load_in_4bit,
+        "--load-in-8bit": job.load_in_8bit,
         "--audio-in-video": job.media.audio_in_video,
         "--max-prompt-length": job.media.max_prompt_length is not None,
         "--max-media-tokens": job.media.max_media_tokens is not None,
@@ -195,7 +200,10 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise SetupError(f"model: {error}") from error
     try:
-        model = load_model(name, dtype=job.dtype, **kwargs).to(state.device)
+        quantized = quantization_options(job, name, shared, state.device)
+        model = load_model(name, dtype=job.dtype, **(kwargs | quantized))
+        if not is_quantized(model):  # which is where it belongs
+            model = model.to(state.device)
     except (OSError, ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
         raise SetupError(f"model: cannot load {name!r}: {error}") from error
     described = {
@@ -210,6 +218,8 @@ def load_policy(job: EvalJob, state: PartialState) -> tuple[Any, Any, dict[str, 
     }
     if other is not None:
         described["processor"] = other
+    if is_quantized(model):
+        described["quantization"] = describe(model)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return model.eval(), processor, described

@@ -275,6 +275,9 @@ class OmniModelConfig(ModelConfig):
             Parts that get LoRA adapters; with `use_peft` only.
         freeze_vision, freeze_audio, freeze_projectors, freeze_llm (`bool`, *optional*, defaults to `False`):
             Parts that full fine-tuning leaves as they are; without `use_peft` only.
+        quantize_towers (`bool`, *optional*, defaults to `False`):
+            Give few bits to towers and projectors too; with `load_in_4bit` or `load_in_8bit` only, which quantize the
+            language model. The LM head keeps its bits always.
 
     Raises:
         ValueError: for a switch that would have no effect, and for options of `ModelConfig` that omni models do not
@@ -296,6 +299,10 @@ class OmniModelConfig(ModelConfig):
         default=False, metadata={"help": "Do not train the projectors (full fine-tuning)."}
     )
     freeze_llm: bool = field(default=False, metadata={"help": "Do not train the language model (full fine-tuning)."})
+    quantize_towers: bool = field(
+        default=False,
+        metadata={"help": "Few bits for towers and projectors too (with load_in_4bit or load_in_8bit)."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -321,8 +328,12 @@ class OmniModelConfig(ModelConfig):
             raise ValueError(f"lora_target_modules is replaced by {_listed('lora', SCOPES)}")
         if self.lora_task_type != "CAUSAL_LM":
             raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {self.lora_task_type!r}")
-        if self.load_in_4bit or self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit are not supported for omni models in this version")
+        check_quantization(self)
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            raise ValueError(
+                "load_in_4bit and load_in_8bit need use_peft: true. Weights of few bits cannot be trained, only LoRA adapters "
+                "beside them"
+            )
 
     @property
     def adapted(self) -> list[str]:
@@ -333,6 +344,36 @@ class OmniModelConfig(ModelConfig):
     def frozen(self) -> list[str]:
         """Scopes that full fine-tuning leaves out."""
         return [scope for scope in SCOPES if getattr(self, f"freeze_{scope}")]
+
+
+def check_quantization(options: Any) -> None:
+    """
+    Check options of quantization, as of [`~trl.ModelConfig`] with `quantize_towers`, against each other.
+
+    Raises:
+        ValueError: for one that would have no effect, or is not known.
+    """
+    if options.load_in_4bit and options.load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are both true: choose one")
+    four = {
+        "use_bnb_nested_quant": options.use_bnb_nested_quant,
+        "bnb_4bit_quant_type": options.bnb_4bit_quant_type != "nf4",
+    }
+    four["bnb_4bit_quant_storage"] = options.bnb_4bit_quant_storage is not None
+    for name in (name for name, given in four.items() if given and not options.load_in_4bit):
+        raise ValueError(f"{name} has no effect without load_in_4bit: true")
+    if options.quantize_towers and not (options.load_in_4bit or options.load_in_8bit):
+        raise ValueError("quantize_towers has no effect without load_in_4bit or load_in_8bit: true")
+    if options.bnb_4bit_quant_type not in _QUANT_TYPES:
+        raise ValueError(f"bnb_4bit_quant_type must be nf4 or fp4, got {options.bnb_4bit_quant_type!r}")
+    if options.bnb_4bit_quant_storage not in (None, *_STORAGES):
+        raise ValueError(
+            f"bnb_4bit_quant_storage must be one of {', '.join(_STORAGES)}, got {options.bnb_4bit_quant_storage!r}"
+        )
+
+
+_QUANT_TYPES = ("nf4", "fp4")
+_STORAGES = ("uint8", "int8", "float16", "float32", "float64", "bfloat16")
 
 
 def _listed(prefix: str, scopes: Sequence[str]) -> str:

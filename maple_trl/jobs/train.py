@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.files import as_json, write_atomically
-from maple_trl.jobs.checks import LORA_OPTIONS, adapter_base, check_files, check_model, check_resumed, check_rows
+from maple_trl.jobs.checks import (
+    LORA_OPTIONS,
+    adapter_base,
+    check_files,
+    check_model,
+    check_resumed,
+    check_rows,
+    quantization_options,
+)
 from maple_trl.jobs.data import evaluates, first_rows, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
@@ -73,8 +81,11 @@ def load_model_and_processor(
     training_args.model_init_kwargs = kwargs | {"dtype": dtype}  # for the reference model
     folder = model_args.model_name_or_path
     name = adapter_base(folder) or folder
+    if "quantization_config" in kwargs:
+        kwargs = {"device_map": {"": str(training_args.device)}} | kwargs
     try:
-        model = load_model(name, dtype=dtype, **kwargs)
+        quantized = quantization_options(model_args, name, shared, training_args.device)
+        model = load_model(name, dtype=dtype, **(kwargs | quantized))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise SetupError(f"model_name_or_path: cannot load {name!r}: {error}") from error
     other = model_args.processor_name_or_path

@@ -92,6 +92,15 @@ def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
         raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
 
 
+def checkpoint_dtype(name: str, options: Mapping[str, Any]) -> str:
+    """Return the precision that a checkpoint's config names, e.g. `bfloat16`; `float32` where it names none."""
+    config = read_config(name, reach(name, options))
+    thinker = getattr(config, "thinker_config", config)
+    parts = (thinker, thinker.get_text_config(), config)
+    found = next((part.dtype for part in parts if part.dtype is not None), "float32")
+    return str(found).removeprefix("torch.")
+
+
 def _model_type(name: str) -> str | None:
     """Return the model type that a folder's config names, where transformers has none of this name."""
     from transformers import CONFIG_MAPPING

@@ -36,6 +36,7 @@ from maple_trl.omni.checkpoints import (
 from maple_trl.omni.families import family_class
 from maple_trl.omni.generation import TOKENS
 from maple_trl.omni.layouts import check_thinker, tell_unread, thinker_files
+from maple_trl.omni.quantization import is_quantized, settle, with_kept_parts
 
 
 # TRL 1.16 and PEFT use names of models that transformers 5.23 deprecates; who trains can do nothing about it.
@@ -79,7 +80,9 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
-def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    name_or_path: str, dtype: str | torch.dtype = "float32", quantize_towers: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """
     Load the class that can be trained.
 
@@ -89,11 +92,14 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
     Args:
         name_or_path (`str`): a folder, a Hub id, or `builtin:NAME`.
         dtype (`str` or `torch.dtype`): precision of the weights, e.g. `"bfloat16"`.
-        kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given.
+        quantize_towers (`bool`): with `quantization_config`, quantize towers and projectors too.
+        kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given. Of an omni model a
+            `quantization_config` quantizes the language model alone, unless it lists what to leave.
 
     Raises:
         ValueError: when weights of the model are missing from the checkpoint, or pickled, or of another model, naming
-            them.
+            them; or when nothing was quantized.
+        ImportError: for a `quantization_config` without bitsandbytes.
     """
     path = resolve_checkpoint(name_or_path)
     if os.path.exists(os.path.join(path, "adapter_config.json")) and not os.path.exists(
@@ -126,6 +132,10 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
         dtype = getattr(torch, dtype)
+    if kwargs.get("quantization_config") is not None:
+        kwargs["quantization_config"] = with_kept_parts(
+            kwargs["quantization_config"], model_class, kwargs.get("config", config), quantize_towers
+        )
     kwargs.setdefault("generation_config", _usable_generation_config(path, kwargs))
     kwargs.setdefault("use_safetensors", True)
     if os.path.isdir(path) and not elsewhere:
@@ -141,6 +151,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "float32", **kwargs
             )
     model.config._commit_hash = commit
     _forget_unused_renamings(model)
+    if is_quantized(model):
+        settle(model)
     return model
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError, tensor_bytes
 from maple_trl.omni.families.base import OmniFamily
+from maple_trl.omni.quantization import named_scales
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class _Seen:
     """
 
     time: object
-    parameters: list[tuple[str, nn.Parameter]]
+    parameters: list[tuple[str, Tensor]]
     marks: list[tuple[int, int, int]] | None = None
     probe: bytes = b""
     digest: str = ""
@@ -202,19 +203,24 @@ class TowerCache:
             excess -= size
 
 
-def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters of a tower and its projector; projectors of both kinds count for either."""
+def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tuple[str, Tensor]]:
+    """
+    Return the parameters of a tower and its projector; projectors of both kinds count for either.
+
+    Those of few bits say nothing without their scales, which are no parameters, and stand behind them.
+    """
     wanted = (_TOWER_SCOPES[kind], "projectors")
-    return [(name, parameter) for name, parameter in core.named_parameters() if family.scope_of(name) in wanted]
+    every = (*core.named_parameters(), *named_scales(core))
+    return [(name, parameter) for name, parameter in every if family.scope_of(name) in wanted]
 
 
-def _probe(parameters: list[nn.Parameter]) -> bytes:
+def _probe(parameters: list[Tensor]) -> bytes:
     """Digest one value of each weight."""
     middles = [parameter.detach().flatten()[parameter.numel() // 2 :][:1] for parameter in parameters]
     return hashlib.blake2b(tensor_bytes(torch.cat(middles))).digest()
 
 
-def _digest(kind: str, config: PreTrainedConfig, parameters: list[tuple[str, nn.Parameter]]) -> str:
+def _digest(kind: str, config: PreTrainedConfig, parameters: list[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(f"{kind} {config.to_json_string()}".encode(), digest_size=12)
     for name, parameter in parameters:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from maple_trl.planning.setup import DTYPES, GIB, OPTIMIZERS, Setup
-from maple_trl.planning.sizes import AudioSizes, Media, ModelSizes, TextSizes, VisionSizes
+from maple_trl.planning.sizes import AudioSizes, Linear, Media, ModelSizes, TextSizes, VisionSizes
 
 
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32_768
 """A tile of logits of TRL's head (`trl.kernels.chunked_logprob`): tokens, and entries of the vocabulary."""
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+"""Weights, and scales of them, that share a scale in bitsandbytes."""
 
 _DEEPSPEED_BUCKETS = 2 * 500_000_000  # elements of the two that ZeRO-2 keeps
 _ATTENTION_COPIES = ("flash_attention_2",)
@@ -25,12 +28,33 @@ def weight_bytes(setup: Setup) -> float:
     """Return the bytes of the weights on a card."""
     size = 2 if setup.deepspeed else DTYPES[setup.dtype]
     base = setup.model.parameters * size + (setup.trainable * _adapter_size(setup) if setup.lora_r else 0)
+    base += sum(packed_bytes(layer, setup) - layer.weights * size for layer in setup.quantized)
     return base / setup.shards if setup.sharded_weights else base
 
 
+def packed_bytes(layer: Linear, setup: Setup) -> int:
+    """
+    Return what bitsandbytes keeps of the weights of quantized layers.
+
+    Of 8 bits the weights with a scale for each output; of 4 bits two in a byte, with a scale for each block of them, and in
+    each layer the values that they stand for. Nested scales have 8 bits, and scales of their own.
+    """
+    weights = layer.inputs * layer.outputs
+    if setup.load_in_8bit:
+        return layer.count * (weights + 4 * layer.outputs)
+    blocks = -(-weights // _BLOCK)
+    scales = blocks + 4 * -(-blocks // _NESTED_BLOCK) + 4 * 256 + 4 if setup.use_bnb_nested_quant else 4 * blocks
+    return layer.count * (-(-weights // 2) + scales + 4 * 16)
+
+
+def unpacked_bytes(setup: Setup) -> float:
+    """Return the bytes of the largest weight of few bits, which is there as a whole while it is used."""
+    return max((layer.inputs * layer.outputs for layer in setup.quantized), default=0) * DTYPES[setup.compute]
+
+
 def _adapter_size(setup: Setup) -> int:
-    """Return the bytes of a parameter of LoRA, which PEFT keeps in float32."""
-    return 2 if setup.deepspeed else 4
+    """Return the bytes of a parameter of LoRA, which PEFT keeps in float32, and TRL beside few bits in bfloat16."""
+    return 2 if setup.deepspeed or setup.bits else 4
 
 
 def trained_size(setup: Setup) -> int:
@@ -203,9 +227,14 @@ def towers_of(model: ModelSizes, media: Media, size: int) -> Iterator[tuple[Visi
 
 
 def working_bytes(setup: Setup) -> float:
-    """Return the bytes of weights that are there a second time: cast for autocast, gathered from other cards, in buckets."""
+    """
+    Return the bytes of weights that are there a second time.
+
+    They are cast for autocast, unpacked of few bits, gathered from other cards, or in buckets.
+    """
     text = setup.model.text
-    cast = 2 * setup.trainable if DTYPES[setup.dtype] > DTYPES[setup.compute] and not setup.deepspeed else 0
+    casts = DTYPES[setup.dtype] > DTYPES[setup.compute] and not setup.deepspeed
+    cast = unpacked_bytes(setup) + 2 * setup.trainable * casts
     if not setup.sharded_weights:
         return cast + (2 * _DEEPSPEED_BUCKETS if setup.sharding == "zero2" else 0)
     layer = text.part.parameters / text.layers
@@ -261,7 +290,7 @@ def plan_memory(setup: Setup) -> Memory:
         rows = min(setup.generation_batch or setup.rows, setup.rows)
         length = setup.prompt + setup.completion
         prompts = -(-rows // setup.num_generations) if setup.shared_prefix else rows
-        whole = 2 * model.parameters if setup.sharded_weights else 0
+        whole = 2 * model.parameters if setup.sharded_weights else unpacked_bytes(setup)
         rollout |= {
             "weights cast or gathered": whole,
             "key-value cache": cache_bytes(model.text, rows * length, size),

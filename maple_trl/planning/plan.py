@@ -76,6 +76,12 @@ def make_plan(setup: Setup) -> Plan:
             "Experts: times are what the chosen ones compute. transformers reaches far less: EasyR1 publishes 1.8 % of the "
             "peak for Qwen3-VL-30B-A3B on 8 H800 (assets/baselines.md)."
         )
+    if setup.bits:
+        quantized = sum(layer.weights for layer in setup.quantized)
+        notes.append(
+            f"{quantized / 1e9:.3g} of {setup.model.parameters / 1e9:.3g} G parameters have {setup.bits} bits: linear layers, "
+            "not experts, embeddings or the head. Times are those of 16 bits: what unpacking takes is not computed."
+        )
     if 1 <= at_once < rows and setup.rollout != "transformers":
         notes.append(f"The engine's cache holds {at_once:.0f} of its {rows:.0f} completions at once.")
     if setup.rollout == "vllm_server":
@@ -103,7 +109,7 @@ def remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
     piece = min(setup.generation_batch or setup.rows, setup.rows)
     if setup.rollout == "transformers" and piece > setup.num_generations:
         yield f"generation_batch {setup.num_generations}", replace(setup, generation_batch=setup.num_generations)
-    if setup.trainers > 1:
+    if setup.trainers > 1 and not setup.bits:
         for sharding in SHARDINGS[SHARDINGS.index(setup.sharding) + 1 : 3]:
             yield f"sharding {sharding}", replace(setup, sharding=sharding)
     if setup.optim == "adamw":
@@ -112,6 +118,9 @@ def remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "use_peft true (lora_r 16)", replace(setup, lora_r=16)
     if setup.dtype == "float32" and setup.compute != "float32":
         yield "dtype bfloat16", replace(setup, dtype="bfloat16")
+    if setup.lora_r and not setup.bits and setup.sharding == "none" and setup.rollout == "transformers":
+        yield "load_in_8bit true", replace(setup, load_in_8bit=True)
+        yield "load_in_4bit true", replace(setup, load_in_4bit=True)
     if setup.sharding != "none" and setup.rollout != "vllm_server":
         yield f"gpus {2 * setup.gpus}", replace(setup, gpus=2 * setup.gpus)
 

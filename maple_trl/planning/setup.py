@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from maple_trl.planning.catalogue import RATES, Gpu
-from maple_trl.planning.sizes import PARTS, Media, ModelSizes
+from maple_trl.planning.sizes import PARTS, Linear, Media, ModelSizes
 
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -44,6 +44,8 @@ class Setup:
         gradient_checkpointing: TRL's.
         lora_r: rank of LoRA adapters; 0: full fine-tuning.
         trained: parts that are trained, or adapted.
+        load_in_4bit, load_in_8bit, use_bnb_nested_quant: TRL's; beside LoRA adapters.
+        quantize_towers: whether towers and projectors have few bits too.
         dtype: of the weights.
         compute: precision of the passes; `bfloat16` over weights in float32 is autocast.
         optim: one of `OPTIMIZERS`.
@@ -78,6 +80,10 @@ class Setup:
     gradient_checkpointing: bool = True
     lora_r: int = 0
     trained: tuple[str, ...] = PARTS
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    use_bnb_nested_quant: bool = False
+    quantize_towers: bool = False
     dtype: str = "bfloat16"
     compute: str = "bfloat16"
     optim: str = "adamw"
@@ -150,6 +156,17 @@ class Setup:
         return any(part in self.trained and self.model.parts[part].parameters for part in PARTS[2:])
 
     @property
+    def bits(self) -> int:
+        """Bits of a weight in layers that are quantized; 0 where none is."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 0
+
+    @property
+    def quantized(self) -> tuple[Linear, ...]:
+        """Layers of few bits: experts and the head are not among them."""
+        parts = () if not self.bits else ("llm", *PARTS[2:]) if self.quantize_towers else ("llm",)
+        return tuple(layer for part in parts for layer in self.model.parts[part].linear)
+
+    @property
     def trainable(self) -> int:
         """Parameters that are trained."""
         parts = [self.model.parts[part] for part in self.trained]
@@ -190,6 +207,7 @@ def _check(setup: Setup) -> None:
             raise PlanError(f"{name} must be {allowed}, got {value}")
     if setup.optim not in OPTIMIZERS:
         raise PlanError(f"optim must be one of {', '.join(OPTIMIZERS)}, got {setup.optim!r}")
+    _check_bits(setup)
     _check_cards(setup)
     media, model = setup.media, setup.model
     for kind, tower in (("video", model.vision), ("audio", model.audio)):
@@ -206,6 +224,25 @@ def _check(setup: Setup) -> None:
         raise PlanError(f"a frame must have pixels, got frame_height {media.height} and frame_width {media.width}")
     if not setup.trainable:
         raise PlanError("nothing would be trained: leave one part of the model unfrozen")
+
+
+def _check_bits(setup: Setup) -> None:
+    if setup.load_in_4bit and setup.load_in_8bit:
+        raise PlanError("load_in_4bit and load_in_8bit are both true: choose one")
+    if setup.use_bnb_nested_quant and not setup.load_in_4bit:
+        raise PlanError("use_bnb_nested_quant has no effect without load_in_4bit true")
+    if not setup.bits:
+        if setup.quantize_towers:
+            raise PlanError("quantize_towers has no effect without load_in_4bit or load_in_8bit true")
+        return
+    if not setup.lora_r:
+        raise PlanError("weights of 4 or 8 bits cannot be trained, only LoRA adapters beside them: use_peft true")
+    if setup.sharding != "none":
+        raise PlanError(f"sharding {setup.sharding} does not go with weights of 4 or 8 bits: each card holds them all")
+    if setup.rollout != "transformers":
+        raise PlanError(
+            "use_vllm does not go with weights of 4 or 8 bits: vLLM is sent whole weights after each update"
+        )
 
 
 def _check_cards(setup: Setup) -> None:

@@ -89,3 +89,10 @@ def test_the_page_has_the_tables_that_are_computed(script):
     assert f"`counted_memory` ({RATES['counted_memory'].value:.2f})" in page
     assert f"`counted_time` ({RATES['counted_time'].value:.2f})" in page
     assert f"take {RATES['decode_seconds'].value:g} s of a core" in page
+
+
+def test_the_page_of_small_cards_has_the_tables_that_are_computed(script):
+    """The command that writes them: python benchmarks/plan_small_gpus.py --write docs/small_gpus.md."""
+    page = (BENCHMARKS.parent / "docs" / "small_gpus.md").read_text(encoding="utf-8")
+    tables = script("plan_small_gpus").collect()
+    assert script("_plan_tables").with_tables(page, tables) == page

@@ -8,6 +8,7 @@ has a `name` and may have
     trainer           a key of `TRAINERS`
     options           fields of its configuration that differ from `DEFAULTS`
     lora              adapt all towers by LoRA instead of training every weight
+    quantized         options of bitsandbytes, with `lora`
     dtype             type of the model's weights; as saved by default
     fixed_completions completions that depend on nothing but the prompt and the number of the copy
     reward            a key of `REWARDS`
@@ -49,6 +50,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
 from watchdog import Watchdog
 
+from maple_trl.omni.encoded import tensor_bytes
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.lora import build_lora_config
@@ -193,7 +195,7 @@ class Checksums(TrainerCallback):
 def _checksum(tensors) -> int:
     total = 0
     for tensor in tensors:
-        total = zlib.crc32(tensor.contiguous().numpy().tobytes(), total)
+        total = zlib.crc32(tensor_bytes(tensor), total)
     return total
 
 
@@ -366,7 +368,8 @@ def do(run: dict, plan: dict) -> None:
     checksums = Checksums()
     model, kwargs = path, {"callbacks": [] if SHARDED else [checksums]}
     if "dtype" in run or run.get("lora"):
-        model = load_model(path, dtype=run.get("dtype", "float32"))
+        few = {"quantization_config": run["quantized"], "device_map": {"": "cpu"}} if "quantized" in run else {}
+        model = load_model(path, dtype=run.get("dtype", "float32"), **few)
     if run.get("unread"):
         model = load_model(path)
         model.unread = torch.nn.Parameter(torch.ones(2))

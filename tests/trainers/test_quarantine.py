@@ -278,7 +278,7 @@ def test_config_rejects_by_name(options, message):
         build_config(".", **options)
 
 
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory", "quantization_config"])
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
 def test_trainer_rejects_what_would_lose_media(folder, name):
     model, processor = build_tiny("qwen2_5_omni")
     with pytest.raises(ValueError, match=f"does not support `{name}`"):

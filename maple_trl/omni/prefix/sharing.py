@@ -16,6 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.prefix.shared_prefill import share_prefill
 from maple_trl.omni.prefix.shared_prefix import pack, packed_forward
+from maple_trl.omni.quantization import computes_exactly, with_whole_inputs
 
 
 _TOKENS = 8
@@ -54,7 +55,8 @@ class Comparison:
     Compares two completions that share their prompt with two that do not.
 
     Weights in float32 are compared in float32, whatever the run computes in; FlashAttention has no kernels for that. Windows of
-    layers are shortened meanwhile, so that they end within the prompt and within a completion.
+    layers are shortened meanwhile, so that they end within the prompt and within a completion. Layers of 8 bits are
+    compared as what their weights stand for: what they round depends on the batch in either way.
 
     Attributes:
         model: has TRL's fused head, and an attention that reads packed rows.
@@ -102,7 +104,8 @@ class Comparison:
     def _exact(self) -> bool:
         dtype = self.core.get_input_embeddings().weight.dtype
         text = self.core.config.get_text_config()
-        return dtype in (torch.float32, torch.float64) and not is_flash_attention_requested(text)
+        exact = dtype in (torch.float32, torch.float64) and computes_exactly(self.core)
+        return exact and not is_flash_attention_requested(text)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -110,7 +113,7 @@ class Comparison:
         self.model.eval()
         try:
             exactly = self._without_autocast() if self._exact else nullcontext()
-            with torch.no_grad(), exactly, _short_windows(self.core):
+            with torch.no_grad(), with_whole_inputs(self.model), exactly, _short_windows(self.core):
                 yield
         finally:
             self.model.train(was_training)
@@ -204,9 +207,10 @@ def sharing_error(*args, **kwargs) -> float:
 
 def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
     """Return how much the next token's log-probabilities differ on average when two rows read a prompt once."""
-    with _noting(core, -1, alone=True) as noted, serve(model, [prompt, prompt]):
-        model(**_prefill_inputs(core, prompt))
-    return _prefill_difference(model, core, prompt, serve, noted[0])
+    with with_whole_inputs(model):
+        with _noting(core, -1, alone=True) as noted, serve(model, [prompt, prompt]):
+            model(**_prefill_inputs(core, prompt))
+        return _prefill_difference(model, core, prompt, serve, noted[0])
 
 
 def _prefill_difference(

@@ -6,7 +6,8 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
+from maple_trl.omni.quantization import is_quantized, settle
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
@@ -464,12 +466,15 @@ class MediaTrainer:
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self._load_weights(resume_from_checkpoint, self.model if model is None else model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        loaded = self.model if model is None else model
+        if not self._load_weights(resume_from_checkpoint, loaded):
+            with _types_kept(loaded):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
         if not self._load_weights(self.state.best_model_checkpoint, self.model):
-            super()._load_best_model()
+            with _types_kept(self.model):
+                super()._load_best_model()
 
     def _load_weights(self, checkpoint: str, model: nn.Module) -> bool:
         """
@@ -486,6 +491,16 @@ class MediaTrainer:
         dtype = kinds.pop() if len(kinds) == 1 else torch.float32
         model.load_state_dict(load_model(checkpoint, dtype=dtype).state_dict())
         return True
+
+
+@contextmanager
+def _types_kept(model: nn.Module) -> Iterator[None]:
+    """Keep the types of what is trained: PEFT reads adapters back in float32, which TRL keeps otherwise beside few bits."""
+    types = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if weight.dtype != types.get(name, weight.dtype):
+            weight.data = weight.data.to(types[name])
 
 
 def telemetry_wanted() -> bool:
@@ -509,6 +524,8 @@ def load_parts(
     if isinstance(model, str):
         set_seed(seed)
         model = load_model(model, **options)
+    elif is_quantized(model):
+        settle(unwrap(model))
     if processing_class is None:
         if not name:
             raise ValueError("The model does not know where it was loaded from: pass its processing_class")

@@ -36,6 +36,7 @@ from maple_trl.omni.prefix.packed_attention import install, why_not_trained
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.prefix.sharing import Comparison
 from maple_trl.omni.prompt import IMAGE_COLUMNS
+from maple_trl.omni.quantization import describe
 from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
@@ -60,6 +61,7 @@ from maple_trl.trainers.common.checkpoint import (
 )
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.common.missing_rewards import MissingRewards
+from maple_trl.trainers.common.quantized import model_options
 from maple_trl.trainers.common.rollout import (
     Assignment,
     InFlight,
@@ -142,12 +144,14 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        for name in ("tools", "rollout_func", "environment_factory", "quantization_config"):
+        for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
                 raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
         args = own_config(args, self._config_class, model, self._name)
         check_engine_is_there(args)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        quantization = kwargs.pop("quantization_config", None)
+        init_kwargs = model_options(model, init_kwargs, quantization, kwargs.get("peft_config"), args)
         reward_funcs = find_rewards(reward_funcs)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if not any(isinstance(reward, str) for reward in rewards):  # reward models are loaded with them too
@@ -958,7 +962,8 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     def _resume_signature(self) -> dict[str, Any]:
         """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
-        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
+        facts = {"processes": self.accelerator.num_processes, "quantization": describe(self.model)}
+        return facts | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:
         """Return the micro-batches of the last rollout while some updates on them are still to come, else `None`."""

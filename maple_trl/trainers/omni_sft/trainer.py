@@ -17,8 +17,10 @@ from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import own_options
 from maple_trl.omni.prompt import IMAGE_COLUMNS, RowError
+from maple_trl.omni.quantization import describe
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.quantized import model_options
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
@@ -65,10 +67,10 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        if kwargs.get("quantization_config"):
-            raise ValueError("OmniSFTTrainer does not support `quantization_config` in this version")
         args = own_config(args, OmniSFTConfig, model, self._name)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        quantization = kwargs.pop("quantization_config", None)
+        init_kwargs = model_options(model, init_kwargs, quantization, kwargs.get("peft_config"), args)
         args.model_init_kwargs = None  # TRL would call them ignored
         model, processing_class = load_parts(model, processing_class, args.seed, init_kwargs)
 
@@ -308,7 +310,8 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
     def _resume_signature(self) -> dict[str, Any]:
         """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
+        facts = {"processes": self.accelerator.num_processes, "quantization": describe(self.model)}
+        return facts | {name: getattr(self.args, name) for name in names}
 
 
 def _completion_messages(completion: Any) -> list[dict[str, Any]]:
