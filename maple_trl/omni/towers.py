@@ -17,7 +17,7 @@ import torch
 from cachetools import LRUCache
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError, tensor_bytes
