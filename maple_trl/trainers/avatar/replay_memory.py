@@ -331,10 +331,16 @@ class ReplayMemory:
         for place, experience in zip(rollout.places(replayed=True), experiences, strict=True):
             self._replaying[rollout.first_number + place] = experience.prompt
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that completions and baselines take, about."""
+        return self.buffer.nbytes + self.vcrs.nbytes
+
     def drop(self, numbers: Iterable[int]) -> None:
-        """Forget fresh completions that no training pass will see, so that they are not stored."""
+        """Forget completions that no training pass will see: fresh ones are not stored, of replayed ones nothing is told."""
         for number in numbers:
             self._pending.pop(number, None)
+            self._replaying.pop(number, None)
 
     def watches(self, number: int) -> bool:
         """Return whether a completion is stored even if it is not trained on: a hint waits for one of its prompt."""

@@ -64,6 +64,7 @@ class QuarantinedPrompt:
 
 
 _SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
+_ROW_BYTES = 400  # of a key, and of the lists and tables that hold it
 _NAMED = 3  # files that a summary names
 _FEWEST = 10  # rows from which a share of them says something
 
@@ -166,6 +167,12 @@ class RowRegistry:
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows_of
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that keys and numbers take, about, and the table where it is no file of the disk."""
+        table = 0 if self.dataset.cache_files else self.dataset.data.nbytes
+        return _ROW_BYTES * len(self._keys) + table
 
     def add(self, key: str, error: MediaError) -> None:
         """Put the rows of a prompt into quarantine."""
