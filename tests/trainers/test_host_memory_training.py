@@ -200,20 +200,6 @@ def test_a_run_keeps_the_end_of_its_log_in_memory_and_all_of_it_in_the_file(seve
     assert 0 < held < 3 * 20_000
 
 
-@pytest.mark.slow
-def test_replayed_completions_of_dropped_groups_are_forgotten(seven_tags, tmp_path):
-    def equal_mostly(completions, prompts, **columns):
-        """Groups of equal rewards, which teach nothing, but for those of one prompt."""
-        return [len(str(prompt)) % 2 and score for prompt, score in zip(prompts, letters(completions), strict=True)]
-
-    trainer = avatar(seven_tags, tmp_path, max_steps=8, method="mapo", dynamic_sampling="early", task_reward="letters")
-    trainer.reward_funcs = [equal_mostly]
-    trainer.train()
-    entries = logged(trainer)
-    assert any(entry.get("replay/share", 0) > 0 for entry in entries)
-    assert not trainer.memory._replaying and not trainer.memory._pending
-
-
 # Commands
 
 

@@ -337,10 +337,9 @@ class ReplayMemory:
         return self.buffer.nbytes + self.vcrs.nbytes
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Forget completions that no training pass will see: fresh ones are not stored, of replayed ones nothing is told."""
+        """Forget fresh completions that no training pass will see, so that they are not stored."""
         for number in numbers:
             self._pending.pop(number, None)
-            self._replaying.pop(number, None)
 
     def watches(self, number: int) -> bool:
         """Return whether a completion is stored even if it is not trained on: a hint waits for one of its prompt."""

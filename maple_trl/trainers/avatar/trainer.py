@@ -460,7 +460,7 @@ class AvatarTrainer(MAPOTrainer):
         """
         if not self._dropping:
             return
-        left_out = (~kept & ~(rollout.fresh & rollout.rewards.isnan())).tolist()
+        left_out = (rollout.fresh & ~kept & ~rollout.rewards.isnan()).tolist()
         for r, own in self._flight.placed():
             number_of = int(r.batch[NUMBER_KEY][0]) - r.places[0]  # of the round's first place
             dropped = {number_of + place for place, left in enumerate(left_out[own]) if left}
