@@ -4,6 +4,9 @@ import gc
 import pickle
 import threading
 from collections import OrderedDict
+from concurrent.futures import wait as wait_for
+from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +22,8 @@ from maple_trl.omni.host_memory import (
     readable,
 )
 from maple_trl.omni.machine_memory import children_of, local_processes, machine_memory, resident_bytes
+from maple_trl.omni.media import loader as loader_module
+from maple_trl.omni.media.loader import MediaLoader
 
 
 class Reference:
@@ -265,6 +270,39 @@ def test_other_sizes_are_refused(text):
 
 def test_sizes_are_said_as_people_read_them():
     assert [readable(n) for n in (12, 1536, 3 << 30, 5 << 40)] == ["12 B", "1.5 KiB", "3.0 GiB", "5.0 TiB"]
+
+
+# What is no cache, and must not grow either
+
+
+def test_calls_that_wait_to_decode_ahead_are_few(tmp_path, monkeypatch):
+    """A run that is faster than its decoders would add to them for ever."""
+    monkeypatch.setattr(loader_module, "_QUEUED", 10)
+    with MediaLoader(tmp_path, workers=0) as loader:
+        begun, go_on, made = threading.Event(), threading.Event(), []
+
+        def wait():
+            begun.set()
+            go_on.wait(60)
+
+        loader.prefetch([wait])
+        begun.wait(60)
+        for first in range(0, 400, 20):
+            loader.prefetch([partial(made.append, i) for i in range(first, first + 20)])
+            assert sum(not call.done() for call in loader._queued) <= 10 + 4  # and those that threads are at
+        go_on.set()
+        wait_for(loader._queued)
+        assert set(range(390, 400)) <= set(made) and len(made) < 400
+
+
+def test_files_of_an_endless_stream_are_not_remembered_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "_REMEMBERED", 5)
+    with MediaLoader(tmp_path, workers=0, cache_bytes=1) as loader:
+        for i in range(12):
+            (tmp_path / f"{i}.srt").write_bytes(f"1\n00:00:01,000 --> 00:00:02,000\nsaid {i}\n".encode("utf-16"))
+            loader.subtitle(f"{i}.srt")
+        assert [Path(path).stem for _, path in loader.decodes] == ["7", "8", "9", "10", "11"]
+        assert len(loader._noted) <= 5 and len(loader._load.cache) == 0
 
 
 # The machine

@@ -19,6 +19,7 @@ from maple_trl.omni.generation import own_options
 from maple_trl.omni.prompt import RowError
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.rollout_log import LiveLog
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
@@ -96,6 +97,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(LiveLog)
         self._keep_savable()
         self.towers = self._make_tower_cache()
         self._watch()
