@@ -133,8 +133,8 @@ def build(folder: str, steps: int, watch: Watch) -> AvatarTrainer:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps")
-    parser.add_argument("--warm-up", type=int, default=60, help="steps before the first sample that counts")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--warm-up", type=int, default=100, help="steps before the first sample that counts")
     parser.add_argument("--every", type=int, default=5, help="steps between samples")
     parser.add_argument("--plant", choices=PLANTS, help="leak, from half of the other steps on")
     args = parser.parse_args(argv)

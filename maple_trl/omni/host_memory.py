@@ -78,6 +78,12 @@ class HostCache(MutableMapping[Key, Value], Generic[Key, Value]):
         with self._memory.lock:
             self.currsize -= self._entries.pop(key)[1]
 
+    def clear(self) -> None:
+        """Let go all entries."""
+        with self._memory.lock:
+            self._entries.clear()
+            self.currsize = 0
+
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 

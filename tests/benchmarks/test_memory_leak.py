@@ -68,7 +68,8 @@ def test_a_process_is_measured(memory, tmp_path):
 def test_nothing_grows_in_a_run_and_a_planted_leak_is_found(tmp_path):
     """Both in one run: the leak begins in its middle."""
     file = tmp_path / "leak.json"
-    command = [str(BENCHMARKS / "memory_leak.py"), "--plant", "prompts", "--json", str(file)]
+    command = [str(BENCHMARKS / "memory_leak.py"), "--steps", "200", "--warm-up", "50", "--plant", "prompts"]
+    command += ["--json", str(file)]
     done = programs.run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())

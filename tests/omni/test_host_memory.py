@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maple_trl.omni import towers
 from maple_trl.omni.host_memory import (
     HostCache,
     HostMemory,
@@ -23,6 +25,8 @@ from maple_trl.omni.host_memory import (
 )
 from maple_trl.omni.machine_memory import children_of, local_processes, machine_memory, resident_bytes
 from maple_trl.omni.media import loader as loader_module
+from maple_trl.omni.media import workers
+from maple_trl.omni.media.decoder_process import read_arrays
 from maple_trl.omni.media.loader import MediaLoader
 
 
@@ -224,8 +228,6 @@ def test_what_does_not_fit_is_told_once_with_numbers(caplog):
 
 
 def test_prompts_count_while_they_are_used():
-    import torch
-
     prompt = Thing()
     prompt.ids, prompt.media = torch.zeros(10), {"pixels": torch.zeros(5, 5), "count": 3}
     before = host_memory().parts().get("prompts", 0)
@@ -270,6 +272,33 @@ def test_other_sizes_are_refused(text):
 
 def test_sizes_are_said_as_people_read_them():
     assert [readable(n) for n in (12, 1536, 3 << 30, 5 << 40)] == ["12 B", "1.5 KiB", "3.0 GiB", "5.0 TiB"]
+
+
+def test_a_clip_counts_twice_while_it_is_handed_over(seven_tags, monkeypatch):
+    folder, rows = seven_tags
+    counted = []
+
+    def read(descriptor, places):
+        counted.append(host_memory().parts()["decoding"])
+        return read_arrays(descriptor, places)
+
+    monkeypatch.setattr(workers, "read_arrays", read)
+    with MediaLoader(folder, workers=1) as loader:
+        clip = loader.video(rows[0]["video"] or next(row["video"] for row in rows if row["video"]))
+        assert counted == [2 * clip.nbytes] and "decoding" not in host_memory().parts()
+        assert host_memory().parts()["media"] >= clip.nbytes and loader._load.cache.currsize == clip.nbytes
+        loader.close()
+        assert loader._load.cache.currsize == 0
+
+
+def test_pinned_memory_counts_as_what_pytorch_takes():
+    class Pinned:
+        nbytes = 5000
+
+        def is_pinned(self):
+            return True
+
+    assert towers._size("key", {"tokens": Pinned(), "deepstack.0": torch.zeros(10)}) == 8192 + 40
 
 
 # What is no cache, and must not grow either
