@@ -58,8 +58,8 @@ def logged(trainer):
 
 
 @pytest.mark.slow
-def test_the_budget_changes_nothing_of_the_result(seven_tags, tmp_path):
-    weights, logs, losses = {}, {}, {}
+def test_the_budget_changes_nothing_of_the_result(seven_tags, tmp_path, caplog):
+    weights, logs, losses, told = {}, {}, {}, {}
     for budget in ("1GiB", "3MB", "200KB"):
         evicted = host_memory().evictions
         trainer = avatar(seven_tags, tmp_path / budget, max_steps=6, host_memory_bytes=budget)
@@ -71,12 +71,16 @@ def test_the_budget_changes_nothing_of_the_result(seven_tags, tmp_path):
             entry["memory/host_evictions"] -= evicted
         trainer.loader.close()
         del trainer
+        told[budget] = [record.getMessage() for record in caplog.records if "Host memory" in record.getMessage()]
+        caplog.clear()
     for budget in ("3MB", "200KB"):
         assert losses[budget] == losses["1GiB"]
         assert all(torch.equal(value, weights["1GiB"][name]) for name, value in weights[budget].items())
     start = load_model(MODEL, dtype="float32").state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in weights["3MB"].items())
     large, middle, tiny = logs.values()
+    assert not told["1GiB"] and not told["3MB"]
+    assert any("more than the 195.3 KiB that this process may keep" in text for text in told["200KB"])
     # All is kept; some goes; none is kept.
     assert large[-1]["memory/host_evictions"] == 0 and middle[-1]["memory/host_evictions"] > 3
     assert large[-1]["memory/host_bytes/media"] > 5 * 37_000 and large[-1]["memory/host_bytes/encoder"] > 0
