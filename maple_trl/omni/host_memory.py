@@ -289,8 +289,8 @@ Prompt = TypeVar("Prompt")
 
 
 def hold_prompt(prompt: Prompt) -> Prompt:
-    """Count the tensors of an encoded prompt against the budget for as long as it is used, and return it."""
-    host_memory().hold("prompts", prompt, tensor_bytes_of(prompt))
+    """Count what an encoded prompt holds against the budget for as long as it is used, and return it."""
+    host_memory().hold("prompts", prompt, content_bytes(prompt))
     return prompt
 
 
@@ -322,13 +322,15 @@ def _deep_size(key: Any, value: Any) -> int:
     return deep_bytes(key) + deep_bytes(value)
 
 
-def tensor_bytes_of(owner: Any) -> int:
-    """Return the bytes of the arrays and tensors on the host that an object has as attributes, or in mappings that are such."""
+def content_bytes(owner: Any) -> int:
+    """Return the bytes of what an object has as attributes: tensors on the host, also in mappings, and lists of texts."""
     items = owner.values() if isinstance(owner, Mapping) else getattr(owner, "__dict__", {}).values()
     found = 0
     for item in items:
         if isinstance(item, Mapping):
-            found += tensor_bytes_of(item)
+            found += content_bytes(item)
+        elif isinstance(item, list):  # messages for a server, with pictures in their texts
+            found += deep_bytes(item)
         elif getattr(getattr(item, "device", None), "type", "cpu") == "cpu":
             found += getattr(item, "nbytes", 0)
     return found

@@ -233,6 +233,9 @@ def test_prompts_count_while_they_are_used():
     before = host_memory().parts().get("prompts", 0)
     assert hold_prompt(prompt) is prompt
     assert host_memory().parts()["prompts"] == before + 4 * (10 + 25)
+    prompt.messages = [{"role": "user", "content": "p" * 5000}]
+    hold_prompt(prompt)
+    assert host_memory().parts()["prompts"] > before + 4 * (10 + 25) + 5000
     del prompt
     assert host_memory().parts().get("prompts", 0) == before
 

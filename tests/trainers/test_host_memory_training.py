@@ -1,19 +1,24 @@
 """The budget of host memory in runs: what it changes (nothing of the result), what it tells, what it refuses."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from omni_runs import QUIET_ON_CPU, build_config, build_trainer
+from tiny_models import build_tiny
 
 from maple_trl import AvatarConfig, AvatarTrainer, OmniGRPOTrainer, OmniSFTConfig, cli
 from maple_trl.jobs.eval_job import EvalMedia
+from maple_trl.omni.families import family_for
 from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.records import metrics_log
 from maple_trl.records.metrics_log import whole_log
 from maple_trl.records.options import not_deciding
+from maple_trl.trainers.common.quarantine import RowRegistry
 
 
 MODEL = "builtin:tiny-omni"
@@ -202,6 +207,28 @@ def test_a_run_keeps_the_end_of_its_log_in_memory_and_all_of_it_in_the_file(seve
     ours = [json.loads(line) for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
     assert [entry.get("loss") for entry in ours] == [entry.get("loss") for entry in whole.state.log_history]
     assert 0 < held < 3 * 20_000
+
+
+def test_texts_of_a_large_data_set_are_not_gathered(seven_tags):
+    """They are read one row after another, where there are files to look at too."""
+    folder, rows = seven_tags
+    video = next(row["video"] for row in rows if row["video"])
+    texts = [[{"role": "user", "content": f"{i} " + "word " * 4000}] for i in range(300)]
+    data = Dataset.from_dict({"prompt": texts * 2, "video": [video] * 600, "tag": ["V"] * 600})
+    config, (_, processor) = build_config(folder), build_tiny("qwen2_5_omni")
+    model, _ = build_tiny("qwen2_5_omni")
+    builder = config.prompt_builder(family_for(model, processor), config.media_loader())
+    tracemalloc.start()
+    try:
+        registry = RowRegistry(data, builder, progress=False)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(registry._rows_of) == 300 and registry.row_number(builder.spec(data[299]).key) == 299
+    assert registry.rows_of(registry._keys[5])[1]["prompt"] == texts[5]
+    assert peak < 300 * 20_000 / 3 and held < 600 * 1000
+    table = data.data.nbytes
+    assert held / 4 < registry.nbytes - table < 4 * held
 
 
 # Commands

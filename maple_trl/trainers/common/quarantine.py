@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -102,19 +102,21 @@ class RowRegistry:
         self.quarantined: dict[str, QuarantinedPrompt] = {}
         if not len(dataset):
             raise ValueError(f"{name} holds no row")
-        specs = []
+        specs: list[PromptSpec] = []
+        known: dict[str, PromptSpec] = {}  # rows with the same prompt share it
         for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=None if progress else True, leave=False)):
             try:
-                specs.append(builder.spec(row))
+                spec = builder.spec(row)
             except RowError as error:
                 raise RowError(f"{name}, row {i}: {error}") from error
+            specs.append(known.setdefault(spec.key, _without_texts(spec)))
         self._keys = [spec.key for spec in specs]
         self._tags = [spec.tag for spec in specs]
         self._rows_of: dict[str, list[int]] = {}
         for i, key in enumerate(self._keys):
             self._rows_of.setdefault(key, []).append(i)
         if probe:
-            self._probe({spec.key: spec for spec in specs}, progress)
+            self._probe(known, progress)
         self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
         self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
@@ -323,6 +325,13 @@ class RowRegistry:
 
     def _content(self) -> str:
         return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
+
+
+def _without_texts(spec: PromptSpec) -> PromptSpec:
+    """Return a spec with its files and its key alone: texts of all rows of a large data set would fill the memory."""
+    bare = replace(spec, messages=(), subtitle=spec.subtitle if spec.subtitle_file else None)
+    vars(bare)["key"] = spec.key
+    return bare
 
 
 def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:
