@@ -98,6 +98,11 @@ class Vcrs:
     def __len__(self) -> int:
         return len(self._positions)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the rewards take, about."""
+        return len(self) * (300 + 8 * self.window)
+
     def baseline(self, prompt: str) -> float | None:
         """Return the mean of the prompt's latest rewards, `None` while it has none."""
         position = self._positions.get(prompt)
@@ -225,6 +230,14 @@ class Experience:
             object.__setattr__(self, name, value)
 
 
+_EXPERIENCE_BYTES = 3 << 10  # of objects; measured
+
+
+def experience_bytes(tokens: int) -> int:
+    """Return about what a stored completion of so many tokens takes of memory."""
+    return _EXPERIENCE_BYTES + 8 * tokens
+
+
 @dataclass
 class _Counters:
     """What a buffer has to remember beside its experiences; the random draws follow from the seed and `draws`."""
@@ -313,6 +326,11 @@ class StratifiedReplayBuffer:
 
     def __len__(self) -> int:
         return sum(map(len, self._tiers.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the experiences take, about."""
+        return sum(experience_bytes(len(e.completion_ids)) for held in self._tiers.values() for e in held.values())
 
     def sizes(self) -> dict[str, int]:
         """Count the experiences of each tier."""

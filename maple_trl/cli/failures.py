@@ -117,7 +117,7 @@ def _known(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
         return f"no access to {error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
-        return "out of memory: lower the batch size, num_frames, max_pixels or media_cache_bytes"
+        return "out of memory: lower host_memory_bytes, the batch size, num_frames or max_pixels"
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
         return (
             "out of GPU memory: lower per_device_train_batch_size, max_completion_length, num_frames or max_pixels, or set "

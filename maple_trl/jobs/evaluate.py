@@ -34,6 +34,7 @@ from maple_trl.jobs.eval_presets import settle_template
 from maple_trl.jobs.models import LocalModel, ServedModel
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.jobs.scoring import Scoring
+from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder, RowError, check_template
 from maple_trl.records.evaluations import EvalStore, EvaluationError
@@ -157,6 +158,7 @@ def _check_places(job: EvalJob, media_root: str) -> None:
 
 def _loader(job: EvalJob, root: str) -> MediaLoader:
     try:
+        host_memory().set_limit(job.media.host_share())
         return job.media.media_loader(root)
     except (FileNotFoundError, RuntimeError) as error:
         raise SetupError(str(error)) from error

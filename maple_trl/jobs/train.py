@@ -26,7 +26,7 @@ from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
 from maple_trl.jobs.rewards import KEY_NAMES, close_rewards, load_rewards
 from maple_trl.modalities import SCOPES
-from maple_trl.records.metrics_log import first_and_last, write_metrics
+from maple_trl.records.metrics_log import first_and_last, whole_log, write_metrics
 from maple_trl.records.run_folder import holds_evaluation, is_inside, named, remove_results, run_results
 from maple_trl.records.summary import print_summary
 
@@ -371,7 +371,7 @@ def run(
     finally:  # a run that is interrupted leaves what it had logged
         close_rewards(getattr(trainer, "reward_funcs", []))
         if trainer.is_world_process_zero() and trainer.state.log_history:
-            write_metrics(trainer.state.log_history, metrics_path)
+            write_metrics(_log_of(trainer), metrics_path)
     train_seconds = time.monotonic() - train_started
     after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
     trainer.save_model(training_args.output_dir)
@@ -385,7 +385,7 @@ def run(
         "steps": trainer.state.global_step,
         "model": model_args.model_name_or_path,
         "dataset": script_args.dataset_name,
-        "learned": first_and_last(trainer.state.log_history),
+        "learned": first_and_last(_log_of(trainer)),
         "fired": trainer.fired(),
         "left_out": trainer.left_out() + _unusable_questions(after),
     }
@@ -393,7 +393,7 @@ def run(
         trainer.processing_class.save_pretrained(training_args.output_dir)
         plot_path = _place(script_args.plot_file, training_args, "training.png")
         summary_path = _place(script_args.summary_file, training_args, "summary.json")
-        _draw(trainer.state.log_history, summary["before"], summary["after"], plot_path)
+        _draw(_log_of(trainer), summary["before"], summary["after"], plot_path)
         write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
         written = _written(training_args.output_dir, (metrics_path, summary_path, plot_path))
         print_summary(summary | {"written": written}, training_args.output_dir)
@@ -403,6 +403,10 @@ def run(
     if last:
         trainer.accelerator.end_training()
     return summary
+
+
+def _log_of(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> list[Mapping[str, Any]]:
+    return whole_log(trainer.state.log_history, Path(trainer.args.output_dir, "metrics.jsonl"))
 
 
 def _options(*parts: Any) -> dict[str, Any]:

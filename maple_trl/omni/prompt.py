@@ -25,6 +25,7 @@ from maple_trl.omni.content import (
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import PromptEncoder
+from maple_trl.omni.host_memory import hold_prompt
 from maple_trl.omni.media.clips import ClipRequest, Picture, PromptMedia
 from maple_trl.omni.media.loader import AudioClip, MediaLoader, VideoClip
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
@@ -386,7 +387,7 @@ class PromptBuilder:
             notes += ("subtitle-shortened",)
         if subtitle:
             prompt.media_tokens["subtitle"] = len(self.family.tokens(subtitle))
-        return replace(prompt, tag=spec.tag, notes=notes, sound=_seconds_of(heard))
+        return hold_prompt(replace(prompt, tag=spec.tag, notes=notes, sound=_seconds_of(heard)))
 
     def _encode_text(
         self,

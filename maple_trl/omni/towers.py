@@ -14,7 +14,6 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import torch
-from cachetools import LRUCache
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError, tensor_bytes
 from maple_trl.omni.families.base import OmniFamily
+from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.quantization import named_scales
 
 
@@ -74,7 +74,7 @@ class TowerCache:
     gone into.
 
     Args:
-        max_bytes (`int`): in memory, at most; 0 keeps none.
+        max_bytes (`int`): in memory, at most, and within the process's budget; 0 keeps none.
         folder (`str`, *optional*): for entries on disk; several processes may share it.
         max_disk_bytes (`int`): on disk, at most; the entries not used for longest go first.
         clock (`Callable`, *optional*):
@@ -92,7 +92,7 @@ class TowerCache:
         max_disk_bytes: int = 8 << 30,
         clock: Callable[[], object] = object,
     ):
-        self._memory: LRUCache[str, Features] = LRUCache(max(max_bytes, 1), getsizeof=_size)
+        self._memory = host_memory().cache("encoder", max_bytes, _size)
         self.folder = None if folder is None else Path(folder)
         self.max_disk_bytes = max_disk_bytes
         if self.folder is not None:
@@ -184,7 +184,7 @@ class TowerCache:
             self._disk_fails = True
 
     def _remember(self, key: str, features: Features) -> None:
-        if _size(features) <= self._memory.maxsize:
+        if sum(values.nbytes for values in features.values()) <= self._memory.maxsize:
             # From pinned memory the host need not wait for a copy to the device.
             self._memory[key] = {name: v.pin_memory() for name, v in features.items()} if self._pins else features
 
@@ -244,5 +244,7 @@ def _leftovers(folder: Path) -> list[Path]:
     return found
 
 
-def _size(features: Features) -> int:
-    return sum(values.nbytes for values in features.values())
+def _size(key: str, features: Features) -> int:
+    """Return the bytes of an entry; of pinned memory PyTorch takes powers of two."""
+    sizes = [(values.nbytes, values.is_pinned()) for values in features.values()]
+    return sum(1 << (size - 1).bit_length() if pinned and size else size for size, pinned in sizes)

@@ -12,6 +12,8 @@ from maple_trl.files import as_json, write_atomically
 from maple_trl.modalities import ModalityTag
 
 
+LOG_ENTRIES = 10_000
+"""Entries of its log that a trainer holds in memory; all are in `metrics.jsonl`."""
 RATIO_EDGES = (1 / 4, 1 / 2, 4 / 5, 9 / 10, 19 / 20, 20 / 19, 10 / 9, 5 / 4, 2, 4)
 """
 Borders of the bins of importance ratios, for `replay/ratio_share/0` to `/10`: below the first, from each to the next, and
@@ -22,6 +24,37 @@ from the last on. The bin in the middle is within 5 % of 1; on either side the s
 def write_metrics(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Write a trainer's log as JSON lines; values that JSON cannot hold (NaN, infinity) become `null`."""
     write_atomically(path, "".join(json.dumps(as_json(entry)) + "\n" for entry in log_history))
+
+
+def whole_log(
+    log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], kept: int | None = None
+) -> list[Mapping[str, Any]]:
+    """
+    Return a run's log from its beginning, of which a trainer may hold but the end.
+
+    Args:
+        log_history: what the trainer holds.
+        path: the file that has been written meanwhile.
+        kept (`int`, *optional*): entries that a trainer holds at most, [`LOG_ENTRIES`] by default; of fewer, none is missing.
+    """
+    if len(log_history) < (LOG_ENTRIES if kept is None else kept) or not os.path.isfile(path):
+        return list(log_history)
+    first = log_history[0].get("step", 0)
+    with open(path, encoding="utf-8") as file:
+        written = [entry for line in file if (entry := _entry(line)) is not None]
+    # Of a step may be several entries, those of an evaluation among them.
+    held = sum(entry.get("step") == first for entry in log_history)
+    older = [entry for entry in written if entry.get("step", 0) < first]
+    same = [entry for entry in written if entry.get("step") == first]
+    return [*older, *same[: max(len(same) - held, 0)], *log_history]
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:  # half a line, of a run that was killed
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 # What a log calls the numbers that sum a run up; the first one that is there counts.

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from cachetools import LRUCache
-
 from maple_trl.chat import ChatOptions, ChatRequest, ChatResult, ChatUsage
 from maple_trl.chat.messages import request_body, request_key
 from maple_trl.chat.structured import NoObjectError
+from maple_trl.omni.host_memory import host_memory
 
 
-_ANSWERS_KEPT = 16_384
+_ANSWER_BYTES = 64 << 20
 
 
 class LocalScorer:
@@ -62,7 +61,7 @@ class LocalScorer:
         self.model_kwargs = model_kwargs or {}
         self._options = ChatOptions(model=model)  # for the form of requests alone
         self._usage = ChatUsage()
-        self._kept: LRUCache = LRUCache(_ANSWERS_KEPT)
+        self._kept = host_memory().cache("judges", _ANSWER_BYTES)
         self._pipeline: Any = None
 
     @property
@@ -80,8 +79,9 @@ class LocalScorer:
             OSError, ValueError: when the model cannot be loaded.
         """
         keys = [request_key(request, self._options) for request in requests]
-        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._kept}
-        answers = {key: self._kept[key] for key in keys if key not in new}
+        kept = {key: self._kept.get(key) for key in keys}
+        new = {key: request for key, request in zip(keys, requests, strict=True) if kept[key] is None}
+        answers = {key: answer for key, answer in kept.items() if answer is not None}
         pending = list(new.items())
         for start in range(0, len(pending), self.batch_size):
             chunk = dict(pending[start : start + self.batch_size])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cachetools import LRUCache
-
 from maple_trl.chat import ChatOptions, fence, image_block, text_block
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.errors import MediaError
+from maple_trl.omni.host_memory import host_memory
 from maple_trl.rewards.answers import extract_answer, solution_text
 from maple_trl.rewards.judge import OpenAIJudge, Question, Scorer
 from maple_trl.rewards.judge_prompts import REASONING_AXES, SCALE, reasoning_system
@@ -26,7 +25,7 @@ CUE_COLUMNS = {
     "caption": "caption",
 }
 _SEEN = ("visual_objects", "spatial_locations")
-_CLIPS_AT_HAND = 64
+_PICTURE_BYTES = 64 << 20
 SOLUTION = "solution"
 _ANSWER = "final answer"  # what the completion says, beside the row's columns
 _LONGEST_ANSWER = 1000
@@ -114,7 +113,7 @@ class StepwiseReasoningJudge(OpenAIJudge):
         self.frames, self.loader, self.max_pixels = frames, loader, max_pixels
         self.video_column, self.tag_column = video_column, tag_column
         self.guideline = reasoning_system(tuple(REASONING_AXES), True, sees_solution, free_grades)
-        self._pictures: LRUCache = LRUCache(_CLIPS_AT_HAND)
+        self._pictures = host_memory().cache("judges", _PICTURE_BYTES)
 
     def _check_columns(self, columns: Mapping[str, Any]) -> None:
         super()._check_columns(columns)
@@ -182,9 +181,10 @@ class StepwiseReasoningJudge(OpenAIJudge):
             *((v, self._clip_blocks) for v in videos),
         ]:
             place = self._opened.resolve(file)  # MediaError for what is no path
-            if place not in self._pictures:
-                self._pictures[place] = show(file)
-            blocks += self._pictures[place]
+            shown = self._pictures.get(place)
+            if shown is None:  # the cache need not have room for it
+                shown = self._pictures[place] = show(file)
+            blocks += shown
         return blocks
 
     @property

@@ -70,6 +70,7 @@ def example(action):
         "reward_funcs": "format_reward",
         "overlong_media": "trim",
         "media_backend": "auto",
+        "host_memory_bytes": "64MiB",
     }
     special |= {"subtitle_template": "<{subtitle}>", "completion_template": "<{solution}>", "trainer": "omni_sft"}
     if action.dest in special:

@@ -36,6 +36,7 @@ def test_what_each_option_decides():
                 found[kind].add(name)
     assert found["speed"] == {
         *("media_decode_timeout", "media_workers", "media_worker_bytes", "media_cache_bytes", "media_prefetch"),
+        "host_memory_bytes",
         *("media_check", "max_quarantined_share", "encoder_cache_bytes", "encoder_cache_disk_bytes", "shared_prefix"),
         "generation_batch",
         *("packed_attention", "vllm_engine_options", "vllm_request_timeout"),

@@ -20,6 +20,7 @@ from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, Omni
 from maple_trl.data import load_seven_tags
 from maple_trl.jobs.options import parse_args
 from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.machine_memory import machine_memory
 from maple_trl.rewards import accuracy_reward
 from maple_trl.train import run
 from maple_trl.trainers.common.rollout_log import stride
@@ -314,3 +315,5 @@ def test_two_processes_write_one_file_with_all_completions(job):
         assert [line["reward"] for line in part] == expected
     entries = [json.loads(line) for line in Path("shared/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2, 2]
+    # What a machine may keep is for all of its processes.
+    assert entries[0]["memory/host_budget"] == machine_memory() // 2 // 2

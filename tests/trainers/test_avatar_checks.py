@@ -208,6 +208,7 @@ def test_what_prompts_show_and_how_they_are_sampled_must_not_change(changed, dat
     with pytest.raises(ResumeError, match="written with another prompt options.*replay_recovery='empty'"):
         again.train(resume_from_checkpoint=True)
     harmless = {"max_steps": 4, "media_prefetch": False, "media_cache_bytes": 1 << 20, "encoder_cache_bytes": 0}
+    harmless |= {"host_memory_bytes": "1GiB"}
     make(data[0], tmp_path, rows, **(saved | harmless)).train(resume_from_checkpoint=True)
 
 

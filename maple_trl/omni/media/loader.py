@@ -7,13 +7,14 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import cachetools
 
 from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
+from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
 from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.media.subtitles import read_subtitle
@@ -26,6 +27,8 @@ __all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits",
 NO_AUDIO = "no-audio-track"
 WHOLE = ClipRequest()
 _COSTLY = ("decode-timeout", "decoder-crashed", "decoder-memory")
+_QUEUED = 1024  # calls that wait for a background thread
+_REMEMBERED = 100_000  # files of which something is noted: those of an endless stream are not
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*://")
 
@@ -39,7 +42,7 @@ def torchcodec_problem() -> str | None:
     return None
 
 
-def _cost(value: Any) -> int:
+def _cost(key: Any, value: Any) -> int:
     """Return the bytes of a cache entry; text, counts and `None` (no audio track) are small but not free."""
     return getattr(value, "nbytes", None) or 64 + (len(value) if isinstance(value, str) else 0)
 
@@ -57,7 +60,8 @@ class MediaLoader:
         limits (`MediaLimits`, *optional*):
             Sampling and limits.
         cache_bytes (`int`, *optional*, defaults to 2 GiB):
-            Size of the cache (least recently used goes first). A clip larger than that is decoded on each request.
+            Size of the cache (least recently used goes first), which shares the [`~maple_trl.omni.host_memory.HostMemory`] of
+            the process. A clip larger than that is decoded on each request.
         allow_network (`bool`, *optional*, defaults to `False`):
             Also take http and https URLs for video and audio.
         backend (`"auto"`, `"pyav"` or `"torchcodec"`, *optional*, defaults to `"auto"`):
@@ -70,7 +74,7 @@ class MediaLoader:
             Memory that each of them may have. A file that needs more is refused as `decoder-memory`.
 
     Attributes:
-        decodes (`Counter`): `(kind, resolved path)` -> how often it was really decoded.
+        decodes (`Counter`): `(kind, resolved path)` -> how often it was really decoded, of the latest 100000.
         notes (`Counter`): note -> number of clips that have it.
         backend (`str`), backend_note (`str` or `None`): what decodes, and why not torchcodec.
 
@@ -110,7 +114,7 @@ class MediaLoader:
         self.decodes: Counter = Counter()
         self.notes: Counter = Counter()
         self._costly: dict[tuple, tuple[str, str]] = {}
-        self._noted: set[tuple[str, str]] = set()
+        self._noted: dict[tuple[str, str], None] = {}
         self._cache_bytes = cache_bytes
         self._begin()
         _loaders.add(self)
@@ -119,9 +123,10 @@ class MediaLoader:
         """Begin with an empty cache, and no threads."""
         self._lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
+        self._queued: list[Future] = []
         # With a condition, cachetools lets one caller compute a missing entry while the others wait for it.
         self._load = cachetools.cached(
-            cachetools.LRUCache(self._cache_bytes, getsizeof=_cost),
+            host_memory().cache("media", self._cache_bytes, _cost),
             key=lambda kind, source, *options: (kind, source.path, source.identity, options),
             condition=threading.Condition(self._lock),
         )(self._decode)
@@ -260,7 +265,7 @@ class MediaLoader:
             return self._perform("frames", source, *options)
         if kind == "subtitle":
             with self._lock:
-                self.decodes[kind, source.path] += 1
+                self._count(kind, source)
             with open(source.path, "rb") as file:
                 text, notes = read_subtitle(file.read(), source.name)
             self._note(source, notes)
@@ -273,8 +278,13 @@ class MediaLoader:
         with self._lock:
             for note in notes:
                 if (note, source.path) not in self._noted:  # once a clip, however often it is decoded
-                    self._noted.add((note, source.path))
+                    self._noted[note, source.path] = None
                     self.notes[note] += 1
+            _forget_oldest(self._noted)
+
+    def _count(self, kind: str, source: Source) -> None:
+        self.decodes[kind, source.path] += 1
+        _forget_oldest(self.decodes)
 
     def _perform(self, kind: str, source: Source, *options: Any) -> Any:
         key = (kind, source.path, source.identity, options)
@@ -282,7 +292,7 @@ class MediaLoader:
             if key in self._costly:  # met in the background, perhaps: what hung or crashed once is not tried again
                 raise source.error(*self._costly[key])
             if kind in ("image", "video", "audio"):
-                self.decodes[kind, source.path] += 1
+                self._count(kind, source)
         task = Task(kind, source, self.limits, options, self.backend)
         try:
             if not self.workers:
@@ -292,6 +302,7 @@ class MediaLoader:
             if error.reason in _COSTLY:
                 with self._lock:
                     self._costly[key] = (error.reason, error.detail)
+                    _forget_oldest(self._costly)
             raise
 
     # Background
@@ -300,19 +311,22 @@ class MediaLoader:
         """
         Run `calls` (each loads a clip) in background threads, which keep the decoder processes busy.
 
-        Errors are dropped here: the foreground call for the same clip meets and reports them.
+        Errors are dropped here: the foreground call for the same clip meets and reports them. Where calls come faster than
+        they are done, the oldest of those that wait are dropped too.
         """
         with self._lock:
             if self._pool is None:
                 workers = self.workers or min(4, os.cpu_count() or 1)
                 self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="maple-media")
-            for call in calls:
-                self._pool.submit(call)
+            waiting = [call for call in self._queued if not call.done()]
+            self._queued = waiting + [self._pool.submit(call) for call in calls]
+            for stale in self._queued[:-_QUEUED]:
+                stale.cancel()
 
     def close(self) -> None:
         """Stop the background threads (calls not yet begun are dropped) and empty the cache."""
         with self._lock:
-            pool, self._pool = self._pool, None
+            pool, self._pool, self._queued = self._pool, None, []
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
         self._load.cache_clear()
@@ -323,6 +337,11 @@ class MediaLoader:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _forget_oldest(noted: dict) -> None:
+    while len(noted) > _REMEMBERED:
+        del noted[next(iter(noted))]
 
 
 _loaders: "weakref.WeakSet[MediaLoader]" = weakref.WeakSet()

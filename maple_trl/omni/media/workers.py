@@ -8,6 +8,7 @@ by all loaders of this process. They are no forks of it, which would copy locks 
 
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -21,6 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.media.decoder_process import blank_file, read_arrays, receive, send
 from maple_trl.omni.media.tasks import Task, perform
 from maple_trl.omni.media.wire import pack, unpack
@@ -120,7 +124,10 @@ class _Decoder:
                 raise task.source.error("decode-timeout", detail) from None
             if reply is None:
                 raise task.source.error("decoder-crashed", f"the process that decoded it {self._end_of_process()}")
-            arrays = read_arrays(descriptors[0], reply["arrays"]) if reply.get("arrays") else ()
+            places = reply.get("arrays") or ()
+            # While it is handed over it is there twice.
+            with host_memory().reserved("decoding", 2 * sum(map(_size, places))):
+                arrays = read_arrays(descriptors[0], places) if places else ()
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -198,6 +205,10 @@ class _Decoder:
         if self._log is not None:
             os.close(self._log)
             self._log = None
+
+
+def _size(place: dict[str, Any]) -> int:
+    return np.dtype(place["dtype"]).itemsize * math.prod(place["shape"])
 
 
 class DecoderPool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
-from maple_trl.algorithms.replay import QUANTILES, SHARES, StratifiedReplayBuffer
+from maple_trl.algorithms.replay import QUANTILES, SHARES, StratifiedReplayBuffer, experience_bytes
 from maple_trl.algorithms.replay_draws import DRAWS
 from maple_trl.algorithms.shaping import SHAPES
+from maple_trl.omni.host_memory import readable
 from maple_trl.trainers.avatar.replay_memory import REPLAY_SCOPES
 from maple_trl.trainers.mapo.config import PRESETS, SURROGATES, MAPOConfig
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 
+
+logger = logging.getLogger(__name__)
 
 _NEUTRAL = {"modality_access": "required", "batching": "mixed", "advantage_scope": "group"}
 _MIXABLE_LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "sapo")
@@ -228,6 +232,28 @@ class AvatarConfig(MAPOConfig):
         self.replay_shares = dict(SHARES) if self.replay_shares is None else self.replay_shares
         self.replay_quantiles = list(QUANTILES if self.replay_quantiles is None else self.replay_quantiles)
         self.new_buffer()
+        self._check_replay_memory()
+
+    def _check_replay_memory(self) -> None:
+        """
+        Check that stored completions, which are never let go for want of memory, will fit into what a run may keep.
+
+        Raises:
+            ValueError: when they may take more than `host_memory_bytes`; where that is not set a warning is logged.
+        """
+        share = self.host_share() if self.replayed_generations else None
+        if share is None:
+            return
+        most = self.replay_capacity * experience_bytes(self.max_completion_length or 0)
+        if most > share:
+            text = (
+                f"replay_capacity={self.replay_capacity} completions of max_completion_length={self.max_completion_length} tokens "
+                f"may take {most} bytes ({readable(most)}) of each process, which has {share} ({readable(share)}) for all that "
+                "it keeps: lower replay_capacity or raise host_memory_bytes"
+            )
+            if self.host_memory_bytes is not None:
+                raise ValueError(text)
+            logger.warning(text)
 
     @property
     def first_hinted_visit(self) -> int:

@@ -331,6 +331,11 @@ class ReplayMemory:
         for place, experience in zip(rollout.places(replayed=True), experiences, strict=True):
             self._replaying[rollout.first_number + place] = experience.prompt
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that completions and baselines take, about."""
+        return self.buffer.nbytes + self.vcrs.nbytes
+
     def drop(self, numbers: Iterable[int]) -> None:
         """Forget fresh completions that no training pass will see, so that they are not stored."""
         for number in numbers:

@@ -29,6 +29,7 @@ from maple_trl.algorithms import (
 )
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
+from maple_trl.omni.host_memory import hold_prompt, host_memory
 from maple_trl.trainers.avatar.checks import (
     check_columns,
     check_dropout,
@@ -221,7 +222,7 @@ class AvatarTrainer(MAPOTrainer):
 
     def _encode_hinted(self, row: dict[str, Any], key: str) -> EncodedPrompt:
         encoded = self.prompt_builder.encode(with_hint(row, self.args.hint_template))
-        return replace(encoded, key=key + HINTED)
+        return hold_prompt(replace(encoded, key=key + HINTED))
 
     def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
         plain = iter(super()._prompts_by_key([key for key in keys if not key.endswith(HINTED)]))
@@ -722,6 +723,7 @@ class AvatarTrainer(MAPOTrainer):
             self._log_all(self._terms.metrics(lambda tensor: self.accelerator.reduce(tensor, "mean")))
         if self.args.replayed_generations:
             self.memory.write([written for written, _ in found])
+            host_memory().hold("replay", self.memory, self.memory.nbytes)
             for name, value in self.memory.metrics().items():
                 self._metrics["train"][name] = [value]  # as things stand, not a mean since the last entry
         self._begin_passes()

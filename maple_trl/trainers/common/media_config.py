@@ -6,10 +6,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from maple_trl.omni.host_memory import read_bytes, readable
+from maple_trl.omni.machine_memory import local_processes, machine_memory
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
 from maple_trl.rewards.accuracy import AccuracyReward, accuracy_reward
@@ -242,6 +244,14 @@ class MediaConfig:
     media_prefetch: Annotated[bool, "speed"] = field(
         default=True, metadata={"help": "Decode the next batch's clips in the background while this one trains."}
     )
+    host_memory_bytes: Annotated[int | str | None, "speed"] = field(
+        default=None,
+        metadata={
+            "help": "Memory of a machine that a run may fill with what it keeps, such as 64GiB: decoded clips, features of frozen "
+            "towers, prompts, replayed completions. Its processes share it evenly. What was not used for longest goes, of "
+            "media_cache_bytes and encoder_cache_bytes at most. Null: half of what the machine, or its container, allows."
+        },
+    )
     encoder_cache_bytes: Annotated[int, "speed"] = field(
         default=1 << 30,
         metadata={
@@ -304,6 +314,40 @@ class MediaConfig:
         if not 0 <= self.max_quarantined_share <= 1:
             raise ValueError(f"max_quarantined_share must be between 0 and 1, got {self.max_quarantined_share}")
         self.media_limits()
+        self._check_host_memory()
+
+    def _check_host_memory(self) -> None:
+        """
+        Read `host_memory_bytes`, and check it against the machine and the parts.
+
+        Raises:
+            ValueError: for a size that is none, or a part that is larger than the whole.
+        """
+        if self.host_memory_bytes is None:
+            return
+        whole = self.host_memory_bytes = read_bytes(self.host_memory_bytes, "host_memory_bytes")
+        there = machine_memory()
+        if there is not None and whole > there:
+            raise ValueError(
+                f"host_memory_bytes={whole} ({readable(whole)}) is more than this machine, or its control group, has: {there} "
+                f"({readable(there)})"
+            )
+        share = self.host_share()
+        defaults = {part.name: part.default for part in fields(self)}
+        for name in ("media_cache_bytes", "encoder_cache_bytes"):
+            part = getattr(self, name)
+            if part > share and part != defaults[name]:
+                raise ValueError(
+                    f"{name}={part} ({readable(part)}) is more than the {share} ({readable(share)}) that each of "
+                    f"{whole // share} processes has of host_memory_bytes={whole}: lower it, or raise host_memory_bytes"
+                )
+
+    def host_share(self) -> int | None:
+        """Return the bytes of `host_memory_bytes` that are for this process; `None` where the machine's are not known."""
+        whole, there = self.host_memory_bytes, machine_memory()
+        if whole is None:
+            whole = None if there is None else there // 2
+        return None if whole is None else max(int(whole) // local_processes(getattr(self, "world_size", 1)), 1)
 
     def _read_prompts(self) -> None:
         """Check what rows are asked; a file's text takes the place of its name, for it decides the result."""

@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
+from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
 from maple_trl.omni.quantization import is_quantized, settle
 from maple_trl.omni.serving import serve_media
@@ -76,6 +77,7 @@ class MediaTrainer:
             # Transformers has DDP look for unused parameters where the model has adapters, which fails with reentrant
             # checkpointing; all towers run instead.
             args.ddp_find_unused_parameters = False
+        host_memory().set_limit(args.host_share())
         self.loader = args.media_loader()
         self.prompt_builder = args.prompt_builder(self.family, self.loader, args.chat_template_kwargs)
         ranks = Ranks(args.process_index, args.world_size, gather_object) if args.world_size > 1 else Ranks()
@@ -311,6 +313,12 @@ class MediaTrainer:
         metrics["media/quarantined_prompts"].append(float(len(self.row_encoder.quarantined)))
         if mode == "train":
             self.tally.counts.update(dict(zip(notes.values(), total[len(kinds) :], strict=True)))
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log as the parent does, with what this process keeps in memory beside the numbers of a step."""
+        if self.family is not None and "loss" in logs:
+            logs = logs | host_memory().metrics()
+        super().log(logs, *args, **kwargs)
 
     # State
 

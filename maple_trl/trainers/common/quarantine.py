@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -64,6 +64,7 @@ class QuarantinedPrompt:
 
 
 _SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
+_ROW_BYTES = 400  # of a key, and of the lists and tables that hold it
 _NAMED = 3  # files that a summary names
 _FEWEST = 10  # rows from which a share of them says something
 
@@ -101,12 +102,14 @@ class RowRegistry:
         self.quarantined: dict[str, QuarantinedPrompt] = {}
         if not len(dataset):
             raise ValueError(f"{name} holds no row")
-        specs = []
+        specs: list[PromptSpec] = []
+        known: dict[str, PromptSpec] = {}  # rows with the same prompt share it
         for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=None if progress else True, leave=False)):
             try:
-                specs.append(builder.spec(row))
+                spec = builder.spec(row)
             except RowError as error:
                 raise RowError(f"{name}, row {i}: {error}") from error
+            specs.append(known.setdefault(spec.key, _without_texts(spec)))
         self._keys = [spec.key for spec in specs]
         self._tags = [spec.tag for spec in specs]
         self.kinds = frozenset(kind for spec in specs for kind in spec.kinds)  # of media
@@ -114,7 +117,7 @@ class RowRegistry:
         for i, key in enumerate(self._keys):
             self._rows_of.setdefault(key, []).append(i)
         if probe:
-            self._probe({spec.key: spec for spec in specs}, progress)
+            self._probe(known, progress)
         self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
         self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
@@ -164,6 +167,12 @@ class RowRegistry:
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows_of
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that keys and numbers take, about, and the table where it is no file of the disk."""
+        table = 0 if self.dataset.cache_files else self.dataset.data.nbytes
+        return _ROW_BYTES * len(self._keys) + table
 
     def add(self, key: str, error: MediaError) -> None:
         """Put the rows of a prompt into quarantine."""
@@ -320,6 +329,13 @@ def _files(spec: PromptSpec) -> list[tuple[str, ClipRequest | str]]:
     """Return a prompt's files, each with the part that is asked for, or with what it is: an image or a subtitle."""
     pictures = [(file, "image") for file in dict.fromkeys(spec.images)]
     return [*pictures, *spec.clips, *([(spec.subtitle, "subtitle")] if spec.subtitle_file else [])]
+
+
+def _without_texts(spec: PromptSpec) -> PromptSpec:
+    """Return a spec with its files and its key alone: texts of all rows of a large data set would fill the memory."""
+    bare = replace(spec, messages=(), subtitle=spec.subtitle if spec.subtitle_file else None)
+    vars(bare)["key"] = spec.key
+    return bare
 
 
 def write_quarantine(path: str, rows: list[QuarantinedPrompt]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +17,9 @@ from transformers import TrainerCallback
 from maple_trl.evaluation.inputs import as_text, fed_columns, prompt_text
 from maple_trl.files import as_json
 from maple_trl.metrics.clips import clip_of
-from maple_trl.records.metrics_log import write_metrics
+from maple_trl.omni.host_memory import deep_bytes, host_memory
+from maple_trl.records import metrics_log
+from maple_trl.records.metrics_log import whole_log, write_metrics
 from maple_trl.records.rollouts import ROLLOUTS, rollout_of, write_rollout
 from maple_trl.rewards.answers import completion_text
 from maple_trl.trainers.common.hinted_rows import HINTED, row_digest
@@ -258,13 +262,19 @@ class LiveLog(TrainerCallback):
     Writes a run's log to `metrics.jsonl` in its output folder as it grows.
 
     A resumed run writes the file anew from its checkpoint and goes on, so that no step stands in it twice. The last
-    line may be incomplete in the file of a run that was killed.
+    line may be incomplete in the file of a run that was killed. In memory, and in checkpoints, are the latest
+    [`~maple_trl.records.metrics_log.LOG_ENTRIES`] entries.
     """
+
+    def __init__(self) -> None:
+        self._sizes: deque[int] = deque()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write the log of the checkpoint that the run goes on from, or an empty file."""
         if state.is_world_process_zero:
-            write_metrics(state.log_history, Path(args.output_dir, METRICS_FILE))
+            path = Path(args.output_dir, METRICS_FILE)
+            write_metrics(whole_log(state.log_history, path), path)
+        self._sizes = deque(map(_entry_bytes, state.log_history))
 
     def on_log(self, args, state, control, **kwargs):
         """Append the newest entry."""
@@ -273,3 +283,19 @@ class LiveLog(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(as_json(state.log_history[-1])) + "\n")
+        self._keep_latest(state.log_history)
+
+    def _keep_latest(self, log: list[dict[str, float]]) -> None:
+        if not log:
+            return
+        log[-1] = {sys.intern(name): value for name, value in log[-1].items()}  # names are the same in each entry
+        self._sizes.append(_entry_bytes(log[-1]))
+        while len(log) > metrics_log.LOG_ENTRIES:
+            del log[0]
+            self._sizes.popleft()
+        host_memory().hold("log", self, sum(self._sizes))
+
+
+def _entry_bytes(entry: Mapping[str, Any]) -> int:
+    """Return the bytes of an entry of the log, without the names, which all share."""
+    return sys.getsizeof(entry) + sum(map(deep_bytes, entry.values()))

@@ -8,13 +8,13 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from cachetools import LRUCache
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
+from maple_trl.omni.host_memory import HostCache, host_memory
 from maple_trl.omni.prompt import (
     IMAGE_COLUMNS,
     PROMPT_COLUMNS,
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 _ROUNDS = 8  # times that stand-ins of one batch may fail
-_SPECS_AT_HAND = 1024  # more than this rollout and the next one have prompts
+_SPEC_BYTES = 64 << 20  # more than this rollout and the next one have of texts
 
 
 class RowEncoder:
@@ -55,8 +55,8 @@ class RowEncoder:
         self.progress = progress
         self.most_lost = most_lost
         self.registries: dict[str, RowRegistry] = {}
-        self._specs: LRUCache[Hashable, PromptSpec] = LRUCache(_SPECS_AT_HAND)
         self._met: set[str] = set()
+        self._specs: HostCache[Hashable, PromptSpec] = host_memory().cache("specs", _SPEC_BYTES)
 
     def register(self, dataset: Any, name: str) -> Any:
         """
@@ -76,6 +76,7 @@ class RowEncoder:
         self._tell_own_system(dataset, name)
         registry = RowRegistry(dataset, self.builder, name, self.probe, self.progress, self.ranks)
         self.registries[name] = registry
+        host_memory().hold("rows", registry, registry.nbytes)
         if self.ranks.rank == 0:
             print(f"{name}: {registry.fed_summary()}")
             if registry.left_out:
@@ -168,9 +169,10 @@ class RowEncoder:
     def spec(self, row: Row) -> PromptSpec:
         """Find out what a row is fed, once for all its copies."""
         said = prompt_columns(row)
-        if said not in self._specs:
-            self._specs[said] = self.builder.spec(row)
-        return self._specs[said]
+        spec = self._specs.get(said)
+        if spec is None:
+            spec = self._specs[said] = self.builder.spec(row)
+        return spec
 
     def encode_each(self, rows: Sequence[Row]) -> list[EncodedPrompt | None]:
         """Encode rows without replacing any: `None` stands where the media cannot be used. Not a collective call."""

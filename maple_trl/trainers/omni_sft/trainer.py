@@ -21,6 +21,7 @@ from maple_trl.omni.quantization import describe
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.common.quantized import model_options
+from maple_trl.trainers.common.rollout_log import LiveLog
 from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
@@ -102,6 +103,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             # The loss is the parent's own, over the tokens of all micro-batches, whatever that of the model is over.
             self.model_accepts_loss_kwargs = True
         self._check_checkpointing()
+        self.add_callback(LiveLog)
         self._keep_savable()
         self.towers = self._make_tower_cache()
         self._watch()
