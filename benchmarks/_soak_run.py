@@ -30,6 +30,7 @@ MARK = "MAPLE_TRL_SOAK"
 PROCESSES = 2
 DECODER = "maple_trl.omni.media.decoder_process"
 POLL = 0.02
+SAID = ("No space left on device", "File too large", "is passed over")  # what the log is searched for
 SLOW_CLIPS, SLOW_FRAMES = ("train/slow-0.mp4", "train/slow-1.mp4"), 120
 JUDGE_RESTART = 0.5  # seconds until whoever watches over the judge starts it again
 MAPO_AND_REPLAY = {
@@ -359,6 +360,7 @@ class Leg:
             "not_struck": [event.kind for event in due],
             "judge": {"starts": self.judge.starts, **self.judge_state},
             "samples": self.samples,
+            "said": [text for text in SAID if text in self.log_path.read_text(encoding="utf-8", errors="replace")],
             "left_in_tmp": sum(1 for _ in self.scratch.iterdir()),
         }
 

@@ -16,12 +16,14 @@ class Kind:
         changes_data: whether rows or rewards are lost by it, so that the weights are not those of an undisturbed run.
         ends_run: whether the run ends by it, and has to be started again.
         checkpoints: complete checkpoints that must be there before.
+        waits: whether it waits for the turn of a certain row, and has to be due early.
     """
 
     name: str
     changes_data: bool = False
     ends_run: bool = False
     checkpoints: int = 0
+    waits: bool = False
 
 
 KINDS = {
@@ -44,8 +46,8 @@ KINDS = {
         Kind("clip_removed", changes_data=True),
         Kind("clip_truncated", changes_data=True),
         Kind("clip_replaced", changes_data=True),
-        Kind("clip_kills_decoder", changes_data=True),
-        Kind("clip_hangs_decoder", changes_data=True),
+        Kind("clip_kills_decoder", changes_data=True, waits=True),
+        Kind("clip_hangs_decoder", changes_data=True, waits=True),
         Kind("judge_lost", changes_data=True),
     )
 }
@@ -86,6 +88,7 @@ def draw_schedule(seed: int, kinds: Sequence[str], last: int, save_steps: int, r
     others = [name for name in kinds if not KINDS[name].ends_run] * rounds
     draw.shuffle(ending)
     draw.shuffle(others)
+    others.sort(key=lambda name: not KINDS[name].waits)
     ending.sort(key=lambda name: KINDS[name].checkpoints)  # the sort is stable: among equals by chance
     found, step, gap = [], 0, save_steps + 1
     spare = last

@@ -145,6 +145,7 @@ def finished(record: Mapping[str, Any], steps: int) -> list[Check]:
     met = record["judge"].get("due", {})
     waiting = {name: count for name, count in met.items() if count}
     missed = [f"{name} was not due by the end" for name in record["not_struck"]]
+    missed += [f"nothing was said of {kind}" for kind, texts in _SAID.items() if _unsaid(record, kind, texts)]
     missed += [f"the judge has {count} x {name} left" for name, count in waiting.items()]
     return [
         Check("finished", record["step"] == steps and record["statuses"][-1:] == [0], status),
@@ -152,6 +153,14 @@ def finished(record: Mapping[str, Any], steps: int) -> list[Check]:
         Check("no hang", not record["hangs"], str(record["hangs"] or "")),
         Check("every fault struck", not missed, "; ".join(missed) or f"{len(record['struck'])} faults"),
     ]
+
+
+# What the log of a run says that has met a fault.
+_SAID = {"disk_full": ("No space left on device", "File too large"), "torn_checkpoint": ("is passed over",)}
+
+
+def _unsaid(record: Mapping[str, Any], kind: str, texts: Sequence[str]) -> bool:
+    return any(done["kind"] == kind for done in record["struck"]) and not set(texts) & set(record["said"])
 
 
 def same(results: Results, undisturbed: Results) -> list[Check]:

@@ -154,7 +154,15 @@ def results(**changes):
 
 
 def record(**changes):
-    found = {"step": 8, "statuses": [0], "hangs": [], "struck": [], "not_struck": [], "judge": {"due": {}, "lost": []}}
+    found = {
+        "step": 8,
+        "statuses": [0],
+        "hangs": [],
+        "struck": [],
+        "not_struck": [],
+        "said": [],
+        "judge": {"due": {}, "lost": []},
+    }
     return {**found, **changes}
 
 
@@ -177,6 +185,7 @@ def test_a_run_that_was_not_disturbed_passes():
         ({"hangs": [{"phase": "step"}]}, "no hang"),
         ({"not_struck": ["kill_rank"]}, "every fault struck"),
         ({"judge": {"due": {"429": 1}, "lost": []}}, "every fault struck"),
+        ({"struck": [{"kind": "disk_full"}]}, "every fault struck"),
     ],
 )
 def test_a_run_that_ends_otherwise_than_planned_is_found(changes, name):
