@@ -40,8 +40,8 @@ _STATE = (
     "rollout_0.json",
     "rollout_1.json",
 )
-# Numbers of a log that tell of time, and of how often the judge was called.
-_TIMED = ("time", "seconds", "runtime", "per_second", "flos", "judge/answer_judge/")
+# Numbers of a log that tell of time, of how often the judge was called, and of clips that this process has met since it began.
+_TIMED = ("time", "seconds", "runtime", "per_second", "flos", "judge/answer_judge/", "media/clips_")
 
 
 @dataclass(frozen=True)

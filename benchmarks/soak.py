@@ -91,6 +91,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def with_own_mounts() -> bool:
     """Go on in a copy of this program that may mount a small disk of its own, which ends with it; whether it is one."""
     if os.environ.get(_APART):
+        # Whatever is left in shared memory is this soak's, not that of others on this machine.
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
         return True
     for words in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
         with tempfile.TemporaryDirectory() as folder:
