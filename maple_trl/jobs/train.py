@@ -27,7 +27,14 @@ from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArgume
 from maple_trl.jobs.rewards import KEY_NAMES, close_rewards, load_rewards
 from maple_trl.modalities import SCOPES
 from maple_trl.records.metrics_log import first_and_last, whole_log, write_metrics
-from maple_trl.records.run_folder import holds_evaluation, is_inside, named, remove_results, run_results
+from maple_trl.records.run_folder import (
+    holds_evaluation,
+    is_inside,
+    is_unfinished,
+    named,
+    remove_results,
+    run_results,
+)
 from maple_trl.records.summary import print_summary
 
 
@@ -253,22 +260,29 @@ def checkpoint_to_resume(training_args: OmniGRPOConfig | OmniSFTConfig) -> str |
     """
     Return the checkpoint from which a job goes on.
 
-    `resume_from_checkpoint` is a folder, or `true` for the last checkpoint in `output_dir`.
+    `resume_from_checkpoint` is a folder, `true` for the last checkpoint in `output_dir`, or `auto` for the last one that is
+    whole, where there is any: the same command begins a job and goes on with it.
 
     Raises:
         SetupError: when there is no such checkpoint.
     """
     from maple_trl.trainers.common.checkpoint import ResumeError
-    from maple_trl.trainers.common.resume_checks import find_checkpoint
+    from maple_trl.trainers.common.resume_checks import find_checkpoint, last_whole_checkpoint
 
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "no", "none"):
         return None
     last = str(wanted).lower() in ("true", "yes")
     try:
+        if _resumes_by_itself(training_args):
+            return last_whole_checkpoint(training_args.output_dir, training_args.world_size)
         return find_checkpoint(True if last else str(wanted), training_args.output_dir)
     except ResumeError as error:
         raise SetupError(str(error)) from error
+
+
+def _resumes_by_itself(training_args: OmniGRPOConfig | OmniSFTConfig) -> bool:
+    return str(training_args.resume_from_checkpoint).lower() == "auto"
 
 
 def check_output_dir(
@@ -281,7 +295,8 @@ def check_output_dir(
     Check that `output_dir` is free for this job, before the model is loaded.
 
     Returns:
-        `bool`: whether the results of another run are to be removed before training (`overwrite`).
+        `bool`: whether results are to be removed before training: those of another run (`overwrite`), or what this one left
+            before its first checkpoint (`resume_from_checkpoint=auto`).
 
     Raises:
         SetupError: when it holds results of another run and the job neither goes on from one of its checkpoints nor
@@ -293,6 +308,8 @@ def check_output_dir(
     results = run_results(folder)
     if not results or (checkpoint is not None and is_inside(checkpoint, folder)):
         return False
+    if _resumes_by_itself(training_args) and all(map(is_unfinished, results)):
+        return True
     if not script_args.overwrite:
         raise SetupError(
             f"output_dir: {folder} holds results of another run ({named(results)}). Name another folder, go on with that run "
@@ -445,7 +462,8 @@ def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> None:
     """Make `output_dir` free, once everything that could stop the job has been built."""
     if trainer.is_world_process_zero():
         removed = remove_results(trainer.args.output_dir)
-        print(f"overwrite: removed {named(removed)} of another run from {trainer.args.output_dir}")
+        whose = "this run, which had no whole checkpoint," if _resumes_by_itself(trainer.args) else "another run"
+        print(f"overwrite: removed {named(removed)} of {whose} from {trainer.args.output_dir}")
     trainer.accelerator.wait_for_everyone()
 
 

@@ -30,6 +30,11 @@ def _is_result(path: Path) -> bool:
     return (path.name in _FILES or bool(_WEIGHTS.fullmatch(path.name))) and path.stat().st_size > 0
 
 
+def is_unfinished(result: str) -> bool:
+    """Return whether a result, by its name, is one that a run leaves before it ends, and not what it is made for."""
+    return result in ("metrics.jsonl", "rollouts") or bool(re.fullmatch(r"checkpoint-\d+", result))
+
+
 def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import programs
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from maple_trl import cli, train
 from maple_trl.cli.env import print_report
@@ -333,6 +336,61 @@ def test_checkpoint_to_resume(tmp_path):
     Args.resume_from_checkpoint = str(tmp_path / "missing")
     with pytest.raises(SetupError, match="no folder"):
         train.checkpoint_to_resume(Args)
+
+
+def write_checkpoint(folder, ranks=2):
+    folder.mkdir(parents=True)
+    save_file({"w": torch.ones(4)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(ranks))):
+        torch.save({"state": [1]}, folder / name)
+    (folder / "trainer_state.json").write_text("{}")
+
+
+def test_auto_goes_on_from_the_last_whole_checkpoint(tmp_path, caplog):
+    class Args:
+        output_dir = str(tmp_path / "run")
+        resume_from_checkpoint = "auto"
+        world_size = 2
+
+    assert train.checkpoint_to_resume(Args) is None  # a first start
+    unfinished = tmp_path / "run" / "checkpoint-2"
+    unfinished.mkdir(parents=True)
+    assert train.checkpoint_to_resume(Args) is None  # killed while it wrote its first one
+    for step in (4, 6, 8, 10):
+        write_checkpoint(tmp_path / "run" / f"checkpoint-{step}")
+    assert train.checkpoint_to_resume(Args).endswith("checkpoint-10")
+    (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").write_text('{"epoch": ')
+    assert train.checkpoint_to_resume(Args).endswith("checkpoint-8") and not caplog.records
+    torn = tmp_path / "run" / "checkpoint-8" / "model.safetensors"
+    os.truncate(torn, torn.stat().st_size - 4)
+    (tmp_path / "run" / "checkpoint-6" / "rng_state_1.pth").unlink()
+    assert train.checkpoint_to_resume(Args).endswith("checkpoint-4")
+    assert f"{torn} is damaged" in caplog.text and "lacks the random numbers' (rng_state_1.pth)" in caplog.text
+    os.truncate(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", 100)
+    with pytest.raises(SetupError, match=f"none of the 3 complete checkpoints in .* is whole. The newest: .*{torn}"):
+        train.checkpoint_to_resume(Args)
+    Args.resume_from_checkpoint = "true"
+    assert train.checkpoint_to_resume(Args).endswith("checkpoint-8")  # the last one, which is refused later
+
+
+@pytest.mark.slow
+def test_the_same_command_begins_a_run_and_goes_on_with_it(short_run, tmp_path, monkeypatch, capsys):
+    """One that was stopped before its first checkpoint begins anew; results of a run that ended are not touched."""
+    folder, _ = short_run
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    auto = ("--resume_from_checkpoint", "auto")
+    assert run_here(tmp_path, monkeypatch, *auto, "--max_steps", "1")[1]["steps"] == 1
+    removed = "overwrite: removed checkpoint-1, metrics.jsonl of this run, which had no whole checkpoint, from"
+    assert removed in capsys.readouterr().out
+    assert run_here(tmp_path, monkeypatch, *auto)[1]["steps"] == 2
+    through, pieces = weights(folder), weights(tmp_path)
+    assert all((through[name] == pieces[name]).all() for name in through)
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(SetupError, match=r"holds results of another run \(metrics.jsonl, model.safetensors, "):
+        run_here(tmp_path, monkeypatch, *auto)
 
 
 # Results

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -304,3 +305,24 @@ def test_a_tokenizer_means_plain_grpo(tmp_path):
     )
     assert trainer.family is None
     trainer.train()
+
+
+def test_a_clip_that_is_replaced_during_the_run_is_named(folder, tmp_path, caplog):
+    """Its rows show something else than before: they are trained on, and the run says so at its end."""
+    for i in range(4):
+        shutil.copy(folder / f"good{i}.mp4", tmp_path)
+    data = rows("good0.mp4", "good1.mp4", "good2.mp4", "good3.mp4")
+    trainer = build_trainer(tmp_path, data, max_steps=2)
+    trainer.encode_rows(data)
+    assert "changed_files" not in {note["kind"] for note in trainer.left_out()}
+    shutil.copy(folder / "silent.mp4", tmp_path / "other.mp4")
+    os.replace(tmp_path / "other.mp4", tmp_path / "good2.mp4")
+    trainer.encode_rows(data)
+    trainer.encode_rows(data)
+    (note,) = [note for note in trainer.left_out() if note["kind"] == "changed_files"]
+    assert note["count"] == 1 and note["files"] == ["good2.mp4"] and "1 file changed while" in note["text"]
+    assert caplog.text.count("good2.mp4 was changed while it was in use") == 1 and not trainer.row_encoder.quarantined
+    state = trainer.row_encoder.registries["train_dataset"].state_dict()
+    again = build_trainer(tmp_path, data, max_steps=2)
+    again.row_encoder.registries["train_dataset"].load_state_dict(json.loads(json.dumps(state)))
+    assert note in again.left_out()  # a resumed run has not forgotten it

@@ -1,5 +1,6 @@
 """Media of a data set, decoded once: paths under one root in, arrays out of a bounded cache."""
 
+import logging
 import os
 import re
 import stat
@@ -21,6 +22,8 @@ from maple_trl.omni.media.subtitles import read_subtitle
 from maple_trl.omni.media.tasks import Task, perform
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
 
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "Picture", "VideoClip"]
 
@@ -113,6 +116,8 @@ class MediaLoader:
         self.backend = "pyav" if backend == "pyav" or self.backend_note else "torchcodec"
         self.decodes: Counter = Counter()
         self.notes: Counter = Counter()
+        self._identities: dict[str, tuple[int, int]] = {}
+        self._changed: set[str] = set()
         self._costly: dict[tuple, tuple[str, str]] = {}
         self._noted: dict[tuple[str, str], None] = {}
         self._cache_bytes = cache_bytes
@@ -171,9 +176,42 @@ class MediaLoader:
         if _SCHEME.match(real):
             return Source(real, real)
         status = os.stat(real)
+        self._compare(os.fspath(path), real, (status.st_mtime_ns, status.st_size))
         if not status.st_size:
             raise MediaError("empty-file", os.fspath(path), "0 bytes")
         return Source(os.fspath(path), real, (status.st_mtime_ns, status.st_size))
+
+    def _compare(self, name: str, real: str, identity: tuple[int, int]) -> None:
+        """Note a file that is no longer the one that was read before, and say so once."""
+        with self._lock:
+            if len(self._identities) >= _REMEMBERED and real not in self._identities:
+                return
+            if self._identities.setdefault(real, identity) == identity:
+                return
+            self._identities[real] = identity
+            told = real in self._changed
+            self._changed.add(real)
+        if not told:
+            logger.warning("%s was changed while it was in use: from now on it is read as it is now", name)
+
+    def identity(self, path: str | os.PathLike) -> tuple[int, int] | None:
+        """Return what tells a file under the root from one that takes its place; `None` where it was not read yet."""
+        return self._identities.get(self._resolved(path))
+
+    def expect(self, path: str | os.PathLike, identity: tuple[int, int]) -> None:
+        """Take a file for changed when it is not the one that another process has read; see [`~MediaLoader.identity`]."""
+        self._identities.setdefault(self._resolved(path), identity)
+
+    def has_changed(self, path: str | os.PathLike) -> bool:
+        """Return whether a file under the root was changed since it was first read."""
+        return bool(self._changed) and self._resolved(path) in self._changed
+
+    def _resolved(self, path: str | os.PathLike) -> str:
+        """Return the path of a medium; `""` for one that has gone."""
+        try:
+            return self.resolve(path)
+        except MediaError:
+            return ""
 
     # Media
 

@@ -160,12 +160,17 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
     `None` when there is none, as for a first start.
     """
+    return next(iter(complete_checkpoints(output_dir)), None)
+
+
+def complete_checkpoints(output_dir: str) -> list[str]:
+    """List the checkpoints that were written to their end, the newest first."""
     found = []
     for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
         match = re.fullmatch(r"checkpoint-(\d+)", name)
         if match and is_complete(os.path.join(output_dir, name)):
             found.append((int(match[1]), os.path.join(output_dir, name)))
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def is_complete(checkpoint: str) -> bool:

@@ -39,7 +39,14 @@ from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, writ
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.common.rows import RowEncoder
 from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError
-from maple_trl.trainers.common.run_summary import Note, RunTally, make_note, quarantine_notes, unseen_note
+from maple_trl.trainers.common.run_summary import (
+    Note,
+    RunTally,
+    changed_notes,
+    make_note,
+    quarantine_notes,
+    unseen_note,
+)
 from maple_trl.trainers.common.sharding import check_awaited, keep_head_whole, name_present_layers
 
 
@@ -186,7 +193,7 @@ class MediaTrainer:
                 nothing was.
         """
         registries = list(self.row_encoder.registries.values()) if self.family is not None else []
-        found = quarantine_notes(registries) + self.tally.notes()
+        found = quarantine_notes(registries) + changed_notes(registries) + self.tally.notes()
         for registry in registries:
             if registry.name == "train_dataset":
                 found += unseen_note(registry, self.state.epoch or 0)

@@ -121,6 +121,7 @@ class RowRegistry:
         self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
         self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
+        self.changed_files: set[str] = set()  # of prompts that show something else than when the run began
         self._rows_seen = 0
         if len(self.left_out) == len(self._keys):
             raise ValueError(self._none_left())
@@ -149,7 +150,12 @@ class RowRegistry:
             found = list(
                 tqdm(found, total=len(own), desc="Probing media", disable=None if progress else True, leave=False)
             )
-        found = self.ranks.gather(found)
+        loader = self.builder.loader
+        read = [(file, loader.identity(file)) for (file, _), error, *_ in found if error is None]
+        found, read = self.ranks.gather(found), self.ranks.gather(read)
+        for file, identity in read:
+            if identity is not None:
+                loader.expect(file, identity)
         errors = {clip: error for clip, error, *_ in found if error is not None}
         with_pictures = {file for (file, _), _, has_video, _ in found if has_video}
         with_sound = {file for (file, _), *_, has_audio in found if has_audio}
@@ -301,6 +307,7 @@ class RowRegistry:
             "left_out": self.left_out,
             "seen": sorted(self._rows_of[key][0] for key in self.seen),
             "quarantined": [asdict(row) for row in self.quarantined.values()],
+            "changed_files": sorted(self.changed_files),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -320,6 +327,7 @@ class RowRegistry:
         self.seen, self._rows_seen = set(), 0
         self.note_seen(self._keys[row] for row in state.get("seen", range(len(self._keys))))
         self.quarantined |= {row["key"]: QuarantinedPrompt(**row) for row in state["quarantined"]}
+        self.changed_files |= set(state.get("changed_files", ()))
 
     def _content(self) -> str:
         return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()

@@ -12,7 +12,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from maple_trl.trainers.common.checkpoint import ResumeError, is_complete, last_complete_checkpoint
+from maple_trl.trainers.common.checkpoint import (
+    ResumeError,
+    complete_checkpoints,
+    is_complete,
+    last_complete_checkpoint,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +48,33 @@ def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
             f"trainer_state.json{advice}"
         )
     return wanted
+
+
+def last_whole_checkpoint(output_dir: str, world: int) -> str | None:
+    """
+    Find the newest checkpoint from which all processes can go on, past those that are damaged; each of these is a warning.
+
+    `None` when none was written to its end, as for a first start.
+
+    Raises:
+        ResumeError: when there are complete checkpoints, and none is whole.
+    """
+    reasons = []
+    for checkpoint in complete_checkpoints(output_dir):
+        try:
+            for rank in range(world):
+                check_parts(checkpoint, rank, world)
+        except ResumeError as error:
+            reasons.append(str(error))
+            logger.warning("%s is passed over. %s", checkpoint, error)
+        else:
+            return checkpoint
+    if reasons:
+        raise ResumeError(
+            f"resume_from_checkpoint: none of the {len(reasons)} complete checkpoints in {output_dir} is whole. The newest: "
+            f"{reasons[0]}"
+        )
+    return None
 
 
 def check_parts(checkpoint: str, rank: int, world: int, replaceable: Collection[str] = ()) -> None:

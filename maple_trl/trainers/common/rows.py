@@ -123,19 +123,20 @@ class RowEncoder:
         for rounds in count(1):
             used = [self.usable(row, evaluating) for row in rows]
             rows = [row for row, _ in used]
-            tried: list[tuple[str, frozenset[str], MediaError | None]] = []
+            tried: list[tuple[str, frozenset[str], MediaError | None, list[str]]] = []
             for key, spec in {spec.key: spec for _, spec in used}.items():
                 if key not in encoded:
                     try:
                         encoded[key] = self.builder.encode(spec)
-                        tried.append((key, spec.kinds, None))
+                        tried.append((key, spec.kinds, None, self._changed_files(spec)))
                     except MediaError as error:
-                        tried.append((key, spec.kinds, error))
+                        tried.append((key, spec.kinds, error, []))
             tried = self.ranks.gather(tried)
-            self._met.update(kind for _, kinds, _ in tried for kind in kinds)
+            self._met.update(kind for _, kinds, *_ in tried for kind in kinds)
             for registry in self.registries.values():
                 registry.note_seen(key for key, *_ in tried)
-            failed = [(key, error) for key, _, error in tried if error is not None]
+                registry.changed_files.update(file for key, *_, files in tried if key in registry for file in files)
+            failed = [(key, error) for key, _, error, _ in tried if error is not None]
             if not failed:
                 return rows, [encoded[spec.key] for _, spec in used]
             for key, error in failed:
@@ -150,6 +151,11 @@ class RowEncoder:
                     f"{problem}. Rows that were to stand in failed {rounds} times in a row, so that the step could not be "
                     "made. Are the media still there? Go on from the last checkpoint, which does not count them as lost"
                 )
+
+    def _changed_files(self, spec: PromptSpec) -> list[str]:
+        """List the files of a prompt that were changed since they were first read."""
+        files = [*spec.files, *([spec.subtitle] if spec.subtitle_file else [])]
+        return [file for file in dict.fromkeys(files) if self.builder.loader.has_changed(file)]
 
     def too_many(self, limit: float) -> str | None:
         """Return a complaint where a data set has lost more rows than a share; see [`RowRegistry.too_many`]."""

@@ -14,6 +14,7 @@ from maple_trl.trainers.common.quarantine import RowRegistry
 
 
 TALLY_FILE = "run_tally.json"
+_NAMED = 3  # files that a text names
 
 Note = dict[str, Any]
 """`kind`, `count`, `text` (a clause for people), and what else is known of it."""
@@ -103,6 +104,18 @@ def quarantine_notes(registries: Sequence[RowRegistry]) -> list[Note]:
         found.append(
             make_note("quarantined", count, text, dataset=registry.name, of=of, reasons=dict(reasons), files=files)
         )
+    return found
+
+
+def changed_notes(registries: Sequence[RowRegistry]) -> list[Note]:
+    """Return a note per data set on files that were changed during the run, and whose rows show something else since."""
+    found = []
+    for registry in registries:
+        files = sorted(registry.changed_files)
+        if files:
+            named = ", ".join(files[:_NAMED]) + (", …" if len(files) > _NAMED else "")
+            text = f"{registry.name}: {plural(len(files), 'file')} changed while the run read them ({named})"
+            found.append(make_note("changed_files", len(files), text, dataset=registry.name, files=files))
     return found
 
 
