@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer, say
 from PIL import Image
 
 from maple_trl import cli
@@ -84,3 +85,23 @@ def test_thoughts_about_pictures_are_learned(published, tmp_path, capsys):
     status = train(tmp_path / "job.yaml", "Video-R1-CoT", rows, published, tmp_path / "run", *words)
     assert status == 0, capsys.readouterr().err
     assert all(entry["media_tokens/image"] > 0 < entry["media_tokens/video"] for entry in logged(tmp_path / "run"))
+
+
+def test_a_judge_sees_the_pictures_that_were_fed(published, tmp_path, capsys):
+    """Of a picture's row that picture, of a clip's row its frames: one call each, or the judge grades what it cannot see."""
+    rows = tmp_path / "rows"
+    assert cli.main(["data", "convert", "video-r1", str(published), str(rows)]) == 0
+    with ChatServer(lambda number, body: say(json.dumps({"visual_objects": 0.4, "spatial_locations": 0.8}))) as server:
+        judge = {"reward": "stepwise_reasoning_judge", "frames": 2, "server": {"model": "m", "base_url": server.url}}
+        words = ["--hints", "false", "--hint_max_kl", 0.01, "--per_device_train_batch_size", 32]
+        words += ["--reward_funcs", "format_reward", json.dumps(judge), "--reward_weights", 0.5, 0.5]
+        status = train("s1_visual.yaml", "Video-R1", rows, published, tmp_path / "run", *words)
+        calls = [call.body["messages"][-1]["content"] for call in server.calls]
+    assert status == 0, capsys.readouterr().err
+    shown = [[block["type"] for block in content].count("image_url") for content in calls if isinstance(content, list)]
+    assert len(shown) == len(calls) and set(shown) == {1, 2}
+    told = [content[0]["text"] for content in calls]
+    assert {text.partition(":")[0].partition(",")[0] for text in told} == {
+        "1 picture(s) of the question",
+        "2 pictures of the clip",
+    }
