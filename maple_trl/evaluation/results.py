@@ -152,7 +152,7 @@ def _count_completion(counts: Counter, line: Mapping[str, Any]) -> None:
     counts["cut"] += line["finish"] == "length"
     counts["without_answer"] += line["answer"] is None
     for column in ("completion_tokens", "image_tokens", "video_tokens", "audio_tokens", "subtitle_tokens"):
-        if line[column] is not None:  # a server may count none
+        if line.get(column) is not None:  # a server may count none, and an older table has no pictures
             counts[column.removeprefix("completion_")] += line[column]
     for note in line["notes"]:
         counts[f"note:{note}"] += 1

@@ -16,6 +16,8 @@ from datasets import Image as Cell
 from eval_runs import SMALL, lines_of, result_of
 from PIL import Image
 from test_eval_server import always, answers, is_question
+from test_judge_server import Served, needs_server
+from tiny_models import save_tiny
 
 from maple_trl.chat.messages import wav_bytes
 from maple_trl.data import default_folder, load_seven_tags
@@ -178,6 +180,24 @@ def test_a_server_that_ignores_pictures_is_refused(media, tmp_path, capsys):
         words = ["--server", server.url, "--model", "served", "--samples", "1", "--filter", '{"id": ["one"]}']
         assert evaluate(write_rows(tmp_path / "rows"), media, tmp_path / "out", *words) == 1
     assert "the server ignores image: a prompt has" in capsys.readouterr().err
+
+
+@needs_server
+def test_a_real_server_reads_each_picture(media, tmp_path):
+    """`transformers serve` with a tiny random vision model counts the tokens of what it was shown."""
+    model = save_tiny("qwen2_5_vl", tmp_path / "vl")
+    asked = [{"role": "user", "content": "Which?"}]
+    table = [{"id": str(n), "prompt": asked, "solution": "A", "tag": "V", "images": ["0.png"] * n} for n in (1, 2, 3)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    server = Served(model, tmp_path / "home")
+    try:
+        server.wait()
+        words = ["--model", model, "--server", server.url, "--samples", "1", "--temperature", "0"]
+        assert evaluate(tmp_path, media, tmp_path / "out", *words) == 0
+    finally:
+        server.stop()
+    one, two, three = (line["prompt_tokens"] for line in lines_of(tmp_path / "out"))
+    assert three - two == two - one > 0
 
 
 def omni_bench(folder, media):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer, say
 from PIL import Image
 
 from maple_trl import cli
@@ -14,7 +15,7 @@ from maple_trl.records.rollouts import read_rollouts
 
 pytestmark = pytest.mark.slow
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "avatar" / "tiny" / "s1_visual.yaml"
+TINY = Path(__file__).resolve().parents[2] / "recipes" / "avatar" / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +33,16 @@ def published(tmp_path_factory):
         for i, (kind, path, letter) in enumerate(files)
     ]
     (folder / "Video-R1-260k.json").write_text(json.dumps(records))
+    thoughts = [{**record, "process": "<think>I look at it.</think>"} for record in records]
+    (folder / "Video-R1-COT-165k.json").write_text(json.dumps(thoughts))
     return folder
 
 
-def train(rows, root, folder):
-    words = [
-        "--config",
-        RECIPE,
-        "--output_dir",
-        folder,
-        "--dataset_name",
-        rows,
-        "--media_root",
-        root,
-        "--max_steps",
-        2,
-    ]
-    words += ["--dataset_filter", '{"source": ["Video-R1"]}', "--hints", "false", "--hint_max_kl", 0.01]
+def train(recipe, source, rows, root, folder, *words):
+    words = ["--config", TINY / recipe, "--output_dir", folder, "--dataset_name", rows, "--media_root", root, *words]
+    words += ["--dataset_filter", json.dumps({"source": [source]}), "--dataset_test_split", "none", "--max_steps", 2]
     words += ["--evaluate_before_after", "false", "--use_cpu", "true", "--bf16", "false", "--save_strategy", "no"]
-    # A step of all four rows, each with the recipe's group of eight.
-    words += ["--per_device_train_batch_size", 32, "--logging_steps", 1, "--dataset_test_split", "none"]
-    return cli.main(["train", *map(str, words)])
+    return cli.main(["train", *map(str, words), "--logging_steps", "1"])
 
 
 def logged(folder):
@@ -68,9 +58,10 @@ def test_video_r1_with_its_pictures_is_trained_on(published, tmp_path, capsys, p
     assert cli.main(["data", "validate", str(rows), "--media_root", str(published)]) == 0
     if pictures == "leave_out":
         return
-    assert train(rows, published, tmp_path / "run") == 0, capsys.readouterr().err
+    # A step of all four rows, each with the recipe's group of eight.
+    words = ["--hints", "false", "--hint_max_kl", 0.01, "--per_device_train_batch_size", 32]
+    assert train("s1_visual.yaml", "Video-R1", rows, published, tmp_path / "run", *words) == 0, capsys.readouterr().err
     first, last = logged(tmp_path / "run")
-    # Of each step all rows are one batch: 112 x 112 pixels are more than the recipe's area, which makes 4 tokens of them.
     assert (first["media_tokens/image"] > 0) == (last["media_tokens/image"] > 0) == (images > 0)
     assert first["media_tokens/video"] > 0
     table, root, broken = read_rollouts(tmp_path / "run" / "rollouts")
@@ -82,3 +73,35 @@ def test_video_r1_with_its_pictures_is_trained_on(published, tmp_path, capsys, p
     assert cli.main(["report", str(tmp_path / "run"), "--json", str(tmp_path / "report.json")]) == 0
     told = json.loads((tmp_path / "report.json").read_text())
     assert told["runs"][0]["rollouts"]["completions"]["image"][0] is not None
+
+
+def test_thoughts_about_pictures_are_learned(published, tmp_path, capsys):
+    """Stage 0, supervised: Video-R1-CoT."""
+    rows, table = tmp_path / "rows", published / "Video-R1-COT-165k.json"
+    assert cli.main(["data", "convert", "video-r1-cot", str(table), str(rows)]) == 0
+    # The rows bring what is learned.
+    (tmp_path / "job.yaml").write_text(f"extends: {TINY / 's0_sft.yaml'}\ncompletion_template: null\n")
+    words = ["--per_device_train_batch_size", 4]
+    status = train(tmp_path / "job.yaml", "Video-R1-CoT", rows, published, tmp_path / "run", *words)
+    assert status == 0, capsys.readouterr().err
+    assert all(entry["media_tokens/image"] > 0 < entry["media_tokens/video"] for entry in logged(tmp_path / "run"))
+
+
+def test_a_judge_sees_the_pictures_that_were_fed(published, tmp_path, capsys):
+    """Of a picture's row that picture, of a clip's row its frames: one call each, or the judge grades what it cannot see."""
+    rows = tmp_path / "rows"
+    assert cli.main(["data", "convert", "video-r1", str(published), str(rows)]) == 0
+    with ChatServer(lambda number, body: say(json.dumps({"visual_objects": 0.4, "spatial_locations": 0.8}))) as server:
+        judge = {"reward": "stepwise_reasoning_judge", "frames": 2, "server": {"model": "m", "base_url": server.url}}
+        words = ["--hints", "false", "--hint_max_kl", 0.01, "--per_device_train_batch_size", 32]
+        words += ["--reward_funcs", "format_reward", json.dumps(judge), "--reward_weights", 0.5, 0.5]
+        status = train("s1_visual.yaml", "Video-R1", rows, published, tmp_path / "run", *words)
+        calls = [call.body["messages"][-1]["content"] for call in server.calls]
+    assert status == 0, capsys.readouterr().err
+    shown = [[block["type"] for block in content].count("image_url") for content in calls if isinstance(content, list)]
+    assert len(shown) == len(calls) and set(shown) == {1, 2}
+    told = [content[0]["text"] for content in calls]
+    assert {text.partition(":")[0].partition(",")[0] for text in told} == {
+        "1 picture(s) of the question",
+        "2 pictures of the clip",
+    }
