@@ -289,9 +289,9 @@ class LiveLog(TrainerCallback):
         if not log:
             return
         log[-1] = {sys.intern(name): value for name, value in log[-1].items()}  # names are the same in each entry
+        del log[: -metrics_log.LOG_ENTRIES]
         self._sizes.append(_entry_bytes(log[-1]))
-        while len(log) > metrics_log.LOG_ENTRIES:
-            del log[0]
+        while len(self._sizes) > len(log):
             self._sizes.popleft()
         host_memory().hold("log", self, sum(self._sizes))
 
