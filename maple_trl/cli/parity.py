@@ -20,6 +20,8 @@ _DESCRIPTION = """\
 Compares what vLLM computes with what the trainer does, for each kind of prompt: tokens, features of the towers, and
 log-probabilities of sampled tokens, before and after all weights have changed."""
 
+_WIDTH = 120  # of the table
+
 _EXAMPLES = """\
 examples:
   maple-trl parity --model_name_or_path builtin:tiny-omni
@@ -108,6 +110,8 @@ def print_table(model: str, results: Sequence[Compared]) -> None:
         ids = "same" if result.same_ids else "-"
         table.add_row(result.kind, *map(str, counts), ids, *numbers, result.problem or "same")
     console = Console()
+    if not console.is_terminal:  # a file has room for all digits
+        console.width = max(console.width, _WIDTH)
     console.print(table)
     for result in results:
         if not result.applies:

@@ -1,4 +1,8 @@
-"""On rows with pictures alone the omni trainer is TRL's GRPO trainer on the same table: losses, gradients, weights, completions."""
+"""
+On rows with pictures alone the omni trainer is TRL's GRPO trainer on the same table: losses, gradients, weights, completions.
+
+Where a rollout has several optimizer steps, as many rows go into each, but others: with media, rows of a prompt stay together.
+"""
 
 import datasets
 import pytest

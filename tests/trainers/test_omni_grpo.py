@@ -623,6 +623,9 @@ def test_a_tokenizer_with_media_is_refused(seven_tags):
     with pytest.raises(ValueError, match="reads media: pass the model's processor"):
         build_trainer(folder, dataset, model=model, processing_class=processor.tokenizer)
     model, tokenizer = build_tiny_text()
+    pictures = dataset.select_columns(["prompt"]).add_column("images", [["a.png"]] * len(dataset))
+    with pytest.raises(ValueError, match="train_dataset has the column 'images'.*tokenizer, which reads no"):
+        build_trainer(folder, pictures, model=model, processing_class=tokenizer)
     with pytest.raises(ValueError, match="train_dataset has the column 'subtitle'.*tokenizer, which reads no"):
         build_trainer(folder, dataset, model=model, processing_class=tokenizer)
 
