@@ -20,6 +20,8 @@ from transformers import (
     Gemma4VideoProcessor,
 )
 
+from maple_trl.evaluation import EvalOptions
+from maple_trl.evaluation.evaluator import Evaluator
 from maple_trl.omni.encoded import Blocks, generation_position_ids
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import family_for
@@ -74,8 +76,8 @@ def text_of(family, media):
     return family.render([{"role": "user", "content": content}])
 
 
-def natively(model, processor, family, media, completion=()):
-    """Logits by the processor and the model alone, called as their documentation has it."""
+def native_inputs(processor, family, media):
+    """What the processor makes, called as its documentation has it."""
     kwargs = {"text": [text_of(family, media)], "return_tensors": "pt"}
     if media.images:
         kwargs |= {"images": [p.pixels for p in media.images], "images_kwargs": {"do_resize": False}}
@@ -88,7 +90,12 @@ def natively(model, processor, family, media, completion=()):
         kwargs |= {"videos": [c.frames for c in media.videos], "videos_kwargs": options}
     if media.audios:
         kwargs |= {"audio": [c.waveform for c in media.audios], "audio_kwargs": {"sampling_rate": 16000}}
-    inputs = dict(processor(**kwargs))
+    return dict(processor(**kwargs))
+
+
+def natively(model, processor, family, media, completion=()):
+    """Logits by the processor and the model alone."""
+    inputs = native_inputs(processor, family, media)
     more = torch.tensor([completion], dtype=torch.long)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -360,6 +367,33 @@ def test_what_is_sampled_from_is_what_is_trained(name, seven_tags):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", GEMMA)
+def test_served_generation_is_the_models_own(name):
+    """Greedily, with pictures, videos and sounds: `generate()` is handed them as the model's documentation has it."""
+    model, processor = build_tiny(name)
+    family = family_for(model, processor)
+    [media, *_] = all_kinds(name in HEARING)
+    prompt = family.encode("p", text_of(family, media), media)
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "output_logits": True}
+    options |= {"suppress_tokens": family.suppressed_ids, "return_dict_in_generate": True}
+    inputs, width = batched([prompt], torch.empty(1, 0, dtype=torch.long), processor.tokenizer.pad_token_id)
+    inputs["position_ids"] = generation_position_ids([prompt], width)
+    with torch.no_grad(), serve_media(family, model, [prompt]):
+        served = model.generate(**inputs, **options)
+    own = model.generate(**native_inputs(processor, family, media), **options)
+    assert torch.equal(served.sequences, own.sequences)
+    torch.testing.assert_close(torch.stack(served.logits), torch.stack(own.logits), atol=1e-4, rtol=0)
+
+
+def test_an_evaluation_refuses_a_static_cache_as_well(seven_tags):
+    folder, dataset = seven_tags
+    model, processor = build_tiny("gemma4_unified")
+    builder = PromptBuilder(family_for(model, processor), MediaLoader(folder, LIMITS))
+    options = EvalOptions(max_new_tokens=2, generation={"cache_implementation": "static"})
+    with pytest.raises(ValueError, match="cache_implementation='static': with it generate"):
+        Evaluator(model, builder, list(dataset)[:2], lambda *a, **k: [], lambda text: text, options)
+
+
 # Parts
 
 
@@ -385,6 +419,7 @@ def test_the_scopes_hold_every_linear_layer(name):
         freeze(model, family, "subtitles")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GEMMA)
 def test_adapters_reach_all_parts_and_can_be_saved_and_merged(name, seven_tags, tmp_path):
     from peft import PeftModel, get_peft_model
