@@ -19,6 +19,7 @@ from transformers import (
     Gemma4UnifiedForConditionalGeneration,
     Gemma4VideoProcessor,
 )
+from trl import chat_template_utils
 
 from maple_trl.evaluation import EvalOptions
 from maple_trl.evaluation.evaluator import Evaluator
@@ -259,6 +260,19 @@ def test_a_prompt_begins_once(seven_tags):
     assert torch.equal(*found) and int((found[0] == build_tokenizer("gemma4").bos_token_id).sum()) == 1
 
 
+@pytest.mark.parametrize("template", ["gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"])
+def test_every_published_chat_template_shows_media(template, seven_tags):
+    folder, dataset = seven_tags
+    model, processor = build_tiny("gemma4")
+    processor.chat_template = getattr(chat_template_utils, f"{template}_chat_template")
+    builder = PromptBuilder(family_for(model, processor), MediaLoader(folder, LIMITS))
+    prompt = builder.encode(next(row for row in dataset if row["tag"] == "VAS"))
+    assert (prompt.media_tokens["video"], prompt.media_tokens["audio"]) == (36, 8)
+    assert builder.probe().kinds == ("image", "video", "audio")
+    told = processor.tokenizer.decode(prompt.input_ids)
+    assert told.startswith("<bos><|turn>user\n") and told.endswith("<turn|>\n<|turn>model\n")
+
+
 def test_thinking_and_system_prompts(seven_tags):
     folder, dataset = seven_tags
     model, processor = build_tiny("gemma4")
@@ -478,7 +492,7 @@ def test_a_checkpoint_is_loaded_by_its_architecture(name, seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gemma4", "gemma4_unified"])
-def test_what_is_not_there_is_refused_by_name(kind):
+def test_what_is_not_there_is_refused_by_name(kind, tmp_path, capsys):
     model, _ = build_tiny(kind)
     with pytest.raises(
         ValueError, match=f"vLLM rollouts are known for .*, not for '{kind}'; generate with transformers"
