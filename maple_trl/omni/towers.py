@@ -17,7 +17,7 @@ import torch
 from cachetools import LRUCache
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from maple_trl.omni.encoded import EncodedPrompt, Features, MediaMismatchError, tensor_bytes
@@ -47,7 +47,7 @@ def run_tower(family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[
 @dataclass(frozen=True)
 class _Seen:
     """
-    A tower's parameters, with those of its projector, as they were when somebody looked.
+    A tower's parameters and buffers, with those of its projector, as they were when somebody looked.
 
     Attributes:
         time: when that was.
@@ -58,7 +58,7 @@ class _Seen:
     """
 
     time: object
-    parameters: list[tuple[str, nn.Parameter]]
+    parameters: list[tuple[str, Tensor]]
     marks: list[tuple[int, int, int]] | None = None
     probe: bytes = b""
     digest: str = ""
@@ -202,19 +202,20 @@ class TowerCache:
             excess -= size
 
 
-def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters of a tower and its projector; projectors of both kinds count for either."""
+def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a tower and its projector, and their buffers; projectors of both kinds count for either."""
     wanted = (_TOWER_SCOPES[kind], "projectors")
-    return [(name, parameter) for name, parameter in core.named_parameters() if family.scope_of(name) in wanted]
+    named = (*core.named_parameters(), *core.named_buffers())  # some towers scale by buffers of a checkpoint
+    return [(name, tensor) for name, tensor in named if family.scope_of(name) in wanted]
 
 
-def _probe(parameters: list[nn.Parameter]) -> bytes:
+def _probe(parameters: list[Tensor]) -> bytes:
     """Digest one value of each weight."""
     middles = [parameter.detach().flatten()[parameter.numel() // 2 :][:1] for parameter in parameters]
     return hashlib.blake2b(tensor_bytes(torch.cat(middles))).digest()
 
 
-def _digest(kind: str, config: PreTrainedConfig, parameters: list[tuple[str, nn.Parameter]]) -> str:
+def _digest(kind: str, config: PreTrainedConfig, parameters: list[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(f"{kind} {config.to_json_string()}".encode(), digest_size=12)
     for name, parameter in parameters:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
