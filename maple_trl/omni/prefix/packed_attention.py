@@ -226,7 +226,7 @@ def _masked(group: Completions, options: dict, window: int | None = None) -> Ten
     prompt = group.prompt
     if window is not None:  # of the prompt, what a completion's first token sees
         unseen = max(prompt[0].size(2) - window + 1, 0)
-        prompt = tuple(states[:, :, unseen:] for states in prompt)
+        prompt = prompt[0][:, :, unseen:], prompt[1][:, :, unseen:]
     keys, values = (
         torch.cat([shared.expand(count, -1, -1, -1), own], dim=2)
         for shared, own in zip(prompt, (key, value), strict=True)
