@@ -58,8 +58,6 @@ class EncodedPrompt:
             and `input_features` (audios, mel, frames) with `feature_attention_mask` (audios, frames).
         media_tokens (`dict[str, int]`):
             Tokens of the prompt per kind of media, and for `subtitle`.
-        blocks ([`Blocks`], *optional*):
-            Tokens that see each other both ways, in models that have such.
         tag (`ModalityTag`, *optional*):
             The row's required modality tag.
         notes (`tuple[str, ...]`):
@@ -67,6 +65,8 @@ class EncodedPrompt:
             are fed.
         sound (`tuple[float, float]`, *optional*):
             Seconds of sound that are fed, and of the sound that they are taken from.
+        blocks ([`Blocks`], *optional*):
+            Tokens that see each other both ways, in models that have such.
     """
 
     key: str
@@ -74,10 +74,10 @@ class EncodedPrompt:
     position_ids: Tensor
     media: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     media_tokens: dict[str, int] = field(default_factory=dict)
-    blocks: Blocks | None = None
     tag: ModalityTag | None = None
     notes: tuple[str, ...] = ()
     sound: tuple[float, float] | None = None
+    blocks: Blocks | None = None
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

@@ -48,7 +48,7 @@ def run_tower(family: OmniFamily, core: nn.Module, kind: str, prompts: Sequence[
 @dataclass(frozen=True)
 class _Seen:
     """
-    A tower's parameters, with those of its projector, as they were when somebody looked.
+    A tower's parameters and buffers, with those of its projector, as they were when somebody looked.
 
     Attributes:
         time: when that was.
@@ -205,13 +205,13 @@ class TowerCache:
 
 def _tower_parameters(family: OmniFamily, core: nn.Module, kind: str) -> list[tuple[str, Tensor]]:
     """
-    Return the parameters of a tower and its projector; projectors of both kinds count for either.
+    Return the parameters of a tower and its projector, and their buffers; projectors of both kinds count for either.
 
-    Those of few bits say nothing without their scales, which are no parameters, and stand behind them.
+    Some towers scale by buffers of a checkpoint. Weights of few bits say nothing without their scales, which are no parameters.
     """
     wanted = (_TOWER_SCOPES[kind], "projectors")
-    every = (*core.named_parameters(), *named_scales(core))
-    return [(name, parameter) for name, parameter in every if family.scope_of(name) in wanted]
+    every = (*core.named_parameters(), *core.named_buffers(), *named_scales(core))
+    return [(name, tensor) for name, tensor in every if family.scope_of(name) in wanted]
 
 
 def _probe(parameters: list[Tensor]) -> bytes:

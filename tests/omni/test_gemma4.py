@@ -19,7 +19,10 @@ from transformers import (
     Gemma4UnifiedForConditionalGeneration,
     Gemma4VideoProcessor,
 )
+from trl import chat_template_utils
 
+from maple_trl.evaluation import EvalOptions
+from maple_trl.evaluation.evaluator import Evaluator
 from maple_trl.omni.encoded import Blocks, generation_position_ids
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import family_for
@@ -74,8 +77,8 @@ def text_of(family, media):
     return family.render([{"role": "user", "content": content}])
 
 
-def natively(model, processor, family, media, completion=()):
-    """Logits by the processor and the model alone, called as their documentation has it."""
+def native_inputs(processor, family, media):
+    """What the processor makes, called as its documentation has it."""
     kwargs = {"text": [text_of(family, media)], "return_tensors": "pt"}
     if media.images:
         kwargs |= {"images": [p.pixels for p in media.images], "images_kwargs": {"do_resize": False}}
@@ -88,7 +91,12 @@ def natively(model, processor, family, media, completion=()):
         kwargs |= {"videos": [c.frames for c in media.videos], "videos_kwargs": options}
     if media.audios:
         kwargs |= {"audio": [c.waveform for c in media.audios], "audio_kwargs": {"sampling_rate": 16000}}
-    inputs = dict(processor(**kwargs))
+    return dict(processor(**kwargs))
+
+
+def natively(model, processor, family, media, completion=()):
+    """Logits by the processor and the model alone."""
+    inputs = native_inputs(processor, family, media)
     more = torch.tensor([completion], dtype=torch.long)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -252,6 +260,19 @@ def test_a_prompt_begins_once(seven_tags):
     assert torch.equal(*found) and int((found[0] == build_tokenizer("gemma4").bos_token_id).sum()) == 1
 
 
+@pytest.mark.parametrize("template", ["gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"])
+def test_every_published_chat_template_shows_media(template, seven_tags):
+    folder, dataset = seven_tags
+    model, processor = build_tiny("gemma4")
+    processor.chat_template = getattr(chat_template_utils, f"{template}_chat_template")
+    builder = PromptBuilder(family_for(model, processor), MediaLoader(folder, LIMITS))
+    prompt = builder.encode(next(row for row in dataset if row["tag"] == "VAS"))
+    assert (prompt.media_tokens["video"], prompt.media_tokens["audio"]) == (36, 8)
+    assert builder.probe().kinds == ("image", "video", "audio")
+    told = processor.tokenizer.decode(prompt.input_ids)
+    assert told.startswith("<bos><|turn>user\n") and told.endswith("<turn|>\n<|turn>model\n")
+
+
 def test_thinking_and_system_prompts(seven_tags):
     folder, dataset = seven_tags
     model, processor = build_tiny("gemma4")
@@ -360,6 +381,33 @@ def test_what_is_sampled_from_is_what_is_trained(name, seven_tags):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", GEMMA)
+def test_served_generation_is_the_models_own(name):
+    """Greedily, with pictures, videos and sounds: `generate()` is handed them as the model's documentation has it."""
+    model, processor = build_tiny(name)
+    family = family_for(model, processor)
+    [media, *_] = all_kinds(name in HEARING)
+    prompt = family.encode("p", text_of(family, media), media)
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "output_logits": True}
+    options |= {"suppress_tokens": family.suppressed_ids, "return_dict_in_generate": True}
+    inputs, width = batched([prompt], torch.empty(1, 0, dtype=torch.long), processor.tokenizer.pad_token_id)
+    inputs["position_ids"] = generation_position_ids([prompt], width)
+    with torch.no_grad(), serve_media(family, model, [prompt]):
+        served = model.generate(**inputs, **options)
+    own = model.generate(**native_inputs(processor, family, media), **options)
+    assert torch.equal(served.sequences, own.sequences)
+    torch.testing.assert_close(torch.stack(served.logits), torch.stack(own.logits), atol=1e-4, rtol=0)
+
+
+def test_an_evaluation_refuses_a_static_cache_as_well(seven_tags):
+    folder, dataset = seven_tags
+    model, processor = build_tiny("gemma4_unified")
+    builder = PromptBuilder(family_for(model, processor), MediaLoader(folder, LIMITS))
+    options = EvalOptions(max_new_tokens=2, generation={"cache_implementation": "static"})
+    with pytest.raises(ValueError, match="cache_implementation='static': with it generate"):
+        Evaluator(model, builder, list(dataset)[:2], lambda *a, **k: [], lambda text: text, options)
+
+
 # Parts
 
 
@@ -385,6 +433,7 @@ def test_the_scopes_hold_every_linear_layer(name):
         freeze(model, family, "subtitles")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GEMMA)
 def test_adapters_reach_all_parts_and_can_be_saved_and_merged(name, seven_tags, tmp_path):
     from peft import PeftModel, get_peft_model
@@ -443,7 +492,7 @@ def test_a_checkpoint_is_loaded_by_its_architecture(name, seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gemma4", "gemma4_unified"])
-def test_what_is_not_there_is_refused_by_name(kind):
+def test_what_is_not_there_is_refused_by_name(kind, tmp_path, capsys):
     model, _ = build_tiny(kind)
     with pytest.raises(
         ValueError, match=f"vLLM rollouts are known for .*, not for '{kind}'; generate with transformers"

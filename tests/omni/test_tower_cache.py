@@ -137,6 +137,19 @@ def test_only_unknown_clips_pass_a_tower(name, seven_tags):
     assert world.passes_of(cache) == 0
 
 
+def test_a_scale_that_is_no_parameter_decides_too(seven_tags, tmp_path):
+    """Gemma 4's vision tower ends with one of its checkpoint's buffers."""
+    world = world_of("gemma4_both_ways", seven_tags, tags=("V",))
+    cache = TowerCache(1 << 30, tmp_path)
+    before = world.logits(cache)
+    world.core.vision_tower.std_bias.add_(0.5)
+    after = world.logits(cache)
+    assert (
+        cache.misses == 2 * len({p.media_digest("video") for p in world.prompts}) and (before - after).abs().max() > 1e-3
+    )
+    torch.testing.assert_close(after, world.logits(None), atol=ROUNDING, rtol=0)
+
+
 def test_rows_with_the_same_clip_share_an_entry(seven_tags):
     """Another question about the same clip is another prompt."""
     world = world_of("qwen2_5_omni", seven_tags, tags=("V",))

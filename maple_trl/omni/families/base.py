@@ -250,7 +250,7 @@ class OmniFamily(PromptEncoder):
         if interleaved:
             input_ids, position_ids = self.interleave(input_ids, position_ids, media.videos[0])
         counts = {kind: count for kind, count in tokens.items() if count}
-        return EncodedPrompt(key, input_ids, position_ids, inputs, counts, self.blocks(input_ids))
+        return EncodedPrompt(key, input_ids, position_ids, inputs, counts, blocks=self.blocks(input_ids))
 
     def tower_inputs(self, kind: str, batch: BatchFeature) -> dict[str, Tensor]:
         """Return what the tower of a kind reads of the processor's output for one prompt."""

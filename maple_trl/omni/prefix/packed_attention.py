@@ -181,30 +181,20 @@ def _alone(states: tuple[Tensor, ...], window: int | None, blocks: Blocks | None
 @lru_cache(maxsize=8)  # each layer asks for the same
 def _banded(length: int, window: int | None, blocks: Blocks | None, device: torch.device) -> Tensor:
     """Return who sees whom: what stands before, as far as the window reaches, and what is of the same block."""
-    places = torch.arange(length, device=device)
-    query, key = places[:, None], places
-    block = _block_numbers(length, blocks, device)
-    return _sees(query, key, window, blocks is not None and blocks.everywhere, block[:, None], block)
+    first, last = _reach(length, window, blocks)
+    keys = torch.arange(length, device=device)
+    return (keys >= first[:, None].to(device)) & (keys <= last[:, None].to(device))
 
 
-def _block_numbers(length: int, blocks: Blocks | None, device: torch.device) -> Tensor:
-    """Return the number of each token's block, -1 of tokens in none, of shape (length,)."""
-    numbers = torch.full((length,), -1, device=device)
-    for number, (first, end) in enumerate(() if blocks is None else blocks.spans):
-        numbers[first:end] = number
-    return numbers
-
-
-def _sees(
-    query: Tensor, key: Tensor, window: int | None, everywhere: bool, query_block: Tensor, key_block: Tensor
-) -> Tensor:
-    """Return whether a token at a place, in a block or in none (-1), sees another."""
-    together = (query_block == key_block) & (query_block >= 0)
-    seen = key <= query
-    if window is None:
-        return seen | together
-    near = key > query - window
-    return (seen & near) | together if everywhere else (seen | together) & near
+def _reach(length: int, window: int | None, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
+    """Return the first and the last token that each of a prompt sees, both of shape (length,): those between it sees too."""
+    last = torch.arange(length)
+    first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
+    for start, end in () if blocks is None else blocks.spans:
+        last[start:end] = end - 1  # what stands behind a token is always within its window
+        if blocks.everywhere:
+            first[start:end].clamp_(max=start)
+    return first, last
 
 
 def _as_autocast(states: Tensor) -> Tensor:
@@ -236,7 +226,7 @@ def _masked(group: Completions, options: dict, window: int | None = None) -> Ten
     prompt = group.prompt
     if window is not None:  # of the prompt, what a completion's first token sees
         unseen = max(prompt[0].size(2) - window + 1, 0)
-        prompt = tuple(states[:, :, unseen:] for states in prompt)
+        prompt = prompt[0][:, :, unseen:], prompt[1][:, :, unseen:]
     keys, values = (
         torch.cat([shared.expand(count, -1, -1, -1), own], dim=2)
         for shared, own in zip(prompt, (key, value), strict=True)
@@ -366,20 +356,22 @@ def _compiled(function: Callable, device: str) -> Callable:
 
 @lru_cache(maxsize=8)  # each layer of a kind asks for the same
 def _block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> BlockMask:
-    groups, owners, places, numbers = [], [], [], []
-    kinds = layout.blocks_in(window)
-    for number, ((prefix, suffixes), blocks) in enumerate(zip(layout.groups, kinds, strict=True)):
-        groups += [number] * (prefix + sum(suffixes))
-        owners += [0] * prefix + [i for i, size in enumerate(suffixes, 1) for _ in range(size)]
-        places += [*range(prefix), *(prefix + i for size in suffixes for i in range(size))]
-        numbers += [*_block_numbers(prefix, blocks, torch.device("cpu")).tolist(), *[-1] * sum(suffixes)]
-    group, owner, place, block = (torch.tensor(x, device=device) for x in (groups, owners, places, numbers))
-    everywhere = any(blocks is not None and blocks.everywhere for blocks in kinds)
+    groups, owners, places, firsts, lasts = [], [], [], [], []
+    for number, ((prefix, suffixes), blocks) in enumerate(zip(layout.groups, layout.blocks_in(window), strict=True)):
+        first, last = (bound.tolist() for bound in _reach(prefix + max(suffixes), window, blocks))
+        for owner, (start, end) in enumerate([(0, prefix), *((prefix, prefix + size) for size in suffixes)]):
+            groups += [number] * (end - start)
+            owners += [owner] * (end - start)
+            places += range(start, end)
+            firsts += first[start:end]
+            lasts += last[start:end]
+    group, owner, place = (torch.tensor(numbers, device=device) for numbers in (groups, owners, places))
+    first, last = (torch.tensor(numbers, device=device) for numbers in (firsts, lasts))
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (owner[key] == 0) | (owner[key] == owner[query])
-        seen = _sees(place[query], place[key], window, everywhere, block[query], block[key])
-        return seen & (group[key] == group[query]) & own
+        near = (place[key] >= first[query]) & (place[key] <= last[query])
+        return near & (group[key] == group[query]) & own
 
     length = len(layout)
     return _compiled(create_block_mask, device.type)(sees, None, None, length, length, device=device)

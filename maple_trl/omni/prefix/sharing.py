@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +186,7 @@ class Comparison:
 @contextmanager
 def _short_windows(core: nn.Module) -> Iterator[None]:
     """Shorten the windows of a model's attention, and of the masks and caches that are made for it."""
-    holders = [core.config.get_text_config(), *core.modules()]
+    holders: list[Any] = [core.config.get_text_config(), *core.modules()]
     before = [(one, one.sliding_window) for one in holders if isinstance(getattr(one, "sliding_window", None), int)]
     for one, window in before:
         one.sliding_window = min(window, _WINDOW)

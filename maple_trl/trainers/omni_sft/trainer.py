@@ -294,7 +294,9 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             "bos_token_id": tokenizer.bos_token_id,
             "suppress_tokens": sorted(suppressed),
         }
-        return GenerationConfig(**(settings | options))
+        config = GenerationConfig(**(settings | options))
+        self.family.check_generation(config)
+        return config
 
     # State
 
