@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from _soak_schedule import KINDS, Event
 
 
 HERE = Path(__file__).resolve().parent
-MARK = "MAPLE_TRL_SOAK"
+MARK, OWN = "MAPLE_TRL_SOAK", uuid.uuid4().hex  # in the environment of all that this process starts
 PROCESSES = 2
 DECODER = "maple_trl.omni.media.decoder_process"
 POLL = 0.02
@@ -147,7 +148,7 @@ class Judge:
 
     def start(self) -> None:
         command = [sys.executable, "-S", str(HERE / "_soak_judge.py"), str(self.port), str(self.log)]
-        self.process = subprocess.Popen(command, env={**os.environ, MARK: "judge"})
+        self.process = subprocess.Popen(command, env={**os.environ, MARK: OWN})
         self.starts += 1
 
     def watch(self) -> None:
@@ -253,7 +254,7 @@ class Leg:
             "TMPDIR": str(self.scratch),
             "OMP_NUM_THREADS": "1",
             "PYTHONFAULTHANDLER": "1",
-            MARK: "run",
+            MARK: OWN,
         }
         self.starts += 1
         with open(self.log_path, "ab") as log:
@@ -450,7 +451,11 @@ def marked_processes() -> list[int]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if MARK in process.environ() and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get(MARK) == OWN
+                and process.pid != os.getpid()
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process.pid)
     return found
 

@@ -142,9 +142,12 @@ def finished(record: Mapping[str, Any], steps: int) -> list[Check]:
     planned = sum(KINDS[done["kind"]].ends_run for done in record["struck"])
     status = f"{record['step']} of {steps} steps, exit statuses {record['statuses']}"
     ended = f"{len(record['statuses']) - 1} ends before the last one, {planned} of them planned"
-    met = record["judge"].get("due", {})
+    met, killed = record["judge"].get("due", {}), sum(done["kind"] == "kill_judge" for done in record["struck"])
     waiting = {name: count for name, count in met.items() if count}
     missed = [f"{name} was not due by the end" for name in record["not_struck"]]
+    missed += [f"{killed} judges killed, {record['judge']['starts']} started"] * (
+        record["judge"]["starts"] != 1 + killed
+    )
     missed += [f"nothing was said of {kind}" for kind, texts in _SAID.items() if _unsaid(record, kind, texts)]
     missed += [f"the judge has {count} x {name} left" for name, count in waiting.items()]
     return [

@@ -1,5 +1,6 @@
 """The soak: what it schedules, what it takes for a loss, a leak or a difference, and itself, on a run that survives."""
 
+import dataclasses
 import json
 import os
 import random
@@ -20,7 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from _soak_faults import FAULTS  # noqa: E402
 from _soak_judge import grade_of  # noqa: E402
-from _soak_run import Judge  # noqa: E402
+from _soak_run import Judge, Leg, Options, marked_processes  # noqa: E402
 from _soak_schedule import HARMLESS, KINDS, LOSSY, draw_schedule  # noqa: E402
 from _soak_verdict import (  # noqa: E402
     Results,
@@ -153,16 +154,11 @@ def results(**changes):
     return Results(**{**found, "ids": IDS, "questions": dict.fromkeys(IDS, "what"), **changes})
 
 
+JUDGE = {"due": {}, "lost": [], "starts": 1}
+
+
 def record(**changes):
-    found = {
-        "step": 8,
-        "statuses": [0],
-        "hangs": [],
-        "struck": [],
-        "not_struck": [],
-        "said": [],
-        "judge": {"due": {}, "lost": []},
-    }
+    found = {"step": 8, "statuses": [0], "hangs": [], "struck": [], "not_struck": [], "said": [], "judge": JUDGE}
     return {**found, **changes}
 
 
@@ -184,7 +180,9 @@ def test_a_run_that_was_not_disturbed_passes():
         ({"statuses": [1, 0]}, "ended as planned"),
         ({"hangs": [{"phase": "step"}]}, "no hang"),
         ({"not_struck": ["kill_rank"]}, "every fault struck"),
-        ({"judge": {"due": {"429": 1}, "lost": []}}, "every fault struck"),
+        ({"judge": JUDGE | {"due": {"429": 1}}}, "every fault struck"),
+        ({"judge": JUDGE | {"starts": 2}}, "every fault struck"),
+        ({"struck": [{"kind": "kill_judge"}]}, "every fault struck"),
         ({"struck": [{"kind": "disk_full"}]}, "every fault struck"),
     ],
 )
@@ -251,13 +249,13 @@ def test_a_reward_that_is_missing_has_to_be_one_that_the_judge_lost():
 
     gone = line(3, 6, rewards={"accuracy_reward": 1.0, "answer_judge": None}, completion="<answer>B</answer>")
     lines = [*(line(i // 2, i % 8) for i in range(16) if i != 6), gone]
-    lost = {"due": {}, "lost": [_digest(gone, dict.fromkeys(IDS, "what"))]}
+    lost = JUDGE | {"lost": [_digest(gone, dict.fromkeys(IDS, "what"))]}
     told = [{"kind": "unrewarded", "count": 1, "text": ""}]
     run = results(lines=lines, left_out=told)
     assert not failing(losses_named(record(judge=lost), run, results()))
     for changed, judge in (
         (results(lines=lines), lost),  # not counted
-        (run, {"due": {}, "lost": []}),  # the judge has answered
+        (run, JUDGE),  # the judge has answered
         (results(left_out=told), lost),  # nothing is missing
     ):
         assert "lost rewards counted" in failing(losses_named(record(judge=judge), changed, results()))
@@ -312,6 +310,45 @@ def test_what_is_left_behind_is_found():
         "no file or socket left",
         "no shared memory left",
     }
+
+
+# The supervisor
+
+
+SMALL = Options(steps=60, save_steps=6, rows_per_tag=1, stop_seconds=1.0, rollouts=10, seed=1)
+
+
+def watched(tmp_path, program: str, **bounds: float) -> dict:
+    """What becomes of a program in the place of the run."""
+
+    class Stub(Leg):
+        command = property(lambda self: [sys.executable, "-S", "-c", program, str(self.out)])
+
+    options = dataclasses.replace(SMALL, bounds={"start": 60.0, "step": 60.0, "end": 60.0, **bounds})
+    leg = Stub("leg", tmp_path, tmp_path / "out", options, [], lambda leg, event: None)
+    found = leg.run()
+    assert not marked_processes()
+    return found
+
+
+LOGS = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); out.mkdir(); file = out / 'metrics.jsonl'; "
+
+
+@pytest.mark.slow
+def test_a_run_without_progress_is_a_hang_in_its_phase(tmp_path):
+    found = watched(tmp_path, "import time; time.sleep(600)", start=1.0)
+    assert found["hangs"] == [{"phase": "start", "step": 0, "start": 1}] and found["statuses"] == [None]
+    late = LOGS + "import time; time.sleep(.5); file.write_text('{\"step\": 3}\\n'); time.sleep(600)"
+    found = watched(tmp_path / "late", late, step=2.0)
+    assert found["hangs"] == [{"phase": "step", "step": 3, "start": 1}]
+    assert failing(finished(found, 60)) == {"finished", "no hang"}
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_again_and_again_is_given_up(tmp_path):
+    found = watched(tmp_path, "raise SystemExit(3)")
+    assert found["statuses"] == [3, 3, 3] and not found["hangs"]
+    assert failing(finished(found, 60)) == {"finished", "ended as planned"}
 
 
 # The soak itself
