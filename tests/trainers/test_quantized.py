@@ -28,6 +28,7 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.prefix import shared_prefix
 from maple_trl.omni.quantization import describe, named_scales
 from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.common.quantized import check_run
 
 
 pytestmark = pytest.mark.slow
@@ -293,6 +294,12 @@ def test_sharded_training_is_refused(build, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP does not go with"):
         build(model=NOWHERE)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    args = OmniGRPOConfig(use_cpu=True, bf16=False)
+    check_run(args, adapted=True)
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="DeepSpeed does not go with"):
+        check_run(args, adapted=True)
 
 
 def test_without_bitsandbytes_the_extra_is_named(build, monkeypatch):

@@ -29,7 +29,10 @@ def check_run(args: TrainingArguments, adapted: bool) -> None:
             "use_vllm does not go with weights of 4 or 8 bits: vLLM is sent whole weights after each update. Set use_vllm: "
             "false, or load the model without quantization"
         )
-    spread = {"FSDP": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"), "DeepSpeed": args.deepspeed_plugin is not None}
+    spread = {
+        "FSDP": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        "DeepSpeed": args.deepspeed_plugin is not None,
+    }
     for name in (name for name, used in spread.items() if used):
         raise ValueError(
             f"{name} does not go with weights of 4 or 8 bits in this version: train with DDP (each process holds them all), "
