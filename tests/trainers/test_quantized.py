@@ -28,6 +28,7 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.prefix import shared_prefix
 from maple_trl.omni.quantization import describe, named_scales
 from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.common.quantized import check_run
 
 
 pytestmark = pytest.mark.slow
@@ -122,18 +123,27 @@ def test_supervised(seven_tags, tmp_path, checkpoint, quantized):
 
 
 @pytest.mark.parametrize("quantized", KINDS)
-def test_sharing_prompts_is_training_as_without(build, quantized, monkeypatch):
+@pytest.mark.parametrize("kind", ["mapo", "avatar"])
+def test_sharing_prompts_is_training_as_without(build, kind, quantized, monkeypatch):
     """Of 4 bits in float32 as exactly as of whole weights; training with 8 bits on a CPU computes with what they stand for."""
 
     def run(shared):
-        trainer = build("mapo", KINDS[quantized], shared_prefix=shared, **SGD)
+        trainer, gradients = build(kind, KINDS[quantized], shared_prefix=shared, **SGD), []
+        watch_updates(trainer, gradients, [])
         trainer.train()
         assert bool(trainer._sharing) == (shared == "on")
-        return trainer, losses(trainer)
+        return (
+            trainer,
+            losses(trainer),
+            [{n: g.float() for n, g in step.items() if "lora_" in n} for step in gradients],
+        )
 
-    apart, expected = run("off")
-    together, found = run("on")
-    assert len(found) == 2 and found == pytest.approx(expected, abs=1e-6)
+    apart, expected, gradients = run("off")
+    together, found, others = run("on")
+    assert len(found) == 2 and found == pytest.approx(expected, abs=1e-6, rel=1e-4)
+    for step, other in zip(gradients, others, strict=True):  # rounded to bfloat16, as adapters are
+        most = max(gradient.norm() for gradient in step.values())
+        assert most > 0 and all((g - other[n]).norm() <= 0.01 * g.norm() + 1e-3 * most for n, g in step.items())
     for name, value in state(apart.model)[0].items():
         assert (value.float() - state(together.model)[0][name].float()).abs().max() <= 2e-3  # adapters are bfloat16
     pack = shared_prefix.pack
@@ -197,19 +207,22 @@ def test_no_input_is_kept_for_weights_that_have_no_gradient(build, quantized, mo
     assert (kept > 0) == (quantized == "int8")
 
 
-def test_a_resumed_run_is_the_whole_run(build, tmp_path):
+@pytest.mark.parametrize("quantized", KINDS)
+def test_a_resumed_run_is_the_whole_run(build, tmp_path, quantized):
+    own = KINDS[quantized]
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "beta": 0.05}
-    whole = build("grpo", NF4, **options)
+    whole = build("grpo", own, **options)
     whole.train()
     expected = state(whole.model)[0]
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     first = str(tmp_path / "run" / "checkpoint-2")
-    again = build("grpo", NF4, **options)
+    again = build("grpo", own, **options)
     again.train(resume_from_checkpoint=first)
     assert same(expected, state(again.model)[0])
     assert losses(again)[2:] == losses(whole)[2:]
-    for other in (INT8, {**NF4, "bnb_4bit_quant_type": "fp4"}, None):
-        with pytest.raises(ResumeError, match="other settings: quantization nf4, blocks of 64"):
+    told = {"nf4": "nf4, blocks of 64", "int8": "int8, threshold 6"}[quantized]
+    for other in (KINDS["int8" if quantized == "nf4" else "nf4"], {**NF4, "bnb_4bit_quant_type": "fp4"}, None):
+        with pytest.raises(ResumeError, match=f"other settings: quantization {told}"):
             build("grpo", other, **options).train(resume_from_checkpoint=first)
 
 
@@ -281,6 +294,12 @@ def test_sharded_training_is_refused(build, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP does not go with"):
         build(model=NOWHERE)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    args = OmniGRPOConfig(use_cpu=True, bf16=False)
+    check_run(args, adapted=True)
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="DeepSpeed does not go with"):
+        check_run(args, adapted=True)
 
 
 def test_without_bitsandbytes_the_extra_is_named(build, monkeypatch):

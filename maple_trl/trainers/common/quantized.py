@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
-from transformers.utils import strtobool
 
 from maple_trl.omni.quantization import as_config, is_quantized
 
@@ -30,16 +29,15 @@ def check_run(args: TrainingArguments, adapted: bool) -> None:
             "use_vllm does not go with weights of 4 or 8 bits: vLLM is sent whole weights after each update. Set use_vllm: "
             "false, or load the model without quantization"
         )
-    spread = {"FSDP": args.fsdp or _is_on("ACCELERATE_USE_FSDP"), "DeepSpeed": args.deepspeed_plugin is not None}
+    spread = {
+        "FSDP": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        "DeepSpeed": args.deepspeed_plugin is not None,
+    }
     for name in (name for name, used in spread.items() if used):
         raise ValueError(
             f"{name} does not go with weights of 4 or 8 bits in this version: train with DDP (each process holds them all), "
             "or load the model without quantization"
         )
-
-
-def _is_on(variable: str) -> bool:
-    return bool(strtobool(os.environ.get(variable, "false")))
 
 
 def model_options(
