@@ -26,7 +26,8 @@ from maple_trl.planning.sizes import (
 def test_families_without_sizes_are_refused_by_name(name):
     model, _ = tiny_models.build_tiny(name)
     with pytest.raises(
-        ValueError, match=f"sizes of the model type '{name}' are not known; those of qwen2_5_omni_thinker"
+        ValueError,
+        match=f"sizes of the model type '{model.config.model_type}' are not known; those of qwen2_5_omni_thinker",
     ):
         read_sizes(model.config.to_dict())
 
