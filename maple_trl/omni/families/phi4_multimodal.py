@@ -146,12 +146,7 @@ class Phi4MultimodalFamily(OmniFamily):
         return embedder(ids, places, **inputs)[0]
 
     def core_inputs(self, core, input_ids, features, unneeded=()):
-        embeddings = core.get_input_embeddings()(input_ids)
-        for kind, of_prompts in features.items():
-            embeddings = self.scattered(embeddings, input_ids, kind, of_prompts)
-        for zero in unneeded:
-            embeddings = embeddings + zero.to(embeddings.dtype)
-        return {"inputs_embeds": embeddings, "input_ids": None}
+        return self.scattered_inputs(core, input_ids, features, unneeded)
 
     def dummy_inputs(self, kind):
         if kind == "audio":
