@@ -110,24 +110,59 @@ def test_an_evaluation_answers_every_row(family, data, tmp_path):
     assert any(line["completion"] for line in lines)
 
 
-@pytest.mark.parametrize("family", ["phi4_multimodal"])
-def test_two_processes_train_as_one_does(family, data, tmp_path):
-    """DDP waits for every gradient, while one process has pictures and sounds that the other has not."""
+FSDP = {
+    "ACCELERATE_USE_CPU": "false",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+# accelerate shards over processes of GPUs alone.
+SPREAD = """
+import sys
+from accelerate.state import DistributedType, PartialState
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+from maple_trl import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "way"), [("phi4_multimodal", "ddp"), ("phi4_multimodal", "fsdp2"), ("video_llama_3", "fsdp2")]
+)
+def test_two_processes_train_as_one_does(family, way, data, tmp_path):
+    """Each waits for every gradient or weight, while one has pictures and sounds that the other has not."""
     options = OPTIONS | TRAINERS["omni_sft"] | {"trainer": "omni_sft", "media_root": str(data), "save_steps": 2}
     options |= {"model_name_or_path": str(save_tiny(family, tmp_path / "model")), "ddp_find_unused_parameters": False}
-    options |= {"dataset_name": str(data / f"{family}.jsonl"), "optim": "sgd", "learning_rate": 0.1}
+    options |= {
+        "dataset_name": str(data / f"{family}.jsonl"),
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
     weights = {}
     for processes in (1, 2):
         out = tmp_path / f"out{processes}"
         options |= {"output_dir": str(out), "per_device_train_batch_size": 2 // processes}
-        (tmp_path / f"{processes}.yaml").write_text(yaml.safe_dump(options))
-        words = ["-m", "maple_trl.cli", "train", "--config", tmp_path / f"{processes}.yaml"]
+        spread = processes == 2 and way == "fsdp2"
+        (tmp_path / f"{processes}.yaml").write_text(
+            yaml.safe_dump(options | ({"use_cpu": False, "ddp_backend": "gloo"} if spread else {}))
+        )
+        words = [
+            *(["-c", SPREAD] if spread else ["-m", "maple_trl.cli"]),
+            "train",
+            "--config",
+            tmp_path / f"{processes}.yaml",
+        ]
         log = tmp_path / f"{processes}.log"
-        assert Ranks(processes, words, log).wait() == 0, log.read_text()[-3000:]
+        assert Ranks(processes, words, log, FSDP if spread else None).wait() == 0, log.read_text()[-3000:]
         weights[processes] = load_file(out / "checkpoint-2" / "model.safetensors")
+    # As accelerate writes it where it is spread.
+    assert (out / "checkpoint-2" / "optimizer.bin").exists() == (way == "fsdp2")
     start = load_file(tmp_path / "model" / "model.safetensors")
     assert any(not torch.equal(start[name], value) for name, value in weights[1].items())
     for name, value in weights[1].items():
-        torch.testing.assert_close(
-            weights[2][name], value, rtol=1e-4, atol=1e-5, msg=lambda told, name=name: f"{name}: {told}"
-        )
+        message = lambda told, name=name: f"{name}: {told}"  # noqa: E731
+        torch.testing.assert_close(weights[2][name], value, rtol=1e-4, atol=1e-5, msg=message)

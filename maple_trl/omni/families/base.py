@@ -405,6 +405,25 @@ class OmniFamily(PromptEncoder):
                 inputs["input_ids"] = None  # the vision-language cores take one of the two
         return inputs
 
+    def scattered_inputs(
+        self,
+        core: nn.Module,
+        input_ids: Tensor,
+        features: Mapping[str, Sequence[Features]],
+        unneeded: Sequence[Tensor] = (),
+    ) -> dict[str, Any]:
+        """
+        Return what `core_inputs` does, with everything in the embeddings: for any core that takes them in the place of tokens.
+
+        Tokens are embedded once then, whatever a row holds, as FSDP wants it where it gathers embeddings by themselves.
+        """
+        embeddings = core.get_input_embeddings()(input_ids)
+        for kind, of_prompts in features.items():
+            embeddings = self.scattered(embeddings, input_ids, kind, of_prompts)
+        for zero in unneeded:
+            embeddings = embeddings + zero.to(embeddings.dtype)
+        return {"inputs_embeds": embeddings, "input_ids": None}
+
     def scattered(self, embeddings: Tensor, input_ids: Tensor, kind: str, features: Sequence[Features]) -> Tensor:
         """Return embeddings of shape (B, T, hidden) with the features of a kind in the place of its placeholders."""
         tokens = torch.cat([prompt["tokens"] for prompt in features]).to(embeddings.dtype)

@@ -141,15 +141,12 @@ class Phi4MultimodalFamily(OmniFamily):
         """Have media read into the place of placeholders alone: the model gives features in no other way."""
         weight = core.get_input_embeddings().weight
         ids = torch.full((1, count), self.placeholder_ids[kind], device=weight.device)
-        return embedder(ids, weight.new_zeros(1, count, self.config.hidden_size), **inputs)[0]
+        # Not like the weight, which can be a part of one.
+        places = torch.zeros(1, count, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
+        return embedder(ids, places, **inputs)[0]
 
     def core_inputs(self, core, input_ids, features, unneeded=()):
-        embeddings = core.get_input_embeddings()(input_ids)
-        for kind, of_prompts in features.items():
-            embeddings = self.scattered(embeddings, input_ids, kind, of_prompts)
-        for zero in unneeded:
-            embeddings = embeddings + zero.to(embeddings.dtype)
-        return {"inputs_embeds": embeddings, "input_ids": None}
+        return self.scattered_inputs(core, input_ids, features, unneeded)
 
     def dummy_inputs(self, kind):
         if kind == "audio":
@@ -186,5 +183,6 @@ def _zero_of_projections(embedder):
     total = 0.0
     for mode in ("speech", "vision_speech"):
         up, down = getattr(embedder, f"up_proj_for_{mode}"), getattr(embedder, f"down_proj_for_{mode}")
-        total = total + down(F.gelu(up(up.weight.new_zeros(1, up.in_features)))).sum()
+        nothing = torch.zeros(1, up.in_features, dtype=up.weight.dtype, device=up.weight.device)
+        total = total + down(F.gelu(up(nothing))).sum()
     return 0.0 * total

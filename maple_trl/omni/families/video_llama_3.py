@@ -57,6 +57,9 @@ class VideoLlama3Family(OmniFamily):
         read = core.get_image_features if kind == "image" else core.get_video_features
         return {"tokens": torch.cat(read(**media, return_dict=True).pooler_output)[kept]}
 
+    def core_inputs(self, core, input_ids, features, unneeded=()):
+        return self.scattered_inputs(core, input_ids, features, unneeded)
+
     def dummy_inputs(self, kind):
         processor = self.processor.image_processor if kind == "image" else self.processor.video_processor
         patch, merge = 3 * processor.temporal_patch_size * processor.patch_size**2, processor.merge_size
