@@ -1,5 +1,6 @@
 """Groups whose free places are filled with completions of other prompts."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -107,6 +108,8 @@ def test_a_clip_that_is_gone_is_named_and_its_completions_discarded(data, tmp_pa
     monkeypatch.setattr(trainer, "_row_and_prompt", sometimes)
     trainer.train()
     assert gone and [prompt.key for prompt in trainer.row_encoder.quarantined] == [prompt_key(gone[0])]
+    written = json.loads((tmp_path / "quarantine.json").read_text())
+    assert [(row["key"], row["reason"]) for row in written] == [(prompt_key(gone[0]), "not-found")]
     assert not any(e.prompt == gone[0] for e in contents_of(trainer))
     assert logs(trainer)[-1]["replay/discarded"] > 0 and "are not replayed" in caplog.text
 

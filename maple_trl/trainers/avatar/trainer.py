@@ -352,6 +352,7 @@ class AvatarTrainer(MAPOTrainer):
         for _, key, error in lost:
             self.row_encoder.registries["train_dataset"].add(key, error)
         if lost:
+            self._write_quarantine()
             self._discard_quarantined()
         return found, {place for place, *_ in lost}
 
