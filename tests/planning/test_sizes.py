@@ -1,11 +1,13 @@
 """Sizes read from a configuration, against the models that transformers builds of it, and against what others publish."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import tiny_models
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maple_trl.omni.families import family_for
@@ -99,13 +101,20 @@ def test_a_full_omni_model_is_planned_by_its_thinker():
     assert read_sizes(whole).parameters == read_sizes(config).parameters
 
 
+@contextmanager
+def counting():
+    """Count operations of torch, which knows those of its attention kernels for CPUs from version 2.15 on alone."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 @pytest.mark.parametrize("name", tiny_models.QWEN)
 def test_operations_are_those_that_torch_counts(name):
     """Of a text, a forward with all logits; torch counts whole squares of attention, and not the products of experts."""
     model, _ = tiny_models.build_tiny(name)
     text, rows, length = replace(read_sizes(model.config.to_dict()).text, chosen=0), 2, 24
     ids = torch.randint(20, 60, (rows, length))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counting() as counter, torch.no_grad():
         model(input_ids=ids, use_cache=False)
     computed = text.operations(Work(rows * length, rows * length**2, rows * length))
     assert counter.get_total_flops() == pytest.approx(computed, rel=0.02)
@@ -120,7 +129,7 @@ def test_operations_of_towers_are_those_that_torch_counts(name):
     batch = tiny_models.encode_sample(name, processor, [sample])
     core, pixels = family.core(model), 4 * spec.frame_multiple
     tokens = {kind: int((batch["input_ids"] == family.placeholder_ids[kind]).sum()) for kind in family.placeholder_ids}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counting() as counter, torch.no_grad():
         core.visual(batch["pixel_values_videos"], grid_thw=batch["video_grid_thw"])
     media = Media(tokens["video"], 0, pixels, pixels)
     assert counter.get_total_flops() == pytest.approx(sizes.vision.operations(media), rel=0.02)
@@ -130,7 +139,7 @@ def test_operations_of_towers_are_those_that_torch_counts(name):
         features = batch["input_features"].permute(0, 2, 1)[mask].T
         lengths = mask.sum(-1)
         more = {"aftercnn_lens": (lengths - 1) // 2 + 1} if name == "qwen2_5_omni" else {}
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with counting() as counter, torch.no_grad():
             core.audio_tower(features, feature_lens=lengths, **more)
         assert counter.get_total_flops() == pytest.approx(sizes.audio.operations(media), rel=0.1)
 
