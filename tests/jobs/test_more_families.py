@@ -57,7 +57,7 @@ def data(seven_tags):
     folder, dataset = seven_tags
     pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "still.png")
-    for name, tags in TAGS.items():
+    for name, tags in (TAGS | {"qwen2_5_vl": TAGS["video_llama_3"]}).items():
         rows = []
         for row in dataset.to_list():
             if row["tag"] in tags:
@@ -131,7 +131,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("family", "way"), [("phi4_multimodal", "ddp"), ("phi4_multimodal", "fsdp2"), ("video_llama_3", "fsdp2")]
+    ("family", "way"),
+    [("phi4_multimodal", "ddp"), *((name, "fsdp2") for name in ("phi4_multimodal", "video_llama_3", "qwen2_5_vl"))],
 )
 def test_two_processes_train_as_one_does(family, way, data, tmp_path):
     """Each waits for every gradient or weight, while one has pictures and sounds that the other has not."""

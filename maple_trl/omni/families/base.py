@@ -385,10 +385,11 @@ class OmniFamily(PromptEncoder):
             features: by kind, those of each prompt that has any, in the order of the placeholders.
             unneeded: zeros that depend on towers which have nothing to read; they are added to what is read.
         """
-        token_embeddings = embeddings = core.get_input_embeddings()(input_ids)
+        vision = {kind: list(features[kind]) for kind in ("image", "video") if kind in features}
+        # Here or in the core, but once in every row: FSDP 2 gathers the embeddings by themselves each time.
+        embeddings = core.get_input_embeddings()(input_ids) if "audio" in features or not vision else None
         if "audio" in features:
             embeddings = self.scattered(embeddings, input_ids, "audio", features["audio"])
-        vision = {kind: list(features[kind]) for kind in ("image", "video") if kind in features}
         # Beside what is needed, and after all towers, so that the backward pass takes these in the same order everywhere.
         for zero in unneeded:
             if not vision:
@@ -399,7 +400,7 @@ class OmniFamily(PromptEncoder):
         inputs: dict[str, Any] = {}
         if vision:
             inputs["mm_encoder_outputs"] = {kind: _vision_outputs(of_kind) for kind, of_kind in vision.items()}
-        if embeddings is not token_embeddings:
+        if embeddings is not None:
             inputs["inputs_embeds"] = embeddings
             if not vision:
                 inputs["input_ids"] = None  # the vision-language cores take one of the two
