@@ -286,10 +286,8 @@ class PromptBuilder:
         """Check what can be asked of no clip before one is decoded."""
         try:
             request.limits(self.loader.limits)
-            if kind != "audio" and kind in self.family.placeholders:
-                least = self.family.frame_multiple**2
-                if request.max_pixels is not None and request.max_pixels < least:
-                    raise ValueError(f"max_pixels={request.max_pixels} is less than one patch, {least} pixels")
+            if request.max_pixels is not None and kind in self.family.placeholders:
+                self.family.check_pixels(request.max_pixels)
         except ValueError as error:
             raise RowError(f"a '{kind}' block of field 'prompt': {in_block_words(str(error), kind)}") from error
 
@@ -647,14 +645,21 @@ def _track(video: MediaFile) -> MediaFile:
     return MediaFile(video.path, ClipRequest(start=video.request.start, end=video.request.end))
 
 
+def _described(value: Any) -> str:
+    """Return a value that is short, and the type of any other."""
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+
+
 def _as_files(row: Mapping[str, Any], name: str) -> tuple[MediaFile, ...]:
     value = row.get(name)
     if not value:
         return ()
     values = [path_of(item) for item in (value if isinstance(value, list) else [value])]
     if not all(isinstance(file, str) and file for file in values):
+        wrong = next(item for item in values if not (isinstance(item, str) and item))
         raise RowError(
-            f"field '{name}' is {type(value).__name__}; it must be a path below the media root, or a list of paths "
+            f"field '{name}' {'holds' if isinstance(value, list) else 'is'} {_described(wrong)}; it must be a path below "
+            "the media root, or a list of paths "
             "(keep decoded arrays out of the table: they turn into nested lists)"
         )
     return tuple(map(MediaFile, values))

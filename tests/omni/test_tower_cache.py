@@ -145,7 +145,8 @@ def test_a_scale_that_is_no_parameter_decides_too(seven_tags, tmp_path):
     world.core.vision_tower.std_bias.add_(0.5)
     after = world.logits(cache)
     assert (
-        cache.misses == 2 * len({p.media_digest("video") for p in world.prompts}) and (before - after).abs().max() > 1e-3
+        cache.misses == 2 * len({p.media_digest("video") for p in world.prompts})
+        and (before - after).abs().max() > 1e-3
     )
     torch.testing.assert_close(after, world.logits(None), atol=ROUNDING, rtol=0)
 

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from media_files import cut, tone, write_audio, write_video
 from omni_runs import build_config, build_trainer, spread_reward
+from PIL import Image
 from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import OmniGRPOTrainer
@@ -128,6 +129,10 @@ def test_a_misspelt_media_column_is_refused(folder, wrong, right):
 def test_the_start_says_what_rows_are_fed(folder, capsys):
     build_trainer(folder, rows("good0.mp4", "good1.mp4"))
     assert "train_dataset: 2 rows; fed video 2, audio 2, subtitle 0" in capsys.readouterr().out
+    Image.new("RGB", (56, 56)).save(folder / "seen.png")
+    columns = {"video": ["good0.mp4", None, None], "image": [None, "seen.png", None], "subtitle": [None, None, "Red."]}
+    build_trainer(folder, Dataset.from_dict({"prompt": [QUESTION] * 3, **columns}))
+    assert "train_dataset: 3 rows; fed image 1, video 1, audio 0, subtitle 1" in capsys.readouterr().out
 
 
 def test_many_broken_files_do_not_flood_the_log(folder, caplog):

@@ -118,7 +118,7 @@ class RowRegistry:
             self._rows_of.setdefault(key, []).append(i)
         if probe:
             self._probe(known, progress)
-        self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
+        self._fed = Counter(what for spec in specs if spec.key not in self.quarantined for what in _fed(spec))
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
         self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
         self.changed_files: set[str] = set()  # of prompts that show something else than when the run began
@@ -294,8 +294,13 @@ class RowRegistry:
         )
 
     def fed_summary(self) -> str:
-        """Return how many usable rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
-        counts = ", ".join(f"{m.name.lower()} {self._fed[m]}" for m in Modality)
+        """
+        Return how many usable rows are fed what, e.g. `448 rows; fed video 256, audio 256, subtitle 256`.
+
+        Pictures are named where there are any.
+        """
+        names = ["image"] * ("image" in self._fed) + ["video", "audio", "subtitle"]
+        counts = ", ".join(f"{name} {self._fed[name]}" for name in names)
         return f"{len(self._keys) - len(self.left_out)} rows; fed {counts}"
 
     # State
@@ -331,6 +336,11 @@ class RowRegistry:
 
     def _content(self) -> str:
         return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
+
+
+def _fed(spec: PromptSpec) -> set[str]:
+    """Return what a prompt is fed: kinds of media, and `subtitle`."""
+    return {*spec.kinds, *(["subtitle"] if Modality.SUBTITLE in spec.fed else [])}
 
 
 def _files(spec: PromptSpec) -> list[tuple[str, ClipRequest | str]]:
