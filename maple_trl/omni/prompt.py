@@ -336,6 +336,10 @@ class PromptBuilder:
         """Decode the clips of a row, or of its spec, into the loader's cache."""
         self._media(row if isinstance(row, PromptSpec) else self.spec(row))
 
+    def check_image(self, path: str, request: ClipRequest) -> None:
+        """Check a picture by its header, as far as that tells. Raises [`MediaError`]."""
+        self.loader.check_image(path, multiple=self.family.frame_multiple, request=request)
+
     def stand_in(self) -> EncodedPrompt:
         """Return the shortest of prompts, for where one has to be passed and there is none."""
         return self.encode({"prompt": [{"role": "user", "content": "."}]})
@@ -439,7 +443,7 @@ class PromptBuilder:
         audio_tokens = sum(self._audio_tokens(clip) for clip in audios if clip is not None)
         budget = self.max_media_tokens - audio_tokens
         images, videos = self._seen_within(budget, spec)
-        needed = sum(map(self._image_tokens, images)) + sum(map(self._video_tokens, videos))
+        needed = self._seen_tokens(images, videos)
         if needed > budget:
             raise MediaError(
                 "media-tokens",
@@ -460,12 +464,19 @@ class PromptBuilder:
         steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips) + len(spec.images)
         if not steps:
             return [], []
-        try:
-            return self._seen(spec, max(budget // steps, 1) * self.family.frame_multiple**2)
-        except MediaError as error:
-            if error.reason != "bad-aspect-ratio":
-                raise
-            return self._seen(spec)  # nothing smaller of this shape
+        least, seen = self.family.frame_multiple**2, None
+        area = max(budget // steps, 1) * least
+        while True:
+            try:
+                seen = self._seen(spec, area)
+            except MediaError as error:
+                if error.reason != "bad-aspect-ratio":
+                    raise
+                return seen or self._seen(spec)  # nothing smaller of this shape
+            needed = self._seen_tokens(*seen)
+            if needed <= budget or area <= least:
+                return seen
+            area = max(area * max(budget, 1) // needed, least)  # where a token covers less than a patch of a frame
 
     def _frame_count(self, path: str, request: ClipRequest) -> int:
         return self.loader.frame_count(path, request=request)
@@ -485,11 +496,9 @@ class PromptBuilder:
             )
         return clip
 
-    def _image_tokens(self, picture: Picture) -> int:
-        return self.family.image_token_count(*picture.pixels.shape[:2])
-
-    def _video_tokens(self, clip: VideoClip) -> int:
-        return self.family.video_token_count(*clip.frames.shape[:3])
+    def _seen_tokens(self, images: Sequence[Picture], videos: Sequence[VideoClip]) -> int:
+        tokens = sum(self.family.image_token_count(*picture.pixels.shape[:2]) for picture in images)
+        return tokens + sum(self.family.video_token_count(*clip.frames.shape[:3]) for clip in videos)
 
     def _audio_tokens(self, clip: AudioClip) -> int:
         return self.family.audio_tokens_of(clip)
@@ -646,8 +655,8 @@ def _track(video: MediaFile) -> MediaFile:
 
 
 def _described(value: Any) -> str:
-    """Return a value that is short, and the type of any other."""
-    return repr(value) if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+    """Return the type of a value, and one that is empty itself."""
+    return repr(value) if value is None or value == "" else type(value).__name__
 
 
 def _as_files(row: Mapping[str, Any], name: str) -> tuple[MediaFile, ...]:

@@ -248,8 +248,20 @@ def test_streamed_rows_train_and_a_broken_one_is_an_error(folder):
     trainer.train()
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
     trainer = build_trainer(folder, stream("empty.mp4", "good1.mp4"))
-    with pytest.raises(MediaError, match="empty-file"):
+    with pytest.raises(MediaError, match=r"empty-file: empty.mp4: 0 bytes \(the row whose 'prompt' \[\{"):
         trainer.train()
+
+
+def test_a_picture_of_no_size_within_the_limits_is_found_before_training(folder):
+    for name, size in {"fits.png": (60, 90), "thin.png": (2, 900)}.items():
+        Image.new("RGB", size).save(folder / name)
+    data = Dataset.from_dict({"prompt": [QUESTION] * 3, "image": ["thin.png", "fits.png", "fits.png"]})
+    registry = build_trainer(folder, data).row_encoder.registries["train_dataset"]
+    assert registry.left_out == [0] and registry.reasons() == {"bad-aspect-ratio": 1}
+    with pytest.raises(
+        ValueError, match="no usable row is left: 3 rows quarantined .3 bad-aspect-ratio; first thin.png"
+    ):
+        build_trainer(folder, data, min_pixels=3136, max_pixels=3136)  # a square, or a picture as thin as it
 
 
 def test_duplicate_rows_are_left_out_together(folder):
