@@ -35,9 +35,8 @@ from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.content import MARK
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import Source
-from maple_trl.omni.media.pictures import image_header
-from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
+from maple_trl.omni.media.tasks import Task, perform
 
 
 KINDS: Mapping[str, str] = MappingProxyType(
@@ -53,7 +52,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "reference": "a caption without the references of its tag's signals",
         "split": "a clip in two splits, or a row in another split than its file",
         "path": "a path that does not lie below the media root",
-        "file": "a file that is not there, or is no picture where one must be",
+        "file": "a file that is not there, lies elsewhere by a link, or is no picture where one must be",
         "image": "pictures in two columns",
         "signal": "a tag that asks for a signal of which the row has no medium",
         "provenance": "an entry that does not say which field, and who",
@@ -435,10 +434,13 @@ class _RowChecker:
     def _file_fault(self, path: str, is_picture: bool) -> str | None:
         assert self.root is not None
         try:
-            if not (self.root / path).is_file():
+            real = os.path.realpath(self.root / path)
+            if not os.path.isfile(real):
                 return f"there is no such file in {self.root}"
         except (OSError, ValueError):  # too long a name, a zero byte
             return f"there is no such file in {self.root}"
+        if not Path(real).is_relative_to(os.path.realpath(self.root)):
+            return f"that is a link which leads out of {self.root}"
         fault = picture_fault(self.root / path) if is_picture else None
         return fault and f"that is no picture that can be fed: {fault}"
 
@@ -486,7 +488,10 @@ def _stratum_faults(row: Mapping[str, Any], tag: ModalityTag | None, required: M
 def picture_fault(path: Path) -> str | None:
     """Return why a file is no picture that can be fed, by what its header says; `None` where it is one."""
     try:
-        image_header(Source(path.name, str(path), (0, path.stat().st_size)), MediaLimits())
+        size = path.stat().st_size
+        if not size:
+            return "empty-file: 0 bytes"
+        perform(Task("image-header", Source(path.name, str(path), (0, size))))
     except MediaError as error:
         return f"{error.reason}: {error.detail}"
     except OSError as error:

@@ -145,17 +145,21 @@ def check_model(
                 training_args.check_for_media()
             except ValueError as error:
                 raise SetupError(str(error)) from error
-        stand_in = family.stand_in(config)
-        asked = _check_prompts(stand_in, training_args, train)
         beside = name != folder and processor_beside(folder)
         try:
             of_model = folder if beside else name
-            stand_in.processor = load_processor(of_model, **options) if other is None else load_processor(other)
+            processor = load_processor(of_model, **options) if other is None else load_processor(other)
             if other is not None:
-                check_tokens(stand_in.processor, config, other)
-            stand_in.check_pixels(training_args.max_pixels)
+                check_tokens(processor, config, other)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SetupError(f"{'' if 'pixels' in str(error) else 'model_name_or_path: '}{error}") from error
+            _check_prompts(MessageEncoder(), training_args, train)
+            raise SetupError(f"model_name_or_path: {error}") from error
+        stand_in = family.stand_in(config, processor)
+        try:
+            stand_in.check_pixels(training_args.max_pixels)
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        asked = _check_prompts(stand_in, training_args, train)
         try:
             check_template(_prompt_builder(stand_in, training_args), asked["prompt"], asked)
         except ValueError as error:

@@ -43,7 +43,7 @@ SEGMENT_KEYS = {
 _FILE_KEYS = {kind: (kind, "path") for kind in SEGMENT_KEYS}
 _URL_BLOCKS = ("image_url", "video_url", "audio_url")
 _URL_ADVICE = """. Name the file below the media root: {{"type": "{kind}", "{kind}": "path"}}"""
-_QUOTING = "text that only quotes a mark writes it otherwise, as &lt;video&gt;"
+_QUOTING = "text that only quotes a mark writes it otherwise, as &lt;{kind}&gt;"
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,12 @@ def check_places(content: Content, columns: Mapping[str, int]) -> None:
         if places and named:
             raise RowError(
                 f"field 'prompt' holds {places} <{kind}> mark(s) or '{kind}' block(s) without a file, and {named} '{kind}' "
-                f"block(s) with one: which belongs where cannot be told. Keep one way; {_QUOTING}"
+                f"block(s) with one: which belongs where cannot be told. Keep one way; {_QUOTING.format(kind=kind)}"
             )
         if places and places != columns[kind]:
             raise RowError(
                 f"field 'prompt' holds {places} <{kind}> mark(s) or '{kind}' block(s) without a file, but field '{kind}' "
-                f"names {columns[kind]} file(s): give each its file; {_QUOTING}"
+                f"names {columns[kind]} file(s): give each its file; {_QUOTING.format(kind=kind)}"
             )
 
 

@@ -286,10 +286,8 @@ class PromptBuilder:
         """Check what can be asked of no clip before one is decoded."""
         try:
             request.limits(self.loader.limits)
-            if kind != "audio" and kind in self.family.placeholders:
-                least = self.family.frame_multiple**2
-                if request.max_pixels is not None and request.max_pixels < least:
-                    raise ValueError(f"max_pixels={request.max_pixels} is less than one patch, {least} pixels")
+            if request.max_pixels is not None and kind in self.family.placeholders:
+                self.family.check_pixels(request.max_pixels)
         except ValueError as error:
             raise RowError(f"a '{kind}' block of field 'prompt': {in_block_words(str(error), kind)}") from error
 
@@ -337,6 +335,10 @@ class PromptBuilder:
     def decode(self, row: Mapping[str, Any] | PromptSpec) -> None:
         """Decode the clips of a row, or of its spec, into the loader's cache."""
         self._media(row if isinstance(row, PromptSpec) else self.spec(row))
+
+    def check_image(self, path: str, request: ClipRequest) -> None:
+        """Check a picture by its header, as far as that tells. Raises [`MediaError`]."""
+        self.loader.check_image(path, multiple=self.family.frame_multiple, request=request)
 
     def stand_in(self) -> EncodedPrompt:
         """Return the shortest of prompts, for where one has to be passed and there is none."""
@@ -441,7 +443,7 @@ class PromptBuilder:
         audio_tokens = sum(self._audio_tokens(clip) for clip in audios if clip is not None)
         budget = self.max_media_tokens - audio_tokens
         images, videos = self._seen_within(budget, spec)
-        needed = sum(map(self._image_tokens, images)) + sum(map(self._video_tokens, videos))
+        needed = self._seen_tokens(images, videos)
         if needed > budget:
             raise MediaError(
                 "media-tokens",
@@ -462,12 +464,19 @@ class PromptBuilder:
         steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips) + len(spec.images)
         if not steps:
             return [], []
-        try:
-            return self._seen(spec, max(budget // steps, 1) * self.family.frame_multiple**2)
-        except MediaError as error:
-            if error.reason != "bad-aspect-ratio":
-                raise
-            return self._seen(spec)  # nothing smaller of this shape
+        least, seen = self.family.frame_multiple**2, None
+        area = max(budget // steps, 1) * least
+        while True:
+            try:
+                seen = self._seen(spec, area)
+            except MediaError as error:
+                if error.reason != "bad-aspect-ratio":
+                    raise
+                return seen or self._seen(spec)  # nothing smaller of this shape
+            needed = self._seen_tokens(*seen)
+            if needed <= budget or area <= least:
+                return seen
+            area = max(area * max(budget, 1) // needed, least)  # where a token covers less than a patch of a frame
 
     def _frame_count(self, path: str, request: ClipRequest) -> int:
         return self.loader.frame_count(path, request=request)
@@ -487,11 +496,9 @@ class PromptBuilder:
             )
         return clip
 
-    def _image_tokens(self, picture: Picture) -> int:
-        return self.family.image_token_count(*picture.pixels.shape[:2])
-
-    def _video_tokens(self, clip: VideoClip) -> int:
-        return self.family.video_token_count(*clip.frames.shape[:3])
+    def _seen_tokens(self, images: Sequence[Picture], videos: Sequence[VideoClip]) -> int:
+        tokens = sum(self.family.image_token_count(*picture.pixels.shape[:2]) for picture in images)
+        return tokens + sum(self.family.video_token_count(*clip.frames.shape[:3]) for clip in videos)
 
     def _audio_tokens(self, clip: AudioClip) -> int:
         return self.family.audio_tokens_of(clip)
@@ -647,14 +654,21 @@ def _track(video: MediaFile) -> MediaFile:
     return MediaFile(video.path, ClipRequest(start=video.request.start, end=video.request.end))
 
 
+def _described(value: Any) -> str:
+    """Return the type of a value, and one that is empty itself."""
+    return repr(value) if value is None or value == "" else type(value).__name__
+
+
 def _as_files(row: Mapping[str, Any], name: str) -> tuple[MediaFile, ...]:
     value = row.get(name)
     if not value:
         return ()
     values = [path_of(item) for item in (value if isinstance(value, list) else [value])]
     if not all(isinstance(file, str) and file for file in values):
+        wrong = next(item for item in values if not (isinstance(item, str) and item))
         raise RowError(
-            f"field '{name}' is {type(value).__name__}; it must be a path below the media root, or a list of paths "
+            f"field '{name}' {'holds' if isinstance(value, list) else 'is'} {_described(wrong)}; it must be a path below "
+            "the media root, or a list of paths "
             "(keep decoded arrays out of the table: they turn into nested lists)"
         )
     return tuple(map(MediaFile, values))

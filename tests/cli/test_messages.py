@@ -157,8 +157,8 @@ TRAIN = [
     ({"dataset_name": "video_path.jsonl"}, "has the column 'video_path', which is not read, and no column 'video'"),
     ({"dataset_name": "tag_case.jsonl"}, "has the column 'Tag', which is not read, and no column 'tag'"),
     (
-        {"dataset_name": "image.jsonl"},
-        "column 'image': 8 of 8 rows have a picture, the first is row 0. Omni prompts hold video",
+        {"model_name_or_path": "builtin:tiny-omni", "dataset_name": "block.jsonl"},
+        "row 0: a 'image' block of field 'prompt': max_pixels=100 is less than one patch of this model, 28x28 pixels",
     ),
     ({"dataset_name": "absent.jsonl"}, "8 rows quarantined (8 not-found; first gone.mp4); media are looked for below"),
     ({"dataset_name": "outside.jsonl"}, "(8 outside-media-root; first ../x.mp4)"),
@@ -260,7 +260,7 @@ TRAIN = [
     ({"min_pixels": 999999}, "min_pixels=999999 is above max_pixels=100352"),
     (
         {"model_name_or_path": "builtin:tiny-omni", "min_pixels": 1, "max_pixels": 500},
-        "smallest frame of this model, 28x28",
+        "less than one patch of this model, 28x28",
     ),
     ({"min_pixels": 0}, "min_pixels must be positive"),
     ({"summary_file": "."}, "summary_file: . is a folder"),
@@ -344,7 +344,8 @@ def mistakes(here, models):
     write_rows("no_content.jsonl", ROW | {"prompt": [{"role": "user", "text": "what color"}]})
     write_rows("video_path.jsonl", ROW | {"video_path": "a.mp4"})
     write_rows("tag_case.jsonl", without(ROW, "tag") | {"Tag": "S"})
-    write_rows("image.jsonl", ROW | {"image": "a.png"})
+    block = {"type": "image", "image": "a.png", "max_pixels": 100}
+    write_rows("block.jsonl", ROW | {"prompt": [{"role": "user", "content": [block]}], "tag": "V"})
     write_rows("absent.jsonl", ROW | {"video": "gone.mp4", "tag": "V"})
     write_rows("outside.jsonl", ROW | {"video": "../x.mp4", "tag": "V"})
     files = {

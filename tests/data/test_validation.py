@@ -22,7 +22,7 @@ from maple_trl.data.validation import KINDS, signals, validate_tables
 from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.jobs.tables import read_tables
 from maple_trl.modalities import Modality
-from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.media.loader import MediaError, MediaLoader
 from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.prompt import PromptBuilder
 
@@ -247,6 +247,29 @@ def test_a_picture_must_be_one(tmp_path):
     messages = [problem.message for problem in report.shown["file"]]
     assert "names '1.png', and that is no picture that can be fed: not-media: " in messages[0]
     assert "names '2.png', and there is no such file in" in messages[1]
+
+
+def test_pictures_are_judged_as_training_judges_them(tmp_path):
+    """Also those on whose header Pillow fails by other errors than its own, and those that lie elsewhere."""
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "elsewhere.png")
+    Image.new("RGB", (40, 40), "red").save(root / "whole.webp")
+    (root / "0.png").symlink_to(tmp_path / "elsewhere.png")
+    (root / "1.png").write_bytes((tmp_path / "elsewhere.png").read_bytes()[:20])
+    (root / "2.png").write_bytes(b"")
+    (root / "3.png").write_bytes((root / "whole.webp").read_bytes()[:20])
+    rows = [question(n, video=None, tag="V", image=f"{n}.png") for n in range(4)]
+    report = validate_tables([write_jsonl(tmp_path / "train.jsonl", rows)], media_root=root)
+    messages = [problem.message for problem in report.shown["file"]]
+    assert messages[0].endswith(f"names '0.png', and that is a link which leads out of {root}")
+    reasons = [message.partition("that is no picture that can be fed: ")[2].partition(":")[0] for message in messages]
+    assert reasons[1:] == ["truncated", "empty-file", "truncated"]
+    with MediaLoader(root, workers=0) as loader:
+        for number, reason in enumerate(["outside-media-root", *reasons[1:]]):
+            with pytest.raises(MediaError) as caught:
+                loader.probe_image(f"{number}.png")
+            assert caught.value.reason == reason
 
 
 def test_types_are_checked_where_the_file_does_not_ensure_them(tmp_path):

@@ -75,6 +75,24 @@ def test_video_r1_with_its_pictures_is_trained_on(published, tmp_path, capsys, p
     assert told["runs"][0]["rollouts"]["completions"]["image"][0] is not None
 
 
+def test_blocks_name_their_files_and_sizes(published, tmp_path, capsys):
+    """As docs/data.md shows them: rows are checked by the command before there is a model."""
+    asked = {"type": "text", "text": "Which is it?"}
+    media = [{"type": "image", "image": "0.png", "max_pixels": 3136}, {"type": "image", "image": "1.png"}]
+    media.append({"type": "video", "video": "clip.mp4", "nframes": 2})
+    rows = [{"prompt": [{"role": "user", "content": [block, asked]}], "solution": "A"} for block in media]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model_name_or_path": "builtin:tiny-omni", "dataset_name": tmp_path / "rows.jsonl", "max_steps": 1}
+    options |= {"media_root": published, "output_dir": tmp_path / "run", "reward_funcs": "accuracy_reward"}
+    options |= {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "num_generations": 2}
+    options |= {"max_completion_length": 2, "use_cpu": "true", "bf16": "false", "save_strategy": "no"}
+    options |= {"min_pixels": 784, "max_pixels": 12544, "evaluate_before_after": "false", "logging_steps": 1}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["train", *words]) == 0, capsys.readouterr().err
+    assert logged(tmp_path / "run")[0]["media_tokens/image"] == 2 * (4 + 16)
+    assert "3 rows; fed image 2, video 1, audio 0, subtitle 0" in capsys.readouterr().out
+
+
 def test_thoughts_about_pictures_are_learned(published, tmp_path, capsys):
     """Stage 0, supervised: Video-R1-CoT."""
     rows, table = tmp_path / "rows", published / "Video-R1-COT-165k.json"

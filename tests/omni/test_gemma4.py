@@ -189,7 +189,7 @@ def test_the_published_processors_make_tokens_of_48_pixels():
     family = family_for(model, processor)
     assert (family.frame_multiple, family.frames_per_token, family.sampling_rate) == (48, 1, 16000)
     assert family.max_audio_seconds == 30.0
-    with pytest.raises(ValueError, match="smallest frame of this model, 48x48 pixels"):
+    with pytest.raises(ValueError, match="less than one patch of this model, 48x48 pixels"):
         family.check_pixels(48 * 48 - 1)
 
 

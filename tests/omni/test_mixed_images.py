@@ -12,6 +12,9 @@ from tiny_models import FAMILIES, build_tiny, towers_of
 
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import MediaMismatchError
+from maple_trl.omni.families import family_for
+from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
+from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 
@@ -213,3 +216,17 @@ def test_a_touched_tower_of_pictures_moves_nothing(name, folder, seven_tags):
             assert len(passes) == len({*kinds, *touch})
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(found[2], found[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*SEEING, "phi4_multimodal"])
+def test_large_pictures_are_made_smaller_until_they_fit(name, tmp_path):
+    """Also where a picture's tokens cover less than a patch of a frame, or a count that is no multiple of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (800, 1200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    family = family_for(*build_tiny(name))
+    row = {"prompt": [{"role": "user", "content": "x"}], "images": ["large.png"]}
+    with MediaLoader(tmp_path, MediaLimits(min_pixels=1, max_pixels=10**6), workers=0) as loader:
+        count = PromptBuilder(family, loader, max_media_tokens=600).encode(row).media_tokens["image"]
+        assert 300 < count <= 600
+        with pytest.raises(MediaError, match="media tokens at the smallest frame size, but max_media_tokens is 1"):
+            PromptBuilder(family, loader, max_media_tokens=1).encode(row | {"images": ["large.png"] * 2})

@@ -237,7 +237,7 @@ def test_audio_beyond_a_fixed_window_is_named(folder):
         ({"prompt": []}, "field 'prompt' must be a text or a non-empty list"),
         ({"prompt": None}, "field 'prompt' must be"),
         ({"prompt": QUESTION, "video": 3}, "field 'video' is int; it must be a path"),
-        ({"prompt": QUESTION, "audio": [[0.1, 0.2]]}, "field 'audio' is list.*keep decoded arrays out"),
+        ({"prompt": QUESTION, "audio": [[0.1, 0.2]]}, "field 'audio' holds list.*keep decoded arrays out"),
         ({"prompt": QUESTION, "subtitle": ["x"]}, "field 'subtitle' is list"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "picture"}]}]},

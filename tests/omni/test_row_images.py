@@ -144,6 +144,7 @@ def test_sound_within_a_clip_beside_a_picture(build):
         (blocks({"type": "image", "url": "i0.png"}), "key 'url', which is not read; its keys are type, image, path"),
         (blocks({"type": "image", "image": "i0.png", "max_pixels": 100}), "max_pixels=100 is less than one patch"),
         (blocks({"type": "image", "image": "i0.png", "resized_width": 9}), "set resized_height and resized_width"),
+        (ask("x", images=["i0.png", None]), "field 'images' holds None; it must be a path"),
         (ask("x", image=Image.new("RGB", (4, 4))), "field 'image' is Image; it must be a path"),
         (ask("x", image={"bytes": b"1", "path": None}), "field 'image' is dict; it must be a path"),
         ({"prompt": "plain", "image": "i0.png"}, "needs a conversational 'prompt'"),

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from media_files import cut, tone, write_audio, write_video
 from omni_runs import build_config, build_trainer, spread_reward
+from PIL import Image
 from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import OmniGRPOTrainer
@@ -128,6 +129,10 @@ def test_a_misspelt_media_column_is_refused(folder, wrong, right):
 def test_the_start_says_what_rows_are_fed(folder, capsys):
     build_trainer(folder, rows("good0.mp4", "good1.mp4"))
     assert "train_dataset: 2 rows; fed video 2, audio 2, subtitle 0" in capsys.readouterr().out
+    Image.new("RGB", (56, 56)).save(folder / "seen.png")
+    columns = {"video": ["good0.mp4", None, None], "image": [None, "seen.png", None], "subtitle": [None, None, "Red."]}
+    build_trainer(folder, Dataset.from_dict({"prompt": [QUESTION] * 3, **columns}))
+    assert "train_dataset: 3 rows; fed image 1, video 1, audio 0, subtitle 1" in capsys.readouterr().out
 
 
 def test_many_broken_files_do_not_flood_the_log(folder, caplog):
@@ -243,8 +248,20 @@ def test_streamed_rows_train_and_a_broken_one_is_an_error(folder):
     trainer.train()
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
     trainer = build_trainer(folder, stream("empty.mp4", "good1.mp4"))
-    with pytest.raises(MediaError, match="empty-file"):
+    with pytest.raises(MediaError, match=r"empty-file: empty.mp4: 0 bytes \(the row whose 'prompt' \[\{"):
         trainer.train()
+
+
+def test_a_picture_of_no_size_within_the_limits_is_found_before_training(folder):
+    for name, size in {"fits.png": (60, 90), "thin.png": (2, 900)}.items():
+        Image.new("RGB", size).save(folder / name)
+    data = Dataset.from_dict({"prompt": [QUESTION] * 3, "image": ["thin.png", "fits.png", "fits.png"]})
+    registry = build_trainer(folder, data).row_encoder.registries["train_dataset"]
+    assert registry.left_out == [0] and registry.reasons() == {"bad-aspect-ratio": 1}
+    with pytest.raises(
+        ValueError, match="no usable row is left: 3 rows quarantined .3 bad-aspect-ratio; first thin.png"
+    ):
+        build_trainer(folder, data, min_pixels=3136, max_pixels=3136)  # a square, or a picture as thin as it
 
 
 def test_duplicate_rows_are_left_out_together(folder):

@@ -102,11 +102,14 @@ class PromptEncoder(Protocol):
         """Encode one rendered prompt with its decoded media."""
 
     def check_pixels(self, max_pixels: int) -> None:
-        """Raise ValueError where no frame is as small as that."""
-        if "video" in self.placeholders and max_pixels < self.frame_multiple**2:
+        """Raise ValueError where no picture or frame is as small as that."""
+        if not self.placeholders.keys() & {"image", "video"}:
+            return
+        least = self.frame_multiple**2
+        if max_pixels < least:
             raise ValueError(
-                f"max_pixels={max_pixels} is less than the smallest frame of this model, {self.frame_multiple}x"
-                f"{self.frame_multiple} pixels: raise it to {self.frame_multiple**2} or more"
+                f"max_pixels={max_pixels} is less than one patch of this model, {self.frame_multiple}x"
+                f"{self.frame_multiple} pixels: raise it to {least} or more"
             )
 
 
@@ -162,9 +165,11 @@ class OmniFamily(PromptEncoder):
         self.suppressed_ids = sorted(i for i in ids.values() if i not in (None, self.tokenizer.unk_token_id))
 
     @classmethod
-    def stand_in(cls, config: PreTrainedConfig) -> Self:
-        """Return what decides what a row is fed, from a checkpoint's configuration: no model is needed for that."""
-        return cls.__new__(cls)
+    def stand_in(cls, config: PreTrainedConfig, processor: Any) -> Self:
+        """Return what decides what a row is fed, from a checkpoint's configuration and processor: no model is needed."""
+        made = cls.__new__(cls)
+        made.processor = processor
+        return made
 
     @staticmethod
     def core(model: nn.Module) -> nn.Module:

@@ -47,8 +47,8 @@ class Gemma4Family(OmniFamily):
         super().__init__(model, processor)
 
     @classmethod
-    def stand_in(cls, config):
-        made = super().stand_in(config)
+    def stand_in(cls, config, processor):
+        made = super().stand_in(config, processor)
         made._leave_out(config)
         return made
 

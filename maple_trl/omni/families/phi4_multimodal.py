@@ -38,10 +38,19 @@ class Phi4MultimodalFamily(OmniFamily):
     frame_multiple = 28  # what one token covers of a crop
 
     def __init__(self, model, processor):
-        # Published tokenizers call them differently.
+        self._name_tokens(processor)
+        super().__init__(model, processor)
+
+    @classmethod
+    def stand_in(cls, config, processor):
+        made = super().stand_in(config, processor)
+        made._name_tokens(processor)
+        return made
+
+    def _name_tokens(self, processor):
+        """Name tokens as the processor does: published tokenizers call them differently."""
         self.placeholders = {"image": processor.image_token, "audio": processor.audio_token}
         self.media_tokens = tuple(self.placeholders.values())
-        super().__init__(model, processor)
 
     @property
     def extractor(self):

@@ -95,10 +95,11 @@ _OTHERS = (
     (0, b"#EXTM3U", "a playlist (HLS)"),
     (0, b"ffconcat", "a concat script"),
     (0, b"[playlist]", "a playlist (PLS)"),
-    (0, b"<MPD", "a description of streams (DASH)"),
+    (0, b"<mpd", "a description of streams (DASH)"),
     (0, b"<?xml", "an XML document"),
-    (0, b"<!DOCTYPE", "a web page"),
+    (0, b"<!doctype html", "a web page"),
     (0, b"<html", "a web page"),
+    (0, b"<svg", "a drawing (SVG); convert it to PNG"),
     (0, b"v=0", "a description of streams (SDP)"),
     (0, b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with `git lfs pull`"),
     (0, b"\x89PNG", "a picture (PNG), which field 'image' takes"),
@@ -136,7 +137,10 @@ def format_of(path: str) -> Format | None:
 def found_in(path: str) -> str:
     """Say what a file that is no medium seems to be."""
     head = _head(path)
-    known = next((what for at, mark, what in _OTHERS if head.startswith(mark, at)), None)
+    markup = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    known = next(
+        (what for at, mark, what in _OTHERS if (markup if mark.startswith(b"<") else head).startswith(mark, at)), None
+    )
     if known is not None:
         return known
     if not head.strip(b"\0"):

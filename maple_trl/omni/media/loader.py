@@ -17,7 +17,7 @@ from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
-from maple_trl.omni.media.sampling import MediaLimits
+from maple_trl.omni.media.sampling import MediaLimits, fit_size
 from maple_trl.omni.media.subtitles import read_subtitle
 from maple_trl.omni.media.tasks import Task, perform
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
@@ -260,6 +260,15 @@ class MediaLoader:
     def probe_image(self, path: str | os.PathLike) -> MediaInfo:
         """Read what the header of a picture says, without decoding. Raises [`MediaError`] for what it already shows."""
         return self._perform("image-header", self._local(path, "pictures"))
+
+    def check_image(self, path: str | os.PathLike, *, multiple: int = 28, request: ClipRequest = WHOLE) -> None:
+        """Check by its header, without decoding, that a picture has a size within the limits. Raises [`MediaError`]."""
+        area, info = self._area(multiple, None, request), self.probe_image(path)
+        asked = (request.resized_height or info.height, request.resized_width or info.width)
+        try:
+            fit_size(*map(float, asked), *area)
+        except ValueError as error:
+            raise MediaError("bad-aspect-ratio", os.fspath(path), str(error)) from error
 
     def _area(self, multiple: int, max_pixels: int | None, request: ClipRequest) -> tuple[int, int, int]:
         """Return what sides are multiples of, and the least and most pixels of a frame or picture."""

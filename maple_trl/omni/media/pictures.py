@@ -1,11 +1,13 @@
 """One picture file to an array, with Pillow."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import ClipRequest, MediaInfo, Picture, Source
 from maple_trl.omni.media.containers import declared_bytes
 from maple_trl.omni.media.decode import MAX_SOURCE_PIXELS
@@ -29,26 +31,39 @@ _ASIDE = (5, 6, 7, 8)  # orientations that exchange width and height
 def _opened(source: Source) -> Iterator[Image.Image]:
     """Open a picture of an accepted format and a size that is decoded; Pillow's errors become ours."""
     Image.init()
+    limit = f"at most {MAX_SOURCE_PIXELS} pixels are decoded"
     try:
         picture = Image.open(source.path, formats=[name for name in FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise source.error("frame-too-large", str(error)) from error
+        found = re.search(r"\d+ pixels", str(error))
+        raise source.error("frame-too-large", f"{found[0] if found else error}; {limit}") from error
     except UnidentifiedImageError as error:
         raise source.error("not-media", _what_it_is(source.path)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers of headers raise whatever damaged ones lead them to
+        _check_length(source)
+        raise _damaged(source, "Pillow", error) from error
     with picture:
         if picture.width * picture.height > MAX_SOURCE_PIXELS:
-            size = f"{picture.width}x{picture.height}"
-            raise source.error("frame-too-large", f"{size}; at most {MAX_SOURCE_PIXELS} pixels are decoded")
+            raise source.error("frame-too-large", f"{picture.width}x{picture.height}; {limit}")
         yield picture
+
+
+def _damaged(source: Source, where: str, error: Exception) -> MediaError:
+    """Return what is wrong with a picture that Pillow fails on."""
+    reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
+    return source.error(reason, f"{where}: {type(error).__name__}: {error}")
 
 
 def _what_it_is(path: str) -> str:
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:] in _STILLS:
-        return (
-            f"the content is a picture ({_STILLS[head[8:]]}) that Pillow cannot read here: convert it to JPEG or PNG"
-        )
+        kind = _STILLS[head[8:]]
+        if kind in Image.OPEN:
+            return f"the content is a picture ({kind}), but its header is damaged or cut off"
+        return f"the content is a picture ({kind}) that Pillow cannot read here: convert it to JPEG or PNG"
     container = format_of(path)
     if container is not None and container.demuxer != "gif":
         kind = "video" if container.video else "audio"
@@ -66,7 +81,8 @@ def image_header(source: Source, limits: MediaLimits) -> MediaInfo:
         MediaError: `not-media`, `truncated`, `frame-too-large`, `unreadable`.
     """
     with _opened(source) as picture:
-        _check_length(source, picture)
+        if picture.format in ("GIF", "WEBP"):
+            _check_length(source)
         try:
             # Of a TIFF, Pillow gives the upright size.
             aside = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in _ASIDE
@@ -98,7 +114,8 @@ def decode_image(
         MediaError: `not-media`, `truncated`, `unreadable`, `frame-too-large`, `bad-aspect-ratio`.
     """
     with _opened(source) as picture:
-        _check_length(source, picture)
+        if picture.format in ("GIF", "WEBP"):
+            _check_length(source)
         notes = ["first-picture"] if picture.format in _SEVERAL and getattr(picture, "is_animated", False) else []
         _load(source, picture)
         try:
@@ -118,9 +135,9 @@ def decode_image(
     return Picture(pixels, source.path, tuple(notes))
 
 
-def _check_length(source: Source, picture: Image.Image) -> None:
+def _check_length(source: Source) -> None:
     """Check a file by the length that its header declares, where its kind declares one."""
-    declared = declared_bytes(source.path) if picture.format in ("GIF", "WEBP") else None
+    declared = declared_bytes(source.path)
     if declared and source.identity and source.identity[-1] < declared:
         raise source.error("truncated", f"has {source.identity[-1]} bytes of the {declared} that its header declares")
 
@@ -131,8 +148,7 @@ def _load(source: Source, picture: Image.Image) -> None:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever damaged data lead them to
-        reason = "truncated" if "truncated" in str(error) else "unreadable"
-        raise source.error(reason, f"begins as {picture.format}, but Pillow: {error}") from error
+        raise _damaged(source, f"begins as {picture.format}, but Pillow", error) from error
 
 
 def _rgb(source: Source, picture: Image.Image) -> Image.Image:

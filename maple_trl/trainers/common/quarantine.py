@@ -118,7 +118,7 @@ class RowRegistry:
             self._rows_of.setdefault(key, []).append(i)
         if probe:
             self._probe(known, progress)
-        self._fed = Counter(m for spec in specs if spec.key not in self.quarantined for m in spec.fed)
+        self._fed = Counter(what for spec in specs if spec.key not in self.quarantined for what in _fed(spec))
         self.left_out = [i for i, key in enumerate(self._keys) if key in self.quarantined]
         self.seen: set[str] = set()  # prompts that batches have asked for, on any rank
         self.changed_files: set[str] = set()  # of prompts that show something else than when the run began
@@ -129,17 +129,20 @@ class RowRegistry:
     def _probe(self, specs: dict[str, PromptSpec], progress: bool) -> None:
         files = sorted({file for spec in specs.values() for file in _files(spec)}, key=repr)
 
-        def probe(clip: tuple[str, ClipRequest | str]) -> tuple[tuple, MediaError | None, bool, bool]:
-            """Return the file and the part that is asked for, what is wrong, and whether it has pictures and sound."""
-            file, request = clip
+        def probe(clip: tuple[str, str, ClipRequest]) -> tuple[tuple, MediaError | None, bool, bool]:
+            """Return the file and what is asked of it, what is wrong, and whether it has pictures and sound."""
+            file, kind, request = clip
             try:
                 if not self.opens:
                     self.builder.loader.resolve(file)
                     return clip, None, True, True
-                if isinstance(request, ClipRequest):
+                if kind == "clip":
                     info = self.builder.loader.probe(file, request=request)
                     return clip, None, info.has_video, info.has_audio
-                (self.builder.loader.probe_image if request == "image" else self.builder.loader.subtitle)(file)
+                if kind == "image":
+                    self.builder.check_image(file, request)
+                else:
+                    self.builder.loader.subtitle(file)
                 return clip, None, False, False
             except MediaError as error:
                 return clip, error, False, False
@@ -151,14 +154,14 @@ class RowRegistry:
                 tqdm(found, total=len(own), desc="Probing media", disable=None if progress else True, leave=False)
             )
         loader = self.builder.loader
-        read = [(file, loader.identity(file)) for (file, _), error, *_ in found if error is None]
+        read = [(file, loader.identity(file)) for (file, *_), error, *_ in found if error is None]
         found, read = self.ranks.gather(found), self.ranks.gather(read)
         for file, identity in read:
             if identity is not None:
                 loader.expect(file, identity)
         errors = {clip: error for clip, error, *_ in found if error is not None}
-        with_pictures = {file for (file, _), _, has_video, _ in found if has_video}
-        with_sound = {file for (file, _), *_, has_audio in found if has_audio}
+        with_pictures = {file for (file, *_), _, has_video, _ in found if has_video}
+        with_sound = {file for (file, *_), *_, has_audio in found if has_audio}
         for key, spec in specs.items():
             error = next((errors[clip] for clip in _files(spec) if clip in errors), None)
             blind = next((file for file in spec.videos if file not in with_pictures), None)
@@ -294,8 +297,13 @@ class RowRegistry:
         )
 
     def fed_summary(self) -> str:
-        """Return how many usable rows are fed each signal, e.g. `448 rows; fed video 256, audio 256, subtitle 256`."""
-        counts = ", ".join(f"{m.name.lower()} {self._fed[m]}" for m in Modality)
+        """
+        Return how many usable rows are fed what, e.g. `448 rows; fed video 256, audio 256, subtitle 256`.
+
+        Pictures are named where there are any.
+        """
+        names = ["image"] * ("image" in self._fed) + ["video", "audio", "subtitle"]
+        counts = ", ".join(f"{name} {self._fed[name]}" for name in names)
         return f"{len(self._keys) - len(self.left_out)} rows; fed {counts}"
 
     # State
@@ -333,10 +341,16 @@ class RowRegistry:
         return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
 
 
-def _files(spec: PromptSpec) -> list[tuple[str, ClipRequest | str]]:
-    """Return a prompt's files, each with the part that is asked for, or with what it is: an image or a subtitle."""
-    pictures = [(file, "image") for file in dict.fromkeys(spec.images)]
-    return [*pictures, *spec.clips, *([(spec.subtitle, "subtitle")] if spec.subtitle_file else [])]
+def _fed(spec: PromptSpec) -> set[str]:
+    """Return what a prompt is fed: kinds of media, and `subtitle`."""
+    return {*spec.kinds, *(["subtitle"] if Modality.SUBTITLE in spec.fed else [])}
+
+
+def _files(spec: PromptSpec) -> list[tuple[str, str, ClipRequest]]:
+    """Return a prompt's files, each with what it is (an image, a clip or a subtitle), and what is asked of it."""
+    pictures = [(file, "image", request) for file, request in dict.fromkeys(spec.pictures)]
+    clips = [(file, "clip", request) for file, request in spec.clips]
+    return [*pictures, *clips, *([(spec.subtitle, "subtitle", ClipRequest())] if spec.subtitle_file else [])]
 
 
 def _without_texts(spec: PromptSpec) -> PromptSpec:

@@ -142,7 +142,7 @@ class RowEncoder:
             for key, error in failed:
                 registries = [registry for registry in self.registries.values() if key in registry]
                 if not registries:
-                    raise error
+                    raise _of_row(error, next((row for row, spec in used if spec.key == key), None))
                 for registry in registries:
                     registry.add(key, error)
             problem = self.too_many(self.most_lost) if rounds >= _ROUNDS else None
@@ -191,6 +191,14 @@ class RowEncoder:
                 logger.warning("A row is left out: %s", error)
                 encoded[key] = None
         return [encoded[spec.key] for spec in specs]
+
+
+def _of_row(error: MediaError, row: Row | None) -> MediaError:
+    """Return an error that says which row of a stream it is of, where this process has that: its number is not known."""
+    if row is None:
+        return error
+    named = f"'id' {row['id']!r}" if row.get("id") is not None else f"'prompt' {row.get('prompt')!r:.120}"
+    return MediaError(error.reason, error.path, f"{error.detail} (the row whose {named})")
 
 
 _CONVERSATION = List({"role": Value("string"), "content": Value("string")})
