@@ -55,6 +55,10 @@ def as_config(value: Any) -> BitsAndBytesConfig:
             "quantization_config must be a BitsAndBytesConfig, or a mapping of its options, with load_in_4bit or "
             f"load_in_8bit, got {value if isinstance(value, Mapping) else type(value).__name__}"
         )
+    if made.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise ValueError(
+            f"quantization_config: bnb_4bit_quant_type must be nf4 or fp4, got {made.bnb_4bit_quant_type!r}"
+        )
     if made.llm_int8_has_fp16_weight:
         raise ValueError("llm_int8_has_fp16_weight keeps weights in 16 bits, so that nothing is gained: leave it out")
     return made
@@ -251,13 +255,13 @@ def settle(model: PreTrainedModel) -> None:
             f"quantization_config: no linear layer of {type(model).__name__} was quantized. llm_int8_skip_modules must "
             "leave some; other kinds of quantization than bitsandbytes' are not supported"
         )
-    whole = next((name for name, layer in layers.items() if _state(layer) is None and not _has_8_bits(layer)), None)
-    if whole is not None:
-        raise ValueError(f"quantization_config: {whole} was left with weights of {layers[whole].weight.dtype}")
     head = model.get_output_embeddings()
     at = next((name for name, layer in layers.items() if layer is head), None)
     if at is not None:
         raise ValueError(f"the LM head must keep its 16 bits: add {at!r} to llm_int8_skip_modules")
+    whole = next((name for name, layer in layers.items() if _state(layer) is None and not _has_8_bits(layer)), None)
+    if whole is not None:
+        raise ValueError(f"quantization_config: {whole} was left with weights of {layers[whole].weight.dtype}")
     for layer in layers.values():
         _keep_as_loaded(layer)
     # It says with each product of 8 bits that inputs are cast to float16.
