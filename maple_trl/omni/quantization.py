@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def with_kept_parts(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers of bitsandbytes, by name."""
-    if find_spec("bitsandbytes") is None:
+    if "bitsandbytes" not in sys.modules:  # which a model with such layers has imported
         return
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
