@@ -82,10 +82,30 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         unknown = sorted(set(given) - set(known))
         if unknown:
             parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(filter(None, known))}")
-    options.steps = options.steps or (60 if options.quick else 2000)
+    if options.steps is None:
+        options.steps = 60 if options.quick else 2000
     if options.steps < 60:
         parser.error(f"--steps: the faults of a leg need 60 steps, got {options.steps}")
+    for name in ("hours", "minutes"):
+        given = getattr(options, name)
+        if given is not None and not 0 < given < float("inf"):
+            parser.error(f"--{name}: must be above 0, got {given}")
+    if options.folder and options.folder.exists() and not _is_empty(options.folder):
+        parser.error(f"--folder: {options.folder} must be a folder that is empty or not there")
+    for name, folder in (("folder", options.folder), ("json", options.json and options.json.absolute().parent)):
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            parser.error(f"--{name}: cannot write into {folder}: {error}")
+    if options.json and options.json.is_dir():
+        parser.error(f"--json: {options.json} is a folder; name a file")
     return options
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def with_own_mounts() -> bool:

@@ -307,15 +307,13 @@ def adapter_base(name_or_path: str | None) -> str | None:
     path = os.path.join(name_or_path or "", "adapter_config.json")
     if not os.path.exists(path) or os.path.exists(os.path.join(name_or_path, "config.json")):
         return None
-    from peft import PeftConfig
-
-    from maple_trl.omni.adapters import adapted_model
+    from maple_trl.omni.adapters import adapted_model, read_adapter_config
     from maple_trl.omni.checkpoints import CheckpointError
 
-    base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
-    if not base:
-        raise SetupError(f"{path} does not say which model the adapter belongs to (base_model_name_or_path)")
     try:
+        base = read_adapter_config(str(name_or_path)).base_model_name_or_path
+        if not base:
+            raise SetupError(f"{path} does not say which model the adapter belongs to (base_model_name_or_path)")
         return adapted_model(str(name_or_path), base)
     except CheckpointError as error:
         raise SetupError(str(error)) from error

@@ -67,7 +67,10 @@ class LocalModel:
         except ValueError as error:
             raise SetupError(str(error)) from error
         self.model, processor, self.described = load_policy(job, state)
-        self.family: OmniFamily = family_for(self.model, processor)
+        try:
+            self.family: OmniFamily = family_for(self.model, processor)
+        except ValueError as error:
+            raise SetupError(f"model: {error}") from error
         self.described |= {"family": type(self.family).__name__}
         self.device = device_name(state.device)
         template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from maple_trl.omni.checkpoints import SPEECH, CheckpointError, check_hub_id, hub_is_silent
+from maple_trl.omni.checkpoints import SPEECH, CheckpointError, check_hub_id, hub_is_silent, names_in
 from maple_trl.omni.layouts import RENAMINGS, name_in_class
 
 
@@ -45,7 +45,7 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
     Raises:
         CheckpointError: when its weights are pickled, or one of them belongs to no layer of the model.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     file = Path(folder, _WEIGHTS)
     if not file.is_file():
@@ -53,9 +53,8 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
             " Pickled ones (adapter_model.bin) are not read, since that can run code" if _has_pickle(folder) else ""
         )
         raise CheckpointError(f"{folder} holds no weights of an adapter: there is no {_WEIGHTS}.{pickled}")
-    with safe_open(file, framework="pt") as opened:
-        names = list(opened.keys())
-    config = PeftConfig.from_pretrained(folder)
+    names = names_in(file)
+    config = read_adapter_config(folder)
     places: dict[str, str] = {}
     options: dict[str, Any] = {}
     # Of other models, and of parameters that are no layer, the names are PEFT's business.
@@ -70,10 +69,31 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config, **options)
         except UserWarning as error:
             raise CheckpointError(str(error)) from error
+        except (RuntimeError, TypeError) as error:  # of which PyTorch tells each weight
+            first, *others = [line.strip() for line in str(error).splitlines() if "state_dict for" not in line]
+            more = f" ({len(others)} more of the kind)" if others else ""
+            raise CheckpointError(
+                f"{folder}: {first}{more}: its {_CONFIG} is of another adapter than its weights, or it was trained on another model"
+            ) from error
     _check_values(adapted, file, places)
     if config.peft_type == "LORA" and not places:
         _check_count(adapted, file, names)
     return adapted
+
+
+def read_adapter_config(folder: str) -> PeftConfig:
+    """
+    Read what an adapter says of itself.
+
+    Raises:
+        CheckpointError: when it is damaged, or of a kind that PEFT does not know.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{Path(folder, _CONFIG)} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def fetch_adapter(name: str, revision: str = "main") -> str | None:
@@ -184,6 +204,8 @@ def _check_values(adapted: PeftModel, file: Path, places: Mapping[str, str]) -> 
                 continue
             place = f"base_model.model.{module}.{match['part']}.default"
             loaded = state.get(f"{place}.weight", state.get(place))  # an embedding's has no further name
+            if not opened.get_tensor(name).isfinite().all():
+                raise CheckpointError(f"{file}: {name!r} has numbers that are not finite: the adapter is spoilt")
             partitioned = loaded is not None and not loaded.numel()  # by ZeRO-3
             if loaded is None or not (
                 partitioned or torch.equal(loaded.cpu(), opened.get_tensor(name).to(loaded.dtype))

@@ -135,7 +135,7 @@ def _check_folder(folder: Path) -> None:
                 json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); copy it again") from error
-    if not isinstance(found, dict) or "model_type" not in found:
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise CheckpointError(f"{config} does not say which model it is of: it has no model_type")
 
 
@@ -153,22 +153,54 @@ def check_weights(folder: Path) -> None:
             f"{folder} holds no weights: it has config.json, but neither {_WEIGHTS} nor {index}; it has {_listed(folder)}"
             f"{pickled}"
         )
-    files = [_WEIGHTS]
-    if not (folder / _WEIGHTS).is_file():
-        try:
-            places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-            files = needed_files(places)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder / index} is damaged: {type(error).__name__}: {error}; copy it again"
-            ) from error
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of the {len(files)} files of weights that {index} lists, e.g. {missing[0]}"
-            )
-    for file in files:
-        _check_file(folder / file)
+    if (folder / _WEIGHTS).is_file():
+        names_in(folder / _WEIGHTS)
+        return
+    places = read_index(folder / index)
+    files = needed_files(places)
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files of weights that {index} lists, e.g. {missing[0]}"
+        )
+    _check_places(folder, {file: names_in(folder / file) for file in files}, places)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """
+    Return the file of each weight, as an index of files lists them.
+
+    Raises:
+        CheckpointError: when it is no such index, saying why.
+    """
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} is damaged: it is no JSON ({error}); copy it again") from error
+    places = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(places, dict) or not places or not isinstance(found.get("metadata"), dict):
+        raise CheckpointError(
+            f'{index} is no index of weights: it must be {{"metadata": {{…}}, "weight_map": {{WEIGHT: FILE, …}}}}; copy it again'
+        )
+    for weight, file in places.items():
+        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {weight!r} must be in a .safetensors file beside it, not in {file!r}")
+    return places
+
+
+def _check_places(folder: Path, names: Mapping[str, list[str]], places: Mapping[str, str]) -> None:
+    """Raise CheckpointError where files do not hold what their index says, or hold a weight twice."""
+    for weight, file in places.items():
+        if weight not in names.get(file, [weight]):
+            raise CheckpointError(f"{folder / file} lacks {weight!r}, which its index says is there; copy both again")
+    holders: dict[str, str] = {}
+    for file, held in names.items():
+        for weight in held:
+            first = holders.setdefault(weight, file)
+            if first != file:
+                raise CheckpointError(
+                    f"{folder} has {weight!r} twice, in {first} and in {file}: copy the checkpoint again"
+                )
 
 
 def needed_files(places: Mapping[str, str]) -> list[str]:
@@ -177,18 +209,17 @@ def needed_files(places: Mapping[str, str]) -> list[str]:
     return sorted(needed or set(places.values()))
 
 
-def _check_file(file: Path) -> None:
+def names_in(file: Path) -> list[str]:
+    """Return the names of the weights in a file; raise CheckpointError where it is damaged."""
     with file.open("rb") as opened:
         start = opened.read(40)
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{file} is a pointer of Git LFS, not the weights themselves: `git lfs pull` fetches them"
         )
-    if file.suffix != ".safetensors":
-        return
     try:
-        with safe_open(file, framework="pt"):
-            pass
+        with safe_open(file, framework="pt") as weights:
+            return list(weights.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged: {error}; copy it again") from error
 

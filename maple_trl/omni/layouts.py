@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import cached_files
 
-from maple_trl.omni.checkpoints import PICKLES, SPEECH, CheckpointError, needed_files
+from maple_trl.omni.checkpoints import PICKLES, SPEECH, CheckpointError, names_in, needed_files, read_index
 
 
 logger = logging.getLogger(__name__)
@@ -81,15 +80,13 @@ def thinker_files(name: str, hub: Mapping[str, Any], whole: bool = False) -> Ite
     index = _find(name, SAFE_WEIGHTS_INDEX_NAME, hub)
     single = _find(name, SAFE_WEIGHTS_NAME, hub)
     if single is not None:  # which transformers prefers
-        with safe_open(single, framework="pt") as opened:
-            names = list(opened.keys())
-        yield name, names
+        yield name, names_in(single)
         return
     if index is None:
         raise CheckpointError(
             f"{name} has no weights as safetensors: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; {PICKLES}"
         )
-    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = read_index(index)
     needed = needed_files(places)
     if whole or len(needed) == len(set(places.values())):
         yield name, list(places)
@@ -114,6 +111,18 @@ def _find(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
 
 
 # What was read
+
+
+def check_names(name: str, names: Collection[str]) -> None:
+    """Raise CheckpointError where a checkpoint has a Thinker's weight under two names, of which one would win in silence."""
+    first: dict[str, str] = {}
+    for found in names:
+        other = first.setdefault(name_in_class(found), found)
+        if other != found:
+            raise CheckpointError(
+                f"{name} has a weight twice, as {other!r} and as {found!r}: two layouts were mixed. Save the model once more "
+                "into an empty folder"
+            )
 
 
 def check_thinker(name: str, model: PreTrainedModel, info: Mapping[str, Any], names: Collection[str]) -> None:

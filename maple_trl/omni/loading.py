@@ -35,7 +35,7 @@ from maple_trl.omni.checkpoints import (
 )
 from maple_trl.omni.families import family_class
 from maple_trl.omni.generation import TOKENS
-from maple_trl.omni.layouts import check_thinker, tell_unread, thinker_files
+from maple_trl.omni.layouts import check_names, check_thinker, tell_unread, thinker_files
 from maple_trl.omni.quantization import is_quantized, settle, with_kept_parts
 
 
@@ -115,6 +115,11 @@ def load_model(
         kwargs["revision"] = commit  # all files are of one state
     config = read_config(path, hub_arguments(kwargs))
     architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
+    if not architecture:
+        raise CheckpointError(
+            f'{name_or_path}: its config.json names no class of transformers: it needs "architectures": [CLASS], as the model '
+            "has that it was trained from"
+        )
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
@@ -165,6 +170,13 @@ def _thinker_config(config: PreTrainedConfig, path: str, hub: Mapping[str, Any])
     thinker: PreTrainedConfig = getattr(config, "thinker_config", config)
     written, _ = PreTrainedConfig.get_config_dict(path, **hub)
     written = written.get("thinker_config", written)
+    for part in ("text_config", "vision_config", "audio_config"):
+        # Without it the class would be of a size of its own: of 7 G weights, all drawn before the first is missed.
+        if not isinstance(written, Mapping) or not isinstance(written.get(part), Mapping):
+            raise CheckpointError(
+                f"{path}: its config.json has no {part}, so that the model's size is not known; copy it from the model that "
+                "it was trained from"
+            )
     tied = written.get("text_config", {}).get("tie_word_embeddings")
     if tied is not None and "tie_word_embeddings" not in written:
         thinker.tie_word_embeddings = tied
@@ -180,6 +192,7 @@ def _load_thinker(
     kwargs = {"ignore_mismatched_sizes": True} | kwargs  # which are refused below, by their names
     unknown: AbstractContextManager[tuple[str, list[str]]] = nullcontext((path, []))
     with unknown if elsewhere else thinker_files(path, hub, _offloads(kwargs)) as (source, names):
+        check_names(name, names)
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
     check_thinker(name, model, info, names)
     tell_unread(name, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ def as_config(value: Any) -> BitsAndBytesConfig:
         raise ValueError(
             "quantization_config must be a BitsAndBytesConfig, or a mapping of its options, with load_in_4bit or "
             f"load_in_8bit, got {value if isinstance(value, Mapping) else type(value).__name__}"
+        )
+    if made.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise ValueError(
+            f"quantization_config: bnb_4bit_quant_type must be nf4 or fp4, got {made.bnb_4bit_quant_type!r}"
         )
     if made.llm_int8_has_fp16_weight:
         raise ValueError("llm_int8_has_fp16_weight keeps weights in 16 bits, so that nothing is gained: leave it out")
@@ -130,7 +135,7 @@ def with_kept_parts(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers of bitsandbytes, by name."""
-    if find_spec("bitsandbytes") is None:
+    if "bitsandbytes" not in sys.modules:  # which a model with such layers has imported
         return
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -251,13 +256,13 @@ def settle(model: PreTrainedModel) -> None:
             f"quantization_config: no linear layer of {type(model).__name__} was quantized. llm_int8_skip_modules must "
             "leave some; other kinds of quantization than bitsandbytes' are not supported"
         )
-    whole = next((name for name, layer in layers.items() if _state(layer) is None and not _has_8_bits(layer)), None)
-    if whole is not None:
-        raise ValueError(f"quantization_config: {whole} was left with weights of {layers[whole].weight.dtype}")
     head = model.get_output_embeddings()
     at = next((name for name, layer in layers.items() if layer is head), None)
     if at is not None:
         raise ValueError(f"the LM head must keep its 16 bits: add {at!r} to llm_int8_skip_modules")
+    whole = next((name for name, layer in layers.items() if _state(layer) is None and not _has_8_bits(layer)), None)
+    if whole is not None:
+        raise ValueError(f"quantization_config: {whole} was left with weights of {layers[whole].weight.dtype}")
     for layer in layers.values():
         _keep_as_loaded(layer)
     # It says with each product of 8 bits that inputs are cast to float16.

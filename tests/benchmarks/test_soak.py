@@ -33,6 +33,7 @@ from _soak_verdict import (  # noqa: E402
     nothing_lost,
     same,
 )
+from soak import parse  # noqa: E402
 
 
 PATIENCE = 1500  # seconds: a machine that does other things as well is several times slower
@@ -79,6 +80,30 @@ def test_a_schedule_that_does_not_fit_is_refused():
 
 def test_each_kind_of_fault_is_one_function():
     assert set(FAULTS) == set(KINDS) == {*HARMLESS, *LOSSY}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--hours", "-1"], "--hours: must be above 0, got -1.0"),
+        (["--minutes", "nan"], "--minutes: must be above 0, got nan"),
+        (["--steps", "0"], "--steps: the faults of a leg need 60 steps, got 0"),
+        (["--legs", "harmles"], "--legs: harmles is none of undisturbed, harmless, lossy"),
+        (["--folder", "FILE"], "--folder: FILE must be a folder that is empty or not there"),
+        (["--folder", "USED"], "--folder: USED must be a folder that is empty or not there"),
+        (["--json", "FILE/soak.json"], "--json: cannot write into FILE"),
+        (["--json", "USED"], "--json: USED is a folder; name a file"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_hours_of_it(words, message, tmp_path, capsys):
+    places = {"FILE": str(tmp_path / "used" / "file"), "USED": str(tmp_path / "used")}
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    for name, place in places.items():
+        words, message = [word.replace(name, place) for word in words], message.replace(name, place)
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert message in capsys.readouterr().err
 
 
 # The judge

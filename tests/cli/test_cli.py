@@ -367,7 +367,9 @@ def test_auto_goes_on_from_the_last_whole_checkpoint(tmp_path, caplog):
     assert train.checkpoint_to_resume(Args).endswith("checkpoint-4")
     assert f"{torn} is damaged" in caplog.text and "lacks the random numbers' (rng_state_1.pth)" in caplog.text
     os.truncate(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", 100)
-    with pytest.raises(SetupError, match=f"none of the 3 complete checkpoints in .* is whole. The newest: .*{torn}"):
+    with pytest.raises(
+        SetupError, match=f"none of the 3 complete checkpoints in .* is whole. Leave it out .* The newest: {torn}"
+    ):
         train.checkpoint_to_resume(Args)
     Args.resume_from_checkpoint = "true"
     assert train.checkpoint_to_resume(Args).endswith("checkpoint-8")  # the last one, which is refused later

@@ -165,6 +165,47 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         load_adapter(build_tiny(OMNI)[0], pickled)
 
 
+def changed_config(**changes):
+    return lambda folder: (folder / "adapter_config.json").write_text(
+        json.dumps(json.loads((folder / "adapter_config.json").read_text()) | changes)
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            changed_config(r=3),
+            r"size mismatch for .*\(\d more of the kind\): its adapter_config.json is of another adapter",
+        ),
+        (changed_config(r="four"), "its adapter_config.json is of another adapter than its weights"),
+        (changed_config(peft_type="IA9"), "adapter_config.json cannot be read: KeyError: 'IA9'"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("[1]"),
+            "adapter_config.json cannot be read: TypeE",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read: JSOND"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
+            "adapter_model.safetensors is damaged",
+        ),
+    ],
+)
+def test_a_spoilt_adapter_is_refused_by_name(spoil, message, tmp_path):
+    adapter, _ = drawn(OMNI, r"self_attn\.q_proj$")
+    folder = write_adapter(tmp_path, adapter, lora_config(["q_proj"]))
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(build_tiny(OMNI)[0], folder)
+
+
+def test_an_adapter_of_nan_is_refused(tmp_path):
+    adapter, _ = drawn(OMNI, r"self_attn\.q_proj$")
+    adapter[sorted(adapter)[0]] *= float("nan")
+    with pytest.raises(CheckpointError, match="has numbers that are not finite"):
+        load_adapter(build_tiny(OMNI)[0], write_adapter(tmp_path, adapter, lora_config(["q_proj"])))
+
+
 @pytest.mark.parametrize("form", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
 def test_forms_of_lora_come_back_as_they_were_saved(form, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **form)

@@ -13,6 +13,7 @@ from local_hub import taken_for_the_hub
 from safetensors.torch import load_file
 from tiny_models import build_tiny, build_tiny_full, encode_sample, sample_media
 from transformers import (
+    PreTrainedModel,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen3OmniMoeForConditionalGeneration,
@@ -240,6 +241,59 @@ def test_what_does_not_fit_is_refused_by_name(case, tmp_path):
     tensors, message = REFUSED[case]
     folder = layouts.write_checkpoint(tmp_path, OMNI, layouts.thinker_config(OMNI), tensors)
     with pytest.raises(CheckpointError, match=re.compile(message, re.DOTALL)):
+        load_model(str(folder))
+
+
+def test_a_weight_that_stands_twice_is_refused(tmp_path):
+    """Whatever its values are: which one is taken is not for the order of files to say."""
+    norm = {"thinker.model.norm.weight": THINKER["model.norm.weight"].clone()}
+    mixed = layouts.write_checkpoint(tmp_path / "mixed", OMNI, layouts.thinker_config(OMNI), THINKER | norm)
+    with pytest.raises(
+        CheckpointError, match=r"twice, as '(thinker\.)?model.norm.weight' and as '(thinker\.)?model.norm"
+    ):
+        load_model(str(mixed))
+    names = sorted(THINKER)
+    shards = {name: THINKER[name] for name in names[:40]}, {name: THINKER[name] for name in names[39:]}
+    overlapping = layouts.write_checkpoint(tmp_path / "two", OMNI, layouts.thinker_config(OMNI), *shards)
+    message = f"has {names[39]!r} twice, in model-00001-of-00002.safetensors and in model-00002-of"
+    for read in (lambda: check_checkpoint(str(overlapping), {}), lambda: load_model(str(overlapping))):
+        with pytest.raises(CheckpointError, match=message):
+            read()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{nope", "is damaged: it is no JSON"),
+        ("[]", "is no index of weights: it must be"),
+        ('{"metadata": {}, "weight_map": ["a"]}', "is no index of weights"),
+        ('{"metadata": {}, "weight_map": {}}', "is no index of weights"),
+        ('{"weight_map": {"a": "model.safetensors"}}', "is no index of weights"),
+        ('{"metadata": {}, "weight_map": {"a": 3}}', "'a' must be in a .safetensors file beside it, not in 3"),
+        ('{"metadata": {}, "weight_map": {"a": "../b.safetensors"}}', "not in '../b.safetensors'"),
+        ('{"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}', "not in 'pytorch_model.bin'"),
+        ('{"metadata": {}, "weight_map": {"a": "whole.safetensors"}}', "whole.safetensors lacks 'a', which its index"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(text, message, tmp_path):
+    folder = layouts.write_checkpoint(tmp_path, OMNI, layouts.thinker_config(OMNI), THINKER)
+    (folder / "model.safetensors").rename(folder / "whole.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
+    for read in (lambda: check_checkpoint(str(folder), {}), lambda: load_model(str(folder))):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            read()
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config", "audio_config", "thinker_config"])
+def test_a_config_without_a_part_is_refused_before_a_model_is_made(part, tmp_path, monkeypatch):
+    """Its class would be made at the size of the published one, of weights drawn at random."""
+    config = layouts.full_config(OMNI)
+    (config if part == "thinker_config" else config["thinker_config"])[part] = None
+    folder = layouts.write_checkpoint(tmp_path, OMNI, config, layouts.prefixed(THINKER))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    with pytest.raises(
+        CheckpointError, match=f"config.json has no {'text_config' if part == 'thinker_config' else part}"
+    ):
         load_model(str(folder))
 
 

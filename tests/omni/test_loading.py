@@ -54,6 +54,9 @@ def test_an_unknown_architecture_is_named(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ValueError, match="no architecture 'NoSuchModel'"):
         load_model(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    with pytest.raises(ValueError, match='names no class of transformers: it needs "architectures"'):
+        load_model(str(folder))
 
 
 def test_an_adapter_is_not_a_model(tmp_path):

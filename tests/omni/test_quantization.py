@@ -73,9 +73,12 @@ def test_a_list_of_ones_own_stands(folders):
     for listed, message in (
         (["model", "lm_head"], "no linear layer of .* was quantized"),
         (["model.visual"], "add 'lm_head' to"),
+        (["nothing"], "add 'lm_head' to"),
     ):
         with pytest.raises(ValueError, match=message):
             load_model(folder, quantization_config={**NF4, "llm_int8_skip_modules": listed})
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type must be nf4 or fp4, got 'nf5'"):
+        load_model(folder, quantization_config={**NF4, "bnb_4bit_quant_type": "nf5"})
     with pytest.raises(ValueError, match="quantize_towers has no effect beside"):
         load_model(folder, quantization_config={**NF4, "llm_int8_skip_modules": ["lm_head"]}, quantize_towers=True)
 

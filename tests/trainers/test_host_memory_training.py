@@ -117,9 +117,12 @@ def test_contradictions_are_refused_with_both_numbers(tmp_path, config, monkeypa
     with pytest.raises(ValueError, match=r"media_cache_bytes=\d+ \(3.0 GiB\) is more than the \d+ \(1.0 GiB\)"):
         make(host_memory_bytes="1GiB", media_cache_bytes=3 << 30)
     with pytest.raises(
-        ValueError, match=r"encoder_cache_bytes=300 \(300 B\) is more than the 200 \(200 B\) that each of"
+        ValueError,
+        match=r"encoder_cache_bytes=300000 \(293.0 KiB\) is more than the 200000 \(195.3 KiB\) that each of",
     ):
-        make(host_memory_bytes=200, encoder_cache_bytes=300)
+        make(host_memory_bytes=200_000, encoder_cache_bytes=300_000)
+    with pytest.raises(ValueError, match=r"host_memory_bytes=8 is 8 bytes, too few for anything: a unit is missing"):
+        make(host_memory_bytes=8)
     with pytest.raises(ValueError, match="host_memory_bytes must be a size such as 8GiB"):
         make(host_memory_bytes="much")
     assert make(host_memory_bytes="1GiB").host_share() == 1 << 30  # their defaults are bounds from above

@@ -12,7 +12,7 @@ from omni_runs import DEFAULTS, spread_reward
 from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer, OmniGRPOConfig, OmniGRPOTrainer
-from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.common.checkpoint import ResumeError, check_resume_signature, save_rollout
 from maple_trl.trainers.common.resume_checks import missing_parts
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
@@ -157,6 +157,19 @@ def test_weights_alone_are_named_as_such(tmp_path):
 
     again = load_model(str(tmp_path / "checkpoint-1"), dtype="float32").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in trainer.model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    """Whichever of the two knows more: what only the other one had would be left out in silence."""
+    plain, more = (
+        {"processes": 1, "num_generations": 4},
+        {"processes": 1, "num_generations": 4, "batching": "stratified"},
+    )
+    for written, now, told in ((more, plain, "batching stratified -> None"), (plain, more, "batching None -> strat")):
+        save_rollout(str(tmp_path), 0, 0, None, written)
+        check_resume_signature(str(tmp_path), 0, written)
+        with pytest.raises(ResumeError, match=f"{told}.*, and with the same trainer"):
+            check_resume_signature(str(tmp_path), 0, now)
 
 
 def test_text_alone_is_held_to_the_same(tmp_path):

@@ -97,12 +97,16 @@ def check_resume_signature(folder: str, rank: int, resume_signature: dict[str, A
         ResumeError: when the checkpoint holds no state for this rank, or was written with other numbers.
     """
     written = _read_state(folder, rank)[_SIGNATURE]
+    # Of both: what the checkpoint's trainer had, this one may not know, and would go on without.
     changed = [
-        f"{name} {written.get(name)} -> {now}" for name, now in resume_signature.items() if written.get(name) != now
+        f"{name} {written.get(name)} -> {resume_signature.get(name)}"
+        for name in {**resume_signature, **written}
+        if written.get(name) != resume_signature.get(name)
     ]
     if changed:
         raise ResumeError(
-            f"{folder} was written by a run with other settings: {', '.join(changed)}. Resume with those."
+            f"{folder} was written by a run with other settings: {', '.join(changed)}. Resume with those"
+            + ("." if written.keys() == resume_signature.keys() else ", and with the same trainer.")
         )
 
 
@@ -177,7 +181,6 @@ def is_complete(checkpoint: str) -> bool:
     """Return whether a checkpoint's last file, `trainer_state.json`, was written to its end."""
     try:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            json.load(file)
+            return isinstance(json.load(file), dict)
     except (OSError, ValueError):
         return False
-    return True

@@ -71,6 +71,7 @@ _MAPPINGS = (
     "lr_scheduler_kwargs",
 )
 # What a prompt is rendered with, whatever the user says.
+_LEAST_HOST_BYTES = 1 << 16  # less is a size whose unit was forgotten
 _OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
 
@@ -326,6 +327,10 @@ class MediaConfig:
         if self.host_memory_bytes is None:
             return
         whole = self.host_memory_bytes = read_bytes(self.host_memory_bytes, "host_memory_bytes")
+        if whole < _LEAST_HOST_BYTES:
+            raise ValueError(
+                f"host_memory_bytes={whole} is {whole} bytes, too few for anything: a unit is missing, as in 8GiB"
+            )
         there = machine_memory()
         if there is not None and whole > there:
             raise ValueError(

@@ -71,8 +71,9 @@ def last_whole_checkpoint(output_dir: str, world: int) -> str | None:
             return checkpoint
     if reasons:
         raise ResumeError(
-            f"resume_from_checkpoint: none of the {len(reasons)} complete checkpoints in {output_dir} is whole. The newest: "
-            f"{reasons[0]}"
+            f"resume_from_checkpoint: none of the {len(reasons)} complete checkpoints in {output_dir} is whole. Leave it "
+            "out and set overwrite to begin anew, or name another output_dir. The newest: "
+            + reasons[0].removeprefix("resume_from_checkpoint: ")
         )
     return None
 
