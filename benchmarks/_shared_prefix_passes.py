@@ -82,10 +82,9 @@ class Group:
     def repeated_media(self) -> dict[str, Tensor]:
         """The media once per row, as a processor gives them for G prompts."""
         count, device = len(self.completions), self.completions.device
-        media = {name: value.repeat(count, *[1] * (value.dim() - 1)) for name, value in self.prompt.media.items()}
-        return {name: value.to(device) for name, value in media.items()} | {
-            "video_second_per_grid": torch.ones(count, device=device)
-        }
+        media = {name: value for inputs in self.prompt.media.values() for name, value in inputs.items()}
+        repeated = {name: value.repeat(count, *[1] * (value.dim() - 1)).to(device) for name, value in media.items()}
+        return repeated | {"video_second_per_grid": torch.ones(count, device=device)}
 
 
 def log_probs(group: Group, side: str) -> Tensor:
