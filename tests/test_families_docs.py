@@ -97,7 +97,7 @@ def test_every_column_has_tests_that_there_are():
         }
         assert function in functions, (file, function)
     proven = {column.strip() for row in rows for column in row[0].split(",")} | {"FSDP 2, ZeRO"}
-    assert set(table("What works where")[0][1:]) - proven == {"4 and 8 bits"}  # which says nothing yet
+    assert set(table("What works where")[0][1:]) <= proven
 
 
 # The example
