@@ -51,6 +51,11 @@ class ServedPrompt:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def _media_tokens(family: type[OmniFamily] = OmniFamily) -> set[str]:
+    """Return the media tokens of a family, and of those that are made of it."""
+    return set(family.media_tokens).union(*map(_media_tokens, family.__subclasses__()))
+
+
 class MessageEncoder(PromptEncoder):
     """
     Puts a server's rows into messages.
@@ -67,7 +72,7 @@ class MessageEncoder(PromptEncoder):
 
     placeholders = dict.fromkeys(KINDS, "")
     # Whatever the model is: text that spells one would be read as media.
-    media_tokens = tuple(sorted({token for family in OmniFamily.__subclasses__() for token in family.media_tokens}))
+    media_tokens = tuple(sorted(_media_tokens()))
     frame_multiple = 28
     sampling_rate = 16_000
 

@@ -23,6 +23,8 @@ from maple_trl.chat.messages import wav_bytes
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.data.shards import write_shards
 from maple_trl.data.validation import validate_tables
+from maple_trl.evaluation.served_prompts import MessageEncoder
+from maple_trl.omni.families import family_class, registered_types
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.reports import write_report
 
@@ -173,6 +175,12 @@ def test_a_server_gets_them_at_their_places(media, tmp_path):
     lines = by_row(tmp_path / "out", "required")
     assert {name: line["image"] for name, line in lines.items()} == SHOWN
     assert lines["one"]["image_tokens"] is None  # only the server knows
+
+
+def test_text_that_any_family_reads_as_media_is_sent_to_no_server():
+    """Also the tokens of a family that is made of another."""
+    every = {token for name in registered_types() for token in family_class(name).media_tokens}
+    assert every == set(MessageEncoder.media_tokens) and {"<|audio_pad|>", "<|AUDIO|>", "<image|>"} <= every
 
 
 def test_a_server_that_ignores_pictures_is_refused(media, tmp_path, capsys):

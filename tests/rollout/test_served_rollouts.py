@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from jobs.runner import Job, changes, facts, weights, write_inputs
+from PIL import Image
 from stand_in_server import StandIn
 from tiny_models import save_tiny
 from vllm_runs import BOUND, build, one_of_each
@@ -95,9 +97,15 @@ def test_a_prompt_that_fails_once_is_asked_for_again(clips, tmp_path, undisturbe
 def test_a_prompt_that_fails_twice_is_left_out(instead, reason, clips, tmp_path):
     """Its completions count nowhere, it goes into quarantine, and the run says so."""
     tags = clips[1]["tag"]
+    Image.new("RGB", (56, 84), "red").save(clips[0] / "seen.png")
+    rows = [
+        {**row, "image": None} if row["tag"] != "V" else {**row, "image": "seen.png", "video": None}
+        for row in clips[1]
+    ]
+    clips = clips[0], Dataset.from_list(rows)
 
     def choose(number, row):
-        return instead if set(row.items) == {"video"} and len(row.token_ids) == shown else None
+        return instead if set(row.items) == {"image"} and len(row.token_ids) == shown else None
 
     with StandIn() as server:
         probe = build("grpo", *clips, output_dir=str(tmp_path / "probe"), use_vllm=False)
@@ -105,7 +113,7 @@ def test_a_prompt_that_fails_twice_is_left_out(instead, reason, clips, tmp_path)
         server.choose = choose
         trainer, _ = run("grpo", clips, tmp_path, server, vllm_request_timeout=4.0, max_quarantined_share=0.5)
     (left_out,) = json.loads((tmp_path / "quarantine.json").read_text())
-    assert left_out["reason"] == "engine-failed" and left_out["detail"] == reason
+    assert left_out["reason"] == "engine-failed" and left_out["detail"] == reason and left_out["path"] == "seen.png"
     assert trainer.unscorable_completions["V"] == 4 and "V" not in trainer.worst[0]
     assert any("engine-failed" in note["text"] for note in trainer.left_out())
 

@@ -363,7 +363,8 @@ class AvatarTrainer(MAPOTrainer):
         if prompt is None:
             return row, None
         if hinted and self._hinted_prompt(row, prompt) is None:
-            raise MediaError("prompt-too-long", row.get("video"), "the prompt cannot be shown with its hint")
+            file = next(iter(self.row_encoder.spec(row).files), None)
+            raise MediaError("prompt-too-long", file, "the prompt cannot be shown with its hint")
         return row, prompt
 
     def _shown(self, row: dict[str, Any], prompt: EncodedPrompt | None, hinted: bool) -> Shown:

@@ -170,7 +170,8 @@ class EngineMixin:
             own = {flight.prompts[row].key: reason for row, reason in flight.failed.items()}
             for key, reason in [item for items in gather_object([own]) for item in items.items()]:
                 if key in registry:
-                    registry.add(key, MediaError("engine-failed", registry.row_of(key).get("video"), reason))
+                    file = next(iter(self.row_encoder.spec(registry.row_of(key)).files), None)
+                    registry.add(key, MediaError("engine-failed", file, reason))
             self._write_quarantine()
         return failed
 
