@@ -410,7 +410,11 @@ class PromptBuilder:
             }
             text = self._rendered(place_blocks(text, own_place, subtitle, self.subtitle_template))
         heard = [clip for clip in audios if clip is not None]
-        return self.family.encode(spec.key, text, replace(seen, audios=heard), interleaved)
+        try:
+            return self.family.encode(spec.key, text, replace(seen, audios=heard), interleaved)
+        except MediaError as error:  # a family knows clips by where they lie
+            names = {self.loader.resolve(file): file for file in spec.files}
+            raise MediaError(error.reason, names.get(error.path or "", error.path), error.detail) from error
 
     def check_template(self, spec: PromptSpec) -> None:
         """
