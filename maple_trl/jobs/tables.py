@@ -77,6 +77,8 @@ def _read_parquet(paths: Sequence[Path]) -> Dataset:
 
     try:
         schemas = [pq.read_schema(path) for path in paths]
+        if not sum(pq.read_metadata(path).num_rows for path in paths):
+            raise ValueError("it holds no row")
         if all(schema.equals(schemas[0]) for schema in schemas):
             return load_dataset("parquet", data_files={"train": [str(path) for path in paths]}, split="train")
         # A shard without one video has another type in that column, or no such column.
@@ -85,9 +87,8 @@ def _read_parquet(paths: Sequence[Path]) -> Dataset:
         table = pa.concat_tables(tables, promote_options="permissive")
         features = Features.from_arrow_schema(schema)
         return Dataset(table.cast(features.arrow_schema))
-    except (OSError, ValueError, TypeError, pa.ArrowException, DatasetsError, StopIteration) as error:
-        reason = error.__cause__ or error
-        raise SetupError(f"cannot read {paths[0]}: {reason if str(reason) else 'it holds no row'}") from error
+    except (OSError, ValueError, TypeError, pa.ArrowException, DatasetsError) as error:
+        raise SetupError(f"cannot read {paths[0]}: {error.__cause__ or error}") from error
 
 
 def stream_tables(paths: Sequence[Path]) -> IterableDataset:

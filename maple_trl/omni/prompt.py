@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import numpy as np
 
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.content import (
+    MARK,
     Content,
     MediaFile,
     check_places,
@@ -22,7 +24,7 @@ from maple_trl.omni.content import (
     read_content,
     with_tracks,
 )
-from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import PromptEncoder
 from maple_trl.omni.host_memory import hold_prompt
@@ -408,26 +410,46 @@ class PromptBuilder:
             }
             text = self._rendered(place_blocks(text, own_place, subtitle, self.subtitle_template))
         heard = [clip for clip in audios if clip is not None]
-        return self.family.encode(spec.key, text, replace(seen, audios=heard), interleaved)
+        try:
+            return self.family.encode(spec.key, text, replace(seen, audios=heard), interleaved)
+        except MediaError as error:  # a family knows clips by where they lie
+            names = {self.loader.resolve(file): file for file in spec.files}
+            raise MediaError(error.reason, names.get(error.path or "", error.path), error.detail) from error
 
     def check_template(self, spec: PromptSpec) -> None:
         """
         Check that the chat template shows what a row asks; nothing is decoded for that.
 
         Raises:
-            RowError: when it fails, or leaves the last message's text out.
+            RowError: when it fails, or leaves out the last message's text, or a medium of any message.
         """
         if isinstance(spec.messages, str):
             return
         own_place = {"image": [True] * len(spec.images), "video": [True] * len(spec.videos)}
         own_place["audio"] = [not spec.interleaved] * len(spec.audios)
-        text = self._rendered(place_blocks(spec.messages, own_place, ""))
+        placed = place_blocks(spec.messages, own_place, "")
+        text = self._rendered(placed)
         asked = [block["text"].strip() for block in spec.messages[-1]["content"] if block["type"] == "text"]
         lost = next((part for part in asked if part not in text), None)
         if lost is not None:
             raise RowError(
                 f"the model's chat template leaves out {lost!r:.100} of field 'prompt': it makes {text!r:.200} of it"
             )
+        for number, message in enumerate(placed):
+            for place, block in enumerate(message["content"]):
+                others = message["content"][:place] + message["content"][place + 1 :]
+                less = [*placed[:number], {**message, "content": others}, *placed[number + 1 :]]
+                if block["type"] in KINDS and self._is_same(less, text):
+                    raise RowError(
+                        f"the model's chat template leaves out the {block['type']} in a message of the {message['role']} "
+                        "of field 'prompt': put it into one of the user"
+                    )
+
+    def _is_same(self, messages: list[dict[str, Any]], text: str) -> bool:
+        """Return whether messages become a text, but for space, which templates trim where a message begins."""
+        with suppress(RowError):  # it may take no message without content
+            return self._rendered(messages).split() == text.split()
+        return False
 
     def _rendered(self, messages: list[dict[str, Any]]) -> str:
         try:
@@ -464,7 +486,8 @@ class PromptBuilder:
         steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips) + len(spec.images)
         if not steps:
             return [], []
-        least, seen = self.family.frame_multiple**2, None
+        least = self.family.frame_multiple**2
+        seen: tuple[list[Picture], list[VideoClip]] | None = None
         area = max(budget // steps, 1) * least
         while True:
             try:
@@ -573,7 +596,7 @@ def _noise_audio(rate: int) -> AudioClip:
 
 def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """
-    Render one row of each sequence of roles by the model's chat template, which may take only some.
+    Render one row of each sequence of roles, and of media in them, by the model's chat template, which may take only some.
 
     Args:
         prompts: the rows' field `prompt`. Rows that cannot be prompts are passed over.
@@ -583,18 +606,33 @@ def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequenc
     """
     seen = set()
     for number, prompt in enumerate(prompts):
-        roles = tuple(message.get("role") for message in prompt if isinstance(message, Mapping)) if prompt else ()
-        if not roles or roles in seen:
+        layout = tuple(map(_role_and_media, filter(_is_message, prompt or ())))
+        if not layout or layout in seen:
             continue
         try:
             spec = builder.spec(rows[number])
         except RowError:
             continue
-        seen.add(roles)
+        seen.add(layout)
         try:
             builder.check_template(spec)
         except RowError as error:
             raise RowError(f"row {number}: {error}") from error
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _role_and_media(message: Mapping[str, Any]) -> tuple[Hashable, frozenset[Any]]:
+    """Return a message's role, and the kinds of media that it has places for."""
+    content = message.get("content")
+    blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    kinds = {block.get("type") for block in blocks if isinstance(block, Mapping)}
+    texts = (block.get("text") for block in blocks if isinstance(block, Mapping))
+    return message.get("role"), frozenset(
+        kinds.union(*(MARK.findall(text) for text in texts if isinstance(text, str)))
+    )
 
 
 def _leading_system(prompt: Any) -> list[Mapping[str, Any]]:

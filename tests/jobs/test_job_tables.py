@@ -175,6 +175,12 @@ def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, name, text, m
         read(tmp_path / name)
 
 
+def test_parquet_without_a_row(tmp_path):
+    Dataset.from_dict({"prompt": ["a"]}).select([]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SetupError, match=r"cannot read .*a\.parquet: it holds no row"):
+        read(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("column", ["question", "problem", "messages"])
 def test_a_question_under_another_name(tmp_path, column, capsys):
     write_lines(tmp_path / "rows.jsonl", [{column: "a", "solution": "A"}])

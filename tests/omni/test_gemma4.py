@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from omni_runs import build_trainer
+from PIL import Image
 from test_mixed_batches import alone_by_transformers, batched
 from test_shared_prefix import LIMITS, build, encode, mixed_batch
 from tiny_models import GEMMA, build_tiny, build_tokenizer, save_tiny, towers_of
@@ -31,7 +32,7 @@ from maple_trl.omni.lora import build_lora_config, freeze, linear_modules
 from maple_trl.omni.media.clips import AudioClip, Picture, PromptMedia, VideoClip
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.prefix.sharing import Comparison
-from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.prompt import PromptBuilder, check_template
 from maple_trl.omni.serving import serve_media
 from maple_trl.planning.sizes import read_sizes
 from maple_trl.rollout.engine_models import engine_model
@@ -271,6 +272,23 @@ def test_every_published_chat_template_shows_media(template, seven_tags):
     assert builder.probe().kinds == ("image", "video", "audio")
     told = processor.tokenizer.decode(prompt.input_ids)
     assert told.startswith("<bos><|turn>user\n") and told.endswith("<turn|>\n<|turn>model\n")
+
+
+def test_a_picture_that_the_template_leaves_out_is_refused(seven_tags):
+    """Of a system message it shows texts alone."""
+    folder, _ = seven_tags
+    Image.new("RGB", (36, 36), "red").save(folder / "red.png")
+    builder = PromptBuilder(family_for(*build_tiny("gemma4")), MediaLoader(folder, LIMITS))
+    asked, shown = {"role": "user", "content": "What?"}, {"role": "user", "content": "<image> What?"}
+    prompts = [
+        [{"role": "system", "content": text}, user] for text, user in (("Look.", shown), ("<image> Look.", asked))
+    ]
+    rows = [{"prompt": prompt, "image": "red.png"} for prompt in prompts]
+    check_template(builder, prompts[:1], rows[:1])
+    with pytest.raises(
+        RowError, match="row 1: the model's chat template leaves out the image in a message of the system"
+    ):
+        check_template(builder, prompts, rows)
 
 
 def test_thinking_and_system_prompts(seven_tags):

@@ -228,5 +228,9 @@ def test_large_pictures_are_made_smaller_until_they_fit(name, tmp_path):
     with MediaLoader(tmp_path, MediaLimits(min_pixels=1, max_pixels=10**6), workers=0) as loader:
         count = PromptBuilder(family, loader, max_media_tokens=600).encode(row).media_tokens["image"]
         assert 300 < count <= 600
+        if name.startswith("gemma4"):
+            with pytest.raises(MediaError, match="this model reads 1120 at most") as error:
+                PromptBuilder(family, loader).encode(row)
+            assert error.value.path == "large.png"  # as the row names it
         with pytest.raises(MediaError, match="media tokens at the smallest frame size, but max_media_tokens is 1"):
             PromptBuilder(family, loader, max_media_tokens=1).encode(row | {"images": ["large.png"] * 2})

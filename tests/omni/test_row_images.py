@@ -231,7 +231,7 @@ def test_cells_of_image_columns_are_read(build, folder, tmp_path, monkeypatch):
     assert shown(build, in_blocks) == "(i0)x"
 
 
-@pytest.mark.parametrize("name", ["image_path", "Images_Path", "imagePaths"])
+@pytest.mark.parametrize("name", ["image_path", "Images_Path", "imagePaths", "img", "pictures", "picture_file"])
 def test_a_misspelt_column_is_refused(name):
     with pytest.raises(ValueError, match=f"column '{name}', which is not read, and no column 'image': rename it"):
         check_spelling(["prompt", name], "rows")

@@ -252,7 +252,7 @@ def test_options_with_letters_keep_them():
 def test_columns_stand_there_as_they_are(question, options):
     template = PromptTemplate({"default": "<<{question}>>{{}}{options}"})
     row = {"question": question, "options": options}
-    if not question:
+    if not question.strip():
         with pytest.raises(RowError, match="is empty"):
             template.render(row, None)
         return

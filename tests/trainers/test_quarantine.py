@@ -328,16 +328,21 @@ def test_a_clip_that_is_replaced_during_the_run_is_named(folder, tmp_path, caplo
     """Its rows show something else than before: they are trained on, and the run says so at its end."""
     for i in range(4):
         shutil.copy(folder / f"good{i}.mp4", tmp_path)
-    data = rows("good0.mp4", "good1.mp4", "good2.mp4", "good3.mp4")
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "seen.png")
+    files = ["good0.mp4", "good1.mp4", "good2.mp4", "good3.mp4", None]
+    data = Dataset.from_dict({"prompt": [QUESTION] * 5, "video": files, "image": [None] * 4 + ["seen.png"]})
     trainer = build_trainer(tmp_path, data, max_steps=2)
     trainer.encode_rows(data)
     assert "changed_files" not in {note["kind"] for note in trainer.left_out()}
     shutil.copy(folder / "silent.mp4", tmp_path / "other.mp4")
     os.replace(tmp_path / "other.mp4", tmp_path / "good2.mp4")
+    Image.new("RGB", (84, 56), "blue").save(tmp_path / "seen.png")
     trainer.encode_rows(data)
     trainer.encode_rows(data)
     (note,) = [note for note in trainer.left_out() if note["kind"] == "changed_files"]
-    assert note["count"] == 1 and note["files"] == ["good2.mp4"] and "1 file changed while" in note["text"]
+    assert (
+        note["count"] == 2 and note["files"] == ["good2.mp4", "seen.png"] and "2 files changed while" in note["text"]
+    )
     assert caplog.text.count("good2.mp4 was changed while it was in use") == 1 and not trainer.row_encoder.quarantined
     state = trainer.row_encoder.registries["train_dataset"].state_dict()
     again = build_trainer(tmp_path, data, max_steps=2)

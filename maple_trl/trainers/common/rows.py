@@ -251,8 +251,8 @@ _SUFFIX = re.compile(
 
 
 def _bare(column: str) -> str:
-    """Return a column's name without case, separators and endings such as `path`: `Video_Paths` as `video`."""
-    return _SUFFIX.sub("", re.sub(r"[\W_]", "", column.lower()))
+    """Return a column's name without case, separators and endings such as `path`: `Video_Paths` as `video`, `img` as `image`."""
+    return _SUFFIX.sub("", re.sub(r"^(img|picture)", "image", re.sub(r"[\W_]", "", column.lower())))
 
 
 def check_spelling(columns: Sequence[str], name: str, makes_prompt: bool = False) -> None:
