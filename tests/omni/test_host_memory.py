@@ -244,6 +244,23 @@ def test_prompts_count_while_they_are_used():
     assert host_memory().parts().get("prompts", 0) == before
 
 
+def test_features_that_another_thread_pushes_out_are_not_missed():
+    """Threads that decode ahead share the budget: an entry may go between two looks at it."""
+
+    class Fleeting(HostCache):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    cache = towers.TowerCache(1 << 20)
+    cache._memory = Fleeting(HostMemory(1 << 20), "encoder", 1 << 20, towers._size)
+    cache._remember("clip", {"features": torch.ones(4)})
+    assert cache._read("clip")["features"].sum() == 4
+    cache._memory.clear()
+    assert cache._read("clip") is None
+
+
 def test_a_copy_of_a_cache_is_empty():
     cache = host_memory().cache("judges", 1 << 20)
     cache["question"] = "answer"
