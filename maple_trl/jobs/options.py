@@ -305,6 +305,7 @@ class OmniModelConfig(ModelConfig):
     )
 
     def __post_init__(self):
+        check_quantization(self)
         super().__post_init__()
         if self.use_peft and self.frozen:
             raise ValueError(
@@ -328,7 +329,6 @@ class OmniModelConfig(ModelConfig):
             raise ValueError(f"lora_target_modules is replaced by {_listed('lora', SCOPES)}")
         if self.lora_task_type != "CAUSAL_LM":
             raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {self.lora_task_type!r}")
-        check_quantization(self)
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
             raise ValueError(
                 "load_in_4bit and load_in_8bit need use_peft: true. Weights of few bits cannot be trained, only LoRA adapters "

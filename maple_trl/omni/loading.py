@@ -138,6 +138,13 @@ def load_model(
             raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
         dtype = getattr(torch, dtype)
     if kwargs.get("quantization_config") is not None:
+        if (
+            getattr(config, "quantization_config", None) is not None
+        ):  # which transformers would take instead, with a warning
+            raise ValueError(
+                f"{name_or_path} was saved with weights of few bits, and is read as it was saved: leave load_in_4bit, load_in_8bit "
+                "and quantization_config out"
+            )
         kwargs["quantization_config"] = with_kept_parts(
             kwargs["quantization_config"], model_class, kwargs.get("config", config), quantize_towers
         )

@@ -152,10 +152,9 @@ class TowerCache:
         return digest
 
     def _read(self, key: str) -> Features | None:
-        if key in self._memory:
-            return self._memory[key]
-        if self.folder is None:
-            return None
+        kept = self._memory.get(key)  # in one step: threads that decode may push it out
+        if kept is not None or self.folder is None:
+            return kept
         path = self.folder / f"{key}.safetensors"
         try:
             # In one piece: what another process removes must not vanish between two looks at it.

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,6 +229,17 @@ def test_a_run_that_ends_otherwise_than_planned_is_found(changes, name):
 )
 def test_a_difference_from_the_undisturbed_run_is_found(changes, name):
     assert failing(same(results(**changes), results())) == {name}
+
+
+def test_a_weight_that_differs_by_its_last_bit_is_found():
+    from _soak_verdict import _digests
+
+    weights = {"w": torch.linspace(0, 1, 8), "half": torch.ones(2, 2, dtype=torch.bfloat16), "step": torch.tensor(3.0)}
+    for name, value in weights.items():
+        other = weights | {name: torch.nextafter(value, torch.full_like(value, 9.0))}
+        found = same(results(weights=_digests(other)), results(weights=_digests(weights)))
+        assert failing(found) == {"same weights"}
+    assert not failing(same(results(weights=_digests(dict(weights))), results(weights=_digests(weights))))
 
 
 def test_a_row_that_is_passed_over_in_silence_is_found():

@@ -162,7 +162,7 @@ def test_the_recipe_parses_and_overrides_win():
         ("use_peft: true\nlora_target_modules: [q_proj]", "replaced by lora_vision"),
         ("lora_task_type: SEQ_CLS", "must be 'CAUSAL_LM'"),
         ("load_in_4bit: true", "load_in_4bit and load_in_8bit need use_peft: true"),
-        ("load_in_8bit: true\nload_in_4bit: true\nuse_peft: true", "at the same time"),
+        ("load_in_8bit: true\nload_in_4bit: true\nuse_peft: true", "are both true: choose one"),
         ("use_bnb_nested_quant: true", "use_bnb_nested_quant has no effect without load_in_4bit: true"),
         ("load_in_8bit: true\nuse_peft: true\nbnb_4bit_quant_type: fp4", "bnb_4bit_quant_type has no effect without"),
         ("load_in_4bit: true\nuse_peft: true\nbnb_4bit_quant_storage: int4", "bnb_4bit_quant_storage must be one of"),

@@ -91,6 +91,8 @@ def test_a_model_that_was_saved_with_few_bits(folders, tmp_path, options):
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     assert describe(again) == describe(model) and Held.of(again) == Held.of(model)
+    with pytest.raises(ValueError, match="was saved with weights of few bits, and is read as it was saved: leave"):
+        load_model(str(tmp_path), quantization_config=INT8 if options is NESTED else NESTED)
 
 
 def test_experts_that_keep_their_bits_are_told(folders, caplog):

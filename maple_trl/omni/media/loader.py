@@ -200,7 +200,10 @@ class MediaLoader:
 
     def expect(self, path: str | os.PathLike, identity: tuple[int, int]) -> None:
         """Take a file for changed when it is not the one that another process has read; see [`~MediaLoader.identity`]."""
-        self._identities.setdefault(self._resolved(path), identity)
+        real = self._resolved(path)
+        with self._lock:
+            if real and len(self._identities) < _REMEMBERED:
+                self._identities.setdefault(real, identity)
 
     def has_changed(self, path: str | os.PathLike) -> bool:
         """Return whether a file under the root was changed since it was first read."""
