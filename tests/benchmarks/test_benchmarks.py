@@ -221,9 +221,9 @@ def decode_steps(tmp_path_factory):
 def test_a_decoding_step_asks_for_what_transformers_asks_for(decode_steps, side):
     result, printed = decode_steps
     before, now = (result[way][side]["decoding_step"] for way in ("before", "now"))
-    # Whether video's and audio's placeholders are among the tokens: compared, reduced, asked for.
-    assert (before["waits"], now["waits"]) == (3, 1) and list(now["waits_by_line"]) == ["utils.py:__call__"]
-    assert before["kernels"] - now["kernels"] == 4 and f"{now['kernels']:.0f}" in printed
+    # Whether placeholders of pictures, video and sound are among the tokens: compared, reduced, asked for.
+    assert (before["waits"], now["waits"]) == (4, 1) and list(now["waits_by_line"]) == ["utils.py:__call__"]
+    assert before["kernels"] - now["kernels"] == 6 and f"{now['kernels']:.0f}" in printed
 
 
 def test_known_features_cost_no_look_at_the_weights(decode_steps):
