@@ -156,10 +156,6 @@ TRAIN = [
     ({"dataset_name": "no_content.jsonl"}, "row 0: field 'prompt' has a message of the user without 'content'"),
     ({"dataset_name": "video_path.jsonl"}, "has the column 'video_path', which is not read, and no column 'video'"),
     ({"dataset_name": "tag_case.jsonl"}, "has the column 'Tag', which is not read, and no column 'tag'"),
-    (
-        {"dataset_name": "image.jsonl"},
-        "column 'image': 8 of 8 rows have a picture, the first is row 0. Omni prompts hold video",
-    ),
     ({"dataset_name": "absent.jsonl"}, "8 rows quarantined (8 not-found; first gone.mp4); media are looked for below"),
     ({"dataset_name": "outside.jsonl"}, "(8 outside-media-root; first ../x.mp4)"),
     ({"trainer": "omni_sft", "num_generations": None}, "has no column 'completion'"),
@@ -311,7 +307,10 @@ def models(tmp_path_factory):
         file.truncate(2000)
     (copy("pointer") / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     sharded = copy("lacks_shard", "*.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(TINY / "model.safetensors", sharded / "model-00001-of-00002.safetensors")
     copy("no_processor", "*processor_config.json")
