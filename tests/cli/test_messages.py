@@ -212,7 +212,7 @@ TRAIN = [
     ({"optim": "galore_adamw"}, "optim: galore_adamw needs a package that is not installed"),
     ({"adam_beta1": 2}, "Invalid beta parameter"),
     ({"lr_scheduler_kwargs": '{"bogus": 1}'}, "lr_scheduler_type: linear cannot be made of lr_scheduler_kwargs"),
-    ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs a package that is not installed"),
+    ({"optim": "grokadamw"}, "optim: grokadamw needs a package that is not installed"),
     ({"learning_rte": 1}, "unknown option --learning_rte; did you mean --learning_rate?"),
     ({"save_steps": 0}, "save_steps must be above 0, got 0.0"),
     ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
@@ -311,7 +311,10 @@ def models(tmp_path_factory):
         file.truncate(2000)
     (copy("pointer") / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     sharded = copy("lacks_shard", "*.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(TINY / "model.safetensors", sharded / "model-00001-of-00002.safetensors")
     copy("no_processor", "*processor_config.json")
