@@ -212,7 +212,7 @@ TRAIN = [
     ({"optim": "galore_adamw"}, "optim: galore_adamw needs a package that is not installed"),
     ({"adam_beta1": 2}, "Invalid beta parameter"),
     ({"lr_scheduler_kwargs": '{"bogus": 1}'}, "lr_scheduler_type: linear cannot be made of lr_scheduler_kwargs"),
-    ({"optim": "grokadamw"}, "optim: grokadamw needs a package that is not installed"),
+    ({"optim": "lomo"}, "optim: lomo needs a package that is not installed"),
     ({"learning_rte": 1}, "unknown option --learning_rte; did you mean --learning_rate?"),
     ({"save_steps": 0}, "save_steps must be above 0, got 0.0"),
     ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
