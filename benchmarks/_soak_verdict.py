@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from scipy.stats import theilslopes
 
 from maple_trl.chat import ChatOptions
+from maple_trl.records.metrics_log import LOG_ENTRIES
 from maple_trl.records.rollouts import read_rollouts
 from maple_trl.rewards import AnswerJudge
 from maple_trl.rewards.judge import Question
@@ -31,6 +32,8 @@ BLOCKS = 24
 CONFIDENCE = 0.99
 GROWTH = {"rss": 128 << 20, "disk": 1 << 20, "files": 8.0, "threads": 8.0}
 """The most that a run may surely have grown by, over all its steps after the first quarter."""
+LONG_GROWTH = 32 << 20
+"""Of memory, in a long run: nothing in it warms up any more."""
 _STATE = (
     "replay",
     "mapo.json",
@@ -353,13 +356,19 @@ def slope(steps: Sequence[float], values: Sequence[float]) -> tuple[float, float
 
 
 def flat(
-    record: Mapping[str, Any], steps: int, growth: Mapping[str, float] = GROWTH
+    record: Mapping[str, Any], steps: int, growth: Mapping[str, float] | None = None
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Memory, disk, open files and threads do not grow: after the first quarter of the longest start, by interval."""
+    """
+    Memory, disk, open files and threads do not grow: after the first quarter of the longest start, by interval.
+
+    Of a long start, from where the log that is held in memory is full.
+    """
     starts = Counter(sample["start"] for sample in record["samples"])
     longest = starts.most_common(1)[0][0] if starts else 0
     samples = [sample for sample in record["samples"] if sample["start"] == longest and sample["step"] < steps]
-    samples = samples[len(samples) // 4 :]
+    full = min(LOG_ENTRIES, steps // 2) if steps >= LOG_ENTRIES else 0
+    growth = growth or (GROWTH | {"rss": LONG_GROWTH} if full else GROWTH)
+    samples = [sample for sample in samples[len(samples) // 4 :] if sample["step"] >= full]
     if len(samples) < 8:
         return [Check("flat", False, f"{len(samples)} samples are too few")], {}
     first, last = samples[0]["step"], samples[-1]["step"]

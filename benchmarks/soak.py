@@ -157,7 +157,7 @@ def soak(options: argparse.Namespace, seed: int, folder: Path, mounts: bool) -> 
         save_steps=6 if quick else 25,
         rows_per_tag=4,
         stop_seconds=3.0 if quick else 30.0,
-        rollouts=10_000,
+        rollouts=16 * options.steps,  # all of them
         seed=seed,
         plant=options.plant,
     )

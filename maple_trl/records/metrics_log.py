@@ -12,8 +12,8 @@ from maple_trl.files import as_json, write_atomically
 from maple_trl.modalities import ModalityTag
 
 
-LOG_ENTRIES = 10_000
-"""Entries of its log that a trainer holds in memory; all are in `metrics.jsonl`."""
+LOG_ENTRIES = 1_000
+"""Entries of its log that a trainer holds in memory, and writes into each checkpoint; all are in `metrics.jsonl`."""
 RATIO_EDGES = (1 / 4, 1 / 2, 4 / 5, 9 / 10, 19 / 20, 20 / 19, 10 / 9, 5 / 4, 2, 4)
 """
 Borders of the bins of importance ratios, for `replay/ratio_share/0` to `/10`: below the first, from each to the next, and
