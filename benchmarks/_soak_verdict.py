@@ -43,8 +43,8 @@ _STATE = (
     "rollout_0.json",
     "rollout_1.json",
 )
-# Numbers of a log that tell of time, of how often the judge was called, and of clips that this process has met since it began.
-_TIMED = ("time", "seconds", "runtime", "per_second", "flos", "judge/answer_judge/", "media/clips_")
+# Numbers of a log that tell of time, of memory, of how often the judge was called, and of clips that this process has met since it began.
+_TIMED = ("time", "seconds", "runtime", "per_second", "flos", "judge/answer_judge/", "media/clips_", "memory/host_")
 
 
 @dataclass(frozen=True)

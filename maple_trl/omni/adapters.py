@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch import nn
 from transformers.utils import cached_file
 
 from maple_trl.omni.checkpoints import SPEECH, CheckpointError, check_hub_id, hub_is_silent, names_in
@@ -21,7 +22,9 @@ from maple_trl.omni.layouts import RENAMINGS, name_in_class
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
+    from torch import nn
+from transformers import PreTrainedModel
+
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
         trainable: whether it is trained on.
 
     Raises:
-        CheckpointError: when its weights are pickled, or one of them belongs to no layer of the model.
+        CheckpointError: when its weights are pickled, one of them belongs to no layer of the model, or some are missing.
     """
     from peft import PeftModel
 
@@ -61,6 +64,7 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
     if _is_of_layers(config) and model.config.model_type.endswith("_thinker"):
         places = _places(type(model).__name__, dict(model.named_modules()), folder, names)
         options = {"key_mapping": RENAMINGS}
+        _check_whole(config, places, model, folder)
         _retarget(config, places)
     with warnings.catch_warnings():
         # PEFT only warns, and an adapter would be half there.
@@ -179,6 +183,26 @@ def _places(architecture: str, modules: Collection[str], folder: str, names: lis
     if spoken:
         logger.info("%s: %d weights for parts that speak are not read", folder, len(spoken))
     return found
+
+
+def _check_whole(config: PeftConfig, places: Mapping[str, str], model: nn.Module, folder: str) -> None:
+    """
+    Raise CheckpointError where a linear layer that an adapter names has no weights.
+
+    An adapter that picks its layers by an expression or by numbers may leave some out.
+    """
+    asked: Any = config
+    if isinstance(asked.target_modules, str) or asked.exclude_modules or asked.layers_to_transform is not None:
+        return
+    held = {module for module in places.values() if not _EXPERT.search(module)}
+    targets = {name for target in asked.target_modules or () for name in (target, name_in_class(target))}
+    ends = tuple(f".{target}" for target in targets)
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    lacking = sorted(name for name in linear if f".{name}".endswith(ends) and name not in held)
+    if lacking:
+        raise CheckpointError(
+            f"{folder}: its weights are not all there: {len(lacking)} layers have none, e.g. {lacking[0]!r}. Copy it again"
+        )
 
 
 def _retarget(config: PeftConfig, places: Mapping[str, str]) -> None:

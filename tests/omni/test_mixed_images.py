@@ -192,7 +192,7 @@ def test_frozen_towers_read_each_picture_once(name, place, folder, seven_tags, t
     filled = world.logits(cache)
     clips = [{p.media_digest(kind) for p in world.prompts if kind in p.kinds} for kind in ("image", "video", "audio")]
     assert len(clips[0]) == 2 and len(world.passes) == sum(map(len, clips)) == cache.misses
-    torch.testing.assert_close(filled, without, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(filled, without, rtol=1e-5, atol=2e-5)
     assert torch.equal(world.logits(cache), filled) and len(world.passes) == cache.misses
 
 

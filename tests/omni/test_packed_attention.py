@@ -136,11 +136,11 @@ def flash(monkeypatch):
 
 
 def with_attention(model, implementation):
+    parts = [getattr(model.config, name, None) for name in ("vision_config", "audio_config")]
+    own = [(part, part._attn_implementation) for part in parts if part is not None]
     model.config.get_text_config()._attn_implementation = implementation
-    for part in {"vision_config", "audio_config"} & set(
-        model.config.sub_configs
-    ):  # which follow where that is the whole
-        getattr(model.config, part)._attn_implementation = "sdpa"
+    for part, before in own:  # which follow where that is the whole
+        part._attn_implementation = before
     return model
 
 

@@ -173,6 +173,8 @@ def test_log_probs_and_gradients_are_those_of_the_rows_apart(name, checkpointing
         return
     assert_equal(errors, gradients)
     for tower in towers_of(build_tiny(name)[0].base_model):
+        if "image_embed" in tower:  # of Phi-4, which reads no video
+            continue
         assert any(f"{tower}." in key and value.norm() > 1e-3 for key, value in expected.items())
 
 

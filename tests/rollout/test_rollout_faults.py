@@ -144,7 +144,7 @@ def test_a_prompt_that_leaves_no_room_for_a_whole_completion(clips, tmp_path):
         trainer.train()
     assert set(trainer.worst[0]) == {"V", "A", "S", "VS", "AS", "VAS"}
     (left_out,) = json.loads((tmp_path / "quarantine.json").read_text())
-    assert "173 tokens and a completion of 4 do not fit into 176 (vllm_max_model_length" in left_out["detail"]
+    assert "177 tokens and a completion of 4 do not fit into 176 (vllm_max_model_length" in left_out["detail"]
 
 
 def test_a_server_that_computes_in_another_precision(texts, tmp_path):

@@ -161,6 +161,9 @@ def test_pictures_are_shown_beside_each_other(browser, served):
     opened = Opened(browser, served.url, "?reviewer=player&row=pictures")
     pictures = opened.page.locator("#player img.picture")
     assert pictures.count() == 2 and opened.page.locator("#player #clip").count() == 0
+    opened.page.wait_for_function(
+        "() => [...document.querySelectorAll('#player img.picture')].every((one) => one.complete && one.naturalWidth)"
+    )
     sizes = pictures.evaluate_all("all => all.map((one) => [one.naturalWidth, one.naturalHeight])")
     assert sizes == [[60, 40], [60, 40]]
     boxes = [pictures.nth(number).bounding_box() for number in range(2)]
