@@ -191,17 +191,11 @@ class Gemma4Family(OmniFamily):
         return outputs.pooler_output[outputs.attention_mask.bool()]
 
     def core_inputs(self, core, input_ids, features, unneeded=()):
-        ids = input_ids.new_tensor([*self.placeholder_ids.values()])
-        words = input_ids.masked_fill(torch.isin(input_ids, ids), self.config.text_config.pad_token_id)
-        embeddings = core.get_input_embeddings()(words)
-        for kind, of_kind in features.items():
-            embeddings = self.scattered(embeddings, input_ids, kind, of_kind)
-        for zero in unneeded:
-            embeddings = embeddings + zero.to(embeddings.dtype)
         numbers = {kind: number for number, kind in enumerate(("image", "video", "audio"), 1)}
         types = sum(numbers[kind] * (input_ids == token).long() for kind, token in self.placeholder_ids.items())
-        inputs = {"input_ids": None, "inputs_embeds": embeddings, "mm_token_type_ids": types}
+        inputs = self.scattered_inputs(core, input_ids, features, unneeded) | {"mm_token_type_ids": types}
         if getattr(self.config.text_config, "hidden_size_per_layer_input", 0):
+            words = input_ids.masked_fill(types > 0, self.config.text_config.pad_token_id)
             inputs["per_layer_inputs"] = core.language_model.get_per_layer_inputs(words)
         return inputs
 
