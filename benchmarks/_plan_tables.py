@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,18 @@ def with_tables(text: str, tables: dict[str, list[dict[str, Any]]]) -> str:
 
 def write_tables(page: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
     page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--write", metavar="FILE", help="put the tables into this page")
+    parser.add_argument("--json", metavar="FILE", help="write the results here as well")
+
+
+def give(tables: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
+    """Print tables, and write them where `add_outputs` was told to."""
+    for name, rows in tables.items():
+        print(f"{name}\n{table(rows)}\n")
+    if args.write:
+        write_tables(Path(args.write), tables)
+    if args.json:
+        Path(args.json).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")

@@ -11,13 +11,11 @@ sound, completions of 512 tokens, 8 of a prompt, on H100 in bfloat16 with `optim
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from _plan_tables import table, write_tables
+from _plan_tables import add_outputs, give
 
 from maple_trl.planning.catalogue import GPUS, MODELS, RATES
 from maple_trl.planning.plan import make_plan
@@ -194,16 +192,10 @@ def main(argv: list[str] | None = None) -> None:
         default=RATES["decode_seconds"].value,
         help="processor seconds of a clip (plan_points.py --clips)",
     )
-    parser.add_argument("--write", metavar="FILE", help="put the tables into this page")
-    parser.add_argument("--json", metavar="FILE", help="write the results here as well")
+    add_outputs(parser)
     args = parser.parse_args(argv)
     tables = collect(args.clip_seconds)
-    for name, rows in tables.items():
-        print(f"{name}\n{table(rows)}\n")
-    if args.write:
-        write_tables(Path(args.write), tables)
-    if args.json:
-        Path(args.json).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    give(tables, args)
 
 
 if __name__ == "__main__":

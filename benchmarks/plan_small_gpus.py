@@ -11,11 +11,9 @@ transformers samples 8 completions of 512 tokens to a prompt, which make a micro
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-from _plan_tables import table, write_tables
+from _plan_tables import add_outputs, give
 
 from maple_trl.planning.catalogue import GPUS, MODELS
 from maple_trl.planning.memory import weight_bytes
@@ -91,16 +89,10 @@ def collect() -> dict[str, list[dict[str, Any]]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("--write", metavar="FILE", help="put the tables into this page")
-    parser.add_argument("--json", metavar="FILE", help="write the results here as well")
+    add_outputs(parser)
     args = parser.parse_args(argv)
     tables = collect()
-    for name, rows in tables.items():
-        print(f"{name}\n{table(rows)}\n")
-    if args.write:
-        write_tables(Path(args.write), tables)
-    if args.json:
-        Path(args.json).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    give(tables, args)
 
 
 if __name__ == "__main__":
