@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 
+IMAGE_COLUMNS = ("image", "images")
+"""Columns of a row that name its pictures: one, or several."""
+
 SCOPES = ("vision", "audio", "projectors", "llm")
 """The parts of an omni model that can be trained or frozen apart."""
 

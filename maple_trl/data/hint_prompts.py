@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.messages import fence, image_block, text_block
 from maple_trl.data.hint_leaks import LEAKS, split_options
+from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.media.subtitles import is_subtitle_file
 
 
@@ -77,7 +78,7 @@ class Problem:
         if row.get("options"):
             question = _with_options(question, row["options"])
         extras = tuple((name, _as_text(row[name])) for name in columns if row.get(name) not in (None, "", []))
-        images = tuple(_named(row, "image", ("image", "images")))
+        images = tuple(_named(row, "image", IMAGE_COLUMNS))
         return cls(question, str(solution).strip(), extras, next(_named(row, "video", ("video",)), None), images)
 
 

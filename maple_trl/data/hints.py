@@ -20,14 +20,14 @@ from maple_trl.data.hint_options import HintError, HintOptions, HintSummary
 from maple_trl.data.hint_prompts import SYSTEM, Problem, ProblemError, clean_hint, first_messages, next_messages
 from maple_trl.data.hint_tables import RowTable
 from maple_trl.data.record_files import TableError
-from maple_trl.data.schema import PICTURES
+from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
 
 __all__ = ["LEAKS", "HintError", "HintOptions", "HintSummary", "build_hints", "leaks_answer"]
 
 HINT_COLUMN = "hint"
-_SEEN = ("video", *PICTURES)
+_SEEN = ("video", *IMAGE_COLUMNS)
 
 
 def build_hints(

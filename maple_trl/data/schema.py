@@ -6,8 +6,6 @@ from datasets import Features, List, Value
 
 
 LETTERS = "ABCD"
-PICTURES = ("image", "images")
-"""Columns of which one names a row's pictures."""
 
 QUESTION_COLUMNS = {
     "id": Value("string"),

@@ -29,9 +29,9 @@ from datasets import Features, List, Value
 
 from maple_trl.data.benchmarks.options import described
 from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
-from maple_trl.data.schema import PICTURES, ROW_FEATURES
+from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import ShardError, find_shards, split_of
-from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, Modality, ModalityTag
 from maple_trl.omni.content import MARK
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import Source
@@ -405,10 +405,10 @@ class _RowChecker:
         for name, path in media.items():
             if path is not None:
                 faults += self._path_faults(name, path)
-        for name in PICTURES:
+        for name in IMAGE_COLUMNS:
             for path in _listed(row.get(name)):
                 faults += self._path_faults(name, path, is_picture=True)
-        if all(row.get(name) for name in PICTURES):
+        if all(row.get(name) for name in IMAGE_COLUMNS):
             faults.append(
                 ("image", "images", "must be empty beside 'image': a row's pictures stand in one of the two")
             )
@@ -448,7 +448,7 @@ class _RowChecker:
 def signals(row: Mapping[str, Any]) -> frozenset[Modality]:
     """Return the signals that a row has a medium for: a picture counts as seen, a video's sound as heard."""
     has = {
-        Modality.VIDEO: any(row.get(name) for name in ("video", *PICTURES)),
+        Modality.VIDEO: any(row.get(name) for name in ("video", *IMAGE_COLUMNS)),
         Modality.AUDIO: bool(row.get("audio") or row.get("video")),
         Modality.SUBTITLE: not _blank(row.get("subtitle")),
     }
@@ -514,7 +514,7 @@ def mark_fault(row: Mapping[str, Any]) -> str | None:
     marks = Counter(mark for message in row["prompt"] for mark in MARK.findall(message["content"]))
     has = {"video": row.get("video"), "audio": row.get("audio") or row.get("video"), "subtitle": row.get("subtitle")}
     counts = {kind: int(bool(medium)) for kind, medium in has.items()}
-    counts["image"] = max(len(_listed(row.get(name))) for name in PICTURES)
+    counts["image"] = max(len(_listed(row.get(name))) for name in IMAGE_COLUMNS)
     for kind, number in marks.items():
         if number != counts[kind]:
             return f"holds {number} <{kind}> mark(s), but the row has {counts[kind]} of that; each medium stands at its one mark"

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from maple_trl.modalities import IMAGE_COLUMNS
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,13 +29,13 @@ MODEL_NAME = "maple_trl"
 ROOT_FIELD = "maple_media_root"
 """Column that tells a document of ours from others; holds the folder of its media."""
 
-_PICTURES = ("image", "images")
-_MEDIA = {"image": ("V", _PICTURES), "video": ("V", ("video",)), "audio": ("A", ("audio",))}
+_MEDIA = {"image": ("V", IMAGE_COLUMNS), "video": ("V", ("video",)), "audio": ("A", ("audio",))}
 """By kind of medium, its letter in a tag and the columns that name it."""
-_ROW_FIELDS = ("id", "prompt", "tag", "subtitle", "video", "audio", *_PICTURES)
+_ROW_FIELDS = ("id", "prompt", "tag", "subtitle", "video", "audio", *IMAGE_COLUMNS)
 
 _CODE = '''"""Functions of this folder's tasks. Written by maple_trl."""
 
+from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.integrations.lmms_bridge import doc_to_messages, doc_to_target, doc_to_text, doc_to_visual, score_doc
 from maple_trl.rewards import accuracy_reward
 

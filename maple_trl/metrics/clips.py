@@ -6,11 +6,13 @@ import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from maple_trl.modalities import IMAGE_COLUMNS
+
 
 CLIP_COLUMNS = ("clip", "clip_id", "video_id", "videoID", "video_name", "youtube_id")
 """Columns that name a question's clip; the first that a row fills is taken."""
 
-_MEDIA = {"video": ("video",), "image": ("image", "images"), "audio": ("audio",)}
+_MEDIA = {"video": ("video",), "image": IMAGE_COLUMNS, "audio": ("audio",)}
 _SUBTITLES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".sbv")
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.constants import HF_HOME
 
+from maple_trl.modalities import IMAGE_COLUMNS
+
 
 if TYPE_CHECKING:  # processes that only decode need not load it
     from datasets import Dataset, IterableDataset
@@ -64,7 +66,7 @@ def as_paths(dataset: Dataset | IterableDataset | Any) -> Dataset | IterableData
     for name, feature in undecoded.items():
         if feature != features[name]:
             dataset = dataset.cast_column(name, feature)  # of a column itself, this copies nothing
-    names = [name for name in ("image", "images", "video", "audio") if _embeds(undecoded.get(name))]
+    names = [name for name in (*IMAGE_COLUMNS, "video", "audio") if _embeds(undecoded.get(name))]
     if not names:
         return dataset
     texts = {name: _texts(undecoded[name]) for name in names}

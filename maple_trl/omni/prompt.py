@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, Modality, ModalityTag
 from maple_trl.omni.content import (
     MARK,
     Content,
@@ -39,11 +39,9 @@ __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
 _PROBE_TEXT = "Which of the two do you see, and what do you hear? Answer with one word."
 _PROBE_FRAMES, _PROBE_SECONDS = 4, 1.0
 
-PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video", "image", "images")
+PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video", *IMAGE_COLUMNS)
 """The columns that a prompt depends on."""
 
-IMAGE_COLUMNS = ("image", "images")
-"""The columns of which one names a row's pictures."""
 
 _COLUMNS = {"image": IMAGE_COLUMNS, "video": ("video",), "audio": ("audio",)}
 

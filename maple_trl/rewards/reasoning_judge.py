@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat import ChatOptions, fence, image_block, text_block
-from maple_trl.modalities import Modality, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, Modality, ModalityTag
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import host_memory
 from maple_trl.rewards.answers import extract_answer, solution_text
@@ -170,7 +170,7 @@ class StepwiseReasoningJudge(OpenAIJudge):
     def _pictures_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return blocks with a row's pictures, and those of its first video; none where it has nothing to see that counts."""
         videos = _listed(row.get(self.video_column))[:1]
-        images = [*_listed(row.get("image")), *_listed(row.get("images"))]
+        images = [file for column in IMAGE_COLUMNS for file in _listed(row.get(column))]
         tag = row.get(self.tag_column)
         hidden = tag and Modality.VIDEO not in ModalityTag.parse(tag).modalities
         if not self.frames or not (videos or images) or hidden:

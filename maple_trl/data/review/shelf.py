@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.subtitles import is_subtitle_file, read_subtitle, unread_file
 
@@ -215,7 +216,7 @@ class ClipShelf:
 
 def pictures_of(row: Mapping[str, Any]) -> list[str]:
     """Return the pictures that a row names."""
-    cells = (row.get(name) or [] for name in ("image", "images"))
+    cells = (row.get(name) or [] for name in IMAGE_COLUMNS)
     return [name for cell in cells for name in ([cell] if isinstance(cell, str) else cell)]
 
 

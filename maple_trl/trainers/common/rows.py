@@ -10,13 +10,12 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import HostCache, host_memory
 from maple_trl.omni.prompt import (
-    IMAGE_COLUMNS,
     PROMPT_COLUMNS,
     PromptBuilder,
     PromptSpec,

@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
 from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
 from maple_trl.omni.encoded import (
     KINDS,
     EncodedPrompt,
@@ -35,7 +35,6 @@ from maple_trl.omni.families import unwrap
 from maple_trl.omni.prefix.packed_attention import install, why_not_trained
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
 from maple_trl.omni.prefix.sharing import Comparison
-from maple_trl.omni.prompt import IMAGE_COLUMNS
 from maple_trl.omni.quantization import describe
 from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import judge_callbacks

@@ -13,10 +13,11 @@ from torch.utils.data import get_worker_info
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
+from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import own_options
-from maple_trl.omni.prompt import IMAGE_COLUMNS, RowError
+from maple_trl.omni.prompt import RowError
 from maple_trl.omni.quantization import describe
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config

@@ -12,6 +12,7 @@ from maple_trl.data.curation.errors import CurationError
 from maple_trl.data.curation.stage import Outcome, Row, Stage, Tools
 from maple_trl.data.hint_tables import SUFFIXES, RowTable
 from maple_trl.data.record_files import TableError
+from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file
 
@@ -64,7 +65,7 @@ def _of_table(path: Path) -> list[Row]:
     if "video" not in table.columns:
         raise CurationError(f"source.path: {path} has no column 'video'; its columns: {', '.join(table.columns)}")
     columns = {name: table.column(name) for name in ("clip", "video", "audio", "subtitle") if name in table.columns}
-    pictures = {name: table.column(name) for name in ("image", "images") if name in table.columns}
+    pictures = {name: table.column(name) for name in IMAGE_COLUMNS if name in table.columns}
     rows, seen = [], {}
     for index in range(len(table)):
         picture = next((name for name, cells in pictures.items() if cells[index]), None)
