@@ -8,6 +8,7 @@ what is counted stays within the budget, unless what is counted alone is more; a
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -135,6 +136,7 @@ class HostMemory:
 
     def set_limit(self, limit: int | None) -> None:
         """Begin with another budget; caches let go what is beyond it."""
+        gc.collect()  # what a former trainer held, which is in cycles, does not count against the next
         with self.lock:
             self.limit = limit
             self._told.clear()
@@ -180,6 +182,9 @@ class HostMemory:
                 self._shrink(size + sum(held for _, held in others.values()), held=0)
             self._held[key] = part, size
         held = self.held
+        if self.limit is not None and held > self.limit and "held" not in self._told:
+            gc.collect()  # no warning of what nobody uses any more
+            held = self.held
         if self.limit is not None and held > self.limit:
             self._tell(
                 "held",

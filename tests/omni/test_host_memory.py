@@ -231,6 +231,31 @@ def test_what_does_not_fit_is_told_once_with_numbers(caplog):
     assert not caplog.records
 
 
+def test_what_nobody_uses_any_more_is_collected_before_it_counts(caplog):
+    """A trainer is in cycles: one that is done must not take the room of the next."""
+    memory = HostMemory(100)
+
+    def leave_behind():
+        thing = Thing()
+        thing.itself = thing
+        memory.hold("prompts", thing, 80)
+
+    gc.disable()
+    try:
+        leave_behind()
+        assert memory.held == 80
+        memory.set_limit(100)
+        assert memory.held == 0
+        leave_behind()
+        thing = Thing()
+        memory.hold("prompts", thing, 30)
+        assert memory.held == 30 and not caplog.records
+        memory.hold("prompts", thing, 101)
+        assert "more than the 100 B" in caplog.text
+    finally:
+        gc.enable()
+
+
 def test_prompts_count_while_they_are_used():
     prompt = Thing()
     prompt.ids, prompt.media = torch.zeros(10), {"pixels": torch.zeros(5, 5), "count": 3}
