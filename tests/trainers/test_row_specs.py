@@ -42,6 +42,16 @@ def question(clip, word="what"):
     return {"prompt": [{"role": "user", "content": word}], "video": f"clip{clip}.mp4", "tag": "VA", "solution": "A"}
 
 
+def test_another_access_feeds_the_same_row_other_signals(builder):
+    encoder = RowEncoder(copy.copy(builder), Ranks())
+    row = question(0) | {"tag": "V"}
+    fed = {}
+    for access in ("required", "all", "required"):
+        encoder.builder.modality_access = access
+        fed[access] = encoder.spec(dict(row)).fed
+    assert fed == {"required": ModalityTag.V.modalities, "all": ModalityTag.VA.modalities}
+
+
 # A training
 
 

@@ -172,8 +172,8 @@ class RowEncoder:
         return row, spec
 
     def spec(self, row: Row) -> PromptSpec:
-        """Find out what a row is fed, once for all its copies."""
-        said = prompt_columns(row)
+        """Find out what a row is fed, once for all its copies and each access to its signals."""
+        said = self.builder.modality_access, prompt_columns(row)
         spec = self._specs.get(said)
         if spec is None:
             spec = self._specs[said] = self.builder.spec(row)
