@@ -1,0 +1,99 @@
+"""What is watched of a run beside its log: an instrument is put on a trainer before it trains, and read afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+
+INSTRUMENTS_VERSION = 1
+"""Raised with every change of what an instrument measures."""
+
+
+class Instrument(Protocol):
+    """Something that watches a trainer; `result()` is what it saw, as JSON holds it."""
+
+    def result(self) -> dict[str, Any]: ...
+
+
+def wrap(trainer: Any, name: str, tell: Callable[[float, float, tuple, Any], None]) -> None:
+    """Have `tell(wall seconds, CPU seconds, arguments, result)` called after each call of a trainer's method."""
+    method = getattr(trainer, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = method(*args, **kwargs)
+        tell(time.perf_counter() - wall, time.process_time() - cpu, args, result)
+        return result
+
+    setattr(trainer, name, timed)
+
+
+class Cost:
+    """Seconds of training, in parts, and completions and tokens generated; on every run."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self.cpu = self.wall = self.rollout_cpu = 0.0
+        self.rollouts = self.generated = self.tokens = 0
+        wrap(trainer, "training_step", self._step)
+        wrap(trainer, "_generate_and_score_completions", self._rollout)
+        wrap(trainer, "_generate_single_turn", self._generation)
+
+    def _step(self, wall: float, cpu: float, args: tuple, result: Any) -> None:
+        self.wall += wall
+        self.cpu += cpu
+
+    def _rollout(self, wall: float, cpu: float, args: tuple, result: Any) -> None:
+        self.rollout_cpu += cpu
+        self.rollouts += 1
+
+    def _generation(self, wall: float, cpu: float, args: tuple, result: Any) -> None:
+        if self._trainer.model.training:
+            completions = result[0]
+            self.generated += len(completions)
+            self.tokens += sum(map(len, completions))
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "cpu_seconds": self.cpu,
+            "wall_seconds": self.wall,
+            "rollout_cpu_seconds": self.rollout_cpu,
+            "rollouts": self.rollouts,
+            "completions": self.generated,
+            "completion_tokens": self.tokens,
+        }
+
+
+class Curve(TrainerCallback):
+    """Accuracy on held-out questions against steps, completions, tokens and CPU seconds of training, which it does not add to."""
+
+    QUESTIONS, SAMPLES, POINTS = 24, 3, 12
+
+    def __init__(self, trainer: Any, measure: Callable[[int, int], dict[str, Any]], cost: Cost):
+        self._trainer, self._measure, self._cost = trainer, measure, cost
+        self.points: list[dict[str, Any]] = []
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._every = max(1, args.max_steps // self.POINTS)
+        self._add(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._add(state.global_step)
+
+    def _add(self, step: int) -> None:
+        cost = self._cost.result()
+        found = self._measure(self.QUESTIONS, self.SAMPLES)
+        self.points.append({"step": step, **cost, **found})
+
+    def result(self) -> dict[str, Any]:
+        return {"points": self.points}
+
+
+INSTRUMENTS: dict[str, type] = {"curve": Curve}
+"""Those that a run asks for by name; [`Cost`] is on every run."""

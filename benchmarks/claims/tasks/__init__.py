@@ -1,0 +1,75 @@
+"""
+Tasks that runs train on. A task is a module of this folder with the attributes of [`Task`].
+
+What a task writes (clips, tables, the cold-started model) is made once, by seed, and kept in a cache; nothing of it is committed.
+A change of anything that it writes raises its `VERSION`, and its runs are other runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+
+
+class Task(Protocol):
+    """
+    What a module of this folder has.
+
+    Attributes:
+        VERSION: raised with every change of its data, its rewards, its model or what is asked of it.
+        ACCESSES: what the trained policy is asked with, beside what it was trained with: `required`, `all`.
+        QUESTIONS, SAMPLES: questions of each tag at the end of a run, and answers to each.
+    """
+
+    VERSION: int
+    ACCESSES: Sequence[str]
+    QUESTIONS: int
+    SAMPLES: int
+
+    def prepare(self, folder: Path) -> None:
+        """Make in a folder all that the task needs: data and the model that runs begin with."""
+
+    def options(self, trainer: str) -> Mapping[str, Any]:
+        """Return the job options of a run, paths relative to `folder(name)` written as `{folder}/...`."""
+
+    def held_out(self, folder: Path) -> Any:
+        """Return the questions that no run has trained on."""
+
+    def score(self, **columns: Any) -> list[float | None]:
+        """Grade answers for the evaluation: without the noise and the scale that training has."""
+
+
+def cache_folder() -> Path:
+    """Return where tasks keep what they make: `$XDG_CACHE_HOME/maple_trl/claims`, by default below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl" / "claims"
+
+
+def load_task(name: str) -> Task:
+    """Return the module of a task."""
+    try:
+        return importlib.import_module(f"tasks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"tasks.{name}":
+            raise
+        known = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+        raise ValueError(f"no task {name!r}; there are {', '.join(known)}") from None
+
+
+def prepared(name: str) -> Path:
+    """Return the folder of a task's data and model, which is made where it is absent or of another version."""
+    task = load_task(name)
+    folder = cache_folder() / f"{name}-{task.VERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "whole").exists():  # the last thing written
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            task.prepare(folder)
+            (folder / "whole").touch()
+    return folder
