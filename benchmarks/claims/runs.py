@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,37 @@ from maple_trl.jobs.options import config_files
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parents[1] / "recipes"
 RESULTS = HERE / "results"
+FIXED = {
+    "evaluate_before_after": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "use_cpu": True,
+    "per_device_eval_batch_size": 448,
+}
+"""Options that all runs have: a run logs every step, and is measured as [`worker`] does."""
+SERIES = 12
+"""Points that are kept of what a run logs: means over as many stretches of it."""
+KEPT = (
+    "loss",
+    "grad_norm",
+    "entropy",
+    "kl",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "clip_ratio/region_mean",
+    "completions/mean_length",
+    "rewards/*/mean",
+    "tag/*/weight",
+    "tag/*/kl",
+    "tag/*/reward",
+    "tag/all/*",
+    "replay/*",
+)
+"""What is kept of the log, by name; with one more, `INSTRUMENTS_VERSION` rises, for the results of earlier runs lack it."""
+
+QUICK_STEPS, QUICK_QUESTIONS = 4, 1
+"""Steps, and questions of each tag, of a run that only shows that it can be carried out."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +65,7 @@ class Run:
         seed: of the order of prompts, of sampling, and of the noise of rewards.
         instruments: what is watched beside the log, by name.
         trained: whether it is trained at all; the policy that runs begin with is measured otherwise.
+        quick: whether it is a few steps and questions only, and no evidence.
     """
 
     task: str
@@ -41,6 +74,7 @@ class Run:
     options: Mapping[str, Any]
     instruments: Sequence[str] = ()
     trained: bool = True
+    quick: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.instruments) - set(INSTRUMENTS))
@@ -56,8 +90,10 @@ class Run:
         for _, config in config_files(str(path)):
             merged |= config
         task = load_task(self.task)
-        trainer = merged.get("trainer", "omni_grpo")
-        merged |= task.options(trainer) | dict(self.options) | {"seed": self.seed}
+        trainer = self.options.get("trainer", merged.get("trainer", "omni_grpo"))
+        merged |= task.options(trainer) | dict(self.options) | FIXED | {"seed": self.seed}
+        if self.quick:
+            merged["max_steps"] = QUICK_STEPS
         merged.pop("output_dir", None)
         return merged
 
@@ -67,11 +103,11 @@ class Run:
         return {
             "task": self.task,
             "task_version": task.VERSION,
-            "instruments": sorted(self.instruments),
+            "instruments": {name: getattr(INSTRUMENTS[name], "VERSION", 1) for name in sorted(self.instruments)},
             "instruments_version": INSTRUMENTS_VERSION,
             "trained": self.trained,
             "config": self.config(),
-        }
+        } | ({"quick": True} if self.quick else {})
 
     def key(self) -> str:
         """Return the name of the run's result."""
@@ -83,10 +119,20 @@ class Run:
         return results / self.task / f"{self.key()}.json"
 
 
+def is_kept(name: str) -> bool:
+    """Tell whether a result has a series of the log."""
+    return any(fnmatch(name, kept) for kept in KEPT)
+
+
+def questions_file(results: Path, told: Mapping[str, Any]) -> Path:
+    """Return where the questions lie, in their order, whose scores a result holds."""
+    return results / told["task"] / f"questions-{told['task_version']}{'-quick' * bool(told.get('quick'))}.json"
+
+
 def write_result(file: Path, result: Mapping[str, Any]) -> None:
-    """Write a run's result so that a stop at any moment leaves none or the whole."""
+    """Write JSON so that a stop at any moment leaves none or the whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.partial")
     scratch.write_text(json.dumps(result, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
     os.replace(scratch, file)
 

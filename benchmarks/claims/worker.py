@@ -1,19 +1,23 @@
 """
-Carry out one run and write its result; a process of its own, so that runs share neither memory nor random streams.
+Carry out runs and write their results; in processes of their own, so that they share neither memory nor random streams.
 
-    python benchmarks/claims/worker.py RUN.json RESULT.json
+    python benchmarks/claims/worker.py RUN.json RESULT.json [RUN.json RESULT.json ...]
 
-RUN.json holds the fields of [`runs.Run`]. Exit status 0: the result is there; the error is on the screen otherwise.
+RUN.json holds the fields of [`runs.Run`]. Exit status 0: the results are there; the error is on the screen otherwise.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,131 +26,212 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # results depend on it
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE)]
 
 import yaml
 from instruments import INSTRUMENTS, Cost
-from runs import Run, read_result, write_result
-from tasks import Task, load_task, prepared
+from runs import QUICK_QUESTIONS, SERIES, Run, is_kept, questions_file, read_result, write_result
+from scores import encoded_scores, rounded
+from tasks import Task, load_task, prepared, use_folders
 
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.sampled import choose_questions
 from maple_trl.jobs.options import parse_args
 from maple_trl.jobs.train import build_trainer
+from maple_trl.metrics.clips import clips_of
 
 
 PACKAGES = ("maple-trl", "torch", "transformers", "trl", "accelerate", "datasets")
-SERIES = 24
-"""Points that are kept of what a run logs: means over as many stretches of it."""
 
 
 def job_file(run: Run, folder: Path, output: Path) -> Path:
     """Write the job that `maple-trl train --config` would take."""
     config = json.loads(json.dumps(run.config()).replace("{folder}", str(folder)))
-    config |= {
-        "output_dir": str(output),
-        "evaluate_before_after": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "per_device_eval_batch_size": 448,
-        "report_to": [],
-        "overwrite": True,
-    }
+    config |= {"output_dir": str(output), "disable_tqdm": True, "report_to": [], "overwrite": True}
     file = output / "job.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     return file
 
 
-def measuring(trainer: Any, task: Task, test: Any) -> Callable[..., dict[str, Any]]:
-    """Return a function that asks the policy held-out questions, the same each time, by one or several accesses."""
-    builder = trainer.prompt_builder
-    usual = builder.modality_access
+def parsed_job(run: Run, folder: Path, output: Path) -> tuple[Any, ...]:
+    """Return the arguments of a run's job, which every config it belongs to has accepted."""
+    return parse_args(["--config", str(job_file(run, folder, output))])
 
-    def measure(questions: int, samples: int, accesses: tuple[str, ...] = ("trained",)) -> dict[str, Any]:
-        asked = [dict(row) for row in choose_questions(test, questions)]
-        found: dict[str, Any] = {}
-        for access in accesses:
-            builder.modality_access = usual if access == "trained" else access
-            scores: list[float | None] = []
 
-            def score(**columns: Any) -> list[float | None]:
-                scores.extend(task.score(**columns))
-                return scores
+class Exam:
+    """The held-out questions of a task, the same for every run, and what a trainer's policy answers to them."""
 
-            try:
-                answers = sampled_accuracy(trainer.generate_completions, asked, score, questions, 0, samples)
-            finally:
-                builder.modality_access = usual
-            by_question = [scores[i : i + samples] for i in range(0, len(scores), samples)]
-            found[access] = {
-                "accuracy": answers.accuracy,
-                "errors": answers.errors,
-                "questions": [
-                    [row["id"], row["tag"], sum(map(float, own))] for row, own in zip(asked, by_question, strict=True)
-                ],
-                "samples": samples,
-            }
+    def __init__(self, trainer: Any, task: Task, test: Any):
+        self._trainer, self._task = trainer, task
+        self._test = [dict(row) for row in test]
+
+    def __call__(self, questions: int, samples: int, accesses: Sequence[str] = ("trained",)) -> dict[str, Any]:
+        """
+        Ask questions by one or several accesses; `trained` is that of training.
+
+        Returns:
+            By access: `accuracy` and `errors` by tag, `samples`, and `questions`, which are in the order of `rows`: id,
+            tag, and the sum of the scores of the answers, or `None` where none has a score.
+        """
+        usual = self._trainer.prompt_builder.modality_access
+        found = {access: self._ask(questions, samples, access) for access in accesses if access != "trained"}
+        if "trained" in accesses:
+            found["trained"] = found[usual] if usual in found else self._ask(questions, samples, usual)
         return found
 
-    return measure
+    def rows(self, questions: int) -> list[Mapping[str, Any]]:
+        """Return so many questions of each tag, in the order in which they are asked."""
+        return choose_questions(self._test, questions)
+
+    def _ask(self, questions: int, samples: int, access: str) -> dict[str, Any]:
+        answered: list[bool] = []
+        scored: list[float | None] = []
+
+        def generate(asked: Sequence[Any]) -> Sequence[str | None]:
+            texts = self._trainer.generate_completions(asked)
+            answered.extend(text is not None for text in texts)
+            return texts
+
+        def score(**columns: Any) -> list[float | None]:
+            scored.extend(self._task.score(**columns))
+            return scored
+
+        builder = self._trainer.prompt_builder
+        usual, builder.modality_access = builder.modality_access, access
+        try:
+            found = sampled_accuracy(generate, self._test, score, questions, 0, samples)
+        finally:
+            builder.modality_access = usual
+        each = iter(scored)
+        by_answer = [next(each) if known else None for known in answered]
+        by_question = [by_answer[start : start + samples] for start in range(0, len(by_answer), samples)]
+        return {
+            "accuracy": found.accuracy,
+            "errors": found.errors,
+            "samples": samples,
+            "questions": [
+                [row["id"], row["tag"], summed(own)]
+                for row, own in zip(self.rows(questions), by_question, strict=True)
+            ],
+        }
 
 
-def series(log: list[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """Return what a run logged, as means over equal stretches of its steps."""
+def summed(scores: Sequence[float | None]) -> float | None:
+    """Return the sum of a question's scores, in which answers without one count as the mean of the others."""
+    known = [score for score in scores if score is not None and not math.isnan(score)]
+    return sum(known) / len(known) * len(scores) if known else None
+
+
+def compact(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what an exam found as a result keeps it: the scores of questions as a string of digits."""
+    return {
+        access: {name: value for name, value in one.items() if name not in ("questions", "errors")}
+        | {"error": one["errors"]["all"]}
+        | encoded_scores([summed for *_, summed in one["questions"]], one["samples"])
+        for access, one in found.items()
+    }
+
+
+def told_questions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is kept of questions once for all runs: their ids, their tags, and which of them share a clip."""
+    numbers: dict[Any, int] = {}
+    clips = [row["id"] if clip is None else clip for row, clip in zip(rows, clips_of(rows), strict=True)]
+    return {
+        "ids": [row["id"] for row in rows],
+        "tags": [row["tag"] for row in rows],
+        "clips": [numbers.setdefault(clip, len(numbers)) for clip in clips],
+    }
+
+
+def keep_questions(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the questions of a task's version, or see that they are those which its other runs were asked."""
+    told, there = told_questions(rows), read_result(file)
+    if there is None:
+        write_result(file, told)
+    elif there != told:
+        raise ValueError(f"the questions are others than in {file}: a task whose questions change has another VERSION")
+
+
+def series(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Return what is kept of a run's log, as means over equal stretches of its steps."""
     names = sorted({name for entry in log for name, value in entry.items() if isinstance(value, int | float)})
     found: dict[str, list[float | None]] = {}
     for name in names:
-        if name.startswith(("memory/", "media/")):
+        if not is_kept(name):
             continue
         means: list[float | None] = []
         for part in range(SERIES):
             stretch = log[len(log) * part // SERIES : len(log) * (part + 1) // SERIES]
             values = [entry[name] for entry in stretch if isinstance(entry.get(name), int | float)]
-            means.append(round(sum(values) / len(values), 6) if values else None)
+            means.append(sum(values) / len(values) if values else None)
         found[name] = means
     return found
 
 
-def carry_out(run: Run) -> dict[str, Any]:
+def carry_out(run: Run, results: Path) -> dict[str, Any]:
     """Train and measure; return the result."""
     from transformers import PrinterCallback
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     task, folder = load_task(run.task), prepared(run.task)
+    questions, samples = (QUICK_QUESTIONS, 1) if run.quick else (task.QUESTIONS, task.SAMPLES)
+    began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="claims-") as output:
-        arguments = parse_args(["--config", str(job_file(run, folder, Path(output)))])
-        trainer, _ = build_trainer(*arguments)
+        trainer, _ = build_trainer(*parsed_job(run, folder, Path(output)))
         trainer.remove_callback(PrinterCallback)
-        test = task.held_out(folder)
-        measure = measuring(trainer, task, test)
+        exam = Exam(trainer, task, task.held_out(folder))
+        keep_questions(questions_file(results, run.identity()), exam.rows(questions))
         cost = Cost(trainer)
-        watched = {name: INSTRUMENTS[name](trainer, measure, cost) for name in run.instruments}
-        accesses = ("trained", *task.ACCESSES)
-        began = time.perf_counter()
+        watched = {name: INSTRUMENTS[name](trainer, exam, cost) for name in run.instruments}
         if run.trained:
             trainer.train()
-        return {
-            **run.identity(),
-            "seed": run.seed,
-            "packages": {name: version(name) for name in PACKAGES},
-            "minutes": (time.perf_counter() - began) / 60,
-            "after": measure(task.QUESTIONS, task.SAMPLES, accesses),
+        found = {
+            "after": compact(exam(questions, samples, ("trained", *task.ACCESSES))),
             "cost": cost.result(),
             "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),
             **{name: one.result() for name, one in watched.items()},
         }
+    return {
+        **run.identity(),
+        "recipe": run.recipe,
+        "options": dict(run.options),
+        "seed": run.seed,
+        "packages": {name: version(name) for name in PACKAGES},
+        "minutes": rounded((time.process_time() - began) / 60),
+        **rounded(found),
+    }
 
 
-def main(argv: list[str]) -> None:
-    told, file = json.loads(Path(argv[0]).read_text(encoding="utf-8")), Path(argv[1])
-    run = Run(**told)
-    if read_result(file) is None:
-        write_result(file, carry_out(run))
+def end_with_caller() -> None:
+    """End this process when the one that holds the other end of its input has ended, however that ended."""
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Carry out the runs that a command line names, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="RUN.json RESULT.json")
+    parser.add_argument("--tasks", type=Path, help="a folder with further tasks")
+    parser.add_argument("--cache", type=Path, help="where tasks keep what they make")
+    parser.add_argument("--tied", action="store_true", help="end when standard input ends")
+    told = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no folders behind
+    if told.tied:
+        end_with_caller()
+    use_folders(told.tasks, told.cache)
+    if len(told.files) % 2:
+        parser.error("each RUN.json needs a RESULT.json")
+    for described, file in zip(told.files[::2], told.files[1::2], strict=True):
+        run = Run(**json.loads(described.read_text(encoding="utf-8")))
+        if read_result(file) is None:
+            write_result(file, carry_out(run, file.parents[1]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

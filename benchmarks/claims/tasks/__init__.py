@@ -45,8 +45,21 @@ class Task(Protocol):
         """Grade answers for the evaluation: without the noise and the scale that training has."""
 
 
+_cache: Path | None = None
+
+
+def use_folders(tasks: Path | None = None, cache: Path | None = None) -> None:
+    """Look for tasks in a further folder, and keep what tasks make in another than the user's cache."""
+    global _cache
+    if tasks is not None and str(tasks) not in __path__:
+        __path__.append(str(tasks))
+    _cache = cache or _cache
+
+
 def cache_folder() -> Path:
     """Return where tasks keep what they make: `$XDG_CACHE_HOME/maple_trl/claims`, by default below `~/.cache`."""
+    if _cache is not None:
+        return _cache
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl" / "claims"
 
 
@@ -57,7 +70,7 @@ def load_task(name: str) -> Task:
     except ModuleNotFoundError as error:
         if error.name != f"tasks.{name}":
             raise
-        known = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+        known = sorted(file.stem for folder in __path__ for file in Path(folder).glob("[a-z]*.py"))
         raise ValueError(f"no task {name!r}; there are {', '.join(known)}") from None
 
 
