@@ -50,6 +50,10 @@ class Metric:
     paths: tuple[str, ...]
     value: Callable[[Result], float]
 
+    def reads(self, part: str) -> bool:
+        """Tell whether it may read a part of a result; a function that does not say what it reads may read all."""
+        return not self.paths or any(path.split(".")[0] == part for path in self.paths)
+
 
 def read_metric(text: str) -> Metric:
     """Read a dotted path (`after.trained.accuracy.all`), or a function with arguments (`reached(all, 0.6, completions)`)."""

@@ -44,7 +44,12 @@ KEPT = (
     "tag/*/weight",
     "tag/*/kl",
     "tag/*/reward",
-    "tag/all/*",
+    "tag/all/dropped",
+    "tag/all/kept",
+    "tag/all/clip_fraction",
+    "tag/all/entropy",
+    "tag/all/seconds",
+    "tag/all/zero_variance",
     "replay/*",
 )
 """What is kept of the log, by name; with one more, `INSTRUMENTS_VERSION` rises, for the results of earlier runs lack it."""

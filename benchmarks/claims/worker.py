@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,7 @@ from maple_trl.jobs.train import build_trainer
 from maple_trl.metrics.clips import clips_of
 
 
+LOG_DIGITS = 4
 PACKAGES = ("maple-trl", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
@@ -163,7 +165,7 @@ def series(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
             stretch = log[len(log) * part // SERIES : len(log) * (part + 1) // SERIES]
             values = [entry[name] for entry in stretch if isinstance(entry.get(name), int | float)]
             means.append(sum(values) / len(values) if values else None)
-        found[name] = means
+        found[name] = rounded(means, LOG_DIGITS)
     return found
 
 
@@ -202,15 +204,19 @@ def carry_out(run: Run, results: Path) -> dict[str, Any]:
     }
 
 
-def end_with_caller() -> None:
-    """End this process when the one that holds the other end of its input has ended, however that ended."""
+def end_with(process: int) -> None:
+    """End this process soon after another has ended, however that ended."""
 
-    def wait() -> None:
-        while os.read(0, 1024):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -219,18 +225,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="RUN.json RESULT.json")
     parser.add_argument("--tasks", type=Path, help="a folder with further tasks")
     parser.add_argument("--cache", type=Path, help="where tasks keep what they make")
-    parser.add_argument("--tied", action="store_true", help="end when standard input ends")
+    parser.add_argument("--tied", type=int, metavar="PID", help="end when this process ends")
     told = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no folders behind
     if told.tied:
-        end_with_caller()
+        end_with(told.tied)
     use_folders(told.tasks, told.cache)
     if len(told.files) % 2:
         parser.error("each RUN.json needs a RESULT.json")
+    failed = False
     for described, file in zip(told.files[::2], told.files[1::2], strict=True):
-        run = Run(**json.loads(described.read_text(encoding="utf-8")))
-        if read_result(file) is None:
-            write_result(file, carry_out(run, file.parents[1]))
+        print(f"== {file.stem}", flush=True)
+        try:
+            run = Run(**json.loads(described.read_text(encoding="utf-8")))
+            if read_result(file) is None:
+                write_result(file, carry_out(run, file.parents[1]))
+        except Exception:
+            failed = True
+            traceback.print_exc()
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""From results on disk to findings: which runs a register asks for, which are there, and what they say."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metrics import Censored, Metric, MissingValueError
+from register import Claim, Measure, Register
+from runs import Run, questions_file, read_result
+from scores import whole
+from verdicts import CANT_TELL, ClaimVerdict, Finding, Sample, judge, judge_claim, judge_once
+
+
+GROUPS = 32
+"""Groups of clips that are left out in turn."""
+
+
+class Evidence:
+    """
+    The results of a register's runs in a folder.
+
+    Args:
+        quick: of the runs that only show that they can be carried out.
+    """
+
+    def __init__(self, register: Register, results: Path, quick: bool = False):
+        self.register, self.results, self.quick = register, results, quick
+        self._runs: dict[tuple[str, int], tuple[Run, Path]] = {}
+        self._whole: dict[Path, list[dict[str, Any]]] = {}
+
+    def run(self, variant: str, seed: int) -> tuple[Run, Path]:
+        """Return a variant's run and where its result lies."""
+        if (variant, seed) not in self._runs:
+            run = self.register.variants[variant].run(seed, self.quick)
+            self._runs[variant, seed] = run, run.file(self.results)
+        return self._runs[variant, seed]
+
+    def there(self, variant: str, seed: int) -> bool:
+        """Tell whether a run has a result."""
+        return self.run(variant, seed)[1].is_file()
+
+    def seeds(self, variants: Sequence[str], seeds: Sequence[int] | None = None) -> list[int]:
+        """Return the seeds that all variants have, from 0 on without a gap unless they are told."""
+        if seeds is not None:
+            return [seed for seed in seeds if all(self.there(name, seed) for name in variants)]
+        found: list[int] = []
+        while len(found) < self.register.rules.looks[-1] and all(self.there(name, len(found)) for name in variants):
+            found.append(len(found))
+        return found
+
+    def read(self, variant: str, seed: int) -> list[dict[str, Any]]:
+        """Return a run's result, then the same without each group of clips in turn."""
+        file = self.run(variant, seed)[1]
+        if file not in self._whole:
+            result = read_result(file)
+            assert result is not None, file
+            questions = self._questions(questions_file(self.results, result))
+            clips = max(questions["clips"]) + 1
+            groups = [range(first, clips, GROUPS) for first in range(min(GROUPS, clips))]
+            self._whole[file] = [whole(result, questions), *(whole(result, questions, group) for group in groups)]
+        return self._whole[file]
+
+    @functools.cache  # noqa: B019 - one evidence lives as long as the program
+    def _questions(self, file: Path) -> dict[str, Any]:
+        found = read_result(file)
+        if found is None:
+            raise FileNotFoundError(f"{file} is missing: without it nobody knows which questions the scores are of")
+        return found
+
+    def sample(self, metric: Metric, variant: str, seeds: Sequence[int]) -> Sample:
+        """
+        Return a metric of a variant's runs.
+
+        Raises:
+            MissingValueError: naming variant and seed.
+        """
+        values, without = [], []
+        for seed in seeds:
+            one, *left = self.read(variant, seed)
+            try:
+                values.append(metric.value(one))
+                if metric.reads("after"):
+                    without.append([metric.value(each) for each in left])
+            except (MissingValueError, KeyError, ValueError, ZeroDivisionError) as error:
+                told = f"no {error}" if isinstance(error, KeyError) else error
+                raise MissingValueError(f"seed {seed} of {variant}: {told}") from error
+        if without and all(left == [value] * len(left) for value, left in zip(values, without, strict=True)):
+            without = []
+        return Sample(values, without, [isinstance(value, Censored) for value in values])
+
+    def measure(self, measure: Measure, seeds: Sequence[int] | None = None) -> Finding:
+        """Return what the runs say of a measure; with seeds told, by one look at those."""
+        found = self.seeds(measure.variants, seeds)
+        rules = self.register.rules
+        if len(found) < (rules.looks[0] if seeds is None else 2):
+            return Finding(CANT_TELL, reason="not measured" if not found else f"too few runs ({len(found)} seeds)")
+        try:
+            of = self.sample(measure.metric, measure.of, found)
+            against = self._against(measure, found, of)
+        except MissingValueError as error:
+            return Finding(CANT_TELL, reason=str(error))
+        return judge(of, against, measure, rules) if seeds is None else judge_once(of, against, measure, rules)
+
+    def _against(self, measure: Measure, seeds: Sequence[int], of: Sample) -> Sample:
+        if isinstance(measure.against, float):
+            same = [[measure.against] * len(left) for left in of.without]
+            return Sample([measure.against] * len(seeds), same, [False] * len(seeds))
+        return self.sample(measure.metric, measure.against, seeds)
+
+    def claim(self, claim: Claim, seeds: Sequence[int] | None = None) -> tuple[ClaimVerdict, dict[str, Finding]]:
+        """Return what the runs say of a claim, and of each of its measures."""
+        found = {measure.name: self.measure(measure, seeds) for measure in claim.measures}
+        return judge_claim((one.name, one.role, found[one.name]) for one in claim.measures), found
+
+    def minutes(self) -> dict[str, float]:
+        """
+        Return the CPU minutes of a run of each variant: the mean of its runs, else of its task's, else of all.
+
+        Where there is no run at all, nothing is returned.
+        """
+        known: dict[str, list[float]] = {}
+        by_task: dict[str, list[float]] = {}
+        for name, variant in self.register.variants.items():
+            for seed in range(self.register.rules.looks[-1]):
+                result = read_result(self.run(name, seed)[1])
+                if result is not None:
+                    known.setdefault(name, []).append(result["minutes"])
+                    by_task.setdefault(variant.task, []).append(result["minutes"])
+        every = [value for own in by_task.values() for value in own]
+        found = {
+            name: known.get(name) or by_task.get(variant.task) or every
+            for name, variant in self.register.variants.items()
+        }
+        return {name: statistics.fmean(own) for name, own in found.items() if own}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that claims ask for."""
+
+    variant: str
+    seed: int
+
+
+def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Iterator[Wanted]:
+    """
+    Yield the runs of a look, each once, in the order in which they are carried out: seed by seed and claim by claim.
+
+    Those of a further look are of the measures that can't tell, of claims that can't.
+    """
+    looks = evidence.register.rules.looks
+    seeds = range(looks[look - 1] if look else 0, looks[look])
+    asked: dict[str, None] = {}
+    for claim in claims:
+        if look == 0:
+            asked |= dict.fromkeys(claim.variants)
+            continue
+        verdict, found = evidence.claim(claim)
+        if verdict.verdict == CANT_TELL:
+            undecided = [one for one in claim.measures if found[one.name].wants_more]
+            asked |= dict.fromkeys(name for one in undecided for name in one.variants)
+    done: set[Path] = set()
+    for seed in seeds:
+        for name in asked:
+            file = evidence.run(name, seed)[1]
+            if file not in done:
+                done.add(file)
+                yield Wanted(name, seed)
+
+
+def forgotten(evidence: Evidence) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Return the results in the folder that no run of the register has."""
+    register = evidence.register
+    known = {evidence.run(name, seed)[1] for name in register.variants for seed in range(register.rules.looks[-1])}
+    files = sorted(set(evidence.results.glob("*/*.json")) - known)
+    found = [(file, read_result(file)) for file in files if not file.name.startswith("questions-")]
+    return [(file, result) for file, result in found if result is not None]

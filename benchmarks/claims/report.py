@@ -1,0 +1,425 @@
+"""What was found, as `docs/claims.md` with a plot of each claim, and as README's table."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence import Evidence, forgotten
+from metrics import MissingValueError
+from provenance import added_at, register_commit, registered_at, uncommitted
+from register import Claim, Measure
+from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding
+
+from maple_trl.files import write_atomically
+
+
+NOT_MEASURED, NOT_RUN = "not measured", "not run"
+BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+COMMAND = "python benchmarks/claims"
+SHOWN = 2
+"""Measures of a claim that its row shows; the others stand in its section."""
+
+
+class Page:
+    """
+    All that is told of a register's results; the same register and results give the same bytes.
+
+    Args:
+        docs: the folder that it is written for.
+    """
+
+    def __init__(self, evidence: Evidence, docs: Path):
+        self.evidence, self.register, self.docs = evidence, evidence.register, docs
+        self.claims = list(self.register.claims.values())
+        self.found = {claim.name: evidence.claim(claim) for claim in self.claims}
+        self._registered = registered_at(self.register, self.claims)
+        self._added = added_at(evidence.results)
+
+    # What stands in rows
+
+    def verdict(self, claim: Claim) -> str:
+        """Return the verdict on a claim as it is shown."""
+        if claim.needs:
+            return f"{NOT_RUN} (needs a GPU)"
+        decided, found = self.found[claim.name]
+        if not any(found[one.name].estimate for one in claim.measures):
+            reasons = {found[one.name].reason for one in claim.measures}
+            return NOT_MEASURED if all("few runs" in one or one == NOT_MEASURED for one in reasons) else CANT_TELL
+        told = f"**{decided.verdict}**" if decided.verdict != CANT_TELL else CANT_TELL
+        small = [found[one.name].small for one in claim.measures if one.role == "claim"]
+        if decided.verdict == HOLDS and any(small):
+            told += ", smaller than would matter"
+        if decided.failed:
+            told += f"; **CONTROL FAILS: {', '.join(decided.failed)}**"
+        return told
+
+    def here(self, claim: Claim) -> str:
+        """Return what was measured of a claim, in a row."""
+        found = self.found[claim.name][1]
+        deciding = [one for one in claim.measures if one.role == "claim" and found[one.name].estimate]
+        told = [f"{one.name}: {shown_interval(found[one.name], one)}" for one in deciding[:SHOWN]]
+        if len(deciding) == 1:
+            told = [shown_interval(found[deciding[0].name], deciding[0])]
+        more = len(deciding) - SHOWN
+        return "; ".join(told + [f"{more} more below"] * (more > 0)) or "–"
+
+    def seeds(self, claim: Claim) -> str:
+        """Return how many seeds stand behind a claim's measures."""
+        numbers = {one.estimate.seeds for one in self.found[claim.name][1].values() if one.estimate}
+        return "–" if not numbers else "–".join(map(str, sorted({min(numbers), max(numbers)})))
+
+    def row(self, claim: Claim, link: str) -> str:
+        """Return a claim's row of a table."""
+        cells = [f"[{claim.number}]({link}#{claim.name})", claim.says, f"{claim.paper}: {claim.figure}"]
+        return _row([*cells, self.here(claim), self.seeds(claim), self.verdict(claim)])
+
+    def table(self, link: str = "") -> list[str]:
+        """Return the table of all claims."""
+        head = ["", "Claim", "Paper", "Here, with 95 % interval", "Seeds", "Verdict"]
+        return [_row(head), _row(["---"] * len(head)), *(self.row(claim, link) for claim in self.claims)]
+
+    # The page
+
+    def lines(self) -> Iterator[str]:
+        """Yield the page's lines."""
+        commit = register_commit(self.register)
+        looks = self.register.rules.looks
+        yield from (
+            "# What the papers claim, measured here",
+            "",
+            f"Written by `{COMMAND} report` from the register (`benchmarks/claims/register.yaml` and `register/`) and the "
+            "results beside it; not edited by hand.",
+            f"The register is that of commit {commit}." if commit else "The register is not committed.",
+            "All runs train tiny omni models on one CPU thread: they tell whether an effect is there, not how large it is "
+            "for a model of billions of parameters.",
+            "",
+            *self.warnings(),
+            *self.table(),
+            "",
+            f"{self.counts()}",
+            "",
+            "## How it is decided",
+            "",
+            f"Seeds 0 to {looks[0] - 1}"
+            + "".join(f", then 0 to {look - 1} where these can't tell" for look in looks[1:])
+            + f"; {self.register.rules.confidence:.0%} over all looks, each at {1 - self.register.rules.level:.2%}. "
+            f"Carry out what is missing with `{COMMAND} run`, see what is left with `{COMMAND} status`, and how often these "
+            f"rules find effects that are there, or not there, with `{COMMAND} simulate`.",
+            "",
+            f"- **Interval.** {self.register.rules.interval}",
+            f"- **Decision.** {self.register.rules.decision}",
+            f"- **Stopping.** {self.register.rules.stopping}",
+        )
+        for claim in self.claims:
+            yield from self.section(claim)
+        yield from self.changes()
+        yield from self.former()
+
+    def counts(self) -> str:
+        """Return how many claims have which verdict."""
+        told = [self.verdict(claim) for claim in self.claims]
+        plain = [re.split(r"[,;(]", one.replace("*", ""))[0].strip() for one in told]
+        order = (HOLDS, DOES_NOT, CANT_TELL, NOT_MEASURED, NOT_RUN)
+        failing = sum("CONTROL FAILS" in one for one in told)
+        counted = ", ".join(f"{one}: {plain.count(one)}" for one in order if one in plain)
+        return f"Of {len(self.claims)} claims: {counted or 'none'}. Claims with a control that fails: {failing}."
+
+    def warnings(self) -> list[str]:
+        """Return what makes results less than registered evidence."""
+        told = [f"{file} is not as it is committed." for file in uncommitted(self.register)]
+        for claim in self.claims:
+            at = self._registered.get(claim.name)
+            files = {self.evidence.run(name, seed)[1] for name, seed in self.runs(claim)}
+            old = [file for file in files if at is not None and self._added.get(file, at) < at]
+            if old:
+                told.append(
+                    f"{len(old)} of {len(files)} runs of `{claim.name}` are older than its text in the register: see the "
+                    "register's changes for why."
+                )
+        return [*(f"> **Warning.** {one}" for one in told), ""] if told else []
+
+    def runs(self, claim: Claim) -> list[tuple[str, int]]:
+        """Return the runs that a claim's findings stand on, by variant and seed."""
+        found = self.found[claim.name][1]
+        behind = {one.name: one_found.estimate for one in claim.measures if (one_found := found[one.name])}
+        return sorted(
+            {
+                (name, seed)
+                for one in claim.measures
+                if (estimate := behind.get(one.name)) is not None
+                for name in one.variants
+                for seed in range(estimate.seeds)
+            }
+        )
+
+    def section(self, claim: Claim) -> Iterator[str]:
+        """Yield what is told of one claim."""
+        decided, found = self.found[claim.name]
+        yield from (
+            "",
+            f'<a id="{claim.name}"></a>',
+            "",
+            f"## {claim.number}. {claim.says}",
+            "",
+            f"**{self.verdict(claim).replace('**', '')}**",
+            "",
+            f"- Paper: {claim.paper}, {claim.source}: {claim.figure}",
+            f"- Here: {claim.here}",
+            f"- Command: `{COMMAND} run {claim.name}`",
+        )
+        yield from self.loud(decided)
+        if claim.measures:
+            head = [
+                "Measure",
+                "Metric",
+                "Of",
+                "Against",
+                "Expected",
+                "Effect",
+                "Seeds",
+                "Error of evaluation",
+                "Verdict",
+            ]
+            yield from ("", _row(head), _row(["---"] * len(head)))
+            for measure in claim.measures:
+                yield self.measure_row(measure, found[measure.name])
+        if any(found[one.name].estimate for one in claim.measures):
+            yield from ("", f"![Effects with their intervals](claims/{claim.name}.svg)")
+        yield from self.rests_on(claim)
+
+    def loud(self, decided: ClaimVerdict) -> list[str]:
+        """Return what controls say, where they do not hold."""
+        told = [
+            f"- **The control {name} fails: the effect may be something else than what is claimed.**"
+            for name in decided.failed
+        ]
+        return told + [f"- The control {name} can't tell." for name in decided.open]
+
+    def measure_row(self, measure: Measure, found: Finding) -> str:
+        """Return a measure's row."""
+        none = "1" if measure.effect == "ratio" else "0"
+        expected = (
+            f"{measure.expects} {none}, by {measure.least:g}"
+            if measure.expects != "equal"
+            else f"{none} ± {measure.least:g}"
+        )
+        evaluation = "–"
+        if found.estimate and not math.isnan(found.estimate.evaluation):
+            evaluation = f"{found.estimate.evaluation:.2g}" + (" (**too large**)" if found.blurred else "")
+        verdict = found.verdict + (", smaller than would matter" if found.small else "")
+        if found.reason:
+            verdict += f" ({found.reason})" if found.reason != NOT_MEASURED else ""
+        if found.censored:
+            verdict += f"; {found.censored} runs never got there"
+        return _row(
+            [
+                f"{measure.name} (control)" if measure.role == "control" else measure.name,
+                f"`{measure.metric.text}`",
+                self.side(measure, measure.of, found),
+                self.side(measure, measure.against, found),
+                f"{measure.effect} {expected}",
+                shown_interval(found, measure) if found.estimate else "–",
+                str(found.estimate.seeds) if found.estimate else "–",
+                evaluation,
+                NOT_MEASURED if found.reason == NOT_MEASURED else verdict,
+            ]
+        )
+
+    def side(self, measure: Measure, whose: str | float, found: Finding) -> str:
+        """Return a variant's name with the mean and the standard deviation of its metric."""
+        if isinstance(whose, float):
+            return f"{whose:g}"
+        if found.estimate is None:
+            return f"`{whose}`"
+        try:
+            values = self.evidence.sample(measure.metric, whose, range(found.estimate.seeds)).value
+        except MissingValueError:
+            return f"`{whose}`"
+        return f"`{whose}` {statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}"
+
+    def rests_on(self, claim: Claim) -> Iterator[str]:
+        """Yield the results that a claim's findings are computed from."""
+        runs = self.runs(claim)
+        if not runs:
+            return
+        yield from ("", f"<details><summary>{len(runs)} runs</summary>", "")
+        for name in dict.fromkeys(name for name, _ in runs):
+            variant = self.register.variants[name]
+            files = [
+                f"[{seed}]({_link(self.evidence.run(name, seed)[1], self.docs)})"
+                for whose, seed in runs
+                if whose == name
+            ]
+            options = ", ".join(f"{key}: {value}" for key, value in variant.options.items())
+            what = f"`{variant.recipe}` on `{variant.task}`" + (f" with `{options}`" if options else "")
+            what += "" if variant.trained else ", untrained"
+            yield f"- `{name}`: {what}; seeds {', '.join(files)}"
+        yield from ("", "</details>")
+
+    def changes(self) -> Iterator[str]:
+        """Yield what was changed of the register."""
+        yield from ("", "## Changes of the register", "")
+        if not self.register.changes:
+            yield "None."
+        for change in self.register.changes:
+            yield f"- {change.date.isoformat()}: {change.what} {change.why}"
+
+    def former(self) -> Iterator[str]:
+        """Yield the results of what the register had once."""
+        yield from ("", "## No longer in the register", "")
+        files = forgotten(self.evidence)
+        if not files:
+            yield "No results."
+        for file, result in files:
+            options = ", ".join(f"{key}: {value}" for key, value in result.get("options", {}).items())
+            accuracy = result["after"].get("trained", {}).get("accuracy", {}).get("all")
+            yield (
+                f"- [{file.stem}]({_link(file, self.docs)}): `{result.get('recipe')}` on `{result['task']}` "
+                f"(version {result['task_version']})"
+                + (f" with `{options}`" if options else "")
+                + f", seed {result['seed']}"
+                + (f": accuracy {accuracy:.3f}" if accuracy is not None else "")
+            )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _link(file: Path, docs: Path) -> str:
+    return Path(os.path.relpath(file, docs.resolve())).as_posix()
+
+
+def shown_interval(found: Finding, measure: Measure) -> str:
+    """Return an effect with its interval."""
+    estimate = found.estimate
+    if estimate is None:
+        return NOT_MEASURED
+    sign = "" if measure.effect == "ratio" else "+"
+    numbers = (estimate.value, estimate.low, estimate.high)
+    small = measure.effect != "ratio" and max(map(abs, numbers)) < 0.1
+    value, low, high = (
+        f"{one:{sign}.{4 if small else 3}{'f' if max(map(abs, numbers)) < 1000 else 'g'}}" for one in numbers
+    )
+    return f"{'× ' if measure.effect == 'ratio' else ''}{value} [{low}, {high}]"
+
+
+def shown_effect(found: Finding, measure: Measure) -> str:
+    """Return an effect, or why there is none, in a line on the screen."""
+    return shown_interval(found, measure) if found.estimate else f"no value: {found.reason}"
+
+
+# Files
+
+
+def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
+    """Write the page, its plots and, where a file has the two markers, the table between them; return what was written."""
+    page = Page(evidence, docs)
+    plots = docs / "claims"
+    plots.mkdir(parents=True, exist_ok=True)
+    written = []
+    for claim in page.claims:
+        found = page.found[claim.name][1]
+        shown = [(one, found[one.name]) for one in claim.measures if found[one.name].estimate is not None]
+        if shown:
+            written.append(plots / f"{claim.name}.svg")
+            write_atomically(written[-1], forest(shown))
+    for stale in set(plots.glob("*.svg")) - set(written):
+        stale.unlink()
+    written.append(docs / "claims.md")
+    write_atomically(written[-1], "\n".join(page.lines()) + "\n")
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if BEGIN in text and END in text.partition(BEGIN)[2]:
+        before, _, rest = text.partition(BEGIN)
+        link = _link(docs.resolve() / "claims.md", readme.resolve().parent)
+        table = "\n".join(page.table(link)) if page.claims else "No claim is registered."
+        write_atomically(readme, f"{before}{BEGIN}\n\n{table}\n\n{page.counts()}\n\n{END}{rest.partition(END)[2]}")
+        written.append(readme)
+    return written
+
+
+def as_json(evidence: Evidence) -> dict[str, Any]:
+    """Return verdicts and intervals, by claim and measure."""
+    told: dict[str, Any] = {}
+    for claim in evidence.register.claims.values():
+        decided, found = evidence.claim(claim)
+        told[claim.name] = {
+            "number": claim.number,
+            "verdict": decided.verdict,
+            "controls_failed": list(decided.failed),
+            "measures": {
+                name: {"verdict": one.verdict, "reason": one.reason, "censored": one.censored}
+                | (
+                    {
+                        "effect": one.estimate.value,
+                        "interval": [one.estimate.low, one.estimate.high],
+                        "seeds": one.estimate.seeds,
+                    }
+                    if one.estimate
+                    else {}
+                )
+                for name, one in found.items()
+            },
+        }
+    return told
+
+
+GREY, BLUE, ORANGE = "#7d7d7d", "#3f83c9", "#c97a2b"
+"""Legible on white and on black."""
+
+
+def forest(shown: Sequence[tuple[Measure, Finding]]) -> str:
+    """Return a plot of effects with their intervals, as SVG; equal input gives equal bytes."""
+    import io
+
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in ("difference", "ratio") if any(one.effect == kind for one, _ in shown)]
+    panels = [[(one, found) for one, found in shown if one.effect == kind] for kind in kinds]
+    style = {"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+    with matplotlib.rc_context(style):
+        heights = [0.9 + 0.3 * len(panel) for panel in panels]
+        figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for kind, panel, axis in zip(kinds, panels, axes, strict=True):
+            _draw(axis, kind, panel)
+        stream = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
+def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> None:
+    none = 1.0 if kind == "ratio" else 0.0
+    axis.patch.set_alpha(0)
+    axis.figure.patch.set_alpha(0)
+    axis.axvline(none, color=GREY, linewidth=1)
+    for place, (measure, found) in enumerate(panel):
+        estimate = found.estimate
+        assert estimate is not None
+        control = measure.role == "control"
+        color = ORANGE if control else BLUE
+        axis.plot([estimate.low, estimate.high], [place, place], color=color, linewidth=1.5)
+        axis.plot(estimate.value, place, "o", color=color, markerfacecolor="none" if control else color, markersize=5)
+        signs = {"above": (1,), "below": (-1,), "equal": (-1, 1)}[measure.expects]
+        for sign in signs:
+            axis.plot(none + sign * measure.least, place, "|", color=GREY, markersize=12)
+    names = [f"{one.name} (control)" if one.role == "control" else one.name for one, _ in panel]
+    axis.set_yticks(range(len(panel)), names)
+    axis.set_ylim(len(panel) - 0.5, -0.5)
+    if kind == "ratio":
+        lows = [found.estimate.low for _, found in panel if found.estimate]
+        highs = [found.estimate.high for _, found in panel if found.estimate]
+        if max(highs) / max(min(lows), 1e-12) > 20:
+            axis.set_xscale("log")
+    axis.set_xlabel(f"{kind}, with its interval; ticks in grey: the smallest effect that would matter", color=GREY)
+    axis.tick_params(colors=GREY)
+    for spine in axis.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,243 @@
+"""What runs say about a measure, and its measures about a claim: intervals and verdicts, by arithmetic alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
+
+
+HOLDS, DOES_NOT, CANT_TELL = "holds", "does not", "can't tell"
+
+
+class Asked(Protocol):
+    """What of a measure decides a verdict; see [`register.Measure`]."""
+
+    effect: str
+    expects: str
+    least: float
+
+
+class Looks(Protocol):
+    """What of the rules decides one; see [`register.Rules`]."""
+
+    looks: tuple[int, ...]
+    level: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    A metric's values over seeds.
+
+    Attributes:
+        value: of each seed.
+        without: the same with each group of questions left out, one row for each seed; none where no question stands
+            behind it.
+        censored: whether only a lower bound is known, of each seed.
+    """
+
+    value: Sequence[float]
+    without: Sequence[Sequence[float]] = ()
+    censored: Sequence[bool] = ()
+
+    def first(self, seeds: int) -> Sample:
+        """Return the sample of the first seeds alone."""
+        return Sample(self.value[:seeds], self.without[:seeds], self.censored[:seeds])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    An effect with its interval, in the measure's units (a ratio as a ratio).
+
+    Attributes:
+        seeds: how many pairs stand behind it.
+        spread: standard deviation of the effects of single seeds (of their logarithms, for a ratio).
+        evaluation: standard error that the questions leave in the effect, with the noise of single answers; NaN where
+            no question stands behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    spread: float
+    evaluation: float
+
+
+class UndefinedEffectError(ValueError):
+    """Two values have no such effect, e.g. a ratio to 0."""
+
+
+def estimate(of: Sample, against: Sample, effect: str, level: float) -> Estimate:
+    """
+    Estimate the effect of one variant beside another, paired by seed.
+
+    With n seeds and Q groups of questions, the variance of the mean difference has a part from seeds and one from
+    questions. The first is the variance over seeds / n. The jackknife over groups of the mean difference holds the second
+    and the noise of answers / n; that of single seeds' differences holds the second and the noise: their difference is
+    the noise, which the first part holds already. Degrees of freedom are Satterthwaite's.
+
+    Args:
+        effect: `difference` or `ratio`.
+        level: two-sided, of the interval's complement.
+
+    Raises:
+        UndefinedEffectError: for a ratio of what is not above 0.
+    """
+    seeds = len(of.value)
+    if seeds < 2 or len(against.value) != seeds:
+        raise ValueError(f"an effect takes two seeds or more of both, got {seeds} and {len(against.value)}")
+    effects_S = _effects(of.value, against.value, effect)
+    value, spread = float(effects_S.mean()), float(effects_S.std(ddof=1))
+    between = spread**2 / seeds
+    questions, evaluation, groups = 0.0, math.nan, 0
+    if len(of.without) and len(against.without):
+        left_SQ = _effects(of.without, against.without, effect)
+        groups = left_SQ.shape[1]
+        together, alone = float(_jackknife(left_SQ.mean(axis=0))), float(_jackknife(left_SQ).mean())
+        questions = max(0.0, together - max(0.0, alone - together) / (seeds - 1))
+        evaluation = math.sqrt(together)
+    error = math.sqrt(between + questions)
+    freedom = _freedom([(between, seeds - 1), (questions, groups - 1)])
+    reach = error * float(stdtrit(freedom, 1 - level / 2)) if error else 0.0
+    shown = math.exp if effect == "ratio" else float
+    return Estimate(shown(value), shown(value - reach), shown(value + reach), seeds, spread, evaluation)
+
+
+def _effects(of: ArrayLike, against: ArrayLike, effect: str) -> NDArray[np.float64]:
+    one, other = np.asarray(of, dtype=float), np.asarray(against, dtype=float)
+    if effect == "difference":
+        return one - other
+    for values in (one, other):
+        if not (values > 0).all():
+            raise UndefinedEffectError(f"a ratio takes values above 0, got {values.min():.4g}")
+    return np.log(one) - np.log(other)
+
+
+def _jackknife(left_out: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the jackknife's variance of what was computed without each of the groups, along the last axis."""
+    groups = left_out.shape[-1]
+    return (groups - 1) * left_out.var(axis=-1)
+
+
+def _freedom(parts: Iterable[tuple[float, int]]) -> float:
+    known = [(variance, freedom) for variance, freedom in parts if variance > 0]
+    total = sum(variance for variance, _ in known)
+    return total**2 / sum(variance**2 / freedom for variance, freedom in known) if known else math.inf
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    What is found of a measure.
+
+    Attributes:
+        estimate: `None` where there are too few runs, or no value.
+        small: whether it holds, and is all the same smaller than what would matter.
+        reason: why it can't tell, where that is not its interval's width.
+        wants_more: whether seeds of the next look would be run.
+        censored: runs of which only a bound is known.
+        blurred: whether the questions leave more error in it than the rules allow.
+    """
+
+    verdict: str
+    estimate: Estimate | None = None
+    small: bool = False
+    reason: str = ""
+    wants_more: bool = False
+    censored: int = 0
+    blurred: bool = False
+
+
+def decide(found: Estimate, asked: Asked) -> tuple[str, bool]:
+    """Return the verdict on an interval, and whether what holds is smaller than what would matter."""
+    none = 1.0 if asked.effect == "ratio" else 0.0
+    low, high = none - asked.least, none + asked.least
+    if asked.expects == "equal":
+        inside, beyond = low < found.low and found.high < high, found.high < low or found.low > high
+        return (HOLDS if inside else DOES_NOT if beyond else CANT_TELL), False
+    if asked.expects == "above":
+        holds, short = found.low > none, found.high < high
+    else:
+        holds, short = found.high < none, found.low > low
+    return (HOLDS if holds else DOES_NOT if short else CANT_TELL), holds and short
+
+
+def judge(of: Sample, against: Sample, asked: Asked, rules: Looks) -> Finding:
+    """
+    Look at a measure as often as the rules allow and its seeds suffice.
+
+    A first look that decides is the last one, whatever further seeds there are.
+    """
+    finding = Finding(CANT_TELL, reason="too few runs")
+    for look in rules.looks:
+        if min(len(of.value), len(against.value)) < look:
+            break
+        finding = judge_once(of.first(look), against.first(look), asked, rules, more=look != rules.looks[-1])
+        if not finding.wants_more:
+            break
+    return finding
+
+
+def judge_once(of: Sample, against: Sample, asked: Asked, rules: Looks, more: bool = False) -> Finding:
+    """Judge a measure from all seeds that are given; `more` where another look could follow."""
+    bounds = _bounds(of, against)
+    censored = sum(map(bool, of.censored)) + sum(map(bool, against.censored))
+    try:
+        found = estimate(of, against, asked.effect, rules.level)
+    except UndefinedEffectError as error:
+        return Finding(CANT_TELL, reason=str(error), censored=censored)
+    verdict, small = decide(found, asked)
+    blurred = found.evaluation > rules.evaluation * asked.least
+    barred = {(HOLDS, "above"): {"upper"}, (DOES_NOT, "above"): {"lower"}}
+    barred |= {(HOLDS, "below"): {"lower"}, (DOES_NOT, "below"): {"upper"}}
+    against_it = bounds & (barred.get((verdict, asked.expects), {"upper", "lower"}) | {"unknown"})
+    if verdict != CANT_TELL and against_it:
+        reason = f"{censored} of {2 * len(of.value)} runs never got there, and the bounds they give do not decide it"
+        return Finding(CANT_TELL, found, False, reason, more, censored, blurred)
+    return Finding(verdict, found, small, "", more and verdict == CANT_TELL, censored, blurred)
+
+
+def _bounds(of: Sample, against: Sample) -> set[str]:
+    """Tell which bounds of effects censored values give: of one that never got there, the effect is larger than seen."""
+    names = {(True, False): "lower", (False, True): "upper", (True, True): "unknown"}
+    pairs = zip(of.censored, against.censored, strict=False)
+    if len(of.censored) != len(against.censored):  # a number, or a metric that is never censored
+        pairs = ((one, False) for one in of.censored) if of.censored else ((False, one) for one in against.censored)
+    return {names[bool(a), bool(b)] for a, b in pairs if a or b}
+
+
+@dataclass(frozen=True)
+class ClaimVerdict:
+    """
+    What its measures say of a claim.
+
+    Attributes:
+        failed: controls that do not hold.
+        open: controls that can't tell.
+    """
+
+    verdict: str
+    failed: tuple[str, ...] = ()
+    open: tuple[str, ...] = ()
+
+
+def judge_claim(findings: Iterable[tuple[str, str, Finding]]) -> ClaimVerdict:
+    """Judge a claim from its measures' names, roles and findings; controls are told apart and decide nothing."""
+    findings = list(findings)
+    verdicts = [found.verdict for _, role, found in findings if role == "claim"]
+    controls = [(name, found.verdict) for name, role, found in findings if role == "control"]
+    decided = DOES_NOT if DOES_NOT in verdicts else HOLDS if verdicts and set(verdicts) == {HOLDS} else CANT_TELL
+    return ClaimVerdict(
+        decided,
+        tuple(name for name, verdict in controls if verdict == DOES_NOT),
+        tuple(name for name, verdict in controls if verdict == CANT_TELL),
+    )
