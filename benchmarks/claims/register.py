@@ -294,7 +294,7 @@ def _rules(part: _Part) -> Rules:
     if sorted(set(looks)) != looks:
         raise part.error(f"looks must grow, got {looks}")
     confidence, level = part.number("confidence", 0.5, 1), part.number("level", 0, 0.5)
-    if len(looks) > 1 and level >= 1 - confidence:
+    if len(looks) > 1 and level >= round(1 - confidence, 9):
         raise part.error(
             f"level {level} is not corrected for {len(looks)} looks: it must be below {1 - confidence:.4g}, "
             "e.g. 0.0294 for two at 95 % (Pocock)"
@@ -424,9 +424,12 @@ def _load(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     except yaml.YAMLError as error:
         raise RegisterError(f"{file.name}: is no YAML: {error}") from error
     lines: dict[str, tuple[int, int]] = {}
+    rows = text.splitlines()
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         if key.value == "claims" and isinstance(value, yaml.MappingNode):
             for name, claim in value.value:
-                end = claim.end_mark
-                lines[name.value] = (name.start_mark.line + 1, end.line + (end.column > 0))
+                last = claim.end_mark.line + bool(claim.flow_style)  # of a block, the mark is at what follows it
+                while rows[last - 1].split("#")[0].strip() == "":
+                    last -= 1
+                lines[name.value] = (name.start_mark.line + 1, last)
     return told, lines

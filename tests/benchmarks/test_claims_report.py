@@ -1,0 +1,278 @@
+"""From results on disk to docs/claims.md, by `python benchmarks/claims` as a process of its own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import programs
+import pytest
+from claim_sets import CLAIMS, known_tasks, write_register, write_results
+from evidence import Evidence, Wanted, forgotten, wanted_runs
+from metrics import Censored, MissingValueError, read_metric
+from register import read_register
+from scores import decoded_scores, encoded_scores, rounded, whole
+from verdicts import CANT_TELL, DOES_NOT, HOLDS
+
+
+BETTER = {0: 0.80, 1: 0.82, 2: 0.79, 3: 0.81, 4: 0.80}
+WORSE = {0: 0.60, 1: 0.61, 2: 0.60, 3: 0.62, 4: 0.59}
+UNCLEAR = {0: 0.55, 1: 0.75, 2: 0.52, 3: 0.72, 4: 0.58}
+
+
+@pytest.fixture
+def evidence(tmp_path):
+    folder = write_register(tmp_path / "register-of-tests")
+    known_tasks(folder)
+    return Evidence(read_register(folder), tmp_path / "results")
+
+
+def claims(command, evidence, *words):
+    """`python benchmarks/claims` on a register and results of a test."""
+    shared = ["--register", evidence.register.folder, "--results", evidence.results]
+    return programs.run([CLAIMS, command, *shared, *words])
+
+
+def report(evidence, docs, readme="README.md"):
+    done = claims("report", evidence, "--docs", docs, "--readme", docs / readme, "--json", docs / "told.json")
+    assert done.returncode == 0, done.stderr
+    return (docs / "claims.md").read_text(), json.loads((docs / "told.json").read_text())
+
+
+def write_decided(evidence):
+    """Claim 2 holds and its control fails; claim 1 holds, though the old one never got there twice."""
+    write_results(evidence, "new", BETTER, seconds={n: 60 + n for n in range(5)}, reached=dict.fromkeys(range(5), 150))
+    reached = {0: 700, 1: None, 2: 650, 3: None, 4: 800}
+    write_results(evidence, "old", WORSE, seconds={n: 40 + n for n in range(5)}, reached=reached)
+
+
+# The page
+
+
+def test_a_report_tells_what_was_found(evidence, tmp_path):
+    write_decided(evidence)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    readme = "# Title\n\n<!-- claims: begin -->\nold\n<!-- claims: end -->\nlast\n"
+    (docs / "README.md").write_text(readme)
+    page, told = report(evidence, docs)
+    assert told["better"]["verdict"] == HOLDS and told["better"]["controls_failed"] == ["seconds"]
+    assert told["sooner"]["verdict"] == HOLDS and told["sooner"]["measures"]["completions"]["censored"] == 2
+    low, high = told["better"]["measures"]["accuracy"]["interval"]
+    assert low < 0.2 < high
+    row = next(line for line in page.splitlines() if "The new one answers more rightly." in line)
+    assert f"+0.200 [{low:+.3f}, {high:+.3f}] | 5 | **holds**; **CONTROL FAILS: seconds**" in row
+    assert "Of 2 claims: holds: 2. Claims with a control that fails: 1." in page
+    assert "**The control seconds fails" in page and "2 runs never got there" in page
+    linked = re.findall(r"\((\S+\.(?:json|svg))\)", page)
+    assert len(linked) == 2 * 10 + 2 and all((docs / file).is_file() for file in linked)
+    written = (docs / "README.md").read_text()
+    assert written.startswith("# Title\n\n<!-- claims: begin -->\n\n| ") and written.endswith(
+        "<!-- claims: end -->\nlast\n"
+    )
+    assert row.replace("](#", "](claims.md#") in written
+    # The same again: the same bytes.
+    files = [docs / "claims.md", docs / "README.md", docs / "claims" / "better.svg", docs / "claims" / "sooner.svg"]
+    before = [file.read_bytes() for file in files]
+    for file in files[2:]:
+        file.unlink()
+    report(evidence, docs)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_result_that_is_changed_changes_the_verdict(evidence, tmp_path):
+    write_decided(evidence)
+    docs = tmp_path / "docs"
+    assert report(evidence, docs)[1]["better"]["verdict"] == HOLDS
+    for seed in range(5):
+        file = evidence.run("new", seed)[1]
+        result = json.loads(file.read_text())
+        old = json.loads(evidence.run("old", seed)[1].read_text())
+        result["after"]["trained"]["digits"] = old["after"]["trained"]["digits"]
+        file.write_text(json.dumps(result))
+    page, told = report(evidence, docs)
+    assert told["better"]["verdict"] == DOES_NOT and "**does not**" in page
+    assert not (docs / "README.md").exists()  # without markers nothing is written into it
+
+
+def test_what_was_not_run_is_said(evidence, tmp_path):
+    (evidence.register.folder / "register" / "topic.yaml").write_text(
+        (evidence.register.folder / "register" / "topic.yaml")
+        .read_text()
+        .replace("number: 1\n", "number: 1\n    needs: gpu\n")
+    )
+    evidence = Evidence(read_register(evidence.register.folder), evidence.results)
+    page, told = report(evidence, tmp_path / "docs")
+    assert "| not measured |" in page and "| not run (needs a GPU) |" in page
+    assert told["better"]["verdict"] == CANT_TELL and not list((tmp_path / "docs" / "claims").iterdir())
+    done = claims("status", evidence)
+    assert "sooner: not run, needs a GPU" in done.stdout and "better: 0 of 10 runs" in done.stdout
+    assert "10 runs of which no time is known" in done.stdout
+
+
+def test_results_of_variants_that_are_gone_are_kept_and_listed(evidence, tmp_path):
+    write_decided(evidence)
+    topic = evidence.register.folder / "register" / "topic.yaml"
+    topic.write_text(topic.read_text().replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    changed = Evidence(read_register(evidence.register.folder), evidence.results)
+    assert [result["seed"] for _, result in forgotten(changed)].count(0) == 1 and len(forgotten(changed)) == 5
+    page, told = report(changed, tmp_path / "docs")
+    assert told["better"]["verdict"] == CANT_TELL  # nothing to compare with
+    listed = page.partition("## No longer in the register")[2]
+    assert listed.count("learning_rate: 0.001") == 5 and "`tiny/mupo` on `probe` (version 3)" in listed
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
+    folder = evidence.register.folder
+    evidence = Evidence(evidence.register, folder / "results")
+    write_decided(evidence)
+
+    def commit(day):
+        date = f"2026-12-{day}T12:00:00+0000"
+        who = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        variables = os.environ | who | {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
+        for words in (["add", "."], ["commit", "-qm", "x"]):
+            subprocess.run(["git", "-C", folder, *words], check=True, env=variables)
+
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    commit(10)
+    page, _ = report(evidence, tmp_path / "docs")
+    assert "of 2026-12-10" in page and "Warning" not in page
+    topic = folder / "register" / "topic.yaml"
+    topic.write_text(topic.read_text().replace("least: 0.03", "least: 0.04"))
+    page, _ = report(evidence, tmp_path / "docs")
+    assert "register/topic.yaml is not as it is committed" in page
+    commit(20)
+    page, _ = report(evidence, tmp_path / "docs")
+    assert (
+        "10 of 10 runs of `better` are older than its text in the register" in page
+        and "`sooner` are older" not in page
+    )
+
+
+# Which runs are asked for
+
+
+def wanted(evidence, look):
+    return list(wanted_runs(evidence, evidence.register.choose([]), look))
+
+
+def test_second_looks_are_of_what_can_not_tell(evidence):
+    first = wanted(evidence, 0)
+    assert first == [Wanted(name, seed) for seed in range(5) for name in ("new", "old")]
+    write_decided(evidence)
+    assert wanted(evidence, 1) == []
+    write_results(evidence, "new", UNCLEAR, reached=dict.fromkeys(range(5), 150))
+    evidence = Evidence(evidence.register, evidence.results)
+    assert [one for one in wanted(evidence, 1) if one.seed == 5] == [Wanted("new", 5), Wanted("old", 5)]
+    # A measure that was decided at the first look is not looked at again.
+    later = {seed: 0.9 - seed / 20 for seed in range(5, 10)}
+    for name in ("new", "old"):
+        write_results(evidence, name, later, reached=dict.fromkeys(range(5, 10), 300))
+    found = evidence.claim(evidence.register.claims["better"])[1]
+    assert found["accuracy"].estimate.seeds == 10
+    assert evidence.claim(evidence.register.claims["sooner"])[1]["completions"].estimate.seeds == 5
+    assert wanted(evidence, 1) and all(evidence.there(one.variant, one.seed) for one in wanted(evidence, 1))
+
+
+def test_status_counts_hours_by_what_runs_took(evidence):
+    write_results(evidence, "new", dict(list(BETTER.items())[:2]))
+    done = claims("status", evidence, "better")
+    assert done.stdout.splitlines() == [
+        "  2 better: 2 of 10 runs, 0.2 CPU hours left",  # 8 of 1.5 minutes
+        "8 runs are left in all, 0.2 CPU hours left",
+    ]
+
+
+def test_a_value_that_is_not_there_is_named(evidence):
+    write_decided(evidence)
+    file = evidence.run("old", 3)[1]
+    result = json.loads(file.read_text())
+    del result["cost"]["cpu_seconds"]
+    file.write_text(json.dumps(result))
+    found = evidence.claim(evidence.register.claims["better"])[1]["seconds"]
+    assert (found.verdict, found.estimate) == (CANT_TELL, None)
+    assert "seed 3 of old: cost.cpu_seconds: no 'cpu_seconds' in cost; there is nothing" in found.reason
+
+
+# Metrics and results
+
+
+def test_metrics_are_read_off_a_result():
+    points = [(0, 0.2), (100, 0.7), (200, 0.4), (300, 0.6), (400, 0.8)]
+    result = {
+        "curve": {"points": [{"completions": at, "accuracy": {"all": one}} for at, one in points]},
+        "log": {"tag/all/entropy": [4.0, 3.0, None, 2.0, 1.0]},
+        "cost": {"a": 3.0, "b": 2},
+    }
+    assert read_metric("reached(all, 0.5, completions)").value(result) == 200  # 0.7 and 0.4
+    never = read_metric("reached(held_out, 0.75, completions)").value(result)
+    assert never == 400 and isinstance(never, Censored)
+    assert not isinstance(read_metric("reached(all, 0.7, completions)").value(result), Censored)
+    assert read_metric("area(all)").value(result) == pytest.approx((0.45 + 0.55 + 0.5 + 0.7) / 4)
+    assert read_metric("log.tag/all/entropy.1").value(result) == 3
+    assert read_metric("mean(log.tag/all/entropy)").value(result) == 2.5
+    assert read_metric("last(log.tag/all/entropy)").value(result) == 1
+    assert read_metric("first(log.tag/all/entropy, 0.5)").value(result) == 3.5
+    assert read_metric("quotient(cost.a, cost.b)").value(result) == 1.5
+    with pytest.raises(MissingValueError, match="is a series; say mean"):
+        read_metric("log.tag/all/entropy").value(result)
+
+
+def test_the_gap_is_that_of_the_paper():
+    # MAPLE, Table 1, row MUPO; the differences of its columns are those of the counts it gives.
+    tags = "V A S VA VS AS VAS".split()
+    accuracy = dict(zip(tags, [0.8, 0.7, 0.6, 0.75, 0.7, 0.65, 0.5], strict=True))
+    counts = dict(zip(tags, [552, 75, 76, 1145, 1784, 171, 1198], strict=True))
+    after = {"trained": {"accuracy": accuracy, "counts": counts}}
+    uni, bi = (
+        sum(accuracy[t] * counts[t] for t in own) / sum(counts[t] for t in own) for own in (tags[:3], tags[3:6])
+    )
+    expected = (abs(bi - uni) / uni + abs(0.5 - uni) / uni + abs(0.5 - bi) / bi) / 3
+    assert read_metric("gap").value({"after": after}) == pytest.approx(expected)
+    with pytest.raises(MissingValueError, match="all seven tags"):
+        read_metric("gap").value({"after": {"trained": {"accuracy": {"V": 1.0}, "counts": {"V": 1}}}})
+
+
+@pytest.mark.parametrize(
+    ("sums", "samples", "digits", "of"),
+    [
+        ([5.0, 0.0, 3.0, None], 5, "503-", 5),
+        ([1.0, 0.25, None], 1, "999250---", 999),
+        ([12.0, 6.0], 12, "999500", 999),
+    ],
+)
+def test_scores_are_kept_as_digits(sums, samples, digits, of):
+    told = encoded_scores(sums, samples)
+    assert told == {"digits": digits, "of": of}
+    means = [None if one is None else one / samples for one in sums]
+    assert decoded_scores(told) == [None if one is None else pytest.approx(one, abs=1e-3) for one in means]
+    with pytest.raises(ValueError, match="scores lie between 0 and 1"):
+        encoded_scores([-1.0], samples)
+
+
+def test_a_result_without_some_clips_has_the_accuracy_of_the_others():
+    questions = {"ids": list("abcd"), "tags": ["V", "V", "A", "A"], "clips": [0, 1, 1, 2]}
+    result = {"after": {"trained": {"digits": "50-5", "of": 5, "samples": 5}}}
+    exam = whole(result, questions)["after"]["trained"]
+    assert exam["accuracy"] == {"all": 2 / 3, "V": 0.5, "A": 1.0} and exam["counts"] == {"all": 3, "V": 2, "A": 1}
+    assert exam["questions"] == [["a", "V", 5.0], ["b", "V", 0.0], ["d", "A", 5.0]]
+    assert whole(result, questions, {1})["after"]["trained"]["accuracy"] == {"all": 1.0, "V": 1.0, "A": 1.0}
+    assert rounded({"a": [1.234567, float("nan")], "b": 3}) == {"a": [1.2346, None], "b": 3}
+
+
+def test_the_page_in_docs_is_what_the_results_say(tmp_path):
+    """Whoever changes the register or adds results writes the report anew."""
+    done = programs.run([CLAIMS, "report", "--docs", tmp_path, "--readme", tmp_path / "README.md"])
+    assert done.returncode == 0, done.stderr
+
+    def without_git(file):
+        text = re.sub(r"\(\S*benchmarks/claims/results/", "(results/", file.read_text())
+        told = [
+            line for line in text.splitlines() if line and not line.startswith(("The register is ", "> **Warning."))
+        ]
+        return told
+
+    assert without_git(tmp_path / "claims.md") == without_git(CLAIMS.parents[1] / "docs" / "claims.md")
