@@ -163,4 +163,4 @@ def write_results(evidence, variant: str, accuracy: dict[int, float], **told) ->
             "tags": [tags[number % 7] for number in range(QUESTIONS)],
             "clips": [number // 2 for number in range(QUESTIONS)],
         }
-        write_result(questions_file(evidence.results, result), questions)
+        write_result(questions_file(file, result), questions)

@@ -31,7 +31,8 @@ class Evidence:
     def __init__(self, register: Register, results: Path, quick: bool = False):
         self.register, self.results, self.quick = register, results, quick
         self._runs: dict[tuple[str, int], tuple[Run, Path]] = {}
-        self._whole: dict[Path, list[dict[str, Any]]] = {}
+        self._whole: dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
+        self._without: dict[Path, list[dict[str, Any]]] = {}
 
     def run(self, variant: str, seed: int) -> tuple[Run, Path]:
         """Return a variant's run and where its result lies."""
@@ -53,16 +54,26 @@ class Evidence:
             found.append(len(found))
         return found
 
-    def read(self, variant: str, seed: int) -> list[dict[str, Any]]:
-        """Return a run's result, then the same without each group of clips in turn."""
+    def read(self, variant: str, seed: int) -> dict[str, Any]:
+        """Return a run's result, with the accuracies and questions of its task."""
+        return self._read(self.run(variant, seed)[1])[0]
+
+    def without(self, variant: str, seed: int) -> list[dict[str, Any]]:
+        """Return a run's result without each group of clips in turn."""
         file = self.run(variant, seed)[1]
+        if file not in self._without:
+            _, result, questions = self._read(file)
+            clips = max(questions["clips"]) + 1
+            groups = [range(first, clips, GROUPS) for first in range(min(GROUPS, clips))]
+            self._without[file] = [whole(result, questions, group) for group in groups]
+        return self._without[file]
+
+    def _read(self, file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if file not in self._whole:
             result = read_result(file)
             assert result is not None, file
-            questions = self._questions(questions_file(self.results, result))
-            clips = max(questions["clips"]) + 1
-            groups = [range(first, clips, GROUPS) for first in range(min(GROUPS, clips))]
-            self._whole[file] = [whole(result, questions), *(whole(result, questions, group) for group in groups)]
+            questions = self._questions(questions_file(file, result))
+            self._whole[file] = whole(result, questions), result, questions
         return self._whole[file]
 
     @functools.cache  # noqa: B019 - one evidence lives as long as the program
@@ -81,11 +92,10 @@ class Evidence:
         """
         values, without = [], []
         for seed in seeds:
-            one, *left = self.read(variant, seed)
             try:
-                values.append(metric.value(one))
-                if metric.reads("after"):
-                    without.append([metric.value(each) for each in left])
+                values.append(metric.value(self.read(variant, seed)))
+                if metric.reads_questions:
+                    without.append([metric.value(each) for each in self.without(variant, seed)])
             except (MissingValueError, KeyError, ValueError, ZeroDivisionError) as error:
                 told = f"no {error}" if isinstance(error, KeyError) else error
                 raise MissingValueError(f"seed {seed} of {variant}: {told}") from error

@@ -50,9 +50,10 @@ class Metric:
     paths: tuple[str, ...]
     value: Callable[[Result], float]
 
-    def reads(self, part: str) -> bool:
-        """Tell whether it may read a part of a result; a function that does not say what it reads may read all."""
-        return not self.paths or any(path.split(".")[0] == part for path in self.paths)
+    @property
+    def reads_questions(self) -> bool:
+        """Whether questions may stand behind it: those of `after`, which a function may read that names no part."""
+        return not self.paths or any(path.split(".")[0] in ("after", "stages") for path in self.paths)
 
 
 def read_metric(text: str) -> Metric:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ PAPERS = ("MAPLE", "AVATAR", "ours")
 EFFECTS = ("difference", "ratio")
 EXPECTATIONS = ("above", "below", "equal")
 ROLES = ("claim", "control")
+NEEDS = {"gpu": "a GPU", "clips": "a folder of real clips, which MAPLE_CLIPS names"}
+"""What a machine may lack, by the word in the register."""
 LEAST_SEEDS = 5
-ALWAYS = ("after", "cost", "log", "minutes")
-"""What every result holds, beside its instruments."""
+ALWAYS = ("after", "cost", "log", "minutes", "stages")
+"""What every result holds, beside its instruments; `stages` where the recipe has some."""
 
 
 class RegisterError(ValueError):
@@ -119,7 +122,7 @@ class Claim:
 
     Attributes:
         file, lines: where it is registered, lines from 1, both included.
-        needs: `gpu` where it can't be measured without one.
+        needs: what it can't be measured without, of `NEEDS`.
     """
 
     name: str
@@ -138,6 +141,12 @@ class Claim:
     def variants(self) -> tuple[str, ...]:
         """The variants whose runs it needs, in the order in which its measures name them."""
         return tuple(dict.fromkeys(name for measure in self.measures for name in measure.variants))
+
+    @property
+    def lacks(self) -> str:
+        """What it needs that is not here; runs use the CPU, so that a GPU never is."""
+        there = self.needs == "clips" and bool(os.environ.get("MAPLE_CLIPS"))
+        return NEEDS[self.needs] if self.needs and not there else ""
 
 
 @dataclass(frozen=True)
@@ -216,12 +225,12 @@ def check_jobs(register: Register, names: Sequence[str]) -> None:
     Raises:
         RegisterError: for an option that no config has, and for whatever a config refuses.
     """
-    from worker import parsed_job
+    from worker import parse_jobs
 
     for name in names:
         with tempfile.TemporaryDirectory(prefix="claims-") as output:
             try:
-                parsed_job(register.variants[name].run(0), Path("unprepared"), Path(output))
+                parse_jobs(register.variants[name].run(0), Path("unprepared"), Path(output))
             except (ValueError, TypeError) as error:
                 told = str(error).replace(f"{output}/", "")
                 raise RegisterError(f"variant {name}: {told}") from error
@@ -351,7 +360,7 @@ def _claim(name: str, part: _Part, variants: Mapping[str, Variant], file: Path, 
         measures,
         file,
         lines,
-        part.one_of("needs", ("", "gpu"), ""),
+        part.one_of("needs", ("", *NEEDS), ""),
     )
 
 
@@ -403,6 +412,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen: dict[Hashable, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, Hashable):

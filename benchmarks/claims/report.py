@@ -13,7 +13,7 @@ from typing import Any
 from evidence import Evidence, forgotten
 from metrics import MissingValueError
 from provenance import added_at, register_commit, registered_at, uncommitted
-from register import Claim, Measure
+from register import NEEDS, Claim, Measure
 from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding
 
 from maple_trl.files import write_atomically
@@ -45,10 +45,10 @@ class Page:
 
     def verdict(self, claim: Claim) -> str:
         """Return the verdict on a claim as it is shown."""
-        if claim.needs:
-            return f"{NOT_RUN} (needs a GPU)"
         decided, found = self.found[claim.name]
         if not any(found[one.name].estimate for one in claim.measures):
+            if claim.needs:
+                return f"{NOT_RUN} (needs {NEEDS[claim.needs]})"
             reasons = {found[one.name].reason for one in claim.measures}
             return NOT_MEASURED if all("few runs" in one or one == NOT_MEASURED for one in reasons) else CANT_TELL
         told = f"**{decided.verdict}**" if decided.verdict != CANT_TELL else CANT_TELL

@@ -82,6 +82,7 @@ class Runner:
         workers: how many processes run side by side.
         batch: runs of one process, one after the other; more than one shares memory, and is for runs that are no evidence.
         ends: when no further run begins, by `time.monotonic()`.
+        cuts: whether those that are under way then are ended, too.
         say: is told what has become of each run.
     """
 
@@ -92,10 +93,11 @@ class Runner:
         workers: int = 2,
         batch: int = 1,
         ends: float = float("inf"),
+        cuts: bool = False,
         say: Callable[[str], None] = print,
     ):
         self.evidence, self.options = evidence, list(options)
-        self.workers, self.batch, self.ends, self.say = workers, batch, ends, say
+        self.workers, self.batch, self.ends, self.cuts, self.say = workers, batch, ends, cuts, say
         self._active: list[_Active] = []
 
     def go(self, wanted: Sequence[Wanted]) -> Outcome:
@@ -108,8 +110,7 @@ class Runner:
             with tempfile.TemporaryDirectory(prefix="claims-runs-") as folder:
                 while queue or self._active:
                     if time.monotonic() >= self.ends:
-                        self.outcome.left += queue
-                        queue.clear()
+                        self._leave(queue)
                     started = len(self._active) < self.workers and bool(queue) and self._start(queue, Path(folder))
                     self._look(queue)
                     if not started:
@@ -121,6 +122,15 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self.outcome
+
+    def _leave(self, queue: deque[Wanted]) -> None:
+        """Begin nothing more, and end what is under way where that is wanted."""
+        self.outcome.left += queue
+        queue.clear()
+        if self.cuts and self._active:
+            under_way = [one for active in self._active for one in active.runs]
+            self._end_all()
+            self.outcome.left += [one for one in under_way if not self._is_there(one)]
 
     def _stop(self, number: int, frame: object) -> None:
         raise Stopped(number)

@@ -65,9 +65,9 @@ def whole(result: Mapping[str, Any], questions: Mapping[str, Any], without: Coll
         The result with, for each access in `after`: `accuracy` by tag and as `all`, `counts` of questions behind each, and
         `questions`: id, tag and the sum of the scores of its answers, of each that has one.
     """
-    return dict(result) | {
-        "after": {access: one | _read(one, questions, without) for access, one in result["after"].items()}
-    }
+    after = {access: one | _read(one, questions, without) for access, one in result["after"].items()}
+    stages = [whole(stage, questions, without) for stage in result.get("stages", ())]
+    return dict(result) | {"after": after} | ({"stages": stages} if stages else {})
 
 
 def _read(told: Mapping[str, Any], questions: Mapping[str, Any], without: Collection[int]) -> dict[str, Any]:

@@ -45,18 +45,30 @@ LOG_DIGITS = 4
 PACKAGES = ("maple-trl", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
+def job_files(run: Run, folder: Path, output: Path) -> list[tuple[str, Path]]:
+    """Write the jobs that `maple-trl train --config` would take, with their names; each begins with the model of the one before."""
+    files: list[tuple[str, Path]] = []
+    for name, config in run.jobs():
+        config = json.loads(json.dumps(config).replace("{folder}", str(folder)))
+        if files and run.trained:
+            config["model_name_or_path"] = str(files[-1][1].parent)
+        config |= {"output_dir": str(output / name), "disable_tqdm": True, "report_to": [], "overwrite": True}
+        file = output / name / "job.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        files.append((name, file))
+    return files
+
+
 def job_file(run: Run, folder: Path, output: Path) -> Path:
-    """Write the job that `maple-trl train --config` would take."""
-    config = json.loads(json.dumps(run.config()).replace("{folder}", str(folder)))
-    config |= {"output_dir": str(output), "disable_tqdm": True, "report_to": [], "overwrite": True}
-    file = output / "job.yaml"
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return file
+    """Write the job of a run, the last one where it has several."""
+    return job_files(run, folder, output)[-1][1]
 
 
-def parsed_job(run: Run, folder: Path, output: Path) -> tuple[Any, ...]:
-    """Return the arguments of a run's job, which every config it belongs to has accepted."""
-    return parse_args(["--config", str(job_file(run, folder, output))])
+def parse_jobs(run: Run, folder: Path, output: Path) -> None:
+    """Parse the jobs of a run: every config that they belong to has then accepted them."""
+    for _, file in job_files(run, folder, output):
+        parse_args(["--config", str(file)])
 
 
 class Exam:
@@ -169,28 +181,43 @@ def series(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     return found
 
 
-def carry_out(run: Run, results: Path) -> dict[str, Any]:
-    """Train and measure; return the result."""
-    from transformers import PrinterCallback
+def measuring(trainer: Any, task: Task, test: Any) -> Exam:
+    """Return what asks the policy held-out questions, the same each time, by one or several accesses."""
+    return Exam(trainer, task, test)
+
+
+def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
+    """
+    Train and measure; return the result.
+
+    Args:
+        questions: the file where the questions are kept, once for all runs of the task's version.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    task, folder = load_task(run.task), prepared(run.task)
-    questions, samples = (QUICK_QUESTIONS, 1) if run.quick else (task.QUESTIONS, task.SAMPLES)
+    task, folder = load_task(run.task), prepared(run.task, run.quick)
+    asked, samples = (QUICK_QUESTIONS, 1) if run.quick else (task.QUESTIONS, task.SAMPLES)
     began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="claims-") as output:
-        trainer, _ = build_trainer(*parsed_job(run, folder, Path(output)))
-        trainer.remove_callback(PrinterCallback)
-        exam = Exam(trainer, task, task.held_out(folder))
-        keep_questions(questions_file(results, run.identity()), exam.rows(questions))
+        *earlier, (_, last) = job_files(run, folder, Path(output))
+        stages = [
+            {"name": name} | carry_out_stage(file, task, folder, asked, samples)
+            for name, file in (earlier if run.trained else ())
+        ]
+        trainer = job_trainer(last)
+        exam = measuring(trainer, task, task.held_out(folder))
+        if questions is not None:
+            keep_questions(questions, exam.rows(asked))
         cost = Cost(trainer)
         watched = {name: INSTRUMENTS[name](trainer, exam, cost) for name in run.instruments}
         if run.trained:
             trainer.train()
         found = {
-            "after": compact(exam(questions, samples, ("trained", *task.ACCESSES))),
+            "after": compact(exam(asked, samples, ("trained", *task.ACCESSES))),
             "cost": cost.result(),
             "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),
+            **({"stages": stages} if stages else {}),
             **{name: one.result() for name, one in watched.items()},
         }
     return {
@@ -202,6 +229,31 @@ def carry_out(run: Run, results: Path) -> dict[str, Any]:
         "minutes": rounded((time.process_time() - began) / 60),
         **rounded(found),
     }
+
+
+def job_trainer(file: Path) -> Any:
+    """Build the trainer of a job that prints nothing."""
+    from transformers import PrinterCallback
+
+    trainer, _ = build_trainer(*parse_args(["--config", str(file)]))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def carry_out_stage(file: Path, task: Task, folder: Path, asked: int, samples: int) -> dict[str, Any]:
+    """Train a stage that others follow, leave its model beside its job, and measure it."""
+    trainer = job_trainer(file)
+    cost = Cost(trainer)
+    trainer.train()
+    trainer.save_model(str(file.parent))
+    trainer.processing_class.save_pretrained(str(file.parent))
+    told = {
+        "after": compact(measuring(trainer, task, task.held_out(folder))(asked, samples)),
+        "cost": cost.result(),
+        "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),
+    }
+    trainer.loader.close()
+    return told
 
 
 def end_with(process: int) -> None:
@@ -227,8 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="where tasks keep what they make")
     parser.add_argument("--tied", type=int, metavar="PID", help="end when this process ends")
     told = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no folders behind
     if told.tied:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no folders behind
         end_with(told.tied)
     use_folders(told.tasks, told.cache)
     if len(told.files) % 2:
@@ -239,11 +291,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run = Run(**json.loads(described.read_text(encoding="utf-8")))
             if read_result(file) is None:
-                write_result(file, carry_out(run, file.parents[1]))
+                write_result(file, carry_out(run, questions_file(file, run.identity())))
         except Exception:
             failed = True
             traceback.print_exc()
-    sys.exit(failed)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

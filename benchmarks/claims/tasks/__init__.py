@@ -45,6 +45,7 @@ class Task(Protocol):
         """Grade answers for the evaluation: without the noise and the scale that training has."""
 
 
+QUICK_STEPS = 4
 _cache: Path | None = None
 
 
@@ -74,15 +75,26 @@ def load_task(name: str) -> Task:
         raise ValueError(f"no task {name!r}; there are {', '.join(known)}") from None
 
 
-def prepared(name: str) -> Path:
-    """Return the folder of a task's data and model, which is made where it is absent or of another version."""
+def prepared(name: str, quick: bool = False) -> Path:
+    """
+    Return the folder of a task's data and model, which is made where it is absent or of another version.
+
+    A quick one has a model of `QUICK_STEPS` steps, where the task has `COLD_STEPS`, the steps that it is trained for.
+    """
     task = load_task(name)
-    folder = cache_folder() / f"{name}-{task.VERSION}"
+    folder = cache_folder() / f"{name}-{task.VERSION}{'-quick' * quick}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "whole").exists():  # the last thing written
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            task.prepare(folder)
+            steps = getattr(task, "COLD_STEPS", None)
+            if quick and steps is not None:
+                task.COLD_STEPS = QUICK_STEPS
+            try:
+                task.prepare(folder)
+            finally:
+                if steps is not None:
+                    task.COLD_STEPS = steps
             (folder / "whole").touch()
     return folder
