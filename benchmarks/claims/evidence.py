@@ -170,9 +170,13 @@ def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Itera
         if look == 0:
             asked |= dict.fromkeys(claim.variants)
             continue
-        verdict, found = evidence.claim(claim)
+        before = range(looks[look - 1])
+        verdict, found = evidence.claim(claim, before)
         if verdict.verdict == CANT_TELL:
-            undecided = [one for one in claim.measures if found[one.name].wants_more]
+            whole_look = [one for one in claim.measures if evidence.seeds(one.variants, before) == list(before)]
+            undecided = [
+                one for one in whole_look if found[one.name].verdict == CANT_TELL and found[one.name].estimate
+            ]
             asked |= dict.fromkeys(name for one in undecided for name in one.variants)
     done: set[Path] = set()
     for seed in seeds:
