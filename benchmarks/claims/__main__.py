@@ -26,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from evidence import Evidence, Wanted, wanted_runs
+from provenance import uncommitted
 from register import Claim, Register, RegisterError, check_jobs, read_register
 from runner import Outcome, Runner, Stopped
 from runs import HERE, RESULTS
@@ -118,6 +119,8 @@ def _run(told: argparse.Namespace, register: Register) -> int:
         if claim.lacks:
             print(f"{claim.name} is not run: it needs {claim.lacks}")
     check_jobs(register, list(dict.fromkeys(name for claim in claims for name in claim.variants)))
+    for file in () if told.quick else uncommitted(register):
+        print(f"{file} is not as it is committed: what is registered after its runs is no evidence")
     evidence = _evidence(told, register, told.quick)
     hours = told.hours if told.hours is not None else QUICK_HOURS if told.quick else math.inf
     runner = Runner(

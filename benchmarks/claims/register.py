@@ -280,7 +280,7 @@ class _Part:
     def one_of(self, name: str, known: Sequence[str], default: str | None = None) -> str:
         value = self.fields.get(name, default)
         if value not in known:
-            raise self.error(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            raise self.error(f"{name} must be one of {', '.join(filter(None, known))}, got {value!r}")
         return value
 
     def part(self, name: str) -> _Part:

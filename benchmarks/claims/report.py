@@ -13,7 +13,7 @@ from typing import Any
 from evidence import Evidence, forgotten
 from metrics import MissingValueError
 from provenance import added_at, register_commit, registered_at, uncommitted
-from register import NEEDS, Claim, Measure
+from register import EFFECTS, NEEDS, Claim, Measure
 from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding
 
 from maple_trl.files import write_atomically
@@ -21,6 +21,7 @@ from maple_trl.files import write_atomically
 
 NOT_MEASURED, NOT_RUN = "not measured", "not run"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+NO_CLAIM = "No claim is registered."
 COMMAND = "python benchmarks/claims"
 SHOWN = 2
 """Measures of a claim that its row shows; the others stand in its section."""
@@ -338,8 +339,11 @@ def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
     if BEGIN in text and END in text.partition(BEGIN)[2]:
         before, _, rest = text.partition(BEGIN)
         link = _link(docs.resolve() / "claims.md", readme.resolve().parent)
-        table = "\n".join(page.table(link)) if page.claims else "No claim is registered."
-        write_atomically(readme, f"{before}{BEGIN}\n\n{table}\n\n{page.counts()}\n\n{END}{rest.partition(END)[2]}")
+        table = "\n".join(page.table(link))
+        table = f"{page.counts()}\n\n<details><summary>Each of them</summary>\n\n{table}\n\n</details>"
+        write_atomically(
+            readme, f"{before}{BEGIN}\n\n{table if page.claims else NO_CLAIM}\n\n{END}{rest.partition(END)[2]}"
+        )
         written.append(readme)
     return written
 
@@ -380,20 +384,25 @@ def forest(shown: Sequence[tuple[Measure, Finding]]) -> str:
 
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 9}):
+        FigureCanvasSVG(plotted(shown)).print_svg(stream, metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
+def plotted(shown: Sequence[tuple[Measure, Finding]]) -> Any:
+    """Draw effects with their intervals: differences, then ratios."""
     from matplotlib.figure import Figure
 
-    kinds = [kind for kind in ("difference", "ratio") if any(one.effect == kind for one, _ in shown)]
+    kinds = [kind for kind in EFFECTS if any(one.effect == kind for one, _ in shown)]
     panels = [[(one, found) for one, found in shown if one.effect == kind] for kind in kinds]
-    style = {"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
-    with matplotlib.rc_context(style):
-        heights = [0.9 + 0.3 * len(panel) for panel in panels]
-        figure = Figure(figsize=(7, sum(heights)), layout="constrained")
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for kind, panel, axis in zip(kinds, panels, axes, strict=True):
-            _draw(axis, kind, panel)
-        stream = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+    heights = [0.9 + 0.3 * len(panel) for panel in panels]
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for kind, panel, axis in zip(kinds, panels, axes, strict=True):
+        _draw(axis, kind, panel)
+    return figure
 
 
 def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> None:

@@ -68,7 +68,7 @@ def test_a_report_tells_what_was_found(evidence, tmp_path):
     linked = re.findall(r"\((\S+\.(?:json|svg))\)", page)
     assert len(linked) == 2 * 10 + 2 and all((docs / file).is_file() for file in linked)
     written = (docs / "README.md").read_text()
-    assert written.startswith("# Title\n\n<!-- claims: begin -->\n\n| ") and written.endswith(
+    assert written.startswith("# Title\n\n<!-- claims: begin -->\n\nOf 2 claims: ") and written.endswith(
         "<!-- claims: end -->\nlast\n"
     )
     assert row.replace("](#", "](claims.md#") in written
