@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -60,6 +61,45 @@ QUICK_STEPS, QUICK_QUESTIONS = 4, 1
 
 
 @dataclass(frozen=True)
+class RecipeJob:
+    """
+    A job of a recipe: the recipe itself, or a stage of a plan.
+
+    Attributes:
+        stage: its name; empty where the recipe is no plan.
+        options: those of its files, and what a plan puts over them.
+        known: names of the options that a stage's trainer knows.
+    """
+
+    stage: str
+    options: Mapping[str, Any]
+    known: frozenset[str] = frozenset()
+
+
+@functools.cache
+def recipe_jobs(recipe: str) -> tuple[RecipeJob, ...]:
+    """Read the jobs of a file of `recipes`."""
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise ValueError(f"no recipe {recipe!r} in {RECIPES.name}/")
+    plan = load_plan(["--config", str(path)])
+    if plan is None:
+        return (RecipeJob("", _merged(str(path))),)
+    jobs = []
+    for stage in plan.stages:
+        known = frozenset(option_keys(make_parser(trainer_of(stage.file), declared=True)))
+        jobs.append(RecipeJob(stage.name, _merged(stage.file) | stage.common, known))
+    return tuple(jobs)
+
+
+def _merged(file: str) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for _, config in config_files(file):
+        merged |= config
+    return merged
+
+
+@dataclass(frozen=True)
 class Run:
     """
     A run, by all that decides its numbers.
@@ -95,35 +135,27 @@ class Run:
         Of a plan it is `stages`, a list of each one's name and options: the jobs that follow one another, each from the model
         of the one before.
         """
-        path = RECIPES / f"{self.recipe}.yaml"
-        if not path.is_file():
-            raise ValueError(f"no recipe {self.recipe!r} in {RECIPES.name}/")
-        plan = load_plan(["--config", str(path)])
-        if plan is None:
-            return self._job(str(path), {}, self.options)
+        jobs = recipe_jobs(self.recipe)
+        if not jobs[0].stage:
+            return self._job(jobs[0], self.options)
         own = dict(self.options)
         by_stage = own.pop("stages", {})
-        unknown = sorted(set(by_stage) - {stage.name for stage in plan.stages})
+        unknown = sorted(set(by_stage) - {job.stage for job in jobs})
         if unknown:
             raise ValueError(f"recipe {self.recipe} has no stage {unknown[0]!r}")
-        jobs = []
-        for stage in plan.stages:
-            known = option_keys(make_parser(trainer_of(stage.file), declared=True))
-            shared = {name: value for name, value in own.items() if name in known}
-            jobs.append([stage.name, self._job(stage.file, stage.common, shared | by_stage.get(stage.name, {}))])
-        nowhere = sorted(set(own) - {name for _, job in jobs for name in job})
+        told = []
+        for job in jobs:
+            shared = {name: value for name, value in own.items() if name in job.known}
+            told.append([job.stage, self._job(job, shared | by_stage.get(job.stage, {}))])
+        nowhere = sorted(set(own) - {name for _, options in told for name in options})
         if nowhere:
             raise ValueError(f"no stage of recipe {self.recipe} has an option {nowhere[0]!r}")
-        return {"stages": jobs}
+        return {"stages": told}
 
-    def _job(self, file: str, above: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of one job: those of a file, what a plan puts over it, the task's, and the run's own."""
-        merged: dict[str, Any] = {}
-        for _, config in config_files(file):
-            merged |= config
-        merged |= above
-        trainer = own.get("trainer", merged.get("trainer", "omni_grpo"))
-        merged |= load_task(self.task).options(trainer) | dict(own) | FIXED | {"seed": self.seed}
+    def _job(self, job: RecipeJob, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of one job: the recipe's, the task's over them, the run's own over both."""
+        trainer = own.get("trainer", job.options.get("trainer", "omni_grpo"))
+        merged = dict(job.options) | load_task(self.task).options(trainer) | dict(own) | FIXED | {"seed": self.seed}
         if self.quick:
             merged["max_steps"] = QUICK_STEPS
         merged.pop("output_dir", None)

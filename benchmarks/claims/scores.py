@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -45,11 +46,16 @@ def encoded_scores(sums: Sequence[float | None], samples: int) -> dict[str, Any]
     return {"digits": "".join(told), "of": of}
 
 
-def decoded_scores(told: Mapping[str, Any]) -> list[float | None]:
+def decoded_scores(told: Mapping[str, Any]) -> Sequence[float | None]:
     """Return the mean score of each question; `None` where it has none."""
-    width, digits = (len(str(FINE)) if told["of"] == FINE else 1), told["digits"]
-    parts = [digits[start : start + width] for start in range(0, len(digits), width)]
-    return [None if part.startswith(NO_SCORE) else int(part) / told["of"] for part in parts]
+    return _decoded(told["digits"], told["of"])
+
+
+@functools.lru_cache(16)
+def _decoded(digits: str, of: int) -> tuple[float | None, ...]:
+    width = len(str(FINE)) if of == FINE else 1
+    parts = (digits[start : start + width] for start in range(0, len(digits), width))
+    return tuple(None if part.startswith(NO_SCORE) else int(part) / of for part in parts)
 
 
 def whole(result: Mapping[str, Any], questions: Mapping[str, Any], without: Collection[int] = ()) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def test_scores_are_kept_as_digits(sums, samples, digits, of):
     told = encoded_scores(sums, samples)
     assert told == {"digits": digits, "of": of}
     means = [None if one is None else one / samples for one in sums]
-    assert decoded_scores(told) == [None if one is None else pytest.approx(one, abs=1e-3) for one in means]
+    assert list(decoded_scores(told)) == [None if one is None else pytest.approx(one, abs=1e-3) for one in means]
     with pytest.raises(ValueError, match="scores lie between 0 and 1"):
         encoded_scores([-1.0], samples)
 
