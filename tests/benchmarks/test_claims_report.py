@@ -197,6 +197,25 @@ def test_a_value_that_is_not_there_is_named(evidence):
     assert "seed 3 of old: cost.cpu_seconds: no 'cpu_seconds' in cost; there is nothing" in found.reason
 
 
+def test_the_register_is_checked_and_rules_are_tried_by_command(evidence, tmp_path):
+    done = claims("check", evidence)
+    assert done.returncode == 0 and "2 claims with 3 measures and 2 variants: 10 runs at the first look" in done.stdout
+    file = tmp_path / "rates.json"
+    words = ["--registers", "5", "--effect", "0.1", "--between-seeds", "0.01", "--json", file]
+    done = claims("simulate", evidence, *words)
+    assert "50 claims with an effect of +0.100 and as many without" in done.stdout and "stated" not in done.stdout
+    rates = json.loads(file.read_text())
+    assert rates["planted"] == 1 and rates["null"] <= 0.2 and rates["setting"]["effect"] == 0.1
+    # What is on disk says how much runs differ.
+    write_decided(evidence)
+    for seed in range(5):
+        for name, answers in (("new", BETTER), ("old", WORSE)):
+            evidence.run(name, seed)[1].unlink()
+            write_results(evidence, name, {seed: answers[seed] + seed % 2 * 0.05 * (name == "new")})
+    done = claims("simulate", evidence, "--registers", "1")
+    assert float(re.search(r"deviation (\S+) between seeds", done.stdout)[1]) > 0.012
+
+
 # Metrics and results
 
 
