@@ -25,6 +25,8 @@ class Task(Protocol):
         VERSION: raised with every change of its data, its rewards, its model or what is asked of it.
         ACCESSES: what the trained policy is asked with, beside what it was trained with: `required`, `all`.
         QUESTIONS, SAMPLES: questions of each tag at the end of a run, and answers to each.
+
+    One that trains a model reads the steps of that from its `COLD_STEPS`, of which a quick run makes few.
     """
 
     VERSION: int
@@ -75,13 +77,20 @@ def load_task(name: str) -> Task:
         raise ValueError(f"no task {name!r}; there are {', '.join(known)}") from None
 
 
-def prepared(name: str, quick: bool = False) -> Path:
+_quick = False
+
+
+def prepared(name: str, quick: bool | None = None) -> Path:
     """
     Return the folder of a task's data and model, which is made where it is absent or of another version.
 
-    A quick one has a model of `QUICK_STEPS` steps, where the task has `COLD_STEPS`, the steps that it is trained for.
+    Args:
+        quick: whether its model is of `QUICK_STEPS` steps, where the task has `COLD_STEPS`, the steps that it is trained for;
+            as the run said that was told last, where it is not told (instruments do not).
     """
-    task = load_task(name)
+    global _quick
+    _quick = _quick if quick is None else quick
+    quick, task = _quick, load_task(name)
     folder = cache_folder() / f"{name}-{task.VERSION}{'-quick' * quick}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
