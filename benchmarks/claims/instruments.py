@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from instruments_ours import Abstention
 from transformers import TrainerCallback
 
 
@@ -72,6 +73,7 @@ class Curve(TrainerCallback):
     """Accuracy on held-out questions against steps, completions, tokens and CPU seconds of training, which it does not add to."""
 
     QUESTIONS, SAMPLES, POINTS = 24, 3, 12
+    COSTS = ("completions", "completion_tokens", "cpu_seconds", "wall_seconds")
 
     def __init__(self, trainer: Any, measure: Callable[[int, int], dict[str, Any]], cost: Cost):
         self._trainer, self._measure, self._cost = trainer, measure, cost
@@ -87,13 +89,13 @@ class Curve(TrainerCallback):
             self._add(state.global_step)
 
     def _add(self, step: int) -> None:
-        cost = self._cost.result()
-        found = self._measure(self.QUESTIONS, self.SAMPLES)
-        self.points.append({"step": step, **cost, **found})
+        spent = {name: value for name, value in self._cost.result().items() if name in self.COSTS}
+        found = self._measure(self.QUESTIONS, self.SAMPLES)["trained"]
+        self.points.append({"step": step, **spent, "accuracy": found["accuracy"]})
 
     def result(self) -> dict[str, Any]:
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {"curve": Curve}
+INSTRUMENTS: dict[str, type] = {"curve": Curve, "abstention": Abstention}
 """Those that a run asks for by name; [`Cost`] is on every run."""
