@@ -23,11 +23,11 @@ from maple_trl.modalities import STRATA, ModalityTag
 from maple_trl.rewards import accuracy_reward
 
 
-VERSION = 1
+VERSION = 2
 ACCESSES: Sequence[str] = ()  # a row's tag says what it is fed: there are no others
-PER_TAG = 21  # questions of each required tag that are asked, each with all seven inputs
-QUESTIONS, SAMPLES = 7 * PER_TAG, 3  # with each input
-COLD_STEPS = 160
+PER_TAG = 32  # questions of each required tag that are asked, each with all seven inputs
+QUESTIONS, SAMPLES = 7 * PER_TAG, 2  # with each input
+COLD_STEPS = 180
 OPTIONS = ("w", "x", "y", "z")
 SHARES = {"exact": 1.0, "superset": 31_635 / 47_893, "deficit": 23_737 / 47_893}
 """Rows of each stratum for one of `exact`, as MAPLE B.2 counts them."""
