@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ class Run:
         seed: of the order of prompts, of sampling, and of the noise of rewards.
         instruments: what is watched beside the log, by name.
         trained: whether it is trained at all; the policy that runs begin with is measured otherwise.
-        probe: a function, as `module:function`, that is carried out instead of training; see [`Run.probe_function`].
     """
 
     task: str
@@ -43,33 +41,11 @@ class Run:
     options: Mapping[str, Any]
     instruments: Sequence[str] = ()
     trained: bool = True
-    probe: str | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.instruments) - set(INSTRUMENTS))
         if unknown:
             raise ValueError(f"no instrument {unknown[0]!r}; there are {', '.join(INSTRUMENTS)}")
-        if self.probe is not None:
-            self.probe_function()
-
-    def probe_function(self) -> tuple[Callable[[Run], Mapping[str, Any]], int]:
-        """
-        Return the run's probe, and the version of its module, which counts as a task's does.
-
-        It is called with the run, in a process of its own, and returns what it found, as JSON holds it: keys of the result, beside
-        `seed`, `packages` and what decides the run.
-
-        Raises:
-            ValueError: where the name is not that of a function, or its module has no `VERSION`.
-        """
-        name, _, function = str(self.probe).partition(":")
-        try:
-            module = importlib.import_module(name)
-            return getattr(module, function), int(module.VERSION)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"probe {self.probe!r} must be module:function, of a module of {HERE.name}/ with a VERSION: {error}"
-            ) from None
 
     def config(self) -> dict[str, Any]:
         """Return the options of the job: the recipe's, the task's over them, the run's over both."""
@@ -94,7 +70,6 @@ class Run:
             "instruments": sorted(self.instruments),
             "instruments_version": INSTRUMENTS_VERSION,
             "trained": self.trained,
-            "probe": self.probe and [self.probe, self.probe_function()[1]],
             "config": self.config(),
         }
 

@@ -111,20 +111,7 @@ def series(log: list[Mapping[str, Any]]) -> dict[str, list[float | None]]:
 
 
 def carry_out(run: Run) -> dict[str, Any]:
-    """Train and measure, or do what the run's probe does; return the result."""
-    began = time.perf_counter()
-    found = run.probe_function()[0](run) if run.probe else train_and_measure(run)
-    return {
-        **run.identity(),
-        "seed": run.seed,
-        "packages": {name: version(name) for name in PACKAGES},
-        "minutes": (time.perf_counter() - began) / 60,
-        **found,
-    }
-
-
-def train_and_measure(run: Run) -> dict[str, Any]:
-    """Train, and measure what was trained."""
+    """Train and measure; return the result."""
     from transformers import PrinterCallback
     from transformers.utils.logging import disable_progress_bar
 
@@ -139,9 +126,14 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         cost = Cost(trainer)
         watched = {name: INSTRUMENTS[name](trainer, measure, cost) for name in run.instruments}
         accesses = ("trained", *task.ACCESSES)
+        began = time.perf_counter()
         if run.trained:
             trainer.train()
         return {
+            **run.identity(),
+            "seed": run.seed,
+            "packages": {name: version(name) for name in PACKAGES},
+            "minutes": (time.perf_counter() - began) / 60,
             "after": measure(task.QUESTIONS, task.SAMPLES, accesses),
             "cost": cost.result(),
             "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),

@@ -1,7 +1,6 @@
 """Claims of QA+, of everything together and of shared prompts: their metrics, task, probes and register."""
 
 import importlib
-import json
 import re
 import sys
 import types
@@ -165,38 +164,7 @@ def test_an_ideal_answer_names_what_is_fed_of_what_is_required_and_is_right(qa_s
     assert task.ideal_answer(row) == f"<think>{seen}</think><answer>{row['solution']}</answer>"
 
 
-# Probes
-
-
-@pytest.fixture
-def probe(monkeypatch):
-    def install(function):
-        module = types.ModuleType("probes_of_a_test")
-        module.VERSION, module.look = 3, function
-        monkeypatch.setitem(sys.modules, "probes_of_a_test", module)
-        return "probes_of_a_test:look"
-
-    return install
-
-
-def test_a_probe_is_carried_out_instead_of_training_and_counts_by_its_version(probe):
-    from runs import Run
-    from worker import carry_out
-
-    name = probe(lambda run: {"found": {"seed": run.seed}})
-    run = Run("embedded", "tiny/mapo_token", 4, {}, probe=name)
-    other = Run("embedded", "tiny/mapo_token", 4, {})
-    assert run.identity()["probe"] == [name, 3] and run.key() != other.key()
-    result = json.loads(json.dumps(carry_out(run)))
-    assert result["found"] == {"seed": 4} and result["seed"] == 4 and "after" not in result
-
-
-@pytest.mark.parametrize("name", ["probes_ours", "probes_ours:nothing", "no_such:function", "json:dumps"])
-def test_a_probe_must_be_a_function_of_a_module_with_a_version(name):
-    from runs import Run
-
-    with pytest.raises(ValueError, match=f"probe '{name}' must be module:function"):
-        Run("embedded", "tiny/mapo_token", 0, {}, probe=name)
+# TRL's own trainer, and shared prompts
 
 
 @pytest.fixture
@@ -218,67 +186,74 @@ def sketch(monkeypatch, tmp_path):
     return "sketch"
 
 
-@pytest.mark.slow
-def test_unmodified_trl_trains_no_tower_on_the_prompts_that_ours_trains_both_on(sketch):
-    from probes_ours import PARTS, unmodified_trl
+def trained(task, options, instruments):
+    """Carry a job out as a run does; return the trainer and what its instruments saw."""
+    from instruments import INSTRUMENTS, Cost
     from runs import Run
     from worker import job_file
 
     from maple_trl.jobs.options import parse_args
     from maple_trl.jobs.train import build_trainer
 
-    options = {"trainer": "omni_grpo", "max_steps": 2, "per_device_train_batch_size": 32}
-    found = unmodified_trl(Run(sketch, "tiny/base", 0, options))
+    output = importlib.import_module("tasks").prepared(task)
+    run = Run(
+        task, "tiny/base", 0, {"trainer": "omni_grpo", "per_device_train_batch_size": 32, "max_steps": 2} | options
+    )
+    trainer, _ = build_trainer(*parse_args(["--config", str(job_file(run, output, output))]))
+
+    def measure(questions, samples):
+        return {"trained": {"accuracy": {"all": 0.5}}}
+
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    cost = Cost(trainer)
+    watched = {name: INSTRUMENTS[name](trainer, measure, cost) for name in instruments}
+    trainer.train()
+    moved = {name: float((value - before[name]).abs().max()) for name, value in trainer.model.named_parameters()}
+    return trainer, cost.result(), moved, {name: one.result() for name, one in watched.items()}
+
+
+@pytest.mark.slow
+def test_unmodified_trl_trains_no_tower_on_the_prompts_that_ours_trains_both_on(sketch):
+    from instruments_ours import UnmodifiedTRL
+
+    trainer, cost, _, found = trained(sketch, {}, ["curve", "unmodified_trl"])
     assert found["unmodified_trl"]["same_prompts"] == 1
     moved = found["unmodified_trl"]["moved"]
     assert moved["visual"] == moved["audio_tower"] == 0 < moved["layers"]
-    assert found["cost"]["completions"] == 64 and [point["step"] for point in found["curve"]["points"]] == [0, 1, 2]
+    assert cost["completions"] == 64 and cost["cpu_seconds"] > 0
+    assert [point["step"] for point in found["curve"]["points"]] == [0, 1, 2]
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
     # The control: the same job by its own trainer.
-    tasks = importlib.import_module("tasks")
-    folder = tasks.prepared(sketch)
-    trainer, _ = build_trainer(
-        *parse_args(["--config", str(job_file(Run(sketch, "tiny/base", 0, options), folder, folder))])
-    )
-    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    trainer.train()
-    for inside in PARTS.values():
-        assert any(
-            (value - before[name]).abs().max() > 0
-            for name, value in trainer.model.named_parameters()
-            if inside in name
-        )
+    _, _, moved, _ = trained(sketch, {}, [])
+    for inside in UnmodifiedTRL.PARTS.values():
+        assert any(by > 0 for name, by in moved.items() if inside in name)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Comparisons of shared prompts that measure nothing."""
+    from instruments_ours import SharedPrompt
+
+    for name, value in {"STEPS": 2, "REPEATS": 1, "PROMPTS": (128,), "COMPLETION": 4}.items():
+        monkeypatch.setattr(SharedPrompt, name, value)
+    return SharedPrompt
 
 
 @pytest.mark.slow
-def test_a_shared_prompt_trains_the_same_weights_and_a_planted_difference_is_seen(sketch, monkeypatch):
-    import probes_ours
-    from runs import Run
+def test_a_shared_prompt_trains_the_same_weights_and_a_planted_difference_is_seen(sketch, small):
+    from instruments_ours import differences
 
-    monkeypatch.setattr(probes_ours, "STEPS", 2)
-    run = Run(sketch, "tiny/mapo_token", 0, {})
-    found = probes_ours.both_ways(run)
-    assert found["same_completions"] == 1 and found["weights"] < 1e-4 and found["gradient_norm"] < 1e-4
-    # The control: what is compared differs by far more where the two sides do not do the same.
-    faulty = {"off": 1e-4, "on": 1e-2}
-    config = Run.config
-    monkeypatch.setattr(
-        Run, "config", lambda self: (c := config(self)) | {"learning_rate": faulty.get(c.get("shared_prefix"), 1e-4)}
-    )
-    assert probes_ours.both_ways(run)["weights"] > 1e-4
-
-
-@pytest.mark.slow
-def test_a_step_of_a_longer_prompt_is_the_same_both_ways(monkeypatch):
-    import probes_ours
-    import trl.trainer.utils
-
-    monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)  # the probe's is undone
-    monkeypatch.setattr(probes_ours, "PROMPTS", (128,))
-    monkeypatch.setattr(probes_ours, "COMPLETION", 4)
-    monkeypatch.setattr(probes_ours, "REPEATS", 1)
-    found = probes_ours.at_lengths(0)["128"]
-    assert found["same_tokens"] == 1 and found["loss"] < 1e-4 and found["gradient"] < 1e-4
-    assert found["times_faster"] == pytest.approx(found["seconds_alone"] / found["seconds_shared"])
+    trainer, _, _, found = trained(sketch, {}, ["shared_prompt"])
+    training, at = found["shared_prompt"]["training"], found["shared_prompt"]["at"]["128"]
+    assert training["same_completions"] == 1 and training["weights"] < 1e-5 and training["gradient_norm"] < 1e-4
+    assert at["same_tokens"] == 1 and at["loss"] < 1e-4 and at["gradient"] < 1e-4
+    assert at["times_faster"] == pytest.approx(at["seconds_alone"] / at["seconds_shared"])
+    # The control: what is compared differs where one side takes other steps.
+    watch = small(trainer, None, None)
+    alone = watch._trained("off")
+    watch._job["learning_rate"] = 1e-2
+    faulty = differences(alone, watch._trained("on"))
+    assert faulty["weights"] > 1e-3
 
 
 # Register
