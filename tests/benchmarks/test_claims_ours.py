@@ -164,6 +164,34 @@ def test_an_ideal_answer_names_what_is_fed_of_what_is_required_and_is_right(qa_s
     assert task.ideal_answer(row) == f"<think>{seen}</think><answer>{row['solution']}</answer>"
 
 
+class Answering:
+    """A trainer whose policy answers by rule."""
+
+    def __init__(self, answer):
+        self.generate_completions = lambda rows: [answer(row) for row in rows]
+
+
+def test_abstention_is_measured_of_the_letter_that_is_answered(qa_sets, metrics, monkeypatch):
+    import instruments_ours
+
+    task, folder = qa_sets
+    monkeypatch.setattr(instruments_ours, "prepared", lambda name: folder)
+
+    def seen(answer):
+        found = {"abstention": instruments_ours.Abstention(Answering(answer), None, None).result()}
+        rows = found["abstention"]["counts"]
+        assert sum(row[2] for row in rows) == 7 * 8 * 7 and all(row[4] <= row[2] for row in rows)
+        return found
+
+    ideal = seen(task.ideal_answer)
+    assert metrics.abstention_recall(ideal) == 1 and metrics.needless_abstention(ideal) == 0
+    assert all(row[4] == row[2] for row in ideal["abstention"]["counts"])
+    always = seen(lambda row: f"<think></think><answer>{instruments_ours.none_letter(row)}</answer>")
+    assert metrics.abstention_recall(always) == metrics.needless_abstention(always) == 1
+    silent = seen(lambda row: None)
+    assert metrics.abstention_recall(silent) == 0
+
+
 # TRL's own trainer, and shared prompts
 
 
