@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from tasks import prepared, qa_plus
+from tasks import qa_plus
 
 from maple_trl.rewards.answers import extract_answer, option_letter
 
@@ -39,7 +39,8 @@ class Abstention:
         self._trainer = trainer
 
     def result(self) -> dict[str, Any]:
-        rows = [dict(row) for row in qa_plus.held_out(prepared("qa_plus"), "asked_always")] * self.SAMPLES
+        folder = Path(self._trainer.args.media_root).parent  # the task's
+        rows = [dict(row) for row in qa_plus.held_out(folder, "asked_always")] * self.SAMPLES
         with torch.random.fork_rng():
             torch.manual_seed(0)
             answers = self._trainer.generate_completions(rows)

@@ -167,18 +167,18 @@ def test_an_ideal_answer_names_what_is_fed_of_what_is_required_and_is_right(qa_s
 class Answering:
     """A trainer whose policy answers by rule."""
 
-    def __init__(self, answer):
+    def __init__(self, folder, answer):
+        self.args = types.SimpleNamespace(media_root=str(folder / "media"))
         self.generate_completions = lambda rows: [answer(row) for row in rows]
 
 
-def test_abstention_is_measured_of_the_letter_that_is_answered(qa_sets, metrics, monkeypatch):
+def test_abstention_is_measured_of_the_letter_that_is_answered(qa_sets, metrics):
     import instruments_ours
 
     task, folder = qa_sets
-    monkeypatch.setattr(instruments_ours, "prepared", lambda name: folder)
 
     def seen(answer):
-        found = {"abstention": instruments_ours.Abstention(Answering(answer), None, None).result()}
+        found = {"abstention": instruments_ours.Abstention(Answering(folder, answer), None, None).result()}
         rows = found["abstention"]["counts"]
         assert sum(row[2] for row in rows) == 7 * 8 * 7 and all(row[4] <= row[2] for row in rows)
         return found
