@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from maple_trl.metrics.accuracy import superset_scores
@@ -61,35 +61,42 @@ def _answers(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, float]
     return rows
 
 
-def stratum_accuracy(result: Mapping[str, Any], stratum: str) -> float:
+def _mean(values: Iterable[float]) -> float | None:
+    """Return a mean; `None` where there is nothing to take it of, as in a run that is asked a few questions."""
+    known = list(values)
+    return statistics.fmean(known) if known else None
+
+
+def stratum_accuracy(result: Mapping[str, Any], stratum: str) -> float | None:
     """Accuracy of the rows of a stratum, each input of a question counting once."""
-    return statistics.fmean(score for _, _, own, _, score in _answers(result) if own == stratum)
+    return _mean(score for _, _, own, _, score in _answers(result) if own == stratum)
 
 
-def sufficient_accuracy(result: Mapping[str, Any]) -> float:
+def sufficient_accuracy(result: Mapping[str, Any]) -> float | None:
     """Accuracy of the rows that are fed what they require, or more."""
-    return statistics.fmean(score for _, _, own, _, score in _answers(result) if own != "deficit")
+    return _mean(score for _, _, own, _, score in _answers(result) if own != "deficit")
 
 
-def required_accuracy(result: Mapping[str, Any], tag: str) -> float:
+def required_accuracy(result: Mapping[str, Any], tag: str) -> float | None:
     """Accuracy over all inputs of the questions that require a tag: a column of MAPLE's Table 4."""
-    return statistics.fmean(score for _, required, _, _, score in _answers(result) if required == str(tag))
+    return _mean(score for _, required, _, _, score in _answers(result) if required == str(tag))
 
 
-def family_accuracy(result: Mapping[str, Any], family: str) -> float:
+def family_accuracy(result: Mapping[str, Any], family: str) -> float | None:
     """Accuracy over all inputs of the questions that require one signal (`uni`), two (`bi`), three (`tri`) or several (`multi`)."""
     families = ("bi", "tri") if family == "multi" else (family,)
-    return statistics.fmean(
+    return _mean(
         score for _, required, _, _, score in _answers(result) if ModalityTag.parse(required).arity in families
     )
 
 
-def several_over_one(result: Mapping[str, Any]) -> float:
+def several_over_one(result: Mapping[str, Any]) -> float | None:
     """How much better questions that require several signals are answered than those that require one."""
-    return family_accuracy(result, "multi") - family_accuracy(result, "uni")
+    several, one = family_accuracy(result, "multi"), family_accuracy(result, "uni")
+    return None if several is None or one is None else several - one
 
 
-def superset_macro(result: Mapping[str, Any]) -> float:
+def superset_macro(result: Mapping[str, Any]) -> float | None:
     """MAPLE 3.3: means over the inputs that suffice of each question, then over questions, then over required tags."""
     rows = _answers(result)
     tags = {question: required for question, required, *_ in rows}
@@ -100,7 +107,7 @@ def superset_macro(result: Mapping[str, Any]) -> float:
     for question, own in scores.items():
         if own:
             by_tag[tags[question]].append(statistics.fmean(own))
-    return statistics.fmean(statistics.fmean(own) for own in by_tag.values())
+    return _mean(statistics.fmean(own) for own in by_tag.values())
 
 
 def _counts(result: Mapping[str, Any], insufficient: bool, column: int) -> int:

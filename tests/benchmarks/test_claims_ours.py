@@ -85,6 +85,7 @@ def test_accuracy_is_told_by_stratum_and_by_required_tag(metrics):
     assert metrics.several_over_one(result) == pytest.approx(0.5 - 0.5)
     # a: (1 + .5 + 0) / 3, c: 1; V: their mean; VA: 0.
     assert metrics.superset_macro(result) == pytest.approx(((0.5 + 1) / 2 + 0) / 2)
+    assert metrics.required_accuracy(result, "AS") is None  # none was asked
 
 
 def test_abstention_tells_a_policy_that_looks_from_one_that_always_abstains(metrics):
