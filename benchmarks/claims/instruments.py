@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from instruments_ours import INSTRUMENTS as OURS
 from transformers import TrainerCallback
 
 
@@ -97,5 +98,5 @@ class Curve(TrainerCallback):
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {"curve": Curve}
+INSTRUMENTS: dict[str, type] = {"curve": Curve, **OURS}
 """Those that a run asks for by name; [`Cost`] is on every run."""
