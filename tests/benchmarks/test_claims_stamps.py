@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -31,6 +32,7 @@ FOLDERS = {
     "hand": "symbols/alphabets/asl",
     "letter": "symbols/alphabets/english/filled",
 }
+CONTROL = "Package: stamps\nVersion: 1\nArchitecture: all\nMaintainer: a <a@example.org>\nDescription: made up\n"
 CODES = ("es", "ro", "bg", "el")
 NAMES = ("abel", "bara", "cova", "dulu", "efen")
 """Objects of each kind; each split gets one at least."""
@@ -168,6 +170,22 @@ def test_a_file_that_is_here_already_and_another_compression_serve_as_well(fetch
     publish(fetcher, monkeypatch, tmp_path, deb({f"{STAMPS}/animals/a.txt": b"a"}, packing="gz"))
     assert fetcher.main(["--deb", str(tmp_path / "pool" / "stamps.deb")]) == 0
     assert (fetcher.unpacked() / "animals" / "a.txt").read_bytes() == b"a"
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="Debian's own tool makes the package")
+def test_a_compression_that_python_may_lack_is_read_too(fetcher, monkeypatch, tmp_path):
+    tree = tmp_path / "tree"
+    for path, content in {"DEBIAN/control": CONTROL, f"{STAMPS}/animals/a.txt": "a"}.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_text(content)
+    subprocess.run(
+        ["dpkg-deb", "-Zzstd", "--build", str(tree), str(tmp_path / "a.deb")], check=True, capture_output=True
+    )
+    content = (tmp_path / "a.deb").read_bytes()
+    assert b"data.tar.zst" in content
+    publish(fetcher, monkeypatch, tmp_path, content)
+    assert fetcher.main(["--deb", str(tmp_path / "a.deb")]) == 0
+    assert (fetcher.unpacked() / "animals" / "a.txt").read_text() == "a"
 
 
 def test_a_package_with_another_digest_is_refused(fetcher, mirror, package, monkeypatch, capsys):
@@ -312,7 +330,7 @@ def test_a_run_trains_on_it(tiny, modules, tmp_path):
     result = json.loads(file.read_text())
     assert result["task_version"] == tiny.VERSION
     assert set(result["after"]) == {"trained", "required", "all"}
-    assert len(result["after"]["trained"]["questions"]) == 7 and result["cost"]["completions"] == 16
+    assert len(result["after"]["trained"]["accuracy"]) == 8 and result["cost"]["completions"] == 16
     folder = modules["tasks"].prepared("stamps")  # made already
     test = tiny.held_out(folder)
     assert isinstance(test, Dataset) and set(test["tag"]) == {"V", "A", "S", "VA", "VS", "AS", "VAS"}

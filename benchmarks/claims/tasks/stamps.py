@@ -30,13 +30,13 @@ QUESTIONS, SAMPLES = 320, 2
 class Sizes:
     """Questions of each tag, clips of each kind of thing with each voice, and steps of the cold start."""
 
-    cold_rows: int = 192
-    cold_clips: int = 40
+    cold_rows: int = 512
+    cold_clips: int = 64
     train_rows: int = 128
     train_clips: int = 32
     test_rows: int = 320
     test_clips: int = 40
-    steps: int = 300
+    steps: int = 450
     batch: int = 32
 
 
@@ -85,7 +85,7 @@ def cold_start(folder: Path, cold: Dataset, names: Sequence[str]) -> None:
         max_steps=SIZES.steps,
         per_device_train_batch_size=SIZES.batch,
         learning_rate=2e-3,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type="linear",
         warmup_steps=30,
         adam_beta2=0.98,
         weight_decay=0.01,
