@@ -317,22 +317,21 @@ def test_names_that_two_languages_share_are_left_out(tiny, fetcher, modules):
 
 
 @pytest.mark.slow
-def test_a_run_trains_on_it(tiny, modules, tmp_path):
-    told = {
-        "task": "stamps",
-        "recipe": "tiny/mapo_token",
-        "seed": 100,
-        "options": {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4},
-    }
-    (tmp_path / "run.json").write_text(json.dumps(told))
-    file = tmp_path / "result.json"
-    modules["worker"].main([str(tmp_path / "run.json"), str(file)])
-    result = json.loads(file.read_text())
-    assert result["task_version"] == tiny.VERSION
-    assert set(result["after"]) == {"trained", "required", "all"}
-    assert len(result["after"]["trained"]["accuracy"]) == 8 and result["cost"]["completions"] == 16
-    folder = modules["tasks"].prepared("stamps")  # made already
-    test = tiny.held_out(folder)
+def test_runs_train_on_it(tiny, modules, tmp_path):
+    few = {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4}
+    shuffled = {"reward_funcs": ["tasks.stamps:shuffled_reward"], "reward_weights": [1.0]}
+    results = []
+    for recipe, options in (("tiny/mapo_token", few), ("tiny/base", few | shuffled)):
+        told, file = {"task": "stamps", "recipe": recipe, "seed": 100, "options": options}, tmp_path / "run.json"
+        file.write_text(json.dumps(told))
+        written = tmp_path / f"result-{len(results)}.json"
+        modules["worker"].main([str(file), str(written)])
+        results.append(json.loads(written.read_text()))
+    for result in results:
+        assert result["task_version"] == tiny.VERSION
+        assert set(result["after"]) == {"trained", "required", "all"}
+        assert len(result["after"]["trained"]["accuracy"]) == 8 and result["cost"]["completions"] == 16
+    test = tiny.held_out(modules["tasks"].prepared("stamps"))  # made already
     assert isinstance(test, Dataset) and set(test["tag"]) == {"V", "A", "S", "VA", "VS", "AS", "VAS"}
 
 
