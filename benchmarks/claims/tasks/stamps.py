@@ -121,6 +121,7 @@ def options(trainer: str) -> Mapping[str, Any]:
         "model_name_or_path": "{folder}/model",
         "dataset_name": "{folder}/data",
         "media_root": "{folder}/data",
+        "max_steps": 336,  # three epochs, as the recipes' own number is of a set of half the size
     }
 
 
