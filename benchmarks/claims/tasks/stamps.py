@@ -32,7 +32,7 @@ class Sizes:
 
     cold_rows: int = 512
     cold_clips: int = 64
-    train_rows: int = 128
+    train_rows: int = 112
     train_clips: int = 32
     test_rows: int = 320
     test_clips: int = 40
@@ -121,7 +121,7 @@ def options(trainer: str) -> Mapping[str, Any]:
         "model_name_or_path": "{folder}/model",
         "dataset_name": "{folder}/data",
         "media_root": "{folder}/data",
-        "max_steps": 336,  # three epochs, as the recipes' own number is of a set of half the size
+        "max_steps": 294,  # three epochs, as the recipes' own number is of the embedded set
     }
 
 
