@@ -151,25 +151,28 @@ def make_tone(pitch: str, rng: np.random.Generator) -> np.ndarray:
     return (tone + rng.normal(0.0, 0.01, TONE_SAMPLES)).astype(np.float32)
 
 
-def write_clip(path: str | os.PathLike, frames: np.ndarray, waveform: np.ndarray) -> None:
+def write_clip(
+    path: str | os.PathLike, frames: np.ndarray, waveform: np.ndarray, frame_rate: int = FRAME_RATE
+) -> None:
     """
     Write an mp4 file with one H.264 and one AAC stream; the same input gives the same bytes.
 
     Args:
         path: file to write.
-        frames (`np.ndarray`, uint8, `(T, H, W, 3)`): RGB frames, played at `FRAME_RATE`. H and W must be even.
+        frames (`np.ndarray`, uint8, `(T, H, W, 3)`): RGB frames. H and W must be even.
         waveform (`np.ndarray`, float32, `(n,)`): mono audio at `SAMPLING_RATE`.
+        frame_rate (`int`): frames per second.
     """
     with av.open(os.fspath(path), "w", format="mp4") as container:
         # One thread: several would only cost start-up time on 56 x 56 pixels.
-        video = container.add_stream("libx264", rate=FRAME_RATE, options={"crf": "10", "bf": "0", "threads": "1"})
+        video = container.add_stream("libx264", rate=frame_rate, options={"crf": "10", "bf": "0", "threads": "1"})
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         audio = container.add_stream("aac", rate=SAMPLING_RATE, layout="mono")
         audio.bit_rate = 48_000
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, FRAME_RATE)
+            frame.pts, frame.time_base = index, Fraction(1, frame_rate)
             container.mux(video.encode(frame))
         container.mux(video.encode())
         sound = av.AudioFrame.from_ndarray(waveform[None], format="fltp", layout="mono")
