@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from instruments_maple import Gradient, HardTier
+from step_times import StepTimes
 from transformers import TrainerCallback
 
 
@@ -95,5 +97,10 @@ class Curve(TrainerCallback):
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {"curve": Curve}
+INSTRUMENTS: dict[str, type] = {
+    "curve": Curve,
+    "gradient": Gradient,
+    "hard_tier": HardTier,
+    "step_times": StepTimes,
+}
 """Those that a run asks for by name; [`Cost`] is on every run."""

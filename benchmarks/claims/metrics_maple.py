@@ -1,0 +1,69 @@
+"""Numbers of MAPLE's claims that are read off a run's result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+LOGGED = ("entropy", "tag/all/clip_fraction", "tag/all/grad_norm", "tag/*/weight", "tag/*/kl")
+"""Series of the log that claims 1 to 8 read, by name; `*` stands for any text."""
+
+TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
+
+
+def gradient_ratio(result: Mapping[str, Any], scheme: str, base: str, point: str, what: str = "relative") -> float:
+    """Return a quantity of a scheme's gradients over that of another's, at the same weights of one run."""
+    found = result["gradient"][point]
+    return found[scheme][what] / found[base][what]
+
+
+def tags_accuracy(result: Mapping[str, Any], access: str, *tags: str) -> float:
+    """Return the plain mean of some tags' accuracies after training, asked with an access."""
+    accuracy = result["after"][access]["accuracy"]
+    return statistics.fmean(accuracy[tag] for tag in tags)
+
+
+def weight_lead(result: Mapping[str, Any], part: str, *tags: str) -> float:
+    """Return how much more some tags weighed than the others, in the `first` or the `last` half of what was logged."""
+    return _mean_weight(result, part, tags) - _mean_weight(result, part, [tag for tag in TAGS if tag not in tags])
+
+
+def _mean_weight(result: Mapping[str, Any], part: str, tags: Sequence[str]) -> float:
+    if part not in ("first", "last"):
+        raise ValueError(f"a weight is of the first or the last half of a run, not of {part!r}")
+    means = []
+    for tag in tags:
+        series = result["log"][f"tag/{tag}/weight"]
+        half = series[: len(series) // 2] if part == "first" else series[len(series) // 2 :]
+        means.append(statistics.fmean(value for value in half if value is not None))
+    return statistics.fmean(means)
+
+
+def accuracy_at(result: Mapping[str, Any], what: str, spent: float, cost: str = "completion_tokens") -> float:
+    """Return the accuracy of a run's learning curve where so much was spent, between its points by a straight line."""
+    points = [(point[cost], point["accuracy"][what]) for point in result["curve"]["points"]]
+    if not points[0][0] <= spent <= points[-1][0]:
+        raise ValueError(f"the curve goes from {points[0][0]} to {points[-1][0]} in {cost}, which {spent} is not in")
+    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+        if spent <= after:
+            return low + (high - low) * (spent - before) / max(after - before, 1e-12)
+    return points[-1][1]
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    "gradient_ratio": gradient_ratio,
+    "tags_accuracy": tags_accuracy,
+    "weight_lead": weight_lead,
+    "accuracy_at": accuracy_at,
+}
+"""Functions by the name that the register calls them by."""
+
+for _name, _parts in {
+    "gradient_ratio": ("gradient",),
+    "tags_accuracy": ("after",),
+    "weight_lead": ("log",),
+    "accuracy_at": ("curve",),
+}.items():
+    METRICS[_name].needs = _parts  # type: ignore[attr-defined]
