@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from instruments_maple import Gradient, HardTier
-from step_times import StepTimes
+from step_times import StepTimes, StepTimesOnClips
 from transformers import TrainerCallback
 
 
@@ -102,5 +102,6 @@ INSTRUMENTS: dict[str, type] = {
     "gradient": Gradient,
     "hard_tier": HardTier,
     "step_times": StepTimes,
+    "step_times_clips": StepTimesOnClips,
 }
 """Those that a run asks for by name; [`Cost`] is on every run."""

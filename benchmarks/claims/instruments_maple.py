@@ -164,11 +164,14 @@ class Gradient(TrainerCallback):
     Measured at the middle and the end of a run, or at the start of one that is not trained: the policy is frozen, each of
     `PER_TAG` prompts of each tag gets one rollout with the run's own generation, rewards and passes, fed its tag's signals and fed
     all. From their gradients (the trainer's probe: a fixed random sample of coordinates) optimizer steps are put together, of whole
-    prompts, as the trainer's are but those of text alone, which TRL deals out over the steps of a rollout.
+    prompts, as the trainer's are but those of text alone, which TRL deals out over the steps of a rollout. `own` is the scheme that
+    the run trains by.
     """
 
     VERSION = 1
     PER_TAG, COORDINATES, DRAWS = 32, 16384, 112
+    SHORT = 20
+    """Steps below which a run is no evidence; it is looked at with a quarter of the prompts and steps of two."""
 
     def __init__(self, trainer: Any, measure: Any, cost: Any):
         self._trainer = trainer
@@ -187,18 +190,25 @@ class Gradient(TrainerCallback):
     def look(self) -> dict[str, Any]:
         """Measure at the weights of now."""
         args = self._trainer.args
-        rows = choose_questions(list(self._trainer.train_dataset), self.PER_TAG, args.seed)
         per_rollout = args.generation_batch_size // self._trainer.num_generations
         per_step = per_rollout * args.gradient_accumulation_steps // args.steps_per_generation
+        per_tag, draws = self.PER_TAG, self.DRAWS
+        if args.max_steps < self.SHORT:
+            per_tag, draws, per_rollout, per_step = per_tag // 4, draws // 16, 4, 2
+        rows = choose_questions(list(self._trainer.train_dataset), per_tag, args.seed)
         pools = {access: self._pool(rows, access) for access in ("required", "all")}
-        sizes = (per_rollout, per_step, self.DRAWS)
+        sizes = (per_rollout, per_step, draws)
         found = {name: moments(pools[one.access], one, *sizes) for name, one in SCHEMES.items()}
+        own = Scheme(args.modality_access, args.batching == "stratified", args.advantage_scope)
+        names = [name for name, one in SCHEMES.items() if one == own]
+        if names:
+            found["own"] = found[names[0]]
         for name in HALVED:
             pool = pools[SCHEMES[name].access]
             for part, first in (("first", 0), ("second", 1)):
                 half = pool.part(range(first, len(pool.tags), 2))
                 # A quarter of the prompts of a tag make no whole rollout.
-                found[f"{name}_{part}_half"] = moments(half, SCHEMES[name], per_step, per_step, self.DRAWS)
+                found[f"{name}_{part}_half"] = moments(half, SCHEMES[name], per_step, per_step, draws)
         return found
 
     def _pool(self, rows: Sequence[Mapping[str, Any]], access: str) -> Pool:

@@ -41,22 +41,18 @@ def _mean_weight(result: Mapping[str, Any], part: str, tags: Sequence[str]) -> f
     return statistics.fmean(means)
 
 
-def accuracy_at(result: Mapping[str, Any], what: str, spent: float, cost: str = "completion_tokens") -> float:
-    """Return the accuracy of a run's learning curve where so much was spent, between its points by a straight line."""
-    points = [(point[cost], point["accuracy"][what]) for point in result["curve"]["points"]]
-    if not points[0][0] <= spent <= points[-1][0]:
-        raise ValueError(f"the curve goes from {points[0][0]} to {points[-1][0]} in {cost}, which {spent} is not in")
-    for (before, low), (after, high) in zip(points, points[1:], strict=False):
-        if spent <= after:
-            return low + (high - low) * (spent - before) / max(after - before, 1e-12)
-    return points[-1][1]
+def remaining(result: Mapping[str, Any], name: str) -> float:
+    """Return what is left of a logged quantity at the end: the mean of its last quarter over that of its first."""
+    values = [value for value in result["log"][name] if value is not None]
+    quarter = max(1, len(values) // 4)
+    return statistics.fmean(values[-quarter:]) / statistics.fmean(values[:quarter])
 
 
 METRICS: dict[str, Callable[..., float]] = {
     "gradient_ratio": gradient_ratio,
     "tags_accuracy": tags_accuracy,
     "weight_lead": weight_lead,
-    "accuracy_at": accuracy_at,
+    "remaining": remaining,
 }
 """Functions by the name that the register calls them by."""
 
@@ -64,6 +60,6 @@ for _name, _parts in {
     "gradient_ratio": ("gradient",),
     "tags_accuracy": ("after",),
     "weight_lead": ("log",),
-    "accuracy_at": ("curve",),
+    "remaining": ("log",),
 }.items():
     METRICS[_name].needs = _parts  # type: ignore[attr-defined]

@@ -7,10 +7,10 @@ What MAPLE calls a step is a rollout with its updates. Each variant trains an ep
 opposite order, so that a machine that grows slower or faster in the meantime is no difference between them. CPU seconds of the
 process do not count what else runs. `generate` is the rollout with its rewards, `update` the rest.
 
-The instrument `step_times` does it on the task's own clips of 0.4 seconds. With `--clips`, or where the environment variable
-`MAPLE_CLIPS` names a folder in Daily-Omni's layout, the command does it on real clips as well; nothing of them is copied. Their rows
-are given the tags V, A and VA in turn (they have no subtitles), so that MAPO feeds a third of them the picture alone and a third
-the sound. Without a folder the part `clips` says that it was not run.
+The instrument `step_times` does it on the task's own clips of 0.4 seconds, `step_times_clips` on real ones, of a folder in
+Daily-Omni's layout that `--clips` or the environment variable `MAPLE_CLIPS` names; nothing of them is copied. Their rows are given the
+tags V, A and VA in turn (they have no subtitles), so that MAPO feeds a third of them the picture alone and a third the sound.
+Without a folder the command's part `clips` says that it was not run.
 """
 
 from __future__ import annotations
@@ -90,9 +90,19 @@ class StepTimes:
 
     def __init__(self, trainer: Any, measure: Any, cost: Any):
         self._seed = trainer.args.seed
+        self._longest = trainer.args.max_steps  # of a run that only shows that it can be carried out
 
     def result(self) -> dict[str, Any]:
-        return variants_in_turn(self._seed, STEPS, {})
+        return variants_in_turn(self._seed, min(STEPS, self._longest), {})
+
+
+class StepTimesOnClips(StepTimes):
+    """The same on real clips of the folder that `MAPLE_CLIPS` names."""
+
+    def result(self) -> dict[str, Any]:
+        if not os.environ.get("MAPLE_CLIPS"):
+            raise ValueError(NOT_RUN)
+        return on_clips(self._seed, Path(os.environ["MAPLE_CLIPS"]), min(CLIP_STEPS, self._longest))
 
 
 def clip_rows(folder: Path) -> list[dict[str, Any]]:
@@ -111,7 +121,7 @@ def clip_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def on_clips(seed: int, folder: Path) -> dict[str, Any]:
+def on_clips(seed: int, folder: Path, steps: int = CLIP_STEPS) -> dict[str, Any]:
     """Do the same on real clips of a folder in Daily-Omni's layout."""
     from datasets import Dataset
 
@@ -127,7 +137,7 @@ def on_clips(seed: int, folder: Path) -> dict[str, Any]:
             "max_prompt_length": 2048,
             "max_completion_length": 14,
         }
-        return variants_in_turn(seed, CLIP_STEPS, options)
+        return variants_in_turn(seed, steps, options)
 
 
 def ratios(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -299,9 +299,7 @@ def weights_of(trainer):
 @pytest.mark.slow
 def test_looking_leaves_the_run_as_it_was(claims, trainer, monkeypatch):
     module = claims("instruments_maple")
-    monkeypatch.setattr(module.Gradient, "PER_TAG", 8)
     monkeypatch.setattr(module.Gradient, "COORDINATES", 64)
-    monkeypatch.setattr(module.Gradient, "DRAWS", 4)
 
     def trained(watched):
         made = trainer(rows_of_step=16, method="mapo")
@@ -326,17 +324,105 @@ def test_metrics_read_results(claims):
         "log": {
             f"tag/{tag}/weight": [0.5, None, 0.7 if tag == "VAS" else 0.4, 0.6] for tag in "V A S VA VS AS VAS".split()
         },
-        "curve": {
-            "points": [
-                {"completion_tokens": 0, "accuracy": {"all": 0.4}},
-                {"completion_tokens": 100, "accuracy": {"all": 0.6}},
-            ]
-        },
     }
     assert metrics["gradient_ratio"](result, "mapo", "mupo", "end") == pytest.approx(0.75)
     assert metrics["tags_accuracy"](result, "trained", "V", "VAS") == 0.375
     assert metrics["weight_lead"](result, "last", "VAS") == pytest.approx(0.15)
     assert metrics["weight_lead"](result, "first", "VAS") == 0
-    assert metrics["accuracy_at"](result, "all", 25.0) == pytest.approx(0.45)
-    with pytest.raises(ValueError, match="goes from 0 to 100"):
-        metrics["accuracy_at"](result, "all", 200.0)
+    assert metrics["remaining"]({"log": {"entropy": [2.0, None, 3.0, 1.0, 1.0]}}, "entropy") == 0.5
+    with pytest.raises(ValueError, match="first or the last half"):
+        metrics["weight_lead"](result, "middle", "VAS")
+
+
+# Through jobs
+
+
+@pytest.fixture
+def job(claims, task, tmp_path, monkeypatch):
+    """A run's options for the embedded model and the plain set, with the task's rewards."""
+    from maple_trl.data.synthetic import default_folder
+
+    load_seven_tags()
+    monkeypatch.setattr(claims("tasks"), "prepared", lambda name: tmp_path)
+    return {
+        "model_name_or_path": "builtin:tiny-omni",
+        "dataset_name": "builtin:seven-tags",
+        "media_root": str(default_folder()),
+    }
+
+
+@pytest.mark.slow
+def test_training_is_rewarded_with_noise_and_scale(claims, job, tmp_path):
+    from maple_trl.jobs.options import parse_args
+    from maple_trl.jobs.train import build_trainer
+
+    run = claims("runs").Run(
+        "embedded",
+        "tiny/best",
+        100,
+        {"max_steps": 14, "per_device_train_batch_size": 16, "zero_shot_questions": 2, **job},
+    )
+    file = claims("worker").job_file(run, tmp_path, tmp_path)
+    made, _ = build_trainer(*parse_args(["--config", str(file)]))
+    assert made.reward_func_names == ["format_reward", "accuracy_reward", "scale"] and made._task_reward == 1
+    made.train()
+    log = [entry for entry in made.state.log_history if "tag/all/rewards/scale" in entry]
+    seen = set()
+    for entry in log:
+        for tag in ModalityTag:
+            names = [f"tag/{tag}/rewards/{name}" for name in ("format_reward", "accuracy_reward", "scale")]
+            if names[0] in entry:
+                form, right, added = (entry[name] for name in names)
+                seen.add(tag)
+                scale = claims("tasks.embedded").SCALE[tag.value]
+                assert added == pytest.approx(right * (scale - 1), abs=1e-3)
+                assert entry[f"tag/{tag}/reward"] == pytest.approx(0.1 * form + right * scale, abs=1e-3)
+    assert len(seen) == 7
+    assert any("tag/VAS/weight" in entry for entry in made.state.log_history)
+
+
+@pytest.mark.slow
+def test_steps_are_timed_in_turns(claims, job, monkeypatch):
+    module = claims("step_times")
+    monkeypatch.setattr(module, "RECIPES", {name: module.RECIPES[name] for name in ("mupo", "early")})
+    order, epoch = [], module._epoch
+    monkeypatch.setattr(module, "_epoch", lambda recipe, *args: order.append(recipe) or epoch(recipe, *args))
+    found = module.variants_in_turn(1, 2, job | {"per_device_train_batch_size": 16})
+    assert order == ["tiny/early_filtering", "tiny/mupo", "tiny/mupo", "tiny/early_filtering"]
+    for one in found.values():
+        assert one["cpu"] == pytest.approx(one["generate_cpu"] + one["update_cpu"]) and one["update_cpu"] > 0
+    assert found["mupo"]["media_tokens"] >= found["early"]["media_tokens"] > 0
+    assert set(module.ratios([found])) == {"early"}
+
+
+def test_real_clips_are_asked_for_by_folder(claims, monkeypatch, capsys, tmp_path):
+    module = claims("step_times")
+    monkeypatch.delenv("MAPLE_CLIPS", raising=False)
+    with pytest.raises(ValueError, match="name one with --clips or in MAPLE_CLIPS"):
+        module.StepTimesOnClips(SimpleNamespace(args=SimpleNamespace(seed=0, max_steps=2)), None, None).result()
+    with pytest.raises(SystemExit):
+        module.main(["--clips", str(tmp_path)])
+    assert "there is no qa.json" in capsys.readouterr().err
+    module.main(["--steps", "0", "--seeds", "0", "--json", str(tmp_path / "found.json")])
+    assert "clips: not run: no folder of clips" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_start_lies_in_the_stated_bands(claims, task, tmp_path, monkeypatch):
+    from maple_trl.jobs.options import parse_args
+    from maple_trl.jobs.train import build_trainer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = claims("tasks").prepared("embedded")
+    output = tmp_path / "run"
+    output.mkdir()
+    run = claims("runs").Run("embedded", "tiny/mapo_token", 100, {}, ["hard_tier"], trained=False)
+    made, _ = build_trainer(*parse_args(["--config", str(claims("worker").job_file(run, folder, output))]))
+    measure = claims("worker").measuring(made, task, task.held_out(folder))
+    for access, found in measure(task.QUESTIONS, 2, ("required", "all")).items():
+        low, high = task.START[access]
+        assert low < found["accuracy"]["all"] < high, access
+        for tag in ModalityTag:
+            assert task.START_OF_A_TAG[0] < found["accuracy"][tag.value] < task.START_OF_A_TAG[1], (access, tag)
+    tiers = claims("instruments_maple").HardTier(made, measure, None).result()
+    assert tiers["hard"] < task.START_OF_THE_HARD_TIER and tiers["usual"] > 0.65

@@ -40,6 +40,11 @@ HARD_SHARE = 0.125
 NOISE = {"V": 0.05, "A": 0.1, "S": 0.2, "VA": 0.05, "VS": 0.1, "AS": 0.2, "VAS": 0.1}
 SCALE = {"V": 2.0, "A": 1.0, "S": 0.5, "VA": 0.5, "VS": 2.0, "AS": 1.0, "VAS": 1.0}
 
+START = {"required": (0.6, 0.75), "all": (0.5, 0.7)}
+"""Between which the accuracies lie, over all tags, that runs begin with, by what is fed."""
+START_OF_A_TAG = (0.3, 0.9)
+START_OF_THE_HARD_TIER = 0.25
+
 
 # Data
 
