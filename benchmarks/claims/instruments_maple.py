@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from maple_trl.algorithms import GradientSample, group_advantages
 from maple_trl.evaluation import sampled_accuracy
@@ -102,7 +101,7 @@ class Pool:
 
 def moments(
     pool: Pool, scheme: Scheme, per_rollout: int, per_step: int, draws: int, seed: int = 0
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """
     Estimate the spread of a scheme's gradients over optimizer steps, at the weights at which the pool was made.
 
@@ -116,7 +115,7 @@ def moments(
 
     Returns:
         `variance` is `E|g - E g|^2`, `within` that around the mean of the step's tag, `between` the rest, which stratified steps
-        alone have; `relative` is `variance / mean_square`. `norm` and `norm_variance` are of `|g|`.
+        alone have; `noise` is the variance over `|E g|^2`, if that is not lost in its error. `norm` and `norm_variance` are of `|g|`.
     """
     generator = torch.Generator().manual_seed(seed)
     strata = sorted(set(pool.tags)) if scheme.stratified else [""]
@@ -133,8 +132,7 @@ def moments(
         "within": mean_square - of_tags,
         "between": of_tags - of_mean,
         "mean_square": mean_square,
-        "relative": (mean_square - of_mean) / mean_square,
-        "relative_within": (mean_square - of_tags) / mean_square,
+        "noise": (mean_square - of_mean) / of_mean if of_mean > 0 else None,
         "norm": float(norms.mean()),
         "norm_variance": float(norms.var()),
         "relative_norm_variance": float(norms.var()) / mean_square,
@@ -157,35 +155,26 @@ def _steps(
     return found
 
 
-class Gradient(TrainerCallback):
+class Gradient:
     """
     The gradient's variance under each of [`SCHEMES`], at the same weights and, where they are fed alike, on the same completions.
 
-    Measured at the middle and the end of a run, or at the start of one that is not trained: the policy is frozen, each of
-    `PER_TAG` prompts of each tag gets one rollout with the run's own generation, rewards and passes, fed its tag's signals and fed
-    all. From their gradients (the trainer's probe: a fixed random sample of coordinates) optimizer steps are put together, of whole
-    prompts, as the trainer's are but those of text alone, which TRL deals out over the steps of a rollout. `own` is the scheme that
-    the run trains by.
+    Measured at the weights that a run has ended with: the policy is frozen, each of `PER_TAG` prompts of each tag gets one rollout
+    with the run's own generation, rewards and passes, fed its tag's signals and fed all. From their gradients (the trainer's probe: a
+    fixed random sample of coordinates) optimizer steps are put together, of whole prompts, as the trainer's are but those of text
+    alone, which TRL deals out over the steps of a rollout. `own` is the scheme that the run trains by.
     """
 
     VERSION = 1
-    PER_TAG, COORDINATES, DRAWS = 32, 16384, 112
+    PER_TAG, COORDINATES, DRAWS = 64, 16384, 112
     SHORT = 20
-    """Steps below which a run is no evidence; it is looked at with a quarter of the prompts and steps of two."""
+    """Steps below which a run is no evidence; it is looked at with few prompts and steps of one."""
 
     def __init__(self, trainer: Any, measure: Any, cost: Any):
         self._trainer = trainer
-        self._found: dict[str, Any] = {}
-        trainer.add_callback(self)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == args.max_steps // 2:
-            self._found["middle"] = self.look()
 
     def result(self) -> dict[str, Any]:
-        """Measure at the weights that the run has ended with; return what was found at each point."""
-        self._found["end" if self._trainer.state.global_step else "start"] = self.look()
-        return self._found
+        return self.look()
 
     def look(self) -> dict[str, Any]:
         """Measure at the weights of now."""
@@ -194,7 +183,7 @@ class Gradient(TrainerCallback):
         per_step = per_rollout * args.gradient_accumulation_steps // args.steps_per_generation
         per_tag, draws = self.PER_TAG, self.DRAWS
         if args.max_steps < self.SHORT:
-            per_tag, draws, per_rollout, per_step = per_tag // 4, draws // 16, 4, 2
+            per_tag, draws, per_rollout, per_step = 8, draws // 16, 2, 1
         rows = choose_questions(list(self._trainer.train_dataset), per_tag, args.seed)
         pools = {access: self._pool(rows, access) for access in ("required", "all")}
         sizes = (per_rollout, per_step, draws)
@@ -207,8 +196,7 @@ class Gradient(TrainerCallback):
             pool = pools[SCHEMES[name].access]
             for part, first in (("first", 0), ("second", 1)):
                 half = pool.part(range(first, len(pool.tags), 2))
-                # A quarter of the prompts of a tag make no whole rollout.
-                found[f"{name}_{part}_half"] = moments(half, SCHEMES[name], per_step, per_step, draws)
+                found[f"{name}_{part}_half"] = moments(half, SCHEMES[name], *sizes)
         return found
 
     def _pool(self, rows: Sequence[Mapping[str, Any]], access: str) -> Pool:

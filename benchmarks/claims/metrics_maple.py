@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,10 @@ LOGGED = ("entropy", "tag/all/clip_fraction", "tag/all/grad_norm", "tag/*/weight
 TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
 
 
-def gradient_ratio(result: Mapping[str, Any], scheme: str, base: str, point: str, what: str = "relative") -> float:
-    """Return a quantity of a scheme's gradients over that of another's, at the same weights of one run."""
-    found = result["gradient"][point]
-    return found[scheme][what] / found[base][what]
+def gradient_ratio(result: Mapping[str, Any], scheme: str, base: str, what: str = "variance") -> float:
+    """Return a quantity of a scheme's gradients over that of another's, at the same weights; NaN where one is not known."""
+    above, below = (result["gradient"][name][what] for name in (scheme, base))
+    return math.nan if above is None or below is None else above / below
 
 
 def tags_accuracy(result: Mapping[str, Any], access: str, *tags: str) -> float:

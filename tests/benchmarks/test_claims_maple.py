@@ -1,6 +1,7 @@
 """The task and the instruments of MAPLE's claims: what the set says, what training is rewarded for, and the gradient's moments."""
 
 import importlib
+import math
 import random
 import sys
 from collections import Counter, defaultdict
@@ -297,20 +298,18 @@ def weights_of(trainer):
 
 
 @pytest.mark.slow
-def test_looking_leaves_the_run_as_it_was(claims, trainer, monkeypatch):
+def test_looking_leaves_the_policy_as_it_was(claims, trainer, monkeypatch):
     module = claims("instruments_maple")
     monkeypatch.setattr(module.Gradient, "COORDINATES", 64)
-
-    def trained(watched):
-        made = trainer(rows_of_step=16, method="mapo")
-        made.args.max_steps = 2
-        instrument = module.Gradient(made, None, None) if watched else None
-        made.train()
-        return weights_of(made), instrument and instrument._found
-
-    (plain, _), (watched, found) = trained(False), trained(True)
-    assert set(found) == {"middle"} and set(module.SCHEMES) < set(found["middle"])
-    assert all(map(torch.equal, plain, watched))
+    made = trainer(rows_of_step=16, method="mapo")
+    before, stream = weights_of(made), torch.get_rng_state()
+    made.model.train()
+    first, again = (module.Gradient(made, None, None).result() for _ in range(2))
+    assert first == again and first["own"] == first["mapo"] != first["stratified"]
+    assert set(module.SCHEMES) | {"own"} < set(first) and all(one["mean_square"] > 0 for one in first.values())
+    assert all(map(torch.equal, before, weights_of(made))) and torch.equal(stream, torch.get_rng_state())
+    assert made.model.training and made.prompt_builder.modality_access == "required"
+    assert all(parameter.grad is None for parameter in made.model.parameters())
 
 
 # Metrics
@@ -319,13 +318,14 @@ def test_looking_leaves_the_run_as_it_was(claims, trainer, monkeypatch):
 def test_metrics_read_results(claims):
     metrics = claims("metrics_maple").METRICS
     result = {
-        "gradient": {"end": {"mapo": {"relative": 0.6}, "mupo": {"relative": 0.8}}},
+        "gradient": {"mapo": {"variance": 0.6, "noise": 2.0}, "mupo": {"variance": 0.8, "noise": None}},
         "after": {"trained": {"accuracy": {"V": 0.5, "VAS": 0.25}}},
         "log": {
             f"tag/{tag}/weight": [0.5, None, 0.7 if tag == "VAS" else 0.4, 0.6] for tag in "V A S VA VS AS VAS".split()
         },
     }
-    assert metrics["gradient_ratio"](result, "mapo", "mupo", "end") == pytest.approx(0.75)
+    assert metrics["gradient_ratio"](result, "mapo", "mupo") == pytest.approx(0.75)
+    assert math.isnan(metrics["gradient_ratio"](result, "mapo", "mupo", "noise"))
     assert metrics["tags_accuracy"](result, "trained", "V", "VAS") == 0.375
     assert metrics["weight_lead"](result, "last", "VAS") == pytest.approx(0.15)
     assert metrics["weight_lead"](result, "first", "VAS") == 0
