@@ -40,8 +40,8 @@ RECIPES = {
 }
 STEPS = 56
 """An epoch, so that the static curriculum has come to all tags."""
-CLIP_ROWS, CLIP_STEPS = 48, 18
-"""Rows of real clips: 16 of each of three tags, an epoch of which is 3 rollouts; 9 rollouts in all."""
+CLIP_ROWS, CLIP_STEPS = 48, 6
+"""Rows of real clips: 16 of each of three tags; the steps of an epoch, a rollout of each tag."""
 NOT_RUN = "not run: no folder of clips; name one with --clips or in MAPLE_CLIPS"
 
 
