@@ -17,6 +17,10 @@ from maple_trl.modalities import ModalityTag
 from maple_trl.trainers.common.rollout import InFlight, Round
 
 
+SHORT = 20
+"""Steps below which a run is no evidence, and is looked at for as short as can be."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """
@@ -167,8 +171,6 @@ class Gradient:
 
     VERSION = 1
     PER_TAG, COORDINATES, DRAWS = 64, 16384, 112
-    SHORT = 20
-    """Steps below which a run is no evidence; it is looked at with few prompts and steps of one."""
 
     def __init__(self, trainer: Any, measure: Any, cost: Any):
         self._trainer = trainer
@@ -182,7 +184,7 @@ class Gradient:
         per_rollout = args.generation_batch_size // self._trainer.num_generations
         per_step = per_rollout * args.gradient_accumulation_steps // args.steps_per_generation
         per_tag, draws = self.PER_TAG, self.DRAWS
-        if args.max_steps < self.SHORT:
+        if args.max_steps < SHORT:  # few prompts, and steps of one
             per_tag, draws, per_rollout, per_step = 8, draws // 16, 2, 1
         rows = choose_questions(list(self._trainer.train_dataset), per_tag, args.seed)
         pools = {access: self._pool(rows, access) for access in ("required", "all")}
@@ -264,10 +266,12 @@ class HardTier:
         from tasks import embedded, prepared
 
         rows = list(embedded.held_out(prepared("embedded")))
+        whole = self._trainer.args.max_steps >= SHORT
+        sizes = (embedded.QUESTIONS, 0, embedded.SAMPLES) if whole else (1, 0, 1)
         found = {}
         for tier in ("usual", "hard"):
             own = [row for row in rows if row["tier"] == tier]
             ask = self._trainer.generate_completions
-            answers = sampled_accuracy(ask, own, embedded.score, embedded.QUESTIONS, 0, embedded.SAMPLES)
+            answers = sampled_accuracy(ask, own, embedded.score, *sizes)
             found |= {tier: answers.accuracy["all"], f"{tier}_error": answers.errors["all"]}
         return found
