@@ -27,7 +27,7 @@ def tags_accuracy(result: Mapping[str, Any], access: str, *tags: str) -> float:
 
 
 def weight_lead(result: Mapping[str, Any], part: str, *tags: str) -> float:
-    """Return how much more some tags weighed than the others, in the `first` or the `last` half of what was logged."""
+    """Return how much more some tags weighed than the others, in the `first` or the `last` half of a log; NaN where one is not in it."""
     return _mean_weight(result, part, tags) - _mean_weight(result, part, [tag for tag in TAGS if tag not in tags])
 
 
@@ -36,9 +36,10 @@ def _mean_weight(result: Mapping[str, Any], part: str, tags: Sequence[str]) -> f
         raise ValueError(f"a weight is of the first or the last half of a run, not of {part!r}")
     means = []
     for tag in tags:
-        series = result["log"][f"tag/{tag}/weight"]
+        series = result["log"].get(f"tag/{tag}/weight", [])
         half = series[: len(series) // 2] if part == "first" else series[len(series) // 2 :]
-        means.append(statistics.fmean(value for value in half if value is not None))
+        values = [value for value in half if value is not None]
+        means.append(statistics.fmean(values) if values else math.nan)
     return statistics.fmean(means)
 
 

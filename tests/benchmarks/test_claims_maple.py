@@ -329,6 +329,7 @@ def test_metrics_read_results(claims):
     assert metrics["tags_accuracy"](result, "trained", "V", "VAS") == 0.375
     assert metrics["weight_lead"](result, "last", "VAS") == pytest.approx(0.15)
     assert metrics["weight_lead"](result, "first", "VAS") == 0
+    assert math.isnan(metrics["weight_lead"]({"log": {}}, "first", "VAS"))
     assert metrics["remaining"]({"log": {"entropy": [2.0, None, 3.0, 1.0, 1.0]}}, "entropy") == 0.5
     with pytest.raises(ValueError, match="first or the last half"):
         metrics["weight_lead"](result, "middle", "VAS")
