@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from instruments_ours import INSTRUMENTS as OURS
+from instruments_maple import Gradient, HardTier
+from step_times import StepTimes, StepTimesOnClips
 from transformers import TrainerCallback
 
 
@@ -98,5 +100,12 @@ class Curve(TrainerCallback):
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {"curve": Curve, **OURS}
+INSTRUMENTS: dict[str, type] = {
+    "curve": Curve,
+    "gradient": Gradient,
+    "hard_tier": HardTier,
+    "step_times": StepTimes,
+    "step_times_clips": StepTimesOnClips,
+    **OURS,
+}
 """Those that a run asks for by name; [`Cost`] is on every run."""

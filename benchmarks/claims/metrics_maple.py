@@ -1,0 +1,67 @@
+"""Numbers of MAPLE's claims that are read off a run's result."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+LOGGED = ("entropy", "tag/all/clip_fraction", "tag/all/grad_norm", "tag/*/weight", "tag/*/kl")
+"""Series of the log that claims 1 to 8 read, by name; `*` stands for any text."""
+
+TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
+
+
+def gradient_ratio(result: Mapping[str, Any], scheme: str, base: str, what: str = "variance") -> float:
+    """Return a quantity of a scheme's gradients over that of another's, at the same weights; NaN where one is not known."""
+    above, below = (result["gradient"][name][what] for name in (scheme, base))
+    return math.nan if above is None or below is None else above / below
+
+
+def tags_accuracy(result: Mapping[str, Any], access: str, *tags: str) -> float:
+    """Return the plain mean of some tags' accuracies after training, asked with an access."""
+    accuracy = result["after"][access]["accuracy"]
+    return statistics.fmean(accuracy[tag] for tag in tags)
+
+
+def weight_lead(result: Mapping[str, Any], part: str, *tags: str) -> float:
+    """Return how much more some tags weighed than the others, in the `first` or the `last` half of a log; NaN where one is not in it."""
+    return _mean_weight(result, part, tags) - _mean_weight(result, part, [tag for tag in TAGS if tag not in tags])
+
+
+def _mean_weight(result: Mapping[str, Any], part: str, tags: Sequence[str]) -> float:
+    if part not in ("first", "last"):
+        raise ValueError(f"a weight is of the first or the last half of a run, not of {part!r}")
+    means = []
+    for tag in tags:
+        series = result["log"].get(f"tag/{tag}/weight", [])
+        half = series[: len(series) // 2] if part == "first" else series[len(series) // 2 :]
+        values = [value for value in half if value is not None]
+        means.append(statistics.fmean(values) if values else math.nan)
+    return statistics.fmean(means)
+
+
+def remaining(result: Mapping[str, Any], name: str) -> float:
+    """Return what is left of a logged quantity at the end: the mean of its last quarter over that of its first."""
+    values = [value for value in result["log"][name] if value is not None]
+    quarter = max(1, len(values) // 4)
+    return statistics.fmean(values[-quarter:]) / statistics.fmean(values[:quarter])
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    "gradient_ratio": gradient_ratio,
+    "tags_accuracy": tags_accuracy,
+    "weight_lead": weight_lead,
+    "remaining": remaining,
+}
+"""Functions by the name that the register calls them by."""
+
+for _name, _parts in {
+    "gradient_ratio": ("gradient",),
+    "tags_accuracy": ("after",),
+    "weight_lead": ("log",),
+    "remaining": ("log",),
+}.items():
+    METRICS[_name].needs = _parts  # type: ignore[attr-defined]
