@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from instruments_avatar import TierCurve
 from transformers import TrainerCallback
 
 
@@ -40,8 +41,9 @@ class Cost:
         self.cpu = self.wall = self.rollout_cpu = 0.0
         self.rollouts = self.generated = self.tokens = 0
         wrap(trainer, "training_step", self._step)
-        wrap(trainer, "_generate_and_score_completions", self._rollout)
-        wrap(trainer, "_generate_single_turn", self._generation)
+        if hasattr(trainer, "_generate_single_turn"):  # which a supervised one has not
+            wrap(trainer, "_generate_and_score_completions", self._rollout)
+            wrap(trainer, "_generate_single_turn", self._generation)
 
     def _step(self, wall: float, cpu: float, args: tuple, result: Any) -> None:
         self.wall += wall
@@ -95,5 +97,5 @@ class Curve(TrainerCallback):
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {"curve": Curve}
+INSTRUMENTS: dict[str, type] = {"curve": Curve, "tier_curve": TierCurve}
 """Those that a run asks for by name; [`Cost`] is on every run."""

@@ -13,7 +13,8 @@ from typing import Any
 from instruments import INSTRUMENTS, INSTRUMENTS_VERSION
 from tasks import Task, load_task
 
-from maple_trl.jobs.options import config_files
+from maple_trl.jobs.options import config_files, make_parser, option_keys, trainer_of
+from maple_trl.jobs.stages import load_plan
 
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +30,8 @@ class Run:
     Attributes:
         task: a module of `tasks`; its version counts too.
         recipe: a file of `recipes`, without `.yaml`, that a row of a paper's table is.
-        options: what is put over the recipe and the task's own settings.
+        options: what is put over the recipe and the task's own settings; where the recipe is a plan of stages, over each of
+            them whose trainer knows the option, and under `stages` by a stage's name over that one.
         seed: of the order of prompts, of sampling, and of the noise of rewards.
         instruments: what is watched beside the log, by name.
         trained: whether it is trained at all; the policy that runs begin with is measured otherwise.
@@ -48,18 +50,48 @@ class Run:
             raise ValueError(f"no instrument {unknown[0]!r}; there are {', '.join(INSTRUMENTS)}")
 
     def config(self) -> dict[str, Any]:
-        """Return the options of the job: the recipe's, the task's over them, the run's over both."""
+        """
+        Return the options of the job: the recipe's, the task's over them, the run's over both.
+
+        Of a plan it is `stages`, a list of each one's name and options: the jobs that follow one another, each from the model
+        of the one before.
+        """
         path = RECIPES / f"{self.recipe}.yaml"
         if not path.is_file():
             raise ValueError(f"no recipe {self.recipe!r} in {RECIPES.name}/")
+        plan = load_plan(["--config", str(path)])
+        if plan is None:
+            return self._job(str(path), {}, self.options)
+        own = dict(self.options)
+        by_stage = own.pop("stages", {})
+        unknown = sorted(set(by_stage) - {stage.name for stage in plan.stages})
+        if unknown:
+            raise ValueError(f"recipe {self.recipe} has no stage {unknown[0]!r}")
+        jobs = []
+        for stage in plan.stages:
+            known = option_keys(make_parser(trainer_of(stage.file), declared=True))
+            shared = {name: value for name, value in own.items() if name in known}
+            jobs.append([stage.name, self._job(stage.file, stage.common, shared | by_stage.get(stage.name, {}))])
+        nowhere = sorted(set(own) - {name for _, job in jobs for name in job})
+        if nowhere:
+            raise ValueError(f"no stage of recipe {self.recipe} has an option {nowhere[0]!r}")
+        return {"stages": jobs}
+
+    def _job(self, file: str, above: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of one job: those of a file, what a plan puts over it, the task's, and the run's own."""
         merged: dict[str, Any] = {}
-        for _, config in config_files(str(path)):
+        for _, config in config_files(file):
             merged |= config
+        merged |= above
         task = load_task(self.task)
-        trainer = merged.get("trainer", "omni_grpo")
-        merged |= task.options(trainer) | dict(self.options) | {"seed": self.seed}
+        merged |= dict(task.options(merged.get("trainer", "omni_grpo"))) | dict(own) | {"seed": self.seed}
         merged.pop("output_dir", None)
         return merged
+
+    def jobs(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the names and options of the jobs that the run is; one that is no stage has no name."""
+        config = self.config()
+        return [(name, job) for name, job in config["stages"]] if "stages" in config else [("", config)]
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides the run's numbers, as JSON holds it."""

@@ -41,9 +41,10 @@ SERIES = 24
 """Points that are kept of what a run logs: means over as many stretches of it."""
 
 
-def job_file(run: Run, folder: Path, output: Path) -> Path:
-    """Write the job that `maple-trl train --config` would take."""
-    config = json.loads(json.dumps(run.config()).replace("{folder}", str(folder)))
+def job_file(config: Mapping[str, Any], folder: Path, output: Path, model: Path | None = None) -> Path:
+    """Write the job that `maple-trl train --config` would take, beginning with a model of a job before it."""
+    config = json.loads(json.dumps(config).replace("{folder}", str(folder)))
+    config |= {"model_name_or_path": str(model)} if model else {}
     config |= {
         "output_dir": str(output),
         "evaluate_before_after": False,
@@ -55,6 +56,7 @@ def job_file(run: Run, folder: Path, output: Path) -> Path:
         "report_to": [],
         "overwrite": True,
     }
+    output.mkdir(parents=True, exist_ok=True)
     file = output / "job.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     return file
@@ -112,21 +114,24 @@ def series(log: list[Mapping[str, Any]]) -> dict[str, list[float | None]]:
 
 def carry_out(run: Run) -> dict[str, Any]:
     """Train and measure; return the result."""
-    from transformers import PrinterCallback
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     task, folder = load_task(run.task), prepared(run.task)
+    *earlier, (_, config) = run.jobs()
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="claims-") as output:
-        arguments = parse_args(["--config", str(job_file(run, folder, Path(output)))])
-        trainer, _ = build_trainer(*arguments)
-        trainer.remove_callback(PrinterCallback)
-        test = task.held_out(folder)
-        measure = measuring(trainer, task, test)
+        stages, model = [], None
+        for name, job in earlier if run.trained else ():
+            stages.append(
+                {"name": name} | carry_out_stage(job_file(job, folder, Path(output, name), model), task, folder)
+            )
+            model = Path(output, name)
+        trainer = job_trainer(job_file(config, folder, Path(output, "last"), model))
+        measure = measuring(trainer, task, task.held_out(folder))
         cost = Cost(trainer)
         watched = {name: INSTRUMENTS[name](trainer, measure, cost) for name in run.instruments}
         accesses = ("trained", *task.ACCESSES)
-        began = time.perf_counter()
         if run.trained:
             trainer.train()
         return {
@@ -137,8 +142,35 @@ def carry_out(run: Run) -> dict[str, Any]:
             "after": measure(task.QUESTIONS, task.SAMPLES, accesses),
             "cost": cost.result(),
             "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),
+            **({"stages": stages} if stages else {}),
             **{name: one.result() for name, one in watched.items()},
         }
+
+
+def job_trainer(file: Path) -> Any:
+    """Build the trainer of a job that prints nothing."""
+    from transformers import PrinterCallback
+
+    trainer, _ = build_trainer(*parse_args(["--config", str(file)]))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def carry_out_stage(file: Path, task: Task, folder: Path) -> dict[str, Any]:
+    """Train a stage that others follow, leave its model beside its job, and measure it."""
+    trainer = job_trainer(file)
+    cost = Cost(trainer)
+    trainer.train()
+    trainer.save_model(str(file.parent))
+    trainer.processing_class.save_pretrained(str(file.parent))
+    measure = measuring(trainer, task, task.held_out(folder))
+    told = {
+        "after": measure(task.QUESTIONS, task.SAMPLES),
+        "cost": cost.result(),
+        "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),
+    }
+    trainer.loader.close()
+    return told
 
 
 def main(argv: list[str]) -> None:
