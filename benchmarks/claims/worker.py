@@ -41,25 +41,29 @@ SERIES = 24
 """Points that are kept of what a run logs: means over as many stretches of it."""
 
 
-def job_file(config: Mapping[str, Any], folder: Path, output: Path, model: Path | None = None) -> Path:
-    """Write the job that `maple-trl train --config` would take, beginning with a model of a job before it."""
-    config = json.loads(json.dumps(config).replace("{folder}", str(folder)))
-    config |= {"model_name_or_path": str(model)} if model else {}
-    config |= {
-        "output_dir": str(output),
-        "evaluate_before_after": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "per_device_eval_batch_size": 448,
-        "report_to": [],
-        "overwrite": True,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "job.yaml"
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return file
+def job_files(run: Run, folder: Path, output: Path) -> list[tuple[str, Path]]:
+    """Write the jobs that `maple-trl train --config` would take, with their names; each begins with the model of the one before."""
+    files: list[tuple[str, Path]] = []
+    for name, config in run.jobs():
+        config = json.loads(json.dumps(config).replace("{folder}", str(folder)))
+        if files and run.trained:
+            config["model_name_or_path"] = str(files[-1][1].parent)
+        config |= {
+            "output_dir": str(output / name),
+            "evaluate_before_after": False,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "per_device_eval_batch_size": 448,
+            "report_to": [],
+            "overwrite": True,
+        }
+        file = output / name / "job.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        files.append((name, file))
+    return files
 
 
 def measuring(trainer: Any, task: Task, test: Any) -> Callable[..., dict[str, Any]]:
@@ -118,16 +122,11 @@ def carry_out(run: Run) -> dict[str, Any]:
 
     disable_progress_bar()
     task, folder = load_task(run.task), prepared(run.task)
-    *earlier, (_, config) = run.jobs()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="claims-") as output:
-        stages, model = [], None
-        for name, job in earlier if run.trained else ():
-            stages.append(
-                {"name": name} | carry_out_stage(job_file(job, folder, Path(output, name), model), task, folder)
-            )
-            model = Path(output, name)
-        trainer = job_trainer(job_file(config, folder, Path(output, "last"), model))
+        *earlier, (_, last) = job_files(run, folder, Path(output))
+        stages = [{"name": name} | carry_out_stage(file, task, folder) for name, file in earlier if run.trained]
+        trainer = job_trainer(last)
         measure = measuring(trainer, task, task.held_out(folder))
         cost = Cost(trainer)
         watched = {name: INSTRUMENTS[name](trainer, measure, cost) for name in run.instruments}

@@ -43,8 +43,8 @@ def test_every_variant_is_a_job_that_the_trainer_takes(register, tmp_path):
     for name, told in register["variants"].items():
         run = make_run(told)
         keys.add(run.key())
-        for stage, config in run.jobs():
-            parse_args(["--config", str(worker.job_file(config, tmp_path, tmp_path / name / stage))])
+        for _, file in worker.job_files(run, tmp_path, tmp_path / name):
+            parse_args(["--config", str(file)])
     assert len(keys) == len(register["variants"])  # no two are the same run
 
 
