@@ -34,17 +34,20 @@ def make_run(told, seed=100, **options):
 # The register
 
 
-def test_every_variant_is_a_job_that_the_trainer_takes(register, tmp_path):
+@pytest.mark.slow
+def test_every_variant_is_jobs_that_their_trainers_take(register, tmp_path):
     import worker
 
     from maple_trl.jobs.options import parse_args
 
-    keys = set()
+    keys, seen = set(), set()
     for name, told in register["variants"].items():
         run = make_run(told)
         keys.add(run.key())
-        for _, file in worker.job_files(run, tmp_path, tmp_path / name):
-            parse_args(["--config", str(file)])
+        for (_, file), (_, config) in zip(worker.job_files(run, tmp_path, tmp_path / name), run.jobs(), strict=True):
+            if str(config) not in seen:
+                parse_args(["--config", str(file)])
+            seen.add(str(config))
     assert len(keys) == len(register["variants"])  # no two are the same run
 
 
@@ -167,7 +170,7 @@ def test_the_others_are_as_many_of_each_tag():
 @pytest.fixture
 def curve(monkeypatch):
     try:
-        import metrics  # noqa: F401
+        from metrics import Censored  # noqa: F401
     except ImportError:
         stand_in = ModuleType("metrics")
         stand_in.Censored = type("Censored", (float,), {})
@@ -258,7 +261,7 @@ def small_tasks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(instruments.INSTRUMENTS, "weights", Weights)
-        sizes = {"HARD": 8, "OTHERS": 8, "HELD_OUT_HARD": 8, "HELD_OUT_OTHERS": 8, "ASKED_PER_TAG": 64, "SAMPLES": 4}
+        sizes = {"HARD": 8, "OTHERS": 8, "HELD_OUT_HARD": 16, "HELD_OUT_OTHERS": 32, "ASKED_PER_TAG": 96, "BLOCK": 112}
         for name, value in sizes.items():
             patch.setattr(replay, name, value)
         for name, value in {"BASE_STEPS": 1, "QUESTIONS": 1, "SAMPLES": 1}.items():
@@ -276,8 +279,8 @@ def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register
 
     told = register["variants"]["replay-avatar"]
     start = worker.carry_out(make_run(told | {"trained": False}))
-    # Asked anew, with other samples than those by which it was chosen; 32 answers to each tier.
-    assert tier_accuracy(start, "hard") < 0.3 < 0.5 < tier_accuracy(start, "other")
+    # Asked anew, with other samples than those by which it was chosen, which flatter nobody.
+    assert tier_accuracy(start, "hard") < tier_accuracy(start, "other") - 0.15
     result = worker.carry_out(make_run(told, **TWO_STEPS))
     points = result["tier_curve"]["points"]
     assert [point["step"] for point in points] == [0, 1, 2]

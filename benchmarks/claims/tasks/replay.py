@@ -18,14 +18,15 @@ from datasets import Dataset
 from maple_trl.rewards import accuracy_reward
 
 
-VERSION = 1
+VERSION = 2
 ACCESSES = ()
-QUESTIONS, SAMPLES = 1000, 10
+QUESTIONS, SAMPLES = 1000, 6
 """All held-out questions, however many of a tag."""
 
 HARD, OTHERS = 64, 64
-HELD_OUT_HARD, HELD_OUT_OTHERS = 80, 40
-ASKED_PER_TAG, BLOCK = 320, 448
+HELD_OUT_HARD, HELD_OUT_OTHERS = 128, 64
+ASKED_PER_TAG = {"train": 320, "test": 512}
+BLOCK = 448
 SCREENED, RIGHT = 16, 1
 """A prompt is hard of which at most `RIGHT` of `SCREENED` sampled answers are right."""
 

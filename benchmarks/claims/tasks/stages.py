@@ -22,7 +22,7 @@ from maple_trl.rewards.answers import completion_text
 
 VERSION = 1
 ACCESSES = ()
-QUESTIONS, SAMPLES = 32, 5
+QUESTIONS, SAMPLES = 64, 2
 BASE_STEPS, FORM = 30, 4
 """Steps in which the base model learns to say the bare letter, and one in how many of its rows has the form."""
 
