@@ -106,9 +106,11 @@ def tier_reaches(result: Result, tier: str, target: float) -> float:
 
 def tier_mean(result: Result, tier: str, cost: str, limit: float) -> float:
     """Return the mean accuracy on a tier while training cost up to a limit, which all runs that are compared reach."""
+    from metrics import MissingValueError  # not above, for it collects this module
+
     values, costs = _curve(result, tier, cost)
     if costs[-1] < limit:
-        raise ValueError(f"the run cost {costs[-1]:g} {cost}, which is less than {limit:g}")
+        raise MissingValueError(f"the run cost {costs[-1]:g} {cost}, which is less than {limit:g}")
     area = 0.0
     for (low, high), (begin, end) in zip(
         zip(values, values[1:], strict=False), zip(costs, costs[1:], strict=False), strict=True

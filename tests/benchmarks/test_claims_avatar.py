@@ -174,6 +174,7 @@ def curve(monkeypatch):
     except ImportError:
         stand_in = ModuleType("metrics")
         stand_in.Censored = type("Censored", (float,), {})
+        stand_in.MissingValueError = type("MissingValueError", (ValueError,), {})
         monkeypatch.setitem(sys.modules, "metrics", stand_in)
 
     def make(values, cost=100, error=0.02):
@@ -250,13 +251,13 @@ def small_tasks(tmp_path_factory):
 
     class Weights:
         def __init__(self, trainer, *rest):
-            self.trainer, self.began = trainer, self.sum(trainer)
+            self.trainer, self.began = trainer, self.read(trainer)
 
-        def sum(self, trainer):
-            return float(sum(weight.detach().double().abs().sum() for weight in trainer.model.parameters()))
+        def read(self, trainer):
+            return torch.cat([weight.detach().flatten().clone() for weight in trainer.model.parameters()])
 
         def result(self):
-            return {"began": self.began, "ended": self.sum(self.trainer)}
+            return {"began": self.began, "ended": self.read(self.trainer)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -272,55 +273,59 @@ def small_tasks(tmp_path_factory):
         torch.set_num_threads(threads)
 
 
+def carried_out(run):
+    import worker
+
+    return worker.carry_out(run)
+
+
 @pytest.mark.slow
 def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register):
-    import worker
     from metrics_avatar import tier_accuracy
 
     told = register["variants"]["replay-avatar"]
-    start = worker.carry_out(make_run(told | {"trained": False}))
+    start = carried_out(make_run(told | {"trained": False}))
     # Asked anew, with other samples than those by which it was chosen, which flatter nobody.
     assert tier_accuracy(start, "hard") < tier_accuracy(start, "other") - 0.15
-    result = worker.carry_out(make_run(told, **TWO_STEPS))
+    result = carried_out(make_run(told, **TWO_STEPS))
     points = result["tier_curve"]["points"]
     assert [point["step"] for point in points] == [0, 1, 2]
-    assert [point["completions"] for point in points] == [
-        0,
-        64,
-        96,
-    ]  # whole groups first, then four fresh ones of eight
+    # Whole groups first, then four fresh ones of eight.
+    assert [point["completions"] for point in points] == [0, 64, 96]
     assert all(0 <= point[tier] <= 1 for point in points for tier in ("hard", "other", "hard_error"))
-    grpo = worker.carry_out(make_run(register["variants"]["replay-grpo-4"], max_steps=2))
+    grpo = carried_out(make_run(register["variants"]["replay-grpo-4"], max_steps=2))
     assert [point["completions"] for point in grpo["tier_curve"]["points"]] == [0, 32, 64]
     assert grpo["tier_curve"]["points"][0]["hard"] == points[0]["hard"]  # the same questions, and the same start
 
 
 @pytest.mark.slow
 def test_with_the_loss_off_it_does_not_matter_what_is_replayed(small_tasks, register):
-    import worker
-
     def weights(**options):
         told = register["variants"]["replay-loss-off"] | {"instruments": ["weights"]}
-        return worker.carry_out(make_run(told, **TWO_STEPS | {"max_steps": 4} | options))["weights"]["ended"]
+        return carried_out(make_run(told, **TWO_STEPS | {"max_steps": 3} | options))["weights"]
 
-    assert weights() == weights(replay_draw="priority")
-    assert weights(replay_alpha=1.0) != weights(replay_alpha=1.0, replay_draw="priority")
+    def apart(one, other):
+        return float((one["ended"] - other["ended"]).norm() / (one["ended"] - one["began"]).norm())
+
+    # To rounding: other completions beside them pad the fresh ones otherwise.
+    assert apart(weights(), weights(replay_draw="priority")) < 1e-3
+    assert apart(weights(replay_alpha=1.0), weights(replay_alpha=1.0, replay_draw="priority")) > 0.1
 
 
 @pytest.mark.slow
 def test_stages_begin_with_the_model_of_the_one_before(small_tasks, register):
-    import worker
-
     told = register["variants"]["stages-judge"] | {"instruments": ["weights"]}
     still = TWO_STEPS | {"max_steps": 1, "learning_rate": 0.0, "warmup_steps": 0}
     others = told["options"]["stages"]
 
     def began(**of_the_first):
-        return worker.carry_out(make_run(told, **still, stages=others | {"s0_sft": of_the_first}))
+        return carried_out(make_run(told, **still, stages=others | {"s0_sft": of_the_first}))
 
     unchanged, changed = began(), began(learning_rate=1e-2)
-    assert unchanged["weights"]["began"] == worker.carry_out(make_run(told | {"trained": False}))["weights"]["began"]
-    assert changed["weights"]["began"] == changed["weights"]["ended"] != unchanged["weights"]["began"]
+    start = carried_out(make_run(told | {"trained": False}))["weights"]["began"]
+    assert unchanged["weights"]["began"].equal(start)
+    assert changed["weights"]["began"].equal(changed["weights"]["ended"])
+    assert not changed["weights"]["began"].equal(start)
     assert [stage["name"] for stage in changed["stages"]] == ["s0_sft", "s1_visual", "s2_audio_visual"]
     assert [stage["cost"]["completions"] for stage in changed["stages"]] == [0, 64, 64]
     assert any("perception_judge" in name for name in changed["log"])

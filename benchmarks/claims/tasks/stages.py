@@ -20,10 +20,11 @@ from maple_trl.rewards import accuracy_reward
 from maple_trl.rewards.answers import completion_text
 
 
-VERSION = 1
+VERSION = 3
 ACCESSES = ()
 QUESTIONS, SAMPLES = 64, 2
-BASE_STEPS, FORM = 30, 4
+PROMPTS_PER_TAG = {"train": 48, "test": 64}
+BASE_STEPS, FORM = 100, 4
 """Steps in which the base model learns to say the bare letter, and one in how many of its rows has the form."""
 
 _THINK = re.compile(r"\A<think>(.*?)</think>", re.DOTALL)
@@ -35,7 +36,7 @@ def prepare(folder: Path) -> None:
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
     from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
-    for split, rows in write_seven_tags(folder / "data", seed=0).items():
+    for split, rows in write_seven_tags(folder / "data", PROMPTS_PER_TAG, seed=0).items():
         add_hints(rows).to_parquet(str(folder / "data" / f"{split}.parquet"))
     rows = write_seven_tags(folder / "cold", seed=1000, splits=("train",))["train"]
     told = [
@@ -48,7 +49,7 @@ def prepare(folder: Path) -> None:
         num_frames=4,
         max_steps=BASE_STEPS,
         per_device_train_batch_size=32,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         lr_scheduler_type="constant",
         adam_beta2=0.98,
         seed=0,
