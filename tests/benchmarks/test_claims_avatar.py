@@ -82,7 +82,7 @@ def test_what_differs_between_variants_is_what_they_are_named_for(register):
     assert configs["replay-loss-off"]["replay_alpha"] == 0 and configs["replay-avatar"]["hints"]
     steps = {config["max_steps"] for config in configs.values()}
     groups = {config["per_device_train_batch_size"] // config["num_generations"] for config in configs.values()}
-    assert steps == {160} and groups == {8}  # all see as many prompts
+    assert steps == {128} and groups == {8}  # all see as many prompts
 
 
 # Stages

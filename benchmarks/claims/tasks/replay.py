@@ -119,7 +119,7 @@ def options(trainer: str) -> Mapping[str, Any]:
         "dataset_name": "{folder}/data",
         "media_root": "{folder}/data",
         "dataset_filter": None,
-        "max_steps": 160,
+        "max_steps": 128,
     }
 
 

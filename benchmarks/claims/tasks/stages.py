@@ -20,11 +20,11 @@ from maple_trl.rewards import accuracy_reward
 from maple_trl.rewards.answers import completion_text
 
 
-VERSION = 3
+VERSION = 4
 ACCESSES = ()
 QUESTIONS, SAMPLES = 64, 2
 PROMPTS_PER_TAG = {"train": 48, "test": 64}
-BASE_STEPS, FORM = 100, 4
+BASE_STEPS, FORM = 50, 4
 """Steps in which the base model learns to say the bare letter, and one in how many of its rows has the form."""
 
 _THINK = re.compile(r"\A<think>(.*?)</think>", re.DOTALL)
