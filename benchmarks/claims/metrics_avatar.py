@@ -156,6 +156,9 @@ for _function in (tier_reached, tier_reached_error, tier_reaches, tier_mean):
     _function.needs = ("tier_curve",)  # type: ignore[attr-defined]
 for _function in (tier_accuracy, tier_error):
     _function.needs = ("after",)  # type: ignore[attr-defined]
+for _function in (stage_accuracy, stage_gain):
+    _function.needs = ("after", "stages")  # type: ignore[attr-defined]
+total.needs = ("cost",)  # type: ignore[attr-defined]
 
 METRICS: dict[str, Callable[..., float]] = {
     function.__name__: function

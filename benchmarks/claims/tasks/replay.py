@@ -27,8 +27,8 @@ HARD, OTHERS = 64, 64
 HELD_OUT_HARD, HELD_OUT_OTHERS = 128, 64
 ASKED_PER_TAG = {"train": 320, "test": 512}
 BLOCK = 448
-SCREENED, RIGHT = 16, 1
-"""A prompt is hard of which at most `RIGHT` of `SCREENED` sampled answers are right."""
+COLD_STEPS, RIGHT = 16, 1
+"""A prompt is hard of which at most `RIGHT` of so many sampled answers are right; what is prepared by fewer is no evidence."""
 
 Ask = Callable[[Sequence[Mapping[str, Any]]], Sequence[float]]
 
@@ -78,7 +78,7 @@ def asking(media_root: str) -> Ask:
 def split_by_difficulty(rows: Sequence[Mapping[str, Any]], ask: Ask) -> tuple[list, list]:
     """Return the hard tier and the other rows, asking no row further that can't be hard any more."""
     right = [0.0] * len(rows)
-    for _ in range(SCREENED):
+    for _ in range(COLD_STEPS):
         open_ones = [number for number, total in enumerate(right) if total <= RIGHT]
         for number, score in zip(open_ones, ask([rows[number] for number in open_ones]), strict=True):
             right[number] += score

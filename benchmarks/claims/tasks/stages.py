@@ -24,7 +24,7 @@ VERSION = 4
 ACCESSES = ()
 QUESTIONS, SAMPLES = 64, 2
 PROMPTS_PER_TAG = {"train": 48, "test": 64}
-BASE_STEPS, FORM = 50, 4
+COLD_STEPS, FORM = 50, 4
 """Steps in which the base model learns to say the bare letter, and one in how many of its rows has the form."""
 
 _THINK = re.compile(r"\A<think>(.*?)</think>", re.DOTALL)
@@ -47,7 +47,7 @@ def prepare(folder: Path) -> None:
         output_dir=str(folder / "cold-run"),
         media_root=str(folder / "cold"),
         num_frames=4,
-        max_steps=BASE_STEPS,
+        max_steps=COLD_STEPS,
         per_device_train_batch_size=32,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
