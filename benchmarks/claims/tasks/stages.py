@@ -1,5 +1,5 @@
 """
-AVATAR's stages on the seven-tag set: a table for each (by its tags), and a model that knows the set and seldom reasons in the form.
+AVATAR's stages on the seven-tag set: a table for each (by its tags), and a model that seldom reasons in the form.
 
 That model is the embedded one, trained further to say the bare letter in three rows of four and, in one, its perceptions and the
 letter in the form that is rewarded: what a base model is before a cold start. A held-out answer counts in either form, as
@@ -20,11 +20,11 @@ from maple_trl.rewards import accuracy_reward
 from maple_trl.rewards.answers import completion_text
 
 
-VERSION = 4
+VERSION = 5
 ACCESSES = ()
 QUESTIONS, SAMPLES = 64, 2
 PROMPTS_PER_TAG = {"train": 48, "test": 64}
-COLD_STEPS, FORM = 50, 4
+COLD_STEPS, FORM = 30, 4
 """Steps in which the base model learns to say the bare letter, and one in how many of its rows has the form."""
 
 _THINK = re.compile(r"\A<think>(.*?)</think>", re.DOTALL)
