@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from instruments_ours import INSTRUMENTS as OURS
 from instruments_maple import Gradient, HardTier
 from step_times import StepTimes, StepTimesOnClips
+from instruments_avatar import TierCurve
 from transformers import TrainerCallback
 
 
@@ -106,6 +107,7 @@ INSTRUMENTS: dict[str, type] = {
     "hard_tier": HardTier,
     "step_times": StepTimes,
     "step_times_clips": StepTimesOnClips,
+    "tier_curve": TierCurve,
     **OURS,
 }
 """Those that a run asks for by name; [`Cost`] is on every run."""

@@ -1,0 +1,329 @@
+"""AVATAR's claims: their register, their tasks, what is read off their runs, and runs."""
+
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+
+CLAIMS = Path(__file__).resolve().parents[2] / "benchmarks" / "claims"
+TWO_STEPS = {"max_steps": 2, "hints": False, "hint_max_kl": 0.01}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def claims():
+    sys.path.insert(0, str(CLAIMS))
+    yield
+    sys.path.remove(str(CLAIMS))
+
+
+@pytest.fixture(scope="module")
+def register():
+    return yaml.safe_load((CLAIMS / "register" / "avatar.yaml").read_text(encoding="utf-8"))
+
+
+def make_run(told, seed=100, **options):
+    from runs import Run
+
+    return Run(**({"options": {}, "seed": seed} | told | {"options": told.get("options", {}) | options}))
+
+
+# The register
+
+
+@pytest.mark.slow
+def test_every_variant_is_jobs_that_their_trainers_take(register, tmp_path):
+    import worker
+
+    from maple_trl.jobs.options import parse_args
+
+    keys, seen = set(), set()
+    for name, told in register["variants"].items():
+        run = make_run(told)
+        keys.add(run.key())
+        for (_, file), (_, config) in zip(worker.job_files(run, tmp_path, tmp_path / name), run.jobs(), strict=True):
+            if str(config) not in seen:
+                parse_args(["--config", str(file)])
+            seen.add(str(config))
+    assert len(keys) == len(register["variants"])  # no two are the same run
+
+
+def test_every_measure_names_variants_and_a_metric_that_their_results_have(register):
+    from metrics_avatar import METRICS
+
+    variants = register["variants"]
+    assert {claim["number"] for claim in register["claims"].values()} == {12, 13, 14, 15, 19, 20, 21, 22}
+    for claim in register["claims"].values():
+        assert any(measure.get("role") != "control" for measure in claim["measures"].values())
+        for measure in claim["measures"].values():
+            function = measure["metric"].partition("(")[0]
+            assert function in METRICS or function == "after.trained.accuracy.all"
+            for side in (measure["of"], measure["against"]):
+                assert side in variants or side in (0, 1)
+                if side in variants and getattr(METRICS.get(function), "needs", ()) == ("tier_curve",):
+                    assert variants[side]["instruments"] == ["tier_curve"]
+
+
+def test_what_differs_between_variants_is_what_they_are_named_for(register):
+    configs = {
+        name: dict(make_run(told).jobs())[""] for name, told in register["variants"].items() if "replay-" in name
+    }
+
+    def differs(one, other):
+        return {key for key in configs[one] if configs[one][key] != configs[other].get(key)}
+
+    assert differs("replay-avatar", "replay-buffer-128") == {"replay_capacity"}
+    assert differs("replay-avatar", "replay-own-prompt") == {"replay_scope"}
+    assert differs("replay-grpo", "replay-tas-only") == {"tas_lambda"}
+    assert differs("replay-grpo", "replay-grpo-4") == {"num_generations", "per_device_train_batch_size"}
+    assert configs["replay-loss-off"]["replay_alpha"] == 0 and configs["replay-avatar"]["hints"]
+    steps = {config["max_steps"] for config in configs.values()}
+    groups = {config["per_device_train_batch_size"] // config["num_generations"] for config in configs.values()}
+    assert steps == {128} and groups == {8}  # all see as many prompts
+
+
+# Stages
+
+
+def test_stages_are_jobs_in_their_order_with_options_of_their_own(register):
+    run = make_run(register["variants"]["stages-judge"])
+    jobs = dict(run.jobs())
+    assert list(jobs) == ["s0_sft", "s1_visual", "s2_audio_visual", "s3_localization"]
+    assert [job["dataset_filter"]["tag"] for job in jobs.values()] == [
+        ["VAS"],
+        ["V", "VS"],
+        ["VA", "VAS"],
+        ["A", "AS"],
+    ]
+    assert all(job["seed"] == 100 and job["dataset_name"] == "{folder}/data" for job in jobs.values())
+    judged = [name for name, job in jobs.items() if "tasks.stages:perception_judge" in job.get("reward_funcs", ())]
+    assert judged == ["s3_localization"]
+    assert [job.get("vcrs_window") for job in jobs.values()] == [None, 4, 4, 4]  # which a supervised trainer has not
+    assert "s0_sft" not in dict(make_run(register["variants"]["stages-avatar-without-sft"]).jobs())
+    without = make_run(register["variants"]["stages-grpo"]).jobs()
+    assert [job.get("replayed_generations") for _, job in without] == [None, 0, 0, 0]
+
+
+def test_options_that_no_stage_has_are_refused(register):
+    told = register["variants"]["stages-format-accuracy"]
+    with pytest.raises(ValueError, match="has an option 'vcrs_windows'"):
+        make_run(told, vcrs_windows=4).config()
+    with pytest.raises(ValueError, match="has no stage 's3_localization'"):
+        make_run(told, stages={"s3_localization": {"beta": 0.0}}).config()
+
+
+def test_the_judge_grades_what_is_perceived_and_not_the_answer():
+    from tasks.stages import perception_judge
+
+    texts = ["<think> low sun</think><answer>A</answer>", "<think> low cat</think>", "<think> sun low</think>"]
+    texts += ["<think> low sun sun sun</think>", "low sun", "<think></think>", "<think> low"]
+    columns = {"tag": ["AS"] * 7, "truth_V": ["red"] * 7, "truth_A": ["low"] * 7, "truth_S": ["sun"] * 7}
+    assert perception_judge(completions=texts, **columns) == [1.0, 0.5, 0.0, 0.5, 0.0, 0.0, 0.0]
+
+
+def test_a_bare_letter_counts_in_the_evaluation_alone():
+    from tasks.stages import score
+
+    from maple_trl.rewards import accuracy_reward
+
+    columns = {"completions": ["B", "C", "<think> red</think><answer>B</answer>", "<answer>B"], "solution": ["B"] * 4}
+    assert score(**columns) == [1.0, 0.0, 1.0, 0.0]
+    assert accuracy_reward(**columns) == [0.0, 0.0, 1.0, 0.0]
+
+
+# The hard tier
+
+
+def test_the_hard_tier_is_what_asking_all_of_it_every_time_finds():
+    from tasks.replay import split_by_difficulty
+
+    chance = {name: name / 200 for name in range(200)}
+    answers = {
+        name: [random.Random(f"{name}/{turn}").random() < p for turn in range(16)] for name, p in chance.items()
+    }
+    turns = dict.fromkeys(chance, 0)
+
+    def ask(rows):
+        found = [float(answers[row["id"]][turns[row["id"]]]) for row in rows]
+        turns.update({row["id"]: turns[row["id"]] + 1 for row in rows})
+        return found
+
+    rows = [{"id": name} for name in chance]
+    hard, others = split_by_difficulty(rows, ask)
+    assert [row["id"] for row in hard] == [name for name in chance if sum(answers[name]) <= 1]
+    assert len(hard) + len(others) == 200 and sum(turns.values()) < 200 * 16 / 2
+
+
+def test_the_others_are_as_many_of_each_tag():
+    from tasks.replay import as_many_of_each_tag
+
+    rows = [{"tag": tag, "id": f"{tag}{i}"} for tag, count in {"V": 5, "VA": 1, "S": 5}.items() for i in range(count)]
+    assert [row["id"] for row in as_many_of_each_tag(rows, 6)] == ["V0", "VA0", "S0", "V1", "S1", "V2"]
+
+
+# What is read off runs
+
+
+@pytest.fixture
+def curve(monkeypatch):
+    try:
+        from metrics import Censored  # noqa: F401
+    except ImportError:
+        stand_in = ModuleType("metrics")
+        stand_in.Censored = type("Censored", (float,), {})
+        stand_in.MissingValueError = type("MissingValueError", (ValueError,), {})
+        monkeypatch.setitem(sys.modules, "metrics", stand_in)
+
+    def make(values, cost=100, error=0.02):
+        points = [{"step": i, "completions": i * cost, "hard": v, "hard_error": error} for i, v in enumerate(values)]
+        return {"tier_curve": {"points": points}}
+
+    return make
+
+
+def test_a_target_is_reached_between_two_points(curve):
+    from metrics_avatar import tier_reached, tier_reaches
+
+    assert tier_reached(curve([0.1, 0.3, 0.5, 0.7]), "hard", 0.4, "completions") == pytest.approx(150)
+    assert tier_reached(curve([0.5, 0.6]), "hard", 0.4, "completions") == 0
+    # One lucky point does not reach it: 0.6 and 0.2 count as 0.4 each.
+    assert tier_reached(curve([0.1, 0.6, 0.2, 0.4, 0.6]), "hard", 0.5, "completions") == pytest.approx(350)
+    never = tier_reached(curve([0.1, 0.3, 0.35]), "hard", 0.4, "completions")
+    assert never == 200 and type(never).__name__ == "Censored"
+    assert (tier_reaches(curve([0.1, 0.5]), "hard", 0.4), tier_reaches(curve([0.1, 0.3]), "hard", 0.4)) == (1, 0)
+
+
+def test_the_error_of_a_target_is_that_of_measuring_again(curve):
+    from metrics_avatar import tier_reached, tier_reached_error
+
+    noise = random.Random(1)
+    true = [i / 20 for i in range(16)]
+    again = [tier_reached(curve([noise.gauss(v, 0.03) for v in true]), "hard", 0.4, "completions") for _ in range(400)]
+    mean = sum(again) / len(again)
+    spread = (sum((one - mean) ** 2 for one in again) / len(again)) ** 0.5
+    assert tier_reached_error(curve(true, error=0.03), "hard", 0.4, "completions") == pytest.approx(spread, rel=0.2)
+    assert abs(mean - 800) < 15  # next to no bias
+    assert tier_reached_error(curve(true, error=0.0), "hard", 0.4, "completions") == 0
+
+
+def test_the_mean_up_to_a_limit_is_an_area(curve):
+    from metrics_avatar import tier_mean
+
+    assert tier_mean(curve([0.0, 0.2, 0.4]), "hard", "completions", 200) == pytest.approx(0.2)
+    assert tier_mean(curve([0.0, 0.2, 0.4]), "hard", "completions", 150) == pytest.approx(0.15)
+    # The same curve in half the completions is better at the same limit.
+    assert tier_mean(curve([0.0, 0.2, 0.4, 0.4, 0.4], cost=50), "hard", "completions", 200) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="less than 300"):
+        tier_mean(curve([0.0, 0.2, 0.4]), "hard", "completions", 300)
+
+
+def test_accuracies_of_tiers_and_stages():
+    from metrics_avatar import METRICS
+
+    questions = [["hard:a", "VAS", 1.0], ["hard:b", "VS", 0.0], ["other:c", "V", 4.0]]
+    after = {"trained": {"questions": questions, "samples": 4, "accuracy": {"all": 0.7}}}
+    result = {"after": after, "trained": True, "cost": {"cpu_seconds": 3.0}}
+    assert METRICS["tier_accuracy"](result, "hard") == 0.125 and METRICS["tier_accuracy"](result, "other") == 1
+    assert METRICS["tier_error"](result, "hard") == pytest.approx((0.25 * 0.75 / 3) ** 0.5 / 2)
+    stages = [{"name": "one", "after": {"trained": {"accuracy": {"all": 0.4}}}, "cost": {"cpu_seconds": 2.0}}]
+    result |= {"config": {"stages": [["one", {}], ["two", {}]]}, "stages": stages}
+    assert METRICS["stage_accuracy"](result, "one") == 0.4 and METRICS["stage_gain"](result, "two") == pytest.approx(
+        0.3
+    )
+    assert METRICS["total"](result, "cpu_seconds") == 5
+    assert METRICS["stage_accuracy"](result | {"trained": False, "stages": []}, "one") == 0.7
+    with pytest.raises(ValueError, match="first stage"):
+        METRICS["stage_gain"](result, "one")
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def small_tasks(tmp_path_factory):
+    """Both tasks as small as they can be, and runs that tell the sum of their weights."""
+    import instruments
+    import torch
+    from tasks import replay, stages
+
+    class Weights:
+        def __init__(self, trainer, *rest):
+            self.trainer, self.began = trainer, self.read(trainer)
+
+        def read(self, trainer):
+            return torch.cat([weight.detach().flatten().clone() for weight in trainer.model.parameters()])
+
+        def result(self):
+            return {"began": self.began, "ended": self.read(self.trainer)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setitem(instruments.INSTRUMENTS, "weights", Weights)
+        patch.setattr(instruments.TierCurve, "SAMPLES", 6)
+        sizes = {"HARD": 8, "OTHERS": 8, "HELD_OUT_HARD": 16, "HELD_OUT_OTHERS": 32, "ASKED_PER_TAG": 96, "BLOCK": 112}
+        for name, value in sizes.items():
+            patch.setattr(replay, name, value)
+        for name, value in {"COLD_STEPS": 1, "QUESTIONS": 1, "SAMPLES": 1}.items():
+            patch.setattr(stages, name, value)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+def carried_out(run):
+    import worker
+
+    return worker.carry_out(run)
+
+
+@pytest.mark.slow
+def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register):
+    told = register["variants"]["replay-avatar"]
+    points = carried_out(make_run(told, **TWO_STEPS))["tier_curve"]["points"]
+    # Asked anew, with other samples than those by which it was chosen, which flatter nobody.
+    assert points[0]["hard"] < points[0]["other"] - 0.15
+    assert [point["step"] for point in points] == [0, 1, 2]
+    # Whole groups first, then four fresh ones of eight.
+    assert [point["completions"] for point in points] == [0, 64, 96]
+    assert all(0 <= point[tier] <= 1 for point in points for tier in ("hard", "other", "hard_error"))
+    grpo = carried_out(make_run(register["variants"]["replay-grpo-4"], max_steps=2))
+    assert [point["completions"] for point in grpo["tier_curve"]["points"]] == [0, 32, 64]
+    assert grpo["tier_curve"]["points"][0]["hard"] == points[0]["hard"]  # the same questions, and the same start
+
+
+@pytest.mark.slow
+def test_with_the_loss_off_it_does_not_matter_what_is_replayed(small_tasks, register):
+    def weights(**options):
+        told = register["variants"]["replay-loss-off"] | {"instruments": ["weights"]}
+        return carried_out(make_run(told, **TWO_STEPS | {"max_steps": 3} | options))["weights"]
+
+    def apart(one, other):
+        return float((one["ended"] - other["ended"]).norm() / (one["ended"] - one["began"]).norm())
+
+    # To rounding: other completions beside them pad the fresh ones otherwise.
+    assert apart(weights(), weights(replay_draw="priority")) < 1e-3
+    assert apart(weights(replay_alpha=1.0), weights(replay_alpha=1.0, replay_draw="priority")) > 0.1
+
+
+@pytest.mark.slow
+def test_stages_begin_with_the_model_of_the_one_before(small_tasks, register):
+    told = register["variants"]["stages-judge"] | {"instruments": ["weights"]}
+    still = TWO_STEPS | {"max_steps": 1, "learning_rate": 0.0, "warmup_steps": 0}
+    others = told["options"]["stages"]
+
+    def began(**of_the_first):
+        return carried_out(make_run(told, **still, stages=others | {"s0_sft": of_the_first}))
+
+    unchanged, changed = began(), began(learning_rate=1e-2)
+    start = carried_out(make_run(told | {"trained": False}))["weights"]["began"]
+    assert unchanged["weights"]["began"].equal(start)
+    assert changed["weights"]["began"].equal(changed["weights"]["ended"])
+    assert not changed["weights"]["began"].equal(start)
+    assert [stage["name"] for stage in changed["stages"]] == ["s0_sft", "s1_visual", "s2_audio_visual"]
+    assert [stage["cost"]["completions"] for stage in changed["stages"]] == [0, 64, 64]
+    assert any("perception_judge" in name for name in changed["log"])
+    assert all("all" in stage["after"]["trained"]["accuracy"] for stage in changed["stages"])
