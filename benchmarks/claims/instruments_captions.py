@@ -16,6 +16,8 @@ from maple_trl.modalities import ModalityTag
 
 SAMPLES = 4
 """Captions of each input of a held-out clip."""
+PARTS = 36
+"""What scores are kept in parts of: the judge knows no smaller one."""
 BINS = 20
 TAGS = [tag.value for tag in ModalityTag]
 
@@ -67,7 +69,7 @@ def summary(rows: Sequence[dict[str, Any]], texts: Sequence[str], samples: int) 
 
     Returns:
         `judge` by tag and over all (`errors`: standard errors over clips), `axes` by tag; `scores`, of each clip and tag those
-        of its captions; and what [`spread`] tells.
+        of its captions, in parts of `PARTS`; and what [`spread`] tells.
     """
     if [row["tag"] for row in rows] != TAGS * (len(rows) // len(TAGS)) or len(texts) != samples * len(rows):
         raise ValueError(
@@ -86,7 +88,7 @@ def summary(rows: Sequence[dict[str, Any]], texts: Sequence[str], samples: int) 
         "errors": {tag: standard_error(means[:, i].tolist(), clips) for i, tag in enumerate(TAGS)}
         | {"all": standard_error(means.mean(axis=1).tolist(), clips)},
         "axes": {tag: axes[:, i].mean(axis=(0, 1)).tolist() for i, tag in enumerate(TAGS)},
-        "scores": np.rint(scores * 1e4).astype(int).tolist(),
+        "scores": np.rint(scores * PARTS).astype(int).tolist(),
         **spread(
             texts,
             [row["clip"] for row in rows for _ in range(samples)],

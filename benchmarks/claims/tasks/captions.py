@@ -41,6 +41,8 @@ ACCESSES: tuple[
 QUESTIONS, SAMPLES = 16, 1
 TEST_CLIPS = 128
 COLD_STEPS = 130
+WRONG = 0.25
+"""Share of the sizes, loudnesses and speakers that are told wrongly in the cold start."""
 QUESTION = "What is in this clip?"
 
 FACTS: dict[str, tuple[str, ...]] = {
@@ -203,11 +205,29 @@ def rows_of_clip(clip: str, truth: Mapping[str, str], video: str, subtitle: str)
     ]
 
 
-def with_targets(rows: Iterable[Mapping[str, Any]]) -> Dataset:
-    """Return rows with what supervised training tells: the reference."""
+def with_targets(rows: Iterable[Mapping[str, Any]], seed: int) -> Dataset:
+    """
+    Return rows with what supervised training tells: the reference, in which size, loudness and speaker are often wrong.
+
+    A caption of one signal so has something left to learn from rewards, too.
+    """
+    draw = random.Random(seed)
     return Dataset.from_list(
-        [{**row, "completion": [{"role": "assistant", "content": f" {row['reference']}"}]} for row in rows]
+        [
+            {**row, "completion": [{"role": "assistant", "content": _with_errors(row["reference"], draw)}]}
+            for row in rows
+        ]
     )
+
+
+def _with_errors(reference: str, draw: random.Random) -> str:
+    words = [
+        draw.choice([value for value in FACTS[_FACT_OF[word]] if value != word])
+        if _FACT_OF[word] in ("size", "loudness", "speaker") and draw.random() < WRONG
+        else word
+        for word in reference.split()
+    ]
+    return "".join(f" {word}" for word in words)
 
 
 # The task
@@ -219,7 +239,7 @@ def prepare(folder: Path) -> None:
 
     for split, clips in (("train", 64), ("test", TEST_CLIPS)):
         write_clips(folder / "data", split, clips, seed=0)
-    told = with_targets(write_clips(folder / "cold", "train", 128, seed=1000))
+    told = with_targets(write_clips(folder / "cold", "train", 128, seed=1000), seed=0)
     options = OmniSFTConfig(
         output_dir=str(folder / "cold-run"),
         media_root=str(folder / "cold"),
