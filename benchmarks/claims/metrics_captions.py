@@ -1,4 +1,4 @@
-"""Numbers of runs whose answers are captions, from what the instrument `captions` saw."""
+"""Numbers of runs whose answers are captions of whole clips: seven rows each, asked with the signals of their tags."""
 
 from __future__ import annotations
 
@@ -21,32 +21,22 @@ def caption_fusion_gain(result: Result) -> float:
 
     A clip's score under an input is the mean over its captions, as `maple-trl eval` has it.
     """
-    return fusion_gain(_by_tag(_scores(result).mean(axis=2)))
-
-
-def caption_fusion_gain_of_answers(result: Result) -> float:
-    """Return the same where a sample is one caption of each input: the first of each, the second, and so on."""
-    scores = _scores(result)
-    return fusion_gain(_by_tag(scores.transpose(0, 2, 1).reshape(-1, scores.shape[1])))
+    by_clip: dict[str, dict[str, float]] = {}
+    for name, tag, total in result["after"]["required"]["questions"]:
+        by_clip.setdefault(name.removesuffix(f"-{tag}"), {})[tag] = total
+    return fusion_gain({tag.value: [scores[tag.value] for scores in by_clip.values()] for tag in ModalityTag})
 
 
 def caption_disparity(result: Result) -> float:
     """Return the mean difference between the judge's scores of two tags (MAPLE, Fig. 5)."""
-    judge = {tag.value: result["captions"]["judge"][tag.value] for tag in ModalityTag}
-    return float(tag_disparity(judge)[np.triu_indices(len(ModalityTag), 1)].mean())
-
-
-def _scores(result: Result) -> np.ndarray:
-    return np.array(result["captions"]["scores"], dtype=float)
-
-
-def _by_tag(scores: np.ndarray) -> dict[str, np.ndarray]:
-    return {tag.value: scores[:, i] for i, tag in enumerate(ModalityTag)}
+    accuracy = result["after"]["required"]["accuracy"]
+    disparity = tag_disparity({tag.value: accuracy[tag.value] for tag in ModalityTag})
+    return float(disparity[np.triu_indices(len(ModalityTag), 1)].mean())
 
 
 METRICS: dict[str, Callable[..., float]] = {
-    function.__name__: function
-    for function in (caption_fusion_gain, caption_fusion_gain_of_answers, caption_disparity)
+    "caption_fusion_gain": caption_fusion_gain,
+    "caption_disparity": caption_disparity,
 }
 for _function in METRICS.values():
-    _function.needs = ("captions",)  # type: ignore[attr-defined]
+    _function.needs = ("after",)  # type: ignore[attr-defined]
