@@ -205,6 +205,7 @@ def test_what_is_registered_can_be_run_and_read():
             assert measure["metric"] in metrics.METRICS or measure["metric"].startswith(
                 ("captions.", "after.required.")
             )
+            assert "required" in captions.ACCESSES and captions.QUESTIONS == captions.TEST_CLIPS
             for variant in (measure["of"], measure["against"]):
                 assert "captions" in runs[variant].instruments or not measure["metric"].startswith("captions.")
     assert INSTRUMENTS["captions"] is instruments.Captions
