@@ -24,7 +24,10 @@ def caption_fusion_gain(result: Result) -> float:
     by_clip: dict[str, dict[str, float]] = {}
     for name, tag, total in result["after"]["required"]["questions"]:
         by_clip.setdefault(name.removesuffix(f"-{tag}"), {})[tag] = total
-    return fusion_gain({tag.value: [scores[tag.value] for scores in by_clip.values()] for tag in ModalityTag})
+    whole = [scores for scores in by_clip.values() if len(scores) == len(ModalityTag)]
+    if not whole:
+        raise ValueError(f"none of {len(by_clip)} clips was asked with all seven inputs; the fusion gain needs them")
+    return fusion_gain({tag.value: [scores[tag.value] for scores in whole] for tag in ModalityTag})
 
 
 def caption_disparity(result: Result) -> float:

@@ -145,6 +145,11 @@ def test_fusion_gain_is_the_share_of_clips_whose_best_caption_of_several_signals
         wins += max(means["VA"], means["VS"], means["AS"], means["VAS"]) > max(means["V"], means["A"], means["S"])
     assert 0 < wins < 200
     assert metrics.caption_fusion_gain(_result(scores)) == wins / 200
+    partly = _result(scores)
+    partly["after"]["required"]["questions"] += [["test-900-V", "V", 0.0], ["test-900-VAS", "VAS", 4.0]]
+    assert metrics.caption_fusion_gain(partly) == wins / 200  # that clip was not asked with all seven inputs
+    with pytest.raises(ValueError, match="none of 1 clips was asked with all seven"):
+        metrics.caption_fusion_gain({"after": {"required": {"questions": [["test-900-V", "V", 1.0]]}}})
     equal = np.full((3, 7, 4), 0.5)
     assert metrics.caption_fusion_gain(_result(equal)) == 0  # a tie is no gain
     assert metrics.caption_fusion_gain(_result(equal + np.eye(7)[6][None, :, None] / 10)) == 1
