@@ -12,7 +12,7 @@ from maple_trl.metrics.intervals import UndefinedMetricError
 from maple_trl.metrics.spread import clip_spread, embedding_spread
 
 
-SAMPLES = 2
+SAMPLES = 1
 """Captions of each of the seven inputs of a held-out clip."""
 BINS = 20
 

@@ -36,8 +36,8 @@ from maple_trl.rewards.answers import completion_text
 
 VERSION = 1
 ACCESSES = ("required",)  # a caption is judged by what was fed
-TEST_CLIPS = 128
-QUESTIONS, SAMPLES = TEST_CLIPS, 4  # all seven rows of every clip
+TEST_CLIPS = 256
+QUESTIONS, SAMPLES = TEST_CLIPS, 3  # all seven rows of every clip
 COLD_STEPS = 130
 WRONG = 0.25
 """Share of the sizes, loudnesses and speakers that are told wrongly in the cold start."""
