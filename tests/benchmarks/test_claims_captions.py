@@ -197,8 +197,12 @@ def test_spread_is_the_mean_cosine_distance_of_words():
     }
 
 
+def _register() -> dict:
+    return yaml.safe_load((CLAIMS / "register" / "captions.yaml").read_text(encoding="utf-8"))
+
+
 def test_what_is_registered_can_be_run_and_read():
-    register = yaml.safe_load((CLAIMS / "register" / "captions.yaml").read_text(encoding="utf-8"))
+    register = _register()
     runs = {name: Run(**{"seed": 0, "options": {}} | variant) for name, variant in register["variants"].items()}
     assert len({run.key() for run in runs.values()}) == len(runs)
     for name, claim in register["claims"].items():
@@ -272,33 +276,32 @@ def _by_chance() -> float:
 def test_runs_start_above_chance_with_headroom_and_their_captions_are_read(tmp_path):
     """The start itself, and a few steps of contrastive weighting, through the worker."""
 
-    def carry_out(**run):
-        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        file.with_suffix(".run").write_text(
-            json.dumps({"task": "captions", "seed": 100, "instruments": ["captions"]} | run)
-        )
-        subprocess.run(
-            [sys.executable, str(CLAIMS / "worker.py"), str(file.with_suffix(".run")), str(file)],
-            check=True,
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
-            capture_output=True,
-        )
-        return json.loads(file.read_text())
-
-    start = carry_out(recipe="tiny/caption_mapo", options={}, trained=False)
+    crw = _register()["variants"]["captions-crw"]["options"]
+    runs = {
+        "start": {"recipe": "tiny/caption_mapo", "options": {}, "trained": False},
+        "crw": {"recipe": "tiny/caption_crw", "options": {"max_steps": 14} | crw},
+    }
+    for name, run in runs.items():
+        told = {"task": "captions", "seed": 100, "instruments": ["captions"]} | run
+        (tmp_path / f"{name}.run").write_text(json.dumps(told))
+    fewer = "import worker; from tasks import captions; captions.TEST_CLIPS = captions.QUESTIONS = 64"
+    calls = [f"worker.main([{str(tmp_path / name) + '.run'!r}, {str(tmp_path / name) + '.json'!r}])" for name in runs]
+    places = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(CLAIMS), str(CLAIMS.parents[1])]),
+    }
+    subprocess.run(
+        [sys.executable, "-c", "; ".join([fewer, *calls])], check=True, env=os.environ | places, capture_output=True
+    )
+    start, run = (json.loads((tmp_path / f"{name}.json").read_text()) for name in runs)
     after = start["after"]["required"]
     judge = after["accuracy"]
     alone, together = [judge[tag] for tag in TAGS[:3]], [judge[tag] for tag in TAGS[3:]]
     assert 0.5 < min(alone) and max(alone) < 2.5 / 3 - 0.1
     assert _by_chance() + 0.1 < min(together) == judge["VAS"] and max(together) < 0.7
-    assert after["errors"]["all"] < 0.01
+    assert after["errors"]["all"] < 0.015
     assert 0.1 < metrics.caption_fusion_gain(start) < 0.5
-    crw = {
-        "reward": "tasks.captions:caption_score",
-        "contrastive": {"alpha": 0.5, "tau": 0.55, "model": "builtin:words"},
-    }
-    run = carry_out(recipe="tiny/caption_crw", options={"max_steps": 14, "reward_funcs": [crw]})
     assert start["captions"]["contrast"] == {} and set(run["captions"]["contrast"]) == {"similarity", "bonus_share"}
-    assert 0.1 < run["captions"]["contrast"]["bonus_share"] < 0.9
+    assert 0.3 < run["captions"]["contrast"]["bonus_share"] < 0.7  # about half, by the choice of tau
     assert run["after"]["required"]["accuracy"] != judge
     assert run["captions"]["separation"] != start["captions"]["separation"]
