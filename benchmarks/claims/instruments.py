@@ -10,6 +10,7 @@ from instruments_ours import INSTRUMENTS as OURS
 from instruments_maple import Gradient, HardTier
 from step_times import StepTimes, StepTimesOnClips
 from instruments_avatar import TierCurve
+from instruments_captions import Captions
 from transformers import TrainerCallback
 
 
@@ -108,6 +109,7 @@ INSTRUMENTS: dict[str, type] = {
     "step_times": StepTimes,
     "step_times_clips": StepTimesOnClips,
     "tier_curve": TierCurve,
+    "captions": Captions,
     **OURS,
 }
 """Those that a run asks for by name; [`Cost`] is on every run."""
