@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from instruments_reasoning import Chains
 from transformers import TrainerCallback
 
 
@@ -95,5 +96,5 @@ class Curve(TrainerCallback):
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {"curve": Curve}
+INSTRUMENTS: dict[str, type] = {"curve": Curve, "chains": Chains}
 """Those that a run asks for by name; [`Cost`] is on every run."""
