@@ -45,7 +45,7 @@ def summary(found: Sequence[tuple[Reading, int]]) -> dict[str, Any]:
     """
     Return shares over completions.
 
-    `well_formed` is of all; `plan`, `evidence`, `sums` and `products` (each by its own, given what the text has written before) and
+    `well_formed` is of all; `plan`, `evidence`, `sums` and `hard` (each by its own, given what the text has written before) and
     `whole` are of the well-formed. `follows` is of those that are not right throughout: how many answer by the value that they
     wrote last, as an answer that is not read off the chain does once in eight. `lucky` is the share of right answers whose think
     text is not right; `first_error` counts think texts by the tenth of their length in which they first differ from the right one.
@@ -64,7 +64,7 @@ def summary(found: Sequence[tuple[Reading, int]]) -> dict[str, Any]:
         "plan": mean([reading.plan for reading in formed]),
         "evidence": mean([reading.evidence for reading in formed]),
         "sums": mean([step for reading in formed for step in reading.sums]),
-        "products": mean([step for reading in formed for step in reading.products]),
+        "hard": mean([step for reading in formed for step in reading.hard]),
         "whole": mean([reading.first_error is None for reading in formed]),
         "follows": mean([reading.follows for reading in formed if reading.first_error is not None]),
         "lucky": mean([reading.first_error is not None for reading in right]),

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -60,8 +61,7 @@ def answer_of(question, row):
     for noun in nouns.split():
         value += places[columns[noun]].split().index(row[f"truth_{columns[noun]}"])
     for word in operations.split():
-        amount = int(word[2])
-        value = value + amount if word[1] == "+" else 3 * value + amount + 1
+        value += int(word[2])
     return "ABCDEFGH"[value % 8]
 
 
@@ -70,31 +70,29 @@ def test_answers_are_what_the_questions_lead_to(task):
     assert [row["answer"] for row in rows] == [answer_of(row["question"], row) for row in rows]
     cells = Counter((row["tag"], row["steps"], row["tier"]) for row in rows)
     assert set(cells.values()) == {8} and len(cells) == 7 * 4 * 2
-    assert all(row["question"].count("*") == (row["tier"] == "hard") for row in rows)
+    assert all(row["question"].count("+7") == (row["tier"] == "hard") for row in rows)
     assert len({row["id"] for row in rows}) == len(rows) and not any("options" in row for row in rows)
 
 
-@pytest.mark.parametrize("kinds", ["++", "*+", "+*"])
+@pytest.mark.parametrize("hard", [None, 0, 1])
 @pytest.mark.parametrize("signals", [1, 2, 3])
-def test_any_one_part_unknown_leaves_the_answer_open(task, kinds, signals):
-    """Counted over all signals and amounts: what one knows best with one of them covered."""
+def test_any_one_part_unknown_leaves_the_answer_open(task, hard, signals):
+    """Counted over all signals and amounts of two steps: what one knows best with one of them covered."""
+    amounts = [[7] if place == hard else range(7) for place in range(2)]
     found = []
-    for parts in itertools.product(*[range(4)] * signals, *[range(8)] * len(kinds)):
+    for parts in itertools.product(*[range(4)] * signals, *amounts):
         value = sum(parts[:signals])
-        for kind, amount in zip(kinds, parts[signals:], strict=True):
-            value = task.apply(value, f"{kind}{amount}")
+        for amount in parts[signals:]:
+            value = task.apply(value, f"+{amount}")
         found.append((parts, value))
-    for covered in range(signals + len(kinds)):
+    for covered in range(signals + 2):
+        if hard is not None and covered == signals + hard:
+            continue  # the tier tells it
         seen = defaultdict(Counter)
         for parts, value in found:
             seen[parts[:covered] + parts[covered + 1 :]][value] += 1
         best = statistics.fmean(max(counts.values()) / counts.total() for counts in seen.values())
-        assert best == (1 / 4 if covered < signals else 1 / 8)
-
-
-def test_operations_do_not_commute_and_are_never_taken_for_each_other(task):
-    assert all(task.apply(v, f"+{c}") != task.apply(v, f"*{c}") for v in range(8) for c in range(8))
-    assert task.apply(task.apply(1, "+2"), "*3") != task.apply(task.apply(1, "*3"), "+2")
+        assert best == pytest.approx(1 / 4 if covered < signals else 1 / 7)
 
 
 def test_a_set_cannot_be_answered_by_counting(task):
@@ -116,7 +114,7 @@ def test_a_set_cannot_be_answered_by_counting(task):
         "operations": lambda row: row["question"].partition("? ")[2] if row["steps"] == 2 else None,
     }
     for name, key in keys.items():
-        assert guessed(key) < (0.25 if name == "operations" else 0.17), name  # eight letters
+        assert guessed(key) < (0.3 if name == "operations" else 0.2), name  # seven or eight letters
     assert guessed(lambda row: row["chain"][-1]) == 1.0
 
 
@@ -180,26 +178,26 @@ def test_a_lucky_answer_is_told_from_a_right_chain(task):
     assert sum(told["first_error"]) == 1
 
 
-def test_slips_are_spread_over_the_chain_and_carried_on(task):
-    """Each item of the cold start's texts is wrong as often as any other, and what follows goes on from it."""
-    rng = random.Random(0)
+def test_chains_are_given_up_anywhere_and_stay_so(task):
+    """Each item of the cold start's texts is left open as often as any other, and all that follows from it."""
+    slips = task.Slips(0.05, 0.88, random.Random(0))
     rows = [row for row in task.with_chains(seven_tag_rows(8), seed=4) if row["tag"] == "VAS"]
-    read = []
+    read = {"easy": [], "hard": []}
     for row in rows:
-        text = task.target_text(task.chain_of(row, row["operations"], task.Slips(0.06, rng)))
-        read.append((task.read_completion(text, row), row))
-    assert all(reading.well_formed for reading, _ in read)
-    sums = [right for reading, _ in read for right in reading.sums]
-    copied = [reading.plan for reading, row in read if row["steps"] == 2]
-    assert statistics.fmean(copied) == pytest.approx(0.94**2, abs=0.07)
-    assert statistics.fmean(reading.evidence for reading, _ in read) == pytest.approx(0.94**3, abs=0.05)
-    assert 0.86 < statistics.fmean(sums) < 0.94  # a step is wrong too where its amount was copied wrongly
-    products = [right for reading, _ in read for right in reading.products]
-    assert statistics.fmean(products) == pytest.approx(1 / 8, abs=0.05)
-    wrong = [reading for reading, _ in read if reading.first_error is not None]
+        text = task.target_text(task.chain_of(row, row["operations"], slips))
+        read[row["tier"]].append(task.read_completion(text, row))
+        assert ("so ?=?" in text) <= text.endswith("<answer>?</answer>")
+        assert "?" not in text or re.search(r"\?(?!.*=[0-7]\. so)", text)  # an open register is never closed again
+    everyone = read["easy"] + read["hard"]
+    assert all(reading.well_formed for reading in everyone)
+    assert statistics.fmean(reading.evidence for reading in everyone) == pytest.approx(0.95**3, abs=0.05)
+    right = {tier: statistics.fmean(reading.answered for reading in found) for tier, found in read.items()}
+    expected = statistics.fmean(0.95 ** (3 + 2 + 2 * steps + 1) for steps in task.STEPS)
+    assert right["easy"] == pytest.approx(expected + 0.02, abs=0.06)  # a signal not seen may count 0
+    assert right["hard"] == pytest.approx(0.12 * expected / 0.95, abs=0.04)
+    wrong = [reading for reading in everyone if reading.first_error is not None]
     assert statistics.fmean(reading.follows for reading in wrong) > 0.85
-    places = Counter(int(reading.first_error * 4) for reading, row in read if reading.first_error is not None)
-    assert set(places) == {0, 1, 2, 3}
+    assert {int(reading.first_error * 4) for reading in wrong} == {0, 1, 2, 3}
 
 
 def result_of(counts, log=None):
@@ -284,9 +282,9 @@ def test_the_start_writes_the_form_and_errs(task, tmp_path):
     metrics = importlib.import_module("metrics_reasoning")
     start, chains = results["start"], results["start"]["chains"]["after"]
     assert chains["well_formed"] > 0.9 and chains["tokens"] > 70
-    assert 0.3 < metrics.accuracy_of(start, "easy") < 0.65 and metrics.accuracy_of(start, "hard") < 0.25
+    assert 0.3 < metrics.accuracy_of(start, "easy") < 0.65 and metrics.accuracy_of(start, "hard") < 0.15
     assert metrics.accuracy_of(start, 2) > metrics.accuracy_of(start, 5)
-    assert chains["follows"] > 0.75 and chains["products"] < 0.25 < 0.8 < chains["sums"]
+    assert chains["follows"] > 0.75 and chains["hard"] < 0.25 < 0.6 < chains["sums"]
     assert start["after"]["trained"]["errors"]["all"] < 0.02
     assert start["cost"]["completions"] == 0 and results["trained"]["cost"]["completions"] == 2 * 8 - 4
     assert results["trained"]["chains"]["start"] == results["start"]["chains"]["start"]

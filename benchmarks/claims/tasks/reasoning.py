@@ -1,23 +1,18 @@
 """
 Chains of operations over what a clip shows, sounds like and says, which the think text writes down step by step.
 
-A question names the signals that count and then 2 to 5 operations, labelled in their order: `"color word? a+3 b*6 c+1"`.
-The register begins with the sum of the signals' indices, each operation changes it, modulo 8, and the answer is the letter
-A to H that the last value stands for:
+A question names the signals that count and then 2 to 5 sums, labelled in their order: `"color word? a+3 b+7 c+1"`. The
+register begins with the sum of the signals' indices, each step adds its amount, modulo 8, and the answer is the letter A to H
+that the last value stands for. With one amount unknown all letters that it could lead to are equally likely, with one signal
+unknown four. Questions of the *easy* tier add 0 to 6, those of the *hard* one add 7 at one of their steps.
 
-    v + c   the sum
-    v * c   3 v + c + 1, which no v and c give as their sum
-
-Both are a permutation of the eight values for every c, and of the c for every v: with one operation unknown all eight letters
-are equally likely, with one signal unknown four of them. The two don't commute. `*` stands in no question of the *easy* tier
-and once in each of the *hard* one.
-
-The cold start learns chains of which each item (an amount copied, a signal, a sum, the letter) is wrong with the same small chance
-wherever it stands, and the rest goes on from it; for `*` it has seen nothing but random results. So the policy that runs begin
-with writes the form, errs anywhere, and solves the hard tier by chance alone.
-
-    <think> color word: a+3,b*6,c+1. color red=0, pitch x=0, word sun=2. 0+0=0, 0+2=2. a:2+3=5. b:5*6=6. c:6+1=7. so 7=H</think>...
+    <think> color word: a+3,b+7,c+1. color red=0, pitch x=0, word sun=2. 0+0=0, 0+2=2. a:2+3=5. b:5+7=4. c:4+1=5. so 5=F</think>...
             plan                     evidence                                          steps                     synthesis
+
+The cold start first learns whole chains, then chains that give up: each item (an amount copied, a signal seen, a sum, the letter) is
+left open with the same small chance wherever it stands, a sum with 7 nearly always, and what follows from an open item is open. So
+the policy that runs begin with writes the form, fails anywhere along it, and hardly ever solves the hard tier, although it
+could.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ from maple_trl.rewards import accuracy_reward
 
 VERSION = 1
 ACCESSES = ()
-QUESTIONS, SAMPLES = 64, 4
+QUESTIONS, SAMPLES = 64, 6
 
 LETTERS = "ABCDEFGH"
 LABELS = "abcde"
@@ -44,73 +39,77 @@ STEPS = (2, 3, 4, 5)
 TIERS = ("easy", "hard")
 TRAIN_PER_TAG, TEST_PER_TAG = 16, 64
 COLD_CHAINS = 8
-COLD_HARD = 0.5
-COLD_SLIPS = 0.06
-COLD_STEPS = 300
+COLD_HARD = (0.25, 0.5)
+COLD_SLIPS = (0.05, 0.88)
+COLD_STEPS = (220, 80)
+COLD_RATES = (2e-3, 1e-3)
+
+
+HARD = 7
+"""The amount that a step of each question of the hard tier adds."""
+OPEN = "?"
+"""What stands in place of an item that is given up."""
 
 
 def apply(value: int, operation: str) -> int:
     """Return the register after an operation, such as `"+3"`."""
-    kind, amount = operation[0], int(operation[1:])
-    return (value + amount if kind == "+" else 3 * value + amount + 1) % len(LETTERS)
+    return (value + int(operation[1:])) % len(LETTERS)
 
 
 class Slips:
-    """Errors of whoever writes a chain: each item wrong with the same chance wherever it stands, and `*` not known at all."""
+    """Who gives up: each item with the same chance wherever it stands, a sum with 7 with one of its own."""
 
-    def __init__(self, chance: float, rng: random.Random):
-        self._chance, self._rng = chance, rng
+    def __init__(self, chance: float, hard: float, rng: random.Random):
+        self._chance, self._hard, self._rng = chance, hard, rng
 
-    def __call__(self, right: int, count: int) -> int:
-        """Return one of `count` choices: the right one, or with the chance of an error any other."""
-        if self._rng.random() >= self._chance:
-            return right
-        return (right + self._rng.randrange(1, count)) % count
-
-    def product(self) -> int:
-        """Return what is written for `*`: any value."""
-        return self._rng.randrange(len(LETTERS))
+    def __call__(self, hard: bool = False) -> bool:
+        """Return whether an item is left open."""
+        return self._rng.random() < (self._hard if hard else self._chance)
 
 
 def chain_of(row: Mapping[str, Any], operations: Sequence[str], slips: Slips | None = None) -> str:
     """
     Return the think text of a row's question, which ends in the letter of the answer.
 
-    With slips each item goes on from what is written, right or wrong: a copied amount, a signal, a sum, a letter.
+    With slips items are left open; what follows from an open item is open too.
     """
     from maple_trl.data.synthetic import ATTRIBUTES, NOUNS
 
-    slip = slips or (lambda right, count: right)
-    count = len(LETTERS)
-    copied = [f"{operation[0]}{slip(int(operation[1:]), count)}" for operation in operations]
+    slip = slips or (lambda hard=False: False)
+    copied = [operation[0] + (OPEN if slip() else operation[1:]) for operation in operations]
     asked = [modality for modality in ATTRIBUTES if modality.value in row["tag"]]
     plan = "".join(f" {NOUNS[modality]}" for modality in asked)
     plan += ": " + ",".join(f"{label}{operation}" for label, operation in zip(LABELS, copied, strict=False)) + "."
     seen, indices = [], []
     for modality, words in ATTRIBUTES.items():
-        index = slip(words.index(row[f"truth_{modality.value}"]), len(words)) if modality in asked else 0
-        seen.append(f" {NOUNS[modality]} {words[index] if modality in asked else 'x'}={index}")
-        indices.append(index)
+        word = "x" if modality not in asked or slip() else row[f"truth_{modality.value}"]
+        indices.append("0" if word == "x" else str(words.index(word)))
+        seen.append(f" {NOUNS[modality]} {word}={indices[-1]}")
+
+    def added(value: str, operation: str) -> str:
+        given_up = slip(operation == f"+{HARD}")
+        return OPEN if given_up or OPEN in value + operation else str(apply(int(value), operation))
+
     first, second, third = indices
-    partly = slip(first + second, count)
-    value = slip((partly + third) % count, count)
+    partly = added(first, f"+{second}")
+    value = added(partly, f"+{third}")
     text = f"{plan}{','.join(seen)}. {first}+{second}={partly}, {partly}+{third}={value}."
     for label, operation in zip(LABELS, copied, strict=False):
-        known = slips is None or operation[0] == "+"
-        after = slip(apply(value, operation), count) if known else slips.product()
+        after = added(value, operation)
         text += f" {label}:{value}{operation}={after}."
         value = after
-    return f"{text} so {value}={LETTERS[slip(value, count)]}"
+    letter = OPEN if value == OPEN or slip() else LETTERS[int(value)]
+    return f"{text} so {value}={letter}"
 
 
 _FORM = re.compile(
-    r"<think>(?P<plan> [a-z ]+: [a-e][+*]\d(?:,[a-e][+*]\d)*\.)"
+    r"<think>(?P<plan> [a-z ]+: [a-e]\+[\d?](?:,[a-e]\+[\d?])*\.)"
     r"(?P<evidence> color [a-z]+=(\d), pitch [a-z]+=(\d), word [a-z]+=(\d)\.)"
-    r" (?P<partly>\d\+\d=\d), (?P<begin>\d\+\d=\d)\."
-    r"(?P<steps>(?: [a-e]:\d[+*]\d=\d\.)+) so (?P<last>\d)=(?P<letter>[A-H])"
-    r"</think><answer>(?P<answer>[A-H])</answer>"
+    r" (?P<partly>\d\+\d=[\d?]), (?P<begin>[\d?]\+\d=[\d?])\."
+    r"(?P<steps>(?: [a-e]:[\d?]\+[\d?]=[\d?]\.)+) so (?P<last>[\d?])=(?P<letter>[A-H?])"
+    r"</think><answer>(?P<answer>[A-H?])</answer>"
 )
-_STEP = re.compile(r" ([a-e]):(\d)([+*]\d)=(\d)\.")
+_STEP = re.compile(r" ([a-e]):([\d?])(\+[\d?])=([\d?])\.")
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Reading:
     Attributes:
         well_formed: whether it has the form of a think text, with as many steps as the question asks, and an answer.
         plan, evidence: whether it restates the question, and whether what it names is there and has these indices.
-        sums, products: of each sum and each `*`, whether it goes on from what is written before, by the operation that is
+        sums, hard: of each sum but those with 7, and of those, whether it goes on from what is written before, by the operation that is
             asked, to the right value.
         follows: whether the answer is the letter of the value written last.
         answered: whether the answer is right.
@@ -132,7 +131,7 @@ class Reading:
     plan: bool
     evidence: bool
     sums: tuple[bool, ...]
-    products: tuple[bool, ...]
+    hard: tuple[bool, ...]
     follows: bool
     answered: bool
     first_error: float | None
@@ -152,24 +151,23 @@ def read_completion(text: str, row: Mapping[str, Any]) -> Reading:
     partly, value = form["partly"][-1], form["begin"][-1]
     sums = [
         form["partly"] == f"{first}+{second}={apply(int(first), f'+{second}')}",
-        form["begin"] == f"{partly}+{third}={apply(int(partly), f'+{third}')}",
+        partly != OPEN and form["begin"] == f"{partly}+{third}={apply(int(partly), f'+{third}')}",
     ]
-    products: list[bool] = []
+    hard: list[bool] = []
     for told_step, asked_step in zip(steps, _STEP.findall(ideal["steps"]), strict=True):
         (label, before, operation, after), (asked_label, _, asked, _) = told_step, asked_step
         follows = (label, before, operation) == (asked_label, value, asked)
-        own = products if asked[0] == "*" else sums
-        own.append(follows and int(after) == apply(int(before), operation))
+        own = hard if asked == f"+{HARD}" else sums
+        own.append(follows and OPEN not in before + operation and after == str(apply(int(before), operation)))
         value = after
-    ends = (
-        value == form["last"] and int(value) < len(LETTERS) and LETTERS[int(value)] == form["letter"] == form["answer"]
-    )
+    letter = LETTERS[int(value) % len(LETTERS)] if value != OPEN else OPEN
+    ends = value == form["last"] and letter == form["letter"] == form["answer"]
     return Reading(
         True,
         form["plan"] == ideal["plan"],
         form["evidence"] == ideal["evidence"],
         tuple(sums),
-        tuple(products),
+        tuple(hard),
         ends,
         answered,
         error,
@@ -179,7 +177,7 @@ def read_completion(text: str, row: Mapping[str, Any]) -> Reading:
 def draw_operations(steps: int, tier: str, rng: random.Random) -> list[str]:
     """Draw the operations of a question."""
     odd = rng.randrange(steps) if tier == "hard" else None
-    return [f"{'*' if place == odd else '+'}{rng.randrange(len(LETTERS))}" for place in range(steps)]
+    return [f"+{HARD if place == odd else rng.randrange(HARD)}" for place in range(steps)]
 
 
 def with_chain(row: Mapping[str, Any], name: str, steps: int, tier: str, rng: random.Random) -> dict[str, Any]:
@@ -212,21 +210,22 @@ def with_chains(rows: Sequence[Mapping[str, Any]], seed: int) -> Iterator[dict[s
         yield with_chain(row, row["id"], *cells[place % len(cells)], rng)
 
 
-def cold_rows(folder: Path) -> list[dict[str, Any]]:
-    """Make the rows of the cold start: chains with slips, one half fed their tag's signals, one half all."""
+def cold_rows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Make the rows of the cold start, whole chains and chains that give up; one half is fed its tag's signals, one half all."""
     from maple_trl.data.synthetic import write_seven_tags
     from maple_trl.modalities import ModalityTag
 
     rng = random.Random(1000)
     rows = write_seven_tags(folder, prompts_per_tag=64, seed=1000, splits=("train",))["train"]
-    told = []
-    for row in rows:
-        for number in range(COLD_CHAINS):
-            tier = "hard" if rng.random() < COLD_HARD else "easy"
-            made = with_chain(row, f"{row['id']}-{number}", rng.choice(STEPS), tier, rng)
-            text = target_text(chain_of(made, made["operations"], Slips(COLD_SLIPS, rng)))
-            made["completion"] = [{"role": "assistant", "content": text}]
-            told.append(made | ({"tag": ModalityTag.VAS.value} if number % 2 else {}))  # a tag says here what is fed
+    told: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for part, hard, slips in zip(told, COLD_HARD, (None, Slips(*COLD_SLIPS, rng)), strict=True):
+        for row in rows:
+            for number in range(COLD_CHAINS):
+                tier = "hard" if rng.random() < hard else "easy"
+                made = with_chain(row, f"{row['id']}-{number}", rng.choice(STEPS), tier, rng)
+                text = target_text(chain_of(made, made["operations"], slips))
+                made["completion"] = [{"role": "assistant", "content": text}]
+                part.append(made | ({"tag": ModalityTag.VAS.value} if number % 2 else {}))  # says here what is fed
     return told
 
 
@@ -243,30 +242,34 @@ def prepare(folder: Path) -> None:
     counts = {"train": TRAIN_PER_TAG, "test": TEST_PER_TAG}
     for seed, (split, rows) in enumerate(write_seven_tags(folder / "data", counts, seed=0).items()):
         Dataset.from_list(list(with_chains(rows, seed))).to_parquet(folder / "data" / f"{split}.parquet")
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=COLD_STEPS,
-        per_device_train_batch_size=32,
-        learning_rate=2e-3,
-        lr_scheduler_type="linear",
-        warmup_steps=10,
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        logging_steps=20,
-    )
-    rows = Dataset.from_list(cold_rows(folder / "cold"))
-    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=rows)
-    trainer.train()
-    trainer.save_model(str(folder / "model"))
+    model: Any = "builtin:tiny-omni"
+    for part, rows, steps, rate in zip(
+        ("whole", "open"), cold_rows(folder / "cold"), COLD_STEPS, COLD_RATES, strict=True
+    ):
+        options = OmniSFTConfig(
+            output_dir=str(folder / f"cold-{part}"),
+            media_root=str(folder / "cold"),
+            num_frames=4,
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            learning_rate=rate,
+            lr_scheduler_type="constant_with_warmup" if part == "whole" else "linear",
+            warmup_steps=10,
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            seed=0,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            logging_steps=20,
+        )
+        trainer = OmniSFTTrainer(model, options, train_dataset=Dataset.from_list(rows))
+        trainer.train()
+        model = str(folder / ("model" if part == "open" else "whole-chains"))
+        trainer.save_model(model)
 
 
 def options(trainer: str) -> Mapping[str, Any]:
@@ -278,6 +281,11 @@ def options(trainer: str) -> Mapping[str, Any]:
         "max_completion_length": 112,
         "hints": False,
         "hint_max_kl": 0.01,  # without hints it has no effect
+        "max_steps": 112,
+        "per_device_train_batch_size": 32,
+        "steps_per_generation": 2,
+        "top_k": 16,  # of a vocabulary of which most was never trained
+        "learning_rate": 6e-4,
         "reward_funcs": ["format_reward", "accuracy_reward"],
         "reward_weights": [0.1, 0.9],
     }
