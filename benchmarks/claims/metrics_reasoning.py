@@ -13,7 +13,7 @@ SHORT, LONG = ("2", "3"), ("4", "5")
 def accuracy_of(result: Mapping[str, Any], *which: Any) -> float:
     """Return the accuracy on questions of some tier (`easy`, `hard`) or numbers of steps (`2` to `5`)."""
     asked, samples = result["after"]["trained"]["questions"], result["after"]["trained"]["samples"]
-    wanted = set(map(str, which))
+    wanted = {one if isinstance(one, str) else f"{one:g}" for one in which}
     right = [count / samples for name, _, count in asked if wanted & set(name.split("-")[-2:])]
     if not right:
         raise ValueError(
@@ -39,6 +39,9 @@ def zero_variance(result: Mapping[str, Any], groups: str = "fresh") -> float:
     series = result["log"].get(f"replay/zero_variance_{groups}", result["log"]["frac_reward_zero_std"])
     return statistics.fmean(value for value in series if value is not None)
 
+
+for _function, _part in ((accuracy_of, "after"), (long_above_short, "after"), (zero_variance, "log")):
+    _function.needs = (_part,)  # type: ignore[attr-defined]  # what of a result it reads
 
 METRICS: dict[str, Callable[..., float]] = {
     "accuracy_of": accuracy_of,

@@ -6,8 +6,6 @@ import json
 import random
 import re
 import statistics
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import yaml
 from maple_trl.algorithms import tas_weights
 from maple_trl.data.synthetic import ATTRIBUTES, question_of
 from maple_trl.data.tiny_omni import build_tokenizer
+from maple_trl.jobs.options import parse_args
 from maple_trl.modalities import ModalityTag
 from maple_trl.trainers.avatar.config import AvatarConfig
 
@@ -173,9 +172,11 @@ def test_a_lucky_answer_is_told_from_a_right_chain(task):
     chains = importlib.import_module("instruments_reasoning")
     row = one_row(task)
     lucky = f"<think> color</think><answer>{row['answer']}</answer>"
-    told = chains.summary([(task.read_completion(text, row), 9) for text in (lucky, task.target_text(row["chain"]))])
+    told = chains.summary(
+        [(task.read_completion(text, row), 9, (row["tier"], "3")) for text in (lucky, task.target_text(row["chain"]))]
+    )
     assert told["lucky"] == 0.5 and told["well_formed"] == 0.5 and told["whole"] == 1.0 and told["follows"] is None
-    assert sum(told["first_error"]) == 1
+    assert sum(told["first_error"]) == 1 and told["answered"] == {"3": 1.0, "hard": 1.0}
 
 
 def test_chains_are_given_up_anywhere_and_stay_so(task):
@@ -208,7 +209,7 @@ def result_of(counts, log=None):
 def test_metrics_read_the_questions_of_a_result():
     metrics = importlib.import_module("metrics_reasoning")
     result = result_of({"test-0-2-easy": 4, "test-1-3-hard": 2, "test-2-4-easy": 1, "test-3-5-hard": 0})
-    assert metrics.accuracy_of(result, "easy") == 5 / 8 and metrics.accuracy_of(result, 2) == 1.0
+    assert metrics.accuracy_of(result, "easy") == 5 / 8 and metrics.accuracy_of(result, 2.0) == 1.0
     assert metrics.long_above_short(result) == pytest.approx(1 / 8 - 6 / 8)
     with pytest.raises(ValueError, match="no question of 7; ids end in -STEPS-TIER"):
         metrics.accuracy_of(result, 7)
@@ -225,14 +226,14 @@ def test_metrics_read_the_questions_of_a_result():
 
 def test_the_register_names_what_there_is(tmp_path):
     metrics = importlib.import_module("metrics_reasoning")
-    worker = importlib.import_module("worker")
+    runs = {name: importlib.import_module("runs").Run(**told, seed=0) for name, told in REGISTER["variants"].items()}
     configs = {}
-    for name, variant in REGISTER["variants"].items():
-        run = worker.Run(**variant, seed=0)
-        (tmp_path / name).mkdir()
-        arguments = worker.parse_args(["--config", str(worker.job_file(run, tmp_path, tmp_path / name))])
+    for name, run in runs.items():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(run.config() | {"output_dir": str(tmp_path / name), "use_cpu": True}))
+        arguments = parse_args(["--config", str(file)])
         configs[name] = next(part for part in arguments if isinstance(part, AvatarConfig))
-    settings = [json.dumps(worker.Run(**v, seed=0).identity(), sort_keys=True) for v in REGISTER["variants"].values()]
+    settings = [json.dumps(run.identity(), sort_keys=True) for run in runs.values()]
     assert len(set(settings)) == len(settings)  # no variant twice
     for claim in REGISTER["claims"].values():
         for measure in claim["measures"].values():
@@ -266,25 +267,24 @@ def test_the_scaled_control_is_a_weight_of_the_parabolas_mean():
 
 
 @pytest.mark.slow
-def test_the_start_writes_the_form_and_errs(task, tmp_path):
-    """The policy that runs begin with, by the real worker: bands of the start, and what two steps of training leave to read."""
-    told = {name: tmp_path / f"{name}.json" for name in ("start", "trained")}
-    small = {"max_steps": 2, "num_generations": 4, "replayed_generations": 2, "per_device_train_batch_size": 8}
+def test_the_start_writes_the_form_and_gives_up(task, monkeypatch):
+    """The policy that runs begin with, as a run measures it, and what two steps of training leave to read."""
+    worker = importlib.import_module("worker")
+    monkeypatch.setattr(task, "SAMPLES", 1)
     variants = REGISTER["variants"]
-    runs = {"start": variants["reason-start"], "trained": variants["reason-parabolic-1"]}
-    runs["trained"] = runs["trained"] | {"options": runs["trained"]["options"] | small | {"replay_min_size": 1}}
-    results = {}
-    for name, run in runs.items():
-        told[name].write_text(json.dumps(run | {"seed": 100}))
-        command = [sys.executable, str(CLAIMS / "worker.py"), str(told[name]), str(tmp_path / f"{name}-result.json")]
-        subprocess.run(command, check=True, cwd=CLAIMS.parents[1])
-        results[name] = json.loads((tmp_path / f"{name}-result.json").read_text())
-    metrics = importlib.import_module("metrics_reasoning")
-    start, chains = results["start"], results["start"]["chains"]["after"]
-    assert chains["well_formed"] > 0.9 and chains["tokens"] > 70
-    assert 0.3 < metrics.accuracy_of(start, "easy") < 0.65 and metrics.accuracy_of(start, "hard") < 0.15
-    assert metrics.accuracy_of(start, 2) > metrics.accuracy_of(start, 5)
-    assert chains["follows"] > 0.75 and chains["hard"] < 0.25 < 0.6 < chains["sums"]
-    assert start["after"]["trained"]["errors"]["all"] < 0.02
-    assert start["cost"]["completions"] == 0 and results["trained"]["cost"]["completions"] == 2 * 8 - 4
-    assert results["trained"]["chains"]["start"] == results["start"]["chains"]["start"]
+    start = worker.carry_out(worker.Run(**variants["reason-start"], seed=100))
+    chains = start["chains"]["after"]
+    right = chains["answered"]
+    assert chains["completions"] == 448 and chains["well_formed"] > 0.85 and chains["tokens"] > 70
+    assert 0.3 < right["easy"] < 0.65 and right["hard"] < 0.2 and right["2"] > right["5"]
+    assert chains["follows"] > 0.75 and chains["hard"] < 0.4 < 0.6 < chains["sums"]
+    assert start["cost"]["completions"] == 0
+
+    small = {"max_steps": 2, "num_generations": 4, "replayed_generations": 2, "per_device_train_batch_size": 4}
+    variant = variants["reason-parabolic-1"]
+    monkeypatch.setattr(task, "QUESTIONS", 2)
+    options = variant["options"] | small | {"replay_min_size": 1}
+    trained = worker.carry_out(worker.Run(**variant | {"options": options}, seed=100))
+    assert trained["cost"]["completions"] == 8  # two prompts; nothing can be replayed yet
+    assert trained["chains"]["start"] == start["chains"]["start"]
+    assert trained["chains"]["after"]["completions"] == 2 * 7

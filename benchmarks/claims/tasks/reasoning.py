@@ -41,7 +41,9 @@ TRAIN_PER_TAG, TEST_PER_TAG = 16, 64
 COLD_CHAINS = 8
 COLD_HARD = (0.25, 0.5)
 COLD_SLIPS = (0.05, 0.88)
-COLD_STEPS = (220, 80)
+COLD_STEPS = 300
+COLD_OPEN = 80
+"""Of 300 steps, those on chains that give up, which come last."""
 COLD_RATES = (2e-3, 1e-3)
 
 
