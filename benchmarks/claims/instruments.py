@@ -11,6 +11,7 @@ from instruments_maple import Gradient, HardTier
 from step_times import StepTimes, StepTimesOnClips
 from instruments_avatar import TierCurve
 from instruments_captions import Captions
+from instruments_reasoning import Chains
 from transformers import TrainerCallback
 
 
@@ -110,6 +111,7 @@ INSTRUMENTS: dict[str, type] = {
     "step_times_clips": StepTimesOnClips,
     "tier_curve": TierCurve,
     "captions": Captions,
+    "chains": Chains,
     **OURS,
 }
 """Those that a run asks for by name; [`Cost`] is on every run."""
