@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -251,4 +252,5 @@ def write(options: argparse.Namespace, soaks: list[dict[str, Any]], seconds: flo
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing of it is left running
     sys.exit(main())

@@ -40,13 +40,18 @@ def whole_log(
     if len(log_history) < (LOG_ENTRIES if kept is None else kept) or not os.path.isfile(path):
         return list(log_history)
     first = log_history[0].get("step", 0)
-    with open(path, encoding="utf-8") as file:
-        written = [entry for line in file if (entry := _entry(line)) is not None]
+    written = read_log(path)
     # Of a step may be several entries, those of an evaluation among them.
     held = sum(entry.get("step") == first for entry in log_history)
     older = [entry for entry in written if entry.get("step", 0) < first]
     same = [entry for entry in written if entry.get("step") == first]
     return [*older, *same[: max(len(same) - held, 0)], *log_history]
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the entries of a log's file; half a line, as of a run that was killed, is none."""
+    with open(path, encoding="utf-8") as file:
+        return [entry for line in file if (entry := _entry(line)) is not None]
 
 
 def _entry(line: str) -> dict[str, Any] | None:

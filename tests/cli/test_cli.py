@@ -375,6 +375,24 @@ def test_auto_goes_on_from_the_last_whole_checkpoint(tmp_path, caplog):
     assert train.checkpoint_to_resume(Args).endswith("checkpoint-8")  # the last one, which is refused later
 
 
+def test_auto_removes_no_checkpoint_that_was_complete_once(tmp_path):
+    class Args:
+        output_dir = str(tmp_path)
+        resume_from_checkpoint = "auto"
+        world_size = 1
+
+    write_checkpoint(tmp_path / "checkpoint-4", ranks=1)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": ')
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 4}\n')
+    assert train.checkpoint_to_resume(Args) is None  # killed while it wrote it
+    log.write_text('{"step": 4}\n{"step": 5}\n{"step": 6')
+    with pytest.raises(
+        SetupError, match="checkpoint-4 has no whole trainer_state.json, though the run went on from it to step 5"
+    ):
+        train.checkpoint_to_resume(Args)
+
+
 @pytest.mark.slow
 def test_the_same_command_begins_a_run_and_goes_on_with_it(short_run, tmp_path, monkeypatch, capsys):
     """One that was stopped before its first checkpoint begins anew; results of a run that ended are not touched."""

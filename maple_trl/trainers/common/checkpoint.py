@@ -169,12 +169,14 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
 def complete_checkpoints(output_dir: str) -> list[str]:
     """List the checkpoints that were written to their end, the newest first."""
-    found = []
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        match = re.fullmatch(r"checkpoint-(\d+)", name)
-        if match and is_complete(os.path.join(output_dir, name)):
-            found.append((int(match[1]), os.path.join(output_dir, name)))
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for _, path in checkpoints(output_dir) if is_complete(path)]
+
+
+def checkpoints(output_dir: str) -> list[tuple[int, str]]:
+    """List the checkpoints of a folder, complete or not, by their step, the newest first."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    found = [(re.fullmatch(r"checkpoint-(\d+)", name), os.path.join(output_dir, name)) for name in names]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def is_complete(checkpoint: str) -> bool:

@@ -12,8 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from maple_trl.records.metrics_log import read_log
 from maple_trl.trainers.common.checkpoint import (
     ResumeError,
+    checkpoints,
     complete_checkpoints,
     is_complete,
     last_complete_checkpoint,
@@ -57,7 +59,8 @@ def last_whole_checkpoint(output_dir: str, world: int) -> str | None:
     `None` when none was written to its end, as for a first start.
 
     Raises:
-        ResumeError: when there are complete checkpoints, and none is whole.
+        ResumeError: when there are complete checkpoints, and none is whole, or when the log says that the run went on after one
+            that has no whole end now.
     """
     reasons = []
     for checkpoint in complete_checkpoints(output_dir):
@@ -75,7 +78,25 @@ def last_whole_checkpoint(output_dir: str, world: int) -> str | None:
             "out and set overwrite to begin anew, or name another output_dir. The newest: "
             + reasons[0].removeprefix("resume_from_checkpoint: ")
         )
+    _check_never_finished(output_dir)
     return None
+
+
+def _check_never_finished(output_dir: str) -> None:
+    """Check that the run was stopped while it wrote the checkpoints of which none is complete: they are removed otherwise."""
+    log = os.path.join(output_dir, "metrics.jsonl")
+    begun = checkpoints(output_dir)
+    if not begun or not os.path.isfile(log):
+        return
+    step, newest = begun[0]
+    reached = max((entry.get("step") or 0 for entry in read_log(log)), default=0)
+    if reached > step:
+        raise ResumeError(
+            f"resume_from_checkpoint: {newest} has no whole trainer_state.json, though the run went on from it to step "
+            f"{reached} ({log}): it was damaged later. Bring the file back, train on from the weights alone "
+            f"(model_name_or_path={newest} and another output_dir), or leave resume_from_checkpoint out and set overwrite to "
+            "begin anew"
+        )
 
 
 def check_parts(checkpoint: str, rank: int, world: int, replaceable: Collection[str] = ()) -> None:
