@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from instruments_ours import INSTRUMENTS as OURS
-from instruments_maple import Gradient, HardTier
-from step_times import StepTimes, StepTimesOnClips
 from instruments_avatar import TierCurve
 from instruments_captions import Captions
+from instruments_maple import Gradient, HardTier
+from instruments_ours import INSTRUMENTS as OURS
 from instruments_reasoning import Chains
+from step_times import StepTimes, StepTimesOnClips
 from transformers import TrainerCallback
 
 
