@@ -81,10 +81,12 @@ class Page:
         cells = [f"[{claim.number}]({link}#{claim.name})", claim.says, f"{claim.paper}: {claim.figure}"]
         return _row([*cells, self.here(claim), self.seeds(claim), self.verdict(claim)])
 
-    def table(self, link: str = "") -> list[str]:
-        """Return the table of all claims."""
+    def table(self, link: str = "", measured: bool = False) -> list[str]:
+        """Return the table of all claims, or of those that were measured; nothing where there are none."""
+        shown = [one for one in self.claims if not measured or not self.verdict(one).startswith((NOT_MEASURED, NOT_RUN))]
         head = ["", "Claim", "Paper", "Here, with 95 % interval", "Seeds", "Verdict"]
-        return [_row(head), _row(["---"] * len(head)), *(self.row(claim, link) for claim in self.claims)]
+        rows = [self.row(claim, link) for claim in shown]
+        return [_row(head), _row(["---"] * len(head)), *rows] if rows else []
 
     # The page
 
@@ -342,8 +344,9 @@ def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
     if BEGIN in text and END in text.partition(BEGIN)[2]:
         before, _, rest = text.partition(BEGIN)
         link = _link(docs.resolve() / "claims.md", readme.resolve().parent)
-        table = "\n".join(page.table(link))
-        table = f"{page.counts()}\n\n<details><summary>Each of them</summary>\n\n{table}\n\n</details>"
+        table, rows = page.counts(), "\n".join(page.table(link, measured=True))
+        if rows:
+            table += f"\n\n<details><summary>Each that was measured</summary>\n\n{rows}\n\n</details>"
         write_atomically(
             readme, f"{before}{BEGIN}\n\n{table if page.claims else NO_CLAIM}\n\n{END}{rest.partition(END)[2]}"
         )
