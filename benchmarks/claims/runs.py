@@ -53,6 +53,7 @@ KEPT = (
     "tag/all/seconds",
     "tag/all/zero_variance",
     "replay/*",
+    "hint/*",
 )
 """What is kept of the log, by name; with one more, `INSTRUMENTS_VERSION` rises, for the results of earlier runs lack it."""
 
