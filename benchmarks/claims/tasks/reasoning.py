@@ -288,7 +288,7 @@ def options(trainer: str) -> Mapping[str, Any]:
         "steps_per_generation": 2,
         "top_k": 8,  # most of the vocabulary was never trained: a long text would hardly ever keep its form
         "temperature": 0.9,
-        "learning_rate": 6e-4,
+        "learning_rate": 3e-4,
         "reward_funcs": ["format_reward", "accuracy_reward"],
         "reward_weights": [0.1, 0.9],
     }
