@@ -118,7 +118,8 @@ def moments(
 
     Returns:
         `variance` is `E|g - E g|^2`, `within` that around the mean of the step's tag, `between` the rest, which stratified steps
-        alone have; `noise` is the variance over `|E g|^2`, if that is not lost in its error. `norm` and `norm_variance` are of `|g|`.
+        alone have; `noise` is the variance over `|E g|^2`, if that is not lost in its error. `norm` and `norm_variance` are of
+        `|g|`; `relative_norm_variance` is that over `E|g|^2`, if any prompt has a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     strata = sorted(set(pool.tags)) if scheme.stratified else [""]
@@ -138,7 +139,7 @@ def moments(
         "noise": (mean_square - of_mean) / of_mean if of_mean > 0 else None,
         "norm": float(norms.mean()),
         "norm_variance": float(norms.var()),
-        "relative_norm_variance": float(norms.var()) / mean_square,
+        "relative_norm_variance": float(norms.var()) / mean_square if mean_square else None,
     }
 
 

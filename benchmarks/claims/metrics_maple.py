@@ -18,7 +18,7 @@ TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
 def gradient_ratio(result: Mapping[str, Any], scheme: str, base: str, what: str = "variance") -> float:
     """Return a quantity of a scheme's gradients over that of another's, at the same weights; NaN where one is not known."""
     above, below = (result["gradient"][name][what] for name in (scheme, base))
-    return math.nan if above is None or below is None else above / below
+    return above / below if above is not None and below else math.nan
 
 
 def tags_accuracy(result: Mapping[str, Any], access: str, *tags: str) -> float:

@@ -210,6 +210,9 @@ def test_moments_are_those_of_known_gradients(claims):
     ):
         value, error = mean(name, shift, what)
         assert value == pytest.approx(expected, abs=max(4 * error, 1e-3)), (name, shift, what)
+    nothing = pool_of(module, 0)
+    nothing.rewards.zero_()  # a policy that no reward tells anything
+    assert module.moments(nothing, mixed, 16, 8, 14)["relative_norm_variance"] is None
     # The control: the variance about the mean of the draws themselves would be too small, by a share that prompts decide.
     with pytest.raises(ValueError, match="half of the pool has 8"):
         module.moments(pool_of(module, 0, prompts=16), tagged, 16, 8, 28)
