@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from instruments_avatar import TierCurve
 from instruments_captions import Captions
-from instruments_maple import Gradient, HardTier
+from instruments_maple import Gradient
 from instruments_ours import INSTRUMENTS as OURS
 from instruments_reasoning import Chains
 from step_times import StepTimes, StepTimesOnClips
@@ -106,7 +106,6 @@ class Curve(TrainerCallback):
 INSTRUMENTS: dict[str, type] = {
     "curve": Curve,
     "gradient": Gradient,
-    "hard_tier": HardTier,
     "step_times": StepTimes,
     "step_times_clips": StepTimesOnClips,
     "tier_curve": TierCurve,

@@ -1,8 +1,8 @@
-"""Instruments of MAPLE's claims: the policy gradient at frozen points of a run, what of the tokens is clipped, and the hard tier."""
+"""The instrument of MAPLE's claims: the policy gradient at frozen points of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from maple_trl.algorithms import GradientSample, group_advantages
-from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.sampled import choose_questions
 from maple_trl.modalities import ModalityTag
 from maple_trl.trainers.common.rollout import InFlight, Round
@@ -119,7 +118,8 @@ def moments(
 
     Returns:
         `variance` is `E|g - E g|^2`, `within` that around the mean of the step's tag, `between` the rest, which stratified steps
-        alone have; `noise` is the variance over `|E g|^2`, if that is not lost in its error. `norm` and `norm_variance` are of `|g|`.
+        alone have; `noise` is the variance over `|E g|^2`, if that is not lost in its error. `norm` and `norm_variance` are of
+        `|g|`; `relative_norm_variance` is that over `E|g|^2`, if any prompt has a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     strata = sorted(set(pool.tags)) if scheme.stratified else [""]
@@ -139,7 +139,7 @@ def moments(
         "noise": (mean_square - of_mean) / of_mean if of_mean > 0 else None,
         "norm": float(norms.mean()),
         "norm_variance": float(norms.var()),
-        "relative_norm_variance": float(norms.var()) / mean_square,
+        "relative_norm_variance": float(norms.var()) / mean_square if mean_square else None,
     }
 
 
@@ -252,26 +252,3 @@ def frozen(trainer: Any, access: str) -> Iterator[None]:
             trainer.model.train(training)
             trainer._metrics["eval"].clear()
             trainer._means["eval"].take()
-
-
-class HardTier:
-    """Accuracy on the held-out questions of the task's hard tier and on the others, fed as in training."""
-
-    VERSION = 1
-
-    def __init__(self, trainer: Any, measure: Callable[..., Any], cost: Any):
-        self._trainer = trainer
-
-    def result(self) -> dict[str, float]:
-        from tasks import embedded, prepared
-
-        rows = list(embedded.held_out(prepared("embedded")))
-        whole = self._trainer.args.max_steps >= SHORT
-        sizes = (embedded.QUESTIONS, 0, embedded.SAMPLES) if whole else (1, 0, 1)
-        found = {}
-        for tier in ("usual", "hard"):
-            own = [row for row in rows if row["tier"] == tier]
-            ask = self._trainer.generate_completions
-            answers = sampled_accuracy(ask, own, embedded.score, *sizes)
-            found |= {tier: answers.accuracy["all"], f"{tier}_error": answers.errors["all"]}
-        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 import statistics
@@ -68,6 +69,10 @@ def read_metric(text: str) -> Metric:
         raise ValueError(f"no function {name!r}" + did_you_mean(name, METRICS, f"there are {', '.join(METRICS)}"))
     arguments = [_number(one.strip()) for one in inside.split(",")] if inside and inside.strip() else []
     function = METRICS[name]
+    try:
+        inspect.signature(function).bind(None, *arguments)
+    except TypeError as error:
+        raise ValueError(f"{text}: {name}{inspect.signature(function)}: {error}") from error
     parts = list(getattr(function, "needs", ()))
     if getattr(function, "takes_paths", False):
         parts += [one for one in arguments if isinstance(one, str)]

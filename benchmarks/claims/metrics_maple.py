@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,29 @@ TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
 def gradient_ratio(result: Mapping[str, Any], scheme: str, base: str, what: str = "variance") -> float:
     """Return a quantity of a scheme's gradients over that of another's, at the same weights; NaN where one is not known."""
     above, below = (result["gradient"][name][what] for name in (scheme, base))
-    return math.nan if above is None or below is None else above / below
+    return above / below if above is not None and below else math.nan
 
 
 def tags_accuracy(result: Mapping[str, Any], access: str, *tags: str) -> float:
     """Return the plain mean of some tags' accuracies after training, asked with an access."""
     accuracy = result["after"][access]["accuracy"]
     return statistics.fmean(accuracy[tag] for tag in tags)
+
+
+def embedded_tier(result: Mapping[str, Any], access: str, tier: str) -> float:
+    """Return the accuracy after training on the questions of the `hard` tier, or on the `usual` ones, asked with an access."""
+    if tier not in ("hard", "usual"):
+        raise ValueError(f"a tier is hard or usual, not {tier!r}")
+    asked = result["after"][access]
+    own = [total for name, _, total in asked["questions"] if name.endswith("-hard") == (tier == "hard")]
+    return statistics.fmean(own) / asked["samples"] if own else math.nan
+
+
+def disparity(result: Mapping[str, Any], access: str) -> float:
+    """Return the mean difference between the accuracies of two tags (MAPLE, figures 4 and 5), asked with an access."""
+    accuracy = result["after"][access]["accuracy"]
+    pairs = list(itertools.combinations((accuracy[tag] for tag in TAGS), 2))
+    return statistics.fmean(abs(one - other) for one, other in pairs)
 
 
 def weight_lead(result: Mapping[str, Any], part: str, *tags: str) -> float:
@@ -53,6 +70,8 @@ def remaining(result: Mapping[str, Any], name: str) -> float:
 METRICS: dict[str, Callable[..., float]] = {
     "gradient_ratio": gradient_ratio,
     "tags_accuracy": tags_accuracy,
+    "embedded_tier": embedded_tier,
+    "disparity": disparity,
     "weight_lead": weight_lead,
     "remaining": remaining,
 }
@@ -61,6 +80,8 @@ METRICS: dict[str, Callable[..., float]] = {
 for _name, _parts in {
     "gradient_ratio": ("gradient",),
     "tags_accuracy": ("after",),
+    "embedded_tier": ("after",),
+    "disparity": ("after",),
     "weight_lead": ("log",),
     "remaining": ("log",),
 }.items():

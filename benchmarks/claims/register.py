@@ -20,7 +20,7 @@ from maple_trl.jobs.errors import did_you_mean
 
 PAPERS = ("MAPLE", "AVATAR", "ours")
 EFFECTS = ("difference", "ratio")
-EXPECTATIONS = ("above", "below", "equal")
+EXPECTATIONS = ("above", "below", "equal", "not below", "not above")
 ROLES = ("claim", "control")
 NEEDS = {"gpu": "a GPU", "clips": "a folder of real clips, which MAPLE_CLIPS names"}
 """What a machine may lack, by the word in the register."""
@@ -370,7 +370,8 @@ def _measure(name: str, part: _Part, variants: Mapping[str, Variant]) -> Measure
     against = part.typed("against", (str, int, float), "a variant, or a number")
     if not isinstance(against, str):
         against = part.number("against", 0 if effect == "ratio" else -1e18, 1e18)
-    least = part.number("least", 0, 1 if effect == "ratio" and expects != "above" else 1e18)
+    upwards = expects in ("above", "not above")
+    least = part.number("least", 0, 1 if effect == "ratio" and not upwards else 1e18)
     try:
         metric = read_metric(part.text("metric"))
     except ValueError as error:

@@ -83,7 +83,9 @@ class Page:
 
     def table(self, link: str = "", measured: bool = False) -> list[str]:
         """Return the table of all claims, or of those that were measured; nothing where there are none."""
-        shown = [one for one in self.claims if not measured or not self.verdict(one).startswith((NOT_MEASURED, NOT_RUN))]
+        shown = [
+            one for one in self.claims if not measured or not self.verdict(one).startswith((NOT_MEASURED, NOT_RUN))
+        ]
         head = ["", "Claim", "Paper", "Here, with 95 % interval", "Seeds", "Verdict"]
         rows = [self.row(claim, link) for claim in shown]
         return [_row(head), _row(["---"] * len(head)), *rows] if rows else []
@@ -210,11 +212,11 @@ class Page:
     def measure_row(self, measure: Measure, found: Finding) -> str:
         """Return a measure's row."""
         none = "1" if measure.effect == "ratio" else "0"
-        expected = (
-            f"{measure.expects} {none}, by {measure.least:g}"
-            if measure.expects != "equal"
-            else f"{none} ± {measure.least:g}"
-        )
+        expected = f"{measure.expects} {none}, by {measure.least:g}"
+        if measure.expects == "equal":
+            expected = f"{none} ± {measure.least:g}"
+        elif measure.expects in ("not below", "not above"):
+            expected += " or more"
         evaluation = "–"
         if found.estimate and not math.isnan(found.estimate.evaluation):
             evaluation = f"{found.estimate.evaluation:.2g}" + (" (**too large**)" if found.blurred else "")
@@ -423,7 +425,9 @@ def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> Non
         color = ORANGE if control else BLUE
         axis.plot([estimate.low, estimate.high], [place, place], color=color, linewidth=1.5)
         axis.plot(estimate.value, place, "o", color=color, markerfacecolor="none" if control else color, markersize=5)
-        signs = {"above": (1,), "below": (-1,), "equal": (-1, 1)}[measure.expects]
+        signs = {"above": (1,), "not above": (1,), "below": (-1,), "not below": (-1,), "equal": (-1, 1)}[
+            measure.expects
+        ]
         for sign in signs:
             axis.plot(none + sign * measure.least, place, "|", color=GREY, markersize=12)
     names = [f"{one.name} (control)" if one.role == "control" else one.name for one, _ in panel]

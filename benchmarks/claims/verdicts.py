@@ -164,6 +164,12 @@ def decide(found: Estimate, asked: Asked) -> tuple[str, bool]:
     if asked.expects == "equal":
         inside, beyond = low < found.low and found.high < high, found.high < low or found.low > high
         return (HOLDS if inside else DOES_NOT if beyond else CANT_TELL), False
+    if asked.expects in ("not below", "not above"):  # no worse, by as much as would matter; better is as good
+        if asked.expects == "not below":
+            holds, beyond = low < found.low, found.high < low
+        else:
+            holds, beyond = found.high < high, high < found.low
+        return (HOLDS if holds else DOES_NOT if beyond else CANT_TELL), False
     if asked.expects == "above":
         holds, short = found.low > none, found.high < high
     else:

@@ -210,7 +210,10 @@ def test_what_is_registered_can_be_run_and_read():
         for measure in claim["measures"].values():
             assert measure.get("role", "claim") in ("claim", "control")
             assert measure["of"] in runs and measure["against"] in runs
-            assert measure["expects"] in ("above", "below", "equal") and measure["as"] in ("difference", "ratio")
+            assert measure["expects"] in ("above", "below", "equal", "not above", "not below") and measure["as"] in (
+                "difference",
+                "ratio",
+            )
             assert measure["metric"] in metrics.METRICS or measure["metric"].startswith(
                 ("captions.", "after.required.")
             )

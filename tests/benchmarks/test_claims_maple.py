@@ -210,6 +210,9 @@ def test_moments_are_those_of_known_gradients(claims):
     ):
         value, error = mean(name, shift, what)
         assert value == pytest.approx(expected, abs=max(4 * error, 1e-3)), (name, shift, what)
+    nothing = pool_of(module, 0)
+    nothing.rewards.zero_()  # a policy that no reward tells anything
+    assert module.moments(nothing, mixed, 16, 8, 14)["relative_norm_variance"] is None
     # The control: the variance about the mean of the draws themselves would be too small, by a share that prompts decide.
     with pytest.raises(ValueError, match="half of the pool has 8"):
         module.moments(pool_of(module, 0, prompts=16), tagged, 16, 8, 28)
@@ -319,7 +322,13 @@ def test_metrics_read_results(claims):
     metrics = claims("metrics_maple").METRICS
     result = {
         "gradient": {"mapo": {"variance": 0.6, "noise": 2.0}, "mupo": {"variance": 0.8, "noise": None}},
-        "after": {"trained": {"accuracy": {"V": 0.5, "VAS": 0.25}}},
+        "after": {
+            "trained": {
+                "accuracy": dict.fromkeys("A S VA VS AS".split(), 0.5) | {"V": 0.5, "VAS": 0.25},
+                "samples": 5,
+                "questions": [["a-hard", "V", 1.0], ["b", "V", 4.0], ["c-hard", "S", 2.0]],
+            }
+        },
         "log": {
             f"tag/{tag}/weight": [0.5, None, 0.7 if tag == "VAS" else 0.4, 0.6] for tag in "V A S VA VS AS VAS".split()
         },
@@ -327,6 +336,11 @@ def test_metrics_read_results(claims):
     assert metrics["gradient_ratio"](result, "mapo", "mupo") == pytest.approx(0.75)
     assert math.isnan(metrics["gradient_ratio"](result, "mapo", "mupo", "noise"))
     assert metrics["tags_accuracy"](result, "trained", "V", "VAS") == 0.375
+    assert metrics["disparity"](result, "trained") == pytest.approx(6 * 0.25 / 21)
+    tiers = [metrics["embedded_tier"](result, "trained", tier) for tier in ("hard", "usual")]
+    assert tiers == [pytest.approx(0.3), pytest.approx(0.8)]
+    with pytest.raises(ValueError, match="a tier is hard or usual"):
+        metrics["embedded_tier"](result, "trained", "easy")
     assert metrics["weight_lead"](result, "last", "VAS") == pytest.approx(0.15)
     assert metrics["weight_lead"](result, "first", "VAS") == 0
     assert math.isnan(metrics["weight_lead"]({"log": {}}, "first", "VAS"))
@@ -417,13 +431,16 @@ def test_the_start_lies_in_the_stated_bands(claims, task, tmp_path, monkeypatch)
     folder = claims("tasks").prepared("embedded")
     output = tmp_path / "run"
     output.mkdir()
-    run = claims("runs").Run("embedded", "tiny/mapo_token", 100, {}, ["hard_tier"], trained=False)
+    run = claims("runs").Run("embedded", "tiny/mapo_token", 100, {}, trained=False)
     made, _ = build_trainer(*parse_args(["--config", str(claims("worker").job_file(run, folder, output))]))
     measure = claims("worker").measuring(made, task, task.held_out(folder))
-    for access, found in measure(task.QUESTIONS, 2, ("required", "all")).items():
+    asked = measure(task.QUESTIONS, 2, ("required", "all"))
+    for access, found in asked.items():
         low, high = task.START[access]
         assert low < found["accuracy"]["all"] < high, access
         for tag in ModalityTag:
             assert task.START_OF_A_TAG[0] < found["accuracy"][tag.value] < task.START_OF_A_TAG[1], (access, tag)
-    tiers = claims("instruments_maple").HardTier(made, measure, None).result()
-    assert tiers["hard"] < task.START_OF_THE_HARD_TIER and tiers["usual"] > 0.65
+    hard, usual = (
+        claims("metrics_maple").embedded_tier({"after": asked}, "required", tier) for tier in ("hard", "usual")
+    )
+    assert hard < task.START_OF_THE_HARD_TIER and usual > 0.65

@@ -75,6 +75,10 @@ MISTAKES = {
     ),
     "seed": (lambda t: t["variants"]["new"].update(options={"seed": 3}), "seed is no option of a variant"),
     "function": (lambda t: measure(t, metric="reach(all)"), "metric: no function 'reach'.*did you mean reached"),
+    "argument": (
+        lambda t: measure(t, metric="gap(trained, sample, all)"),
+        "metric: gap.*: too many positional arguments",
+    ),
     "path": (lambda t: measure(t, metric="gradient.norm"), "reads 'gradient', which is no instrument of new"),
     "log": (lambda t: measure(t, metric="mean(log.entrop)"), "reads 'entrop' of the log; kept of it is .*entropy"),
     "access": (
@@ -82,7 +86,7 @@ MISTAKES = {
         "probe is not asked by 'all', but by trained, req",
     ),
     "as": (lambda t: measure(t, **{"as": "quotient"}), "as must be one of difference, ratio, got 'quotient'"),
-    "expects": (lambda t: measure(t, expects="more"), "expects must be one of above, below, equal"),
+    "expects": (lambda t: measure(t, expects="more"), "expects must be one of above, below, equal, not b"),
     "least": (lambda t: measure(t, least=0), "least must be above 0"),
     "ratio": (
         lambda t: measure(t, **{"as": "ratio", "expects": "below", "least": 2}),

@@ -247,7 +247,8 @@ def tiny(fetcher, modules, monkeypatch, tmp_path, package):
         {"cold_rows": 4, "train_rows": 4, "test_rows": 2},
         {"cold_clips": 1, "train_clips": 1, "test_clips": 1},
     )
-    monkeypatch.setattr(task, "SIZES", task.Sizes(**rows, **clips, steps=2, batch=4))
+    monkeypatch.setattr(task, "SIZES", task.Sizes(**rows, **clips, batch=4))
+    monkeypatch.setattr(task, "COLD_STEPS", 2)
     monkeypatch.setattr(task, "QUESTIONS", 1)
     monkeypatch.setattr(task, "SAMPLES", 1)
     return task

@@ -117,6 +117,13 @@ def test_a_ratio_to_nothing_is_undefined():
         ("equal", -0.09, 0.09, HOLDS, False),
         ("equal", -0.11, 0.09, CANT_TELL, False),
         ("equal", 0.11, 0.2, DOES_NOT, False),
+        ("not below", -0.09, 0.05, HOLDS, False),
+        ("not below", 0.2, 0.5, HOLDS, False),  # where what is expected to be equal does not
+        ("not below", -0.11, 0.5, CANT_TELL, False),
+        ("not below", -0.3, -0.11, DOES_NOT, False),
+        ("not above", -0.5, 0.09, HOLDS, False),
+        ("not above", -0.5, 0.11, CANT_TELL, False),
+        ("not above", 0.11, 0.3, DOES_NOT, False),
     ],
 )
 def test_a_verdict_follows_from_the_interval(expects, low, high, verdict, small):
@@ -127,16 +134,18 @@ def test_a_verdict_follows_from_the_interval(expects, low, high, verdict, small)
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 0.9))
 def test_a_wider_interval_never_tells_the_opposite(value, reach, more, least):
-    for expects in ("above", "below", "equal"):
+    opposite = {"above": "below", "not above": "not below", "equal": "equal"}
+    opposite |= {other: one for one, other in opposite.items()}
+    for expects in opposite:
         asked = Asked(expects, "difference", least)
         narrow, _ = decide(interval(value - reach, value + reach), asked)
         wide, _ = decide(interval(value - reach - more, value + reach + more), asked)
-        assert wide in (narrow, CANT_TELL) or expects != "equal" and (narrow, wide) == (HOLDS, DOES_NOT)
-        turned = {"above": "below", "below": "above", "equal": "equal"}[expects]
-        assert decide(interval(-value - reach, -value + reach), Asked(turned, "difference", least))[0] == narrow
+        assert wide in (narrow, CANT_TELL) or expects in ("above", "below") and (narrow, wide) == (HOLDS, DOES_NOT)
+        turned = Asked(opposite[expects], "difference", least)
+        assert decide(interval(-value - reach, -value + reach), turned)[0] == narrow
 
 
-@given(values, st.sampled_from(["above", "below", "equal"]), st.randoms())
+@given(values, st.sampled_from(["above", "below", "equal", "not below", "not above"]), st.randoms())
 def test_a_decided_look_is_the_last(of, expects, draw):
     of = (of * 2)[:10]
     against = [draw.uniform(0.1, 10) for _ in of]

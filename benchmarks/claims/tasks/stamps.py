@@ -28,7 +28,7 @@ QUESTIONS, SAMPLES = 320, 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """Questions of each tag, clips of each kind of thing with each voice, and steps of the cold start."""
+    """Questions of each tag, clips of each kind of thing with each voice, and rows of a step of the cold start."""
 
     cold_rows: int = 512
     cold_clips: int = 64
@@ -36,11 +36,11 @@ class Sizes:
     train_clips: int = 32
     test_rows: int = 320
     test_clips: int = 40
-    steps: int = 450
     batch: int = 32
 
 
 SIZES = Sizes()
+COLD_STEPS = 450
 VOCABULARY = 768
 
 
@@ -82,7 +82,7 @@ def cold_start(folder: Path, cold: Dataset, names: Sequence[str]) -> None:
         output_dir=str(folder / "cold-run"),
         media_root=str(folder / "cold"),
         num_frames=4,
-        max_steps=SIZES.steps,
+        max_steps=COLD_STEPS,
         per_device_train_batch_size=SIZES.batch,
         learning_rate=2e-3,
         lr_scheduler_type="linear",
