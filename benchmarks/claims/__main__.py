@@ -29,7 +29,7 @@ from evidence import Evidence, Wanted, wanted_runs
 from provenance import uncommitted
 from register import Claim, Register, RegisterError, check_jobs, read_register
 from runner import Outcome, Runner, Stopped
-from runs import HERE, RESULTS
+from runs import HERE, RESULTS, DamagedResultError
 from tasks import use_folders
 from verdicts import CANT_TELL
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_folders(told.register / "tasks" if told.register != HERE else None, told.cache)
     try:
         return told.do(told, read_register(told.register))
-    except RegisterError as error:
+    except (RegisterError, DamagedResultError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -114,10 +114,10 @@ def _seeds(text: str) -> list[int]:
 
 def _run(told: argparse.Namespace, register: Register) -> int:
     chosen = register.choose(told.claims)
-    claims = [one for one in chosen if not one.lacks]
+    claims = [one for one in chosen if not register.lacks(one)]
     for claim in chosen:
-        if claim.lacks:
-            print(f"{claim.name} is not run: it needs {claim.lacks}")
+        if claim not in claims:
+            print(f"{claim.name} is not run: it needs {register.lacks(claim)}")
     check_jobs(register, list(dict.fromkeys(name for claim in claims for name in claim.variants)))
     for file in () if told.quick else uncommitted(register):
         print(f"{file} is not as it is committed: what is registered after its runs is no evidence")
@@ -187,8 +187,9 @@ def _status(told: argparse.Namespace, register: Register) -> int:
     minutes = evidence.minutes()
     missing: set[Wanted] = set()
     for claim in register.choose(told.claims):
-        if claim.lacks:
-            print(f"{claim.number:>3} {claim.name}: not run, needs {claim.lacks}")
+        lacks = register.lacks(claim)
+        if lacks and not all(evidence.there(one.variant, one.seed) for one in wanted_runs(evidence, [claim], 0)):
+            print(f"{claim.number:>3} {claim.name}: not run, needs {lacks}")
             continue
         runs = [one for look in range(len(register.rules.looks)) for one in wanted_runs(evidence, [claim], look)]
         open_runs = [one for one in runs if not evidence.there(one.variant, one.seed)]

@@ -19,7 +19,6 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ import yaml
 from instruments import INSTRUMENTS, Cost
 from runs import QUICK_QUESTIONS, SERIES, Run, is_kept, questions_file, read_result, write_result
 from scores import encoded_scores, rounded
-from tasks import Task, load_task, prepared, use_folders
+from tasks import Task, digest, load_task, prepared, start_of, use_folders, versions
 
+import maple_trl
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.sampled import choose_questions
 from maple_trl.jobs.options import parse_args
@@ -42,7 +42,6 @@ from maple_trl.metrics.clips import clips_of
 
 
 LOG_DIGITS = 4
-PACKAGES = ("maple-trl", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
 def job_files(run: Run, folder: Path, output: Path) -> list[tuple[str, Path]]:
@@ -225,7 +224,9 @@ def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
         "recipe": run.recipe,
         "options": dict(run.options),
         "seed": run.seed,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": versions(),
+        "source": digest(Path(maple_trl.__file__).parent.rglob("*.py")),
+        "start": start_of(folder),
         "minutes": rounded((time.process_time() - began) / 60),
         **rounded(found),
     }

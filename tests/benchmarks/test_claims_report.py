@@ -127,7 +127,6 @@ def test_results_of_variants_that_are_gone_are_kept_and_listed(evidence, tmp_pat
 def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
     folder = evidence.register.folder
     evidence = Evidence(evidence.register, folder / "results")
-    write_decided(evidence)
 
     def commit(day):
         date = f"2026-12-{day}T12:00:00+0000"
@@ -138,6 +137,8 @@ def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
 
     subprocess.run(["git", "init", "-q", folder], check=True)
     commit(10)
+    write_decided(evidence)
+    commit(11)
     page, _ = report(evidence, tmp_path / "docs")
     assert "of 2026-12-10" in page and "Warning" not in page
     topic = folder / "register" / "topic.yaml"
@@ -146,10 +147,15 @@ def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
     assert "register/topic.yaml is not as it is committed" in page
     commit(20)
     page, _ = report(evidence, tmp_path / "docs")
-    assert (
-        "10 of 10 runs of `better` are older than its text in the register" in page
-        and "`sooner` are older" not in page
-    )
+    assert "10 of 10 runs of `better` were not committed after its text in the register" in page
+    assert "`sooner` were not committed" not in page and "after the rules" not in page
+    rules = folder / "register.yaml"
+    rules.write_text(rules.read_text().replace("level: 0.0294", "level: 0.03"))
+    for file in evidence.results.glob("*/*.json"):  # committed at once with what they are judged by
+        file.write_text(file.read_text() + "\n")
+    commit(21)
+    page, _ = report(evidence, tmp_path / "docs")
+    assert "10 of 10 runs were not committed after the rules that decide" in page
 
 
 # Which runs are asked for

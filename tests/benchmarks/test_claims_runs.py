@@ -140,7 +140,6 @@ def test_a_runner_that_is_killed_goes_on_and_two_share_the_runs(evidence, python
     assert 0 < len(before) < 4
     wait_for(lambda: all(is_free(evidence, name, seed) for name in ("new", "old") for seed in (0, 1)))
     before = {file: file.stat().st_mtime_ns for file in results(evidence)}  # one may just have been written
-    assert not list(evidence.results.glob("**/*.partial"))
     two = [
         programs.Program(words(evidence, "sooner", "--seeds", "0-1", "--workers", "1"), output, variables=python)
         for output in outputs[1:]
@@ -166,7 +165,7 @@ def test_a_signal_ends_runs_and_leaves_nothing(evidence, python, tmp_path, numbe
     program.send_signal(number)
     assert program.wait(LIMIT) == 128 + number
     assert f"stopped by {signal.Signals(number).name}" in output.read_text()
-    assert is_free(evidence, "new", 0) and not list(evidence.results.glob("**/*.partial"))
+    assert is_free(evidence, "new", 0) and not list(evidence.results.glob("*/.*.json*"))
     assert not list(temporary.glob("claims-runs-*"))
 
 
