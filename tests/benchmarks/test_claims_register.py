@@ -1,7 +1,11 @@
 """The register of claims: what it holds is read, and each mistake is named with its place and what would be right."""
 
+import json
+from types import SimpleNamespace
+
 import claim_sets
 import pytest
+import tasks
 from claim_sets import CLAIMS, known_tasks, write_register
 from register import RegisterError, check_jobs, read_register
 
@@ -155,3 +159,34 @@ def test_what_decides_a_run_decides_its_file(tmp_path):
     assert len(files) == 4
     assert new.run(0).file() == read_register(tmp_path).variants["new"].run(0).file()
     assert claim_sets.CLAIMS / "results" / "probe" in {file.parent for file in files}
+
+
+# What tasks make
+
+
+def test_what_a_task_has_made_is_made_anew_where_it_is_half_or_by_others(tmp_path, monkeypatch):
+    made = []
+
+    def prepare(folder):
+        made.append(folder)
+        (folder / "train.parquet").write_bytes(b"%d" % len(made))
+
+    source = tmp_path / "task.py"
+    source.write_text("VERSION = 7")
+    task = SimpleNamespace(VERSION=7, prepare=prepare, __file__=str(source))
+    monkeypatch.setattr(tasks, "load_task", lambda name: task)
+    monkeypatch.setattr(tasks, "_cache", tmp_path / "cache")
+    folder = tasks.prepared("own", False)
+    assert tasks.prepared("own") == folder and len(made) == 1
+    start = tasks.start_of(folder)
+    whole = (folder / "whole").read_text()
+    for damage in (whole[:20], "", json.dumps(json.loads(whole) | {"made_by": {}})):
+        (folder / "whole").write_text(damage)
+        (folder / "stale").touch()
+        tasks.prepared("own")
+        assert not (folder / "stale").exists()
+    source.write_text("VERSION = 7\nSIZE = 2")
+    tasks.prepared("own")
+    monkeypatch.setattr(tasks, "versions", lambda: {"torch": "0.1"})
+    tasks.prepared("own")
+    assert len(made) == 6 and tasks.start_of(folder) != start and tasks.prepared("own") == folder and len(made) == 6

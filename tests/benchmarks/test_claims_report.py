@@ -1,20 +1,26 @@
-"""From results on disk to docs/claims.md, by `python benchmarks/claims` as a process of its own."""
+"""From results on disk to docs/claims.md, by the commands of `python benchmarks/claims`."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 
+import claim_sets
 import programs
 import pytest
 from claim_sets import CLAIMS, known_tasks, write_register, write_results
 from evidence import Evidence, Wanted, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
 from register import read_register
+from report import Page
 from scores import decoded_scores, encoded_scores, rounded, whole
 from verdicts import CANT_TELL, DOES_NOT, HOLDS
 
+
+main = claim_sets.command()
 
 BETTER = {0: 0.80, 1: 0.82, 2: 0.79, 3: 0.81, 4: 0.80}
 WORSE = {0: 0.60, 1: 0.61, 2: 0.60, 3: 0.62, 4: 0.59}
@@ -31,7 +37,10 @@ def evidence(tmp_path):
 def claims(command, evidence, *words):
     """`python benchmarks/claims` on a register and results of a test."""
     shared = ["--register", evidence.register.folder, "--results", evidence.results]
-    return programs.run([CLAIMS, command, *shared, *words])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in (command, *shared, *words)])
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 def report(evidence, docs, readme="README.md"):
@@ -158,6 +167,56 @@ def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
     assert "10 of 10 runs were not committed after the rules that decide" in page
 
 
+def edit(evidence, variant, seed, change):
+    file = evidence.run(variant, seed)[1]
+    result = json.loads(file.read_text())
+    change(result)
+    file.write_text(json.dumps(result))
+    return file
+
+
+def test_runs_that_other_libraries_or_another_start_made_are_told(evidence, tmp_path):
+    write_decided(evidence)
+    for name in ("new", "old"):
+        for seed in range(5):
+            edit(
+                evidence, name, seed, lambda result: result.update(packages={"torch": "2.9"}, source="aa", start="bb")
+            )
+    page = "\n".join(Page(evidence, tmp_path).lines())
+    assert "10 runs: torch 2.9; source of `maple_trl` aa" in page and "Warning" not in page
+    edit(evidence, "old", 4, lambda result: result.update(packages={"torch": "2.10"}, source="cc", start="dd"))
+    page = "\n".join(Page(Evidence(evidence.register, evidence.results), tmp_path).lines())
+    assert "Runs of `better` were made with different libraries, which change numbers: torch 2.10, 2.9." in page
+    assert "Runs of `sooner` began from different starts of the task `probe`" in page
+    assert "1 runs: torch 2.10; source of `maple_trl` cc" in page
+
+
+def test_a_damaged_result_is_named_and_is_no_run_that_is_done(evidence):
+    write_decided(evidence)
+    file = evidence.run("old", 3)[1]
+    for damage in (file.read_text()[:100], "[]", ""):
+        file.write_text(damage)
+        for command in ("status", "report", "run"):
+            done = claims(command, evidence)
+            assert done.returncode == 2 and f"error: {file} is damaged (" in done.stderr
+            assert "or delete it to have it made anew" in done.stderr
+
+
+def test_a_claim_whose_task_lacks_something_is_not_run(evidence, tmp_path, monkeypatch):
+    file = evidence.register.folder / "register" / "topic.yaml"
+    file.write_text(file.read_text().replace("task: probe", "task: stamps"))
+    monkeypatch.setattr("tasks._cache", tmp_path)
+    done = claims("run", evidence)
+    needs = (
+        "needs the media of Debian's tuxpaint-stamps-default, which `python benchmarks/claims/fetch_stamps.py` fetches"
+    )
+    assert done.returncode == 0 and done.stdout.count(f" is not run: it {needs}") == 2
+    assert "0 runs are done, 0 failed, 0 are left" in done.stdout
+    assert claims("status", evidence).stdout.count(f"not run, {needs}") == 2
+    page = Page(Evidence(read_register(evidence.register.folder), evidence.results), tmp_path)
+    assert page.counts() == "Of 2 claims: not run: 2. Claims with a control that fails: 0."
+
+
 # Which runs are asked for
 
 
@@ -194,13 +253,21 @@ def test_status_counts_hours_by_what_runs_took(evidence):
 
 def test_a_value_that_is_not_there_is_named(evidence):
     write_decided(evidence)
-    file = evidence.run("old", 3)[1]
-    result = json.loads(file.read_text())
-    del result["cost"]["cpu_seconds"]
-    file.write_text(json.dumps(result))
+    edit(evidence, "old", 3, lambda result: result["cost"].pop("cpu_seconds"))
     found = evidence.claim(evidence.register.claims["better"])[1]["seconds"]
     assert (found.verdict, found.estimate) == (CANT_TELL, None)
     assert "seed 3 of old: cost.cpu_seconds: no 'cpu_seconds' in cost; there is nothing" in found.reason
+
+
+def test_a_decided_look_does_not_ask_for_values_of_later_seeds(evidence):
+    write_decided(evidence)
+    later = dict.fromkeys(range(5, 10), 0.7)
+    for name in ("new", "old"):
+        write_results(evidence, name, later)
+        edit(evidence, name, 7, lambda result: result.pop("cost"))
+        edit(evidence, name, 7, lambda result: result["after"]["trained"].update(digits="-" * 140))
+    found = evidence.claim(evidence.register.claims["better"])[1]
+    assert (found["accuracy"].verdict, found["accuracy"].estimate.seeds) == (HOLDS, 5)
 
 
 def test_the_register_is_checked_and_rules_are_tried_by_command(evidence, tmp_path):
