@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
-from instruments_avatar import TierCurve
-from instruments_captions import Captions
-from instruments_maple import Gradient, HardTier
-from instruments_ours import INSTRUMENTS as OURS
-from instruments_reasoning import Chains
-from step_times import StepTimes, StepTimesOnClips
 from transformers import TrainerCallback
 
 
@@ -103,15 +99,17 @@ class Curve(TrainerCallback):
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {
-    "curve": Curve,
-    "gradient": Gradient,
-    "hard_tier": HardTier,
-    "step_times": StepTimes,
-    "step_times_clips": StepTimesOnClips,
-    "tier_curve": TierCurve,
-    "captions": Captions,
-    "chains": Chains,
-    **OURS,
-}
-"""Those that a run asks for by name; [`Cost`] is on every run."""
+INSTRUMENTS: dict[str, type] = {"curve": Curve}
+"""Those that a run asks for by name, with those of `instruments_<topic>.py` and `step_times.py`; [`Cost`] is on every run."""
+
+
+def collect() -> None:
+    """Add the `INSTRUMENTS` of every topic's module; a name that two have is an error."""
+    topics = [file.stem for file in sorted(Path(__file__).parent.glob("instruments_*.py"))]
+    for topic in (*topics, "step_times"):
+        for name, own in importlib.import_module(topic).INSTRUMENTS.items():
+            if INSTRUMENTS.setdefault(name, own) is not own:
+                raise ValueError(f"{topic}: there is another instrument {name!r}; a name has one meaning")
+
+
+collect()

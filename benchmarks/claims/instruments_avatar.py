@@ -36,3 +36,7 @@ class TierCurve(TrainerCallback):
 
     def result(self) -> dict[str, Any]:
         return {"points": self.points}
+
+
+INSTRUMENTS: dict[str, type] = {"tier_curve": TierCurve}
+"""By the names that runs ask for them by."""

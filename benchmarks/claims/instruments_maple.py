@@ -275,3 +275,7 @@ class HardTier:
             answers = sampled_accuracy(ask, own, embedded.score, *sizes)
             found |= {tier: answers.accuracy["all"], f"{tier}_error": answers.errors["all"]}
         return found
+
+
+INSTRUMENTS: dict[str, type] = {"gradient": Gradient, "hard_tier": HardTier}
+"""By the names that runs ask for them by."""

@@ -85,3 +85,7 @@ def summary(found: Sequence[Read]) -> dict[str, Any]:
 def mean(values: Sequence[float]) -> float | None:
     """Return a mean; `None` of nothing."""
     return statistics.fmean(values) if values else None
+
+
+INSTRUMENTS: dict[str, type] = {"chains": Chains}
+"""By the names that runs ask for them by."""

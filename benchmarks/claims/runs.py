@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instruments import INSTRUMENTS, INSTRUMENTS_VERSION
-from tasks import Task, load_task
+from tasks import load_task
 
 from maple_trl.files import read_json, write_atomically
 from maple_trl.jobs.options import config_files, make_parser, option_keys, trainer_of
@@ -226,8 +226,3 @@ def read_result(file: Path) -> dict[str, Any] | None:
             f"{file} is damaged (it holds no object): restore it, or delete it to have it made anew"
         )
     return told
-
-
-def task_of(run: Run) -> Task:
-    """Return the run's task."""
-    return load_task(run.task)

@@ -111,6 +111,10 @@ class StepTimesOnClips(StepTimes):
         return told | on_clips(self._seed, folder, min(CLIP_STEPS, self._longest))
 
 
+INSTRUMENTS: dict[str, type] = {"step_times": StepTimes, "step_times_clips": StepTimesOnClips}
+"""By the names that runs ask for them by."""
+
+
 def clip_rows(folder: Path) -> list[dict[str, Any]]:
     """Return rows of real clips with the tags V, A and VA in turn, the same number of each."""
     from maple_trl.data.daily_omni import load_daily_omni

@@ -180,11 +180,6 @@ def series(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     return found
 
 
-def measuring(trainer: Any, task: Task, test: Any) -> Exam:
-    """Return what asks the policy held-out questions, the same each time, by one or several accesses."""
-    return Exam(trainer, task, test)
-
-
 def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
     """
     Train and measure; return the result.
@@ -205,7 +200,7 @@ def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
             for name, file in (earlier if run.trained else ())
         ]
         trainer = job_trainer(last)
-        exam = measuring(trainer, task, task.held_out(folder))
+        exam = Exam(trainer, task, task.held_out(folder))
         if questions is not None:
             keep_questions(questions, exam.rows(asked))
         cost = Cost(trainer)
@@ -249,7 +244,7 @@ def carry_out_stage(file: Path, task: Task, folder: Path, asked: int, samples: i
     trainer.save_model(str(file.parent))
     trainer.processing_class.save_pretrained(str(file.parent))
     told = {
-        "after": compact(measuring(trainer, task, task.held_out(folder))(asked, samples)),
+        "after": compact(Exam(trainer, task, task.held_out(folder))(asked, samples)),
         "cost": cost.result(),
         "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),
     }

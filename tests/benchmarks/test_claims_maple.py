@@ -419,7 +419,7 @@ def test_the_start_lies_in_the_stated_bands(claims, task, tmp_path, monkeypatch)
     output.mkdir()
     run = claims("runs").Run("embedded", "tiny/mapo_token", 100, {}, ["hard_tier"], trained=False)
     made, _ = build_trainer(*parse_args(["--config", str(claims("worker").job_file(run, folder, output))]))
-    measure = claims("worker").measuring(made, task, task.held_out(folder))
+    measure = claims("worker").Exam(made, task, task.held_out(folder))
     for access, found in measure(task.QUESTIONS, 2, ("required", "all")).items():
         low, high = task.START[access]
         assert low < found["accuracy"]["all"] < high, access
