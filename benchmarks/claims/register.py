@@ -417,7 +417,7 @@ def _check_paths(part: _Part, metric: Metric, variant: Variant) -> None:
                 )
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Refuses a name that is given twice, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -439,8 +439,9 @@ def _load(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Return what a file holds, and the first and last line of each of its claims."""
     text = file.read_text(encoding="utf-8")
     try:
-        told = yaml.load(text, _Loader)
-        root = yaml.compose(text, yaml.SafeLoader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        told = loader.construct_document(root) if root else None
     except RegisterError as error:
         raise RegisterError(f"{file.name}: {error}") from error
     except yaml.YAMLError as error:

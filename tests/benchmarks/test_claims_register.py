@@ -40,9 +40,16 @@ def test_claims_are_chosen_by_name_and_number(register):
         register.choose(["better", "soner"])
 
 
-def test_the_registered_rules_are_read():
-    rules = read_register(CLAIMS).rules
+@pytest.mark.slow
+def test_what_is_registered_can_be_run():
+    register = read_register(CLAIMS)
+    rules = register.rules
     assert rules.looks == (5, 10) and rules.level == 0.0294 and rules.confidence == 0.95
+    check_jobs(register, list(register.variants))
+    names = {}
+    for name, variant in register.variants.items():
+        names.setdefault(variant.run(0).key(), []).append(name)
+    assert [own for own in names.values() if len(own) > 1] == []  # no two are the same run
 
 
 def test_jobs_are_those_of_the_runs(register):
