@@ -213,7 +213,14 @@ def _report(told: argparse.Namespace, register: Register) -> int:
     from report import as_json, write_report
 
     evidence = _evidence(told, register)
-    for file in write_report(evidence, told.docs, told.readme):
+    try:
+        written = write_report(evidence, told.docs, told.readme)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("error: plots of what was measured need matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    for file in written:
         print(f"wrote {file}")
     if told.json:
         _write_json(told.json, as_json(evidence))

@@ -248,7 +248,7 @@ class Page:
             f"- **The control {name} fails: the effect may be something else than what is claimed.**"
             for name in decided.failed
         ]
-        return told + [f"- The control {name} can't tell." for name in decided.open]
+        return told + ([f"- Controls that can't tell: {', '.join(decided.open)}."] if decided.open else [])
 
     def measure_row(self, measure: Measure, found: Finding) -> str:
         """Return a measure's row."""
@@ -477,7 +477,7 @@ def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> Non
         highs = [found.estimate.high for _, found in panel if found.estimate]
         if max(highs) / max(min(lows), 1e-12) > 20:
             axis.set_xscale("log")
-    axis.set_xlabel(f"{kind}, with its interval; ticks in grey: the smallest effect that would matter", color=GREY)
+    axis.set_xlabel(f"{kind}, with its interval\ngrey ticks: the smallest effect that would matter", color=GREY)
     axis.tick_params(colors=GREY)
     for spine in axis.spines.values():
         spine.set_visible(False)

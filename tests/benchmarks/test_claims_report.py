@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import claim_sets
 import programs
@@ -189,6 +190,19 @@ def test_runs_that_other_libraries_or_another_start_made_are_told(evidence, tmp_
     assert "Runs of `better` were made with different libraries, which change numbers: torch 2.10, 2.9." in page
     assert "Runs of `sooner` began from different starts of the task `probe`" in page
     assert "1 runs: torch 2.10; source of `maple_trl` cc" in page
+
+
+def test_without_matplotlib_a_report_says_so_and_writes_nothing(evidence, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = ("--docs", tmp_path / "docs", "--readme", tmp_path / "README.md")
+    assert claims("report", evidence, *words).returncode == 0  # no plot yet
+    page = (tmp_path / "docs" / "claims.md").read_bytes()
+    write_decided(evidence)
+    done = claims("report", evidence, *words)
+    assert done.returncode == 2 and done.stderr == (
+        "error: plots of what was measured need matplotlib: pip install matplotlib\n"
+    )
+    assert (tmp_path / "docs" / "claims.md").read_bytes() == page
 
 
 def test_a_damaged_result_is_named_and_is_no_run_that_is_done(evidence):
