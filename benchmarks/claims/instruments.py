@@ -16,7 +16,12 @@ INSTRUMENTS_VERSION = 1
 
 
 class Instrument(Protocol):
-    """Something that watches a trainer; `result()` is what it saw, as JSON holds it."""
+    """
+    Something that watches a trainer; `result()` is what it saw, as JSON holds it.
+
+    One that asks questions whose single scores it does not keep has `ASKS = True`: what their choice leaves in an effect is
+    not known.
+    """
 
     def result(self) -> dict[str, Any]: ...
 
@@ -74,6 +79,7 @@ class Cost:
 class Curve(TrainerCallback):
     """Accuracy on held-out questions against steps, completions, tokens and CPU seconds of training, which it does not add to."""
 
+    ASKS = True
     QUESTIONS, SAMPLES, POINTS = 24, 3, 12
     COSTS = ("completions", "completion_tokens", "cpu_seconds", "wall_seconds")
 

@@ -20,6 +20,7 @@ BINS = 20
 class Captions:
     """Captions of all held-out clips after training, each from the signals of its row's tag, whatever the run trains with."""
 
+    ASKS = True
     VERSION = 1
 
     def __init__(self, trainer: Any, measure: Callable, cost: Any):

@@ -257,6 +257,7 @@ def frozen(trainer: Any, access: str) -> Iterator[None]:
 class HardTier:
     """Accuracy on the held-out questions of the task's hard tier and on the others, fed as in training."""
 
+    ASKS = True
     VERSION = 1
 
     def __init__(self, trainer: Any, measure: Callable[..., Any], cost: Any):

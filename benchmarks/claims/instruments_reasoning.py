@@ -24,6 +24,8 @@ class Chains:
     It reads what the evaluations sample anyway; before training it asks a few questions itself, outside of the cost.
     """
 
+    ASKS = True
+
     def __init__(self, trainer: Any, measure: Callable[..., dict[str, Any]], cost: Any):
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._last: list[Read] = []

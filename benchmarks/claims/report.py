@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import Evidence, forgotten
+from instruments import INSTRUMENTS
 from metrics import MissingValueError
 from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
 from register import EFFECTS, Claim, Measure
@@ -258,7 +259,9 @@ class Page:
             if measure.expects != "equal"
             else f"{none} ± {measure.least:g}"
         )
-        evaluation = "–"
+        parts = [path.split(".")[0] for path in measure.metric.paths]
+        asks = any(getattr(INSTRUMENTS.get(part), "ASKS", False) for part in parts)
+        evaluation = "not counted" if asks and found.estimate else "–"
         if found.estimate and not math.isnan(found.estimate.evaluation):
             evaluation = f"{found.estimate.evaluation:.2g}" + (" (**too large**)" if found.blurred else "")
         verdict = found.verdict + (", smaller than would matter" if found.small else "")

@@ -74,6 +74,9 @@ def test_a_report_tells_what_was_found(evidence, tmp_path):
     row = next(line for line in page.splitlines() if "The new one answers more rightly." in line)
     assert f"+0.200 [{low:+.3f}, {high:+.3f}] | 5 | **holds**; **CONTROL FAILS: seconds**" in row
     assert "Of 2 claims: holds: 2. Claims with a control that fails: 1." in page
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines()}
+    errors = [cells[f"| {name}"][7] for name in ("completions", "seconds (control)")]
+    assert errors == ["not counted", "–"] and float(cells["| accuracy"][7].split()[0]) > 0
     assert "**The control seconds fails" in page and "2 runs never got there" in page
     linked = re.findall(r"\((\S+\.(?:json|svg))\)", page)
     assert len(linked) == 2 * 10 + 2 and all((docs / file).is_file() for file in linked)
