@@ -25,7 +25,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from evidence import Evidence, Wanted, wanted_runs
+from evidence import Evidence, Wanted, forget_other_code, wanted_runs
 from provenance import uncommitted
 from register import Claim, Register, RegisterError, check_jobs, read_register
 from runner import Outcome, Runner, Stopped
@@ -92,10 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def _seeds(text: str) -> list[int]:
@@ -105,6 +104,8 @@ def _seeds(text: str) -> list[int]:
         if found is None:
             raise argparse.ArgumentTypeError(f"must be seeds such as 0-4 or 0,2,7, got {text!r}")
         first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"must be seeds such as 0-4, the smaller one first, got {text!r}")
         seeds |= dict.fromkeys(range(first, last + 1))
     return list(seeds)
 
@@ -122,6 +123,8 @@ def _run(told: argparse.Namespace, register: Register) -> int:
     for file in () if told.quick else uncommitted(register):
         print(f"{file} is not as it is committed: what is registered after its runs is no evidence")
     evidence = _evidence(told, register, told.quick)
+    if told.quick:
+        forget_other_code(evidence.results)
     hours = told.hours if told.hours is not None else QUICK_HOURS if told.quick else math.inf
     runner = Runner(
         evidence,

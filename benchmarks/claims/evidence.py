@@ -11,7 +11,7 @@ from typing import Any
 
 from metrics import Censored, Metric, MissingValueError
 from register import Claim, Measure, Register
-from runs import Run, questions_file, read_result
+from runs import Run, questions_file, read_result, source
 from scores import whole
 from verdicts import CANT_TELL, ClaimVerdict, Finding, Sample, judge, judge_claim, judge_once
 
@@ -198,6 +198,15 @@ def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Itera
             if file not in done:
                 done.add(file)
                 yield Wanted(name, seed)
+
+
+def forget_other_code(results: Path) -> None:
+    """Delete quick results of other code than that which is here: they would not show that runs can be carried out now."""
+    here = source()
+    for file in results.glob("*/*.json"):
+        told = read_result(file)
+        if told and told.get("quick") and told.get("source") != here:
+            file.unlink()
 
 
 def forgotten(evidence: Evidence) -> list[tuple[Path, Mapping[str, Any]]]:

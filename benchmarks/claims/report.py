@@ -192,7 +192,7 @@ class Page:
         if not made:
             yield "No results."
         for (packages, source), count in sorted(made.items()):
-            yield f"- {count} runs: {packages or 'libraries unknown'}; source of `maple_trl` {source or 'unknown'}"
+            yield f"- {count} runs: {packages or 'libraries unknown'}; source {source or 'unknown'}"
 
     def runs(self, claim: Claim) -> list[tuple[str, int]]:
         """Return the runs that a claim's findings stand on, by variant and seed."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from instruments import INSTRUMENTS, INSTRUMENTS_VERSION
-from tasks import load_task
+from tasks import digest, load_task
 
+import maple_trl
 from maple_trl.files import read_json, write_atomically
 from maple_trl.jobs.options import config_files, make_parser, option_keys, trainer_of
 from maple_trl.jobs.stages import load_plan
@@ -187,6 +188,12 @@ class Run:
     def file(self, results: Path = RESULTS) -> Path:
         """Return where the run's result lies, or would."""
         return results / self.task / f"{self.key()}.json"
+
+
+@functools.cache
+def source() -> str:
+    """Return what the source of this package and of these benchmarks comes to."""
+    return digest(file for top in (Path(maple_trl.__file__).parent, HERE) for file in top.rglob("*.py"))
 
 
 def is_kept(name: str) -> bool:

@@ -29,11 +29,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import yaml
 from instruments import INSTRUMENTS, Cost
-from runs import QUICK_QUESTIONS, SERIES, Run, is_kept, questions_file, read_result, write_result
+from runs import QUICK_QUESTIONS, SERIES, Run, is_kept, questions_file, read_result, source, write_result
 from scores import encoded_scores, rounded
-from tasks import Task, digest, load_task, prepared, start_of, use_folders, versions
+from tasks import Task, load_task, prepared, start_of, use_folders, versions
 
-import maple_trl
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.sampled import choose_questions
 from maple_trl.jobs.options import parse_args
@@ -220,7 +219,7 @@ def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
         "options": dict(run.options),
         "seed": run.seed,
         "packages": versions(),
-        "source": digest(Path(maple_trl.__file__).parent.rglob("*.py")),
+        "source": source(),
         "start": start_of(folder),
         "minutes": rounded((time.process_time() - began) / 60),
         **rounded(found),

@@ -13,10 +13,11 @@ import claim_sets
 import programs
 import pytest
 from claim_sets import CLAIMS, known_tasks, write_register, write_results
-from evidence import Evidence, Wanted, forgotten, wanted_runs
+from evidence import Evidence, Wanted, forget_other_code, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
 from register import read_register
 from report import Page
+from runs import source
 from scores import decoded_scores, encoded_scores, rounded, whole
 from verdicts import CANT_TELL, DOES_NOT, HOLDS
 
@@ -187,12 +188,12 @@ def test_runs_that_other_libraries_or_another_start_made_are_told(evidence, tmp_
                 evidence, name, seed, lambda result: result.update(packages={"torch": "2.9"}, source="aa", start="bb")
             )
     page = "\n".join(Page(evidence, tmp_path).lines())
-    assert "10 runs: torch 2.9; source of `maple_trl` aa" in page and "Warning" not in page
+    assert "10 runs: torch 2.9; source aa" in page and "Warning" not in page
     edit(evidence, "old", 4, lambda result: result.update(packages={"torch": "2.10"}, source="cc", start="dd"))
     page = "\n".join(Page(Evidence(evidence.register, evidence.results), tmp_path).lines())
     assert "Runs of `better` were made with different libraries, which change numbers: torch 2.10, 2.9." in page
     assert "Runs of `sooner` began from different starts of the task `probe`" in page
-    assert "1 runs: torch 2.10; source of `maple_trl` cc" in page
+    assert "1 runs: torch 2.10; source cc" in page
 
 
 def test_without_matplotlib_a_report_says_so_and_writes_nothing(evidence, tmp_path, monkeypatch):
@@ -232,6 +233,33 @@ def test_a_claim_whose_task_lacks_something_is_not_run(evidence, tmp_path, monke
     assert claims("status", evidence).stdout.count(f"not run, {needs}") == 2
     page = Page(Evidence(read_register(evidence.register.folder), evidence.results), tmp_path)
     assert page.counts() == "Of 2 claims: not run: 2. Claims with a control that fails: 0."
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--seeds", "4-2"), "must be seeds such as 0-4, the smaller one first, got '4-2'"),
+        (("--seeds", "all"), "must be seeds such as 0-4 or 0,2,7, got 'all'"),
+        (("--workers", "many"), "must be a whole number of 1 or more, got 'many'"),
+        (("--workers", "0"), "must be a whole number of 1 or more, got '0'"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(evidence, capsys, words, told):
+    with pytest.raises(SystemExit):
+        main(["run", "--register", str(evidence.register.folder), *words])
+    assert told in capsys.readouterr().err
+
+
+def test_quick_results_of_other_code_are_forgotten(evidence):
+    quick = Evidence(evidence.register, evidence.results, quick=True)
+    for told in (evidence, quick):
+        write_results(told, "new", {0: 0.5, 1: 0.5})
+        edit(told, "new", 1, lambda result: result.update(source=source()))
+    forget_other_code(evidence.results)
+    there = [
+        Evidence(evidence.register, evidence.results, kind).there("new", n) for kind in (True, False) for n in (0, 1)
+    ]
+    assert there == [False, True, True, True]
 
 
 # Which runs are asked for
