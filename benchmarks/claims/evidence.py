@@ -100,7 +100,7 @@ class Evidence:
                 values.append(metric.value(self.read(variant, seed)))
                 if metric.reads_questions:
                     without.append([metric.value(each) for each in self.without(variant, seed)])
-            except (MissingValueError, KeyError, ValueError, ZeroDivisionError) as error:
+            except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
                 told = f"no {error}" if isinstance(error, KeyError) else error
                 raise MissingValueError(f"seed {seed} of {variant}: {told}") from error
         if without and all(left == [value] * len(left) for value, left in zip(values, without, strict=True)):

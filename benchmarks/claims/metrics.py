@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 import statistics
@@ -68,10 +69,20 @@ def read_metric(text: str) -> Metric:
         raise ValueError(f"no function {name!r}" + did_you_mean(name, METRICS, f"there are {', '.join(METRICS)}"))
     arguments = [_number(one.strip()) for one in inside.split(",")] if inside and inside.strip() else []
     function = METRICS[name]
+    try:
+        inspect.signature(function).bind(None, *arguments)
+    except TypeError as error:
+        raise ValueError(f"{text}: {error}; its arguments are {_told_arguments(function)}") from None
     parts = list(getattr(function, "needs", ()))
     if getattr(function, "takes_paths", False):
         parts += [one for one in arguments if isinstance(one, str)]
     return Metric(text, tuple(parts), lambda result: _checked(text, function(result, *arguments)))
+
+
+def _told_arguments(function: Callable) -> str:
+    return (
+        ", ".join(str(one).split(":")[0] for one in [*inspect.signature(function).parameters.values()][1:]) or "none"
+    )
 
 
 def _number(text: str) -> float | str:

@@ -394,6 +394,10 @@ def _measure(name: str, part: _Part, variants: Mapping[str, Variant]) -> Measure
             advice = did_you_mean(variant, variants, f"there are {', '.join(variants)}")
             raise part.error(f"{field_name}: no variant {variant!r}{advice}")
         _check_paths(part, metric, variants[variant])
+    if measure.of == measure.against:
+        raise part.error(f"against is {measure.of}, too: a variant differs from itself by nothing")
+    if len(tasks := {variants[one].task for one in measure.variants}) > 1 and metric.reads_questions:
+        raise part.error(f"of and against are asked other questions, those of {' and of '.join(sorted(tasks))}")
     return measure
 
 

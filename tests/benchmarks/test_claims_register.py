@@ -86,6 +86,15 @@ MISTAKES = {
     ),
     "seed": (lambda t: t["variants"]["new"].update(options={"seed": 3}), "seed is no option of a variant"),
     "function": (lambda t: measure(t, metric="reach(all)"), "metric: no function 'reach'.*did you mean reached"),
+    "arguments": (
+        lambda t: measure(t, metric="reached(all, 0.6)"),
+        "metric: reached\\(all, 0.6\\): missing .*'cost'; its arguments are what, target, cost",
+    ),
+    "itself": (lambda t: measure(t, against="new"), "against is new, too: a variant differs from itself by nothing"),
+    "tasks": (
+        lambda t: t["variants"]["old"].update(task="embedded"),
+        "of and against are asked other questions, those of embedded and of probe",
+    ),
     "path": (lambda t: measure(t, metric="gradient.norm"), "reads 'gradient', which is no instrument of new"),
     "log": (lambda t: measure(t, metric="mean(log.entrop)"), "reads 'entrop' of the log; kept of it is .*entropy"),
     "access": (
