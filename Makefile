@@ -74,8 +74,8 @@ bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
 
 # What is missing is carried out, in pieces of so many hours if they are told; `python benchmarks/claims status` says what is left.
 claims: $(STAMP) ## Measure what the papers claim: HOURS=1 for a piece of it, QUICK=1 to see that it runs
-	$(BIN)/python benchmarks/claims run $(if $(HOURS),--hours $(HOURS)) $(if $(QUICK),--quick)
-	$(if $(QUICK),,$(BIN)/python benchmarks/claims report)
+	$(BIN)/python benchmarks/claims run $(if $(HOURS),--hours $(HOURS)) $(if $(QUICK),--quick); ran=$$?; \
+	$(if $(QUICK),,$(BIN)/python benchmarks/claims report &&) exit $$ran # a run that fails leaves the page of the others
 
 clean: ## Remove build output and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json

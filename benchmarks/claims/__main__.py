@@ -25,11 +25,11 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from evidence import Evidence, Wanted, wanted_runs
+from evidence import Evidence, Wanted, forget_other_code, wanted_runs
 from provenance import uncommitted
 from register import Claim, Register, RegisterError, check_jobs, read_register
 from runner import Outcome, Runner, Stopped
-from runs import HERE, RESULTS
+from runs import HERE, RESULTS, DamagedResultError
 from tasks import use_folders
 from verdicts import CANT_TELL
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_folders(told.register / "tasks" if told.register != HERE else None, told.cache)
     try:
         return told.do(told, read_register(told.register))
-    except RegisterError as error:
+    except (RegisterError, DamagedResultError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -92,10 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def _seeds(text: str) -> list[int]:
@@ -105,6 +104,8 @@ def _seeds(text: str) -> list[int]:
         if found is None:
             raise argparse.ArgumentTypeError(f"must be seeds such as 0-4 or 0,2,7, got {text!r}")
         first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"must be seeds such as 0-4, the smaller one first, got {text!r}")
         seeds |= dict.fromkeys(range(first, last + 1))
     return list(seeds)
 
@@ -114,14 +115,16 @@ def _seeds(text: str) -> list[int]:
 
 def _run(told: argparse.Namespace, register: Register) -> int:
     chosen = register.choose(told.claims)
-    claims = [one for one in chosen if not one.lacks]
+    claims = [one for one in chosen if not register.lacks(one)]
     for claim in chosen:
-        if claim.lacks:
-            print(f"{claim.name} is not run: it needs {claim.lacks}")
+        if claim not in claims:
+            print(f"{claim.name} is not run: it needs {register.lacks(claim)}")
     check_jobs(register, list(dict.fromkeys(name for claim in claims for name in claim.variants)))
     for file in () if told.quick else uncommitted(register):
         print(f"{file} is not as it is committed: what is registered after its runs is no evidence")
     evidence = _evidence(told, register, told.quick)
+    if told.quick:
+        forget_other_code(evidence.results)
     hours = told.hours if told.hours is not None else QUICK_HOURS if told.quick else math.inf
     runner = Runner(
         evidence,
@@ -187,8 +190,9 @@ def _status(told: argparse.Namespace, register: Register) -> int:
     minutes = evidence.minutes()
     missing: set[Wanted] = set()
     for claim in register.choose(told.claims):
-        if claim.lacks:
-            print(f"{claim.number:>3} {claim.name}: not run, needs {claim.lacks}")
+        lacks = register.lacks(claim)
+        if lacks and not all(evidence.there(one.variant, one.seed) for one in wanted_runs(evidence, [claim], 0)):
+            print(f"{claim.number:>3} {claim.name}: not run, needs {lacks}")
             continue
         runs = [one for look in range(len(register.rules.looks)) for one in wanted_runs(evidence, [claim], look)]
         open_runs = [one for one in runs if not evidence.there(one.variant, one.seed)]
@@ -212,7 +216,14 @@ def _report(told: argparse.Namespace, register: Register) -> int:
     from report import as_json, write_report
 
     evidence = _evidence(told, register)
-    for file in write_report(evidence, told.docs, told.readme):
+    try:
+        written = write_report(evidence, told.docs, told.readme)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("error: plots of what was measured need matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    for file in written:
         print(f"wrote {file}")
     if told.json:
         _write_json(told.json, as_json(evidence))

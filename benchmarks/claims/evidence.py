@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metrics import Censored, Metric, MissingValueError
 from register import Claim, Measure, Register
-from runs import Run, questions_file, read_result
+from runs import Run, questions_file, read_result, source
 from scores import whole
 from verdicts import CANT_TELL, ClaimVerdict, Finding, Sample, judge, judge_claim, judge_once
 
@@ -30,6 +30,7 @@ class Evidence:
 
     def __init__(self, register: Register, results: Path, quick: bool = False):
         self.register, self.results, self.quick = register, results, quick
+        self._there: set[Path] = set()
         self._runs: dict[tuple[str, int], tuple[Run, Path]] = {}
         self._whole: dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
         self._without: dict[Path, list[dict[str, Any]]] = {}
@@ -42,8 +43,11 @@ class Evidence:
         return self._runs[variant, seed]
 
     def there(self, variant: str, seed: int) -> bool:
-        """Tell whether a run has a result."""
-        return self.run(variant, seed)[1].is_file()
+        """Tell whether a run has a result; a damaged one is an error, not a run that is done."""
+        file = self.run(variant, seed)[1]
+        if file not in self._there and read_result(file) is not None:
+            self._there.add(file)
+        return file in self._there
 
     def seeds(self, variants: Sequence[str], seeds: Sequence[int] | None = None) -> list[int]:
         """Return the seeds that all variants have, from 0 on without a gap unless they are told."""
@@ -96,7 +100,7 @@ class Evidence:
                 values.append(metric.value(self.read(variant, seed)))
                 if metric.reads_questions:
                     without.append([metric.value(each) for each in self.without(variant, seed)])
-            except (MissingValueError, KeyError, ValueError, ZeroDivisionError) as error:
+            except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
                 told = f"no {error}" if isinstance(error, KeyError) else error
                 raise MissingValueError(f"seed {seed} of {variant}: {told}") from error
         if without and all(left == [value] * len(left) for value, left in zip(values, without, strict=True)):
@@ -106,15 +110,24 @@ class Evidence:
     def measure(self, measure: Measure, seeds: Sequence[int] | None = None) -> Finding:
         """Return what the runs say of a measure; with seeds told, by one look at those."""
         found = self.seeds(measure.variants, seeds)
-        rules = self.register.rules
-        if len(found) < (rules.looks[0] if seeds is None else 2):
+        looks = self.register.rules.looks if seeds is None else (len(found),)
+        if len(found) < max(2, looks[0]):
             return Finding(CANT_TELL, reason="not measured" if not found else f"too few runs ({len(found)} seeds)")
+        for look in looks:
+            if look > len(found):
+                break
+            finding = self._judged(measure, found[:look], judge_once if seeds is not None else judge)
+            if not finding.wants_more:
+                break
+        return finding
+
+    def _judged(self, measure: Measure, seeds: Sequence[int], judged: Callable[..., Finding]) -> Finding:
         try:
-            of = self.sample(measure.metric, measure.of, found)
-            against = self._against(measure, found, of)
+            of = self.sample(measure.metric, measure.of, seeds)
+            against = self._against(measure, seeds, of)
         except MissingValueError as error:
             return Finding(CANT_TELL, reason=str(error))
-        return judge(of, against, measure, rules) if seeds is None else judge_once(of, against, measure, rules)
+        return judged(of, against, measure, self.register.rules)
 
     def _against(self, measure: Measure, seeds: Sequence[int], of: Sample) -> Sample:
         if isinstance(measure.against, float):
@@ -185,6 +198,15 @@ def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Itera
             if file not in done:
                 done.add(file)
                 yield Wanted(name, seed)
+
+
+def forget_other_code(results: Path) -> None:
+    """Delete quick results of other code than that which is here: they would not show that runs can be carried out now."""
+    here = source()
+    for file in results.glob("*/*.json"):
+        told = read_result(file)
+        if told and told.get("quick") and told.get("source") != here:
+            file.unlink()
 
 
 def forgotten(evidence: Evidence) -> list[tuple[Path, Mapping[str, Any]]]:

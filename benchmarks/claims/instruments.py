@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
-from instruments_avatar import TierCurve
-from instruments_captions import Captions
-from instruments_maple import Gradient
-from instruments_ours import INSTRUMENTS as OURS
-from instruments_reasoning import Chains
-from step_times import StepTimes, StepTimesOnClips
 from transformers import TrainerCallback
 
 
@@ -20,7 +16,12 @@ INSTRUMENTS_VERSION = 1
 
 
 class Instrument(Protocol):
-    """Something that watches a trainer; `result()` is what it saw, as JSON holds it."""
+    """
+    Something that watches a trainer; `result()` is what it saw, as JSON holds it.
+
+    One that asks questions whose single scores it does not keep has `ASKS = True`: what their choice leaves in an effect is
+    not known.
+    """
 
     def result(self) -> dict[str, Any]: ...
 
@@ -78,6 +79,7 @@ class Cost:
 class Curve(TrainerCallback):
     """Accuracy on held-out questions against steps, completions, tokens and CPU seconds of training, which it does not add to."""
 
+    ASKS = True
     QUESTIONS, SAMPLES, POINTS = 24, 3, 12
     COSTS = ("completions", "completion_tokens", "cpu_seconds", "wall_seconds")
 
@@ -103,14 +105,17 @@ class Curve(TrainerCallback):
         return {"points": self.points}
 
 
-INSTRUMENTS: dict[str, type] = {
-    "curve": Curve,
-    "gradient": Gradient,
-    "step_times": StepTimes,
-    "step_times_clips": StepTimesOnClips,
-    "tier_curve": TierCurve,
-    "captions": Captions,
-    "chains": Chains,
-    **OURS,
-}
-"""Those that a run asks for by name; [`Cost`] is on every run."""
+INSTRUMENTS: dict[str, type] = {"curve": Curve}
+"""Those that a run asks for by name, with those of `instruments_<topic>.py` and `step_times.py`; [`Cost`] is on every run."""
+
+
+def collect() -> None:
+    """Add the `INSTRUMENTS` of every topic's module; a name that two have is an error."""
+    topics = [file.stem for file in sorted(Path(__file__).parent.glob("instruments_*.py"))]
+    for topic in (*topics, "step_times"):
+        for name, own in importlib.import_module(topic).INSTRUMENTS.items():
+            if INSTRUMENTS.setdefault(name, own) is not own:
+                raise ValueError(f"{topic}: there is another instrument {name!r}; a name has one meaning")
+
+
+collect()

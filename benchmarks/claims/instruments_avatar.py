@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 class TierCurve(TrainerCallback):
     """Accuracy on all held-out questions of a task whose questions' names begin with their tier, which adds nothing to the cost."""
 
+    ASKS = True
     SAMPLES, POINTS = 3, 16
 
     def __init__(self, trainer: Any, measure: Callable[..., dict[str, Any]], cost: Any):
@@ -36,3 +37,7 @@ class TierCurve(TrainerCallback):
 
     def result(self) -> dict[str, Any]:
         return {"points": self.points}
+
+
+INSTRUMENTS: dict[str, type] = {"tier_curve": TierCurve}
+"""By the names that runs ask for them by."""

@@ -20,6 +20,7 @@ BINS = 20
 class Captions:
     """Captions of all held-out clips after training, each from the signals of its row's tag, whatever the run trains with."""
 
+    ASKS = True
     VERSION = 1
 
     def __init__(self, trainer: Any, measure: Callable, cost: Any):
@@ -99,3 +100,7 @@ def spread(texts: Sequence[str], clips: Sequence[str], tags: Sequence[str]) -> d
     values = (by_tag.dispersion, by_tag.separation, by_clip.dispersion, by_clip.separation)
     known = [None if np.isnan(value) else float(value) for value in values]
     return {"silent": silent, **dict(zip(names, [*known, (counts / counts.sum()).round(5).tolist()], strict=True))}
+
+
+INSTRUMENTS: dict[str, type] = {"captions": Captions}
+"""By the names that runs ask for them by."""

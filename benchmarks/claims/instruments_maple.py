@@ -252,3 +252,7 @@ def frozen(trainer: Any, access: str) -> Iterator[None]:
             trainer.model.train(training)
             trainer._metrics["eval"].clear()
             trainer._means["eval"].take()
+
+
+INSTRUMENTS: dict[str, type] = {"gradient": Gradient}
+"""By the names that runs ask for them by."""

@@ -33,6 +33,7 @@ class Abstention:
     questions of MAPLE 5.4.1 a none answer is right wherever it is shown, and none can be chosen wrongly.
     """
 
+    ASKS = True
     SAMPLES = 1
 
     def __init__(self, trainer: Any, measure: Callable[..., Any], cost: Any):

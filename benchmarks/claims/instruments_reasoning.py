@@ -24,6 +24,8 @@ class Chains:
     It reads what the evaluations sample anyway; before training it asks a few questions itself, outside of the cost.
     """
 
+    ASKS = True
+
     def __init__(self, trainer: Any, measure: Callable[..., dict[str, Any]], cost: Any):
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._last: list[Read] = []
@@ -85,3 +87,7 @@ def summary(found: Sequence[Read]) -> dict[str, Any]:
 def mean(values: Sequence[float]) -> float | None:
     """Return a mean; `None` of nothing."""
     return statistics.fmean(values) if values else None
+
+
+INSTRUMENTS: dict[str, type] = {"chains": Chains}
+"""By the names that runs ask for them by."""

@@ -72,11 +72,17 @@ def read_metric(text: str) -> Metric:
     try:
         inspect.signature(function).bind(None, *arguments)
     except TypeError as error:
-        raise ValueError(f"{text}: {name}{inspect.signature(function)}: {error}") from error
+        raise ValueError(f"{text}: {error}; its arguments are {_told_arguments(function)}") from None
     parts = list(getattr(function, "needs", ()))
     if getattr(function, "takes_paths", False):
         parts += [one for one in arguments if isinstance(one, str)]
     return Metric(text, tuple(parts), lambda result: _checked(text, function(result, *arguments)))
+
+
+def _told_arguments(function: Callable) -> str:
+    return (
+        ", ".join(str(one).split(":")[0] for one in [*inspect.signature(function).parameters.values()][1:]) or "none"
+    )
 
 
 def _number(text: str) -> float | str:

@@ -9,9 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-LOGGED = ("entropy", "tag/all/clip_fraction", "tag/all/grad_norm", "tag/*/weight", "tag/*/kl")
-"""Series of the log that claims 1 to 8 read, by name; `*` stands for any text."""
-
 TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
 
 

@@ -43,6 +43,18 @@ def registered_at(register: Register, claims: Sequence[Claim]) -> dict[str, int]
     return found
 
 
+def rules_at(register: Register) -> int | None:
+    """Return when the rules were last changed, in seconds; `None` where they are not committed as they stand."""
+    file = register.folder / "register.yaml"
+    times, own, inside = _line_times(register.folder, file), [], False
+    for line, time in zip(file.read_text(encoding="utf-8").splitlines(), times, strict=False):
+        if line[:1].strip() not in ("", "#"):  # a key of the file
+            inside = line.startswith("rules:")
+        if inside:
+            own.append(time)
+    return None if not own or None in own else max(time for time in own if time is not None)
+
+
 def _line_times(folder: Path, file: Path) -> list[int | None]:
     """Return when each line of a file was committed; `None` where it is not."""
     times: list[int | None] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ PAPERS = ("MAPLE", "AVATAR", "ours")
 EFFECTS = ("difference", "ratio")
 EXPECTATIONS = ("above", "below", "equal", "not below", "not above")
 ROLES = ("claim", "control")
-NEEDS = {"gpu": "a GPU", "clips": "a folder of real clips, which MAPLE_CLIPS names"}
+NEEDS = {"gpu": "a GPU", "clips": "a folder of real clips with its `qa.json`, which MAPLE_CLIPS names"}
 """What a machine may lack, by the word in the register."""
 LEAST_SEEDS = 5
 ALWAYS = ("after", "cost", "log", "minutes", "stages")
@@ -122,7 +122,7 @@ class Claim:
 
     Attributes:
         file, lines: where it is registered, lines from 1, both included.
-        needs: what it can't be measured without, of `NEEDS`.
+        needs: what it can't be measured without, of `NEEDS`; [`Register.needs`] knows what its tasks need besides.
     """
 
     name: str
@@ -142,12 +142,6 @@ class Claim:
         """The variants whose runs it needs, in the order in which its measures name them."""
         return tuple(dict.fromkeys(name for measure in self.measures for name in measure.variants))
 
-    @property
-    def lacks(self) -> str:
-        """What it needs that is not here; runs use the CPU, so that a GPU never is."""
-        there = self.needs == "clips" and bool(os.environ.get("MAPLE_CLIPS"))
-        return NEEDS[self.needs] if self.needs and not there else ""
-
 
 @dataclass(frozen=True)
 class Register:
@@ -163,6 +157,23 @@ class Register:
     def files(self) -> list[Path]:
         """The files that it was read from."""
         return register_files(self.folder)
+
+    def needs(self, claim: Claim) -> str:
+        """Return what a claim needs that a machine may lack, by itself or for its tasks; nothing of most."""
+        return "; ".join(told for told, _ in self._needs(claim))
+
+    def lacks(self, claim: Claim) -> str:
+        """Return what a claim needs that is not here; runs use the CPU, so that a GPU never is."""
+        return "; ".join(told for told, there in self._needs(claim) if not there)
+
+    def _needs(self, claim: Claim) -> Iterator[tuple[str, bool]]:
+        if claim.needs:
+            clips = Path(os.environ.get("MAPLE_CLIPS") or "nowhere", "qa.json")
+            yield NEEDS[claim.needs], claim.needs == "clips" and clips.is_file()
+        for name in dict.fromkeys(self.variants[variant].task for variant in claim.variants):
+            task = load_task(name)
+            if hasattr(task, "NEEDS"):
+                yield task.NEEDS, task.is_there()
 
     def choose(self, names: Sequence[str]) -> list[Claim]:
         """Return claims by name or number, in the register's order; all where none is named."""
@@ -384,6 +395,10 @@ def _measure(name: str, part: _Part, variants: Mapping[str, Variant]) -> Measure
             advice = did_you_mean(variant, variants, f"there are {', '.join(variants)}")
             raise part.error(f"{field_name}: no variant {variant!r}{advice}")
         _check_paths(part, metric, variants[variant])
+    if measure.of == measure.against:
+        raise part.error(f"against is {measure.of}, too: a variant differs from itself by nothing")
+    if len(tasks := {variants[one].task for one in measure.variants}) > 1 and metric.reads_questions:
+        raise part.error(f"of and against are asked other questions, those of {' and of '.join(sorted(tasks))}")
     return measure
 
 
@@ -407,7 +422,7 @@ def _check_paths(part: _Part, metric: Metric, variant: Variant) -> None:
                 )
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Refuses a name that is given twice, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -429,8 +444,9 @@ def _load(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Return what a file holds, and the first and last line of each of its claims."""
     text = file.read_text(encoding="utf-8")
     try:
-        told = yaml.load(text, _Loader)
-        root = yaml.compose(text, yaml.SafeLoader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        told = loader.construct_document(root) if root else None
     except RegisterError as error:
         raise RegisterError(f"{file.name}: {error}") from error
     except yaml.YAMLError as error:

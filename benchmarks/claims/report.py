@@ -6,14 +6,16 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from evidence import Evidence, forgotten
+from instruments import INSTRUMENTS
 from metrics import MissingValueError
-from provenance import added_at, register_commit, registered_at, uncommitted
-from register import EFFECTS, NEEDS, Claim, Measure
+from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
+from register import EFFECTS, Claim, Measure
 from simulate import STATED, Setting
 from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding
 
@@ -49,8 +51,8 @@ class Page:
         """Return the verdict on a claim as it is shown."""
         decided, found = self.found[claim.name]
         if not any(found[one.name].estimate for one in claim.measures):
-            if claim.needs:
-                return f"{NOT_RUN} (needs {NEEDS[claim.needs]})"
+            if needs := self.register.needs(claim):
+                return f"{NOT_RUN} (needs {needs})"
             reasons = {found[one.name].reason for one in claim.measures}
             return NOT_MEASURED if all("few runs" in one or one == NOT_MEASURED for one in reasons) else CANT_TELL
         told = f"**{decided.verdict}**" if decided.verdict != CANT_TELL else CANT_TELL
@@ -126,6 +128,7 @@ class Page:
         )
         for claim in self.claims:
             yield from self.section(claim)
+        yield from self.made_with()
         yield from self.changes()
         yield from self.former()
 
@@ -141,16 +144,55 @@ class Page:
     def warnings(self) -> list[str]:
         """Return what makes results less than registered evidence."""
         told = [f"{file} is not as it is committed." for file in uncommitted(self.register)]
+        every = {self.evidence.run(*run)[1] for claim in self.claims for run in self.runs(claim)}
+        if old := self.not_after(rules_at(self.register), every):
+            told.append(
+                f"{old} of {len(every)} runs were not committed after the rules that decide: see the changes for why."
+            )
         for claim in self.claims:
             at = self._registered.get(claim.name)
             files = {self.evidence.run(name, seed)[1] for name, seed in self.runs(claim)}
-            old = [file for file in files if at is not None and self._added.get(file, at) < at]
-            if old:
+            if old := self.not_after(at, files):
                 told.append(
-                    f"{len(old)} of {len(files)} runs of `{claim.name}` are older than its text in the register: see the "
-                    "register's changes for why."
+                    f"{old} of {len(files)} runs of `{claim.name}` were not committed after its text in the register: see "
+                    "the register's changes for why."
                 )
+            told += self.mixed(claim)
         return [*(f"> **Warning.** {one}" for one in told), ""] if told else []
+
+    def not_after(self, at: int | None, files: Collection[Path]) -> int:
+        """Count result files that were committed at a time or before it."""
+        return 0 if at is None else sum(self._added[file] <= at for file in files if file in self._added)
+
+    def mixed(self, claim: Claim) -> Iterator[str]:
+        """Yield in what the runs of a claim differ beside what the register says."""
+        results = [self.evidence.read(name, seed) for name, seed in self.runs(claim)]
+        of_package: dict[str, set[str]] = {}
+        starts: dict[str, set[str]] = {}
+        for result in results:
+            for package, version in result["packages"].items():
+                of_package.setdefault(package, set()).add(version)
+            starts.setdefault(result["task"], set()).add(result.get("start", ""))
+        several = {package: own for package, own in of_package.items() if len(own) > 1}
+        if several:
+            told = "; ".join(f"{package} {', '.join(sorted(own))}" for package, own in sorted(several.items()))
+            yield f"Runs of `{claim.name}` were made with different libraries, which change numbers: {told}."
+        for task in (task for task, own in starts.items() if len(own) > 1):
+            yield f"Runs of `{claim.name}` began from different starts of the task `{task}`, which was made anew in between."
+
+    def made_with(self) -> Iterator[str]:
+        """Yield the libraries and the states of this package that runs were made with."""
+        runs = {run for claim in self.claims for run in self.runs(claim)}
+        results = [self.evidence.read(name, seed) for name, seed in sorted(runs)]
+        made = Counter(
+            (", ".join(f"{name} {one}" for name, one in sorted(result["packages"].items())), result.get("source", ""))
+            for result in results
+        )
+        yield from ("", "## Made with", "")
+        if not made:
+            yield "No results."
+        for (packages, source), count in sorted(made.items()):
+            yield f"- {count} runs: {packages or 'libraries unknown'}; source {source or 'unknown'}"
 
     def runs(self, claim: Claim) -> list[tuple[str, int]]:
         """Return the runs that a claim's findings stand on, by variant and seed."""
@@ -207,7 +249,7 @@ class Page:
             f"- **The control {name} fails: the effect may be something else than what is claimed.**"
             for name in decided.failed
         ]
-        return told + [f"- The control {name} can't tell." for name in decided.open]
+        return told + ([f"- Controls that can't tell: {', '.join(decided.open)}."] if decided.open else [])
 
     def measure_row(self, measure: Measure, found: Finding) -> str:
         """Return a measure's row."""
@@ -217,7 +259,9 @@ class Page:
             expected = f"{none} ± {measure.least:g}"
         elif measure.expects in ("not below", "not above"):
             expected += " or more"
-        evaluation = "–"
+        parts = [path.split(".")[0] for path in measure.metric.paths]
+        asks = any(getattr(INSTRUMENTS.get(part), "ASKS", False) for part in parts)
+        evaluation = "not counted" if asks and found.estimate else "–"
         if found.estimate and not math.isnan(found.estimate.evaluation):
             evaluation = f"{found.estimate.evaluation:.2g}" + (" (**too large**)" if found.blurred else "")
         verdict = found.verdict + (", smaller than would matter" if found.small else "")
@@ -438,7 +482,7 @@ def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> Non
         highs = [found.estimate.high for _, found in panel if found.estimate]
         if max(highs) / max(min(lows), 1e-12) > 20:
             axis.set_xscale("log")
-    axis.set_xlabel(f"{kind}, with its interval; ticks in grey: the smallest effect that would matter", color=GREY)
+    axis.set_xlabel(f"{kind}, with its interval\ngrey ticks: the smallest effect that would matter", color=GREY)
     axis.tick_params(colors=GREY)
     for spine in axis.spines.values():
         spine.set_visible(False)

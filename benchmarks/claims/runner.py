@@ -172,7 +172,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 pass_fds=list(runs.values()),
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"},
             )
         self._active.append(_Active(runs, process, output, time.monotonic()))
         return True

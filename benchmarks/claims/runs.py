@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from instruments import INSTRUMENTS, INSTRUMENTS_VERSION
-from tasks import Task, load_task
+from tasks import digest, load_task
 
+import maple_trl
+from maple_trl.files import read_json, write_atomically
 from maple_trl.jobs.options import config_files, make_parser, option_keys, trainer_of
 from maple_trl.jobs.stages import load_plan
 
@@ -189,6 +190,12 @@ class Run:
         return results / self.task / f"{self.key()}.json"
 
 
+@functools.cache
+def source() -> str:
+    """Return what the source of this package and of these benchmarks comes to."""
+    return digest(file for top in (Path(maple_trl.__file__).parent, HERE) for file in top.rglob("*.py"))
+
+
 def is_kept(name: str) -> bool:
     """Tell whether a result has a series of the log."""
     return any(fnmatch(name, kept) for kept in KEPT)
@@ -201,17 +208,28 @@ def questions_file(file: Path, told: Mapping[str, Any]) -> Path:
 
 def write_result(file: Path, result: Mapping[str, Any]) -> None:
     """Write JSON so that a stop at any moment leaves none or the whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    scratch.write_text(json.dumps(result, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(scratch, file)
+    write_atomically(file, json.dumps(result, separators=(",", ":"), sort_keys=True) + "\n")
+
+
+class DamagedResultError(Exception):
+    """A file of results that is not as it was written; the message says which, and what to do."""
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
-    """Read a run's result; `None` where it was not run."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """
+    Read a run's result; `None` where it was not run.
 
-
-def task_of(run: Run) -> Task:
-    """Return the run's task."""
-    return load_task(run.task)
+    Raises:
+        DamagedResultError: where the file is no JSON object.
+    """
+    try:
+        told = read_json(file)
+    except ValueError as error:
+        raise DamagedResultError(
+            f"{file} is damaged ({error}): restore it, or delete it to have it made anew"
+        ) from error
+    if told is not None and not isinstance(told, dict):
+        raise DamagedResultError(
+            f"{file} is damaged (it holds no object): restore it, or delete it to have it made anew"
+        )
+    return told

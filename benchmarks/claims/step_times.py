@@ -102,7 +102,17 @@ class StepTimesOnClips(StepTimes):
     def result(self) -> dict[str, Any]:
         if not os.environ.get("MAPLE_CLIPS"):
             raise ValueError(NOT_RUN)
-        return on_clips(self._seed, Path(os.environ["MAPLE_CLIPS"]), min(CLIP_STEPS, self._longest))
+        from tasks import digest
+
+        folder = Path(os.environ["MAPLE_CLIPS"])
+        told = {
+            "questions": digest([folder / "qa.json"])
+        }  # no part of the run's identity: it says whose clips they were
+        return told | on_clips(self._seed, folder, min(CLIP_STEPS, self._longest))
+
+
+INSTRUMENTS: dict[str, type] = {"step_times": StepTimes, "step_times_clips": StepTimesOnClips}
+"""By the names that runs ask for them by."""
 
 
 def clip_rows(folder: Path) -> list[dict[str, Any]]:

@@ -99,8 +99,8 @@ def estimate(of: Sample, against: Sample, effect: str, level: float) -> Estimate
     value, spread = float(effects_S.mean()), float(effects_S.std(ddof=1))
     between = spread**2 / seeds
     questions, evaluation, groups = 0.0, math.nan, 0
-    if len(of.without) and len(against.without):
-        left_SQ = _effects(of.without, against.without, effect)
+    if len(of.without) or len(against.without):
+        left_SQ = _effects(_left_out(of), _left_out(against), effect)
         groups = left_SQ.shape[1]
         together, alone = float(_jackknife(left_SQ.mean(axis=0))), float(_jackknife(left_SQ).mean())
         questions = max(0.0, together - max(0.0, alone - together) / (seeds - 1))
@@ -120,6 +120,11 @@ def _effects(of: ArrayLike, against: ArrayLike, effect: str) -> NDArray[np.float
         if not (values > 0).all():
             raise UndefinedEffectError(f"a ratio takes values above 0, got {values.min():.4g}")
     return np.log(one) - np.log(other)
+
+
+def _left_out(sample: Sample) -> NDArray[np.float64]:
+    """Return a sample's values without each group; of one that no question moves, its values, whatever is left out."""
+    return np.asarray(sample.without if len(sample.without) else [[value] for value in sample.value], dtype=float)
 
 
 def _jackknife(left_out: NDArray[np.float64]) -> NDArray[np.float64]:

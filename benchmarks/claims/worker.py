@@ -19,7 +19,6 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import yaml
 from instruments import INSTRUMENTS, Cost
-from runs import QUICK_QUESTIONS, SERIES, Run, is_kept, questions_file, read_result, write_result
+from runs import QUICK_QUESTIONS, SERIES, Run, is_kept, questions_file, read_result, source, write_result
 from scores import encoded_scores, rounded
-from tasks import Task, load_task, prepared, use_folders
+from tasks import Task, load_task, prepared, start_of, use_folders, versions
 
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.sampled import choose_questions
@@ -42,7 +41,6 @@ from maple_trl.metrics.clips import clips_of
 
 
 LOG_DIGITS = 4
-PACKAGES = ("maple-trl", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
 def job_files(run: Run, folder: Path, output: Path) -> list[tuple[str, Path]]:
@@ -181,11 +179,6 @@ def series(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     return found
 
 
-def measuring(trainer: Any, task: Task, test: Any) -> Exam:
-    """Return what asks the policy held-out questions, the same each time, by one or several accesses."""
-    return Exam(trainer, task, test)
-
-
 def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
     """
     Train and measure; return the result.
@@ -206,7 +199,7 @@ def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
             for name, file in (earlier if run.trained else ())
         ]
         trainer = job_trainer(last)
-        exam = measuring(trainer, task, task.held_out(folder))
+        exam = Exam(trainer, task, task.held_out(folder))
         if questions is not None:
             keep_questions(questions, exam.rows(asked))
         cost = Cost(trainer)
@@ -225,7 +218,9 @@ def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
         "recipe": run.recipe,
         "options": dict(run.options),
         "seed": run.seed,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": versions(),
+        "source": source(),
+        "start": start_of(folder),
         "minutes": rounded((time.process_time() - began) / 60),
         **rounded(found),
     }
@@ -248,7 +243,7 @@ def carry_out_stage(file: Path, task: Task, folder: Path, asked: int, samples: i
     trainer.save_model(str(file.parent))
     trainer.processing_class.save_pretrained(str(file.parent))
     told = {
-        "after": compact(measuring(trainer, task, task.held_out(folder))(asked, samples)),
+        "after": compact(Exam(trainer, task, task.held_out(folder))(asked, samples)),
         "cost": cost.result(),
         "log": series([entry for entry in trainer.state.log_history if "loss" in entry]),
     }

@@ -34,39 +34,6 @@ def make_run(told, seed=100, **options):
 # The register
 
 
-@pytest.mark.slow
-def test_every_variant_is_jobs_that_their_trainers_take(register, tmp_path):
-    import worker
-
-    from maple_trl.jobs.options import parse_args
-
-    keys, seen = set(), set()
-    for name, told in register["variants"].items():
-        run = make_run(told)
-        keys.add(run.key())
-        for (_, file), (_, config) in zip(worker.job_files(run, tmp_path, tmp_path / name), run.jobs(), strict=True):
-            if str(config) not in seen:
-                parse_args(["--config", str(file)])
-            seen.add(str(config))
-    assert len(keys) == len(register["variants"])  # no two are the same run
-
-
-def test_every_measure_names_variants_and_a_metric_that_their_results_have(register):
-    from metrics_avatar import METRICS
-
-    variants = register["variants"]
-    assert {claim["number"] for claim in register["claims"].values()} == {12, 13, 14, 15, 19, 20, 21, 22}
-    for claim in register["claims"].values():
-        assert any(measure.get("role") != "control" for measure in claim["measures"].values())
-        for measure in claim["measures"].values():
-            function = measure["metric"].partition("(")[0]
-            assert function in METRICS or function == "after.trained.accuracy.all"
-            for side in (measure["of"], measure["against"]):
-                assert side in variants or side in (0, 1)
-                if side in variants and getattr(METRICS.get(function), "needs", ()) == ("tier_curve",):
-                    assert variants[side]["instruments"] == ["tier_curve"]
-
-
 def test_what_differs_between_variants_is_what_they_are_named_for(register):
     configs = {
         name: dict(make_run(told).jobs())[""] for name, told in register["variants"].items() if "replay-" in name

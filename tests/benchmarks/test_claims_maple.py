@@ -433,7 +433,7 @@ def test_the_start_lies_in_the_stated_bands(claims, task, tmp_path, monkeypatch)
     output.mkdir()
     run = claims("runs").Run("embedded", "tiny/mapo_token", 100, {}, trained=False)
     made, _ = build_trainer(*parse_args(["--config", str(claims("worker").job_file(run, folder, output))]))
-    measure = claims("worker").measuring(made, task, task.held_out(folder))
+    measure = claims("worker").Exam(made, task, task.held_out(folder))
     asked = measure(task.QUESTIONS, 2, ("required", "all"))
     for access, found in asked.items():
         low, high = task.START[access]

@@ -1,7 +1,6 @@
 """Claims of QA+, of everything together and of shared prompts: their metrics, task, probes and register."""
 
 import importlib
-import re
 import sys
 import types
 from collections import Counter
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 
 CLAIMS = Path(__file__).resolve().parents[2] / "benchmarks" / "claims"
@@ -283,45 +281,3 @@ def test_a_shared_prompt_trains_the_same_weights_and_a_planted_difference_is_see
     watch._job["learning_rate"] = 1e-2
     faulty = differences(alone, watch._trained("on"))
     assert faulty["weights"] > 1e-3
-
-
-# Register
-
-
-def registered(name):
-    return yaml.safe_load((CLAIMS / "register" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("name", ["qa_plus", "ours"])
-def test_every_registered_job_is_one_that_its_config_takes(name, tmp_path):
-    from runs import Run
-    from worker import job_file
-
-    from maple_trl.jobs.options import parse_args
-
-    told = registered(name)
-    for variant, fields in told["variants"].items():
-        if not (CLAIMS / "tasks" / f"{fields['task']}.py").is_file():
-            assert fields["task"] == "reasoning", variant  # a task that other claims bring
-            continue
-        run = Run(**({"options": {}, "seed": 0} | fields))
-        parse_args(["--config", str(job_file(run, Path("unprepared"), tmp_path))])
-
-
-@pytest.mark.parametrize("name", ["qa_plus", "ours"])
-def test_every_measure_names_variants_and_a_metric_that_there_are(name, metrics):
-    told = registered(name)
-    for claim, fields in told["claims"].items():
-        assert any(measure.get("role", "claim") == "claim" for measure in fields["measures"].values()), claim
-        for measure in fields["measures"].values():
-            called = re.fullmatch(r"(\w+)(\(.*\))?", measure["metric"])
-            known = called is None or called[1] in {*metrics.METRICS, "quotient"}
-            assert known, measure
-            assert {measure["of"], measure["against"]} - {0, 1} <= set(told["variants"]), measure
-    used = {
-        measure[side]
-        for fields in told["claims"].values()
-        for measure in fields["measures"].values()
-        for side in ("of", "against")
-    }
-    assert set(told["variants"]) <= used

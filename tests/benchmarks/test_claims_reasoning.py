@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import random
 import re
 import statistics
@@ -224,21 +223,14 @@ def test_metrics_read_the_questions_of_a_result():
         metrics.zero_variance(result_of({}, log), "all")
 
 
-def test_the_register_names_what_there_is(tmp_path):
-    metrics = importlib.import_module("metrics_reasoning")
-    runs = {name: importlib.import_module("runs").Run(**told, seed=0) for name, told in REGISTER["variants"].items()}
+def test_controls_have_the_parabolas_mean(tmp_path):
     configs = {}
-    for name, run in runs.items():
+    for name in ("reason-uniform", "reason-uniform-scaled", "reason-parabolic-1", "reason-uniform-faster"):
+        run = importlib.import_module("runs").Run(**REGISTER["variants"][name], seed=0)
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(run.config() | {"output_dir": str(tmp_path / name), "use_cpu": True}))
         arguments = parse_args(["--config", str(file)])
         configs[name] = next(part for part in arguments if isinstance(part, AvatarConfig))
-    settings = [json.dumps(run.identity(), sort_keys=True) for run in runs.values()]
-    assert len(set(settings)) == len(settings)  # no variant twice
-    for claim in REGISTER["claims"].values():
-        for measure in claim["measures"].values():
-            assert {measure["of"], measure["against"]} <= configs.keys()
-            assert "." in measure["metric"] or measure["metric"].partition("(")[0] in metrics.METRICS
     plain, scaled = configs["reason-uniform"], configs["reason-uniform-scaled"]
     mean = 1 + configs["reason-parabolic-1"].tas_lambda / 3
     for option in ("max_grad_norm", "adam_epsilon", "beta"):

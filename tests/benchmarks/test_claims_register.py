@@ -1,7 +1,11 @@
 """The register of claims: what it holds is read, and each mistake is named with its place and what would be right."""
 
+import json
+from types import SimpleNamespace
+
 import claim_sets
 import pytest
+import tasks
 from claim_sets import CLAIMS, known_tasks, write_register
 from register import RegisterError, check_jobs, read_register
 
@@ -36,9 +40,16 @@ def test_claims_are_chosen_by_name_and_number(register):
         register.choose(["better", "soner"])
 
 
-def test_the_registered_rules_are_read():
-    rules = read_register(CLAIMS).rules
+@pytest.mark.slow
+def test_what_is_registered_can_be_run():
+    register = read_register(CLAIMS)
+    rules = register.rules
     assert rules.looks == (5, 10) and rules.level == 0.0294 and rules.confidence == 0.95
+    check_jobs(register, list(register.variants))
+    names = {}
+    for name, variant in register.variants.items():
+        names.setdefault(variant.run(0).key(), []).append(name)
+    assert [own for own in names.values() if len(own) > 1] == []  # no two are the same run
 
 
 def test_jobs_are_those_of_the_runs(register):
@@ -75,9 +86,14 @@ MISTAKES = {
     ),
     "seed": (lambda t: t["variants"]["new"].update(options={"seed": 3}), "seed is no option of a variant"),
     "function": (lambda t: measure(t, metric="reach(all)"), "metric: no function 'reach'.*did you mean reached"),
-    "argument": (
-        lambda t: measure(t, metric="gap(trained, sample, all)"),
-        "metric: gap.*: too many positional arguments",
+    "arguments": (
+        lambda t: measure(t, metric="reached(all, 0.6)"),
+        "metric: reached\\(all, 0.6\\): missing .*'cost'; its arguments are what, target, cost",
+    ),
+    "itself": (lambda t: measure(t, against="new"), "against is new, too: a variant differs from itself by nothing"),
+    "tasks": (
+        lambda t: t["variants"]["old"].update(task="embedded"),
+        "of and against are asked other questions, those of embedded and of probe",
     ),
     "path": (lambda t: measure(t, metric="gradient.norm"), "reads 'gradient', which is no instrument of new"),
     "log": (lambda t: measure(t, metric="mean(log.entrop)"), "reads 'entrop' of the log; kept of it is .*entropy"),
@@ -159,3 +175,34 @@ def test_what_decides_a_run_decides_its_file(tmp_path):
     assert len(files) == 4
     assert new.run(0).file() == read_register(tmp_path).variants["new"].run(0).file()
     assert claim_sets.CLAIMS / "results" / "probe" in {file.parent for file in files}
+
+
+# What tasks make
+
+
+def test_what_a_task_has_made_is_made_anew_where_it_is_half_or_by_others(tmp_path, monkeypatch):
+    made = []
+
+    def prepare(folder):
+        made.append(folder)
+        (folder / "train.parquet").write_bytes(b"%d" % len(made))
+
+    source = tmp_path / "task.py"
+    source.write_text("VERSION = 7")
+    task = SimpleNamespace(VERSION=7, prepare=prepare, __file__=str(source))
+    monkeypatch.setattr(tasks, "load_task", lambda name: task)
+    monkeypatch.setattr(tasks, "_cache", tmp_path / "cache")
+    folder = tasks.prepared("own", False)
+    assert tasks.prepared("own") == folder and len(made) == 1
+    start = tasks.start_of(folder)
+    whole = (folder / "whole").read_text()
+    for damage in (whole[:20], "", json.dumps(json.loads(whole) | {"made_by": {}})):
+        (folder / "whole").write_text(damage)
+        (folder / "stale").touch()
+        tasks.prepared("own")
+        assert not (folder / "stale").exists()
+    source.write_text("VERSION = 7\nSIZE = 2")
+    tasks.prepared("own")
+    monkeypatch.setattr(tasks, "versions", lambda: {"torch": "0.1"})
+    tasks.prepared("own")
+    assert len(made) == 6 and tasks.start_of(folder) != start and tasks.prepared("own") == folder and len(made) == 6

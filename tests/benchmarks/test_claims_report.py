@@ -1,20 +1,28 @@
-"""From results on disk to docs/claims.md, by `python benchmarks/claims` as a process of its own."""
+"""From results on disk to docs/claims.md, by the commands of `python benchmarks/claims`."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 
+import claim_sets
 import programs
 import pytest
 from claim_sets import CLAIMS, known_tasks, write_register, write_results
-from evidence import Evidence, Wanted, forgotten, wanted_runs
+from evidence import Evidence, Wanted, forget_other_code, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
 from register import read_register
+from report import Page
+from runs import source
 from scores import decoded_scores, encoded_scores, rounded, whole
 from verdicts import CANT_TELL, DOES_NOT, HOLDS
 
+
+main = claim_sets.command()
 
 BETTER = {0: 0.80, 1: 0.82, 2: 0.79, 3: 0.81, 4: 0.80}
 WORSE = {0: 0.60, 1: 0.61, 2: 0.60, 3: 0.62, 4: 0.59}
@@ -31,7 +39,10 @@ def evidence(tmp_path):
 def claims(command, evidence, *words):
     """`python benchmarks/claims` on a register and results of a test."""
     shared = ["--register", evidence.register.folder, "--results", evidence.results]
-    return programs.run([CLAIMS, command, *shared, *words])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in (command, *shared, *words)])
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 def report(evidence, docs, readme="README.md"):
@@ -64,6 +75,9 @@ def test_a_report_tells_what_was_found(evidence, tmp_path):
     row = next(line for line in page.splitlines() if "The new one answers more rightly." in line)
     assert f"+0.200 [{low:+.3f}, {high:+.3f}] | 5 | **holds**; **CONTROL FAILS: seconds**" in row
     assert "Of 2 claims: holds: 2. Claims with a control that fails: 1." in page
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines()}
+    errors = [cells[f"| {name}"][7] for name in ("completions", "seconds (control)")]
+    assert errors == ["not counted", "–"] and float(cells["| accuracy"][7].split()[0]) > 0
     assert "**The control seconds fails" in page and "2 runs never got there" in page
     linked = re.findall(r"\((\S+\.(?:json|svg))\)", page)
     assert len(linked) == 2 * 10 + 2 and all((docs / file).is_file() for file in linked)
@@ -127,7 +141,6 @@ def test_results_of_variants_that_are_gone_are_kept_and_listed(evidence, tmp_pat
 def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
     folder = evidence.register.folder
     evidence = Evidence(evidence.register, folder / "results")
-    write_decided(evidence)
 
     def commit(day):
         date = f"2026-12-{day}T12:00:00+0000"
@@ -138,6 +151,8 @@ def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
 
     subprocess.run(["git", "init", "-q", folder], check=True)
     commit(10)
+    write_decided(evidence)
+    commit(11)
     page, _ = report(evidence, tmp_path / "docs")
     assert "of 2026-12-10" in page and "Warning" not in page
     topic = folder / "register" / "topic.yaml"
@@ -146,10 +161,105 @@ def test_runs_older_than_their_registration_are_told(evidence, tmp_path):
     assert "register/topic.yaml is not as it is committed" in page
     commit(20)
     page, _ = report(evidence, tmp_path / "docs")
-    assert (
-        "10 of 10 runs of `better` are older than its text in the register" in page
-        and "`sooner` are older" not in page
+    assert "10 of 10 runs of `better` were not committed after its text in the register" in page
+    assert "`sooner` were not committed" not in page and "after the rules" not in page
+    rules = folder / "register.yaml"
+    rules.write_text(rules.read_text().replace("level: 0.0294", "level: 0.03"))
+    for file in evidence.results.glob("*/*.json"):  # committed at once with what they are judged by
+        file.write_text(file.read_text() + "\n")
+    commit(21)
+    page, _ = report(evidence, tmp_path / "docs")
+    assert "10 of 10 runs were not committed after the rules that decide" in page
+
+
+def edit(evidence, variant, seed, change):
+    file = evidence.run(variant, seed)[1]
+    result = json.loads(file.read_text())
+    change(result)
+    file.write_text(json.dumps(result))
+    return file
+
+
+def test_runs_that_other_libraries_or_another_start_made_are_told(evidence, tmp_path):
+    write_decided(evidence)
+    for name in ("new", "old"):
+        for seed in range(5):
+            edit(
+                evidence, name, seed, lambda result: result.update(packages={"torch": "2.9"}, source="aa", start="bb")
+            )
+    page = "\n".join(Page(evidence, tmp_path).lines())
+    assert "10 runs: torch 2.9; source aa" in page and "Warning" not in page
+    edit(evidence, "old", 4, lambda result: result.update(packages={"torch": "2.10"}, source="cc", start="dd"))
+    page = "\n".join(Page(Evidence(evidence.register, evidence.results), tmp_path).lines())
+    assert "Runs of `better` were made with different libraries, which change numbers: torch 2.10, 2.9." in page
+    assert "Runs of `sooner` began from different starts of the task `probe`" in page
+    assert "1 runs: torch 2.10; source cc" in page
+
+
+def test_without_matplotlib_a_report_says_so_and_writes_nothing(evidence, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = ("--docs", tmp_path / "docs", "--readme", tmp_path / "README.md")
+    assert claims("report", evidence, *words).returncode == 0  # no plot yet
+    page = (tmp_path / "docs" / "claims.md").read_bytes()
+    write_decided(evidence)
+    done = claims("report", evidence, *words)
+    assert done.returncode == 2 and done.stderr == (
+        "error: plots of what was measured need matplotlib: pip install matplotlib\n"
     )
+    assert (tmp_path / "docs" / "claims.md").read_bytes() == page
+
+
+def test_a_damaged_result_is_named_and_is_no_run_that_is_done(evidence):
+    write_decided(evidence)
+    file = evidence.run("old", 3)[1]
+    for damage in (file.read_text()[:100], "[]", ""):
+        file.write_text(damage)
+        for command in ("status", "report", "run"):
+            done = claims(command, evidence)
+            assert done.returncode == 2 and f"error: {file} is damaged (" in done.stderr
+            assert "or delete it to have it made anew" in done.stderr
+
+
+def test_a_claim_whose_task_lacks_something_is_not_run(evidence, tmp_path, monkeypatch):
+    file = evidence.register.folder / "register" / "topic.yaml"
+    file.write_text(file.read_text().replace("task: probe", "task: stamps"))
+    monkeypatch.setattr("tasks._cache", tmp_path)
+    done = claims("run", evidence)
+    needs = (
+        "needs the media of Debian's tuxpaint-stamps-default, which `python benchmarks/claims/fetch_stamps.py` fetches"
+    )
+    assert done.returncode == 0 and done.stdout.count(f" is not run: it {needs}") == 2
+    assert "0 runs are done, 0 failed, 0 are left" in done.stdout
+    assert claims("status", evidence).stdout.count(f"not run, {needs}") == 2
+    page = Page(Evidence(read_register(evidence.register.folder), evidence.results), tmp_path)
+    assert page.counts() == "Of 2 claims: not run: 2. Claims with a control that fails: 0."
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--seeds", "4-2"), "must be seeds such as 0-4, the smaller one first, got '4-2'"),
+        (("--seeds", "all"), "must be seeds such as 0-4 or 0,2,7, got 'all'"),
+        (("--workers", "many"), "must be a whole number of 1 or more, got 'many'"),
+        (("--workers", "0"), "must be a whole number of 1 or more, got '0'"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(evidence, capsys, words, told):
+    with pytest.raises(SystemExit):
+        main(["run", "--register", str(evidence.register.folder), *words])
+    assert told in capsys.readouterr().err
+
+
+def test_quick_results_of_other_code_are_forgotten(evidence):
+    quick = Evidence(evidence.register, evidence.results, quick=True)
+    for told in (evidence, quick):
+        write_results(told, "new", {0: 0.5, 1: 0.5})
+        edit(told, "new", 1, lambda result: result.update(source=source()))
+    forget_other_code(evidence.results)
+    there = [
+        Evidence(evidence.register, evidence.results, kind).there("new", n) for kind in (True, False) for n in (0, 1)
+    ]
+    assert there == [False, True, True, True]
 
 
 # Which runs are asked for
@@ -188,13 +298,21 @@ def test_status_counts_hours_by_what_runs_took(evidence):
 
 def test_a_value_that_is_not_there_is_named(evidence):
     write_decided(evidence)
-    file = evidence.run("old", 3)[1]
-    result = json.loads(file.read_text())
-    del result["cost"]["cpu_seconds"]
-    file.write_text(json.dumps(result))
+    edit(evidence, "old", 3, lambda result: result["cost"].pop("cpu_seconds"))
     found = evidence.claim(evidence.register.claims["better"])[1]["seconds"]
     assert (found.verdict, found.estimate) == (CANT_TELL, None)
     assert "seed 3 of old: cost.cpu_seconds: no 'cpu_seconds' in cost; there is nothing" in found.reason
+
+
+def test_a_decided_look_does_not_ask_for_values_of_later_seeds(evidence):
+    write_decided(evidence)
+    later = dict.fromkeys(range(5, 10), 0.7)
+    for name in ("new", "old"):
+        write_results(evidence, name, later)
+        edit(evidence, name, 7, lambda result: result.pop("cost"))
+        edit(evidence, name, 7, lambda result: result["after"]["trained"].update(digits="-" * 140))
+    found = evidence.claim(evidence.register.claims["better"])[1]
+    assert (found["accuracy"].verdict, found["accuracy"].estimate.seeds) == (HOLDS, 5)
 
 
 def test_the_register_is_checked_and_rules_are_tried_by_command(evidence, tmp_path):

@@ -1,6 +1,7 @@
 """Runs of claims are carried out in processes, and a stop at any moment loses nothing but what was under way."""
 
 import copy
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from claim_sets import CLAIMS, known_tasks, write_register
 from evidence import Evidence, forgotten
 from register import read_register
 from runner import lock
+from tasks import PACKAGES
 
 
 pytestmark = pytest.mark.slow
@@ -85,19 +87,20 @@ def is_free(evidence, variant, seed):
 
 @pytest.fixture(scope="module")
 def three(folder, tmp_path_factory):
-    """Results of seed 0 twice, and of seed 1, each of a process of its own."""
+    """Results of seed 0 by a process of its own, and by one that has carried out seed 1 before, whose result is the last."""
     place = tmp_path_factory.mktemp("three")
-    register, files = read_register(folder), []
+    register, runs = read_register(folder), []
     for number, seed in enumerate((0, 0, 1)):
         run = register.variants["new"].run(seed)
         described = place / f"{number}.json"
         fields = {name: getattr(run, name) for name in ("task", "recipe", "seed", "options", "instruments")}
         described.write_text(json.dumps(fields))
-        files.append(place / f"results-{number}" / "probe" / f"{run.key()}.json")
-        cache = ["--tasks", folder / "tasks", "--cache", folder.parent / "cache"]
-        done = programs.run([CLAIMS / "worker.py", *cache, described, files[-1]])
+        runs.append((described, place / f"results-{number}" / "probe" / f"{run.key()}.json"))
+    for together in ([runs[0]], [runs[2], runs[1]]):
+        words = ["--tasks", folder / "tasks", "--cache", folder.parent / "cache", *itertools.chain(*together)]
+        done = programs.run([CLAIMS / "worker.py", *words])
         assert done.returncode == 0, done.stderr
-    return files
+    return [file for _, file in runs]
 
 
 def without_seconds(told):
@@ -108,11 +111,12 @@ def without_seconds(told):
     return [without_seconds(one) for one in told] if isinstance(told, list) else told
 
 
-def test_the_same_seed_gives_the_same_result(three):
+def test_the_same_seed_gives_the_same_result_whatever_its_process_did_before(three):
     first, again, other = (json.loads(file.read_text()) for file in three)
     assert without_seconds(first) == without_seconds(again)
     assert first["cost"]["cpu_seconds"] > 0 and first["log"]["grad_norm"] != other["log"]["grad_norm"]
     assert without_seconds(first)["curve"] != without_seconds(other)["curve"] or first["after"] != other["after"]
+    assert set(first["packages"]) == {"python", *PACKAGES} and len(first["start"]) == len(first["source"]) == 12
     assert first["cost"]["completions"] == 2 * 4 and first["recipe"] == "tiny/mapo_token"
 
 
@@ -140,7 +144,6 @@ def test_a_runner_that_is_killed_goes_on_and_two_share_the_runs(evidence, python
     assert 0 < len(before) < 4
     wait_for(lambda: all(is_free(evidence, name, seed) for name in ("new", "old") for seed in (0, 1)))
     before = {file: file.stat().st_mtime_ns for file in results(evidence)}  # one may just have been written
-    assert not list(evidence.results.glob("**/*.partial"))
     two = [
         programs.Program(words(evidence, "sooner", "--seeds", "0-1", "--workers", "1"), output, variables=python)
         for output in outputs[1:]
@@ -166,7 +169,7 @@ def test_a_signal_ends_runs_and_leaves_nothing(evidence, python, tmp_path, numbe
     program.send_signal(number)
     assert program.wait(LIMIT) == 128 + number
     assert f"stopped by {signal.Signals(number).name}" in output.read_text()
-    assert is_free(evidence, "new", 0) and not list(evidence.results.glob("**/*.partial"))
+    assert is_free(evidence, "new", 0) and not list(evidence.results.glob("*/.*.json*"))
     assert not list(temporary.glob("claims-runs-*"))
 
 

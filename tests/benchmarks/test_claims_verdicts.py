@@ -95,6 +95,42 @@ def test_questions_widen_an_interval_only_where_they_differ():
     assert math.isnan(alone.evaluation)
 
 
+@pytest.mark.parametrize("effect", ["difference", "ratio"])
+def test_questions_count_also_where_one_variant_answers_all_alike(effect):
+    draw = np.random.default_rng(1)
+    mixed = means_and_left_out(draw.integers(0, 2, 60) + draw.normal(0, 0.01, (5, 60)))
+    perfect = Sample([1.0] * 5)  # as evidence has it where no question moves a value
+    for pair in ((mixed, perfect), (perfect, mixed)):
+        found = estimate(*pair, effect, 0.05)
+        assert found == estimate(*(Sample(one.value, one.without or [[1.0] * 60] * 5) for one in pair), effect, 0.05)
+        assert found.evaluation > 0.05
+        alone = estimate(*(Sample(one.value) for one in pair), effect, 0.05)
+        assert found.high - found.low > 5 * (alone.high - alone.low)
+
+
+def crossed(draw, seeds, asked, answers, between=0.02):
+    """Two variants' binary answers to the same questions, which one variant finds harder than the other; by groups."""
+    hardness, taste = draw.normal(0.55, 0.2, asked), draw.normal(0, 0.3, asked)
+    member, arms = np.arange(asked) % 32 == np.arange(32)[:, None], []
+    for sign in (1, -1):
+        chance = hardness + sign * (0.03 + taste / 2) + draw.normal(0, between, (seeds, 1))
+        scores = draw.binomial(answers, np.clip(chance, 0, 1)) / answers
+        left = [scores[:, ~own].mean(axis=1) for own in member]
+        arms.append(Sample(list(scores.mean(axis=1)), np.transpose(left).tolist()))
+    return arms
+
+
+@pytest.mark.parametrize("effect", ["difference", "ratio"])
+def test_intervals_hold_the_truth_as_often_as_they_say(effect):
+    """Answers are drawn one by one, by other arithmetic than that of `simulate`."""
+    draw = np.random.default_rng(2)
+    means = [one.value[0] for one in crossed(draw, 1, 400_000, 9, between=0)]
+    truth = means[0] / means[1] if effect == "ratio" else means[0] - means[1]
+    found = [estimate(*crossed(draw, 5, 192, 3), effect, 0.05) for _ in range(300)]
+    share = sum(one.low <= truth <= one.high for one in found) / len(found)
+    assert abs(share - 0.95) < 3 * math.sqrt(0.95 * 0.05 / len(found))
+
+
 def test_a_ratio_to_nothing_is_undefined():
     found = judge(Sample([1.0] * 5), Sample([1.0, 1, 1, 0, 1]), Asked(effect="ratio"), Rules())
     assert found.verdict == CANT_TELL and "ratio takes values above 0, got 0" in found.reason

@@ -7,14 +7,20 @@ A change of anything that it writes raises its `VERSION`, and its runs are other
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
+import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock
+
+from maple_trl.files import write_atomically
 
 
 class Task(Protocol):
@@ -26,7 +32,8 @@ class Task(Protocol):
         ACCESSES: what the trained policy is asked with, beside what it was trained with: `required`, `all`.
         QUESTIONS, SAMPLES: questions of each tag at the end of a run, and answers to each.
 
-    One that trains a model reads the steps of that from its `COLD_STEPS`, of which a quick run makes few.
+    One that trains a model reads the steps of that from its `COLD_STEPS`, of which a quick run makes few. One that needs what a
+    machine may lack says what in `NEEDS`, and in `is_there()` whether this machine has it.
     """
 
     VERSION: int
@@ -48,6 +55,8 @@ class Task(Protocol):
 
 
 QUICK_STEPS = 4
+WHOLE = "whole"
+"""A file of a prepared folder, written last: by what it was made, and what came of it."""
 _cache: Path | None = None
 
 
@@ -77,12 +86,45 @@ def load_task(name: str) -> Task:
         raise ValueError(f"no task {name!r}; there are {', '.join(known)}") from None
 
 
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+"""Libraries whose versions change numbers."""
 _quick = False
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of [`PACKAGES`], and Python's."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Return what the content of files, in the order of their paths, comes to."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()[:12]
+
+
+def start_of(folder: Path) -> str:
+    """Return what tells the tables and the model of a prepared folder from those of another."""
+    return json.loads((folder / WHOLE).read_text(encoding="utf-8"))["start"]
+
+
+def _made_by(task: Any) -> dict[str, Any]:
+    return {"source": digest([Path(task.__file__)]), "versions": versions()}
+
+
+def _is_whole(folder: Path, made_by: Mapping[str, Any]) -> bool:
+    try:
+        told = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("made_by") == made_by
 
 
 def prepared(name: str, quick: bool | None = None) -> Path:
     """
-    Return the folder of a task's data and model, which is made where it is absent or of another version.
+    Return the folder of a task's data and model, which is made where it is absent, and where the task's module or the libraries
+    have changed since; a task that is of other modules too raises its `VERSION` with them.
 
     Args:
         quick: whether its model is of `QUICK_STEPS` steps, where the task has `COLD_STEPS`, the steps that it is trained for;
@@ -94,7 +136,8 @@ def prepared(name: str, quick: bool | None = None) -> Path:
     folder = cache_folder() / f"{name}-{task.VERSION}{'-quick' * quick}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "whole").exists():  # the last thing written
+        made_by = _made_by(task)
+        if not _is_whole(folder, made_by):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             steps = getattr(task, "COLD_STEPS", None)
@@ -105,5 +148,6 @@ def prepared(name: str, quick: bool | None = None) -> Path:
             finally:
                 if steps is not None:
                     task.COLD_STEPS = steps
-            (folder / "whole").touch()
+            start = digest([*folder.rglob("*.parquet"), *folder.rglob("*.safetensors")])
+            write_atomically(folder / WHOLE, json.dumps({"made_by": made_by, "start": start}))
     return folder

@@ -22,6 +22,7 @@ from maple_trl.rewards import accuracy_reward, format_reward
 
 
 VERSION = 1
+NEEDS = f"the media of Debian's {PACKAGE.name}, which `{COMMAND}` fetches"
 ACCESSES = ("required", "all")
 QUESTIONS, SAMPLES = 320, 2
 
@@ -42,6 +43,10 @@ class Sizes:
 SIZES = Sizes()
 COLD_STEPS = 450
 VOCABULARY = 768
+
+
+def is_there() -> bool:
+    return unpacked() is not None
 
 
 def prepare(folder: Path) -> None:
