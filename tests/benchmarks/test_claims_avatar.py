@@ -282,7 +282,7 @@ def small_tasks(tmp_path_factory):
             "HELD_OUT_HARD": 16,
             "HELD_OUT_OTHERS": 32,
             "ASKED_PER_TAG": 32,
-            "COLD_STEPS": 2,
+            "HINT_STEPS": 1,
         }
         for name, value in sizes.items():
             patch.setattr(replay, name, value)

@@ -35,8 +35,8 @@ ASKED_PER_TAG = {"train": 64, "test": 128}
 HARD_TAGS = ("V", "A", "S")
 ASKED, RIGHT = 16, 1
 """A prompt is hard of which at most `RIGHT` of so many sampled answers are right."""
-COLD_STEPS = 30
-"""Steps in which the model learns to read hints."""
+HINT_STEPS = 30
+"""Steps in which the model learns to read hints; in quick runs too, for a model of fewer leaves no hard tier."""
 
 HINT_TEMPLATE = "\nHint: {hint}"
 """That of `AvatarConfig`."""
@@ -88,7 +88,7 @@ def learn_hints(folder: Path) -> None:
         output_dir=str(folder / "cold-run"),
         media_root=str(folder / "cold"),
         num_frames=4,
-        max_steps=COLD_STEPS,
+        max_steps=HINT_STEPS,
         per_device_train_batch_size=32,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
