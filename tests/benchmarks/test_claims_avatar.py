@@ -42,8 +42,11 @@ def test_what_differs_between_variants_is_what_they_are_named_for(register):
     def differs(one, other):
         return {key for key in configs[one] if configs[one][key] != configs[other].get(key)}
 
-    assert differs("replay-avatar", "replay-buffer-128") == {"replay_capacity"}
-    assert differs("replay-avatar", "replay-own-prompt") == {"replay_scope"}
+    assert differs("replay-avatar", "replay-loss-off") == {"replay_alpha"}
+    assert differs("replay-no-hints", "replay-no-hints-loss-off") == {"replay_alpha"}
+    assert differs("replay-no-hints", "replay-buffer-128") == {"replay_capacity"}
+    assert differs("replay-no-hints", "replay-own-prompt") == {"replay_scope"}
+    assert differs("replay-no-hints", "replay-one-tier") == {"replay_shares", "replay_quantiles"}
     assert differs("replay-grpo", "replay-tas-only") == {"tas_lambda"}
     assert differs("replay-grpo", "replay-grpo-4") == {"num_generations", "per_device_train_batch_size"}
     assert configs["replay-loss-off"]["replay_alpha"] == 0 and configs["replay-avatar"]["hints"]
@@ -129,6 +132,16 @@ def test_the_others_are_as_many_of_each_tag():
 
     rows = [{"tag": tag, "id": f"{tag}{i}"} for tag, count in {"V": 5, "VA": 1, "S": 5}.items() for i in range(count)]
     assert [row["id"] for row in as_many_of_each_tag(rows, 6)] == ["V0", "VA0", "S0", "V1", "S1", "V2"]
+
+
+def test_under_the_rule_the_right_letter_is_the_next_one():
+    from tasks.replay import under_rule
+
+    row = {"question": "color?", "options": ["red", "green", "blue", "yellow"], "answer": "D", "hint": None}
+    hard = under_rule(row)
+    assert (hard["answer"], hard["solution"], hard["hint"]) == ("A", "A", "next")
+    assert hard["options"][0] == row["options"][3]  # the letter moves, what is right does not
+    assert hard["prompt"] == [{"role": "user", "content": "Answer color?"}]
 
 
 # What is read off runs
@@ -230,7 +243,14 @@ def small_tasks(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(instruments.INSTRUMENTS, "weights", Weights)
         patch.setattr(instruments.TierCurve, "SAMPLES", 6)
-        sizes = {"HARD": 8, "OTHERS": 8, "HELD_OUT_HARD": 16, "HELD_OUT_OTHERS": 32, "ASKED_PER_TAG": 96, "BLOCK": 112}
+        sizes = {
+            "HARD": 8,
+            "OTHERS": 8,
+            "HELD_OUT_HARD": 16,
+            "HELD_OUT_OTHERS": 32,
+            "ASKED_PER_TAG": 32,
+            "HINT_STEPS": 1,
+        }
         for name, value in sizes.items():
             patch.setattr(replay, name, value)
         for name, value in {"COLD_STEPS": 1, "QUESTIONS": 1, "SAMPLES": 1}.items():

@@ -1,8 +1,13 @@
 """
-The seven-tag set with a hard tier: half of the prompts are such as the embedded model answers rightly at most once in 16 samples.
+The seven-tag set with a hard tier: half of the prompts are under a rule that the model has hardly ever followed.
 
-Runs begin with the embedded model. The other half of the prompts, and a third of the held-out questions, are drawn from the rest, as
-many of each tag. Held-out questions of the hard tier were found in the same way, among clips that no run trains on.
+Questions of the hard tier are about one signal and begin with "Answer": the right letter is then the next one after that of the signal.
+The model that runs begin with gives the letter of the signal there, as it does in all other questions, and the right one in about
+one answer of thirty. Each has a hint that names the rule, "next". That model, the embedded one after a few supervised steps,
+goes by the hint where it is shown one, on questions that do not begin so; it has seen neither the beginning nor both together.
+
+The other half of the prompts, and a third of the held-out questions, are usual ones, as many of each tag, without hints. Clips of held-out
+questions are in no training.
 """
 
 from __future__ import annotations
@@ -15,20 +20,26 @@ from typing import Any
 
 from datasets import Dataset
 
+from maple_trl.data.schema import LETTERS
 from maple_trl.rewards import accuracy_reward
 
 
-VERSION = 2
+VERSION = 3
 ACCESSES = ()
 QUESTIONS, SAMPLES = 1000, 6
 """All held-out questions, however many of a tag."""
 
 HARD, OTHERS = 64, 64
 HELD_OUT_HARD, HELD_OUT_OTHERS = 128, 64
-ASKED_PER_TAG = {"train": 320, "test": 512}
-BLOCK = 448
-COLD_STEPS, RIGHT = 16, 1
-"""A prompt is hard of which at most `RIGHT` of so many sampled answers are right; what is prepared by fewer is no evidence."""
+ASKED_PER_TAG = {"train": 64, "test": 128}
+HARD_TAGS = ("V", "A", "S")
+ASKED, RIGHT = 16, 1
+"""A prompt is hard of which at most `RIGHT` of so many sampled answers are right."""
+HINT_STEPS = 30
+"""Steps in which the model learns to read hints; in quick runs too, for a model of fewer leaves no hard tier."""
+
+HINT_TEMPLATE = "\nHint: {hint}"
+"""That of `AvatarConfig`."""
 
 Ask = Callable[[Sequence[Mapping[str, Any]]], Sequence[float]]
 
@@ -39,15 +50,65 @@ def prepare(folder: Path) -> None:
     from maple_trl.data.synthetic import write_seven_tags
 
     tables = write_seven_tags(folder / "data", prompts_per_tag=ASKED_PER_TAG, seed=0)
-    ask = asking(str(folder / "data"))
+    learn_hints(folder)
+    ask = asking(str(folder / "model"), str(folder / "data"))
     torch.manual_seed(0)
     sizes = {"train": (HARD, OTHERS), "test": (HELD_OUT_HARD, HELD_OUT_OTHERS)}
     for split, (hard, others) in sizes.items():
-        write_tiers(folder / "data" / f"{split}.parquet", tables[split], ask, hard, others)
+        write_tiers(folder / "data" / f"{split}.parquet", tables[split].to_list(), ask, hard, others)
 
 
-def asking(media_root: str) -> Ask:
-    """Return a function that has the embedded model answer rows, once each, and says which answers are right."""
+def under_rule(row: Mapping[str, Any], beginning: str = "Answer ") -> dict[str, Any]:
+    """Return a row whose right letter is the next one, with a hint that says so."""
+    following = LETTERS[(LETTERS.index(row["answer"]) + 1) % len(LETTERS)]
+    question = beginning + row["question"]
+    return dict(row) | {
+        "question": question,
+        "prompt": [{"role": "user", "content": question}],
+        "options": [*row["options"][-1:], *row["options"][:-1]],
+        "answer": following,
+        "solution": following,
+        "hint": "next",
+    }
+
+
+def learn_hints(folder: Path) -> None:
+    """Train the embedded model to go by hints, on usual questions of other clips, of which every other has one."""
+    from maple_trl.data.synthetic import write_seven_tags
+    from maple_trl.data.tiny_omni import target_text
+    from maple_trl.trainers.common.hinted_rows import with_hint
+    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
+    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
+
+    usual = write_seven_tags(folder / "cold", seed=1000, splits=("train",))["train"].to_list()
+    single = [row for row in usual if row["tag"] in HARD_TAGS]
+    hinted = [with_hint(under_rule(row, ""), HINT_TEMPLATE) for row in single]
+    rows = [row | {"hint": None} for row in usual] + hinted * 2
+    options = OmniSFTConfig(
+        output_dir=str(folder / "cold-run"),
+        media_root=str(folder / "cold"),
+        num_frames=4,
+        max_steps=HINT_STEPS,
+        per_device_train_batch_size=32,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        adam_beta2=0.98,
+        seed=0,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in rows]
+    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=Dataset.from_list(told))
+    trainer.train()
+    trainer.save_model(str(folder / "model"))
+
+
+def asking(model: str, media_root: str) -> Ask:
+    """Return a function that has a model answer rows, once each, and says which answers are right."""
     from tempfile import mkdtemp
 
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
@@ -66,7 +127,7 @@ def asking(media_root: str) -> Ask:
         disable_tqdm=True,
     )
     row = {"prompt": [{"role": "user", "content": "color?"}], "solution": "A"}
-    trainer = OmniGRPOTrainer("builtin:tiny-omni", accuracy_reward, options, Dataset.from_list([row] * 8))
+    trainer = OmniGRPOTrainer(model, accuracy_reward, options, Dataset.from_list([row] * 8))
 
     def ask(rows: Sequence[Mapping[str, Any]]) -> Sequence[float]:
         texts = trainer.generate_completions([dict(row) for row in rows])
@@ -78,7 +139,7 @@ def asking(media_root: str) -> Ask:
 def split_by_difficulty(rows: Sequence[Mapping[str, Any]], ask: Ask) -> tuple[list, list]:
     """Return the hard tier and the other rows, asking no row further that can't be hard any more."""
     right = [0.0] * len(rows)
-    for _ in range(COLD_STEPS):
+    for _ in range(ASKED):
         open_ones = [number for number, total in enumerate(right) if total <= RIGHT]
         for number, score in zip(open_ones, ask([rows[number] for number in open_ones]), strict=True):
             right[number] += score
@@ -86,20 +147,17 @@ def split_by_difficulty(rows: Sequence[Mapping[str, Any]], ask: Ask) -> tuple[li
     return hard, [row for row, total in zip(rows, right, strict=True) if total > RIGHT]
 
 
-def write_tiers(file: Path, rows: Dataset, ask: Ask, hard: int, others: int) -> None:
-    """Put in place of a split so many of its hard rows and of its others, with hints, named by their tier."""
-    from maple_trl.data.synthetic import add_hints
-
-    asked, tier, rest = add_hints(rows).to_list(), [], []
-    for first in range(0, len(asked), BLOCK):
-        hard_ones, other_ones = split_by_difficulty(asked[first : first + BLOCK], ask)
-        tier, rest = tier + hard_ones, rest + other_ones
-        if len(tier) >= hard:
-            break
-    else:
-        raise RuntimeError(f"{file.stem}: {len(tier)} hard rows of {len(asked)}, and {hard} are needed: ask more")
-    chosen = [row | {"id": f"hard:{row['id']}"} for row in tier[:hard]]
-    chosen += [row | {"id": f"other:{row['id']}"} for row in as_many_of_each_tag(rest, others)]
+def write_tiers(file: Path, rows: Sequence[Mapping[str, Any]], ask: Ask, hard: int, others: int) -> None:
+    """Put in place of a split so many rows under the rule, of those that prove to be hard, and others, named by their tier."""
+    halves: tuple[list, list] = ([], [])
+    for number, row in enumerate(rows):
+        halves[number % 2].append(row)
+    tier, _ = split_by_difficulty([under_rule(row) for row in halves[0] if row["tag"] in HARD_TAGS], ask)
+    if len(tier) < hard:
+        raise RuntimeError(f"{file.stem}: {len(tier)} hard rows, and {hard} are needed: ask more")
+    chosen = [row | {"id": f"hard:{row['id']}"} for row in as_many_of_each_tag(tier, hard)]
+    usual = as_many_of_each_tag(halves[1], others)
+    chosen += [row | {"id": f"other:{row['id']}", "hint": None} for row in usual]
     random.Random(0).shuffle(chosen)
     Dataset.from_list(chosen).to_parquet(str(file))
 
@@ -115,7 +173,7 @@ def as_many_of_each_tag(rows: Sequence[Mapping[str, Any]], count: int) -> list[M
 
 def options(trainer: str) -> Mapping[str, Any]:
     return {
-        "model_name_or_path": "builtin:tiny-omni",
+        "model_name_or_path": "{folder}/model",
         "dataset_name": "{folder}/data",
         "media_root": "{folder}/data",
         "dataset_filter": None,

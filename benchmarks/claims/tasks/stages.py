@@ -2,7 +2,8 @@
 AVATAR's stages on the seven-tag set: a table for each (by its tags), and a model that seldom reasons in the form.
 
 That model is the embedded one, trained further to say the bare letter in three rows of four and, in one, its perceptions and the
-letter in the form that is rewarded: what a base model is before a cold start. A held-out answer counts in either form, as
+letter in the form that is rewarded: what a base model is before a cold start. In a third of the rows that have a hint it is shown,
+for the embedded model has never read one, and answers worse where it is. A held-out answer counts in either form, as
 benchmarks read answers; rewards read the form alone.
 """
 
@@ -20,12 +21,12 @@ from maple_trl.rewards import accuracy_reward
 from maple_trl.rewards.answers import completion_text
 
 
-VERSION = 5
+VERSION = 6
 ACCESSES = ()
 QUESTIONS, SAMPLES = 64, 2
 PROMPTS_PER_TAG = {"train": 48, "test": 64}
-COLD_STEPS, FORM = 30, 4
-"""Steps in which the base model learns to say the bare letter, and one in how many of its rows has the form."""
+COLD_STEPS, FORM, HINTED = 30, 4, 3
+"""Steps in which the base model learns to say the bare letter, and one in how many of its rows has the form, and shows its hint."""
 
 _THINK = re.compile(r"\A<think>(.*?)</think>", re.DOTALL)
 
@@ -33,14 +34,16 @@ _THINK = re.compile(r"\A<think>(.*?)</think>", re.DOTALL)
 def prepare(folder: Path) -> None:
     from maple_trl.data.synthetic import add_hints, write_seven_tags
     from maple_trl.data.tiny_omni import target_text
+    from maple_trl.trainers.common.hinted_rows import with_hint
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
     from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     for split, rows in write_seven_tags(folder / "data", PROMPTS_PER_TAG, seed=0).items():
         add_hints(rows).to_parquet(str(folder / "data" / f"{split}.parquet"))
-    rows = write_seven_tags(folder / "cold", seed=1000, splits=("train",))["train"]
+    rows = add_hints(write_seven_tags(folder / "cold", seed=1000, splits=("train",))["train"])
     told = [
-        row | {"completion": [{"role": "assistant", "content": row["answer"] if number % FORM else target_text(row)}]}
+        (with_hint(row, "\nHint: {hint}") if row["hint"] and number % HINTED == 0 else row)
+        | {"completion": [{"role": "assistant", "content": row["answer"] if number % FORM else target_text(row)}]}
         for number, row in enumerate(rows)
     ]
     options = OmniSFTConfig(
