@@ -34,6 +34,11 @@ def seven_tags(tmp_path_factory):
     return folder, copy_small_set(folder, seed=5)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("claims") and "claims" not in item.config.option.markexpr:
+        pytest.skip("makes what runs of claims begin with, for minutes; make test-claims runs it")
+
+
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once, in the process that all others come from
         leftovers.watch()

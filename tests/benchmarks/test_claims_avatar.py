@@ -242,7 +242,7 @@ def small_tasks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(instruments.INSTRUMENTS, "weights", Weights)
-        patch.setattr(instruments.TierCurve, "SAMPLES", 6)
+        patch.setattr(instruments.INSTRUMENTS["tier_curve"], "SAMPLES", 6)
         sizes = {
             "HARD": 8,
             "OTHERS": 8,

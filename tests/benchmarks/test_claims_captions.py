@@ -20,6 +20,7 @@ if str(CLAIMS) not in sys.path:
 
 import instruments_captions as instruments  # noqa: E402
 import metrics_captions as metrics  # noqa: E402
+import scores  # noqa: E402
 from tasks import captions  # noqa: E402
 
 from maple_trl.data.synthetic import ATTRIBUTES  # noqa: E402
@@ -252,6 +253,7 @@ def _by_chance() -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.claims
 def test_runs_start_above_chance_with_headroom_and_their_captions_are_read(tmp_path):
     """The start itself, and a few steps of contrastive weighting, through the worker."""
 
@@ -278,8 +280,9 @@ def test_runs_start_above_chance_with_headroom_and_their_captions_are_read(tmp_p
     alone, together = [judge[tag] for tag in TAGS[:3]], [judge[tag] for tag in TAGS[3:]]
     assert 0.5 < min(alone) and max(alone) < 2.5 / 3 - 0.1
     assert _by_chance() + 0.1 < min(together) == judge["VAS"] and max(together) < 0.7
-    assert after["errors"]["all"] < 0.015
-    assert 0.1 < metrics.caption_fusion_gain(start) < 0.5
+    assert after["error"] < 0.015
+    questions = json.loads((tmp_path / f"questions-{captions.VERSION}.json").read_text())
+    assert 0.1 < metrics.caption_fusion_gain(scores.whole(start, questions)) < 0.5
     assert start["captions"]["contrast"] == {} and set(run["captions"]["contrast"]) == {"similarity", "bonus_share"}
     assert 0.3 < run["captions"]["contrast"]["bonus_share"] < 0.7  # about half, by the choice of tau
     assert run["after"]["required"]["accuracy"] != judge

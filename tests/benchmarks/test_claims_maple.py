@@ -423,6 +423,7 @@ def test_real_clips_are_asked_for_by_folder(claims, monkeypatch, capsys, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.claims
 def test_the_start_lies_in_the_stated_bands(claims, task, tmp_path, monkeypatch):
     from maple_trl.jobs.options import parse_args
     from maple_trl.jobs.train import build_trainer

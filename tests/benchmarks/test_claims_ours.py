@@ -203,6 +203,7 @@ def sketch(monkeypatch, tmp_path):
     embedded = importlib.import_module("tasks.embedded")
     told = {"model_name_or_path": "builtin:tiny-omni", "dataset_name": "builtin:seven-tags"}
     task = types.ModuleType("tasks.sketch")
+    task.__file__ = __file__
     task.VERSION, task.ACCESSES, task.QUESTIONS, task.SAMPLES = 1, (), 1, 1
     task.prepare, task.options, task.score = lambda folder: None, lambda trainer: told, embedded.score
     task.held_out = lambda folder: load_seven_tags()["test"]

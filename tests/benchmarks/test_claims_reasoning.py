@@ -259,6 +259,7 @@ def test_the_scaled_control_is_a_weight_of_the_parabolas_mean():
 
 
 @pytest.mark.slow
+@pytest.mark.claims
 def test_the_start_writes_the_form_and_gives_up(task, monkeypatch):
     """The policy that runs begin with, as a run measures it, and what two steps of training leave to read."""
     worker = importlib.import_module("worker")

@@ -42,8 +42,8 @@ COLD_CHAINS = 8
 COLD_HARD = (0.25, 0.5)
 COLD_SLIPS = (0.05, 0.88)
 COLD_STEPS = 300
-COLD_OPEN = 80
-"""Of 300 steps, those on chains that give up, which come last."""
+OPEN_SHARE = 80 / 300
+"""Of them, those on chains that give up, which come last."""
 COLD_RATES = (2e-3, 1e-3)
 
 
@@ -245,9 +245,9 @@ def prepare(folder: Path) -> None:
     for seed, (split, rows) in enumerate(write_seven_tags(folder / "data", counts, seed=0).items()):
         Dataset.from_list(list(with_chains(rows, seed))).to_parquet(folder / "data" / f"{split}.parquet")
     model: Any = "builtin:tiny-omni"
-    for part, rows, steps, rate in zip(
-        ("whole", "open"), cold_rows(folder / "cold"), COLD_STEPS, COLD_RATES, strict=True
-    ):
+    opened = max(1, round(OPEN_SHARE * COLD_STEPS))
+    shares = (max(1, COLD_STEPS - opened), opened)
+    for part, rows, steps, rate in zip(("whole", "open"), cold_rows(folder / "cold"), shares, COLD_RATES, strict=True):
         options = OmniSFTConfig(
             output_dir=str(folder / f"cold-{part}"),
             media_root=str(folder / "cold"),
