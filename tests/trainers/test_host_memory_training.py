@@ -12,6 +12,7 @@ from tiny_models import build_tiny
 
 from maple_trl import AvatarConfig, AvatarTrainer, OmniGRPOTrainer, OmniSFTConfig, cli
 from maple_trl.jobs.eval_job import EvalMedia
+from maple_trl.omni import host_memory as host_memory_module
 from maple_trl.omni.families import family_for
 from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.loading import load_model, load_processor
@@ -41,9 +42,9 @@ def letters(completions, **columns):
 
 
 @pytest.fixture(autouse=True)
-def own_budget():
-    yield
-    host_memory().set_limit(None)
+def own_budget(monkeypatch):
+    """A budget of each test's own, against which trainers that other tests keep do not count."""
+    monkeypatch.setattr(host_memory_module, "_memory", host_memory_module.HostMemory())
 
 
 def avatar(seven_tags, output, **options):
