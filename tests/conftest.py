@@ -64,7 +64,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def settled():
-    yield
+    """Before the tests of a file: at the end of those before, pytest still holds what its last test was given."""
     _leave_out_of_collections()
 
 
