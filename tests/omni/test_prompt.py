@@ -300,8 +300,11 @@ def test_a_processor_of_another_model_is_refused():
         family_for(model, processor)
 
 
-def test_a_new_family_is_one_small_class(folder):
+def test_a_new_family_is_one_small_class(folder, monkeypatch):
+    from maple_trl.omni.families import base
     from maple_trl.omni.families.qwen2_5_omni import Qwen2_5OmniFamily
+
+    monkeypatch.setattr(base._FAMILIES, "_found", dict(base._FAMILIES._found))
 
     @register_family
     class ForkFamily(Qwen2_5OmniFamily):
