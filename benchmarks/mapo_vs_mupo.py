@@ -55,8 +55,6 @@ from maple_trl.jobs.options import parse_args as parse_job
 from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import accuracy_reward
 from maple_trl.train import build_trainer
-from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "tiny"
@@ -156,33 +154,13 @@ def cold_start(folder: Path, steps: int, seed: int = 0) -> Path:
     The embedded model after supervised steps on questions of its set with both kinds of input: every other one with its
     tag's signals, the others with all of them. Returns its folder.
     """
+    from claims.supervised import train_supervised
+
     per_tag = min(64, 3 * steps)  # each prompt of each tag makes two rows, of which a step takes 32
     rows = write_seven_tags(folder / "cold", prompts_per_tag=per_tag, seed=1000, splits=("train",))["train"]
     told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in rows]
     told += [row | {"tag": ModalityTag.VAS.value} for row in told]  # a tag says here what is fed
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=steps,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        seed=seed,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=Dataset.from_list(told))
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.save_model(str(folder / "cold-model"))
-    return folder / "cold-model"
+    return train_supervised(folder, told, steps, saved="cold-model", seed=seed)
 
 
 def add_noise(trainer: Any, noise: Mapping[str, float], seed: int) -> None:

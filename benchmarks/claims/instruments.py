@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerCallback
+from curves import Curve
 
 
 INSTRUMENTS_VERSION = 1
@@ -74,35 +74,6 @@ class Cost:
             "completions": self.generated,
             "completion_tokens": self.tokens,
         }
-
-
-class Curve(TrainerCallback):
-    """Accuracy on held-out questions against steps, completions, tokens and CPU seconds of training, which it does not add to."""
-
-    ASKS = True
-    QUESTIONS, SAMPLES, POINTS = 24, 3, 12
-    COSTS = ("completions", "completion_tokens", "cpu_seconds", "wall_seconds")
-
-    def __init__(self, trainer: Any, measure: Callable[[int, int], dict[str, Any]], cost: Cost):
-        self._trainer, self._measure, self._cost = trainer, measure, cost
-        self.points: list[dict[str, Any]] = []
-        trainer.add_callback(self)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._every = max(1, args.max_steps // self.POINTS)
-        self._add(0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self._every == 0:
-            self._add(state.global_step)
-
-    def _add(self, step: int) -> None:
-        spent = {name: value for name, value in self._cost.result().items() if name in self.COSTS}
-        found = self._measure(self.QUESTIONS, self.SAMPLES)["trained"]
-        self.points.append({"step": step, **spent, "accuracy": found["accuracy"]})
-
-    def result(self) -> dict[str, Any]:
-        return {"points": self.points}
 
 
 INSTRUMENTS: dict[str, type] = {"curve": Curve}

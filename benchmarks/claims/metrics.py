@@ -12,19 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from values import Censored, MissingValueError, area_under
+
 from maple_trl.jobs.errors import did_you_mean
 from maple_trl.metrics.gaps import modality_gap
 
 
 Result = Mapping[str, Any]
-
-
-class Censored(float):
-    """A value of which is known only that the true one is at least this large."""
-
-
-class MissingValueError(ValueError):
-    """A result does not say what a metric asks for; the message says what is missing."""
 
 
 def needs(*names: str) -> Callable[[Callable], Callable]:
@@ -220,8 +214,7 @@ def area(result: Result, what: str, cost: str = "completions") -> float:
     length = points[-1][0] - points[0][0]
     if length <= 0:
         raise MissingValueError(f"the curve has no length in {cost}")
-    pairs = zip(points, points[1:], strict=False)
-    return sum((b - a) * (low + high) / 2 for (a, low), (b, high) in pairs) / length
+    return area_under(points) / length
 
 
 METRICS: dict[str, Callable[..., float]] = {

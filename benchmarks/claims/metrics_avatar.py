@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from values import Censored, MissingValueError, area_under, up_to
+
 
 Result = Mapping[str, Any]
 
@@ -79,8 +81,6 @@ def tier_reached(result: Result, tier: str, target: float, cost: str) -> float:
     Returns:
         Of a run that never does, its whole cost, of which only so much is known that it is too little.
     """
-    from metrics import Censored  # not above, for it collects this module
-
     values, costs = _curve(result, tier, cost)
     found = crossing(values, costs, target)
     return Censored(costs[-1]) if found is None else found
@@ -106,20 +106,11 @@ def tier_reaches(result: Result, tier: str, target: float) -> float:
 
 def tier_mean(result: Result, tier: str, cost: str, limit: float) -> float:
     """Return the mean accuracy on a tier while training cost up to a limit, which all runs that are compared reach."""
-    from metrics import MissingValueError  # not above, for it collects this module
-
     values, costs = _curve(result, tier, cost)
-    if costs[-1] < limit:
+    kept = up_to(list(zip(costs, values, strict=True)), limit)
+    if kept is None:
         raise MissingValueError(f"the run cost {costs[-1]:g} {cost}, which is less than {limit:g}")
-    area = 0.0
-    for (low, high), (begin, end) in zip(
-        zip(values, values[1:], strict=False), zip(costs, costs[1:], strict=False), strict=True
-    ):
-        if begin < limit:
-            within = min(end, limit)
-            at_end = low + (high - low) * (within - begin) / (end - begin) if end > begin else high
-            area += (low + at_end) / 2 * (within - begin)
-    return area / limit
+    return area_under(kept) / limit
 
 
 # Stages

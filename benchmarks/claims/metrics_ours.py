@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from values import area_under, up_to
+
 from maple_trl.metrics.accuracy import superset_scores
 from maple_trl.modalities import ModalityTag
 
@@ -22,15 +24,7 @@ def _points(result: Mapping[str, Any], cost: str, budget: float) -> list[tuple[f
         raise ValueError(f"no cost {cost!r} of a curve; there are {', '.join(COSTS)}")
     name = {"tokens": "completion_tokens", "steps": "step"}.get(cost, cost)
     points = [(float(point[name]), float(point["accuracy"]["all"])) for point in result["curve"]["points"]]
-    if points[-1][0] < budget:
-        return None
-    kept = [points[0]]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x1 >= budget:
-            kept.append((budget, y0 + (y1 - y0) * (budget - x0) / (x1 - x0)))
-            break
-        kept.append((x1, y1))
-    return kept
+    return up_to(points, budget)
 
 
 def value_at(result: Mapping[str, Any], cost: str, budget: float) -> float | None:
@@ -42,10 +36,7 @@ def value_at(result: Mapping[str, Any], cost: str, budget: float) -> float | Non
 def area_to(result: Mapping[str, Any], cost: str, budget: float) -> float | None:
     """Mean accuracy of a curve from the start to a budget."""
     kept = _points(result, cost, float(budget))
-    if kept is None:
-        return None
-    pieces = [(x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(kept, kept[1:], strict=False)]
-    return sum(pieces) / float(budget)
+    return None if kept is None else area_under(kept) / float(budget)
 
 
 # QA+

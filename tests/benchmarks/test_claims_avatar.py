@@ -3,7 +3,6 @@
 import random
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -148,15 +147,7 @@ def test_under_the_rule_the_right_letter_is_the_next_one():
 
 
 @pytest.fixture
-def curve(monkeypatch):
-    try:
-        from metrics import Censored  # noqa: F401
-    except ImportError:
-        stand_in = ModuleType("metrics")
-        stand_in.Censored = type("Censored", (float,), {})
-        stand_in.MissingValueError = type("MissingValueError", (ValueError,), {})
-        monkeypatch.setitem(sys.modules, "metrics", stand_in)
-
+def curve():
     def make(values, cost=100, error=0.02):
         points = [{"step": i, "completions": i * cost, "hard": v, "hard_error": error} for i, v in enumerate(values)]
         return {"tier_curve": {"points": points}}

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import supervised
 from filelock import FileLock
 
 from maple_trl.files import write_atomically
@@ -110,7 +111,7 @@ def start_of(folder: Path) -> str:
 
 
 def _made_by(task: Any) -> dict[str, Any]:
-    return {"source": digest([Path(task.__file__)]), "versions": versions()}
+    return {"source": digest([Path(task.__file__), Path(supervised.__file__)]), "versions": versions()}
 
 
 def _is_whole(folder: Path, made_by: Mapping[str, Any]) -> bool:
@@ -123,8 +124,8 @@ def _is_whole(folder: Path, made_by: Mapping[str, Any]) -> bool:
 
 def prepared(name: str, quick: bool | None = None) -> Path:
     """
-    Return the folder of a task's data and model, which is made where it is absent, and where the task's module or the libraries
-    have changed since; a task that is of other modules too raises its `VERSION` with them.
+    Return the folder of a task's data and model, which is made where it is absent, and where the task's module, [`supervised`] or the
+    libraries have changed since; a task that is of other modules too raises its `VERSION` with them.
 
     Args:
         quick: whether its model is of `QUICK_STEPS` steps, where the task has `COLD_STEPS`, the steps that it is trained for;

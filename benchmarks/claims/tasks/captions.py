@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from supervised import train_supervised
 
 from maple_trl.data.synthetic import (
     COLORS,
@@ -232,33 +233,11 @@ def _with_errors(reference: str, draw: random.Random) -> str:
 
 
 def prepare(folder: Path) -> None:
-    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     for split, clips in (("train", 64), ("test", TEST_CLIPS)):
         write_clips(folder / "data", split, clips, seed=0)
     told = with_targets(write_clips(folder / "cold", "train", 128, seed=1000), seed=0)
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=COLD_STEPS,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=told)
-    trainer.train()
-    trainer.save_model(str(folder / "model"))
+    train_supervised(folder, told, COLD_STEPS)
 
 
 def options(trainer: str) -> Mapping[str, Any]:

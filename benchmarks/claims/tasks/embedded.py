@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset
+from supervised import train_supervised
 
 from maple_trl.data.schema import LETTERS
 from maple_trl.data.synthetic import ATTRIBUTES, WORDS, write_seven_tags, write_subtitle
@@ -124,34 +125,12 @@ def write_set(folder: Path, seed: int, splits: Sequence[str], cold: bool = False
 
 def prepare(folder: Path) -> None:
     from maple_trl.data.tiny_omni import target_text
-    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     write_set(folder / "data", 0, ("train", "test"))
     rows = write_set(folder / "cold", 1000, ("train",), cold=True)["train"]
     told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in rows]
     told += [row | {"tag": ModalityTag.VAS.value} for row in told for _ in range(2)]  # a tag says here what is fed
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=COLD_STEPS,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=Dataset.from_list(told))
-    trainer.train()
-    trainer.save_model(str(folder / "model"))
+    train_supervised(folder, told, COLD_STEPS)
 
 
 def options(trainer: str) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from supervised import train_supervised
 
 from maple_trl.data.schema import LETTERS
 from maple_trl.modalities import STRATA, ModalityTag
@@ -91,32 +92,10 @@ def ideal_answer(row: Mapping[str, Any]) -> str:
 
 def cold_start(folder: Path, steps: int) -> None:
     """Go on from the embedded model with supervised steps on all strata."""
-    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     rows = concatenate_datasets([rows_of(folder / "cold-plain"), rows_of(folder / "cold-distracted")])
     told = [dict(row) | {"completion": [{"role": "assistant", "content": ideal_answer(row)}]} for row in rows]
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=steps,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=Dataset.from_list(told))
-    trainer.train()
-    trainer.save_model(str(folder / "model"))
+    train_supervised(folder, told, steps)
 
 
 def options(trainer: str) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from supervised import train_supervised
 
 from maple_trl.rewards import accuracy_reward
 
@@ -238,8 +239,6 @@ def target_text(chain: str) -> str:
 
 def prepare(folder: Path) -> None:
     from maple_trl.data.synthetic import write_seven_tags
-    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     counts = {"train": TRAIN_PER_TAG, "test": TEST_PER_TAG}
     for seed, (split, rows) in enumerate(write_seven_tags(folder / "data", counts, seed=0).items()):
@@ -248,30 +247,19 @@ def prepare(folder: Path) -> None:
     opened = max(1, round(OPEN_SHARE * COLD_STEPS))
     shares = (max(1, COLD_STEPS - opened), opened)
     for part, rows, steps, rate in zip(("whole", "open"), cold_rows(folder / "cold"), shares, COLD_RATES, strict=True):
-        options = OmniSFTConfig(
-            output_dir=str(folder / f"cold-{part}"),
-            media_root=str(folder / "cold"),
-            num_frames=4,
-            max_steps=steps,
-            per_device_train_batch_size=32,
-            learning_rate=rate,
-            lr_scheduler_type="constant_with_warmup" if part == "whole" else "linear",
-            warmup_steps=10,
-            adam_beta2=0.98,
-            weight_decay=0.01,
-            seed=0,
-            bf16=False,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            logging_steps=20,
+        model = str(
+            train_supervised(
+                folder,
+                rows,
+                steps,
+                model,
+                "model" if part == "open" else "whole-chains",
+                learning_rate=rate,
+                lr_scheduler_type="constant_with_warmup" if part == "whole" else "linear",
+                warmup_steps=10,
+                logging_steps=20,
+            )
         )
-        trainer = OmniSFTTrainer(model, options, train_dataset=Dataset.from_list(rows))
-        trainer.train()
-        model = str(folder / ("model" if part == "open" else "whole-chains"))
-        trainer.save_model(model)
 
 
 def options(trainer: str) -> Mapping[str, Any]:

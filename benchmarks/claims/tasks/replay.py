@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from supervised import train_supervised
 
 from maple_trl.data.schema import LETTERS
 from maple_trl.rewards import accuracy_reward
@@ -77,34 +78,13 @@ def learn_hints(folder: Path) -> None:
     from maple_trl.data.synthetic import write_seven_tags
     from maple_trl.data.tiny_omni import target_text
     from maple_trl.trainers.common.hinted_rows import with_hint
-    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     usual = write_seven_tags(folder / "cold", seed=1000, splits=("train",))["train"].to_list()
     single = [row for row in usual if row["tag"] in HARD_TAGS]
     hinted = [with_hint(under_rule(row, ""), HINT_TEMPLATE) for row in single]
     rows = [row | {"hint": None} for row in usual] + hinted * 2
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=HINT_STEPS,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        adam_beta2=0.98,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
     told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in rows]
-    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=Dataset.from_list(told))
-    trainer.train()
-    trainer.save_model(str(folder / "model"))
+    train_supervised(folder, told, HINT_STEPS, weight_decay=0.0)
 
 
 def asking(model: str, media_root: str) -> Ask:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from supervised import train_supervised
 
 from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import accuracy_reward
@@ -35,8 +36,6 @@ def prepare(folder: Path) -> None:
     from maple_trl.data.synthetic import add_hints, write_seven_tags
     from maple_trl.data.tiny_omni import target_text
     from maple_trl.trainers.common.hinted_rows import with_hint
-    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     for split, rows in write_seven_tags(folder / "data", PROMPTS_PER_TAG, seed=0).items():
         add_hints(rows).to_parquet(str(folder / "data" / f"{split}.parquet"))
@@ -46,26 +45,7 @@ def prepare(folder: Path) -> None:
         | {"completion": [{"role": "assistant", "content": row["answer"] if number % FORM else target_text(row)}]}
         for number, row in enumerate(rows)
     ]
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=COLD_STEPS,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        adam_beta2=0.98,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = OmniSFTTrainer("builtin:tiny-omni", options, train_dataset=Dataset.from_list(told))
-    trainer.train()
-    trainer.save_model(str(folder / "model"))
+    train_supervised(folder, told, COLD_STEPS, weight_decay=0.0)
 
 
 def options(trainer: str) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 from fetch_stamps import COMMAND, PACKAGE, unpacked
 from stamps_media import ATTRIBUTES, NOUNS, read_pools, write_split
+from supervised import train_supervised
 
 from maple_trl.rewards import accuracy_reward, format_reward
 
@@ -76,36 +77,22 @@ def cold_start(folder: Path, cold: Dataset, names: Sequence[str]) -> None:
     """Teach a model of random weights the questions of the cold start, on both accesses."""
     from maple_trl.data.tiny_omni import build_model, build_processor, target_text
     from maple_trl.modalities import ModalityTag
-    from maple_trl.trainers.omni_sft.config import OmniSFTConfig
-    from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
 
     told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in cold]
     told += [row | {"tag": ModalityTag.VAS.value} for row in told]  # a tag says here what is fed
     processor = build_processor()
     processor.tokenizer = build_tokenizer(names)
-    options = OmniSFTConfig(
-        output_dir=str(folder / "cold-run"),
-        media_root=str(folder / "cold"),
-        num_frames=4,
-        max_steps=COLD_STEPS,
+    train_supervised(
+        folder,
+        told,
+        COLD_STEPS,
+        build_model(processor.tokenizer, seed=0),
+        processing_class=processor,
         per_device_train_batch_size=SIZES.batch,
         learning_rate=2e-3,
         lr_scheduler_type="linear",
         warmup_steps=30,
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
     )
-    model = build_model(processor.tokenizer, seed=0)
-    trainer = OmniSFTTrainer(model, options, train_dataset=Dataset.from_list(told), processing_class=processor)
-    trainer.train()
-    trainer.save_model(str(folder / "model"))
 
 
 def build_tokenizer(names: Sequence[str]) -> Any:
