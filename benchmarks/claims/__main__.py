@@ -170,7 +170,7 @@ def _looks(told: argparse.Namespace, runner: Runner, evidence: Evidence, claims:
 
 
 def _show_quick(evidence: Evidence, claims: Sequence[Claim]) -> None:
-    from report import shown_effect
+    from page import shown_effect
 
     for claim in claims:
         _, found = evidence.claim(claim, QUICK_SEEDS)
@@ -213,7 +213,7 @@ def _hours(runs: Sequence[Wanted] | set[Wanted], minutes: dict[str, float]) -> s
 
 
 def _report(told: argparse.Namespace, register: Register) -> int:
-    from report import as_json, write_report
+    from page import as_json, write_report
 
     evidence = _evidence(told, register)
     try:

@@ -15,8 +15,8 @@ import pytest
 from claim_sets import CLAIMS, known_tasks, write_register, write_results
 from evidence import Evidence, Wanted, forget_other_code, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
+from page import Page
 from register import read_register
-from report import Page
 from runs import source
 from scores import decoded_scores, encoded_scores, rounded, whole
 from verdicts import CANT_TELL, DOES_NOT, HOLDS
