@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -34,12 +32,6 @@ def tier_accuracy(result: Result, tier: str) -> float:
     """Return the accuracy on a tier's held-out questions at the end."""
     found = result["after"]["trained"]
     return accuracy_and_error(by_tier(found["questions"])[tier], found["samples"])[0]
-
-
-def tier_error(result: Result, tier: str) -> float:
-    """Return the standard error that sampling answers gives [`tier_accuracy`]."""
-    found = result["after"]["trained"]
-    return accuracy_and_error(by_tier(found["questions"])[tier], found["samples"])[1]
 
 
 # Curves
@@ -86,18 +78,6 @@ def tier_reached(result: Result, tier: str, target: float, cost: str) -> float:
     return Censored(costs[-1]) if found is None else found
 
 
-def tier_reached_error(result: Result, tier: str, target: float, cost: str) -> float:
-    """Return the standard error that sampling answers gives [`tier_reached`]: its spread over 200 curves with as much noise."""
-    values, costs = _curve(result, tier, cost)
-    errors = [point[f"{tier}_error"] for point in result["tier_curve"]["points"]]
-    noise = random.Random(0)
-    found = [
-        crossing([noise.gauss(value, error) for value, error in zip(values, errors, strict=True)], costs, target)
-        for _ in range(200)
-    ]
-    return statistics.stdev(costs[-1] if one is None else one for one in found)
-
-
 def tier_reaches(result: Result, tier: str, target: float) -> float:
     """Return 1 where the accuracy on a tier reached a target, 0 where it did not."""
     values, _ = _curve(result, tier, "step")
@@ -138,31 +118,21 @@ def stage_gain(result: Result, stage: str) -> float:
     return found[stage] - found[names[place - 1]]
 
 
-def total(result: Result, cost: str) -> float:
-    """Return a cost of training, summed over stages."""
-    return sum(part["cost"][cost] for part in (*result.get("stages", ()), result))
-
-
-for _function in (tier_reached, tier_reached_error, tier_reaches, tier_mean):
+for _function in (tier_reached, tier_reaches, tier_mean):
     _function.needs = ("tier_curve",)  # type: ignore[attr-defined]
-for _function in (tier_accuracy, tier_error):
-    _function.needs = ("after",)  # type: ignore[attr-defined]
+tier_accuracy.needs = ("after",)  # type: ignore[attr-defined]
 for _function in (stage_accuracy, stage_gain):
     _function.needs = ("after", "stages")  # type: ignore[attr-defined]
-total.needs = ("cost",)  # type: ignore[attr-defined]
 
 METRICS: dict[str, Callable[..., float]] = {
     function.__name__: function
     for function in (
         tier_accuracy,
-        tier_error,
         tier_reached,
-        tier_reached_error,
         tier_reaches,
         tier_mean,
         stage_accuracy,
         stage_gain,
-        total,
     )
 }
 """What the register may name."""

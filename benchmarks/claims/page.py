@@ -14,8 +14,9 @@ from typing import Any
 from evidence import Evidence, forgotten
 from instruments import INSTRUMENTS
 from metrics import MissingValueError
+from plots import drawn_curves, forest
 from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
-from register import EFFECTS, Claim, Measure
+from register import Claim, Measure
 from simulate import STATED, Setting
 from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding
 
@@ -42,8 +43,19 @@ class Page:
         self.evidence, self.register, self.docs = evidence, evidence.register, docs
         self.claims = list(self.register.claims.values())
         self.found = {claim.name: evidence.claim(claim) for claim in self.claims}
+        self.plots = dict(self._plotted())
+        """By name, as SVG."""
         self._registered = registered_at(self.register, self.claims)
         self._added = added_at(evidence.results)
+
+    def _plotted(self) -> Iterator[tuple[str, str]]:
+        for claim in self.claims:
+            found = self.found[claim.name][1]
+            shown = [(one, found[one.name]) for one in claim.measures if found[one.name].estimate is not None]
+            if shown:
+                yield claim.name, forest(shown)
+                if curves := drawn_curves(self.evidence, claim):
+                    yield f"{claim.name}-curves", curves
 
     # What stands in rows
 
@@ -78,9 +90,20 @@ class Page:
         numbers = {one.estimate.seeds for one in self.found[claim.name][1].values() if one.estimate}
         return "–" if not numbers else "–".join(map(str, sorted({min(numbers), max(numbers)})))
 
+    def tasks(self, claim: Claim) -> str:
+        """Return the tasks that a claim is measured on."""
+        return ", ".join(
+            f"`{task}`" for task in dict.fromkeys(self.register.variants[one].task for one in claim.variants)
+        )
+
     def row(self, claim: Claim, link: str) -> str:
         """Return a claim's row of a table."""
-        cells = [f"[{claim.number}]({link}#{claim.name})", claim.says, f"{claim.paper}: {claim.figure}"]
+        cells = [
+            f"[{claim.number}]({link}#{claim.name})",
+            claim.says,
+            self.tasks(claim),
+            f"{claim.paper}: {claim.figure}",
+        ]
         return _row([*cells, self.here(claim), self.seeds(claim), self.verdict(claim)])
 
     def table(self, link: str = "", measured: bool = False) -> list[str]:
@@ -88,7 +111,7 @@ class Page:
         shown = [
             one for one in self.claims if not measured or not self.verdict(one).startswith((NOT_MEASURED, NOT_RUN))
         ]
-        head = ["", "Claim", "Paper", "Here, with 95 % interval", "Seeds", "Verdict"]
+        head = ["", "Claim", "Task", "Paper", "Here, with 95 % interval", "Seeds", "Verdict"]
         rows = [self.row(claim, link) for claim in shown]
         return [_row(head), _row(["---"] * len(head)), *rows] if rows else []
 
@@ -221,6 +244,7 @@ class Page:
             "",
             f"- Paper: {claim.paper}, {claim.source}: {claim.figure}",
             f"- Here: {claim.here}",
+            f"- Task: {self.tasks(claim)}",
             f"- Command: `{COMMAND} run {claim.name}`",
         )
         yield from self.loud(decided)
@@ -239,8 +263,12 @@ class Page:
             yield from ("", _row(head), _row(["---"] * len(head)))
             for measure in claim.measures:
                 yield self.measure_row(measure, found[measure.name])
-        if any(found[one.name].estimate for one in claim.measures):
-            yield from ("", f"![Effects with their intervals](claims/{claim.name}.svg)")
+        for name, what in (
+            (claim.name, "Effects with their intervals"),
+            (f"{claim.name}-curves", "Learning curves, means over seeds with their 95 % intervals"),
+        ):
+            if name in self.plots:
+                yield from ("", f"![{what}](claims/{name}.svg)")
         yield from self.rests_on(claim)
 
     def loud(self, decided: ClaimVerdict) -> list[str]:
@@ -376,12 +404,9 @@ def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
     plots = docs / "claims"
     plots.mkdir(parents=True, exist_ok=True)
     written = []
-    for claim in page.claims:
-        found = page.found[claim.name][1]
-        shown = [(one, found[one.name]) for one in claim.measures if found[one.name].estimate is not None]
-        if shown:
-            written.append(plots / f"{claim.name}.svg")
-            write_atomically(written[-1], forest(shown))
+    for name, svg in page.plots.items():
+        written.append(plots / f"{name}.svg")
+        write_atomically(written[-1], svg)
     for stale in set(plots.glob("*.svg")) - set(written):
         stale.unlink()
     written.append(docs / "claims.md")
@@ -424,65 +449,3 @@ def as_json(evidence: Evidence) -> dict[str, Any]:
             },
         }
     return told
-
-
-GREY, BLUE, ORANGE = "#7d7d7d", "#3f83c9", "#c97a2b"
-"""Legible on white and on black."""
-
-
-def forest(shown: Sequence[tuple[Measure, Finding]]) -> str:
-    """Return a plot of effects with their intervals, as SVG; equal input gives equal bytes."""
-    import io
-
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 9}):
-        FigureCanvasSVG(plotted(shown)).print_svg(stream, metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
-
-
-def plotted(shown: Sequence[tuple[Measure, Finding]]) -> Any:
-    """Draw effects with their intervals: differences, then ratios."""
-    from matplotlib.figure import Figure
-
-    kinds = [kind for kind in EFFECTS if any(one.effect == kind for one, _ in shown)]
-    panels = [[(one, found) for one, found in shown if one.effect == kind] for kind in kinds]
-    heights = [0.9 + 0.3 * len(panel) for panel in panels]
-    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for kind, panel, axis in zip(kinds, panels, axes, strict=True):
-        _draw(axis, kind, panel)
-    return figure
-
-
-def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> None:
-    none = 1.0 if kind == "ratio" else 0.0
-    axis.patch.set_alpha(0)
-    axis.figure.patch.set_alpha(0)
-    axis.axvline(none, color=GREY, linewidth=1)
-    for place, (measure, found) in enumerate(panel):
-        estimate = found.estimate
-        assert estimate is not None
-        control = measure.role == "control"
-        color = ORANGE if control else BLUE
-        axis.plot([estimate.low, estimate.high], [place, place], color=color, linewidth=1.5)
-        axis.plot(estimate.value, place, "o", color=color, markerfacecolor="none" if control else color, markersize=5)
-        signs = {"above": (1,), "not above": (1,), "below": (-1,), "not below": (-1,), "equal": (-1, 1)}[
-            measure.expects
-        ]
-        for sign in signs:
-            axis.plot(none + sign * measure.least, place, "|", color=GREY, markersize=12)
-    names = [f"{one.name} (control)" if one.role == "control" else one.name for one, _ in panel]
-    axis.set_yticks(range(len(panel)), names)
-    axis.set_ylim(len(panel) - 0.5, -0.5)
-    if kind == "ratio":
-        lows = [found.estimate.low for _, found in panel if found.estimate]
-        highs = [found.estimate.high for _, found in panel if found.estimate]
-        if max(highs) / max(min(lows), 1e-12) > 20:
-            axis.set_xscale("log")
-    axis.set_xlabel(f"{kind}, with its interval\ngrey ticks: the smallest effect that would matter", color=GREY)
-    axis.tick_params(colors=GREY)
-    for spine in axis.spines.values():
-        spine.set_visible(False)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -80,19 +81,41 @@ def test_a_report_tells_what_was_found(evidence, tmp_path):
     assert errors == ["not counted", "–"] and float(cells["| accuracy"][7].split()[0]) > 0
     assert "**The control seconds fails" in page and "2 runs never got there" in page
     linked = re.findall(r"\((\S+\.(?:json|svg))\)", page)
-    assert len(linked) == 2 * 10 + 2 and all((docs / file).is_file() for file in linked)
+    assert len(linked) == 2 * 10 + 3 and all((docs / file).is_file() for file in linked)
     written = (docs / "README.md").read_text()
     assert written.startswith("# Title\n\n<!-- claims: begin -->\n\nOf 2 claims: ") and written.endswith(
         "<!-- claims: end -->\nlast\n"
     )
     assert row.replace("](#", "](claims.md#") in written
     # The same again: the same bytes.
-    files = [docs / "claims.md", docs / "README.md", docs / "claims" / "better.svg", docs / "claims" / "sooner.svg"]
+    files = [docs / "claims.md", docs / "README.md", *sorted((docs / "claims").iterdir())]
+    assert [file.name for file in files[2:]] == ["better.svg", "sooner-curves.svg", "sooner.svg"]
     before = [file.read_bytes() for file in files]
     for file in files[2:]:
         file.unlink()
     report(evidence, docs)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_curves_are_drawn_with_the_interval_of_their_mean(evidence):
+    from plots import band, curves_of, drawn_curves
+    from scipy import stats
+
+    write_decided(evidence)
+    (curves,) = curves_of(evidence.register.claims["sooner"])
+    assert (curves.of, curves.cost, curves.variants) == ("all", "completions", ("new", "old"))
+    assert curves_of(evidence.register.claims["better"]) == []
+    runs = [curves.points(evidence.read("old", seed)) for seed in range(5)]
+    runs[0] = runs[0][:15]  # ends at 700, beyond which not all five are known
+    costs, means, reaches = band(runs)
+    assert (costs[0], costs[-1]) == (0, 700)
+    at = [dict(points)[700] for points in runs]
+    low, high = stats.t.interval(0.95, 4, statistics.fmean(at), statistics.stdev(at) / 5**0.5)
+    assert 0.5 < statistics.fmean(at) < 0.7
+    assert (means[-1] - reaches[-1], means[-1] + reaches[-1]) == pytest.approx((low, high))
+    assert (means[0], reaches[0]) == (0.5, 0)
+    drawn = drawn_curves(evidence, evidence.register.claims["sooner"])
+    assert "new (5 seeds)" in drawn and "old (5 seeds)" in drawn and "completions" in drawn
 
 
 def test_a_result_that_is_changed_changes_the_verdict(evidence, tmp_path):
