@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from defaults import BETTER, RULE, judge_alternative, read_defaults
 from evidence import Evidence, forgotten
 from instruments import INSTRUMENTS
 from metrics import MissingValueError
@@ -149,11 +151,34 @@ class Page:
             f"- **Decision.** {self.register.rules.decision}",
             f"- **Stopping.** {self.register.rules.stopping}",
         )
+        yield from self.defaults()
         for claim in self.claims:
             yield from self.section(claim)
         yield from self.made_with()
         yield from self.changes()
         yield from self.former()
+
+    def defaults(self) -> Iterator[str]:
+        """Yield which defaults of the configs the results bear on, and what they say of other values."""
+        if not self.register.is_ours:
+            return
+        head = ["Field", "Default", "From", "Held against", "By", "Found"]
+        yield from ("", "## Defaults, and what decides them", "", RULE, "", _row(head), _row(["---"] * len(head)))
+        for one in read_defaults(self.register):
+            for other in one.alternatives:
+                told = []
+                for claim, name in other.signs:
+                    measure = next(each for each in self.register.claims[claim].measures if each.name == name)
+                    found = self.found[claim][1][name]
+                    told.append(
+                        f"[{claim}](#{claim}), {name}"
+                        + (f": {shown_interval(found, measure)}" if found.estimate else "")
+                    )
+                said = judge_alternative(other, self.found, self.register)
+                cells = [f"`{one.config}.{one.field}`", f"`{json.dumps(one.value)}`", one.source, other.value]
+                yield _row(
+                    [*cells, "<br>".join(told), f"**{said}: the default is to change**" if said == BETTER else said]
+                )
 
     def counts(self) -> str:
         """Return how many claims have which verdict."""

@@ -154,6 +154,11 @@ class Register:
     claims: Mapping[str, Claim]
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it is the one that comes with these benchmarks."""
+        return self.folder == HERE
+
+    @property
     def files(self) -> list[Path]:
         """The files that it was read from."""
         return register_files(self.folder)
