@@ -68,15 +68,15 @@ def test_answers_are_what_the_questions_lead_to(task):
     assert [row["answer"] for row in rows] == [answer_of(row["question"], row) for row in rows]
     cells = Counter((row["tag"], row["steps"], row["tier"]) for row in rows)
     assert set(cells.values()) == {8} and len(cells) == 7 * 4 * 2
-    assert all(row["question"].count("+7") == (row["tier"] == "hard") for row in rows)
+    assert all(row["question"].count("+7") == 2 * (row["tier"] == "hard") for row in rows)
     assert len({row["id"] for row in rows}) == len(rows) and not any("options" in row for row in rows)
 
 
-@pytest.mark.parametrize("hard", [None, 0, 1])
+@pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("signals", [1, 2, 3])
 def test_any_one_part_unknown_leaves_the_answer_open(task, hard, signals):
     """Counted over all signals and amounts of two steps: what one knows best with one of them covered."""
-    amounts = [[7] if place == hard else range(7) for place in range(2)]
+    amounts = [[7] if hard else range(7)] * task.HARD_STEPS
     found = []
     for parts in itertools.product(*[range(4)] * signals, *amounts):
         value = sum(parts[:signals])
@@ -84,7 +84,7 @@ def test_any_one_part_unknown_leaves_the_answer_open(task, hard, signals):
             value = task.apply(value, f"+{amount}")
         found.append((parts, value))
     for covered in range(signals + 2):
-        if hard is not None and covered == signals + hard:
+        if hard and covered >= signals:
             continue  # the tier tells it
         seen = defaultdict(Counter)
         for parts, value in found:
@@ -111,8 +111,9 @@ def test_a_set_cannot_be_answered_by_counting(task):
         "last operation": lambda row: row["question"].split()[-1],
         "operations": lambda row: row["question"].partition("? ")[2] if row["steps"] == 2 else None,
     }
+    most = {"operations": 0.3, "signals": 0.25}  # an eighth of all are hard ones of two steps, both of which add 7
     for name, key in keys.items():
-        assert guessed(key) < (0.3 if name == "operations" else 0.2), name  # seven or eight letters
+        assert guessed(key) < most.get(name, 0.2), name  # seven or eight letters
     assert guessed(lambda row: row["chain"][-1]) == 1.0
 
 
@@ -138,7 +139,7 @@ def one_row(task, tier="hard", steps=3):
 def test_the_right_text_is_read_as_right(task):
     row = one_row(task)
     reading = task.read_completion(task.target_text(row["chain"]), row)
-    assert reading == task.Reading(True, True, True, (True,) * 4, (True,), True, True, None)
+    assert reading == task.Reading(True, True, True, (True,) * 3, (True, True), True, True, None)
 
 
 def test_an_error_in_the_middle_is_found_where_it_is(task):
@@ -180,7 +181,7 @@ def test_a_lucky_answer_is_told_from_a_right_chain(task):
 
 def test_chains_are_given_up_anywhere_and_stay_so(task):
     """Each item of the cold start's texts is left open as often as any other, and all that follows from it."""
-    slips = task.Slips(0.05, 0.88, random.Random(0))
+    slips = task.Slips(0.05, 0.5, random.Random(0))
     rows = [row for row in task.with_chains(seven_tag_rows(8), seed=4) if row["tag"] == "VAS"]
     read = {"easy": [], "hard": []}
     for row in rows:
@@ -194,7 +195,7 @@ def test_chains_are_given_up_anywhere_and_stay_so(task):
     right = {tier: statistics.fmean(reading.answered for reading in found) for tier, found in read.items()}
     expected = statistics.fmean(0.95 ** (3 + 2 + 2 * steps + 1) for steps in task.STEPS)
     assert right["easy"] == pytest.approx(expected + 0.02, abs=0.06)  # a signal not seen may count 0
-    assert right["hard"] == pytest.approx(0.12 * expected / 0.95, abs=0.04)
+    assert right["hard"] == pytest.approx(0.5**2 * expected / 0.95**2, abs=0.04)
     wrong = [reading for reading in everyone if reading.first_error is not None]
     assert statistics.fmean(reading.follows for reading in wrong) > 0.85
     assert {int(reading.first_error * 4) for reading in wrong} == {0, 1, 2, 3}
@@ -269,7 +270,7 @@ def test_the_start_writes_the_form_and_gives_up(task, monkeypatch):
     chains = start["chains"]["after"]
     right = chains["answered"]
     assert chains["completions"] == 448 and chains["well_formed"] > 0.85 and chains["tokens"] > 70
-    assert 0.3 < right["easy"] < 0.65 and right["hard"] < 0.2 and right["2"] > right["5"]
+    assert 0.3 < right["easy"] < 0.65 and right["hard"] < 0.1 and right["2"] > right["5"]
     assert chains["follows"] > 0.75 and chains["hard"] < 0.4 < 0.6 < chains["sums"]
     assert start["cost"]["completions"] == 0
 

@@ -4,7 +4,8 @@ Chains of operations over what a clip shows, sounds like and says, which the thi
 A question names the signals that count and then 2 to 5 sums, labelled in their order: `"color word? a+3 b+7 c+1"`. The
 register begins with the sum of the signals' indices, each step adds its amount, modulo 8, and the answer is the letter A to H
 that the last value stands for. With one amount unknown all letters that it could lead to are equally likely, with one signal
-unknown four. Questions of the *easy* tier add 0 to 6, those of the *hard* one add 7 at one of their steps.
+unknown four. Questions of the *easy* tier add 0 to 6, those of the *hard* one add 7 at two of their steps
+(so that with two steps the signals alone tell the answer).
 
     <think> color word: a+3,b+7,c+1. color red=0, pitch x=0, word sun=2. 0+0=0, 0+2=2. a:2+3=5. b:5+7=4. c:4+1=5. so 5=F</think>...
             plan                     evidence                                          steps                     synthesis
@@ -12,7 +13,8 @@ unknown four. Questions of the *easy* tier add 0 to 6, those of the *hard* one a
 The cold start first learns whole chains, then chains that give up: each item (an amount copied, a signal seen, a sum, the letter) is
 left open with the same small chance wherever it stands, a sum with 7 nearly always, and what follows from an open item is open. So
 the policy that runs begin with writes the form, fails anywhere along it, and hardly ever solves the hard tier, although it
-could.
+could: both of its sums with 7 must succeed at once, for one alone is not rewarded. (With one of them plain GRPO, from any
+start, soon solved it as often as the easy tier.)
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from supervised import train_supervised
 from maple_trl.rewards import accuracy_reward
 
 
-VERSION = 1
+VERSION = 2
 ACCESSES = ()
 QUESTIONS, SAMPLES = 64, 6
 
@@ -41,15 +43,15 @@ TIERS = ("easy", "hard")
 TRAIN_PER_TAG, TEST_PER_TAG = 16, 64
 COLD_CHAINS = 8
 COLD_HARD = (0.25, 0.5)
-COLD_SLIPS = (0.05, 0.88)
+COLD_SLIPS = (0.05, 0.93)
 COLD_STEPS = 300
 OPEN_SHARE = 80 / 300
 """Of them, those on chains that give up, which come last."""
 COLD_RATES = (2e-3, 1e-3)
 
 
-HARD = 7
-"""The amount that a step of each question of the hard tier adds."""
+HARD, HARD_STEPS = 7, 2
+"""The amount that so many steps of each question of the hard tier add."""
 OPEN = "?"
 """What stands in place of an item that is given up."""
 
@@ -179,8 +181,8 @@ def read_completion(text: str, row: Mapping[str, Any]) -> Reading:
 
 def draw_operations(steps: int, tier: str, rng: random.Random) -> list[str]:
     """Draw the operations of a question."""
-    odd = rng.randrange(steps) if tier == "hard" else None
-    return [f"+{HARD if place == odd else rng.randrange(HARD)}" for place in range(steps)]
+    odd = rng.sample(range(steps), HARD_STEPS) if tier == "hard" else ()
+    return [f"+{HARD if place in odd else rng.randrange(HARD)}" for place in range(steps)]
 
 
 def with_chain(row: Mapping[str, Any], name: str, steps: int, tier: str, rng: random.Random) -> dict[str, Any]:
