@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import runpy
 from pathlib import Path
 
 import programs
@@ -153,35 +152,6 @@ def run_benchmark(name, folder, *options):
     done = programs.run(command)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text()), done.stdout
-
-
-def test_mapo_vs_mupo_compares_what_the_recipes_say(tmp_path):
-    result, output = run_benchmark(
-        "mapo_vs_mupo", tmp_path, "--steps", "4", "--seeds", "0", "1", "--questions", "1", "--coordinates", "64",
-        "--variants", "MUPO", "full recipe", "--samples", "1", "--cold_start", "2", "--noise", "VAS=0.5",
-    )  # fmt: skip
-    mupo, full = (result["variants"][name] for name in ("MUPO", "full recipe"))
-    assert mupo["media_tokens"]["mean"] == 16 > full["media_tokens"]["mean"]  # every row is fed all that it has
-    assert mupo["rows_trained"]["mean"] == 128 > full["rows_trained"]["mean"]
-    for name, runs in result["runs"].items():
-        seconds = [run["seconds"] for run in runs]
-        assert result["variants"][name]["seconds"]["mean"] == pytest.approx(sum(seconds) / 2)
-        for run in runs:
-            assert run["seconds"] == pytest.approx(run["seconds_rollout"] + run["seconds_update"])
-            assert run["grad_variance"] > 0 and 0 < run["grad_variance_relative"] < 1.01
-            assert run["required"].keys() == run["redundant"].keys() == run["accuracy"].keys()
-    assert "523.28" in output and "full recipe" in output and "redundant" in output
-    assert result["settings"]["noise"] == {"VAS": 0.5}
-
-
-def test_every_variant_of_mapo_vs_mupo_is_a_recipe():
-    found = runpy.run_path(str(BENCHMARKS / "mapo_vs_mupo.py"))
-    names = found["VARIANTS"] | found["NAMED"]
-    assert all((found["RECIPES"] / f"{recipe}.yaml").is_file() for recipe in names.values())
-    assert set(found["PAPER_SECONDS"]) | set(found["PAPER_ACCURACY"]) <= set(names)
-    for name in found["PAPER_ACCURACY"]:  # which the recipes tell too
-        text = (found["RECIPES"].parent / "maple_qa" / f"{names[name]}.yaml").read_text()
-        assert f"accuracy {found['PAPER_ACCURACY'][name]:.2f} %" in text, name
 
 
 def test_mapo_bookkeeping_is_measured(tmp_path):
