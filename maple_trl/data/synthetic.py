@@ -398,10 +398,11 @@ def _read(folder: Path, stamp: Mapping[str, Any]) -> DatasetDict | None:
             return None
         tables = DatasetDict()
         for split in stamp["prompts_per_tag"]:
-            rows = pq.read_table(folder / f"{split}.parquet").to_pydict()
-            tables[split] = Dataset.from_dict(rows, features=FEATURES)
+            rows = pq.read_table(folder / f"{split}.parquet").cast(FEATURES.arrow_schema)
+            tables[split] = Dataset(rows)
             # A cleaner of old cache files may have taken some of the media.
-            if not all((folder / path).is_file() for path in {*rows["video"], *rows["subtitle"]}):
+            paths = {path for column in ("video", "subtitle") for path in rows[column].unique().to_pylist()}
+            if not all((folder / path).is_file() for path in paths):
                 return None
         return tables
     except (OSError, ValueError):  # absent or damaged; pyarrow's errors are kinds of ValueError and OSError

@@ -1,5 +1,7 @@
 """The command line, run as a person runs it: in a process of its own."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -75,22 +77,44 @@ LIGHT = {
 }
 
 
+# Each line in turn, in one new interpreter: what any of them imports is there from then on.
+LIGHTLY = """
+import contextlib, io, json, sys
+from maple_trl.cli import main
+for line, heavy in json.loads(sys.argv[1]).items():
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told), contextlib.suppress(SystemExit):
+        main(line.split())
+    print(json.dumps([line, told.getvalue(), sorted({*heavy} & {*sys.modules})]))
+"""
+
+
+@pytest.fixture(scope="module")
+def light_lines():
+    """Of each line what it says, and which heavy modules are imported after it; those that may not import any come first."""
+    heavy = {line: sorted({"torch", "transformers", "datasets"} | more) for line, (_, more) in LIGHT.items()}
+    heavy = dict(sorted(heavy.items(), key=lambda entry: -len(entry[1])))
+    command = [sys.executable, "-c", LIGHTLY, json.dumps(heavy)]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    return {line: (told, imported) for line, told, imported in map(json.loads, shown.stdout.splitlines())}
+
+
 @pytest.mark.parametrize("line", LIGHT)
-def test_help_and_mistakes_import_nothing_heavy(line):
-    told, more = LIGHT[line]
-    heavy = {"torch", "transformers", "datasets"} | more
-    script = (
-        f"import sys\nfrom maple_trl.cli import main\ntry:\n    main({line.split()!r})\nexcept SystemExit: pass\n"
-        f"print('HEAVY', sorted({heavy!r} & set(sys.modules)))"
-    )
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stderr
-    assert told in shown.stdout + shown.stderr
-    assert "loading torch" not in shown.stderr
+def test_help_and_mistakes_import_nothing_heavy(line, light_lines):
+    told, imported = light_lines[line]
+    assert imported == [] and LIGHT[line][0] in told
+    assert "loading torch" not in told
 
 
-@pytest.mark.parametrize("rank, told", [("0", ["maple-trl: loading torch and TRL …"]), ("1", [])])
-@pytest.mark.parametrize("line", [f"train --config {RECIPE} --use_cpu true", "eval --model m --data d --output o"])
+@pytest.mark.parametrize(
+    "line, rank, told",
+    [
+        (f"train --config {RECIPE} --use_cpu true", "0", ["maple-trl: loading torch and TRL …"]),
+        (f"train --config {RECIPE} --use_cpu true", "1", []),
+        ("eval --model m --data d --output o", "0", ["maple-trl: loading torch and TRL …"]),
+    ],
+)
 def test_a_word_before_torch_loads(line, rank, told, tmp_path):
     """Of the first process, and at once: this torch ends the process where it begins to load."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch begins')\n")
@@ -394,23 +418,19 @@ def test_auto_removes_no_checkpoint_that_was_complete_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_command_begins_a_run_and_goes_on_with_it(short_run, tmp_path, monkeypatch, capsys):
+def test_the_same_command_begins_a_run_and_goes_on_with_it(short_run, one_step, tmp_path, monkeypatch):
     """One that was stopped before its first checkpoint begins anew; results of a run that ended are not touched."""
     folder, _ = short_run
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    auto = ("--resume_from_checkpoint", "auto")
-    assert run_here(tmp_path, monkeypatch, *auto, "--max_steps", "1")[1]["steps"] == 1
-    removed = "overwrite: removed checkpoint-1, metrics.jsonl of this run, which had no whole checkpoint, from"
-    assert removed in capsys.readouterr().out
-    assert run_here(tmp_path, monkeypatch, *auto)[1]["steps"] == 2
+    begun, told = one_step
+    assert "overwrite: removed checkpoint-1, metrics.jsonl of this run, which had no whole checkpoint, from" in told
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    assert run_here(tmp_path, monkeypatch, *AUTO)[1]["steps"] == 2
     through, pieces = weights(folder), weights(tmp_path)
     assert all((through[name] == pieces[name]).all() for name in through)
     for checkpoint in tmp_path.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     with pytest.raises(SetupError, match=r"holds results of another run \(metrics.jsonl, model.safetensors, "):
-        run_here(tmp_path, monkeypatch, *auto)
+        run_here(tmp_path, monkeypatch, *AUTO)
 
 
 # Results
@@ -629,11 +649,26 @@ def run_here(tmp_path, monkeypatch, *words):
     return caught["trainer"], summary
 
 
+AUTO = ("--resume_from_checkpoint", "auto")
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """The first of the two steps, where a run was stopped before its first checkpoint; and what that prints."""
+    folder, told = tmp_path_factory.mktemp("one-step"), io.StringIO()
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+        assert run_here(folder, patch, *AUTO, "--max_steps", "1")[1]["steps"] == 1
+    return folder, told.getvalue()
+
+
 @pytest.mark.slow
-def test_train_goes_on_from_its_last_checkpoint(short_run, tmp_path, monkeypatch):
-    """A job that ends after step 1 and is resumed gives the weights of one that ran through."""
+def test_train_goes_on_from_its_last_checkpoint(short_run, one_step, tmp_path, monkeypatch):
+    """A job that ends after step 1 and is resumed, in another folder, gives the weights of one that ran through."""
     folder, _ = short_run
-    assert run_here(tmp_path, monkeypatch, "--max_steps", "1")[1]["steps"] == 1
+    shutil.copytree(one_step[0], tmp_path, dirs_exist_ok=True)
     assert read_json(tmp_path / "summary.json")["before"] is None
     assert run_here(tmp_path, monkeypatch, "--resume_from_checkpoint", "true")[1]["steps"] == 2
     through, pieces = weights(folder), weights(tmp_path)
@@ -641,8 +676,8 @@ def test_train_goes_on_from_its_last_checkpoint(short_run, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_refused_resume_says_why_and_keeps_the_log(tmp_path, monkeypatch):
-    run_here(tmp_path, monkeypatch, "--max_steps", "1")
+def test_a_refused_resume_says_why_and_keeps_the_log(one_step, tmp_path, monkeypatch):
+    shutil.copytree(one_step[0], tmp_path, dirs_exist_ok=True)
     logged = (tmp_path / "metrics.jsonl").read_text()
     assert logged
     for change, why in (

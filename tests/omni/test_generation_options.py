@@ -189,17 +189,19 @@ def undisturbed(ways):
 
 @pytest.mark.parametrize("name", NASTY)
 def test_no_option_of_a_checkpoint_reaches_sampling(name, ways, undisturbed, checkpoint):
+    """In every way of sampling what would be felt there; of the others each in one way, and in sets in all of them, below."""
     config = written(checkpoint, {name: NASTY[name]})
-    for way, made in ways.items():
-        assert sample(made, config) == undisturbed[way], way
+    tried = list(ways) if name in FELT else [list(ways)[list(NASTY).index(name) % len(ways)]]
+    for way in tried:
+        assert sample(ways[way], config) == undisturbed[way], way
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(names=st.sets(st.sampled_from(sorted(NASTY)), min_size=2, max_size=12))
-def test_no_set_of_options_of_a_checkpoint_reaches_sampling(ways, undisturbed, checkpoint, names):
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(names=st.sets(st.sampled_from(sorted(NASTY)), min_size=2, max_size=12), number=st.integers(0, 4))
+def test_no_set_of_options_of_a_checkpoint_reaches_sampling(ways, undisturbed, checkpoint, names, number):
     config = written(checkpoint, {name: NASTY[name] for name in names})
-    way = f"rollout, shared_prefix {'on' if len(names) % 2 else 'off'}"
-    assert sample(ways[way], config) == undisturbed[way]
+    way = list(ways)[number]
+    assert sample(ways[way], config) == undisturbed[way], way
 
 
 def test_without_the_guard_they_would_be_felt(ways, undisturbed, checkpoint, monkeypatch):
@@ -219,8 +221,9 @@ def test_without_the_guard_they_would_be_felt(ways, undisturbed, checkpoint, mon
     for module in (transformers_engine, omni_sft, evaluator_module):
         monkeypatch.setattr(module, "own_options", open_to_all)
     for way, made in ways.items():
-        felt = set()
-        for name in FELT:
+        felt, left = set(), sorted(FELT)
+        while left and len(felt) < 10:
+            name = left.pop()
             # A file that the library itself refuses reaches nobody.
             config = written(checkpoint, {name: NASTY[name], "do_sample": True})
             try:
@@ -228,9 +231,7 @@ def test_without_the_guard_they_would_be_felt(ways, undisturbed, checkpoint, mon
             except Exception:
                 changed = True
             felt |= {name} if changed else set()
-        missing = FELT - felt
-        print(way, missing)
-        assert len(felt) >= 10, (way, missing)
+        assert len(felt) >= 10, (way, FELT - felt)
 
 
 def test_the_head_reads_the_last_position_alone(ways, undisturbed, monkeypatch):

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -66,6 +66,7 @@ class QuarantinedPrompt:
 _SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
 _ROW_BYTES = 400  # of a key, and of the lists and tables that hold it
 _NAMED = 3  # files that a summary names
+_READ = 64  # rows that are read at once
 _FEWEST = 10  # rows from which a share of them says something
 
 
@@ -104,7 +105,8 @@ class RowRegistry:
             raise ValueError(f"{name} holds no row")
         specs: list[PromptSpec] = []
         known: dict[str, PromptSpec] = {}  # rows with the same prompt share it
-        for i, row in enumerate(tqdm(dataset, desc="Checking rows", disable=None if progress else True, leave=False)):
+        shown = {"desc": "Checking rows", "disable": None if progress else True, "leave": False}
+        for i, row in enumerate(tqdm(_rows(dataset), total=len(dataset), **shown)):
             try:
                 spec = builder.spec(row)
             except RowError as error:
@@ -339,6 +341,15 @@ class RowRegistry:
 
     def _content(self) -> str:
         return hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
+
+
+def _rows(dataset: Dataset) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows, read a few at a time: reading one takes as long as all that is done with it here."""
+    if dataset.format["type"] is not None:  # one of the caller, which may make something else of several rows
+        yield from dataset
+        return
+    for rows in dataset.iter(_READ):
+        yield from (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
 
 
 def _fed(spec: PromptSpec) -> set[str]:

@@ -14,6 +14,8 @@ def main(folder: Path) -> None:
     from test_curation import files_of, write_config
 
     from maple_trl import cli
+    from maple_trl.data.curation import read_config
+    from maple_trl.data.curation.engines import ray_running
 
     def run(path, *words):
         assert cli.main(["data", "curate", "--config", str(path), *words]) == 0
@@ -24,18 +26,19 @@ def main(folder: Path) -> None:
         told["local"] = dict(server.answered)
     with CurationServer() as server:
         path = write_config(folder, server.url, output="ray", tags=TAGS, run={"chunk": 4, "ray_workers": 2})
-        run(path, "--engine", "ray")
-        told["ray"] = dict(server.answered)
-        told["mode"] = os.environ["RAY_AUTH_MODE"]
-        before = files_of(folder / "ray")
-        work = folder / "ray" / "work"
-        told["logs"] = sorted(log.name for log in work.glob("filter*.jsonl"))
-        for log in [*work.glob("filter*.jsonl"), *work.glob("questions*.jsonl")]:
-            log.unlink()  # as if they were killed before a row was noted: the answers are kept
-        run(path, "--engine", "ray")
-        told["again"] = dict(server.answered)
-        told["violations"] = server.violations
-        told["same again"] = files_of(folder / "ray") == before
+        with ray_running(read_config(path)):  # once for both runs: its processes import for longer than they work
+            run(path, "--engine", "ray")
+            told["ray"] = dict(server.answered)
+            told["mode"] = os.environ["RAY_AUTH_MODE"]
+            before = files_of(folder / "ray")
+            work = folder / "ray" / "work"
+            told["logs"] = sorted(log.name for log in work.glob("filter*.jsonl"))
+            for log in [*work.glob("filter*.jsonl"), *work.glob("questions*.jsonl")]:
+                log.unlink()  # as if they were killed before a row was noted: the answers are kept
+            run(path, "--engine", "ray")
+            told["again"] = dict(server.answered)
+            told["violations"] = server.violations
+            told["same again"] = files_of(folder / "ray") == before
     local, ray = files_of(folder / "local"), files_of(folder / "ray")
     told["differences"] = sorted(name for name in {*local, *ray} if local.get(name) != ray.get(name))
     print("\n" + json.dumps(told))
