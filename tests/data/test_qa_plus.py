@@ -200,6 +200,7 @@ def test_published_sizes():
     sizes = {stratum: sum(by_tag.values()) for stratum, by_tag in plan.summary.rows.items()}
     assert sizes == {"exact": 47_893, "superset": 31_635, "deficit": 23_737} and plan.summary.total == 103_265
     assert plan.summary.replaced == {"exact": 11_973, "superset": 7_909, "deficit": 23_737}
+    assert sum(map(len, plan.tables())) == 103_265
     made, _ = made_of(rows.select(range(4864)), evaluation=True)
     assert len(made) == 34_048 and set(Counter(row["question_id"] for row in made).values()) == {7}
     assert faults(made, rows.select(range(4864))) == []
