@@ -135,7 +135,7 @@ def curves_of(claim: Claim) -> list[Curves]:
         if instrument is None:
             continue
         words = re.findall(r"\b[A-Za-z_]+\b", measure.metric.text.partition("(")[2])
-        cost = next((COSTS[word] for word in words if word in COSTS), "step")
+        cost = next((COSTS[word] for word in words if word in COSTS), "completions")
         of = next((word for word in words if word not in COSTS), "all")
         found.setdefault((instrument, of, cost), {}).update(dict.fromkeys(measure.variants))
     return [Curves(*what, tuple(variants)) for what, variants in found.items()]
@@ -177,7 +177,8 @@ def _curves_figure(panels: Sequence[tuple[Curves, dict[str, tuple[np.ndarray, np
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (curves, lines) in zip(axes, panels, strict=True):
         for color, (name, (costs_G, means_G, reaches_G)) in zip(COLORS * len(lines), lines.items(), strict=False):
-            axis.fill_between(costs_G, means_G - reaches_G, means_G + reaches_G, color=color, alpha=0.18, linewidth=0)
+            low_G, high_G = np.clip((means_G - reaches_G, means_G + reaches_G), 0, 1)  # an accuracy
+            axis.fill_between(costs_G, low_G, high_G, color=color, alpha=0.18, linewidth=0)
             axis.plot(costs_G, means_G, color=color, linewidth=1.8, label=name)
         axis.set_xlabel(SHOWN_COSTS.get(curves.cost, curves.cost), color=GREY)
         axis.set_ylabel("accuracy" if curves.of == "all" else f"accuracy, {curves.of}", color=GREY)
