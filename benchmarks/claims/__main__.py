@@ -2,6 +2,7 @@
 What MAPLE and AVATAR claim, measured on tiny omni models. Everything is registered first: see register.yaml.
 
     python benchmarks/claims run [CLAIM ...]     carry out what is missing, two runs side by side; stop and go on at will
+    python benchmarks/claims run gpu --workers 1 the claims that need a GPU, on a machine that has one
     python benchmarks/claims run --quick         a few steps of every variant, within ten minutes: no evidence
     python benchmarks/claims status              what is done, and how many CPU hours are left
     python benchmarks/claims report              write docs/claims.md and README's table
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     run = command("run", _run, "Carry out what is missing.")
-    run.add_argument("claims", nargs="*", metavar="CLAIM", help="by name or number (all)")
+    run.add_argument("claims", nargs="*", metavar="CLAIM", help="by name or number, or gpu: those that need one (all)")
     run.add_argument("--workers", type=_positive, default=2, metavar="N", help="runs side by side (2)")
     run.add_argument("--hours", type=float, metavar="H", help="begin no further run after so many")
     run.add_argument("--seeds", type=_seeds, metavar="0-4", help="these seeds alone, whatever the looks ask for")

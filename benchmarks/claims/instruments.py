@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from curves import Curve
+from devices import wait_for_gpu
 
 
 INSTRUMENTS_VERSION = 1
@@ -31,8 +32,10 @@ def wrap(trainer: Any, name: str, tell: Callable[[float, float, tuple, Any], Non
     method = getattr(trainer, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
+        wait_for_gpu()
         wall, cpu = time.perf_counter(), time.process_time()
         result = method(*args, **kwargs)
+        wait_for_gpu()
         tell(time.perf_counter() - wall, time.process_time() - cpu, args, result)
         return result
 
@@ -44,7 +47,7 @@ class Cost:
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
-        self.cpu = self.wall = self.rollout_cpu = 0.0
+        self.cpu = self.wall = self.rollout_cpu = self.rollout_wall = 0.0
         self.rollouts = self.generated = self.tokens = 0
         wrap(trainer, "training_step", self._step)
         if hasattr(trainer, "_generate_single_turn"):  # which a supervised one has not
@@ -57,6 +60,7 @@ class Cost:
 
     def _rollout(self, wall: float, cpu: float, args: tuple, result: Any) -> None:
         self.rollout_cpu += cpu
+        self.rollout_wall += wall
         self.rollouts += 1
 
     def _generation(self, wall: float, cpu: float, args: tuple, result: Any) -> None:

@@ -129,8 +129,8 @@ class Page:
             f"Written by `{COMMAND} report` from the register (`benchmarks/claims/register.yaml` and `register/`) and the "
             "results beside it; not edited by hand.",
             f"The register is that of commit {commit}." if commit else "The register is not committed.",
-            "All runs train tiny omni models on one CPU thread: they tell whether an effect is there, not how large it is "
-            "for a model of billions of parameters.",
+            "All runs but those of claims that need a GPU train tiny omni models on one CPU thread: they tell whether an effect "
+            "is there, not how large it is for a model of billions of parameters.",
             "",
             *self.warnings(),
             *self.table(),
@@ -145,7 +145,8 @@ class Page:
             f"Carry out what is missing with `{COMMAND} run`, see what is left with `{COMMAND} status`, and how often these "
             f"rules find effects that are there, or not there, with `{COMMAND} simulate`: where runs differ by {usual.seeds:g} from "
             f"seed to seed, a difference of {usual.effect:g} in accuracy is found in at least {STATED['planted']:.0%} of cases, and "
-            f"one where there is none in at most {STATED['null']:.0%}.",
+            f"one where there is none in at most {STATED['null']:.0%}. On a machine with a GPU, `{COMMAND} run gpu --workers 1` "
+            "carries out the claims that need one.",
             "",
             f"- **Interval.** {self.register.rules.interval}",
             f"- **Decision.** {self.register.rules.decision}",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from devices import has_gpu, on_gpu
 from metrics import Metric, read_metric
 from runs import HERE, KEPT, Run, is_kept
 from tasks import load_task
@@ -24,6 +25,11 @@ EXPECTATIONS = ("above", "below", "equal", "not below", "not above")
 ROLES = ("claim", "control")
 NEEDS = {"gpu": "a GPU", "clips": "a folder of real clips with its `qa.json`, which MAPLE_CLIPS names"}
 """What a machine may lack, by the word in the register."""
+IS_THERE = {
+    "gpu": has_gpu,
+    "clips": lambda: Path(os.environ.get("MAPLE_CLIPS") or "nowhere", "qa.json").is_file(),
+}
+"""Whether this one has it."""
 LEAST_SEEDS = 5
 ALWAYS = ("after", "cost", "log", "minutes", "stages")
 """What every result holds, beside its instruments; `stages` where the recipe has some."""
@@ -168,23 +174,23 @@ class Register:
         return "; ".join(told for told, _ in self._needs(claim))
 
     def lacks(self, claim: Claim) -> str:
-        """Return what a claim needs that is not here; runs use the CPU, so that a GPU never is."""
+        """Return what a claim needs that is not here."""
         return "; ".join(told for told, there in self._needs(claim) if not there)
 
     def _needs(self, claim: Claim) -> Iterator[tuple[str, bool]]:
         if claim.needs:
-            clips = Path(os.environ.get("MAPLE_CLIPS") or "nowhere", "qa.json")
-            yield NEEDS[claim.needs], claim.needs == "clips" and clips.is_file()
+            yield NEEDS[claim.needs], IS_THERE[claim.needs]()
         for name in dict.fromkeys(self.variants[variant].task for variant in claim.variants):
             task = load_task(name)
             if hasattr(task, "NEEDS"):
                 yield task.NEEDS, task.is_there()
 
     def choose(self, names: Sequence[str]) -> list[Claim]:
-        """Return claims by name or number, in the register's order; all where none is named."""
+        """Return claims by name, by number or by what they need (`gpu`), in the register's order; all where none is named."""
         wanted = set(names)
-        found = [one for one in self.claims.values() if not names or {one.name, str(one.number)} & wanted]
-        unknown = sorted(wanted - {one.name for one in found} - {str(one.number) for one in found})
+        by_word = {one.name: {one.name, str(one.number), one.needs} for one in self.claims.values()}
+        found = [one for one in self.claims.values() if not names or by_word[one.name] & wanted]
+        unknown = sorted(wanted.difference(*by_word.values()))
         if unknown:
             raise RegisterError(
                 f"no claim {unknown[0]!r}"
@@ -368,6 +374,10 @@ def _claim(name: str, part: _Part, variants: Mapping[str, Variant], file: Path, 
     measures = tuple(_measure(one, fields, variants) for one, fields in part.items("measures"))
     if not any(measure.role == "claim" for measure in measures):
         raise part.error("measures: none has the role claim, so that nothing would decide it")
+    needs = part.one_of("needs", ("", *NEEDS), "")
+    for variant in (variants[one] for measure in measures for one in measure.variants):
+        if needs != "gpu" and on_gpu(load_task(variant.task)):
+            raise part.error(f"needs must be gpu, on which runs of the task {variant.task} are carried out")
     return Claim(
         name,
         part.typed("number", int, "the claim's number"),
@@ -376,7 +386,7 @@ def _claim(name: str, part: _Part, variants: Mapping[str, Variant], file: Path, 
         measures,
         file,
         lines,
-        part.one_of("needs", ("", *NEEDS), ""),
+        needs,
     )
 
 

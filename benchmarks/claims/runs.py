@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from devices import on_gpu
 from instruments import INSTRUMENTS, INSTRUMENTS_VERSION
 from tasks import digest, load_task
 
@@ -27,10 +28,9 @@ FIXED = {
     "evaluate_before_after": False,
     "save_strategy": "no",
     "logging_steps": 1,
-    "use_cpu": True,
     "per_device_eval_batch_size": 448,
 }
-"""Options that all runs have: a run logs every step, and is measured as [`worker`] does."""
+"""Options that all runs have, with the device of their task: a run logs every step, and is measured as [`worker`] does."""
 SERIES = 12
 """Points that are kept of what a run logs: means over as many stretches of it."""
 KEPT = (
@@ -156,8 +156,9 @@ class Run:
 
     def _job(self, job: RecipeJob, own: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of one job: the recipe's, the task's over them, the run's own over both."""
-        trainer = own.get("trainer", job.options.get("trainer", "omni_grpo"))
-        merged = dict(job.options) | load_task(self.task).options(trainer) | dict(own) | FIXED | {"seed": self.seed}
+        trainer, task = own.get("trainer", job.options.get("trainer", "omni_grpo")), load_task(self.task)
+        fixed = FIXED | {"seed": self.seed, "use_cpu": not on_gpu(task)}
+        merged = dict(job.options) | task.options(trainer) | dict(own) | fixed
         if self.quick:
             merged["max_steps"] = QUICK_STEPS
         merged.pop("output_dir", None)

@@ -11,6 +11,9 @@ The instrument `step_times` does it on the task's own clips of 0.4 seconds, `ste
 Daily-Omni's layout that `--clips` or the environment variable `MAPLE_CLIPS` names; nothing of them is copied. Their rows are given the
 tags V, A and VA in turn (they have no subtitles), so that MAPO feeds a third of them the picture alone and a third the sound.
 Without a folder the command's part `clips` says that it was not run.
+
+The instrument `step_times_3b` counts seconds of the clock on a GPU, at the sizes of Qwen2.5-Omni-3B (the task `three_b`); its `step`
+is the whole, the optimizer's part too.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,17 +49,27 @@ CLIP_ROWS, CLIP_STEPS = 48, 6
 NOT_RUN = "not run: no folder of clips; name one with --clips or in MAPLE_CLIPS"
 
 
-def variants_in_turn(seed: int, steps: int, options: Mapping[str, Any], task: str = "embedded") -> dict[str, Any]:
-    """Train each variant twice, the second time in the opposite order; return seconds per rollout by variant."""
+def variants_in_turn(
+    seed: int, steps: int, options: Mapping[str, Any], task: str = "embedded", clock: str = "cpu"
+) -> dict[str, Any]:
+    """
+    Train each variant twice, the second time in the opposite order; return seconds per rollout by variant.
+
+    Args:
+        clock: what the rollout's part and the updates' are told in, `cpu` or `wall`; with `wall` the whole, `step`, is told too.
+    """
+    from devices import release_memory
+
     names = list(RECIPES)
     order = names[seed % len(names) :] + names[: seed % len(names)]
     spent: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for name in [*order, *order[::-1]]:
-        spent[name].append(_epoch(RECIPES[name], seed, steps, options, task))
+        spent[name].append(_epoch(RECIPES[name], seed, steps, options, task, clock))
+        release_memory()
     return {name: {key: sum(one[key] for one in both) / 2 for key in both[0]} for name, both in spent.items()}
 
 
-def _epoch(recipe: str, seed: int, steps: int, options: Mapping[str, Any], task: str) -> dict[str, float]:
+def _epoch(recipe: str, seed: int, steps: int, options: Mapping[str, Any], task: str, clock: str) -> dict[str, float]:
     from instruments import Cost
     from runs import Run
     from tasks import prepared
@@ -69,18 +83,37 @@ def _epoch(recipe: str, seed: int, steps: int, options: Mapping[str, Any], task:
     with tempfile.TemporaryDirectory(prefix="claims-") as output:
         trainer, _ = build_trainer(*parse_job(["--config", str(job_file(run, prepared(task), Path(output)))]))
         trainer.remove_callback(PrinterCallback)
-        cost = Cost(trainer)
+        cost, whole = Cost(trainer), stopwatch(trainer)
         trainer.train()
-        spent, log = cost.result(), trainer.state.log_history
+        log = trainer.state.log_history
     media = [entry["tag/all/media_tokens"] for entry in log if "tag/all/media_tokens" in entry]
-    rollouts = spent["rollouts"]
+    steps_of, rollouts_of = {"cpu": (cost.cpu, cost.rollout_cpu), "wall": (cost.wall, cost.rollout_wall)}[clock]
     return {
-        "cpu": spent["cpu_seconds"] / rollouts,
-        "wall": spent["wall_seconds"] / rollouts,
-        "generate_cpu": spent["rollout_cpu_seconds"] / rollouts,
-        "update_cpu": (spent["cpu_seconds"] - spent["rollout_cpu_seconds"]) / rollouts,
+        "cpu": cost.cpu / cost.rollouts,
+        "wall": cost.wall / cost.rollouts,
+        f"generate_{clock}": rollouts_of / cost.rollouts,
+        f"update_{clock}": (steps_of - rollouts_of) / cost.rollouts,
         "media_tokens": sum(media) / len(media),
-    }
+    } | ({"step": whole.seconds / cost.rollouts} if clock == "wall" else {})
+
+
+def stopwatch(trainer: Any) -> Any:
+    """Put on a trainer what counts the `seconds` from before its first step to after its last, the optimizer's too."""
+    from devices import wait_for_gpu
+    from transformers import TrainerCallback
+
+    class Stopwatch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            wait_for_gpu()
+            self._begun = time.perf_counter()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            wait_for_gpu()
+            self.seconds = time.perf_counter() - self._begun
+
+    made = Stopwatch()
+    trainer.add_callback(made)
+    return made
 
 
 class StepTimes:
@@ -111,7 +144,25 @@ class StepTimesOnClips(StepTimes):
         return told | on_clips(self._seed, folder, min(CLIP_STEPS, self._longest))
 
 
-INSTRUMENTS: dict[str, type] = {"step_times": StepTimes, "step_times_clips": StepTimesOnClips}
+class StepTimesOfThreeB(StepTimes):
+    """The same by the clock of a GPU, after a short training that is not counted, in which its kernels are loaded."""
+
+    TASK, WARM_UP = "three_b", 2
+
+    def result(self) -> dict[str, Any]:
+        from devices import release_memory
+
+        release_memory()
+        _epoch(RECIPES["mupo"], self._seed, self.WARM_UP, {}, self.TASK, "wall")
+        release_memory()
+        return variants_in_turn(self._seed, self._longest, {}, self.TASK, "wall")
+
+
+INSTRUMENTS: dict[str, type] = {
+    "step_times": StepTimes,
+    "step_times_clips": StepTimesOnClips,
+    "step_times_3b": StepTimesOfThreeB,
+}
 """By the names that runs ask for them by."""
 
 

@@ -28,10 +28,11 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import yaml
+from devices import held
 from instruments import INSTRUMENTS, Cost
 from runs import QUICK_QUESTIONS, SERIES, Run, is_kept, questions_file, read_result, source, write_result
 from scores import encoded_scores, rounded
-from tasks import Task, load_task, prepared, start_of, use_folders, versions
+from tasks import Task, cache_folder, load_task, made_with, prepared, start_of, use_folders
 
 from maple_trl.evaluation import sampled_accuracy
 from maple_trl.evaluation.sampled import choose_questions
@@ -181,7 +182,7 @@ def series(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
 
 def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
     """
-    Train and measure; return the result.
+    Train and measure, on the task's device; return the result.
 
     Args:
         questions: the file where the questions are kept, once for all runs of the task's version.
@@ -189,7 +190,13 @@ def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    task, folder = load_task(run.task), prepared(run.task, run.quick)
+    task = load_task(run.task)
+    with held(task, cache_folder()):
+        return _carried_out(run, task, questions)
+
+
+def _carried_out(run: Run, task: Task, questions: Path | None) -> dict[str, Any]:
+    folder = prepared(run.task, run.quick)
     asked, samples = (QUICK_QUESTIONS, 1) if run.quick else (task.QUESTIONS, task.SAMPLES)
     began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="claims-") as output:
@@ -218,7 +225,7 @@ def carry_out(run: Run, questions: Path | None = None) -> dict[str, Any]:
         "recipe": run.recipe,
         "options": dict(run.options),
         "seed": run.seed,
-        "packages": versions(),
+        "packages": made_with(task),
         "source": source(),
         "start": start_of(folder),
         "minutes": rounded((time.process_time() - began) / 60),
@@ -274,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="where tasks keep what they make")
     parser.add_argument("--tied", type=int, metavar="PID", help="end when this process ends")
     told = parser.parse_args(argv)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # trainers would split batches over all GPUs that they see
     if told.tied:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no folders behind
         end_with(told.tied)

@@ -17,7 +17,7 @@ from claim_sets import CLAIMS, known_tasks, write_register, write_results
 from evidence import Evidence, Wanted, forget_other_code, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
 from page import Page
-from register import read_register
+from register import IS_THERE, read_register
 from runs import source
 from scores import decoded_scores, encoded_scores, rounded, whole
 from verdicts import CANT_TELL, DOES_NOT, HOLDS
@@ -133,7 +133,8 @@ def test_a_result_that_is_changed_changes_the_verdict(evidence, tmp_path):
     assert not (docs / "README.md").exists()  # without markers nothing is written into it
 
 
-def test_what_was_not_run_is_said(evidence, tmp_path):
+def test_what_was_not_run_is_said(evidence, tmp_path, monkeypatch):
+    monkeypatch.setitem(IS_THERE, "gpu", lambda: False)
     (evidence.register.folder / "register" / "topic.yaml").write_text(
         (evidence.register.folder / "register" / "topic.yaml")
         .read_text()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import supervised
+from devices import made_on
 from filelock import FileLock
 
 from maple_trl.files import write_atomically
@@ -34,7 +35,8 @@ class Task(Protocol):
         QUESTIONS, SAMPLES: questions of each tag at the end of a run, and answers to each.
 
     One that trains a model reads the steps of that from its `COLD_STEPS`, of which a quick run makes few. One that needs what a
-    machine may lack says what in `NEEDS`, and in `is_there()` whether this machine has it.
+    machine may lack says what in `NEEDS`, and in `is_there()` whether this machine has it. One whose runs are carried out on a GPU
+    has `DEVICE = CUDA`, and one that is of other modules than its own names them in `MADE_OF`.
     """
 
     VERSION: int
@@ -97,6 +99,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
+def made_with(task: Task) -> dict[str, str]:
+    """Return what else than the source changes a task's numbers: the libraries' versions, and a GPU."""
+    return versions() | made_on(task)
+
+
 def digest(files: Iterable[Path]) -> str:
     """Return what the content of files, in the order of their paths, comes to."""
     total = hashlib.sha256()
@@ -111,7 +118,8 @@ def start_of(folder: Path) -> str:
 
 
 def _made_by(task: Any) -> dict[str, Any]:
-    return {"source": digest([Path(task.__file__), Path(supervised.__file__)]), "versions": versions()}
+    modules = (task, supervised, *getattr(task, "MADE_OF", ()))
+    return {"source": digest(Path(module.__file__) for module in modules), "versions": made_with(task)}
 
 
 def _is_whole(folder: Path, made_by: Mapping[str, Any]) -> bool:
@@ -124,8 +132,8 @@ def _is_whole(folder: Path, made_by: Mapping[str, Any]) -> bool:
 
 def prepared(name: str, quick: bool | None = None) -> Path:
     """
-    Return the folder of a task's data and model, which is made where it is absent, and where the task's module, [`supervised`] or the
-    libraries have changed since; a task that is of other modules too raises its `VERSION` with them.
+    Return the folder of a task's data and model, which is made where it is absent, and where the task's module, those of its
+    `MADE_OF`, [`supervised`], the libraries or its GPU have changed since; with any other module that it is of, it raises its `VERSION`.
 
     Args:
         quick: whether its model is of `QUICK_STEPS` steps, where the task has `COLD_STEPS`, the steps that it is trained for;

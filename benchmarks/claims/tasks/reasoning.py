@@ -239,27 +239,41 @@ def target_text(chain: str) -> str:
     return f"<think>{chain}</think><answer>{chain[-1]}</answer>"
 
 
-def prepare(folder: Path) -> None:
+def prepare(
+    folder: Path,
+    model: Any = "builtin:tiny-omni",
+    steps: int | None = None,
+    rates: Sequence[float] = COLD_RATES,
+    **training: Any,
+) -> None:
+    """
+    Make the task, as [`tasks.Task`] says.
+
+    Args:
+        model: what learns the chains, in so many steps (`COLD_STEPS`) and at the two parts' learning rates.
+        training: further options of the supervised training.
+    """
     from maple_trl.data.synthetic import write_seven_tags
 
     counts = {"train": TRAIN_PER_TAG, "test": TEST_PER_TAG}
     for seed, (split, rows) in enumerate(write_seven_tags(folder / "data", counts, seed=0).items()):
         Dataset.from_list(list(with_chains(rows, seed))).to_parquet(folder / "data" / f"{split}.parquet")
-    model: Any = "builtin:tiny-omni"
-    opened = max(1, round(OPEN_SHARE * COLD_STEPS))
-    shares = (max(1, COLD_STEPS - opened), opened)
-    for part, rows, steps, rate in zip(("whole", "open"), cold_rows(folder / "cold"), shares, COLD_RATES, strict=True):
+    steps = COLD_STEPS if steps is None else steps
+    opened = max(1, round(OPEN_SHARE * steps))
+    shares = (max(1, steps - opened), opened)
+    for part, rows, own, rate in zip(("whole", "open"), cold_rows(folder / "cold"), shares, rates, strict=True):
         model = str(
             train_supervised(
                 folder,
                 rows,
-                steps,
+                own,
                 model,
                 "model" if part == "open" else "whole-chains",
                 learning_rate=rate,
                 lr_scheduler_type="constant_with_warmup" if part == "whole" else "linear",
                 warmup_steps=10,
                 logging_steps=20,
+                **training,
             )
         )
 

@@ -45,14 +45,28 @@ HINT_TEMPLATE = "\nHint: {hint}"
 Ask = Callable[[Sequence[Mapping[str, Any]]], Sequence[float]]
 
 
-def prepare(folder: Path) -> None:
+def prepare(
+    folder: Path,
+    model: str = "builtin:tiny-omni",
+    steps: int | None = None,
+    target: Callable[[Mapping[str, Any]], str] | None = None,
+    **options: Any,
+) -> None:
+    """
+    Make the task, as [`tasks.Task`] says.
+
+    Args:
+        model: what learns to read hints, in so many steps (`HINT_STEPS`).
+        target: what it is told to answer to a row; the ideal completion if it is not given.
+        options: of its supervised training; `use_cpu` is also that of the answers by which the hard tier is found.
+    """
     import torch
 
     from maple_trl.data.synthetic import write_seven_tags
 
     tables = write_seven_tags(folder / "data", prompts_per_tag=ASKED_PER_TAG, seed=0)
-    learn_hints(folder)
-    ask = asking(str(folder / "model"), str(folder / "data"))
+    learn_hints(folder, model, HINT_STEPS if steps is None else steps, target, **options)
+    ask = asking(str(folder / "model"), str(folder / "data"), options.get("use_cpu", True))
     torch.manual_seed(0)
     sizes = {"train": (HARD, OTHERS), "test": (HELD_OUT_HARD, HELD_OUT_OTHERS)}
     for split, (hard, others) in sizes.items():
@@ -73,8 +87,8 @@ def under_rule(row: Mapping[str, Any], beginning: str = "Answer ") -> dict[str, 
     }
 
 
-def learn_hints(folder: Path) -> None:
-    """Train the embedded model to go by hints, on usual questions of other clips, of which every other has one."""
+def learn_hints(folder: Path, model: str, steps: int, target: Callable | None, **options: Any) -> None:
+    """Train a model to go by hints, on usual questions of other clips, of which every other has one."""
     from maple_trl.data.synthetic import write_seven_tags
     from maple_trl.data.tiny_omni import target_text
     from maple_trl.trainers.common.hinted_rows import with_hint
@@ -83,11 +97,11 @@ def learn_hints(folder: Path) -> None:
     single = [row for row in usual if row["tag"] in HARD_TAGS]
     hinted = [with_hint(under_rule(row, ""), HINT_TEMPLATE) for row in single]
     rows = [row | {"hint": None} for row in usual] + hinted * 2
-    told = [row | {"completion": [{"role": "assistant", "content": target_text(row)}]} for row in rows]
-    train_supervised(folder, told, HINT_STEPS, weight_decay=0.0)
+    told = [row | {"completion": [{"role": "assistant", "content": (target or target_text)(row)}]} for row in rows]
+    train_supervised(folder, told, steps, model, weight_decay=0.0, **options)
 
 
-def asking(model: str, media_root: str) -> Ask:
+def asking(model: str, media_root: str, use_cpu: bool = True) -> Ask:
     """Return a function that has a model answer rows, once each, and says which answers are right."""
     from tempfile import mkdtemp
 
@@ -101,7 +115,7 @@ def asking(model: str, media_root: str) -> Ask:
         max_completion_length=14,
         per_device_eval_batch_size=448,
         bf16=False,
-        use_cpu=True,
+        use_cpu=use_cpu,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
