@@ -70,8 +70,9 @@ def read_defaults(register: Register, file: Path = FILE) -> list[Default]:
             where = f"{file.name}: {config}.{field}"
             if field not in names:
                 raise RegisterError(f"{where}: the config has no such field")
-            if set(told) != {"default", "from", "alternatives"}:
-                raise RegisterError(f"{where}: must have default, from and alternatives, got {', '.join(told)}")
+            if not isinstance(told, dict) or set(told) != {"default", "from", "alternatives"}:
+                got = ", ".join(told) if isinstance(told, dict) else repr(told)
+                raise RegisterError(f"{where}: must have default, from and alternatives, got {got or 'nothing'}")
             alternatives = [
                 Alternative(
                     _shown(value), {_measure(register, one, where): _sign(side, where) for one, side in by.items()}
@@ -96,7 +97,7 @@ def _sign(side: str, where: str) -> int:
 
 
 def _shown(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def speaks(finding: Finding, measure: Measure, sign: int) -> int:

@@ -56,6 +56,7 @@ def test_an_alternative_is_better_by_its_interval_alone(value, expected):
         ("MAPOConfig: {betta: {}}", "MAPOConfig.betta: the config has no such field"),
         ("MAPOConfig: {hints: {default: 1}}", "no such field|must have"),
         ("AvatarConfig: {hints: {default: 1}}", "must have default, from and alternatives"),
+        ("AvatarConfig: {hints: }", "must have default, from and alternatives, got None"),
         (
             "AvatarConfig: {hints: {default: 1, from: x, alternatives: {2: {nothing.at-all: above}}}}",
             "no measure 'nothing",
