@@ -1,6 +1,7 @@
 """From results on disk to docs/claims.md, by the commands of `python benchmarks/claims`."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -114,6 +115,15 @@ def test_curves_are_drawn_with_the_interval_of_their_mean(evidence):
     assert 0.5 < statistics.fmean(at) < 0.7
     assert (means[-1] - reaches[-1], means[-1] + reaches[-1]) == pytest.approx((low, high))
     assert (means[0], reaches[0]) == (0.5, 0)
+    # What a metric calls them, and what it means where it says nothing.
+    for text, of, cost in (
+        ("area(held_out)", "all", "completions"),
+        ("reached(V, 0.5, wall_seconds)", "V", "wall_seconds"),
+        ("area(all, steps)", "all", "step"),
+    ):
+        measure = dataclasses.replace(evidence.register.claims["sooner"].measures[0], metric=read_metric(text))
+        (other,) = curves_of(dataclasses.replace(evidence.register.claims["sooner"], measures=(measure,)))
+        assert (other.of, other.cost) == (of, cost)
     drawn = drawn_curves(evidence, evidence.register.claims["sooner"])
     assert "new (5 seeds)" in drawn and "old (5 seeds)" in drawn and "completions" in drawn
 
