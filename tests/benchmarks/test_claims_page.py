@@ -158,6 +158,63 @@ def test_what_was_not_run_is_said(evidence, tmp_path):
     assert "10 runs of which no time is known" in done.stdout
 
 
+def page_of(tmp_path, new, old, change):
+    """The page and the claim `better` of a register whose measures are changed; of the variant late there is one run."""
+
+    def add(topic):
+        topic["variants"]["late"] = {"task": "probe", "recipe": "tiny/mapo_sample"}
+        change(topic["claims"]["better"]["measures"])
+
+    folder = write_register(tmp_path / "register-of-measures", add)
+    known_tasks(folder)
+    evidence = Evidence(read_register(folder), tmp_path / "results-of-measures")
+    write_results(evidence, "new", new)
+    write_results(evidence, "old", old)
+    write_results(evidence, "late", {0: 0.6})
+    return Page(evidence, tmp_path), evidence.register.claims["better"]
+
+
+@pytest.mark.parametrize(
+    ("new", "expects", "shown"),
+    [
+        (WORSE, "above", "**does not** (by 0.1)"),  # nothing is there; of an effect below 0.1 nothing is said
+        (WORSE, "below", "**does not** (by 0.1)"),
+        (BETTER, "below", "**does not**"),  # the effect is there, and the other way round
+        (BETTER, "equal", "**does not**"),
+        (BETTER, "not above", "**does not**"),
+    ],
+)
+def test_a_claim_that_does_not_hold_says_of_which_effect(tmp_path, new, expects, shown):
+    def change(measures):
+        measures["accuracy"] |= {"least": 0.1, "expects": expects}
+        del measures["seconds"]
+
+    page, claim = page_of(tmp_path, new, WORSE, change)
+    assert page.verdict(claim) == shown and "does not: " in page.counts()
+
+
+def test_a_claim_with_a_measure_that_lacks_runs_is_measured_in_part(tmp_path):
+    def change(measures):
+        measures["beside-late"] = measures["accuracy"] | {"against": "late"}
+        measures["control-late"] = measures["beside-late"] | {"role": "control"}
+        del measures["seconds"]
+
+    page, claim = page_of(tmp_path, BETTER, WORSE, change)
+    assert page.found["better"][1]["accuracy"].verdict == HOLDS
+    assert page.verdict(claim) == "measured in part" and page.here(claim).endswith("; 1 not measured")
+    section = "\n".join(page.section(claim))
+    assert "| not measured (1 of 5 seeds) |" in section and "Controls that are not measured: control-late." in section
+    assert "measured in part: 1" in page.counts()
+    assert any("The new one answers more rightly." in row for row in page.table(measured=True))
+
+    def none_that_decides(measures):
+        change(measures)
+        measures["accuracy"] |= {"role": "control"}
+
+    page, claim = page_of(tmp_path / "again", BETTER, WORSE, none_that_decides)
+    assert (page.verdict(claim), page.here(claim)) == ("not measured", "–")
+
+
 def test_results_of_variants_that_are_gone_are_kept_and_listed(evidence, tmp_path):
     write_decided(evidence)
     topic = evidence.register.folder / "register" / "topic.yaml"
