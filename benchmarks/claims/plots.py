@@ -172,16 +172,19 @@ def band(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, np.
 
 
 def drawn_curves(evidence: Evidence, claim: Claim) -> str | None:
-    """Return the curves of a claim as SVG, each with its band; `None` where no two seeds of one are there."""
+    """
+    Return the curves of a claim as SVG, each with its band; `None` where no two seeds of one are there.
+
+    A variant of which a run has no point is left out, as are those of one seed.
+    """
     panels = []
     for curves in curves_of(claim):
         lines = {}
         for name in curves.variants:
             seeds = evidence.seeds([name])
-            if len(seeds) > 1:
-                lines[f"{name} ({len(seeds)} seeds)"] = band(
-                    [curves.points(evidence.read(name, seed)) for seed in seeds]
-                )
+            runs = [curves.points(evidence.read(name, seed)) for seed in seeds]
+            if len(runs) > 1 and all(runs):
+                lines[f"{name} ({len(runs)} seeds)"] = band(runs)
         if lines:
             panels.append((curves, lines))
     return as_svg(_curves_figure, panels) if panels else None

@@ -126,6 +126,10 @@ def test_curves_are_drawn_with_the_interval_of_their_mean(evidence):
         assert (other.of, other.cost) == (of, cost)
     drawn = drawn_curves(evidence, evidence.register.claims["sooner"])
     assert "new (5 seeds)" in drawn and "old (5 seeds)" in drawn and "completions" in drawn
+    # A run without a point takes its variant out of the plot, and not the page.
+    edit(evidence, "old", 3, lambda result: result["curve"].update(points=[]))
+    drawn = drawn_curves(Evidence(evidence.register, evidence.results), evidence.register.claims["sooner"])
+    assert "new (5 seeds)" in drawn and "old (" not in drawn
 
 
 def test_a_result_that_is_changed_changes_the_verdict(evidence, tmp_path):
