@@ -20,7 +20,9 @@ SIDES = {"above": 1, "below": -1}
 RULE = (
     "A default is what its source says and stays so, unless an alternative is found better: the interval of a measure lies "
     "wholly on the side that speaks for the alternative, its effect is no smaller than would matter, no control of its claim "
-    "fails, and no measure of the same alternative is as clear against it. Where the measures can't tell, the source decides."
+    "fails, and no measure of the same alternative is as clear against it. A measure of a claim with a control that fails speaks "
+    "for nothing. Where the measures can't tell, the source decides. Intervals are not corrected for how many alternatives "
+    "there are, and accuracy alone counts: filtering, which is for speed, can't win here."
 )
 BETTER, WORSE, NO_CLEARER, OPEN = "better", "worse", "no clear difference", "not measured"
 
@@ -70,8 +72,9 @@ def read_defaults(register: Register, file: Path = FILE) -> list[Default]:
             where = f"{file.name}: {config}.{field}"
             if field not in names:
                 raise RegisterError(f"{where}: the config has no such field")
-            if set(told) != {"default", "from", "alternatives"}:
-                raise RegisterError(f"{where}: must have default, from and alternatives, got {', '.join(told)}")
+            if not isinstance(told, dict) or set(told) != {"default", "from", "alternatives"}:
+                got = ", ".join(told) if isinstance(told, dict) else repr(told)
+                raise RegisterError(f"{where}: must have default, from and alternatives, got {got or 'nothing'}")
             alternatives = [
                 Alternative(
                     _shown(value), {_measure(register, one, where): _sign(side, where) for one, side in by.items()}
@@ -96,7 +99,7 @@ def _sign(side: str, where: str) -> int:
 
 
 def _shown(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def speaks(finding: Finding, measure: Measure, sign: int) -> int:
@@ -121,7 +124,7 @@ def judge_alternative(
             continue
         measure = next(one for one in register.claims[claim].measures if one.name == name)
         speech = speaks(findings[name], measure, sign)
-        said.append(0 if speech > 0 and verdict.failed else speech)
+        said.append(0 if verdict.failed else speech)
     if not said:
         return OPEN
     if 1 in said and -1 not in said:

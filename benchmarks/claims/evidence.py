@@ -111,8 +111,8 @@ class Evidence:
         """Return what the runs say of a measure; with seeds told, by one look at those."""
         found = self.seeds(measure.variants, seeds)
         looks = self.register.rules.looks if seeds is None else (len(found),)
-        if len(found) < max(2, looks[0]):
-            return Finding(CANT_TELL, reason="not measured" if not found else f"too few runs ({len(found)} seeds)")
+        if len(found) < (least := max(2, looks[0])):
+            return Finding(CANT_TELL, reason="not measured" + (f" ({len(found)} of {least} seeds)" if found else ""))
         for look in looks:
             if look > len(found):
                 break

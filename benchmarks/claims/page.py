@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding
 from maple_trl.files import write_atomically
 
 
-NOT_MEASURED, NOT_RUN = "not measured", "not run"
+NOT_MEASURED, IN_PART, NOT_RUN = "not measured", "measured in part", "not run"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 NO_CLAIM = "No claim is registered."
 COMMAND = "python benchmarks/claims"
@@ -61,18 +61,27 @@ class Page:
 
     # What stands in rows
 
+    def has_numbers(self, claim: Claim) -> bool:
+        """Tell whether any measure of a claim has an effect."""
+        return any(one.estimate for one in self.found[claim.name][1].values())
+
     def verdict(self, claim: Claim) -> str:
         """Return the verdict on a claim as it is shown."""
         decided, found = self.found[claim.name]
-        if not any(found[one.name].estimate for one in claim.measures):
-            if needs := self.register.needs(claim):
-                return f"{NOT_RUN} (needs {needs})"
-            reasons = {found[one.name].reason for one in claim.measures}
-            return NOT_MEASURED if all("few runs" in one or one == NOT_MEASURED for one in reasons) else CANT_TELL
-        told = f"**{decided.verdict}**" if decided.verdict != CANT_TELL else CANT_TELL
-        small = [found[one.name].small for one in claim.measures if one.role == "claim"]
-        if decided.verdict == HOLDS and any(small):
+        if not self.has_numbers(claim) and (needs := self.register.needs(claim)):
+            return f"{NOT_RUN} (needs {needs})"
+        deciding = [(one, found[one.name]) for one in claim.measures if one.role == "claim"]
+        waiting = [lacks_runs(one_found) for _, one_found in deciding]
+        if decided.verdict == CANT_TELL:
+            told = NOT_MEASURED if all(waiting) else IN_PART if any(waiting) else CANT_TELL
+            told += " (a second look is due)" * (told == CANT_TELL and any(each.wants_more for _, each in deciding))
+        else:
+            told = f"**{decided.verdict}**"
+        if decided.verdict == HOLDS and any(one_found.small for _, one_found in deciding):
             told += ", smaller than would matter"
+        against_it = [each for each in deciding if each[1].verdict == DOES_NOT]
+        if against_it and all(map(falls_short, against_it)):
+            told += f" (by {' or '.join(dict.fromkeys(f'{one.least:g}' for one, _ in against_it))})"
         if decided.failed:
             told += f"; **CONTROL FAILS: {', '.join(decided.failed)}**"
         return told
@@ -84,8 +93,11 @@ class Page:
         told = [f"{one.name}: {shown_interval(found[one.name], one)}" for one in deciding[:SHOWN]]
         if len(deciding) == 1:
             told = [shown_interval(found[deciding[0].name], deciding[0])]
+        if not told:
+            return "–"
         more = len(deciding) - SHOWN
-        return "; ".join(told + [f"{more} more below"] * (more > 0)) or "–"
+        waiting = sum(lacks_runs(found[one.name]) for one in claim.measures if one.role == "claim")
+        return "; ".join(told + [f"{more} more below"] * (more > 0) + [f"{waiting} {NOT_MEASURED}"] * (waiting > 0))
 
     def seeds(self, claim: Claim) -> str:
         """Return how many seeds stand behind a claim's measures."""
@@ -131,6 +143,8 @@ class Page:
             f"The register is that of commit {commit}." if commit else "The register is not committed.",
             "All runs but those of claims that need a GPU train tiny omni models on one CPU thread: they tell whether an effect "
             "is there, not how large it is for a model of billions of parameters.",
+            "All runs of a task begin with the same weights and have the same rows to train on. Seeds differ in the order of rows "
+            "and in what is sampled: no interval counts how much another start, or another set, would change.",
             "",
             *self.warnings(),
             *self.table(),
@@ -151,10 +165,25 @@ class Page:
             f"- **Interval.** {self.register.rules.interval}",
             f"- **Decision.** {self.register.rules.decision}",
             f"- **Stopping.** {self.register.rules.stopping}",
+            "- **Verdicts on claims.** `does not (by 0.03)` says that an effect of 0.03 is excluded, and nothing of a smaller one. "
+            f"`{IN_PART}`: a measure that decides still lacks runs.",
+            "- **Plots.** Filled points decide, hollow ones are controls; grey ticks are the smallest effects that would matter. "
+            "Bands of curves are 95 % intervals of each mean by itself; measures compare by seed, so that bands which overlap "
+            "say nothing of them.",
         )
         yield from self.defaults()
+        open_ones = [claim for claim in self.claims if not self.has_numbers(claim)]
         for claim in self.claims:
-            yield from self.section(claim)
+            if self.has_numbers(claim):
+                yield from self.section(claim)
+        if open_ones:
+            yield from (
+                "",
+                f"<details><summary>{len(open_ones)} claims that are registered and not measured</summary>",
+            )
+            for claim in open_ones:
+                yield from self.section(claim)
+            yield from ("", "</details>")
         yield from self.made_with()
         yield from self.changes()
         yield from self.former()
@@ -170,10 +199,11 @@ class Page:
                 told = []
                 for claim, name in other.signs:
                     measure = next(each for each in self.register.claims[claim].measures if each.name == name)
-                    found = self.found[claim][1][name]
+                    found, failed = self.found[claim][1][name], self.found[claim][0].failed
                     told.append(
                         f"[{claim}](#{claim}), {name}"
                         + (f": {shown_interval(found, measure)}" if found.estimate else "")
+                        + (f" (control fails: {', '.join(failed)})" if found.estimate and failed else "")
                     )
                 said = judge_alternative(other, self.found, self.register)
                 cells = [f"`{one.config}.{one.field}`", f"`{json.dumps(one.value)}`", one.source, other.value]
@@ -185,7 +215,7 @@ class Page:
         """Return how many claims have which verdict."""
         told = [self.verdict(claim) for claim in self.claims]
         plain = [re.split(r"[,;(]", one.replace("*", ""))[0].strip() for one in told]
-        order = (HOLDS, DOES_NOT, CANT_TELL, NOT_MEASURED, NOT_RUN)
+        order = (HOLDS, DOES_NOT, CANT_TELL, IN_PART, NOT_MEASURED, NOT_RUN)
         failing = sum("CONTROL FAILS" in one for one in told)
         counted = ", ".join(f"{one}: {plain.count(one)}" for one in order if one in plain)
         return f"Of {len(self.claims)} claims: {counted or 'none'}. Claims with a control that fails: {failing}."
@@ -273,7 +303,7 @@ class Page:
             f"- Task: {self.tasks(claim)}",
             f"- Command: `{COMMAND} run {claim.name}`",
         )
-        yield from self.loud(decided)
+        yield from self.loud(decided, found)
         if claim.measures:
             head = [
                 "Measure",
@@ -297,13 +327,16 @@ class Page:
                 yield from ("", f"![{what}](claims/{name}.svg)")
         yield from self.rests_on(claim)
 
-    def loud(self, decided: ClaimVerdict) -> list[str]:
+    def loud(self, decided: ClaimVerdict, found: Mapping[str, Finding]) -> list[str]:
         """Return what controls say, where they do not hold."""
         told = [
             f"- **The control {name} fails: the effect may be something else than what is claimed.**"
             for name in decided.failed
         ]
-        return told + ([f"- Controls that can't tell: {', '.join(decided.open)}."] if decided.open else [])
+        waiting = [name for name in decided.open if lacks_runs(found[name])]
+        unclear = [name for name in decided.open if name not in waiting]
+        told += [f"- Controls that can't tell: {', '.join(unclear)}."] if unclear else []
+        return told + ([f"- Controls that are not measured: {', '.join(waiting)}."] if waiting else [])
 
     def measure_row(self, measure: Measure, found: Finding) -> str:
         """Return a measure's row."""
@@ -320,7 +353,7 @@ class Page:
             evaluation = f"{found.estimate.evaluation:.2g}" + (" (**too large**)" if found.blurred else "")
         verdict = found.verdict + (", smaller than would matter" if found.small else "")
         if found.reason:
-            verdict += f" ({found.reason})" if found.reason != NOT_MEASURED else ""
+            verdict += f" ({found.reason})"
         if found.censored:
             verdict += f"; {found.censored} runs never got there"
         return _row(
@@ -333,7 +366,7 @@ class Page:
                 shown_interval(found, measure) if found.estimate else "–",
                 str(found.estimate.seeds) if found.estimate else "–",
                 evaluation,
-                NOT_MEASURED if found.reason == NOT_MEASURED else verdict,
+                found.reason if lacks_runs(found) else verdict,
             ]
         )
 
@@ -400,6 +433,20 @@ def _row(cells: Sequence[str]) -> str:
 
 def _link(file: Path, docs: Path) -> str:
     return Path(os.path.relpath(file, docs.resolve())).as_posix()
+
+
+def lacks_runs(found: Finding) -> bool:
+    """Tell whether a measure has no value because its first look lacks runs."""
+    return found.estimate is None and found.reason.startswith(NOT_MEASURED)
+
+
+def falls_short(each: tuple[Measure, Finding]) -> bool:
+    """Tell whether a measure's interval excludes the smallest effect that would matter, and not that there is one at all."""
+    measure, found = each
+    if measure.expects not in ("above", "below") or found.estimate is None:
+        return False
+    none = 1.0 if measure.effect == "ratio" else 0.0
+    return found.estimate.high >= none if measure.expects == "above" else found.estimate.low <= none
 
 
 def shown_interval(found: Finding, measure: Measure) -> str:

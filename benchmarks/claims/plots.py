@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from evidence import Evidence
+from metrics import METRICS
 from register import EFFECTS, Claim, Measure
 from scipy.special import stdtrit
 from verdicts import Finding
@@ -92,11 +94,17 @@ COSTS = {
     "tokens": "completion_tokens",
     "completion_tokens": "completion_tokens",
     "cpu_seconds": "cpu_seconds",
+    "wall_seconds": "wall_seconds",
     "steps": "step",
     "step": "step",
 }
 """What metrics call a cost, and points of curves."""
-SHOWN_COSTS = {"completion_tokens": "generated tokens", "cpu_seconds": "CPU seconds of training", "step": "steps"}
+SHOWN_COSTS = {
+    "completion_tokens": "generated tokens",
+    "cpu_seconds": "CPU seconds of training",
+    "wall_seconds": "seconds of training",
+    "step": "steps",
+}
 GRID = 25
 """Costs at which a curve is drawn."""
 LEVEL = 0.05
@@ -134,11 +142,20 @@ def curves_of(claim: Claim) -> list[Curves]:
         instrument = next((path for path in measure.metric.paths if path in ("curve", "tier_curve")), None)
         if instrument is None:
             continue
-        words = re.findall(r"\b[A-Za-z_]+\b", measure.metric.text.partition("(")[2])
-        cost = next((COSTS[word] for word in words if word in COSTS), "completions")
+        name, _, inside = measure.metric.text.partition("(")
+        words = re.findall(r"\b[A-Za-z_]+\b", inside)
+        cost = next((word for word in words if word in COSTS), _usual_cost(name.strip()))
         of = next((word for word in words if word not in COSTS), "all")
-        found.setdefault((instrument, of, cost), {}).update(dict.fromkeys(measure.variants))
+        of = "all" if of == "held_out" else of
+        found.setdefault((instrument, of, COSTS[cost]), {}).update(dict.fromkeys(measure.variants))
     return [Curves(*what, tuple(variants)) for what, variants in found.items()]
+
+
+def _usual_cost(name: str) -> str:
+    """Return the cost that a metric counts where none is told; completions for one that counts none."""
+    parameters = inspect.signature(METRICS[name]).parameters if name in METRICS else {}
+    usual = parameters["cost"].default if "cost" in parameters else None
+    return usual if usual in COSTS else "completions"
 
 
 def band(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,16 +172,19 @@ def band(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, np.
 
 
 def drawn_curves(evidence: Evidence, claim: Claim) -> str | None:
-    """Return the curves of a claim as SVG, each with its band; `None` where no two seeds of one are there."""
+    """
+    Return the curves of a claim as SVG, each with its band; `None` where no two seeds of one are there.
+
+    A variant of which a run has no point is left out, as are those of one seed.
+    """
     panels = []
     for curves in curves_of(claim):
         lines = {}
         for name in curves.variants:
             seeds = evidence.seeds([name])
-            if len(seeds) > 1:
-                lines[f"{name} ({len(seeds)} seeds)"] = band(
-                    [curves.points(evidence.read(name, seed)) for seed in seeds]
-                )
+            runs = [curves.points(evidence.read(name, seed)) for seed in seeds]
+            if len(runs) > 1 and all(runs):
+                lines[f"{name} ({len(runs)} seeds)"] = band(runs)
         if lines:
             panels.append((curves, lines))
     return as_svg(_curves_figure, panels) if panels else None

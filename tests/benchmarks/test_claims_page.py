@@ -1,6 +1,7 @@
 """From results on disk to docs/claims.md, by the commands of `python benchmarks/claims`."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -114,8 +115,21 @@ def test_curves_are_drawn_with_the_interval_of_their_mean(evidence):
     assert 0.5 < statistics.fmean(at) < 0.7
     assert (means[-1] - reaches[-1], means[-1] + reaches[-1]) == pytest.approx((low, high))
     assert (means[0], reaches[0]) == (0.5, 0)
+    # What a metric calls them, and what it means where it says nothing.
+    for text, of, cost in (
+        ("area(held_out)", "all", "completions"),
+        ("reached(V, 0.5, wall_seconds)", "V", "wall_seconds"),
+        ("area(all, steps)", "all", "step"),
+    ):
+        measure = dataclasses.replace(evidence.register.claims["sooner"].measures[0], metric=read_metric(text))
+        (other,) = curves_of(dataclasses.replace(evidence.register.claims["sooner"], measures=(measure,)))
+        assert (other.of, other.cost) == (of, cost)
     drawn = drawn_curves(evidence, evidence.register.claims["sooner"])
     assert "new (5 seeds)" in drawn and "old (5 seeds)" in drawn and "completions" in drawn
+    # A run without a point takes its variant out of the plot, and not the page.
+    edit(evidence, "old", 3, lambda result: result["curve"].update(points=[]))
+    drawn = drawn_curves(Evidence(evidence.register, evidence.results), evidence.register.claims["sooner"])
+    assert "new (5 seeds)" in drawn and "old (" not in drawn
 
 
 def test_a_result_that_is_changed_changes_the_verdict(evidence, tmp_path):
@@ -147,6 +161,63 @@ def test_what_was_not_run_is_said(evidence, tmp_path, monkeypatch):
     done = claims("status", evidence)
     assert "sooner: not run, needs a GPU" in done.stdout and "better: 0 of 10 runs" in done.stdout
     assert "10 runs of which no time is known" in done.stdout
+
+
+def page_of(tmp_path, new, old, change):
+    """The page and the claim `better` of a register whose measures are changed; of the variant late there is one run."""
+
+    def add(topic):
+        topic["variants"]["late"] = {"task": "probe", "recipe": "tiny/mapo_sample"}
+        change(topic["claims"]["better"]["measures"])
+
+    folder = write_register(tmp_path / "register-of-measures", add)
+    known_tasks(folder)
+    evidence = Evidence(read_register(folder), tmp_path / "results-of-measures")
+    write_results(evidence, "new", new)
+    write_results(evidence, "old", old)
+    write_results(evidence, "late", {0: 0.6})
+    return Page(evidence, tmp_path), evidence.register.claims["better"]
+
+
+@pytest.mark.parametrize(
+    ("new", "expects", "shown"),
+    [
+        (WORSE, "above", "**does not** (by 0.1)"),  # nothing is there; of an effect below 0.1 nothing is said
+        (WORSE, "below", "**does not** (by 0.1)"),
+        (BETTER, "below", "**does not**"),  # the effect is there, and the other way round
+        (BETTER, "equal", "**does not**"),
+        (BETTER, "not above", "**does not**"),
+    ],
+)
+def test_a_claim_that_does_not_hold_says_of_which_effect(tmp_path, new, expects, shown):
+    def change(measures):
+        measures["accuracy"] |= {"least": 0.1, "expects": expects}
+        del measures["seconds"]
+
+    page, claim = page_of(tmp_path, new, WORSE, change)
+    assert page.verdict(claim) == shown and "does not: " in page.counts()
+
+
+def test_a_claim_with_a_measure_that_lacks_runs_is_measured_in_part(tmp_path):
+    def change(measures):
+        measures["beside-late"] = measures["accuracy"] | {"against": "late"}
+        measures["control-late"] = measures["beside-late"] | {"role": "control"}
+        del measures["seconds"]
+
+    page, claim = page_of(tmp_path, BETTER, WORSE, change)
+    assert page.found["better"][1]["accuracy"].verdict == HOLDS
+    assert page.verdict(claim) == "measured in part" and page.here(claim).endswith("; 1 not measured")
+    section = "\n".join(page.section(claim))
+    assert "| not measured (1 of 5 seeds) |" in section and "Controls that are not measured: control-late." in section
+    assert "measured in part: 1" in page.counts()
+    assert any("The new one answers more rightly." in row for row in page.table(measured=True))
+
+    def none_that_decides(measures):
+        change(measures)
+        measures["accuracy"] |= {"role": "control"}
+
+    page, claim = page_of(tmp_path / "again", BETTER, WORSE, none_that_decides)
+    assert (page.verdict(claim), page.here(claim)) == ("not measured", "–")
 
 
 def test_results_of_variants_that_are_gone_are_kept_and_listed(evidence, tmp_path):
