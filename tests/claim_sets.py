@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -117,7 +116,8 @@ def write_register(folder: Path, change=None) -> Path:
     (folder / "register").mkdir(parents=True)
     (folder / "tasks").mkdir()
     (folder / "tasks" / "probe.py").write_text(TASK)
-    shutil.copy(CLAIMS / "register.yaml", folder)
+    rules = (CLAIMS / "register.yaml").read_text().partition("changes:")[0]
+    (folder / "register.yaml").write_text(f"{rules}changes: []\n")
     topic = json.loads(json.dumps(TOPIC))
     if change is not None:
         change(topic)
