@@ -178,9 +178,10 @@ def adaptive_weights(completions):
 def log_probs(training, world, model, completions):
     """Each completion's log-probabilities, alone in a batch."""
     trainer = training.trainer
+    encoded = {i: trainer.prompt_builder.encode(world[1][i]) for i in {c.prompt for c in completions}}
     found = []
     for c in completions:
-        prompt = trainer.prompt_builder.encode(world[1][c.prompt])
+        prompt = encoded[c.prompt]
         ids = torch.cat([prompt.input_ids, torch.tensor(c.ids)])[None]
         positions = batch_position_ids([prompt], len(prompt), len(c.ids))
         with serve_media(trainer.family, model, [prompt]):
