@@ -243,11 +243,13 @@ class Leg:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
         return [sys.executable, *launcher, "-m", "maple_trl.cli", "train", "--config", str(self.job)]
 
-    def start(self) -> None:
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the environment of the run has beyond that of the supervisor."""
         path = os.pathsep.join(
             [str(HERE / "_soak_site"), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         )
-        variables = {
+        return {
             "PYTHONPATH": path.rstrip(os.pathsep),
             "SOAK_CLOCK": str(self.clock),
             "SOAK_PLANT": self.options.plant,
@@ -256,11 +258,15 @@ class Leg:
             "PYTHONFAULTHANDLER": "1",
             MARK: OWN,
         }
-        self.starts += 1
+
+    def launch(self) -> subprocess.Popen:
+        environment = {**os.environ, **self.variables}
         with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env={**os.environ, **variables}, start_new_session=True
-            )
+            return subprocess.Popen(self.command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def start(self) -> None:
+        self.starts += 1
+        self.process = self.launch()
         self._begun = self._ending = False
         self._log_at_start = self._metrics_stamp()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -39,6 +41,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
     from maple_trl.modalities import Modality, ModalityTag
     from maple_trl.trainers.avatar.config import AvatarConfig
     from maple_trl.trainers.avatar.trainer import AvatarTrainer
@@ -233,14 +237,10 @@ class Registry(Mapping[str, _T]):
         return len(self._names())
 
     def _names(self) -> list[str]:
-        from importlib.metadata import entry_points
-
-        return list(dict.fromkeys([*self._found, *sorted(entry_points(group=self.group).names)]))
+        return list(dict.fromkeys([*self._found, *sorted(_entry_points().select(group=self.group).names)]))
 
     def _load(self, name: str) -> None:
-        from importlib.metadata import entry_points
-
-        for entry in entry_points(group=self.group, name=name):
+        for entry in _entry_points().select(group=self.group, name=name):
             told = f"the {self.what} {name!r} of the package {getattr(entry.dist, 'name', '')} ({entry.value})"
             try:
                 offered = entry.load()
@@ -250,3 +250,22 @@ class Registry(Mapping[str, _T]):
                 raise ExtensionError(f"{told} is none: it is {type(offered).__name__}")
             if self._found.setdefault(name, offered) is not offered:
                 raise ExtensionError(f"{told}: there is another one of this name")
+
+
+def _entry_points() -> EntryPoints:
+    """Return what installed packages offer: read once, and again after something was installed or the path has changed."""
+    return _read_entry_points(tuple((place, _changed_at(place)) for place in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _read_entry_points(places: tuple[tuple[str, int], ...]) -> EntryPoints:
+    from importlib.metadata import entry_points
+
+    return entry_points()
+
+
+def _changed_at(place: str) -> int:
+    try:
+        return os.stat(place or os.curdir).st_mtime_ns
+    except OSError:
+        return 0

@@ -1,6 +1,7 @@
 """What an installed package adds: one small file and one entry point each, used by the commands and in Python."""
 
 import json
+import os
 import random
 import sys
 
@@ -340,3 +341,15 @@ def test_names_that_two_packages_offer_are_refused(package):
     registry = Registry("test", "maple_trl.tests")
     with pytest.raises(ValueError, match="test 'one' of the package .*: there is another one of this name"):
         "one" in registry  # noqa: B015
+
+
+def test_what_is_installed_meanwhile_is_found(package):
+    """Metadata are read once for as long as nothing changes."""
+    registry = Registry("test", "maple_trl.tests")
+    os.utime(package, (1, 1))  # so that what follows is later, whatever the clock of the disk
+    assert "two" not in registry and "two" not in list(registry)
+    other = package / "other-1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (other / "entry_points.txt").write_text("[maple_trl.tests]\ntwo = json:loads\n")
+    assert "two" in registry and registry["two"] is json.loads

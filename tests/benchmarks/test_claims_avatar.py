@@ -10,6 +10,7 @@ import yaml
 
 CLAIMS = Path(__file__).resolve().parents[2] / "benchmarks" / "claims"
 TWO_STEPS = {"max_steps": 2, "hints": False, "hint_max_kl": 0.01}
+EXAM = {"QUESTIONS": 1, "SAMPLES": 1}  # after training: nothing here is about it
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -205,6 +206,8 @@ def small_tasks(tmp_path_factory):
     import torch
     from tasks import replay, stages
 
+    from maple_trl.data import synthetic
+
     class Weights:
         def __init__(self, trainer, *rest):
             self.trainer, self.began = trainer, self.read(trainer)
@@ -218,19 +221,26 @@ def small_tasks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(instruments.INSTRUMENTS, "weights", Weights)
-        patch.setattr(instruments.INSTRUMENTS["tier_curve"], "SAMPLES", 6)
+        patch.setattr(instruments.INSTRUMENTS["tier_curve"], "SAMPLES", 3)
         sizes = {
             "HARD": 8,
             "OTHERS": 8,
             "HELD_OUT_HARD": 16,
-            "HELD_OUT_OTHERS": 32,
-            "ASKED_PER_TAG": 32,
+            "HELD_OUT_OTHERS": 16,
+            "ASKED_PER_TAG": {"train": 16, "test": 24},
             "HINT_STEPS": 1,
+            **EXAM,
         }
         for name, value in sizes.items():
             patch.setattr(replay, name, value)
-        for name, value in {"COLD_STEPS": 1, "QUESTIONS": 1, "SAMPLES": 1}.items():
+        for name, value in {"COLD_STEPS": 1, "PROMPTS_PER_TAG": {"train": 16, "test": 4}, **EXAM}.items():
             patch.setattr(stages, name, value)
+        write = synthetic.write_seven_tags
+
+        def write_few(folder, prompts_per_tag=8, **options):  # eight of what one step is trained on
+            return write(folder, prompts_per_tag, clips_per_pair=2, **options)
+
+        patch.setattr(synthetic, "write_seven_tags", write_few)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield
@@ -275,7 +285,7 @@ def test_with_the_loss_off_it_does_not_matter_what_is_replayed(small_tasks, regi
 @pytest.mark.slow
 def test_stages_begin_with_the_model_of_the_one_before(small_tasks, register):
     told = register["variants"]["stages-judge"] | {"instruments": ["weights"]}
-    still = TWO_STEPS | {"max_steps": 1, "learning_rate": 0.0, "warmup_steps": 0}
+    still = TWO_STEPS | {"max_steps": 1, "learning_rate": 0.0, "warmup_steps": 0, "per_device_train_batch_size": 16}
     others = told["options"]["stages"]
 
     def began(**of_the_first):
@@ -287,6 +297,6 @@ def test_stages_begin_with_the_model_of_the_one_before(small_tasks, register):
     assert changed["weights"]["began"].equal(changed["weights"]["ended"])
     assert not changed["weights"]["began"].equal(start)
     assert [stage["name"] for stage in changed["stages"]] == ["s0_sft", "s1_visual", "s2_audio_visual"]
-    assert [stage["cost"]["completions"] for stage in changed["stages"]] == [0, 64, 64]
+    assert [stage["cost"]["completions"] for stage in changed["stages"]] == [0, 16, 16]
     assert any("perception_judge" in name for name in changed["log"])
     assert all("all" in stage["after"]["trained"]["accuracy"] for stage in changed["stages"])

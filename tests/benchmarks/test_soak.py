@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -391,18 +392,29 @@ def test_a_run_that_ends_again_and_again_is_given_up(tmp_path):
 # The soak itself
 
 
-def soak(folder: Path, *words: str) -> tuple[int, dict, str]:
-    """Run it as one would; its exit status, what it found, and what it said."""
-    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--json", str(folder / "soak.json"), *words]
-    variables = {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=PATIENCE)
+def found_by(folder: Path, done: subprocess.CompletedProcess) -> tuple[int, dict, str]:
+    """The exit status of a soak, what it found, and what it said."""
     assert (folder / "soak.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
     return done.returncode, json.loads((folder / "soak.json").read_text()), done.stdout
 
 
+def soak(folder: Path, *words: str) -> tuple[int, dict, str]:
+    """Run it as one would."""
+    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--json", str(folder / "soak.json"), *words]
+    variables = {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=PATIENCE)
+    return found_by(folder, done)
+
+
+def soak_of_copies(folder: Path, *words: str) -> tuple[int, dict, str]:
+    """The same, but ranks that start and start again are copies of a process, and no interpreters of a torchrun's."""
+    command = [Path(programs.__file__).with_name("soak_copies.py"), "--json", folder / "soak.json", *words]
+    return found_by(folder, programs.run(command, {"PYTHONPATH": str(BENCHMARKS.parent)}, timeout=PATIENCE))
+
+
 @pytest.mark.slow
 def test_a_real_run_survives_all_faults(tmp_path):
-    status, told, said = soak(tmp_path, "--quick", "--seed", "1")
+    status, told, said = soak_of_copies(tmp_path, "--quick", "--seed", "1")
     assert status == 0 and told["ok"], said
     (one,) = told["soaks"]
     harmless, lossy = one["legs"]["harmless"], one["legs"]["lossy"]

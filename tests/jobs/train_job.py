@@ -71,6 +71,7 @@ DEFAULTS = {
     "num_frames": 4,
     "min_pixels": 1024,
     "max_pixels": 4096,
+    "media_workers": 1,  # a process of each rank, whose clips are few
     "num_generations": 2,
     "max_completion_length": 6,
     "use_cpu": True,

@@ -1,6 +1,7 @@
 """What AvatarTrainer refuses or tells before it trains, what its memory depends on, and hints that fail on the way."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -190,6 +191,25 @@ def test_digests_follow_every_plain_column():
     assert row_digest(dict(reversed(row.items()))) == row_digest(row)
 
 
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """The folder of a run that was stopped at a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    make(data[0], folder, take(data[1], V=4), **SAVED, max_steps=2).train()
+    return folder
+
+
+def go_on(stopped, data, tmp_path, **changed):
+    """Trains further in a copy of the folder, with options that differ from the run's."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    trainer = make(data[0], tmp_path, take(data[1], V=4), **SAVED, max_steps=4, **changed)
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -200,16 +220,15 @@ def test_digests_follow_every_plain_column():
     ],
     ids=str,
 )
-def test_what_prompts_show_and_how_they_are_sampled_must_not_change(changed, data, tmp_path):
-    rows = take(data[1], V=4)
-    saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    make(data[0], tmp_path, rows, **saved).train()
-    again = make(data[0], tmp_path, rows, **(saved | {"max_steps": 4} | changed))
+def test_what_prompts_show_and_how_they_are_sampled_must_not_change(changed, stopped, data, tmp_path):
     with pytest.raises(ResumeError, match="written with another prompt options.*replay_recovery='empty'"):
-        again.train(resume_from_checkpoint=True)
-    harmless = {"max_steps": 4, "media_prefetch": False, "media_cache_bytes": 1 << 20, "encoder_cache_bytes": 0}
-    harmless |= {"host_memory_bytes": "1GiB"}
-    make(data[0], tmp_path, rows, **(saved | harmless)).train(resume_from_checkpoint=True)
+        go_on(stopped, data, tmp_path, **changed)
+
+
+def test_what_changes_no_prompt_may_change(stopped, data, tmp_path):
+    harmless = {"media_prefetch": False, "media_cache_bytes": 1 << 20, "encoder_cache_bytes": 0}
+    trainer = go_on(stopped, data, tmp_path, host_memory_bytes="1GiB", **harmless)
+    assert trainer.state.global_step == 4
 
 
 # Hints that are none, or give the answer away

@@ -134,6 +134,7 @@ class Training:
     gradients: list = field(default_factory=list)
     weights: list = field(default_factory=list)
     rows_in_model: int = 0
+    encoded: dict = field(default_factory=dict)  # prompts, once the reference has asked for them
 
     def steps_of_rollout(self):
         args = self.trainer.args
@@ -348,7 +349,9 @@ def loss_of(rows, rollout, logps, formula):
 def log_probs(training, model, completion):
     """A completion's log-probabilities, alone in a batch."""
     trainer, key = training.trainer, completion.key
-    return log_probs_under(trainer, model, key if trainer.family is None else encoded(trainer)[key], completion.ids)
+    if trainer.family is not None:
+        training.encoded = training.encoded or encoded(trainer)
+    return log_probs_under(trainer, model, key if trainer.family is None else training.encoded[key], completion.ids)
 
 
 def log_probs_under(trainer, model, prompt, ids):

@@ -256,8 +256,7 @@ def test_a_batch_without_any_reward_changes_no_history(seven_tags, build):
     assert len(logs(trainer)) == 3 and trainer.state.global_step == 3
 
 
-@pytest.mark.parametrize("nothing", [None, math.nan], ids=["None", "NaN"])
-@pytest.mark.parametrize("sampling", ["none", "early"])
+@pytest.mark.parametrize(("nothing", "sampling"), [(None, "none"), (math.nan, "early")])
 def test_without_rewards_nothing_is_learned(seven_tags, build, nothing, sampling):
     seen = Snapshots()
     options = {"tag_weights": "adaptive", "dynamic_sampling": sampling, "callbacks": [seen]}
@@ -299,11 +298,19 @@ def test_an_infinite_reward_names_its_function(seven_tags, build, value):
 ACCURACIES = {"V": 0.5, "S": 0.5}
 
 
-@pytest.mark.parametrize("difficulty", ["binary", "continuous"])
+WEIGHTS, ORDER = {"tag_weights": "adaptive"}, {"curriculum": "adaptive", "zero_shot_accuracy": ACCURACIES}
+
+
+# Each two of the three choices together.
 @pytest.mark.parametrize(
-    "needs", [{"tag_weights": "adaptive"}, {"curriculum": "adaptive", "zero_shot_accuracy": ACCURACIES}], ids=str
+    ("difficulty", "needs", "value"),
+    [
+        ("binary", WEIGHTS, 1.5),
+        ("continuous", ORDER, 1.5),
+        ("binary", ORDER, -0.25),
+        ("continuous", WEIGHTS, -0.25),
+    ],
 )
-@pytest.mark.parametrize("value", [1.5, -0.25])
 def test_difficulty_needs_rewards_between_0_and_1(seven_tags, build, difficulty, needs, value):
     diary = Diary(lambda one, tag, copy, call: value if copy == 1 else 0.5)
     trainer = build(take(seven_tags[1], S=2), diary, difficulty=difficulty, **needs)
