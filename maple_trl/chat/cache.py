@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
+
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,16 @@ class ChatCache:
             self._connection = self._open()
 
     def _open(self) -> sqlite3.Connection:
+        """Connect, again where several processes change a new file's journal at once: SQLite lets one, and does not wait then."""
+        again = Retrying(
+            retry=retry_if_exception(_is_locked),
+            stop=stop_after_delay(self.lock_timeout),
+            wait=wait_random(0.01, 0.05),
+            reraise=True,
+        )
+        return again(self._connect)
+
+    def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=self.lock_timeout, isolation_level=None)
         try:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -131,3 +143,7 @@ class ChatCache:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+
+def _is_locked(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY

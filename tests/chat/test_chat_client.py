@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -565,6 +567,32 @@ def test_processes_share_a_cache(tmp_path):
         cache = ChatCache(path)
         assert len(cache) == 240 and cache.get("5-39") == {"text": "5-39"}
         cache.close()
+
+
+def test_a_file_that_others_make_at_the_same_moment_is_opened_again(tmp_path, monkeypatch):
+    """SQLite refuses at once, without waiting, where two connections change a new file's journal."""
+    with sqlite3.connect(tmp_path / "held.sqlite") as held, contextlib.closing(held):
+        held.execute("CREATE TABLE it (x)")
+        held.commit()
+        held.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError, match="locked") as refused:
+            sqlite3.connect(tmp_path / "held.sqlite", timeout=0).execute("PRAGMA journal_mode = WAL")
+    left = [refused.value] * 3
+
+    class Contended(sqlite3.Connection):
+        def execute(self, sql, *values):
+            if "journal_mode" in sql and left:
+                raise left.pop()
+            return super().execute(sql, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Contended))
+    cache = ChatCache(tmp_path / "new.sqlite")
+    cache.put("a", {"text": "x"})
+    assert cache.get("a") == {"text": "x"} and not left
+    cache.close()
+    left.append(refused.value)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        ChatCache(tmp_path / "new.sqlite", lock_timeout=0)
 
 
 def test_a_cache_that_cannot_be_opened_is_named(tmp_path):
