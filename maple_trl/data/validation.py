@@ -530,6 +530,8 @@ def _prompt_faults(row: Mapping[str, Any]) -> list[Fault]:
     if not prompt:
         return []
     for message in prompt:
+        if message is None:
+            return [("prompt", "prompt", "has a null in place of a message")]
         if message.get("role") not in _ROLES:
             known = f"must have messages of {', '.join(_ROLES)}"
             return [("prompt", "prompt", f"{known}, but has one of {described(message.get('role'))}")]

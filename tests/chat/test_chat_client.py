@@ -571,7 +571,7 @@ def test_processes_share_a_cache(tmp_path):
 
 def test_a_file_that_others_make_at_the_same_moment_is_opened_again(tmp_path, monkeypatch):
     """SQLite refuses at once, without waiting, where two connections change a new file's journal."""
-    with sqlite3.connect(tmp_path / "held.sqlite") as held, contextlib.closing(held):
+    with contextlib.closing(sqlite3.connect(tmp_path / "held.sqlite")) as held:
         held.execute("CREATE TABLE it (x)")
         held.commit()
         held.execute("BEGIN EXCLUSIVE")

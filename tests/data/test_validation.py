@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -307,6 +307,7 @@ JSON = st.recursive(
 @given(
     st.lists(st.dictionaries(st.sampled_from([*ROW_FEATURES, "completion"]), JSON, max_size=8), min_size=1, max_size=4)
 )
+@example([{"prompt": [None]}])
 def test_whatever_stands_in_a_table_is_told(rows):
     rows = [{**question(n), **row} for n, row in enumerate(rows)]
     with tempfile.TemporaryDirectory() as folder:

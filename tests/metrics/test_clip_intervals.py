@@ -1,9 +1,7 @@
 """Intervals and paired tests over clips: what they cover and reject by simulation, and by-hand values of small cases."""
 
-import importlib
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,28 +342,3 @@ class TestClipsOfRows:
         assert found.errors["V"] == pytest.approx(0.4) and math.isnan(found.errors["A"])
         with pytest.raises(ValueError, match="samples must be 1 or more, got 0"):
             sampled_accuracy(lambda asked: [], rows, lambda **columns: [], samples=0)
-
-
-def test_what_benchmarks_print(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    benchmark = importlib.import_module("_accuracy")
-    found = benchmark.spread([0.5, 0.6, 0.7, 0.8])
-    assert found["mean"] == pytest.approx(0.65) and found["error"] == pytest.approx(found["std"] / 2)
-    assert benchmark.shown(found) == "0.650 ± 0.065" and found["runs"] == 4
-    # Of one run the error over its questions stands in, where it is known.
-    assert benchmark.shown(benchmark.spread([0.5], [0.1])) == "0.500 ± 0.100"
-    assert (
-        benchmark.shown(benchmark.spread([0.5], [math.nan]), 2)
-        == benchmark.shown(benchmark.spread([0.5]), 2)
-        == "0.50"
-    )
-    asked = []
-
-    class Trainer:
-        def generate_completions(self, rows):
-            asked.extend(row["id"] for row in rows)
-            return ["<answer>A</answer>"] * len(rows)
-
-    rows = [{"id": i, "tag": "V", "prompt": "?", "solution": "A", "video": f"{i}.mp4"} for i in range(4)]
-    measured = benchmark.measure(Trainer(), rows, questions=3, seed=0)
-    assert len(asked) == 3 * benchmark.SAMPLES == 15 and measured.accuracy["all"] == 1 and measured.errors["all"] == 0

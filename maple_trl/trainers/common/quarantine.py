@@ -66,7 +66,7 @@ class QuarantinedPrompt:
 _SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
 _ROW_BYTES = 400  # of a key, and of the lists and tables that hold it
 _NAMED = 3  # files that a summary names
-_READ = 64  # rows that are read at once
+_READ = 16  # rows that are read at once
 _FEWEST = 10  # rows from which a share of them says something
 
 
