@@ -103,7 +103,7 @@ def alike(value, stored):
     if isinstance(stored, str) and not isinstance(value, str):
         return json.dumps(value) == stored
     if isinstance(value, float) and isinstance(stored, float):
-        return math.isclose(value, stored, rel_tol=1e-12)  # what `datasets.Json` reads
+        return math.isclose(value, stored, rel_tol=1e-12, abs_tol=1e-15)  # `datasets.Json` writes 15 decimals
     return value == stored
 
 
