@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from register import Measure, Register, RegisterError
-from verdicts import ClaimVerdict, Finding
+from verdicts import ClaimVerdict, Finding, no_effect
 
 from maple_trl.trainers import AvatarConfig, MAPOConfig
 
@@ -107,7 +107,7 @@ def speaks(finding: Finding, measure: Measure, sign: int) -> int:
     estimate = finding.estimate
     if estimate is None:
         return 0
-    none = 1.0 if measure.effect == "ratio" else 0.0
+    none = no_effect(measure.effect)
     if not estimate.low <= none <= estimate.high and abs(estimate.value - none) >= measure.least:
         return sign if estimate.value > none else -sign
     return 0
@@ -122,8 +122,7 @@ def judge_alternative(
         verdict, findings = found[claim]
         if findings[name].estimate is None:
             continue
-        measure = next(one for one in register.claims[claim].measures if one.name == name)
-        speech = speaks(findings[name], measure, sign)
+        speech = speaks(findings[name], register.claims[claim].measure(name), sign)
         said.append(0 if verdict.failed else speech)
     if not said:
         return OPEN

@@ -8,11 +8,11 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from values import Censored, MissingValueError, area_under
+from values import Censored, MissingValueError, area_under, point_name
 
 from maple_trl.jobs.errors import did_you_mean
 from maple_trl.metrics.gaps import modality_gap
@@ -39,11 +39,13 @@ class Metric:
     Attributes:
         paths: what it reads of a result, or the parts that it reads from.
         value: what it is of a result; raises [`MissingValueError`] where that does not say.
+        arguments: of a function, by name, those that are not written too.
     """
 
     text: str
     paths: tuple[str, ...]
     value: Callable[[Result], float]
+    arguments: Mapping[str, float | str] = field(default_factory=dict)
 
     @property
     def reads_questions(self) -> bool:
@@ -64,13 +66,15 @@ def read_metric(text: str) -> Metric:
     arguments = [_number(one.strip()) for one in inside.split(",")] if inside and inside.strip() else []
     function = METRICS[name]
     try:
-        inspect.signature(function).bind(None, *arguments)
+        bound = inspect.signature(function).bind(None, *arguments)
     except TypeError as error:
         raise ValueError(f"{text}: {error}; its arguments are {_told_arguments(function)}") from None
     parts = list(getattr(function, "needs", ()))
     if getattr(function, "takes_paths", False):
         parts += [one for one in arguments if isinstance(one, str)]
-    return Metric(text, tuple(parts), lambda result: _checked(text, function(result, *arguments)))
+    bound.apply_defaults()
+    _, *told = bound.arguments.items()
+    return Metric(text, tuple(parts), lambda result: _checked(text, function(result, *arguments)), dict(told))
 
 
 def _told_arguments(function: Callable) -> str:
@@ -182,11 +186,9 @@ def gap(result: Result, access: str = "trained", weighting: str = "sample") -> f
 def _points(result: Result, what: str, cost: str) -> list[tuple[float, float]]:
     """Return cost and accuracy of each point of a run's learning curve."""
     points = find(result, "curve.points")
-    what = "all" if what == "held_out" else what
-    cost = {"tokens": "completion_tokens", "steps": "step"}.get(cost, cost)
     if not points:
         raise MissingValueError("curve.points is empty")
-    return [(read(point, cost), read(point, f"accuracy.{what}")) for point in points]
+    return [(read(point, point_name(cost)), read(point, f"accuracy.{point_name(what)}")) for point in points]
 
 
 @needs("curve")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from values import area_under, up_to
+from values import area_under, point_name, up_to
 
 from maple_trl.metrics.accuracy import superset_scores
 from maple_trl.modalities import ModalityTag
@@ -22,8 +22,7 @@ def _points(result: Mapping[str, Any], cost: str, budget: float) -> list[tuple[f
     """Return a run's curve up to a budget, its end interpolated; `None` where the run ended before it."""
     if cost not in COSTS:
         raise ValueError(f"no cost {cost!r} of a curve; there are {', '.join(COSTS)}")
-    name = {"tokens": "completion_tokens", "steps": "step"}.get(cost, cost)
-    points = [(float(point[name]), float(point["accuracy"]["all"])) for point in result["curve"]["points"]]
+    points = [(float(point[point_name(cost)]), float(point["accuracy"]["all"])) for point in result["curve"]["points"]]
     return up_to(points, budget)
 
 

@@ -20,7 +20,7 @@ from plots import drawn_curves, forest
 from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
 from register import Claim, Measure
 from simulate import STATED, Setting
-from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding
+from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding, no_effect
 
 from maple_trl.files import write_atomically
 
@@ -198,7 +198,7 @@ class Page:
             for other in one.alternatives:
                 told = []
                 for claim, name in other.signs:
-                    measure = next(each for each in self.register.claims[claim].measures if each.name == name)
+                    measure = self.register.claims[claim].measure(name)
                     found, failed = self.found[claim][1][name], self.found[claim][0].failed
                     told.append(
                         f"[{claim}](#{claim}), {name}"
@@ -340,7 +340,7 @@ class Page:
 
     def measure_row(self, measure: Measure, found: Finding) -> str:
         """Return a measure's row."""
-        none = "1" if measure.effect == "ratio" else "0"
+        none = f"{no_effect(measure.effect):g}"
         expected = f"{measure.expects} {none}, by {measure.least:g}"
         if measure.expects == "equal":
             expected = f"{none} ± {measure.least:g}"
@@ -445,7 +445,7 @@ def falls_short(each: tuple[Measure, Finding]) -> bool:
     measure, found = each
     if measure.expects not in ("above", "below") or found.estimate is None:
         return False
-    none = 1.0 if measure.effect == "ratio" else 0.0
+    none = no_effect(measure.effect)
     return found.estimate.high >= none if measure.expects == "above" else found.estimate.low <= none
 
 

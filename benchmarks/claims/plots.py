@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from evidence import Evidence
-from metrics import METRICS
 from register import EFFECTS, Claim, Measure
 from scipy.special import stdtrit
-from verdicts import Finding
+from values import point_name
+from verdicts import Finding, no_effect
 
 
 GREY, BLUE, ORANGE = "#7d7d7d", "#3f83c9", "#c97a2b"
@@ -52,7 +50,7 @@ def plotted(shown: Sequence[tuple[Measure, Finding]]) -> Any:
 
 
 def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> None:
-    none = 1.0 if kind == "ratio" else 0.0
+    none = no_effect(kind)
     axis.axvline(none, color=GREY, linewidth=1)
     for place, (measure, found) in enumerate(panel):
         estimate = found.estimate
@@ -89,16 +87,6 @@ def _bare(axis: Any) -> None:
 
 # Curves
 
-COSTS = {
-    "completions": "completions",
-    "tokens": "completion_tokens",
-    "completion_tokens": "completion_tokens",
-    "cpu_seconds": "cpu_seconds",
-    "wall_seconds": "wall_seconds",
-    "steps": "step",
-    "step": "step",
-}
-"""What metrics call a cost, and points of curves."""
 SHOWN_COSTS = {
     "completion_tokens": "generated tokens",
     "cpu_seconds": "CPU seconds of training",
@@ -142,20 +130,10 @@ def curves_of(claim: Claim) -> list[Curves]:
         instrument = next((path for path in measure.metric.paths if path in ("curve", "tier_curve")), None)
         if instrument is None:
             continue
-        name, _, inside = measure.metric.text.partition("(")
-        words = re.findall(r"\b[A-Za-z_]+\b", inside)
-        cost = next((word for word in words if word in COSTS), _usual_cost(name.strip()))
-        of = next((word for word in words if word not in COSTS), "all")
-        of = "all" if of == "held_out" else of
-        found.setdefault((instrument, of, COSTS[cost]), {}).update(dict.fromkeys(measure.variants))
+        told = measure.metric.arguments
+        of, cost = told.get("what", told.get("tier", "all")), told.get("cost", "completions")
+        found.setdefault((instrument, point_name(of), point_name(cost)), {}).update(dict.fromkeys(measure.variants))
     return [Curves(*what, tuple(variants)) for what, variants in found.items()]
-
-
-def _usual_cost(name: str) -> str:
-    """Return the cost that a metric counts where none is told; completions for one that counts none."""
-    parameters = inspect.signature(METRICS[name]).parameters if name in METRICS else {}
-    usual = parameters["cost"].default if "cost" in parameters else None
-    return usual if usual in COSTS else "completions"
 
 
 def band(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -148,6 +148,10 @@ class Claim:
         """The variants whose runs it needs, in the order in which its measures name them."""
         return tuple(dict.fromkeys(name for measure in self.measures for name in measure.variants))
 
+    def measure(self, name: str) -> Measure:
+        """Return a measure by its name, which must be one of the claim's."""
+        return next(one for one in self.measures if one.name == name)
+
 
 @dataclass(frozen=True)
 class Register:

@@ -17,6 +17,14 @@ class MissingValueError(ValueError):
     """A result does not say what a metric asks for; the message says what is missing."""
 
 
+POINT_NAMES = {"tokens": "completion_tokens", "steps": "step", "held_out": "all"}
+
+
+def point_name(name: str) -> str:
+    """Return what points of curves call what metrics call by a name of their own: a cost, or whose accuracy."""
+    return POINT_NAMES.get(name, name)
+
+
 def up_to(points: Sequence[Point], budget: float) -> list[Point] | None:
     """Return a curve up to a budget, its end interpolated; `None` where the run ended before it."""
     if points[-1][0] < budget:

@@ -162,9 +162,14 @@ class Finding:
     blurred: bool = False
 
 
+def no_effect(effect: str) -> float:
+    """Return what a `difference` or a `ratio` is where nothing differs."""
+    return 1.0 if effect == "ratio" else 0.0
+
+
 def decide(found: Estimate, asked: Asked) -> tuple[str, bool]:
     """Return the verdict on an interval, and whether what holds is smaller than what would matter."""
-    none = 1.0 if asked.effect == "ratio" else 0.0
+    none = no_effect(asked.effect)
     low, high = none - asked.least, none + asked.least
     if asked.expects == "equal":
         inside, beyond = low < found.low and found.high < high, found.high < low or found.low > high
