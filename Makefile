@@ -18,7 +18,7 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-claims test-latest test-vllm test-deepspeed check bench claims clean
+.PHONY: help install demo test test-fast test-claims test-latest test-packages lock test-vllm test-deepspeed check bench claims clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,7 +42,15 @@ test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with,
 
 test-latest: ## Run the tests in an environment of their own, with the newest versions that the ranges allow
 	rm -f .venv-latest/.installed
-	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade
+	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade LOCKED=
+
+test-packages: ## Build wheel and sdist, install them for each Python that is here, and each extra alone; imports what they bring
+	$(PYTHON) scripts/check_packages.py --work .venv-packages
+
+lock: ## Write constraints.txt: the newest versions of all packages that the ranges allow, for make install LOCKED=1
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python scripts/lock.py $(EXTRAS)
 
 test-vllm: .venv-vllm/.installed ## Run the tests that need vLLM, in an environment of their own with vLLM's CPU build
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=WARNING \
@@ -84,11 +92,12 @@ clean: ## Remove build output and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# Done once, and again when the dependencies change.
-$(STAMP): setup.cfg pyproject.toml
+# Done once, and again when the dependencies change. LOCKED=1 installs the versions of constraints.txt, and no others.
+LOCKED_ARGS := $(if $(LOCKED),--constraint constraints.txt)
+$(STAMP): setup.cfg pyproject.toml $(if $(LOCKED),constraints.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 <target>" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(UPGRADE) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(UPGRADE) $(LOCKED_ARGS) -e ".[$(EXTRAS)]"
 	@touch $@
