@@ -126,7 +126,7 @@ class Command:
     def __call__(self, words: Sequence[str]) -> int:
         """Run the command with the words behind its name; return the exit status."""
         if asks_for_help(words):
-            self.parser(declared=True).print_help()
+            print(self.parser(declared=True).format_help(), end="")  # print_help hides a closed pipe
             return DONE
         folder = None
         try:

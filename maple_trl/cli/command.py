@@ -193,7 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return refuse(name, "stopped", INTERRUPTED)
     except Exception as error:
-        return fail(name, error)
+        status = fail(name, error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was the output that could not be written
+            _close_output()
+        return status
 
 
 def _named(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -114,7 +114,7 @@ class TrainCommand(Command):
         parser.epilog = "\n".join(
             ["options of a trainer (media_root, num_frames, learning_rate, …):", *told, "", self.epilog()]
         )
-        parser.print_help()
+        print(parser.format_help(), end="")
         return DONE
 
 
