@@ -87,8 +87,10 @@ def shards(folder):
 
     with ShardWriter(folder, Features(ROW_FEATURES), 100) as writer:
         for row in ROWS[:3]:
+            prompt = [{"role": "user", "content": row["prompt"]}]
+            given = {"split": "train", "source": "test", "clip": row["id"], "prompt": prompt}
             known = {name: row[name] for name in ROW_FEATURES if name in row}
-            writer.write(dict.fromkeys(ROW_FEATURES) | known | {"split": "train", "source": "test"}, "train")
+            writer.write(dict.fromkeys(ROW_FEATURES) | known | given, "train")
 
 
 DRY = {
