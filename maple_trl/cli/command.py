@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "train and measure": (train.COMMAND, evaluation.COMMAND, report.COMMAND, critical_steps.COMMAND),
     "sample with vLLM": (vllm_serve.COMMAND, parity.COMMAND),
-    "shell": (completion.COMMAND,),
+    "shell": (completion.make_command(lambda: build_parser(everything=True)),),
 }
 """All commands by what they are for, in the order in which one meets them."""
 

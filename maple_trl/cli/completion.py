@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from maple_trl.cli.base import PlainCommand
@@ -32,19 +33,15 @@ _maple_trl_config() {{
 }
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the script."""
-    print(completion_script(arguments.shell))
-    return 0
+def completion_script(shell: str, parser: argparse.ArgumentParser) -> str:
+    """
+    Return the script by which a shell completes `maple-trl`; no Python is started when it is asked.
 
-
-def completion_script(shell: str) -> str:
-    """Return the script by which a shell completes `maple-trl`; no Python is started when it is asked."""
+    Args:
+        parser: of the whole command line, which is changed.
+    """
     import shtab
 
-    from maple_trl.cli.command import build_parser
-
-    parser = build_parser(everything=True)
     _mark(parser)
     recipes = " ".join(recipe_names())
     preamble = {name: text.format(recipes=recipes) for name, text in _FUNCTIONS.items()}
@@ -70,20 +67,22 @@ def _mark(parser: argparse.ArgumentParser) -> None:
             marked.complete = shtab.DIRECTORY
 
 
-COMMAND = PlainCommand(
-    name="completion",
-    help="print the script by which a shell completes commands and options",
-    run=run,
-    description="Prints the script by which a shell completes commands, options and their values.",
-    examples=(
-        'eval "$(maple-trl completion bash)"',
-        "maple-trl completion bash > ~/.local/share/bash-completion/completions/maple-trl",
-        "maple-trl completion zsh > ~/.zfunc/_maple-trl",
-        "maple-trl completion tcsh > ~/.maple-trl.tcsh",
-    ),
-    notes="""\
+def make_command(build: Callable[[], argparse.ArgumentParser]) -> PlainCommand:
+    """Return the command, given what builds the parser of the whole command line."""
+    return PlainCommand(
+        name="completion",
+        help="print the script by which a shell completes commands and options",
+        run=lambda arguments: print(completion_script(arguments.shell, build())),
+        description="Prints the script by which a shell completes commands, options and their values.",
+        examples=(
+            'eval "$(maple-trl completion bash)"',
+            "maple-trl completion bash > ~/.local/share/bash-completion/completions/maple-trl",
+            "maple-trl completion zsh > ~/.zfunc/_maple-trl",
+            "maple-trl completion tcsh > ~/.maple-trl.tcsh",
+        ),
+        notes="""\
 The first line is for the shell that is open, the others for those that come: bash finds its file by itself, zsh where ~/.zfunc
 is in fpath before compinit, and tcsh when ~/.tcshrc sources it. The script knows the options of all trainers; print it anew after an
 upgrade.""",
-    arguments={"SHELL": {"choices": SHELLS, "help": "bash, zsh or tcsh"}},
-)
+        arguments={"SHELL": {"choices": SHELLS, "help": "bash, zsh or tcsh"}},
+    )

@@ -169,7 +169,7 @@ done
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_a_bash_completes(tmp_path):
     script = tmp_path / "completion.bash"
-    script.write_text(completion_script("bash"))
+    script.write_text(completion_script("bash", build_parser(everything=True)))
     (tmp_path / "job.yaml").write_text("")
     (tmp_path / "runs").mkdir()
     command = ["bash", "--norc", "-c", _BASH, "bash", script]
@@ -185,14 +185,14 @@ def test_a_bash_completes(tmp_path):
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
 def test_a_zsh_reads_the_script(tmp_path):
     script = tmp_path / "_maple-trl"
-    script.write_text(completion_script("zsh"))
+    script.write_text(completion_script("zsh", build_parser(everything=True)))
     subprocess.run(["zsh", "-n", script], check=True, timeout=60)
 
 
 def test_scripts_name_all_recipes_and_the_options_of_all_trainers():
-    script = completion_script("bash")
+    script = completion_script("bash", build_parser(everything=True))
     assert all(name in script for name in recipe_names())
     assert len(TRAINERS) == 4 and all(
         option in script for option in ("--tag_weights", "--replay_alpha", "--completion_template")
     )
-    assert completion_script("tcsh").startswith("#")
+    assert completion_script("tcsh", build_parser(everything=True)).startswith("#")
