@@ -74,7 +74,9 @@ def test_messages_of_troubleshooting_are_the_code_s():
 
 
 def test_readme_is_a_first_screen():
-    assert len(README.splitlines()) <= 140
+    # Claims with a verdict, which are folded, become more.
+    unfolded = re.sub(r"<details.*?</details>", "", README, flags=re.DOTALL)
+    assert len(unfolded.splitlines()) <= 125
     local = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith(("http", "#"))]
     assert local and [link for link in local if not (ROOT / link.partition("#")[0]).exists()] == []
 

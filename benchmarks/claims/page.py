@@ -497,7 +497,9 @@ def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
     if BEGIN in text and END in text.partition(BEGIN)[2]:
         before, _, rest = text.partition(BEGIN)
         link = _link(docs.resolve() / "claims.md", readme.resolve().parent)
-        told = "\n".join([page.counts(), "", *page.decided(link)]).rstrip() if page.claims else NO_CLAIM
+        told, decided = page.counts() if page.claims else NO_CLAIM, "\n".join(page.decided(link))
+        if decided:  # by `markdown` the site reads it as the list that it is elsewhere anyhow
+            told += f"\n\n<details markdown><summary>Those with a verdict</summary>\n\n{decided}\n\n</details>"
         write_atomically(readme, f"{before}{BEGIN}\n\n{told}\n\n{END}{rest.partition(END)[2]}")
         written.append(readme)
     return written
