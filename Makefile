@@ -18,7 +18,7 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-claims test-latest test-vllm test-deepspeed check bench claims clean
+.PHONY: help install demo test test-fast test-claims test-latest test-vllm test-deepspeed check docs bench claims constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,11 @@ check: $(STAMP) ## Lint, check the formatting and, where it is strict, the types
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/mypy
 
+# Its words on another program than mkdocs are no warning on a page.
+docs: $(STAMP) ## Build the documentation's site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site"
+
 bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
 	@mkdir -p runs/bench
 	@set -e; for file in $(BENCHES); do \
@@ -80,8 +85,12 @@ claims: $(STAMP) ## Measure what the papers claim: HOURS=1 for a piece of it, QU
 	$(BIN)/python benchmarks/claims run $(if $(HOURS),--hours $(HOURS)) $(if $(QUICK),--quick); ran=$$?; \
 	$(if $(QUICK),,$(BIN)/python benchmarks/claims report &&) exit $$ran # a run that fails leaves the page of the others
 
+# Names and versions alone, without the address of a registry and without hashes; torch without the build that a registry marks.
+constraints: $(STAMP) ## Write constraints.txt from what .venv holds; CONSTRAINTS=constraints.txt installs just that
+	$(BIN)/python -m uv pip freeze --python $(BIN)/python --exclude-editable | sed -E '/ @ /d; s/\+[a-z0-9.]+$$//' > constraints.txt
+
 clean: ## Remove build output and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Done once, and again when the dependencies change.
@@ -90,5 +99,5 @@ $(STAMP): setup.cfg pyproject.toml
 		echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 <target>" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(UPGRADE) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(UPGRADE) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) -e ".[$(EXTRAS)]"
 	@touch $@
