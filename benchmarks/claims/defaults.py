@@ -10,12 +10,15 @@ from typing import Any
 from register import Measure, Register, RegisterError, load
 from verdicts import ClaimVerdict, Finding, no_effect, widened
 
+from maple_trl.algorithms.replay import QUANTILES
 from maple_trl.trainers import AvatarConfig, MAPOConfig
 
 
 FILE = Path(__file__).with_name("defaults.yaml")
 CONFIGS = {config.__name__: config for config in (MAPOConfig, AvatarConfig)}
 SIDES = {"above": 1, "below": -1}
+WRITTEN_OUT = {"replay_quantiles": list(QUANTILES)}
+"""What a default of null is, where recipes write it out."""
 RULE = (
     "A default is what its source says and stays so, unless an alternative is found better: the interval of a measure lies "
     "wholly on the side that speaks for the alternative, its effect is no smaller than would matter, no control of its claim "
@@ -97,7 +100,7 @@ def settings_beside(register: Register, defaults: Sequence[Default], one: Defaul
     for other in defaults:
         values = [job.get(other.field, other.value) for job in jobs]
         if other.config == one.config and other.field != one.field and values == [values[0]] * len(values):
-            if values[0] != other.value:
+            if values[0] not in (other.value, WRITTEN_OUT.get(other.field, other.value)):
                 beside[other.field] = values[0]
     return beside
 

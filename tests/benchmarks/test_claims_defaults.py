@@ -80,7 +80,7 @@ def test_what_both_sides_of_a_measure_have_instead_of_a_default_is_told():
     weights = beside("MAPOConfig", "tag_weights", "maple-adaptive-weights-accuracy", "accuracy")
     assert weights == {"loss_aggregation": "token"}
     assert beside("MAPOConfig", "loss_aggregation", "maple-sample-accuracy", "accuracy") == {}
-    assert beside("AvatarConfig", "tas_shape", "avatar-shape", "inverse")["tas_lambda"] == 1.0
+    assert beside("AvatarConfig", "tas_shape", "avatar-shape", "inverse") == {"tas_lambda": 1.0}
     # What the two differ in is not beside them.
     assert "tas_lambda" not in beside("AvatarConfig", "replay_draw", "avatar-components", "both")
 
