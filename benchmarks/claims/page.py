@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from defaults import BETTER, RULE, judge_alternative, read_defaults
+from defaults import BETTER, RULE, judge_alternative, read_defaults, settings_beside
 from evidence import Evidence, forgotten
 from instruments import INSTRUMENTS
 from metrics import MissingValueError
@@ -201,23 +201,32 @@ class Page:
         """Yield which defaults of the configs the results bear on, and what they say of other values."""
         if not self.register.is_ours:
             return
-        head = ["Field", "Default", "From", "Held against", "By", "Found"]
+        head = ["Field", "Default", "From", "Held against", "By", "Corrected for", "Found"]
         yield from ("", "## Defaults, and what decides them", "", RULE, "", _row(head), _row(["---"] * len(head)))
-        for one in read_defaults(self.register):
+        defaults = read_defaults(self.register)
+        for one in defaults:
             for other in one.alternatives:
                 told = []
                 for claim, name in other.signs:
                     measure = self.register.claims[claim].measure(name)
                     found, failed = self.found[claim][1][name], self.found[claim][0].failed
+                    beside = settings_beside(self.register, defaults, one, measure)
+                    shared = ", ".join(f"{field} {json.dumps(value)}" for field, value in beside.items())
                     told.append(
                         f"[{claim}](#{claim}), {name}"
+                        + (f" (with {shared})" if shared else "")
                         + (f": {shown_interval(found, measure)}" if found.estimate else "")
                         + (f" (control fails: {', '.join(failed)})" if found.estimate and failed else "")
                     )
                 said = judge_alternative(other, self.found, self.register)
                 cells = [f"`{one.config}.{one.field}`", f"`{json.dumps(one.value)}`", one.source, other.value]
                 yield _row(
-                    [*cells, "<br>".join(told), f"**{said}: the default is to change**" if said == BETTER else said]
+                    [
+                        *cells,
+                        "<br>".join(told),
+                        str(other.tests),
+                        f"**{said}: the default is to change**" if said == BETTER else said,
+                    ]
                 )
 
     def counts(self) -> str:
