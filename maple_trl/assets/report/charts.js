@@ -1,7 +1,7 @@
 // Charts. Each is drawn when it comes into view, at a place of its height: what is below it must not move under a click.
 
 const AXIS = { gridcolor: "var(--grid)", linecolor: "var(--edge)", zerolinecolor: "var(--zero)", ticks: "outside", tickcolor: "var(--edge)",
-  automargin: true, exponentformat: "e" };
+  automargin: true, exponentformat: "e", minexponent: 6, separatethousands: true };
 const FONT = { family: 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', size: 13, color: "var(--ink)" };
 const CONFIG = { displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
@@ -202,7 +202,8 @@ function smooth(values, share) {
 function points(curve, share) {
   const x = [], y = [], value = smooth(curve.value, share);
   const steps = curve.step.slice(1).map((step, i) => step - curve.step[i]).sort((a, b) => a - b);
-  const far = 6 * (steps[Math.floor(steps.length / 2)] || 0);
+  const mean = steps.reduce((a, b) => a + b, 0) / (steps.length || 1); // of tags that take turns, several times the median
+  const far = Math.max(6 * (steps[Math.floor(steps.length / 2)] || 0), 4 * mean);
   curve.step.forEach((step, i) => {
     if (i && step - curve.step[i - 1] > far) { x.push(step); y.push(null); }
     x.push(step);
