@@ -25,7 +25,7 @@ help: ## Show this list
 
 install: $(STAMP) ## Make .venv and install the package with the extras dev and plots
 
-demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go to runs/demo, anew each time
+demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results and report.html go to runs/demo, anew each time
 	$(BIN)/maple-trl train --config recipes/demo.yaml --overwrite
 
 # torch.compile cannot trace functions that count their lines.

@@ -57,7 +57,7 @@ _DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 }
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "eval": ("measure a model on a data set or benchmark, per tag and per choice of signals", run_eval),
-    "report": ("write one HTML file on a run or an evaluation, or on two of them", run_report),
+    "report": ("write one HTML file on a run or an evaluation, or on several of them", run_report),
     "critical-steps": (
         "ask a judge where the critical steps of completions stand, for the report",
         run_critical_steps,

@@ -16,13 +16,15 @@ from maple_trl.cli.failures import asks_for_help, refuse
 _EXAMPLES = """\
 examples:
   maple-trl report runs/demo
+  maple-trl report runs/long --watch
   maple-trl report runs/mupo runs/mapo --output compared.html
-  maple-trl report runs/eval_before runs/eval_after --json compared.json
+  maple-trl report runs/eval_before runs/eval_after runs/eval_longer --json compared.json
   maple-trl report runs/plain runs/crw --projection tsne
 
 RUN is the output folder of a training job or of `maple-trl eval`, finished or still going: the report shows what is
 there, and says what is not. Open the file in a browser; it needs no network. Clips and subtitles are links to files
-beside it.
+beside it. With --watch the page is written anew as the run goes, and the open page follows; that ends with the run, or with
+Ctrl-C.
 
 Every option may be a key of a YAML file (--config FILE); the command line wins.
 
@@ -31,8 +33,8 @@ Exit status: 0; 2 when a folder holds no run; 130 when interrupted.
 
 
 _DESCRIPTION = """\
-Writes a report on one run, or on two to compare, as one HTML file: curves by tag, rewards, weights and curriculum,
-disparity, replay, accuracies, and a viewer of completions."""
+Writes a report on one run, or on up to eight to compare, as one HTML file: what went wrong, curves by tag, rewards, weights
+and curriculum, disparity, replay, accuracies, a viewer of completions, and the configuration."""
 
 
 @dataclass
@@ -44,6 +46,10 @@ class ReportArguments:
     media_root: str | None = field(
         default=None, metadata={"help": "folder below which the clips lie, where it has moved since the run"}
     )
+    watch: bool = field(
+        default=False, metadata={"help": "write the page anew as the runs go, until they end or Ctrl-C is pressed"}
+    )
+    interval: float = field(default=30.0, metadata={"help": "seconds between two looks of --watch, at least"})
     max_rollouts: int = field(default=100_000, metadata={"help": "completions of a run in the report"})
     thumbnails: int = field(
         default=200, metadata={"help": "pictures and videos of a run with a small copy in the page"}
@@ -63,7 +69,7 @@ class ReportArguments:
     )
 
     def __post_init__(self):
-        for name, least in (("max_rollouts", 1), ("thumbnails", 0), ("seed", 0)):
+        for name, least in (("max_rollouts", 1), ("thumbnails", 0), ("seed", 0), ("interval", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
         if any(bound < 0 for bound in self.length_bins):
@@ -77,7 +83,7 @@ def run_report(words: Sequence[str]) -> int:
 
     parser = OptionParser([ReportArguments], prog="maple-trl report", description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output folder of a training job or an evaluation; one or two"
+        "runs", nargs="+", metavar="RUN", help="output folder of a training job or an evaluation; one or up to eight"
     )
     if asks_for_help(words):
         parser.print_help()
@@ -93,27 +99,22 @@ def run_report(words: Sequence[str]) -> int:
             return refuse("report", f"{option}: {file} is a folder; name a file in it, as {Path(file, name)}")
         if file is not None and Path(file).is_file() and Path(file).suffix.lower() not in (Path(name).suffix, ".htm"):
             return refuse("report", f"{option}: {file} is there already and no report; name a file such as {name}")
+    chosen = ("media_root", "max_rollouts", "thumbnails", "embeddings", "projection", "seed", "length_bins")
+    options = {"json_path": arguments.json} | {name: getattr(arguments, name) for name in chosen}
     try:
-        from maple_trl.reports import ReportError, write_report
+        from maple_trl.reports import ReportError, watch_report, write_report
 
-        write_report(
-            runs,
-            output,
-            arguments.json,
-            arguments.media_root,
-            arguments.max_rollouts,
-            arguments.thumbnails,
-            arguments.embeddings,
-            arguments.projection,
-            arguments.seed,
-            arguments.length_bins,
-        )
+        if arguments.watch:
+            watch_report(runs, output, arguments.interval, lambda text: print(text, flush=True), **options)
+        else:
+            write_report(runs, output, **options)
     except (ReportError, ImportError, OSError) as error:
         return refuse("report", error, 2, str(output.parent))
     except KeyboardInterrupt:
         print("maple-trl report: stopped; nothing was written", file=sys.stderr)
         return 130
-    print(f"report: {output}")
+    if not arguments.watch:  # which has told already
+        print(f"report: {output}")
     if arguments.json:
         print(f"data: {arguments.json}")
     return 0
