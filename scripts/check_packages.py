@@ -29,6 +29,7 @@ EXTRAS = {
     "texts": ("jiwer rouge_score", "maple_trl.metrics.answers"),
     "quantization": ("bitsandbytes", "maple_trl.omni.quantization"),
     "torchcodec": ("torchcodec.decoders", "maple_trl.omni.media.loader"),
+    "docs": ("mkdocs mkdocstrings", "maple_trl"),
     "lmms-eval": ("lmms_eval", "maple_trl.integrations.lmms_bridge"),
 }
 # Built against the torch and the CUDA of a machine: of these it is only found out whether the ranges can be met.

@@ -45,7 +45,7 @@ def describe(command: Command) -> list[str]:
     """Return the reference of one command, line by line."""
     parser = command.parser(declared=True)
     lines = [f"### maple-trl {command.name}", "", " ".join(command.description.split()), ""]
-    lines += ["```text", command.usage(), "```", "", "```bash", *command.examples, "```", ""]
+    lines += ["```text", command.usage(), "", *command.examples, "```", ""]
     for group in parser._action_groups:
         actions = [
             action for action in group._group_actions if not {argparse.SUPPRESS, "show this help"} & {action.help}

@@ -149,7 +149,7 @@ def test_constraints_are_exact_versions_inside_the_ranges(unpacked):
                 locked[requirement.name] = next(iter(requirement.specifier)).version
     wanted = requirements(unpacked) | requirements(unpacked, "dev") | requirements(unpacked, "plots")
     for name, specifier in wanted.items():
-        assert specifier.contains(locked[name.replace("_", "-").lower()]), f"{name}: run make lock"
+        assert specifier.contains(locked[name.replace("_", "-").lower()]), f"{name}: run make constraints"
 
 
 def test_versions(unpacked):

@@ -218,7 +218,7 @@ def read_register(folder: Path = HERE) -> Register:
     first, *topics = register_files(folder)
     if not first.is_file():
         raise RegisterError(f"no register in {folder}: it has no register.yaml")
-    top = _Part(_load(first)[0], first.name)
+    top = _Part(load(first)[0], first.name)
     top.only(required=("rules", "changes"))
     changes = tuple(_change(_Part(one, f"{first.name}: changes")) for one in top.typed("changes", list, "a list"))
     rules = _rules(top.part("rules"))
@@ -226,7 +226,7 @@ def read_register(folder: Path = HERE) -> Register:
     places: dict[str, str] = {}
     loaded = []
     for file in topics:
-        told, lines = _load(file)
+        told, lines = load(file)
         part = _Part(told, f"register/{file.name}")
         part.only(optional=("variants", "claims"))
         loaded.append((file, part, lines))
@@ -459,8 +459,13 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return super().construct_mapping(node, deep)
 
 
-def _load(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """Return what a file holds, and the first and last line of each of its claims."""
+def load(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """
+    Return what a file holds, and the first and last line of each of its claims.
+
+    Raises:
+        RegisterError: for a name that is given twice, and for what is no YAML.
+    """
     text = file.read_text(encoding="utf-8")
     try:
         loader = _Loader(text)

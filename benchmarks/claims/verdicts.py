@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -62,6 +62,7 @@ class Estimate:
         spread: standard deviation of the effects of single seeds (of their logarithms, for a ratio).
         evaluation: standard error that the questions leave in the effect, with the noise of single answers; NaN where
             no question stands behind it.
+        freedom: degrees of freedom of Student's t that its interval is by.
     """
 
     value: float
@@ -70,6 +71,7 @@ class Estimate:
     seeds: int
     spread: float
     evaluation: float
+    freedom: float
 
 
 class UndefinedEffectError(ValueError):
@@ -109,7 +111,24 @@ def estimate(of: Sample, against: Sample, effect: str, level: float) -> Estimate
     freedom = _freedom([(between, seeds - 1), (questions, groups - 1)])
     reach = error * float(stdtrit(freedom, 1 - level / 2)) if error else 0.0
     shown = math.exp if effect == "ratio" else float
-    return Estimate(shown(value), shown(value - reach), shown(value + reach), seeds, spread, evaluation)
+    return Estimate(shown(value), shown(value - reach), shown(value + reach), seeds, spread, evaluation, freedom)
+
+
+def widened(found: Estimate, effect: str, level: float, times: int) -> Estimate:
+    """
+    Return an estimate with the interval of one among several that are looked at, by Bonferroni's correction.
+
+    Args:
+        effect: `difference` or `ratio`.
+        level: two-sided, of the complement of the interval that it has.
+        times: how many are looked at: the wider interval is taken at `level / times`.
+    """
+    if found.low == found.high:
+        return found
+    plain, shown = (math.log, math.exp) if effect == "ratio" else (float, float)
+    by = float(stdtrit(found.freedom, 1 - level / times / 2) / stdtrit(found.freedom, 1 - level / 2))
+    value, reach = plain(found.value), by * (plain(found.high) - plain(found.value))
+    return replace(found, low=shown(value - reach), high=shown(value + reach))
 
 
 def _effects(of: ArrayLike, against: ArrayLike, effect: str) -> NDArray[np.float64]:

@@ -122,6 +122,9 @@ class OmniScriptArguments:
             Where the logged metrics go, one JSON object a line; default `metrics.jsonl` in `output_dir`.
         plot_file (`str`, *optional*):
             Where the plot goes; default `training.png` in `output_dir`.
+        report (`bool`, *optional*, defaults to `False`):
+            Write `report.html` into `output_dir` at the end, as `maple-trl report` does; without the extra `report` the
+            job says so and goes on.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace the results of another run in `output_dir`, which are refused otherwise: its checkpoints, weights,
             completions, log and summary are removed before training. A run that is resumed removes nothing.
@@ -191,6 +194,9 @@ class OmniScriptArguments:
     )
     plot_file: Annotated[str | None, "place"] = field(
         default=None, metadata={"help": "Where the plot goes (default: training.png in output_dir)."}
+    )
+    report: Annotated[bool, "place"] = field(
+        default=False, metadata={"help": "Write report.html into output_dir at the end, as `maple-trl report` does."}
     )
     overwrite: Annotated[bool, "place"] = field(
         default=False,

@@ -337,7 +337,7 @@ def run(
     Run a job: build everything, evaluate, train, evaluate again, and write the results.
 
     Written into `output_dir`: the options (`args.json`), the model with its processor, `metrics.jsonl`, `training.png`
-    (where matplotlib is installed) and `summary.json`. Only the first process prints and writes these.
+    (where matplotlib is installed), `summary.json` and, with `report`, `report.html`. Only the first process prints and writes these.
 
     Args:
         last (`bool`, *optional*, defaults to `True`):
@@ -414,6 +414,8 @@ def run(
         write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
         written = _written(training_args.output_dir, (metrics_path, summary_path, plot_path))
         print_summary(summary | {"written": written}, training_args.output_dir)
+        if script_args.report:
+            _report(training_args.output_dir)
     trainer.accelerator.wait_for_everyone()  # all of the results are there
     if trainer.family is not None:
         trainer.loader.close()
@@ -499,6 +501,18 @@ def _evaluate(
 
 def _place(path: str | None, training_args: OmniGRPOConfig | OmniSFTConfig, name: str) -> Path:
     return Path(path) if path else Path(training_args.output_dir) / name
+
+
+def _report(folder: str) -> None:
+    """Write the report and say where; a job does not fail for want of it, nor of what it is made with."""
+    try:
+        from maple_trl.reports import ReportError, write_report
+
+        path = write_report(folder, Path(folder, "report.html"))
+    except (ReportError, ImportError, OSError) as error:
+        print(f"no report: {error}")
+    else:
+        print(f"Report: {path}, to be opened in a browser")
 
 
 def _draw(log_history: list[dict], before: Mapping | None, after: Mapping | None, path: Path) -> None:

@@ -11,7 +11,19 @@ import verdicts
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from verdicts import CANT_TELL, DOES_NOT, HOLDS, Estimate, Finding, Sample, decide, estimate, judge, judge_claim
+from verdicts import (
+    CANT_TELL,
+    DOES_NOT,
+    HOLDS,
+    Estimate,
+    Finding,
+    Sample,
+    decide,
+    estimate,
+    judge,
+    judge_claim,
+    widened,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ effects = st.sampled_from(["difference", "ratio"])
 
 
 def interval(low, high, value=None):
-    return Estimate((low + high) / 2 if value is None else value, low, high, 5, 0.1, math.nan)
+    return Estimate((low + high) / 2 if value is None else value, low, high, 5, 0.1, math.nan, 4)
 
 
 # Intervals
@@ -48,6 +60,14 @@ def test_an_interval_over_seeds_alone_is_that_of_a_paired_t_test(of, seed):
     ratio = estimate(Sample(of), Sample(against), "ratio", 0.05)
     other = stats.ttest_rel(np.log(of), np.log(against)).confidence_interval(0.95)
     assert (ratio.low, ratio.high) == pytest.approx((math.exp(other.low), math.exp(other.high)))
+
+
+@given(values, effects, st.integers(1, 50), st.integers(0, 2**32 - 1))
+def test_the_interval_of_one_of_several_is_taken_at_its_share_of_the_level(of, effect, times, seed):
+    against = Sample(np.random.default_rng(seed).uniform(0.1, 10, len(of)))
+    found, single = (estimate(Sample(of), against, effect, level) for level in (0.0294, 0.0294 / times))
+    wider = widened(found, effect, 0.0294, times)
+    assert (wider.low, wider.value, wider.high) == pytest.approx((single.low, single.value, single.high), rel=1e-6)
 
 
 @given(values, effects, st.randoms())

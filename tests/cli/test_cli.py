@@ -614,6 +614,8 @@ def test_train_writes_its_results(short_run):
     assert [entry["step"] for entry in metrics if "reward" in entry] == [1, 2]
     assert all(0 <= e["rewards/accuracy_reward/mean"] <= 1 for e in metrics if "reward" in e)
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Report: {folder / 'report.html'}, to be opened" in shown.stdout
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert "Sampled accuracy" in shown.stdout and "VAS" in shown.stdout
     assert re.search(r"^ *2/2 ", shown.stdout, re.MULTILINE)  # the row of the last step
     # It is no terminal. Bars of transformers are decided on when that is imported, which the server of programs has done.
@@ -634,6 +636,17 @@ def test_train_leaves_a_model_that_loads_and_has_moved(short_run):
         assert any(part in name for name in moved), f"{part} has not moved"
 
 
+def test_a_job_goes_on_without_what_reports_are_made_with(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    train._report(str(tmp_path))
+    said = capsys.readouterr().out
+    assert said.startswith("no report: ") and said.count("\n") == 1 and 'pip install "maple-trl[report]"' in said
+    monkeypatch.delitem(sys.modules, "jinja2")  # the control
+    train._report(str(tmp_path))
+    assert capsys.readouterr().out == f"Report: {tmp_path / 'report.html'}, to be opened in a browser\n"
+
+
 def run_here(tmp_path, monkeypatch, *words):
     """The same two steps in this process, for its parts to be looked at."""
     caught = {}
@@ -644,7 +657,7 @@ def run_here(tmp_path, monkeypatch, *words):
         return caught["trainer"], test
 
     monkeypatch.setattr(train, "build_trainer", keep)
-    words = [*SHORT, "--output_dir", str(tmp_path), "--evaluate_before_after", "false", *words]
+    words = [*SHORT, "--output_dir", str(tmp_path), "--evaluate_before_after", "false", "--report", "false", *words]
     summary = train.run(*parse_args(words))
     return caught["trainer"], summary
 
