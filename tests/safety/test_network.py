@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import requests
 from huggingface_hub import constants
 
 from maple_trl.jobs.tables import read_tables, stream_tables
+from maple_trl.rollout.server import serve
 
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -136,3 +138,25 @@ def test_commands_make_no_request_that_nobody_asked_for(tmp_path):
     # The control is the last command alone: it names a model of the Hub.
     assert found["NAMED"] == "2" and "a-model-that-is-named" in shown.stderr
     assert len(attempts) == 1 and attempts[0].startswith("look up huggingface.co:443 from "), attempts
+
+
+SERVER = "import os; print('usage told:', os.environ.get('VLLM_NO_USAGE_STATS') != '1')"
+
+
+def test_a_server_that_is_started_tells_nobody_of_its_use(tmp_path, monkeypatch, capfd):
+    """vLLM does unless its environment says no. In its place stands what shows its environment."""
+    (tmp_path / "vllm" / "entrypoints" / "cli").mkdir(parents=True)
+    for folder in ("", "entrypoints", "entrypoints/cli"):
+        (tmp_path / "vllm" / folder / "__init__.py").touch()
+    (tmp_path / "vllm" / "entrypoints" / "cli" / "main.py").write_text(SERVER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for value, told in ((None, False), ("0", True)):  # the control: who asks for it
+            if value is not None:
+                monkeypatch.setenv("VLLM_NO_USAGE_STATS", value)
+            assert serve("builtin:tiny-omni", "auto", "127.0.0.1", 0, None, []) == 0
+            assert f"usage told: {told}" in capfd.readouterr().out
+    finally:
+        signal.signal(signal.SIGTERM, before)
