@@ -82,7 +82,8 @@ def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
         CheckpointError: when there is none, or it is of no model that transformers knows.
     """
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        # Where nothing is said, transformers asks at the terminal whether to run code that the checkpoint brings.
+        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **options})
     except Exception as error:  # the config's class checks its fields, each library with errors of its own
         kind = _model_type(name)
         if kind is not None:
