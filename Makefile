@@ -18,7 +18,7 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-claims test-latest test-vllm test-deepspeed check bench claims clean
+.PHONY: help install demo test test-fast test-long test-claims test-latest test-vllm test-deepspeed check bench claims clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ test: $(STAMP) ## Run the tests and require 90 % line coverage
 
 test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: what one runs while working
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
+
+test-long: $(STAMP) ## Run the long forms of tests: the soak of three legs, memory over hundreds of steps
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests -m long
 
 test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with, for minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/benchmarks -m claims
