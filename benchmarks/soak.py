@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from _soak_faults import FAULTS, strike
 from _soak_plants import PLANTS
 from _soak_run import JOB, PROCESSES, Leg, Options, marked_processes, open_here, unused_segments
-from _soak_schedule import HARMLESS, LOSSY, draw_schedule
+from _soak_schedule import HARMLESS, KINDS, LOSSY, draw_schedule
 from _soak_verdict import (
     Check,
     Results,
@@ -174,6 +174,7 @@ def sizes_of(options: argparse.Namespace, seed: int) -> Options:
         rollouts=16 * options.steps,  # all of them
         seed=seed,
         plant=options.plant,
+        slow_clips=not options.faults or any(KINDS[name].waits for name in options.faults),
     )
 
 

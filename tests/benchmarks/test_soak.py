@@ -419,6 +419,7 @@ def soak_of_copies(folder: Path, *words: str) -> tuple[int, dict, str]:
 
 
 SHORT = ("--steps", "24", "--seed", "1")
+PLANTED = (*SHORT, "--legs", "undisturbed", "--faults", "kill_rank", "--plant", "leak")
 
 
 @pytest.mark.slow
@@ -439,15 +440,10 @@ def test_a_real_run_survives_some_faults(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_planted_leak_and_a_planted_loss_are_caught(tmp_path):
-    assert_plants_are_caught(*soak_of_copies(tmp_path, *SHORT, "--legs", "undisturbed", "--plant", "leak,loss"))
-
-
-def assert_plants_are_caught(status, told, said):
+def test_a_planted_leak_is_caught(tmp_path):
+    status, told, said = soak_of_copies(tmp_path, *PLANTED)
     (one,) = told["soaks"]
-    failed = {check["name"]: check["detail"] for check in one["checks"] if not check["ok"]}
-    assert status == 1 and set(failed) == {"flat rss", "no silent loss"}, said
-    assert "was passed over" in failed["no silent loss"] and "is named nowhere" in failed["no silent loss"]
+    assert status == 1 and [check["name"] for check in one["checks"] if not check["ok"]] == ["flat rss"], said
     assert one["legs"]["undisturbed"]["growth"]["rss"]["slope"] > 8 << 20
 
 
@@ -463,7 +459,10 @@ def test_a_real_run_survives_all_faults(tmp_path):
 
 
 @pytest.mark.long
-def test_plants_are_caught_in_a_run_that_torchrun_starts(tmp_path):
-    assert_plants_are_caught(
-        *soak(tmp_path, "--quick", "--seed", "2", "--legs", "undisturbed", "--plant", "leak,loss")
-    )
+def test_a_planted_leak_and_a_planted_loss_are_caught(tmp_path):
+    status, told, said = soak(tmp_path, "--quick", "--seed", "2", "--legs", "undisturbed", "--plant", "leak,loss")
+    (one,) = told["soaks"]
+    failed = {check["name"]: check["detail"] for check in one["checks"] if not check["ok"]}
+    assert status == 1 and set(failed) == {"flat rss", "no silent loss"}, said
+    assert "was passed over" in failed["no silent loss"] and "is named nowhere" in failed["no silent loss"]
+    assert one["legs"]["undisturbed"]["growth"]["rss"]["slope"] > 8 << 20
