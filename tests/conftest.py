@@ -38,9 +38,17 @@ def seven_tags(tmp_path_factory):
     return folder, copy_small_set(folder, seed=5)
 
 
+# Markers of what `make test` leaves out, and why.
+LEFT_OUT = {
+    "claims": "makes what runs of claims begin with, for minutes; make test-claims runs it",
+    "long": "an experiment of minutes, whose short form is a test; make test-long runs it",
+}
+
+
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("claims") and "claims" not in item.config.option.markexpr:
-        pytest.skip("makes what runs of claims begin with, for minutes; make test-claims runs it")
+    for marker, reason in LEFT_OUT.items():
+        if item.get_closest_marker(marker) and marker not in item.config.option.markexpr:
+            pytest.skip(reason)
 
 
 def pytest_configure(config):
