@@ -18,7 +18,7 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims constraints clean
+.PHONY: help install demo test test-fast test-fuzz test-long test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,12 @@ test: $(STAMP) ## Run the tests and require 90 % line coverage
 
 test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: what one runs while working
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
+
+test-fuzz: $(STAMP) ## Run the tests that feed damaged data to readers and parsers, with more and other examples
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(WORKERS) --dist load tests/safety/test_fuzzing.py -q
+
+test-long: $(STAMP) ## Run the long forms of tests: the soak of three legs, memory over hundreds of steps
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests -m long
 
 test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with, for minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/benchmarks -m claims

@@ -178,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Libraries tell the Hub about runs unless the environment says otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Nor has transformers the Hub convert the weights of models that are only read.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if not sys.stderr.isatty():  # a log, in which bars are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -31,6 +31,13 @@ logger = logging.getLogger(__name__)
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _BESIDE = ("*token*.json", "vocab.json", "merges.txt", "*processor_config.json", "chat_template.*")  # of its processor
+_REACHING = {
+    "megatron_config": "import the module that megatron_core names",
+    "adapters": "fetch other adapters by their names",
+    "tokenizer_name_or_path": "fetch a tokenizer by its name",
+}
+"""Fields of an adapter's config by which more than its own weights would be read."""
+
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_\w+)(?:\.weight)?")
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.(?P<leaf>\w+)$")
 
@@ -90,14 +97,18 @@ def read_adapter_config(folder: str) -> PeftConfig:
     Read what an adapter says of itself.
 
     Raises:
-        CheckpointError: when it is damaged, or of a kind that PEFT does not know.
+        CheckpointError: when it is damaged, of a kind that PEFT does not know, or names what PEFT would import or fetch.
     """
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{Path(folder, _CONFIG)} cannot be read: {type(error).__name__}: {error}") from error
+    for option, what in _REACHING.items():
+        if getattr(config, option, None):
+            raise CheckpointError(f"{Path(folder, _CONFIG)} has {option}, by which PEFT would {what}: it is not read")
+    return config
 
 
 def fetch_adapter(name: str, revision: str = "main") -> str | None:

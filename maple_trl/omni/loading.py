@@ -109,6 +109,7 @@ def load_model(
             f"{name_or_path} holds a LoRA adapter, not a model: merge it into its base model and save that "
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
+    kwargs.setdefault("trust_remote_code", False)
     kwargs |= reach(path, hub_arguments(kwargs))
     commit = commit_of(path, hub_arguments(kwargs))
     if commit is not None:
@@ -259,7 +260,7 @@ def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrai
     path = resolve_checkpoint(name_or_path)
     options = reach(path, kwargs)
     try:
-        processor = AutoProcessor.from_pretrained(path, **options)
+        processor = AutoProcessor.from_pretrained(path, **{"trust_remote_code": False, **options})
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and not os.path.isdir(path):
             raise  # the Hub's

@@ -281,7 +281,7 @@ def carried_out(register, name, **options):
     return worker.carry_out(replace(variant, options={**variant.options, **options}).run(100))
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the tasks are those of test_claims_avatar.py and test_claims_reasoning.py, with a larger model
 def test_completions_to_a_target_are_counted(tiny, register):
     found = carried_out(register, "gpu-replay-avatar", max_steps=2, hints=False, hint_max_kl=0.01)
     assert found["config"]["use_cpu"] and found["config"]["learning_rate"] == pytest.approx(2e-4 * 64 / 32)
@@ -294,7 +294,7 @@ def test_completions_to_a_target_are_counted(tiny, register):
     ]  # whole groups first, then four fresh ones of eight
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_chains_are_trained_and_read(tiny, register):
     few = {"max_steps": 1, "num_generations": 4, "replayed_generations": 2, "per_device_train_batch_size": 4}
     found = carried_out(register, "gpu-reason-parabolic-1", **few, max_completion_length=16, replay_min_size=1)

@@ -1,9 +1,11 @@
 """The private parts of TRL that the trainers rely on: a new TRL that moves one fails here, by name."""
 
+import importlib.metadata
 import inspect
 
 import pytest
 import torch
+from accelerate.utils import is_peft_model
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
@@ -148,3 +150,14 @@ def test_attributes_that_we_read(tmp_path):
         assert f"self.{name}" in body, name
     for name in ("steps_per_generation", "generation_batch_size", "generation_kwargs", "chat_template_kwargs"):
         assert hasattr(GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), name), name
+
+
+def test_packages_are_looked_for_once(monkeypatch):
+    """By accelerate, which unwraps a model several times in each micro-batch."""
+    import maple_trl.trainers.common.trl_compat  # noqa: F401
+
+    is_peft_model(torch.nn.Linear(1, 1))
+    looked, metadata = [], importlib.metadata.metadata
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: looked.append(name) or metadata(name))
+    is_peft_model(torch.nn.Linear(1, 1))
+    assert looked == []
