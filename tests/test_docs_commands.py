@@ -24,6 +24,9 @@ from maple_trl.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_BY = {
+    r"maple-trl train .*--dry_run": "tests/cli/test_dry_run.py::test_nothing_is_asked_and_nothing_is_written",
+    r"maple-trl eval .*--dry_run.*": "tests/cli/test_dry_run.py::test_nothing_is_asked_and_nothing_is_written",
+    r"(source <\()?maple-trl completion .*": "tests/cli/test_help.py::test_a_bash_completes",
     r"maple-trl train .*avatar/.*": "tests/jobs/test_avatar_recipes.py::test_the_tiny_stages_run",
     r"maple-trl train .*--resume_from_checkpoint auto": "tests/cli/test_cli.py::test_the_same_command_begins_a_run_and_goes_on_with_it",
     r"maple-trl train .*--resume_from_checkpoint true": "tests/cli/test_cli.py::test_train_goes_on_from_its_last_checkpoint",

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from maple_trl.data.dataset_card import count_contents, render_card
 from maple_trl.data.shards import find_shards
@@ -85,12 +86,7 @@ def publish(
 
     from maple_trl.omni.checkpoints import hub_is_silent
 
-    if not _ID.fullmatch(repository):
-        raise PublishError(f"{repository!r} is no id of a repository; write OWNER/NAME")
-    shards = find_shards(folder)
-    report = validate_tables([path for paths in shards.values() for path in paths], media_root)
-    if report.counts:
-        raise InvalidRowsError(folder, report)
+    shards, report = check_upload(folder, repository, media_root)
     if (silent := hub_is_silent()) is not None:
         raise PublishError(f"cannot upload to {repository}: {silent}")
     files = {split: [f"{_FOLDER}/{path.name}" for path in paths] for split, paths in shards.items()}
@@ -107,6 +103,24 @@ def publish(
     except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last from threads that upload
         raise PublishError(f"cannot upload to {repository}: {_told(error)}") from error
     return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows)
+
+
+def check_upload(
+    folder: str | os.PathLike[str], repository: str, media_root: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, list[Path]], ValidationReport]:
+    """
+    Return the shards of a folder by split, and what is known of their rows; nothing is asked of the Hub.
+
+    Raises:
+        InvalidRowsError, PublishError, ShardError: as [`publish`].
+    """
+    if not _ID.fullmatch(repository):
+        raise PublishError(f"{repository!r} is no id of a repository; write OWNER/NAME")
+    shards = find_shards(folder)
+    report = validate_tables([path for paths in shards.values() for path in paths], media_root)
+    if report.counts:
+        raise InvalidRowsError(folder, report)
+    return shards, report
 
 
 def _old_shards(there: Sequence[str], new: Sequence[str]) -> list[str]:

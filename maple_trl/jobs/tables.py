@@ -46,7 +46,7 @@ def read_tables(paths: Sequence[Path]) -> Dataset:
         return _read_parquet(paths)
     kinds: dict[str, Any] = {}
     rows = 0
-    for _, row in _rows(paths):
+    for _, row in table_rows(paths):
         rows += 1
         for name, value in row.items():
             kinds[name] = _common(kinds.get(name), _kind(value))
@@ -117,12 +117,12 @@ def stream_tables(paths: Sequence[Path]) -> IterableDataset:
 
 
 def _conformed(paths: Sequence[str], kinds: Mapping[str, Any], state: Any) -> Iterator[dict[str, Any]]:
-    for _, row in _rows([Path(path) for path in paths]):
+    for _, row in table_rows([Path(path) for path in paths]):
         yield {name: _as_kind(row.get(name), kind) for name, kind in kinds.items()}
 
 
-def _rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield rows, each with its place for errors."""
+def table_rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of JSON and CSV files, each with its place for errors."""
     for path in paths:
         try:
             yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(path)

@@ -81,6 +81,8 @@ def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         CheckpointError: when there is none, or it is of no model that transformers knows.
     """
+    if os.path.exists(name) and not any(options.get(argument) for argument in ELSEWHERE):
+        _check_folder(Path(name))
     try:
         # Where nothing is said, transformers asks at the terminal whether to run code that the checkpoint brings.
         return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **options})
