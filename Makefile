@@ -14,11 +14,11 @@ export OMP_NUM_THREADS ?= 1
 # What one process has compiled, the hundred others of the tests need not compile again.
 unexport PYTHONDONTWRITEBYTECODE
 
-SOURCES := maple_trl tests examples benchmarks scripts
+SOURCES := maple_trl tests examples notebooks benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-claims test-latest test-vllm test-deepspeed check bench claims clean
+.PHONY: help install demo test test-fast test-claims test-latest test-vllm test-deepspeed check bench claims notebooks clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +79,9 @@ bench: $(STAMP) ## Run every benchmark; tables on the screen, JSON in runs/bench
 claims: $(STAMP) ## Measure what the papers claim: HOURS=1 for a piece of it, QUICK=1 to see that it runs
 	$(BIN)/python benchmarks/claims run $(if $(HOURS),--hours $(HOURS)) $(if $(QUICK),--quick); ran=$$?; \
 	$(if $(QUICK),,$(BIN)/python benchmarks/claims report &&) exit $$ran # a run that fails leaves the page of the others
+
+notebooks: $(STAMP) ## Run all notebooks and keep what they show; FILES=notebooks/NAME.ipynb for some
+	$(BIN)/python scripts/run_notebooks.py $(FILES)
 
 clean: ## Remove build output and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json
