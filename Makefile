@@ -14,11 +14,11 @@ export OMP_NUM_THREADS ?= 1
 # What one process has compiled, the hundred others of the tests need not compile again.
 unexport PYTHONDONTWRITEBYTECODE
 
-SOURCES := maple_trl tests examples benchmarks scripts
+SOURCES := maple_trl tests examples notebooks benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-fuzz test-long test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims constraints clean
+.PHONY: help install demo test test-fast test-fuzz test-long test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims notebooks constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,9 @@ claims: $(STAMP) ## Measure what the papers claim: HOURS=1 for a piece of it, QU
 # Names and versions alone, without the address of a registry and without hashes; torch without the build that a registry marks.
 constraints: $(STAMP) ## Write constraints.txt from what .venv holds; CONSTRAINTS=constraints.txt installs just that
 	$(BIN)/python -m uv pip freeze --python $(BIN)/python --exclude-editable | sed -E '/ @ /d; s/\+[a-z0-9.]+$$//' > constraints.txt
+
+notebooks: $(STAMP) ## Run all notebooks and keep what they show; FILES=notebooks/NAME.ipynb for some
+	$(BIN)/python scripts/run_notebooks.py $(FILES)
 
 clean: ## Remove build output and caches; .venv and runs/ stay
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage.json

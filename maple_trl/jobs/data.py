@@ -13,6 +13,7 @@ from maple_trl.jobs.tables import SUFFIXES, read_tables, stream_tables
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from trl import ScriptArguments
 
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
@@ -23,12 +24,14 @@ _STREAMING = ("omni_grpo", "omni_sft")
 _CHECKED = 64  # rows of a stream that are checked before training
 
 
-def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tuple[dict[str, Dataset], str]:
+def load_datasets(
+    script_args: OmniScriptArguments | ScriptArguments, media_root: str = "."
+) -> tuple[dict[str, Dataset], str]:
     """
     Load the splits of a job's data set that exist, with the folder to which their media paths are relative.
 
     Args:
-        script_args ([`OmniScriptArguments`]):
+        script_args ([`OmniScriptArguments`] or [`~trl.ScriptArguments`]):
             Names the data set, and the splits to read.
         media_root (`str`, *optional*, defaults to `"."`):
             The media root that the user set; at `"."` local data sets use their own folder.

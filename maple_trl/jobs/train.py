@@ -55,6 +55,7 @@ __all__ = [
     "SetupError",
     "build_trainer",
     "load_datasets",
+    "load_for_training",
     "load_rewards",
     "parse_args",
     "run",
@@ -187,6 +188,28 @@ def continue_adapter(model: PreTrainedModel, folder: str, wanted: LoraConfig | N
     return continued
 
 
+def load_for_training(
+    model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin, LoraConfig | None]:
+    """
+    Load what a trainer takes: a model whose frozen parts are frozen, its processor, and the adapter that is to be added.
+
+    Of a folder with a LoRA adapter the model has it already, to be trained on, and there is none to add.
+
+    Returns:
+        `tuple`: `model`, `processing_class` and `peft_config` of a trainer.
+
+    Raises:
+        SetupError: when the model cannot be loaded, or is an adapter other than the one that is asked for.
+        ValueError: when a chosen part holds no layer, or the model's family has no such part.
+    """
+    model, processor = load_model_and_processor(model_args, training_args)
+    lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)
+    if adapter_base(model_args.model_name_or_path) is not None:
+        model, lora = continue_adapter(model, model_args.model_name_or_path, lora), None
+    return model, processor, lora
+
+
 def build_trainer(
     script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig, model_args: OmniModelConfig
 ) -> tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]:
@@ -214,10 +237,7 @@ def build_trainer(
     check_rows(script_args, training_args, checked, rewards.get("reward_funcs", []))
     check_model(model_args, training_args, checked, script_args.evaluate_before_after)
     try:
-        model, processor = load_model_and_processor(model_args, training_args)
-        lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)
-        if adapter_base(model_args.model_name_or_path) is not None:
-            model, lora = continue_adapter(model, model_args.model_name_or_path, lora), None
+        model, processor, lora = load_for_training(model_args, training_args)
         trainer = trainer_class(script_args.trainer)(
             model=model,
             **rewards,

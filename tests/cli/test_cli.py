@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -783,14 +782,3 @@ def test_train_without_a_model(tmp_path):
         train.load_model_and_processor(
             OmniModelConfig(), parse_args(["--output_dir", str(tmp_path), "--bf16", "false"])[1]
         )
-
-
-@pytest.mark.slow
-def test_the_example_does_the_same_job(short_run, tmp_path, monkeypatch):
-    folder, _ = short_run
-    monkeypatch.setattr(sys, "argv", ["train_omni_grpo.py", *SHORT, "--output_dir", str(tmp_path)])
-    runpy.run_path(str(ROOT / "examples" / "train_omni_grpo.py"), run_name="__main__")
-    ours, theirs = read_json(folder / "summary.json"), read_json(tmp_path / "summary.json")
-    assert (ours["before"], ours["after"]) == (theirs["before"], theirs["after"])
-    one, other = weights(folder), weights(tmp_path)
-    assert all((one[name] == other[name]).all() for name in one)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -570,15 +569,3 @@ def test_the_recipes_of_table_4_take_a_set_of_three_strata(tmp_path):
     assert cli.main(["eval", *map(str, words)]) == 0
     lines = pq.read_table(tmp_path / "eval" / "rows.parquet").to_pylist()
     assert {(line["tag"], line["fed"]) for line in lines} == {("VA", "VA"), ("VA", "VAS"), ("VA", "V")}
-
-
-def test_the_example_trains_and_tells(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["train_mapo.py", "--steps", "2", "--questions", "2", "--output_dir", str(tmp_path)]
-    )
-    runpy.run_path(str(ROOT / "examples" / "train_mapo.py"), run_name="__main__")
-    assert (tmp_path / "model.safetensors").is_file()
-    lines = capsys.readouterr().out.splitlines()
-    table = [line.split() for line in lines[lines.index("tag    before  after") + 1 :]]
-    assert {row[0] for row in table} >= {"V", "A", "S", "VA", "VS", "AS", "VAS", "all"}
-    assert all(0 <= float(value) <= 1 for row in table for value in row[1:])

@@ -29,6 +29,7 @@ from maple_trl.omni.quantization import is_quantized, settle
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
+from maple_trl.records.run_html import run_html
 from maple_trl.trainers.common.checkpoint import (
     ResumeError,
     check_resume_signature,
@@ -211,6 +212,10 @@ class MediaTrainer:
             `list[dict]`: as of `left_out`.
         """
         return []
+
+    def _repr_html_(self) -> str:
+        """Show the run where a notebook shows a value: what it has learned, its latest completions, what it left out."""
+        return run_html(type(self).__name__, self.state.log_history, self.args.output_dir, self.left_out())
 
     @property
     def steps_made(self) -> int:
