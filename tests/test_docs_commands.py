@@ -64,7 +64,6 @@ RUN_BY = {
     r"accelerate launch .*": "tests/test_launching.py::test_processes_are_told_what_the_file_says",
     r"torchrun .*": "tests/test_launching.py::test_torchrun_on_two_machines",
     r"(ACCELERATE_CONFIG=\S+ )?sbatch .*": "tests/test_launching.py::test_the_slurm_script_starts_a_launcher_on_each_machine",
-    r"python examples/train_mapo.py .*": "tests/jobs/test_recipes.py::test_the_example_trains_and_tells",
     r"python benchmarks/soak.py .*": "tests/benchmarks/test_soak.py::test_a_real_run_survives_all_faults",
     r"make .*": "tests/test_docs_commands.py::test_a_command_is_one_that_there_is",
     r"pip install .*": "tests/test_docs_commands.py::test_a_command_is_one_that_there_is",
