@@ -22,10 +22,12 @@ from maple_trl.cli.data_qa_plus import run_qa_plus
 from maple_trl.cli.data_review import run_review
 from maple_trl.cli.data_validate import run_validate
 from maple_trl.cli.eval import run_eval
+from maple_trl.cli.export import run_export
 from maple_trl.cli.failures import fail, refuse
 from maple_trl.cli.loading import tell_when_loading
 from maple_trl.cli.parity import run_parity
 from maple_trl.cli.plan import run_plan
+from maple_trl.cli.push import run_push as run_push_model
 from maple_trl.cli.report import run_report
 from maple_trl.cli.vllm_serve import run_vllm_serve
 from maple_trl.jobs.errors import did_you_mean
@@ -65,8 +67,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "parity": ("compare what vLLM computes with what the trainer does", run_parity),
     "vllm-serve": ("start a vLLM server that samples completions for a training job", run_vllm_serve),
     "plan": ("compute memory and time of a training job on given cards", run_plan),
+    "export": ("write a trained model for other programs: adapters merged, or the full Omni model again", run_export),
+    "push": ("upload a trained model or adapter to the Hub, with a card", run_push_model),
 }
-_OWN_PARSER = {name: run for name, (_, run) in (_DATA | _COMMANDS).items()}
 COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
 """
 Commands of other packages by name: functions of the words behind it, which return the exit status. The names that there are
@@ -111,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     for parsers, known in ((group, _DATA), (commands, _COMMANDS)):
         for name, (does, _) in known.items():
             parsers.add_parser(name, help=does, add_help=False, allow_abbrev=False)
-    for name in [name for name in COMMANDS if name not in {*commands.choices, *_OWN_PARSER}]:
+    for name in [name for name in COMMANDS if name not in {*commands.choices, *_DATA}]:
         commands.add_parser(name, help="added by an installed package", add_help=False, allow_abbrev=False)
     return parser
 
@@ -163,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name == "env":
             return _env(arguments)
-        run = _OWN_PARSER[name] if name in _OWN_PARSER else COMMANDS[name]
+        own = _DATA if arguments.command == "data" else _COMMANDS
+        run = own[name][1] if name in own else COMMANDS[name]
         return run(argv[argv.index(name) + 1 :]) or 0
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -184,6 +188,7 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
         return _print_train_help(parser, words, everything=arguments.help_all)
     if not words:
         return refuse("train", "name a job: --config FILE (maple-trl train --help)")
+    from maple_trl.hub.errors import PublishError
     from maple_trl.jobs.errors import SetupError
     from maple_trl.jobs.options import parse_args
     from maple_trl.jobs.stages import load_plan, run_stages
@@ -204,7 +209,7 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words
         run(*job)
     except SetupError as error:
         return refuse("train", error, 2, folder)
-    except (JudgeUnavailableError, RunStoppedError) as error:
+    except (JudgeUnavailableError, PublishError, RunStoppedError) as error:
         return refuse("train", error, 1, folder)
     except KeyboardInterrupt:
         return refuse("train", f"stopped; {_again(plan)} goes on from the last checkpoint", 130)
