@@ -11,7 +11,7 @@ from pathlib import Path
 from maple_trl.data.dataset_card import count_contents, render_card
 from maple_trl.data.shards import find_shards
 from maple_trl.data.validation import ValidationReport, validate_tables
-from maple_trl.hub.errors import PublishError, told
+from maple_trl.hub.errors import HUB_ERRORS, PublishError, told
 
 
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -79,7 +79,6 @@ def publish(
         ShardError: when the folder holds no whole set of shards.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     from maple_trl.omni.checkpoints import hub_is_silent
 
@@ -97,7 +96,7 @@ def publish(
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
         operations += [CommitOperationAdd(CARD, card.encode()), *map(CommitOperationDelete, old)]
         commit = api.create_commit(made.repo_id, operations, commit_message=message, repo_type="dataset")
-    except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last from threads that upload
+    except HUB_ERRORS as error:
         raise PublishError(f"cannot upload to {repository}: {told(error)}") from error
     return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows)
 

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import re
 
+from huggingface_hub.errors import HfHubHTTPError
+
+
+HUB_ERRORS = (HfHubHTTPError.__bases__[0], OSError, RuntimeError)
+"""
+What uploads raise: errors of the HTTP library, whichever the Hub's client is built on, of files and sockets, and of threads that
+upload.
+"""
+
 
 class PublishError(ValueError):
     """Something cannot be uploaded; the message says why."""

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
-from maple_trl.hub.errors import PublishError, told
+from maple_trl.hub.errors import HUB_ERRORS, PublishError, told
 from maple_trl.hub.model_card import CARD, FACTS, CardFacts, is_edited, render_model_card
 from maple_trl.hub.names import is_repository, published_name
 from maple_trl.hub.results import Measured
@@ -79,7 +78,7 @@ class Publisher(HfApi):
     ) -> Any:
         try:
             return self.create_commit(repo_id, commit_operations(folder, path_in_repo), **options)
-        except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             self.failures.append(told(error))
             logger.warning("%s: an upload failed, and training goes on: %s", repo_id, told(error))
             raise
@@ -234,5 +233,5 @@ def hub_errors(what: str) -> Iterator[None]:
         yield
     except PublishError:
         raise
-    except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last from threads that upload
+    except HUB_ERRORS as error:
         raise PublishError(f"{what}: {told(error)}") from error
