@@ -21,8 +21,10 @@ from maple_trl.cli import (
     data_review,
     data_validate,
     env,
+    export,
     parity,
     plan,
+    push,
     recipes,
     report,
     train,
@@ -50,6 +52,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         data_push.COMMAND,
     ),
     "train and measure": (train.COMMAND, evaluation.COMMAND, report.COMMAND, critical_steps.COMMAND),
+    "hand on a model": (export.COMMAND, push.COMMAND),
     "sample with vLLM": (vllm_serve.COMMAND, parity.COMMAND),
     "shell": (completion.make_command(lambda: build_parser(everything=True)),),
 }

@@ -79,7 +79,7 @@ one commit; other files of the repository stay.""",
     },
     errors=dict.fromkeys(
         (
-            "maple_trl.data.publish:PublishError",
+            "maple_trl.hub.errors:PublishError",
             "maple_trl.data.shards:ShardError",
             "maple_trl.data.record_files:TableError",
         ),

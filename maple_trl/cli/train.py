@@ -58,6 +58,7 @@ class TrainCommand(Command):
             return self._print_help(words)
         if not words:
             return refuse(self.name, "name a job: --config FILE (maple-trl train --help)")
+        from maple_trl.hub.errors import PublishError
         from maple_trl.jobs.errors import SetupError
         from maple_trl.jobs.options import parse_args, take_switch
         from maple_trl.jobs.stages import load_plan, run_stages
@@ -84,7 +85,7 @@ class TrainCommand(Command):
             run(*job)
         except SetupError as error:
             return refuse(self.name, error, WRONG, folder)
-        except (JudgeUnavailableError, RunStoppedError) as error:
+        except (JudgeUnavailableError, PublishError, RunStoppedError) as error:
             return refuse(self.name, error, FAILED, folder)
         except BrokenPipeError:
             raise

@@ -11,15 +11,12 @@ from pathlib import Path
 from maple_trl.data.dataset_card import count_contents, render_card
 from maple_trl.data.shards import find_shards
 from maple_trl.data.validation import ValidationReport, validate_tables
+from maple_trl.hub.errors import HUB_ERRORS, PublishError, told
 
 
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FOLDER = "data"
 CARD = "README.md"
-
-
-class PublishError(ValueError):
-    """A set that cannot be uploaded; the message says why."""
 
 
 class InvalidRowsError(PublishError):
@@ -82,7 +79,6 @@ def publish(
         ShardError: when the folder holds no whole set of shards.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     from maple_trl.omni.checkpoints import hub_is_silent
 
@@ -100,8 +96,8 @@ def publish(
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
         operations += [CommitOperationAdd(CARD, card.encode()), *map(CommitOperationDelete, old)]
         commit = api.create_commit(made.repo_id, operations, commit_message=message, repo_type="dataset")
-    except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last from threads that upload
-        raise PublishError(f"cannot upload to {repository}: {_told(error)}") from error
+    except HUB_ERRORS as error:
+        raise PublishError(f"cannot upload to {repository}: {told(error)}") from error
     return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows)
 
 
@@ -126,13 +122,3 @@ def check_upload(
 def _old_shards(there: Sequence[str], new: Sequence[str]) -> list[str]:
     shard = re.compile(rf"{_FOLDER}/\w+(\.\w+)*-\d{{5}}-of-\d{{5}}\.parquet")
     return [name for name in there if shard.fullmatch(name) and name not in new]
-
-
-def _told(error: Exception) -> str:
-    status = getattr(
-        getattr(error, "response", None) or getattr(error.__cause__, "response", None), "status_code", None
-    )
-    if status in (401, 403):
-        return f"the Hub refuses it (HTTP {status}): is there a key that may write (hf auth login, or HF_TOKEN)?"
-    told = re.sub(r"\?\S+", "?…", " ".join(str(error).split()))  # addresses of uploads are signed
-    return (told or type(error).__name__) + (f" (HTTP {status})" if status and str(status) not in told else "")

@@ -105,6 +105,27 @@ def forecast_upload(folder: str, repository: str, media_root: str | None = None)
     )
 
 
+def forecast_model_upload(folder: str, repository: str) -> Forecast:
+    """
+    Say what [`~maple_trl.hub.publish.push_model`] would upload.
+
+    Raises:
+        PublishError: for an id that is none, and a folder without a whole model.
+    """
+    from maple_trl.hub.publish import check_upload
+
+    operations = check_upload(folder, repository)
+    names = [operation.path_in_repo for operation in operations]
+    size = sum(operation.upload_info.size for operation in operations)
+    return Forecast(
+        reads=[f"{folder}: {', '.join(names)}"],
+        asks=[
+            f"the Hub, for {repository}: upload of {many(len(names), 'file')} ({size_of(size)}) with a card, in one commit"
+        ],
+        numbers={"files": len(names), "bytes": size},
+    )
+
+
 def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SetupError(f"{folder} is there already; name another folder, or remove it first")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.files import as_json, write_atomically
+from maple_trl.hub.errors import PublishError
 from maple_trl.jobs.checks import (
     LORA_OPTIONS,
     adapter_base,
@@ -24,9 +24,10 @@ from maple_trl.jobs.checks import (
 from maple_trl.jobs.data import evaluates, first_rows, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
-from maple_trl.jobs.rewards import KEY_NAMES, close_rewards, load_rewards
+from maple_trl.jobs.rewards import close_rewards, load_rewards
 from maple_trl.modalities import SCOPES
 from maple_trl.records.metrics_log import first_and_last, whole_log, write_metrics
+from maple_trl.records.options import chosen, without_keys
 from maple_trl.records.run_folder import (
     holds_evaluation,
     is_inside,
@@ -253,6 +254,8 @@ def build_trainer(
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
         raise SetupError(str(error)) from error
+    trainer.dataset_name = script_args.dataset_name
+    trainer.job_options = chosen(script_args) | chosen(model_args)
     show_progress(trainer)
     if set(TRACKERS) & set(training_args.report_to or []):
         trainer.add_callback(TrackingCallback(trainer))
@@ -373,6 +376,7 @@ def run(
     Raises:
         SetupError: when the arguments name something that is not there; nothing has been trained then.
         RunStoppedError: when the run was stopped, or made no step.
+        PublishError: when it was not uploaded (`push_to_hub`); everything else has been written.
     """
     from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
@@ -411,7 +415,7 @@ def run(
             write_metrics(_log_of(trainer), metrics_path)
     train_seconds = time.monotonic() - train_started
     after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
-    trainer.save_model(training_args.output_dir)
+    unpublished = _save(trainer)
     summary = {
         "before": before and before.accuracy,
         "after": after and after.accuracy,
@@ -441,7 +445,20 @@ def run(
         trainer.loader.close()
     if last:
         trainer.accelerator.end_training()
+    if unpublished is not None:
+        raise unpublished
     return summary
+
+
+def _save(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> PublishError | None:
+    """Save the model, and upload it where that is asked for; return what stopped the upload, once all results are written."""
+    try:
+        trainer.save_model(trainer.args.output_dir)
+    except PublishError as error:
+        return PublishError(
+            f"{error}. The run is whole in {trainer.args.output_dir}: `maple-trl push {trainer.args.output_dir} REPO_ID` uploads it"
+        )
+    return None
 
 
 def _log_of(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> list[Mapping[str, Any]]:
@@ -456,16 +473,7 @@ def _options(*parts: Any) -> dict[str, Any]:
     shown = [name for name in ("eos_token", "pad_token") if name in options]
     shown += [name for name in options if name.endswith("_token") and getattr(training_args, name, None) is None]
     options |= {name: getattr(training_args, name, None) for name in shown}
-    return {name: _without_keys(value) for name, value in options.items()}
-
-
-def _without_keys(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        secret = {name for name in value if str(name).lower().endswith(KEY_NAMES) and isinstance(value[name], str)}
-        return {name: "<hidden>" if name in secret else _without_keys(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_keys(item) for item in value]
-    return re.sub(r"(?<=://)[^/@\s]+@", "<hidden>@", value) if isinstance(value, str) else value
+    return {name: without_keys(value) for name, value in options.items()}
 
 
 def _written(folder: str, files: Sequence[Path]) -> list[str]:

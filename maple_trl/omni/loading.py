@@ -50,11 +50,11 @@ warnings.filterwarnings(
 logger = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
-_THINKERS = {
+THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
-_THINKERS |= {f"{kind}_thinker": name for kind, name in _THINKERS.items()}
+THINKERS |= {f"{kind}_thinker": name for kind, name in THINKERS.items()}
 _HUB_ARGUMENTS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -115,7 +115,7 @@ def load_model(
     if commit is not None:
         kwargs["revision"] = commit  # all files are of one state
     config = read_config(path, hub_arguments(kwargs))
-    architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
+    architecture = THINKERS.get(config.model_type) or (config.architectures or [""])[0]
     if not architecture:
         raise CheckpointError(
             f'{name_or_path}: its config.json names no class of transformers: it needs "architectures": [CLASS], as the model '
@@ -125,7 +125,7 @@ def load_model(
     if model_class is None:
         raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
     elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE)
-    is_thinker = config.model_type in _THINKERS
+    is_thinker = config.model_type in THINKERS
     if is_thinker:
         kwargs["config"] = _thinker_config(config, path, hub_arguments(kwargs))
     if kwargs.get("attn_implementation") == "flex_attention" and not model_class._supports_flex_attn:

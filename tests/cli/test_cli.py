@@ -49,10 +49,10 @@ def yaml_file(folder, text):
 def test_help_names_the_commands_that_exist():
     shown = maple("--help")
     assert shown.returncode == 0
-    assert all(name in shown.stdout for name in ("train", "env", "parity", "vllm-serve"))
+    assert all(name in shown.stdout for name in ("train", "env", "parity", "vllm-serve", "export", "push"))
     assert maple().stdout == shown.stdout
     # Commands of later versions are no stubs here.
-    for absent in ("export",):
+    for absent in ("deploy",):
         assert absent not in shown.stdout
         assert maple(absent).returncode == 2
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,6 +104,7 @@ DRY = {
     "data qa-plus": "data qa-plus rows.parquet out",
     "data hints": "data hints --dataset_name rows.parquet --output hinted.parquet --model NAME",
     "data push": "data push shards me/rows",
+    "push": "push model me/model",
 }
 
 
@@ -110,6 +112,8 @@ DRY = {
 def test_nothing_is_asked_and_nothing_is_written(name, watch, tmp_path, capsys):
     if name == "data push":
         shards(tmp_path / "shards")
+    if name == "push":
+        shutil.copytree(Path(cli.__file__).parents[1] / "assets" / "tiny-omni", tmp_path / "model")
     status, events, new = watch(*DRY[name].split(), "--dry_run")
     told = capsys.readouterr()
     assert status == 0, told.err

@@ -37,6 +37,7 @@ from maple_trl.trainers.common.checkpoint import (
     load_rows,
 )
 from maple_trl.trainers.common.media_config import MediaConfig
+from maple_trl.trainers.common.publishing import PublishingTrainer
 from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, write_quarantine
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.common.rows import RowEncoder
@@ -55,7 +56,7 @@ from maple_trl.trainers.common.sharding import check_awaited, keep_head_whole, n
 logger = logging.getLogger(__name__)
 
 
-class MediaTrainer:
+class MediaTrainer(PublishingTrainer):
     """
     Mixed into a TRL trainer: reads rows with their media, samples completions, resumes with the same rows.
 
