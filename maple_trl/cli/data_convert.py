@@ -113,7 +113,10 @@ give the same bytes. docs/data.md says what each converter reads, and which of t
     statuses={WRONG: "a set that cannot be converted, or described wrongly"},
     options={"options": ConvertArguments},
     arguments={
-        "NAME": {"help": "name of the set"},
+        "NAME": {
+            "help": "set: daily-omni, humanomni, video-r1, video-r1-cot, tpo, avqa, ave, ave-intervals, avsbench, "
+            "avsbench-boxes, avatar-rl, vast or sharegpt"
+        },
         "SOURCE": {"help": "folder or table of the set"},
         "OUTPUT": {"help": "folder for the shards, which must not hold anything"},
     },

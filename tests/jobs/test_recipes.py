@@ -492,11 +492,11 @@ def test_trainers_by_name():
 def test_help_shows_the_options_of_the_chosen_trainer(capsys):
     assert cli.main(["train", "--help-all"]) == 0
     shown = capsys.readouterr().out
-    assert "--dynamic_sampling" not in shown and "maple-trl train --trainer mapo --help-all" in shown
+    assert "--dynamic_sampling" not in shown and "maple-trl train --trainer mapo --help_all" in shown
     assert cli.main(["train", "--trainer", "mapo", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "--dynamic_sampling" in shown and "--media_root" in shown
-    assert "maple-trl train --trainer omni_grpo --help-all" in shown
+    assert "maple-trl train --trainer omni_grpo --help_all" in shown
     assert cli.main(["train", "--trainer", "nope", "--help-all"]) == 2
     assert "trainer must be one of" in capsys.readouterr().err
 
