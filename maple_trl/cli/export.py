@@ -65,7 +65,7 @@ def run(arguments: ExportArguments, named: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="export",
-    help="write a trained model for other programs: adapters merged, or the full Omni model again",
+    help="write a trained model for other programs, with its adapters merged",
     run=run,
     description="""\
 Writes a trained model into a new folder that other programs load: adapters are merged, and of an Omni model the Thinker is

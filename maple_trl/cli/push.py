@@ -23,7 +23,7 @@ class PushModelArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "Hub id of the model that was trained, where the run knows it by a path alone"}
     )
-    evaluation: list[str] = field(
+    evaluations: list[str] = field(
         default_factory=list, metadata={"help": "folders of `maple-trl eval` for the card, beside those within FOLDER"}
     )
     revision: str | None = field(default=None, metadata={"help": "branch, which is made where there is none (main)"})
@@ -41,7 +41,7 @@ def run(arguments: PushModelArguments, named: argparse.Namespace) -> int:
 
     given = asdict(arguments)
     del given["json"], given["dry_run"]
-    evaluations = given.pop("evaluation")
+    evaluations = given.pop("evaluations")
     measured = [table for folder in evaluations for table in read_evaluation(folder)]
     if arguments.dry_run:
         return tell(forecast_model_upload(named.folder, named.repository), arguments.json)
@@ -64,7 +64,7 @@ how it is asked. Weights, configs and processor are uploaded; data, completions,
     examples=(
         "maple-trl push runs/demo me/demo --private",
         "maple-trl push runs/lora/checkpoint-100 me/lora --base_model Qwen/Qwen2.5-Omni-7B --license apache-2.0",
-        "maple-trl push exported/full me/omni --evaluation runs/eval_after",
+        "maple-trl push exported/full me/omni --evaluations runs/eval_after",
     ),
     notes="""\
 Evaluations in folders within FOLDER are in the card. A card that you have changed, or written, is uploaded as it is.
