@@ -51,6 +51,7 @@ class Hub:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     broken_uploads: set[str] = field(default_factory=set)
     broken_downloads: int = 0
+    closed: bool = False
 
     def put(self, data: bytes) -> str:
         name = hashlib.sha256(data).hexdigest()
@@ -86,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         parts = urlsplit(self.path)
+        if self.hub.closed:  # on a connection that was kept
+            self.close_connection = True
+            return
         if self.command == "PUT" and parts.path.removeprefix("/_lfs/") in self.hub.broken_uploads:
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
             self.hub.requests.append((self.command, f"{parts.path} broken", None))
@@ -274,6 +278,7 @@ def local_hub(key: str = "hf_key") -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closed = True
         server.shutdown()
         server.server_close()
         thread.join()

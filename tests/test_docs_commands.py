@@ -61,6 +61,7 @@ RUN_BY = {
     r"maple-trl data difficulty .*--server.*": "tests/jobs/test_difficulty_filter.py::test_rows_stay_or_leave_by_name",
     r"maple-trl data difficulty .*": "tests/jobs/test_difficulty_filter.py::test_a_model_in_this_process",
     r"maple-trl data push .*": "tests/data/test_publish.py::test_what_was_pushed_loads_back",
+    r"maple-trl (push|export) .*": "tests/hub/test_hub.py::test_the_commands_of_the_docs_run",
     r"accelerate launch .*": "tests/test_launching.py::test_processes_are_told_what_the_file_says",
     r"torchrun .*": "tests/test_launching.py::test_torchrun_on_two_machines",
     r"(ACCELERATE_CONFIG=\S+ )?sbatch .*": "tests/test_launching.py::test_the_slurm_script_starts_a_launcher_on_each_machine",

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
 from transformers import TrainerState, TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback
 
-from maple_trl.jobs.console import LogRows
 from maple_trl.modalities import ModalityTag
+
+
+class Rows(Protocol):
+    """What says what a row holds, as [`~maple_trl.jobs.console.LogRows`] does."""
+
+    tags: Collection[ModalityTag]
+
+    def cells(self, logs: Mapping[str, Any], state: TrainerState) -> dict[str, str]:
+        """Return the cells of a row by the names of their columns."""
 
 
 class NotebookRows(NotebookProgressCallback):
     """
-    The bar of transformers, and below it a row for each entry of the log as [`LogRows`] prints it.
+    The bar of transformers, and below it a row for each entry of the log as [`~maple_trl.jobs.console.LogRows`] prints it.
 
     Args:
         rows: says what a row holds.
     """
 
-    def __init__(self, rows: LogRows):
+    def __init__(self, rows: Rows):
         super().__init__()
         self._rows = rows
 

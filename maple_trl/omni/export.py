@@ -43,6 +43,9 @@ Parts = Literal["thinker", "full"]
 _COPIED = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "spk_dict.pt")
 """Files of an original that are copied as they are: all but weights, code, texts and pictures. `spk_dict.pt` holds its voices."""
 
+_PREFIX = "thinker."
+"""Before the names of a Thinker's weights in a full model."""
+
 _NOT_COPIED = (
     SAFE_WEIGHTS_INDEX_NAME,
     "pytorch_model.bin.index.json",
@@ -140,6 +143,8 @@ def export_model(
     with new_folder(output) as scratch:
         if donor is None:
             model.save_pretrained(scratch, max_shard_size=max_shard_size)
+            if kind in THINKERS:
+                _without_prefix(scratch)
             processor.save_pretrained(scratch)
         else:
             with tempfile.TemporaryDirectory(dir=scratch.parent, prefix=f"{scratch.name}-thinker-") as own:
@@ -300,7 +305,7 @@ class _Donor:
         for number, (path, of_speech) in enumerate(shards, 1):
             with safe_open(path, framework="pt") as opened:
                 if of_speech is None:
-                    tensors = {f"thinker.{name}": opened.get_tensor(name) for name in opened.keys()}
+                    tensors = {_PREFIX + name.removeprefix(_PREFIX): opened.get_tensor(name) for name in opened.keys()}
                 else:
                     names = [name for name, file in self.speech.items() if file == of_speech]
                     tensors = {name: opened.get_tensor(name) for name in names}
@@ -310,6 +315,22 @@ class _Donor:
             size += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (scratch / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_prefix(folder: Path) -> None:
+    """Give the weights of a Thinker their own names: one that was read from a full model saves itself under that one's."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            if not any(name.startswith(_PREFIX) for name in opened.keys()):
+                continue
+            tensors = {name.removeprefix(_PREFIX): opened.get_tensor(name) for name in opened.keys()}
+        path.unlink()  # the tensors may be views of it
+        save_file(tensors, path, metadata={"format": "pt"})
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        found = json.loads(index.read_text(encoding="utf-8"))
+        found["weight_map"] = {name.removeprefix(_PREFIX): file for name, file in found["weight_map"].items()}
+        index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
