@@ -57,7 +57,7 @@ def completions_html(table: pa.Table, groups: int = 1) -> str:
         table: with the columns of [`~maple_trl.records.rollouts.LINES`].
         groups: how many, at most.
     """
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for line in table.to_pylist():
         found.setdefault((line["rollout"], line["group"]), []).append(line)
     return "\n".join(_group_html(lines) for lines in list(found.values())[-groups:])
