@@ -11,7 +11,7 @@ from pathlib import Path
 from maple_trl.data.dataset_card import count_contents, render_card
 from maple_trl.data.shards import find_shards
 from maple_trl.data.validation import ValidationReport, validate_tables
-from maple_trl.hub.errors import HUB_ERRORS, PublishError, told
+from maple_trl.hub.errors import PublishError, hub_errors
 
 
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -80,15 +80,11 @@ def publish(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from maple_trl.omni.checkpoints import hub_is_silent
-
     shards, report = check_upload(folder, repository, media_root)
-    if (silent := hub_is_silent()) is not None:
-        raise PublishError(f"cannot upload to {repository}: {silent}")
     files = {split: [f"{_FOLDER}/{path.name}" for path in paths] for split, paths in shards.items()}
     card = render_card(count_contents(shards), files, repository, license)
     api = HfApi()
-    try:
+    with hub_errors(f"cannot upload to {repository}"):
         made = api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
         there = api.list_repo_files(made.repo_id, repo_type="dataset")
         old = _old_shards(there, [name for names in files.values() for name in names])
@@ -96,8 +92,6 @@ def publish(
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
         operations += [CommitOperationAdd(CARD, card.encode()), *map(CommitOperationDelete, old)]
         commit = api.create_commit(made.repo_id, operations, commit_message=message, repo_type="dataset")
-    except HUB_ERRORS as error:
-        raise PublishError(f"cannot upload to {repository}: {told(error)}") from error
     return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows)
 
 

@@ -6,8 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from maple_trl.hub.errors import HUB_ERRORS, PublishError, told
+from maple_trl.hub.errors import PublishError, hub_errors, told
 from maple_trl.hub.model_card import CARD, FACTS, CardFacts, is_edited, render_model_card
 from maple_trl.hub.names import is_repository, published_name
 from maple_trl.hub.results import Measured
-from maple_trl.omni.checkpoints import hub_is_silent
 
 
 logger = logging.getLogger(__name__)
@@ -222,16 +220,3 @@ def check_repository(repository: str) -> None:
     """Raise PublishError for what is no id of a repository."""
     if not is_repository(repository):
         raise PublishError(f"{repository!r} is no id of a repository; write OWNER/NAME")
-
-
-@contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Raise PublishError, one line that holds no key, where the Hub cannot be reached, refuses, or breaks off."""
-    if (silent := hub_is_silent()) is not None:
-        raise PublishError(f"{what}: {silent}")
-    try:
-        yield
-    except PublishError:
-        raise
-    except HUB_ERRORS as error:
-        raise PublishError(f"{what}: {told(error)}") from error

@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from trl.trainer import base_trainer
 
+from maple_trl.hub.errors import hub_errors
 from maple_trl.hub.model_card import READING, CardFacts, render_model_card, versions
-from maple_trl.hub.publish import Publisher, hub_errors
+from maple_trl.hub.publish import Publisher
 from maple_trl.omni.families import OmniFamily, unwrap
 from maple_trl.records.options import chosen
 from maple_trl.trainers.common.trl_compat import lent
