@@ -287,6 +287,7 @@ def local_hub(key: str = "hf_key") -> Iterator[Hub]:
 @contextmanager
 def taken_for_the_hub(monkeypatch, cache, key: str | None = None) -> Iterator[Hub]:
     """Serve a hub from which models are fetched by name, with a cache of its own; with a key, one may write to it."""
+    import transformers
     from huggingface_hub import constants
 
     from maple_trl.omni import checkpoints
@@ -299,4 +300,6 @@ def taken_for_the_hub(monkeypatch, cache, key: str | None = None) -> Iterator[Hu
         for name, value in (changed | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(checkpoints, "_reached", set())
+        # It keeps the endpoint that it was made with.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         yield hub

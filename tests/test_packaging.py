@@ -215,10 +215,15 @@ def test_every_import_is_declared(unpacked):
 def test_no_module_unpickles():
     """A checkpoint, a buffer or a cache that is unpickled runs whatever its author wrote into it."""
     banned = re.compile(r"\b(?:import (?:pickle|dill|cloudpickle|joblib)|torch\.load\(|allow_pickle\s*=\s*True)")
-    hits = [
-        path.name for path in (ROOT / "maple_trl").rglob("*.py") if banned.search(path.read_text(encoding="utf-8"))
-    ]
-    assert hits == []
+    hits = {
+        path.name: banned.findall(path.read_text(encoding="utf-8"))
+        for path in (ROOT / "maple_trl").rglob("*.py")
+        if banned.search(path.read_text(encoding="utf-8"))
+    }
+    # What looks into the pickles of others puts a stub in the place of whatever they name: tests/safety/test_pickles.py.
+    assert hits == {"pickles.py": ["import pickle"]}
+    text = (ROOT / "maple_trl/trainers/common/pickles.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bpickle\.(\w+)", text)) == {"Unpickler", "UnpicklingError"}
 
 
 def test_the_doctor_reads_the_tested_ranges_from_the_metadata(unpacked):

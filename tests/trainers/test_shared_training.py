@@ -878,7 +878,7 @@ def test_checkpoints_are_those_of_plain_transformers(seven_tags, tmp_path):
         assert trainer.packed
         for saved in (tmp_path / family / "final", *(tmp_path / family).glob("run-on/checkpoint-1")):
             for file in saved.glob("*.json"):
-                assert "maple" not in file.read_text().lower(), file
+                assert file.name == "model_card.json" or "maple" not in file.read_text().lower(), file
             assert "attn_implementation" not in json.loads((saved / "config.json").read_text())
             loaded = type(trainer.model).from_pretrained(saved)
             assert loaded.config.get_text_config()._attn_implementation == "sdpa"
