@@ -51,6 +51,7 @@ def script(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 def test_the_headline_is_the_smallest_of_the_details(benchmark):
     result, output = benchmark
     assert list(result)[:4] == ["share_of_bound", "step_speedup_4", "step_speedup_6", "train_memory_ratio"]
@@ -154,6 +155,7 @@ def test_bound_of_the_usual_sizes():
     assert generation_work(1024, 64, 8, True).tokens == 1024 + 8 * 63
 
 
+@pytest.mark.long
 def test_sweeps_are_drawn(tmp_path):
     plot = tmp_path / "sweep.png"
     result, _ = run(

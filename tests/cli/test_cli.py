@@ -114,6 +114,7 @@ def test_help_and_mistakes_import_nothing_heavy(line, light_lines):
         ("eval --model m --data d --output o", "0", ["maple-trl: loading torch and TRL …"]),
     ],
 )
+@pytest.mark.matrix(cases=1)
 def test_a_word_before_torch_loads(line, rank, told, tmp_path):
     """Of the first process, and at once: this torch ends the process where it begins to load."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch begins')\n")

@@ -220,6 +220,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 
 
 @pytest.mark.parametrize("words", ["--help", "recipes", "data validate --help", "completion bash", "env --json"])
+@pytest.mark.matrix(cases=3)
 def test_whoever_reads_has_gone(words):
     """As `head` does: nothing is said, and the status is that of a closed pipe."""
     program = subprocess.Popen(

@@ -65,6 +65,7 @@ class TestCoverage:
             (8, "uniform", 0.58, 0.1),
         ],
     )
+    @pytest.mark.matrix(cases=6)
     def test_of_the_mean(self, clips, sizes, mean, deviation):
         rng = np.random.default_rng(0)
 
@@ -87,6 +88,7 @@ class TestCoverage:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("clips", "nested"), [(20, False), (68, True)])
+    @pytest.mark.matrix(cases=1)
     def test_of_means_over_tags_and_of_gaps(self, clips, nested):
         rng = np.random.default_rng(1)
         harder = np.linspace(-0.15, 0.15, 7)  # an accuracy for each tag, around the clip's

@@ -43,6 +43,7 @@ def text_of(build, prompt):
 
 @pytest.mark.parametrize("tag", list(ModalityTag))
 @pytest.mark.parametrize("own_audio", [True, False])
+@pytest.mark.matrix(cases=9)
 def test_a_tagged_row_is_fed_exactly_its_tag(folder, tag, own_audio):
     row = {"prompt": QUESTION, "video": "clip.mp4", "subtitle": "word.srt", "tag": tag.value.lower()}
     row |= {"audio": "sound.wav"} if own_audio else {}
@@ -160,6 +161,7 @@ def test_frames_shrink_into_the_token_budget(folder):
 
 
 @pytest.mark.parametrize("text", ["日本語の字幕です。" * 8, "café déjà vu " * 8, "😀🎉" * 12])
+@pytest.mark.matrix(cases=2)
 def test_a_shortened_subtitle_ends_between_characters(folder, text):
     row = {"prompt": QUESTION, "subtitle": text, "tag": "S"}
     free = builder(folder).encode(row)
