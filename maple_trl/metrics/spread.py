@@ -76,7 +76,7 @@ class ClipSpread:
     Attributes:
         dispersion: between captions of one clip under different tags, averaged over the clips that have such.
         separation: between captions of two clips, averaged over all pairs of clips; NaN with a single clip.
-        distances: of each pair of captions of one clip under different tags, clip after clip.
+        distances: of shape (pairs,): of each pair of captions of one clip under different tags, clip after clip.
         clips: how many have captions of two tags or more.
     """
 
