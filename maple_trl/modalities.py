@@ -27,7 +27,7 @@ class Modality(StrEnum):
 
 class ModalityTag(StrEnum):
     """
-    The minimal set of signals that a sample needs.
+    The minimal set of signals that a sample needs (MAPLE, arXiv 2602.11596, section 4.1).
 
     Members stand in the canonical order `V A S VA VS AS VAS`; their value is the canonical spelling.
     """
