@@ -29,8 +29,8 @@ SOURCED = {
 # Where batches and files are handed about, there is nothing to cite.
 UNSOURCED = {"maple_trl.algorithms.ReplayStateError", "maple_trl.algorithms.rank_share"}
 
-# A paper by its name or number with the place in it, a work by its author or journal and year, or the word that there is none.
-PAPER = r"(?:[A-Z]{3,}|arXiv \d{4}\.\d{5})(?: \(arXiv \d{4}\.\d{5}\))?,? "
+# A paper by name or number with the place in it, a work by author or journal and year, or the word that there is none.
+PAPER = r"(?:MAPLE|AVATAR|DAPO|PPO|arXiv \d{4}\.\d{5})(?: \(arXiv \d{4}\.\d{5}\))?,? "
 PLACE = (
     r"(?:(?:eq\.|[Ss]ections?|Tables?|Fig\.|figures?|Algorithm|[Aa]ppendix) (?=[\dA-F])|(?=\d\.\d\b)|(?=[A-F]\.\d\b))"
 )
@@ -45,10 +45,14 @@ SHAPE = re.compile(rf"\((?:{SIDE}, ?)+{SIDE}?\)|\b(?:scalars?|any shape|same sha
 NUMBER = re.compile(r"^(?:int|float)\b|\[.*\bfloat\b")
 # A unit in the name itself, or by how the name ends what the description must hold.
 IN_NAME = re.compile(
-    r"(?:^|_)(?:seconds?|minutes|hours|days|ms|bytes|pixels|fps|hz|tokens?|frames|samples|steps?|rows|epochs?|percent|fractions?|per)(?:_|$)"
+    r"(?:^|_)(?:seconds?|minutes|hours|days|ms|bytes|pixels|fps|hz|tokens?|frames|samples|steps?|rows|epochs?|percent"
+    r"|fractions?|per)(?:_|$)"
 )
 TIME = r"\b(?:seconds?|minutes|hours|days|steps|epochs)\b"
-COUNT = r"\b(?:bytes|[KMG]i?B|pixels|tokens|frames|rows|samples|seconds|bins|prompts|texts|pairs|requests|completions|experiences|clips|questions)\b"
+COUNT = (
+    r"\b(?:bytes|[KMG]i?B|pixels|tokens|frames|rows|samples|seconds|bins|prompts|texts|pairs|requests|completions"
+    r"|experiences|clips|questions)\b"
+)
 RATE = r"\bper (?:second|step|minute|token)\b|\bHz\b|\bshare\b"
 SHARE = r"\[0, 1\]|\b(?:fractions?|percent|bytes)\b|\b(?:from|between) 0 (?:to|and) 1\b|\bshares? of\b"
 UNITS = {

@@ -43,7 +43,7 @@ def group_advantages(
     given, so pass the completions of all ranks.
 
     Args:
-        rewards_N: shape (N,); all finite but for NaN. NaN marks a completion that no reward function could score: its advantage is 0, and
+        rewards_N: shape (N,). NaN marks a completion that no reward function could score: its advantage is 0, and
             it counts in no mean and no standard deviation.
         prompt_ids_N: shape (N,); completions of one prompt share a number; any order.
         tags_N: shape (N,); tags in any spelling, or an integer tensor of positions in `list(ModalityTag)`.

@@ -59,8 +59,8 @@ def row_coefficients(
         weights: w_M >= 0 by stratum, 1 where missing.
         aggregation: `"token"`, `"sample"` or `"prompt"`.
         max_length: tokens; read by `prompt` only.
-        totals: [`stratum_totals`], of shape (strata, 2), of the whole optimizer batch (all ranks, all micro-batches) when the rows given
-            are a share of it. Coefficients of the shares then add up to the loss of the whole.
+        totals: [`stratum_totals`], of shape (strata, 2), of the whole optimizer batch (all ranks, all micro-batches)
+            when the rows given are a share of it. Coefficients of the shares then add up to the loss of the whole.
 
     Returns:
         float32 tensor of shape (N,) on the device of the lengths.

@@ -67,7 +67,8 @@ def tag_difficulty(rewards: Tensor | Sequence[float], kind: str) -> float | None
     Measure the difficulty of one tag by its task rewards: the higher, the harder (MAPLE eq. 6 to 9).
 
     Args:
-        rewards: of one tag's completions, in [0, 1]; a tensor of any shape counts all its values. NaN (no reward function could score it) is left out.
+        rewards: of one tag's completions, in [0, 1]; a tensor of any shape counts all its values. NaN (no reward function
+            could score it) is left out.
         kind: `"binary"` ([`bernoulli_kl`] of the share of rewards equal to 1) or `"continuous"`
             ([`beta_histogram_kl`]).
 

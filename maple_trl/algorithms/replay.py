@@ -280,8 +280,8 @@ class StratifiedReplayBuffer:
         capacity (`int`, *optional*, defaults to `10_000`):
             How many experiences are kept at most. The paper finds more to be too stale.
         shares (`Mapping[str, float]`, *optional*):
-            Share of the capacity of each tier, a fraction; they add up to 1. Capacities are rounded by largest remainder, and add
-            up to `capacity`; equal remainders favour the harder tier. By default easy 0.25, medium 0.35, hard 0.40.
+            Share of the capacity of each tier, a fraction; they add up to 1. Capacities are rounded by largest remainder,
+            and add up to `capacity`; equal remainders favour the harder tier. By default easy 0.25, medium 0.35, hard 0.40.
         quantiles (`tuple[float, float]`, *optional*, defaults to `(0.40, 0.75)`):
             The share of prompts that are Hard, and that of those that are Hard or Medium.
         max_age (`int`, *optional*):

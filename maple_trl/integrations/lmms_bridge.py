@@ -159,7 +159,7 @@ def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Return the text of the prompt of a document (`doc`); `lmms_eval_specific_kwargs` are not used, lmms-eval passes them."""
+    """Return the prompt's text of a document (`doc`); lmms-eval passes `lmms_eval_specific_kwargs` too, which are not used."""
     return "\n".join(message["content"] for message in doc["prompt"])
 
 

@@ -206,7 +206,7 @@ class EvalJob(EvalArguments):
         options ([`EvalOptions`]): how questions are asked.
         set_by_preset (`dict`): options that the preset has set, with their values.
         media ([`EvalMedia`]): what rows are fed.
-        answer_cache (`str`, *optional*): a file that keeps the answers of a server one by one, and not only with their batch.
+        answer_cache (`str`, *optional*): a file that keeps the answers of a server one by one, not only by batches.
     """
 
     options: EvalOptions = field(default_factory=EvalOptions)

@@ -333,7 +333,7 @@ class OmniFamily(PromptEncoder):
         return -(-longest // extractor.hop_length) * extractor.hop_length
 
     def trim_audio(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop of `inputs`, mel frames (audios, mel, frames) and their mask (audios, frames), what is padding in every audio."""
+        """Drop what is padding in every audio of `inputs`: mel frames (audios, mel, frames), their mask (audios, frames)."""
         length = int(inputs["feature_attention_mask"].sum(-1).max())
         return inputs | {
             "input_features": inputs["input_features"][..., :length],
