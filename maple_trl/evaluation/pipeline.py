@@ -39,8 +39,8 @@ class OmniPipeline:
         system_prompt (`str`, *optional*): the system message of rows that have none.
         subtitle_template (`str`, *optional*): how a subtitle stands in the prompt; holds `{subtitle}`.
         audio_in_video (`bool`, *optional*): interleave a video with its own sound, as one medium.
-        max_prompt_length (`int`, *optional*): most tokens of a prompt with its media; a longer one is an error.
-        max_media_tokens (`int`, *optional*): most tokens of a prompt's media.
+        max_prompt_length (`int`, *optional*): most tokens of a prompt, for which its subtitle is shortened.
+        max_media_tokens (`int`, *optional*): most tokens of a prompt's media, for which pictures are made smaller.
         num_frames (`int`, *optional*): frames of a video; 8 where no `video_fps` is given either.
         video_fps (`float`, *optional*): frames per second of a video, in the place of `num_frames`.
         max_frames (`int`, *optional*): most frames of a video.
