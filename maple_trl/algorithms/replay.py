@@ -78,6 +78,10 @@ class Vcrs:
 
         NaN, the reward that no function could give, is left out. A prompt with no other reward stays unseen.
 
+        Args:
+            prompt (`str`): key of the prompt.
+            rewards (`Iterable[float]`): those that it was trained with.
+
         Raises:
             ValueError: for an infinite reward; nothing is changed then.
         """
@@ -127,7 +131,7 @@ class Vcrs:
         return {prompt: list(self._rewards[position]) for prompt, position in self._positions.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Continue from [`state_dict`]. When the window has shrunk, the oldest rewards are left out."""
+        """Continue from a `state` that [`state_dict`] gave. When the window has shrunk, the oldest rewards are left out."""
         self._positions, self._rewards, self._baselines = {}, [], array("d")
         for prompt, rewards in state.items():
             self.observe(prompt, rewards)
@@ -171,7 +175,7 @@ def tier_of(baseline: float, thresholds: tuple[float, float]) -> str:
 @dataclass(frozen=True, eq=False)
 class Experience:
     """
-    A completion that may be replayed.
+    A completion that may be replayed, with what importance sampling needs (AVATAR 4.1).
 
     Args:
         prompt (`str`):
@@ -274,10 +278,10 @@ class StratifiedReplayBuffer:
 
     Args:
         capacity (`int`, *optional*, defaults to `10_000`):
-            Experiences kept at most. The paper finds more to be too stale.
+            How many experiences are kept at most. The paper finds more to be too stale.
         shares (`Mapping[str, float]`, *optional*):
-            Share of the capacity of each tier, adding up to 1. Capacities are rounded by largest remainder, and add
-            up to `capacity`; equal remainders favour the harder tier. By default easy 0.25, medium 0.35, hard 0.40.
+            Share of the capacity of each tier, a fraction; they add up to 1. Capacities are rounded by largest remainder,
+            and add up to `capacity`; equal remainders favour the harder tier. By default easy 0.25, medium 0.35, hard 0.40.
         quantiles (`tuple[float, float]`, *optional*, defaults to `(0.40, 0.75)`):
             The share of prompts that are Hard, and that of those that are Hard or Medium.
         max_age (`int`, *optional*):
@@ -349,6 +353,8 @@ class StratifiedReplayBuffer:
         Count the experiences of a prompt that can be sampled at an optimizer step, each in place of a fresh one.
 
         Args:
+            prompt (`str`): key of the prompt.
+            step (`int`): the current optimizer step; what is too old at it is dropped.
             hinted (`bool`, *optional*, defaults to `True`): whether those written under a hint count.
         """
         self._expire(step)
@@ -359,6 +365,8 @@ class StratifiedReplayBuffer:
         Count the experiences of other prompts than these that can be sampled at an optimizer step.
 
         Args:
+            prompts (`Iterable[str]`): keys of the prompts whose experiences do not count.
+            step (`int`): the current optimizer step; what is too old at it is dropped.
             where (`Callable[[Experience], bool]`, *optional*): counts those alone for which it is true.
         """
         self._expire(step)
@@ -404,13 +412,13 @@ class StratifiedReplayBuffer:
             self._evict(tier)
 
     def tier(self, prompt: str, baselines: Vcrs) -> str | None:
-        """Return the tier that a prompt is in now, `None` when it was never observed."""
+        """Return the tier that a prompt is in now by the `baselines`, `None` when they never observed it."""
         baseline = baselines.baseline(prompt)
         return None if baseline is None else tier_of(baseline, tier_thresholds(baselines.baselines(), self.quantiles))
 
     def retier(self, baselines: Vcrs) -> None:
         """
-        Move stored experiences to the tiers that their prompts are in now.
+        Move stored experiences to the tiers that their prompts are in now by the `baselines`.
 
         A tier that gets too many evicts those added first, be it those that just came. Experiences of prompts without
         a baseline stay.
@@ -694,6 +702,12 @@ class StratifiedReplayBuffer:
 
         What it held before is gone. Options stay those of this buffer: a tier that has become smaller evicts its
         oldest.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                That which [`save`] wrote to.
+            fingerprint (`str`, *optional*, defaults to `""`):
+                What the experiences must have been saved with.
 
         Raises:
             ReplayStateError: when a file is missing, cut short, changed or of another format, or the fingerprint

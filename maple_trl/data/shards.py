@@ -40,6 +40,9 @@ class ShardWriter:
         folder: must not hold anything yet.
         features: columns.
         shard_rows: most rows of one file.
+
+    Raises:
+        ShardError: when the folder holds something, or for less than one row in a file.
     """
 
     def __init__(
@@ -213,6 +216,12 @@ def write_shards(
     """
     Write rows into a new folder, each into the shards of its `split` (`train` where it has none).
 
+    Args:
+        rows: as they are to be stored; of each the columns of `features` are kept.
+        folder: must not hold anything yet.
+        features: columns.
+        shard_rows: most rows of one file.
+
     Returns:
         `Counter`: rows by split.
 
@@ -246,7 +255,7 @@ def find_shards(folder: str | os.PathLike[str]) -> dict[str, list[Path]]:
 
 def check_whole(paths: Sequence[Path], split: str) -> None:
     """
-    Check that files which are named as shards of a split, in order, are all of them.
+    Check that files (`paths`) which are named as shards of a `split`, in order, are all of them.
 
     Raises:
         ShardError: when one is missing, or those of two sets stand together.
@@ -260,13 +269,13 @@ def check_whole(paths: Sequence[Path], split: str) -> None:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that the name of a shard says; `None` for any other file."""
+    """Return the split that the name of a shard (`path`) says; `None` for any other file."""
     match = _SHARD.fullmatch(path.name)
     return match["split"] if match else None
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split that are there, one whole or several shards."""
+    """Return the files of a `split` that are there in a `folder`, one whole or several shards."""
     return sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*-of-*.parquet")])
 
 
@@ -292,7 +301,11 @@ def replace_split(
     Write tables one after another, and put the shards in the place of those of the split that are there.
 
     Args:
+        tables: what is written, all of the one schema.
+        schema: columns.
         rows: of all tables together.
+        folder: where the shards belong; made where it is missing.
+        split: name of the split.
         shard_rows: of each shard but the last.
 
     Returns:

@@ -54,6 +54,9 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     Batches are cut from the data set alone and shared out among the processes. Results do not depend on their number,
     nor on interruptions.
 
+    Args:
+        job ([`EvalJob`]): what is asked, of which model, and where results go.
+
     Returns:
         `dict` or `None`: what `result.json` holds; `None` in all processes but the first.
 

@@ -128,6 +128,11 @@ class OmniScriptArguments:
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace the results of another run in `output_dir`, which are refused otherwise: its checkpoints, weights,
             completions, log and summary are removed before training. A run that is resumed removes nothing.
+        rewards (`list`, *optional*):
+            The former name of `reward_funcs`.
+
+    Raises:
+        ValueError: for options that are out of range, or have no effect with this trainer.
     """
 
     trainer: str = field(

@@ -80,7 +80,7 @@ def compare_runs(
 
     Args:
         first: scores of shape (N,).
-        second: of the same questions in the same order; see [`align_runs`].
+        second: scores of shape (N,) of the same questions in the same order; see [`align_runs`].
         strata: the stratum of each question for the interval, e.g. its tag.
         test: `"auto"` (McNemar's where all scores are 0 or 1 and no clip has two questions), `"mcnemar"` or
             `"permutation"`.

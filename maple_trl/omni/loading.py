@@ -61,7 +61,7 @@ _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 def resolve_checkpoint(name_or_path: str) -> str:
     """
-    Return the folder of an embedded model (`builtin:tiny-omni`), or the name unchanged.
+    Return the folder of an embedded model (`builtin:tiny-omni`), or `name_or_path` unchanged.
 
     Raises:
         ValueError: when no embedded model has this name.
@@ -76,7 +76,7 @@ def resolve_checkpoint(name_or_path: str) -> str:
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick those arguments of a model's `from_pretrained` that its config and processor take as well."""
+    """Pick of `kwargs`, a model's `from_pretrained` arguments, those that its config and processor take as well."""
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
@@ -99,6 +99,7 @@ def load_model(
     Raises:
         ValueError: when weights of the model are missing from the checkpoint, or pickled, or of another model, naming
             them; or when nothing was quantized.
+        CheckpointError: when the checkpoint's configuration names no class.
         ImportError: for a `quantization_config` without bitsandbytes.
     """
     path = resolve_checkpoint(name_or_path)
@@ -254,6 +255,10 @@ def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrai
     """
     Load the processor of a checkpoint (of a text model its tokenizer), padding on the left for generation.
 
+    Args:
+        name_or_path (`str`): a folder, a Hub id, or `builtin:NAME`.
+        kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given.
+
     Raises:
         CheckpointError: when a model that reads media has no processor of media beside it, or no chat template.
     """
@@ -286,7 +291,17 @@ def _check_processor(processor: Any, path: str, options: Mapping[str, Any]) -> N
 
 
 def check_tokens(processor: Any, config: PreTrainedConfig, name: str) -> None:
-    """Raise CheckpointError where a processor from elsewhere has other tokens for media than the model of this config."""
+    """
+    Check that a processor from elsewhere has the tokens for media that the model has.
+
+    Args:
+        processor: what was loaded.
+        config: the model's, or that of its full checkpoint.
+        name (`str`): where the processor is from, for the message.
+
+    Raises:
+        CheckpointError: when a token has another number than in the model's configuration.
+    """
     config = getattr(config, "thinker_config", config)
     for kind in ("image", "video", "audio"):
         token = getattr(processor, f"{kind}_token", None)

@@ -54,9 +54,13 @@ class PromptSpec:
     Attributes:
         messages: the conversation; media blocks are `{"type": "image"}`, `{"type": "video"}` and `{"type": "audio"}`, in
             order. A plain text prompt is a string, to which no chat template applies.
-        videos, audios: the files of those blocks, in order. With `interleaved`, audios belong to the videos.
-        video_requests, audio_requests: what is wanted of each of them.
-        images, image_requests: the same of pictures.
+        videos: the files of the blocks with video, in order.
+        audios: those of the blocks with sound; with `interleaved` each belongs to the video of its place.
+        video_requests: what is wanted of each video.
+        audio_requests: what is wanted of each sound.
+        interleaved: whether tokens of sound stand among those of its video.
+        images: the files of the blocks with pictures, in order.
+        image_requests: what is wanted of each picture.
         subtitle: a file, or the text itself.
         tag: the row's tag, where it has one.
         fed: the signals that the row is fed.
@@ -131,6 +135,7 @@ class PromptBuilder:
     Args:
         family ([`~maple_trl.omni.families.PromptEncoder`]):
             The model's. With one of the limits on tokens it has to be an [`~maple_trl.omni.families.OmniFamily`].
+        loader ([`~maple_trl.omni.media.MediaLoader`]): what reads the media of rows.
         modality_access (`"required"` or `"all"`):
             Feed a row exactly the signals of its tag (MAPLE's modality-aware input), or every signal it has. A row
             without a tag is fed all it has.
@@ -141,6 +146,7 @@ class PromptBuilder:
             Tokens per prompt. Only the subtitle is ever shortened; media, question and template are never cut.
         max_media_tokens (`int`, *optional*):
             Tokens of pictures, video and audio per prompt. Pictures and frames are made smaller until they fit.
+        chat_template_kwargs (`Mapping`, *optional*): further variables of the model's chat template.
         template ([`~maple_trl.omni.templates.Asking`], *optional*): makes prompts of the rows' columns.
         system_prompt (`str`, *optional*): leads conversations that have no system message of their own.
         max_completion_length (`int`):
@@ -337,7 +343,12 @@ class PromptBuilder:
         self._media(row if isinstance(row, PromptSpec) else self.spec(row))
 
     def check_image(self, path: str, request: ClipRequest) -> None:
-        """Check a picture by its header, as far as that tells. Raises [`MediaError`]."""
+        """
+        Check the picture at `path` by its header, as far as that tells, for the size that a `request` gives it.
+
+        Raises:
+            MediaError: for a file that cannot be used, or a picture too long and narrow for the limits.
+        """
         self.loader.check_image(path, multiple=self.family.frame_multiple, request=request)
 
     def stand_in(self) -> EncodedPrompt:
@@ -416,7 +427,7 @@ class PromptBuilder:
 
     def check_template(self, spec: PromptSpec) -> None:
         """
-        Check that the chat template shows what a row asks; nothing is decoded for that.
+        Check that the chat template shows what a row asks (its `spec`); nothing is decoded for that.
 
         Raises:
             RowError: when it fails, or leaves out the last message's text, or a medium of any message.

@@ -105,7 +105,7 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
 
 def extract_answer(text: str) -> str | None:
     """
-    Return the content of the one `<answer>…</answer>` of a completion, stripped.
+    Return the content of the one `<answer>…</answer>` of a completion's `text`, stripped.
 
     `None` when there is no answer, when there are several (hedging is not answering), when a tag is left open, or when
     the answer stands inside a think block. A completion whose `<think>` stood in the prompt is read correctly: it

@@ -25,8 +25,8 @@ class ContrastiveRewardWeighting:
 
     For a prompt that needs two signals or three, the trainer lets the policy answer once more with one or two of them
     taken away. A completion whose similarity to that answer is below `tau` gets `min(1, (1 + alpha) r)` for the inner
-    reward `r` (equation 10). Where nothing can be taken away the inner reward stays as it is: for a row of one signal,
-    and for all rows with `modality_access="all"`.
+    reward `r` (MAPLE, arXiv 2602.11596, eq. 10). Where nothing can be taken away the inner reward stays as it is: for
+    a row of one signal, and for all rows with `modality_access="all"`.
 
     The deficit completions come as the column `deficit_completions`, which [`OmniGRPOTrainer`] and the trainers made
     from it provide. An `async` reward becomes an `async` one; the similarities are measured while it waits.

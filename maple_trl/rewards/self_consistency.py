@@ -28,6 +28,8 @@ def self_consistency_reward(
     r"""
     Score 1.0 for a completion that gives the most common answer of its group, 0.0 for any other.
 
+    This is the self-rewarding of AVATAR (arXiv 2508.03100), eq. 9 and 10.
+
     Answers are compared as they are graded: `B`, `(b)` and `B. text` are one answer, `12` and `12.0` too, and text is
     compared up to case and white space. A completion without an answer, with several, or with one that says nothing
     (`:`) scores 0 and has no vote.

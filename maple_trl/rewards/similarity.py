@@ -35,7 +35,7 @@ def _words(text: str) -> Counter[str]:
 
 class BertScoreSimilarity:
     r"""
-    BERTScore F1 of pairs of texts, in `[0, 1]`, with a model of your own.
+    BERTScore F1 (arXiv 1904.09675, section 3) of pairs of texts, in `[0, 1]`, with a model of your own.
 
     The tokens of either text are matched to the most similar of the other by the cosine of their contextual embeddings;
     F1 is of the mean matches of both sides, so the order of a pair does not matter. It is neither weighted by inverse

@@ -46,6 +46,9 @@ class ReviewLog:
     Attributes:
         replay (`Replay`): the decisions.
         damaged (`list[DamagedLine]`): lines that do not count.
+
+    Raises:
+        ReviewError: when `path` is a folder or lies in none.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -70,7 +73,12 @@ class ReviewLog:
 
     @contextmanager
     def held(self) -> Iterator[Replay]:
-        """Hold the log alone, with all in it that anyone has written."""
+        """
+        Hold the log alone, with all in it that anyone has written.
+
+        Raises:
+            ReviewError: when another process holds it for too long.
+        """
         with self._threads:
             try:
                 with self._lock:

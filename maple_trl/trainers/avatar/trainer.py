@@ -86,7 +86,9 @@ Shown = tuple[dict[str, Any], EncodedPrompt | None]
 
 class AvatarTrainer(MAPOTrainer):
     """
-    GRPO that replays completions, shapes advantages and gives hints to prompts that are stuck (AVATAR).
+    GRPO that replays completions, shapes advantages and gives hints to prompts that are stuck.
+
+    The method is that of AVATAR (arXiv 2508.03100), section 4.
 
     Each group mixes fresh completions with replayed ones, drawn by tier of difficulty out of a buffer. Replayed ones
     are held against a moving baseline of their own prompt (VCRS). Advantages are shaped over token positions (TAS).
@@ -395,6 +397,17 @@ class AvatarTrainer(MAPOTrainer):
         )
 
     def assign(self, rollout: Rollout) -> Assignment | None:
+        """
+        Scale rewards as [`MAPOTrainer.assign`] does, those of replayed completions against their prompts' baselines.
+
+        Those baselines are VCRS (AVATAR, arXiv 2508.03100, eq. 11); replayed completions are trained on whatever is filtered.
+
+        Args:
+            rollout (`Rollout`): the completions of all ranks, scored; of replayed ones the rewards that they once had.
+
+        Returns:
+            `Assignment` or `None`: `None` where nothing is replayed and no tag counts, so that TRL's advantages stay.
+        """
         if self.args.tag_aware:
             assigned = super().assign(rollout)
         elif self.args.replayed_generations:

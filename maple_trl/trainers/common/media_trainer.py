@@ -224,7 +224,7 @@ class MediaTrainer(PublishingTrainer):
         return self.state.global_step - self._first_step
 
     def training_step(self, model, *args, **kwargs):
-        """Make a training step, and check after the first ones that DDP waits for no gradient in vain."""
+        """Make a step as [`~transformers.Trainer.training_step`] does, and check that DDP waits for no gradient in vain."""
         loss = super().training_step(model, *args, **kwargs)
         if not self.steps_made:
             check_awaited(model)
@@ -329,7 +329,7 @@ class MediaTrainer(PublishingTrainer):
             self.tally.counts.update(dict(zip(notes.values(), total[len(kinds) :], strict=True)))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as the parent does, with what this process keeps in memory beside the numbers of a step."""
+        """Log as [`~transformers.Trainer.log`] does, with what this process keeps in memory beside a step's numbers."""
         if self.family is not None and "loss" in logs:
             logs = logs | host_memory().metrics()
         super().log(logs, *args, **kwargs)
@@ -338,7 +338,7 @@ class MediaTrainer(PublishingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        Train as [`~transformers.Trainer`] does.
+        Train as [`~transformers.Trainer.train`] does.
 
         `resume_from_checkpoint=True` goes on from the last complete checkpoint in `output_dir`, and begins anew where
         there is none, with a warning: the same script starts a job and restarts it.

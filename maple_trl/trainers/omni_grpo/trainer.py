@@ -245,7 +245,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
 
     def row_order(self, dataset: Dataset | None) -> Sampler | None:
         """
-        Say which rows the rollouts take: the hook that is called on every rank when a run begins.
+        Say which rows of the `dataset` the rollouts take: the hook that is called on every rank when a run begins.
 
         Returns:
             `Sampler`: yields each row once per completion, micro-batch and iteration, as TRL's does.
@@ -918,6 +918,20 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         self._last_loaded_step = -1  # TRL's
 
     def train(self, *args, **kwargs):
+        """
+        Train as [`~transformers.Trainer.train`] does, anew or from a checkpoint.
+
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `output_dir`, and begins anew where
+        there is none, with a warning: the same script starts a job and restarts it.
+
+        Raises:
+            EngineLostError: when the engine that samples has gone; the message says where the run can go on from.
+            ResumeError: when this run cannot go on from the checkpoint: there is none, or it lacks weights, optimizer,
+                schedule or random numbers (`save_only_model`), or is of other data, batch sizes or processes.
+            TooManyQuarantinedError: when more rows than `max_quarantined_share` cannot be used.
+            NoStepError: when the run ends without an optimizer step.
+            ValueError: when `output_dir` holds an evaluation.
+        """
         self._distrust_engine()  # another run's steps have the same numbers
         # A run before this one may have stopped within a rollout.
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}

@@ -42,14 +42,15 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             A model of a registered family. From a full Omni checkpoint the Thinker alone is loaded. The adapter of a
             `PeftModel` is trained on.
         args ([`OmniSFTConfig`], *optional*): configuration.
+        data_collator (`Callable`, *optional*): for a text-only model; rows with media bring their own.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `prompt` and `completion` (a text, or messages after a conversational prompt), and where they
             apply `image` or `images`, `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
             [`~maple_trl.omni.prompt.PromptBuilder`]).
         eval_dataset: as in [`~trl.SFTTrainer`], with the same columns.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
-        kwargs: the other arguments of [`~trl.SFTTrainer`]. With media, a data collator, a formatting function and
-            functions of the loss or of logits are rejected.
+        kwargs: the other arguments of [`~trl.SFTTrainer`]. With media, a formatting function and functions of the
+            loss or of logits are rejected, and so is `data_collator`.
 
     Raises:
         RowError: for the first row that cannot be trained on, with its number and field.
