@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maple_trl.modalities import IMAGE_COLUMNS, Modality, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, SUBTITLE_SUFFIXES, Modality, ModalityTag
 from maple_trl.omni.content import (
     MARK,
     Content,
@@ -30,7 +30,7 @@ from maple_trl.omni.families import PromptEncoder
 from maple_trl.omni.host_memory import hold_prompt
 from maple_trl.omni.media.clips import ClipRequest, Picture, PromptMedia
 from maple_trl.omni.media.loader import AudioClip, MediaLoader, VideoClip
-from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
+from maple_trl.omni.media.subtitles import is_subtitle_file, unread_file
 from maple_trl.omni.templates import Asking
 
 
