@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maple_trl.modalities import IMAGE_COLUMNS, SUBTITLE_SUFFIXES, Modality, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, MEDIA_COLUMNS, SUBTITLE_SUFFIXES, Modality, ModalityTag
 from maple_trl.omni.content import (
     MARK,
     Content,
@@ -39,7 +39,7 @@ __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
 _PROBE_TEXT = "Which of the two do you see, and what do you hear? Answer with one word."
 _PROBE_FRAMES, _PROBE_SECONDS = 4, 1.0
 
-PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video", *IMAGE_COLUMNS)
+PROMPT_COLUMNS = ("prompt", *MEDIA_COLUMNS, "tag", "audio_in_video")
 """The columns that a prompt depends on."""
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from maple_trl.modalities import IMAGE_COLUMNS
+from maple_trl.modalities import MEDIA_COLUMNS
 from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
@@ -595,7 +595,7 @@ def check_text_only(model: nn.Module, datasets: dict[str, Any], args: MediaConfi
     for name, dataset in datasets.items():
         parts = dataset if isinstance(dataset, dict) else {name: dataset}
         for part in parts.values():
-            columns = {*IMAGE_COLUMNS, "video", "audio", "subtitle"} & set(getattr(part, "column_names", None) or [])
+            columns = set(MEDIA_COLUMNS) & set(getattr(part, "column_names", None) or [])
             if columns:
                 raise ValueError(
                     f"{name} has the column {sorted(columns)[0]!r}, but processing_class is a tokenizer, which reads no "

@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
 from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
-from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, MEDIA_COLUMNS, ModalityTag
 from maple_trl.omni.encoded import (
     KINDS,
     EncodedPrompt,
@@ -130,7 +130,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
-    _read_columns: tuple[str, ...] = (*IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
+    _read_columns: tuple[str, ...] = (*MEDIA_COLUMNS, "tag", "audio_in_video")
     _failed_is_zero = True  # TRL's way with a reward that failed, where there are neither media nor tags
 
     def __init__(

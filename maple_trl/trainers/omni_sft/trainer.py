@@ -13,21 +13,20 @@ from torch.utils.data import get_worker_info
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
-from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import own_options
-from maple_trl.omni.prompt import RowError
+from maple_trl.omni.prompt import PROMPT_COLUMNS, RowError
 from maple_trl.omni.quantization import describe
+from maple_trl.trainers.common.batch import PROMPTS_KEY
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.common.quantized import model_options
 from maple_trl.trainers.common.rollout_log import LiveLog
-from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 
-_MEDIA_COLUMNS = ("prompt", "completion", *IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
+_READ_COLUMNS = ("completion", *PROMPT_COLUMNS)
 
 
 class OmniSFTTrainer(MediaTrainer, SFTTrainer):
@@ -142,7 +141,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         usable = self.row_encoder.register(dataset, name)
         if isinstance(dataset, Dataset):
             dataset = self.row_encoder.registries[name].dataset  # as it is asked
-            read = dataset.select_columns([column for column in _MEDIA_COLUMNS if column in dataset.column_names])
+            read = dataset.select_columns([column for column in _READ_COLUMNS if column in dataset.column_names])
             for i, row in enumerate(read):
                 try:
                     self.completion_ids(row)
@@ -200,7 +199,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self.family is not None:
-            self._signature_columns = [*_MEDIA_COLUMNS]
+            self._signature_columns = [*_READ_COLUMNS]
 
     # Batches
 
