@@ -25,7 +25,7 @@ from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Source, VideoClip
-from maple_trl.omni.media.containers import declared_bytes
+from maple_trl.omni.media.containers import check_whole, declared_bytes
 from maple_trl.omni.media.formats import FORMATS, Format, accepted, format_of, found_in
 from maple_trl.omni.media.sampling import MediaLimits, even_count, fit_size, sample_indices
 
@@ -70,10 +70,8 @@ def _opened(source: Source, limits: MediaLimits) -> Iterator["av.container.Input
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": protocols}
     try:
         with av.open(source.path, container_options=options, metadata_errors="replace", timeout=timeout) as container:
-            if not source.is_url and (declared := declared_bytes(source.path)):
-                size = os.path.getsize(source.path)
-                if size < declared:
-                    raise source.error("truncated", f"has {size} bytes of the {declared} that its header declares")
+            if not source.is_url:
+                check_whole(source)
             yield container
     except (av.error.ExitError, av.error.TimeoutError) as error:
         raise source.error("decode-timeout", f"no data within {timeout:g} s: {error}") from error
