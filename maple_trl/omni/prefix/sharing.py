@@ -197,15 +197,6 @@ def _short_windows(core: nn.Module) -> Iterator[None]:
             one.sliding_window = window
 
 
-def sharing_error(*args, **kwargs) -> float:
-    """Return what a [`Comparison`] finds as a multiple of what rounding explains; its arguments."""
-    comparison = Comparison(*args, **kwargs)
-    difference = comparison.difference()
-    if difference <= comparison.least_tolerance:
-        return difference / comparison.least_tolerance
-    return difference / comparison.tolerance()
-
-
 def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
     """Return how much the next token's log-probabilities differ on average when two rows read a prompt once."""
     with with_whole_inputs(model):
