@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 
 import numpy as np
@@ -44,16 +44,7 @@ class ClipRequest:
     resized_width: int | None = None
 
     def __post_init__(self):
-        for name in (
-            "start",
-            "end",
-            "fps",
-            "num_frames",
-            "min_pixels",
-            "max_pixels",
-            "resized_height",
-            "resized_width",
-        ):
+        for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if value is None:
                 continue

@@ -22,7 +22,8 @@ from maple_trl.files import write_atomically
 from maple_trl.modalities import Modality
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import ClipRequest
-from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
+from maple_trl.omni.prompt import PromptBuilder, RowError
+from maple_trl.omni.prompt_spec import PromptSpec
 from maple_trl.trainers.common.checkpoint import ResumeError
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 

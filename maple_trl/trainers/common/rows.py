@@ -15,13 +15,8 @@ from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import HostCache, host_memory
-from maple_trl.omni.prompt import (
-    PROMPT_COLUMNS,
-    PromptBuilder,
-    PromptSpec,
-    RowError,
-    prompt_columns,
-)
+from maple_trl.omni.prompt import PromptBuilder, RowError
+from maple_trl.omni.prompt_spec import PROMPT_COLUMNS, PromptSpec, prompt_columns
 from maple_trl.trainers.common.quarantine import QuarantinedPrompt, Ranks, RowRegistry
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 

@@ -16,7 +16,8 @@ from trl import SFTTrainer
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import own_options
-from maple_trl.omni.prompt import PROMPT_COLUMNS, RowError
+from maple_trl.omni.prompt import RowError
+from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
 from maple_trl.omni.quantization import describe
 from maple_trl.trainers.common.batch import PROMPTS_KEY
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
