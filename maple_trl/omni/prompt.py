@@ -23,8 +23,8 @@ from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import PromptEncoder
 from maple_trl.omni.host_memory import hold_prompt
-from maple_trl.omni.media.clips import AudioClip, ClipRequest, Picture, PromptMedia, VideoClip
-from maple_trl.omni.media.loader import NO_AUDIO, MediaLoader
+from maple_trl.omni.media.clips import NO_AUDIO, SOUND_SPREAD, AudioClip, ClipRequest, Picture, PromptMedia, VideoClip
+from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.media.subtitles import is_subtitle_file, unread_file
 from maple_trl.omni.prompt_media import MediaReader, noise_media
 from maple_trl.omni.prompt_spec import PromptSpec
@@ -32,6 +32,9 @@ from maple_trl.omni.templates import Asking
 
 
 __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
+
+SUBTITLE_SHORTENED = "subtitle-shortened"
+"""The note of a prompt whose subtitle was too long for it."""
 
 _PROBE_TEXT = "Which of the two do you see, and what do you hear? Answer with one word."
 
@@ -292,7 +295,7 @@ class PromptBuilder:
         heard = [clip for clip in audios if clip is not None]
         seen = PromptMedia(images, videos)
         parts = any(clip.source_seconds is not None for clip in heard)
-        notes += ("sound-spread",) if parts else ()
+        notes += (SOUND_SPREAD,) if parts else ()
         interleaved = spec.interleaved and None not in audios
         if interleaved and parts:  # which no longer stand at the times of the pictures
             interleaved, spec = False, _with_own_place(spec)
@@ -303,7 +306,7 @@ class PromptBuilder:
             subtitle = self._shortened(subtitle, len(prompt), spec)
             prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
         if subtitle != whole_subtitle:
-            notes += ("subtitle-shortened",)
+            notes += (SUBTITLE_SHORTENED,)
         if subtitle:
             prompt.media_tokens["subtitle"] = len(self.family.tokens(subtitle))
         return hold_prompt(replace(prompt, tag=spec.tag, notes=notes, sound=_seconds_of(heard)))

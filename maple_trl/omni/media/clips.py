@@ -11,6 +11,12 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.sampling import MediaLimits
 
 
+# What was special about a clip, in its notes.
+NO_AUDIO = "no-audio-track"
+SEGMENT_SHORTENED = "segment-shortened"
+SOUND_SPREAD = "sound-spread"
+TRIMMED = "trimmed"
+
 MAX_RESIZED_PIXELS = 1 << 24  # 4096 x 4096: what a row can ask for by name
 
 

@@ -10,8 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import ClipRequest, MediaInfo, Picture, Source
 from maple_trl.omni.media.containers import check_whole
-from maple_trl.omni.media.decode import MAX_SOURCE_PIXELS
 from maple_trl.omni.media.formats import format_of, found_in
+from maple_trl.omni.media.opening import MAX_SOURCE_PIXELS
 from maple_trl.omni.media.sampling import MediaLimits, fit_size
 
 

@@ -25,6 +25,8 @@ from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
 from maple_trl.omni.generation import savable
 from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
+from maple_trl.omni.media.clips import NO_AUDIO
+from maple_trl.omni.prompt import SUBTITLE_SHORTENED
 from maple_trl.omni.quantization import is_quantized, settle
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
@@ -313,7 +315,7 @@ class MediaTrainer(PublishingTrainer):
         """Log media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
         mode = "train" if self.model.training else "eval"
         kinds = (*KINDS, "subtitle")
-        notes = {"no-audio-track": "rows_without_audio_track", "subtitle-shortened": "rows_with_shortened_subtitle"}
+        notes = {NO_AUDIO: "rows_without_audio_track", SUBTITLE_SHORTENED: "rows_with_shortened_subtitle"}
         local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
         local += [sum(note in prompt.notes for prompt in prompts) for note in notes]
         total = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), reduction="sum").tolist()
