@@ -245,6 +245,11 @@ class MediaTrainer(PublishingTrainer):
         return serve_media(self.family, model, prompts, touch=self._touched, packed=packed, cache=self.towers)
 
     @property
+    def _mode(self) -> str:
+        """The key of TRL's metrics under which the model's passes are logged."""
+        return "train" if self.model.training else "eval"
+
+    @property
     def _spread(self) -> bool:
         """Whether each rank keeps but a part of the weights."""
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -313,13 +318,12 @@ class MediaTrainer(PublishingTrainer):
 
     def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Log media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
-        mode = "train" if self.model.training else "eval"
         kinds = (*KINDS, "subtitle")
         notes = {NO_AUDIO: "rows_without_audio_track", SUBTITLE_SHORTENED: "rows_with_shortened_subtitle"}
         local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
         local += [sum(note in prompt.notes for prompt in prompts) for note in notes]
         total = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), reduction="sum").tolist()
-        metrics = self._metrics[mode]
+        metrics = self._metrics[self._mode]
         for name, value in zip(
             [f"media_tokens/{k}" for k in kinds] + [f"media/{n}" for n in notes.values()], total, strict=True
         ):
@@ -327,7 +331,7 @@ class MediaTrainer(PublishingTrainer):
         for note, clips in self.loader.notes.items():
             metrics[f"media/clips_{note}"].append(float(clips))
         metrics["media/quarantined_prompts"].append(float(len(self.row_encoder.quarantined)))
-        if mode == "train":
+        if self.model.training:
             self.tally.counts.update(dict(zip(notes.values(), total[len(kinds) :], strict=True)))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
