@@ -168,7 +168,7 @@ class AvatarTrainer(MAPOTrainer):
             return super().row_order(dataset)
         schedule = StratifiedSchedule(
             (dataset or self.train_dataset)["tag"],
-            self.args.generation_batch_size // self.num_generations,
+            self.args.prompts_per_rollout,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )

@@ -27,7 +27,7 @@ from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.loading import hub_arguments, load_model, load_processor
 from maple_trl.omni.media.clips import NO_AUDIO
 from maple_trl.omni.prompt import SUBTITLE_SHORTENED
-from maple_trl.omni.quantization import is_quantized, settle
+from maple_trl.omni.quantization import describe, is_quantized, settle
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
@@ -42,6 +42,7 @@ from maple_trl.trainers.common.media_config import MediaConfig
 from maple_trl.trainers.common.publishing import PublishingTrainer
 from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, write_quarantine
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
+from maple_trl.trainers.common.rollout_log import LiveLog
 from maple_trl.trainers.common.rows import RowEncoder
 from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError
 from maple_trl.trainers.common.run_summary import (
@@ -108,6 +109,17 @@ class MediaTrainer(PublishingTrainer):
             if weight.requires_grad and self.family.is_unread(name):
                 logger.info("%s stays as it is: no pass of the model reads it", name)
                 weight.requires_grad_(False)
+
+    def _finish_construction(self) -> None:
+        """Do what the trainers have in common after the parent's constructor."""
+        self.add_callback(LiveLog)
+        self._check_checkpointing()
+        self._keep_savable()
+        self.towers = self._make_tower_cache()
+        self._watch()
+        self._write_quarantine()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _check_checkpointing(self) -> None:
         """Check what the parent's constructor has made of gradient checkpointing; under ZeRO-3 it changes that itself."""
@@ -454,6 +466,10 @@ class MediaTrainer(PublishingTrainer):
             check_resume_signature(checkpoint, self.accelerator.process_index, self._resume_signature())
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         check_parts(checkpoint, rank, world, self.replaceable_state)
+
+    def _resume_signature(self) -> dict[str, Any]:
+        """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
+        return {"processes": self.accelerator.num_processes, "quantization": describe(self.model)}
 
     def _run_epoch(self, *args, **kwargs):
         # The parent makes a step before it asks whether one was left.

@@ -95,6 +95,10 @@ class RowEncoder:
         """The kinds of media of the rows that are known: of the data sets, and of all ranks' batches; the same on all ranks."""
         return frozenset(self._met).union(*(registry.kinds for registry in self.registries.values()))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return which rows of each data set are used, ready for JSON; each registry continues from its own."""
+        return {name: registry.state_dict() for name, registry in self.registries.items()}
+
     def note_kinds(self, specs: Iterable[PromptSpec]) -> None:
         """Note the kinds of media of rows that every rank knows."""
         self._met.update(kind for spec in specs for kind in spec.kinds)

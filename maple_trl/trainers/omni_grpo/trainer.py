@@ -25,7 +25,6 @@ from maple_trl.omni.encoded import (
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
-from maple_trl.omni.quantization import describe
 from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import check_rewards, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
@@ -58,7 +57,7 @@ from maple_trl.trainers.common.rollout import (
     Round,
     UpdatesInFlight,
 )
-from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
+from maple_trl.trainers.common.rollout_log import RolloutLog
 from maple_trl.trainers.common.run_errors import EngineLostError
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
@@ -175,7 +174,7 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
         if not any(isinstance(callback, JudgeCallback) for callback in self.callback_handler.callbacks):
             for callback in judge_callbacks(reward_funcs):
                 self.add_callback(callback)
-        self.add_callback(LiveLog)
+        self._finish_construction()
         self.rollout_log = RolloutLog(
             self.args.output_dir,
             self.args.rollout_log_size,
@@ -183,18 +182,11 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
             writes=self.accelerator.is_main_process,
             media_root=self.args.media_root,
         )
-        self._check_checkpointing()
-        self._keep_savable()
         self.engine = self._make_engine()
-        self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
             self.ref_model.requires_grad_(False)
-        self._watch()
-        self._write_quarantine()
         self._check_rollout_size()
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _check_rollout_size(self) -> None:
         """
@@ -202,7 +194,7 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
 
         Of fewer, TRL's sampler would make no step, and a schedule would repeat them.
         """
-        needed = self.args.generation_batch_size // self.num_generations
+        needed = self.args.prompts_per_rollout
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < needed:
             raise ValueError(
                 f"train_dataset has {len(self.train_dataset)} usable rows, but one rollout takes {needed} prompts "
@@ -574,7 +566,7 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
         folder = self._checkpoint_folder(trial)
         if self.family is not None and self.args.should_save:
-            save_rows(folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()})
+            save_rows(folder, self.row_encoder.state_dict())
         save_rollout(
             folder,
             self.accelerator.process_index,
@@ -597,10 +589,8 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
         return [self._missing]
 
     def _resume_signature(self) -> dict[str, Any]:
-        """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
-        facts = {"processes": self.accelerator.num_processes, "quantization": describe(self.model)}
-        return facts | {name: getattr(self.args, name) for name in names}
+        return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:
         """Return the micro-batches of the last rollout while some updates on them are still to come, else `None`."""
