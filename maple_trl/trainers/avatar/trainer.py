@@ -45,6 +45,7 @@ from maple_trl.trainers.avatar.gradient_terms import TermGradients
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar.mixed_rollout import MixedRollout
 from maple_trl.trainers.avatar.replay_memory import Group, PassRecord, ReplayMemory, ReplayPlan
+from maple_trl.trainers.avatar.replayed_batch import replayed_batch
 from maple_trl.trainers.avatar.state import STATE_FILE, MemoryState, provenance
 from maple_trl.trainers.common.batch import (
     FRESH_SCALE_KEY,
@@ -490,49 +491,17 @@ class AvatarTrainer(MAPOTrainer):
     ) -> Batch:
         """Make a batch of replayed completions under their own prompts, with the fields of the batch `like`."""
         shown = [self._shown(row, prompt, e is not None and e.hinted) for row, prompt, e in replayed]
-        self.rollout_log.note_replayed(self, shown, [experience for *_, experience in replayed])
         prompts = [prompt for _, prompt in shown]
         if self.family is None:
             prompt_ids = self._tokenize_prompts([row["prompt"] for row, _ in shown])[0]
         else:
             prompt_ids = [prompt.input_ids for prompt in prompts]
-        pad = self._tokenizer.pad_token_id
-        rows = []
-        for ids, (_, _, experience) in zip(prompt_ids, replayed, strict=True):
-            prompt = torch.as_tensor(ids, dtype=like["prompt_ids"].dtype)[None]
-            tokens = torch.tensor([pad]) if experience is None else experience.completion_ids
-            completion = tokens.to(like["completion_ids"].dtype)[None]
-            counts = torch.full_like(completion, experience is not None, dtype=like["completion_mask"].dtype)
-            rows.append(
-                {
-                    "prompt_ids": prompt,
-                    "prompt_mask": torch.ones_like(prompt, dtype=like["prompt_mask"].dtype),
-                    "completion_ids": completion,
-                    "completion_mask": counts,
-                    "old_per_token_logps": torch.zeros(1, 1) if experience is None else experience.logps[None],
-                }
-            )
-        joined = Batch.concat(rows, pad)
-        chunk = Batch({name: value.to(self.accelerator.device) for name, value in joined.items()})
-        chunk["advantages"] = torch.zeros_like(like["advantages"][:1]).expand(len(rows))
-        chunk[REPLAYED_KEY] = torch.ones(len(rows), dtype=torch.long, device=self.accelerator.device)
-        if UNSCORABLE_KEY in like:
-            chunk[UNSCORABLE_KEY] = torch.zeros_like(chunk[REPLAYED_KEY])
-        if (
-            "sampling_per_token_logps" in like
-        ):  # what another engine had sampled is corrected for by the old log-probabilities
-            chunk["sampling_per_token_logps"] = chunk["old_per_token_logps"]
-        if "importance_sampling_ratio" in like:
-            token_ratios = like["importance_sampling_ratio"].size(1) == like["completion_ids"].size(1)
-            chunk["importance_sampling_ratio"] = torch.ones_like(
-                chunk["old_per_token_logps"] if token_ratios else chunk["old_per_token_logps"][:, :1]
-            )
-        if "ref_per_token_logps" in like:  # the penalty is on the fresh ones alone
-            chunk["ref_per_token_logps"] = torch.full_like(chunk["old_per_token_logps"], torch.nan)
+        experiences = [experience for *_, experience in replayed]
+        self.rollout_log.note_replayed(self, shown, experiences)
+        batch = replayed_batch(prompt_ids, experiences, like, self._tokenizer.pad_token_id)
         if self.family is not None:
-            chunk[PROMPTS_KEY] = prompts
-        chunk["num_items_in_batch"] = like["num_items_in_batch"]
-        return chunk
+            batch[PROMPTS_KEY] = prompts
+        return batch
 
     # Updates
 
