@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maple_trl.algorithms import Experience, HintTrigger, StratifiedReplayBuffer, Vcrs, replayed_slots
-from maple_trl.algorithms.replay import tier_of, tier_thresholds
+from maple_trl.algorithms.replay_tiers import tier_of, tier_thresholds
 
 
 REPLAY_SCOPES = ("tiers", "prompt", "buffer")
