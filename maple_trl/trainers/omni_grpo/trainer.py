@@ -29,6 +29,7 @@ from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import check_rewards, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.rollout.engine import Completions, EngineError
+from maple_trl.trainers.common.arguments import check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.common.batch import (
     PROMPTS_KEY,
     REPLAYED_KEY,
@@ -46,7 +47,7 @@ from maple_trl.trainers.common.checkpoint import (
     save_rollout,
     save_rows,
 )
-from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.media_trainer import MediaTrainer
 from maple_trl.trainers.common.quantized import model_options
 from maple_trl.trainers.common.rollout import (
     Assignment,

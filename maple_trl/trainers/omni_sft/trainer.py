@@ -18,9 +18,10 @@ from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_po
 from maple_trl.omni.generation import own_options
 from maple_trl.omni.prompt import RowError
 from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
+from maple_trl.trainers.common.arguments import check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.common.batch import PROMPTS_KEY
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
-from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.media_trainer import MediaTrainer
 from maple_trl.trainers.common.quantized import model_options
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
