@@ -30,9 +30,11 @@ from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
 logger = logging.getLogger(__name__)
 
+NAMED_FILES = 3
+"""Files that a summary of what is wrong with some names."""
+
 _SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
 _ROW_BYTES = 400  # of a key, and of the lists and tables that hold it
-_NAMED = 3  # files that a summary names
 _READ = 16  # rows that are read at once
 _FEWEST = 10  # rows from which a share of them says something
 
@@ -253,7 +255,7 @@ class RowRegistry:
     def first_files(self) -> list[str]:
         """Return the first files that cannot be used, as their rows name them."""
         paths = dict.fromkeys(prompt.path for prompt in self.quarantined.values() if prompt.path)
-        return list(paths)[:_NAMED]
+        return list(paths)[:NAMED_FILES]
 
     def reasons_and_files(self) -> str:
         """Return reasons and first files, e.g. `(2 unreadable, 1 empty-file; first a.mp4, b.mp4)`."""
