@@ -106,15 +106,22 @@ class MediaReader:
 
 def noise_media(family: PromptEncoder, kinds: Collection[str]) -> PromptMedia:
     """Return a moment of noise of each of some kinds of media (`image`, `video`, `audio`), as small as the family reads."""
-    draw, side = np.random.default_rng(0), 2 * family.frame_multiple
-    frames = draw.integers(0, 256, (_NOISE_FRAMES, side, side, 3), dtype=np.uint8)
-    rate = _NOISE_FRAMES / _NOISE_SECONDS
-    waveform = np.random.default_rng(0).normal(scale=0.1, size=int(family.sampling_rate * _NOISE_SECONDS))
-    video = VideoClip(frames, np.arange(_NOISE_FRAMES) / rate, rate, _NOISE_SECONDS, "noise")
     return PromptMedia(
-        [Picture(frames[0], "noise")] if "image" in kinds else [],
-        [video] if "video" in kinds else [],
-        [AudioClip(waveform.astype(np.float32), family.sampling_rate, _NOISE_SECONDS, "noise")]
-        if "audio" in kinds
-        else [],
+        [Picture(_noise_frames(family.frame_multiple)[0], "noise")] if "image" in kinds else [],
+        [_noise_video(family.frame_multiple)] if "video" in kinds else [],
+        [_noise_audio(family.sampling_rate)] if "audio" in kinds else [],
     )
+
+
+def _noise_frames(multiple: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (_NOISE_FRAMES, 2 * multiple, 2 * multiple, 3), dtype=np.uint8)
+
+
+def _noise_video(multiple: int) -> VideoClip:
+    rate = _NOISE_FRAMES / _NOISE_SECONDS
+    return VideoClip(_noise_frames(multiple), np.arange(_NOISE_FRAMES) / rate, rate, _NOISE_SECONDS, "noise")
+
+
+def _noise_audio(rate: int) -> AudioClip:
+    waveform = np.random.default_rng(0).normal(scale=0.1, size=int(rate * _NOISE_SECONDS)).astype(np.float32)
+    return AudioClip(waveform, rate, _NOISE_SECONDS, "noise")
