@@ -64,9 +64,9 @@ class MediaReader:
     def _seen_within(self, budget: int, spec: PromptSpec) -> tuple[list[Picture], list[VideoClip]]:
         """Return a prompt's pictures and videos, all so small that they fit, if they can be that small."""
         # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
-        clips, per_token = spec.clips[: len(spec.videos)], self.family.frames_per_token
-        steps = sum(-(-self.loader.frame_count(path, request=request) // per_token) for path, request in clips)
-        steps += len(spec.images)
+        clips = spec.clips[: len(spec.videos)]
+        frames = [self.loader.frame_count(path, request=request) for path, request in clips]
+        steps = sum(-(-count // self.family.frames_per_token) for count in frames) + len(spec.images)
         if not steps:
             return [], []
         least = self.family.frame_multiple**2
