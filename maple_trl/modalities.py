@@ -9,6 +9,12 @@ from enum import StrEnum
 IMAGE_COLUMNS = ("image", "images")
 """Columns of a row that name its pictures: one, or several."""
 
+MEDIA_COLUMNS = ("video", "audio", "subtitle", *IMAGE_COLUMNS)
+"""Columns of a row that name its media."""
+
+SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".dfxp", ".sbv", ".sub")
+"""Endings of the files that are read as subtitles; any other text is the subtitle itself."""
+
 SCOPES = ("vision", "audio", "projectors", "llm")
 """The parts of an omni model that can be trained or frozen apart."""
 

@@ -42,7 +42,7 @@ def replayed_slots(wanted: Sequence[int], group_size: int, ranks: int = 1) -> li
         for count in wanted
         for place in range(group_size)
     ]
-    share = len(slots) // ranks if ranks else 0
+    share = len(slots) // ranks
     shares = [slots[start : start + share] for start in range(0, len(slots), share)] if slots else []
     fewest = min(map(sum, shares), default=0)
     return [replayed for own in shares for replayed in _keep_first(own, fewest)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maple_trl.algorithms.replay_draws import SAME_REWARD
 from maple_trl.modalities import ModalityTag
 
 
@@ -16,7 +17,7 @@ DYNAMIC_SAMPLING = ("none", "early", "mid")
 REVISITS = ("all", "unsolved", "informative")
 
 
-def informative_groups(rewards_NG: Tensor, tolerance: float = 1e-6) -> Tensor:
+def informative_groups(rewards_NG: Tensor, tolerance: float = SAME_REWARD) -> Tensor:
     """
     Mark the prompts that give a gradient: their scorable completions were not all rewarded alike (MAPLE 5.2).
 

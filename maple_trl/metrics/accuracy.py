@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from maple_trl.metrics.clip_intervals import clip_interval, sum_by_clip
 from maple_trl.metrics.intervals import (
+    TIE,
     Estimate,
     UndefinedMetricError,
     bootstrap_mean,
@@ -25,8 +26,6 @@ from maple_trl.modalities import ModalityTag
 
 
 Value = TypeVar("Value")
-# Means of the same scores in another order differ by this little; that is no gain.
-_TIE = 1e-9
 
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> float | NDArray[np.float64]:
@@ -278,7 +277,7 @@ def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
         raise ValueError(f"The fusion gain needs the same samples under every tag, got as many as {lengths}")
     alone: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity == "uni"], axis=0)
     together: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity != "uni"], axis=0)
-    return together > alone + _TIE
+    return together > alone + TIE
 
 
 def fusion_gain(scores: Mapping[str, ArrayLike]) -> float:

@@ -209,10 +209,10 @@ def test_the_check_catches_wrong_positions(script, monkeypatch):
 def test_rounding_in_deep_models_is_not_taken_for_a_fault(layers, script):
     """With weights as small as those that Qwen's models begin with, a position more or less is lost in bfloat16."""
     import _shared_prefix_model as sizes
+    from omni_runs import sharing_error
     from trl.trainer.utils import add_fused_lm_head
 
     from maple_trl.omni.prefix.packed_attention import install
-    from maple_trl.omni.prefix.sharing import sharing_error
     from maple_trl.omni.serving import serve_media
 
     deep = ["--layers", str(layers), "--hidden", "96", "--heads", "2", "--kv-heads", "1"]

@@ -19,7 +19,7 @@ from maple_trl.evaluation import (
 )
 from maple_trl.metrics.clip_intervals import standard_error, sum_by_clip
 from maple_trl.metrics.clips import clip_of, clips_of
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import SUBTITLE_SUFFIXES, ModalityTag
 
 
 TAGS = [str(tag) for tag in ModalityTag]
@@ -313,7 +313,7 @@ class TestClipsOfRows:
             ({"image": None, "images": ["a.png", "b.png"], "audio": "a.wav"}, "a.png"),
             ({"image": "a.png", "video": "a.mp4"}, "a.mp4"),
             ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, "a.png"),
-            ({"video": [], "audio": "", "subtitle": "subs/a.srt"}, "subs/a.srt"),
+            *(({"video": [], "audio": "", "subtitle": f"subs/a{end}"}, f"subs/a{end}") for end in SUBTITLE_SUFFIXES),
             ({"subtitle": "What they say, in a file called a.srt: nothing."}, None),
             ({"prompt": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "a.mp4"),
             ({"prompt": [{"role": "user", "content": [{"type": "audio", "path": "a.wav"}]}]}, "a.wav"),

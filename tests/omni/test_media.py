@@ -19,7 +19,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.errors import REASONS
-from maple_trl.omni.media import decode
+from maple_trl.omni.media import decode, opening
 from maple_trl.omni.media.containers import declared_bytes
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
@@ -428,7 +428,7 @@ def test_pictures_of_absurd_size(tmp_path, monkeypatch):
     files.write_video(tmp_path / "a.mp4")
     loader = MediaLoader(tmp_path, workers=0)  # here, where the limit is lowered
     assert reason_of(lambda: loader.video("thin.mp4")) == "bad-aspect-ratio"
-    monkeypatch.setattr(decode, "MAX_SOURCE_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr(opening, "MAX_SOURCE_PIXELS", 48 * 64 - 1)
     assert reason_of(lambda: loader.video("a.mp4")) == "frame-too-large"
 
 

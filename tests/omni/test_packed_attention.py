@@ -44,7 +44,7 @@ from maple_trl.omni.prefix.packed_attention import (
 from maple_trl.omni.prefix.sharing import Comparison
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
-from maple_trl.trainers.omni_grpo import trainer as omni_grpo
+from maple_trl.trainers.omni_grpo import prompt_sharing
 
 
 pytestmark = pytest.mark.slow
@@ -336,7 +336,7 @@ def test_training_computes_packed_rows_with_flex_attention_where_asked(seven_tag
     monkeypatch.setattr(
         packed_attention, "flex_attention", lambda *a, **k: calls.append(1) or flex_by_definition(*a, **k)
     )
-    monkeypatch.setattr(omni_grpo, "why_not_trained", lambda *args: None)
+    monkeypatch.setattr(prompt_sharing, "why_not_trained", lambda *args: None)
     shared, weights = trained(folder, rows, tmp_path / "flex", "on", **options, **prepare())
     assert shared.packed > 0 and shared.plain == 0
     # The comparison, the reference's passes and the loss: a call per layer, and of no other attention.

@@ -218,6 +218,14 @@ def test_truncation_shortens_the_subtitle_and_never_cuts_media(folder):
     assert caught.value.reason == "prompt-too-long"
 
 
+def test_a_budget_of_media_tokens_counts_sound_alone_where_a_model_sees_nothing(folder):
+    row = {"prompt": QUESTION, "audio": "sound.wav"}
+    tokens = builder(folder, "qwen2_audio").encode(row).media_tokens
+    assert builder(folder, "qwen2_audio", max_media_tokens=tokens["audio"]).encode(row).media_tokens == tokens
+    with pytest.raises(MediaError, match="but max_media_tokens is"):
+        builder(folder, "qwen2_audio", max_media_tokens=tokens["audio"] - 1).encode(row)
+
+
 def test_audio_beyond_a_fixed_window_is_named(folder):
     build = builder(folder, name="qwen2_audio")
     assert set(build.encode({"prompt": QUESTION, "audio": "sound.wav"}).media_tokens) == {"audio"}

@@ -607,10 +607,10 @@ def test_the_reference_model_is_loaded_as_the_policy_was(seven_tags, tmp_path):
         return load_model(name, **{k: v for k, v in kwargs.items() if k != "revision"})
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("media_trainer", "trl_compat"):
+        for module in ("arguments", "trl_compat"):
             patch.setattr(f"maple_trl.trainers.common.{module}.load_model", load)
         patch.setattr(
-            "maple_trl.trainers.common.media_trainer.load_processor",
+            "maple_trl.trainers.common.arguments.load_processor",
             lambda name, **k: loads.append(k) or load_processor(name),
         )
         init = {"revision": "abc", "dtype": "bfloat16"}

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from omni_runs import DEFAULTS, one_row_per_tag, spread_reward
+from omni_runs import DEFAULTS, one_row_per_tag, sharing_error, spread_reward
 from tiny_models import FAMILIES, build_tiny, save_tiny
 from trl.trainer import utils as trl_utils
 
@@ -757,10 +757,10 @@ def measured(family_name, folder, rows, precision, monkeypatch):
             return serve_media(family, model, prompts, packed=packed)
 
         for prompt in (builder.probe(), *map(builder.encode, rows)):
-            right.append(sharing.sharing_error(model, core, prompt, serve))
+            right.append(sharing_error(model, core, prompt, serve))
             with monkeypatch.context() as patch:
                 patch.setattr(sharing, "pack", late_positions(sharing.pack, 1))
-                wrong.append(sharing.sharing_error(model, core, prompt, serve))
+                wrong.append(sharing_error(model, core, prompt, serve))
     return right, wrong
 
 

@@ -144,6 +144,7 @@ class OmniFamily(PromptEncoder):
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
         unread: ends of the names of weights that no pass reads.
         passed_alone: kinds of media of which each clip passes its tower alone. Other kinds pass once for all clips of a batch.
+        times_in_text: whether the processor writes the time of each picture of a video into the prompt.
 
     Args:
         model (`nn.Module`): of one of the family's model types.
@@ -164,6 +165,7 @@ class OmniFamily(PromptEncoder):
     scopes: ClassVar[dict[str, str]] = {}
     unread: ClassVar[tuple[str, ...]] = ()
     passed_alone: ClassVar[tuple[str, ...]] = ()
+    times_in_text: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, processor):
         self.config = model.config
@@ -308,12 +310,11 @@ class OmniFamily(PromptEncoder):
             kwargs["images_kwargs"] = {"do_resize": False, "input_data_format": "channels_last"}
         if media.videos:
             kwargs["videos"] = [clip.frames.copy() for clip in media.videos]
-            kwargs["videos_kwargs"] = {
-                "do_resize": False,
-                "do_sample_frames": False,
-                "input_data_format": "channels_last",
-                "fps": media.videos[0].fps,
-            }
+            options = {"do_resize": False, "do_sample_frames": False, "input_data_format": "channels_last"}
+            times = (
+                {"video_metadata": _true_times(media.videos)} if self.times_in_text else {"fps": media.videos[0].fps}
+            )
+            kwargs["videos_kwargs"] = options | times
         if media.audios:
             kwargs["audio"] = [clip.waveform for clip in media.audios]
             kwargs["audio_kwargs"] = {
@@ -568,7 +569,12 @@ def _vision_outputs(features: Sequence[Features]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
 
 
-def times_in_text(videos: Sequence[VideoClip]) -> list[VideoMetadata]:
+def pooled_audio_tokens(mel_frames: int) -> int:
+    """Count the tokens of mel frames behind Whisper's encoder, which halves them, and a mean over pairs of its states."""
+    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def _true_times(videos: Sequence[VideoClip]) -> list[VideoMetadata]:
     """
     Return what processors read that write the time of pictures into the prompt.
 

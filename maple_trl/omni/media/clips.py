@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 
 import numpy as np
@@ -10,6 +10,12 @@ import numpy as np
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.sampling import MediaLimits
 
+
+# What was special about a clip, in its notes.
+NO_AUDIO = "no-audio-track"
+SEGMENT_SHORTENED = "segment-shortened"
+SOUND_SPREAD = "sound-spread"
+TRIMMED = "trimmed"
 
 MAX_RESIZED_PIXELS = 1 << 24  # 4096 x 4096: what a row can ask for by name
 
@@ -46,16 +52,7 @@ class ClipRequest:
     resized_width: int | None = None
 
     def __post_init__(self):
-        for name in (
-            "start",
-            "end",
-            "fps",
-            "num_frames",
-            "min_pixels",
-            "max_pixels",
-            "resized_height",
-            "resized_width",
-        ):
+        for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if value is None:
                 continue

@@ -16,7 +16,7 @@ import cachetools
 from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import host_memory
-from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
+from maple_trl.omni.media.clips import NO_AUDIO, AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
 from maple_trl.omni.media.sampling import MediaLimits, fit_size
 from maple_trl.omni.media.subtitles import read_subtitle, subtitle_bytes
 from maple_trl.omni.media.tasks import Task, perform
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "Picture", "VideoClip"]
 
-NO_AUDIO = "no-audio-track"
 WHOLE = ClipRequest()
 _COSTLY = ("decode-timeout", "decoder-crashed", "decoder-memory")
 _QUEUED = 1024  # calls that wait for a background thread

@@ -67,11 +67,14 @@ _RANGES = {
     "pad_to_multiple_of": (1, True),
 }
 _MAPPINGS = (
-    *("generation_kwargs", "chat_template_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs"),
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "model_init_kwargs",
+    "gradient_checkpointing_kwargs",
     "lr_scheduler_kwargs",
 )
-# What a prompt is rendered with, whatever the user says.
 _LEAST_HOST_BYTES = 1 << 16  # less is a size whose unit was forgotten
+# What a prompt is rendered with, whatever the user says.
 _OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
 

@@ -190,7 +190,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         self.sampling = DynamicSampling(args.dynamic_sampling, args.refill_rounds, args.revisit, args.revisit_after)
         self.schedule = StratifiedSchedule(
             self.train_dataset["tag"],
-            args.generation_batch_size // self.num_generations,
+            args.prompts_per_rollout,
             self.curriculum,
             stratified=args.batching == "stratified",
             granularity=args.curriculum_granularity,
