@@ -49,8 +49,7 @@ class ShardWriter:
         self.folder = Path(folder)
         if shard_rows < 1:
             raise ShardError(f"shard_rows must be 1 or more, got {shard_rows}")
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ShardError(f"{self.folder} is there already; name another folder, or remove it first")
+        check_unused(self.folder)
         self.schema = features.arrow_schema
         self.shard_rows = shard_rows
         self.rows: Counter[str] = Counter()
@@ -218,6 +217,12 @@ def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
             raise TypeError("a text, and no list of texts")  # Arrow would take it for a list of its letters
         arrays.append(pa.array(cells, column.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ShardError for a folder that holds something already, and for a file in its place."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ShardError(f"{folder} is there already; name another folder, or remove it first")
 
 
 def write_shards(
