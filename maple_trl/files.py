@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+def user_cache() -> Path:
+    """Return the folder of this package in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl"
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
