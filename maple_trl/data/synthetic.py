@@ -38,6 +38,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from filelock import FileLock
 
 from maple_trl.data.schema import LETTERS, QUESTION_COLUMNS, ROW_FEATURES
+from maple_trl.files import user_cache
 from maple_trl.modalities import Modality, ModalityTag
 
 
@@ -360,12 +361,11 @@ def default_folder(prompts_per_tag: int | Mapping[str, int] = 64, seed: int = 0)
         prompts_per_tag (`int` or `Mapping[str, int]`): as in [`write_seven_tags`].
         seed (`int`): likewise.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl"
     if isinstance(prompts_per_tag, Mapping):
         size = "-".join(f"{split}{count}" for split, count in prompts_per_tag.items())
     else:
         size = str(prompts_per_tag)
-    return cache / f"seven-tags-{size}-seed{seed}"
+    return user_cache() / f"seven-tags-{size}-seed{seed}"
 
 
 def load_seven_tags(

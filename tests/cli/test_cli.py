@@ -509,6 +509,8 @@ def test_env_reports_this_machine(capsys):
     report = json.loads(shown.stdout)
     assert report["python"] == ".".join(map(str, sys.version_info[:3]))
     versions = {package["name"]: package["version"] for package in report["packages"]}
+    assert len(versions) == len(report["packages"])  # each once
+    assert {"flash-attn", "bitsandbytes"} <= set(versions) and "mkdocs" not in versions  # of use, and for developers
     import torch
     import trl
 

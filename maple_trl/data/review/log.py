@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from maple_trl.data.review.entries import Entry, read_entry
 from maple_trl.data.review.replay import Replay
 from maple_trl.data.review.rows import ReviewError
+from maple_trl.files import flush
 
 
 LOCK_SECONDS = 30.0
@@ -116,11 +117,7 @@ class ReviewLog:
         finally:
             os.close(descriptor)
         if new:  # its name, too, must outlive a power cut
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            flush(self.path.parent)
 
     def _read_on(self) -> None:
         """Read what has been added; nobody writes meanwhile."""

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maple_trl.data.hint_tables import SUFFIXES, RowTable, TableError
+from maple_trl.data.row_tables import SUFFIXES, RowTable, TableError
 from maple_trl.files import digest
 from maple_trl.modalities import ModalityTag
 
