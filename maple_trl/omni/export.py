@@ -315,6 +315,8 @@ class _Donor:
             size += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (scratch / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if f"{_PREFIX}lm_head.weight" in places:
+            _untie(scratch / "config.json")
 
 
 def _without_prefix(folder: Path) -> None:
@@ -331,6 +333,19 @@ def _without_prefix(folder: Path) -> None:
         found = json.loads(index.read_text(encoding="utf-8"))
         found["weight_map"] = {name.removeprefix(_PREFIX): file for name, file in found["weight_map"].items()}
         index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _untie(path: Path) -> None:
+    """
+    Write into a full model's config that the head has weights of its own, where it says otherwise.
+
+    transformers 5 writes a default into the language model's part, and does not ask it; vLLM does.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config["thinker_config"]["text_config"]
+    if text.get("tie_word_embeddings") is not False:
+        text["tie_word_embeddings"] = config["thinker_config"]["tie_word_embeddings"] = False
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

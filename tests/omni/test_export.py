@@ -137,6 +137,9 @@ def test_the_omni_classes_load_it_with_talker_and_voices(family, runs, tmp_path)
     mine = load_model(str(run))
     assert all(torch.equal(after[f"thinker.{name}"], tensor) for name, tensor in mine.state_dict().items())
     assert torch.equal(logits(found.thinker.eval(), family), logits(mine, family))
+    # vLLM asks this part whether the head has weights of its own, and transformers wrote a default there.
+    text = json.loads((tmp_path / "full/config.json").read_text())["thinker_config"]["text_config"]
+    assert text["tie_word_embeddings"] is False and "thinker.lm_head.weight" in tensors_of(tmp_path / "full")
     if family == "qwen2_5_omni":
         assert found.speaker_map["Chelsie"]["bos_token"] == 1
 
