@@ -68,6 +68,9 @@ RUN_BY = {
     r"python benchmarks/soak.py .*": "tests/benchmarks/test_soak.py::test_a_real_run_survives_all_faults",
     r"make .*": "tests/test_docs_commands.py::test_a_command_is_one_that_there_is",
     r"pip install .*": "tests/test_docs_commands.py::test_a_command_is_one_that_there_is",
+    # Carried out by `make test-packages`.
+    r'(printf "av.*|uv pip install maple-trl "lmms-eval.*)': "tests/integrations/test_lmms_bridge.py::test_it_is_installed_as_the_docs_say",
+    r"lmms-eval .*": "tests/integrations/test_lmms_bridge.py::test_its_command_line_asks_our_task",
 }
 
 

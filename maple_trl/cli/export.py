@@ -9,6 +9,7 @@ from typing import Literal
 
 from maple_trl.cli.base import Command
 from maple_trl.cli.failures import WRONG
+from maple_trl.cli.servers import DRY_RUN
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -43,22 +44,29 @@ class ExportArguments:
     )
     max_shard_size: str = field(default="5GB", metadata={"help": "most bytes of a file of weights, as 5GB"})
     license: str | None = field(default=None, metadata={"help": "license for the card, as apache-2.0"})
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
     json: bool = field(default=False, metadata={"help": "print what was written as JSON"})
 
 
 def run(arguments: ExportArguments, named: argparse.Namespace) -> int:
     """Export a model, and print what was written."""
+    from maple_trl.cli.dry_run import tell
     from maple_trl.hub.export import export
+    from maple_trl.jobs.export_forecast import PARTS, forecast_export
 
     given = asdict(arguments)
-    del given["json"]
+    del given["json"], given["dry_run"]
+    if arguments.dry_run:
+        del given["license"]
+        return tell(forecast_export(named.run, named.output, **given), arguments.json)
     exported = export(named.run, named.output, **given)
     if arguments.json:
         print(json.dumps(asdict(exported), indent=2))
         return 0
-    what = {"thinker": "the Thinker alone", "full": "the full Omni model", "model": "the model"}[exported.parts]
     merged = f", the adapter merged (log-probabilities within {exported.difference:.1e})" if exported.merged else ""
-    print(f"{what}{merged}: {exported.architecture}, {exported.dtype}, {len(exported.files)} files of weights")
+    print(
+        f"{PARTS[exported.parts]}{merged}: {exported.architecture}, {exported.dtype}, {len(exported.files)} files of weights"
+    )
     print(f"written to {exported.folder}")
     return 0
 
@@ -74,6 +82,7 @@ answer as the model did.""",
     examples=(
         "maple-trl export runs/demo exported",
         "maple-trl export runs/lora exported/full --parts full --original Qwen/Qwen2.5-Omni-7B",
+        "maple-trl export runs/lora exported/full --parts full --dry_run",
         "maple-trl export runs/lora/checkpoint-100 exported/thinker --dtype bfloat16",
     ),
     notes="OUTPUT must not be there yet. It appears whole or not at all.",

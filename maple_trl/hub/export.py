@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from maple_trl.hub.model_card import CardFacts, render_model_card
 from maple_trl.hub.results import find_results
 from maple_trl.omni.adapters import adapter_folder, read_adapter_config
 from maple_trl.omni.checkpoints import CheckpointError
-from maple_trl.omni.export import Exported, Parts, export_model
+from maple_trl.omni.export import Exported, Parts, Planned, export_model, plan_export
 
 
 def export(
@@ -31,10 +32,27 @@ def export(
         license: for the card, as the Hub calls it.
         options: further ones of `export_model`, whose errors apply.
     """
-    facts = CardFacts.read(source)
-    if parts == "full" and original is None:
-        original = options.get("base_model") or _trained_from(source, facts, options.get("revision", "main"))
-    return export_model(source, output, parts, original, finish=_writer(facts, original, license, source), **options)
+    original = find_original(source, parts, original, options)
+    finish = _writer(CardFacts.read(source), original, license, source)
+    return export_model(source, output, parts, original, finish=finish, **options)
+
+
+def plan(
+    source: str,
+    output: str | os.PathLike[str],
+    parts: Parts = "thinker",
+    original: str | None = None,
+    **options: Any,
+) -> Planned:
+    """Say what [`export`] would write, as [`~maple_trl.omni.export.plan_export`] does, whose errors apply."""
+    return plan_export(source, output, parts, find_original(source, parts, original, options), **options)
+
+
+def find_original(source: str, parts: Parts, original: str | None, options: Mapping[str, Any]) -> str | None:
+    """Return the model whose parts that speak are taken: the one that is named, or that was trained; `None` without either."""
+    if parts != "full" or original is not None:
+        return original
+    return options.get("base_model") or _trained_from(source, CardFacts.read(source), options.get("revision", "main"))
 
 
 def _writer(facts: CardFacts, original: str | None, license: str | None, source: str) -> Any:

@@ -1,7 +1,8 @@
 """
 Both ways over to lmms-eval 0.7.3: its tasks asked of our models, and our rows as its tasks.
 
-lmms-eval is no dependency; [`evaluate_with_lmms`] and `maple_trl.integrations.lmms_model` need it.
+lmms-eval is no dependency, nor has it an extra: it asks for a PyAV before 16, which reads clips otherwise than that of this package,
+with which it works too. [`evaluate_with_lmms`] and `maple_trl.integrations.lmms_model` need it.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def require_lmms_eval() -> None:
     if found != VERSION:
         raise BridgeError(
             f"the bridge needs lmms-eval {VERSION}, but {f'{found} is installed' if found else 'it is not installed'}: "
-            f"uv pip install 'lmms-eval=={VERSION}' --override FILE, where FILE holds the line 'av>=18.0' (without it an "
-            "older release is chosen)"
+            f"uv pip install maple-trl 'lmms-eval=={VERSION}' --override FILE, where FILE holds the lines 'av>=18' (it asks for a "
+            "PyAV before 16, which reads clips otherwise) and 'filelock<4' (it needs one, and does not say so)"
         )
 
 

@@ -179,9 +179,29 @@ def load_whole(
     Raises:
         CheckpointError: when there is no such model, it is damaged, or what an adapter belongs to is not known.
     """
-    folder = adapter_folder(name, revision)
+    whole, folder = find_whole(name, base_model, revision)
     if folder is None:
         return load_model(name, revision=revision, **options), load_processor(name, revision=revision)
+    model = load_model(whole, **options)
+    processor = load_processor(folder if processor_beside(folder) else whole)
+    return load_adapter(model, folder), processor
+
+
+def find_whole(name: str, base_model: str | None = None, revision: str = "main") -> tuple[str, str | None]:
+    """
+    Return the whole model that a name stands for, and the folder of the adapter on it; `None` where it is that model itself.
+
+    Args:
+        name: a folder, a Hub id, or `builtin:NAME`.
+        base_model (`str`, *optional*): what an adapter is put on, where it does not say that itself.
+        revision: of `name` on the Hub.
+
+    Raises:
+        CheckpointError: when there is no such model, or what an adapter belongs to is not known.
+    """
+    folder = adapter_folder(name, revision)
+    if folder is None:
+        return name, None
     written = base_model or read_adapter_config(folder).base_model_name_or_path
     if not written:
         raise CheckpointError(
@@ -195,9 +215,7 @@ def load_whole(
             raise CheckpointError(
                 f"{name} is an adapter for {whole}, which is not here: name that model ({error})"
             ) from error
-    model = load_model(whole, **options)
-    processor = load_processor(folder if processor_beside(folder) else whole)
-    return load_adapter(model, folder), processor
+    return whole, folder
 
 
 def processor_beside(folder: str | None) -> bool:
@@ -286,6 +304,8 @@ def _check_values(adapted: PeftModel, file: Path, places: Mapping[str, str]) -> 
                 continue
             place = f"base_model.model.{module}.{match['part']}.default"
             loaded = state.get(f"{place}.weight", state.get(place))  # an embedding's has no further name
+            if loaded is not None and loaded.is_meta:
+                continue
             written = opened.get_tensor(name)
             if not written.isfinite().all():
                 raise CheckpointError(f"{file}: {name!r} has numbers that are not finite: the adapter is spoilt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -222,6 +223,15 @@ def names_in(file: Path) -> list[str]:
             return list(weights.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged: {error}; copy it again") from error
+
+
+def sizes_in(file: Path) -> dict[str, int]:
+    """Return the bytes of each weight in a file, by its header."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+    places = {name: told["data_offsets"] for name, told in header.items() if name != "__metadata__"}
+    return {name: end - start for name, (start, end) in places.items()}
 
 
 def _check_processor(folder: Path, config: PreTrainedConfig) -> None:

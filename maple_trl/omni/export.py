@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from maple_trl.omni.adapters import load_whole
-from maple_trl.omni.checkpoints import SPEECH, checkpoint_dtype, names_in, reach, read_config, read_index
+from maple_trl.omni.checkpoints import SPEECH, checkpoint_dtype, names_in, reach, read_config, read_index, sizes_in
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids
 from maple_trl.omni.families import family_for, is_omni
 from maple_trl.omni.layouts import name_in_files
@@ -119,18 +121,10 @@ def export_model(
         CheckpointError: when a model cannot be read.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} is there already: name a folder that is not, or remove it")
+    check_output(output)
     donor = _Donor(original, original_revision) if parts == "full" else None
-    if dtype == "auto" and donor is not None:
-        dtype = donor.dtype
-    model, processor = load_whole(source, base_model, revision, dtype=dtype)
+    model, processor = _load(source, base_model, revision, dtype, donor)
     merged = hasattr(model, "merge_and_unload")
-    if is_quantized(model):
-        raise ExportError(
-            f"{source}: its weights have few bits, into which nothing can be merged without a loss: name the model that they "
-            "were made of (base_model), in full precision"
-        )
     model.eval()
     prompt = _probe(model, processor)
     before = _next_token(model, prompt, processor)
@@ -166,6 +160,101 @@ def export_model(
         if finish is not None:
             finish(scratch, exported)
     return exported
+
+
+@dataclass(frozen=True)
+class Planned:
+    """
+    What would be written, as far as files tell before their weights are read.
+
+    Attributes:
+        parts, architecture, dtype, merged: as of [`Exported`].
+        files: of weights, how many.
+        size: of all weights, in bytes.
+        copied: of these, those that are taken from the original as they are.
+    """
+
+    parts: str
+    architecture: str
+    dtype: str
+    merged: bool
+    files: int
+    size: int
+    copied: int
+
+
+def plan_export(
+    source: str,
+    output: str | os.PathLike[str],
+    parts: Parts = "thinker",
+    original: str | None = None,
+    base_model: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+    revision: str = "main",
+    original_revision: str = "main",
+) -> Planned:
+    """
+    Say what [`export_model`] would write, of weights reading what files say of their shapes.
+
+    Raises:
+        ExportError, CheckpointError: as `export_model`, but for what weights alone show: numbers that are none, and answers
+            that differ.
+    """
+    check_output(Path(output))
+    donor = _Donor(original, original_revision) if parts == "full" else None
+    with warnings.catch_warnings():
+        # Of weights that have no memory: they are not to be copied.
+        warnings.filterwarnings("ignore", message=".*parameter.* to a meta parameter")
+        model, _ = _load(source, base_model, revision, dtype, donor, device_map="meta")
+    merged = hasattr(model, "merge_and_unload")
+    if merged:
+        model = model.merge_and_unload()
+    kind, architecture, copied = model.config.model_type, type(model).__name__, {}
+    if donor is not None:
+        donor.check(model, source)
+        architecture, copied = donor.architecture, donor.sizes()
+    named = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(named.items())}  # of tied weights one is written
+    weights = {name: tensor for name, tensor in named.items() if first[id(tensor)] == name}
+    # Copies, for the parts of a fused weight would each count as all of it.
+    written = {name: tensor.clone() for name, tensor in revert_weight_conversion(model, weights).items()}
+    shards = split_torch_state_dict_into_shards(
+        written, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    return Planned(
+        parts="model" if kind not in THINKERS else parts,
+        architecture=architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
+        merged=merged,
+        files=len(shards.filename_to_tensors) + len(copied),
+        size=shards.metadata["total_size"] + sum(copied.values()),
+        copied=sum(copied.values()),
+    )
+
+
+def check_output(output: Path) -> None:
+    """Raise ExportError where a folder is there already, or cannot be made."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} is there already: name a folder that is not, or remove it")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ExportError(f"{output} cannot be made: {above} is no folder that can be written into")
+
+
+def _load(
+    source: str, base_model: str | None, revision: str, dtype: str, donor: _Donor | None, **options: Any
+) -> tuple[Any, Any]:
+    """Load what is exported, an adapter on its model, and its processor."""
+    if dtype == "auto" and donor is not None:
+        dtype = donor.dtype
+    model, processor = load_whole(source, base_model, revision, dtype=dtype, **options)
+    if is_quantized(model):
+        raise ExportError(
+            f"{source}: its weights have few bits, into which nothing can be merged without a loss: name the model that they "
+            "were made of (base_model), in full precision"
+        )
+    return model, processor
 
 
 @contextmanager
@@ -275,6 +364,13 @@ class _Donor:
             )
         return dict.fromkeys(names_in(self.folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of the weights that are taken, by their file."""
+        return {
+            file: sum(size for name, size in sizes_in(self.folder / file).items() if self.speech.get(name) == file)
+            for file in set(self.speech.values())
+        }
+
     def check(self, model: PreTrainedModel, source: str) -> None:
         """Raise ExportError where the trained Thinker is not one that fits into this model, by its weights' shapes."""
         kind = model.config.model_type
@@ -315,6 +411,8 @@ class _Donor:
             size += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (scratch / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if f"{_PREFIX}lm_head.weight" in places:
+            _untie(scratch / "config.json")
 
 
 def _without_prefix(folder: Path) -> None:
@@ -331,6 +429,19 @@ def _without_prefix(folder: Path) -> None:
         found = json.loads(index.read_text(encoding="utf-8"))
         found["weight_map"] = {name.removeprefix(_PREFIX): file for name, file in found["weight_map"].items()}
         index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _untie(path: Path) -> None:
+    """
+    Write into a full model's config that the head has weights of its own, where it says otherwise.
+
+    transformers 5 writes a default into the language model's part, and does not ask it; vLLM does.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config["thinker_config"]["text_config"]
+    if text.get("tie_word_embeddings") is not False:
+        text["tie_word_embeddings"] = config["thinker_config"]["tie_word_embeddings"] = False
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

@@ -105,6 +105,7 @@ DRY = {
     "data hints": "data hints --dataset_name rows.parquet --output hinted.parquet --model NAME",
     "data push": "data push shards me/rows",
     "push": "push model me/model",
+    "export": "export builtin:tiny-omni out",
 }
 
 
@@ -253,6 +254,8 @@ def test_what_the_job_would_refuse_is_refused(watch, tmp_path, capsys):
         "train --config job.yaml --resume_from_checkpoint true": "checkpoint",
         "eval --model builtin:tiny-omni --data rows.parquet --benchmark nope --output_dir out": "there is no benchmark 'nope'",
         "data push file me/rows": "holds no shards",
+        "export done out": "holds no model",
+        "export builtin:tiny-omni done": "is there already",
     }.items():
         status, events, _ = watch(*line.split(), "--dry_run")
         last = capsys.readouterr().err.strip().splitlines()[-1:]

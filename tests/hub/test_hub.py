@@ -485,7 +485,7 @@ def test_the_commands_of_the_docs_run(hub, run, tmp_path, capsys):
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(tmp_path / "runs/lora")
     commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 4
+    assert len(commands) == 5
     with chdir(tmp_path):
         for command in commands:
             program, *words = shlex.split(command)

@@ -4,6 +4,7 @@ The bridge to lmms-eval: rows become its tasks, and its tasks are asked of our m
 What needs lmms-eval itself is skipped where it is not installed.
 """
 
+import configparser
 import importlib.metadata
 import json
 import os
@@ -135,6 +136,21 @@ def test_without_lmms_eval_the_bridge_says_how_to_get_it():
     for call in (require_lmms_eval, manifest):
         with pytest.raises(BridgeError, match=r"needs lmms-eval 0\.7\.3, but it is not installed.*--override"):
             call()
+
+
+def test_it_is_installed_as_the_docs_say():
+    """In one way: the page, the error, and what `make test-packages` carries out."""
+    page = (REPOSITORY / "docs/evaluation.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r'^printf "(.*)" > overrides\.txt$', page, re.MULTILINE)
+    (wanted,) = re.findall(r'^uv pip install maple-trl "(.*)" --override overrides\.txt$', page, re.MULTILINE)
+    script = (REPOSITORY / "scripts/check_packages.py").read_text(encoding="utf-8")
+    assert wanted == f"lmms-eval=={VERSION}" and f'LMMS_EVAL, OVERRIDES = "{wanted}", "{lines}"' in script
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    needed = dict(line.split(" ", 1) for line in setup["options"]["install_requires"].split("\n") if " " in line)
+    for line in lines.split("\\n")[:-1]:  # nothing is overridden that this package asks for
+        name, bound = re.fullmatch(r"(\w+)(.*)", line).groups()
+        assert bound[0] == "<" or needed[name].startswith(bound), line
 
 
 # With lmms-eval

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -139,6 +140,9 @@ def test_the_omni_classes_load_it_with_talker_and_voices(family, runs, tmp_path)
     mine = load_model(str(run))
     assert all(torch.equal(after[f"thinker.{name}"], tensor) for name, tensor in mine.state_dict().items())
     assert torch.equal(logits(found.thinker.eval(), family), logits(mine, family))
+    # vLLM asks this part whether the head has weights of its own, and transformers wrote a default there.
+    text = json.loads((tmp_path / "full/config.json").read_text())["thinker_config"]["text_config"]
+    assert text["tie_word_embeddings"] is False and "thinker.lm_head.weight" in tensors_of(tmp_path / "full")
     if family == "qwen2_5_omni":
         assert found.speaker_map["Chelsie"]["bos_token"] == 1
 
@@ -236,6 +240,7 @@ def other_sizes(config):
     [
         ("there", "is there already: name a folder that is not, or remove it"),
         ("absent", "there is no folder"),
+        ("in a file", "cannot be made: .* is no folder that can be written into"),
         ("no original", "parts='full' needs the Omni model whose talker and vocoder are taken"),
         ("a thinker", "is a qwen2_5_omni_thinker, not a full Omni model: it has no talker"),
         ("without speech", r"has no weights of parts that speak \(talker\., token2wav\., code2wav\.\)"),
@@ -257,6 +262,9 @@ def test_what_does_not_fit_is_refused_by_name(case, message, runs, tmp_path, cap
         (tmp_path / "out/mine").write_text("mine")
     elif case == "absent":
         words["run"] = tmp_path / "absent"
+    elif case == "in a file":
+        (tmp_path / "file").write_text("")
+        words["output"] = tmp_path / "file/out"
     elif case == "no original":
         del words["--original"]
     elif case == "a thinker":
@@ -284,9 +292,10 @@ def test_what_does_not_fit_is_refused_by_name(case, message, runs, tmp_path, cap
     before = {path.name for path in tmp_path.iterdir()}
     flat = [str(words.pop("run")), str(words.pop("output"))]
     flat += [str(word) for pair in words.items() for word in pair]
-    assert cli.main(["export", *flat]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maple-trl export: ")]
-    assert re.search(message, line), line
+    for dry in ([], ["--dry_run"]):
+        assert cli.main(["export", *flat, *dry]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maple-trl export: ")]
+        assert re.search(message, line), line
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
@@ -318,3 +327,84 @@ def test_every_family_has_its_task():
     assert {task for family, task in tasks.items() if family not in ("qwen2_audio", "phi4_multimodal")} == {
         "video-text-to-text"
     }
+
+
+# Dry runs
+
+
+def forecast(capsys, *words):
+    """What a dry run says, as JSON."""
+    capsys.readouterr()
+    assert cli.main(["export", *map(str, words), "--dry_run", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", OMNI)
+def test_a_dry_run_says_what_is_written(family, runs, tmp_path, capsys):
+    original, run = runs[family]
+    out = tmp_path / "out"
+    words = [run, out, "--parts", "full", "--original", original, "--max_shard_size", "200KB"]
+    found = forecast(capsys, *words)
+    assert not out.exists() and found["dry_run"] and found["asks"] == []
+    assert cli.main(["export", *map(str, words)]) == 0
+    written = tensors_of(out)
+    assert found["numbers"] == {
+        "files": len(list(out.glob("*.safetensors"))),
+        "bytes": sum(tensor.nbytes for tensor in written.values()),
+    }
+    (line,) = found["writes"]
+    architecture = json.loads((out / "config.json").read_text())["architectures"][0]
+    assert f"{out}: the full Omni model, {architecture}, float32: " in line and f"copied from {original}" in line
+
+
+def test_a_dry_run_of_an_adapter_counts_the_merged_model(runs, tmp_path, capsys):
+    original, _ = runs["qwen2_5_omni"]
+    folder = adapter(tmp_path / "adapter", original, "qwen2_5_omni")
+    found = forecast(capsys, folder, tmp_path / "out", "--dtype", "bfloat16")
+    assert found["reads"] == [f"the adapter in {folder}", f"the model {original}"]
+    exported = export_model(str(folder), tmp_path / "out", dtype="bfloat16")
+    written = tensors_of(tmp_path / "out")
+    assert found["numbers"] == {
+        "files": len(exported.files),
+        "bytes": sum(tensor.nbytes for tensor in written.values()),
+    }
+    assert "bfloat16" in found["writes"][0] and found["computes"][0] == "the adapter, merged into the model"
+    # An adapter of another model, by the shapes in its header.
+    config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    tensors = {name: tensor.repeat(1, 2) for name, tensor in load_file(file).items()}
+    layouts.save_file(tensors, file)
+    assert config.is_file() and cli.main(["export", str(folder), str(tmp_path / "other"), "--dry_run"]) == 2
+    assert "trained on another model" in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_no_weights(tmp_path, capsys):
+    """Of a model of which the disk holds no more than the headers; by what the process has in memory afterwards."""
+    model, processor = build_tiny("qwen2_5_omni")
+    config = copy.deepcopy(model.config)
+    config.text_config.intermediate_size = 3 << 20
+    with torch.device("meta"):
+        shapes = {exports.name_in_files(n): t.shape for n, t in type(model)(config).state_dict().items()}
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(tmp_path / "run")
+    processor.save_pretrained(tmp_path / "run")
+    places, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * shape.numel()
+        places[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(places).encode()
+    with open(tmp_path / "run/model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    assert end > 4 << 30
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = forecast(capsys, tmp_path / "run", tmp_path / "out")
+    assert found["numbers"] == {"files": 1, "bytes": end}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB: a 16th of the weights
+
+
+def test_a_dry_run_of_the_hub_asks_nobody(runs, tmp_path, capsys):
+    _, run = runs["qwen2_5_omni"]
+    found = forecast(capsys, run, tmp_path / "out", "--parts", "full", "--original", "Nobody/Omni-7B")
+    assert found["asks"] == ["the Hub, for the model Nobody/Omni-7B"]
+    assert found["numbers"] == {"files": None, "bytes": None} and "the full Omni model" in found["writes"][0]

@@ -20,6 +20,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # or it asks which address leads to the internet
 
 BOUND = 1e-4
 OPTIONS = DEFAULTS | {
@@ -128,12 +129,12 @@ def one_of_each(folder):
     return Dataset.from_list([{"images": [], **row, "audio_in_video": tag == "VA"} for tag, row in rows.items()])
 
 
-def save_wide(family, folder):
-    """A tiny random model of a family with heads of 32, which vLLM's kernels for a CPU take."""
+def save_wide(family, folder, full=False):
+    """A tiny random model of a family, `full` with its talker, with heads of 32, which vLLM's kernels for a CPU take."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_models, "HIDDEN", 128)
         patch.setattr(tiny_models, "_MROPE", {**tiny_models._MROPE, "mrope_section": [8, 4, 4]})
         tiny_models._built.cache_clear()
-        saved = tiny_models.save_tiny(family, folder, seed=1)
+        saved = (tiny_models.save_tiny_full if full else tiny_models.save_tiny)(family, folder, seed=1)
         tiny_models._built.cache_clear()
     return str(saved)
