@@ -133,6 +133,8 @@ class Matrix:
         self.run(f"py{version}: imports", [bin / "python", "-c", _imports(CORE)])
         for words in ("--help", "recipes", "env --imports", "train --config demo --dry_run"):
             self.run(f"py{version}: maple-trl {words}", [bin / "maple-trl", *words.split()])
+        demo = "train --config demo --max_steps 2 --output_dir demo"
+        self.run(f"py{version}: the demo trains", [bin / "maple-trl", *demo.split()])
 
     def check_places(self, version: str) -> None:
         """Install from the sdist, as an editable, for one user and into a folder; the recipes must be found."""

@@ -19,8 +19,8 @@ def test_the_rules_look_at_what_users_import():
     assert set(_EXPORTS.values()) <= {path.rpartition(".")[0] for path in paths}
     assert {
         "maple_trl.algorithms.weights.AdaptiveTagWeights",
-        "maple_trl.algorithms.replay.Vcrs.observe",
-        "maple_trl.algorithms.replay.Vcrs.nbytes",
+        "maple_trl.algorithms.replay_tiers.Vcrs.observe",
+        "maple_trl.algorithms.replay_tiers.Vcrs.nbytes",
         "maple_trl.jobs.train.run",
         "maple_trl.metrics.gaps.modality_gap",
         "maple_trl.omni.loading.load_model",
