@@ -88,6 +88,7 @@ class Options:
         stop_seconds: how long a process is stopped.
         bounds: seconds without progress that are a hang, of each phase of the run.
         rollouts: files of completions that a run keeps.
+        slow_clips: whether two clips take long to decode, which a busy machine may not do in time.
     """
 
     steps: int
@@ -97,21 +98,23 @@ class Options:
     rollouts: int
     seed: int
     plant: str = ""
+    slow_clips: bool = True
     bounds: dict[str, float] = field(default_factory=lambda: {"start": 600.0, "step": 300.0, "end": 300.0})
 
 
 def write_data(folder: Path, options: Options) -> None:
-    """Write the data set: the seven tags, with two clips that take long to decode, each the only one of a row."""
+    """Write the data set: the seven tags, where asked with two clips that take long to decode, each the only one of a row."""
     from maple_trl.data.synthetic import write_seven_tags
 
     rows = write_seven_tags(folder, options.rows_per_tag, seed=options.seed, splits=("train",), clips_per_pair=1)
-    rows, slow = rows["train"].to_list(), iter(SLOW_CLIPS)
+    slow_clips = SLOW_CLIPS if options.slow_clips else ()
+    rows, slow = rows["train"].to_list(), iter(slow_clips)
     for row in rows:
         clip = next(slow, None) if row["tag"] == "V" else None
         if clip is not None:
             row["video"] = row["clip"] = clip
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
-    for number, clip in enumerate(SLOW_CLIPS):
+    for number, clip in enumerate(slow_clips):
         write_slow_clip(folder / clip, number)
 
 

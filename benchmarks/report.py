@@ -5,7 +5,7 @@ completions, in Chromium too where there is one.
     python benchmarks/report.py --json report.json
 
 The evaluation has 5 samples a question; its metrics have bootstrap intervals of 2000 resamples. The run has 12 500
-rollouts of 8 completions of about 100 words, 1000 log entries and no clips. In the browser, times are those from the
+rollouts of 8 completions of about 100 words, 10 000 log entries and no clips. In the browser, times are those from the
 opening of the file until its first completions stand there, from a click to the next page, from a change of a filter
 until the page shows what fits, and of a search through all texts.
 """
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     parser.add_argument("--questions", type=int, default=10_000, help="of the evaluation")
     parser.add_argument("--completions", type=int, default=100_000, help="of the run")
-    parser.add_argument("--entries", type=int, default=1000, help="of the run's log")
+    parser.add_argument("--entries", type=int, default=10_000, help="of the run's log")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chromium", metavar="FILE", help="the browser (chromium on the PATH; none: no times of one)")
     args = parser.parse_args(argv)

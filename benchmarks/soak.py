@@ -3,6 +3,7 @@ Whether a run survives what goes wrong in days of training: a real one, under a 
 
     python benchmarks/soak.py --quick --seed 1                    # a few minutes
     python benchmarks/soak.py --hours 8 --seed 1 --json soak.json
+    python benchmarks/soak.py --steps 24 --faults kill_rank,clip_removed     # legs of these faults alone, shorter than all need
 
 Two processes train the embedded model by MAPO with replay, asking a judge server and reading clips through decoder processes.
 There are three legs, each started again by its own command whenever it ends: one undisturbed; one whose faults change no
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from _soak_faults import FAULTS, strike
 from _soak_plants import PLANTS
 from _soak_run import JOB, PROCESSES, Leg, Options, marked_processes, open_here, unused_segments
-from _soak_schedule import HARMLESS, LOSSY, draw_schedule
+from _soak_schedule import HARMLESS, KINDS, LOSSY, draw_schedule
 from _soak_verdict import (
     Check,
     Results,
@@ -48,6 +49,7 @@ from _soak_verdict import (
 
 
 LEGS = ("undisturbed", "harmless", "lossy")
+ALL_FAULTS_NEED, SOME_NEED = 60, 24  # optimizer steps of a leg
 PROMPTS = PROCESSES * JOB["per_device_train_batch_size"] // JOB["num_generations"]
 TAGS = 7
 DISK_BYTES = 96 << 20
@@ -70,6 +72,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the schedule, the data and the runs (default 0)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a leg (default 2000, with --quick 60)")
     parser.add_argument("--legs", default=",".join(LEGS), help=f"of {', '.join(LEGS)}; the first one is always run")
+    parser.add_argument("--faults", default="", help="these alone, of those of each leg; a leg may be shorter then")
     parser.add_argument(
         "--plant", default="", help=f"a fault of the run itself, which has to be found: {', '.join(PLANTS)}"
     )
@@ -79,14 +82,25 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write what was found into this file")
     options = parser.parse_args(words)
     options.legs = list(dict.fromkeys(["undisturbed", *options.legs.split(",")]))
-    for given, known, name in ((options.legs, LEGS, "legs"), (options.plant.split(","), (*PLANTS, ""), "plant")):
+    options.faults = [name for name in options.faults.split(",") if name]
+    for given, known, name in (
+        (options.legs, LEGS, "legs"),
+        (options.plant.split(","), (*PLANTS, ""), "plant"),
+        (options.faults, FAULTS, "faults"),
+    ):
         unknown = sorted(set(given) - set(known))
         if unknown:
             parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(filter(None, known))}")
     if options.steps is None:
         options.steps = 60 if options.quick else 2000
-    if options.steps < 60:
-        parser.error(f"--steps: the faults of a leg need 60 steps, got {options.steps}")
+    least = ALL_FAULTS_NEED if options.legs[1:] and not options.faults else SOME_NEED
+    if options.steps < least:
+        parser.error(f"--steps: the faults of a leg need {least} steps, got {options.steps}")
+    for leg in options.legs:
+        try:
+            schedule_of(leg, options, options.seed, sizes_of(options, options.seed))
+        except ValueError as error:
+            parser.error(f"--steps: {error}")
     for name in ("hours", "minutes"):
         given = getattr(options, name)
         if given is not None and not 0 < given < float("inf"):
@@ -140,28 +154,33 @@ def schedule_of(leg: str, options: argparse.Namespace, seed: int, sizes: Options
     """Draw the faults of a leg."""
     if leg == "undisturbed":
         return []
-    endings = (QUICK_ENDINGS if options.quick else ENDINGS)[leg]
+    endings = (QUICK_ENDINGS if options.quick and not options.faults else ENDINGS)[leg]
     others = [name for name in (HARMLESS if leg == "harmless" else LOSSY) if name not in ENDINGS["harmless"]]
     epoch = TAGS * sizes.rows_per_tag // PROMPTS
     last = sizes.steps - (epoch + sizes.save_steps if leg == "lossy" else sizes.save_steps)
-    kinds = [*endings, *others]
+    kinds = [name for name in (*endings, *others) if not options.faults or name in options.faults]
     assert set(kinds) <= set(FAULTS)
     rounds = 1 if leg == "lossy" else max(1, sizes.steps // 250)
     return draw_schedule(seed, kinds, last, sizes.save_steps, rounds)
 
 
-def soak(options: argparse.Namespace, seed: int, folder: Path, mounts: bool) -> dict[str, Any]:
-    """Run the legs one after another, and judge them."""
-    quick = options.steps < 500
-    sizes = Options(
+def sizes_of(options: argparse.Namespace, seed: int) -> Options:
+    quick, short = options.steps < 500, options.steps < ALL_FAULTS_NEED
+    return Options(
         steps=options.steps,
-        save_steps=6 if quick else 25,
+        save_steps=4 if short else 6 if quick else 25,
         rows_per_tag=4,
         stop_seconds=3.0 if quick else 30.0,
         rollouts=16 * options.steps,  # all of them
         seed=seed,
         plant=options.plant,
+        slow_clips=not options.faults or any(KINDS[name].waits for name in options.faults),
     )
+
+
+def soak(options: argparse.Namespace, seed: int, folder: Path, mounts: bool) -> dict[str, Any]:
+    """Run the legs one after another, and judge them."""
+    sizes = sizes_of(options, seed)
     told: dict[str, Any] = {"seed": seed, "legs": {}, "checks": []}
     undisturbed: Results | None = None
     for name in options.legs:

@@ -24,6 +24,7 @@ _EXPORTS = {
     "ModalityTag": "maple_trl.modalities",
     "OmniGRPOConfig": "maple_trl.trainers.omni_grpo.config",
     "OmniGRPOTrainer": "maple_trl.trainers.omni_grpo.trainer",
+    "OmniPipeline": "maple_trl.evaluation.pipeline",
     "OmniSFTConfig": "maple_trl.trainers.omni_sft.config",
     "OmniSFTTrainer": "maple_trl.trainers.omni_sft.trainer",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "ModalityTag",
     "OmniGRPOConfig",
     "OmniGRPOTrainer",
+    "OmniPipeline",
     "OmniSFTConfig",
     "OmniSFTTrainer",
 ]
@@ -43,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
 
+    from maple_trl.evaluation.pipeline import OmniPipeline
     from maple_trl.modalities import Modality, ModalityTag
     from maple_trl.trainers.avatar.config import AvatarConfig
     from maple_trl.trainers.avatar.trainer import AvatarTrainer

@@ -25,6 +25,7 @@ FOLDERS = {
     "chat": "one client for judges and teachers",
     "omni": "media, prompts, model families",
     "records": "what runs write and others read",
+    "hub": "cards, uploads, exports",
     "data": "schema, builders, benchmarks",
     "rewards": "callables and judges",
     "rollout": "what samples completions",

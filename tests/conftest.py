@@ -5,13 +5,15 @@ import os
 import signal
 
 import leftovers
+import outbound
 import pytest
 from hypothesis import settings
 
 
 # One thread: the models here are tiny, and the workers of pytest-xdist share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# No test may reach a network.
+# No test may reach a network: what tries is refused, and libraries are told not to try.
+outbound.watch()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -22,7 +24,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("unhurried", parent=settings.default, deadline=None)
-settings.load_profile("unhurried")
+# `make test-fuzz`: other examples every time, and more of them.
+settings.register_profile("long", parent=settings.get_profile("unhurried"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unhurried"))
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,17 @@ def seven_tags(tmp_path_factory):
     return folder, copy_small_set(folder, seed=5)
 
 
+# Markers of what `make test` leaves out, and why.
+LEFT_OUT = {
+    "claims": "makes what runs of claims begin with, for minutes; make test-claims runs it",
+    "long": "an experiment of minutes, whose short form is a test; make test-long runs it",
+}
+
+
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("claims") and "claims" not in item.config.option.markexpr:
-        pytest.skip("makes what runs of claims begin with, for minutes; make test-claims runs it")
+    for marker, reason in LEFT_OUT.items():
+        if item.get_closest_marker(marker) and marker not in item.config.option.markexpr:
+            pytest.skip(reason)
 
 
 def pytest_configure(config):
@@ -55,11 +67,30 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_unconfigure():
+    outbound.stop()
     gc.unfreeze()  # so that extension modules find nothing of theirs left, and are silent
 
 
 def pytest_collection_finish():
     _leave_out_of_collections()
+
+
+@pytest.fixture(autouse=True)
+def reaches_nothing(request):
+    """Fails a test in which something tried to reach beyond this machine, unless the test asks for what was tried."""
+    before = outbound.noted()
+    yield
+    if "refused" not in request.fixturenames:
+        found = outbound.noted()[len(before) :]
+        assert not found, "reached for what is not on this machine:\n" + "\n".join(found)
+
+
+@pytest.fixture
+def refused():
+    """Returns, called, what was tried beyond this machine, in this test, which may try it."""
+    outbound.forget()
+    yield outbound.noted
+    outbound.forget()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,30 +19,39 @@ _DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class Repository:
-    """Its commits, the newest last: paths with the SHA-256 of their content."""
+    """Its commits, the newest last: paths with the SHA-256 of their content; and the newest of each branch."""
 
     private: bool
     commits: dict[str, dict[str, str]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, str]) -> str:
+    def commit(self, files: dict[str, str], branch: str = "main") -> str:
         name = hashlib.sha1(json.dumps([files, len(self.commits)], sort_keys=True).encode()).hexdigest()
         self.commits[name] = files
+        self.branches[branch] = name
         return name
 
     @property
     def head(self) -> str:
-        return [*self.commits][-1]
+        return self.branches["main"]
 
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked: `requests` has method, path and the key of each."""
+    """
+    What the server holds, and what it was asked: `requests` has method, path and the key of each.
+
+    An upload of a blob in `broken_uploads` ends in the middle of its content, and so do the next `broken_downloads` of files.
+    """
 
     key: str
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    broken_uploads: set[str] = field(default_factory=set)
+    broken_downloads: int = 0
+    closed: bool = False
 
     def put(self, data: bytes) -> str:
         name = hashlib.sha256(data).hexdigest()
@@ -54,10 +63,10 @@ class Hub:
         repository = self.repositories.setdefault(name, Repository(private=False))
         return repository.commit({path: self.put(data) for path, data in files.items()})
 
-    def files(self, repository: str) -> dict[str, bytes]:
+    def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
         """The files of the newest commit."""
         found = self.repositories[repository]
-        return {path: self.blobs[blob] for path, blob in found.commits[found.head].items()}
+        return {path: self.blobs[blob] for path, blob in found.commits[found.branches[branch]].items()}
 
 
 class _Refusal(Exception):
@@ -65,7 +74,7 @@ class _Refusal(Exception):
 
 
 def _lfs(path: str) -> bool:
-    return path.endswith(".parquet")
+    return path.endswith((".parquet", ".safetensors", ".bin", ".pt", ".pth"))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -77,8 +86,16 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        body = self._body()
         parts = urlsplit(self.path)
+        if self.hub.closed:  # on a connection that was kept
+            self.close_connection = True
+            return
+        if self.command == "PUT" and parts.path.removeprefix("/_lfs/") in self.hub.broken_uploads:
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            self.hub.requests.append((self.command, f"{parts.path} broken", None))
+            self.close_connection = True
+            return
+        body = self._body()
         self.query = parse_qs(parts.query)
         key = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.hub.requests.append((self.command, parts.path, key))
@@ -94,8 +111,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
+        if self.command == "HEAD":
+            return
+        if self.hub.broken_downloads and isinstance(data, bytes):
+            self.hub.broken_downloads -= 1
+            raw, self.close_connection = raw[: len(raw) // 2], True
+        self.wfile.write(raw)
 
     do_GET = do_POST = do_PUT = do_HEAD = _answer  # noqa: N815
 
@@ -121,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if found := re.fullmatch(r"/_lfs/(\w{64})", path):
             return (200, {}, {}) if self.hub.put(body) == found[1] else (400, {"error": "other content"}, {})
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return 200, {"transfer": "basic", "objects": [self._lfs(o) for o in json.loads(body)["objects"]]}, {}
         if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._content(self._repository(found[1], known), unquote(found[2]), unquote(found[3]))
@@ -142,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, wanted: dict):
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-        url = {"url": f"{self.hub.endpoint}/datasets/{name}", "name": name, "id": name}
+        folder = "" if wanted.get("type", "model") == "model" else f"{wanted['type']}s/"
+        url = {"url": f"{self.hub.endpoint}/{folder}{name}", "name": name, "id": name}
         if name in self.hub.repositories:
             return 409, {"error": "You already created this repo", **url}, {}
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
@@ -155,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"oid": wanted["oid"], "size": wanted["size"], **({} if wanted["oid"] in self.hub.blobs else upload)}
 
     def _at(self, repository: Repository, revision: str) -> tuple[str, dict[str, str]]:
-        name = repository.head if revision == "main" else revision
+        name = repository.branches.get(revision, revision)
         if name not in repository.commits:
             raise _Refusal(404, "RevisionNotFound")
         return name, repository.commits[name]
@@ -184,8 +206,17 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {**about, "siblings": [{"rfilename": path} for path in sorted(files)]}, {}
 
     def _refs(self, name: str, repository: Repository, *_):
-        branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": repository.head}
-        return 200, {"branches": [branch], "tags": [], "converts": []}, {}
+        branches = [
+            {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit}
+            for branch, commit in repository.branches.items()
+        ]
+        return 200, {"branches": branches, "tags": [], "converts": []}, {}
+
+    def _branch(self, name: str, repository: Repository, branch: str, below: str, body: bytes):
+        if branch in repository.branches:
+            return 409, {"error": "Reference already exists"}, {}
+        repository.branches[branch] = repository.head
+        return 200, {}, {}
 
     def _tree(self, name: str, repository: Repository, revision: str, below: str, body: bytes):
         _, files = self._at(repository, revision)
@@ -227,8 +258,12 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = value["oid"]
             elif line["key"] == "deletedFile":
                 files.pop(value["path"])
-        made = repository.commit(files)
-        url = f"{self.hub.endpoint}/datasets/{name}/commit/{made}"
+        missing = [path for path, blob in files.items() if blob not in self.hub.blobs]
+        if missing:
+            raise _Refusal(400, f"{missing[0]} points to content that was not uploaded")
+        made = repository.commit(files, revision)
+        folder = "datasets/" if self.path.startswith("/api/datasets/") else ""
+        url = f"{self.hub.endpoint}/{folder}{name}/commit/{made}"
         return 200, {"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""}, {}
 
 
@@ -243,22 +278,28 @@ def local_hub(key: str = "hf_key") -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closed = True
         server.shutdown()
         server.server_close()
         thread.join()
 
 
 @contextmanager
-def taken_for_the_hub(monkeypatch, cache) -> Iterator[Hub]:
-    """Serve a hub from which models are fetched by name, with a cache of its own."""
+def taken_for_the_hub(monkeypatch, cache, key: str | None = None) -> Iterator[Hub]:
+    """Serve a hub from which models are fetched by name, with a cache of its own; with a key, one may write to it."""
+    import transformers
     from huggingface_hub import constants
 
     from maple_trl.omni import checkpoints
 
-    with local_hub() as hub:
+    with local_hub(*([key] if key else [])) as hub:
+        if key:
+            monkeypatch.setenv("HF_TOKEN", key)
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         changed = {"ENDPOINT": hub.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
         for name, value in (changed | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(checkpoints, "_reached", set())
+        # It keeps the endpoint that it was made with.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         yield hub

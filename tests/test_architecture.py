@@ -13,7 +13,7 @@ import maple_trl
 
 ROOT = Path(maple_trl.__file__).parent
 ORDER = ["modalities", "files", "algorithms", "metrics", "planning", "chat", "omni", "records"]
-ORDER += ["data", "rewards", "rollout", "evaluation", "trainers", "reports", "integrations", "jobs", "cli"]
+ORDER += ["hub", "data", "rewards", "rollout", "evaluation", "trainers", "reports", "integrations", "jobs", "cli"]
 MODULES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")

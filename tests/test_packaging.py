@@ -43,7 +43,9 @@ def wheel(tmp_path_factory):
     else:  # a source archive
         kept = ("maple_trl", "recipes")
         files = [p.relative_to(ROOT) for top in kept for p in (ROOT / top).rglob("*") if p.is_file()]
-        files += [Path(name) for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")]
+        files += [
+            Path(name) for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+        ]
     for name in files:
         if "__pycache__" not in name.parts:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,8 @@ def test_the_wheel_holds_every_module_and_asset(unpacked):
 
 
 def test_the_wheel_holds_recipes_license_and_command(unpacked):
-    (data,) = unpacked.glob("*.data/data/share/maple_trl/recipes")
+    assert not list(unpacked.glob("*.data"))  # nothing lands beside the package
+    data = unpacked / "maple_trl" / "recipes"
     installed = {str(path.relative_to(data)) for path in data.rglob("*.yaml")}
     assert installed == {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*.yaml")}
     (license_file,) = unpacked.glob("*.dist-info/licenses/LICENSE")
@@ -101,6 +104,52 @@ def test_the_wheel_holds_recipes_license_and_command(unpacked):
     parser = configparser.ConfigParser()
     parser.read(entry_points)
     assert dict(parser["console_scripts"]) == {"maple-trl": "maple_trl.cli:main"}
+
+
+def test_the_demo_would_run_from_the_wheel_outside_the_checkout(unpacked, tmp_path):
+    """With its own recipes and model, in a folder that holds nothing."""
+    environment = {**os.environ, "PYTHONPATH": str(unpacked), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "maple_trl.cli"]
+
+    def said(*words):
+        shown = subprocess.run(
+            [*command, *words], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600
+        )
+        assert shown.returncode == 0, shown.stderr
+        return shown.stdout
+
+    assert Path(said("recipes", "demo", "--path").strip()) == unpacked / "maple_trl" / "recipes" / "demo.yaml"
+    told = said("train", "--config", "demo", "--dry_run")
+    assert "model builtin:tiny-omni (" in told and "optimizer steps" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classifiers_are_those_of_the_pythons_that_are_checked(unpacked):
+    listed = read_metadata(unpacked).get_all("Classifier")
+    script = (ROOT / "scripts" / "check_packages.py").read_text(encoding="utf-8")
+    (pythons,) = re.findall(r"^PYTHONS = (.*)$", script, re.MULTILINE)
+    prefix = "Programming Language :: Python :: "
+    assert [name.removeprefix(prefix) for name in listed if re.search(r":: 3\.\d+$", name)] == list(
+        ast.literal_eval(pythons)
+    )
+    # Each extra has its imports in that script's table.
+    for extra in set(read_metadata(unpacked).get_all("Provides-Extra")) - {"dev"}:
+        assert f'"{extra}"' in script, extra
+
+
+def test_constraints_are_exact_versions_inside_the_ranges(unpacked):
+    """And say nothing of where they come from: any index will do."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    locked = {}
+    for line in lines:
+        if not line.startswith("#"):
+            assert re.fullmatch(r"[\w.-]+==[\w.!+]+( ; [^@/]+)?", line), line
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate():
+                locked[requirement.name] = next(iter(requirement.specifier)).version
+    wanted = requirements(unpacked) | requirements(unpacked, "dev") | requirements(unpacked, "plots")
+    for name, specifier in wanted.items():
+        assert specifier.contains(locked[name.replace("_", "-").lower()]), f"{name}: run make constraints"
 
 
 def test_versions(unpacked):
@@ -166,10 +215,15 @@ def test_every_import_is_declared(unpacked):
 def test_no_module_unpickles():
     """A checkpoint, a buffer or a cache that is unpickled runs whatever its author wrote into it."""
     banned = re.compile(r"\b(?:import (?:pickle|dill|cloudpickle|joblib)|torch\.load\(|allow_pickle\s*=\s*True)")
-    hits = [
-        path.name for path in (ROOT / "maple_trl").rglob("*.py") if banned.search(path.read_text(encoding="utf-8"))
-    ]
-    assert hits == []
+    hits = {
+        path.name: banned.findall(path.read_text(encoding="utf-8"))
+        for path in (ROOT / "maple_trl").rglob("*.py")
+        if banned.search(path.read_text(encoding="utf-8"))
+    }
+    # What looks into the pickles of others puts a stub in the place of whatever they name: tests/safety/test_pickles.py.
+    assert hits == {"pickles.py": ["import pickle"]}
+    text = (ROOT / "maple_trl/trainers/common/pickles.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bpickle\.(\w+)", text)) == {"Unpickler", "UnpicklingError"}
 
 
 def test_the_doctor_reads_the_tested_ranges_from_the_metadata(unpacked):

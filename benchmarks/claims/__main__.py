@@ -5,7 +5,7 @@ What MAPLE and AVATAR claim, measured on tiny omni models. Everything is registe
     python benchmarks/claims run gpu --workers 1 the claims that need a GPU, on a machine that has one
     python benchmarks/claims run --quick         a few steps of every variant, within ten minutes: no evidence
     python benchmarks/claims status              what is done, and how many CPU hours are left
-    python benchmarks/claims report              write docs/claims.md and README's table
+    python benchmarks/claims report              write docs/claims.md and README's lines
     python benchmarks/claims simulate            how often the rules find effects that are there, and that are not
     python benchmarks/claims check               read the register and the job of each variant
 """
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="a few steps, two seeds, few questions: no evidence")
     status = command("status", _status, "Say what is done, and what is left.")
     status.add_argument("claims", nargs="*", metavar="CLAIM")
-    report = command("report", _report, "Write docs/claims.md and README's table from the results.")
+    report = command("report", _report, "Write docs/claims.md and README's lines from the results.")
     report.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR")
     report.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     report.add_argument("--json", type=Path, metavar="FILE", help="verdicts and intervals as JSON, too")

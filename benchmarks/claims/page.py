@@ -1,4 +1,4 @@
-"""What was found, as `docs/claims.md` with a plot of each claim, and as README's table."""
+"""What was found, as `docs/claims.md` with a plot of each claim, and as README's lines."""
 
 from __future__ import annotations
 
@@ -110,24 +110,33 @@ class Page:
             f"`{task}`" for task in dict.fromkeys(self.register.variants[one].task for one in claim.variants)
         )
 
-    def row(self, claim: Claim, link: str) -> str:
+    def row(self, claim: Claim) -> str:
         """Return a claim's row of a table."""
         cells = [
-            f"[{claim.number}]({link}#{claim.name})",
+            f"[{claim.number}](#{claim.name})",
             claim.says,
             self.tasks(claim),
             f"{claim.paper}: {claim.figure}",
         ]
         return _row([*cells, self.here(claim), self.seeds(claim), self.verdict(claim)])
 
-    def table(self, link: str = "", measured: bool = False) -> list[str]:
-        """Return the table of all claims, or of those that were measured; nothing where there are none."""
-        shown = [
-            one for one in self.claims if not measured or not self.verdict(one).startswith((NOT_MEASURED, NOT_RUN))
-        ]
+    def table(self) -> list[str]:
+        """Return the table of all claims; nothing where there are none."""
         head = ["", "Claim", "Task", "Paper", "Here, with 95 % interval", "Seeds", "Verdict"]
-        rows = [self.row(claim, link) for claim in shown]
+        rows = [self.row(claim) for claim in self.claims]
         return [_row(head), _row(["---"] * len(head)), *rows] if rows else []
+
+    def decided(self, link: str) -> list[str]:
+        """Return a line for each claim on which there is a verdict, those that hold first; `link` leads to the page."""
+        told = [(self.verdict(claim), claim) for claim in self.claims]
+        return [
+            f"- {verdict}: [{claim.says}]({link}#{claim.name}) ({claim.paper}; here {self.here(claim)})".replace(
+                " below", ""
+            )
+            for wanted in (HOLDS, DOES_NOT)
+            for verdict, claim in told
+            if verdict.startswith(f"**{wanted}**")
+        ]
 
     # The page
 
@@ -481,7 +490,7 @@ def shown_effect(found: Finding, measure: Measure) -> str:
 
 
 def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
-    """Write the page, its plots and, where a file has the two markers, the table between them; return what was written."""
+    """Write the page, its plots and, where a file has the two markers, the lines between them; return what was written."""
     page = Page(evidence, docs)
     plots = docs / "claims"
     plots.mkdir(parents=True, exist_ok=True)
@@ -497,12 +506,10 @@ def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
     if BEGIN in text and END in text.partition(BEGIN)[2]:
         before, _, rest = text.partition(BEGIN)
         link = _link(docs.resolve() / "claims.md", readme.resolve().parent)
-        table, rows = page.counts(), "\n".join(page.table(link, measured=True))
-        if rows:
-            table += f"\n\n<details><summary>Each that was measured</summary>\n\n{rows}\n\n</details>"
-        write_atomically(
-            readme, f"{before}{BEGIN}\n\n{table if page.claims else NO_CLAIM}\n\n{END}{rest.partition(END)[2]}"
-        )
+        told, decided = page.counts() if page.claims else NO_CLAIM, "\n".join(page.decided(link))
+        if decided:  # by `markdown` the site reads it as the list that it is elsewhere anyhow
+            told += f"\n\n<details markdown><summary>Those with a verdict</summary>\n\n{decided}\n\n</details>"
+        write_atomically(readme, f"{before}{BEGIN}\n\n{told}\n\n{END}{rest.partition(END)[2]}")
         written.append(readme)
     return written
 

@@ -1,119 +1,135 @@
-"""The command line `maple-trl`."""
+"""The command line `maple-trl`: its commands, and which of them is meant."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
 from maple_trl import Registry
-from maple_trl.cli.critical_steps import run_critical_steps
-from maple_trl.cli.data_convert import run_convert
-from maple_trl.cli.data_curate import run_curate
-from maple_trl.cli.data_difficulty import run_difficulty
-from maple_trl.cli.data_hints import run_hints
-from maple_trl.cli.data_push import run_push
-from maple_trl.cli.data_qa_plus import run_qa_plus
-from maple_trl.cli.data_review import run_review
-from maple_trl.cli.data_validate import run_validate
-from maple_trl.cli.eval import run_eval
-from maple_trl.cli.failures import fail, refuse
-from maple_trl.cli.loading import tell_when_loading
-from maple_trl.cli.parity import run_parity
-from maple_trl.cli.plan import run_plan
-from maple_trl.cli.report import run_report
-from maple_trl.cli.vllm_serve import run_vllm_serve
+from maple_trl.cli import (
+    completion,
+    critical_steps,
+    data_convert,
+    data_curate,
+    data_difficulty,
+    data_hints,
+    data_push,
+    data_qa_plus,
+    data_review,
+    data_validate,
+    env,
+    export,
+    parity,
+    plan,
+    push,
+    recipes,
+    report,
+    train,
+    vllm_serve,
+)
+from maple_trl.cli import eval as evaluation
+from maple_trl.cli.base import Command, add_help, statuses_text
+from maple_trl.cli.failures import CLOSED, DONE, INTERRUPTED, asks_for_help, fail, refuse
 from maple_trl.jobs.errors import did_you_mean
+from maple_trl.jobs.help_format import HelpFormatter
 
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.
 
-_TRAIN_EXAMPLES = """\
-examples:
-  maple-trl train --config recipes/demo.yaml
-  maple-trl train --config recipes/demo.yaml --max_steps 20 --output_dir runs/short
-  maple-trl train --config recipes/demo.yaml --resume_from_checkpoint true
-  maple-trl train --config recipes/tiny/full_recipe.yaml
-  maple-trl train --config recipes/avatar/tiny/stages.yaml
-
-Several processes: accelerate launch --num_processes N -m maple_trl.cli train --config FILE
-"""
-
-
-_DATA: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "curate": ("make questions and captions with tags of clips", run_curate),
-    "convert": ("make rows of a published set", run_convert),
-    "validate": ("check tables of rows", run_validate),
-    "review": ("open a page to review rows on, or write what was decided", run_review),
-    "hints": ("let a teacher model write a hint for each row", run_hints),
-    "qa-plus": ("ask questions with more signals too, and with fewer", run_qa_plus),
-    "difficulty": ("keep the rows that a model solves sometimes", run_difficulty),
-    "push": ("upload shards to the Hub, with a card", run_push),
-}
-_COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "eval": ("measure a model on a data set or benchmark, per tag and per choice of signals", run_eval),
-    "report": ("write one HTML file on a run or an evaluation, or on two of them", run_report),
-    "critical-steps": (
-        "ask a judge where the critical steps of completions stand, for the report",
-        run_critical_steps,
+GROUPS: dict[str, tuple[Command, ...]] = {
+    "begin": (recipes.COMMAND, env.COMMAND, plan.COMMAND),
+    "prepare data": (
+        data_curate.COMMAND,
+        data_convert.COMMAND,
+        data_validate.COMMAND,
+        data_review.COMMAND,
+        data_hints.COMMAND,
+        data_qa_plus.COMMAND,
+        data_difficulty.COMMAND,
+        data_push.COMMAND,
     ),
-    "parity": ("compare what vLLM computes with what the trainer does", run_parity),
-    "vllm-serve": ("start a vLLM server that samples completions for a training job", run_vllm_serve),
-    "plan": ("compute memory and time of a training job on given cards", run_plan),
+    "train and measure": (train.COMMAND, evaluation.COMMAND, report.COMMAND, critical_steps.COMMAND),
+    "hand on a model": (export.COMMAND, push.COMMAND),
+    "sample with vLLM": (vllm_serve.COMMAND, parity.COMMAND),
+    "shell": (completion.make_command(lambda: build_parser(everything=True)),),
 }
-_OWN_PARSER = {name: run for name, (_, run) in (_DATA | _COMMANDS).items()}
+"""All commands by what they are for, in the order in which one meets them."""
+
+_OWN = {command.name: command for group in GROUPS.values() for command in group}
+_FAMILIES = {name.split()[0] for name in _OWN if " " in name}  # `data`, whose commands have two words
+
 COMMANDS: Registry[Callable[[list[str]], int | None]] = Registry("command", "maple_trl.commands")
 """
 Commands of other packages by name: functions of the words behind it, which return the exit status. The names that there are
 stay ours.
 """
 
+_DESCRIPTION = "Reinforcement learning for models that watch, listen and read: GRPO on video, audio and subtitles."
+_EXAMPLES = """\
+examples:
+  maple-trl train --config demo
+  maple-trl eval --model_name_or_path runs/demo --dataset_name builtin:seven-tags --num_frames 4 --output_dir runs/eval
+  maple-trl report runs/demo
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the commands; [`~maple_trl.jobs.train.parse_args`] reads the options of a training job."""
-    parser = argparse.ArgumentParser(
-        prog="maple-trl",
-        description="Reinforcement learning for models that watch, listen and read: GRPO on video, audio and subtitles.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"maple-trl {_version()}")
+`maple-trl COMMAND --help` shows the options of one. Options are written with underscores or dashes, as --output_dir or
+--output-dir; BOOL is true or false, and the option alone means true; --config FILE reads options from a YAML file.
+
+"""
+
+
+def build_parser(everything: bool = False) -> argparse.ArgumentParser:
+    """
+    Build the parser of the whole command line.
+
+    Args:
+        everything (`bool`, *optional*, defaults to `False`):
+            With the options of all commands, read from their sources; else with their names alone.
+    """
+    parser = _parser("maple-trl", _DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"maple-trl {_version()}", help="show the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    train = commands.add_parser(
-        "train",
-        help="run a training job described by a YAML file",
-        description="Runs a training job. Every key of the YAML file is also an option, and options win.",
-        epilog=_TRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    train.add_argument("--config", metavar="FILE", help="YAML file with option names and values")
-    train.add_argument("-h", "--help", action="store_true", help="show this help and the options of the job itself")
-    train.add_argument("--help-all", action="store_true", help="show every option, those of TRL and transformers too")
-    env = commands.add_parser(
-        "env",
-        help="show versions, devices and codecs, and what is missing",
-        description="Shows versions against the tested ranges, devices, and codecs that really decode; says what is "
-        "missing and what would bring it. Exits with 1 when something required is broken.",
-        allow_abbrev=False,
-    )
-    env.add_argument(
-        "--imports", action="store_true", help="import every required package too, and ask torch for devices"
-    )
-    env.add_argument("--json", action="store_true", help="print the report as JSON")
-    data = commands.add_parser("data", help=f"prepare data: {', '.join(_DATA)}", allow_abbrev=False)
-    group = data.add_subparsers(dest="data_command", metavar="COMMAND", title="commands")
-    for parsers, known in ((group, _DATA), (commands, _COMMANDS)):
-        for name, (does, _) in known.items():
-            parsers.add_parser(name, help=does, add_help=False, allow_abbrev=False)
-    for name in [name for name in COMMANDS if name not in {*commands.choices, *_OWN_PARSER}]:
-        commands.add_parser(name, help="added by an installed package", add_help=False, allow_abbrev=False)
+    families: dict[str, argparse._SubParsersAction] = {}
+    for name, command in _OWN.items():
+        family, _, rest = name.rpartition(" ")
+        if family and family not in families:
+            child = commands.add_parser(family, help=_family_help(family), add_help=False)
+            add_help(child)
+            families[family] = child.add_subparsers(dest=f"{family}_command", metavar="COMMAND")
+        place = families.get(family, commands)
+        place.add_parser(rest, help=command.help, add_help=False)
+        if everything:
+            place._name_parser_map[rest] = _whole(command)
+    for name in _further():
+        commands.add_parser(name, help="added by an installed package", add_help=False)
     return parser
+
+
+def _whole(command: Command) -> argparse.ArgumentParser:
+    if not isinstance(command, train.TrainCommand):
+        return command.parser(declared=True)
+    from maple_trl.jobs.options import TRAINERS
+
+    return command.parser(declared=True, trainers=list(TRAINERS))
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False
+    )
+    add_help(parser)
+    return parser
+
+
+def _family_help(family: str) -> str:
+    return f"{next(title for title, group in GROUPS.items() if group[0].name.startswith(family))}: {family} COMMAND"
+
+
+def _further() -> list[str]:
+    """Return the names of commands of other packages."""
+    return [name for name in COMMANDS if name not in _OWN and name not in _FAMILIES]
 
 
 def _version() -> str:
@@ -121,6 +137,35 @@ def _version() -> str:
         return metadata.version("maple-trl")
     except metadata.PackageNotFoundError:
         return "(not installed as a package)"
+
+
+def overview(family: str | None = None) -> str:
+    """Return the help of the whole command line, or of the commands of two words that begin alike, as `data`."""
+    groups = {title: [(c.name, c.help) for c in group] for title, group in GROUPS.items()}
+    if family is not None:
+        groups = {
+            title: [line for line in lines if line[0].startswith(f"{family} ")] for title, lines in groups.items()
+        }
+    elif further := _further():
+        groups["added by installed packages"] = [(name, "") for name in further]
+    name = "maple-trl" if family is None else f"maple-trl {family}"
+    formatter = HelpFormatter(name)
+    formatter._max_help_position = 20  # names of commands are short
+    formatter.add_usage(f"{name} COMMAND [OPTION ...]", [], [])
+    formatter.add_text(_DESCRIPTION if family is None else None)
+    for title, lines in groups.items():
+        if lines:
+            formatter.start_section(title)
+            formatter.add_arguments([argparse._StoreAction([], name, help=told) for name, told in lines])
+            formatter.end_section()
+    parser = _parser(name, "")
+    if family is None:
+        parser.add_argument("--version", action="version", version="", help="show the version")
+    formatter.start_section("options")
+    formatter.add_arguments(parser._optionals._group_actions)
+    formatter.end_section()
+    formatter.add_text(_EXAMPLES + statuses_text({}) if family is None else None)
+    return formatter.format_help()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,128 +177,69 @@ def main(argv: Sequence[str] | None = None) -> int:
             Command line without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        `int`: 0; 1 when `env` found something broken, too many rows of `data`, `eval` or `train` failed, or a job that
-        was described rightly was stopped, made no step or ended by an error; 2 when it is described wrongly; 130 when
-        interrupted.
+        `int`: the exit status, of which [`~maple_trl.cli.base.STATUSES`] says what each means.
     """
     # Libraries tell the Hub about runs unless the environment says otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Nor has transformers the Hub convert the weights of models that are only read.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if not sys.stderr.isatty():  # a log, in which bars are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    parser = build_parser()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command is None:
-        if rest:
-            parser.error(f"unknown argument {rest[0]}")
-        parser.print_help()
-        return 0
-    if arguments.command in ("train", "eval") and "--json" not in argv:
-        tell_when_loading()
-    if arguments.command == "train":
-        return _train(parser, arguments, argv[argv.index("train") + 1 :])
-    name = getattr(arguments, "data_command", arguments.command)
-    if rest and name in ("env", None):
-        known = _subparser(parser, arguments.command)._option_string_actions
-        parser.error(f"unknown argument {rest[0]}{did_you_mean(rest[0].split('=')[0], known)}")
-    if arguments.command == "data" and arguments.data_command is None:
-        _subparser(parser, "data").print_help()
-        return 0
+    words = list(sys.argv[1:] if argv is None else argv)
+    name, rest = _named(words)
     try:
-        if name == "env":
-            return _env(arguments)
-        run = _OWN_PARSER[name] if name in _OWN_PARSER else COMMANDS[name]
-        return run(argv[argv.index(name) + 1 :]) or 0
-    except BrokenPipeError:  # who read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status = _run(name, rest)
+        sys.stdout.flush()  # while it can still be said that nobody reads
+        return status
+    except BrokenPipeError:
+        _close_output()
+        return CLOSED
     except KeyboardInterrupt:
-        return refuse(arguments.command, "stopped", 130)
+        return refuse(name, "stopped", INTERRUPTED)
     except Exception as error:
-        return fail(arguments.command, error)
+        status = fail(name, error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was the output that could not be written
+            _close_output()
+        return status
 
 
-def _subparser(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
-    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return commands.choices[name]
+def _named(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the command that is meant, of one word or two, and the words behind it."""
+    length = 2 if len(words) > 1 and words[0] in _FAMILIES and not words[1].startswith("-") else 1
+    return " ".join(words[:length]), list(words[length:])
 
 
-def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: list[str]) -> int:
-    if arguments.help or arguments.help_all:
-        return _print_train_help(parser, words, everything=arguments.help_all)
-    if not words:
-        return refuse("train", "name a job: --config FILE (maple-trl train --help)")
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import parse_args
-    from maple_trl.jobs.stages import load_plan, run_stages
-    from maple_trl.rewards import JudgeUnavailableError
-    from maple_trl.trainers.common.run_errors import RunStoppedError
-
-    plan, folder = None, None
-    try:
-        plan = load_plan(words)
-        if plan is not None:
-            folder = plan.output_dir
-            run_stages(plan)
-            return 0
-        job = parse_args(words)
-        folder = job[1].output_dir
-        from maple_trl.jobs.train import run
-
-        run(*job)
-    except SetupError as error:
-        return refuse("train", error, 2, folder)
-    except (JudgeUnavailableError, RunStoppedError) as error:
-        return refuse("train", error, 1, folder)
-    except KeyboardInterrupt:
-        return refuse("train", f"stopped; {_again(plan)} goes on from the last checkpoint", 130)
-    except Exception as error:
-        begun = plan is not None or (folder and any(Path(folder).glob("checkpoint-*/trainer_state.json")))
-        return fail("train", error, folder, f"{_again(plan)} goes on from the last checkpoint" if begun else "")
-    return 0
+def _run(name: str, rest: list[str]) -> int:
+    if name in ("", "-h", "--help"):
+        print(overview(), end="")
+        return DONE
+    if name == "--version":
+        print(f"maple-trl {_version()}")
+        return DONE
+    if name in _FAMILIES:
+        if rest and not asks_for_help(rest):
+            return refuse(name, f"unknown argument {rest[0]}{did_you_mean(rest[0], ['--help'])}")
+        print(overview(name), end="")
+        return DONE
+    if name in _OWN:
+        return _OWN[name](rest)
+    if name in _further():
+        return COMMANDS[name](rest) or DONE
+    if name.startswith("-"):
+        return refuse("", f"unknown argument {name}{did_you_mean(name, ('--help', '--version'))}")
+    family, _, wrong = name.rpartition(" ")
+    known = [*(c.rpartition(" ")[2] for c in _OWN if c.rpartition(" ")[0] == family), *([] if family else _more())]
+    advice = did_you_mean(wrong, known, f"`{' '.join(['maple-trl', *family.split()])} --help` lists them")
+    return refuse(family, f"there is no command {wrong}{advice}")
 
 
-def _again(plan: Any) -> str:
-    return "--resume_from_checkpoint true" if plan is None else "the same command"
+def _more() -> list[str]:
+    return [*_FAMILIES, *_further()]
 
 
-def _print_train_help(parser: argparse.ArgumentParser, words: list[str], everything: bool) -> int:
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import (
-        DEFAULT_TRAINER,
-        TRAINERS,
-        OmniModelConfig,
-        OmniScriptArguments,
-        OptionParser,
-        make_parser,
-        trainer_option,
-    )
-
-    try:
-        trainer = trainer_option(words) or DEFAULT_TRAINER
-        job = make_parser(trainer) if everything else OptionParser([OmniScriptArguments, OmniModelConfig])
-    except SetupError as error:
-        return refuse("train", error)
-    print(_subparser(parser, "train").format_help())
-    job.usage = argparse.SUPPRESS
-    print("Options of a job (a YAML key has the same name, without the dashes):\n" + job.format_help())
-    if everything:
-        print(f"These are the options with --trainer {trainer}. Others have options of their own:")
-    else:
-        print("and the trainer's own (media_root, num_frames, modality_access, learning_rate, …):")
-    for name in TRAINERS:
-        if name != trainer or not everything:
-            print(f"  maple-trl train --trainer {name} --help-all")
-    return 0
-
-
-def _env(arguments: argparse.Namespace) -> int:
-    from maple_trl.cli.env import collect, print_report
-
-    report = collect(arguments.imports)
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print_report(report)
-    return 1 if report["problems"] else 0
+def _close_output() -> None:
+    """Let what is still to be written go nowhere: the interpreter writes out its buffers when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

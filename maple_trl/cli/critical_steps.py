@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG
 from maple_trl.cli.servers import ServerArguments, chat_options
 
 
@@ -17,24 +18,6 @@ from maple_trl.cli.servers import ServerArguments, chat_options
 
 if TYPE_CHECKING:
     from maple_trl.jobs.critical_steps import CriticalSteps
-
-_DESCRIPTION = """\
-Asks a judge behind an OpenAI-compatible endpoint, for a sample of a run's completions, on which step of the reasoning the
-answer rests most, and writes critical_steps.json into the run's folder. `maple-trl report RUN` then draws where these
-steps stand."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl critical-steps runs/avatar --model NAME --dry_run
-  maple-trl critical-steps runs/avatar --model NAME --base_url http://127.0.0.1:8000/v1 --samples 300
-
-RUN is the output folder of a training job or of `maple-trl eval`. The judge reads text alone.
-
-Every option may be a key of a YAML file (--config FILE); the command line wins. Answers are kept: the same command pays
-for none twice.
-
-Exit status: 0; 1 when more completions failed than --max_failures allows; 2 for a wrong description; 130 when interrupted.
-"""
 
 
 @dataclass
@@ -53,38 +36,16 @@ class CriticalStepArguments(ServerArguments):
                 raise ValueError(f"--{name} must be {least} or more, got {getattr(self, name)}")
 
 
-def run_critical_steps(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
-
-    parser = OptionParser(
-        [CriticalStepArguments], prog="maple-trl critical-steps", description=_DESCRIPTION, epilog=_EXAMPLES
-    )
-    parser.add_argument("run", metavar="RUN", help="output folder of a training job or an evaluation")
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        arguments, named = read_options(parser, words, required=("model",))
-    except SetupError as error:
-        return refuse("critical-steps", error)
-    from maple_trl.chat import ChatClient, ChatSetupError
+def run(arguments: CriticalStepArguments, named: argparse.Namespace) -> int:
+    """Ask for the critical steps of a run's completions, and print how many were named."""
+    from maple_trl.chat import ChatClient
     from maple_trl.jobs.critical_steps import find_critical_steps
-    from maple_trl.reports import ReportError
 
-    try:
-        folder = Path(named.run)
-        kept = str(folder / "critical_steps.sqlite") if folder.is_dir() else None
-        with ChatClient(chat_options(arguments, kept)) as client:
-            found = find_critical_steps(named.run, client, arguments.samples, arguments.seed)
-            usage = client.usage
-    except (ReportError, ChatSetupError, ValueError) as error:
-        return refuse("critical-steps", error, 2, named.run)
-    except KeyboardInterrupt:
-        return refuse("critical-steps", "stopped; the same command goes on from here", 130)
-    except Exception as error:
-        return fail("critical-steps", error, named.run)
+    folder = Path(named.run)
+    kept = str(folder / "critical_steps.sqlite") if folder.is_dir() else None
+    with ChatClient(chat_options(arguments, kept)) as client:
+        found = find_critical_steps(named.run, client, arguments.samples, arguments.seed)
+        usage = client.usage
     return _tell(found, usage.as_dict(), arguments)
 
 
@@ -110,3 +71,28 @@ def _tell(found: CriticalSteps, usage: dict[str, Any], arguments: CriticalStepAr
         share = f"{share} {arguments.max_failures:g} allows ({found.detail})"
         print(f"maple-trl critical-steps: {share}; run again to ask for them once more", file=sys.stderr)
     return int(too_many)
+
+
+COMMAND = Command(
+    name="critical-steps",
+    help="ask a judge where the critical steps of completions stand, for the report",
+    run=run,
+    description="""\
+Asks a judge behind an OpenAI-compatible endpoint, for a sample of a run's completions, on which step of the reasoning the
+answer rests most, and writes critical_steps.json into the run's folder. `maple-trl report RUN` then draws where these
+steps stand.""",
+    examples=(
+        "maple-trl critical-steps runs/avatar --model NAME --dry_run",
+        "maple-trl critical-steps runs/avatar --model NAME --base_url http://127.0.0.1:8000/v1 --samples 300",
+    ),
+    notes="""\
+RUN is the output folder of a training job or of `maple-trl eval`. The judge reads text alone. Answers are kept: the same
+command pays for none twice.""",
+    statuses={FAILED: "more completions failed than --max_failures allows"},
+    options={"options": CriticalStepArguments},
+    arguments={"RUN": {"help": "output folder of a training job or an evaluation"}},
+    required=("model",),
+    errors={"builtins:ValueError": WRONG},
+    writes=lambda arguments, named: named.run,
+    stopped="the same command goes on from here",
+)

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import WRONG
+from maple_trl.cli.servers import DRY_RUN
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
     from maple_trl.data.converters import ConversionSummary
-
-_DESCRIPTION = """\
-Makes rows of one form of a published set, in Parquet shards: OUTPUT/train-00000-of-00003.parquet. A training job reads the folder
-by dataset_name: OUTPUT, with media_root as this command prints it."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl data convert daily-omni data/daily_omni data/rows --tags V VA VAS
-  maple-trl data convert video-r1 Video-R1-260k.json data/rows --pictures leave_out
-  maple-trl data convert avqa data/avqa data/rows --skip_malformed
-
-SOURCE is the folder of a local copy, or one of its tables. The folder OUTPUT appears whole or not at all, and the same records
-give the same bytes. docs/data.md says what each converter reads, and which of that is a guess.
-
-Every option may be a key of a YAML file (--config FILE); the command line wins.
-Exit status: 0; 2 for a set that cannot be converted; 130 when interrupted.
-"""
 
 
 @dataclass
@@ -58,47 +43,26 @@ class ConvertArguments:
     missing_media: str = field(
         default="keep", metadata={"help": "rows that name a file that is not there: keep or leave_out"}
     )
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
     json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
 
 
-def run_convert(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
-
-    parser = OptionParser(
-        [ConvertArguments], prog="maple-trl data convert", description=_DESCRIPTION, epilog=_EXAMPLES
-    )
-    if asks_for_help(words):
-        from maple_trl.data.converters import CONVERTERS
-
-        parser.epilog = f"sets: {', '.join(CONVERTERS)}\n\n{_EXAMPLES}"
-    parser.add_argument("name", metavar="NAME", help="name of the set")
-    parser.add_argument("source", metavar="SOURCE", help="folder or table of the set")
-    parser.add_argument("output", metavar="OUTPUT", help="folder for the shards, which must not hold anything")
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        arguments, named = read_options(parser, words)
-    except SetupError as error:
-        return refuse("data convert", error)
+def run(arguments: ConvertArguments, named: argparse.Namespace) -> int:
+    """Convert a set, and print what became of its records."""
     from maple_trl.cli.counting import Counting
-    from maple_trl.data.converters import ConversionError, ConvertOptions, convert
-    from maple_trl.data.shards import ShardError
+    from maple_trl.data.converters import ConvertOptions, convert
 
+    if arguments.dry_run:
+        from maple_trl.cli.dry_run import tell
+        from maple_trl.jobs.data_forecasts import forecast_conversion
+
+        return tell(forecast_conversion(named.name, named.source, named.output, arguments.media_root), arguments.json)
     given = asdict(arguments)
     quiet = given.pop("json")
-    try:
-        options = ConvertOptions(**{**given, "tags": tuple(arguments.tags)})
-        with Counting("records read", quiet=quiet) as counting:
-            summary = convert(named.name, named.source, named.output, options, counting.update)
-    except (ConversionError, ShardError, ValueError) as error:
-        return refuse("data convert", error, 2, named.output)
-    except KeyboardInterrupt:
-        return refuse("data convert", "stopped; nothing was written", 130)
-    except Exception as error:
-        return fail("data convert", error)
+    del given["dry_run"]
+    options = ConvertOptions(**{**given, "tags": tuple(arguments.tags)})
+    with Counting("records read", quiet=quiet) as counting:
+        summary = convert(named.name, named.source, named.output, options, counting.update)
     if arguments.json:
         print(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
     else:
@@ -129,3 +93,34 @@ def print_summary(summary: ConversionSummary, output: str) -> None:
     if summary.malformed > len(summary.named):
         console.print(f"malformed: … {summary.malformed - len(summary.named):,} more")
     console.print(f"written to {output}; train with dataset_name: {output} and media_root: {summary.media_root}")
+
+
+COMMAND = Command(
+    name="data convert",
+    help="make rows of a published set",
+    run=run,
+    description="""\
+Makes rows of one form of a published set, in Parquet shards: OUTPUT/train-00000-of-00003.parquet. A training job reads the
+folder by dataset_name: OUTPUT, with media_root as this command prints it.""",
+    examples=(
+        "maple-trl data convert daily-omni data/daily_omni data/rows --tags V VA VAS",
+        "maple-trl data convert video-r1 Video-R1-260k.json data/rows --pictures leave_out",
+        "maple-trl data convert avqa data/avqa data/rows --skip_malformed --dry_run",
+    ),
+    notes="""\
+SOURCE is the folder of a local copy, or one of its tables. The folder OUTPUT appears whole or not at all, and the same records
+give the same bytes. docs/data.md says what each converter reads, and which of that is a guess.""",
+    statuses={WRONG: "a set that cannot be converted, or described wrongly"},
+    options={"options": ConvertArguments},
+    arguments={
+        "NAME": {
+            "help": "set: daily-omni, humanomni, video-r1, video-r1-cot, tpo, avqa, ave, ave-intervals, avsbench, "
+            "avsbench-boxes, avatar-rl, vast or sharegpt"
+        },
+        "SOURCE": {"help": "folder or table of the set"},
+        "OUTPUT": {"help": "folder for the shards, which must not hold anything"},
+    },
+    errors={"maple_trl.data.converters.convert:ConversionError": WRONG, "builtins:ValueError": WRONG},
+    writes=lambda arguments, named: named.output,
+    stopped="nothing was written",
+)

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG
+from maple_trl.cli.servers import DRY_RUN
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -17,69 +19,35 @@ from maple_trl.cli.failures import asks_for_help, fail, refuse
 if TYPE_CHECKING:
     from maple_trl.data.curation import CurationConfig, CurationSummary
 
-_DESCRIPTION = """\
-Makes questions and captions with modality tags of a folder of clips. Models behind OpenAI-compatible endpoints describe each
-signal alone, write from a tag's signals, and vote on whether a question needs all of them. docs/curation.md tells how, and
-what stands in the file."""
 
-_EXAMPLES = """\
-examples:
-  maple-trl data curate --config curation.yaml --dry-run
-  maple-trl data curate --config curation.yaml
-  maple-trl data curate --config curation.yaml --only collect split annotate
-  maple-trl data curate --config curation.yaml --engine ray
+@dataclass
+class CurateArguments:
+    """What of a curation is run, and where."""
 
-A run that was stopped goes on where it was when the same command is given again, and pays for no answer twice.
-Exit status: 0; 1 when servers failed; 2 for a wrong description; 130 when interrupted.
-"""
+    engine: str = field(default="local", metadata={"choices": ["local", "ray"], "help": "where stages run"})
+    only: list[str] = field(default_factory=list, metadata={"metavar": "STAGE", "help": "run these stages alone"})
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
+    json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
-    parser = argparse.ArgumentParser(
-        prog="maple-trl data curate",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file that describes the curation")
-    parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="send and write nothing; count calls, tokens and cost"
-    )
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where stages run (local)")
-    parser.add_argument("--only", metavar="STAGE", nargs="+", default=[], help="run these stages alone")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    return parser
+def run(arguments: CurateArguments, named: argparse.Namespace) -> int:
+    """Curate, and print what became of the clips and at what cost."""
+    from maple_trl.data.curation import curate, read_config
 
-
-def run_curate(words: Sequence[str]) -> int:
-    """Run `maple-trl data curate`; the exit status is as the help says."""
-    parser = make_parser()
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    arguments = parser.parse_args(list(words))
-    from maple_trl.data.curation import CurationError, UnfinishedError, curate, read_config
-
-    config = None
-    try:
-        config = read_config(arguments.config)
-        progress = _Progress(quiet=arguments.json)
-        summary = curate(config, arguments.engine, arguments.only, arguments.dry_run, progress)
-    except CurationError as error:
-        return refuse("data curate", error, 2)
-    except UnfinishedError as error:
-        return refuse("data curate", error, 1, config.output)
-    except KeyboardInterrupt:
-        return refuse("data curate", "stopped; the same command goes on from here", 130)
-    except Exception as error:
-        return fail("data curate", error, config and config.output, "the same command goes on from here")
+    config = read_config(named.config)
+    progress = _Progress(quiet=arguments.json)
+    summary = curate(config, arguments.engine, arguments.only, arguments.dry_run, progress)
     if arguments.json:
         print(json.dumps(summary.as_dict(config), indent=2))
     else:
         _print_summary(summary, config, arguments.dry_run)
     return 0
+
+
+def _output(arguments: CurateArguments, named: argparse.Namespace) -> str:
+    from maple_trl.data.curation import read_config
+
+    return read_config(named.config).output
 
 
 class _Progress:
@@ -127,3 +95,31 @@ def _print_summary(summary: CurationSummary, config: CurationConfig, dry_run: bo
     if summary.written is not None:
         told = f"written to {config.output}; train with dataset_name: {config.output}/questions and media_root: {config.output}"
         console.print(told, highlight=False, soft_wrap=True)
+
+
+COMMAND = Command(
+    name="data curate",
+    help="make questions and captions with tags of clips",
+    run=run,
+    description="""\
+Makes questions and captions with modality tags of a folder of clips. Models behind OpenAI-compatible endpoints describe each
+signal alone, write from a tag's signals, and vote on whether a question needs all of them. docs/curation.md tells how, and
+what stands in the file.""",
+    examples=(
+        "maple-trl data curate --config curation.yaml --dry_run",
+        "maple-trl data curate --config curation.yaml",
+        "maple-trl data curate --config curation.yaml --only collect split annotate",
+        "maple-trl data curate --config curation.yaml --engine ray",
+    ),
+    notes="A run that was stopped goes on where it was when the same command is given again, and pays for no answer twice.",
+    statuses={FAILED: "servers failed"},
+    options={"options": CurateArguments},
+    config="YAML file that describes the curation (required)",
+    errors={
+        "maple_trl.data.curation.errors:CurationError": WRONG,
+        "maple_trl.data.curation.errors:UnfinishedError": FAILED,
+    },
+    writes=_output,
+    stopped="the same command goes on from here",
+    again="the same command goes on from here",
+)

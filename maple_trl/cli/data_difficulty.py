@@ -5,74 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.eval import EVALUATION_ERRORS
+from maple_trl.cli.failures import FAILED
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
-    from maple_trl.jobs.difficulty import DifficultySummary
-
-_DESCRIPTION = """\
-Keeps the rows that a model solves sometimes: it answers each several times, and those with an accuracy above --keep_above
-and at most --keep_at_most are written, with the columns `accuracy` and `samples`."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl data difficulty --model_name_or_path NAME --dataset_name rows --output_dir filtered
-  maple-trl data difficulty --model_name_or_path NAME --server http://127.0.0.1:8000/v1 --dataset_name rows --output_dir filtered --samples 8 --keep_at_most 0.75
-  maple-trl data difficulty --config difficulty.yaml --keep_above 0.1
-
-Written into OUTPUT: SPLIT-00000-of-00001.parquet … (the rows that are kept), dropped-SPLIT-….parquet (the others, with
-reason and accuracy), difficulty-SPLIT.json (counts by tag and reason), and evaluation, a folder of `maple-trl eval`.
-
-A run that was stopped goes on when the same command is given again: with --server no answer is asked for twice, and a
-model in this process repeats the batch that was not finished. Other bounds ask nothing anew.
-
-Several processes: accelerate launch --num_processes N -m maple_trl.cli data difficulty ...
-
-Exit status: 0; 1 when no row is kept, or the scoring function or the server failed; 2 for a wrong description; 130 when
-interrupted.
-"""
-
-_PLACES = {
-    "options": "maple_trl.jobs.difficulty:DifficultyArguments",
-    "asking": "maple_trl.jobs.difficulty:DifficultyOptions",
-    "media, as in a training job": "maple_trl.jobs.eval_job:EvalMedia",
-}
+    from maple_trl.jobs.difficulty import DifficultyArguments, DifficultyOptions, DifficultySummary
+    from maple_trl.jobs.eval_job import EvalMedia
 
 
-def run_difficulty(words: Sequence[str]) -> int:
-    """Run `maple-trl data difficulty`; the exit status is as the help says."""
-    if asks_for_help(words):
-        return _print_help()
-    from maple_trl.evaluation.options import ScoringError, ServerError
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
-    from maple_trl.records.evaluations import EvaluationError
+def run(arguments: DifficultyArguments, options: DifficultyOptions, media: EvalMedia) -> int:
+    """Keep the rows that a model solves sometimes, and print how many by tag."""
+    from maple_trl.jobs.difficulty import filter_by_difficulty, forecast_difficulty
 
-    folder, again = None, "the same command goes on from what is answered"
-    try:
-        from maple_trl.jobs.difficulty import DifficultyArguments, DifficultyOptions, filter_by_difficulty
-        from maple_trl.jobs.eval_job import EvalMedia
+    if arguments.dry_run:
+        from maple_trl.cli.dry_run import tell
 
-        parser = OptionParser([DifficultyArguments, DifficultyOptions, EvalMedia], prog="maple-trl data difficulty")
-        required = ("model_name_or_path", "dataset_name", "output_dir")
-        arguments, options, media = read_options(parser, words, required)
-        folder = arguments.output_dir
-        summary = filter_by_difficulty(arguments, options, media)
-    except (ScoringError, ServerError) as error:
-        return fail("data difficulty", error, folder, again)
-    except (SetupError, EvaluationError) as error:
-        return refuse("data difficulty", error, 2, folder)
-    except KeyboardInterrupt:
-        return refuse("data difficulty", f"stopped; {again}", 130)
-    except Exception as error:
-        return fail("data difficulty", error, folder, again if folder and Path(folder).is_dir() else "")
+        return tell(forecast_difficulty(arguments, options, media), arguments.json)
+    summary = filter_by_difficulty(arguments, options, media)
     if summary is None:  # the first process tells
         return 0
     if arguments.json:
@@ -81,20 +36,7 @@ def run_difficulty(words: Sequence[str]) -> int:
         _print_summary(summary, arguments.output_dir)
     if not summary.total:
         print(f"maple-trl data difficulty: none of {summary.rows} rows is kept", file=sys.stderr)
-    return int(not summary.total)
-
-
-def _print_help() -> int:
-    from maple_trl.jobs.declared import declared_class
-    from maple_trl.jobs.options import OptionParser
-
-    types = {title: declared_class(place) for title, place in _PLACES.items()}
-    for title, kind in types.items():
-        kind._argument_group_name = title
-    OptionParser(
-        types.values(), prog="maple-trl data difficulty", description=_DESCRIPTION, epilog=_EXAMPLES
-    ).print_help()
-    return 0
+    return 0 if summary.total else FAILED
 
 
 def _print_summary(summary: DifficultySummary, output: str) -> None:
@@ -113,3 +55,37 @@ def _print_summary(summary: DifficultySummary, output: str) -> None:
     console = Console()
     console.print(table)
     console.print(f"written to {output}; media_root: {summary.media_root}", highlight=False, soft_wrap=True)
+
+
+_SERVED = "maple-trl data difficulty --model_name_or_path NAME --server http://127.0.0.1:8000/v1 --dataset_name rows"
+COMMAND = Command(
+    name="data difficulty",
+    help="keep the rows that a model solves sometimes",
+    run=run,
+    description="""\
+Keeps the rows that a model solves sometimes: it answers each several times, and those with an accuracy above --keep_above
+and at most --keep_at_most are written, with the columns `accuracy` and `samples`.""",
+    examples=(
+        "maple-trl data difficulty --model_name_or_path NAME --dataset_name rows --output_dir filtered",
+        f"{_SERVED} --output_dir filtered --samples 8 --keep_at_most 0.75",
+        "maple-trl data difficulty --config difficulty.yaml --keep_above 0.1",
+    ),
+    notes="""\
+Written into OUTPUT: SPLIT-00000-of-00001.parquet … (the rows that are kept), dropped-SPLIT-….parquet (the others, with
+reason and accuracy), difficulty-SPLIT.json (counts by tag and reason), and evaluation, a folder of `maple-trl eval`.
+
+A run that was stopped goes on when the same command is given again: with --server no answer is asked for twice, and a
+model in this process repeats the batch that was not finished. Other bounds ask nothing anew.""",
+    statuses={FAILED: "no row is kept, or the scoring function or the server failed"},
+    options={
+        "options": "maple_trl.jobs.difficulty:DifficultyArguments",
+        "asking": "maple_trl.jobs.difficulty:DifficultyOptions",
+        "media, as in a training job": "maple_trl.jobs.eval_job:EvalMedia",
+    },
+    required=("model_name_or_path", "dataset_name", "output_dir"),
+    errors=EVALUATION_ERRORS,
+    writes=lambda arguments, *_: arguments.output_dir,
+    stopped="the same command goes on from what is answered",
+    again="the same command goes on from what is answered",
+    several=True,
+)

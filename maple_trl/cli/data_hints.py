@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG
 from maple_trl.cli.servers import ServerArguments, chat_options, of_class
 
 
@@ -17,22 +17,6 @@ from maple_trl.cli.servers import ServerArguments, chat_options, of_class
 
 if TYPE_CHECKING:
     from maple_trl.data.hints import HintSummary
-
-_DESCRIPTION = """\
-Adds a column `hint`: a teacher behind an OpenAI-compatible endpoint sees prompt, answer and, where asked, captions and
-frames, and says where to look. Hints that give the answer away are refused."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --dry_run
-  maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --base_url http://127.0.0.1:8000/v1
-  maple-trl data hints --dataset_name train.jsonl --output hinted.jsonl --model NAME --columns captions --frames 4 --limit 20
-
-Every option may be a key of a YAML file (--config FILE); the command line wins.
-
-A run that was stopped goes on where it was when the same command is given again.
-Exit status: 0; 1 when more rows failed than --max_failures allows; 2 for a wrong description; 130 when interrupted.
-"""
 
 
 @dataclass
@@ -44,7 +28,8 @@ class HintArguments(ServerArguments):
         metadata={"aliases": ["--input"], "help": ".parquet, .json or .jsonl, or builtin:seven-tags (required)"},
     )
     output: str | None = field(
-        default=None, metadata={"help": "the same table with the column; may be the input (required)"}
+        default=None,
+        metadata={"metavar": "FILE", "help": "the same table with the column; may be the input (required)"},
     )
     columns: list[str] = field(default_factory=list, metadata={"help": "further columns for the teacher"})
     frames: int = field(
@@ -62,36 +47,17 @@ class HintArguments(ServerArguments):
     json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
 
 
-def run_hints(words: Sequence[str]) -> int:
-    """Run `maple-trl data hints`; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
-
-    parser = OptionParser([HintArguments], prog="maple-trl data hints", description=_DESCRIPTION, epilog=_EXAMPLES)
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        (arguments,) = read_options(parser, words, required=("dataset_name", "output", "model"))
-    except SetupError as error:
-        return refuse("data hints", error)
-    from maple_trl.chat import ChatClient, ChatSetupError
+def run(arguments: HintArguments) -> int:
+    """Have hints written, and print how many were and at what cost."""
+    from maple_trl.chat import ChatClient
     from maple_trl.cli.counting import Counting
-    from maple_trl.data.hints import HintError, HintOptions, build_hints
+    from maple_trl.data.hints import HintOptions, build_hints
 
-    folder = str(Path(arguments.output).parent)
-    try:
-        chat = chat_options(arguments, f"{arguments.output}.cache.sqlite")
-        options = HintOptions(**of_class(HintOptions, arguments))
-        with ChatClient(chat) as client, Counting("hints", quiet=arguments.json) as progress:
-            source = _input_file(arguments.dataset_name)
-            summary = build_hints(source, arguments.output, client, options, progress.update)
-    except (HintError, ChatSetupError, ValueError) as error:
-        return refuse("data hints", error, 2, folder)
-    except KeyboardInterrupt:
-        return refuse("data hints", "stopped; the same command goes on from here", 130)
-    except Exception as error:
-        return fail("data hints", error, folder)
+    chat = chat_options(arguments, f"{arguments.output}.cache.sqlite")
+    options = HintOptions(**of_class(HintOptions, arguments))
+    with ChatClient(chat) as client, Counting("hints", quiet=arguments.json) as progress:
+        source = _input_file(arguments.dataset_name)
+        summary = build_hints(source, arguments.output, client, options, progress.update)
     return _report(summary, arguments)
 
 
@@ -142,3 +108,27 @@ def _print_summary(summary: HintSummary, arguments: HintArguments) -> None:
     console.print(table)
     if not arguments.dry_run and not summary.stopped:
         console.print(f"written to {arguments.output}", highlight=False, soft_wrap=True)
+
+
+COMMAND = Command(
+    name="data hints",
+    help="let a teacher model write a hint for each row",
+    run=run,
+    description="""\
+Adds a column `hint`: a teacher behind an OpenAI-compatible endpoint sees prompt, answer and, where asked, captions and
+frames, and says where to look. Hints that give the answer away are refused.""",
+    examples=(
+        "maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --dry_run",
+        "maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME "
+        "--base_url http://127.0.0.1:8000/v1",
+        "maple-trl data hints --dataset_name train.jsonl --output hinted.jsonl --model NAME --columns captions --frames 4 "
+        "--limit 20",
+    ),
+    notes="A run that was stopped goes on where it was when the same command is given again.",
+    statuses={FAILED: "more rows failed than --max_failures allows"},
+    options={"options": HintArguments},
+    required=("dataset_name", "output", "model"),
+    errors={"builtins:ValueError": WRONG},
+    writes=lambda arguments: str(Path(arguments.output).parent),
+    stopped="the same command goes on from here",
+)

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG, refuse
+from maple_trl.cli.servers import DRY_RUN
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
-
-_DESCRIPTION = """\
-Validates the shards of a folder and uploads them to the Hub as a data set, with a card that says what they hold. Media are not
-uploaded."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl data push data/rows me/rows --private
-  maple-trl data push data/rows me/rows --license cc-by-4.0 --media_root data/clips
-
-The key is the one of the Hub's own tools: `hf auth login`, or the variable HF_TOKEN. Shards of an earlier upload are replaced in one
-commit; other files of the repository stay.
-
-Every option may be a key of a YAML file (--config FILE); the command line wins.
-Exit status: 0; 1 when a row has a problem; 2 when nothing can be uploaded; 130 when interrupted.
-"""
 
 
 @dataclass
@@ -38,42 +24,26 @@ class PushArguments:
         default=None, metadata={"help": "folder of the media, in which their files must be (only paths are checked)"}
     )
     message: str = field(default="Upload rows", metadata={"help": "message of the commit"})
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
     json: bool = field(default=False, metadata={"help": "print what was uploaded as JSON"})
 
 
-def run_push(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
-
-    parser = OptionParser([PushArguments], prog="maple-trl data push", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("folder", metavar="FOLDER", help="folder of shards, as data convert writes it")
-    parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME of the data set")
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        arguments, named = read_options(parser, words)
-    except SetupError as error:
-        return refuse("data push", error)
+def run(arguments: PushArguments, named: argparse.Namespace) -> int:
+    """Upload a folder of shards, and print what was uploaded."""
     from maple_trl.cli.data_validate import print_report
-    from maple_trl.data.publish import InvalidRowsError, PublishError, publish
-    from maple_trl.data.record_files import TableError
-    from maple_trl.data.shards import ShardError
+    from maple_trl.cli.dry_run import tell
+    from maple_trl.data.publish import InvalidRowsError, publish
+    from maple_trl.jobs.data_forecasts import forecast_upload
 
     given = asdict(arguments)
-    del given["json"]
+    del given["json"], given["dry_run"]
     try:
+        if arguments.dry_run:
+            return tell(forecast_upload(named.folder, named.repository, arguments.media_root), arguments.json)
         published = publish(named.folder, named.repository, **given)
     except InvalidRowsError as error:
         print_report(error.report)
-        return refuse("data push", error, 1)
-    except (PublishError, ShardError, TableError) as error:
-        return refuse("data push", error)
-    except KeyboardInterrupt:
-        return refuse("data push", "stopped; nothing was committed", 130)
-    except Exception as error:
-        return fail("data push", error)
+        return refuse("data push", error, FAILED)
     if arguments.json:
         print(json.dumps(asdict(published), indent=2))
         return 0
@@ -81,3 +51,39 @@ def run_push(words: Sequence[str]) -> int:
     if published.removed:
         print(f"removed {len(published.removed)} shards of an earlier upload")
     return 0
+
+
+COMMAND = Command(
+    name="data push",
+    help="upload shards to the Hub, with a card",
+    run=run,
+    description="""\
+Validates the shards of a folder and uploads them to the Hub as a data set, with a card that says what they hold. Media are not
+uploaded.""",
+    examples=(
+        "maple-trl data push data/rows me/rows --dry_run",
+        "maple-trl data push data/rows me/rows --private",
+        "maple-trl data push data/rows me/rows --license cc-by-4.0 --media_root data/clips",
+    ),
+    notes="""\
+The key is the one of the Hub's own tools: `hf auth login`, or the variable HF_TOKEN. Shards of an earlier upload are replaced in
+one commit; other files of the repository stay.""",
+    statuses={
+        FAILED: "a row has a problem, or the Hub failed",
+        WRONG: "nothing can be uploaded, or described wrongly",
+    },
+    options={"options": PushArguments},
+    arguments={
+        "FOLDER": {"help": "folder of shards, as data convert writes it"},
+        "REPO_ID": {"dest": "repository", "help": "OWNER/NAME of the data set"},
+    },
+    errors=dict.fromkeys(
+        (
+            "maple_trl.hub.errors:PublishError",
+            "maple_trl.data.shards:ShardError",
+            "maple_trl.data.record_files:TableError",
+        ),
+        WRONG,
+    ),
+    stopped="nothing was committed",
+)

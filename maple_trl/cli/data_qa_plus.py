@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import WRONG
+from maple_trl.cli.servers import DRY_RUN
+from maple_trl.jobs.errors import SetupError
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
     from maple_trl.data.qa_plus import QAPlusSummary
-
-_DESCRIPTION = """\
-Makes questions that are also asked with more signals than they require, and with fewer: MAPLE-QA+ (arXiv 2602.11596, 5.4.1
-and B.2). Where a required signal is missing, the right option becomes one that says that the question cannot be answered."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl data qa-plus builtin:seven-tags qa_plus --prompt_style answer
-  maple-trl data qa-plus rows qa_plus --exact 47893 --superset 31635 --deficit 23737
-  maple-trl data qa-plus rows qa_plus --evaluation
-
-SOURCE is builtin:seven-tags, a .parquet/.jsonl/.json file, a folder with one per split, or a Hub id; the rows have the
-columns of maple_trl/data/schema.py. OUTPUT is a folder: SPLIT-00000-of-00001.parquet …, qa_plus-SPLIT.json with the
-counts, and left_out-SPLIT.jsonl, which names the rows of which nothing was made. Paths of media stay as they are: train
-and evaluate with the source's media_root, which is printed.
-
-Every option may be a key of a YAML file (--config FILE); the command line wins.
-
-Exit status: 0; 2 for a wrong description, or when fewer rows can be made than asked for; 130 when interrupted.
-"""
 
 
 @dataclass
@@ -72,42 +55,34 @@ class QAPlusArguments:
         default=True, metadata={"help": "a signal whose file is not there is none that the row has"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace the split where OUTPUT holds it"})
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
     json: bool = field(default=False, metadata={"help": "print the summary as JSON"})
 
 
-def run_qa_plus(words: Sequence[str]) -> int:
-    """Run `maple-trl data qa-plus`; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OmniScriptArguments, OptionParser, read_options
+def run(arguments: QAPlusArguments, places: argparse.Namespace) -> int:
+    """Make the questions, and print how many of each kind."""
+    from maple_trl.data.qa_plus import QAPlusOptions, build_qa_plus
+    from maple_trl.jobs.data import load_datasets
+    from maple_trl.jobs.options import OmniScriptArguments
 
-    parser = OptionParser([QAPlusArguments], prog="maple-trl data qa-plus", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("source", metavar="SOURCE", help="the questions")
-    parser.add_argument("output", metavar="OUTPUT", help="folder of the rows")
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        arguments, places = read_options(parser, words)
-        from maple_trl.data.qa_plus import QAPlusOptions, build_qa_plus
-        from maple_trl.jobs.data import load_datasets
+    options = QAPlusOptions(**{f.name: getattr(arguments, f.name) for f in fields(QAPlusOptions)})
+    split = arguments.split or ("test" if options.evaluation else "train")
+    named = OmniScriptArguments(dataset_name=places.source, dataset_train_split=split, dataset_test_split=split)
+    given = arguments.media_root
+    if given is not None and not Path(given).is_dir():
+        raise SetupError(f"media_root: there is no folder {given}")
+    if arguments.dry_run:
+        from maple_trl.cli.dry_run import tell
+        from maple_trl.jobs.data_forecasts import forecast_qa_plus
 
-        options = QAPlusOptions(**{f.name: getattr(arguments, f.name) for f in fields(QAPlusOptions)})
-        split = arguments.split or ("test" if options.evaluation else "train")
-        named = OmniScriptArguments(dataset_name=places.source, dataset_train_split=split, dataset_test_split=split)
-        given = arguments.media_root
-        if given is not None and not Path(given).is_dir():
-            raise SetupError(f"media_root: there is no folder {given}")
-        # Whole: '.' is the folder of the rows to it.
-        splits, root = load_datasets(named, "." if given is None else str(Path(given).resolve()))
-        local = places.source.startswith("builtin:") or Path(places.source).exists()
-        looked_at = root if arguments.check_files and (local or arguments.media_root) else None
-        summary = build_qa_plus(splits[split], places.output, split, options, looked_at, arguments.overwrite)
-    except (SetupError, ValueError) as error:
-        return refuse("data qa-plus", error)
-    except KeyboardInterrupt:
-        return refuse("data qa-plus", "stopped; nothing was replaced", 130)
-    except Exception as error:
-        return fail("data qa-plus", error)
+        return tell(
+            forecast_qa_plus(places.source, places.output, split, options, arguments.overwrite), arguments.json
+        )
+    # Whole: '.' is the folder of the rows to it.
+    splits, root = load_datasets(named, "." if given is None else str(Path(given).resolve()))
+    local = places.source.startswith("builtin:") or Path(places.source).exists()
+    looked_at = root if arguments.check_files and (local or arguments.media_root) else None
+    summary = build_qa_plus(splits[split], places.output, split, options, looked_at, arguments.overwrite)
     if arguments.json:
         print(json.dumps(asdict(summary) | {"media_root": root}, indent=2, ensure_ascii=False))
     else:
@@ -138,3 +113,29 @@ def _print_summary(summary: QAPlusSummary, output: str, root: str) -> None:
     lines.append(f"written to {output}; media_root: {root}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+COMMAND = Command(
+    name="data qa-plus",
+    help="ask questions with more signals too, and with fewer",
+    run=run,
+    description="""\
+Makes questions that are also asked with more signals than they require, and with fewer: MAPLE-QA+ (arXiv 2602.11596, 5.4.1
+and B.2). Where a required signal is missing, the right option becomes one that says that the question cannot be answered.""",
+    examples=(
+        "maple-trl data qa-plus builtin:seven-tags qa_plus --prompt_style answer",
+        "maple-trl data qa-plus rows qa_plus --exact 47893 --superset 31635 --deficit 23737",
+        "maple-trl data qa-plus rows qa_plus --evaluation --dry_run",
+    ),
+    notes="""\
+SOURCE is builtin:seven-tags, a .parquet/.jsonl/.json file, a folder with one per split, or a Hub id; the rows have the
+columns of maple_trl/data/schema.py. OUTPUT is a folder: SPLIT-00000-of-00001.parquet …, qa_plus-SPLIT.json with the
+counts, and left_out-SPLIT.jsonl, which names the rows of which nothing was made. Paths of media stay as they are: train
+and evaluate with the source's media_root, which is printed.""",
+    statuses={WRONG: "described wrongly, or fewer rows can be made than asked for"},
+    options={"options": QAPlusArguments},
+    arguments={"SOURCE": {"help": "the questions"}, "OUTPUT": {"help": "folder of the rows"}},
+    errors={"builtins:ValueError": WRONG},
+    writes=lambda arguments, places: places.output,
+    stopped="nothing was replaced",
+)

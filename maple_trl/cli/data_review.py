@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, INTERRUPTED, WRONG
+from maple_trl.jobs.errors import SetupError
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
     from maple_trl.data.review.desk import ReviewDesk
-
-_DESCRIPTION = """\
-Opens a page on this machine on which people look at the rows of a tagged set as their tags give them, and accept, retag,
-edit or reject them. With --export, writes the reviewed set and says how far the reviewers agree."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl data review builtin:seven-tags
-  maple-trl data review rows.parquet --media_root clips --reviewer ann
-  maple-trl data review rows.parquet --host 0.0.0.0 --token_file token.txt
-  maple-trl data review rows.parquet --export reviewed.parquet --rule majority --min_reviewers 2
-  maple-trl data review rows.parquet --summary
-
-DATASET is a .parquet, .json or .jsonl file, or a folder of such files. The page is served until Ctrl+C or SIGTERM.
-
-Every option may be a key of a YAML file (--config FILE); the command line wins.
-
-Exit status: 0; 1 when the review could not be served or written; 2 for a wrong description; 130 when interrupted before
-the page was served.
-"""
 
 BUILTIN = "builtin:seven-tags"
 TOKEN_VARIABLE = "MAPLE_TRL_REVIEW_TOKEN"
@@ -80,22 +62,8 @@ class ReviewArguments:
             raise ValueError("give --token or --token_file, not both")
 
 
-def run_review(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
-
-    parser = OptionParser([ReviewArguments], prog="maple-trl data review", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("dataset", metavar="DATASET", help=f"the rows: a file, a folder, or {BUILTIN}")
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        arguments, named = read_options(parser, words)
-    except SetupError as error:
-        return refuse("data review", error)
-    from maple_trl.data.review.rows import ReviewError
-
+def run(arguments: ReviewArguments, named: argparse.Namespace) -> int:
+    """Serve the page, or write what was decided."""
     try:
         desk = _desk(named.dataset, arguments)
         for line in desk.log.damaged:
@@ -103,16 +71,10 @@ def run_review(words: Sequence[str]) -> int:
         if arguments.export or arguments.summary:
             return _finish(desk, arguments)
         return _serve(desk, arguments)
-    except (ReviewError, FileNotFoundError) as error:
-        return refuse("data review", error, 2)
     except ImportError as error:
         if error.name not in ("gradio", "uvicorn", "jinja2"):
             raise
-        return refuse("data review", "the page needs Gradio: pip install 'maple-trl[review]'", 2)
-    except KeyboardInterrupt:
-        return refuse("data review", "stopped", 130)
-    except Exception as error:
-        return fail("data review", error)
+        raise SetupError("the page needs Gradio: pip install 'maple-trl[review]'") from error
 
 
 def _desk(name: str, arguments: ReviewArguments) -> ReviewDesk:
@@ -153,7 +115,10 @@ def _serve(desk: ReviewDesk, arguments: ReviewArguments) -> int:
 
 def _token(arguments: ReviewArguments) -> str | None:
     if arguments.token_file:
-        return Path(arguments.token_file).read_text(encoding="utf-8").strip()
+        try:
+            return Path(arguments.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            raise SetupError(f"--token_file {arguments.token_file}: {getattr(error, 'strerror', error)}") from error
     return arguments.token or os.environ.get(TOKEN_VARIABLE) or None
 
 
@@ -221,3 +186,29 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+COMMAND = Command(
+    name="data review",
+    help="open a page to review rows on, or write what was decided",
+    run=run,
+    description="""\
+Opens a page on this machine on which people look at the rows of a tagged set as their tags give them, and accept, retag,
+edit or reject them. With --export, writes the reviewed set and says how far the reviewers agree.""",
+    examples=(
+        "maple-trl data review builtin:seven-tags",
+        "maple-trl data review rows.parquet --media_root clips --reviewer ann",
+        "maple-trl data review rows.parquet --host 0.0.0.0 --token_file token.txt",
+        "maple-trl data review rows.parquet --export reviewed.parquet --rule majority --min_reviewers 2",
+        "maple-trl data review rows.parquet --summary",
+    ),
+    notes="""\
+DATASET is a .parquet, .json or .jsonl file, or a folder of such files. The page is served until Ctrl+C or SIGTERM.""",
+    statuses={
+        FAILED: "the review could not be served or written",
+        INTERRUPTED: "interrupted before the page was served; Ctrl+C ends the page itself with 0",
+    },
+    options={"options": ReviewArguments},
+    arguments={"DATASET": {"help": f"the rows: a file, a folder, or {BUILTIN}"}},
+    errors={"maple_trl.data.review.rows:ReviewError": WRONG, "builtins:FileNotFoundError": WRONG},
+)

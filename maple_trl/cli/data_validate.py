@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
     from maple_trl.data.validation import ValidationReport
-
-_DESCRIPTION = """\
-Checks tables of questions and captions, row by row: types, tags, ids, options and answers, references, splits, media and
-provenance. All problems are counted by kind, and the first of each shown with file, row and field."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl data validate data/rows
-  maple-trl data validate train.parquet test.parquet --media_root data/clips
-  maple-trl data validate data/rows --json
-
-TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of shards or of such files. Tables are read in batches; of all
-rows together only digests of their ids and clips are kept, about 200 bytes a row.
-
-Every option may be a key of a YAML file (--config FILE); the command line wins.
-Exit status: 0; 1 when there is a problem; 2 for a table that cannot be read; 130 when interrupted.
-"""
 
 
 @dataclass
@@ -48,40 +32,18 @@ class ValidateArguments:
             raise ValueError(f"--shown must be 0 or more, got {self.shown}")
 
 
-def run_validate(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
-
-    parser = OptionParser(
-        [ValidateArguments], prog="maple-trl data validate", description=_DESCRIPTION, epilog=_EXAMPLES
-    )
-    parser.add_argument("tables", nargs="+", metavar="TABLE", help="a table, or a folder of tables")
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        arguments, named = read_options(parser, words)
-    except SetupError as error:
-        return refuse("data validate", error)
+def run(arguments: ValidateArguments, named: argparse.Namespace) -> int:
+    """Check tables, and print what is wrong in them."""
     from maple_trl.cli.counting import Counting
-    from maple_trl.data.record_files import TableError
     from maple_trl.data.validation import validate_tables
 
-    try:
-        with Counting("rows checked", quiet=arguments.json) as counting:
-            report = validate_tables(named.tables, arguments.media_root, arguments.shown, counting.update)
-    except TableError as error:
-        return refuse("data validate", error)
-    except KeyboardInterrupt:
-        return refuse("data validate", "stopped", 130)
-    except Exception as error:
-        return fail("data validate", error)
+    with Counting("rows checked", quiet=arguments.json) as counting:
+        report = validate_tables(named.tables, arguments.media_root, arguments.shown, counting.update)
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
         print_report(report)
-    return 1 if report.counts else 0
+    return FAILED if report.counts else 0
 
 
 def print_report(report: ValidationReport) -> None:
@@ -109,3 +71,25 @@ def print_report(report: ValidationReport) -> None:
             console.print(f"{kind}: {problem}", markup=False)
         if problems and report.counts[kind] > len(problems):
             console.print(f"{kind}: … {report.counts[kind] - len(problems):,} more")
+
+
+COMMAND = Command(
+    name="data validate",
+    help="check tables of rows",
+    run=run,
+    description="""\
+Checks tables of questions and captions, row by row: types, tags, ids, options and answers, references, splits, media and
+provenance. All problems are counted by kind, and the first of each shown with file, row and field.""",
+    examples=(
+        "maple-trl data validate data/rows",
+        "maple-trl data validate train.parquet test.parquet --media_root data/clips",
+        "maple-trl data validate data/rows --json",
+    ),
+    notes="""\
+TABLE is a .parquet, .jsonl, .json or .csv file, or a folder of shards or of such files. Tables are read in batches; of all
+rows together only digests of their ids and clips are kept, about 200 bytes a row.""",
+    statuses={FAILED: "there is a problem", WRONG: "a table that cannot be read, or described wrongly"},
+    options={"options": ValidateArguments},
+    arguments={"TABLE": {"dest": "tables", "nargs": "+", "help": "a table, or a folder of tables"}},
+    errors={"maple_trl.data.record_files:TableError": WRONG},
+)

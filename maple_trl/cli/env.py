@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
+import json
 import os
 import platform
 import shutil
@@ -12,6 +14,9 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+from maple_trl.cli.base import PlainCommand
+from maple_trl.cli.failures import FAILED
 
 
 if TYPE_CHECKING:
@@ -357,3 +362,32 @@ def _state(package: dict[str, Any]) -> str:
     if package["version"] is None:
         return "[red]missing[/]" if package["required"] else "optional"
     return "[yellow]outside[/]" if package["in_range"] is False else "ok"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report."""
+    report = collect(arguments.imports)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+    return FAILED if report["problems"] else 0
+
+
+COMMAND = PlainCommand(
+    name="env",
+    help="show versions, devices and codecs, and what is missing",
+    run=run,
+    description="""\
+Shows versions against the tested ranges, devices, and codecs that really decode; says what is missing and what would bring
+it.""",
+    examples=("maple-trl env", "maple-trl env --imports", "maple-trl env --json"),
+    statuses={FAILED: "something required is broken"},
+    options={
+        "imports": {
+            "action": "store_true",
+            "help": "import every required package too, and ask torch for devices",
+        },
+        "json": {"action": "store_true", "help": "print the report as JSON"},
+    },
+)

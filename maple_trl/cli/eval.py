@@ -8,7 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.cli.failures import asks_for_help, fail, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG
+from maple_trl.cli.loading import tell_when_loading
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -16,57 +18,41 @@ from maple_trl.cli.failures import asks_for_help, fail, refuse
 if TYPE_CHECKING:
     from maple_trl.jobs.eval_job import EvalJob
 
-_EXAMPLES = """\
-examples:
-  maple-trl eval --model_name_or_path builtin:tiny-omni --dataset_name builtin:seven-tags --num_frames 4 --max_completion_length 14 --output_dir runs/eval
-  maple-trl eval --model_name_or_path NAME --adapter runs/mapo --dataset_name rows.parquet --access required,V,A,S,VA,VS,AS,VAS --output_dir OUT
-  maple-trl eval --model_name_or_path NAME --benchmark daily-omni --dataset_name FOLDER --output_dir OUT
-  maple-trl eval --model_name_or_path NAME --preset avatar --benchmark lvbench --dataset_name FOLDER --output_dir OUT
-  maple-trl eval --model_name_or_path NAME --server http://127.0.0.1:8000/v1 --dataset_name rows.parquet --output_dir OUT
-  maple-trl eval --model_name_or_path NAME --dataset_name captions.parquet --reward_funcs caption_judge --judge_model NAME --judge_server URL --output_dir OUT
-  maple-trl eval --config eval.yaml --limit 100
-
-Several processes: accelerate launch --num_processes N -m maple_trl.cli eval ...
-
-Written into OUTPUT: result.json (accuracies, and all that decides them), rows.parquet (every completion), run.json
-(times) and with --report report.html. An evaluation that was stopped goes on when the same command is given again.
-
---preset maple-qa, maple-caption or avatar sets decoding, frames, lengths and prompts as that paper evaluates; any option that
-is given wins.
-
-A clip longer than --max_media_seconds is seen over its whole length, and heard in parts that are spread over it; how much of
-the sound was left out is counted in result.json.
-
-A config file (--config FILE) holds the options as keys, with _ for -; what stands on the command line wins. extends: names files to build
-on. A key that is no option is refused.
-
-A question whose media cannot be used is in no accuracy: it is counted and named, and result.json says what the accuracy
-would be if all of these were wrong, and if all were right.
-
-Exit status: 0; 1 when more rows have errors than --max_errors allows, no question could be scored, or the scoring
-function or the server failed; 2 for a wrong description; 130 when interrupted.
-"""
-
-_DESCRIPTION = (
-    "Asks a model every question several times and reports accuracy by tag, with intervals and all that decides it."
-)
-# What holds the options; read from their sources for the help, which answers at once.
-_PLACES = {
-    "options": "maple_trl.jobs.eval_job:EvalArguments",
-    "asking": "maple_trl.evaluation.options:EvalOptions",
-    "media, as in a training job": "maple_trl.jobs.eval_job:EvalMedia",
-}
+_ERRORS = ("maple_trl.evaluation.options:ScoringError", "maple_trl.evaluation.options:ServerError")
+EVALUATION_ERRORS = {"maple_trl.records.evaluations:EvaluationError": WRONG, **dict.fromkeys(_ERRORS, FAILED)}
 
 
-def _print_help() -> int:
-    from maple_trl.jobs.declared import declared_class
-    from maple_trl.jobs.options import OptionParser
+def run(job: EvalJob) -> int:
+    """Evaluate, and print accuracies by tag."""
+    if job.dry_run:
+        from maple_trl.cli.dry_run import tell
+        from maple_trl.jobs.forecasts import forecast_evaluation
 
-    types = {title: declared_class(place) for title, place in _PLACES.items()}
-    for title, kind in types.items():
-        kind._argument_group_name = title
-    OptionParser(types.values(), prog="maple-trl eval", description=_DESCRIPTION, epilog=_EXAMPLES).print_help()
-    return 0
+        return tell(forecast_evaluation(job), job.json)
+    if job.quiet:
+        _hush()
+    from maple_trl.cli.eval_print import print_results
+    from maple_trl.jobs.evaluate import run_evaluation
+
+    result = run_evaluation(job)
+    if result is None:  # the first process tells
+        return 0
+    if job.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print_results(result, job.output_dir)
+    status = _status(result, job.max_errors)
+    return status if job.report is None else max(status, _report(job.output_dir, job.report))
+
+
+class EvalCommand(Command):
+    """Reads presets too."""
+
+    def read(self, words: Sequence[str]) -> tuple[EvalJob]:
+        """Read an evaluation."""
+        if "--json" not in words:
+            tell_when_loading()
+        return (read_job(words),)
 
 
 def read_job(words: Sequence[str]) -> EvalJob:
@@ -76,56 +62,18 @@ def read_job(words: Sequence[str]) -> EvalJob:
     Raises:
         SetupError: for what is unknown, missing or wrong.
     """
-    from maple_trl.evaluation.options import EvalOptions
-    from maple_trl.jobs.eval_job import EvalArguments, EvalJob, EvalMedia
+    from maple_trl.jobs.eval_job import EvalJob
     from maple_trl.jobs.eval_presets import preset_values
-    from maple_trl.jobs.options import OptionParser, read_options
+    from maple_trl.jobs.options import read_options
 
-    parser, set_by_preset = OptionParser([EvalArguments, EvalOptions, EvalMedia], prog="maple-trl eval"), {}
+    set_by_preset: dict[str, Any] = {}
 
     def further(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
         set_by_preset.update(preset_values(values, given))
         return set_by_preset
 
-    required = ("model_name_or_path", "dataset_name", "output_dir")
-    arguments, options, media = read_options(parser, words, required, further)
+    arguments, options, media = read_options(COMMAND.parser(), words, COMMAND.required, further)
     return EvalJob(**vars(arguments), options=options, media=media, set_by_preset=set_by_preset)
-
-
-def run_eval(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    if asks_for_help(words):
-        return _print_help()
-    from maple_trl.evaluation.options import ScoringError, ServerError
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.records.evaluations import EvaluationError
-
-    folder, again = None, "the same command goes on from the last finished batch"
-    try:
-        job = read_job(words)
-        folder = job.output_dir
-        if job.quiet:
-            _hush()
-        from maple_trl.cli.eval_print import print_results
-        from maple_trl.jobs.evaluate import run_evaluation
-
-        result = run_evaluation(job)
-    except (ScoringError, ServerError) as error:
-        return fail("eval", error, folder, again)
-    except (SetupError, EvaluationError) as error:
-        return refuse("eval", error, 2, folder)
-    except KeyboardInterrupt:
-        return refuse("eval", f"stopped; {again}", 130)
-    except Exception as error:
-        return fail("eval", error, folder, again if folder and Path(folder, "evaluation.json").is_file() else "")
-    if result is None:  # the first process tells
-        return 0
-    if job.json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        print_results(result, job.output_dir)
-    status = _status(result, job.max_errors)
-    return status if job.report is None else max(status, _report(job.output_dir, job.report))
 
 
 def _hush() -> None:
@@ -163,3 +111,54 @@ def _status(result: dict, max_errors: int) -> int:
     if not scored:
         print("maple-trl eval: no question could be scored; result.json says why", file=sys.stderr)
     return int(len(rows) > max_errors or not scored)
+
+
+COMMAND = EvalCommand(
+    name="eval",
+    help="measure a model on a data set or benchmark, by tag and by choice of signals",
+    run=run,
+    description="Asks a model every question several times and reports accuracy by tag, with intervals and all that decides it.",
+    examples=(
+        "maple-trl eval --model_name_or_path builtin:tiny-omni --dataset_name builtin:seven-tags --num_frames 4 "
+        "--max_completion_length 14 --output_dir runs/eval",
+        "maple-trl eval --model_name_or_path NAME --adapter runs/mapo --dataset_name rows.parquet "
+        "--access required,V,A,S,VA,VS,AS,VAS --output_dir OUT",
+        "maple-trl eval --model_name_or_path NAME --benchmark daily-omni --dataset_name FOLDER --output_dir OUT",
+        "maple-trl eval --model_name_or_path NAME --preset avatar --benchmark lvbench --dataset_name FOLDER --output_dir OUT",
+        "maple-trl eval --model_name_or_path NAME --server http://127.0.0.1:8000/v1 --dataset_name rows.parquet "
+        "--output_dir OUT",
+        "maple-trl eval --model_name_or_path NAME --dataset_name captions.parquet --reward_funcs caption_judge "
+        "--judge_model NAME --judge_server URL --output_dir OUT",
+        "maple-trl eval --config eval.yaml --limit 100 --dry_run",
+    ),
+    notes="""\
+Written into OUT: result.json (accuracies, and all that decides them), rows.parquet (every completion), run.json (times) and
+with --report report.html. An evaluation that was stopped goes on when the same command is given again.
+
+--preset maple-qa, maple-caption or avatar sets decoding, frames, lengths and prompts as that paper evaluates; any option that
+is given wins.
+
+A clip longer than --max_media_seconds is seen over its whole length, and heard in parts that are spread over it; how much of
+the sound was left out is counted in result.json.
+
+A config file may build on others, with the key extends. A key that is no option is refused.
+
+A question whose media cannot be used is in no accuracy: it is counted and named, and result.json says what the accuracy
+would be if all of these were wrong, and if all were right.""",
+    statuses={
+        FAILED: "more rows have errors than --max_errors allows, no question could be scored, or the scoring function, the "
+        "server or the report failed",
+    },
+    options={
+        "options": "maple_trl.jobs.eval_job:EvalArguments",
+        "asking": "maple_trl.evaluation.options:EvalOptions",
+        "media, as in a training job": "maple_trl.jobs.eval_job:EvalMedia",
+    },
+    required=("model_name_or_path", "dataset_name", "output_dir"),
+    errors=EVALUATION_ERRORS,
+    writes=lambda job: job.output_dir,
+    stopped="the same command goes on from the last finished batch",
+    again="the same command goes on from the last finished batch",
+    begun=lambda folder: Path(folder, "evaluation.json").is_file(),
+    several=True,
+)

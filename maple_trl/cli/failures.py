@@ -9,10 +9,13 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 
-from maple_trl.records.notes import FAILED
+from maple_trl.records.notes import FAILED as NOTE
 
 
 # Nothing heavier than the standard library up here: every command passes through this module.
+
+DONE, FAILED, WRONG, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
+"""Exit statuses; the last two are 128 and the number of the signal, as shells count them."""
 
 VARIABLE = "MAPLE_TRL_TRACEBACK"
 """Set to 1, every error is shown with its traceback."""
@@ -30,12 +33,12 @@ def asks_for_help(words: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(words)
 
 
-def refuse(command: str, error: BaseException | str, status: int = 2, folder: str | None = None) -> int:
+def refuse(command: str, error: BaseException | str, status: int = WRONG, folder: str | None = None) -> int:
     """
     Print what stopped a command as its last line.
 
     Args:
-        command: as it was called, e.g. `"train"`.
+        command: as it was called, e.g. `"train"`; empty where no command is meant.
         error: with a message for the user.
         status: the exit status.
         folder: where the command writes, for what a full disk says.
@@ -46,8 +49,8 @@ def refuse(command: str, error: BaseException | str, status: int = 2, folder: st
     if isinstance(error, BaseException) and _wanted():
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, BaseException) and (full := _full(error, folder)) is not None:
-        error, status = full, 1
-    print(f"maple-trl {command}: {one_line(error)}", file=sys.stderr, flush=True)
+        error, status = full, FAILED
+    print(f"{_called(command)}: {one_line(error)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -61,7 +64,7 @@ def fail(command: str, error: BaseException, folder: str | None = None, again: s
         again: how to go on.
 
     Returns:
-        `int`: the exit status, 1.
+        `int`: the exit status, `FAILED`.
     """
     told = _full(error, folder) or _known(error)
     if told is not None or _wanted():
@@ -72,8 +75,12 @@ def fail(command: str, error: BaseException, folder: str | None = None, again: s
         file = _write_log(error, folder)
         kept = f"its traceback is in {file}" if file else f"{VARIABLE}=1 shows its traceback"
         told = f"ended by an error ({kept}): {_described(error)}"
-    print(f"maple-trl {command}: {one_line(told)}{again and f'; {again}'}", file=sys.stderr, flush=True)
-    return 1
+    print(f"{_called(command)}: {one_line(told)}{again and f'; {again}'}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def _called(command: str) -> str:
+    return f"maple-trl {command}".rstrip()
 
 
 def one_line(message: BaseException | str) -> str:
@@ -129,7 +136,7 @@ def _known(error: BaseException) -> str | None:
             "(lower learning_rate or max_grad_norm), or dtype is too narrow (float16; bfloat16 and float32 are wider)"
         )
     for link in chain(error):
-        note = next((note for note in getattr(link, "__notes__", ()) if note.startswith(FAILED)), None)
+        note = next((note for note in getattr(link, "__notes__", ()) if note.startswith(NOTE)), None)
         if note is not None:
             return note
     ours = type(error).__module__.split(".")[0] == "maple_trl"

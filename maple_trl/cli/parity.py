@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.cli.failures import asks_for_help, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG
+from maple_trl.jobs.errors import SetupError
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -16,20 +18,7 @@ from maple_trl.cli.failures import asks_for_help, refuse
 if TYPE_CHECKING:
     from maple_trl.rollout.parity import Compared
 
-_DESCRIPTION = """\
-Compares what vLLM computes with what the trainer does, for each kind of prompt: tokens, features of the towers, and
-log-probabilities of sampled tokens, before and after all weights have changed."""
-
 _WIDTH = 120  # of the table
-
-_EXAMPLES = """\
-examples:
-  maple-trl parity --model_name_or_path builtin:tiny-omni
-  maple-trl parity --model_name_or_path Qwen/Qwen2.5-Omni-3B --dtype bfloat16 --video clip.mp4 --json parity.json
-  maple-trl parity --model_name_or_path builtin:tiny-omni --base_url http://127.0.0.1:8000
-
-Exit status: 0; 1 when something differs; 2 when it cannot be found out.
-"""
 
 
 @dataclass
@@ -46,7 +35,7 @@ class ParityArguments:
     )
     video: str | None = field(default=None, metadata={"help": "a clip with sound (one is made)"})
     max_completion_length: int = field(default=12, metadata={"help": "tokens that are sampled of each prompt"})
-    json: str | None = field(default=None, metadata={"help": "write the table as JSON"})
+    json: str | None = field(default=None, metadata={"metavar": "FILE", "help": "write the table as JSON"})
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -55,42 +44,23 @@ class ParityArguments:
             raise ValueError(f"--max_completion_length must be 1 or more, got {self.max_completion_length}")
 
 
-def run_parity(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
+def run(options: ParityArguments) -> int:
+    """Compare, and print a table of what differs."""
+    if options.video is not None and not Path(options.video).is_file():
+        raise SetupError(f"--video: there is no file {options.video}")
+    from maple_trl.rollout.parity import compare
 
-    parser = OptionParser([ParityArguments], prog="maple-trl parity", description=_DESCRIPTION, epilog=_EXAMPLES)
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        options, *_ = read_options(parser, words)
-        if options.model_name_or_path is None:
-            raise SetupError("name a model: --model_name_or_path")
-        if options.video is not None and not Path(options.video).is_file():
-            raise SetupError(f"--video: there is no file {options.video}")
-    except SetupError as error:
-        return refuse("parity", error)
-    from maple_trl.omni.errors import MediaError
-    from maple_trl.rollout.engine import EngineError
-
-    try:
-        from maple_trl.rollout.parity import compare
-
-        results = compare(
-            options.model_name_or_path,
-            options.dtype,
-            options.base_url,
-            options.max_completion_length,
-            options.video,
-        )
-    except (EngineError, ImportError, MediaError, OSError, ValueError) as error:
-        return refuse("parity", error)
+    results = compare(
+        options.model_name_or_path,
+        options.dtype,
+        options.base_url,
+        options.max_completion_length,
+        options.video,
+    )
     print_table(options.model_name_or_path, results)
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-    return int(any(result.applies and result.problem for result in results))
+    return FAILED if any(result.applies and result.problem for result in results) else 0
 
 
 def print_table(model: str, results: Sequence[Compared]) -> None:
@@ -120,3 +90,25 @@ def print_table(model: str, results: Sequence[Compared]) -> None:
 
 def _plain(value: Any) -> str:
     return "-" if value is None else f"{value:.1e}"
+
+
+COMMAND = Command(
+    name="parity",
+    help="compare what vLLM computes with what the trainer does",
+    run=run,
+    description="""\
+Compares what vLLM computes with what the trainer does, for each kind of prompt: tokens, features of the towers, and
+log-probabilities of sampled tokens, before and after all weights have changed.""",
+    examples=(
+        "maple-trl parity --model_name_or_path builtin:tiny-omni",
+        "maple-trl parity --model_name_or_path Qwen/Qwen2.5-Omni-3B --dtype bfloat16 --video clip.mp4 --json parity.json",
+        "maple-trl parity --model_name_or_path builtin:tiny-omni --base_url http://127.0.0.1:8000",
+    ),
+    statuses={FAILED: "something differs", WRONG: "it cannot be found out, or described wrongly"},
+    options={"options": ParityArguments},
+    required=("model_name_or_path",),
+    errors=dict.fromkeys(
+        ("maple_trl.rollout.engine:EngineError", "builtins:ImportError", "builtins:OSError", "builtins:ValueError"),
+        WRONG,
+    ),
+)

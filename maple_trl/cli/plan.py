@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.cli.failures import asks_for_help, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import FAILED, WRONG
 from maple_trl.planning.catalogue import GPUS, MODELS, RATES, Gpu
 
 
@@ -19,28 +19,6 @@ if TYPE_CHECKING:
     from maple_trl.planning.plan import Plan
     from maple_trl.planning.setup import Setup
     from maple_trl.planning.sizes import ModelSizes
-
-_EXAMPLES = """\
-examples:
-  maple-trl plan --model Qwen/Qwen2.5-Omni-3B --gpus 1 --gpu H200 --prompt 4096 --completion 256
-  maple-trl plan --model Qwen/Qwen2.5-Omni-7B --gpus 8 --sharding zero2 --use_peft true --prompt 8192 --completion 1024
-  maple-trl plan --model Qwen/Qwen2.5-Omni-3B --gpus 16 --use_vllm true --vllm_mode server --rollout_gpus 8 --sharding zero3
-  maple-trl plan --model Qwen/Qwen2.5-Omni-7B --gpu RTX-4090 --use_peft true --load_in_4bit true --prompt 2048
-  maple-trl plan --model runs/first --gpus 1 --json
-
-Models whose sizes are known without their files: {models}.
-Any other is a folder or a name on the Hub, of which the configuration alone is read. Cards: {gpus}.
-
-Nothing is measured here. Memory is counted tensor by tensor; time is operations and bytes over what others have published
-that cards reach, and a lower bound. `benchmarks/plan_published.py` holds both against published figures,
-`benchmarks/plan_points.py` against what this machine measures. Every option may be a key of a YAML file (--config FILE).
-
-Exit status: 0; 1 when it does not fit; 2 for a wrong description.
-"""
-
-_DESCRIPTION = (
-    "Computes what a training job takes of memory and time on given cards, and what to change where it does not fit."
-)
 
 
 def _rate(name: str) -> Any:
@@ -150,26 +128,11 @@ class RateArguments:
     decode_seconds: float = _rate("decode_seconds")
 
 
-def run_plan(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
+def run(arguments: PlanArguments, card: CardArguments, rates: RateArguments) -> int:
+    """Compute a plan, and print it."""
     from maple_trl.planning.plan import advise, make_plan
 
-    types = (PlanArguments, CardArguments, RateArguments)
-    for kind, title in zip(types, ("options", "card", "constants"), strict=True):
-        kind._argument_group_name = title  # type: ignore[attr-defined]
-    epilog = _EXAMPLES.format(models=", ".join(MODELS), gpus=", ".join(GPUS))
-    parser = OptionParser(types, prog="maple-trl plan", description=_DESCRIPTION, epilog=epilog)
-    if asks_for_help(words):
-        parser.print_help()
-        return 0
-    try:
-        arguments, card, rates = read_options(parser, words, ("model_name_or_path",))
-        setup = read_setup(arguments, card, rates)
-        plan = make_plan(setup)
-    except (SetupError, ValueError) as error:
-        return refuse("plan", error)
+    plan = make_plan(read_setup(arguments, card, rates))
     changes = [] if plan.verdict == "fits" else advise(plan)
     if arguments.json:
         print(json_format.dumps(as_json(plan, changes), indent=2))
@@ -177,7 +140,7 @@ def run_plan(words: Sequence[str]) -> int:
         from rich.console import Console
 
         print_plan(plan, changes, Console())
-    return 1 if plan.verdict == "does not fit" else 0
+    return FAILED if plan.verdict == "does not fit" else 0
 
 
 def read_setup(arguments: PlanArguments, card: CardArguments, rates: RateArguments) -> Setup:
@@ -407,3 +370,30 @@ def _print_constants(plan: Plan, console: Console) -> None:
         console.print(f"  --{name} {setup.rate(name):g} {rate.unit}: {rate.means} ({origin})", soft_wrap=True)
     for number, source in enumerate(sources, 1):
         console.print(f"  \\[{number}] {source}", soft_wrap=True)
+
+
+COMMAND = Command(
+    name="plan",
+    help="compute memory and time of a training job on given cards",
+    run=run,
+    description="Computes what a training job takes of memory and time on given cards, and what to change where it does not fit.",
+    examples=(
+        "maple-trl plan --model Qwen/Qwen2.5-Omni-3B --gpus 1 --gpu H200 --prompt 4096 --completion 256",
+        "maple-trl plan --model Qwen/Qwen2.5-Omni-7B --gpus 8 --sharding zero2 --use_peft true --prompt 8192 --completion 1024",
+        "maple-trl plan --model Qwen/Qwen2.5-Omni-3B --gpus 16 --use_vllm true --vllm_mode server --rollout_gpus 8 "
+        "--sharding zero3",
+        "maple-trl plan --model Qwen/Qwen2.5-Omni-7B --gpu RTX-4090 --use_peft true --load_in_4bit true --prompt 2048",
+        "maple-trl plan --model runs/first --gpus 1 --json",
+    ),
+    notes=f"""\
+Models whose sizes are known without their files: {", ".join(MODELS)}. Any other is a folder or a name on the Hub, of which
+the configuration alone is read. Cards: {", ".join(GPUS)}.
+
+Nothing is measured here. Memory is counted tensor by tensor; time is operations and bytes over what others have published
+that cards reach, and a lower bound. `benchmarks/plan_published.py` holds both against published figures,
+`benchmarks/plan_points.py` against what this machine measures.""",
+    statuses={FAILED: "it does not fit"},
+    options={"options": PlanArguments, "card": CardArguments, "constants": RateArguments},
+    required=("model_name_or_path",),
+    errors={"builtins:ValueError": WRONG},
+)

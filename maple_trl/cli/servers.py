@@ -10,13 +10,20 @@ if TYPE_CHECKING:
     from maple_trl.chat import ChatOptions
 
 
+DRY_RUN = "send and write nothing; say what would be read, asked and written"
+
+
 @dataclass
 class ServerArguments:
     """Where the model is, and how it is asked."""
 
     model: str | None = field(
         default=None,
-        metadata={"aliases": ["--model_name_or_path"], "help": "the model's name, as the server knows it (required)"},
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "metavar": "MODEL",
+            "help": "the model's name, as the server knows it (required)",
+        },
     )
     base_url: str | None = field(default=None, metadata={"help": "root of the API, as http://127.0.0.1:8000/v1"})
     api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the key"})
@@ -35,7 +42,7 @@ class ServerArguments:
     prompt_price: float = field(default=0.0, metadata={"help": "price of 1e6 prompt tokens"})
     completion_price: float = field(default=0.0, metadata={"help": "price of 1e6 answer tokens"})
     max_failures: float = field(default=0.2, metadata={"help": "failures allowed, as a share"})
-    dry_run: bool = field(default=False, metadata={"help": "send and write nothing; count"})
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
     def __post_init__(self):
         if not 0 <= self.max_failures <= 1:

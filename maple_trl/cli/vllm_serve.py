@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from maple_trl.cli.failures import asks_for_help, refuse
+from maple_trl.cli.base import Command
+from maple_trl.cli.failures import WRONG
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
-
-_DESCRIPTION = """\
-Starts vLLM's server for rollouts of a training job with use_vllm: true and vllm_mode: server. It takes prompts that the
-trainer has encoded, media and all, and the weights that are trained."""
-
-_EXAMPLES = """\
-examples:
-  maple-trl vllm-serve --model_name_or_path Qwen/Qwen2.5-Omni-3B --port 8000
-  maple-trl vllm-serve --model_name_or_path builtin:tiny-omni --max_model_length 2048 -- --max-num-seqs 32
-
-What stands behind -- goes to `vllm serve` as it is.
-Every option may be a key of a YAML file (--config FILE); the command line wins.
-
-Exit status: the server's; 2 when it cannot be started.
-"""
 
 
 @dataclass
@@ -51,28 +38,38 @@ class ServeArguments:
             raise ValueError(f"--max_model_length must be 1 or more, got {self.max_model_length}")
 
 
-def run_vllm_serve(words: Sequence[str]) -> int:
-    """Run the command; the exit status is as the help says."""
-    from maple_trl.jobs.errors import SetupError
-    from maple_trl.jobs.options import OptionParser, read_options
+class ServeCommand(Command):
+    """Passes what stands behind `--` on as it is."""
 
-    words = list(words)
-    further = words[words.index("--") + 1 :] if "--" in words else []
-    own = words[: words.index("--")] if "--" in words else words
-    parser = OptionParser([ServeArguments], prog="maple-trl vllm-serve", description=_DESCRIPTION, epilog=_EXAMPLES)
-    if asks_for_help(own):
-        parser.print_help()
-        return 0
-    try:
-        options, *_ = read_options(parser, own)
-        if options.model_name_or_path is None:
-            raise SetupError("name a model: --model_name_or_path")
-    except SetupError as error:
-        return refuse("vllm-serve", error)
-    try:
-        from maple_trl.rollout.server import serve
+    def read(self, words: Sequence[str]) -> tuple[Any, ...]:
+        """Read what stands before `--`; return it with what stands behind."""
+        words = list(words)
+        end = words.index("--") if "--" in words else len(words)
+        return (*super().read(words[:end]), words[end + 1 :])
 
-        where = options.host, options.port, options.max_model_length
-        return serve(options.model_name_or_path, options.dtype, *where, further)
-    except (ImportError, OSError, ValueError) as error:
-        return refuse("vllm-serve", error)
+
+def run(options: ServeArguments, further: Sequence[str]) -> int:
+    """Start the server; return its exit status."""
+    from maple_trl.rollout.server import serve
+
+    where = options.host, options.port, options.max_model_length
+    return serve(options.model_name_or_path, options.dtype, *where, further)
+
+
+COMMAND = ServeCommand(
+    name="vllm-serve",
+    help="start a vLLM server that samples completions for a training job",
+    run=run,
+    description="""\
+Starts vLLM's server for rollouts of a training job with use_vllm: true and vllm_mode: server. It takes prompts that the
+trainer has encoded, media and all, and the weights that are trained.""",
+    examples=(
+        "maple-trl vllm-serve --model_name_or_path Qwen/Qwen2.5-Omni-3B --port 8000",
+        "maple-trl vllm-serve --model_name_or_path builtin:tiny-omni --max_model_length 2048 -- --max-num-seqs 32",
+    ),
+    notes="What stands behind -- goes to `vllm serve` as it is. Once the server runs, the exit status is its own.",
+    statuses={WRONG: "it cannot be started, or described wrongly"},
+    options={"options": ServeArguments},
+    required=("model_name_or_path",),
+    errors=dict.fromkeys(("builtins:ImportError", "builtins:OSError", "builtins:ValueError"), WRONG),
+)

@@ -6,19 +6,17 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from maple_trl.data.dataset_card import count_contents, render_card
 from maple_trl.data.shards import find_shards
 from maple_trl.data.validation import ValidationReport, validate_tables
+from maple_trl.hub.errors import PublishError, hub_errors
 
 
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FOLDER = "data"
 CARD = "README.md"
-
-
-class PublishError(ValueError):
-    """A set that cannot be uploaded; the message says why."""
 
 
 class InvalidRowsError(PublishError):
@@ -81,22 +79,12 @@ def publish(
         ShardError: when the folder holds no whole set of shards.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    from maple_trl.omni.checkpoints import hub_is_silent
-
-    if not _ID.fullmatch(repository):
-        raise PublishError(f"{repository!r} is no id of a repository; write OWNER/NAME")
-    shards = find_shards(folder)
-    report = validate_tables([path for paths in shards.values() for path in paths], media_root)
-    if report.counts:
-        raise InvalidRowsError(folder, report)
-    if (silent := hub_is_silent()) is not None:
-        raise PublishError(f"cannot upload to {repository}: {silent}")
+    shards, report = check_upload(folder, repository, media_root)
     files = {split: [f"{_FOLDER}/{path.name}" for path in paths] for split, paths in shards.items()}
     card = render_card(count_contents(shards), files, repository, license)
     api = HfApi()
-    try:
+    with hub_errors(f"cannot upload to {repository}"):
         made = api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
         there = api.list_repo_files(made.repo_id, repo_type="dataset")
         old = _old_shards(there, [name for names in files.values() for name in names])
@@ -104,21 +92,27 @@ def publish(
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
         operations += [CommitOperationAdd(CARD, card.encode()), *map(CommitOperationDelete, old)]
         commit = api.create_commit(made.repo_id, operations, commit_message=message, repo_type="dataset")
-    except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last from threads that upload
-        raise PublishError(f"cannot upload to {repository}: {_told(error)}") from error
     return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows)
+
+
+def check_upload(
+    folder: str | os.PathLike[str], repository: str, media_root: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, list[Path]], ValidationReport]:
+    """
+    Return the shards of a folder by split, and what is known of their rows; nothing is asked of the Hub.
+
+    Raises:
+        InvalidRowsError, PublishError, ShardError: as [`publish`].
+    """
+    if not _ID.fullmatch(repository):
+        raise PublishError(f"{repository!r} is no id of a repository; write OWNER/NAME")
+    shards = find_shards(folder)
+    report = validate_tables([path for paths in shards.values() for path in paths], media_root)
+    if report.counts:
+        raise InvalidRowsError(folder, report)
+    return shards, report
 
 
 def _old_shards(there: Sequence[str], new: Sequence[str]) -> list[str]:
     shard = re.compile(rf"{_FOLDER}/\w+(\.\w+)*-\d{{5}}-of-\d{{5}}\.parquet")
     return [name for name in there if shard.fullmatch(name) and name not in new]
-
-
-def _told(error: Exception) -> str:
-    status = getattr(
-        getattr(error, "response", None) or getattr(error.__cause__, "response", None), "status_code", None
-    )
-    if status in (401, 403):
-        return f"the Hub refuses it (HTTP {status}): is there a key that may write (hf auth login, or HF_TOKEN)?"
-    told = re.sub(r"\?\S+", "?…", " ".join(str(error).split()))  # addresses of uploads are signed
-    return (told or type(error).__name__) + (f" (HTTP {status})" if status and str(status) not in told else "")

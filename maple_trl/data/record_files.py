@@ -56,6 +56,8 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     value = json.loads(line)
+                except RecursionError as error:
+                    raise TableError(f"{path}, line {number}: nested too deeply") from error
                 except ValueError as error:
                     raise TableError(f"{path}, line {number}: {error}; expected one object a line") from error
                 yield _as_record(value, f"{path}, line {number}")

@@ -14,6 +14,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
+from transformers.utils.import_utils import is_in_notebook
 
 from maple_trl.modalities import SCOPES, ModalityTag
 from maple_trl.omni.families import unwrap
@@ -32,15 +33,22 @@ def show_progress(trainer: Trainer) -> None:
     """
     Let a trainer print a row for each entry of its log, in place of the whole entry.
 
-    On a terminal the bar of transformers stays below the rows, unless `disable_tqdm`. A notebook keeps its own table, and
-    callbacks that are added afterwards are left alone.
+    On a terminal the bar of transformers stays below the rows, unless `disable_tqdm`. In a notebook they are rows of its
+    table. Callbacks that are added afterwards are left alone.
     """
+    rows = LogRows(_rows_by_tag(trainer))
+    if is_in_notebook() and not trainer.args.disable_tqdm:
+        from maple_trl.jobs.notebook_rows import NotebookProgressCallback, NotebookRows
+
+        if trainer.pop_callback(NotebookProgressCallback) is not None:
+            trainer.add_callback(NotebookRows(rows))
+        return
     usual = PrinterCallback if trainer.args.disable_tqdm else ProgressCallback
     if trainer.pop_callback(usual) is None:
         return
     if not trainer.args.disable_tqdm and sys.stderr.isatty():
         trainer.add_callback(_Bar)
-    trainer.add_callback(LogRows(_rows_by_tag(trainer)))
+    trainer.add_callback(rows)
 
 
 def show_messages() -> None:
@@ -64,11 +72,14 @@ class LogRows(TrainerCallback):
 
     Args:
         tags: those that have a column from the beginning, where accuracy is logged by tag.
+
+    Attributes:
+        tags (`set[str]`): the same.
     """
 
     def __init__(self, tags: Sequence[str] = ()):
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
-        self._tags = set(tags)
+        self.tags = set(tags)
         self._seen: set[str] = set()
         self._columns: list[str] = []
         self._rows = 0  # below the last heading
@@ -99,11 +110,12 @@ class LogRows(TrainerCallback):
     def on_log(self, args, state: TrainerState, control, logs: Mapping[str, Any] | None = None, **kwargs):
         """Print a row."""
         if state.is_world_process_zero:
-            cells = self._cells(logs or {}, state)
-            if len(cells) > 1:  # else it tells of other things than learning, as the one at the end does
+            cells = self.cells(logs or {}, state)
+            if len(cells) > 1:  # as the entry at the end does not
                 self._print(cells, step_width=max(4, 2 * len(str(state.max_steps)) + 1))
 
-    def _cells(self, logs: Mapping[str, Any], state: TrainerState) -> dict[str, str]:
+    def cells(self, logs: Mapping[str, Any], state: TrainerState) -> dict[str, str]:
+        """Return what a row tells of an entry of the log, by column; the step alone where it tells of other things than learning."""
         evaluation = any(name.startswith("eval_") for name in logs)
         logs = {name.removeprefix("eval_"): value for name, value in logs.items()} if evaluation else logs
         cells = {"step": "eval" if evaluation else f"{state.global_step}/{state.max_steps}"}
@@ -134,7 +146,7 @@ class LogRows(TrainerCallback):
     def _print(self, cells: Mapping[str, str], step_width: int) -> None:
         self._seen |= set(cells)
         if self._seen & set(_TAGS):
-            self._seen |= self._tags
+            self._seen |= self.tags
         widths = {"step": step_width, **_WIDTHS, **dict.fromkeys(_TAGS, 3)}
         widths = {name: width for name, width in widths.items() if name in self._seen}
         columns = _fitting(widths, self.console.width)

@@ -13,6 +13,7 @@ from maple_trl.jobs.tables import SUFFIXES, read_tables, stream_tables
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from trl import ScriptArguments
 
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
@@ -23,12 +24,14 @@ _STREAMING = ("omni_grpo", "omni_sft")
 _CHECKED = 64  # rows of a stream that are checked before training
 
 
-def load_datasets(script_args: OmniScriptArguments, media_root: str = ".") -> tuple[dict[str, Dataset], str]:
+def load_datasets(
+    script_args: OmniScriptArguments | ScriptArguments, media_root: str = "."
+) -> tuple[dict[str, Dataset], str]:
     """
     Load the splits of a job's data set that exist, with the folder to which their media paths are relative.
 
     Args:
-        script_args ([`OmniScriptArguments`]):
+        script_args ([`OmniScriptArguments`] or [`~trl.ScriptArguments`]):
             Names the data set, and the splits to read.
         media_root (`str`, *optional*, defaults to `"."`):
             The media root that the user set; at `"."` local data sets use their own folder.
@@ -99,15 +102,28 @@ def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:
 def _read_local(path: Path, wanted: Sequence[str], streaming: bool = False) -> Mapping[str, Dataset | IterableDataset]:
     from datasets import DatasetDict, load_from_disk
 
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise SetupError(f"{path}: a data file is one of {', '.join(SUFFIXES)}")
-        return {wanted[0]: stream_tables([path]) if streaming else read_tables([path])}
     if streaming and (path / "dataset_info.json").is_file():
         raise SetupError(f"dataset_streaming reads Parquet alone, and {path} was made by save_to_disk; leave it out")
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         stored = load_from_disk(str(path))
         return stored if isinstance(stored, DatasetDict) else {wanted[0]: stored}
+    return {
+        split: stream_tables(files) if streaming and split == wanted[0] else read_tables(files)
+        for split, files in find_tables(path, wanted).items()
+    }
+
+
+def find_tables(path: Path, wanted: Sequence[str]) -> dict[str, list[Path]]:
+    """
+    Return the files of the splits that a local data set has; a single file is the first of them.
+
+    Raises:
+        SetupError: when there is none for the first split.
+    """
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise SetupError(f"{path}: a data file is one of {', '.join(SUFFIXES)}")
+        return {wanted[0]: [path]}
     # Not load_dataset(folder): it would take the media files beside the tables for the data.
     files = {split: _shards(path, split) for split in wanted}
     if not files[wanted[0]]:
@@ -116,11 +132,7 @@ def _read_local(path: Path, wanted: Sequence[str], streaming: bool = False) -> M
             f"{path} holds no {', '.join(wanted[0] + suffix for suffix in SUFFIXES[:-1])} or {wanted[0]}{SUFFIXES[-1]}"
             + (f"; it has {', '.join(there)}" if there else " and no other table either")
         )
-    return {
-        split: stream_tables(shards) if streaming and split == wanted[0] else read_tables(shards)
-        for split, shards in files.items()
-        if shards
-    }
+    return {split: shards for split, shards in files.items() if shards}
 
 
 def _shards(folder: Path, split: str) -> list[Path]:

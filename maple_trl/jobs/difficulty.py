@@ -20,6 +20,7 @@ from maple_trl.files import write_atomically
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.eval_job import EvalArguments, EvalJob, EvalMedia
 from maple_trl.jobs.evaluate import load_questions, run_evaluation
+from maple_trl.jobs.forecasts import Forecast, forecast_evaluation
 from maple_trl.modalities import ModalityTag
 from maple_trl.records.evaluations import EvalStore
 
@@ -68,6 +69,20 @@ class DifficultyOptions(EvalOptions):
     """How questions are asked: as in an evaluation, with as many samples as a group has in training."""
 
     samples: int = field(default=8, metadata={"aliases": ["--num_generations"], "help": "completions per question"})
+
+
+def forecast_difficulty(arguments: DifficultyArguments, options: DifficultyOptions, media: EvalMedia) -> Forecast:
+    """
+    Say what [`filter_by_difficulty`] would do.
+
+    Raises:
+        SetupError: for what it would refuse before it loads anything.
+    """
+    folder = Path(arguments.output_dir or ".")
+    split = arguments.dataset_test_split or "train"
+    found = forecast_evaluation(_job(arguments, options, media, folder), split)
+    found.writes.append(f"{folder}: {split}-….parquet, dropped-{split}-….parquet, difficulty-{split}.json")
+    return found
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,9 @@ class EvalArguments:
             "help": "write an HTML report as well, as maple-trl report does (report.html in the folder)",
         },
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "send and write nothing; say what would be read, asked and written"}
+    )
     quiet: bool = field(default=False, metadata={"help": "show no progress"})
     json: bool = field(default=False, metadata={"help": "print result.json"})
 

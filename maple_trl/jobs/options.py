@@ -20,6 +20,8 @@ from trl import ModelConfig, TrlParser
 
 from maple_trl.jobs.declared import declared_class
 from maple_trl.jobs.errors import SetupError, did_you_mean
+from maple_trl.jobs.help_format import HelpFormatter
+from maple_trl.jobs.recipe_files import find_config, no_config, recipe_file
 from maple_trl.modalities import SCOPES
 
 
@@ -120,6 +122,9 @@ class OmniScriptArguments:
             Where the logged metrics go, one JSON object a line; default `metrics.jsonl` in `output_dir`.
         plot_file (`str`, *optional*):
             Where the plot goes; default `training.png` in `output_dir`.
+        report (`bool`, *optional*, defaults to `False`):
+            Write `report.html` into `output_dir` at the end, as `maple-trl report` does; without the extra `report` the
+            job says so and goes on.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace the results of another run in `output_dir`, which are refused otherwise: its checkpoints, weights,
             completions, log and summary are removed before training. A run that is resumed removes nothing.
@@ -189,6 +194,9 @@ class OmniScriptArguments:
     )
     plot_file: Annotated[str | None, "place"] = field(
         default=None, metadata={"help": "Where the plot goes (default: training.png in output_dir)."}
+    )
+    report: Annotated[bool, "place"] = field(
+        default=False, metadata={"help": "Write report.html into output_dir at the end, as `maple-trl report` does."}
     )
     overwrite: Annotated[bool, "place"] = field(
         default=False,
@@ -383,14 +391,19 @@ def _listed(prefix: str, scopes: Sequence[str]) -> str:
 # Arguments
 
 
+# What stands for a value in the help, by the option's name, else by its type.
+_NAMED_METAVARS = {
+    "FILE": "api_key_file cache judge_file log metrics_file plot_file summary_file token_file video",
+    "FOLDER": "adapter encoder_cache_dir logging_dir media_root output_dir",
+    "MODEL": "embeddings judge_model model model_name_or_path processor_name_or_path",
+    "DATA": "dataset_name",
+    "JSON": "dataset_filter",
+    "URL": "base_url judge_server server",
+    "TAG": "tags",
+    "REWARD": "reward_funcs",
+}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "BOOL", "_json_object": "JSON"}
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves examples as they are written, and shows defaults where there are any."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, [], {}) else super()._get_help_string(action)
+_METAVAR_OF = {name: metavar for metavar, names in _NAMED_METAVARS.items() for name in names.split()}
 
 
 class OptionParser(TrlParser):
@@ -405,14 +418,19 @@ class OptionParser(TrlParser):
     """
 
     def __init__(self, types: Iterable[type], **kwargs: Any):
-        super().__init__(types, allow_abbrev=False, add_help=False, formatter_class=_HelpFormatter, **kwargs)
+        super().__init__(types, allow_abbrev=False, add_help=False, formatter_class=HelpFormatter, **kwargs)
         for action in self._actions:
             if _kind(action) in ("dict", "Mapping"):
                 action.type = _json_object
             if action.choices is None:
-                action.metavar = action.metavar or _METAVARS.get(_kind(action))
+                action.metavar = action.metavar or _METAVAR_OF.get(action.dest) or _METAVARS.get(_kind(action))
             for option in action.option_strings:
                 self._option_string_actions.setdefault("--" + option[2:].replace("_", "-"), action)
+        switches = {a.dest: a for a in self._actions if not isinstance(a, argparse._StoreFalseAction)}
+        for action in self._actions:
+            if isinstance(action, argparse._StoreFalseAction) and action.dest in switches:
+                # One line in the help for both.
+                switches[action.dest].negated, action.help = action.option_strings[0], argparse.SUPPRESS
 
     def error(self, message: str):
         """Raise SetupError instead of ending the process."""
@@ -458,6 +476,7 @@ def read_options(
     words: Sequence[str],
     required: Sequence[str] = (),
     further: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = None,
+    reads_config: bool = True,
 ) -> tuple[Any, ...]:
     """
     Read what a command other than `train` is given: by command line, else by `--config FILE`, else by the defaults.
@@ -468,6 +487,8 @@ def read_options(
     Args:
         required (`Sequence[str]`, *optional*): options that must be given.
         further (`Callable`, *optional*): returns other defaults; it is told all values, and which options are given.
+        reads_config (`bool`, *optional*, defaults to `True`): whether `--config` is such a file, and no option of the
+            command.
 
     Returns:
         `tuple`: the dataclasses that the parser fills, and a namespace of its positional arguments where it has any.
@@ -475,7 +496,7 @@ def read_options(
     Raises:
         SetupError: for what is unknown, missing or wrong, naming file and key.
     """
-    path, words = take_option(words, "--config")
+    path, words = take_config(words) if reads_config else (None, list(words))
     named: set[str] = set()
     defaults = {action.dest: action.default for action in parser._actions}
     advice = functools.partial(did_you_mean, otherwise=f"`{parser.prog} --help` lists all options")
@@ -507,7 +528,7 @@ def parse_args(
     """
     Read `--config FILE` and the overrides behind it; what stands on the command line wins.
 
-    A config file may build on others with `extends: FILE` or `extends: [FILES]`, relative to itself. Later files win
+    FILE may be the name of a recipe that came with the package, such as `demo`. A config file may build on others with `extends: FILE` or `extends: [FILES]`, relative to itself. Later files win
     over earlier ones and the file itself over all of them; a file that is reached twice counts where it is reached
     first.
 
@@ -525,7 +546,7 @@ def parse_args(
             value of the wrong type, a key given twice, an unreadable file, files that extend each other, and whatever
             the dataclasses reject.
     """
-    path, options = take_option(argv, "--config")
+    path, options = take_config(argv)
     files = [] if path is None else config_files(path)
     trainer = trainer_option(options) or _trainer_of(files)
     files += [] if above is None else [above]
@@ -670,6 +691,32 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
+def take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the path that `--config` names, a file or a recipe that came with the package, and the other arguments."""
+    path, rest = take_option(argv, "--config")
+    return None if path is None else find_config(path), rest
+
+
+def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
+    """Return whether a switch is on, which may have true or false behind it, and the other arguments."""
+    on, rest, words = False, [], list(argv)
+    while words:
+        word = words.pop(0)
+        flag, given, text = word.partition("=")
+        if flag.replace("-", "_") != name.replace("-", "_"):
+            rest.append(word)
+            continue
+        if not given and words and words[0].lower() in _SWITCHES:
+            text = words.pop(0)
+        if (text or "true").lower() not in _SWITCHES:
+            raise SetupError(f"{name} must be true or false, got {text!r}")
+        on = _SWITCHES[(text or "true").lower()]
+    return on, rest
+
+
+_SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
 # Config files
 
 
@@ -686,7 +733,8 @@ def config_files(path: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict
     chain = (*above, path)
     files = {}
     for base in bases:
-        base = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        beside = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        base = beside if os.path.isfile(beside) or recipe_file(base) is None else str(recipe_file(base))
         if os.path.realpath(base) in map(os.path.realpath, chain):
             raise SetupError(f"{path}: extends {base}, which is built on it: {' -> '.join((*chain, base))}")
         for file, keys in config_files(base, chain):
@@ -722,7 +770,8 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader: it builds plain data only
     except OSError as error:
-        raise SetupError(f"cannot read the config file {path}: {error.strerror or error}") from error
+        further = no_config(path) if isinstance(error, FileNotFoundError) else ""
+        raise SetupError(f"cannot read the config file {path}: {error.strerror or error}{further}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
@@ -751,8 +800,9 @@ def take_env(config: dict[str, Any], path: str) -> dict[str, str]:
 
 def option_keys(parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Map the names by which a config file gives a value to a parser's actions, the first of each being its own."""
-    names = {action.dest: action for action in reversed(parser._actions)}
-    aliases = {option[2:]: action for action in parser._actions for option in action.option_strings}
+    own = [action for action in parser._actions if action.dest != argparse.SUPPRESS]
+    names = {action.dest: action for action in reversed(own)}
+    aliases = {option[2:]: action for action in own for option in action.option_strings}
     return names | {name: action for name, action in aliases.items() if "-" not in name and name not in names}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.jobs.errors import SetupError, did_you_mean
-from maple_trl.records.options import not_deciding
+from maple_trl.records.options import KEY_NAMES, not_deciding
 
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ JUDGES = ("answer_judge", "caption_judge", "stepwise_reasoning_judge")
 _COMMON = ("reward", "name", "tags", "rows", "contrastive")
 # What `name` and the rest of an entry say about parameters of a judge's class.
 _NOT_OF_A_FILE = {"self", "scorer", "name", "loader", "kwargs"}
-# Names under which people write keys; their values are shown and kept nowhere.
-KEY_NAMES = ("api_key", "key", "token", "secret", "password", "authorization")
 # Parameters that say how fast an answer comes, and not what it is. Those of a server say so themselves.
 _SPEED = {"local": {"device", "batch_size"}, "contrastive": {"device", "batch_size", "cache_size"}}
 _WATCHING = {"max_failure_rate", "min_requests"}

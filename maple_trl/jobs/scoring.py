@@ -119,6 +119,15 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
     return entry
 
 
+def scoring_server(job: EvalJob) -> tuple[str, str | None] | None:
+    """Return model and address of the server that judges, where one does; nothing is opened."""
+    entry = _entry(job)
+    if isinstance(entry, str) and job.judge_model is not None and job.judge_server != LOCAL:
+        return job.judge_model, job.judge_server
+    server = entry.get("server") if isinstance(entry, dict) else None
+    return (server["model"], server.get("base_url")) if server else None
+
+
 def _is_accuracy(entry: str | Mapping[str, Any]) -> bool:
     """Return whether `accuracy_reward` scores all rows alike."""
     if isinstance(entry, str):

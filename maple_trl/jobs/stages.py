@@ -23,6 +23,7 @@ from maple_trl.jobs.options import (
     make_parser,
     option_keys,
     parse_args,
+    take_config,
     take_option,
     trainer_of,
 )
@@ -111,7 +112,7 @@ def load_plan(argv: Sequence[str]) -> Plan | None:
         SetupError: for a list that is none, a file that is not there, and an option that no stage knows or that stages
             cannot share.
     """
-    path, words = take_option(argv, "--config")
+    path, words = take_config(argv)
     if path is None:
         return None
     config, listed = {}, path

@@ -46,7 +46,7 @@ def read_tables(paths: Sequence[Path]) -> Dataset:
         return _read_parquet(paths)
     kinds: dict[str, Any] = {}
     rows = 0
-    for _, row in _rows(paths):
+    for _, row in table_rows(paths):
         rows += 1
         for name, value in row.items():
             kinds[name] = _common(kinds.get(name), _kind(value))
@@ -72,7 +72,7 @@ def read_tables(paths: Sequence[Path]) -> Dataset:
 def _read_parquet(paths: Sequence[Path]) -> Dataset:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets import Dataset, Features, load_dataset
+    from datasets import Dataset, Features
     from datasets.exceptions import DatasetsError
 
     try:
@@ -80,7 +80,8 @@ def _read_parquet(paths: Sequence[Path]) -> Dataset:
         if not sum(pq.read_metadata(path).num_rows for path in paths):
             raise ValueError("it holds no row")
         if all(schema.equals(schemas[0]) for schema in schemas):
-            return load_dataset("parquet", data_files={"train": [str(path) for path in paths]}, split="train")
+            # Not load_dataset("parquet"), which tells a server that it was called.
+            return Dataset.from_parquet([str(path) for path in paths])
         # A shard without one video has another type in that column, or no such column.
         schema = pa.unify_schemas(schemas, promote_options="permissive")
         tables = [pq.read_table(path) for path in paths]
@@ -100,7 +101,7 @@ def stream_tables(paths: Sequence[Path]) -> IterableDataset:
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets import load_dataset
+    from datasets import IterableDataset
     from datasets.exceptions import DatasetsError
 
     if paths[0].suffix.lower() != ".parquet":
@@ -110,19 +111,18 @@ def stream_tables(paths: Sequence[Path]) -> IterableDataset:
         odd = next((path for path, schema in zip(paths, schemas, strict=True) if not schema.equals(schemas[0])), None)
         if odd is not None:
             raise SetupError(f"dataset_streaming: {odd} has other columns or types than {paths[0]}")
-        files = {"train": [str(path) for path in paths]}
-        return load_dataset("parquet", data_files=files, split="train", streaming=True)
+        return IterableDataset.from_parquet([str(path) for path in paths])  # as above
     except (OSError, ValueError, TypeError, pa.ArrowException, DatasetsError) as error:
         raise error if isinstance(error, SetupError) else SetupError(f"cannot read {paths[0]}: {error}") from error
 
 
 def _conformed(paths: Sequence[str], kinds: Mapping[str, Any], state: Any) -> Iterator[dict[str, Any]]:
-    for _, row in _rows([Path(path) for path in paths]):
+    for _, row in table_rows([Path(path) for path in paths]):
         yield {name: _as_kind(row.get(name), kind) for name, kind in kinds.items()}
 
 
-def _rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield rows, each with its place for errors."""
+def table_rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of JSON and CSV files, each with its place for errors."""
     for path in paths:
         try:
             yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(path)
@@ -160,6 +160,8 @@ def _parsed(path: Path, number: int, data: bytes) -> Any:
         ) from error
     except RecursionError as error:
         raise SetupError(f"{path}, line {number}: nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise SetupError(f"{path}, line {number}: {error}") from error
     if "\\ud" in text.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.files import as_json, write_atomically
+from maple_trl.hub.errors import PublishError
 from maple_trl.jobs.checks import (
     LORA_OPTIONS,
     adapter_base,
@@ -24,9 +24,10 @@ from maple_trl.jobs.checks import (
 from maple_trl.jobs.data import evaluates, first_rows, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
-from maple_trl.jobs.rewards import KEY_NAMES, close_rewards, load_rewards
+from maple_trl.jobs.rewards import close_rewards, load_rewards
 from maple_trl.modalities import SCOPES
 from maple_trl.records.metrics_log import first_and_last, whole_log, write_metrics
+from maple_trl.records.options import chosen, without_keys
 from maple_trl.records.run_folder import (
     holds_evaluation,
     is_inside,
@@ -55,6 +56,7 @@ __all__ = [
     "SetupError",
     "build_trainer",
     "load_datasets",
+    "load_for_training",
     "load_rewards",
     "parse_args",
     "run",
@@ -187,6 +189,28 @@ def continue_adapter(model: PreTrainedModel, folder: str, wanted: LoraConfig | N
     return continued
 
 
+def load_for_training(
+    model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin, LoraConfig | None]:
+    """
+    Load what a trainer takes: a model whose frozen parts are frozen, its processor, and the adapter that is to be added.
+
+    Of a folder with a LoRA adapter the model has it already, to be trained on, and there is none to add.
+
+    Returns:
+        `tuple`: `model`, `processing_class` and `peft_config` of a trainer.
+
+    Raises:
+        SetupError: when the model cannot be loaded, or is an adapter other than the one that is asked for.
+        ValueError: when a chosen part holds no layer, or the model's family has no such part.
+    """
+    model, processor = load_model_and_processor(model_args, training_args)
+    lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)
+    if adapter_base(model_args.model_name_or_path) is not None:
+        model, lora = continue_adapter(model, model_args.model_name_or_path, lora), None
+    return model, processor, lora
+
+
 def build_trainer(
     script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig, model_args: OmniModelConfig
 ) -> tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]:
@@ -214,10 +238,7 @@ def build_trainer(
     check_rows(script_args, training_args, checked, rewards.get("reward_funcs", []))
     check_model(model_args, training_args, checked, script_args.evaluate_before_after)
     try:
-        model, processor = load_model_and_processor(model_args, training_args)
-        lora = choose_parameters(model, processor, model_args, quiet=training_args.process_index != 0)
-        if adapter_base(model_args.model_name_or_path) is not None:
-            model, lora = continue_adapter(model, model_args.model_name_or_path, lora), None
+        model, processor, lora = load_for_training(model_args, training_args)
         trainer = trainer_class(script_args.trainer)(
             model=model,
             **rewards,
@@ -233,6 +254,8 @@ def build_trainer(
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # nothing has been trained yet
         raise SetupError(str(error)) from error
+    trainer.dataset_name = script_args.dataset_name
+    trainer.job_options = chosen(script_args) | chosen(model_args)
     show_progress(trainer)
     if set(TRACKERS) & set(training_args.report_to or []):
         trainer.add_callback(TrackingCallback(trainer))
@@ -337,7 +360,7 @@ def run(
     Run a job: build everything, evaluate, train, evaluate again, and write the results.
 
     Written into `output_dir`: the options (`args.json`), the model with its processor, `metrics.jsonl`, `training.png`
-    (where matplotlib is installed) and `summary.json`. Only the first process prints and writes these.
+    (where matplotlib is installed), `summary.json` and, with `report`, `report.html`. Only the first process prints and writes these.
 
     Args:
         last (`bool`, *optional*, defaults to `True`):
@@ -353,6 +376,7 @@ def run(
     Raises:
         SetupError: when the arguments name something that is not there; nothing has been trained then.
         RunStoppedError: when the run was stopped, or made no step.
+        PublishError: when it was not uploaded (`push_to_hub`); everything else has been written.
     """
     from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
@@ -391,7 +415,7 @@ def run(
             write_metrics(_log_of(trainer), metrics_path)
     train_seconds = time.monotonic() - train_started
     after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
-    trainer.save_model(training_args.output_dir)
+    unpublished = _save(trainer)
     summary = {
         "before": before and before.accuracy,
         "after": after and after.accuracy,
@@ -414,12 +438,27 @@ def run(
         write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
         written = _written(training_args.output_dir, (metrics_path, summary_path, plot_path))
         print_summary(summary | {"written": written}, training_args.output_dir)
+        if script_args.report:
+            _report(training_args.output_dir)
     trainer.accelerator.wait_for_everyone()  # all of the results are there
     if trainer.family is not None:
         trainer.loader.close()
     if last:
         trainer.accelerator.end_training()
+    if unpublished is not None:
+        raise unpublished
     return summary
+
+
+def _save(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> PublishError | None:
+    """Save the model, and upload it where that is asked for; return what stopped the upload, once all results are written."""
+    try:
+        trainer.save_model(trainer.args.output_dir)
+    except PublishError as error:
+        return PublishError(
+            f"{error}. The run is whole in {trainer.args.output_dir}: `maple-trl push {trainer.args.output_dir} REPO_ID` uploads it"
+        )
+    return None
 
 
 def _log_of(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> list[Mapping[str, Any]]:
@@ -434,16 +473,7 @@ def _options(*parts: Any) -> dict[str, Any]:
     shown = [name for name in ("eos_token", "pad_token") if name in options]
     shown += [name for name in options if name.endswith("_token") and getattr(training_args, name, None) is None]
     options |= {name: getattr(training_args, name, None) for name in shown}
-    return {name: _without_keys(value) for name, value in options.items()}
-
-
-def _without_keys(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        secret = {name for name in value if str(name).lower().endswith(KEY_NAMES) and isinstance(value[name], str)}
-        return {name: "<hidden>" if name in secret else _without_keys(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_keys(item) for item in value]
-    return re.sub(r"(?<=://)[^/@\s]+@", "<hidden>@", value) if isinstance(value, str) else value
+    return {name: without_keys(value) for name, value in options.items()}
 
 
 def _written(folder: str, files: Sequence[Path]) -> list[str]:
@@ -499,6 +529,18 @@ def _evaluate(
 
 def _place(path: str | None, training_args: OmniGRPOConfig | OmniSFTConfig, name: str) -> Path:
     return Path(path) if path else Path(training_args.output_dir) / name
+
+
+def _report(folder: str) -> None:
+    """Write the report and say where; a job does not fail for want of it, nor of what it is made with."""
+    try:
+        from maple_trl.reports import ReportError, write_report
+
+        path = write_report(folder, Path(folder, "report.html"))
+    except (ReportError, ImportError, OSError) as error:
+        print(f"no report: {error}")
+    else:
+        print(f"Report: {path}, to be opened in a browser")
 
 
 def _draw(log_history: list[dict], before: Mapping | None, after: Mapping | None, path: Path) -> None:

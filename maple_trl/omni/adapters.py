@@ -18,11 +18,13 @@ from transformers.utils import cached_file
 
 from maple_trl.omni.checkpoints import SPEECH, CheckpointError, check_hub_id, hub_is_silent, names_in
 from maple_trl.omni.layouts import RENAMINGS, name_in_class
+from maple_trl.omni.loading import BUILTIN_PREFIX, load_model, load_processor
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers import PreTrainedModel
 
 
@@ -31,6 +33,13 @@ logger = logging.getLogger(__name__)
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _BESIDE = ("*token*.json", "vocab.json", "merges.txt", "*processor_config.json", "chat_template.*")  # of its processor
+_REACHING = {
+    "megatron_config": "import the module that megatron_core names",
+    "adapters": "fetch other adapters by their names",
+    "tokenizer_name_or_path": "fetch a tokenizer by its name",
+}
+"""Fields of an adapter's config by which more than its own weights would be read."""
+
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_\w+)(?:\.weight)?")
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.(?P<leaf>\w+)$")
 
@@ -90,14 +99,18 @@ def read_adapter_config(folder: str) -> PeftConfig:
     Read what an adapter says of itself.
 
     Raises:
-        CheckpointError: when it is damaged, or of a kind that PEFT does not know.
+        CheckpointError: when it is damaged, of a kind that PEFT does not know, or names what PEFT would import or fetch.
     """
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{Path(folder, _CONFIG)} cannot be read: {type(error).__name__}: {error}") from error
+    for option, what in _REACHING.items():
+        if getattr(config, option, None):
+            raise CheckpointError(f"{Path(folder, _CONFIG)} has {option}, by which PEFT would {what}: it is not read")
+    return config
 
 
 def fetch_adapter(name: str, revision: str = "main") -> str | None:
@@ -136,6 +149,53 @@ def adapted_model(folder: str, written: str) -> str:
         f"write the full model there (base_model_name_or_path, e.g. Qwen/{whole}), or name both, --model Qwen/{whole} --adapter "
         f"{folder}"
     )
+
+
+def adapter_folder(name: str, revision: str = "main") -> str | None:
+    """
+    Return the folder of the adapter that a name stands for, fetched where it has to be; `None` where it is a whole model.
+
+    Raises:
+        CheckpointError: when the name is neither a folder nor a Hub id.
+    """
+    folder = None if name.startswith(BUILTIN_PREFIX) else fetch_adapter(name, revision)
+    return None if folder is None or Path(folder, "config.json").is_file() else folder
+
+
+def load_whole(
+    name: str, base_model: str | None = None, revision: str = "main", **options: Any
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
+    """
+    Load a model, or an adapter on the model that it was trained on, and the processor that belongs to it.
+
+    Args:
+        name: a folder, a Hub id, or `builtin:NAME`.
+        base_model (`str`, *optional*): what an adapter is put on, where it does not say that itself.
+        revision: of `name` on the Hub.
+        options: as of [`~maple_trl.omni.loading.load_model`].
+
+    Raises:
+        CheckpointError: when there is no such model, it is damaged, or what an adapter belongs to is not known.
+    """
+    folder = adapter_folder(name, revision)
+    if folder is None:
+        return load_model(name, revision=revision, **options), load_processor(name, revision=revision)
+    written = base_model or read_adapter_config(folder).base_model_name_or_path
+    if not written:
+        raise CheckpointError(
+            f"{name} does not say which model the adapter belongs to (base_model_name_or_path): name that model"
+        )
+    whole = adapted_model(folder, written)
+    if not whole.startswith(BUILTIN_PREFIX) and not os.path.exists(whole):
+        try:
+            check_hub_id(whole, "model")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{name} is an adapter for {whole}, which is not here: name that model ({error})"
+            ) from error
+    model = load_model(whole, **options)
+    processor = load_processor(folder if processor_beside(folder) else whole)
+    return load_adapter(model, folder), processor
 
 
 def processor_beside(folder: str | None) -> bool:

@@ -81,8 +81,11 @@ def read_config(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         CheckpointError: when there is none, or it is of no model that transformers knows.
     """
+    if os.path.exists(name) and not any(options.get(argument) for argument in ELSEWHERE):
+        _check_folder(Path(name))
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        # Where nothing is said, transformers asks at the terminal whether to run code that the checkpoint brings.
+        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **options})
     except Exception as error:  # the config's class checks its fields, each library with errors of its own
         kind = _model_type(name)
         if kind is not None:

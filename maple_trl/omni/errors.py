@@ -7,7 +7,7 @@ REASONS: dict[str, str] = {
     "network-not-allowed": "the path is a URL; allow_network is off, or the scheme is not http or https",
     # what the file is
     "empty-file": "the file has no bytes",
-    "not-media": "the content is none of the accepted containers, which the README lists, or of the formats of pictures",
+    "not-media": "the content is none of the accepted containers, which docs/media.md lists, or of the formats of pictures",
     "unreadable": "an accepted container that cannot be parsed or decoded: index missing, data damaged, no decoder",
     "truncated": "the data end before the length that the container declares",
     # what is in it

@@ -50,11 +50,11 @@ warnings.filterwarnings(
 logger = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
-_THINKERS = {
+THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
-_THINKERS |= {f"{kind}_thinker": name for kind, name in _THINKERS.items()}
+THINKERS |= {f"{kind}_thinker": name for kind, name in THINKERS.items()}
 _HUB_ARGUMENTS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -109,12 +109,13 @@ def load_model(
             f"{name_or_path} holds a LoRA adapter, not a model: merge it into its base model and save that "
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
+    kwargs.setdefault("trust_remote_code", False)
     kwargs |= reach(path, hub_arguments(kwargs))
     commit = commit_of(path, hub_arguments(kwargs))
     if commit is not None:
         kwargs["revision"] = commit  # all files are of one state
     config = read_config(path, hub_arguments(kwargs))
-    architecture = _THINKERS.get(config.model_type) or (config.architectures or [""])[0]
+    architecture = THINKERS.get(config.model_type) or (config.architectures or [""])[0]
     if not architecture:
         raise CheckpointError(
             f'{name_or_path}: its config.json names no class of transformers: it needs "architectures": [CLASS], as the model '
@@ -124,7 +125,7 @@ def load_model(
     if model_class is None:
         raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
     elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE)
-    is_thinker = config.model_type in _THINKERS
+    is_thinker = config.model_type in THINKERS
     if is_thinker:
         kwargs["config"] = _thinker_config(config, path, hub_arguments(kwargs))
     if kwargs.get("attn_implementation") == "flex_attention" and not model_class._supports_flex_attn:
@@ -259,7 +260,7 @@ def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrai
     path = resolve_checkpoint(name_or_path)
     options = reach(path, kwargs)
     try:
-        processor = AutoProcessor.from_pretrained(path, **options)
+        processor = AutoProcessor.from_pretrained(path, **{"trust_remote_code": False, **options})
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and not os.path.isdir(path):
             raise  # the Hub's

@@ -12,7 +12,10 @@ something earlier asks here whether an option has to be the same.
 
 from __future__ import annotations
 
-from dataclasses import fields
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from enum import Enum
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -71,3 +74,40 @@ def deciding(config: Any, declared_by: type | None = None) -> dict[str, Any]:
     """
     names = [field.name for field in fields(declared_by or config)]
     return {name: getattr(config, name) for name in names if name not in not_deciding(config.__class__)}
+
+
+def chosen(config: Any) -> dict[str, Any]:
+    """Return the options of a dataclass that decide a result, are not the default, and can be written in a file, by name."""
+    kept = deciding(config)
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(config)
+    }
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in kept.items()}
+    return {name: value for name, value in plain.items() if value != defaults[name] and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+KEY_NAMES = ("api_key", "key", "token", "secret", "password", "authorization")
+"""Ends of the names under which people write keys; their values are shown and kept nowhere."""
+
+
+def is_key(name: str, value: Any) -> bool:
+    """Return whether an option holds a key, by its name."""
+    return isinstance(value, str) and name.lower().endswith(KEY_NAMES)
+
+
+def without_keys(value: Any) -> Any:
+    """Return options with keys hidden, and the credentials of addresses."""
+    if isinstance(value, Mapping):
+        return {name: "<hidden>" if is_key(str(name), item) else without_keys(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_keys(item) for item in value]
+    return re.sub(r"(?<=://)[^/@\s]+@", "<hidden>@", value) if isinstance(value, str) else value

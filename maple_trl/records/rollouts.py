@@ -60,16 +60,20 @@ def write_rollout(folder: Path, number: int, lines: Iterable[Mapping[str, Any]],
     write_table(table, folder / f"{number:08}.parquet")
 
 
-def read_rollouts(folder: Path) -> tuple[pa.Table | None, str | None, list[str]]:
+def read_rollouts(folder: Path, latest: int | None = None) -> tuple[pa.Table | None, str | None, list[str]]:
     """
-    Read all completions of a run.
+    Read the completions of a run.
+
+    Args:
+        latest (`int`, *optional*): read so many of the latest rollouts, instead of all.
 
     Returns:
         the table, in the order of the rollouts, `None` where there is none; the folder below which the media lie; and
         the names of files that cannot be read. A file that disappears meanwhile was thinned out by the run.
     """
     tables, media_root, broken = [], None, []
-    for path in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():
+    paths = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
+    for path in paths if latest is None else paths[-latest:]:
         try:
             with open(path, "rb") as file:
                 table = pq.ParquetFile(file).read()

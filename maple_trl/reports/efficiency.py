@@ -56,12 +56,16 @@ def completions_per_step(options: dict[str, Any]) -> int | None:
     return max(whole * taken // parts, 1)
 
 
-def compared_efficiency(found: Sequence[Section]) -> Section:
-    """Return how much of the first run's time the second takes, per step and per completion."""
-    if len(found) < 2 or any("missing" in part for part in found):
-        return missing("There are no two runs with times of steps.")
-    first, second = found
-    ratios = {"per_step": second["seconds_per_step"] / first["seconds_per_step"]}
-    known = all(part["seconds_per_completion"] for part in found)
-    per = second["seconds_per_completion"] / first["seconds_per_completion"] if known else None
-    return ratios | {"per_completion": per}
+def compared_efficiency(found: Sequence[Section]) -> list[dict[str, Any]]:
+    """Return how much of the first run's time each further one takes, per step and per completion, where both are known."""
+    if not found or "missing" in found[0]:
+        return []
+    first, ratios = found[0], []
+    for i, other in enumerate(found[1:], 1):
+        if "missing" in other:
+            continue
+        known = first["seconds_per_completion"] and other["seconds_per_completion"]
+        per = other["seconds_per_completion"] / first["seconds_per_completion"] if known else None
+        ratio = other["seconds_per_step"] / first["seconds_per_step"]
+        ratios.append({"run": i, "per_step": ratio, "per_completion": per})
+    return ratios

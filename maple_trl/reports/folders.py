@@ -27,11 +27,18 @@ _EXTRA += ("audio_seconds", "audio_source_seconds")
 _COLUMNS = tuple(name for name in LINES.names if name not in _EXTRA)
 _OF_AN_ACCESS = {"accuracy", "bounds", "pass_at_k", "modality_gap", "counts"}
 
+_READ = ("metrics.jsonl", "trainer_state.json", "args.json", "summary.json", "quarantine.json", "critical_steps.json")
+_READ += ("embeddings.parquet", "evaluation.json", "result.json", "rows.parquet", "run.json")
+_TAIL = 1_000_000  # bytes at the end of a log that hold its last two entries
 _MARKS = ("metrics.jsonl", "trainer_state.json", "summary.json", "rollouts", "result.json", "evaluation.json")
 
 
 class ReportError(ValueError):
     """A report that cannot be made; the message says of which folder, and what is missing."""
+
+
+class NoRunError(ReportError):
+    """A folder that holds no run, or is not there: not yet, perhaps."""
 
 
 @dataclass
@@ -52,7 +59,8 @@ class RunData:
         table: completions, a line each; `None` where there are none.
         media_root: the folder below which their media lie, where it is known.
         notes: what could not be read.
-        quarantined: how many prompts of a training run are in quarantine, by reason, and the first files.
+        quarantine: the prompts of a training run that are in quarantine, with `reason` and `path`.
+        not_finite: metrics that must be numbers and were not in some entries of the log: in how many, of how many.
         options: of a training job, by name; `None` where its folder does not say.
     """
 
@@ -68,8 +76,26 @@ class RunData:
     table: pa.Table | None = None
     media_root: str | None = None
     notes: list[str] = field(default_factory=list)
-    quarantined: str | None = None
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)
     options: dict[str, Any] | None = None
+
+    @property
+    def quarantined(self) -> str | None:
+        """Say how many prompts are in quarantine by reason, and name the first files; `None` where none are."""
+        if not self.quarantine:
+            return None
+        reasons = Counter(entry["reason"] for entry in self.quarantine)
+        files = list(dict.fromkeys(entry["path"] for entry in self.quarantine if entry["path"]))[:3]
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        first = f"; first {', '.join(files)}" if files else ""
+        return f"{reasons.total()} prompts quarantined ({counts}{first})"
+
+    @property
+    def left_out(self) -> list[Mapping[str, Any]]:
+        """What a run that has ended says that it left out, failed at or never fired."""
+        notes = (self.summary or {}).get("left_out")
+        return [note for note in notes if isinstance(note, Mapping)] if isinstance(notes, list) else []
 
     @property
     def accesses(self) -> list[str]:
@@ -84,19 +110,17 @@ def read_run(folder: str | os.PathLike) -> RunData:
     Read a folder.
 
     Raises:
-        ReportError: when it is none, or holds neither a run nor an evaluation; runs in folders below it are named.
+        NoRunError: when it is none, or holds neither a run nor an evaluation; runs in folders below it are named.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ReportError(
-            f"{folder} is a file; name its folder" if folder.exists() else f"there is no folder {folder}"
-        )
+        raise NoRunError(f"{folder} is a file; name its folder" if folder.exists() else f"there is no folder {folder}")
     if (folder / "evaluation.json").is_file() or (folder / "result.json").is_file():
         run = _read_evaluation(folder)
     else:
         run = _read_training(folder)
     if not run.log and run.table is None and run.summary is None and run.result is None:
-        raise ReportError(f"{folder} holds no run: {'; '.join([*run.notes, _what_instead(folder)])}")
+        raise NoRunError(f"{folder} holds no run: {'; '.join([*run.notes, _what_instead(folder)])}")
     return run
 
 
@@ -117,12 +141,46 @@ def _updated(paths: list[Path]) -> str:
     return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds") if times else "unknown"
 
 
+def has_ended(folder: str | os.PathLike) -> bool:
+    """
+    Return whether nothing more is to come in a folder: its evaluation is finished, or its training job has written its summary.
+
+    Of a trainer without a job (no `args.json`) the last entry of the log is the end.
+    """
+    folder = Path(folder)
+    if (folder / "evaluation.json").is_file() or (folder / "result.json").is_file():
+        return (folder / "result.json").is_file() and (folder / "rows.parquet").is_file()
+    log = folder / "metrics.jsonl"
+    if not log.is_file():
+        return False
+    with open(log, "rb") as file:
+        file.seek(max(log.stat().st_size - _TAIL, 0))
+        ended = b'"train_runtime"' in b"\n".join(file.read().strip().split(b"\n")[-2:])
+    return ended and ((folder / "summary.json").is_file() or not (folder / "args.json").is_file())
+
+
+def signature(folder: str | os.PathLike) -> tuple:
+    """Return what changes whenever a run or an evaluation has written something that a report shows."""
+    folder = Path(folder)
+    paths = [folder / name for name in _READ]
+    for pattern in (f"{ROLLOUTS}/*.parquet", "batches/*.parquet", "checkpoint-*/trainer_state.json"):
+        paths += sorted(folder.glob(pattern))
+    found = []
+    for path in paths:
+        try:
+            facts = path.stat()
+        except OSError:
+            continue
+        found.append((path.name, facts.st_mtime_ns, facts.st_size))
+    return tuple(found)
+
+
 # Training
 
 
 def _read_training(folder: Path) -> RunData:
     notes: list[str] = []
-    log, source = _read_log(folder, notes)
+    log, source, not_finite = _read_log(folder, notes)
     summary = _read_json(folder / "summary.json", notes)
     if summary is not None and not all(_numbers(summary.get(name) or {}) for name in ("before", "after", "questions")):
         notes.append("summary.json is none of a training job and is left out")
@@ -133,35 +191,30 @@ def _read_training(folder: Path) -> RunData:
     finished = any("train_runtime" in entry for entry in log[-2:]) if log else None
     parts = [folder / "summary.json", folder / ROLLOUTS, *([folder / source] if source else [])]
     run = RunData(folder, _name(folder), "training", finished, _updated(parts))
-    run.log, run.log_source, run.notes = log, source, notes
+    run.log, run.log_source, run.notes, run.not_finite = log, source, notes, not_finite
     # A run that goes on in the folder of a finished one has not written its own yet.
     run.summary = summary if finished is not False else None
     run.table, run.media_root = table, media_root
-    run.quarantined = _read_quarantine(folder / "quarantine.json", notes)
+    run.quarantine = _read_quarantine(folder / "quarantine.json", notes)
     run.options = _read_json(folder / "args.json", notes)
     return run
 
 
-def _read_quarantine(path: Path, notes: list[str]) -> str | None:
-    """Say how many prompts were quarantined by reason, and name the first files."""
+def _read_quarantine(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Read the prompts that are in quarantine."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        reasons = Counter(entry["reason"] for entry in entries)
-        files = list(dict.fromkeys(entry["path"] for entry in entries if entry["path"]))[:3]
+        return [{**entry, "reason": str(entry["reason"]), "path": entry["path"]} for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         notes.append(f"{path.name} cannot be read ({error}) and is left out")
-        return None
-    if not reasons:
-        return None
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    first = f"; first {', '.join(files)}" if files else ""
-    return f"{reasons.total()} prompts quarantined ({counts}{first})"
+        return []
 
 
-def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str | None]:
-    """Read the log that goes furthest: `metrics.jsonl`, or that of a newer checkpoint."""
+def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str | None, dict[str, tuple[int, int]]]:
+    """Read the log that goes furthest: `metrics.jsonl`, or that of a newer checkpoint; its file, and what was no number."""
     path = folder / "metrics.jsonl"
-    log = _read_metrics(path, notes) if path.is_file() else []
+    written = _read_metrics(path, notes) if path.is_file() else []
+    log = _log_entries(written)
     source = path.name if log else None
     checkpoints = sorted(
         (int(match[1]), other)
@@ -173,11 +226,23 @@ def _read_log(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], str
         newer = not log or (state.is_file() and state.stat().st_mtime > path.stat().st_mtime + 1)
         if not state.is_file() or not newer:
             continue
-        found = _log_entries((_read_json(state, notes) or {}).get("log_history"))
+        history = (_read_json(state, notes) or {}).get("log_history")
+        found = _log_entries(history)
         if found and (not log or _last_step(found) > _last_step(log)):
-            return found, str(state.relative_to(folder))
+            return found, str(state.relative_to(folder)), _not_finite(history)
         break
-    return log, source
+    return log, source, _not_finite(written)
+
+
+def _not_finite(written: list[Any]) -> dict[str, tuple[int, int]]:
+    """Count entries in which the loss or the gradient's norm is there and no finite number (`null` in `metrics.jsonl`)."""
+    found = {}
+    for name in ("loss", "grad_norm"):
+        values = [entry[name] for entry in written if isinstance(entry, dict) and name in entry]
+        odd = sum(value is None or (_number(value) and not math.isfinite(value)) for value in values)
+        if odd:
+            found[name] = (odd, len(values))
+    return found
 
 
 def _last_step(log: list[dict[str, Any]]) -> int:
@@ -202,7 +267,7 @@ def _numbers(values: Any) -> bool:
     return isinstance(values, Mapping) and all(map(_number, values.values()))
 
 
-def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _read_metrics(path: Path, notes: list[str]) -> list[Any]:
     """Read a file of JSON lines, of which the last may be half there: a run that is going on, or was killed."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     entries, odd = [], []
@@ -216,7 +281,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if odd:
         which = f"line {odd[0]} is" if len(odd) == 1 else f"{len(odd)} lines, the first {odd[0]}, are"
         notes.append(f"{path.name}: {which} no JSON and left out")
-    return _log_entries(entries)
+    return entries
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:

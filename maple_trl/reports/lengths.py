@@ -93,22 +93,27 @@ def _binned(tokens: Sequence[float], starts: list[int]) -> list[tuple[dict[str, 
     return found
 
 
-def length_gains(runs: Sequence[RunData], bounds: Sequence[int] = ()) -> Section:
+def length_gains(runs: Sequence[RunData], bounds: Sequence[int] = ()) -> list[Section]:
     """
-    Return what the second of two evaluations gains over the first, by how long the reasoning is (AVATAR, Fig. 5).
+    Return what each further evaluation gains over the first run, by how long the reasoning is (AVATAR, Fig. 5).
 
     The length of a question is the mean over the completions of both runs, so that neither's chooses the bin. Compared
     are questions that both have scored, under the first access that both have, in pairs and by clip, as
-    [`~maple_trl.metrics.significance.compare_runs`] does.
+    [`~maple_trl.metrics.significance.compare_runs`] does. Training runs alone have no questions in common to speak of.
     """
-    if len(runs) < 2:
-        return missing("There is one run.")
-    if not all(run.kind == "evaluation" and run.table is not None for run in runs):
+    if not any(run.kind == "evaluation" for run in runs):
+        return []
+    return [{"run": i} | _gains(runs[0], run, bounds) for i, run in enumerate(runs[1:], 1)]
+
+
+def _gains(first_run: RunData, second_run: RunData, bounds: Sequence[int]) -> Section:
+    pair = (first_run, second_run)
+    if not all(run.kind == "evaluation" and run.table is not None for run in pair):
         return missing("A gain by length needs two evaluations, of the same questions.")
-    (first, clips), (second, more) = (question_means(run, "score") for run in runs)
-    lengths = [question_means(run, "completion_tokens")[0] for run in runs]
+    (first, clips), (second, more) = (question_means(run, "score") for run in pair)
+    lengths = [question_means(run, "completion_tokens")[0] for run in pair]
     clips = more | clips
-    access = next((access for access in runs[0].accesses if access in first and access in second), None)
+    access = next((access for access in first_run.accesses if access in first and access in second), None)
     if access is None:
         return missing("The evaluations have no access in common.")
     both = [

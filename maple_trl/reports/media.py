@@ -84,10 +84,14 @@ class MediaTable:
             return None, "a network address, which a report does not open"
         if self.root is None:
             return None, "its folder is not known; name it with --media-root"
-        path = (self.root / name).resolve()
+        try:
+            path = (self.root / name).resolve()
+            found = path.is_file()
+        except (OSError, ValueError, RuntimeError):  # null bytes, thousands of letters, links in a circle
+            return None, "not found at the time of the report"
         if not path.is_relative_to(self.root):
             return None, "outside of the media root"
-        return (path, None) if path.is_file() else (None, "not found at the time of the report")
+        return (path, None) if found else (None, "not found at the time of the report")
 
 
 def thumbnail(path: str | os.PathLike, kind: str = "video") -> bytes | None:

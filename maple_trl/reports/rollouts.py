@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +57,14 @@ class Rollouts:
     Attributes:
         columns: lists of equal length by name; a run has only those that its files have.
         groups: of each completion, the number of its group, ascending from 0.
+        visits: of each completion, how often its prompt has been drawn in this rollout before, and this time.
         total: completions that the run's files hold; more than there are here where they were thinned out.
     """
 
     columns: dict[str, list]
     groups: np.ndarray
     total: int
+    visits: np.ndarray
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -70,7 +74,7 @@ class Rollouts:
         return self.columns.get(name) or [None] * len(self)
 
 
-def rollouts_of(table: pa.Table, kind: str, most: int) -> Rollouts:
+def rollouts_of(table: pa.Table, kind: str, most: int, options: Mapping[str, Any] | None = None) -> Rollouts:
     """
     Return the completions of a table.
 
@@ -78,14 +82,19 @@ def rollouts_of(table: pa.Table, kind: str, most: int) -> Rollouts:
         table: of `maple_trl.trainers.common.rollout_log` or of an evaluation.
         kind: `"training"` or `"evaluation"`.
         most: whole groups are left out, evenly over the run, where there are more completions.
+        options: of a training run, which say how many completions a prompt has.
     """
     names = set(table.column_names)
+    visits = np.ones(len(table), dtype=np.int64)
     if kind == "evaluation":
-        table = table.filter(pc.is_valid(table["sample"]))
+        lines = np.flatnonzero(pc.is_valid(table["sample"]).to_numpy(zero_copy_only=False))
+        table, visits = table.take(pa.array(lines)), visits[lines]
         keys = [table["access"].to_pylist(), table["row"].to_pylist()]
         taken = {new: old for old, new in _EVALUATION.items() if old in names}
     else:
         keys = [table["rollout"].to_pylist(), table["group"].to_pylist()]
+        visits = visits_of(list(zip(*keys, strict=True)), table["replayed"].to_pylist(), *_sizes(options or {}))
+        keys.append(visits.tolist())
         taken = {name: name for name in _TRAINING if name in names}
     numbers: dict[tuple, int] = {}
     groups = np.array([numbers.setdefault(key, len(numbers)) for key in zip(*keys, strict=True)], dtype=np.int64)
@@ -93,12 +102,72 @@ def rollouts_of(table: pa.Table, kind: str, most: int) -> Rollouts:
     if total > most:
         kept = np.unique(np.linspace(0, len(numbers) - 1, max(1, len(numbers) * most // total)).round().astype(int))
         lines = np.flatnonzero(np.isin(groups, kept))
-        table, groups = table.take(pa.array(lines)), groups[lines]
+        table, groups, visits = table.take(pa.array(lines)), groups[lines], visits[lines]
     order = np.argsort(groups, kind="stable")
     if len(order) and (np.diff(order) != 1).any():
         table = table.take(pa.array(order))
     groups = np.unique(groups[order], return_inverse=True)[1]
-    return Rollouts({new: table[old].to_pylist() for new, old in taken.items()}, groups, total)
+    return Rollouts({new: table[old].to_pylist() for new, old in taken.items()}, groups, total, visits[order])
+
+
+def _sizes(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return how many completions a draw of a prompt has, and how many fresh ones where all draws replay as many."""
+    size, replayed = options.get("num_generations"), options.get("replayed_generations") or 0
+    if not isinstance(size, int) or size < 1:
+        return None, None
+    alike = replayed and options.get("replay_scope") != "prompt"
+    return size, size - replayed if alike else None
+
+
+def visits_of(
+    keys: Sequence[tuple[int, str]], replayed: Sequence[bool], largest: int | None = None, smallest: int | None = None
+) -> np.ndarray:
+    """
+    Return of each completion which draw of its prompt in its rollout it is of, from 1: each is a group of its own.
+
+    Fresh completions of a draw stand next to each other, so a new draw begins where another prompt stands between, or
+    where a group is full. Replayed ones stand behind all of them and fill the groups up in their order.
+
+    Args:
+        keys: of each completion, its rollout and its prompt.
+        replayed: of each completion.
+        largest: completions of a draw; without it, what most draws of the rollout have.
+        smallest: fresh completions of a draw whose others are replayed, where that is the same for all draws.
+    """
+    visits = np.ones(len(keys), dtype=np.int64)
+    stretches: dict[tuple[int, str], list[list[int]]] = {}
+    before = None
+    for line, key in enumerate(keys):
+        if replayed[line]:
+            continue
+        if key != before:
+            stretches.setdefault(key, []).append([])
+        stretches[key][-1].append(line)
+        before = key
+    of_rollout: dict[int, Counter[int]] = {}
+    for (rollout, _), own in stretches.items():
+        of_rollout.setdefault(rollout, Counter()).update(map(len, own))
+    counts: dict[tuple[int, str], list[int]] = {}
+    for key, own in stretches.items():
+        usual = of_rollout[key[0]].most_common(1)[0][0]
+        full = usual if largest is None or usual == smallest else largest
+        draws = counts.setdefault(key, [])
+        for lines in own:
+            for i, line in enumerate(lines):
+                if i % full == 0:
+                    draws.append(0)
+                draws[-1] += 1
+                visits[line] = len(draws)
+    at = dict.fromkeys(counts, 0)
+    for line in np.flatnonzero(replayed):
+        draws = counts.get(keys[line])
+        if draws is None:  # of a prompt that this rollout has not drawn
+            continue
+        while at[keys[line]] < len(draws) - 1 and largest is not None and draws[at[keys[line]]] >= largest:
+            at[keys[line]] += 1
+        draws[at[keys[line]]] += 1
+        visits[line] = at[keys[line]] + 1
+    return visits
 
 
 def question_names(rollouts: Rollouts) -> list[str]:
@@ -146,6 +215,7 @@ def packed(rollouts: Rollouts, media: MediaTable) -> dict[str, Any]:
         "step": [],
         "question": [],
         "access": [],
+        "visit": rollouts.visits[starts].tolist(),
         "chunk": [],
     }
     called = question_names(rollouts)

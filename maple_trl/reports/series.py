@@ -56,6 +56,15 @@ def thinned(series: Series, most: int = MAX_POINTS) -> tuple[dict[str, dict[str,
     return curves, largest
 
 
+def sharing_steps(curves: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """Return curves with the steps of each kind once: `{"steps": [[…], …], "metrics": {name: [number of its steps, values]}}`."""
+    steps: dict[tuple[float, ...], int] = {}
+    metrics = {
+        name: [steps.setdefault(tuple(curve["step"]), len(steps)), curve["value"]] for name, curve in curves.items()
+    }
+    return {"steps": list(map(list, steps)), "metrics": metrics}
+
+
 def rounded(values: Sequence[float] | np.ndarray, digits: int = 6) -> list[float | None]:
     """Round numbers to so many significant digits; `None` for what is not finite."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in map(float, values)]

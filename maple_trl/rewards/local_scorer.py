@@ -132,6 +132,7 @@ class LocalScorer:
                 model=self.model,
                 device=PartialState().device if self.device is None else self.device,
                 dtype=self.dtype,
+                trust_remote_code=False,  # else it is asked at the terminal
                 model_kwargs=self.model_kwargs,
             )
             model = self._pipeline.model

@@ -191,14 +191,14 @@ class BertScoreSimilarity:
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils import logging
 
-        config = AutoConfig.from_pretrained(self.model)
+        config = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
         if self.num_layers > config.num_hidden_layers:
             raise ValueError(
                 f"BertScoreSimilarity: {self.model} has {config.num_hidden_layers} layers, got num_layers="
                 f"{self.num_layers}"
             )
         config.num_hidden_layers = self.num_layers
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         if tokenizer.pad_token_id is None:
             raise ValueError(f"BertScoreSimilarity: the tokenizer of {self.model} has no padding token")
         tokenizer.model_max_length = min(tokenizer.model_max_length, self.max_tokens)

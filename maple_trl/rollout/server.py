@@ -76,7 +76,7 @@ def serve(
             given += ["--enforce-eager", "--skip-mm-profiling"]
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, *given, *words]
         variables = {"VLLM_SERVER_DEV_MODE": "1"} if cuda else {}
-        process = subprocess.Popen(command, env=os.environ | variables)
+        process = subprocess.Popen(command, env={"VLLM_NO_USAGE_STATS": "1"} | os.environ | variables)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return process.wait()

@@ -35,6 +35,7 @@ class ColocatedGeneration(OmniVLLMGeneration):
 
     def _init_vllm(self) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over within the process
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         register()
         with tempfile.TemporaryDirectory(prefix="maple-trl-engine-") as folder:
             write_engine_folder(self.plain_model, self.processing_class, Path(folder))

@@ -65,11 +65,12 @@ def test_a_process_is_measured(memory, tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_grows_in_a_run_and_a_planted_leak_is_found(tmp_path):
+@pytest.mark.parametrize("steps, warm_up", [(110, 30), pytest.param(200, 50, marks=pytest.mark.long)])
+def test_nothing_grows_in_a_run_and_a_planted_leak_is_found(steps, warm_up, tmp_path):
     """Both in one run: the leak begins in its middle."""
     file = tmp_path / "leak.json"
-    command = [str(BENCHMARKS / "memory_leak.py"), "--steps", "200", "--warm-up", "50", "--plant", "prompts"]
-    command += ["--json", str(file)]
+    command = [str(BENCHMARKS / "memory_leak.py"), "--steps", str(steps), "--warm-up", str(warm_up)]
+    command += ["--plant", "prompts", "--json", str(file)]
     done = programs.run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())
@@ -79,4 +80,4 @@ def test_nothing_grows_in_a_run_and_a_planted_leak_is_found(tmp_path):
         assert trend["high"] <= trend["allowed"], (name, done.stdout)
     assert {"rss", "tensors", "prompts"} <= set(found["planted"]["grows"])
     assert found["planted"]["trends"]["prompts"]["slope"] == pytest.approx(1, abs=0.1)
-    assert found["memory"]["memory/host_evictions"] > 100  # clips came and went
+    assert found["memory"]["memory/host_evictions"] > steps / 2  # clips came and went

@@ -158,7 +158,7 @@ def test_sweeps_are_drawn(tmp_path):
     plot = tmp_path / "sweep.png"
     result, _ = run(
         tmp_path / "sweep.json", *OPTIONS, "--completions", "4", "--sweep", "prompt", "group", "--plot", str(plot),
-        "--sweep-prompts", "128", "256", "--sweep-groups", "2", "3",
+        "--repeats", "1", "--layers", "1", "--sweep-prompts", "128", "256", "--sweep-groups", "2", "3",
     )  # fmt: skip
     assert [(point["prompt"], point["generations"]) for point in result["sweeps"]["prompt"]] == [(128, 3), (256, 3)]
     assert [(point["prompt"], point["generations"]) for point in result["sweeps"]["group"]] == [(256, 2), (256, 3)]
@@ -203,7 +203,7 @@ def test_the_check_catches_wrong_positions(script, monkeypatch):
         script.run(args)
 
 
-@pytest.mark.parametrize("layers", [12, 24])
+@pytest.mark.parametrize("layers", [12, pytest.param(24, marks=pytest.mark.long)])
 def test_rounding_in_deep_models_is_not_taken_for_a_fault(layers, script):
     """With weights as small as those that Qwen's models begin with, a position more or less is lost in bfloat16."""
     import _shared_prefix_model as sizes

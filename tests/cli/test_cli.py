@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -50,10 +49,10 @@ def yaml_file(folder, text):
 def test_help_names_the_commands_that_exist():
     shown = maple("--help")
     assert shown.returncode == 0
-    assert all(name in shown.stdout for name in ("train", "env", "parity", "vllm-serve"))
+    assert all(name in shown.stdout for name in ("train", "env", "parity", "vllm-serve", "export", "push"))
     assert maple().stdout == shown.stdout
     # Commands of later versions are no stubs here.
-    for absent in ("export",):
+    for absent in ("deploy",):
         assert absent not in shown.stdout
         assert maple(absent).returncode == 2
 
@@ -614,6 +613,8 @@ def test_train_writes_its_results(short_run):
     assert [entry["step"] for entry in metrics if "reward" in entry] == [1, 2]
     assert all(0 <= e["rewards/accuracy_reward/mean"] <= 1 for e in metrics if "reward" in e)
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Report: {folder / 'report.html'}, to be opened" in shown.stdout
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert "Sampled accuracy" in shown.stdout and "VAS" in shown.stdout
     assert re.search(r"^ *2/2 ", shown.stdout, re.MULTILINE)  # the row of the last step
     # It is no terminal. Bars of transformers are decided on when that is imported, which the server of programs has done.
@@ -634,6 +635,17 @@ def test_train_leaves_a_model_that_loads_and_has_moved(short_run):
         assert any(part in name for name in moved), f"{part} has not moved"
 
 
+def test_a_job_goes_on_without_what_reports_are_made_with(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    train._report(str(tmp_path))
+    said = capsys.readouterr().out
+    assert said.startswith("no report: ") and said.count("\n") == 1 and 'pip install "maple-trl[report]"' in said
+    monkeypatch.delitem(sys.modules, "jinja2")  # the control
+    train._report(str(tmp_path))
+    assert capsys.readouterr().out == f"Report: {tmp_path / 'report.html'}, to be opened in a browser\n"
+
+
 def run_here(tmp_path, monkeypatch, *words):
     """The same two steps in this process, for its parts to be looked at."""
     caught = {}
@@ -644,7 +656,7 @@ def run_here(tmp_path, monkeypatch, *words):
         return caught["trainer"], test
 
     monkeypatch.setattr(train, "build_trainer", keep)
-    words = [*SHORT, "--output_dir", str(tmp_path), "--evaluate_before_after", "false", *words]
+    words = [*SHORT, "--output_dir", str(tmp_path), "--evaluate_before_after", "false", "--report", "false", *words]
     summary = train.run(*parse_args(words))
     return caught["trainer"], summary
 
@@ -770,14 +782,3 @@ def test_train_without_a_model(tmp_path):
         train.load_model_and_processor(
             OmniModelConfig(), parse_args(["--output_dir", str(tmp_path), "--bf16", "false"])[1]
         )
-
-
-@pytest.mark.slow
-def test_the_example_does_the_same_job(short_run, tmp_path, monkeypatch):
-    folder, _ = short_run
-    monkeypatch.setattr(sys, "argv", ["train_omni_grpo.py", *SHORT, "--output_dir", str(tmp_path)])
-    runpy.run_path(str(ROOT / "examples" / "train_omni_grpo.py"), run_name="__main__")
-    ours, theirs = read_json(folder / "summary.json"), read_json(tmp_path / "summary.json")
-    assert (ours["before"], ours["after"]) == (theirs["before"], theirs["after"])
-    one, other = weights(folder), weights(tmp_path)
-    assert all((one[name] == other[name]).all() for name in one)

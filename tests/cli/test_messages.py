@@ -445,7 +445,7 @@ def test_an_evaluation_of_a_model_whose_template_does_not_ask(model, mistakes, c
         (["data", "hints", "--input", "rows.jsonl", "--output", "o.jsonl", "--model", "m", "--sampling", "{"], "--sampling"),
         (["data", "hints", "--input", "rows.jsonl", "--output", "o.jsonl", "--model", "m", "--chunk", "0"], "chunk"),
         (["env", "--jsno"], "unknown argument --jsno; did you mean --json?"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "there is no command trian; did you mean train?"),
         (["train"], "name a job: --config FILE"),
     ],
     ids=str,

@@ -9,12 +9,12 @@ from maple_trl.rollout import server
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["parity"], "name a model: --model_name_or_path"),
+        (["parity"], "--model_name_or_path is missing"),
         (["parity", "--model", "x", "--dtype", "int8"], "--dtype must be float32, bfloat16 or float16"),
         (["parity", "--model", "x", "--video", "no.mp4"], "there is no file no.mp4"),
         (["parity", "--model", "x", "--vdeo", "no.mp4"], "--vdeo"),
         (["parity", "--model", "x", "--max_completion_length", "0"], "--max_completion_length must be 1 or more"),
-        (["vllm-serve"], "name a model: --model_name_or_path"),
+        (["vllm-serve"], "--model_name_or_path is missing"),
         (["vllm-serve", "--model", "x", "--port", "0"], "--port must be a port, got 0"),
         (["vllm-serve", "--model", "x", "--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16"),
         (["vllm-serve", "--model", "x", "--max_model_length", "0"], "--max_model_length must be 1 or more"),

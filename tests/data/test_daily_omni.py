@@ -10,14 +10,11 @@ import logging
 import math
 import os
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import av
 import pytest
-import torch
-from tiny_models import build_tiny, save_tiny
+from tiny_models import build_tiny
 from transformers import TrainerCallback
 
 from maple_trl.data.benchmarks import read_benchmark
@@ -348,29 +345,6 @@ def test_a_tag_that_the_row_cannot_serve_is_refused(daily_omni, tmp_path):
     rows = seven_rows(daily_omni).remove_columns("subtitle")
     with pytest.raises(RowError, match="tag S needs subtitle"):
         one_step(daily_omni, rows, tmp_path)
-
-
-def test_the_example_runs(daily_omni, tmp_path, monkeypatch, capsys):
-    model = save_tiny("qwen2_5_omni", tmp_path / "model")
-    script = REPOSITORY / "examples" / "train_daily_omni.py"
-    options = {
-        "data": daily_omni,
-        "model_name_or_path": model,
-        "output_dir": tmp_path / "run",
-        "max_steps": 2,
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-        "num_frames": 2,
-        "max_pixels": 8 * 28 * 28,
-        "max_completion_length": 4,
-    }
-    argv = [str(script), *(str(text) for name, value in options.items() for text in (f"--{name}", value))]
-    monkeypatch.setattr(sys, "argv", argv)
-    torch.manual_seed(0)
-    runpy.run_path(str(script), run_name="__main__")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == 2 and all(word in lines[0] for word in ("loss", "reward", "video", "audio", "subtitle"))
-    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -574,11 +573,11 @@ def test_the_command_refuses_what_is_wrong(tmp_path, capsys):
         assert server.calls == []
 
 
-def test_the_example_builds_hints_for_the_embedded_data(tmp_path, monkeypatch, capsys):
+def test_the_embedded_data_are_hinted_with_their_pictures_and_subtitles(tmp_path, capsys):
     with ChatServer(in_turn(say("Attend to picture and sound, and wait for the end."))) as server:
-        line = ["--model", "m", "--base_url", server.url, "--output", str(tmp_path / "o.parquet"), "--rows", "3"]
-        monkeypatch.setattr(sys, "argv", ["build_hints.py", *line])
-        runpy.run_path(str(ROOT / "examples" / "build_hints.py"), run_name="__main__")
-        assert "3 of 3 rows have a hint; it took 3 calls" in capsys.readouterr().out
+        line = ["--dataset_name", "builtin:seven-tags", "--output", tmp_path / "o.parquet", "--limit", "3"]
+        shown = run_here(capsys, server, *line, "--columns", "subtitle", "--frames", "4")
+        assert shown.returncode == 0, shown.stderr
+        assert len(server.calls) == 3
         assert sum(block["type"] == "image_url" for block in server.calls[0].body["messages"][1]["content"]) == 4
     assert sum(hint is not None for hint in hints_of(tmp_path / "o.parquet")) == 3

@@ -68,7 +68,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_pushed_loads_back(hub, folder, tmp_path, capsys, caplog):
+def test_what_was_pushed_loads_back(hub, folder, tmp_path, capsys, caplog, refused):  # datasets counts who loads
     caplog.set_level(logging.DEBUG)
     assert cli.main(["data", "push", str(folder), "me/clips", "--private", "--license", "cc-by-4.0"]) == 0
     out, err = capsys.readouterr()

@@ -193,17 +193,20 @@ def test_questions_with_more_inputs_are_not_preferred():
 
 
 @pytest.mark.slow
-def test_published_sizes():
+@pytest.mark.parametrize("part", [10, pytest.param(1, marks=pytest.mark.long)])
+def test_published_sizes(part):
     """Of 47 893 questions 47 893 + 31 635 + 23 737 rows (B.2), a quarter of each replaced; of 4 864 questions 34 048."""
-    rows = table(questions(47_893))
-    plan = Plan(rows, QAPlusOptions(exact=47_893, superset=31_635, deficit=23_737))
-    sizes = {stratum: sum(by_tag.values()) for stratum, by_tag in plan.summary.rows.items()}
-    assert sizes == {"exact": 47_893, "superset": 31_635, "deficit": 23_737} and plan.summary.total == 103_265
-    assert plan.summary.replaced == {"exact": 11_973, "superset": 7_909, "deficit": 23_737}
-    assert sum(map(len, plan.tables())) == 103_265
-    made, _ = made_of(rows.select(range(4864)), evaluation=True)
-    assert len(made) == 34_048 and set(Counter(row["question_id"] for row in made).values()) == {7}
-    assert faults(made, rows.select(range(4864))) == []
+    sizes = {"exact": 47_893 // part, "superset": 31_635 // part, "deficit": 23_737 // part}
+    rows, total = table(questions(sizes["exact"])), sum(sizes.values())
+    plan = Plan(rows, QAPlusOptions(**sizes))
+    assert {stratum: sum(by_tag.values()) for stratum, by_tag in plan.summary.rows.items()} == sizes
+    assert plan.summary.total == sum(map(len, plan.tables())) == total and (part > 1 or total == 103_265)
+    quarters = {stratum: round(sizes[stratum] / 4) for stratum in ("exact", "superset")}
+    assert plan.summary.replaced == quarters | {"deficit": sizes["deficit"]}
+    some = rows.select(range(4864 // part))
+    made, _ = made_of(some, evaluation=True)
+    assert len(made) == 7 * len(some) and set(Counter(row["question_id"] for row in made).values()) == {7}
+    assert faults(made, some) == []
 
 
 @pytest.mark.parametrize(

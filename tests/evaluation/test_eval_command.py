@@ -558,5 +558,5 @@ def test_help_answers_at_once():
     call += "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'numpy', 'av'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=120)
     assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stderr
-    for option in ("--access", "--samples", "--adapter", "--benchmark", "--max-errors", "--judge"):
+    for option in ("--access", "--samples", "--adapter", "--benchmark", "--max_errors", "--judge"):
         assert option in shown.stdout

@@ -209,8 +209,8 @@ def test_an_accuracy_of_answers_in_brackets():
     assert [reward(**columns) for reward in made] == [[1.0, 0.0], [1.0, None], [0.0, 1.0]]
 
 
-def test_the_example_of_the_readme():
-    text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8").partition("\n## Rewards\n")[2]
+def test_the_example_of_the_page():
+    text = Path(__file__).parents[2].joinpath("docs", "rewards.md").read_text(encoding="utf-8")
     job = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     made = load_rewards(job["reward_funcs"])
     names = ["format_reward", "length_reward", "accuracy_reward_for_V_A_S", "captions"]

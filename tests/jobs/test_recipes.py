@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -493,11 +492,11 @@ def test_trainers_by_name():
 def test_help_shows_the_options_of_the_chosen_trainer(capsys):
     assert cli.main(["train", "--help-all"]) == 0
     shown = capsys.readouterr().out
-    assert "--dynamic_sampling" not in shown and "maple-trl train --trainer mapo --help-all" in shown
+    assert "--dynamic_sampling" not in shown and "maple-trl train --trainer mapo --help_all" in shown
     assert cli.main(["train", "--trainer", "mapo", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "--dynamic_sampling" in shown and "--media_root" in shown
-    assert "maple-trl train --trainer omni_grpo --help-all" in shown
+    assert "maple-trl train --trainer omni_grpo --help_all" in shown
     assert cli.main(["train", "--trainer", "nope", "--help-all"]) == 2
     assert "trainer must be one of" in capsys.readouterr().err
 
@@ -570,15 +569,3 @@ def test_the_recipes_of_table_4_take_a_set_of_three_strata(tmp_path):
     assert cli.main(["eval", *map(str, words)]) == 0
     lines = pq.read_table(tmp_path / "eval" / "rows.parquet").to_pylist()
     assert {(line["tag"], line["fed"]) for line in lines} == {("VA", "VA"), ("VA", "VAS"), ("VA", "V")}
-
-
-def test_the_example_trains_and_tells(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["train_mapo.py", "--steps", "2", "--questions", "2", "--output_dir", str(tmp_path)]
-    )
-    runpy.run_path(str(ROOT / "examples" / "train_mapo.py"), run_name="__main__")
-    assert (tmp_path / "model.safetensors").is_file()
-    lines = capsys.readouterr().out.splitlines()
-    table = [line.split() for line in lines[lines.index("tag    before  after") + 1 :]]
-    assert {row[0] for row in table} >= {"V", "A", "S", "VA", "VS", "AS", "VAS", "all"}
-    assert all(0 <= float(value) <= 1 for row in table for value in row[1:])

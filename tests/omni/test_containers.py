@@ -452,6 +452,6 @@ def test_one_table_says_what_is_read():
     assert not follows & set(FORMATS)
 
 
-def test_the_readme_shows_the_table():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert markdown_table() in text, "run: python scripts/update_readme.py"
+def test_the_page_shows_the_table():
+    text = (Path(__file__).parents[2] / "docs" / "media.md").read_text(encoding="utf-8")
+    assert markdown_table() in text, "run: python scripts/container_table.py"

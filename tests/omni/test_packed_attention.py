@@ -282,9 +282,23 @@ def test_the_kernels_of_gpus(name, heads, key_heads):
             assert (a - b).norm() <= 0.02 * b.norm(), (name, groups)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_flex_attention_compiled(monkeypatch):
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",  # traced as for GPUs, and run without machine code, which takes a minute to make
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
+def test_flex_attention_compiled(backend, monkeypatch):
     """As for GPUs; further layouts are not compiled anew."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     compiled = partial(packed_attention._compiled, device="another")
     monkeypatch.setattr(packed_attention, "_compiled", lambda function, device: compiled(function))
     graphs = []

@@ -47,7 +47,7 @@ def test_what_each_option_decides():
     }
     assert found["place"] == {
         *("media_root", "encoder_cache_dir", "rollout_log_size", "evaluate_before_after", "eval_questions_per_tag"),
-        *("summary_file", "metrics_file", "plot_file", "overwrite"),
+        *("summary_file", "metrics_file", "plot_file", "report", "overwrite"),
         *("base_url", "api_key_env", "api_key_file", "cache_file"),
     }
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_a_part_without_data_says_so(tmp_path):
     why = {name: part["missing"] for name, part in found.items() if isinstance(part, dict) and "missing" in part}
     assert set(why) == set(
         "rewards weights curriculum disparity positions replay ratios accuracy projection rollouts "
-        "advantages lengths distances critical efficiency".split()
+        "advantages lengths distances critical efficiency configuration left_out".split()
     )
     assert "rollout_log_size" in why["rollouts"] and "loss_profile" in why["positions"]
     assert "AvatarTrainer" in why["replay"] and "evaluate_before_after" in why["accuracy"]
@@ -210,6 +211,119 @@ def test_long_curves_are_thinned_by_means():
     assert curves["loss"]["value"][:2] == [1.0, 4.0] and curves["loss"]["value"][-1] == 2499.0
 
 
+def test_what_went_wrong_is_said(tmp_path):
+    """Each by a log that has it; a sound one is the control."""
+    sound = [{"step": i, "reward": 0.5 + i / 100, "grad_norm": 1.0, "rewards/a/mean": 0.5} for i in range(1, 21)]
+    sound = [entry | {"tag/all/zero_variance": 0.5, "completions/clipped_ratio": 0.1} for entry in sound]
+    late = [{"rewards/a/mean": 0.0 if entry["step"] > 12 else 0.5} for entry in sound]
+    cases = {
+        "sound": ([{}] * 20, []),
+        "zero": ([{"reward": 0.0}] * 20, [r"The reward \(weighted sum\) was 0 for every completion, in all 20"]),
+        "since": (late, ["a has been 0 for every completion since step 13"]),
+        "alike": ([{"rewards/a/mean": 0.2, "rewards/a/std": 0.0}] * 20, ["a was 0.2 for every completion, in all 20"]),
+        "equal": ([{"tag/all/zero_variance": 0.95}] * 20, ["95 % of the groups had equal rewards"]),
+        "nan": ([{}] * 19 + [{"grad_norm": None}], ["grad_norm was not a finite number in 1 of 20 log entries"]),
+        "cut": ([{"completions/clipped_ratio": 0.8}] * 20, ["80 % of the completions were cut"]),
+        "lost": ([{"tag/all/unscorable": 0.3}] * 20, ["30 % of the completions could not be scored"]),
+    }
+    for name, (changes, _) in cases.items():
+        write_log(tmp_path / name, [a | b for a, b in zip(sound, changes, strict=True)])
+    found = report(tmp_path, *(tmp_path / name for name in cases))["runs"]
+    for run, (_, wanted) in zip(found, cases.values(), strict=True):
+        assert len(run["alerts"]) == len(wanted), run["alerts"]
+        assert all(re.search(*pair) for pair in zip(wanted, run["alerts"], strict=True)), run["alerts"]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a has been 0 for every completion since step 13" in text.split("<noscript>")[1]
+
+
+def test_a_prompt_that_is_drawn_twice_makes_two_groups():
+    """Apart from each other in a rollout, and next to each other; replayed ones fill the groups up."""
+    drawn = ["a"] * 4 + ["b"] * 4 + ["a"] * 4 + ["c"] * 8
+    lines = [line(0, "V", group, f"{group}{i}", 1.0) for i, group in enumerate(drawn)]
+    table = pa.Table.from_pylist(lines)
+    rollouts = rollouts_of(table, "training", 100, {"num_generations": 4})
+    assert np.bincount(rollouts.groups).tolist() == [4] * 5 and rollouts.visits[::4].tolist() == [1, 1, 2, 1, 2]
+    assert rollouts.columns["completion"][8:12] == [f"a{i}" for i in range(8, 12)]
+    # Without the options, what most draws of the rollout have.
+    assert np.bincount(rollouts_of(table, "training", 100).groups).tolist() == [4] * 5
+    # The control: a prompt that comes in two rollouts is drawn once in each.
+    later = pa.Table.from_pylist([line(step, "V", "a", "x", 1.0) for step in (0, 0, 1, 1)])
+    assert rollouts_of(later, "training", 100, {"num_generations": 2}).visits.tolist() == [1] * 4
+    # Half of a group is replayed: that one of the same prompt is full says where the next one belongs.
+    lines = [line(0, "V", group, f"{i}", 1.0) for i, group in enumerate("aabbaa")]
+    lines += [line(0, "V", group, f"{group}{i}", 1.0, replayed=True) for i, group in enumerate("abaaaz")]
+    options = {"num_generations": 4, "replayed_generations": 2, "replay_scope": "tiers"}
+    found = rollouts_of(pa.Table.from_pylist(lines), "training", 100, options)
+    by_group = [
+        [t for t, g in zip(found.columns["completion"], found.groups, strict=True) if g == i] for i in range(4)
+    ]
+    assert by_group == [["0", "1", "a0", "a2"], ["2", "3", "b1"], ["4", "5", "a3", "a4"], ["z5"]]
+
+
+# A run that is watched
+
+
+class Hours:
+    """Stands for the time between two looks: each call is the next thing that happens to the run."""
+
+    def __init__(self, *events):
+        self.events, self.slept = list(events), []
+
+    def __call__(self, seconds):
+        self.slept.append(seconds)
+        self.events.pop(0)()
+
+
+def live_of(page):
+    return json.loads(re.search(r'id="report-live">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
+
+
+def test_a_run_is_watched_to_its_end(tmp_path, monkeypatch, capsys):
+    """From before it is there: the page is written when something is new, and not when nothing is."""
+    folder, page, seen = tmp_path / "run", tmp_path / "page.html", []
+
+    def step(number, entry):
+        def happens():
+            seen.append((page.stat().st_mtime_ns, live_of(page)) if page.exists() else None)
+            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry | {"step": number}) + "\n" if entry else "")
+
+        return happens
+
+    first, summary = step(1, {"reward": 0.1}), step(3, {})
+    hours = Hours(
+        lambda: (folder.mkdir(), (folder / "args.json").write_text("{}"), first()),
+        step(2, {}),
+        step(2, {"reward": 0.2}),
+        step(3, {"train_runtime": 1.0}),
+        lambda: (summary(), (folder / "summary.json").write_text("{}")),  # the job evaluates before it writes this
+    )
+    monkeypatch.setattr("maple_trl.reports.watch.time.sleep", hours)
+    words = ["report", str(folder), "--watch", "--interval", "2", "--output", str(page)]
+    assert cli.main(words) == 0 and hours.events == []
+    assert seen[0] is None and seen[1] == seen[2] and len({time for time, _ in filter(None, seen)}) == 3
+    assert all(live == {"interval": 2.0} for _, live in filter(None, seen)) and live_of(page) is None
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("waiting for a run: there is no folder") and said[-1].endswith(", the end)")
+    assert len(said) == 5 and min(hours.slept) >= 2
+
+
+def test_ctrl_c_ends_the_watch_and_leaves_the_page(tmp_path, monkeypatch, capsys):
+    folder = training_run(tmp_path / "run", steps=2, finished=False)
+    interrupt = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr("maple_trl.reports.watch.time.sleep", Hours(interrupt))
+    assert cli.main(["report", str(folder), "--watch"]) == 0
+    assert live_of(folder / "report.html") is None and "no longer watched" in capsys.readouterr().out
+    write_report(folder, tmp_path / "other.html")  # the same but for the times
+    texts = [
+        re.sub(r"2\d{3}-\d\d-\d\dT[\d:+]+", "", p.read_text())
+        for p in (folder / "report.html", tmp_path / "other.html")
+    ]
+    assert len(texts[0]) == pytest.approx(len(texts[1]), abs=200)
+    monkeypatch.setattr("maple_trl.reports.watch.time.sleep", Hours(interrupt))
+    assert cli.main(["report", str(tmp_path / "nowhere"), "--watch"]) == 130  # nothing had been written
+
+
 # Evaluations
 
 
@@ -222,7 +336,10 @@ def evaluations(tmp_path_factory):
 
 
 def test_two_evaluations_are_compared_question_by_question(evaluations, tmp_path):
-    data = report(tmp_path, evaluations / "first", evaluations / "second")
+    data = report(tmp_path, evaluations / "first", evaluations / "second", evaluations / "first")
+    compared, again = data["comparisons"]  # each with the first
+    assert [compared["run"], again["run"]] == [1, 2]
+    assert all(found["difference"] == found["better"] == found["worse"] == 0 for found in again["accesses"].values())
     rows = [pq.read_table(evaluations / name / "rows.parquet").to_pylist() for name in ("first", "second")]
     for access in ("required", "all"):
         means = []
@@ -233,15 +350,15 @@ def test_two_evaluations_are_compared_question_by_question(evaluations, tmp_path
                     scores.setdefault(entry["id"], []).append(entry["score"])
             means.append({name: sum(values) / len(values) for name, values in scores.items()})
         first, second = means
-        found = data["comparison"]["accesses"][access]
+        found = compared["accesses"][access]
         assert found["count"] == 12 and found["left_out"] == 0
         assert found["difference"] == pytest.approx(sum(second[name] - first[name] for name in first) / 12)
         assert found["better"] == sum(second[name] > first[name] for name in first)
         clips = {entry["clip"] for entry in rows[0]}
         assert None not in clips and found["clips"] == len(clips)
         assert found["low"] <= found["difference"] <= found["high"] and 0 < found["p_value"] <= 1
-    assert list(data["comparison"]["accesses"]) == ["required", "all"] and data["comparison"]["same_data"]
-    for run, name in zip(data["runs"], ("first", "second"), strict=True):
+    assert list(compared["accesses"]) == ["required", "all"] and compared["same_data"]
+    for run, name in zip(data["runs"], ("first", "second", "first"), strict=True):
         result = json.loads((evaluations / name / "result.json").read_text())
         assert run["accuracy"]["accesses"] == result["accesses"]
         assert ["asking.seed", str(int(name == "second"))] in run["accuracy"]["decided_by"]
@@ -292,7 +409,7 @@ def test_an_evaluation_shows_prompts_and_clips(evaluations, tmp_path):
 
 def test_a_training_run_beside_an_evaluation(evaluations, tmp_path):
     data = report(tmp_path, training_run(tmp_path / "run"), evaluations / "first")
-    assert "two evaluations" in data["comparison"]["missing"]
+    assert "two evaluations" in data["comparisons"][0]["missing"]
     assert [run["kind"] for run in data["runs"]] == ["training", "evaluation"]
 
 
@@ -577,20 +694,32 @@ def test_nothing_is_loaded_and_nothing_of_a_run_is_markup(tmp_path):
     )
     assert "img" not in page.tags and page.tags.count("b") == 0
     assert all(link.startswith("#") for link in page.links), page.links
-    # Two that run, two of data, one of a chunk of completions.
-    assert page.tags.count("script") == 5 and "connect-src" not in text and "default-src 'none'" in text
+    # Two that run, four of data, one of a chunk of completions.
+    assert page.tags.count("script") == 7 and "connect-src" not in text and "default-src 'none'" in text
 
 
-def test_colours_of_tags_stand_out_from_the_page():
-    """Against white each colour has the contrast of 3:1 that WCAG asks of graphics."""
-    text = (ROOT / "maple_trl" / "assets" / "report" / "data.js").read_text()
-    colors = dict(re.findall(r'(\w+): \{ color: "#([0-9a-f]{6})", symbol', text))
-    assert set(colors) == {*TAGS, "all"} and len(set(colors.values())) == 8
-    for color in colors.values():
-        parts = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        assert 1.05 / (luminance + 0.05) >= 3 - 0.05, color
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_of_tags_and_runs_stand_out_from_the_page():
+    """Against the panel, light and dark, each has the contrast of 3:1 that WCAG asks of graphics; texts have 4.5:1."""
+    text = (ROOT / "maple_trl" / "assets" / "report" / "report.css").read_text()
+    colors = re.findall(r"--([\w-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\)", text)
+    for theme in (0, 1):
+        own = {name: both[theme] for name, *both in colors}
+        tags = {name: color for name, color in own.items() if re.match("(tag|run)-", name)}
+        assert len(tags) == 16 and len(set(tags.values())) == 16
+
+        def contrast(color, panel=own["panel"]):
+            low, high = sorted(map(luminance, (color, panel)))
+            return (high + 0.05) / (low + 0.05)
+
+        assert {name: color for name, color in tags.items() if contrast(color) < 2.95} == {}
+        assert min(contrast(own[name]) for name in ("ink", "soft", "link")) >= 4.5
+        assert contrast(own["warn-ink"], own["warn"]) >= 4.5 > contrast(own["line"])  # the last is the control
 
 
 # The command
@@ -619,7 +748,7 @@ def test_the_command(tmp_path, capsys):
     [
         (["nowhere"], "there is no folder"),
         (["parent"], r"holds no run: neither metrics.jsonl.*Folders in it that do: run"),
-        (["parent/run", "parent/run", "parent/run"], "one run or two, got 3"),
+        (["parent/run"] * 9, "on 1 to 8 runs, got 9"),
         (["parent/run", "--output", "parent"], "parent is a folder; name a file in it"),
         (["parent/run", "--json", "parent"], "--json: parent is a folder; name a file in it"),
         (["parent/run", "--output", "/proc/x.html"], "/proc/x.html cannot be written: No such file"),
@@ -627,6 +756,7 @@ def test_the_command(tmp_path, capsys):
         (["parent/run", "--embeddings", "builtin:none"], "--embeddings builtin:none: There is no embedded model"),
         (["parent/run/metrics.jsonl", "--output", "x.html"], "metrics.jsonl is a file; name its folder"),
         (["parent/run", "--max-rollouts", "0"], "--max-rollouts must be 1 or more, got 0"),
+        (["parent/run", "--watch", "--interval", "0"], "--interval must be 1 or more, got 0"),
     ],
 )
 def test_a_wrong_command_says_why(tmp_path, monkeypatch, capsys, words, why):
@@ -646,7 +776,7 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys, p
 
 
 def test_an_empty_list_of_runs(tmp_path):
-    with pytest.raises(ReportError, match="one run or two, got 0"):
+    with pytest.raises(ReportError, match="on 1 to 8 runs, got 0"):
         write_report([], tmp_path / "x.html")
 
 

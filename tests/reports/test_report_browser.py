@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,13 @@ from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.records.critical_steps import write_critical_steps
 from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import write_report
+from maple_trl.reports.report import end_live
 from maple_trl.rewards import accuracy_reward, format_reward
 
 
-SECTIONS = "accuracy curves rewards weights curriculum disparity advantages positions critical lengths replay".split()
-SECTIONS += "ratios projection distances rollouts".split()
-ABSENT = ("accuracy", "weights", "critical", "distances")  # of the run: its clips have one tag each
+ABSENT = ["accuracy", "weights", "critical", "distances"]  # of the run: its clips have one tag each
+ABSENT += ["left-out", "configuration"]  # a trainer without a job
+SECTIONS = "curves rewards curriculum disparity advantages positions lengths replay ratios projection rollouts".split()
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 pytestmark = [pytest.mark.slow, needs_chromium]
@@ -47,7 +50,7 @@ class Opened:
         self.page.on("dialog", lambda dialog: (self.errors.append("a dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(Path(path).as_uri())
-        self.page.wait_for_selector("#rollout-list[data-drawn]", timeout=60_000)
+        self.page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
         self.heights = self.heights_of_charts()
 
     def heights_of_charts(self):
@@ -137,7 +140,7 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
     assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked), opened.asked
     assert opened.heights_of_charts() == opened.heights, "what is below a chart moves when it is drawn"
     drawn = {section: page.locator(f"#{section} .main-svg").count() for section in SECTIONS}
-    assert all(drawn[section] for section in SECTIONS if section not in (*ABSENT, "rollouts")), drawn
+    assert all(drawn[section] for section in SECTIONS if section != "rollouts"), drawn
     # Every plot says what it shows, and every section has a sentence on it.
     titles = (
         "place => [place.layout.title, place.layout.xaxis.title, place.layout.yaxis.title].map((title) => title.text)"
@@ -151,10 +154,14 @@ def test_the_page_opens_without_errors_and_draws(browser, opened):
     assert len(bars) == 2 and all(trace["type"] == "bar" and len(trace["x"]) == 11 for trace in bars)
     assert all(sum(trace["y"]) == pytest.approx(1, abs=1e-3) for trace in bars)
     assert [bars[0]["x"][i] for i in (0, 5, 10)] == ["< 0.25", "0.95–1.05", "≥ 4"]
-    # What this run has not got is said, here and in the list of sections.
+    # What this run has not got has no card, and the list at the end says why.
+    assert page.locator("#absent dd").evaluate_all("all => all.map((one) => one.dataset.section)") == sorted(
+        ABSENT, key=["configuration", "left-out", "accuracy", "weights", "critical", "distances"].index
+    )
     for section in ABSENT:
-        assert page.locator(f"#{section} .missing").inner_text().startswith("No data.")
-        assert "(no data)" in page.locator(f"nav a[href='#{section}']").inner_text()
+        assert page.locator(f"#{section}").count() == page.locator(f"nav a[href='#{section}']").count() == 0
+    assert all(len(text) > 20 for text in page.locator("#absent dd").all_inner_texts())
+    assert page.locator("main .missing").count() == 0
     for section in ("curves", "rewards", "replay", "rollouts"):
         colors, inked = looks(page.locator(f"#{section}").screenshot())
         assert colors > 100 and inked > 0.02, section
@@ -177,7 +184,7 @@ def test_curves_of_each_tag_can_be_chosen(opened):
     title = page.locator("#curves-by-tag .gtitle")
     title.filter(has_text="share of right answers").wait_for()
     assert page.get_attribute(stroke, "d") != before
-    page.select_option("#curves .controls select >> nth=1", "5")
+    page.select_option("#curves-smoothing", "0.2")
     assert opened.errors == []
 
 
@@ -258,6 +265,158 @@ def test_clips_play_and_have_a_picture(opened):
     empty = "player => { player.replaceWith(player = document.createElement('video')); return player.offsetHeight; }"
     assert video.evaluate("player => player.offsetHeight") == video.evaluate(empty), "what is below moves as it loads"
     assert opened.errors == []
+
+
+def test_the_slider_goes_through_the_steps(opened, trained):
+    page, lines = opened.page, lines_of(trained)
+    steps = sorted({line["step"] for line in lines})
+    told = page.locator(".steps output")
+    assert told.inner_text() == f"all {len(steps)} steps kept"
+    page.focus("#step-slider")
+    for at, step in enumerate(steps[:2], 1):
+        opened.after(lambda: page.keyboard.press("ArrowRight"))
+        assert opened.fitting()[1] == sum(line["step"] == step for line in lines)
+        assert told.inner_text() == f"step {step} ({at} of {len(steps)} kept)"
+    opened.after(lambda: page.click("button[data-step='-1']"))
+    opened.after(lambda: page.click("button[data-step='-1']"))
+    assert opened.fitting()[1] == len(lines) and page.input_value("#filter-firstStep") == ""
+    opened.set("firstStep", str(steps[1]))  # and follows what is typed
+    assert told.inner_text() == f"steps {steps[1]} to {steps[-1]}"
+
+
+def test_a_point_of_a_curve_leads_to_its_completions(opened, trained):
+    """Of a tag, and of the rollouts between its log entry and the one before."""
+    page, lines = opened.page, lines_of(trained)
+    page.locator("#curves-by-tag").scroll_into_view_if_needed()
+    page.locator("#curves-by-tag .main-svg").first.wait_for()
+    page.select_option("#curves-metric", label="mean reward (weighted sum)")
+    # The point that is furthest from those of other tags at its step.
+    spot = """() => {
+      const place = document.getElementById("curves-by-tag"), { xaxis, yaxis } = place._fullLayout;
+      const all = place.data.filter((one) => one.meta.tag).flatMap((one) => one.x.map((x, i) => ({ x, y: one.y[i], tag: one.meta.tag })));
+      const alone = ({ x, y, tag }) => Math.min(...all.filter((other) => other.x === x && other.tag !== tag).map((other) => Math.abs(other.y - y)));
+      const best = all.sort((a, b) => alone(b) - alone(a))[0], box = place.getBoundingClientRect();
+      return [box.left + xaxis._offset + xaxis.l2p(best.x), box.top + yaxis._offset + yaxis.l2p(best.y), best.x, best.tag];
+    }"""
+    x, y, step, tag = page.evaluate(spot)
+    page.mouse.move(x, y)
+    opened.after(lambda: page.mouse.click(x, y))
+    fits = [line for line in lines if line["tag"] == tag and line["step"] == step - 1]
+    assert fits and opened.fitting()[1] == len(fits)
+    assert sorted(opened.texts()[: len(fits)]) == sorted(line["completion"] or "(empty)" for line in fits)
+    assert page.locator("#rollouts").evaluate("place => Math.abs(place.getBoundingClientRect().top) < 60")
+    # Steps of which nothing was kept: the nearest before, which is said.
+    opened.after(lambda: page.evaluate("showSteps(0, 90, 99, null)"))
+    last = max(line["step"] for line in lines)
+    assert opened.fitting()[1] == sum(line["step"] == last for line in lines)
+    assert f"No completions were kept of steps 90 to 99; shown are those of step {last}." in page.inner_text(
+        "#rollouts"
+    )
+    assert opened.errors == []
+
+
+def brightness(page):
+    pixels = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
+    return float(np.median(pixels))
+
+
+def test_dark_and_narrow(opened):
+    """By the system's choice and by the switch, charts too; and nothing is wider than a phone."""
+    page = opened.page
+    page.locator("#curves-by-tag").scroll_into_view_if_needed()
+    stroke = "#curves-by-tag .scatterlayer .trace:nth-child(2) path.js-line"
+    ground = "document.querySelector('#curves-by-tag .main-svg').style.background"
+    page.locator(stroke).wait_for(state="attached")
+    assert brightness(page) > 200 and page.evaluate(ground) == "rgb(255, 255, 255)"
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"() => {ground} === 'rgb(26, 30, 36)'")
+    assert "rgb(92, 159, 240)" in page.get_attribute(stroke, "style") and brightness(page) < 60
+    page.select_option("#theme", "light")
+    assert page.evaluate(ground) == "rgb(255, 255, 255)" and brightness(page) > 200
+    page.select_option("#theme", "auto")
+    assert brightness(page) < 60
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("() => document.getElementById('curves-by-tag').layout.width < 390")
+    page.evaluate("beforePrint(); afterPrint()")  # draws what nobody has scrolled to
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    wide = "all => all.filter((one) => one.getBoundingClientRect().right > 391).map((one) => one.className)"
+    assert page.locator("main .chart, main .main-svg, main select, main .group").evaluate_all(wide) == []
+    page.set_viewport_size({"width": 1400, "height": 900})
+    page.wait_for_function("() => document.getElementById('curves-by-tag').layout.width > 390")
+    assert opened.errors == []
+
+
+def strokes(pdf):
+    """What lines of a PDF are drawn with: how often each colour is set, to two digits."""
+    found = {}
+    for part in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.DOTALL):
+        try:
+            text = zlib.decompress(part)
+        except zlib.error:  # a font or a picture
+            continue
+        for color in re.findall(rb"([\d.]+) ([\d.]+) ([\d.]+) RG", text):
+            key = tuple(round(float(value), 2) for value in color)
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def test_paper_shows_every_chart(browser, trained):
+    """Of a page that was never scrolled, and is dark on the screen."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="dark")
+    page.goto((trained / "report.html").as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
+    count = page.locator(".chart").count()
+    drawn = "[...document.querySelectorAll('.chart')].filter((place) => place.querySelector('.main-svg')).length"
+    first = page.evaluate(drawn)
+    page.evaluate("window.removeEventListener('beforeprint', beforePrint)")
+    blank = strokes(page.pdf(format="A4"))  # the control: without what prepares the page, charts are blank
+    assert 0 <= first < count // 2 and page.evaluate(drawn) < count // 2
+    page.evaluate("window.addEventListener('beforeprint', beforePrint)")
+    whole = strokes(page.pdf(format="A4"))
+    assert page.evaluate(drawn) == count
+    light = {"V": (18, 89, 168), "A": (224, 96, 0), "S": (0, 154, 114), "VA": (75, 31, 111), "VAS": (224, 85, 155)}
+    for tag, color in light.items():
+        key = tuple(round(value / 255, 2) for value in color)
+        assert whole.get(key, 0) > blank.get(key, 0), tag
+    assert sum(whole.values()) > 2 * sum(blank.values())
+    page.close()
+
+
+def test_the_page_of_a_run_that_goes_on_follows_it(browser, trained, tmp_path):
+    """It loads itself anew where its reader is, with what was chosen, and stops when the run has ended."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    write_report(folder, folder / "report.html", live=15)
+    opened = Opened(browser, folder / "report.html")
+    page = opened.page
+    pause = "document.querySelector('#live button').click()"
+    page.evaluate(pause)
+    assert page.inner_text("#live span") == "Live, paused."
+    page.select_option("#curves-metric", label="share of right answers")
+    opened.after(lambda: page.uncheck("#tag-VA"))
+    opened.after(lambda: page.click("button[data-go=next] >> nth=0"))
+    page.evaluate("document.getElementById('rollouts').scrollIntoView()")
+    page.evaluate("window.scrollBy(0, 200)")
+    group, at = page.inner_text(".group .link >> nth=0"), page.evaluate("window.scrollY")
+    where = "document.getElementById('rollouts').getBoundingClientRect().top"
+    top = page.evaluate(where)
+    page.evaluate("window.before = true")
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"step": 6, "tag/VA/accuracy": 0.5, "reward": 0.9}\n')
+    write_report(folder, folder / "report.html", live=600)
+    page.evaluate(pause)
+    assert page.inner_text("#live span").startswith("Live: this page follows the run.") and at > 1000
+    anew = "() => window.before === undefined && 'ready' in document.documentElement.dataset"
+    page.wait_for_function(anew, timeout=60_000)
+    assert page.evaluate("REPORT.runs[0].curves.metrics.reward.step.at(-1)") == 6
+    assert page.input_value("#curves-metric").endswith("accuracy") and not page.is_checked("#tag-VA")
+    assert page.inner_text(".group .link >> nth=0") == group and page.input_value(".pager input >> nth=0") == "2"
+    assert page.evaluate(where) == pytest.approx(top, abs=3)
+    end_live(folder / "report.html")
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
+    assert not page.is_visible("#live") and opened.errors == []
+    page.close()
 
 
 # An evaluation
@@ -399,7 +558,7 @@ def test_a_script_in_a_completion_does_nothing(browser, tmp_path):
     opened = Opened(browser, tmp_path / "report.html")
     page = opened.page
     assert opened.texts()[0].startswith(EVIL), "the completion is shown as it was written"
-    for section in SECTIONS:
+    for section in page.locator("main section").evaluate_all("all => all.map((one) => one.id)"):
         page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
         page.wait_for_timeout(100)
     page.select_option("#any-metric select", EVIL)
@@ -407,7 +566,7 @@ def test_a_script_in_a_completion_does_nothing(browser, tmp_path):
     page.wait_for_timeout(300)
     assert page.evaluate("window.hacked") is None and opened.errors == []
     assert page.locator("img, iframe, object, embed").count() == 0
-    assert page.locator("script").count() == 6  # two that run, two of data, a chunk of each run
+    assert page.locator("script").count() == 9  # two that run, three of data, curves and a chunk of each run
     assert (
         page.locator("a").evaluate_all("links => links.filter((a) => !a.getAttribute('href').startsWith('#')).length")
         == 0
@@ -451,6 +610,55 @@ def test_two_runs_stand_side_by_side(browser, trained, tmp_path):
     )
     assert dashes == 2, "solid for the first run, dashed for the second"
     assert page.locator("#replay .missing").inner_text().startswith("No data. other:")
+    assert opened.errors == []
+    page.close()
+
+
+def test_more_runs_have_a_colour_each(browser, tmp_path):
+    """And a chart for each tag; what they were told to do stands side by side, and what went wrong first."""
+    for name, rate in (("one", 1), ("two", 2), ("three", 2)):
+        (tmp_path / name).mkdir()
+        entries = [{"step": i, "tag/V/reward": i / 40, "tag/A/reward": 0.5, "reward": i / 40} for i in range(1, 41)]
+        for entry in entries if name == "three" else ():
+            entry["rewards/accuracy_reward/mean"] = 0.0
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        options = {"learning_rate": rate, "seed": 7, "num_generations": 4, "reward_funcs": ["accuracy_reward"]}
+        (tmp_path / name / "args.json").write_text(json.dumps(options))
+    entry = {
+        "dataset": "train_dataset",
+        "rows": [3, 4],
+        "reason": "unreadable",
+        "path": "a.mp4",
+        "detail": "<b>no</b>",
+    }
+    (tmp_path / "three" / "quarantine.json").write_text(json.dumps([entry] * 120))
+    write_report([tmp_path / name for name in ("one", "two", "three")], tmp_path / "many.html")
+    opened = Opened(browser, tmp_path / "many.html")
+    page = opened.page
+    page.evaluate("beforePrint(); afterPrint()")
+    names = page.evaluate(
+        "[...document.querySelectorAll('#curves-by-tag .chart')].map((one) => one.layout.title.text)"
+    )
+    assert [name.split(":")[0] for name in names] == ["V", "A"]
+    traces = page.evaluate(
+        "document.querySelector('#curves-by-tag .chart').data.map((one) => [one.line.color, one.opacity ?? 1, one.y])"
+    )
+    colors = [traces[i][0] for i in range(0, 6, 2)]
+    assert len(traces) == 6 and len(set(colors)) == 3 and [one[0] for one in traces[1::2]] == colors
+    raw, smoothed = traces[0], traces[1]  # smoothed from the beginning, what was logged faintly below
+    assert raw[1] < 0.5 < smoothed[1] and raw[2] == [i / 40 for i in range(1, 41)] and smoothed[2] != raw[2]
+    assert page.locator(".alerts li").all_inner_texts() == [
+        "accuracy_reward was 0 for every completion, in all 40 log entries: it teaches nothing.",
+        "120 prompts quarantined (120 unreadable; first a.mp4): see Left out.",
+    ]
+    differing = page.locator("#configuration table").first.inner_text()
+    assert "learning_rate\t1\t2\t2" in differing and "seed" not in differing
+    page.click("#all-options summary")
+    page.fill("#option-search", "see")
+    assert page.locator("#all-options tbody tr").all_inner_texts() == ["seed\t7\t7\t7"]
+    page.click("#quarantine-2 summary")
+    assert "the first 100 of 120" in page.inner_text("#quarantine-2 summary")
+    assert page.locator("#quarantine-2 tbody tr").count() == 100 and "<b>no</b>" in page.inner_text("#quarantine-2")
     assert opened.errors == []
     page.close()
 

@@ -550,8 +550,13 @@ SETTINGS = {
     ),
     "left over, unscorable": ({"prompts": 3, "leftover": "mixed", "rollouts": 8, "fails": True}, {}),
 }
+# Half of it has every two of strata, aggregation and surrogate together, and each setting; `make test-long` runs the rest.
 MATRIX = [
-    (strata, aggregation, loss, list(SETTINGS)[(2 * i + j + 3 * k) % len(SETTINGS)])
+    pytest.param(
+        (strata, aggregation, loss, setting := list(SETTINGS)[(2 * i + j + 3 * k) % len(SETTINGS)]),
+        id=f"{strata}-{aggregation}-{loss}-{setting}",
+        marks=[pytest.mark.long] * ((i + j + k) % 2),
+    )
     for k, strata in enumerate(("tag", "batch"))
     for i, aggregation in enumerate(AGGREGATIONS)
     for j, loss in enumerate(LOSSES)
@@ -598,7 +603,7 @@ def stored_in(trainer):
     return [e for key in buffer.prompts() for e in buffer.stored(key)]
 
 
-@pytest.mark.parametrize("case", MATRIX, ids="-".join)
+@pytest.mark.parametrize("case", MATRIX)
 def test_every_strata_aggregation_and_surrogate(case, text_model, tmp_path):
     options, terms = both(*case)
     rows = text_rows(**SOME_ALIKE)

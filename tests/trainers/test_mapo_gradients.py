@@ -11,6 +11,7 @@ from jobs.train_job import DEFAULTS, REWARDS, MAPOJobTrainer
 from omni_runs import watch_updates
 from test_processes import worst
 from tiny_models import build_tiny, save_tiny
+from torch.nn.utils.rnn import pad_sequence
 
 from maple_trl import MAPOConfig
 from maple_trl.data.synthetic import write_seven_tags
@@ -176,19 +177,19 @@ def adaptive_weights(completions):
 
 
 def log_probs(training, world, model, completions):
-    """Each completion's log-probabilities, alone in a batch."""
-    trainer = training.trainer
-    encoded = {i: trainer.prompt_builder.encode(world[1][i]) for i in {c.prompt for c in completions}}
-    found = []
-    for c in completions:
-        prompt = encoded[c.prompt]
-        ids = torch.cat([prompt.input_ids, torch.tensor(c.ids)])[None]
-        positions = batch_position_ids([prompt], len(prompt), len(c.ids))
-        with serve_media(trainer.family, model, [prompt]):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits[0]
-        logits = logits[len(prompt) - 1 : -1] / trainer.temperature
-        found.append(logits.log_softmax(dim=-1)[torch.arange(len(c.ids)), torch.tensor(c.ids)])
-    return found
+    """Each completion's log-probabilities, in a batch with others of its prompt; what is shorter ends in tokens that it does not see."""
+    trainer, found = training.trainer, {}
+    for i in {c.prompt for c in completions}:
+        prompt, own = trainer.prompt_builder.encode(world[1][i]), [c for c in completions if c.prompt == i]
+        ends = pad_sequence([torch.tensor(c.ids) for c in own], batch_first=True)
+        ids = torch.cat([prompt.input_ids.expand(len(own), -1), ends], dim=1)
+        positions = batch_position_ids([prompt] * len(own), len(prompt), ends.size(1))
+        with serve_media(trainer.family, model, [prompt] * len(own)):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
+        logps = (logits[:, len(prompt) - 1 : -1] / trainer.temperature).log_softmax(dim=-1)
+        for c, of_row in zip(own, logps.gather(-1, ends[..., None])[..., 0], strict=True):
+            found[id(c)] = of_row[: len(c.ids)]
+    return [found[id(c)] for c in completions]
 
 
 def loss_of(completions, logps, old, aggregation, strata="tag", weights=None, high=HIGH):
@@ -352,8 +353,10 @@ def test_adaptive_weights(world, reference_model, aggregation):
 # Dropped groups
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(("scope", "aggregation"), zip(("tag", "group", "tag"), AGGREGATIONS, strict=True))
+@pytest.mark.parametrize(
+    ("split", "scope", "aggregation"),
+    list(zip(SPLITS, ("tag", "group", "tag", "group"), (*AGGREGATIONS, "sample"), strict=True)),
+)
 def test_dropped_groups_are_in_no_mean_and_no_forward_pass(world, first_step, scope, aggregation, split):
     options = {"advantage_scope": scope, "loss_aggregation": aggregation, "dynamic_sampling": "early"}
     training = train(world, **options, **split)
@@ -420,8 +423,9 @@ def test_asymmetric_clipping_in_a_second_pass(world, reference_model, sampling, 
     assert worst(expected_gradients(*run, high=LOW)[1], training.gradients[1])[0] > 1e-2
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("sampling", ["none", "early"])
+@pytest.mark.parametrize(
+    ("sampling", "aggregation"), [("early", "token"), ("none", "sample"), ("early", "sample"), ("early", "prompt")]
+)
 def test_two_optimizer_steps_for_a_rollout(world, reference_model, sampling, aggregation):
     """The mean is over the rows of a tag in one optimizer step, here a half of the rollout, which is gone over twice."""
     options = {"num_iterations": 2, "dynamic_sampling": sampling, "loss_aggregation": aggregation}
@@ -460,8 +464,9 @@ def left_over(world):
     return completions, gradient
 
 
-@pytest.mark.parametrize("tag_weights", ["none", "adaptive"])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    ("tag_weights", "aggregation"), [("adaptive", name) for name in AGGREGATIONS] + [("none", "sample")]
+)
 def test_a_batch_of_left_over_rows_weighs_as_one_batch(world, left_over, aggregation, tag_weights):
     """It is one mean, in which each row has its tag's weight; a sum of its tags' means would weigh four times as much."""
     completions, gradient = left_over

@@ -48,7 +48,7 @@ EQUAL = {
 SFT = {"max_steps": 2, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 VARIED = [True, True, True, False, True, False, False, False]
 LONG = {
-    "max_steps": 20,
+    "max_steps": 6,
     "max_completion_length": 3,
     "num_generations": 4,
     "per_device_train_batch_size": 4,
@@ -129,14 +129,14 @@ def results(tmp_path_factory):
 WAYS = ["ddp", "fsdp2"]
 
 
-def assert_finished(results, way):
-    """Twenty steps, in which ranks showed the model different media, and all know the same afterwards."""
-    told = [facts(results / way, "long", rank) for rank in range(WORLD)]
+def assert_finished(results, way, name="long", steps=LONG["max_steps"]):
+    """Ranks showed the model different media, and all know the same after each step."""
+    told = [facts(results / way, name, rank) for rank in range(WORLD)]
     tag_of = {row["id"]: row["tag"] for row in json.loads((results / f"{way}.json").read_text())["rows"]}
     for rank, of_rank in enumerate(told):
         assert (of_rank["rank"], of_rank["world"], of_rank["backend"]) == (rank, WORLD, "gloo")
-        assert sum("loss" in entry for entry in of_rank["log"]) == LONG["max_steps"]
-        assert of_rank["known"] == told[0]["known"] and len(of_rank["known"]) == LONG["max_steps"]
+        assert sum("loss" in entry for entry in of_rank["log"]) == steps
+        assert of_rank["known"] == told[0]["known"] and len(of_rank["known"]) == steps
     shown = [{tag for rows in of_rank["used"] for tag in map(tag_of.get, rows)} for of_rank in told]
     assert set().union(*shown) == set(TAGS)
     at_once = zip(*([frozenset(map(tag_of.get, rows)) for rows in of_rank["used"]] for of_rank in told), strict=True)
@@ -173,6 +173,16 @@ def assert_goes_on(results, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_four_processes_finish_and_agree(results, way):
     assert_finished(results, way)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
+def test_four_processes_finish_twenty_steps_and_agree(way, tmp_path):
+    rows = by_tag(write_inputs(tmp_path), TAGS)
+    run = {"name": "longer", "trainer": "avatar", "reward": "in_thirds", "options": LONG | {"max_steps": 20}}
+    variables = PATIENCE | ({"ACCELERATE_TORCH_DEVICE": "cpu"} if way == "fsdp2" else {})
+    Job(launcher(CONFIGS / f"{way}.yaml"), tmp_path, way, rows, [run], variables=variables).wait()
+    assert_finished(tmp_path, way, "longer", 20)
 
 
 @pytest.mark.parametrize("name", [*EQUAL, "sft"])

@@ -1,12 +1,14 @@
 """The private parts of TRL that the trainers rely on: a new TRL that moves one fails here, by name."""
 
+import importlib.metadata
 import inspect
 
 import pytest
 import torch
+from accelerate.utils import is_peft_model
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer import grpo_trainer
+from trl.trainer import base_trainer, grpo_trainer
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
 
@@ -43,6 +45,10 @@ SIGNATURES = {
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_load_best_model": ["self"],
     "_save_rng_state": ["self", "output_dir"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "init_hf_repo": ["self", "token", "private"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
 }
 
 
@@ -148,3 +154,23 @@ def test_attributes_that_we_read(tmp_path):
         assert f"self.{name}" in body, name
     for name in ("steps_per_generation", "generation_batch_size", "generation_kwargs", "chat_template_kwargs"):
         assert hasattr(GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), name), name
+
+
+def test_packages_are_looked_for_once(monkeypatch):
+    """By accelerate, which unwraps a model several times in each micro-batch."""
+    import maple_trl.trainers.common.trl_compat  # noqa: F401
+
+    is_peft_model(torch.nn.Linear(1, 1))
+    looked, metadata = [], importlib.metadata.metadata
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: looked.append(name) or metadata(name))
+    is_peft_model(torch.nn.Linear(1, 1))
+    assert looked == []
+
+
+def test_cards_and_uploads_go_through_names_that_can_be_lent():
+    """`PublishingTrainer` has TRL's card and the parent's client of the Hub replaced while the parent's methods run."""
+    card = inspect.getsource(base_trainer._BaseTrainer.create_model_card)
+    assert "model_card = generate_model_card(" in card and 'os.path.join(self.args.output_dir, "README.md")' in card
+    for name in ("push_to_hub", "_push_from_checkpoint"):
+        assert "hf_api().upload_folder(" in inspect.getsource(getattr(Trainer, name))
+    assert "torch.save(self.args" in inspect.getsource(Trainer._save)  # with its key, unless that is taken out

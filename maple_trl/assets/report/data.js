@@ -5,21 +5,22 @@
 const REPORT = JSON.parse(document.getElementById("report-data").textContent);
 const ROLLOUTS = JSON.parse(document.getElementById("report-rollouts").textContent);
 
-// One colour and one marker a tag, in every chart. At least 3:1 against white; told apart with each kind of colour blindness.
+// One colour and one marker a tag, in every chart; told apart with each kind of colour blindness. Colours are named here and
+// set by the style sheet, light and dark.
 const TAG_STYLE = {
-  V: { color: "#1259a8", symbol: "circle", says: "video" },
-  A: { color: "#e06000", symbol: "square", says: "audio" },
-  S: { color: "#009a72", symbol: "diamond", says: "subtitles" },
-  VA: { color: "#4b1f6f", symbol: "triangle-up", says: "video, audio" },
-  VS: { color: "#3a9bdc", symbol: "cross", says: "video, subtitles" },
-  AS: { color: "#7a5c00", symbol: "x", says: "audio, subtitles" },
-  VAS: { color: "#e0559b", symbol: "star", says: "all three" },
-  all: { color: "#6e7781", symbol: "hexagon", says: "all tags" },
+  V: { color: "var(--tag-V)", symbol: "circle", says: "video" },
+  A: { color: "var(--tag-A)", symbol: "square", says: "audio" },
+  S: { color: "var(--tag-S)", symbol: "diamond", says: "subtitles" },
+  VA: { color: "var(--tag-VA)", symbol: "triangle-up", says: "video, audio" },
+  VS: { color: "var(--tag-VS)", symbol: "cross", says: "video, subtitles" },
+  AS: { color: "var(--tag-AS)", symbol: "x", says: "audio, subtitles" },
+  VAS: { color: "var(--tag-VAS)", symbol: "star", says: "all three" },
+  all: { color: "var(--tag-all)", symbol: "hexagon", says: "all tags" },
 };
-const RUN_STYLE = [
-  { color: "#1b365d", dash: "solid" },
-  { color: "#a04a00", dash: "dash" },
-];
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,2px", "2px,6px"];
+const LINES = ["solid", "dashed", "dotted", "dash-dotted", "long-dashed", "long-dash-dotted", "close-dashed", "wide-dotted"];
+const RUN_STYLE = DASHES.map((dash, i) => ({ color: `var(--run-${i})`, dash }));
+const MANY = REPORT.runs.length > 2; // runs are told apart by their colour rather than by their dashes
 
 function node(name, options = {}, ...children) {
   const made = document.createElement(name);
@@ -49,10 +50,14 @@ function number(value, digits = 3) {
     : Number(value.toFixed(digits)).toString();
 }
 
+function percent(value) {
+  return value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)} %`;
+}
+
 function tagBadge(tag) {
   const style = TAG_STYLE[tag];
   const badge = node("span", { class: "tag", text: tag || "no tag" });
-  badge.style.background = style ? style.color : "#57606a";
+  badge.style.background = style ? style.color : "var(--tag-all)";
   return badge;
 }
 
@@ -60,27 +65,50 @@ function runTitle(index) {
   return node("h3", {}, node("span", { class: `run run-${index}`, text: REPORT.runs[index].name }));
 }
 
-// A table of texts; the first row is its head.
+// A table of texts or of nodes; the first row is its head.
 function table(caption, rows, options = {}) {
-  const head = node("tr", {}, ...rows[0].map((text) => node("th", { scope: "col", text })));
-  const lines = rows.slice(1).map((row) =>
-    node("tr", { class: options.differs && options.differs(row) ? "differs" : undefined },
-      ...row.map((text, i) => node("td", { text, class: options.text && i > 0 ? "text" : undefined }))));
-  const made = node("table", { class: "numbers" }, node("thead", {}, head), node("tbody", {}, ...lines));
+  const head = node("tr", {}, ...rows[0].map((text, i) => node("th", { scope: "col", text, class: options.text && i > 0 ? "text" : undefined })));
+  const cell = (content, i) => {
+    const made = node("td", { class: options.text && i > 0 ? "text" : undefined });
+    made.append(content);
+    return made;
+  };
+  const lines = rows.slice(1).map((row) => node("tr", { class: options.differs && options.differs(row) ? "differs" : undefined }, ...row.map(cell)));
+  const made = node("table", { class: options.left ? "numbers left" : "numbers" }, node("thead", {}, head), node("tbody", {}, ...lines));
   if (caption) made.prepend(node("caption", { text: caption }));
   return node("div", { class: "scroll" }, made);
 }
 
-// For each run that has it, draws a part of the report; for the others says why there is nothing.
+// A number with its interval, as text and as a bar from one end of a scale to the other.
+function intervalNode({ value, low, high }, { from = 0, to = 1, zero = null, signed = false } = {}) {
+  const told = (x) => (signed && x > 0 ? "+" : "") + (100 * x).toFixed(1);
+  const known = low !== null && low !== undefined;
+  const text = node("span", {}, node("b", { text: signed ? told(value) : `${told(value)} %` }), node("span", { class: "low", text: known ? `  (${told(low)} to ${told(high)})` : "" }));
+  const at = (x) => `${Math.min(Math.max((100 * (x - from)) / (to - from), 0), 100)}%`;
+  const bar = node("span", { class: "span", "aria-hidden": "true" });
+  if (known) {
+    const range = node("i");
+    range.style.left = at(low);
+    range.style.right = `calc(100% - ${at(high)})`;
+    bar.append(range);
+  }
+  if (zero !== null) { const line = node("s"); line.style.left = at(zero); bar.append(line); }
+  const point = node("u");
+  point.style.left = at(value);
+  bar.append(point);
+  return node("div", { class: "interval" }, text, bar);
+}
+
+// For each run that has it, draws a part of the report; for the others says why there is nothing. Where no run has it, there is
+// no card: the list at the end says why.
 function eachRun(section, draw) {
   const body = bodyOf(section);
-  let drawn = 0;
+  if (REPORT.runs.every((run) => run[section].missing)) { leaveOut(section, REPORT.runs.map((run) => run[section].missing)); return; }
   REPORT.runs.forEach((run, index) => {
     const part = run[section];
     if (part.missing) body.append(missing(index, part.missing));
-    else { drawn += 1; draw(part, run, index, body); }
+    else draw(part, run, index, body);
   });
-  if (!drawn) markAbsent(section);
 }
 
 function missing(index, why) {
@@ -88,10 +116,18 @@ function missing(index, why) {
   return node("p", { class: "missing", text: `No data. ${text}` });
 }
 
-function markAbsent(section) {
-  const link = document.querySelector(`nav a[href="#${section}"]`);
-  link.classList.add("absent");
-  link.append(" (no data)");
+// Moves a section without data from its place into the list at the end of the page.
+function leaveOut(section, reasons) {
+  const card = document.getElementById(section);
+  const list = document.querySelector("#absent dl");
+  const title = document.querySelector(`nav a[href="#${section}"]`);
+  list.append(node("dt", { text: card.querySelector("h2").textContent }));
+  for (const why of new Set(reasons)) list.append(node("dd", { text: why }));
+  list.lastChild.dataset.section = section;
+  title.parentNode.remove();
+  card.remove();
+  document.getElementById("absent").hidden = false;
+  document.querySelector('nav a[href="#absent"]').parentNode.hidden = false;
 }
 
 // JSON that was compressed and written in base64.
@@ -99,4 +135,13 @@ async function unpack(text) {
   const bytes = Uint8Array.from(atob(text.trim()), (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).json();
+}
+
+// The curves of all runs: many metrics share their steps, which are there once.
+async function unpackCurves() {
+  for (const [index, run] of REPORT.runs.entries()) {
+    if (run.curves.missing) continue;
+    const { steps, metrics } = await unpack(document.getElementById(`curves-${index}`).textContent);
+    run.curves.metrics = Object.fromEntries(Object.entries(metrics).map(([name, [at, value]]) => [name, { step: steps[at], value }]));
+  }
 }

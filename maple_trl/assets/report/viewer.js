@@ -3,9 +3,12 @@
 const PER_PAGE = 8;
 const REPLAYED = 1, HINTED = 2;
 
-async function viewer() {
+let VIEWER = null;
+
+// `remembered` is what the viewer showed before the page was written anew.
+async function viewer(remembered) {
   const body = bodyOf("rollouts");
-  REPORT.runs.forEach((run, index) => { if (run.rollouts.missing) body.append(missing(index, run.rollouts.missing)); });
+  eachRun("rollouts", () => {});
   const runs = [];
   for (const [index, found] of ROLLOUTS.entries()) {
     if (!found) continue;
@@ -14,8 +17,16 @@ async function viewer() {
     const left = found.count < found.total ? ` of ${found.total.toLocaleString("en")}, whole groups left out evenly over the run` : "";
     body.append(node("p", { class: "what", text: `${REPORT.runs[index].name}: ${found.count.toLocaleString("en")} completions${left}, in ${found.groups.toLocaleString("en")} groups.` }));
   }
-  if (!runs.length) { markAbsent("rollouts"); return; }
-  new Viewer(body, runs).start();
+  if (!runs.length) return;
+  VIEWER = new Viewer(body, runs);
+  await VIEWER.start(remembered);
+}
+
+// The completions of a run that were sampled from one step to another; where none of these was kept, of the nearest step before.
+function showSteps(run, first, last, tag) {
+  if (!VIEWER || !VIEWER.runs.some((one) => one.run === run)) return;
+  VIEWER.lead(run, first, last, tag);
+  document.getElementById("rollouts").scrollIntoView();
 }
 
 class Viewer {
@@ -27,20 +38,98 @@ class Viewer {
     this.shownTags = new Set(this.tags);
     this.question = null;
     this.controls = node("div", { class: "controls", id: "rollout-filters" });
+    this.slider = this.makeSlider();
     this.above = this.makePager(false);
     this.list = node("div", { id: "rollout-list" });
     this.below = this.makePager(true);
-    body.append(this.controls, this.above, this.list, this.below);
+    this.told = node("p", { class: "note", hidden: "" });
+    body.append(this.controls, ...(this.slider ? [this.slider] : []), this.told, this.above, this.list, this.below);
     this.makeControls();
   }
 
-  start() { this.filter(); }
+  async start(remembered) {
+    if (remembered) this.restore(remembered);
+    await this.filter();
+    if (!remembered || !remembered.first) return;
+    const at = this.keys().indexOf(remembered.first); // newer groups may stand before it now
+    if (at >= PER_PAGE && at !== this.page * PER_PAGE) { this.page = Math.floor(at / PER_PAGE); await this.show(); }
+  }
+
+  // What a reader has chosen; the page that is written anew shows the same.
+  remember() {
+    const fields = {};
+    this.controls.querySelectorAll("input, select").forEach((field) => { fields[field.id] = field.type === "checkbox" ? field.checked : field.value; });
+    return { fields, question: this.question, page: this.page, first: this.page && this.found ? this.keys()[this.page * PER_PAGE] : null };
+  }
+
+  restore({ fields, question, page }) {
+    for (const [id, value] of Object.entries(fields)) {
+      const field = document.getElementById(id);
+      if (!field) continue;
+      if (field.type !== "checkbox") field.value = value;
+      else { field.checked = value; if (!value) this.shownTags.delete(id === "tag-none" ? "" : id.slice(4)); }
+    }
+    Object.assign(this, { question, page });
+  }
+
+  // Names of the groups that fit, in order, by which they are found again.
+  keys() {
+    const seen = new Map();
+    return this.found.map(({ run, group }) => {
+      const key = [REPORT.runs[run.run].name, run.data.step[group], run.data.access[group], run.questions[run.data.question[group]]].join("\n");
+      seen.set(key, (seen.get(key) || 0) + 1);
+      return `${key}\n${seen.get(key)}`;
+    });
+  }
+
+  // Steps
+
+  makeSlider() {
+    this.steps = [...new Set(this.runs.flatMap((run) => run.data.step))].filter((step) => step !== null).sort((a, b) => a - b);
+    if (this.steps.length < 2) return null;
+    const range = node("input", { type: "range", id: "step-slider", min: 0, max: this.steps.length, value: 0, "aria-label": "Step whose completions are shown; all at the left end",
+      oninput: () => this.goTo(Number(range.value)) });
+    const move = (by) => node("button", { type: "button", text: by < 0 ? "‹" : "›", "aria-label": by < 0 ? "The step before" : "The step after", "data-step": by,
+      onclick: () => this.goTo(Math.min(Math.max(Number(range.value) + by, 0), this.steps.length)) });
+    const told = node("output", { for: "step-slider" });
+    const slider = node("div", { class: "steps" }, node("label", { for: "step-slider", text: "Step" }), move(-1), range, move(1), told);
+    slider.update = (at, other) => {
+      range.value = at;
+      told.textContent = other || (at ? `step ${this.steps[at - 1]} (${at} of ${this.steps.length} kept)` : `all ${this.steps.length} steps kept`);
+    };
+    return slider;
+  }
+
+  goTo(at) {
+    this.firstStep.value = this.lastStep.value = at ? this.steps[at - 1] : "";
+    this.page = 0;
+    this.filter();
+  }
+
+  lead(run, first, last, tag) {
+    this.clearFields();
+    if (this.inRun) this.inRun.value = String(run);
+    const own = [...new Set(this.runs.find((one) => one.run === run).data.step)].filter((step) => step !== null).sort((a, b) => a - b);
+    if (!own.some((step) => step >= first && step <= last)) {
+      const near = own.filter((step) => step <= last).pop() ?? own[0];
+      this.told.textContent = `No completions were kept of ${first === last ? `step ${first}` : `steps ${first} to ${last}`}; shown are those of step ${near}.`;
+      this.told.hidden = false;
+      first = last = near;
+    }
+    this.firstStep.value = first;
+    this.lastStep.value = last;
+    if (tag && this.tags.has(tag)) {
+      this.shownTags = new Set([tag]);
+      this.controls.querySelectorAll("input[type=checkbox]").forEach((box) => { box.checked = box.id === `tag-${tag}`; });
+    }
+    this.filter(true);
+  }
 
   makeControls() {
     const act = () => { this.page = 0; this.filter(); };
     const field = (label, input, name) => { input.id = `filter-${name}`; this[name] = input; input.addEventListener("change", act); return node("label", {}, label, input); };
     const select = (options) => node("select", {}, ...options.map(([value, text]) => node("option", { value, text })));
-    if (this.runs.length > 1) this.controls.append(field("Run", select([["", "both"], ...this.runs.map((run) => [String(run.run), REPORT.runs[run.run].name])]), "inRun"));
+    if (this.runs.length > 1) this.controls.append(field("Run", select([["", "all"], ...this.runs.map((run) => [String(run.run), REPORT.runs[run.run].name])]), "inRun"));
     const tags = node("fieldset", { class: "tags", "aria-label": "Tags" });
     for (const tag of this.tags) {
       const box = node("input", { type: "checkbox", id: `tag-${tag || "none"}` });
@@ -73,12 +162,16 @@ class Viewer {
   }
 
   clear() {
+    this.clearFields();
+    this.filter();
+  }
+
+  clearFields() {
     for (const name of ["inRun", "least", "most", "firstStep", "lastStep", "access", "kind", "spread", "text"]) if (this[name]) this[name].value = "";
     this.shownTags = new Set(this.tags);
     this.controls.querySelectorAll("input[type=checkbox]").forEach((box) => { box.checked = true; });
     this.question = null;
     this.page = 0;
-    this.filter();
   }
 
   // Which completions fit, by their index alone.
@@ -95,10 +188,17 @@ class Viewer {
     return !(kind === "hinted" && !(data.flags[line] & HINTED));
   }
 
-  async filter() {
+  async filter(led = false) {
     const asked = ++this.asked;
+    if (!led) this.told.hidden = true;
     const value = (input) => (input && input.value !== "" ? Number(input.value) : null);
     this.bounds = { least: value(this.least), most: value(this.most), first: value(this.firstStep), last: value(this.lastStep) };
+    if (this.slider) {
+      const { first, last } = this.bounds;
+      const told = (step, otherwise) => (step === null ? otherwise : step);
+      this.slider.update(first === last && first !== null ? this.steps.indexOf(first) + 1 : 0,
+        first !== last ? `steps ${told(first, this.steps[0])} to ${told(last, this.steps[this.steps.length - 1])}` : null);
+    }
     const found = [];
     let completions = 0;
     for (const run of this.runs) {
@@ -207,6 +307,7 @@ class Viewer {
     head.append(tagBadge(tag));
     const step = run.data.step[group];
     if (step !== null) head.append(node("span", { text: `step ${step}` }));
+    if (run.data.visit[group] > 1) head.append(node("span", { class: "badge", text: `drawn again in this rollout (${run.data.visit[group]})` }));
     if (run.accesses.length) head.append(node("span", { text: `access ${run.accesses[run.data.access[group]]}` }));
     head.append(node("button", { type: "button", class: "link", text: question, title: "Show this question alone, at all steps and in all runs",
       onclick: () => { this.question = question; this.page = 0; this.filter(); } }));
@@ -259,5 +360,3 @@ function mediaNode(entry) {
   const player = node(entry.kind, { controls: "", preload: entry.thumb || entry.kind === "audio" ? "none" : "metadata", src: entry.href, poster: entry.thumb, onerror: failed });
   return node("figure", {}, player, caption);
 }
-
-viewer();

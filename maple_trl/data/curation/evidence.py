@@ -15,7 +15,7 @@ from typing import Any
 from maple_trl.chat import fence, jpeg_block, text_block, wav_block
 from maple_trl.data.curation.prompts import HEADINGS
 from maple_trl.modalities import Modality, ModalityTag
-from maple_trl.omni.media.subtitles import subtitle_text
+from maple_trl.omni.media.subtitles import subtitle_bytes, subtitle_text
 
 
 CHARACTERS_PER_SECOND = 15  # of speech, for estimates
@@ -70,7 +70,7 @@ def read_text(root: Path, signal: Mapping[str, Any]) -> str:
     """Return the words of a subtitle; in a dry run as many letters as it may have."""
     if "planned" in signal:
         return "x" * signal["planned"]
-    return subtitle_text((root / signal["file"]).read_bytes(), signal["file"])
+    return subtitle_text(subtitle_bytes(root / signal["file"]), signal["file"])
 
 
 def _sound(root: Path, signal: Mapping[str, Any]) -> dict[str, Any]:

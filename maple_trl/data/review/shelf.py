@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media.subtitles import is_subtitle_file, read_subtitle, unread_file
+from maple_trl.omni.media.subtitles import is_subtitle_file, read_subtitle, subtitle_bytes, unread_file
 
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*:")
@@ -155,7 +155,7 @@ class ClipShelf:
                 raise MediaError("bad-subtitle", text.strip(), f"{reason}, and is none that is read as a subtitle")
             return str(text)
         path = self.resolve(text.strip())
-        return read_subtitle(path.read_bytes(), text.strip())[0]
+        return read_subtitle(subtitle_bytes(path), text.strip())[0]
 
     # Copies
 

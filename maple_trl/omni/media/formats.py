@@ -156,7 +156,7 @@ def _head(path: str) -> bytes:
 
 
 def markdown_table() -> str:
-    """Return the table of the README."""
+    """Return the table of docs/media.md."""
     lines = ["| container | endings of file names |", "|---|---|"]
     for entry in TABLE:
         lines.append(f"| {entry.title} | {', '.join(f'`.{suffix}`' for suffix in entry.suffixes)} |")

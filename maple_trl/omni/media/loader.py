@@ -18,7 +18,7 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
 from maple_trl.omni.media.sampling import MediaLimits, fit_size
-from maple_trl.omni.media.subtitles import read_subtitle
+from maple_trl.omni.media.subtitles import read_subtitle, subtitle_bytes
 from maple_trl.omni.media.tasks import Task, perform
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
 
@@ -316,8 +316,7 @@ class MediaLoader:
         if kind == "subtitle":
             with self._lock:
                 self._count(kind, source)
-            with open(source.path, "rb") as file:
-                text, notes = read_subtitle(file.read(), source.name)
+            text, notes = read_subtitle(subtitle_bytes(source.path), source.name)
             self._note(source, notes)
             return text
         clip = self._perform(kind, source, *options)

@@ -55,6 +55,7 @@ _FRAME_STYLE = re.compile(r"\{[a-zA-Z]:[^{}]*\}")
 
 # Of ASS and MicroDVD, which converters leave in other formats.
 _OVERRIDE = re.compile(r"\{(?:\\\w[^{}\n]*|[yY]:[biusBIUS,]+|[cC]:\$[0-9a-fA-F]{6})\}")
+_DRAWING = re.compile(r"\\p([0-9])|\\r(?![a-zA-Z_0-9 ])")  # of ASS: begins or ends a drawing; ends all that was set
 _VOICE = re.compile(r"<v(?:\.[^\s<>]*)?\s+([^<>\s][^<>]*)>")
 _VOICE_END = re.compile(r"</v\s*>")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
@@ -90,6 +91,12 @@ def subtitle_text(data: bytes, name: str) -> str:
     return read_subtitle(data, name)[0]
 
 
+def subtitle_bytes(path: str | os.PathLike) -> bytes:
+    """Read a file up to one byte more than [`read_subtitle`] takes: no more of it needs to be in memory to be refused."""
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
 def read_subtitle(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     """
     Read the lines of a subtitle file in time order, without tags, numbers and times, and its notes.
@@ -105,7 +112,7 @@ def read_subtitle(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
         MediaError: `bad-subtitle` if the encoding or the structure is wrong or no cue has text.
     """
     if len(data) > MAX_BYTES:
-        raise MediaError("bad-subtitle", name, f"{len(data)} bytes; a subtitle file has at most {MAX_BYTES}")
+        raise MediaError("bad-subtitle", name, f"more bytes than the {MAX_BYTES} that a subtitle file has at most")
     text, notes = _decode(data, name)
     try:
         cues = sorted(_cues(text), key=lambda cue: cue[0])
@@ -268,8 +275,27 @@ def _without_markup(lines: list[str]) -> str:
 
 def _ass_cues(text: str) -> Iterator[tuple[float, str]]:
     for event in pysubs2.SSAFile.from_string(text, format_="ass"):
-        if event.is_text:  # neither a comment nor a drawing
-            yield event.start, event.plaintext
+        said = None if event.is_comment else _ass_text(event.text)
+        if said is not None:
+            yield event.start, said
+
+
+def _ass_text(text: str) -> str | None:
+    """
+    Return what an event says, without overrides in braces; `None` of one that draws.
+
+    `SSAEvent.plaintext` and `is_drawing` do the same in time that grows with the square of what is in braces.
+    """
+    said, at, draws = [], 0, False
+    while (begin := text.find("{", at)) >= 0 and (end := text.find("}", begin)) >= 0:
+        for tag in _DRAWING.finditer(text, begin, end):
+            draws = tag[1] is not None and tag[1] != "0"
+        if draws:
+            return None
+        said.append(text[at:begin])
+        at = end + 1
+    plain = "".join((*said, text[at:]))
+    return plain.replace(r"\h", " ").replace(r"\n", "\n").replace(r"\N", "\n")
 
 
 def _frame_cues(text: str) -> Iterator[tuple[float, str]]:

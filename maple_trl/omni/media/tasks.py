@@ -17,7 +17,7 @@ from maple_trl.omni.media.decode import (
     upright,
 )
 from maple_trl.omni.media.pictures import decode_image, image_header
-from maple_trl.omni.media.sampling import MediaLimits
+from maple_trl.omni.media.sampling import MAX_ASPECT_RATIO, MediaLimits
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ def one_picture(source: Source, limits: MediaLimits, width: int) -> np.ndarray:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise source.error("no-frames", "no picture could be decoded")
+        if max(frame.height, frame.width) > MAX_ASPECT_RATIO * min(frame.height, frame.width):
+            ratio = f"aspect ratio of {frame.height}x{frame.width} is over {MAX_ASPECT_RATIO:g} : 1"
+            raise source.error("bad-aspect-ratio", ratio)
         picture = frame.to_ndarray(
             format="rgb24", width=width, height=max(1, round(frame.height * width / frame.width))
         )

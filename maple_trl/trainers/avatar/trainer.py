@@ -27,6 +27,7 @@ from maple_trl.algorithms import (
     tas_weights,
     term_scales,
 )
+from maple_trl.hub.papers import AVATAR
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import hold_prompt, host_memory
@@ -110,17 +111,7 @@ class AvatarTrainer(MAPOTrainer):
     _read_columns = (*MAPOTrainer._read_columns, HINT_COLUMN)
     _failed_is_zero = False
     replaceable_state = (STATE_FILE,)  # see `replay_recovery`
-    _paper = {
-        "title": "AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video",
-        "id": "2508.03100",
-        "citation": """\
-@article{kulkarni2025avatar,
-    title  = {{AVATAR: Reinforcement Learning to See, Hear, and Reason Over Video}},
-    author = {Yogesh Kulkarni and Pooyan Fazli},
-    year   = 2025,
-    eprint = {arXiv:2508.03100},
-}""",
-    }
+    _paper = AVATAR
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from maple_trl.omni.quantization import is_quantized, settle
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
+from maple_trl.records.run_html import run_html
 from maple_trl.trainers.common.checkpoint import (
     ResumeError,
     check_resume_signature,
@@ -36,6 +37,7 @@ from maple_trl.trainers.common.checkpoint import (
     load_rows,
 )
 from maple_trl.trainers.common.media_config import MediaConfig
+from maple_trl.trainers.common.publishing import PublishingTrainer
 from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, write_quarantine
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.common.rows import RowEncoder
@@ -54,7 +56,7 @@ from maple_trl.trainers.common.sharding import check_awaited, keep_head_whole, n
 logger = logging.getLogger(__name__)
 
 
-class MediaTrainer:
+class MediaTrainer(PublishingTrainer):
     """
     Mixed into a TRL trainer: reads rows with their media, samples completions, resumes with the same rows.
 
@@ -211,6 +213,10 @@ class MediaTrainer:
             `list[dict]`: as of `left_out`.
         """
         return []
+
+    def _repr_html_(self) -> str:
+        """Show the run where a notebook shows a value: what it has learned, its latest completions, what it left out."""
+        return run_html(type(self).__name__, self.state.log_history, self.args.output_dir, self.left_out())
 
     @property
     def steps_made(self) -> int:

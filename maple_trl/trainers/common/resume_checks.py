@@ -20,6 +20,7 @@ from maple_trl.trainers.common.checkpoint import (
     is_complete,
     last_complete_checkpoint,
 )
+from maple_trl.trainers.common.pickles import check_pickles
 
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,9 @@ def check_parts(checkpoint: str, rank: int, world: int, replaceable: Collection[
         replaceable: files without which a run may go on; whoever reads them says what is wrong with them.
 
     Raises:
-        ResumeError: naming what it lacks, or a file that is damaged.
+        ResumeError: naming what it lacks, or a file that is damaged or would run code.
     """
+    check_pickles(checkpoint)
     for name in sorted(set(os.listdir(checkpoint)) - set(replaceable)):
         reason = _damage(os.path.join(checkpoint, name))
         if reason is not None:

@@ -1,17 +1,25 @@
-"""Places of TRL that know vision-language or text models alone, and what they are lent."""
+"""Places of TRL that know vision-language or text models alone, and what they are lent; and one of accelerate."""
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import imports as accelerate_imports
 from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
 from maple_trl.omni.loading import load_model
+
+
+# Each time that a model is unwrapped, and for each parameter that TRL's constructor looks at, accelerate reads the metadata
+# of a package to see whether it is there: a millisecond that adds up over micro-batches.
+if hasattr(accelerate_imports, "_is_package_available"):
+    accelerate_imports._is_package_available = functools.cache(accelerate_imports._is_package_available)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from maple_trl.algorithms import (
     tag_difficulty,
 )
 from maple_trl.algorithms.schedule import MIXED
+from maple_trl.hub.papers import MAPLE
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.trainers.common.batch import SCALE_KEY, TAG_KEY, Batch
@@ -95,18 +96,7 @@ class MAPOTrainer(OmniGRPOTrainer):
     _name = "MAPO"
     _config_class = MAPOConfig
     _failed_is_zero = False
-    _paper = {
-        "title": "MAPLE: Modality-Aware Post-training and Learning Ecosystem",
-        "id": "2602.11596",
-        "citation": """\
-@article{verma2026maple,
-    title  = {{MAPLE: Modality-Aware Post-training and Learning Ecosystem}},
-    author = {Nikhil Verma and Minjung Kim and JooYoung Yoo and Kyung-Min Jin and Manasa Bharadwaj and Kevin Ferreira and
-              Ko Keun Kim and Youngjoon Kim},
-    year   = 2026,
-    eprint = {arXiv:2602.11596},
-}""",
-    }
+    _paper = MAPLE
 
     def __init__(
         self,

@@ -495,10 +495,12 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
 
     @property
     def missing_rewards(self) -> Counter[tuple[str, str]]:
+        """Count, by reward function and tag, completions of this run that it failed on: those of prompts that it scored in part."""
         return self._missing.by_function
 
     @property
     def unscorable_completions(self) -> Counter[str]:
+        """Count, by tag, completions of this run that were left out because a reward of theirs failed."""
         return self._missing.unscorable
 
     def _set_apart(self, flight: RolloutInFlight, scores: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ def alone() -> bool:
 
 
 @pytest.mark.slow
-def test_ray_gives_what_the_local_engine_gives(clips, tmp_path):  # noqa: F811
+def test_ray_gives_what_the_local_engine_gives(clips, tmp_path, refused):  # noqa: F811 (Ray looks which address it has)
     pytest.importorskip("ray")
     if not alone():
         pytest.skip("a network namespace without other interfaces (unshare -n, ip link) is not permitted here")
