@@ -1,6 +1,7 @@
 """AVATAR's claims: their register, their tasks, what is read off their runs, and runs."""
 
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -36,23 +37,50 @@ def make_run(told, seed=100, **options):
 
 def test_what_differs_between_variants_is_what_they_are_named_for(register):
     configs = {
-        name: dict(make_run(told).jobs())[""] for name, told in register["variants"].items() if "replay-" in name
+        name: dict(make_run(told).jobs())[""]
+        for name, told in register["variants"].items()
+        if name.startswith(("replay-", "reach-"))
     }
 
     def differs(one, other):
         return {key for key in configs[one] if configs[one][key] != configs[other].get(key)}
 
-    assert differs("replay-avatar", "replay-loss-off") == {"replay_alpha"}
+    assert differs("reach-avatar", "reach-loss-off") == {"replay_alpha"}
     assert differs("replay-no-hints", "replay-no-hints-loss-off") == {"replay_alpha"}
     assert differs("replay-no-hints", "replay-buffer-128") == {"replay_capacity"}
     assert differs("replay-no-hints", "replay-own-prompt") == {"replay_scope"}
     assert differs("replay-no-hints", "replay-one-tier") == {"replay_shares", "replay_quantiles"}
     assert differs("replay-grpo", "replay-tas-only") == {"tas_lambda"}
-    assert differs("replay-grpo", "replay-grpo-4") == {"num_generations", "per_device_train_batch_size"}
-    assert configs["replay-loss-off"]["replay_alpha"] == 0 and configs["replay-avatar"]["hints"]
-    steps = {config["max_steps"] for config in configs.values()}
+    assert (
+        differs("reach-avatar", "replay-avatar") == {"max_steps"} == differs("reach-replay-only", "replay-replay-only")
+    )
+    more = {"num_generations", "per_device_train_batch_size", "max_steps"}
+    assert differs("replay-grpo", "reach-grpo-4") == more
+    assert configs["reach-loss-off"]["replay_alpha"] == 0 and configs["reach-avatar"]["hints"]
+    steps = {config["max_steps"] for name, config in configs.items() if name.startswith("replay-")}
     groups = {config["per_device_train_batch_size"] // config["num_generations"] for config in configs.values()}
     assert steps == {128} and groups == {8}  # all see as many prompts
+
+
+def test_what_is_compared_at_a_target_generates_as_much(register):
+    curves = {name: told for name, told in register["variants"].items() if "tier_curve" in told.get("instruments", ())}
+    generated = set()
+    for told in curves.values():
+        config = make_run(told).config()
+        fresh = 1 - config["replayed_generations"] / config["num_generations"]
+        generated.add(config["max_steps"] * config["per_device_train_batch_size"] * fresh)
+    assert generated == {8192} and len(curves) == 5
+
+
+def test_there_is_one_target_and_the_texts_tell_it(register):
+    """Costs at a target are compared at the same one by all claims, with the larger model too."""
+    targets, told = set(), set()
+    large = yaml.safe_load((CLAIMS / "register" / "gpu.yaml").read_text(encoding="utf-8"))
+    for claim in (*register["claims"].values(), *large["claims"].values()):
+        metrics = [measure["metric"] for measure in claim["measures"].values()]
+        targets |= {target for metric in metrics for target in re.findall(r"tier_reache[sd]\(hard, ([\d.]+)", metric)}
+        told |= set(re.findall(r"are answered at ([\d.]+)[,.] ", claim["here"]))
+    assert targets == told and len(targets) == 1
 
 
 # Stages
@@ -189,7 +217,7 @@ def test_what_the_start_is_told_says_nothing_of_a_rule(monkeypatch, tmp_path):
 def test_a_tier_that_lacks_hard_rows_under_a_rule_is_refused(tmp_path):
     from tasks.replay import write_tiers
 
-    rows = [ROW | {"id": f"{tag}-{number}", "tag": tag} for number in range(48) for tag in "VAS"]
+    rows = [ROW | {"id": f"{tag}-{number}", "tag": tag} for tag in "VAS" for number in range(48)]
 
     def solves_next(asked):
         return [float(row["hint"] == "next") for row in asked]
@@ -315,7 +343,7 @@ def carried_out(run):
 
 @pytest.mark.slow
 def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register):
-    told = register["variants"]["replay-avatar"]
+    told = register["variants"]["reach-avatar"]
     points = carried_out(make_run(told, **TWO_STEPS))["tier_curve"]["points"]
     # Asked anew, with other samples than those by which it was chosen, which flatter nobody.
     assert points[0]["hard"] < points[0]["other"] - 0.15
@@ -323,7 +351,7 @@ def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register
     # Whole groups first, then four fresh ones of eight.
     assert [point["completions"] for point in points] == [0, 64, 96]
     assert all(0 <= point[tier] <= 1 for point in points for tier in ("hard", "other"))
-    grpo = carried_out(make_run(register["variants"]["replay-grpo-4"], max_steps=2))
+    grpo = carried_out(make_run(register["variants"]["reach-grpo-4"], max_steps=2))
     assert [point["completions"] for point in grpo["tier_curve"]["points"]] == [0, 32, 64]
     assert grpo["tier_curve"]["points"][0]["hard"] == points[0]["hard"]  # the same questions, and the same start
 
@@ -331,7 +359,7 @@ def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register
 @pytest.mark.slow
 def test_with_the_loss_off_it_does_not_matter_what_is_replayed(small_tasks, register):
     def weights(**options):
-        told = register["variants"]["replay-loss-off"] | {"instruments": ["weights"]}
+        told = register["variants"]["reach-loss-off"] | {"instruments": ["weights"]}
         return carried_out(make_run(told, **TWO_STEPS | {"max_steps": 3} | options))["weights"]
 
     def apart(one, other):

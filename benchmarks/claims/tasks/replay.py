@@ -1,17 +1,18 @@
 """
-The seven-tag set with a hard tier: half of the prompts are under rules that the model seldom follows.
+The seven-tag set with a hard tier: more than half of the prompts are under rules that the model seldom follows.
 
 Questions of the hard tier are about one signal and begin with a word that ordinary ones lack. Each of three words has a rule: the
 right letter is the next one after that of the signal ("Answer"), the opposite one ("Which"), or the one before ("What"), the four
 letters lying in a circle. With three signals that is nine things to find, so that no single find decides a run. Each question has a
 hint that names its rule, by a word of its own.
 
-The model that runs begin with is the embedded one after a few supervised steps. It goes by hints where it is shown one, on questions
-that begin in the ordinary way; where a question begins with one of the words, it gives the letter of the signal, and each of the three
-others in one answer of about twenty: it was told a letter at random in a share of such rows, `SLIPS`, of all words and
-signals alike. It was told nothing of which word has which rule, and has never seen one of them together with a hint.
+The model that runs begin with is the embedded one after a few supervised steps. It goes by hints where it is shown one, whichever
+word the question begins with: it was told each hint with every word, and with none, equally often. Where a question begins with one
+of the words and has no hint, it gives the letter of the signal, and now and then one of the three others: it was told one of these at
+random in a share `SLIPS` of such rows, of all words and signals alike. So it was told nothing of which word has which rule, and gives
+the right letter in one answer of about 25.
 
-The other half of the prompts, and a part of the held-out questions, are usual ones, as many of each tag, without hints. Clips of
+The other prompts, and some of the held-out questions, are usual ones, as many of each tag, without hints. Clips of
 held-out questions are in no training.
 """
 
