@@ -40,7 +40,7 @@ test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: wh
 test-fuzz: $(STAMP) ## Run the tests that feed damaged data to readers and parsers, with more and other examples
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(WORKERS) --dist load tests/safety/test_fuzzing.py -q
 
-test-long: $(STAMP) ## Run the long forms of tests: the soak of three legs, memory over hundreds of steps
+test-long: $(STAMP) ## Run what `make test` leaves out: the other cases of matrices, and experiments of minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests -m long
 
 test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with, for minutes

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from maple_trl.algorithms.replay import Experience, StratifiedReplayBuffer, Vcrs
+from maple_trl.algorithms import Experience, StratifiedReplayBuffer, Vcrs
 
 
 BATCH = 64

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 # Modules that had another name before; it goes on leading to them.
 _MOVED = {
+    "data.hint_tables": "data.row_tables",
     "eval_job": "jobs.evaluate",
     "eval_judge": "jobs.scoring",
     "eval_models": "jobs.models",

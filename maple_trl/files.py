@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+def user_cache() -> Path:
+    """Return the folder of this package in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl"
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
@@ -125,7 +130,7 @@ def write_part(folder: Path, name: str, suffix: str, write: Callable[[Path], Non
     """
     scratch = folder / f"{name}-partial{suffix}"
     write(scratch)
-    _flush(scratch)
+    flush(scratch)
     part = {"suffix": suffix, "bytes": scratch.stat().st_size, "sha256": _file_digest(scratch)}
     os.replace(scratch, folder / _part_name(name, part))
     return part
@@ -145,10 +150,10 @@ def write_manifest(
     manifest = dict(about) | {"sha256": digest(content), "content": content}
     scratch = folder / f"{name}-partial.json"
     scratch.write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
-    _flush(scratch)
-    _flush(folder)  # the names of the other files, which this one must not come before
+    flush(scratch)
+    flush(folder)  # the names of the other files, which this one must not come before
     os.replace(scratch, folder / f"{name}.json")
-    _flush(folder)
+    flush(folder)
     current = {_part_name(name, part) for part in parts}
     for path in folder.glob(f"{name}-*"):
         if path.name not in current:
@@ -204,7 +209,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -9,6 +9,12 @@ from enum import StrEnum
 IMAGE_COLUMNS = ("image", "images")
 """Columns of a row that name its pictures: one, or several."""
 
+MEDIA_COLUMNS = ("video", "audio", "subtitle", *IMAGE_COLUMNS)
+"""Columns of a row that name its media."""
+
+SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".dfxp", ".sbv", ".sub")
+"""Endings of the files that are read as subtitles; any other text is the subtitle itself."""
+
 SCOPES = ("vision", "audio", "projectors", "llm")
 """The parts of an omni model that can be trained or frozen apart."""
 
@@ -27,7 +33,7 @@ class Modality(StrEnum):
 
 class ModalityTag(StrEnum):
     """
-    The minimal set of signals that a sample needs.
+    The minimal set of signals that a sample needs (MAPLE, arXiv 2602.11596, section 4.1).
 
     Members stand in the canonical order `V A S VA VS AS VAS`; their value is the canonical spelling.
     """
@@ -43,7 +49,7 @@ class ModalityTag(StrEnum):
     @classmethod
     def parse(cls, text: str | ModalityTag) -> ModalityTag:
         """
-        Read a tag in any order and case (`"sv"` is `VS`).
+        Read a tag from a `text` in any order and case (`"sv"` is `VS`).
 
         Raises:
             ValueError: when `text` is not one of the seven tags; the message names it and lists them.
@@ -75,7 +81,7 @@ class ModalityTag(StrEnum):
         return tuple(tag for tag in ModalityTag if tag.modalities > self.modalities)
 
     def stratum_of(self, given: ModalityTag) -> str:
-        """Return how an input stands to what this tag requires: `"exact"`, `"superset"` or `"deficit"`."""
+        """Return how an input, the tag `given`, stands to what this tag requires: `"exact"`, `"superset"` or `"deficit"`."""
         if given.modalities >= self.modalities:
             return "exact" if given is self else "superset"
         return "deficit"

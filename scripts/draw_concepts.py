@@ -7,7 +7,6 @@ Draws the pictures of docs/concepts.md and of the pages that it leads to: `docs/
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from svg_files import DRAWN, compact
 
 from maple_trl import ModalityTag
 from maple_trl.algorithms import tas_weights
@@ -207,7 +207,7 @@ def draw_shared_prompt() -> Figure:
 def main() -> None:
     """Write all pictures, the same bytes each time."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.hashsalt": "maple-trl", "font.family": "DejaVu Sans"}):
+    with rc_context(DRAWN):
         for name, draw in (
             ("tags", draw_tags),
             ("mapo", draw_mapo),
@@ -216,8 +216,7 @@ def main() -> None:
         ):
             drawn = io.StringIO()
             draw().savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-            text = re.sub(r"[ \t]+$", "", drawn.getvalue(), flags=re.MULTILINE)
-            (FOLDER / f"{name}.svg").write_text(text, encoding="utf-8")
+            (FOLDER / f"{name}.svg").write_text(compact(drawn.getvalue()), encoding="utf-8")
 
 
 if __name__ == "__main__":

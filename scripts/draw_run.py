@@ -8,11 +8,11 @@ Draws a training run for README, as the run itself does in its `training.png`: `
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
 from matplotlib import rc_context
+from svg_files import DRAWN, compact
 
 from maple_trl.reports.plots import plot_training
 
@@ -24,10 +24,9 @@ def main(run: Path) -> None:
     """Draw what a run's folder holds, the same bytes each time."""
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    with rc_context({"svg.hashsalt": "maple-trl"}):
+    with rc_context(DRAWN):
         plot_training(log, summary["before"], summary["after"], PICTURE)
-    text = re.sub(r"<dc:date>.*?</dc:date>\s*", "", PICTURE.read_text(encoding="utf-8"))
-    PICTURE.write_text(re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE), encoding="utf-8")
+    PICTURE.write_text(compact(PICTURE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from tiny_models import build_tiny, build_tiny_full
 
 
-MODEL_TYPES = {"qwen2_5_omni": "qwen2_5_omni", "qwen3_omni": "qwen3_omni_moe"}
 THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni": "Qwen3OmniMoeThinkerForConditionalGeneration",

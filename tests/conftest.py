@@ -1,5 +1,6 @@
 """Settings that every test needs before torch, TRL or the hub client is imported."""
 
+import collections
 import gc
 import os
 import signal
@@ -23,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # How long an example takes says more about the machine than about the code.
-settings.register_profile("unhurried", parent=settings.default, deadline=None)
+settings.register_profile("unhurried", parent=settings.default, deadline=None, max_examples=40)
 # `make test-fuzz`: other examples every time, and more of them.
 settings.register_profile("long", parent=settings.get_profile("unhurried"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unhurried"))
@@ -41,7 +42,7 @@ def seven_tags(tmp_path_factory):
 # Markers of what `make test` leaves out, and why.
 LEFT_OUT = {
     "claims": "makes what runs of claims begin with, for minutes; make test-claims runs it",
-    "long": "an experiment of minutes, whose short form is a test; make test-long runs it",
+    "long": "a long form of a test, or one of many cases of which others were run; make test-long runs it",
 }
 
 
@@ -60,8 +61,23 @@ def pytest_configure(config):
         programs.serve_copies()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items):
-    """The slow files first, so that no core is idle at the end (`make test` deals files to workers in this order)."""
+    """
+    Leaves most cases of a matrix to `make test-long`, and takes the slow files first, so that no core is idle at the end
+    (`make test` deals files to workers in this order).
+    """
+    matrices = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            matrices[item.path, item.cls, item.originalname].append(item)
+    for cases in matrices.values():
+        kept = cases[0].get_closest_marker("matrix").kwargs["cases"]
+        # Evenly spread, so that of several parameters each has different values.
+        chosen = {round(place * (len(cases) - 1) / max(1, kept - 1)) for place in range(kept)}
+        for place, item in enumerate(cases):
+            if place not in chosen:
+                item.add_marker(pytest.mark.long)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

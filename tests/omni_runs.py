@@ -6,6 +6,7 @@ import torch
 from tiny_models import build_tiny
 
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
+from maple_trl.omni.prefix.sharing import Comparison
 
 
 # A short run whose log is read afterwards.
@@ -76,3 +77,12 @@ def watch_updates(trainer, gradients, weights):
         return optimizer
 
     trainer.create_optimizer = watched_optimizer
+
+
+def sharing_error(*args, **kwargs):
+    """What a `Comparison` with these arguments finds, as a multiple of what rounding explains."""
+    comparison = Comparison(*args, **kwargs)
+    difference = comparison.difference()
+    if difference <= comparison.least_tolerance:
+        return difference / comparison.least_tolerance
+    return difference / comparison.tolerance()

@@ -106,6 +106,7 @@ def served(site):
 
 @needs_chromium
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_site_in_a_browser(served, tmp_path):
     """No word in the console, nothing asked of another host, no page wider than its window; and search finds."""
     said = []

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def script(name):
+    """A script, which may import another that stands beside it."""
+    sys.path[:] = [str(ROOT / "scripts"), *(place for place in sys.path if place != str(ROOT / "scripts"))]
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -79,6 +82,8 @@ def test_readme_is_a_first_screen():
     assert len(unfolded.splitlines()) <= 125
     local = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith(("http", "#"))]
     assert local and [link for link in local if not (ROOT / link.partition("#")[0]).exists()] == []
+    pages = {f"docs/{page.name}" for page in DOCS.glob("*.md")} | {"examples/README.md", "notebooks/README.md"}
+    assert pages - set(local) == set()
 
 
 def test_badges_say_what_setup_cfg_says():
@@ -219,7 +224,14 @@ def test_public_names_are_in_the_reference(module):
     assert [name for name in public if name not in last] == []
 
 
-# Files at the top
+# Pictures and files at the top
+
+
+def test_pictures_are_small():
+    """Text as text, and two decimals: with the outlines of letters a picture has twice the size."""
+    pictures = {path: path.read_text(encoding="utf-8") for path in DOCS.rglob("*.svg")}
+    assert len(pictures) > 10
+    assert [path for path, drawn in pictures.items() if len(drawn) > 64_000 or "DejaVuSans-" in drawn] == []
 
 
 def test_files_at_the_top_are_well_formed():

@@ -183,6 +183,7 @@ def test_the_slurm_script_starts_a_launcher_on_each_machine(job):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_on_two_machines(job):
     line = (
         f"torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{free_port()} "

@@ -28,6 +28,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None])
+@pytest.mark.matrix(cases=2)
 def test_what_a_stopped_suite_had_started_ends(tmp_path, ended_by):
     """Where nothing watches (`None`), what a killed suite has started goes on."""
     guarded = ended_by is not None

@@ -22,6 +22,7 @@ def told(tmp_path, odd, how):
 
 
 @pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.matrix(cases=1)
 def test_a_rank_that_never_comes_is_named(tmp_path, odd):
     status, of_ranks = told(tmp_path, odd, "sleeps")
     assert status == 1 and len(of_ranks) == 3

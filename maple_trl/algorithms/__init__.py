@@ -6,6 +6,7 @@ from maple_trl.algorithms.clipping import clipped_tokens
 from maple_trl.algorithms.crw import contrastive_rewards
 from maple_trl.algorithms.curriculum import TagCurriculum, register_curriculum
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty
+from maple_trl.algorithms.experience import Experience
 from maple_trl.algorithms.gradients import GradientMoments, GradientSample
 from maple_trl.algorithms.hinting import HintTrigger
 from maple_trl.algorithms.importance import raw_ratios, summarise_ratios
@@ -17,7 +18,8 @@ from maple_trl.algorithms.off_policy import (
     replayed_slots,
     term_scales,
 )
-from maple_trl.algorithms.replay import Experience, ReplayStateError, StratifiedReplayBuffer, Vcrs
+from maple_trl.algorithms.replay import ReplayStateError, StratifiedReplayBuffer
+from maple_trl.algorithms.replay_tiers import Vcrs
 from maple_trl.algorithms.sampling import DynamicSampling, compared_groups, informative_groups, solved_groups
 from maple_trl.algorithms.schedule import PromptBatch, StratifiedSchedule, rank_share
 from maple_trl.algorithms.shaping import tas_weights

@@ -45,9 +45,10 @@ def group_advantages(
     Args:
         rewards_N: shape (N,). NaN marks a completion that no reward function could score: its advantage is 0, and
             it counts in no mean and no standard deviation.
-        prompt_ids_N: completions of one prompt share a number; any order.
-        tags_N: tags in any spelling, or an integer tensor of positions in `list(ModalityTag)`.
+        prompt_ids_N: shape (N,); completions of one prompt share a number; any order.
+        tags_N: shape (N,); tags in any spelling, or an integer tensor of positions in `list(ModalityTag)`.
         scope: one of `SCOPES`; a further one is a function with [`register_scope`].
+        eps: added to each standard deviation, in units of the reward; TRL's value.
 
     Returns:
         float32 tensor of shape (N,) on the device of the rewards.

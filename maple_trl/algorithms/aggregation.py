@@ -15,9 +15,12 @@ def stratum_totals(lengths_N: Tensor, strata_N: Tensor, strata: int) -> Tensor:
     """
     Count the rows and tokens of each stratum; totals of ranks or micro-batches can be added up.
 
+    The rows are |B_M| of MAPLE eq. 2, which stratum M is divided by; tokens are what the aggregation by token divides by.
+
     Args:
-        lengths_N: unmasked completion tokens per row, integers.
-        strata_N: the stratum of each row, from 0 to `strata - 1`.
+        lengths_N: unmasked completion tokens per row, integers of shape (N,).
+        strata_N: the stratum of each row, from 0 to `strata - 1`, integers of shape (N,).
+        strata: how many strata there are, also those that none of the rows is of.
 
     Returns:
         int64 tensor of shape (strata, 2): rows, tokens.
@@ -47,15 +50,17 @@ def row_coefficients(
     - `sample`: over its rows' means over tokens, c = w_M / (|B_M| max(L_i, 1));
     - `prompt`: over its rows' sums divided by a constant, c = w_M / (|B_M| max_length).
 
-    A row without tokens counts in |B_M| and has a finite coefficient.
+    A row without tokens counts in |B_M| and has a finite coefficient. The sum over strata is MAPLE eq. 3 (eq. 2 where
+    all weights are 1), the three means are the loss aggregations of MAPLE 5.2.
 
     Args:
-        lengths_N: unmasked completion tokens per row, integers.
-        strata_N: the stratum of each row, integers from 0.
+        lengths_N: unmasked completion tokens per row, integers of shape (N,).
+        strata_N: the stratum of each row, integers from 0, of shape (N,).
         weights: w_M >= 0 by stratum, 1 where missing.
+        aggregation: `"token"`, `"sample"` or `"prompt"`.
         max_length: tokens; read by `prompt` only.
-        totals: [`stratum_totals`] of the whole optimizer batch (all ranks, all micro-batches) when the rows given
-            are a share of it. Coefficients of the shares then add up to the loss of the whole.
+        totals: [`stratum_totals`], of shape (strata, 2), of the whole optimizer batch (all ranks, all micro-batches)
+            when the rows given are a share of it. Coefficients of the shares then add up to the loss of the whole.
 
     Returns:
         float32 tensor of shape (N,) on the device of the lengths.

@@ -11,10 +11,14 @@ def clipped_tokens(
     """
     Mark the tokens whose importance ratio lies beyond the bound that counts for the sign of their advantage.
 
+    MAPLE 5.2 compares symmetric with asymmetric bounds by the share of these tokens. The bounds are those of PPO
+    (arXiv 1707.06347, eq. 7), or of CISPO (arXiv 2506.13585, section 3.1), which bounds from above alone.
+
     Args:
         ratio_NT: importance ratios, shape (N, T).
         advantages_N: shape (N,) or (N, T); their sign alone matters.
-        low, high: epsilons, numbers or of shape (N, 1). PPO's clipping holds the ratio in `[1 - low, 1 + high]`, CISPO's below `high`.
+        low: epsilon, a number or of shape (N, 1): PPO's clipping holds the ratio above `1 - low`.
+        high: epsilon, a number or of shape (N, 1): PPO's clipping holds the ratio below `1 + high`, CISPO's below `high`.
         surrogate: TRL's `loss_type`.
 
     Returns:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def contrastive_rewards(rewards_N: Tensor, similarities_N: Tensor, alpha: float, tau: float) -> Tensor:
     r"""
-    Weigh rewards by equation 10: `clip01(r (1 + alpha [s < tau]))`.
+    Weigh rewards by MAPLE eq. 10: `clip01(r (1 + alpha [s < tau]))`.
 
     The bonus is for a completion that is far from the one that the policy gives with some of the signals taken away.
     (The paper calls `s` a similarity in one line and a distance in another; what it wants to reward is distance.)

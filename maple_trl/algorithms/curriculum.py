@@ -30,10 +30,11 @@ FIXED_CURRICULA = ("none", "static")
 
 class TagCurriculum:
     """
-    Orders tags. A tag's priority is the mean of its last `window` difficulties.
+    Orders tags. A tag's priority is the mean of its last `window` difficulties (s_M of MAPLE 4.2 and Algorithm 2).
 
     Args:
         strategy: one of `CURRICULA`; a further one is a function with [`register_curriculum`].
+        window: how many difficulties of a tag count; the paper takes 5.
         zero_shot: accuracy before training per tag, as fractions.
 
     Raises:
@@ -61,6 +62,9 @@ class TagCurriculum:
         """
         Add the difficulties of one step, per tag.
 
+        Args:
+            difficulties: divergences in nats as [`tag_difficulty`] gives them, of the tags that the step trained.
+
         Raises:
             ValueError: for a bad tag or a difficulty that is not finite; nothing is changed then.
         """
@@ -77,6 +81,7 @@ class TagCurriculum:
         Return the given tags, each once, in the order to train them.
 
         Args:
+            tags: those that have prompts left, in any spelling and order.
             rng: ranks that must agree pass generators of the same state.
 
         Raises:
@@ -102,7 +107,7 @@ class TagCurriculum:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from [`state_dict`]; its zero-shot accuracies take the place of those given."""
+        """Continue from a `state` that [`state_dict`] gave; its zero-shot accuracies take the place of those given."""
         self._histories = {
             ModalityTag.parse(tag): deque(values, maxlen=self.window) for tag, values in state["histories"].items()
         }

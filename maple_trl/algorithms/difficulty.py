@@ -21,6 +21,7 @@ def bernoulli_kl(p: float, target: float = 100 / 101, eps: float = 1e-6) -> floa
     Args:
         p: share of right answers, clipped to [eps, 1 - eps].
         target: the near-perfect share, strictly between 0 and 1; 100/101 is the mean of Beta(100, 1).
+        eps: how close to 0 and to 1 the share may come, as its logarithm would be infinite there.
 
     Raises:
         ValueError: when `p` is no share.
@@ -42,7 +43,9 @@ def beta_histogram_kl(rewards: Tensor | Sequence[float], bins: int = 50, eps: fl
     A reward on the border of two bins counts to the upper one, 1 to the last.
 
     Args:
-        rewards: in [0, 1], at least one.
+        rewards: in [0, 1], at least one; a tensor of any shape counts all its values.
+        bins: how many bins; the paper takes 50.
+        eps: what both densities have added.
 
     Raises:
         ValueError: when there is no reward, or one is not in [0, 1].
@@ -61,10 +64,11 @@ def beta_histogram_kl(rewards: Tensor | Sequence[float], bins: int = 50, eps: fl
 
 def tag_difficulty(rewards: Tensor | Sequence[float], kind: str) -> float | None:
     """
-    Measure the difficulty of one tag by its task rewards: the higher, the harder.
+    Measure the difficulty of one tag by its task rewards: the higher, the harder (MAPLE eq. 6 to 9).
 
     Args:
-        rewards: of one tag's completions, in [0, 1]. NaN (no reward function could score it) is left out.
+        rewards: of one tag's completions, in [0, 1]; a tensor of any shape counts all its values. NaN (no reward function
+            could score it) is left out.
         kind: `"binary"` ([`bernoulli_kl`] of the share of rewards equal to 1) or `"continuous"`
             ([`beta_histogram_kl`]).
 

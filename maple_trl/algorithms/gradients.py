@@ -40,7 +40,7 @@ class GradientMoments:
 
     An observation that is k observations old has weight `(1 - 1 / window)^k`. With S the sum of the weights and S2 that
     of their squares, the variance is `(sum w |g|^2 / S - |sum w g / S|^2) / (1 - S2 / S^2)`: the unbiased estimate of
-    `E |g - E g|^2`, the trace of the covariance. MAPLE (arXiv 2602.11596) compares trainers by it.
+    `E |g - E g|^2`, the trace of the covariance. MAPLE 5.2 compares trainers by it.
 
     Args:
         window: more than 1; observations of about this many steps count. `math.inf` weighs all alike.
@@ -110,7 +110,7 @@ class GradientMoments:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from [`state_dict`]."""
+        """Continue from a `state` of [`state_dict`], tensors of shape (K,) and (3,)."""
         self._sums = {}
         for name in ("all", *map(str, ModalityTag)):
             if f"{name}.scalars" in state:
@@ -123,14 +123,18 @@ class GradientSample:
     """
     Reads a fixed random choice of the coordinates of a gradient.
 
+    [`GradientMoments`] of such samples give the variance that MAPLE 5.2 compares trainers by, without a copy of a whole
+    gradient.
+
     The choice depends on the seed and on the names, order and sizes of the parameters only, so ranks agree on it.
     Values are multiplied by `sqrt(total / count)`, `total` being the number of coordinates chosen from: the squared
     norm of the sample is then an unbiased estimate of that of the whole gradient.
 
     Args:
-        parameters: named parameters, e.g. `model.named_parameters()`; those that take no gradient are left out. Each
-            must be whole on this process, so this is not for sharded parameters (FSDP, ZeRO-3).
+        parameters: names and tensors of any shape, e.g. `model.named_parameters()`; those that take no gradient are left
+            out. Each must be whole on this process, so this is not for sharded parameters (FSDP, ZeRO-3).
         count: how many coordinates to read; all of them when there are fewer.
+        seed: what the choice is drawn by.
         pattern: a regular expression that the names read must contain a match of.
 
     Raises:

@@ -19,7 +19,7 @@ class _Prompt:
 
 class HintTrigger:
     """
-    Decides which prompts are shown with their hint.
+    Decides which prompts are shown with their hint (AVATAR 4.1, the hinting mechanism).
 
     A prompt gets it when it was stuck at its last visits and the policy has stopped moving on it: the mean token KL of
     the current policy to those that wrote the replayed completions, as measured at the last visit, is small. It keeps
@@ -29,7 +29,7 @@ class HintTrigger:
         visits (`int`):
             How many visits in a row a prompt must have been stuck.
         max_divergence (`float`):
-            The highest mean token KL at which the policy counts as having stopped.
+            The highest mean token KL, in nats, at which the policy counts as having stopped.
 
     Raises:
         ValueError: for a number of visits below 1 or a negative divergence.
@@ -58,7 +58,14 @@ class HintTrigger:
         known.divergence_sum = known.tokens = 0.0
 
     def observe_divergence(self, prompt: str, total: float, tokens: float) -> None:
-        """Add a token KL of the last visit, summed over some tokens; prompts that are not stuck are left alone."""
+        """
+        Add a token KL of the last visit; prompts that are not stuck are left alone.
+
+        Args:
+            prompt (`str`): key of the prompt.
+            total (`float`): the KL in nats, summed over some of the visit's tokens.
+            tokens (`float`): how many tokens that are.
+        """
         known = self._prompts.get(prompt)
         if known is not None:
             known.divergence_sum += total
@@ -96,6 +103,6 @@ class HintTrigger:
         return {"prompts": prompts, "given": self._given, "withdrawn": self._withdrawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from [`state_dict`]."""
+        """Continue from a `state` that [`state_dict`] gave."""
         self._prompts = {prompt: _Prompt(**known) for prompt, known in state["prompts"].items()}
         self._given, self._withdrawn = state["given"], state["withdrawn"]

@@ -8,13 +8,13 @@ from torch import Tensor
 
 def raw_ratios(logps_NT: Tensor, sampled_NT: Tensor, mask_NT: Tensor, sequences: bool) -> Tensor:
     """
-    Return the importance ratios of completions before anything is cut from them.
+    Return the importance ratios of completions, trained to sampling policy (MAPLE 4.1), before anything is cut from them.
 
     Args:
         logps_NT (`Tensor` of shape (N, T)): log-probabilities of the trained policy; NaN where they are unknown.
         sampled_NT (`Tensor` of shape (N, T)): those with which the tokens were sampled; NaN where they are unknown.
         mask_NT (`Tensor` of shape (N, T)): which tokens count.
-        sequences: of whole completions, else of each token.
+        sequences (`bool`): of whole completions, the products of their tokens' ratios, else of each token.
 
     Returns:
         `Tensor` of shape (N, T), or (N, 1) for sequences; NaN where there is none.
@@ -28,11 +28,12 @@ def raw_ratios(logps_NT: Tensor, sampled_NT: Tensor, mask_NT: Tensor, sequences:
 
 def summarise_ratios(ratios_NT: Tensor, low: float | None, high: float | None) -> Tensor:
     """
-    Summarise each completion's ratios.
+    Summarise each completion's ratios (those of MAPLE 4.1, see [`raw_ratios`]).
 
     Args:
         ratios_NT (`Tensor` of shape (N, T)): NaN where there is none.
-        low, high: what they are cut to; `None`: no limit.
+        low (`float`, *optional*): the lower limit that they are cut or masked by; `None`: there is none.
+        high (`float`, *optional*): the upper limit; `None`: there is none.
 
     Returns:
         `Tensor` of shape (N, 5): number, sum, smallest, largest, and number of those beyond the limits.

@@ -17,6 +17,8 @@ def missing_scores(
     """
     Mark the scores that are missing, except those of functions that do not apply to the prompt.
 
+    The rule is of no paper: they reward every completion. TRL would count a missing score as 0.
+
     A reward function that scored no completion of a prompt does not apply there: the weighted sum of the others is the
     reward. One that scored some of them failed on the rest. Where no function with a weight applies, all of them are
     missing. Functions of weight 0 are never missed.
@@ -26,7 +28,7 @@ def missing_scores(
             Of each reward function, NaN where it gave none.
         weights_R (`Tensor` of shape (R,)):
             Of the functions in the reward.
-        prompt_ids_N:
+        prompt_ids_N (`Tensor` or `Sequence[int]` of shape (N,)):
             Completions of one prompt share a number; any order.
         applies_NR (`Tensor` of shape (N, R), *optional*):
             Where a function is known to apply from other completions of the prompt.
@@ -58,6 +60,8 @@ def left_alone(unscorable_N: Tensor, prompt_ids_N: Tensor) -> Tensor:
     """
     Mark the completions that are the only scorable one among several of their prompt, so that they have no deviation.
 
+    Of no paper, like [`missing_scores`].
+
     Args:
         unscorable_N (`Tensor` of shape (N,)): bool.
         prompt_ids_N (`Tensor` of shape (N,)): as for [`missing_scores`].
@@ -75,6 +79,6 @@ def remaining_scale(counted: float, everything: float) -> float:
     """
     Return the factor from a mean over `everything`, with 0 for what is left out, to the mean over the `counted`.
 
-    0 where nothing is left.
+    0 where nothing is left. Of no paper, like [`missing_scores`]; both are numbers of completions or of tokens.
     """
     return everything / counted if counted else 0.0

@@ -12,7 +12,7 @@ from maple_trl.algorithms.replay_draws import SAME_REWARD
 
 def replayed_slots(wanted: Sequence[int], group_size: int, ranks: int = 1) -> list[bool]:
     """
-    Choose which completions of a batch are replayed instead of generated.
+    Choose which completions of a batch are replayed instead of generated (AVATAR 4.1: 4 of the 8 of each group).
 
     Completions are numbered group by group, and dealt to the ranks in equal, contiguous shares. As ranks generate
     together and wait for each other, all get the same number of replayed ones: the smallest that one of them has.
@@ -42,7 +42,7 @@ def replayed_slots(wanted: Sequence[int], group_size: int, ranks: int = 1) -> li
         for count in wanted
         for place in range(group_size)
     ]
-    share = len(slots) // ranks if ranks else 0
+    share = len(slots) // ranks
     shares = [slots[start : start + share] for start in range(0, len(slots), share)] if slots else []
     fewest = min(map(sum, shares), default=0)
     return [replayed for own in shares for replayed in _keep_first(own, fewest)]
@@ -71,6 +71,8 @@ def replay_advantages(rewards_N: Tensor, baselines_N: Tensor, limit: float | Non
             The moving average reward of each one's prompt.
         limit (`float`, *optional*):
             Advantages are cut to [-limit, limit]. Nearly equal rewards far from their baselines would exceed it.
+        eps (`float`, *optional*, defaults to `1e-4`):
+            Added to the standard deviation, in units of the reward.
 
     Returns:
         `Tensor` of shape (N,), float32, on the device of the rewards.
@@ -102,8 +104,10 @@ def term_scales(fresh: float, replayed: float, filled: float, alpha: float, lost
     as all fresh ones together.
 
     Args:
-        fresh, replayed (`float`):
-            What the mean counts (completions, or their tokens), over all ranks.
+        fresh (`float`):
+            What the mean counts of fresh completions (their number, or that of their tokens), over all ranks.
+        replayed (`float`):
+            The same of replayed ones.
         filled (`float`):
             Share of the replayed completions asked for that there were, from 0 to 1.
         alpha (`float`):
@@ -120,9 +124,13 @@ def term_scales(fresh: float, replayed: float, filled: float, alpha: float, lost
 
 def effective_share(ratios_N: Tensor) -> float:
     """
-    Return the effective sample size of importance ratios as a share of their number: (sum w)^2 / (N sum w^2).
+    Return the effective sample size of importance ratios (Kong 1992) as a share of their number.
 
-    1 while all ratios are equal, 1/N when one of them outweighs all others; NaN without any.
+    That is (sum w)^2 / (N sum w^2): 1 while all ratios are equal, 1/N when one of them outweighs all others; NaN without
+    any.
+
+    Args:
+        ratios_N (`Tensor` of shape (N,)): the ratios w of AVATAR eq. 4, not negative.
     """
     ratios_N = ratios_N.double()
     return float(ratios_N.sum() ** 2 / (len(ratios_N) * ratios_N.square().sum()))
@@ -133,13 +141,13 @@ def policy_divergence(log_ratios_NT: Tensor) -> Tensor:
     Estimate KL(current policy || behaviour policy), token by token, from tokens that the latter wrote.
 
     With w the ratio of the current to the behaviour policy, w log w - (w - 1) has that expectation and is never
-    negative.
+    negative (Schulman 2020, "Approximating KL divergence"). AVATAR 4.1 calls for a hint where it is low.
 
     Args:
         log_ratios_NT (`Tensor`): log w of each token, any shape.
 
     Returns:
-        `Tensor` of the same shape.
+        `Tensor` of the same shape, in nats.
     """
     ratios_NT = log_ratios_NT.exp()
     return torch.xlogy(ratios_NT, ratios_NT) - (ratios_NT - 1)

@@ -1,241 +1,34 @@
-"""Replay of past completions from tiers of difficulty, and their baseline (AVATAR, arXiv 2508.03100, 4.1 and 4.4)."""
+"""Replay of past completions from tiers of difficulty (AVATAR, arXiv 2508.03100, 4.1)."""
 
 from __future__ import annotations
 
 import math
 import os
 import random
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
+from maple_trl.algorithms.experience import Experience, as_table, as_tensors, experience_bytes, read_experiences
 from maple_trl.algorithms.replay_draws import differs, draw_positions, side
+from maple_trl.algorithms.replay_tiers import QUANTILES, SHARES, TIERS, Vcrs, rounded_shares, tier_of, tier_thresholds
 from maple_trl.files import DamagedFileError, check_part, read_manifest, write_manifest, write_part
 
-
-TIERS = ("easy", "medium", "hard")
-SHARES = {"easy": 0.25, "medium": 0.35, "hard": 0.40}
-QUANTILES = (0.40, 0.75)
 
 NAME = "replay"
 MANIFEST = f"{NAME}.json"
 FORMAT = {"format": "maple_trl replay buffer", "version": 1}
 _SHARD = 1000  # experiences of a file of tokens: joining all at once would double the memory of the buffer
-_COLUMNS = pa.schema(
-    {
-        "prompt": pa.string(),
-        "row": pa.int64(),
-        "reward": pa.float64(),
-        "step": pa.int64(),
-        "hinted": pa.bool_(),
-        "tier": pa.string(),
-        "rewards": pa.map_(pa.string(), pa.float64()),
-    }
-)
 
 
 class ReplayStateError(ValueError):
     """A saved buffer that is missing, damaged, or not the one that is asked for."""
-
-
-class Vcrs:
-    """
-    The video-context reference score: the mean of a prompt's latest on-policy rewards (AVATAR 4.4).
-
-    It is the baseline of replayed completions, and it says how difficult a prompt is.
-
-    Args:
-        window (`int`, *optional*, defaults to `20`):
-            How many rewards of a prompt count.
-
-    Raises:
-        ValueError: for a window below 1.
-    """
-
-    def __init__(self, window: int = 20):
-        if window < 1:
-            raise ValueError(f"The window must hold at least 1 reward, got {window}")
-        self.window = window
-        self._positions: dict[str, int] = {}
-        self._rewards: list[array[float]] = []
-        self._baselines = array("d")
-
-    def observe(self, prompt: str, rewards: Iterable[float]) -> None:
-        """
-        Add rewards of fresh completions of a prompt, in the order in which they were generated.
-
-        NaN, the reward that no function could give, is left out. A prompt with no other reward stays unseen.
-
-        Raises:
-            ValueError: for an infinite reward; nothing is changed then.
-        """
-        values = [value for value in map(float, rewards) if not math.isnan(value)]
-        if any(map(math.isinf, values)):
-            raise ValueError(f"A reward of prompt {prompt!r} is infinite")
-        if not values:
-            return
-        position = self._positions.setdefault(prompt, len(self._rewards))
-        if position == len(self._rewards):
-            self._rewards.append(array("d"))
-            self._baselines.append(0.0)
-        latest = self._rewards[position]
-        latest.extend(values)
-        del latest[: -self.window]
-        self._baselines[position] = math.fsum(latest) / len(latest)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the rewards take, about."""
-        return len(self) * (300 + 8 * self.window)
-
-    def baseline(self, prompt: str) -> float | None:
-        """Return the mean of the prompt's latest rewards, `None` while it has none."""
-        position = self._positions.get(prompt)
-        return None if position is None else self._baselines[position]
-
-    def baselines(self) -> np.ndarray:
-        """Return a copy of the baselines of all prompts seen, float64 of shape (prompts,)."""
-        return np.array(self._baselines)
-
-    def metrics(self) -> dict[str, float]:
-        """Return the number of prompts seen, the mean of their baselines, and quantiles of these."""
-        metrics = {"vcrs/prompts": float(len(self._positions))}
-        if self._positions:
-            baselines = self.baselines()
-            metrics["vcrs/mean"] = float(baselines.mean())
-            for percent in (10, 25, 50, 75, 90):
-                metrics[f"vcrs/p{percent}"] = float(np.quantile(baselines, percent / 100))
-        return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the latest rewards of each prompt, ready for JSON."""
-        return {prompt: list(self._rewards[position]) for prompt, position in self._positions.items()}
-
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Continue from [`state_dict`]. When the window has shrunk, the oldest rewards are left out."""
-        self._positions, self._rewards, self._baselines = {}, [], array("d")
-        for prompt, rewards in state.items():
-            self.observe(prompt, rewards)
-
-
-def tier_thresholds(
-    baselines_P: np.ndarray | Sequence[float], quantiles: tuple[float, float] = QUANTILES
-) -> tuple[float, float]:
-    """
-    Return the highest baseline that is still Hard, and the highest that is still Medium.
-
-    With P prompts, those are the baselines of rank ceil(0.40 P) and ceil(0.75 P) in ascending order. Prompts of equal
-    baselines share a tier, the harder one of those that they straddle: a prompt is Hard when fewer than 40 % of the
-    prompts are below it. So all are Hard while all are equal, such as at the start of a run that fails everywhere.
-
-    Args:
-        baselines_P (array of shape (P,)):
-            Of all prompts, at least one.
-        quantiles (`tuple[float, float]`, *optional*, defaults to `(0.40, 0.75)`):
-            The share of prompts that are Hard, and that of those that are Hard or Medium.
-
-    Raises:
-        ValueError: when there is no baseline.
-    """
-    baselines_P = np.asarray(baselines_P, dtype=np.float64)
-    if not len(baselines_P):
-        raise ValueError("Tiers need the baseline of at least one prompt")
-    # Without the small shift, rounding in 0.07 * 100 would make rank 8 of it.
-    ranks = [math.ceil(quantile * len(baselines_P) - 1e-9) for quantile in quantiles]
-    ordered = np.partition(baselines_P, [max(rank - 1, 0) for rank in ranks])
-    hard, medium = (float(ordered[rank - 1]) if rank else -math.inf for rank in ranks)
-    return hard, medium
-
-
-def tier_of(baseline: float, thresholds: tuple[float, float]) -> str:
-    """Return the tier of a prompt with this baseline; thresholds as [`tier_thresholds`] returns them."""
-    hard, medium = thresholds
-    return "hard" if baseline <= hard else "medium" if baseline <= medium else "easy"
-
-
-@dataclass(frozen=True, eq=False)
-class Experience:
-    """
-    A completion that may be replayed.
-
-    Args:
-        prompt (`str`):
-            Key of the prompt: what the baseline is kept by, and a reference to what it shows, never that itself.
-        row (`int`):
-            Its row of the data set.
-        completion_ids (`Tensor` or array of shape (L,)):
-            Token ids, without padding, at least one. Copied to the CPU as int32.
-        logps (`Tensor` or array of shape (L,)):
-            Log-probability of each token under the policy that wrote it. Copied to the CPU as float32: a ratio to a
-            policy that has not moved since is then exactly 1, which half precision would round away.
-        reward (`float`):
-            The reward that it was trained with. A completion without a reward (NaN) cannot be replayed.
-        step (`int`):
-            Optimizer step of the policy that wrote it.
-        hinted (`bool`, *optional*, defaults to `False`):
-            Whether the prompt held its hint.
-        rewards (`Mapping[str, float]`, *optional*):
-            The reward of each function; NaN is allowed.
-
-    Raises:
-        ValueError: when tokens and log-probabilities are not equally many, or some value is none that a completion can
-            have.
-    """
-
-    prompt: str
-    row: int
-    completion_ids: Tensor
-    logps: Tensor
-    reward: float
-    step: int
-    hinted: bool = False
-    rewards: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        ids, logps = torch.as_tensor(self.completion_ids), torch.as_tensor(self.logps)
-        if ids.dim() != 1 or ids.shape != logps.shape or not len(ids):
-            raise ValueError(
-                f"Expected at least one token id and as many log-probabilities for prompt {self.prompt!r}, "
-                f"got shapes {tuple(ids.shape)} and {tuple(logps.shape)}"
-            )
-        if ids.is_floating_point() or int(ids.min()) < 0:
-            raise ValueError(f"Token ids of prompt {self.prompt!r} must be integers of at least 0")
-        # Copies: a view would keep the whole batch in memory that the completion was cut out of.
-        ids = ids.detach().to("cpu", torch.int32, copy=True)
-        logps = logps.detach().to("cpu", torch.float32, copy=True)
-        if not logps.isfinite().all():
-            raise ValueError(f"A log-probability of prompt {self.prompt!r} is not finite")
-        reward = float(self.reward)
-        if not math.isfinite(reward):
-            raise ValueError(f"The reward of an experience must be finite, got {reward} for prompt {self.prompt!r}")
-        rewards = self.rewards and {name: float(value) for name, value in self.rewards.items()}
-        values: dict[str, Any] = {"row": int(self.row), "step": int(self.step), "hinted": bool(self.hinted)}
-        values |= {"reward": reward, "completion_ids": ids, "logps": logps, "rewards": rewards or None}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-
-_EXPERIENCE_BYTES = 3 << 10  # of objects; measured
-
-
-def experience_bytes(tokens: int) -> int:
-    """Return about what a stored completion of so many tokens takes of memory."""
-    return _EXPERIENCE_BYTES + 8 * tokens
 
 
 @dataclass
@@ -274,10 +67,10 @@ class StratifiedReplayBuffer:
 
     Args:
         capacity (`int`, *optional*, defaults to `10_000`):
-            Experiences kept at most. The paper finds more to be too stale.
+            How many experiences are kept at most. The paper finds more to be too stale.
         shares (`Mapping[str, float]`, *optional*):
-            Share of the capacity of each tier, adding up to 1. Capacities are rounded by largest remainder, and add
-            up to `capacity`; equal remainders favour the harder tier. By default easy 0.25, medium 0.35, hard 0.40.
+            Share of the capacity of each tier, a fraction; they add up to 1. Capacities are rounded by largest remainder,
+            and add up to `capacity`; equal remainders favour the harder tier. By default easy 0.25, medium 0.35, hard 0.40.
         quantiles (`tuple[float, float]`, *optional*, defaults to `(0.40, 0.75)`):
             The share of prompts that are Hard, and that of those that are Hard or Medium.
         max_age (`int`, *optional*):
@@ -314,7 +107,7 @@ class StratifiedReplayBuffer:
         self.quantiles = quantiles
         self.max_age = max_age
         self.seed = seed
-        self.capacities = _rounded_shares(self.shares, capacity)
+        self.capacities = rounded_shares(self.shares, capacity)
         self._counters = _Counters()
         # Experiences have numbers in the order of their adding. Within a tier they are sorted by them.
         self._next_number = 0
@@ -349,6 +142,8 @@ class StratifiedReplayBuffer:
         Count the experiences of a prompt that can be sampled at an optimizer step, each in place of a fresh one.
 
         Args:
+            prompt (`str`): key of the prompt.
+            step (`int`): the current optimizer step; what is too old at it is dropped.
             hinted (`bool`, *optional*, defaults to `True`): whether those written under a hint count.
         """
         self._expire(step)
@@ -359,6 +154,8 @@ class StratifiedReplayBuffer:
         Count the experiences of other prompts than these that can be sampled at an optimizer step.
 
         Args:
+            prompts (`Iterable[str]`): keys of the prompts whose experiences do not count.
+            step (`int`): the current optimizer step; what is too old at it is dropped.
             where (`Callable[[Experience], bool]`, *optional*): counts those alone for which it is true.
         """
         self._expire(step)
@@ -404,13 +201,13 @@ class StratifiedReplayBuffer:
             self._evict(tier)
 
     def tier(self, prompt: str, baselines: Vcrs) -> str | None:
-        """Return the tier that a prompt is in now, `None` when it was never observed."""
+        """Return the tier that a prompt is in now by the `baselines`, `None` when they never observed it."""
         baseline = baselines.baseline(prompt)
         return None if baseline is None else tier_of(baseline, tier_thresholds(baselines.baselines(), self.quantiles))
 
     def retier(self, baselines: Vcrs) -> None:
         """
-        Move stored experiences to the tiers that their prompts are in now.
+        Move stored experiences to the tiers that their prompts are in now by the `baselines`.
 
         A tier that gets too many evicts those added first, be it those that just came. Experiences of prompts without
         a baseline stay.
@@ -675,10 +472,10 @@ class StratifiedReplayBuffer:
             key=lambda entry: entry[0],
         )
         experiences = [experience for *_, experience in entries]
-        rows = _table([tier for _, tier, _ in entries], experiences)
+        rows = as_table([tier for _, tier, _ in entries], experiences)
         table = write_part(folder, NAME, ".parquet", partial(pq.write_table, rows))
         shards = [experiences[i : i + _SHARD] for i in range(0, len(experiences), _SHARD)]
-        tensors = [write_part(folder, NAME, ".safetensors", partial(save_file, _tensors(some))) for some in shards]
+        tensors = [write_part(folder, NAME, ".safetensors", partial(save_file, as_tensors(some))) for some in shards]
         content = {
             "fingerprint": fingerprint,
             "experiences": len(entries),
@@ -694,6 +491,12 @@ class StratifiedReplayBuffer:
 
         What it held before is gone. Options stay those of this buffer: a tier that has become smaller evicts its
         oldest.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                That which [`save`] wrote to.
+            fingerprint (`str`, *optional*, defaults to `""`):
+                What the experiences must have been saved with.
 
         Raises:
             ReplayStateError: when a file is missing, cut short, changed or of another format, or the fingerprint
@@ -711,7 +514,7 @@ class StratifiedReplayBuffer:
         except DamagedFileError as error:
             raise ReplayStateError(str(error)) from error
         try:
-            entries = _read_parts(table, tensors)
+            entries = read_experiences(table, tensors)
             counters = _Counters(**content["counters"])
         except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ReplayStateError(f"{folder} holds no readable replay buffer: {error}") from error
@@ -725,48 +528,3 @@ class StratifiedReplayBuffer:
             self._store(experience, tier)
         for tier in TIERS:
             self._evict(tier)
-
-
-def _rounded_shares(shares: Mapping[str, float], capacity: int) -> dict[str, int]:
-    """Round capacities by the largest-remainder method."""
-    quotas = {tier: share * capacity for tier, share in shares.items()}
-    # Rounding may leave a whole number a hair below itself.
-    whole = {tier: math.floor(quota + 1e-9) for tier, quota in quotas.items()}
-    by_remainder = sorted(TIERS, key=lambda tier: (quotas[tier] - whole[tier], TIERS.index(tier)), reverse=True)
-    for tier in by_remainder[: capacity - sum(whole.values())]:
-        whole[tier] += 1
-    return whole
-
-
-# Files of a saved buffer
-
-
-def _tensors(experiences: Sequence[Experience]) -> dict[str, Tensor]:
-    """Join the tokens of some completions, and note the length of each."""
-    return {
-        "completion_ids": torch.cat([e.completion_ids for e in experiences]),
-        "logps": torch.cat([e.logps for e in experiences]),
-        "lengths": torch.tensor([len(e.completion_ids) for e in experiences]),
-    }
-
-
-def _table(tiers: Sequence[str], experiences: Sequence[Experience]) -> pa.Table:
-    fields = ("prompt", "row", "reward", "step", "hinted")
-    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in experiences] for name in fields}
-    columns |= {"tier": list(tiers), "rewards": [e.rewards and list(e.rewards.items()) for e in experiences]}
-    return pa.table(columns, schema=_COLUMNS)
-
-
-def _read_parts(table: Path, tensors: Sequence[Path]) -> list[tuple[str, Experience]]:
-    rows = pq.read_table(table, schema=_COLUMNS).to_pylist()
-    entries: list[tuple[str, Experience]] = []
-    for path in tensors:
-        shard = load_file(path)
-        lengths = shard["lengths"].tolist()
-        for ids, logps in zip(shard["completion_ids"].split(lengths), shard["logps"].split(lengths), strict=True):
-            row = rows[len(entries)]
-            tier, rewards = row.pop("tier"), row.pop("rewards")
-            entries.append(
-                (tier, Experience(**row, completion_ids=ids, logps=logps, rewards=rewards and dict(rewards)))
-            )
-    return entries

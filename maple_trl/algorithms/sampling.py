@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maple_trl.algorithms.replay_draws import SAME_REWARD
 from maple_trl.modalities import ModalityTag
 
 
@@ -16,13 +17,15 @@ DYNAMIC_SAMPLING = ("none", "early", "mid")
 REVISITS = ("all", "unsolved", "informative")
 
 
-def informative_groups(rewards_NG: Tensor, tolerance: float = 1e-6) -> Tensor:
+def informative_groups(rewards_NG: Tensor, tolerance: float = SAME_REWARD) -> Tensor:
     """
-    Mark the prompts that give a gradient: their scorable completions were not all rewarded alike.
+    Mark the prompts that give a gradient: their scorable completions were not all rewarded alike (MAPLE 5.2).
 
     Args:
         rewards_NG (`Tensor` of shape (N, G)):
             A row per prompt; NaN where no reward function could score a completion.
+        tolerance (`float`, *optional*, defaults to `1e-6`):
+            Rewards that differ by no more count as alike.
 
     Returns:
         `Tensor` of shape (N,), bool.
@@ -35,6 +38,8 @@ def informative_groups(rewards_NG: Tensor, tolerance: float = 1e-6) -> Tensor:
 def compared_groups(rewards_NG: Tensor) -> Tensor:
     """
     Mark the prompts with two scorable completions or more: of the others it is not known whether they are informative.
+
+    Of no paper, as papers have a reward for every completion.
 
     Args:
         rewards_NG (`Tensor` of shape (N, G)): as for [`informative_groups`].
@@ -49,6 +54,8 @@ def solved_groups(task_rewards_NG: Tensor) -> Tensor:
     """
     Mark the solved prompts: all their scorable completions have a task reward of 1.
 
+    Of no paper: MAPLE leaves out prompts solved and failed alike, [`DynamicSampling`] can tell them apart.
+
     Args:
         task_rewards_NG (`Tensor` of shape (N, G)): a row per prompt; NaN where a completion is unscorable.
 
@@ -61,6 +68,9 @@ def solved_groups(task_rewards_NG: Tensor) -> Tensor:
 class DynamicSampling:
     """
     Decides which groups leave the batch, and which prompts later epochs leave out, by how their last visit went.
+
+    The modes are the filters of MAPLE 5.2; drawing further prompts is from DAPO (arXiv 2503.14476, section 3.2); `revisit`
+    is of no paper.
 
     Args:
         mode (`str`, *optional*, defaults to `"none"`):
@@ -124,8 +134,10 @@ class DynamicSampling:
         Note one rollout, a value per prompt.
 
         Args:
-            rows_N (`Sequence[int]`), tags_N (`Iterable[str]`):
-                The prompt's row and tag.
+            rows_N (`Sequence[int]`):
+                The prompt's row in the data set.
+            tags_N (`Iterable[str]`):
+                Its tag.
             informative_N (`Sequence[bool]`):
                 Whether its group was informative; `None` where too few completions could be scored to tell, which leaves
                 what is known of the prompt as it was.
@@ -162,7 +174,7 @@ class DynamicSampling:
         return {"uninformative": sorted(self._uninformative), "solved": sorted(self._solved.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from [`state_dict`]."""
+        """Continue from a `state` that [`state_dict`] gave."""
         self._uninformative = set(state["uninformative"])
         self._solved = dict(state.get("solved", ()))
 

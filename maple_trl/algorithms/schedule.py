@@ -28,7 +28,7 @@ MIXED = "mixed"
 @dataclass(frozen=True)
 class PromptBatch:
     """
-    The prompts of one rollout over all ranks.
+    The prompts of one rollout over all ranks: those of a batch B_M in MAPLE, Algorithm 2, where it holds one tag.
 
     Attributes:
         rows (`list[int]`): rows of the data set, one per prompt.
@@ -54,7 +54,7 @@ class _Position:
 
 class StratifiedSchedule:
     """
-    Hands out the prompts of one rollout after the other; every row once per epoch.
+    Hands out the prompts of one rollout after the other; every row once per epoch (MAPLE 4.2 and Algorithm 2).
 
     The next batch is chosen when it is asked for, so that the curriculum sees the rewards of the one before. All ranks
     hold the same schedule and take their share of each batch ([`rank_share`]).
@@ -63,7 +63,7 @@ class StratifiedSchedule:
         tags (`Sequence[str]`):
             Tag of each row.
         batch_size (`int`):
-            Prompts of a rollout over all ranks.
+            How many prompts a rollout has over all ranks.
         curriculum ([`TagCurriculum`], *optional*):
             Order of the tags; random by default.
         stratified (`bool`, *optional*, defaults to `True`):
@@ -73,13 +73,16 @@ class StratifiedSchedule:
         leftover (`str`, *optional*, defaults to `"fill"`):
             A tag's last rows that are fewer than a batch: `"fill"` takes further rows of the same tag again, `"mixed"`
             puts those of all tags together at the end of the epoch, where only the last batch is filled.
-        shuffle (`bool`, *optional*, defaults to `True`), seed (`int`, *optional*, defaults to `0`):
-            With one stratum the order is that of TRL's sampler with the same seed.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Rows come in random order, another one in each epoch; otherwise in that of the data set.
+        seed (`int`, *optional*, defaults to `0`):
+            What the order is drawn by. With one stratum it is that of TRL's sampler with the same seed.
         skipped (`Callable`, *optional*):
             Given an epoch (counted from 0), the rows that it leaves out; asked when the epoch begins. An epoch that
-            leaves out rows is to be short: its last batches stay short as well, and no row is taken again but
+            leaves out rows is to be short: its last batches stay short as well, and rows are taken again for
+            `multiple_of` alone.
         multiple_of (`int`, *optional*, defaults to `1`):
-            to make the number of prompts a multiple of this one.
+            What the number of prompts of a batch is made a multiple of, in an epoch that leaves out rows.
 
     Raises:
         ValueError: for an unknown option or tag, no rows, or a batch size below 1.
@@ -150,7 +153,14 @@ class StratifiedSchedule:
                 return self._filled(rows, stratum)
 
     def draw(self, stratum: str, count: int, multiple_of: int = 1) -> list[int]:
-        """Take up to `count` further rows of a stratum out of this epoch; fewer when it has no more."""
+        """
+        Take further rows of a stratum out of this epoch.
+
+        Args:
+            stratum (`str`): a tag; any other name takes rows of all.
+            count (`int`): how many rows; fewer when there are no more.
+            multiple_of (`int`, *optional*, defaults to `1`): what their number is rounded down to a multiple of.
+        """
         count = min(count, self._left(stratum))
         count -= count % multiple_of
         rows: list[int] = []
@@ -270,7 +280,7 @@ class StratifiedSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Continue from the state of a schedule of the same rows and options.
+        Continue from the `state` of a schedule of the same rows and options.
 
         Raises:
             ValueError: when the state is that of a schedule of other rows or options.
@@ -290,6 +300,12 @@ class StratifiedSchedule:
 def rank_share(rows: Sequence[int], copies: int, rank: int, world: int) -> list[int]:
     """
     Return the rows that one rank generates for, each prompt `copies` times in a row, as TRL's sampler deals them out.
+
+    Args:
+        rows (`Sequence[int]`): those of the batch, over all ranks.
+        copies (`int`): completions of a prompt.
+        rank (`int`): which rank, counted from 0.
+        world (`int`): number of ranks.
 
     Raises:
         ValueError: when the copies cannot be shared equally.

@@ -17,7 +17,7 @@ HISTORIES = ("pooled", "per_tag")
 
 class AdaptiveTagWeights:
     """
-    Weighs a tag the more, the harder it is compared with the difficulties seen lately.
+    Weighs a tag the more, the harder it is compared with the difficulties seen lately (MAPLE eq. 4).
 
     With D the difficulty of a tag and H the history, which already holds D:
     `w = sigmoid((D - mean(H)) / (std(H) + eps))`. The standard deviation is unbiased; w is 0.5 while H has fewer than
@@ -27,6 +27,7 @@ class AdaptiveTagWeights:
         window: how many difficulties a history holds; the paper takes the steps of an epoch.
         history: `"pooled"`, one history over all tags, or `"per_tag"`, one of each. The paper writes the latter but
             sizes the window for the former (E.2.2).
+        eps: added to the standard deviation, in nats.
 
     Raises:
         ValueError: for a window below 1 or an unknown kind of history.
@@ -46,6 +47,9 @@ class AdaptiveTagWeights:
     def observe(self, difficulties: Mapping[ModalityTag | str, float]) -> None:
         """
         Add the difficulties of one step to the history, then weigh their tags; other tags keep their weights.
+
+        Args:
+            difficulties: divergences in nats as [`tag_difficulty`] gives them, of the tags that the step trained.
 
         Raises:
             ValueError: for a bad tag or a difficulty that is not finite; nothing is changed then.
@@ -78,7 +82,7 @@ class AdaptiveTagWeights:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """
-        Continue from [`state_dict`]. When the window has shrunk, the oldest difficulties are left out.
+        Continue from a `state` that [`state_dict`] gave. When the window has shrunk, the oldest difficulties are left out.
 
         Raises:
             ValueError: when the state is that of the other kind of history.

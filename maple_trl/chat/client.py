@@ -77,7 +77,7 @@ class ChatClient:
             raise
 
     async def acomplete_many(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
-        """Answer a batch as [`~ChatClient.complete_many`] does, for code inside an event loop, whichever it is."""
+        """Answer a batch of `requests` as [`~ChatClient.complete_many`] does, for code inside an event loop, whichever it is."""
         return await asyncio.wrap_future(self._submit(requests))
 
     def _submit(self, requests: Sequence[ChatRequest]) -> Future:

@@ -91,7 +91,7 @@ def image_block(picture: np.ndarray, quality: int = 90) -> dict[str, Any]:
 
 
 def jpeg_block(data: bytes) -> dict[str, Any]:
-    """Return a content block with the bytes of a JPEG file."""
+    """Return a content block with a picture as a data URL; `data` is a JPEG file."""
     url = "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -108,12 +108,20 @@ def jpeg_bytes(picture: np.ndarray, quality: int = 90) -> bytes:
 
 
 def audio_block(waveform: np.ndarray, sampling_rate: int) -> dict[str, Any]:
-    """Return a content block with a sound (16-bit WAV): float32 of shape (n,), in [-1, 1]."""
+    """
+    Return a content block with a sound (16-bit WAV).
+
+    Args:
+        waveform (`np.ndarray`):
+            float32, shape (n,), in [-1, 1]; what lies beyond is cut.
+        sampling_rate (`int`):
+            Samples per second.
+    """
     return wav_block(wav_bytes(waveform, sampling_rate))
 
 
 def wav_block(data: bytes) -> dict[str, Any]:
-    """Return a content block with the bytes of a WAV file."""
+    """Return a content block with a sound; `data` is a WAV file."""
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode("ascii"), "format": "wav"}}
 
 

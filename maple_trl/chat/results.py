@@ -46,8 +46,12 @@ class ChatResult:
         detail (`str`): what the server or the parser said. Holds no key.
         source (`str`): `"server"`, `"cache"`, `"shared"` (an identical request of the batch was sent), or `"none"`.
         attempts (`int`): HTTP calls made for it.
-        prompt_tokens, completion_tokens (`int`): as the server counted them, over all attempts.
+        prompt_tokens (`int`): of the prompt, as the server counted them, over all attempts.
+        completion_tokens (`int`): of the answer, likewise.
         finish_reason (`str` or `None`): the server's, of the last answer.
+
+    Raises:
+        KeyError: for a reason that is not among [`REASONS`].
     """
 
     text: str | None = None
@@ -81,11 +85,13 @@ class ChatUsage:
         requests (`int`): requests that came in.
         sent (`int`): HTTP calls, retries among them.
         retries (`int`): calls beyond the first of a request.
-        cached, shared (`int`): requests answered from the cache, or by an identical request of their batch.
+        cached (`int`): requests answered from the cache.
+        shared (`int`): requests answered by an identical request of their batch.
         succeeded (`int`): requests with a usable answer.
         failed (`Counter`): reason -> requests without one.
         faults (`Counter`): reason -> calls that went wrong, whether or not a later one of the request went well.
-        prompt_tokens, completion_tokens (`int`): as the server counted them.
+        prompt_tokens (`int`): of prompts, as the server counted them.
+        completion_tokens (`int`): of answers, likewise.
         unmetered (`int`): answers without token counts; `cost` does not hold them.
         estimated_tokens (`int`): estimate for the requests of a dry run, prompt and longest answer together.
         cost (`float`): in the currency of the prices in [`ChatOptions`].

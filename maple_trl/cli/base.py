@@ -235,11 +235,6 @@ class PlainCommand(Command):
 def _class_of(place: type | str, declared: bool) -> type:
     if not isinstance(place, str):
         return place
-    if declared:
-        from maple_trl.jobs.declared import declared_class
+    from maple_trl.jobs.declared import declared_class, load_class
 
-        return declared_class(place)
-    import importlib
-
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return declared_class(place) if declared else load_class(place)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from maple_trl.jobs.stages import Plan
 
 _TITLES = {"reads": "would read", "computes": "would compute", "asks": "would ask", "writes": "would write"}
+_END = "\nThis was a dry run: no network was asked, and nothing was written."
 
 
 def tell(forecast: Forecast, as_json: bool = False) -> int:
@@ -25,7 +26,7 @@ def tell(forecast: Forecast, as_json: bool = False) -> int:
         print(json.dumps(forecast.as_dict(), indent=2, ensure_ascii=False))
         return DONE
     _print(forecast)
-    print("\nThis was a dry run: no network was asked, and nothing was written.")
+    print(_END)
     return DONE
 
 
@@ -45,7 +46,7 @@ def tell_training(plan: Plan | None, words: Sequence[str]) -> int:
         forecast = forecast_training(plan.parse(i), plan.stages[i - 1].name if i else None)
         print(f"{'' if i == 0 else chr(10)}Stage {i + 1} of {len(plan.stages)}: {stage.name}")
         _print(forecast)
-    print("\nThis was a dry run: no network was asked, and nothing was written.")
+    print(_END)
     return DONE
 
 

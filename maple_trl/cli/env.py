@@ -27,11 +27,8 @@ DISTRIBUTION = "maple-trl"
 
 # Import names that differ from the distribution's.
 _IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "torchcodec": "torchcodec.decoders"}
-# Used where they are installed, but brought by no extra: they are built against the machine's own CUDA.
-_UNMANAGED = {
-    "flash-attn": "pip install flash-attn --no-build-isolation (needs CUDA)",
-    "bitsandbytes": "pip install 'maple-trl[quantization]' (weights of 4 and 8 bits, 8-bit optimizers)",
-}
+# Used where it is installed, but brought by no extra: it is built against the machine's own CUDA.
+_UNMANAGED = {"flash-attn": "pip install flash-attn --no-build-isolation (needs CUDA)"}
 # Name, kind, encoders that can write a sample, and whether the embedded data set needs the codec.
 _CODECS = (
     ("h264", "video", ("libx264", "h264"), True),
@@ -40,7 +37,7 @@ _CODECS = (
     ("opus", "audio", ("libopus",), False),
 )
 # Extras that serve the work on this package, not its use.
-_DEVELOPER_EXTRAS = {"dev"}
+_DEVELOPER_EXTRAS = {"dev", "docs"}
 
 
 @dataclass

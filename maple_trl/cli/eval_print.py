@@ -50,9 +50,9 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     if "value" in macro and set(macro["inputs"]) != {"1"}:  # of one input each it is the mean of tags
         low, high = (_plain(macro[end]) for end in ("low", "high"))
         text = f"superset macro {macro['value']:.3f} [{low}, {high}]: mean over inputs that contain the tag, then over tags"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        _say(console, text)
     if "value" in result["fusion_gain"]:
-        console.print(f"fusion gain {result['fusion_gain']['value']:.3f}", highlight=False)
+        _say(console, f"fusion gain {result['fusion_gain']['value']:.3f}")
     _print_measured(console, result)
     failed: dict[tuple, list[str]] = {}
     for error in result["errors"]:
@@ -60,12 +60,12 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
         failed.setdefault((error["row"], error["id"], error["reason"], where), []).append(error["access"])
     for (row, name, reason, where), under in list(failed.items())[:_SHOWN]:
         text = f"row {row} ({name}), access {', '.join(under)}: {reason}: {where}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        _say(console, text)
     if len(failed) > _SHOWN:
-        console.print(f"and {len(failed) - _SHOWN} more; result.json names them all", highlight=False)
+        _say(console, f"and {len(failed) - _SHOWN} more; result.json names them all")
     if result["left_out"]:
-        console.print(f"{len(result['left_out'])} questions were left out; result.json names them", highlight=False)
-    console.print(f"results in {folder}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"{len(result['left_out'])} questions were left out; result.json names them")
+    _say(console, f"results in {folder}")
 
 
 def _table_over_inputs(result: Mapping[str, Any]) -> Table:

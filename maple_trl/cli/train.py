@@ -108,8 +108,6 @@ class TrainCommand(Command):
             parser = self.parser(declared=not everything, trainers=[trainer] if everything else [])
         except SetupError as error:
             return refuse(self.name, error)
-        except KeyError:
-            return refuse(self.name, f"trainer must be one of {', '.join(TRAINERS)}, got {trainer!r}")
         others = [name for name in TRAINERS if name != trainer or not everything]
         told = [f"  maple-trl train --trainer {name} --help_all" for name in others]
         parser.epilog = "\n".join(

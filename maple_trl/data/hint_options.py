@@ -66,7 +66,8 @@ class HintSummary:
     Attributes:
         rows (`int`): rows of the input.
         asked (`int`): rows that a hint was wanted for.
-        kept, skipped (`int`): rows that had one; rows without a solution, whose hints could not be checked.
+        kept (`int`): rows that had one.
+        skipped (`int`): rows without a solution, whose hints could not be checked.
         hinted (`int`): rows with a new hint.
         refused (`Counter`): last reason ([`LEAKS`]) -> rows of which every hint was refused.
         failed (`Counter`): reason -> rows that got no answer; of a medium as `media:REASON`, `not-asked` after a stop.

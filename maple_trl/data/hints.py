@@ -18,8 +18,8 @@ from maple_trl.chat import ChatClient, ChatRequest
 from maple_trl.data.hint_leaks import LEAKS, leaks_answer
 from maple_trl.data.hint_options import HintError, HintOptions, HintSummary
 from maple_trl.data.hint_prompts import SYSTEM, Problem, ProblemError, clean_hint, first_messages, next_messages
-from maple_trl.data.hint_tables import RowTable
 from maple_trl.data.record_files import TableError
+from maple_trl.data.row_tables import SUFFIXES, RowTable
 from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
@@ -88,8 +88,8 @@ class _Row:
 class _Builder:
     def __init__(self, source: Path, target: Path, client: ChatClient, options: HintOptions):
         self.source, self.target, self.client, self.options = source, target, client, options
-        if target.suffix not in (".parquet", ".json", ".jsonl"):
-            raise HintError(f"{target}: a table is one of .parquet, .json, .jsonl")
+        if target.suffix not in SUFFIXES:
+            raise HintError(f"{target}: a table is one of {', '.join(SUFFIXES)}")
         self.table = RowTable(source)
         self.progress_file = target.with_name(target.name + ".progress.jsonl")
         has_question = "prompt" not in self.table.columns and "question" in self.table.columns

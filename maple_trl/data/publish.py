@@ -12,9 +12,9 @@ from maple_trl.data.dataset_card import count_contents, render_card
 from maple_trl.data.shards import find_shards
 from maple_trl.data.validation import ValidationReport, validate_tables
 from maple_trl.hub.errors import PublishError, hub_errors
+from maple_trl.hub.names import check_repository
 
 
-_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FOLDER = "data"
 CARD = "README.md"
 
@@ -104,8 +104,7 @@ def check_upload(
     Raises:
         InvalidRowsError, PublishError, ShardError: as [`publish`].
     """
-    if not _ID.fullmatch(repository):
-        raise PublishError(f"{repository!r} is no id of a repository; write OWNER/NAME")
+    check_repository(repository)
     shards = find_shards(folder)
     report = validate_tables([path for paths in shards.values() for path in paths], media_root)
     if report.counts:

@@ -477,9 +477,7 @@ def build_qa_plus(
         with open(scratch, "w", encoding="utf-8") as file:
             plan = Plan(source, options, media_root, lambda *found: file.write(_line(*found)), split)
         summary = plan.summary
-        files = replace_split(
-            plan.tables(), plan.features.arrow_schema, summary.total, folder, split, options.shard_rows
-        )
+        files = replace_split(plan.tables(), plan.features.arrow_schema, folder, split, options.shard_rows)
         os.replace(scratch, folder / f"left_out-{split}.jsonl")
     finally:
         scratch.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Features
 
 from maple_trl.data.schema import ROW_FEATURES
+from maple_trl.files import flush
 
 
 SHARD_ROWS = 50_000
@@ -40,6 +41,9 @@ class ShardWriter:
         folder: must not hold anything yet.
         features: columns.
         shard_rows: most rows of one file.
+
+    Raises:
+        ShardError: when the folder holds something, or for less than one row in a file.
     """
 
     def __init__(
@@ -48,14 +52,13 @@ class ShardWriter:
         self.folder = Path(folder)
         if shard_rows < 1:
             raise ShardError(f"shard_rows must be 1 or more, got {shard_rows}")
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ShardError(f"{self.folder} is there already; name another folder, or remove it first")
+        check_unused(self.folder)
         self.schema = features.arrow_schema
         self.shard_rows = shard_rows
         self.rows: Counter[str] = Counter()
         """Rows by split."""
         self._scratch = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
-        self._splits: dict[str, _Split] = {}
+        self._splits: dict[str, _Rows] = {}
 
     def __enter__(self) -> ShardWriter:
         self._remove_abandoned()
@@ -82,7 +85,8 @@ class ShardWriter:
         if split not in self._splits:
             if not _SPLIT.fullmatch(split):
                 raise ShardError(f"split {split!r} must be letters, digits and underscores, as 'train' is")
-            self._splits[split] = _Split(self._scratch, split, self.schema, self.shard_rows)
+            writer = _SplitWriter(self._scratch, split, self.schema, self.shard_rows)
+            self._splits[split] = _Rows(writer)
         self._splits[split].add(row)
         self.rows[split] += 1
 
@@ -94,7 +98,7 @@ class ShardWriter:
                 self._finish()
         finally:
             for split in self._splits.values():
-                split.drop()
+                split.writer.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _finish(self) -> None:
@@ -102,7 +106,7 @@ class ShardWriter:
             raise ShardError(f"{self.folder}: there is no row to write")
         for split in self._splits.values():
             split.finish()
-        _flush(self._scratch)
+        flush(self._scratch)
         try:
             if self.folder.is_dir():
                 self.folder.rmdir()  # it was empty
@@ -111,67 +115,90 @@ class ShardWriter:
             raise ShardError(
                 f"{self.folder} cannot be put in its place, another process may have made it: {error}"
             ) from error
-        _flush(self.folder.parent)
+        flush(self.folder.parent)
 
 
-class _Split:
-    """The shards of one split while they are written; how many there are is known at the end alone."""
+class _SplitWriter:
+    """Writes tables of one split as shards; how many there are, which their names say, is known at the end alone."""
 
-    def __init__(self, folder: Path, name: str, schema: pa.Schema, shard_rows: int):
-        self.folder, self.name, self.schema, self.shard_rows = folder, name, schema, shard_rows
+    def __init__(self, folder: Path, split: str, schema: pa.Schema, shard_rows: int):
+        self.folder, self.split, self.schema, self.shard_rows = folder, split, schema, shard_rows
+        self.room = shard_rows
+        """How many more rows the open shard takes, or the next one where none is open."""
+        self._files: list[Path] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        """Write a table, over as many shards as it takes."""
+        while len(table):
+            part = table.slice(0, self.room)
+            self._open().write_table(part)
+            self.room -= len(part)
+            if not self.room:
+                self.close()
+            table = table.slice(len(part))
+
+    def _open(self) -> pq.ParquetWriter:
+        if self._writer is None:
+            self._files.append(self.folder / f"{self.split}-{len(self._files):05}.part")
+            self._writer = pq.ParquetWriter(self._files[-1], self.schema, compression="zstd")
+        return self._writer
+
+    def close(self) -> None:
+        """Close the shard that is open."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer, self.room = None, self.shard_rows
+
+    def finish(self) -> list[str]:
+        """Give the shards their names, and return these; without a row there is one shard that is empty."""
+        if not self._files:
+            self._open()
+        self.close()
+        names = [f"{self.split}-{number:05}-of-{len(self._files):05}.parquet" for number in range(len(self._files))]
+        for file, name in zip(self._files, names, strict=True):
+            flush(file)
+            os.rename(file, file.with_name(name))
+        return names
+
+
+class _Rows:
+    """Rows of one split that wait until they are a row group."""
+
+    def __init__(self, writer: _SplitWriter):
+        self.writer = writer
         self.waiting: list[Mapping[str, Any]] = []
-        self.files: list[Path] = []
-        self.writer: pq.ParquetWriter | None = None
-        self.in_shard = 0
         self.written = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.waiting.append(row)
-        if len(self.waiting) == _GROUP_ROWS or self.in_shard + len(self.waiting) == self.shard_rows:
+        if len(self.waiting) in (_GROUP_ROWS, self.writer.room):
             self._write()
 
     def _write(self) -> None:
-        if not self.waiting:
-            return
-        table = self._table()
-        if self.writer is None:
-            self.files.append(self.folder / f"{self.name}-{len(self.files):05}.part")
-            self.writer = pq.ParquetWriter(self.files[-1], self.schema, compression="zstd")
-        self.writer.write_table(table, row_group_size=_GROUP_ROWS)
-        self.in_shard += len(self.waiting)
+        self.writer.write(self._table())
         self.written += len(self.waiting)
         self.waiting = []
-        if self.in_shard == self.shard_rows:
-            self.drop()
 
     def _table(self) -> pa.Table:
+        schema = self.writer.schema
         try:
-            return _table(self.waiting, self.schema)
+            return _table(self.waiting, schema)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             for number, row in enumerate(self.waiting, self.written):
-                for name in self.schema.names:
+                for name in schema.names:
                     try:
-                        _table([row], pa.schema([self.schema.field(name)]))
+                        _table([row], pa.schema([schema.field(name)]))
                     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-                        expected = self.schema.field(name).type
+                        expected = schema.field(name).type
                         raise ShardError(
-                            f"split {self.name!r}, row {number}: field {name!r} must be {expected}: {error}"
+                            f"split {self.writer.split!r}, row {number}: field {name!r} must be {expected}: {error}"
                         ) from error
             raise
 
-    def drop(self) -> None:
-        """Close the file that is open."""
-        if self.writer is not None:
-            self.writer.close()
-            self.writer, self.in_shard = None, 0
-
     def finish(self) -> None:
-        """Write what waits, and name the files by their number."""
         self._write()
-        self.drop()
-        for number, file in enumerate(self.files):
-            _flush(file)
-            os.rename(file, file.with_name(f"{self.name}-{number:05}-of-{len(self.files):05}.parquet"))
+        self.writer.finish()
 
 
 def _runs(process: int) -> bool:
@@ -195,13 +222,15 @@ def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_unused(folder: Path) -> None:
+    """
+    Check that a folder for new files is empty or not there yet.
+
+    Raises:
+        ShardError: for a folder that holds something already, and for a file in its place.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ShardError(f"{folder} is there already; name another folder, or remove it first")
 
 
 def write_shards(
@@ -212,6 +241,12 @@ def write_shards(
 ) -> Counter[str]:
     """
     Write rows into a new folder, each into the shards of its `split` (`train` where it has none).
+
+    Args:
+        rows: as they are to be stored; of each the columns of `features` are kept.
+        folder: must not hold anything yet.
+        features: columns.
+        shard_rows: most rows of one file.
 
     Returns:
         `Counter`: rows by split.
@@ -246,7 +281,7 @@ def find_shards(folder: str | os.PathLike[str]) -> dict[str, list[Path]]:
 
 def check_whole(paths: Sequence[Path], split: str) -> None:
     """
-    Check that files which are named as shards of a split, in order, are all of them.
+    Check that files (`paths`) which are named as shards of a `split`, in order, are all of them.
 
     Raises:
         ShardError: when one is missing, or those of two sets stand together.
@@ -260,13 +295,13 @@ def check_whole(paths: Sequence[Path], split: str) -> None:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that the name of a shard says; `None` for any other file."""
+    """Return the split that the name of a shard (`path`) says; `None` for any other file."""
     match = _SHARD.fullmatch(path.name)
     return match["split"] if match else None
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split that are there, one whole or several shards."""
+    """Return the files of a `split` that are there in a `folder`, one whole or several shards."""
     return sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*-of-*.parquet")])
 
 
@@ -286,57 +321,39 @@ def make_folder(folder: Path) -> bool:
 
 
 def replace_split(
-    tables: Iterable[pa.Table], schema: pa.Schema, rows: int, folder: Path, split: str, shard_rows: int
+    tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, split: str, shard_rows: int
 ) -> list[Path]:
     """
     Write tables one after another, and put the shards in the place of those of the split that are there.
 
     Args:
-        rows: of all tables together.
+        tables: what is written, all of the one schema.
+        schema: columns.
+        folder: where the shards belong; made where it is missing.
+        split: name of the split.
         shard_rows: of each shard but the last.
 
     Returns:
         `list[Path]`: the shards.
-
-    Raises:
-        ValueError: when the tables hold another number of rows.
     """
     make_folder(folder)
     scratch = folder / f".{split}.partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir()
-    count = max(-(-rows // shard_rows), 1)
-    names = [f"{split}-{number:05}-of-{count:05}.parquet" for number in range(count)]
+    writer = _SplitWriter(scratch, split, schema, shard_rows)
     try:
-        _write_tables(tables, schema, rows, [scratch / name for name in names], shard_rows)
+        for table in tables:
+            writer.write(table)
+        names = writer.finish()
         former = [path for path in shards_of(folder, split) if path.name not in names]
         # In this order what a killed process leaves is one of the sets, or no whole one, which is refused.
-        if count > 1:
+        if len(names) > 1:
             (folder / names[-1]).unlink(missing_ok=True)
         for name in names:
             os.replace(scratch / name, folder / name)
         for path in former:
             path.unlink()
     finally:
+        writer.close()
         shutil.rmtree(scratch, ignore_errors=True)
     return [folder / name for name in names]
-
-
-def _write_tables(
-    tables: Iterable[pa.Table], schema: pa.Schema, rows: int, paths: list[Path], shard_rows: int
-) -> None:
-    waiting = iter(paths)
-    writer, room, written = pq.ParquetWriter(next(waiting), schema, compression="zstd"), shard_rows, 0
-    try:
-        for table in tables:
-            while len(table):
-                if not room:
-                    writer.close()
-                    writer, room = pq.ParquetWriter(next(waiting), schema, compression="zstd"), shard_rows
-                part = table.slice(0, room)
-                writer.write_table(part)
-                table, room, written = table.slice(len(part)), room - len(part), written + len(part)
-    finally:
-        writer.close()
-    if written != rows:
-        raise ValueError(f"{rows} rows were to be written, but there were {written}")

@@ -38,6 +38,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from filelock import FileLock
 
 from maple_trl.data.schema import LETTERS, QUESTION_COLUMNS, ROW_FEATURES
+from maple_trl.files import user_cache
 from maple_trl.modalities import Modality, ModalityTag
 
 
@@ -122,6 +123,10 @@ def draw_frames(color: str, rng: np.random.Generator) -> np.ndarray:
 
     Only the colour is given; shape, size, path, background and a slight shade of the colour are random. The shape
     moves in every frame, so no two neighbouring frames are equal.
+
+    Args:
+        color: a key of `COLORS`.
+        rng: what the rest is drawn from.
     """
     radius = int(rng.integers(8, 14))
     kind = int(rng.integers(3))
@@ -144,7 +149,13 @@ def draw_frames(color: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_tone(pitch: str, rng: np.random.Generator) -> np.ndarray:
-    """Make a noisy tone, `float32` of shape `(TONE_SAMPLES,)`; loudness, phase and detuning are random."""
+    """
+    Make a noisy tone, `float32` of shape `(TONE_SAMPLES,)`, at `SAMPLING_RATE`; loudness, phase and detuning are random.
+
+    Args:
+        pitch: a key of `PITCHES`.
+        rng: what the rest is drawn from.
+    """
     frequency = PITCHES[pitch] * rng.uniform(0.96, 1.04)
     time = np.arange(TONE_SAMPLES) / SAMPLING_RATE
     tone = rng.uniform(0.2, 0.6) * np.sin(2 * np.pi * (frequency * time + rng.uniform()))
@@ -183,7 +194,15 @@ def write_clip(
 
 
 def write_subtitle(path: str | os.PathLike, word: str, start_ms: int, end_ms: int) -> None:
-    """Write an .srt file with one cue."""
+    """
+    Write an .srt file with one cue.
+
+    Args:
+        path: file to write.
+        word: the text of the cue.
+        start_ms: when it begins, in milliseconds.
+        end_ms: when it ends, in milliseconds.
+    """
 
     def clock(milliseconds: int) -> str:
         seconds, rest = divmod(milliseconds, 1000)
@@ -337,13 +356,16 @@ def default_folder(prompts_per_tag: int | Mapping[str, int] = 64, seed: int = 0)
     Return the folder in the user's cache where [`load_seven_tags`] keeps the set of these sizes and seed.
 
     The cache is `$XDG_CACHE_HOME/maple_trl`, by default `~/.cache/maple_trl`.
+
+    Args:
+        prompts_per_tag (`int` or `Mapping[str, int]`): as in [`write_seven_tags`].
+        seed (`int`): likewise.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl"
     if isinstance(prompts_per_tag, Mapping):
         size = "-".join(f"{split}{count}" for split, count in prompts_per_tag.items())
     else:
         size = str(prompts_per_tag)
-    return cache / f"seven-tags-{size}-seed{seed}"
+    return user_cache() / f"seven-tags-{size}-seed{seed}"
 
 
 def load_seven_tags(
@@ -368,6 +390,8 @@ def load_seven_tags(
 
     Raises:
         FileExistsError: when `folder` holds something else than such a set; nothing of it is touched.
+        FileNotFoundError: when files vanish while the set is being written.
+        ValueError: as of [`write_seven_tags`].
     """
     folder = Path(default_folder(prompts_per_tag, seed) if folder is None else folder).absolute()
     stamp = _stamp(prompts_per_tag, seed, splits, clips_per_pair)

@@ -31,11 +31,11 @@ from maple_trl.data.benchmarks.options import described
 from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import ShardError, find_shards, split_of
-from maple_trl.modalities import IMAGE_COLUMNS, Modality, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, STRATA, SUBTITLE_SUFFIXES, Modality, ModalityTag
 from maple_trl.omni.content import MARK
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import Source
-from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
+from maple_trl.omni.media.subtitles import is_subtitle_file, unread_file
 from maple_trl.omni.media.tasks import Task, perform
 
 
@@ -473,7 +473,7 @@ def _stratum_faults(row: Mapping[str, Any], tag: ModalityTag | None, required: M
     stratum = row.get("stratum")
     if stratum is None:
         return []
-    if stratum not in ("exact", "superset", "deficit"):
+    if stratum not in STRATA:
         return [("stratum", "stratum", f"must be exact, superset or deficit, but is {described(stratum)}")]
     if tag is None or required is None:
         return (

@@ -34,9 +34,22 @@ class OmniPipeline:
         model: of a registered family, with or without adapters.
         processor: the model's.
         media_root (`str`, *optional*, defaults to the current folder): the one folder that media may come from.
-        prompt_template, system_prompt, subtitle_template, audio_in_video, max_prompt_length, max_media_tokens, num_frames,
-            video_fps, max_frames, min_pixels, max_pixels, max_media_seconds, overlong_media, chat_template_kwargs:
-            as the options of a training run of these names ([`~maple_trl.OmniGRPOConfig`]), with the same defaults.
+        prompt_template (`Mapping` or `str`, *optional*): what a row's prompt is made of. This and what follows are
+            options of a training run by the same names ([`~maple_trl.OmniGRPOConfig`]), with the same defaults.
+        system_prompt (`str`, *optional*): the system message of rows that have none.
+        subtitle_template (`str`, *optional*): how a subtitle stands in the prompt; holds `{subtitle}`.
+        audio_in_video (`bool`, *optional*): interleave a video with its own sound, as one medium.
+        max_prompt_length (`int`, *optional*): most tokens of a prompt, for which its subtitle is shortened.
+        max_media_tokens (`int`, *optional*): most tokens of a prompt's media, for which pictures are made smaller.
+        num_frames (`int`, *optional*): frames of a video; 8 where no `video_fps` is given either.
+        video_fps (`float`, *optional*): frames per second of a video, in the place of `num_frames`.
+        max_frames (`int`, *optional*): most frames of a video.
+        min_pixels (`int`, *optional*): area of a frame or picture that a smaller one is enlarged to, in pixels.
+        max_pixels (`int`, *optional*): area of a frame or picture that a larger one is reduced to, in pixels.
+        max_media_seconds (`float`, *optional*): longest video or sound.
+        overlong_media (`str`, *optional*): `"quarantine"` refuses longer ones, `"trim"` reads their beginning, `"spread"`
+            pictures and parts of the sound from their whole length.
+        chat_template_kwargs (`Mapping`, *optional*): further variables of the model's chat template.
 
     Raises:
         ValueError: for a model of no registered family, or options that contradict each other.
@@ -105,8 +118,11 @@ class OmniPipeline:
 
         Args:
             name: a folder, a Hub id, or `builtin:NAME`; of a model, whole or its Thinker alone, or of a LoRA adapter.
+            media_root (`str`, *optional*, defaults to the current folder): the one folder that media may come from.
             base_model (`str`, *optional*): what an adapter is put on, where it does not say that itself.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): type of the weights; by default the checkpoint's.
             device (`str`, *optional*): default: a GPU where there is one.
+            revision (`str`, *optional*, defaults to `"main"`): branch, tag or commit of a Hub id.
             reading: options of [`OmniPipeline`].
 
         Raises:

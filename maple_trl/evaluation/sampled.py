@@ -23,7 +23,7 @@ class SampledAccuracy:
     Accuracies as fractions.
 
     Attributes:
-        accuracy: per tag, and over all questions as `all`.
+        accuracy: per tag, and over all questions as `all`, each in [0, 1].
         questions: how many questions stand behind each.
         unusable: questions left out because their media could not be used.
         unscorable: questions left out because their answer was given no score, per tag.
@@ -39,7 +39,14 @@ class SampledAccuracy:
 
 
 def choose_questions(rows: Sequence[Row], per_tag: int, seed: int = 0) -> list[Row]:
-    """Draw at most `per_tag` rows of each tag by seed, in canonical tag order; rows without a tag are one group."""
+    """
+    Draw some rows of each tag, in canonical tag order; rows without a tag are one group.
+
+    Args:
+        rows: to choose from.
+        per_tag: most rows of a tag.
+        seed: what the choice is drawn by.
+    """
     by_tag: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_tag[_tag(row)].append(row)

@@ -237,10 +237,9 @@ def snippet(facts: CardFacts) -> str:
 
 
 def _tags(facts: CardFacts) -> list[str]:
-    known = {"video": "video", "image": "image", "audio": "audio"}
-    kinds = [known[kind] for kind in facts.kinds]
+    subtitles = ["subtitles"] if facts.kinds else []
     more = ["lora"] if facts.adapter else []
-    return list(dict.fromkeys([*facts.tags, *kinds, *(["subtitles"] if kinds else []), *more, "maple-trl"]))
+    return list(dict.fromkeys([*facts.tags, *facts.kinds, *subtitles, *more, "maple-trl"]))
 
 
 def _yaml(options: Mapping[str, Any]) -> str:

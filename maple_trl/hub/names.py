@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from maple_trl.hub.errors import PublishError
 from maple_trl.omni.loading import BUILTIN_PREFIX
 from maple_trl.records.options import is_key
 
@@ -33,6 +34,12 @@ def is_repository(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1 and name[0] not in "./~"
+
+
+def check_repository(name: str) -> None:
+    """Raise PublishError for what is no id of a repository."""
+    if not is_repository(name):
+        raise PublishError(f"{name!r} is no id of a repository; write OWNER/NAME")
 
 
 def published_name(name: str | None) -> str | None:

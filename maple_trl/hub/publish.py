@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from maple_trl.hub.errors import PublishError, hub_errors, told
 from maple_trl.hub.model_card import CARD, FACTS, CardFacts, is_edited, render_model_card
-from maple_trl.hub.names import is_repository, published_name
+from maple_trl.hub.names import check_repository, is_repository, published_name
 from maple_trl.hub.results import Measured
 
 
@@ -106,8 +106,11 @@ def _content(path: Path) -> Path | bytes:
     if path.name != ADAPTER_CONFIG:
         return path
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = published_name(config.get("base_model_name_or_path"))
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return _adapter_config(config, published_name(config.get("base_model_name_or_path")))
+
+
+def _adapter_config(config: dict[str, Any], base_model: str | None) -> bytes:
+    return (json.dumps(config | {"base_model_name_or_path": base_model}, indent=2, sort_keys=True) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,7 @@ def push_model(
         facts.trained_from = base_model
         if ADAPTER_CONFIG in operations:
             config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-            config["base_model_name_or_path"] = base_model
-            text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-            operations[ADAPTER_CONFIG] = CommitOperationAdd(ADAPTER_CONFIG, text)
+            operations[ADAPTER_CONFIG] = CommitOperationAdd(ADAPTER_CONFIG, _adapter_config(config, base_model))
     own_card = is_edited(folder)
     if not own_card:
         card = render_model_card(facts, folder, measured)
@@ -214,9 +215,3 @@ def check_upload(folder: str | os.PathLike[str], repository: str) -> list[Commit
         if missing:
             raise PublishError(f"{folder} lacks {missing[0]}, which {index.name} lists")
     return commit_operations(folder)
-
-
-def check_repository(repository: str) -> None:
-    """Raise PublishError for what is no id of a repository."""
-    if not is_repository(repository):
-        raise PublishError(f"{repository!r} is no id of a repository; write OWNER/NAME")

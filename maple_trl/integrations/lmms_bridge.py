@@ -154,22 +154,28 @@ def _is_text_prompt(prompt: Any) -> bool:
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
-    """Return what a document's tag feeds: pictures as such, then absolute paths of videos, then of sounds."""
+    """Return what the tag of a document (`doc`) feeds: pictures as such, then absolute paths of videos, then of sounds."""
     return [block["url"] for block in _media_blocks(doc)]
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Return the text of a document's prompt."""
+    """Return the prompt's text of a document (`doc`); lmms-eval passes `lmms_eval_specific_kwargs` too, which are not used."""
     return "\n".join(message["content"] for message in doc["prompt"])
 
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
-    """Return a document's solution."""
+    """Return the solution of a document (`doc`)."""
     return str(doc["solution"])
 
 
 def doc_to_messages(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> list[dict]:
-    """Return a document's prompt with its media before the last user message's text, as lmms-eval writes messages."""
+    """
+    Return a document's prompt with its media before the last user message's text, as lmms-eval writes messages.
+
+    Args:
+        doc: a row that the task's table holds.
+        lmms_eval_specific_kwargs: not used; lmms-eval passes it.
+    """
     messages = [
         {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
         for message in doc["prompt"]
@@ -221,7 +227,7 @@ def score_doc(doc: Mapping[str, Any], results: Sequence[str], score: Callable[..
 
 
 def row_of(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row behind a document of ours, with media paths below its root."""
+    """Return the row behind a document of ours (`doc`), with media paths below its root."""
     return {name: doc[name] for name in _ROW_FIELDS if doc.get(name) is not None}
 
 

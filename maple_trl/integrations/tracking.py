@@ -68,7 +68,7 @@ class TrackingCallback(TrainerCallback):
         self._draws = True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Note the step at which the run begins."""
+        """Note the step at which the run begins; called as [`~transformers.TrainerCallback.on_train_begin`]."""
         self._sent_at = state.global_step
 
     def on_log(
@@ -79,7 +79,7 @@ class TrackingCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        """Send plot and table when they are due."""
+        """Send plot and table when they are due; called as [`~transformers.TrainerCallback.on_log`]."""
         # Trackers are closed in on_train_end, before this callback has its turn; the summary of a run comes just before.
         ends = "train_runtime" in (logs or {})
         if not state.is_world_process_zero or (state.global_step - self._sent_at < self.every_steps and not ends):
@@ -163,7 +163,7 @@ class TrackingCallback(TrainerCallback):
 
 
 def args_log_tables(args: TrainingArguments) -> bool:
-    """Return whether TRL itself sends completions to trackio and W&B."""
+    """Return whether TRL itself sends completions to trackio and W&B with these `args` of a run."""
     return bool(getattr(args, "log_completions", False))
 
 
@@ -182,13 +182,13 @@ def _table_sender(module: Any, log: Any):
 
 
 def plain_text(cell: Any) -> str:
-    """Return a prompt or completion as text: of messages, who says what; of their media, what kind they are."""
+    """Return a `cell`, prompt or completion, as text: of messages, who says what; of their media, what kind they are."""
     text = prompt_text(cell) if isinstance(cell, list) else str(cell)
     return text if len(text) <= _CHARACTERS else text[: _CHARACTERS - 1] + "…"
 
 
 def markdown_table(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Return a Markdown table in which cells are text: no markup of theirs, and no HTML, has any effect."""
+    """Return a Markdown table of `columns`, in which cells are text: no markup of theirs, and no HTML, has any effect."""
 
     def cell(value: Any) -> str:
         if isinstance(value, float):

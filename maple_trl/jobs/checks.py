@@ -45,6 +45,17 @@ def check_files(script_args: OmniScriptArguments) -> None:
             raise SetupError(f"{option}: no permission to write {path}")
 
 
+def check_writable(folder: str, option: str) -> None:
+    """Raise SetupError, naming the option, where a folder cannot be made or written into."""
+    above = os.path.abspath(folder)
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise SetupError(f"{option}: {folder} cannot be made a folder: {above} is a file; name another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise SetupError(f"{option}: no permission to write into {above}")
+
+
 def check_rows(
     script_args: OmniScriptArguments,
     training_args: OmniGRPOConfig | OmniSFTConfig,

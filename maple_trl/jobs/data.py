@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,10 +69,15 @@ def load_datasets(
         raise SetupError(f"dataset_config is for data sets of the Hub, and has no effect with {name}; leave it out")
     if streaming and (folder is None or name.startswith("builtin:")):
         raise SetupError(f"dataset_streaming reads local Parquet files, and {name} is none; leave it out")
-    if wanted[0] not in splits:
-        raise SetupError(f"{name} has no split {wanted[0]!r}; its splits: {', '.join(splits) or 'none'}")
+    check_split(name, wanted[0], splits)
     root = media_root if folder is None or media_root != "." else str(folder.resolve())
     return {split: as_paths(splits[split]) for split in wanted if split in splits}, root
+
+
+def check_split(name: object, split: str, splits: Collection[str]) -> None:
+    """Raise SetupError, naming the splits that there are, where one that is needed is not among them."""
+    if split not in splits:
+        raise SetupError(f"{name} has no split {split!r}; its splits: {', '.join(splits) or 'none'}")
 
 
 def _read_hub(name: str, config: str | None) -> Mapping[str, Dataset]:

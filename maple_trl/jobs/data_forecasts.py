@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maple_trl.jobs.data import check_split
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.forecasts import Forecast, look_at_data, many, size_of
 
@@ -26,6 +27,7 @@ def forecast_conversion(
     """
     from maple_trl.data.converters import CONVERTERS
     from maple_trl.data.converters.convert import ConversionError, find_files
+    from maple_trl.data.shards import ShardError, check_unused
 
     try:
         converter = CONVERTERS.find(name)
@@ -34,7 +36,10 @@ def forecast_conversion(
     files = [file for file, _ in find_files(converter, Path(source))]
     if media_root is not None and not Path(media_root).is_dir():
         raise SetupError(f"media_root: there is no folder {media_root}")
-    _check_empty(Path(output))
+    try:
+        check_unused(Path(output))
+    except ShardError as error:
+        raise SetupError(str(error)) from error
     size = sum(file.stat().st_size for file in files)
     return Forecast(
         reads=[f"{file} ({size_of(file.stat().st_size)})" for file in files],
@@ -60,8 +65,7 @@ def forecast_qa_plus(
     if there and not overwrite:
         raise SetupError(f"{there[0]} is there already; name another folder, or replace the split with --overwrite")
     splits = look_at_data(source, (split,))
-    if split not in splits:
-        raise SetupError(f"{source} has no split {split!r}; its splits: {', '.join(splits) or 'none'}")
+    check_split(source, split, splits)
     found = splits[split]
     if options.evaluation:
         rows, what = None if found.rows is None else 7 * found.rows, "each question with all seven inputs"
@@ -124,8 +128,3 @@ def forecast_model_upload(folder: str, repository: str) -> Forecast:
         ],
         numbers={"files": len(names), "bytes": size},
     )
-
-
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SetupError(f"{folder} is there already; name another folder, or remove it first")

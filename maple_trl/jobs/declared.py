@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import dataclasses
+import importlib
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -15,6 +16,12 @@ from typing import Any
 
 # Names that a package resolves only when they are asked for.
 _RESOLVED_LATE = {("transformers", "TrainingArguments"): "transformers.training_args"}
+
+
+def load_class(place: str) -> type:
+    """Import the class that `module:class` names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @cache

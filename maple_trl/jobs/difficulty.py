@@ -245,7 +245,7 @@ def _write_rows(dataset: Dataset, kept: list[Measured], folder: Path, split: str
             yield pa.table(columns).cast(features.arrow_schema)
             start += len(table)
 
-    return replace_split(tables(), features.arrow_schema, len(kept), folder, split, shard_rows)
+    return replace_split(tables(), features.arrow_schema, folder, split, shard_rows)
 
 
 def _write_dropped(dropped: list[tuple[Measured, str]], folder: Path, split: str, shard_rows: int) -> None:
@@ -255,7 +255,7 @@ def _write_dropped(dropped: list[tuple[Measured, str]], folder: Path, split: str
         for measured, reason in dropped
     ]
     table = pa.Table.from_pylist(rows, DROPPED)
-    replace_split([table], DROPPED, len(rows), folder, f"dropped-{split}", shard_rows)
+    replace_split([table], DROPPED, folder, f"dropped-{split}", shard_rows)
 
 
 def _by_tag(counts: Mapping[str, int]) -> dict[str, int]:

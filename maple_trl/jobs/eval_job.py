@@ -47,7 +47,12 @@ class EvalMedia(MediaConfig, _Plain):
 
 @dataclass
 class EvalArguments:
-    """What an evaluation asks, of which model, and what becomes of the answers."""
+    """
+    What an evaluation asks, of which model, and what becomes of the answers.
+
+    Raises:
+        ValueError: for a negative number of errors, or not exactly one reward function.
+    """
 
     preset: str | None = field(
         default=None,
@@ -169,7 +174,7 @@ class EvalArguments:
         default=None, metadata={"help": "where that model is: a URL, or local: in this process (the API's own)"}
     )
     max_errors: int = field(default=0, metadata={"help": "rows with errors allowed"})
-    confidence: float = field(default=0.95, metadata={"help": "of the intervals"})
+    confidence: float = field(default=0.95, metadata={"help": "of the intervals, between 0 and 1"})
     overwrite: bool = field(default=False, metadata={"help": "begin anew where the folder holds an evaluation"})
     report: str | None = field(
         default=None,
@@ -197,7 +202,11 @@ class EvalJob(EvalArguments):
     """
     An evaluation: its arguments, how questions are asked, and what rows are fed.
 
-    `answer_cache` is a file that keeps the answers of a server one by one, and not only with their batch.
+    Args:
+        options ([`EvalOptions`]): how questions are asked.
+        set_by_preset (`dict`): options that the preset has set, with their values.
+        media ([`EvalMedia`]): what rows are fed.
+        answer_cache (`str`, *optional*): a file that keeps the answers of a server one by one, not only by batches.
     """
 
     options: EvalOptions = field(default_factory=EvalOptions)

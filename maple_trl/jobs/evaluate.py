@@ -21,11 +21,13 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from maple_trl.data.benchmarks import read_benchmark
 from maple_trl.evaluation.base import BaseEvaluator
 from maple_trl.evaluation.identity import PARSER_VERSION, describe_function, rows_digest, versions
 from maple_trl.evaluation.options import ServerError
 from maple_trl.evaluation.results import evaluation_results
 from maple_trl.files import as_json, digest, write_atomically
+from maple_trl.jobs.checks import check_writable
 from maple_trl.jobs.console import show_messages
 from maple_trl.jobs.data import filter_rows, load_datasets
 from maple_trl.jobs.errors import SetupError
@@ -53,6 +55,9 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
 
     Batches are cut from the data set alone and shared out among the processes. Results do not depend on their number,
     nor on interruptions.
+
+    Args:
+        job ([`EvalJob`]): what is asked, of which model, and where results go.
 
     Returns:
         `dict` or `None`: what `result.json` holds; `None` in all processes but the first.
@@ -145,13 +150,7 @@ def _askable(builder: PromptBuilder, rows: Sequence[Mapping[str, Any]]) -> list[
 
 def _check_places(job: EvalJob, media_root: str) -> None:
     """Check that results can be written and media found, before the model is loaded."""
-    folder = os.path.abspath(job.output_dir)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder):
-        raise SetupError(f"--output: {job.output_dir} cannot be made a folder: {folder} is a file; name another")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise SetupError(f"--output: no permission to write into {folder}")
+    check_writable(job.output_dir, "--output")
     if not os.path.isdir(media_root):
         raise SetupError(f"media root {media_root!r} is not a folder (--media-root)")
 
@@ -312,10 +311,6 @@ def _load_split(data: str, split: str, root: str):
 
 
 def _read_benchmark(job: EvalJob):
-    try:
-        from maple_trl.data.benchmarks import read_benchmark
-    except ImportError as error:
-        raise SetupError(f"benchmark {job.benchmark!r}: the loaders cannot be imported ({error})") from error
     try:
         given = {"prompt_style": job.prompt_style, "missing_media": job.missing_media, "tags": job.tags}
         given |= {"pictures": job.pictures, "write_media": job.write_media}

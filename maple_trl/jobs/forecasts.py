@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.jobs.data import BUILTIN_DATASETS, evaluates, find_tables
+from maple_trl.jobs.data import BUILTIN_DATASETS, check_split, evaluates, find_tables
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments
 from maple_trl.jobs.tables import SUFFIXES, table_rows
@@ -121,8 +121,7 @@ def _stored(path: Path, splits: Sequence[str], allowed: Mapping[str, Sequence[An
 
     found = load_from_disk(str(path))
     tables = found if isinstance(found, DatasetDict) else {splits[0]: found}
-    if splits[0] not in tables:
-        raise SetupError(f"{path} has no split {splits[0]!r}; its splits: {', '.join(tables)}")
+    check_split(path, splits[0], tables)
     return {
         split: Split(
             f"{path}, split {split}",
@@ -251,7 +250,7 @@ def forecast_training(
     Raises:
         SetupError: for what the job itself would refuse before it loads anything: data, model and output folder.
     """
-    from maple_trl.jobs.checks import check_resumed
+    from maple_trl.jobs.checks import check_resumed, check_writable
     from maple_trl.jobs.train import check_output_dir, checkpoint_to_resume
 
     script, args, model = job
@@ -259,7 +258,7 @@ def forecast_training(
     checkpoint = checkpoint_to_resume(args)
     replaces = check_output_dir(script, args, model, checkpoint)
     check_resumed(checkpoint, model)
-    _check_place(args.output_dir)
+    check_writable(args.output_dir, "output_dir")
     begun = Model(f"the model of stage {above}", None) if above else look_at_model(model.model_name_or_path)
     found.reads.append(begun.told)
     found.asks += [f"the Hub, for the model {model.model_name_or_path}"] if begun.fetched else []
@@ -278,8 +277,7 @@ def forecast_training(
 def _count_rows(found: Forecast, splits: Mapping[str, Split], script: OmniScriptArguments, args: Any) -> int | None:
     train, test = script.dataset_train_split, script.dataset_test_split
     measures = evaluates(args) or script.evaluate_before_after
-    if train not in splits:
-        raise SetupError(f"{script.dataset_name} has no split {train!r}; its splits: {', '.join(splits) or 'none'}")
+    check_split(script.dataset_name, train, splits)
     known = splits[train].rows is not None
     if measures and known and test not in splits:
         raise SetupError(
@@ -389,17 +387,6 @@ def _checkpoints(args: Any, steps: int | None) -> int | None:
     return min(count, args.save_total_limit or count)
 
 
-def _check_place(folder: str) -> None:
-    """Raise SetupError where a folder cannot be made or written into."""
-    above = os.path.abspath(folder)
-    while not os.path.exists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        raise SetupError(f"output_dir: {folder} cannot be made a folder: {above} is a file; name another")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise SetupError(f"output_dir: no permission to write into {above}")
-
-
 # Evaluation
 
 
@@ -413,10 +400,11 @@ def forecast_evaluation(job: EvalJob, split: str | None = None) -> Forecast:
     Raises:
         SetupError: for what the evaluation itself would refuse before it loads anything.
     """
+    from maple_trl.jobs.checks import check_writable
     from maple_trl.jobs.scoring import scoring_server
 
     found = Forecast()
-    _check_place(job.output_dir or ".")
+    check_writable(job.output_dir or ".", "output_dir")
     if job.limit is not None and job.limit < 1:
         raise SetupError(f"limit must be 1 or more, got {job.limit}")
     if job.server is None:
@@ -462,8 +450,7 @@ def _questions(found: Forecast, job: EvalJob, split: str) -> int | None:
     named = job.dataset_test_split or split
     allowed = OmniScriptArguments(dataset_filter=job.dataset_filter).dataset_filter if job.dataset_filter else None
     splits = look_at_data(job.dataset_name, (named,), allowed)
-    if named not in splits:
-        raise SetupError(f"{job.dataset_name} has no split {named!r}; its splits: {', '.join(splits) or 'none'}")
+    check_split(job.dataset_name, named, splits)
     rows = splits[named].rows
     found.reads.append(f"{splits[named].told}: {many(rows, 'row')}")
     found.asks += [f"the Hub, for the data set {job.dataset_name}"] if splits[named].fetched else []

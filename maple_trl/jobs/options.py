@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
 import json
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 # needed, so that the command line can show its help without them.
 from trl import ModelConfig, TrlParser
 
-from maple_trl.jobs.declared import declared_class
+from maple_trl.jobs.declared import declared_class, load_class
 from maple_trl.jobs.errors import SetupError, did_you_mean
 from maple_trl.jobs.help_format import HelpFormatter
 from maple_trl.jobs.recipe_files import find_config, no_config, recipe_file
@@ -55,23 +54,18 @@ SUPERVISED = ("omni_sft",)
 def config_class(trainer: str) -> type[OmniGRPOConfig | OmniSFTConfig]:
     """Return the config class of a trainer in `TRAINERS`; raise SetupError for another name."""
     _check_trainer(trainer)
-    return _load(TRAINERS[trainer][0])
+    return load_class(TRAINERS[trainer][0])
 
 
 def trainer_class(trainer: str) -> type[OmniGRPOTrainer | OmniSFTTrainer]:
     """Return the trainer behind a name in `TRAINERS`; raise SetupError for another name."""
     _check_trainer(trainer)
-    return _load(TRAINERS[trainer][1])
+    return load_class(TRAINERS[trainer][1])
 
 
 def _check_trainer(name: Any) -> None:
     if name not in list(TRAINERS):
         raise SetupError(f"trainer must be one of {', '.join(map(repr, TRAINERS))}, got {name!r}")
-
-
-def _load(place: str) -> type:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 # Dataclasses
@@ -128,6 +122,11 @@ class OmniScriptArguments:
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace the results of another run in `output_dir`, which are refused otherwise: its checkpoints, weights,
             completions, log and summary are removed before training. A run that is resumed removes nothing.
+        rewards (`list`, *optional*):
+            The former name of `reward_funcs`.
+
+    Raises:
+        ValueError: for options that are out of range, or have no effect with this trainer.
     """
 
     trainer: str = field(

@@ -65,7 +65,7 @@ def read_entries(rewards: Any, place: str = "rewards") -> list[str | dict[str, A
     for number, entry in enumerate(rewards, start=1):
         where = f"{place}, entry {number}"
         if isinstance(entry, str) and entry.lstrip().startswith("{"):
-            entry = _from_json(entry, where)
+            entry = entry_of_json(entry, where)
         if isinstance(entry, Mapping):
             entry = dict(entry)
             _Entry(entry, where).check()
@@ -78,7 +78,8 @@ def read_entries(rewards: Any, place: str = "rewards") -> list[str | dict[str, A
     return entries
 
 
-def _from_json(text: str, where: str) -> Any:
+def entry_of_json(text: str, where: str) -> Any:
+    """Read an entry that a command line gives as JSON; SetupError for a text that is none."""
     try:
         return json.loads(text)
     except ValueError as error:

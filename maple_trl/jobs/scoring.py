@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from maple_trl.data.benchmarks.prompts import prompt_style
 from maple_trl.evaluation.identity import describe_function
 from maple_trl.files import digest
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.rewards import JUDGES, close_rewards, load_rewards, what_is_learned
+from maple_trl.jobs.rewards import JUDGES, close_rewards, entry_of_json, load_rewards, what_is_learned
 from maple_trl.metrics.answers import count_measures
 from maple_trl.rewards.answers import extract_answer
 from maple_trl.rewards.judge import inner_judge
@@ -110,10 +109,7 @@ def _entry(job: EvalJob) -> str | dict[str, Any]:
     """Return what scores, as an entry of a training job's `rewards`; answers are read in the form of the prompts."""
     (entry,) = job.reward_funcs
     if isinstance(entry, str) and entry.lstrip().startswith("{"):
-        try:
-            entry = json.loads(entry)
-        except ValueError as error:
-            raise SetupError(f"--judge is no JSON object: {error}") from error
+        entry = entry_of_json(entry, "--judge")
     if entry == "accuracy_reward":
         entry = _in_form(entry, _answer_format(job))
     return entry

@@ -197,6 +197,10 @@ def load_for_training(
 
     Of a folder with a LoRA adapter the model has it already, to be trained on, and there is none to add.
 
+    Args:
+        model_args ([`OmniModelConfig`]): which model, and what of it is trained.
+        training_args ([`OmniGRPOConfig`] or [`OmniSFTConfig`]): configuration of the trainer.
+
     Returns:
         `tuple`: `model`, `processing_class` and `peft_config` of a trainer.
 
@@ -216,6 +220,11 @@ def build_trainer(
 ) -> tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]:
     """
     Build everything that a job needs, ready to train.
+
+    Args:
+        script_args ([`OmniScriptArguments`]): what the job trains with, reads, rewards and reports.
+        training_args ([`OmniGRPOConfig`] or [`OmniSFTConfig`]): configuration of the trainer.
+        model_args ([`OmniModelConfig`]): which model, and what of it is trained.
 
     Returns:
         `tuple[OmniGRPOTrainer | OmniSFTTrainer, Dataset | None]`: the trainer, of the class that
@@ -363,6 +372,9 @@ def run(
     (where matplotlib is installed), `summary.json` and, with `report`, `report.html`. Only the first process prints and writes these.
 
     Args:
+        script_args ([`OmniScriptArguments`]): what the job trains with, reads, rewards and reports.
+        training_args ([`OmniGRPOConfig`] or [`OmniSFTConfig`]): configuration of the trainer.
+        model_args ([`OmniModelConfig`]): which model, and what of it is trained.
         last (`bool`, *optional*, defaults to `True`):
             No other job follows in this process: the processes part at the end.
 

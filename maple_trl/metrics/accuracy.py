@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from maple_trl.metrics.clip_intervals import clip_interval, sum_by_clip
 from maple_trl.metrics.intervals import (
+    TIE,
     Estimate,
     UndefinedMetricError,
     bootstrap_mean,
@@ -25,8 +26,6 @@ from maple_trl.modalities import ModalityTag
 
 
 Value = TypeVar("Value")
-# Means of the same scores in another order differ by this little; that is no gain.
-_TIE = 1e-9
 
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> float | NDArray[np.float64]:
@@ -39,7 +38,7 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> float | NDArray[np.float64]
 
     Args:
         n: samples per question: an integer or an array of shape (N,).
-        c: right ones among them, likewise.
+        c: right ones among them: an integer or an array of shape (N,).
         k: 1 or more, and no more than any n.
 
     Returns:
@@ -122,7 +121,7 @@ class TagAccuracies:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Accuracy by tag, as [`modality_gap`] takes it."""
+        """Accuracy by tag, in [0, 1], as [`modality_gap`] takes it."""
         return {tag: estimate.value for tag, estimate in self.per_tag.items()}
 
     @property
@@ -258,8 +257,8 @@ def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
     That is `max(J(VA), J(VS), J(AS), J(VAS)) > max(J(V), J(A), J(S))`; scores that differ by less than 1e-9 are equal.
 
     Args:
-        scores: for each of the seven tags, in any spelling, the scores of the same N samples when they are given
-            these modalities.
+        scores: for each of the seven tags, in any spelling, the scores, of shape (N,), of the same N samples when they
+            are given these modalities.
 
     Returns:
         Of shape (N,).
@@ -278,17 +277,17 @@ def fused_samples(scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
         raise ValueError(f"The fusion gain needs the same samples under every tag, got as many as {lengths}")
     alone: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity == "uni"], axis=0)
     together: NDArray[np.float64] = np.max([columns[tag] for tag in ModalityTag if tag.arity != "uni"], axis=0)
-    return together > alone + _TIE
+    return together > alone + TIE
 
 
 def fusion_gain(scores: Mapping[str, ArrayLike]) -> float:
     """
-    Return the share of samples that do better with several modalities than with the best (arXiv 2602.11596, C.3).
+    Return the share of samples that do better with several modalities than with the best (MAPLE, C.3).
 
     For its interval give [`fused_samples`] to [`bootstrap_mean`].
 
     Args:
-        scores: as in [`fused_samples`], whose errors apply.
+        scores: arrays of shape (N,) by tag, as in [`fused_samples`], whose errors apply.
     """
     return float(fused_samples(scores).mean())
 

@@ -6,14 +6,13 @@ import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from maple_trl.modalities import IMAGE_COLUMNS
+from maple_trl.modalities import IMAGE_COLUMNS, SUBTITLE_SUFFIXES
 
 
 CLIP_COLUMNS = ("clip", "clip_id", "video_id", "videoID", "video_name", "youtube_id")
 """Columns that name a question's clip; the first that a row fills is taken."""
 
 _MEDIA = {"video": ("video",), "image": IMAGE_COLUMNS, "audio": ("audio",)}
-_SUBTITLES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".sbv")
 
 
 def clips_of(rows: Iterable[Mapping[str, Any]]) -> list[str | None]:
@@ -40,7 +39,7 @@ def clip_of(row: Mapping[str, Any]) -> str | None:
             if name:
                 return name
     subtitle = _file(row.get("subtitle"))
-    is_file = subtitle is not None and "\n" not in subtitle and subtitle.lower().endswith(_SUBTITLES)
+    is_file = subtitle is not None and "\n" not in subtitle and subtitle.lower().endswith(SUBTITLE_SUFFIXES)
     return subtitle if is_file else None
 
 

@@ -159,7 +159,7 @@ def tag_disparity(accuracy: Mapping[str, float]) -> NDArray[np.float64]:
     Return `|accuracy of M - accuracy of M'|` for every two tags (MAPLE, arXiv 2602.11596, figures 4 and 5).
 
     Args:
-        accuracy: by tag, in any spelling; a key `all` is left out.
+        accuracy: by tag, in any spelling, as fractions or in percent; a key `all` is left out.
 
     Returns:
         Of shape (7, 7), symmetric, in canonical order of the tags and in the unit that was given. The row and column

@@ -13,8 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from maple_trl.metrics.clip_intervals import clip_interval, is_unnamed, sum_by_clip
 
 
-# Random indices held at once: 32 MiB of them.
-_CHUNK = 2**22
+TIE = 1e-9
+"""Means of the same scores in another order differ by this little: they are equal."""
+CHUNK = 2**22
+"""Random numbers that a bootstrap or a permutation test holds at once: 32 MiB of indices."""
 
 
 class UndefinedMetricError(ValueError):
@@ -40,6 +42,10 @@ class Estimate:
     high: float
     count: int
     clips: int | None = None
+
+    def as_columns(self, name: str) -> dict[str, float]:
+        """Return the mean under a name and the ends of its interval under `NAME_low` and `NAME_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def checked_scores(scores: ArrayLike, name: str = "scores") -> NDArray[np.float64]:
@@ -202,6 +208,6 @@ def _means(values: NDArray[np.float64], name: Hashable, resamples: int, seed: in
     rng = np.random.default_rng([seed, *str(name).encode()])
     values = np.sort(values)
     count = len(values)
-    chunk = max(1, _CHUNK // count)
+    chunk = max(1, CHUNK // count)
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
     return np.concatenate([values[rng.integers(count, size=(size, count))].mean(axis=1) for size in sizes])

@@ -9,16 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from maple_trl.metrics.clip_intervals import sum_by_clip
-from maple_trl.metrics.intervals import bootstrap_mean, checked_scores, mean_over_clips, named
+from maple_trl.metrics.intervals import CHUNK, TIE, bootstrap_mean, checked_scores, mean_over_clips, named
 
 
 TESTS = ("auto", "mcnemar", "permutation")
 # All 2^m assignments of signs are enumerated up to this m.
 _ENUMERATED = 14
-# Means of the same scores in another order differ by this little.
-_TIE = 1e-9
-# Random signs held at once.
-_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def compare_runs(
 
     Args:
         first: scores of shape (N,).
-        second: of the same questions in the same order; see [`align_runs`].
+        second: scores of shape (N,) of the same questions in the same order; see [`align_runs`].
         strata: the stratum of each question for the interval, e.g. its tag.
         test: `"auto"` (McNemar's where all scores are 0 or 1 and no clip has two questions), `"mcnemar"` or
             `"permutation"`.
@@ -106,7 +102,7 @@ def compare_runs(
             'Use test="permutation"'
         )
     differences = after - before
-    differences[np.abs(differences) < _TIE] = 0
+    differences[np.abs(differences) < TIE] = 0
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     clips = clusters if named(clusters, len(differences)) else None
     units = differences if clips is None else sum_by_clip(differences, clips).scores_GK[:, 0]
@@ -119,7 +115,7 @@ def compare_runs(
         chosen, exact, p_value = "mcnemar", True, mcnemar_exact(worse, better)
     else:
         chosen = "permutation"
-        p_value, exact = _sign_flip(np.where(np.abs(units) < _TIE, 0, units), resamples, seed)
+        p_value, exact = _sign_flip(np.where(np.abs(units) < TIE, 0, units), resamples, seed)
     if clips is not None:
         interval = mean_over_clips(differences, clips, strata, confidence)
     else:
@@ -180,9 +176,9 @@ def align_runs(
     for lacking, here, there in (("second", first, second), ("first", second, first)):
         missing = [str(name) for name in here if name not in there]
         if missing:
-            named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(
-                f"The runs must hold the same questions; the {lacking} run lacks {len(missing)}: {named}. "
+                f"The runs must hold the same questions; the {lacking} run lacks {len(missing)}: {some}. "
                 "Compare the questions that both have, and say how many were left out"
             )
     names = list(first)
@@ -194,12 +190,12 @@ def _sign_flip(differences: NDArray[np.float64], resamples: int, seed: int) -> t
     sizes = np.sort(np.abs(differences[differences != 0]))
     observed = abs(differences.sum())
     # Sums of the same numbers in another order: rounding must not turn a tie into less.
-    threshold = observed - _TIE * max(1.0, sizes.sum())
+    threshold = observed - TIE * max(1.0, sizes.sum())
     if len(sizes) <= _ENUMERATED:
         bits = (np.arange(2 ** len(sizes))[:, None] >> np.arange(len(sizes))) & 1
         return float((np.abs((2 * bits - 1) @ sizes) >= threshold).mean()), True
     rng = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // len(sizes))
+    chunk = max(1, CHUNK // len(sizes))
     extreme = 0
     for start in range(0, resamples, chunk):
         bits = rng.integers(2, size=(min(chunk, resamples - start), len(sizes)), dtype=np.int8)

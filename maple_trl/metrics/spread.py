@@ -76,7 +76,7 @@ class ClipSpread:
     Attributes:
         dispersion: between captions of one clip under different tags, averaged over the clips that have such.
         separation: between captions of two clips, averaged over all pairs of clips; NaN with a single clip.
-        distances: of each pair of captions of one clip under different tags, clip after clip.
+        distances: of shape (pairs,): of each pair of captions of one clip under different tags, clip after clip.
         clips: how many have captions of two tags or more.
     """
 
@@ -90,8 +90,8 @@ def clip_spread(embeddings: ArrayLike, clips: Sequence[Hashable], tags: Sequence
     """
     Measure how far a clip's captions are from each other, and from those of other clips, by cosine distance.
 
-    MAPLE (arXiv 2602.11596) draws the histogram of the distances within a group of one clip's tags (Figs. 6 and 16):
-    captions that stay the same whatever is fed are near each other. Each clip and each pair of clips weighs the same.
+    MAPLE (arXiv 2602.11596), Fig. 6, is a histogram of the distances within a group of one clip's tags: captions
+    that stay the same whatever is fed are near each other. Each clip and each pair of clips weighs the same.
 
     Args:
         embeddings: of shape (N, D), one row per caption, of any length other than 0.

@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, cached_file
 
 from maple_trl.omni.checkpoints import SPEECH, CheckpointError, check_hub_id, hub_is_silent, names_in
 from maple_trl.omni.layouts import RENAMINGS, name_in_class
@@ -23,15 +24,11 @@ from maple_trl.omni.loading import BUILTIN_PREFIX, load_model, load_processor
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import nn
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers import PreTrainedModel
 
 
 logger = logging.getLogger(__name__)
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 _BESIDE = ("*token*.json", "vocab.json", "merges.txt", "*processor_config.json", "chat_template.*")  # of its processor
 _REACHING = {
     "megatron_config": "import the module that megatron_core names",
@@ -59,12 +56,13 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
     """
     from peft import PeftModel
 
-    file = Path(folder, _WEIGHTS)
+    file = Path(folder, ADAPTER_SAFE_WEIGHTS_NAME)
     if not file.is_file():
-        pickled = (
-            " Pickled ones (adapter_model.bin) are not read, since that can run code" if _has_pickle(folder) else ""
+        pickle = Path(folder, ADAPTER_WEIGHTS_NAME)
+        pickled = f" Pickled ones ({pickle.name}) are not read, since that can run code" if pickle.is_file() else ""
+        raise CheckpointError(
+            f"{folder} holds no weights of an adapter: there is no {ADAPTER_SAFE_WEIGHTS_NAME}.{pickled}"
         )
-        raise CheckpointError(f"{folder} holds no weights of an adapter: there is no {_WEIGHTS}.{pickled}")
     names = names_in(file)
     config = read_adapter_config(folder)
     places: dict[str, str] = {}
@@ -86,7 +84,7 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool = False) -
             first, *others = [line.strip() for line in str(error).splitlines() if "state_dict for" not in line]
             more = f" ({len(others)} more of the kind)" if others else ""
             raise CheckpointError(
-                f"{folder}: {first}{more}: its {_CONFIG} is of another adapter than its weights, or it was trained on another model"
+                f"{folder}: {first}{more}: its {ADAPTER_CONFIG_NAME} is of another adapter than its weights, or it was trained on another model"
             ) from error
     _check_values(adapted, file, places)
     if config.peft_type == "LORA" and not places:
@@ -106,10 +104,14 @@ def read_adapter_config(folder: str) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{Path(folder, _CONFIG)} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{Path(folder, ADAPTER_CONFIG_NAME)} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     for option, what in _REACHING.items():
         if getattr(config, option, None):
-            raise CheckpointError(f"{Path(folder, _CONFIG)} has {option}, by which PEFT would {what}: it is not read")
+            raise CheckpointError(
+                f"{Path(folder, ADAPTER_CONFIG_NAME)} has {option}, by which PEFT would {what}: it is not read"
+            )
     return config
 
 
@@ -121,13 +123,13 @@ def fetch_adapter(name: str, revision: str = "main") -> str | None:
         CheckpointError: when `name` is neither a folder nor a Hub id.
     """
     if os.path.exists(name):
-        return name if Path(name, _CONFIG).is_file() else None
+        return name if Path(name, ADAPTER_CONFIG_NAME).is_file() else None
     check_hub_id(name, "model")
     hub: dict[str, Any] = {"revision": revision, "local_files_only": hub_is_silent() is not None}
-    kinder = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(name, _CONFIG, **kinder, **hub) is None:
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(name, ADAPTER_CONFIG_NAME, **lenient, **hub) is None:
         return None
-    return snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS, *_BESIDE], **hub)
+    return snapshot_download(name, allow_patterns=[ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, *_BESIDE], **hub)
 
 
 def adapted_model(folder: str, written: str) -> str:
@@ -145,7 +147,7 @@ def adapted_model(folder: str, written: str) -> str:
     if os.path.isdir(whole) or "/" in whole:
         return whole
     raise CheckpointError(
-        f"{Path(folder, _CONFIG)} says that the adapter was trained on {written!r}, the Thinker of a model without its owner: "
+        f"{Path(folder, ADAPTER_CONFIG_NAME)} says that the adapter was trained on {written!r}, the Thinker of a model without its owner: "
         f"write the full model there (base_model_name_or_path, e.g. Qwen/{whole}), or name both, --model Qwen/{whole} --adapter "
         f"{folder}"
     )
@@ -206,10 +208,6 @@ def processor_beside(folder: str | None) -> bool:
         and Path(folder, "tokenizer_config.json").is_file()
         and any(Path(folder, file).is_file() for file in files)
     )
-
-
-def _has_pickle(folder: str) -> bool:
-    return Path(folder, "adapter_model.bin").is_file()
 
 
 def _is_of_layers(config: Any) -> bool:
@@ -288,12 +286,11 @@ def _check_values(adapted: PeftModel, file: Path, places: Mapping[str, str]) -> 
                 continue
             place = f"base_model.model.{module}.{match['part']}.default"
             loaded = state.get(f"{place}.weight", state.get(place))  # an embedding's has no further name
-            if not opened.get_tensor(name).isfinite().all():
+            written = opened.get_tensor(name)
+            if not written.isfinite().all():
                 raise CheckpointError(f"{file}: {name!r} has numbers that are not finite: the adapter is spoilt")
             partitioned = loaded is not None and not loaded.numel()  # by ZeRO-3
-            if loaded is None or not (
-                partitioned or torch.equal(loaded.cpu(), opened.get_tensor(name).to(loaded.dtype))
-            ):
+            if loaded is None or not (partitioned or torch.equal(loaded.cpu(), written.to(loaded.dtype))):
                 raise CheckpointError(f"{file}: {name!r} did not reach {module}")
 
 

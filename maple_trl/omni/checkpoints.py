@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
 
 from maple_trl.omni.families import registered_types
 
@@ -23,7 +23,6 @@ from maple_trl.omni.families import registered_types
 _WAIT = 5.0
 """Seconds in which the Hub must answer; the library below tries five times and says nothing meanwhile."""
 
-_WEIGHTS = "model.safetensors"
 PICKLES = (
     "pickled ones (pytorch_model.bin) are not read, since reading a pickle can run code. Where you trust them, load them with "
     "transformers and save them again: `model.save_pretrained(FOLDER)` writes safetensors"
@@ -128,18 +127,19 @@ def _check_folder(folder: Path) -> None:
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if (path / "config.json").is_file())
         there = f"its checkpoints are models: {', '.join(checkpoints)}" if checkpoints else f"it has {_listed(folder)}"
         raise CheckpointError(f"{folder} holds no model: there is no config.json in it; {there}")
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config} is damaged: it is no JSON ({error}); copy it again") from error
+    found = _read_json(config)
     for path in sorted(folder.glob("*.json")):
         if path.name in _JSON:
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); copy it again") from error
+            _read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise CheckpointError(f"{config} does not say which model it is of: it has no model_type")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); copy it again") from error
 
 
 def _listed(folder: Path) -> str:
@@ -149,22 +149,22 @@ def _listed(folder: Path) -> str:
 
 def check_weights(folder: Path) -> None:
     """Raise CheckpointError where files of weights are missing, damaged or pickles."""
-    index = f"{_WEIGHTS}.index.json"
-    if not (folder / _WEIGHTS).is_file() and not (folder / index).is_file():
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file():
+        names_in(single)
+        return
+    if not index.is_file():
         pickled = f"; {PICKLES}" if any(folder.glob("pytorch_model*.bin")) else ""
         raise CheckpointError(
-            f"{folder} holds no weights: it has config.json, but neither {_WEIGHTS} nor {index}; it has {_listed(folder)}"
-            f"{pickled}"
+            f"{folder} holds no weights: it has config.json, but neither {single.name} nor {index.name}; it has "
+            f"{_listed(folder)}{pickled}"
         )
-    if (folder / _WEIGHTS).is_file():
-        names_in(folder / _WEIGHTS)
-        return
-    places = read_index(folder / index)
+    places = read_index(index)
     files = needed_files(places)
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(files)} files of weights that {index} lists, e.g. {missing[0]}"
+            f"{folder} lacks {len(missing)} of the {len(files)} files of weights that {index.name} lists, e.g. {missing[0]}"
         )
     _check_places(folder, {file: names_in(folder / file) for file in files}, places)
 
@@ -176,10 +176,7 @@ def read_index(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: when it is no such index, saying why.
     """
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index} is damaged: it is no JSON ({error}); copy it again") from error
+    found = _read_json(index)
     places = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(places, dict) or not places or not isinstance(found.get("metadata"), dict):
         raise CheckpointError(
@@ -289,9 +286,8 @@ def commit_of(name: str, options: Mapping[str, Any]) -> str | None:
     """Return the commit of a model on the Hub whose config is read; `None` of a folder, and where it cannot be told."""
     if os.path.exists(name):
         return None
-    places = {key: value for key, value in options.items() if key != "trust_remote_code"}
     try:
-        return extract_commit_hash(cached_file(name, "config.json", **places), None)
+        return extract_commit_hash(cached_file(name, "config.json", **options), None)
     except OSError:  # which reading the config will tell
         return None
 

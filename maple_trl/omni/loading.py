@@ -22,7 +22,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.core_model_loading import WeightRenaming
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from maple_trl.omni.checkpoints import (
     ELSEWHERE,
@@ -55,13 +55,13 @@ THINKERS = {
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
 THINKERS |= {f"{kind}_thinker": name for kind, name in THINKERS.items()}
-_HUB_ARGUMENTS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
+_FILE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def resolve_checkpoint(name_or_path: str) -> str:
     """
-    Return the folder of an embedded model (`builtin:tiny-omni`), or the name unchanged.
+    Return the folder of an embedded model (`builtin:tiny-omni`), or `name_or_path` unchanged.
 
     Raises:
         ValueError: when no embedded model has this name.
@@ -76,8 +76,13 @@ def resolve_checkpoint(name_or_path: str) -> str:
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick those arguments of a model's `from_pretrained` that its config and processor take as well."""
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    """Pick of `kwargs`, a model's `from_pretrained` arguments, those that its config and processor take as well."""
+    return {name: kwargs[name] for name in ("trust_remote_code", *_FILE_ARGUMENTS) if name in kwargs}
+
+
+def _file_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick those that say where and in which state a file is found on the Hub."""
+    return {name: kwargs[name] for name in _FILE_ARGUMENTS if name in kwargs}
 
 
 def load_model(
@@ -99,31 +104,23 @@ def load_model(
     Raises:
         ValueError: when weights of the model are missing from the checkpoint, or pickled, or of another model, naming
             them; or when nothing was quantized.
+        CheckpointError: when the checkpoint's configuration names no class.
         ImportError: for a `quantization_config` without bitsandbytes.
     """
     path = resolve_checkpoint(name_or_path)
-    if os.path.exists(os.path.join(path, "adapter_config.json")) and not os.path.exists(
-        os.path.join(path, "config.json")
-    ):
+    if Path(path, ADAPTER_CONFIG_NAME).exists() and not Path(path, CONFIG_NAME).exists():
         raise ValueError(
             f"{name_or_path} holds a LoRA adapter, not a model: merge it into its base model and save that "
             "(`PeftModel.from_pretrained(base, adapter).merge_and_unload()`)"
         )
     kwargs.setdefault("trust_remote_code", False)
     kwargs |= reach(path, hub_arguments(kwargs))
-    commit = commit_of(path, hub_arguments(kwargs))
+    commit = commit_of(path, _file_arguments(kwargs))
     if commit is not None:
         kwargs["revision"] = commit  # all files are of one state
     config = read_config(path, hub_arguments(kwargs))
-    architecture = THINKERS.get(config.model_type) or (config.architectures or [""])[0]
-    if not architecture:
-        raise CheckpointError(
-            f'{name_or_path}: its config.json names no class of transformers: it needs "architectures": [CLASS], as the model '
-            "has that it was trained from"
-        )
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"{name_or_path}: transformers has no architecture {architecture!r}")
+    model_class = _class_of(config, name_or_path)
+    architecture = model_class.__name__
     elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE)
     is_thinker = config.model_type in THINKERS
     if is_thinker:
@@ -133,15 +130,10 @@ def load_model(
             f"transformers computes {architecture} not with attn_implementation='flex_attention'. Load it with 'sdpa', the "
             "default; packed_attention='flex_attention' then computes with it the passes that share prompts"
         )
-    dtype = kwargs.pop("torch_dtype", dtype)  # its older name
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
-        dtype = getattr(torch, dtype)
+    dtype = _read_dtype(kwargs.pop("torch_dtype", dtype))  # its older name
     if kwargs.get("quantization_config") is not None:
-        if (
-            getattr(config, "quantization_config", None) is not None
-        ):  # which transformers would take instead, with a warning
+        # Transformers would take that instead, with a warning.
+        if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"{name_or_path} was saved with weights of few bits, and is read as it was saved: leave load_in_4bit, load_in_8bit "
                 "and quantization_config out"
@@ -167,6 +159,29 @@ def load_model(
     if is_quantized(model):
         settle(model)
     return model
+
+
+def _class_of(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
+    """Return the class that a checkpoint is loaded as: of an Omni model the Thinker's."""
+    architecture = THINKERS.get(config.model_type) or (config.architectures or [""])[0]
+    if not architecture:
+        raise CheckpointError(
+            f'{name}: its config.json names no class of transformers: it needs "architectures": [CLASS], as the model has that '
+            "it was trained from"
+        )
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"{name}: transformers has no architecture {architecture!r}")
+    return model_class
+
+
+def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """Return a precision by its name; `auto` stays what it is."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is unknown; e.g. 'float32', 'bfloat16', 'float16' or 'auto'")
+    return getattr(torch, dtype)
 
 
 def _thinker_config(config: PreTrainedConfig, path: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
@@ -196,7 +211,7 @@ def _load_thinker(
 ) -> PreTrainedModel:
     """Load a Thinker, and raise CheckpointError for weights that are missing or of something else."""
     elsewhere = any(kwargs.get(argument) for argument in ELSEWHERE if argument != "config")
-    hub = {key: value for key, value in hub_arguments(kwargs).items() if key != "trust_remote_code"}
+    hub = _file_arguments(kwargs)
     kwargs = {"ignore_mismatched_sizes": True} | kwargs  # which are refused below, by their names
     unknown: AbstractContextManager[tuple[str, list[str]]] = nullcontext((path, []))
     with unknown if elsewhere else thinker_files(path, hub, _offloads(kwargs)) as (source, names):
@@ -235,17 +250,16 @@ def _forget_unused_renamings(model: PreTrainedModel) -> None:
 
 def _usable_generation_config(path: str, kwargs: Mapping[str, Any]) -> GenerationConfig | None:
     """Return the tokens of a `generation_config.json` that the library refuses to read; `None` for any other."""
-    hub = hub_arguments(kwargs)
-    hub.pop("trust_remote_code", None)
+    hub = _file_arguments(kwargs)
     try:
         GenerationConfig.from_pretrained(path, **hub)
     except OSError:  # there is none, or it cannot be reached, which reading the model will tell
         return None
     except (ValueError, TypeError, AttributeError) as error:
-        file = Path(cached_file(path, "generation_config.json", **hub))
+        file = Path(cached_file(path, GENERATION_CONFIG_NAME, **hub))
         options = json.loads(file.read_text(encoding="utf-8"))
         tokens = {name: options[name] for name in TOKENS if name in options}
-        logger.warning("%s: of its generation_config.json only the tokens are used: %s", path, error)
+        logger.warning("%s: of its %s only the tokens are used: %s", path, GENERATION_CONFIG_NAME, error)
         return GenerationConfig(**tokens)
     return None
 
@@ -253,6 +267,10 @@ def _usable_generation_config(path: str, kwargs: Mapping[str, Any]) -> Generatio
 def load_processor(name_or_path: str, **kwargs: Any) -> ProcessorMixin | PreTrainedTokenizerBase:
     """
     Load the processor of a checkpoint (of a text model its tokenizer), padding on the left for generation.
+
+    Args:
+        name_or_path (`str`): a folder, a Hub id, or `builtin:NAME`.
+        kwargs: passed to `from_pretrained`. `trust_remote_code` is False unless given.
 
     Raises:
         CheckpointError: when a model that reads media has no processor of media beside it, or no chat template.
@@ -286,7 +304,17 @@ def _check_processor(processor: Any, path: str, options: Mapping[str, Any]) -> N
 
 
 def check_tokens(processor: Any, config: PreTrainedConfig, name: str) -> None:
-    """Raise CheckpointError where a processor from elsewhere has other tokens for media than the model of this config."""
+    """
+    Check that a processor from elsewhere has the tokens for media that the model has.
+
+    Args:
+        processor: what was loaded.
+        config: the model's, or that of its full checkpoint.
+        name (`str`): where the processor is from, for the message.
+
+    Raises:
+        CheckpointError: when a token has another number than in the model's configuration.
+    """
     config = getattr(config, "thinker_config", config)
     for kind in ("image", "video", "audio"):
         token = getattr(processor, f"{kind}_token", None)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-
-from maple_trl.modalities import IMAGE_COLUMNS, Modality, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, SUBTITLE_SUFFIXES, Modality, ModalityTag
 from maple_trl.omni.content import (
     MARK,
     Content,
@@ -28,92 +23,22 @@ from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import PromptEncoder
 from maple_trl.omni.host_memory import hold_prompt
-from maple_trl.omni.media.clips import ClipRequest, Picture, PromptMedia
-from maple_trl.omni.media.loader import AudioClip, MediaLoader, VideoClip
-from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file, unread_file
+from maple_trl.omni.media.clips import NO_AUDIO, SOUND_SPREAD, AudioClip, ClipRequest, Picture, PromptMedia, VideoClip
+from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.media.subtitles import is_subtitle_file, unread_file
+from maple_trl.omni.prompt_media import MediaReader, noise_media
+from maple_trl.omni.prompt_spec import PromptSpec
 from maple_trl.omni.templates import Asking
 
 
 __all__ = ["PromptBuilder", "PromptSpec", "RowError"]
 
+SUBTITLE_SHORTENED = "subtitle-shortened"
+"""The note of a prompt whose subtitle was too long for it."""
+
 _PROBE_TEXT = "Which of the two do you see, and what do you hear? Answer with one word."
-_PROBE_FRAMES, _PROBE_SECONDS = 4, 1.0
-
-PROMPT_COLUMNS = ("prompt", "video", "audio", "subtitle", "tag", "audio_in_video", *IMAGE_COLUMNS)
-"""The columns that a prompt depends on."""
-
 
 _COLUMNS = {"image": IMAGE_COLUMNS, "video": ("video",), "audio": ("audio",)}
-
-
-@dataclass(frozen=True)
-class PromptSpec:
-    """
-    What a row feeds to the model, before anything is decoded.
-
-    Attributes:
-        messages: the conversation; media blocks are `{"type": "image"}`, `{"type": "video"}` and `{"type": "audio"}`, in
-            order. A plain text prompt is a string, to which no chat template applies.
-        videos, audios: the files of those blocks, in order. With `interleaved`, audios belong to the videos.
-        video_requests, audio_requests: what is wanted of each of them.
-        images, image_requests: the same of pictures.
-        subtitle: a file, or the text itself.
-        tag: the row's tag, where it has one.
-        fed: the signals that the row is fed.
-    """
-
-    messages: tuple[dict[str, Any], ...] | str
-    videos: tuple[str, ...] = ()
-    audios: tuple[str, ...] = ()
-    video_requests: tuple[ClipRequest, ...] = ()
-    audio_requests: tuple[ClipRequest, ...] = ()
-    subtitle: str | None = None
-    interleaved: bool = False
-    tag: ModalityTag | None = None
-    fed: frozenset[Modality] = field(default_factory=frozenset)
-    images: tuple[str, ...] = ()
-    image_requests: tuple[ClipRequest, ...] = ()
-
-    @property
-    def subtitle_file(self) -> bool:
-        """Whether the subtitle is a file rather than the text itself."""
-        return self.subtitle is not None and is_subtitle_file(self.subtitle)
-
-    @property
-    def clips(self) -> tuple[tuple[str, ClipRequest], ...]:
-        """Videos and audios, each with what is wanted of it."""
-        files, requests = (*self.videos, *self.audios), (*self.video_requests, *self.audio_requests)
-        return tuple(zip(files, requests, strict=True))
-
-    @property
-    def pictures(self) -> tuple[tuple[str, ClipRequest], ...]:
-        """Images, each with what is wanted of it."""
-        return tuple(zip(self.images, self.image_requests, strict=True))
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """All files of media, those of sight first."""
-        return (*self.images, *self.videos, *self.audios)
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """The kinds of media of which there are any, of `image`, `video` and `audio`."""
-        files = {"image": self.images, "video": self.videos, "audio": self.audios}
-        return frozenset(kind for kind, named in files.items() if named)
-
-    @cached_property
-    def key(self) -> str:
-        """A digest of the content: equal prompts have an equal key."""
-        content = [self.messages, self.videos, self.audios, self.subtitle, self.interleaved, self.tag]
-        requests = [self.video_requests, self.audio_requests]
-        if any(
-            request != ClipRequest() for kind in requests for request in kind
-        ):  # keys of whole clips stay as they were
-            content.append([[asdict(request) for request in kind] for kind in requests])
-        if self.images:  # and those of rows without pictures
-            content.append({"images": [[file, asdict(request)] for file, request in self.pictures]})
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class PromptBuilder:
@@ -131,6 +56,7 @@ class PromptBuilder:
     Args:
         family ([`~maple_trl.omni.families.PromptEncoder`]):
             The model's. With one of the limits on tokens it has to be an [`~maple_trl.omni.families.OmniFamily`].
+        loader ([`~maple_trl.omni.media.MediaLoader`]): what reads the media of rows.
         modality_access (`"required"` or `"all"`):
             Feed a row exactly the signals of its tag (MAPLE's modality-aware input), or every signal it has. A row
             without a tag is fed all it has.
@@ -141,6 +67,7 @@ class PromptBuilder:
             Tokens per prompt. Only the subtitle is ever shortened; media, question and template are never cut.
         max_media_tokens (`int`, *optional*):
             Tokens of pictures, video and audio per prompt. Pictures and frames are made smaller until they fit.
+        chat_template_kwargs (`Mapping`, *optional*): further variables of the model's chat template.
         template ([`~maple_trl.omni.templates.Asking`], *optional*): makes prompts of the rows' columns.
         system_prompt (`str`, *optional*): leads conversations that have no system message of their own.
         max_completion_length (`int`):
@@ -280,7 +207,7 @@ class PromptBuilder:
             raise RowError(f"field '{named[0]}' and a '{kind}' block of field 'prompt' both name a file; keep one")
         for file in content.files[kind]:
             self._check_request(file.request, kind)
-        return tuple(content.files[kind]) or (_as_files(row, named[0]) if named else ())
+        return tuple(content.files[kind]) or (_as_files(row[named[0]], named[0]) if named else ())
 
     def _check_request(self, request: ClipRequest, kind: str) -> None:
         """Check what can be asked of no clip before one is decoded."""
@@ -334,10 +261,15 @@ class PromptBuilder:
 
     def decode(self, row: Mapping[str, Any] | PromptSpec) -> None:
         """Decode the clips of a row, or of its spec, into the loader's cache."""
-        self._media(row if isinstance(row, PromptSpec) else self.spec(row))
+        self._read_media(row if isinstance(row, PromptSpec) else self.spec(row))
 
     def check_image(self, path: str, request: ClipRequest) -> None:
-        """Check a picture by its header, as far as that tells. Raises [`MediaError`]."""
+        """
+        Check the picture at `path` by its header, as far as that tells, for the size that a `request` gives it.
+
+        Raises:
+            MediaError: for a file that cannot be used, or a picture too long and narrow for the limits.
+        """
         self.loader.check_image(path, multiple=self.family.frame_multiple, request=request)
 
     def stand_in(self) -> EncodedPrompt:
@@ -352,12 +284,7 @@ class PromptBuilder:
         except RowError:  # there is no template, or it takes other conversations
             text = _PROBE_TEXT
         shown = {kind for kind, token in self.family.placeholders.items() if token in text}
-        media = PromptMedia(
-            [_noise_picture(self.family.frame_multiple)] if "image" in shown else [],
-            [_noise_video(self.family.frame_multiple)] if "video" in shown else [],
-            [_noise_audio(self.family.sampling_rate)] if "audio" in shown else [],
-        )
-        return self.family.encode("probe", text, media)
+        return self.family.encode("probe", text, noise_media(self.family, shown))
 
     def encode(self, row: Mapping[str, Any] | PromptSpec) -> EncodedPrompt:
         """
@@ -368,14 +295,14 @@ class PromptBuilder:
             MediaError: when a file cannot be used, with the reason.
         """
         spec = row if isinstance(row, PromptSpec) else self.spec(row)
-        images, videos, audios = self._media(spec)
+        images, videos, audios = self._read_media(spec)
         if spec.fed == {Modality.AUDIO} and not any(audios):
             raise MediaError("no-signal", spec.audios[0], "the row is fed audio alone and its file has no audio track")
-        notes = ("no-audio-track",) if None in audios else ()
+        notes = (NO_AUDIO,) if None in audios else ()
         heard = [clip for clip in audios if clip is not None]
         seen = PromptMedia(images, videos)
         parts = any(clip.source_seconds is not None for clip in heard)
-        notes += ("sound-spread",) if parts else ()
+        notes += (SOUND_SPREAD,) if parts else ()
         interleaved = spec.interleaved and None not in audios
         if interleaved and parts:  # which no longer stand at the times of the pictures
             interleaved, spec = False, _with_own_place(spec)
@@ -386,7 +313,7 @@ class PromptBuilder:
             subtitle = self._shortened(subtitle, len(prompt), spec)
             prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
         if subtitle != whole_subtitle:
-            notes += ("subtitle-shortened",)
+            notes += (SUBTITLE_SHORTENED,)
         if subtitle:
             prompt.media_tokens["subtitle"] = len(self.family.tokens(subtitle))
         return hold_prompt(replace(prompt, tag=spec.tag, notes=notes, sound=_seconds_of(heard)))
@@ -416,7 +343,7 @@ class PromptBuilder:
 
     def check_template(self, spec: PromptSpec) -> None:
         """
-        Check that the chat template shows what a row asks; nothing is decoded for that.
+        Check that the chat template shows what a row asks (its `spec`); nothing is decoded for that.
 
         Raises:
             RowError: when it fails, or leaves out the last message's text, or a medium of any message.
@@ -456,73 +383,8 @@ class PromptBuilder:
             told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RowError(f"the model's chat template cannot show field 'prompt': {told}") from error
 
-    def _media(self, spec: PromptSpec) -> tuple[list[Picture], list[VideoClip], list[AudioClip | None]]:
-        audios = [self._audio(*clip) for clip in spec.clips[len(spec.videos) :]]
-        if self.max_media_tokens is None:
-            return *self._seen(spec), audios
-        audio_tokens = sum(self._audio_tokens(clip) for clip in audios if clip is not None)
-        budget = self.max_media_tokens - audio_tokens
-        images, videos = self._seen_within(budget, spec)
-        needed = self._seen_tokens(images, videos)
-        if needed > budget:
-            raise MediaError(
-                "media-tokens",
-                spec.files[0],
-                f"{needed + audio_tokens} media tokens at the smallest frame size, but max_media_tokens is "
-                f"{self.max_media_tokens}: feed fewer pictures or frames, or less audio",
-            )
-        return images, videos, audios
-
-    def _seen(self, spec: PromptSpec, max_pixels: int | None = None) -> tuple[list[Picture], list[VideoClip]]:
-        images = [self._image(*picture, max_pixels) for picture in spec.pictures]
-        return images, [self._video(*clip, max_pixels) for clip in spec.clips[: len(spec.videos)]]
-
-    def _seen_within(self, budget: int, spec: PromptSpec) -> tuple[list[Picture], list[VideoClip]]:
-        """Return a prompt's pictures and videos, all so small that they fit, if they can be that small."""
-        # Sized before decoding, by the number of frames that will be sampled, so that a clip is decoded once.
-        clips = spec.clips[: len(spec.videos)]
-        steps = sum(-(-self._frame_count(*clip) // self.family.frames_per_token) for clip in clips) + len(spec.images)
-        if not steps:
-            return [], []
-        least = self.family.frame_multiple**2
-        seen: tuple[list[Picture], list[VideoClip]] | None = None
-        area = max(budget // steps, 1) * least
-        while True:
-            try:
-                seen = self._seen(spec, area)
-            except MediaError as error:
-                if error.reason != "bad-aspect-ratio":
-                    raise
-                return seen or self._seen(spec)  # nothing smaller of this shape
-            needed = self._seen_tokens(*seen)
-            if needed <= budget or area <= least:
-                return seen
-            area = max(area * max(budget, 1) // needed, least)  # where a token covers less than a patch of a frame
-
-    def _frame_count(self, path: str, request: ClipRequest) -> int:
-        return self.loader.frame_count(path, request=request)
-
-    def _image(self, path: str, request: ClipRequest, max_pixels: int | None = None) -> Picture:
-        return self.loader.image(path, multiple=self.family.frame_multiple, max_pixels=max_pixels, request=request)
-
-    def _video(self, path: str, request: ClipRequest, max_pixels: int | None = None) -> VideoClip:
-        return self.loader.video(path, multiple=self.family.frame_multiple, max_pixels=max_pixels, request=request)
-
-    def _audio(self, path: str, request: ClipRequest) -> AudioClip | None:
-        clip = self.loader.audio(path, sampling_rate=self.family.sampling_rate, request=request)
-        window = self.family.max_audio_seconds
-        if clip is not None and window is not None and len(clip.waveform) > window * clip.sampling_rate:
-            raise MediaError(
-                "too-long", path, f"{clip.duration:.1f} s of audio; {type(self.family).__name__} reads {window:g} s"
-            )
-        return clip
-
-    def _seen_tokens(self, images: Sequence[Picture], videos: Sequence[VideoClip]) -> int:
-        tokens = sum(self.family.image_token_count(*picture.pixels.shape[:2]) for picture in images)
-        return tokens + sum(self.family.video_token_count(*clip.frames.shape[:3]) for clip in videos)
-
-    def _audio_tokens(self, clip: AudioClip) -> int:
-        return self.family.audio_tokens_of(clip)
+    def _read_media(self, spec: PromptSpec) -> tuple[list[Picture], list[VideoClip], list[AudioClip | None]]:
+        return MediaReader(self.family, self.loader).read(spec, self.max_media_tokens)
 
     def _subtitle_text(self, spec: PromptSpec) -> str:
         if not spec.subtitle_file:
@@ -575,21 +437,6 @@ def _seconds_of(sounds: Sequence[AudioClip]) -> tuple[float, float] | None:
         return None
     whole = [clip.duration if clip.source_seconds is None else clip.source_seconds for clip in sounds]
     return sum(clip.duration for clip in sounds), sum(whole)
-
-
-def _noise_picture(multiple: int) -> Picture:
-    return Picture(_noise_video(multiple).frames[0], "noise")
-
-
-def _noise_video(multiple: int) -> VideoClip:
-    frames = np.random.default_rng(0).integers(0, 256, (_PROBE_FRAMES, 2 * multiple, 2 * multiple, 3), dtype=np.uint8)
-    rate = _PROBE_FRAMES / _PROBE_SECONDS
-    return VideoClip(frames, np.arange(_PROBE_FRAMES) / rate, rate, _PROBE_SECONDS, "noise")
-
-
-def _noise_audio(rate: int) -> AudioClip:
-    waveform = np.random.default_rng(0).normal(scale=0.1, size=int(rate * _PROBE_SECONDS)).astype(np.float32)
-    return AudioClip(waveform, rate, _PROBE_SECONDS, "noise")
 
 
 def check_template(builder: PromptBuilder, prompts: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -661,23 +508,6 @@ def _with_system(prompt: Any, text: str) -> list[Any]:
     return [{"role": "system", "content": [{"type": "text", "text": text}] if blocks else text}, *prompt]
 
 
-def prompt_columns(row: Mapping[str, Any]) -> Hashable:
-    """Return what a row says of its prompt: equal for rows that say the same, if it is all of JSON's types."""
-    return tuple(_typed(row.get(name)) for name in PROMPT_COLUMNS)
-
-
-def _typed(value: Any) -> Hashable:
-    """Return a value with its types, without which 1, 1.0 and True were equal; one of a foreign type equals nothing."""
-    kind = type(value)
-    if kind in (list, tuple):
-        return kind, *map(_typed, value)
-    if kind is dict:
-        return kind, *map(_typed, value.items())
-    if kind is float:
-        return kind, repr(value)  # 0.0 and -0.0 are equal too
-    return kind, value if kind in (str, int, bool, type(None)) else object()
-
-
 def _parse_tag(value: Any) -> ModalityTag:
     try:
         return ModalityTag.parse(value)
@@ -695,10 +525,7 @@ def _described(value: Any) -> str:
     return repr(value) if value is None or value == "" else type(value).__name__
 
 
-def _as_files(row: Mapping[str, Any], name: str) -> tuple[MediaFile, ...]:
-    value = row.get(name)
-    if not value:
-        return ()
+def _as_files(value: Any, name: str) -> tuple[MediaFile, ...]:
     values = [path_of(item) for item in (value if isinstance(value, list) else [value])]
     if not all(isinstance(file, str) and file for file in values):
         wrong = next(item for item in values if not (isinstance(item, str) and item))

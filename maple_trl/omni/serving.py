@@ -59,11 +59,8 @@ def serve_media(
         (_check_packed_placeholders if packed else _check_placeholders)(rows, found)
         return args, kwargs | _merged_inputs(family, module, rows, input_ids, touch, cache)
 
-    handle = family.core(model).register_forward_pre_hook(merge, with_kwargs=True)
-    try:
+    with family.core(model).register_forward_pre_hook(merge, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
     unread = [row for row in rows if row.kinds]
     if unread and not served:
         raise MediaMismatchError(

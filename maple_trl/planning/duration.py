@@ -38,28 +38,42 @@ def _longest(**seconds: float) -> tuple[float, str]:
     return seconds[name], name.replace("_", " ")
 
 
+def _compute_seconds(setup: Setup, operations: float) -> float:
+    return operations / (setup.gpu.teraflops * 1e12 * setup.rate("compute_share"))
+
+
 def _pass_seconds(setup: Setup, operations: float, layers: int, passes: float) -> tuple[float, str]:
     """Return the time of a pass over many tokens; `passes` are the forwards that its layers cost."""
-    compute = operations / (setup.gpu.teraflops * 1e12 * setup.rate("compute_share"))
+    compute = _compute_seconds(setup, operations)
     launches = layers * passes * setup.rate("launch_layer_ms") / 1e3
     if setup.sharded_weights and setup.trainers > 1:
         # Weights for each direction, and gradients on the way back.
         moved = setup.model.parameters * 2 if passes == 1 else (2 * setup.model.parameters + setup.trainable) * 2
         compute += layers * passes * setup.rate("sharded_layer_ms") / 1e3
-        return _longest(operations=compute, kernel_launches=launches, communication=moved / _link(setup))
+        return _longest(
+            operations=compute, kernel_launches=launches, communication=moved / _link(setup, setup.trainers)
+        )
     return _longest(operations=compute, kernel_launches=launches)
 
 
-def _link(setup: Setup) -> float:
-    """Return the bytes per second between training cards."""
-    slowest = setup.gpu.link if setup.trainers <= setup.gpus_per_node else min(setup.gpu.link, setup.gpu.network)
+def _link(setup: Setup, cards: int) -> float:
+    """Return the bytes per second between some cards, which may be on several nodes."""
+    slowest = setup.gpu.link if cards <= setup.gpus_per_node else min(setup.gpu.link, setup.gpu.network)
     return slowest * 1e9 * setup.rate("link_share")
 
 
-def _layers(setup: Setup, towers: bool) -> int:
-    model = setup.model
-    own = sum(tower.layers for tower, *_ in towers_of(model, setup.media, 2)) if towers else 0
-    return model.text.layers + own
+def _tower_layers(setup: Setup) -> int:
+    return sum(tower.layers for tower, *_ in towers_of(setup.model, setup.media, 2))
+
+
+def _layers(setup: Setup) -> int:
+    """Return the layers of a training pass."""
+    return setup.model.text.layers + (_tower_layers(setup) if setup.towers_in_passes else 0)
+
+
+def _train_passes(setup: Setup) -> int:
+    """Return the forwards that a forward with its backward costs: that is two, and recomputed activations are one more."""
+    return 3 + setup.gradient_checkpointing
 
 
 def _forward_work(setup: Setup) -> Work:
@@ -73,24 +87,22 @@ def _forward_work(setup: Setup) -> Work:
 
 def pass_operations(setup: Setup, train: bool) -> float:
     """Count the operations of a micro-batch: a log-probability pass, or forward and backward."""
-    times = 3 + setup.gradient_checkpointing if train else 1
+    times = _train_passes(setup) if train else 1
     language = setup.model.text.operations(_forward_work(setup)) * times
-    if setup.encoder_cache and not setup.trains_towers:
+    if not setup.towers_in_passes:
         return language
     towers = setup.model.tower_operations(setup.media) * setup.micro_prompts
     return language + towers * (times if train and setup.trains_towers else 1)
 
 
 def _train_phase(setup: Setup) -> Phase:
-    times = 3 + setup.gradient_checkpointing
-    layers = _layers(setup, towers=not setup.encoder_cache or setup.trains_towers)
-    seconds, bound = _pass_seconds(setup, pass_operations(setup, train=True), layers, times)
+    operations = pass_operations(setup, train=True)
+    seconds, bound = _pass_seconds(setup, operations, _layers(setup), _train_passes(setup))
     return Phase("train", seconds * setup.rounds * setup.num_iterations, bound)
 
 
 def _score_phase(setup: Setup, name: str) -> Phase:
-    layers = _layers(setup, towers=not setup.encoder_cache or setup.trains_towers)
-    seconds, bound = _pass_seconds(setup, pass_operations(setup, train=False), layers, 1)
+    seconds, bound = _pass_seconds(setup, pass_operations(setup, train=False), _layers(setup), 1)
     return Phase(name, seconds * setup.rounds, bound)
 
 
@@ -103,21 +115,19 @@ def _needs_old(setup: Setup) -> bool:
 def _tower_phase(setup: Setup) -> Phase:
     """Encode the media of a rollout's new prompts."""
     operations = setup.model.tower_operations(setup.media) * setup.prompts
-    layers = sum(tower.layers for tower, *_ in towers_of(setup.model, setup.media, 2))
     cards = setup.rollout_gpus / setup.trainers if setup.rollout == "vllm_server" else 1
-    compute = operations / (setup.gpu.teraflops * 1e12 * setup.rate("compute_share")) / cards
-    launches = layers * setup.prompts * setup.rate("launch_layer_ms") / 1e3 / cards
+    compute = _compute_seconds(setup, operations) / cards
+    launches = _tower_layers(setup) * setup.prompts * setup.rate("launch_layer_ms") / 1e3 / cards
     return Phase("towers", *_longest(operations=compute, kernel_launches=launches))
 
 
 def _decode_reads(text: TextSizes, rows: float) -> float:
     """Return the weights that a decode step reads: of experts those that some row has chosen."""
-    expert = 3 * text.hidden * text.expert_inner
-    always = text.active - text.sparse * text.chosen * expert + text.vocab * text.hidden
+    always = text.active - text.sparse * text.chosen * text.expert_weights + text.vocab * text.hidden
     if not text.experts:
         return always
     read = text.experts * (1 - math.pow(1 - text.chosen / text.experts, rows))
-    return always + text.sparse * read * expert
+    return always + text.sparse * read * text.expert_weights
 
 
 def decode_step(setup: Setup, rows: float, context: float) -> tuple[float, str]:
@@ -135,7 +145,7 @@ def decode_step(setup: Setup, rows: float, context: float) -> tuple[float, str]:
     share = setup.rate("engine_share" if engine else "decode_share")
     reading = read / (setup.gpu.bandwidth * 1e9 * share)
     work = Work(rows, rows * context, rows)
-    compute = text.operations(work) / cards / (setup.gpu.teraflops * 1e12 * setup.rate("compute_share"))
+    compute = _compute_seconds(setup, text.operations(work) / cards)
     if engine:
         reading += text.layers * setup.rate("engine_layer_ms") / 1e3
         return _longest(memory_bandwidth=reading, operations=compute)
@@ -146,7 +156,7 @@ def decode_step(setup: Setup, rows: float, context: float) -> tuple[float, str]:
 def engine_rows(setup: Setup) -> tuple[float, float]:
     """Return the completions of a rollout that an engine samples, and how many of them its cache holds at once."""
     if setup.rollout == "transformers":
-        return setup.rows, min(setup.generation_batch or setup.rows, setup.rows)
+        return setup.rows, setup.generated_at_once
     cards = setup.rollout_gpus if setup.rollout == "vllm_server" else setup.trainers
     rows = setup.rows * setup.trainers / (cards / setup.vllm_tensor_parallel_size)
     text, size = setup.model.text, DTYPES[setup.compute]
@@ -165,7 +175,7 @@ def _rollout_phases(setup: Setup) -> Iterator[Phase]:
     operations = text.operations(generation_work(setup.prompt, 1, group, shared)) * rows / group
     cards = setup.vllm_tensor_parallel_size if setup.rollout != "transformers" else 1
     pieces = math.ceil(rows / at_once)
-    compute = operations / cards / (setup.gpu.teraflops * 1e12 * setup.rate("compute_share"))
+    compute = _compute_seconds(setup, operations / cards)
     launches = text.layers * pieces * setup.rate("launch_layer_ms") / 1e3
     yield Phase("prefill", *_longest(operations=compute, kernel_launches=launches))
     seconds, bound = decode_step(setup, rows / pieces, setup.prompt + setup.completion / 2)
@@ -177,10 +187,9 @@ def _sync_phase(setup: Setup) -> Phase:
     size = setup.model.parameters * DTYPES[setup.compute]
     copied = 2 * size / (setup.gpu.bandwidth * 1e9)
     gathered = setup.sharded_weights and setup.trainers > 1
-    moved = size / _link(setup) if gathered else 0
+    moved = size / _link(setup, setup.trainers) if gathered else 0
     if setup.rollout == "vllm_server":
-        network = setup.gpu.link if setup.gpus <= setup.gpus_per_node else min(setup.gpu.link, setup.gpu.network)
-        moved += size / (network * 1e9 * setup.rate("link_share"))
+        moved += size / _link(setup, setup.gpus)
     return Phase("weights to the engine", *_longest(memory_bandwidth=copied, communication=moved))
 
 
@@ -190,7 +199,7 @@ def _update_phase(setup: Setup) -> Phase:
     local = touched / (setup.gpu.bandwidth * 1e9)
     moved = 0.0
     if setup.trainers > 1 and not setup.sharded_weights:
-        moved = 2 * setup.trainable * trained_size(setup) / _link(setup)
+        moved = 2 * setup.trainable * trained_size(setup) / _link(setup, setup.trainers)
     seconds, bound = _longest(memory_bandwidth=local, communication=moved)
     return Phase("update", seconds * setup.steps, bound)
 

@@ -108,8 +108,7 @@ def layer_bytes(text: TextSizes, size: int) -> float:
 
 def _gradients_within_layer(text: TextSizes, size: int) -> float:
     """Return the bytes of gradients that are held at once while a layer's backward runs, for a token."""
-    inner = text.inner if text.sparse < text.layers else text.chosen * text.expert_inner
-    return size * (2 * inner + 2 * text.hidden)
+    return size * (2 * text.widest_inner + 2 * text.hidden)
 
 
 def _vision_layer_bytes(vision: VisionSizes, size: int) -> float:
@@ -188,7 +187,7 @@ def _tower_bytes(setup: Setup, micro: Micro) -> tuple[float, float]:
     for tower, states, layer in towers_of(setup.model, micro.media, size):
         kept = tower.hidden * size if setup.gradient_checkpointing else layer
         saved += states * tower.layers * kept if setup.trains_towers else 0
-        running = max(running, states * layer) if setup.trains_towers or not setup.encoder_cache else running
+        running = max(running, states * layer) if setup.towers_in_passes else running
     return saved, running
 
 
@@ -244,8 +243,7 @@ def working_bytes(setup: Setup) -> float:
 def forward_bytes(setup: Setup, tokens: float) -> float:
     """Return the bytes that a forward without gradients holds at once."""
     text, size = setup.model.text, DTYPES[setup.compute]
-    inner = text.inner if text.sparse < text.layers else text.chosen * text.expert_inner
-    return tokens * (size * (3 * text.hidden + 3 * inner + 2 * text.queries) + 4 * text.hidden)
+    return tokens * (size * (3 * text.hidden + 3 * text.widest_inner + 2 * text.queries) + 4 * text.hidden)
 
 
 @dataclass(frozen=True)
@@ -287,7 +285,7 @@ def plan_memory(setup: Setup) -> Memory:
     training = always | {"weights cast or gathered": working_bytes(setup), "rollout engine": held} | worst
     rollout = always | {"rollout engine": colocated}
     if setup.rollout == "transformers":
-        rows = min(setup.generation_batch or setup.rows, setup.rows)
+        rows = setup.generated_at_once
         length = setup.prompt + setup.completion
         prompts = -(-rows // setup.num_generations) if setup.shared_prefix else rows
         whole = 2 * model.parameters if setup.sharded_weights else unpacked_bytes(setup)

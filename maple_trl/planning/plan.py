@@ -106,8 +106,7 @@ def remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
             steps_per_generation=2 * setup.steps_per_generation,
         )
         yield f"per_device_train_batch_size {batch // 2}, gradient_accumulation_steps doubled", halved
-    piece = min(setup.generation_batch or setup.rows, setup.rows)
-    if setup.rollout == "transformers" and piece > setup.num_generations:
+    if setup.rollout == "transformers" and setup.generated_at_once > setup.num_generations:
         yield f"generation_batch {setup.num_generations}", replace(setup, generation_batch=setup.num_generations)
     if setup.trainers > 1 and not setup.bits:
         for sharding in SHARDINGS[SHARDINGS.index(setup.sharding) + 1 : 3]:

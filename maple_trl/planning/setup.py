@@ -20,6 +20,21 @@ OPTIMIZERS = {"adamw": 2.0, "adamw_8bit": 0.5, "sgd": 0.0}
 
 GIB = 2**30
 
+_LEAST = {
+    1: (
+        "gpus",
+        "prompt",
+        "completion",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_iterations",
+        "vllm_tensor_parallel_size",
+        "gpus_per_node",
+        "judge_concurrency",
+    ),
+    0: ("steps_per_generation", "generation_batch", "lora_r", "beta", "rollout_gpus", "judge_calls"),
+}
+
 
 class PlanError(ValueError):
     """A plan that cannot be; the message says what is wrong and what would be right."""
@@ -126,6 +141,11 @@ class Setup:
         return self.per_device_train_batch_size * self.rounds
 
     @property
+    def generated_at_once(self) -> int:
+        """Completions that `generate()` samples at a time."""
+        return min(self.generation_batch or self.rows, self.rows)
+
+    @property
     def prompts(self) -> float:
         """Prompts of a rollout for each training card."""
         return self.rows / self.num_generations
@@ -154,6 +174,11 @@ class Setup:
     def trains_towers(self) -> bool:
         """Whether features of a clip change from step to step."""
         return any(part in self.trained and self.model.parts[part].parameters for part in PARTS[2:])
+
+    @property
+    def towers_in_passes(self) -> bool:
+        """Whether towers run in each pass, rather than once for a rollout."""
+        return self.trains_towers or not self.encoder_cache
 
     @property
     def bits(self) -> int:
@@ -187,15 +212,10 @@ def _check(setup: Setup) -> None:
     Raises:
         PlanError: saying what is wrong and what would be right.
     """
-    for name in ("gpus", "prompt", "completion", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(setup, name) < 1:
-            raise PlanError(f"{name} must be at least 1, got {getattr(setup, name)}")
-    for name in ("num_iterations", "vllm_tensor_parallel_size", "gpus_per_node", "judge_concurrency"):
-        if getattr(setup, name) < 1:
-            raise PlanError(f"{name} must be at least 1, got {getattr(setup, name)}")
-    for name in ("steps_per_generation", "generation_batch", "lora_r", "beta", "rollout_gpus", "judge_calls"):
-        if getattr(setup, name) < 0:
-            raise PlanError(f"{name} must be at least 0, got {getattr(setup, name)}")
+    for least, names in _LEAST.items():
+        for name in names:
+            if getattr(setup, name) < least:
+                raise PlanError(f"{name} must be at least {least}, got {getattr(setup, name)}")
     if setup.num_generations < 2:
         raise PlanError(f"num_generations must be at least 2, got {setup.num_generations}: GRPO compares completions")
     for name, choices in (("dtype", DTYPES), ("compute", DTYPES), ("sharding", SHARDINGS), ("rollout", ROLLOUTS)):
@@ -209,21 +229,24 @@ def _check(setup: Setup) -> None:
         raise PlanError(f"optim must be one of {', '.join(OPTIMIZERS)}, got {setup.optim!r}")
     _check_bits(setup)
     _check_cards(setup)
-    media, model = setup.media, setup.model
+    _check_media(setup.media, setup.model, setup.prompt)
+    if not setup.trainable:
+        raise PlanError("nothing would be trained: leave one part of the model unfrozen")
+
+
+def _check_media(media: Media, model: ModelSizes, prompt: int) -> None:
     for kind, tower in (("video", model.vision), ("audio", model.audio)):
         if getattr(media, kind) < 0:
             raise PlanError(f"{kind}_tokens must be at least 0, got {getattr(media, kind)}")
         if getattr(media, kind) and tower is None:
             raise PlanError(f"{model.name} has no tower for {kind}: {kind}_tokens must be 0")
-    if media.video + media.audio > setup.prompt:
+    if media.video + media.audio > prompt:
         raise PlanError(
-            f"a prompt of {setup.prompt} tokens cannot hold {media.video:.0f} of video and {media.audio:.0f} of audio: make "
+            f"a prompt of {prompt} tokens cannot hold {media.video:.0f} of video and {media.audio:.0f} of audio: make "
             "prompt larger, or video_tokens and audio_tokens smaller"
         )
     if min(media.height, media.width) < 1:
         raise PlanError(f"a frame must have pixels, got frame_height {media.height} and frame_width {media.width}")
-    if not setup.trainable:
-        raise PlanError("nothing would be trained: leave one part of the model unfrozen")
 
 
 def _check_bits(setup: Setup) -> None:

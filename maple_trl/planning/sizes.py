@@ -158,6 +158,16 @@ class TextSizes:
         return self.kv_heads * self.head_dim
 
     @property
+    def expert_weights(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.hidden * self.expert_inner
+
+    @property
+    def widest_inner(self) -> int:
+        """Inner size that a token passes: of a dense layer where there is one, else of all experts that it passes."""
+        return self.inner if self.sparse < self.layers else self.chosen * self.expert_inner
+
+    @property
     def part(self) -> Part:
         """All but the head."""
         dense = self.layers - self.sparse
@@ -169,7 +179,7 @@ class TextSizes:
             Linear(self.inner, self.hidden, dense, False),
         )
         norms = 2 * self.hidden + 2 * self.head_dim * self.head_norms
-        experts = self.experts * (3 * self.hidden * self.expert_inner + self.hidden)  # and the router's row
+        experts = self.experts * (self.expert_weights + self.hidden)  # and the router's row
         return Part(linear, self.vocab * self.hidden + self.layers * norms + self.hidden + self.sparse * experts)
 
     @property
@@ -180,7 +190,7 @@ class TextSizes:
     @property
     def active(self) -> int:
         """Weights that a token is multiplied with, without the head's."""
-        experts = 3 * self.hidden * self.expert_inner * self.chosen + self.hidden * self.experts
+        experts = self.expert_weights * self.chosen + self.hidden * self.experts
         return sum(layer.weights for layer in self.part.linear) + self.sparse * experts
 
     @property

@@ -172,19 +172,23 @@ class EvalStore:
             write_atomically(note, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
 
     def has(self, number: int) -> bool:
-        """Return whether a batch is done; one whose file is damaged is not."""
+        """Return whether the batch of this `number` is done; one whose file is damaged is not."""
         try:
             return bool(pq.read_schema(self._batch(number)).equals(LINES))
         except (OSError, pa.ArrowInvalid):
             return False
 
     def write(self, number: int, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Keep the lines of a finished batch."""
+        """Keep the `lines` of the finished batch of this `number`."""
         write_table(pa.Table.from_pylist(list(lines), LINES), self._batch(number))
 
     def finish(self, batches: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """
         Join all batches into the one table, in the order of access, rows and samples.
+
+        Args:
+            batches: how many there are.
+            skipped: lines of questions that were not asked, and are in no batch.
 
         Raises:
             EvaluationError: for a batch that is missing or cannot be read.

@@ -65,6 +65,7 @@ def read_rollouts(folder: Path, latest: int | None = None) -> tuple[pa.Table | N
     Read the completions of a run.
 
     Args:
+        folder (`Path`): where the run keeps them.
         latest (`int`, *optional*): read so many of the latest rollouts, instead of all.
 
     Returns:

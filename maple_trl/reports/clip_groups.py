@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from maple_trl.reports.rollouts import Rollouts, clip_names
 from maple_trl.reports.sections import Section, missing, no_rollouts
 from maple_trl.reports.series import TAGS, rounded
 
+
+T = TypeVar("T")
 
 CLIPS = 100
 """Clips whose distances are counted, at most."""
@@ -56,9 +58,9 @@ def sample_by_clip(rollouts: Rollouts | None, groups: dict[str, dict[str, list[i
     return Sample([tag for _, _, tag in picked], [clip for _, clip, _ in picked], [texts[i] or "" for i, *_ in picked])
 
 
-def evenly(names: Sequence[str], most: int) -> list[str]:
-    """Take at most so many names, evenly."""
-    return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, most).astype(int))] if names else []
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """Take at most so many, evenly."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).astype(int))] if items else []
 
 
 def distance_sections(

@@ -115,7 +115,7 @@ def read_run(folder: str | os.PathLike) -> RunData:
     folder = Path(folder)
     if not folder.is_dir():
         raise NoRunError(f"{folder} is a file; name its folder" if folder.exists() else f"there is no folder {folder}")
-    if (folder / "evaluation.json").is_file() or (folder / "result.json").is_file():
+    if _is_evaluation(folder):
         run = _read_evaluation(folder)
     else:
         run = _read_training(folder)
@@ -130,6 +130,10 @@ def _what_instead(folder: Path) -> str:
     )
     text = "neither metrics.jsonl, a checkpoint with trainer_state.json, rollouts, nor evaluation.json"
     return f"{text}. Folders in it that do: {', '.join(below)}" if below else text
+
+
+def _is_evaluation(folder: Path) -> bool:
+    return (folder / "evaluation.json").is_file() or (folder / "result.json").is_file()
 
 
 def _name(folder: Path) -> str:
@@ -148,7 +152,7 @@ def has_ended(folder: str | os.PathLike) -> bool:
     Of a trainer without a job (no `args.json`) the last entry of the log is the end.
     """
     folder = Path(folder)
-    if (folder / "evaluation.json").is_file() or (folder / "result.json").is_file():
+    if _is_evaluation(folder):
         return (folder / "result.json").is_file() and (folder / "rows.parquet").is_file()
     log = folder / "metrics.jsonl"
     if not log.is_file():

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maple_trl.modalities import ModalityTag
 from maple_trl.records.metrics_log import reward_curves, signal_profile, tag_curves
+from maple_trl.records.summary import accuracy_rows
 
 
 def _figure(width: float, height: float):
@@ -107,13 +107,13 @@ def _draw_rewards(axes, log_history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_accuracies(axes, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-    names = [name for name in (*(tag.value for tag in ModalityTag), "all") if name in before and name in after]
-    for values, shift, label in ((before, -0.2, "before"), (after, 0.2, "after")):
-        positions = [index + shift for index in range(len(names))]
-        bars = axes.bar(positions, [values[name] for name in names], width=0.4, label=label)
+    rows = accuracy_rows(before, after)
+    for column, shift, label in ((1, -0.2, "before"), (2, 0.2, "after")):
+        positions = [index + shift for index in range(len(rows))]
+        bars = axes.bar(positions, [row[column] for row in rows], width=0.4, label=label)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set(ylim=(0, 1.1), ylabel="sampled accuracy", title="Accuracy by tag")
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(rows)), [name for name, *_ in rows])
     axes.grid(alpha=0.3, axis="y")
     _legend_below(axes, columns=2)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from maple_trl.files import as_json
 from maple_trl.metrics.intervals import UndefinedMetricError
 from maple_trl.metrics.spread import embedding_spread
-from maple_trl.reports.clip_groups import DRAWN_CLIPS, lines_by_clip, sample_by_clip
+from maple_trl.reports.clip_groups import DRAWN_CLIPS, evenly, lines_by_clip, sample_by_clip
 from maple_trl.reports.embeddings import Embedder, Sample, vectors_of
 from maple_trl.reports.folders import RunData
 from maple_trl.reports.rollouts import Rollouts, clip_names
@@ -60,8 +60,8 @@ def project(
         samples = _of_few_clips(samples)
     counts = [len(sample.tags) for sample in samples]
     if sum(counts) < _FEWEST[kind]:
-        why = f"There are fewer than {_FEWEST[kind]} completions with a tag to draw."
-        return [missing(why.replace("than 3 ", "than three ").replace("than 4 ", "than four ")) for _ in runs]
+        few = {3: "three", 4: "four"}[_FEWEST[kind]]
+        return [missing(f"There are fewer than {few} completions with a tag to draw.") for _ in runs]
     vectors = np.concatenate([sample.vectors for sample in samples if len(sample.tags)])
     explained: NDArray[np.float64] | None = None
     if kind == "pca":
@@ -151,7 +151,7 @@ def _sample(run: RunData, rollouts: Rollouts | None) -> Sample:
     picked = []
     for lines in lines_by_tag(rollouts).values():
         *_, lines = lines_by_phase(run, rollouts, lines).values()
-        picked += [lines[i] for i in np.unique(np.linspace(0, len(lines) - 1, PER_TAG).astype(int))] if lines else []
+        picked += evenly(lines, PER_TAG)
     columns = (rollouts.get("tag"), clip_names(rollouts), [text or "" for text in rollouts.get("completion")])
     return Sample(*columns).take(picked)
 

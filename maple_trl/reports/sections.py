@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,17 +41,16 @@ def near_perfect() -> dict[str, list[float]]:
 
 def all_sections(run: RunData, series: Series, rollouts: Rollouts | None) -> dict[str, Section]:
     """Return every part of a run but its curves, its projection and its completions."""
-    made: dict[str, Callable[[], Section]] = {
-        "rewards": lambda: reward_section(run, rollouts),
-        "weights": lambda: weights_section(run, series),
-        "curriculum": lambda: curriculum_section(run, series, rollouts),
-        "disparity": lambda: disparity_section(run, series),
-        "positions": lambda: positions_section(run),
-        "replay": lambda: replay_section(run, series),
-        "ratios": lambda: ratios_section(run, series),
-        "accuracy": lambda: accuracy_section(run),
+    return {
+        "rewards": reward_section(run, rollouts),
+        "weights": weights_section(run, series),
+        "curriculum": curriculum_section(run, series, rollouts),
+        "disparity": disparity_section(run, series),
+        "positions": positions_section(run),
+        "replay": replay_section(run, series),
+        "ratios": ratios_section(run, series),
+        "accuracy": accuracy_section(run),
     }
-    return {name: make() for name, make in made.items()}
 
 
 # Rewards

@@ -11,9 +11,9 @@ from maple_trl import Registry
 from .accuracy import AccuracyReward, accuracy_reward
 from .answer_judge import AnswerJudge
 from .answers import extract_answer, grade_answer
-from .calls import RewardError
 from .caption_judge import CaptionJudge
 from .contrastive import ContrastiveRewardWeighting
+from .errors import RewardError
 from .format import format_reward
 from .judge import OpenAIJudge, judge_callbacks
 from .judge_limits import JudgeUnavailableError

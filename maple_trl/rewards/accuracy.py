@@ -23,6 +23,8 @@ def accuracy_reward(
     r"""
     Grade the one `<answer>…</answer>` of each completion against the row's `solution` column.
 
+    For options and numbers this is the accuracy of AVATAR (arXiv 2508.03100), eq. 8.
+
     An option must match exactly (case does not matter; `B`, `B.`, `(B)`, `[B]`, `**B**`, `\boxed{B}`, `The answer is B.`, `选B`
     and `B. text` name the same option, see [`~maple_trl.rewards.answers.option_letter`]), a number
     `y` scores `max(0, 1 - |y' - y| / |y|)` (`y = 0` must be met exactly), other text must be equal up to case and white

@@ -54,11 +54,11 @@ class AnswerJudge(OpenAIJudge):
         self.question_column = question_column
 
     def judged_text(self, text: str) -> str | None:
-        """Return the answer in a completion."""
+        """Return the answer in the `text` of a completion."""
         return caption_text(text)
 
     def question(self, text: str, row: Mapping[str, Any]) -> Question | None:
-        """Ask about an answer; `None` for a row without a solution."""
+        """Ask about an answer (`text`) to a `row`; `None` for a row without a solution."""
         solution = solution_text(row.get("solution"))
         if solution is None:
             return None

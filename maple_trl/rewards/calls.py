@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import numbers
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
+from maple_trl import rewards as known
 from maple_trl.records.notes import FAILED
 
+from .errors import RewardError
 from .judge_limits import JudgeUnavailableError
 
 
@@ -23,10 +24,6 @@ _NOT_HANDED_ON = ("prompt", "completion", "completion_ids")
 _FORM = "a reward function is def NAME(completions, **columns) and returns a list with a number or None for each completion"
 
 
-class RewardError(ValueError):
-    """A reward function that fails, or does not give a reward for each completion. The message says which, and how."""
-
-
 # Before a run
 
 
@@ -34,8 +31,7 @@ def find_rewards(rewards: Any) -> Any:
     """Put functions in place of the names by which we know them, alone or in a list; what else TRL takes stays as it is."""
     if isinstance(rewards, list | tuple):
         return [find_rewards(reward) for reward in rewards]
-    known = sys.modules[__package__].REWARDS
-    found = known[rewards] if isinstance(rewards, str) and rewards in known else None
+    found = known.REWARDS[rewards] if isinstance(rewards, str) and rewards in known.REWARDS else None
     return rewards if found is None or inspect.isclass(found) else found
 
 
@@ -52,7 +48,7 @@ def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> 
         RewardError: for a function that TRL's call does not fit, or that needs a column that is not there.
     """
     for reward in rewards:
-        if isinstance(reward, str) and reward in sys.modules[__package__].__all__:
+        if isinstance(reward, str) and reward in known.__all__:
             raise RewardError(
                 f"the reward {reward!r} is the name of a function: pass maple_trl.rewards.{reward} itself"
             )

@@ -19,7 +19,7 @@ UNIMODAL_COLUMNS = {"V": "reference_v", "A": "reference_a", "S": "reference_s"}
 
 class CaptionJudge(OpenAIJudge):
     r"""
-    Grades a caption on three axes, each 0.0, 0.2, … 1.0; the reward is their mean.
+    Grades a caption on three axes, each 0.0, 0.2, … 1.0; the reward is their mean (MAPLE, arXiv 2602.11596, C.2).
 
     Axes are what is `missing`, `errors` and things made up, and the `fusion` of what comes from different signals; 1.0
     is good on all three.
@@ -79,11 +79,11 @@ class CaptionJudge(OpenAIJudge):
         self.columns = (reference_column,)
 
     def judged_text(self, text: str) -> str | None:
-        """Return the caption in a completion."""
+        """Return the caption in the `text` of a completion."""
         return caption_text(text)
 
     def question(self, text: str, row: Mapping[str, Any]) -> Question | None:
-        """Ask about a caption; `None` for a row without a reference."""
+        """Ask about a caption (`text`) of a `row`; `None` for a row without a reference."""
         tag = ModalityTag.parse(row[self.tag_column]) if row.get(self.tag_column) else None
         reference = as_text(row.get(self.reference_column))
         signals = [Modality(letter) for letter in tag.value] if tag else []

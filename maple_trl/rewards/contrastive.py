@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from maple_trl.modalities import ModalityTag
 
 from .answers import completion_text
-from .routing import joint_signature
+from .routing import is_reward_function, joint_signature
 
 
 Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -25,8 +24,8 @@ class ContrastiveRewardWeighting:
 
     For a prompt that needs two signals or three, the trainer lets the policy answer once more with one or two of them
     taken away. A completion whose similarity to that answer is below `tau` gets `min(1, (1 + alpha) r)` for the inner
-    reward `r` (equation 10). Where nothing can be taken away the inner reward stays as it is: for a row of one signal,
-    and for all rows with `modality_access="all"`.
+    reward `r` (MAPLE, arXiv 2602.11596, eq. 10). Where nothing can be taken away the inner reward stays as it is: for
+    a row of one signal, and for all rows with `modality_access="all"`.
 
     The deficit completions come as the column `deficit_completions`, which [`OmniGRPOTrainer`] and the trainers made
     from it provide. An `async` reward becomes an `async` one; the similarities are measured while it waits.
@@ -78,12 +77,10 @@ class ContrastiveRewardWeighting:
         similarity: Similarity | None = None,
         name: str | None = None,
     ):
-        # Here and not above: this loads all of TRL and torch, which those who only look for a reward can do without.
-        from torch import nn
+        # Here and not above: this loads all of TRL, which those who only look for a reward can do without.
         from trl.trainer.utils import get_callable_name
 
-        # A model or a model's name is a reward for TRL too, but is called in another way.
-        if not callable(reward) or isinstance(reward, nn.Module) or inspect.isclass(reward):
+        if not is_reward_function(reward):
             raise TypeError(f"ContrastiveRewardWeighting wraps a reward function, got {reward!r}")
         if not 0 <= alpha < math.inf:
             raise ValueError(f"ContrastiveRewardWeighting: alpha must be a number from 0 on, got {alpha}")

@@ -34,6 +34,8 @@ def format_reward(
     r"""
     Score 1.0 for a completion that is `<think>…</think><answer>…</answer>` and nothing else, 0.0 for any other.
 
+    This is the format reward of AVATAR (arXiv 2508.03100), eq. 7.
+
     Args:
         prompts (`list`, *optional*):
             Not used; TRL passes it.

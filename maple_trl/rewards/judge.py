@@ -154,7 +154,7 @@ class OpenAIJudge(ABC):
         """
 
     def judged_text(self, text: str) -> str | None:
-        """Return the part of a completion that is graded; `None` for a completion without it, which earns 0.0."""
+        """Return the part of a completion (`text`) that is graded; `None` for a completion without it, which earns 0.0."""
         return text
 
     def _fenced(self, name: str, text: str) -> str:
@@ -285,7 +285,7 @@ class OpenAIJudge(ABC):
         return JudgeCallback([self])
 
     def guard(self, state: TrainerState | None) -> None:
-        """Begin anew; calls with this `trainer_state` don't raise: the callback of that trainer ends the run."""
+        """Begin anew; calls with this `state` as `trainer_state` don't raise: the callback of that trainer ends the run."""
         self._guarded = state
         self.tripped: str | None = None
         self._window = FailureWindow(self.min_requests)

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maple_trl.chat.structured import NoObjectError, matching_objects
+from maple_trl.metrics.answers import words
 from maple_trl.rewards.answers import extract_answer
 
 
 # "<" before anything but white space opens what a chat template may take for a control token, in every family; so do
 # words in capitals in square brackets.
 _OPENING = re.compile(r"<(?=\S)|\[(?=/?[A-Z_]{3,}\])")
-_WORDS = re.compile(r"\w+")
 _ANSWER = re.compile(r"<answer>.*?(?:</answer>|\Z)", re.DOTALL)
 _THINKING = re.compile(r"^.*</think>", re.DOTALL)
 # No minus sign between name and number: what is below the scale is not on it.
@@ -65,8 +65,8 @@ def echoes(text: str, original: str) -> bool:
 
 
 def _runs(text: str) -> list[tuple[str, ...]]:
-    words = _WORDS.findall(text.casefold())
-    return [tuple(words[i : i + ECHO_WORDS]) for i in range(len(words) - ECHO_WORDS + 1)]
+    found = words(text)
+    return [tuple(found[i : i + ECHO_WORDS]) for i in range(len(found) - ECHO_WORDS + 1)]
 
 
 def caption_text(text: str) -> str:

@@ -11,7 +11,7 @@ from .answers import completion_text
 
 class LengthReward:
     r"""
-    Reward for completions that are not too long.
+    Reward for completions that are not too long (DAPO, arXiv 2503.14476, eq. 13).
 
     It is 1.0 up to `soft_limit` tokens, 0.0 from `hard_limit` tokens on, and in between falls along a straight line.
 

@@ -40,6 +40,9 @@ class LocalScorer:
 
     Attributes:
         usage (`ChatUsage`): counters; `sent` counts requests that were computed.
+
+    Raises:
+        ValueError: for a `batch_size` or `max_new_tokens` below 1.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class LocalScorer:
 
     def complete_many(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """
-        Answer a batch, as [`~maple_trl.chat.ChatClient.complete_many`] does.
+        Answer a batch of `requests`, as [`~maple_trl.chat.ChatClient.complete_many`] does.
 
         A request that the model cannot take has `internal` as its reason.
 

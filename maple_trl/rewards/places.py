@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from maple_trl.metrics.answers import words
+from maple_trl.metrics.answers import set_f1, words
 
 from .answers import completion_text, extract_answer, grade_answer, option_letter, solution_text
 
@@ -85,8 +85,7 @@ def object_overlap(said: ObjectPlace, truth: ObjectPlace) -> float:
     """Return the F-measure of the words that name the objects; 0 for a list of more of them."""
     if said.count > truth.count:
         return 0.0
-    common = len(set(said.object) & set(truth.object))
-    return 2.0 * common / (len(set(said.object)) + len(set(truth.object))) if common else 0.0
+    return set_f1(set(said.object), set(truth.object))
 
 
 def place_overlap(said: ObjectPlace, truth: ObjectPlace) -> float | None:

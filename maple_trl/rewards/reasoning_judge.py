@@ -35,11 +35,13 @@ class StepwiseReasoningJudge(OpenAIJudge):
     r"""
     Grades the `<think>` block of a completion on up to four axes, each 0.0, 0.2, … 1.0; the reward is their mean.
 
+    This is the fourth reward of AVATAR (arXiv 2508.03100), section 4.3.
+
     The axes are `audio_cues`, `visual_objects`, `spatial_locations` and `caption`.
 
     The judge sees the question, the row's cues, and the block; no `<answer>` of the completion (one inside the block is
     cut out) and no solution of the row. Thoughts that name an option are not changed, so that put no `solution` among
-    the cues. (So section 4.3 has it, "independently of the final answer"; the criteria of appendix B.1 and the authors'
+    the cues. (So that section has it, "independently of the final answer"; the criteria of appendix B.1 and the authors'
     released settings compare with the solution: `sees_solution`.)
 
     An axis is graded where the row has a cue for it; with pictures, what is seen is graded without one too. With
@@ -126,7 +128,7 @@ class StepwiseReasoningJudge(OpenAIJudge):
             )
 
     def judged_text(self, text: str) -> str | None:
-        """Return the think block of a completion."""
+        """Return the think block in the `text` of a completion."""
         return think_block(text)
 
     def _ask(self, completion: str, row: Mapping[str, Any]) -> Question | float | None:
@@ -135,7 +137,7 @@ class StepwiseReasoningJudge(OpenAIJudge):
         return super()._ask(completion, row)
 
     def question(self, text: str, row: Mapping[str, Any]) -> Question | None:
-        """Ask about thoughts; `None` for a row without a cue."""
+        """Ask about thoughts (`text`) on a `row`; `None` for a row without a cue."""
         try:
             pictures = self._pictures_of(row)
         except MediaError:

@@ -101,12 +101,10 @@ def _read_value(value: Any) -> Hashable:
 def _routed(
     reward: Callable, column: str, wanted: set, read: Callable, name: str | None, ordered: Sequence
 ) -> _RoutedReward:
-    # Here and not above: this loads all of TRL and torch, which those who only look for a reward can do without.
-    from torch import nn
+    # Here and not above: this loads all of TRL, which those who only look for a reward can do without.
     from trl.trainer.utils import get_callable_name, is_async_callable
 
-    # A model or a model's name is a reward for TRL too, but is called in another way.
-    if not callable(reward) or isinstance(reward, nn.Module) or inspect.isclass(reward):
+    if not is_reward_function(reward):
         raise TypeError(f"only a reward function can be routed to some rows, got {reward!r}")
     if not wanted:
         raise ValueError("a reward for no row at all: name the tags or values that it is for")
@@ -179,6 +177,13 @@ class _AsyncRoutedReward(_RoutedReward):
     ) -> list[float | None]:
         chosen, arguments = self._choose(prompts, completions, completion_ids, columns)
         return self._spread(await self.reward(**arguments) if chosen else [], chosen, len(completions))
+
+
+def is_reward_function(reward: Any) -> bool:
+    """Return whether something is called as a reward function: a model and a class, which TRL takes or calls too, are not."""
+    from torch import nn
+
+    return callable(reward) and not isinstance(reward, nn.Module) and not inspect.isclass(reward)
 
 
 def joint_signature(own: Callable, inner: Callable) -> inspect.Signature:

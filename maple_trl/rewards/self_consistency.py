@@ -8,10 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from maple_trl.modalities import MEDIA_COLUMNS
+
 from .answers import answer_key, completion_text, extract_answer, row_options
-
-
-_MEDIA_COLUMNS = ("video", "audio", "subtitle", "image", "images")
 
 
 def self_consistency_reward(
@@ -27,6 +26,8 @@ def self_consistency_reward(
 ) -> list[float]:
     r"""
     Score 1.0 for a completion that gives the most common answer of its group, 0.0 for any other.
+
+    This is the self-rewarding of AVATAR (arXiv 2508.03100), eq. 9 and 10.
 
     Answers are compared as they are graded: `B`, `(b)` and `B. text` are one answer, `12` and `12.0` too, and text is
     compared up to case and white space. A completion without an answer, with several, or with one that says nothing
@@ -119,7 +120,7 @@ def _groups_of_equal_prompts(prompts: list | None, columns: dict[str, Any]) -> l
             "self_consistency_reward needs `group_ids` or `prompts` to tell which completions are a group"
         )
     # Rows may share a question: then their media tell them apart.
-    parts = [prompts, *(columns[name] for name in _MEDIA_COLUMNS if isinstance(columns.get(name), list))]
+    parts = [prompts, *(columns[name] for name in MEDIA_COLUMNS if isinstance(columns.get(name), list))]
     return [_content(row) for row in zip(*parts, strict=True)]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cachetools import LRUCache
+
+from maple_trl.metrics.answers import words
 
 
 BUILTIN_SIMILARITY = "builtin:words"
@@ -25,17 +26,17 @@ def word_similarity(texts: Sequence[str], others: Sequence[str]) -> list[float]:
     """
     return [
         2 * (first & second).total() / max(first.total() + second.total(), 1)
-        for first, second in zip(map(_words, texts), map(_words, others), strict=True)
+        for first, second in zip(_counted(texts), _counted(others), strict=True)
     ]
 
 
-def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"\w+", text.casefold()))
+def _counted(texts: Sequence[str]) -> Iterator[Counter[str]]:
+    return map(Counter, map(words, texts))
 
 
 class BertScoreSimilarity:
     r"""
-    BERTScore F1 of pairs of texts, in `[0, 1]`, with a model of your own.
+    BERTScore F1 (arXiv 1904.09675, section 3) of pairs of texts, in `[0, 1]`, with a model of your own.
 
     The tokens of either text are matched to the most similar of the other by the cosine of their contextual embeddings;
     F1 is of the mean matches of both sides, so the order of a pair does not matter. It is neither weighted by inverse

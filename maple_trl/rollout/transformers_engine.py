@@ -25,6 +25,8 @@ class TransformersEngine:
 
     Attributes:
         model: with or without adapters; outside of wrappers of accelerate.
+        tokenizer: the model's.
+        generation_config: how tokens are drawn, and how many.
         family: of the model; `None` for a text-only model.
         serve: hands prompts' media to the forwards of a model inside its context.
         shares: tells whether rows share their prompts.
@@ -46,7 +48,7 @@ class TransformersEngine:
     failed: dict[int, str] = field(default_factory=dict)
 
     def sample(self, turn: Turn, prompt_ids: list[list[int]], prompts: Sequence[EncodedPrompt] | None) -> Completions:
-        """Sample a completion for each row."""
+        """Sample a completion for each row, as [`RolloutEngine.sample`] says."""
         if self.rows_at_a_time is None:
             return self._sample(turn, prompt_ids, prompts)
         same = list(map(tuple, prompt_ids)) if prompts is None else list(map(id, prompts))

@@ -27,7 +27,7 @@ class VLLMEngine:
         return getattr(self.generation, "failed", {})
 
     def sample(self, turn: Turn, prompt_ids: list[list[int]], prompts: Sequence[EncodedPrompt] | None) -> Completions:
-        """Sample a completion for each row; TRL passes encoded prompts through as it does tokens."""
+        """Sample as [`RolloutEngine.sample`] says; TRL passes encoded prompts through as it does tokens."""
         return turn(prompt_ids if prompts is None else list(prompts), {})
 
 

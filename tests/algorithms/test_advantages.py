@@ -65,6 +65,7 @@ def test_order_of_rows_does_not_matter(scope, data, rows):
 @pytest.mark.parametrize("scope", SCOPES)
 @settings(deadline=None)
 @given(rows=rows, prompt=st.integers(-3, 4))
+@pytest.mark.matrix(cases=2)
 def test_unscorable_completions_change_nothing(scope, rows, prompt):
     """A completion without reward is as good as absent, which a reward of 0 is not."""
     more = [*rows, (math.nan, prompt, ModalityTag.V)]

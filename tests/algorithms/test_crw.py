@@ -290,6 +290,7 @@ ROWS = st.lists(
     "inner", [letters_reward, async_letters_reward, AsyncScorer()], ids=["plain", "async", "async object"]
 )
 @given(ROWS, st.floats(0, 3), UNIT)
+@pytest.mark.matrix(cases=2)
 def test_the_wrapper_against_a_loop(inner, rows, alpha, tau):
     letters, texts, deficits, chat = ([row[i] for row in rows] for i in range(4))
     completions = [

@@ -116,6 +116,7 @@ def loss_of(rewards, prompts, tags, lengths, values, scope, aggregation):
 @pytest.mark.parametrize("scope", SCOPES)
 @settings(deadline=None, max_examples=100)
 @given(batch=batches(), aggregation=st.sampled_from(AGGREGATIONS), data=st.data())
+@pytest.mark.matrix(cases=2)
 def test_losses_are_over_what_can_be_scored(scope, batch, aggregation, data):
     scores, prompts, weights, lengths = batch
     tags = [TAGS[prompt % 3] for prompt in prompts]

@@ -11,16 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maple_trl.algorithms.replay import (
-    MANIFEST,
-    TIERS,
-    Experience,
-    ReplayStateError,
-    StratifiedReplayBuffer,
-    Vcrs,
-    tier_of,
-    tier_thresholds,
-)
+from maple_trl.algorithms.experience import Experience
+from maple_trl.algorithms.replay import MANIFEST, ReplayStateError, StratifiedReplayBuffer
+from maple_trl.algorithms.replay_tiers import TIERS, Vcrs, tier_of, tier_thresholds
 
 
 # Few values, so that ties are the rule.

@@ -94,6 +94,7 @@ def test_a_window_shorter_than_a_step_cannot_overflow():
 @pytest.mark.parametrize("history", HISTORIES)
 @settings(deadline=None)
 @given(before=steps, after=steps, window=st.integers(1, 6))
+@pytest.mark.matrix(cases=1)
 def test_a_saved_state_goes_on_alike(history, before, after, window):
     original, restored = (AdaptiveTagWeights(window, history) for _ in range(2))
     for step in before:

@@ -154,6 +154,7 @@ def run_benchmark(name, folder, *options):
     return json.loads(file.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_mapo_bookkeeping_is_measured(tmp_path):
     result, output = run_benchmark("mapo_bookkeeping", tmp_path, "--steps", "4", "--pair-steps", "1", "--pairs", "2")
     assert result["share"]["n"] == 3 and 0 < result["share"]["median"] < 1

@@ -342,6 +342,7 @@ def carried_out(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register):
     told = register["variants"]["reach-avatar"]
     points = carried_out(make_run(told, **TWO_STEPS))["tier_curve"]["points"]
@@ -371,6 +372,7 @@ def test_with_the_loss_off_it_does_not_matter_what_is_replayed(small_tasks, regi
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stages_begin_with_the_model_of_the_one_before(small_tasks, register):
     told = register["variants"]["stages-judge"] | {"instruments": ["weights"]}
     still = TWO_STEPS | {"max_steps": 1, "learning_rate": 0.0, "warmup_steps": 0, "per_device_train_batch_size": 16}

@@ -37,6 +37,7 @@ def claims(*words):
 # The register
 
 
+@pytest.mark.long
 def test_rows_are_those_of_the_small_models(register):
     """The same measures, by the clock of the GPU where seconds are counted, of variants that differ in their task alone."""
     pairs = {
@@ -198,6 +199,7 @@ def test_rewards_are_drawn_and_half_of_the_rows_are_alike():
     assert groups[:40] == [{0.0}] * 40 and sum(group == {0.0, 1.0} for group in groups[40:]) >= 38
 
 
+@pytest.mark.long
 def test_prompts_are_as_long_as_is_told(monkeypatch, tmp_path):
     """By the processor that lies beside the model, of a row that is fed all."""
     from tasks import three_b
@@ -303,6 +305,7 @@ def test_chains_are_trained_and_read(tiny, register):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_steps_of_the_3b_are_timed_by_the_clock(tiny, register, monkeypatch):
     import step_times
     from transformers import TrainerCallback

@@ -264,6 +264,7 @@ def trainer(tmp_path):
         ("mapo", {"advantage_scope": "tag_whitened"}),
     ],
 )
+@pytest.mark.matrix(cases=2)
 def test_steps_that_are_put_together_are_the_trainers(claims, trainer, method, options):
     module = claims("instruments_maple")
     made = trainer(method=method, **options)
@@ -301,6 +302,7 @@ def weights_of(trainer):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_looking_leaves_the_policy_as_it_was(claims, trainer, monkeypatch):
     module = claims("instruments_maple")
     monkeypatch.setattr(module.Gradient, "COORDINATES", 64)
@@ -397,6 +399,7 @@ def test_training_is_rewarded_with_noise_and_scale(claims, job, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_steps_are_timed_in_turns(claims, job, monkeypatch):
     module = claims("step_times")
     monkeypatch.setattr(module, "RECIPES", {name: module.RECIPES[name] for name in ("mupo", "early")})

@@ -268,6 +268,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_shared_prompt_trains_the_same_weights_and_a_planted_difference_is_seen(sketch, small):
     from instruments_ours import differences
 

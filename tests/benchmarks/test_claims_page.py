@@ -191,6 +191,7 @@ def page_of(tmp_path, new, old, change):
         (BETTER, "not above", "**does not**"),
     ],
 )
+@pytest.mark.matrix(cases=3)
 def test_a_claim_that_does_not_hold_says_of_which_effect(tmp_path, new, expects, shown):
     def change(measures):
         measures["accuracy"] |= {"least": 0.1, "expects": expects}

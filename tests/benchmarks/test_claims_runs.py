@@ -111,6 +111,7 @@ def without_seconds(told):
     return [without_seconds(one) for one in told] if isinstance(told, list) else told
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_result_whatever_its_process_did_before(three):
     first, again, other = (json.loads(file.read_text()) for file in three)
     assert without_seconds(first) == without_seconds(again)
@@ -134,6 +135,7 @@ def test_a_result_is_small_and_its_questions_are_told_once(three):
 # Many
 
 
+@pytest.mark.long
 def test_a_runner_that_is_killed_goes_on_and_two_share_the_runs(evidence, python, tmp_path):
     outputs = [tmp_path / f"output-{number}" for number in range(3)]
     one = programs.Program(words(evidence, "sooner", "--seeds", "0-1", "--workers", "1"), outputs[0], variables=python)
@@ -186,6 +188,7 @@ def test_time_that_is_over_leaves_runs(evidence, python):
     assert done.returncode == 0 and "0 runs are done, 0 failed, 10 are left" in done.stdout
 
 
+@pytest.mark.long
 def test_quick_runs_are_no_evidence(evidence, python):
     done = programs.run(words(evidence, "--quick"), python)
     assert done.returncode == 1  # the broken one

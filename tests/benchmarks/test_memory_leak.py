@@ -66,6 +66,7 @@ def test_a_process_is_measured(memory, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps, warm_up", [(110, 30), pytest.param(200, 50, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_nothing_grows_in_a_run_and_a_planted_leak_is_found(steps, warm_up, tmp_path):
     """Both in one run: the leak begins in its middle."""
     file = tmp_path / "leak.json"

@@ -53,6 +53,7 @@ def test_published_figures(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.matrix(cases=1)
 def test_memory_of_a_pass_is_what_the_allocator_counts(script, checkpointing):
     points = script("plan_points")
     shape = points.Shape("small", "shared", 256, 32, 4, checkpointing)

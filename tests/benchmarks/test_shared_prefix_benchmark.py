@@ -51,6 +51,7 @@ def script(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 def test_the_headline_is_the_smallest_of_the_details(benchmark):
     result, output = benchmark
     assert list(result)[:4] == ["share_of_bound", "step_speedup_4", "step_speedup_6", "train_memory_ratio"]
@@ -154,6 +155,7 @@ def test_bound_of_the_usual_sizes():
     assert generation_work(1024, 64, 8, True).tokens == 1024 + 8 * 63
 
 
+@pytest.mark.long
 def test_sweeps_are_drawn(tmp_path):
     plot = tmp_path / "sweep.png"
     result, _ = run(
@@ -207,10 +209,10 @@ def test_the_check_catches_wrong_positions(script, monkeypatch):
 def test_rounding_in_deep_models_is_not_taken_for_a_fault(layers, script):
     """With weights as small as those that Qwen's models begin with, a position more or less is lost in bfloat16."""
     import _shared_prefix_model as sizes
+    from omni_runs import sharing_error
     from trl.trainer.utils import add_fused_lm_head
 
     from maple_trl.omni.prefix.packed_attention import install
-    from maple_trl.omni.prefix.sharing import sharing_error
     from maple_trl.omni.serving import serve_media
 
     deep = ["--layers", str(layers), "--hidden", "96", "--heads", "2", "--kv-heads", "1"]

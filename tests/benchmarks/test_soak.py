@@ -379,6 +379,7 @@ LOGS = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); out.mkdir(); file 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_without_progress_is_a_hang_in_its_phase(tmp_path):
     found = watched(tmp_path, "import time; time.sleep(600)", start=1.0)
     assert found["hangs"] == [{"phase": "start", "step": 0, "start": 1}] and found["statuses"] == [None]
@@ -389,6 +390,7 @@ def test_a_run_without_progress_is_a_hang_in_its_phase(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_ends_again_and_again_is_given_up(tmp_path):
     found = watched(tmp_path, "raise SystemExit(3)")
     assert found["statuses"] == [3, 3, 3] and not found["hangs"]
@@ -423,6 +425,7 @@ PLANTED = (*SHORT, "--legs", "undisturbed", "--faults", "kill_rank", "--plant", 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_run_survives_some_faults(tmp_path):
     """Both legs end once: one goes on as if nothing had been, the other names the rows that it has lost."""
     going_on = {name for name in HARMLESS if not KINDS[name].ends_run}
@@ -440,6 +443,7 @@ def test_a_real_run_survives_some_faults(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_planted_leak_is_caught(tmp_path):
     status, told, said = soak_of_copies(tmp_path, *PLANTED)
     (one,) = told["soaks"]

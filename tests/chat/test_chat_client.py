@@ -101,6 +101,7 @@ def client(server, **options):
         (say("", finish_reason="length"), "truncated", 1),
     ],
 )
+@pytest.mark.matrix(cases=18)
 def test_a_fault_that_stays_has_a_name(action, reason, calls):
     timeout = 0.3 if reason == "timeout" else 5.0
     with ChatServer(in_turn(action)) as server, client(server, max_attempts=3, timeout=timeout) as chat:

@@ -58,6 +58,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.long
 def test_two_thousand_requests(record_property):
     requests = [ChatRequest([{"role": "user", "content": f"question {number}"}]) for number in range(REQUESTS)]
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -114,6 +114,7 @@ def test_help_and_mistakes_import_nothing_heavy(line, light_lines):
         ("eval --model m --data d --output o", "0", ["maple-trl: loading torch and TRL …"]),
     ],
 )
+@pytest.mark.matrix(cases=1)
 def test_a_word_before_torch_loads(line, rank, told, tmp_path):
     """Of the first process, and at once: this torch ends the process where it begins to load."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch begins')\n")
@@ -508,6 +509,8 @@ def test_env_reports_this_machine(capsys):
     report = json.loads(shown.stdout)
     assert report["python"] == ".".join(map(str, sys.version_info[:3]))
     versions = {package["name"]: package["version"] for package in report["packages"]}
+    assert len(versions) == len(report["packages"])  # each once
+    assert {"flash-attn", "bitsandbytes"} <= set(versions) and "mkdocs" not in versions  # of use, and for developers
     import torch
     import trl
 

@@ -55,6 +55,7 @@ def adapter(folder):
 
 
 @pytest.mark.parametrize("trainer", ["mapo", "avatar", "omni_grpo"])
+@pytest.mark.matrix(cases=1)
 def test_a_job_trains_beside_4_bits(tmp_path, capsys, trainer):
     own = {"avatar": "replayed_generations: 1\nlora_dropout: 0.0\n"}.get(trainer, "")
     assert train(tmp_path, trainer=trainer, more="load_in_4bit: true\nuse_bnb_nested_quant: true\n" + own) == 0
@@ -84,6 +85,7 @@ save_strategy: "no"
 """
 
 
+@pytest.mark.long
 def test_a_supervised_job_trains_beside_8_bits(tmp_path, capsys):
     (tmp_path / "job.yaml").write_text(SUPERVISED)
     assert cli.main(["train", "--config", str(tmp_path / "job.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
@@ -91,6 +93,7 @@ def test_a_supervised_job_trains_beside_8_bits(tmp_path, capsys):
     assert any(value.abs().max() > 0 for name, value in adapter(tmp_path).items() if "lora_B" in name)
 
 
+@pytest.mark.long
 def test_an_adapter_is_evaluated_beside_few_bits_and_whole_weights(tmp_path, capsys):
     assert train(tmp_path, "--load_in_8bit", "true", "--quantize_towers", "true") == 0
     asked = ["--data", "builtin:seven-tags", "--limit", "8", "--samples", "2", "--quiet"]  # which share their prompts
@@ -112,6 +115,7 @@ def test_an_adapter_is_evaluated_beside_few_bits_and_whole_weights(tmp_path, cap
     assert len(digests) == 3
 
 
+@pytest.mark.long
 def test_a_quantization_config_of_ones_own(tmp_path, capsys):
     own = {"quantization_config": {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "model.visual"]}}
     assert train(tmp_path, "--model_init_kwargs", json.dumps(own)) == 0

@@ -411,6 +411,7 @@ JSON = st.sampled_from(ODD) | st.recursive(
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
+@pytest.mark.matrix(cases=3)
 def test_any_value_in_any_field_gives_rows_or_names_its_place(name, data):
     table, record, _, _ = CASES[name]
     embedded = {"image": "p.png", "audio": "a.wav"} if name == "omnibench" else {}

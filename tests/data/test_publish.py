@@ -149,6 +149,7 @@ def test_media_are_looked_for_where_a_root_is_named(hub, folder, tmp_path):
     ("repository", "key", "error"),
     [
         ("clips", KEY, "'clips' is no id of a repository; write OWNER/NAME"),
+        ("me/a--b", KEY, "'me/a--b' is no id of a repository; write OWNER/NAME"),  # which the Hub's own client refuses
         ("me/clips", "hf_other", "the Hub refuses it (HTTP 401): is there a key that may write"),
     ],
 )

@@ -176,7 +176,7 @@ def test_what_is_left_when_a_split_could_not_be_replaced(tmp_path, monkeypatch, 
     """The former rows, or a set that is refused: never other rows without a word."""
     schema = pa.schema([("id", pa.string())])
     tables = {name: pa.table({"id": [f"{name}{i}" for i in range(3)]}, schema) for name in ("old", "new")}
-    replace_split([tables["old"]], schema, 3, tmp_path, "train", former_rows)
+    replace_split([tables["old"]], schema, tmp_path, "train", former_rows)
     replace, done = os.replace, []
 
     def failing(source, target):
@@ -187,7 +187,7 @@ def test_what_is_left_when_a_split_could_not_be_replaced(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="stopped here"):
-        replace_split([tables["new"]], schema, 3, tmp_path, "train", 1)
+        replace_split([tables["new"]], schema, tmp_path, "train", 1)
     monkeypatch.undo()
     if at == 0 and former_rows == 3:
         (path,) = find_shards(tmp_path)["train"]
@@ -195,5 +195,5 @@ def test_what_is_left_when_a_split_could_not_be_replaced(tmp_path, monkeypatch, 
     else:
         with pytest.raises(ShardError, match="not one whole set"):
             find_shards(tmp_path)
-    replace_split([tables["new"]], schema, 3, tmp_path, "train", 1)
+    replace_split([tables["new"]], schema, tmp_path, "train", 1)
     assert pa.concat_tables(map(pq.read_table, find_shards(tmp_path)["train"])).equals(tables["new"])

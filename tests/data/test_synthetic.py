@@ -138,6 +138,7 @@ def signals(written):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.matrix(cases=1)
 def test_files_are_real_and_carry_the_attributes_of_their_row(written, split):
     folder, tables = written
     for row in {row["video"]: row for row in tables[split]}.values():
@@ -194,6 +195,7 @@ def test_right_letter_needs_every_modality_of_its_tag(tag):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_other_signal_predicts_the_answers_of_the_written_set(written, signals):
     _, tables = written
     assert leaks(tables["train"], tables["test"], signals) == set()

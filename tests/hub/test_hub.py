@@ -362,6 +362,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.matrix(cases=2)
 def test_each_strategy_publishes_what_it_says(hub, strategy, tmp_path):
     repository = f"me/{strategy}"
     trainer = text_trainer(

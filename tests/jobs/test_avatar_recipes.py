@@ -158,6 +158,7 @@ def _jobs(path):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if is_plan(AVATAR / name)])
+@pytest.mark.matrix(cases=3)
 def test_every_stage_of_a_row_can_be_read_and_differs_in_what_the_row_says(name):
     """Each of its stages is the published one but for the keys of the row."""
     own = set(keys(AVATAR / name)) - {"stages", "output_dir"}
@@ -313,6 +314,7 @@ def test_the_tiny_stages_run(tmp_path):
     assert ["hints_never_fired" in kinds for kinds in told] == [False, True, True, True]
 
 
+@pytest.mark.long
 def test_adapters_go_from_stage_to_stage_with_the_stage_s_beginning_as_reference(tmp_path):
     """LoRA and the KL term, as published: at a stage's first step the policy is the reference, and at the next it is not."""
     words = ["--use_peft", "true", "--lora_r", 4, "--learning_rate", 1e-2, "--warmup_steps", 0, "--max_steps", 2]
@@ -325,6 +327,7 @@ def test_adapters_go_from_stage_to_stage_with_the_stage_s_beginning_as_reference
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if is_plan(AVATAR / name) and name != "stages.yaml"])
+@pytest.mark.matrix(cases=3)
 def test_a_tiny_twin_runs_a_step(name, tmp_path):
     """Its last stage, from the embedded model; the stages before it are those of other rows."""
     words = [
@@ -370,6 +373,7 @@ def some_rows():
     return json.dumps({"id": [row["id"] for row in rows]})
 
 
+@pytest.mark.long
 def test_a_hint_fires_in_the_published_recipe_s_tiny_twin(tmp_path, some_rows, capsys):
     words = ["--dataset_filter", some_rows, "--logging_steps", 1, "--save_strategy", "no"]
     assert run(TINY / "s1_visual.yaml", tmp_path / "fires", *words) == 0
@@ -425,6 +429,7 @@ def _judged(path, server):
 
 
 @pytest.mark.parametrize("name", ["s3_localization.yaml", "judge_sees_solution.yaml"])
+@pytest.mark.matrix(cases=1)
 def test_stage_3_trains_with_its_judge(name, tmp_path):
     sees = name.startswith("judge")
     grades = {"audio_cues": 0.35, "caption": 0.5} if sees else {}

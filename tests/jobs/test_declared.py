@@ -32,6 +32,7 @@ def accepts(parser, words):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.matrix(cases=2)
 def test_what_the_class_accepts_its_declaration_accepts(trainer):
     """A mistake found early must be one."""
     declared, real = make_parser(trainer, declared=True), make_parser(trainer)

@@ -70,6 +70,7 @@ def data(seven_tags):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("family", TAGS)
+@pytest.mark.matrix(cases=3)
 def test_two_steps_and_a_resume(family, trainer, data, tmp_path, capsys):
     out = tmp_path / "out"
     options = OPTIONS | TRAINERS[trainer] | {"trainer": trainer, "output_dir": str(out), "media_root": str(data)}
@@ -134,6 +135,7 @@ sys.exit(cli.main(sys.argv[1:]))
     ("family", "way"),
     [("phi4_multimodal", "ddp"), *((name, "fsdp2") for name in ("phi4_multimodal", "video_llama_3", "qwen2_5_vl"))],
 )
+@pytest.mark.matrix(cases=2)
 def test_two_processes_train_as_one_does(family, way, data, tmp_path):
     """Each waits for every gradient or weight, while one has pictures and sounds that the other has not."""
     options = OPTIONS | TRAINERS["omni_sft"] | {"trainer": "omni_sft", "media_root": str(data), "save_steps": 2}

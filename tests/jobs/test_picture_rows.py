@@ -51,6 +51,7 @@ def logged(folder):
 
 
 @pytest.mark.parametrize(("pictures", "images"), [("keep", 3), ("clips", 0), ("leave_out", 0)])
+@pytest.mark.matrix(cases=1)
 def test_video_r1_with_its_pictures_is_trained_on(published, tmp_path, capsys, pictures, images):
     rows = tmp_path / "rows"
     assert cli.main(["data", "convert", "video-r1", str(published), str(rows), "--pictures", pictures]) == 0

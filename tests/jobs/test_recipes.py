@@ -239,6 +239,7 @@ JOBS = [
 
 
 @pytest.mark.parametrize("name", JOBS, ids=str)
+@pytest.mark.matrix(cases=33)
 def test_a_micro_batch_holds_whole_groups(name):
     """Else a prompt passes once for each micro-batch that has some of its completions; supervised ones have no groups."""
     script_args, args, _ = parsed(RECIPES / name)
@@ -251,6 +252,7 @@ def test_torn_groups_are_noticed(write):
 
 
 @pytest.mark.parametrize("folder, name", ROWS)
+@pytest.mark.matrix(cases=19)
 def test_a_tiny_variant_is_the_recipe_with_the_tiny_settings_over_it(folder, name):
     tiny, real = values(tiny_of(folder, name)), values(RECIPES / folder / f"{name}.yaml")
     small = own_keys(RECIPES / "tiny" / "base.yaml")
@@ -509,6 +511,7 @@ ADDED += [f"full_without_{axis}" for axis in ("aggregation", "clipping", "filter
 
 
 @pytest.mark.parametrize("name", ["mupo", "full_recipe", "caption_best", *ADDED])
+@pytest.mark.matrix(cases=3)
 def test_a_tiny_recipe_runs(name, tmp_path):
     words = ["--config", RECIPES / "tiny" / f"{name}.yaml", "--output_dir", tmp_path, "--max_steps", 2, "--use_cpu"]
     words += ["true", "--evaluate_before_after", "false", "--logging_steps", 1, "--per_device_train_batch_size", 16]

@@ -80,6 +80,7 @@ def test_the_rows_are_valid(tmp_path, rows, media):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.matrix(cases=1)
 def test_a_folder_of_shards_is_trained_on(job, tmp_path, capsys, streaming):
     """Its column `image` is empty in every row."""
     status, summary = job(dataset_streaming=streaming)
@@ -159,6 +160,7 @@ def with_picture(rows, at):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.matrix(cases=1)
 def test_rows_with_a_picture_are_fed_it(job, rows, media, tmp_path, capsys, streaming):
     """Those of tags with V have a picture beside their clip: the others' pictures are not fed."""
     root = tmp_path / "media"

@@ -19,7 +19,7 @@ from maple_trl.evaluation import (
 )
 from maple_trl.metrics.clip_intervals import standard_error, sum_by_clip
 from maple_trl.metrics.clips import clip_of, clips_of
-from maple_trl.modalities import ModalityTag
+from maple_trl.modalities import SUBTITLE_SUFFIXES, ModalityTag
 
 
 TAGS = [str(tag) for tag in ModalityTag]
@@ -65,6 +65,7 @@ class TestCoverage:
             (8, "uniform", 0.58, 0.1),
         ],
     )
+    @pytest.mark.matrix(cases=6)
     def test_of_the_mean(self, clips, sizes, mean, deviation):
         rng = np.random.default_rng(0)
 
@@ -87,6 +88,7 @@ class TestCoverage:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("clips", "nested"), [(20, False), (68, True)])
+    @pytest.mark.matrix(cases=1)
     def test_of_means_over_tags_and_of_gaps(self, clips, nested):
         rng = np.random.default_rng(1)
         harder = np.linspace(-0.15, 0.15, 7)  # an accuracy for each tag, around the clip's
@@ -311,7 +313,7 @@ class TestClipsOfRows:
             ({"image": None, "images": ["a.png", "b.png"], "audio": "a.wav"}, "a.png"),
             ({"image": "a.png", "video": "a.mp4"}, "a.mp4"),
             ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, "a.png"),
-            ({"video": [], "audio": "", "subtitle": "subs/a.srt"}, "subs/a.srt"),
+            *(({"video": [], "audio": "", "subtitle": f"subs/a{end}"}, f"subs/a{end}") for end in SUBTITLE_SUFFIXES),
             ({"subtitle": "What they say, in a file called a.srt: nothing."}, None),
             ({"prompt": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "a.mp4"),
             ({"prompt": [{"role": "user", "content": [{"type": "audio", "path": "a.wav"}]}]}, "a.wav"),

@@ -84,6 +84,7 @@ def targets(kind: str, family: str, adapter: layouts.Tensors):
 @pytest.mark.parametrize("family", LINEAR)
 @pytest.mark.parametrize("kind", ["pattern", "last names", "whole", "bare"])
 @pytest.mark.parametrize("prefix", ["base_model.model.thinker.", "base_model.model."])
+@pytest.mark.matrix(cases=3)
 def test_an_adapter_computes_what_it_computed(prefix, kind, family, tmp_path):
     leaves = "|".join(LINEAR[family])
     adapter, merged = drawn(family, rf"(self_attn\.q_proj|mlp\.up_proj|\.({leaves}))$")

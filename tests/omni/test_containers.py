@@ -184,6 +184,7 @@ def test_the_content_decides_whatever_the_name(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [*VIDEOS, *SOUNDS])
+@pytest.mark.matrix(cases=29)
 def test_a_cut_file_is_refused_or_shorter_and_never_claims_its_whole_length(folder, tmp_path, loader, name):
     """Where the container has no length, what is left is a whole, shorter clip: MPEG streams are cut so on purpose."""
     demuxer = (VIDEOS | SOUNDS)[name][0]

@@ -70,6 +70,7 @@ def quarantined(output_dir):
         (signal.SIGSTOP, "decode-timeout", True),
     ],
 )
+@pytest.mark.matrix(cases=1)
 def test_training_goes_on_without_the_row(folder, number, reason, prefetch):
     options = PLAIN | {"media_decode_timeout": 1.5, "media_prefetch": prefetch}
     trainer = build_trainer(folder, Dataset.from_list(rows()), **options)

@@ -91,6 +91,7 @@ def logits(model, family):
 
 
 @pytest.mark.parametrize("family", OMNI)
+@pytest.mark.matrix(cases=1)
 def test_the_full_model_is_rebuilt(family, runs, tmp_path):
     original, run = runs[family]
     words = ["export", str(run), str(tmp_path / "full"), "--parts", "full", "--original", str(original)]
@@ -120,6 +121,7 @@ def test_the_full_model_is_rebuilt(family, runs, tmp_path):
 
 
 @pytest.mark.parametrize("family", OMNI)
+@pytest.mark.matrix(cases=1)
 def test_the_omni_classes_load_it_with_talker_and_voices(family, runs, tmp_path):
     """From an original with all weights of these parts, which transformers saved."""
     whole, processor = build_tiny_full(family, seed=3)
@@ -151,6 +153,7 @@ def test_a_precision_is_written_where_it_is_read(runs, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3_omni", "qwen2_5_vl", "gemma4", "phi4_multimodal"])
+@pytest.mark.matrix(cases=2)
 def test_adapters_are_merged(family, tmp_path):
     """Against a merge by hand; in families with and without parts that speak."""
     model, processor = build_tiny(family)
@@ -209,6 +212,7 @@ export.export_model({run!r}, {out!r}, "full", {original!r})
 """
 
 
+@pytest.mark.long
 def test_what_is_killed_leaves_no_half_made_folder(runs, tmp_path):
     original, run = runs["qwen2_5_omni"]
     out = tmp_path / "out"

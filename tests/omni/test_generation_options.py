@@ -188,6 +188,7 @@ def undisturbed(ways):
 
 
 @pytest.mark.parametrize("name", NASTY)
+@pytest.mark.matrix(cases=18)
 def test_no_option_of_a_checkpoint_reaches_sampling(name, ways, undisturbed, checkpoint):
     """In every way of sampling what would be felt there; of the others each in one way, and in sets in all of them, below."""
     config = written(checkpoint, {name: NASTY[name]})
@@ -300,6 +301,7 @@ def test_a_text_model_samples_by_the_options(tmp_path):
 
 
 @pytest.mark.parametrize("shared", ["off", "on"])
+@pytest.mark.matrix(cases=1)
 def test_with_adapters(shared, seven_tags):
     """PEFT hands a generation config of its own on to the model below."""
     folder, dataset = seven_tags

@@ -54,6 +54,7 @@ def assert_same(model, family, expected):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.matrix(cases=3)
 def test_every_layout_gives_the_same_thinker(layout, family, expected, tmp_path):
     folder = layouts.LAYOUTS[layout](tmp_path / "model", family)
     check_checkpoint(str(folder), {})

@@ -19,7 +19,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.errors import REASONS
-from maple_trl.omni.media import decode
+from maple_trl.omni.media import decode, opening
 from maple_trl.omni.media.containers import declared_bytes
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
@@ -73,6 +73,7 @@ def assert_same_pictures(clip, images: list[np.ndarray]) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("count", [4, 11])
+@pytest.mark.matrix(cases=9)
 def test_frames_are_those_of_a_full_decode(tmp_path, name, options, count):
     """Evenly by number from the first picture to the last, as the Qwen models are fed, each with its own time."""
     path = files.write_video(tmp_path / name, **options)
@@ -270,6 +271,7 @@ def test_empty_file(tmp_path):
 @pytest.mark.parametrize(
     "name", ["a.mp4", "faststart.mp4", "fragmented.mp4", "a.webm", "a.mkv", "a.wav", "a.mp3", "a.flac"]
 )
+@pytest.mark.matrix(cases=7)
 def test_never_silently_half_a_clip(tmp_path, name, part):
     """The index of a plain mp4 is at its end, so that nothing is left without it; a cut flac frame does not decode."""
     sound = files.tone(4, 48000)
@@ -387,6 +389,7 @@ def test_audio_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "live.mkv"])  # with and without the length in the header
+@pytest.mark.matrix(cases=1)
 def test_overlong_clips_are_refused_or_trimmed(tmp_path, name):
     live = {"options": {"live": "1"}} if name == "live.mkv" else {}
     path = files.write_video(tmp_path / name, frames=120, audio=files.tone(5, 16000), **live)
@@ -425,7 +428,7 @@ def test_pictures_of_absurd_size(tmp_path, monkeypatch):
     files.write_video(tmp_path / "a.mp4")
     loader = MediaLoader(tmp_path, workers=0)  # here, where the limit is lowered
     assert reason_of(lambda: loader.video("thin.mp4")) == "bad-aspect-ratio"
-    monkeypatch.setattr(decode, "MAX_SOURCE_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr(opening, "MAX_SOURCE_PIXELS", 48 * 64 - 1)
     assert reason_of(lambda: loader.video("a.mp4")) == "frame-too-large"
 
 
@@ -675,6 +678,7 @@ def test_errors_are_documented_and_cross_processes():
 
 @pytest.mark.skipif(not REAL_CLIPS, reason=f"no real clips under {REAL}; set MAPLE_TRL_DAILY_OMNI to the data set")
 @pytest.mark.parametrize("path", REAL_CLIPS, ids=lambda path: path.parent.name)
+@pytest.mark.matrix(cases=1)
 def test_real_clips(path):
     loader = MediaLoader(REAL, MediaLimits(num_frames=6))
     clip, sound = loader.video(path), loader.audio(path)

@@ -118,6 +118,7 @@ def batched(rows, completions, pad_id):
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.matrix(cases=3)
 def test_every_row_of_a_mixed_batch_has_the_logits_it_has_alone(name, seven_tags):
     folder, dataset = seven_tags
     model, processor, builder = setup(name, folder)
@@ -260,6 +261,7 @@ def test_media_that_no_forward_takes_raise(seven_tags):
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.matrix(cases=5)
 def test_unused_towers_can_be_touched_without_moving_anything(name, seven_tags):
     folder, dataset = seven_tags
     model, processor, builder = setup(name, folder)
@@ -282,6 +284,7 @@ def test_unused_towers_can_be_touched_without_moving_anything(name, seven_tags):
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.matrix(cases=3)
 def test_touched_towers_run_once_in_a_generation(name, seven_tags):
     """Sharded towers run in the prefill on every rank, whatever its rows hold, and in no decoding step."""
     folder, dataset = seven_tags
@@ -311,6 +314,7 @@ def test_touched_towers_run_once_in_a_generation(name, seven_tags):
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.matrix(cases=3)
 def test_decoding_steps_ask_the_device_for_nothing(name, seven_tags, monkeypatch):
     """Placeholders are looked for in the prefill; without a cache every forward is one."""
     folder, dataset = seven_tags

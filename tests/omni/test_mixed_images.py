@@ -62,6 +62,7 @@ def picture_rows(name, dataset):
 
 
 @pytest.mark.parametrize("name", SEEING)
+@pytest.mark.matrix(cases=4)
 def test_rows_with_pictures_have_the_logits_that_they_have_alone(name, folder, seven_tags):
     model, processor, builder = setup(name, folder)
     rows = picture_rows(name, seven_tags[1])
@@ -155,6 +156,7 @@ def test_placeholders_of_pictures_equal_features_and_a_difference_raises(name, f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEEING)
+@pytest.mark.matrix(cases=3)
 def test_packed_rows_with_pictures_have_the_gradients_of_rows_apart(name, folder, seven_tags):
     rows = picture_rows(name, seven_tags[1])
     errors, gradients, expected = compare(name, folder, rows)
@@ -167,6 +169,7 @@ def test_packed_rows_with_pictures_have_the_gradients_of_rows_apart(name, folder
 
 
 @pytest.mark.parametrize("name", SEEING)
+@pytest.mark.matrix(cases=3)
 def test_rows_that_share_their_pictures_are_answered_as_rows_apart(name, folder, seven_tags):
     model, processor, builder = setup(name, folder)
     prompts = [builder.encode(row) for row in picture_rows(name, seven_tags[1])]
@@ -184,6 +187,7 @@ def test_rows_that_share_their_pictures_are_answered_as_rows_apart(name, folder,
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("name", SEEING)
+@pytest.mark.matrix(cases=6)
 def test_frozen_towers_read_each_picture_once(name, place, folder, seven_tags, tmp_path):
     world = World(name, folder, picture_rows(name, seven_tags[1]))
     without = world.logits(None)
@@ -197,6 +201,7 @@ def test_frozen_towers_read_each_picture_once(name, place, folder, seven_tags, t
 
 
 @pytest.mark.parametrize("name", SEEING)
+@pytest.mark.matrix(cases=5)
 def test_a_touched_tower_of_pictures_moves_nothing(name, folder, seven_tags):
     model, processor, builder = setup(name, folder)
     core = builder.family.core(model)
@@ -219,6 +224,7 @@ def test_a_touched_tower_of_pictures_moves_nothing(name, folder, seven_tags):
 
 
 @pytest.mark.parametrize("name", [*SEEING, "phi4_multimodal"])
+@pytest.mark.matrix(cases=5)
 def test_large_pictures_are_made_smaller_until_they_fit(name, tmp_path):
     """Also where a picture's tokens cover less than a patch of a frame, or a count that is no multiple of it."""
     noise = np.random.default_rng(0).integers(0, 256, (800, 1200, 3), dtype=np.uint8)

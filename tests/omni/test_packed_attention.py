@@ -44,7 +44,7 @@ from maple_trl.omni.prefix.packed_attention import (
 from maple_trl.omni.prefix.sharing import Comparison
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.omni.serving import serve_media
-from maple_trl.trainers.omni_grpo import trainer as omni_grpo
+from maple_trl.trainers.omni_grpo import prompt_sharing
 
 
 pytestmark = pytest.mark.slow
@@ -200,6 +200,7 @@ class Layer(torch.nn.Linear):
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize("name", ["sdpa", "masked sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.matrix(cases=59)
 def test_the_attention_is_that_of_an_explicit_mask(name, groups, heads, key_heads, flash, monkeypatch):
     layout = PackedLayout(groups)
     states, weight = drawn(layout, heads, key_heads)
@@ -232,6 +233,7 @@ PICTURES = {
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 7, 100])
 @pytest.mark.parametrize("pictures", PICTURES)
 @pytest.mark.parametrize("name", ["sdpa", "masked sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.matrix(cases=99)
 def test_windows_and_pictures_are_those_of_an_explicit_mask(
     name, pictures, window, heads, key_heads, flash, monkeypatch
 ):
@@ -334,7 +336,7 @@ def test_training_computes_packed_rows_with_flex_attention_where_asked(seven_tag
     monkeypatch.setattr(
         packed_attention, "flex_attention", lambda *a, **k: calls.append(1) or flex_by_definition(*a, **k)
     )
-    monkeypatch.setattr(omni_grpo, "why_not_trained", lambda *args: None)
+    monkeypatch.setattr(prompt_sharing, "why_not_trained", lambda *args: None)
     shared, weights = trained(folder, rows, tmp_path / "flex", "on", **options, **prepare())
     assert shared.packed > 0 and shared.plain == 0
     # The comparison, the reference's passes and the loss: a call per layer, and of no other attention.
@@ -510,6 +512,7 @@ def compare(name, implementation, folder, rows, checkpointing=False, gradients=T
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in BOTH_WAYS])
+@pytest.mark.matrix(cases=7)
 def test_flash_attention_gives_the_numbers_of_the_rows_apart(name, checkpointing, seven_tags, flash):
     folder, dataset = seven_tags
     assert_equal(*compare(name, "flash_attention_2", folder, rows_of(name, dataset), checkpointing))
@@ -538,6 +541,7 @@ def test_a_mask_that_begins_at_the_first_key_is_noticed(seven_tags, flash):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=3)
 def test_flex_attention_gives_the_numbers_of_the_rows_apart(name, seven_tags):
     folder, dataset = seven_tags
     errors, _ = compare(name, "flex_attention", folder, rows_of(name, dataset), gradients=False)

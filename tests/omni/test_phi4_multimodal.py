@@ -207,6 +207,7 @@ def test_rows_with_video_are_refused(rows, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.matrix(cases=1)
 def test_packed_rows_have_the_gradients_of_rows_apart(rows, folder, checkpointing):
     chosen = [row for row in rows if row["tag"] in ("V", "A", "VAS", "S")]
     errors, gradients, expected = compare(NAME, folder, chosen, checkpointing=checkpointing)
@@ -257,6 +258,7 @@ def test_what_is_sampled_is_what_is_trained(rows, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.matrix(cases=1)
 def test_frozen_towers_read_each_clip_once(rows, folder, tmp_path, place):
     world = World(NAME, folder, rows)
     cache = TowerCache(1 << 30) if place == "memory" else TowerCache(0, tmp_path)

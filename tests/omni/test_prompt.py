@@ -43,6 +43,7 @@ def text_of(build, prompt):
 
 @pytest.mark.parametrize("tag", list(ModalityTag))
 @pytest.mark.parametrize("own_audio", [True, False])
+@pytest.mark.matrix(cases=9)
 def test_a_tagged_row_is_fed_exactly_its_tag(folder, tag, own_audio):
     row = {"prompt": QUESTION, "video": "clip.mp4", "subtitle": "word.srt", "tag": tag.value.lower()}
     row |= {"audio": "sound.wav"} if own_audio else {}
@@ -160,6 +161,7 @@ def test_frames_shrink_into_the_token_budget(folder):
 
 
 @pytest.mark.parametrize("text", ["日本語の字幕です。" * 8, "café déjà vu " * 8, "😀🎉" * 12])
+@pytest.mark.matrix(cases=2)
 def test_a_shortened_subtitle_ends_between_characters(folder, text):
     row = {"prompt": QUESTION, "subtitle": text, "tag": "S"}
     free = builder(folder).encode(row)
@@ -214,6 +216,14 @@ def test_truncation_shortens_the_subtitle_and_never_cuts_media(folder):
     with pytest.raises(MediaError) as caught:
         builder(folder, max_prompt_length=len(free) - free.media_tokens["subtitle"] - 20).encode(row)
     assert caught.value.reason == "prompt-too-long"
+
+
+def test_a_budget_of_media_tokens_counts_sound_alone_where_a_model_sees_nothing(folder):
+    row = {"prompt": QUESTION, "audio": "sound.wav"}
+    tokens = builder(folder, "qwen2_audio").encode(row).media_tokens
+    assert builder(folder, "qwen2_audio", max_media_tokens=tokens["audio"]).encode(row).media_tokens == tokens
+    with pytest.raises(MediaError, match="but max_media_tokens is"):
+        builder(folder, "qwen2_audio", max_media_tokens=tokens["audio"] - 1).encode(row)
 
 
 def test_audio_beyond_a_fixed_window_is_named(folder):

@@ -74,6 +74,7 @@ class Counts:
 
 @pytest.mark.parametrize("how", ["sampled", "greedy"])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=3)
 def test_the_same_tokens_are_generated(name, how, seven_tags):
     folder, dataset = seven_tags
     *made, prompts = build(name, folder, rows_of(name, dataset))
@@ -89,6 +90,7 @@ def test_the_same_tokens_are_generated(name, how, seven_tags):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=5)
 def test_each_prompt_is_read_once(name, seven_tags):
     folder, dataset = seven_tags
     *made, prompts = build(name, folder, rows_of(name, dataset))
@@ -109,6 +111,7 @@ def test_each_prompt_is_read_once(name, seven_tags):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=4)
 def test_the_head_reads_the_last_position_alone(name, seven_tags):
     """Where prompts are not shared too; which forwards of transformers see to that themselves is told by the control."""
     folder, dataset = seven_tags
@@ -156,6 +159,7 @@ def test_with_other_settings_of_generation(settings, seven_tags):
 
 
 @pytest.mark.parametrize("settings", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.matrix(cases=1)
 def test_settings_without_a_cache_that_grows_are_not_shared(settings, seven_tags, tmp_path):
     folder, dataset = seven_tags
     rows = one_row_per_tag(dataset).select(range(2))

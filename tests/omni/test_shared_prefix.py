@@ -162,6 +162,7 @@ def assert_equal(errors, gradients):
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=3)
 def test_log_probs_and_gradients_are_those_of_the_rows_apart(name, checkpointing, seven_tags):
     folder, dataset = seven_tags
     rows = rows_of(name, dataset)
@@ -211,6 +212,7 @@ def frozen(model, family):
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("prepare", [adapted, frozen])
+@pytest.mark.matrix(cases=3)
 def test_with_adapters_and_with_frozen_towers(prepare, checkpointing, seven_tags):
     folder, dataset = seven_tags
     rows = rows_of("qwen2_5_omni", dataset)
@@ -297,6 +299,7 @@ def positions_one_late(packed):
 
 @pytest.mark.parametrize("change", [positions_run_on, positions_one_late])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=4)
 def test_wrong_positions_are_noticed(name, change, seven_tags):
     folder, dataset = seven_tags
     errors, gradients, _ = compare(name, folder, rows_of(name, dataset), change=change)
@@ -308,6 +311,7 @@ def without_blocks(packed):
 
 
 @pytest.mark.parametrize("name", ["gemma4_both_ways", "gemma4_moe", "gemma4_unified"])
+@pytest.mark.matrix(cases=2)
 def test_pictures_that_are_read_like_text_are_noticed(name, seven_tags):
     folder, dataset = seven_tags
     errors, gradients, _ = compare(name, folder, rows_of(name, dataset), change=without_blocks)

@@ -301,6 +301,7 @@ def expected_text(cues):
     end=st.sampled_from(["\n", "\r\n", "\r"]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
+@pytest.mark.matrix(cases=2)
 def test_cues_come_back(format_, texts, begins, asides, end, encoding):
     if format_ in ("ass", "sub"):  # here braces, backslashes and bars are markup
         texts = [[line.translate(dict.fromkeys(map(ord, "{}\\/"))) for line in lines] for lines in texts]

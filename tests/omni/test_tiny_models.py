@@ -159,6 +159,7 @@ def test_logits_depend_on_every_medium(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.matrix(cases=8)
 def test_left_padding_does_not_change_logits(family):
     model, processor = build_tiny(family)
     samples = [
@@ -191,6 +192,7 @@ def test_greedy_generation_equals_repeated_forward(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.matrix(cases=4)
 def test_save_and_load_round_trip(family, tmp_path):
     model, processor = build_tiny(family, seed=3)
     save_tiny(family, tmp_path, seed=3)

@@ -96,6 +96,7 @@ def world(seven_tags):
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=7)
 def test_the_numbers_are_those_without_a_cache(name, place, seven_tags, tmp_path):
     """Each clip passes its tower alone, whatever else is asked for: bit for bit the same when the cache answers."""
     world = world_of(name, seven_tags)
@@ -115,6 +116,7 @@ def test_the_numbers_are_those_without_a_cache(name, place, seven_tags, tmp_path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.matrix(cases=3)
 def test_only_unknown_clips_pass_a_tower(name, seven_tags):
     """A batch in which some are known; the towers then see other batches, so that rounding may differ."""
     folder, dataset = seven_tags
@@ -689,6 +691,7 @@ def test_towers_run_once_per_clip_in_the_whole_run(shared, seven_tags):
 
 
 @pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.matrix(cases=1)
 def test_training_is_the_same_with_and_without(disk, seven_tags, tmp_path):
     """Plain gradient descent: Adam makes steps of one size out of gradients that are rounding alone."""
     folder, dataset = seven_tags

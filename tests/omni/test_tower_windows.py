@@ -100,6 +100,7 @@ report_to: none
 
 
 @pytest.mark.parametrize("chosen", [None, APART])
+@pytest.mark.matrix(cases=1)
 def test_towers_have_an_attention_of_their_own_where_a_run_says_so(chosen, tmp_path, flash, monkeypatch):  # noqa: F811
     """By `model_init_kwargs`, as transformers reads it; the language model keeps `sdpa`, also in passes of the reference."""
     calls, merged = [], []

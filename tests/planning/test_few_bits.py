@@ -49,6 +49,7 @@ def held(model) -> int:
 @pytest.mark.parametrize("towers", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", tiny_models.QWEN)
+@pytest.mark.matrix(cases=7)
 def test_weights_that_are_loaded(tmp_path, name, kind, towers):
     folder = str(tiny_models.save_tiny(name, tmp_path))
     model = load_model(folder, quantization_config=BNB[kind], quantize_towers=towers)

@@ -441,6 +441,7 @@ EVALUATION_DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "note"), EVALUATION_DAMAGE)
+@pytest.mark.matrix(cases=5)
 def test_an_evaluation_that_is_damaged_is_shown_as_far_as_it_goes(evaluations, tmp_path, damage, note):
     shutil.copytree(evaluations / "first", tmp_path / "damaged")
     damage(tmp_path / "damaged")
@@ -490,6 +491,7 @@ TRAINING_DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "note"), TRAINING_DAMAGE)
+@pytest.mark.matrix(cases=5)
 def test_a_run_that_is_damaged_is_shown_as_far_as_it_goes(tmp_path, damage, note):
     damage(training_run(tmp_path / "run"))
     (found,) = report(tmp_path, tmp_path / "run")["runs"]

@@ -458,6 +458,7 @@ def test_an_evaluation_shows_its_questions_clips_and_errors(browser, tmp_path):
     page.close()
 
 
+@pytest.mark.long
 def test_pictures_are_shown(browser, tmp_path, monkeypatch):
     """Of files beside the page and of a table that holds them; a small copy stands in the page, and the file behind it."""
     monkeypatch.setattr("maple_trl.omni.embedded.FOLDER", tmp_path / "inside")
@@ -574,6 +575,7 @@ def test_a_script_in_a_completion_does_nothing(browser, tmp_path):
     page.close()
 
 
+@pytest.mark.long
 def test_the_policy_of_the_page_stops_what_gets_in(browser, tmp_path):
     """Negative control of the test above: put into the page as markup, the same text would run, but for the policy."""
     folder = evil_run(tmp_path / "run")
@@ -614,6 +616,7 @@ def test_two_runs_stand_side_by_side(browser, trained, tmp_path):
     page.close()
 
 
+@pytest.mark.long
 def test_more_runs_have_a_colour_each(browser, tmp_path):
     """And a chart for each tag; what they were told to do stands side by side, and what went wrong first."""
     for name, rate in (("one", 1), ("two", 2), ("three", 2)):
@@ -663,6 +666,7 @@ def test_more_runs_have_a_colour_each(browser, tmp_path):
     page.close()
 
 
+@pytest.mark.long
 def test_figures_of_both_papers_are_drawn(browser, tmp_path):
     """Two runs over each other, points that are numbered by clip, and scores on solid and dotted lines."""
     for name, sight in (("plain", "x"), ("varied", "{tag} sees")):
@@ -711,6 +715,7 @@ def opened_groups(folder):
     return len({(line["rollout"], line["group"]) for line in lines_of(folder)})
 
 
+@pytest.mark.long
 def test_many_completions_are_paged(browser, tmp_path):
     """20 000 in 2500 groups: texts are unpacked for the groups that are shown alone."""
     (tmp_path / "run" / "rollouts").mkdir(parents=True)

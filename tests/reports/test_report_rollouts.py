@@ -225,6 +225,7 @@ def test_the_files_are_bounded_and_spread_over_the_run(files, number):
 
 
 @pytest.mark.parametrize(("size", "kept"), [(8, [0, 8]), (12, [0, 4, 8]), (1000, list(range(10)))])
+@pytest.mark.matrix(cases=1)
 def test_older_rollouts_are_thinned_out(tmp_path, size, kept):
     """With 4 completions a rollout: two files at most, three, and all."""
     train(tmp_path, rollout_log_size=size, per_device_train_batch_size=4, max_steps=10)

@@ -224,6 +224,7 @@ def test_nothing_is_sent_between_the_failure_and_the_end_of_the_step(train):
         assert math.isfinite(logs(trainer)[0]["loss"])
 
 
+@pytest.mark.long
 def test_without_its_callback_a_judge_raises_at_once(train, tmp_path):
     line = Line(40)
     with ChatServer(line) as server:

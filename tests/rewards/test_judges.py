@@ -189,6 +189,7 @@ def test_the_reward_is_the_mean_of_the_grades():
         "A fine caption, full marks!",
     ],
 )
+@pytest.mark.matrix(cases=14)
 def test_a_grade_off_the_scale_is_asked_again_and_then_none(answer):
     with ChatServer(in_turn(say(answer), say(answer), say(verdict(1, 1, 0.4)))) as server:
         judge = CaptionJudge(options(server))
@@ -435,6 +436,7 @@ def _run_many(server):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_faults_in_a_third_of_the_calls_for_many_completions(record_property):
     faults = [status(500), status(429, headers={"Retry-After": "0"}), hang_up(), half(), raw(b"{"), drip(30)]
     faults += [say("no verdict"), say(verdict(0.7, 1, 1)), say("")]

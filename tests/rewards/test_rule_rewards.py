@@ -347,6 +347,7 @@ BOUND = 80
 
 
 @pytest.mark.parametrize("shape", LONG)
+@pytest.mark.matrix(cases=6)
 def test_long_completions_take_linear_time(shape):
     options = [["red", "blue", "green", "a cat"]]
 
@@ -375,6 +376,7 @@ LONG_OPTIONS = {
 
 
 @pytest.mark.parametrize("shape", LONG_OPTIONS)
+@pytest.mark.matrix(cases=8)
 def test_forms_of_options_take_linear_time(shape):
     texts = option_texts(["red", "blue", "green", "a cat"])
 

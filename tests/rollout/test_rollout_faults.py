@@ -90,6 +90,7 @@ def informative_half(completions, tag, **kwargs):
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+@pytest.mark.matrix(cases=1)
 def test_completions_that_are_dropped_have_no_ratio(mode, clips, tmp_path):
     """Their log-probabilities under the policy are not computed."""
     options = {"batching": "mixed", "dynamic_sampling": "early", "max_steps": 1, "per_device_train_batch_size": 28}
@@ -113,6 +114,7 @@ def test_completions_that_are_dropped_have_no_ratio(mode, clips, tmp_path):
         ("avatar", {"replayed_generations": 2}),
     ],
 )
+@pytest.mark.matrix(cases=1)
 def test_a_rollout_that_was_lost_is_made_again(kind, options, clips, tmp_path):
     """What was drawn for it, and what its first rounds have told, is as if it had not begun."""
     reward = informative_half if "dynamic_sampling" in options else None

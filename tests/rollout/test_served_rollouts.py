@@ -58,6 +58,7 @@ def undisturbed(clips, tmp_path_factory):
         ("avatar", {"replayed_generations": 2, "max_steps": 3, "vllm_importance_sampling_mode": "token_truncate"}),
     ],
 )
+@pytest.mark.matrix(cases=1)
 def test_what_was_sampled_is_what_is_trained(kind, options, clips, tmp_path):
     with StandIn() as server:
         trainer, _ = run(kind, clips, tmp_path, server, **options)
@@ -69,6 +70,7 @@ def test_what_was_sampled_is_what_is_trained(kind, options, clips, tmp_path):
     assert not (tmp_path / "engine_weights").exists()
 
 
+@pytest.mark.long
 def test_a_server_that_was_started_anew_is_given_the_weights(clips, tmp_path, undisturbed):
     """It has those of the checkpoint, and says so; the run ends with the same numbers."""
     with StandIn() as server:
@@ -94,6 +96,7 @@ def test_a_prompt_that_fails_once_is_asked_for_again(clips, tmp_path, undisturbe
     ("instead", "reason"),
     [(RuntimeError("no such codec"), "RuntimeError: no such codec"), (9.0, "no answer within 4 seconds")],
 )
+@pytest.mark.matrix(cases=1)
 def test_a_prompt_that_fails_twice_is_left_out(instead, reason, clips, tmp_path):
     """Its completions count nowhere, it goes into quarantine, and the run says so."""
     tags = clips[1]["tag"]
@@ -165,6 +168,7 @@ def test_where_there_is_no_such_server(clips, tmp_path):
         run("grpo", clips, tmp_path, server, vllm_server_timeout=1.0)
 
 
+@pytest.mark.long
 def test_ranks_share_a_server_and_its_end(tmp_path):
     """Each sends its own prompts; one hands over the weights; what one is told ends all, at the same step."""
     rows = write_inputs(tmp_path)

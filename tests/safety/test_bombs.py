@@ -285,6 +285,7 @@ def peak(pool) -> int:
 
 @pytest.mark.parametrize("overlong", ["quarantine", "trim", "spread"])
 @pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.matrix(cases=9)
 def test_what_claims_or_becomes_too_much_is_refused_within_bounds(tmp_path, pool, name, overlong):
     write, reasons = BOMBS[name]
     if overlong != "quarantine" and not reasons & {"too-long"}:

@@ -373,6 +373,7 @@ SHARE = st.floats(0, 1) | st.floats(0, 0.1) | st.floats(0.8, 1)
     end=st.sampled_from([1.0, 1.0, 1.0, 0.99, 0.5, 0.1, 0.001]),
     copied=st.none() | st.tuples(SHARE, SHARE, SHARE),
 )
+@pytest.mark.matrix(cases=7)
 def test_media(media, kind, changes, end, copied):
     folder, loader = media
     name = f"{next(NAMES)}.{kind}"

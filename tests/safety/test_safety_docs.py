@@ -7,7 +7,7 @@ from pathlib import Path
 from maple_trl import OmniGRPOConfig
 from maple_trl.cli import command
 from maple_trl.omni.errors import REASONS
-from maple_trl.omni.media import decode, sampling, subtitles, workers
+from maple_trl.omni.media import opening, sampling, subtitles, workers
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def test_its_numbers_are_those_of_the_code():
     for number in (
         f"{workers.WORKER_BYTES >> 30} GiB, else `decoder-memory`",
         f"{limits.decode_timeout:g} s and one more",
-        f"{int(decode.MAX_SOURCE_PIXELS**0.5)} x {int(decode.MAX_SOURCE_PIXELS**0.5)}",
+        f"{int(opening.MAX_SOURCE_PIXELS**0.5)} x {int(opening.MAX_SOURCE_PIXELS**0.5)}",
         f"over {limits.max_seconds:g} s",
         f"{sampling.MAX_ASPECT_RATIO:g} : 1",
         f"{subtitles.MAX_BYTES >> 20} MiB; no more of it is read",

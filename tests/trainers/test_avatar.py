@@ -400,6 +400,7 @@ class Worth(Diary):
         ({"none": True}, {}),
     ],
 )
+@pytest.mark.matrix(cases=2)
 def test_advantages_against_a_loop(data, build, options, reference):
     rows = take(data[1], VAS=3, VA=3)
     diary = Worth(none=options.pop("none", False))
@@ -430,6 +431,7 @@ def test_advantages_against_a_loop(data, build, options, reference):
 
 
 @pytest.mark.parametrize(("generations", "replayed"), [(8, 0), (8, 6), (4, 3), (2, 1)])
+@pytest.mark.matrix(cases=2)
 def test_other_splits(data, build, generations, replayed):
     options = {"num_generations": generations, "per_device_train_batch_size": 2 * generations, "max_steps": 5}
     trainer = build(take(data[1], VAS=2), Worth(), replayed_generations=replayed, **options)
@@ -488,6 +490,7 @@ def test_ratios_are_one_while_the_policy_has_not_moved(data, build):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.matrix(cases=1)
 def test_passes_over_a_rollout_store_each_completion_once(data, build, steps):
     """Behaviour log-probabilities are those of the policy that wrote them, not of the last pass."""
     options = {"num_iterations": 2, "steps_per_generation": steps, "per_device_train_batch_size": 2 * G // steps}
@@ -703,6 +706,7 @@ def test_the_age_limit_holds_in_a_run(data, build):
 
 
 @pytest.mark.parametrize("retier", [False, True])
+@pytest.mark.matrix(cases=1)
 def test_the_capacity_holds_in_a_run(data, build, retier):
     trainer = build(take(data[1], VAS=2, S=2), Worth(), replay_capacity=40, replay_retier=retier, max_steps=6)
     trainer.train()

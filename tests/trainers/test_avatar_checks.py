@@ -257,6 +257,7 @@ def test_hints_of_the_user_are_read(data, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
+@pytest.mark.matrix(cases=1)
 def test_a_hint_that_cannot_be_shown_for_once_ends_nothing(failing, data, tmp_path, monkeypatch):
     """As when decoding times out: completions written under the hint wait for the next visit."""
     rows = with_hints(take(data[1], VAS=2, S=2), "zebra quartz", None, None, None)

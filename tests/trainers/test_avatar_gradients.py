@@ -578,6 +578,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.matrix(cases=3)
 def test_gradients_of_a_text_model(name, text_model, tmp_path):
     options, terms = CASES[name]
     training = train_text(text_model, tmp_path, steps=steps_for(options), **options)
@@ -638,6 +639,7 @@ OMNI_CASES = {
 
 
 @pytest.mark.parametrize("name", OMNI_CASES)
+@pytest.mark.matrix(cases=2)
 def test_gradients_of_an_omni_model(name, omni_model, seven_tags, tmp_path):
     options, terms = OMNI_CASES[name]
     training = train_omni(omni_model, seven_tags, tmp_path, steps=steps_for(options), **options)
@@ -698,6 +700,7 @@ def test_the_right_formula_of_the_controls(plain_run):
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.matrix(cases=6)
 def test_a_wrong_formula_is_told_apart(name, plain_run):
     training, model, rollouts, formula = plain_run
     wrong = Formula(**vars(formula) | WRONG[name])
@@ -754,6 +757,7 @@ def ratio_errors(training):
 @pytest.mark.parametrize("by_model", [False, True])
 @pytest.mark.parametrize("options", [{}, TWO_STEPS | {"num_iterations": 2}], ids=["one step", "two steps, twice"])
 @pytest.mark.parametrize("kind", ["text", "omni"])
+@pytest.mark.matrix(cases=3)
 def test_ratios_are_one_while_the_policy_stands_still(
     kind, options, by_model, text_model, omni_model, seven_tags, tmp_path
 ):

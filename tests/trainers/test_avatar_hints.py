@@ -159,6 +159,7 @@ def test_under_the_other_prompt_they_would_have_other_probabilities(run):
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 3e-2}, {"learning_rate": 1e-4, "hint_max_kl": 0.0}])
+@pytest.mark.matrix(cases=1)
 def test_a_prompt_that_the_policy_still_moves_on_gets_none(data, build, options):
     rows = with_hints(take(data[1], VAS=2, S=2), HINT, HINT, None, None)
     trainer = build(rows, stuck(*rows["id"][:2]), **options)
@@ -217,6 +218,7 @@ def test_a_hint_that_does_not_fit_is_left_out_and_named(data, build, caplog):
 
 
 @pytest.mark.parametrize("second", [None, "another hint of other length"])
+@pytest.mark.matrix(cases=1)
 def test_rows_of_one_prompt_with_different_hints(data, build, second):
     """Equal prompts share their experiences, so a completion written under one row's hint may come up at the other."""
     one, other = take(data[1], VAS=1, S=1).to_list()
@@ -232,6 +234,7 @@ def test_rows_of_one_prompt_with_different_hints(data, build, second):
 
 
 @pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.matrix(cases=1)
 def test_a_text_model_is_shown_hints(tmp_path, chat):
     model, tokenizer = build_tiny_text()
     names = ["what color is", "low or high"]

@@ -310,6 +310,7 @@ def test_a_longer_interval_weighs_its_steps_alike(data, run, tmp_path):
 
 
 @pytest.mark.parametrize("worths", [(0.0, 0.0, 1.0, None, -1.0), (0.25, 0.0, 0.0, 0.0, 0.0)])
+@pytest.mark.matrix(cases=1)
 def test_steps_without_a_reward(data, tmp_path, worths):
     """One right completion makes a step count; one that is worth less than nothing does not."""
 
@@ -393,6 +394,7 @@ def test_loss_profile_against_a_loop(run):
     ],
 )
 @pytest.mark.parametrize("replayed", [4, 0])
+@pytest.mark.matrix(cases=3)
 def test_the_profile_has_the_shape_of_the_weights(data, tmp_path, options, shape, replayed):
     """Completions of eleven tokens each, by a policy that does not move."""
     options = options | {"max_completion_length": 11, "generation_kwargs": {"min_new_tokens": 11}}

@@ -63,6 +63,7 @@ BOTH["several steps per rollout"] = (CASES["several steps per rollout"] | WIDE, 
 
 
 @pytest.mark.parametrize("name", BOTH)
+@pytest.mark.matrix(cases=3)
 def test_no_replay_is_grpo_on_a_text_model(name, tmp_path):
     both, ours = BOTH[name]
     both = longer(both)
@@ -70,6 +71,7 @@ def test_no_replay_is_grpo_on_a_text_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bnpo, reference model", "several steps per rollout", "token mean, no alpha"])
+@pytest.mark.matrix(cases=1)
 def test_no_replay_is_grpo_on_an_omni_model(name, tmp_path):
     both, ours = BOTH[name]
     both = longer(both)
@@ -96,6 +98,7 @@ COLD_CASES = {
 
 
 @pytest.mark.parametrize("name", COLD_CASES)
+@pytest.mark.matrix(cases=3)
 def test_an_empty_buffer_is_grpo_on_a_text_model(name, tmp_path):
     both = longer(COLD_CASES[name])
     found = run_avatar("text", tmp_path, **COLD, **both)
@@ -104,6 +107,7 @@ def test_an_empty_buffer_is_grpo_on_a_text_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["reference model", "several steps per rollout"])
+@pytest.mark.matrix(cases=1)
 def test_an_empty_buffer_is_grpo_on_an_omni_model(name, tmp_path):
     both = longer(COLD_CASES[name])
     check(run_trl("qwen2_5_omni", tmp_path, **both), run_avatar("qwen2_5_omni", tmp_path, **COLD, **both))

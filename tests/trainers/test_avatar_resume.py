@@ -253,6 +253,7 @@ def test_an_undamaged_checkpoint_goes_on_as_before(saved, resume):
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.matrix(cases=3)
 def test_a_damaged_file_is_named(resume, caplog, name, damage):
     def spoil(checkpoint):
         damage(found(checkpoint, name))
@@ -328,6 +329,7 @@ def with_solutions(rows):
     ],
     ids=["template", "token", "weights", "hints", "solutions", "prompt-options"],
 )
+@pytest.mark.matrix(cases=2)
 def test_what_stored_completions_depend_on_must_not_have_changed(saved, resume, caplog, change, message):
     with pytest.raises(ResumeError, match=message):
         resume(**change(saved[1]))

@@ -138,6 +138,7 @@ def share_of_hard(trainer, hard):
 
 
 @pytest.mark.parametrize("hard_share", [0.8, 0.1])
+@pytest.mark.matrix(cases=1)
 def test_shares_decide_how_often_hard_prompts_come_back(data, tmp_path, hard_share):
     """A third of the visits are of hard prompts, which fresh completions and own-prompt replay are bound to."""
     rows = take(data[1], V=4, VAS=4, S=4)

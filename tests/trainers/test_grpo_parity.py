@@ -93,6 +93,7 @@ def build(kind, tmp_path, seed=0):
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("kind", ["text", "qwen2_5_omni"])
+@pytest.mark.matrix(cases=3)
 def test_same_losses_gradients_and_weights(kind, options, tmp_path):
     data = dataset(conversational=kind != "text")
     model, processing_class = build(kind, tmp_path)

@@ -486,6 +486,7 @@ MAPO_ALONE = {
 
 
 @pytest.mark.parametrize("name", AVATAR_ALONE)
+@pytest.mark.matrix(cases=1)
 def test_the_reference_is_that_of_avatar(name, text_model, tmp_path):
     options, terms = AVATAR_ALONE[name]
     training = train_text(text_model, tmp_path, text_rows(**SOME_ALIKE), **options)
@@ -495,6 +496,7 @@ def test_the_reference_is_that_of_avatar(name, text_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", MAPO_ALONE)
+@pytest.mark.matrix(cases=2)
 def test_the_reference_is_that_of_mapo(name, text_model, tmp_path):
     options, terms = MAPO_ALONE[name]
     training = train_text(text_model, tmp_path, text_rows(**SOME_ALIKE), kind=MAPO, **options)
@@ -604,6 +606,7 @@ def stored_in(trainer):
 
 
 @pytest.mark.parametrize("case", MATRIX)
+@pytest.mark.matrix(cases=3)
 def test_every_strata_aggregation_and_surrogate(case, text_model, tmp_path):
     options, terms = both(*case)
     rows = text_rows(**SOME_ALIKE)
@@ -682,11 +685,13 @@ WRONG_OF_MIXED = WRONG | {
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.matrix(cases=2)
 def test_a_wrong_formula_is_told_apart(name, everything):
     tell_apart(name, everything, WRONG)
 
 
 @pytest.mark.parametrize("name", WRONG_OF_MIXED)
+@pytest.mark.matrix(cases=3)
 def test_a_wrong_formula_is_told_apart_in_rollouts_of_several_tags(name, mixed):
     tell_apart(name, mixed, WRONG_OF_MIXED)
 

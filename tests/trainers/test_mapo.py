@@ -380,6 +380,7 @@ def dull_of(data, *numbers):
 
 
 @pytest.mark.parametrize("mode", ["none", "early", "mid"])
+@pytest.mark.matrix(cases=1)
 def test_prompts_that_taught_nothing_are_left_out_of_later_epochs(seven_tags, build, mode):
     data = take(seven_tags[1], V=4, S=4)
     dull, value = dull_of(data, 0, 1, 5)
@@ -421,6 +422,7 @@ def test_a_prompt_that_varies_again_comes_back(seven_tags, build, caplog):
 
 
 @pytest.mark.parametrize("revisit", ["all", "unsolved", "informative"])
+@pytest.mark.matrix(cases=1)
 def test_what_later_epochs_visit(seven_tags, build, revisit):
     """Rows 0 and 5 are solved in the first epoch, and for good; row 1 fails always; the judge fails on row 2."""
     data = take(seven_tags[1], V=4, S=4)
@@ -828,6 +830,7 @@ def whole_weights(family, *values):
 @pytest.mark.parametrize(
     ("family", "lora"), [whole_weights(name, False) for name in FAMILIES] + [(name, True) for name in FAMILIES]
 )
+@pytest.mark.matrix(cases=3)
 def test_the_head_computes_in_float32(seven_tags, build, family, lora):
     data, _ = readable(family, seven_tags[1])
     model, processor = build_tiny(family)
@@ -849,6 +852,7 @@ def test_the_head_computes_in_float32(seven_tags, build, family, lora):
 
 
 @pytest.mark.parametrize("family", map(whole_weights, FAMILIES))
+@pytest.mark.matrix(cases=3)
 def test_a_bfloat16_checkpoint_keeps_the_float32_head_exactly(seven_tags, build, family, tmp_path):
     data, _ = readable(family, seven_tags[1])
 

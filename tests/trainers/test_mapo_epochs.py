@@ -107,6 +107,7 @@ def sizes_by_epoch(diary):
 
 
 @pytest.mark.parametrize("mode", ["none", "early"])
+@pytest.mark.matrix(cases=1)
 def test_a_short_rollout_generates_and_trains_fewer_rows(seven_tags, build, mode):
     data = take(seven_tags[1], V=4, S=4)
     dull, value = dull_of(data, 0, 1, 5)
@@ -188,6 +189,7 @@ def test_the_last_entry_tells_what_no_other_has_told(seven_tags, build, mode):
 
 
 @pytest.mark.parametrize("mode", STEPS)
+@pytest.mark.matrix(cases=1)
 def test_epochs_save_evaluate_and_log_when_they_end(seven_tags, build, tmp_path, mode):
     options = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}
     options |= {"eval_dataset": take(seven_tags[1], AS=1), "num_generations_eval": 2, "per_device_eval_batch_size": 2}
@@ -199,6 +201,7 @@ def test_epochs_save_evaluate_and_log_when_they_end(seven_tags, build, tmp_path,
 
 
 @pytest.mark.parametrize("mode", STEPS)
+@pytest.mark.matrix(cases=1)
 def test_nothing_is_left_to_do_after_the_last_checkpoint(seven_tags, build, tmp_path, mode):
     data = take(seven_tags[1], V=4, S=4)
     first, diary = run_to_the_end(build, data, mode)

@@ -315,6 +315,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("scope", "aggregation", "strata"), CASES)
+@pytest.mark.matrix(cases=3)
 def test_every_scope_and_aggregation(world, first_step, scope, aggregation, strata):
     split = SPLITS[(SCOPES.index(scope) + AGGREGATIONS.index(aggregation)) % len(SPLITS)]
     options = {"advantage_scope": scope, "loss_aggregation": aggregation, "loss_strata": strata}
@@ -337,6 +338,7 @@ def test_a_wrong_formula_is_told_apart(world, first_step):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.matrix(cases=1)
 def test_adaptive_weights(world, reference_model, aggregation):
     training = train(world, reward="in_thirds", tag_weights="adaptive", kl_window=50, loss_aggregation=aggregation)
     completions = completions_of(training, world, range(PROMPTS), "in_thirds")
@@ -357,6 +359,7 @@ def test_adaptive_weights(world, reference_model, aggregation):
     ("split", "scope", "aggregation"),
     list(zip(SPLITS, ("tag", "group", "tag", "group"), (*AGGREGATIONS, "sample"), strict=True)),
 )
+@pytest.mark.matrix(cases=2)
 def test_dropped_groups_are_in_no_mean_and_no_forward_pass(world, first_step, scope, aggregation, split):
     options = {"advantage_scope": scope, "loss_aggregation": aggregation, "dynamic_sampling": "early"}
     training = train(world, **options, **split)
@@ -375,6 +378,7 @@ def test_without_filtering_all_rows_are_computed(world):
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.matrix(cases=1)
 def test_refill(world, reference_model, rounds):
     training = train(world, dynamic_sampling="early", refill_rounds=rounds, advantage_scope="tag", beta=0.1)
     # Two prompts are missing; of the two drawn for them one is alike too, and one more is drawn for that.
@@ -410,6 +414,7 @@ def clipped(training, world, model, completions, step):
 
 
 @pytest.mark.parametrize(("sampling", "aggregation"), zip(("none", "early", "none"), AGGREGATIONS, strict=True))
+@pytest.mark.matrix(cases=1)
 def test_asymmetric_clipping_in_a_second_pass(world, reference_model, sampling, aggregation):
     options = {"num_iterations": 2, "dynamic_sampling": sampling, "loss_aggregation": aggregation}
     training = train(world, steps=2, learning_rate=RATE, **options)
@@ -426,6 +431,7 @@ def test_asymmetric_clipping_in_a_second_pass(world, reference_model, sampling, 
 @pytest.mark.parametrize(
     ("sampling", "aggregation"), [("early", "token"), ("none", "sample"), ("early", "sample"), ("early", "prompt")]
 )
+@pytest.mark.matrix(cases=2)
 def test_two_optimizer_steps_for_a_rollout(world, reference_model, sampling, aggregation):
     """The mean is over the rows of a tag in one optimizer step, here a half of the rollout, which is gone over twice."""
     options = {"num_iterations": 2, "dynamic_sampling": sampling, "loss_aggregation": aggregation}

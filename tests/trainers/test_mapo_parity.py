@@ -109,6 +109,7 @@ def check_equal(expected, found):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.matrix(cases=3)
 def test_one_tag_is_grpo_on_a_text_model(name, tmp_path):
     both, ours, loss_type = CASES[name]
     expected = run_trl("text", tmp_path, loss_type, **both)
@@ -116,6 +117,7 @@ def test_one_tag_is_grpo_on_a_text_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sample, several steps per rollout", "token, reference model"])
+@pytest.mark.matrix(cases=1)
 def test_one_tag_is_grpo_on_an_omni_model(name, tmp_path):
     both, ours, loss_type = CASES[name]
     expected = run_trl("qwen2_5_omni", tmp_path, loss_type, **both)
@@ -124,6 +126,7 @@ def test_one_tag_is_grpo_on_an_omni_model(name, tmp_path):
 
 @pytest.mark.parametrize("rows", [2, 4])  # an epoch of one step, and of two
 @pytest.mark.parametrize("curriculum", ["none", "adaptive"])
+@pytest.mark.matrix(cases=2)
 def test_prompts_come_in_the_order_of_trl_in_every_epoch(rows, curriculum, tmp_path):
     expected = run_trl("text", tmp_path, "grpo", rows=rows)
     options = {"curriculum": curriculum, "zero_shot_accuracy": {"S": 0.5} if curriculum == "adaptive" else None}
@@ -148,6 +151,7 @@ def plain(tmp_path_factory):
     ],
     ids=lambda options: "-".join(map(str, *options.items())),
 )
+@pytest.mark.matrix(cases=2)
 def test_anything_else_is_told_apart(plain, options, tmp_path):
     """The negative control: what the comparison must notice."""
     assert worst(plain[1], run_mapo("text", tmp_path, **options)[1]) > 1e-2

@@ -157,6 +157,7 @@ def in_the_denominator(step, scope, aggregation, **terms):
 
 # Scopes decide the advantages before a loss is made of them; that they do not act on each other is in test_mapo_gradients.py.
 @pytest.mark.parametrize(("scope", "aggregation"), zip(SCOPES, (*AGGREGATIONS, "token"), strict=True))
+@pytest.mark.matrix(cases=2)
 def test_mapo_with_missing_rewards(world, step, scope, aggregation):  # noqa: F811
     number = SCOPES.index(scope) + AGGREGATIONS.index(aggregation)
     options = {"advantage_scope": scope, "loss_aggregation": aggregation} | SPLITS[number % len(SPLITS)]
@@ -225,6 +226,7 @@ def test_dropped_groups_and_missing_rewards(world, step, split):  # noqa: F811
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.matrix(cases=1)
 def test_two_steps_with_a_penalty(world, rewards, aggregation):  # noqa: F811
     options = {"num_iterations": 2, "loss_aggregation": aggregation, "beta": 0.1, "learning_rate": RATE}
     training = train(world, steps=4, reward="failing", reward_weights=WEIGHTS, **options, **TWO_STEPS)
@@ -299,6 +301,7 @@ def omni_step(world, step):  # noqa: F811
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.matrix(cases=3)
 def test_omni_grpo_with_missing_rewards(world, omni_step, loss_type):  # noqa: F811
     completions, gradient = omni_step
     split = SPLITS[LOSSES.index(loss_type) % len(SPLITS)]
@@ -350,6 +353,7 @@ def test_rewards_that_are_normalised_each(world, omni_step):  # noqa: F811
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.matrix(cases=1)
 def test_a_penalty_is_over_what_can_be_scored(world, step, loss_type):  # noqa: F811
     """In the second pass over a rollout the policy has moved away from the reference model."""
     completions, _ = step
@@ -376,6 +380,7 @@ def test_a_penalty_is_over_what_can_be_scored(world, step, loss_type):  # noqa: 
 
 @pytest.mark.parametrize("shared", ["on", "off"])
 @pytest.mark.parametrize("name", ["mapo", "omni"])
+@pytest.mark.matrix(cases=2)
 def test_prompts_are_shared_with_completions_that_do_not_count(world, step, name, shared):  # noqa: F811
     """A completion without a token that counts stands beside others of its prompt in one packed sequence."""
     options = {"reward_weights": WEIGHTS, "shared_prefix": shared} | SPLITS[1]
@@ -429,6 +434,7 @@ def in_the_first_rollout(completion_ids, trainer_state, **_):
 
 @pytest.mark.parametrize("split", SPLITS[1:3])
 @pytest.mark.parametrize("kind", [(MAPOJobTrainer, MAPOConfig), OMNI, (AvatarJobTrainer, AvatarConfig)])
+@pytest.mark.matrix(cases=2)
 def test_a_rollout_without_rewards_is_no_step(world, kind, split, monkeypatch):  # noqa: F811
     """Momentum and decay of the weights would move them without a gradient too."""
     monkeypatch.setitem(REWARDS, "in_the_first_rollout", in_the_first_rollout)
@@ -457,6 +463,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.matrix(cases=1)
 def test_a_run_goes_on_within_a_rollout_with_missing_rewards(world, name, tmp_path):  # noqa: F811
     """Checkpoint 1 stands between the two steps on a rollout; what was missing in it is not counted again."""
     kind, options = RESUMED[name]

@@ -248,6 +248,7 @@ def test_media_tokens_are_logged_per_modality(seven_tags):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_media_tokens": 14}], ids=["free", "within a budget"])
+@pytest.mark.matrix(cases=1)
 def test_clips_are_decoded_once(seven_tags, options):
     folder, dataset = seven_tags
     # Of one tag, for a clip that two rows need in two sizes is decoded in both.
@@ -345,6 +346,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.matrix(cases=3)
 def test_trains_and_evaluates(seven_tags, options):
     folder, dataset = seven_tags
     rows = one_row_per_tag(dataset)
@@ -408,6 +410,7 @@ def test_reference_model_sees_the_media(seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_omni"])
+@pytest.mark.matrix(cases=1)
 def test_thinker_is_loaded_alone_from_a_full_checkpoint(seven_tags, tmp_path, family):
     folder, dataset = seven_tags
     full = str(save_tiny_full(family, tmp_path / "full"))
@@ -427,6 +430,7 @@ SCOPES = {"vision": "visual.blocks", "audio": "audio_tower.layers", "projectors"
 
 
 @pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.matrix(cases=2)
 def test_lora_adapts_the_chosen_scope_alone(seven_tags, scope, capsys):
     folder, dataset = seven_tags
     model, processor = build_tiny("qwen2_5_omni")
@@ -518,6 +522,7 @@ def test_frozen_towers_stay_and_the_rest_moves(seven_tags):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl", "qwen2_audio"])
+@pytest.mark.matrix(cases=2)
 def test_saved_model_and_processor_reload_to_the_same_logits(seven_tags, tmp_path, family):
     folder, dataset = seven_tags
     tags = {"qwen2_5_vl": "VS", "qwen3_vl": "VS", "qwen2_audio": "AS"}.get(family, "VAS")
@@ -602,10 +607,10 @@ def test_the_reference_model_is_loaded_as_the_policy_was(seven_tags, tmp_path):
         return load_model(name, **{k: v for k, v in kwargs.items() if k != "revision"})
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("media_trainer", "trl_compat"):
+        for module in ("arguments", "trl_compat"):
             patch.setattr(f"maple_trl.trainers.common.{module}.load_model", load)
         patch.setattr(
-            "maple_trl.trainers.common.media_trainer.load_processor",
+            "maple_trl.trainers.common.arguments.load_processor",
             lambda name, **k: loads.append(k) or load_processor(name),
         )
         init = {"revision": "abc", "dtype": "bfloat16"}
@@ -664,6 +669,7 @@ def test_trains_with_sharded_towers_setting(seven_tags):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.matrix(cases=5)
 def test_every_weight_that_is_trained_has_a_gradient_without_media(seven_tags, family):
     """So DDP may wait for each of them, and no rank of FSDP or ZeRO has one that the others have not."""
     folder, dataset = seven_tags

@@ -67,6 +67,7 @@ def one_step(folder, dataset, **options):
 
 @pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_audio"])
+@pytest.mark.matrix(cases=3)
 def test_the_loss_of_a_mixed_batch_is_the_mean_over_tokens_of_rows_alone(family, accumulates, rows):
     folder, dataset = rows
     mixed = Dataset.from_list(rows_of(family, dataset))
@@ -343,6 +344,7 @@ def test_a_broken_clip_is_named_and_its_row_replaced(check, rows, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.matrix(cases=1)
 def test_a_resumed_run_ends_with_the_weights_of_a_whole_one(lora, rows, tmp_path):
     """The checkpoint stands in the second epoch: 28 rows, 8 a step."""
     folder, dataset = rows

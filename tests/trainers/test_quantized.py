@@ -88,6 +88,7 @@ def losses(trainer):
 
 @pytest.mark.parametrize("quantized", KINDS)
 @pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.matrix(cases=2)
 def test_adapters_are_trained_and_nothing_else(build, kind, quantized):
     trainer = build(kind, KINDS[quantized])
     gradients, weights = [], []
@@ -124,6 +125,7 @@ def test_supervised(seven_tags, tmp_path, checkpoint, quantized):
 
 @pytest.mark.parametrize("quantized", KINDS)
 @pytest.mark.parametrize("kind", ["mapo", "avatar"])
+@pytest.mark.matrix(cases=2)
 def test_sharing_prompts_is_training_as_without(build, kind, quantized, monkeypatch):
     """Of 4 bits in float32 as exactly as of whole weights; training with 8 bits on a CPU computes with what they stand for."""
 
@@ -186,6 +188,7 @@ class Kept(OmniGRPOTrainer):
 
 
 @pytest.mark.parametrize("quantized", KINDS)
+@pytest.mark.matrix(cases=1)
 def test_no_input_is_kept_for_weights_that_have_no_gradient(build, quantized, monkeypatch):
     """Layers of 8 bits would keep theirs, also with gradient checkpointing."""
     monkeypatch.setitem(TRAINERS, "kept", (Kept, OmniGRPOConfig, {}))
@@ -208,6 +211,7 @@ def test_no_input_is_kept_for_weights_that_have_no_gradient(build, quantized, mo
 
 
 @pytest.mark.parametrize("quantized", KINDS)
+@pytest.mark.matrix(cases=1)
 def test_a_resumed_run_is_the_whole_run(build, tmp_path, quantized):
     own = KINDS[quantized]
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "beta": 0.05}

@@ -40,6 +40,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
 def test_two_processes_give_the_gradient_of_one(results, kind):
     expected = changes(results / "one", kind)
     assert expected and all(value.abs().max() > 0 for name, value in expected.items() if "lora_B" in name)

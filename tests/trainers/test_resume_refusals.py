@@ -76,6 +76,7 @@ def copy(folder, to, *steps):
     return to / f"checkpoint-{steps[-1]}"
 
 
+@pytest.mark.matrix(cases=2)
 def test_every_missing_part_is_named(run, tmp_path):
     name, folder, whole = run
     trainer = make(name, tmp_path / "again")

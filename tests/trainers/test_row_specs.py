@@ -15,7 +15,8 @@ from tiny_models import build_tiny
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.families import family_for
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
-from maple_trl.omni.prompt import PROMPT_COLUMNS, PromptBuilder
+from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
 from maple_trl.trainers.common import rows as row_module
 from maple_trl.trainers.common.quarantine import Ranks
 from maple_trl.trainers.common.rows import RowEncoder

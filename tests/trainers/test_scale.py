@@ -171,6 +171,7 @@ def assert_goes_on(results, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.long
 def test_four_processes_finish_and_agree(results, way):
     assert_finished(results, way)
 
@@ -187,6 +188,7 @@ def test_four_processes_finish_twenty_steps_and_agree(way, tmp_path):
 
 @pytest.mark.parametrize("name", [*EQUAL, "sft"])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.matrix(cases=3)
 def test_four_processes_train_as_one_does(results, way, name):
     assert_equal(results, way, name)
 
@@ -226,6 +228,7 @@ def test_the_comparison_notices_a_head_whose_gradient_is_not_shared(results):
     assert error > 0.1 and where == "lm_head.weight"
 
 
+@pytest.mark.long
 def test_a_rank_that_stays_away_ends_the_run_by_name(results, tmp_path):
     rows = json.loads((results / "one.json").read_text())["rows"]
     (tmp_path / "model").symlink_to(results / "model")

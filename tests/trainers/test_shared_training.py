@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from omni_runs import DEFAULTS, one_row_per_tag, spread_reward
+from omni_runs import DEFAULTS, one_row_per_tag, sharing_error, spread_reward
 from tiny_models import FAMILIES, build_tiny, save_tiny
 from trl.trainer import utils as trl_utils
 
@@ -155,6 +155,7 @@ SIZES = ("accumulation", "several groups", "single rows")
     "options",
     [pytest.param(way, id=name, marks=[pytest.mark.long] * (name in SIZES)) for name, way in WAYS.items()],
 )
+@pytest.mark.matrix(cases=3)
 def test_training_is_the_same(options, seven_tags, tmp_path):
     folder, dataset = seven_tags
     if "mask_truncated_completions" in options:  # else none ends by itself, and there is nothing to train on
@@ -181,6 +182,7 @@ def test_with_a_reference_model_on_mixed_batches(seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_5_omni"])
+@pytest.mark.matrix(cases=3)
 def test_in_every_family(family, seven_tags, tmp_path):
     folder, dataset = seven_tags
     spec = FAMILIES[family]
@@ -253,6 +255,7 @@ def test_bfloat16_stays_within_its_noise(seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("batching", ["mixed", "stratified"])
+@pytest.mark.matrix(cases=1)
 def test_mapo(batching, seven_tags, tmp_path):
     folder, dataset = seven_tags
     # Rollouts without any media are regrouped only where sharing is asked for.
@@ -285,6 +288,7 @@ def test_mapo_with_filtering_and_a_reference_model(seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.05, "num_iterations": 2, "steps_per_generation": 2}])
+@pytest.mark.matrix(cases=1)
 def test_avatar_with_replayed_rows_and_hints(options, seven_tags, tmp_path):
     folder, dataset = seven_tags
     rows = [dict(row, hint="Look closely.") for row in one_row_per_tag(dataset).select(range(4))]
@@ -431,6 +435,7 @@ def read(counts):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.matrix(cases=2)
 def test_each_prompt_and_clip_is_read_once(size, frozen, seven_tags, tmp_path, monkeypatch):
     """
     In a rollout and in an optimizer step on it; of frozen towers, in the whole run. Nothing else passes through the model.
@@ -588,6 +593,7 @@ def test_a_fault_in_training_moves_the_weights(seven_tags, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("used_by", "name", "fault"), FAULTS.values(), ids=list(FAULTS))
+@pytest.mark.matrix(cases=1)
 def test_auto_falls_back_where_both_ways_differ(used_by, name, fault, seven_tags, tmp_path, monkeypatch, caplog):
     folder, dataset = seven_tags
     rows = one_row_per_tag(dataset)
@@ -714,6 +720,7 @@ IN_FLOAT32 = ("qwen2_5_omni", "gemma4")
         for bf16 in (False, True)
     ],
 )
+@pytest.mark.matrix(cases=6)
 def test_auto_shares_where_both_ways_agree(family, bf16, seven_tags, tmp_path, caplog):
     """Also under autocast to bfloat16, which TRL switches on unless told otherwise."""
     folder, dataset = seven_tags
@@ -750,10 +757,10 @@ def measured(family_name, folder, rows, precision, monkeypatch):
             return serve_media(family, model, prompts, packed=packed)
 
         for prompt in (builder.probe(), *map(builder.encode, rows)):
-            right.append(sharing.sharing_error(model, core, prompt, serve))
+            right.append(sharing_error(model, core, prompt, serve))
             with monkeypatch.context() as patch:
                 patch.setattr(sharing, "pack", late_positions(sharing.pack, 1))
-                wrong.append(sharing.sharing_error(model, core, prompt, serve))
+                wrong.append(sharing_error(model, core, prompt, serve))
     return right, wrong
 
 
@@ -765,6 +772,7 @@ def measured(family_name, folder, rows, precision, monkeypatch):
         for precision in ("float32", "mixed", "bfloat16")
     ],
 )
+@pytest.mark.matrix(cases=3)
 def test_the_comparison_tells_rounding_from_faults(family, precision, seven_tags, monkeypatch):
     folder, dataset = seven_tags
     spec = FAMILIES[family]
@@ -886,6 +894,7 @@ def test_checkpoints_are_those_of_plain_transformers(seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Omni, MAPO])
+@pytest.mark.matrix(cases=1)
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(kind, seven_tags, tmp_path):
     """Also in the middle of a rollout, where nothing is generated before the next update."""
     folder, dataset = seven_tags

@@ -57,6 +57,7 @@ def by_tag(one, tag, copy, call):
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan], ids=["None", "NaN"])
+@pytest.mark.matrix(cases=1)
 def test_a_question_without_a_score_is_left_out(seven_tags, build, tmp_path, nothing):
     """Counted as wrong they would turn the order around."""
     first = {row["id"] for tag in ("V", "S") for row in take(seven_tags[1], **{tag: 1})}
@@ -69,6 +70,7 @@ def test_a_question_without_a_score_is_left_out(seven_tags, build, tmp_path, not
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan], ids=["None", "NaN"])
+@pytest.mark.matrix(cases=1)
 def test_a_tag_that_could_not_be_scored_comes_first(build, tmp_path, nothing, caplog):
     def value(one, tag, copy, call):
         return nothing if call == 0 and tag == "V" else ACCURACY[tag]

@@ -89,6 +89,7 @@ class BenchmarkRows:
     Rows of a benchmark, and what did not become one.
 
     Attributes:
+        benchmark: which it is.
         dataset: the rows, with the columns of `FEATURES`.
         left_out: what did not become a row, in order.
         faults: records that are not as published; empty unless asked for by [`check`].

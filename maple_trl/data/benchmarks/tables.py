@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from maple_trl.data.hint_tables import RowTable
 from maple_trl.data.record_files import TableError, read_records
 
 
@@ -23,10 +22,10 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".parquet":
         yield from read_records(path)
         return
-    table = RowTable(path)
-    columns = [table.column(name) for name in table.columns]
-    for values in zip(*columns, strict=True):
-        yield dict(zip(table.columns, values, strict=True))
+    rows = list(read_records(path))
+    names = dict.fromkeys(name for row in rows for name in row)
+    for row in rows:
+        yield {name: row.get(name) for name in names}
 
 
 def find_tables(path: Path, patterns: tuple[str, ...], split: str) -> list[Path]:

@@ -42,7 +42,11 @@ class Sample:
         kind: one of [`~maple_trl.data.benchmarks.prompts.ANSWER_KINDS`].
         options: texts without letters.
         name: the set's own name of it, where it has one.
-        video, audio, subtitle, image: paths below the media root at which the medium may lie, the likeliest first.
+        question_type: the set's own category of it, where it has one.
+        video: paths below the media root at which the video may lie, the likeliest first.
+        audio: the same of sound.
+        subtitle: the same of a subtitle.
+        image: the same of a picture.
         images: pictures in the order in which they are shown, in the place of `image`.
         track: the video's sound as a file, used where it is there.
         stand_in: whether the subtitle only stands in for one, and is given where a tag asks for it alone.
@@ -51,9 +55,11 @@ class Sample:
         required_tag: the signals that it needs, where the set says so.
         reference: of a caption, what all of its tag's signals tell.
         references: what single signals tell, by `V`, `A` and `S`.
+        hint: what helps without telling the answer, where the set has it.
         messages: the prompt as messages, where it is not made from question and options.
         written: what a model is known to have written: names of fields, and the model.
         split: where the record says it.
+        source: what the row's column `source` says, in the place of the converter's.
         further: values of the converter's further columns.
     """
 

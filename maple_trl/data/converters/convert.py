@@ -51,6 +51,10 @@ class ConvertOptions:
         pictures: `keep` rows with pictures, which are fed as they are; make a clip of two seconds of a row's one picture
             (`clips`), below `media_root/extracted`, for models that read clips alone; or `leave_out` such rows.
         missing_media: `keep` rows that name a file that is not there (validation then names them), or `leave_out` them.
+
+    Raises:
+        ConversionError: for `tags` that are one text, and an unknown way with pictures or missing media.
+        ValueError: for an unknown tag or prompt style.
     """
 
     media_root: str | os.PathLike[str] | None = None

@@ -145,11 +145,20 @@ class CurationConfig:
     A whole curation.
 
     Args:
-        source (`Source`), output (`str`), name (`str`): clips, folder of all that is written, `source` of the rows.
+        source (`Source`): where clips come from.
+        output (`str`): folder of all that is written.
+        name (`str`): `source` of the rows.
         servers (`Mapping[str, ChatOptions]`): of the roles.
         voters (`tuple[ChatOptions, ...]`): of the filter.
         seed (`int`): of letters and splits.
         tags (`tuple[ModalityTag, ...]`): which are made.
+        split (`Splitting`): how a clip becomes signals.
+        captions (`Captions`): what captions are written from.
+        questions (`Questions`): which questions are written, and what from.
+        filter (`Filtering`): when a question counts as answered.
+        splits (`Splits`): which rows are kept for the test.
+        write (`Writing`): what files and prompts look like.
+        run (`Running`): how the run goes about it.
     """
 
     source: Source
@@ -198,7 +207,7 @@ _CHOICES = {"evidence": EVIDENCE, "prompt_style": tuple(PROMPT_STYLES)}
 
 def read_config(path: str | Path) -> CurationConfig:
     """
-    Read a curation's file. Relative paths in it start where the file lies.
+    Read a curation's file, the YAML at `path`. Relative paths in it start where the file lies.
 
     Raises:
         CurationError: naming file and key, and what would be right.

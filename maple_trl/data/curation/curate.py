@@ -39,7 +39,8 @@ class Account:
 
     Attributes:
         stage: its name.
-        rows_in, rows_out: rows that came in, and that go on.
+        rows_in: rows that came in.
+        rows_out: rows that go on.
         dropped: reason -> number.
         notes: what else was counted.
         asked: rows that this run had still to do.
@@ -79,7 +80,7 @@ class CurationSummary:
     spent: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self, config: CurationConfig) -> dict[str, Any]:
-        """Return it as JSON knows it, with the prompts and models that it comes from."""
+        """Return it as JSON knows it, with the prompts, and the models of the `config` that it comes from."""
         return {
             "name": config.name,
             "stages": [account.as_dict() for account in self.accounts],
@@ -282,7 +283,7 @@ def _by_tag(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
 
 
 def spent(config: CurationConfig) -> list[dict[str, Any]]:
-    """Return calls, tokens and cost by stage and server, over all runs into the output folder."""
+    """Return calls, tokens and cost by stage and server, over all runs into the output folder of a `config`."""
     sums: dict[tuple[str, str], Counter] = {}
     for entry in GrowingLog(config.work, SPENT).entries():
         numbers = {name: entry.get(name, 0) for name in ("calls", "prompt_tokens", "completion_tokens")}

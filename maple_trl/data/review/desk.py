@@ -24,7 +24,16 @@ which reviewers disagree, and those that have changed since the reviewer decided
 
 @dataclass(frozen=True)
 class Shown:
-    """How a row was before its reviewer when they acted; what goes into the log besides the action."""
+    """
+    How a row was before its reviewer when they acted; what goes into the log besides the action.
+
+    Attributes:
+        digest: of the row.
+        answer: the reviewer's own answer, given before the right one was shown.
+        revealed: whether the right answer was shown before the action.
+        looked: the tags as which the row was looked at, besides its own.
+        seconds: time from the row's being shown to the action.
+    """
 
     digest: str
     answer: str | None = None
@@ -66,7 +75,7 @@ class ReviewDesk:
     # What was decided
 
     def standing(self, index: int, replay: Replay | None = None) -> dict[str, Entry]:
-        """Return each reviewer's decision on a row, without those on a row that has changed since."""
+        """Return each reviewer's decision on the row at `index` (as a `replay` has it), but for those made before it changed."""
         decisions = (replay or self.log.replay).decisions(self.data.ids[index])
         if not decisions:
             return {}
@@ -74,12 +83,12 @@ class ReviewDesk:
         return {reviewer: entry for reviewer, entry in decisions.items() if entry.digest == digest}
 
     def stale(self, index: int) -> dict[str, Entry]:
-        """Return the decisions that were made before the row changed."""
+        """Return the decisions that were made before the row at `index` changed."""
         decisions = self.log.replay.decisions(self.data.ids[index])
         return {name: entry for name, entry in decisions.items() if entry.digest != self.data.digest(index)}
 
     def row(self, index: int, reviewer: str) -> dict[str, Any]:
-        """Return a row with what a reviewer has changed in it."""
+        """Return the row at `index` with what a `reviewer` has changed in it."""
         entry = self.standing(index).get(reviewer)
         return changed(self.data.row(index), entry.changes) if entry else self.data.row(index)
 
@@ -102,9 +111,13 @@ class ReviewDesk:
 
         Args:
             index: of the row.
+            reviewer: who acts.
             action: `accept`, `retag` (with `tag`), `edit` (with `edit`, see
                 [`~maple_trl.data.review.edits.checked_edit`]) or `reject` (with `reason`).
             shown: how the row was shown.
+            tag: the new tag, for `retag`.
+            edit: new values by field, for `edit`.
+            reason: why, for `reject`.
 
         Raises:
             ReviewError: when the row is not the one that was shown, the change cannot be made, or a reason is missing.
@@ -175,7 +188,15 @@ class ReviewDesk:
     # Which row comes next
 
     def fits(self, index: int, reviewer: str, tag: str = "all", show: str = "all") -> bool:
-        """Return whether a row is among those that are gone through: of a proposed tag, and one of `SHOWS`."""
+        """
+        Return whether a row is among those that are gone through.
+
+        Args:
+            index: of the row.
+            reviewer: who goes through them.
+            tag: the proposed tag of the rows, or `"all"`.
+            show: one of `SHOWS`.
+        """
         if tag not in ("all", self.data.tags[index]):
             return False
         if show == "all":
@@ -192,16 +213,32 @@ class ReviewDesk:
         return show == "reviewed" or own.rejected == (show == "rejected") and own.decision != "accepted"
 
     def disagreed(self, index: int) -> bool:
-        """Return whether two reviewers decided differently on a row."""
+        """Return whether two reviewers decided differently on the row at `index`."""
         return len({outcome(entry) for entry in self.standing(index).values()}) > 1
 
     def following(self, index: int, step: int, reviewer: str, tag: str = "all", show: str = "all") -> int | None:
-        """Return the next row that fits, on from `index` in steps of 1 or -1; `None` where there is none."""
+        """
+        Return the next row that fits; `None` where there is none.
+
+        Args:
+            index: of the row from which to go on.
+            step: 1 for onwards, -1 for backwards.
+            reviewer: who goes through them.
+            tag: as in [`~ReviewDesk.fits`].
+            show: as in [`~ReviewDesk.fits`].
+        """
         places = range(index + step, len(self.data) if step > 0 else -1, step)
         return next((place for place in places if self.fits(place, reviewer, tag, show)), None)
 
     def first(self, reviewer: str, tag: str = "all", show: str = "all") -> int | None:
-        """Return the first row that fits; where all are shown, the first on which the reviewer has not decided."""
+        """
+        Return the first row that fits; where all are shown, the first on which the reviewer has not decided.
+
+        Args:
+            reviewer: who goes through them.
+            tag: as in [`~ReviewDesk.fits`].
+            show: as in [`~ReviewDesk.fits`].
+        """
         found = self.following(-1, 1, reviewer, tag, "unreviewed" if show == "all" else show)
         return self.following(-1, 1, reviewer, tag, show) if found is None else found
 

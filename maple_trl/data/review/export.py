@@ -33,6 +33,7 @@ def export_rows(
     Each changed field gets a line in `provenance` for every reviewer who decided so. All other columns stay as they are.
 
     Args:
+        desk: the set and the log of its review.
         output: a `.parquet` file for all rows, or a folder that gets a Parquet file for each file of the set.
         rule, least: as of [`~maple_trl.data.review.outcomes.settle`].
         undecided: one of `UNDECIDED_RULES`; kept rows stay as they were proposed.

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from maple_trl.data.review.entries import Entry, read_entry
 from maple_trl.data.review.replay import Replay
 from maple_trl.data.review.rows import ReviewError
+from maple_trl.files import flush
 
 
 LOCK_SECONDS = 30.0
@@ -46,6 +47,9 @@ class ReviewLog:
     Attributes:
         replay (`Replay`): the decisions.
         damaged (`list[DamagedLine]`): lines that do not count.
+
+    Raises:
+        ReviewError: when `path` is a folder or lies in none.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -70,7 +74,12 @@ class ReviewLog:
 
     @contextmanager
     def held(self) -> Iterator[Replay]:
-        """Hold the log alone, with all in it that anyone has written."""
+        """
+        Hold the log alone, with all in it that anyone has written.
+
+        Raises:
+            ReviewError: when another process holds it for too long.
+        """
         with self._threads:
             try:
                 with self._lock:
@@ -108,11 +117,7 @@ class ReviewLog:
         finally:
             os.close(descriptor)
         if new:  # its name, too, must outlive a power cut
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            flush(self.path.parent)
 
     def _read_on(self) -> None:
         """Read what has been added; nobody writes meanwhile."""

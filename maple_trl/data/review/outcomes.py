@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from maple_trl.data.review.desk import outcome
+from maple_trl.data.review.desk import UNDECIDED, outcome
 from maple_trl.data.review.entries import Entry
 
 
@@ -15,7 +15,7 @@ RULES = ("agree", "majority", "last")
 `agree`: all who decided on the row decided the same. `majority`: more than half of them did. `last`: the latest decision counts.
 """
 
-DECIDED, DISAGREED, UNDECIDED = "decided", "disagreed", "undecided"
+DECIDED, DISAGREED = "decided", "disagreed"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maple_trl.data.hint_tables import SUFFIXES, RowTable, TableError
+from maple_trl.data.row_tables import SUFFIXES, RowTable, TableError
 from maple_trl.files import digest
 from maple_trl.modalities import ModalityTag
 
@@ -77,7 +77,7 @@ class ReviewSet:
         return self.path if self.path.is_dir() else self.path.parent
 
     def index_of(self, name: str) -> int | None:
-        """Return where the row with an id stands; `None` where there is none."""
+        """Return where the row whose id is `name` stands; `None` where there is none."""
         return self._index.get(name)
 
     def _add(self, name: str, table: pa.Table) -> Iterator[str]:
@@ -93,7 +93,7 @@ class ReviewSet:
             self.tags.append(parsed)
 
     def place(self, index: int) -> tuple[int, int]:
-        """Return in which table a row stands, and where in it."""
+        """Return in which table the row at `index` stands, and where in it."""
         table = max(number for number, start in enumerate(self._starts) if start <= index)
         return table, index - self._starts[table]
 

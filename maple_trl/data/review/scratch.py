@@ -11,10 +11,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from maple_trl.files import user_cache
+
 
 def review_cache() -> Path:
     """Return the folder in the user's cache in which each review keeps copies of clips while it runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl" / "review"
+    return user_cache() / "review"
 
 
 @contextmanager

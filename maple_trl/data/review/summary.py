@@ -27,6 +27,11 @@ def summarize(desk: ReviewDesk, rule: str = "agree", least: int = 1) -> dict[str
     """
     Summarize a review as JSON knows it.
 
+    Args:
+        desk: the set and the log of its review.
+        rule: as of [`~maple_trl.data.review.outcomes.settle`].
+        least: reviewers without whom nothing is decided.
+
     Returns:
         `dict`:
             - `rows`, `decided`, `disagreed`, `undecided`: rows by what counts for them under the rule.

@@ -52,7 +52,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def family_for(model: nn.Module, processor) -> OmniFamily:
     """
-    Return the family of a model.
+    Return the family of a model, made with the model's `processor`.
 
     Raises:
         ValueError: when the model type is not registered; the message lists those that are.
@@ -93,16 +93,32 @@ class PromptEncoder(Protocol):
     max_tokens: int | None = None
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        """Render messages with bare markers for media in the form that `encode` takes."""
+        """Render messages with bare markers for media in the form that `encode` takes; `options` are the template's."""
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a text, none where they cannot be known."""
 
     def encode(self, key: str, text: Any, media: PromptMedia, interleaved: bool = False) -> Any:
-        """Encode one rendered prompt with its decoded media."""
+        """
+        Encode one rendered prompt with its decoded media.
+
+        Args:
+            key (`str`): name of the prompt.
+            text: what `render` gave.
+            media (`PromptMedia`): its decoded media.
+            interleaved (`bool`): the i-th audio belongs to the i-th video and its tokens stand among the video's.
+        """
 
     def check_pixels(self, max_pixels: int) -> None:
-        """Raise ValueError where no picture or frame is as small as that."""
+        """
+        Check a limit on the size of pictures and frames.
+
+        Args:
+            max_pixels (`int`): most pixels of one.
+
+        Raises:
+            ValueError: where none is as small as that.
+        """
         if not self.placeholders.keys() & {"image", "video"}:
             return
         least = self.frame_multiple**2
@@ -128,6 +144,14 @@ class OmniFamily(PromptEncoder):
         scopes: regular expressions over module names for `vision`, `audio`, `projectors` and `llm`.
         unread: ends of the names of weights that no pass reads.
         passed_alone: kinds of media of which each clip passes its tower alone. Other kinds pass once for all clips of a batch.
+        times_in_text: whether the processor writes the time of each picture of a video into the prompt.
+
+    Args:
+        model (`nn.Module`): of one of the family's model types.
+        processor: the model's.
+
+    Raises:
+        ValueError: when the processor's tokenizer lacks a placeholder token.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -141,6 +165,7 @@ class OmniFamily(PromptEncoder):
     scopes: ClassVar[dict[str, str]] = {}
     unread: ClassVar[tuple[str, ...]] = ()
     passed_alone: ClassVar[tuple[str, ...]] = ()
+    times_in_text: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, processor):
         self.config = model.config
@@ -166,14 +191,14 @@ class OmniFamily(PromptEncoder):
 
     @classmethod
     def stand_in(cls, config: PreTrainedConfig, processor: Any) -> Self:
-        """Return what decides what a row is fed, from a checkpoint's configuration and processor: no model is needed."""
+        """Return what decides what a row is fed, from a checkpoint's `config` and `processor`: no model is needed."""
         made = cls.__new__(cls)
         made.processor = processor
         return made
 
     @staticmethod
     def core(model: nn.Module) -> nn.Module:
-        """Return the module whose forward merges media into token embeddings."""
+        """Return the module of a `model` whose forward merges media into token embeddings."""
         return unwrap(model).base_model
 
     @property
@@ -202,7 +227,14 @@ class OmniFamily(PromptEncoder):
         return (height // self.frame_multiple) * (width // self.frame_multiple)
 
     def video_token_count(self, frames: int, height: int, width: int) -> int:
-        """Count the tokens of a clip of `frames` frames of `height` x `width` pixels."""
+        """
+        Count the tokens of a clip.
+
+        Args:
+            frames (`int`): how many, as sampled.
+            height (`int`): of a frame, in pixels.
+            width (`int`): of a frame, in pixels.
+        """
         return -(-frames // self.frames_per_token) * (height // self.frame_multiple) * (width // self.frame_multiple)
 
     # What a model cannot do as others do
@@ -216,12 +248,12 @@ class OmniFamily(PromptEncoder):
         """
 
     def check_generation(self, config: GenerationConfig) -> None:
-        """Raise ValueError where `generate()` would sample from something else than what is trained."""
+        """Raise ValueError where `generate()` with this `config` would sample from something else than what is trained."""
 
     # Encoding one prompt
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Render messages by the model's chat template."""
+        """Render messages by the model's chat template; `options` are its further variables."""
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
     def tokens(self, text: str) -> list[int]:
@@ -233,7 +265,9 @@ class OmniFamily(PromptEncoder):
         Encode one rendered prompt with its decoded media.
 
         Args:
+            key (`str`): name of the prompt.
             text (`str`): the rendered chat template, with one placeholder token per clip.
+            media (`PromptMedia`): its decoded media.
             interleaved (`bool`): the i-th audio belongs to the i-th video and its tokens stand among the video's.
 
         Raises:
@@ -258,12 +292,17 @@ class OmniFamily(PromptEncoder):
         return EncodedPrompt(key, input_ids, position_ids, inputs, counts, blocks=self.blocks(input_ids))
 
     def tower_inputs(self, kind: str, batch: BatchFeature) -> dict[str, Tensor]:
-        """Return what the tower of a kind reads of the processor's output for one prompt."""
+        """
+        Return what the tower of a kind reads of the processor's output (`batch`) for one prompt.
+
+        Pictures and video are patches of shape (patches, values) and grids of shape (clips, 3); sound is mel frames of shape
+        (audios, mel, frames) and their mask of shape (audios, frames).
+        """
         inputs = {name: batch[name] for name in self.media_names[kind] if name in batch}
         return self.trim_audio(inputs) if kind == "audio" else inputs
 
     def processor_kwargs(self, media: PromptMedia, interleaved: bool) -> dict[str, Any]:
-        """Return arguments of the processor for already decoded, sampled and resized media."""
+        """Return arguments of the processor for decoded, sampled and resized media, `interleaved` or one after the other."""
         kwargs: dict[str, Any] = {}
         # Copies: what is cached is read-only.
         if media.images:
@@ -271,12 +310,11 @@ class OmniFamily(PromptEncoder):
             kwargs["images_kwargs"] = {"do_resize": False, "input_data_format": "channels_last"}
         if media.videos:
             kwargs["videos"] = [clip.frames.copy() for clip in media.videos]
-            kwargs["videos_kwargs"] = {
-                "do_resize": False,
-                "do_sample_frames": False,
-                "input_data_format": "channels_last",
-                "fps": media.videos[0].fps,
-            }
+            options = {"do_resize": False, "do_sample_frames": False, "input_data_format": "channels_last"}
+            times = (
+                {"video_metadata": _true_times(media.videos)} if self.times_in_text else {"fps": media.videos[0].fps}
+            )
+            kwargs["videos_kwargs"] = options | times
         if media.audios:
             kwargs["audio"] = [clip.waveform for clip in media.audios]
             kwargs["audio_kwargs"] = {
@@ -287,7 +325,7 @@ class OmniFamily(PromptEncoder):
 
     def audio_pad_length(self, audios: Sequence[AudioClip]) -> int:
         """
-        Return the samples to pad waveforms to, so that no clip is cut and no 30 s of silence are transformed.
+        Return the samples to pad waveforms (`audios`) to, so that no clip is cut and no 30 s of silence are transformed.
 
         A window's worth of silence beyond the end gives the last frames the values that long padding gives them.
         """
@@ -296,7 +334,7 @@ class OmniFamily(PromptEncoder):
         return -(-longest // extractor.hop_length) * extractor.hop_length
 
     def trim_audio(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop mel frames that are padding in every audio."""
+        """Drop what is padding in every audio of `inputs`: mel frames (audios, mel, frames), their mask (audios, frames)."""
         length = int(inputs["feature_attention_mask"].sum(-1).max())
         return inputs | {
             "input_features": inputs["input_features"][..., :length],
@@ -304,12 +342,12 @@ class OmniFamily(PromptEncoder):
         }
 
     def patch_seconds(self, clip: VideoClip) -> Tensor:
-        """Return the time of the first picture of each temporal patch, shape (patches,)."""
+        """Return the time of the first picture of each temporal patch of a `clip`, in seconds, shape (patches,)."""
         return torch.from_numpy(clip.timestamps[:: self.frames_per_token].copy())
 
     def second_per_grid(self, videos: Sequence[VideoClip]) -> list[Tensor]:
         """
-        Return the seconds between temporal patches, as `get_rope_index` takes them: it places patch k at k times that.
+        Return the seconds between patches of `videos`, as `get_rope_index` takes them: it places patch k at k times that.
 
         Each video has one value per patch, of shape (patches,), rather than one in all: so every patch comes to stand
         where its picture is, however unevenly pictures follow each other. Evenly, all values of a video are equal. The
@@ -318,19 +356,43 @@ class OmniFamily(PromptEncoder):
         return [mean_steps(seconds - seconds[0]) for seconds in map(self.patch_seconds, videos)]
 
     def interleave(self, input_ids: Tensor, position_ids: Tensor, clip: VideoClip) -> tuple[Tensor, Tensor]:
-        """Place a prompt's video tokens among the sound's by their true times; return tokens and positions."""
+        """
+        Place a prompt's video tokens among the sound's by their true times.
+
+        Args:
+            input_ids (`Tensor`): shape (P,).
+            position_ids (`Tensor`): shape (R, P).
+            clip (`VideoClip`): the prompt's video.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: tokens of shape (P,) and positions of shape (R, P).
+        """
         raise NotImplementedError
 
     def position_ids(self, batch: BatchFeature, media: PromptMedia, interleaved: bool) -> Tensor:
-        """Return the rotary positions of one prompt, shape (R, P); unless a model says otherwise, tokens are counted."""
+        """
+        Return the rotary positions of one prompt, shape (R, P); unless a model says otherwise, tokens are counted.
+
+        Args:
+            batch (`BatchFeature`): what the processor made of the prompt.
+            media (`PromptMedia`): its decoded media.
+            interleaved (`bool`): tokens of sound stand among those of its video.
+        """
         return torch.arange(batch["input_ids"].size(1))[None]
 
     def blocks(self, input_ids: Tensor) -> Blocks | None:
-        """Return which of a prompt's tokens, of shape (P,), see each other both ways; `None` where none do."""
+        """Return which of a prompt's tokens (`input_ids`, shape (P,)) see each other both ways; `None` where none do."""
         return None
 
     def feature_counts(self, kind: str, inputs: Mapping[str, Tensor]) -> list[int]:
-        """Count the features that the tower gives for each clip of a kind, given what it reads of them."""
+        """
+        Count the features that the tower gives for each clip of a kind.
+
+        Args:
+            kind (`str`): of media.
+            inputs (`Mapping[str, Tensor]`): what the tower reads: of pictures and video a grid of shape (clips, 3), of sound a
+                mask of shape (audios, frames).
+        """
         if kind == "audio":
             return [self.audio_token_count(n) for n in inputs["feature_attention_mask"].sum(-1).tolist()]
         return (inputs[f"{kind}_grid_thw"].prod(-1) // self.processor.video_processor.merge_size**2).tolist()
@@ -340,13 +402,23 @@ class OmniFamily(PromptEncoder):
         raise NotImplementedError
 
     def audio_tokens_of(self, clip: AudioClip) -> int:
-        """Count the tokens of a sound, before it is encoded."""
+        """Count the tokens of a sound (`clip`), before it is encoded."""
         return self.audio_token_count(len(clip.waveform) // self.extractor.hop_length)
 
     # Running the towers
 
     def collate_media(self, prompts: Sequence[EncodedPrompt], kind: str, device: torch.device) -> dict[str, Tensor]:
-        """Concatenate the media of several prompts; mel frames are padded to the longest."""
+        """
+        Concatenate the media of several prompts; mel frames are padded to the longest.
+
+        Args:
+            prompts (`Sequence[EncodedPrompt]`): each with media of the kind.
+            kind (`str`): of media.
+            device (`torch.device`): where the tensors go.
+
+        Returns:
+            `dict[str, Tensor]`: what the tower reads, with the shapes of [`~OmniFamily.tower_inputs`], over all prompts.
+        """
         if kind != "audio":
             names = self.media_names[kind]
             return {name: torch.cat([p.media[kind][name] for p in prompts]).to(device) for name in names}
@@ -358,7 +430,14 @@ class OmniFamily(PromptEncoder):
         }
 
     def tower_outputs(self, core: nn.Module, kind: str, prompts: Sequence[EncodedPrompt]) -> Features:
-        """Return the features of all media of a kind in the prompts, one after the other."""
+        """
+        Return the features of all media of a kind in the prompts, one after the other.
+
+        Args:
+            core (`nn.Module`): what [`~OmniFamily.core`] gives.
+            kind (`str`): of media.
+            prompts (`Sequence[EncodedPrompt]`): each with media of the kind.
+        """
         if kind == "audio":
             return {"tokens": self.audio_embeddings(core, prompts)}
         media = self.collate_media(prompts, kind, core.get_input_embeddings().weight.device)
@@ -370,7 +449,7 @@ class OmniFamily(PromptEncoder):
         return {name: torch.cat(tuple(layer)) for name, layer in layers.items()}
 
     def audio_embeddings(self, core: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """Return the audio tower's features of all prompts' audios, shape (sum of tokens, hidden)."""
+        """Return the features that the audio tower of a `core` gives for all audios of `prompts`, shape (tokens, hidden)."""
         device = core.get_input_embeddings().weight.device
         media = self.collate_media(prompts, "audio", device)
         return core.get_audio_features(**media, return_dict=True).last_hidden_state
@@ -386,9 +465,10 @@ class OmniFamily(PromptEncoder):
         Return arguments for the core's forward that put features in the place of their placeholders.
 
         Args:
+            core: what [`~OmniFamily.core`] gives.
             input_ids: shape (B, T).
             features: by kind, those of each prompt that has any, in the order of the placeholders.
-            unneeded: zeros that depend on towers which have nothing to read; they are added to what is read.
+            unneeded: scalars, zeros that depend on towers which have nothing to read; they are added to what is read.
         """
         vision = {kind: list(features[kind]) for kind in ("image", "video") if kind in features}
         # Here or in the core, but once in every row: FSDP 2 gathers the embeddings by themselves each time.
@@ -422,6 +502,12 @@ class OmniFamily(PromptEncoder):
         Return what `core_inputs` does, with everything in the embeddings: for any core that takes them in the place of tokens.
 
         Tokens are embedded once then, whatever a row holds, as FSDP wants it where it gathers embeddings by themselves.
+
+        Args:
+            core: what [`~OmniFamily.core`] gives.
+            input_ids: shape (B, T).
+            features: as in [`~OmniFamily.core_inputs`].
+            unneeded: scalars, as in [`~OmniFamily.core_inputs`].
         """
         embeddings = core.get_input_embeddings()(input_ids)
         for kind, of_prompts in features.items():
@@ -431,18 +517,26 @@ class OmniFamily(PromptEncoder):
         return {"inputs_embeds": embeddings, "input_ids": None}
 
     def scattered(self, embeddings: Tensor, input_ids: Tensor, kind: str, features: Sequence[Features]) -> Tensor:
-        """Return embeddings of shape (B, T, hidden) with the features of a kind in the place of its placeholders."""
+        """
+        Return embeddings of shape (B, T, hidden) with the features of a kind in the place of its placeholders.
+
+        Args:
+            embeddings (`Tensor`): shape (B, T, hidden).
+            input_ids (`Tensor`): shape (B, T).
+            kind (`str`): of media.
+            features (`Sequence[Features]`): of each prompt that has any, in the order of the placeholders.
+        """
         tokens = torch.cat([prompt["tokens"] for prompt in features]).to(embeddings.dtype)
         return embeddings.masked_scatter((input_ids == self.placeholder_ids[kind]).unsqueeze(-1), tokens)
 
     def dummy_output(self, core: nn.Module, kind: str) -> Tensor:
-        """Return a scalar that depends on every parameter of a tower, from the smallest input that it takes."""
+        """Return a scalar that depends on every parameter of the tower of a `kind` in a `core`, from its smallest input."""
         empty = torch.empty(0, dtype=torch.long)
         prompt = EncodedPrompt("dummy", empty, empty[None], {kind: self.dummy_inputs(kind)})
         return sum(layer.sum() for layer in self.tower_outputs(core, kind, [prompt]).values())
 
     def dummy_inputs(self, kind: str) -> dict[str, Tensor]:
-        """Return the smallest input that the tower of a kind takes."""
+        """Return the smallest input that the tower of a kind takes, of the shapes of [`~OmniFamily.tower_inputs`]."""
         if kind == "audio":
             mel, frames = self.extractor.feature_size, self.dummy_mel_frames
             return {
@@ -457,11 +551,11 @@ class OmniFamily(PromptEncoder):
     dummy_mel_frames = 16
 
     def scope_of(self, module_name: str) -> str | None:
-        """Return the part of the model (`vision`, `audio`, `projectors`, `llm`) that a module belongs to."""
+        """Return the part (`vision`, `audio`, `projectors`, `llm`) that the module called `module_name` belongs to."""
         return _scope_of(tuple(self.scopes.items()), module_name)
 
     def is_unread(self, weight_name: str) -> bool:
-        """Return whether no pass reads this weight, so that it has no gradient."""
+        """Return whether no pass reads the weight called `weight_name`, so that it has no gradient."""
         return weight_name.endswith(self.unread)
 
 
@@ -475,7 +569,12 @@ def _vision_outputs(features: Sequence[Features]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithDeepstackFeatures(pooler_output=tokens, deepstack_features=deepstack)
 
 
-def times_in_text(videos: Sequence[VideoClip]) -> list[VideoMetadata]:
+def pooled_audio_tokens(mel_frames: int) -> int:
+    """Count the tokens of mel frames behind Whisper's encoder, which halves them, and a mean over pairs of its states."""
+    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def _true_times(videos: Sequence[VideoClip]) -> list[VideoMetadata]:
     """
     Return what processors read that write the time of pictures into the prompt.
 

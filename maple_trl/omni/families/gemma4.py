@@ -13,7 +13,7 @@ from transformers import BatchFeature, PreTrainedConfig
 
 from maple_trl.omni.encoded import Blocks, EncodedPrompt
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.families.base import OmniFamily, register_family, times_in_text
+from maple_trl.omni.families.base import OmniFamily, register_family
 from maple_trl.omni.media.clips import AudioClip, PromptMedia
 from maple_trl.omni.prefix.shared_prefill import grows_cache
 
@@ -41,6 +41,7 @@ class Gemma4Family(OmniFamily):
         "llm": r"(^|\.)language_model\.",
     }
     frames_per_token = 1
+    times_in_text = True
 
     def __init__(self, model: nn.Module, processor: Any):
         self._leave_out(model.config)
@@ -108,8 +109,6 @@ class Gemma4Family(OmniFamily):
             kwargs["images_kwargs"]["max_soft_tokens"] = self._room(media, "image")
         if media.videos:
             kwargs["videos_kwargs"]["max_soft_tokens"] = self._room(media, "video")
-            kwargs["videos_kwargs"]["video_metadata"] = times_in_text(media.videos)
-            del kwargs["videos_kwargs"]["fps"]
         return kwargs
 
     def _room(self, media: PromptMedia, kind: str) -> int:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from maple_trl.omni.families.base import OmniFamily, mean_steps, register_family
+from maple_trl.omni.families.base import OmniFamily, mean_steps, pooled_audio_tokens, register_family
 
 
 @register_family
@@ -101,4 +101,4 @@ class Qwen2_5OmniFamily(OmniFamily):
         return torch.tensor(order)
 
     def audio_token_count(self, mel_frames):
-        return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
+        return pooled_audio_tokens(mel_frames)

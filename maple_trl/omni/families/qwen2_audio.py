@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.masking_utils import create_bidirectional_mask
 
-from maple_trl.omni.families.base import OmniFamily, register_family
+from maple_trl.omni.families.base import OmniFamily, pooled_audio_tokens, register_family
 
 
 @register_family
@@ -22,7 +22,7 @@ class Qwen2AudioFamily(OmniFamily):
     }
 
     def audio_token_count(self, mel_frames):
-        return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
+        return pooled_audio_tokens(mel_frames)
 
     @property
     def max_audio_seconds(self) -> float:

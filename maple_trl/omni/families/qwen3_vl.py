@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maple_trl.omni.families.base import register_family, times_in_text
+from maple_trl.omni.families.base import register_family
 from maple_trl.omni.families.qwen2_5_vl import Qwen2_5VLFamily
 
 
@@ -12,10 +12,4 @@ class Qwen3VLFamily(Qwen2_5VLFamily):
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     scopes = Qwen2_5VLFamily.scopes | {"projectors": r"(^|\.)visual\.(merger|deepstack_merger_list)\."}
-
-    def processor_kwargs(self, media, interleaved):
-        kwargs = super().processor_kwargs(media, interleaved)
-        if media.videos:
-            kwargs["videos_kwargs"]["video_metadata"] = times_in_text(media.videos)
-            del kwargs["videos_kwargs"]["fps"]
-        return kwargs
+    times_in_text = True

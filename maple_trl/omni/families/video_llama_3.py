@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from maple_trl.omni.families.base import OmniFamily, register_family, times_in_text
+from maple_trl.omni.families.base import OmniFamily, register_family
 
 
 @register_family
@@ -30,15 +30,12 @@ class VideoLlama3Family(OmniFamily):
         "vision": r"(^|\.)vision_model\.",
         "llm": r"(^|\.)language_model\.",
     }
+    times_in_text = True
 
     def processor_kwargs(self, media, interleaved):
         # The last of an odd number of pictures comes twice; here a token covers one picture, and none is needed twice.
         videos = [clip if _all_differ(clip.timestamps) else _without_last(clip) for clip in media.videos]
-        kwargs = super().processor_kwargs(replace(media, videos=videos), interleaved)
-        if videos:
-            kwargs["videos_kwargs"]["video_metadata"] = times_in_text(videos)
-            del kwargs["videos_kwargs"]["fps"]
-        return kwargs
+        return super().processor_kwargs(replace(media, videos=videos), interleaved)
 
     def image_token_count(self, height, width):
         images = self.processor.image_processor

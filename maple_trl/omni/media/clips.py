@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 
 import numpy as np
@@ -10,6 +10,12 @@ import numpy as np
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.sampling import MediaLimits
 
+
+# What was special about a clip, in its notes.
+NO_AUDIO = "no-audio-track"
+SEGMENT_SHORTENED = "segment-shortened"
+SOUND_SPREAD = "sound-spread"
+TRIMMED = "trimmed"
 
 MAX_RESIZED_PIXELS = 1 << 24  # 4096 x 4096: what a row can ask for by name
 
@@ -23,12 +29,14 @@ class ClipRequest:
         start, end (`float`, *optional*):
             Segment, in seconds from the start of the file. Pictures and sound of a segment count their time from
             `start`. A segment that goes on after the clip's end stops there, with the note `"segment-shortened"`.
-        num_frames (`int`, *optional*), fps (`float`, *optional*):
-            Sampling, in place of the loader's; one of the two.
+        num_frames (`int`, *optional*):
+            How many frames, in place of the loader's sampling.
+        fps (`float`, *optional*):
+            Frames per second, in place of the loader's sampling; one of the two.
         min_pixels, max_pixels (`int`, *optional*):
             Area of a frame, in place of the loader's.
         resized_height, resized_width (`int`, *optional*):
-            Size of a frame, up to the rounding to whole patches; both or none. Only `max_pixels` can make it smaller.
+            Size of a frame in pixels, up to the rounding to whole patches; both or none. Only `max_pixels` can make it smaller.
 
     Raises:
         ValueError: for a value that makes no sense, by name.
@@ -44,16 +52,7 @@ class ClipRequest:
     resized_width: int | None = None
 
     def __post_init__(self):
-        for name in (
-            "start",
-            "end",
-            "fps",
-            "num_frames",
-            "min_pixels",
-            "max_pixels",
-            "resized_height",
-            "resized_width",
-        ):
+        for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -90,7 +89,7 @@ class ClipRequest:
         return replace(limits, num_frames=self.num_frames, fps=self.fps)
 
     def pixels(self, limits: MediaLimits) -> tuple[int, int]:
-        """Return the least and most pixels of a frame, of which a row may name one or both."""
+        """Return the least and most pixels of a frame, of which a row may name one or both, and `limits` say the rest."""
         least, most = self.min_pixels or limits.min_pixels, self.max_pixels or limits.max_pixels
         if self.resized_height is not None:
             least, most = self.min_pixels or 1, self.max_pixels or MAX_RESIZED_PIXELS
@@ -131,11 +130,16 @@ class VideoClip:
 @dataclass(frozen=True, eq=False)
 class AudioClip:
     """
-    Mono waveform, float32 (n,), read-only, at `sampling_rate`; sample 0 is the start of the file or segment.
+    Mono waveform; sample 0 is the start of the file or segment.
 
     With the note `"sound-spread"` it is parts of equal length, joined, whose first begins and whose last ends with the sound.
 
     Attributes:
+        waveform (`np.ndarray`): float32 (n,), read-only.
+        sampling_rate (`int`): samples per second.
+        duration (`float`): seconds of the waveform.
+        path (`str`): resolved path.
+        notes (`tuple[str, ...]`): what was special, such as `"sound-spread"`.
         source_seconds (`float`): how long the sound is of which it is parts; `None` where it is all of it.
     """
 
@@ -190,7 +194,18 @@ class PromptMedia:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """A file's header; `duration`, of the file, is `None` where it does not tell, as in live recordings."""
+    """
+    A file's header.
+
+    Attributes:
+        path (`str`): resolved path.
+        has_video (`bool`): whether it has moving pictures.
+        has_audio (`bool`): whether it has sound.
+        duration (`float` or `None`): seconds of the file; `None` where the header does not tell, as in live recordings.
+        width (`int` or `None`): of pictures, in pixels.
+        height (`int` or `None`): of pictures, in pixels.
+        format (`str`): the container's name.
+    """
 
     path: str
     has_video: bool

@@ -3,10 +3,11 @@
 import os
 import struct
 
+from maple_trl.omni.media.clips import Source
+from maple_trl.omni.media.formats import ASF_MARK, MP4_BOXES, W64_MARK
 
-_BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx", b"mfra", b"uuid", b"udta"}
 
-_W64, _ASF = bytes.fromhex("726966662e91cf11"), bytes.fromhex("3026b2758e66cf11")
+_BOXES = {*MP4_BOXES, b"mfra", b"uuid", b"udta"}
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _FLV_TAGS = (8, 9, 18)
 _RIFF_SLACK = 1  # some count their first 8 bytes too, which do not count, and many forget the last pad byte
@@ -153,10 +154,10 @@ def declared_bytes(path: str) -> int | None:
             return None if length is None else file.tell() + length
         if head[:4] == b"FORM":
             return struct.unpack(">I", head[4:8])[0] - _RIFF_SLACK
-        if head[:8] == _W64:
+        if head[:8] == W64_MARK:
             file.seek(16)
             return struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-        if head[:8] == _ASF:
+        if head[:8] == ASF_MARK:
             return _asf_bytes(file)
         if head[:4] == b".snd":
             file.seek(4)
@@ -184,3 +185,10 @@ _WALKS = {
     b"caff": _caf_bytes,
     b"wvpk": _wavpack_bytes,
 }
+
+
+def check_whole(source: Source) -> None:
+    """Raise a MediaError, `truncated`, for a file that is shorter than its container declares."""
+    declared, size = declared_bytes(source.path), os.path.getsize(source.path)
+    if declared is not None and size < declared:
+        raise source.error("truncated", f"has {size} bytes of the {declared} that its header declares")

@@ -31,16 +31,17 @@ class Format:
 
 
 _MXF = bytes.fromhex("060e2b34020501010d010201")
-_ASF = bytes.fromhex("3026b2758e66cf11")
+ASF_MARK = bytes.fromhex("3026b2758e66cf11")
 _TS_PACKETS = ((0, 188), (4, 192))  # where a packet of a transport stream begins, and how long it is
-_W64 = bytes.fromhex("726966662e91cf11")
+W64_MARK = bytes.fromhex("726966662e91cf11")
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx")
 
 TABLE = (
     Format(
         "mov",
         "MP4, QuickTime, 3GP",
         ("mp4", "m4v", "mov", "qt", "3gp", "3g2", "mj2", "m4a", "m4b", "f4v"),
-        tuple((4, box) for box in (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx")),
+        tuple((4, box) for box in MP4_BOXES),
         video=True,
     ),
     Format("matroska", "Matroska, WebM", ("mkv", "webm", "mka", "mk3d"), ((0, b"\x1aE\xdf\xa3"),), video=True),
@@ -61,7 +62,7 @@ TABLE = (
         says_length=False,
     ),
     Format("mpegvideo", "MPEG-1/2 video", ("m1v", "m2v", "mpv"), ((0, b"\0\0\1\xb3"),), video=True, says_length=False),
-    Format("asf", "Windows Media", ("wmv", "asf", "wma"), ((0, _ASF),), video=True),
+    Format("asf", "Windows Media", ("wmv", "asf", "wma"), ((0, ASF_MARK),), video=True),
     Format("flv", "Flash Video", ("flv",), ((0, b"FLV"),), video=True, says_length=False),
     Format("gif", "GIF", ("gif",), ((0, b"GIF8"),), video=True, says_length=False),
     Format("ogg", "Ogg", ("ogg", "ogv", "oga", "opus", "spx", "ogx"), ((0, b"OggS"),), video=True, says_length=False),
@@ -70,7 +71,7 @@ TABLE = (
     Format("ivf", "IVF", ("ivf",), ((0, b"DKIF"),), video=True, says_length=False),
     Format("nut", "NUT", ("nut",), ((0, b"nut/multimedia"),), video=True, says_length=False),
     Format("wav", "WAV", ("wav", "wave", "rf64", "bwf"), ((8, b"WAVE"),)),
-    Format("w64", "Wave64", ("w64",), ((0, _W64),)),
+    Format("w64", "Wave64", ("w64",), ((0, W64_MARK),)),
     Format("mp3", "MP3", ("mp3", "mp2", "mpga"), ((0, b"ID3"), (0, b"\xff\xfb"), (0, b"\xff\xf3"), (0, b"\xff\xfd"))),
     Format("flac", "FLAC", ("flac",), ((0, b"fLaC"),)),
     Format("aac", "AAC (ADTS)", ("aac", "adts"), ((0, b"\xff\xf1"), (0, b"\xff\xf9")), says_length=False),

@@ -16,7 +16,7 @@ import cachetools
 from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import host_memory
-from maple_trl.omni.media.clips import AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
+from maple_trl.omni.media.clips import NO_AUDIO, AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
 from maple_trl.omni.media.sampling import MediaLimits, fit_size
 from maple_trl.omni.media.subtitles import read_subtitle, subtitle_bytes
 from maple_trl.omni.media.tasks import Task, perform
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["AudioClip", "ClipRequest", "MediaError", "MediaInfo", "MediaLimits", "MediaLoader", "Picture", "VideoClip"]
 
-NO_AUDIO = "no-audio-track"
 WHOLE = ClipRequest()
 _COSTLY = ("decode-timeout", "decoder-crashed", "decoder-memory")
 _QUEUED = 1024  # calls that wait for a background thread
@@ -79,10 +78,12 @@ class MediaLoader:
     Attributes:
         decodes (`Counter`): `(kind, resolved path)` -> how often it was really decoded, of the latest 100000.
         notes (`Counter`): note -> number of clips that have it.
-        backend (`str`), backend_note (`str` or `None`): what decodes, and why not torchcodec.
+        backend (`str`): what decodes.
+        backend_note (`str` or `None`): why that is not torchcodec.
 
     Raises:
         FileNotFoundError: if `root` is no folder.
+        ValueError: for an unknown backend, a negative number of workers, or less memory for one than 256 MiB.
         RuntimeError: if `backend="torchcodec"` and it does not work here.
     """
 
@@ -195,18 +196,24 @@ class MediaLoader:
             logger.warning("%s was changed while it was in use: from now on it is read as it is now", name)
 
     def identity(self, path: str | os.PathLike) -> tuple[int, int] | None:
-        """Return what tells a file under the root from one that takes its place; `None` where it was not read yet."""
+        """Return what tells the file at `path` from one that takes its place; `None` where it was not read yet."""
         return self._identities.get(self._resolved(path))
 
     def expect(self, path: str | os.PathLike, identity: tuple[int, int]) -> None:
-        """Take a file for changed when it is not the one that another process has read; see [`~MediaLoader.identity`]."""
+        """
+        Take a file for changed when it is not the one that another process has read.
+
+        Args:
+            path: the file, below the root.
+            identity: what [`~MediaLoader.identity`] said of it there.
+        """
         real = self._resolved(path)
         with self._lock:
             if real and len(self._identities) < _REMEMBERED:
                 self._identities.setdefault(real, identity)
 
     def has_changed(self, path: str | os.PathLike) -> bool:
-        """Return whether a file under the root was changed since it was first read."""
+        """Return whether the file at `path` was changed since it was first read."""
         return bool(self._changed) and self._resolved(path) in self._changed
 
     def _resolved(self, path: str | os.PathLike) -> str:
@@ -222,8 +229,12 @@ class MediaLoader:
         """
         Read what the file's header says, without decoding.
 
-        Raises [`MediaError`] for what a header already shows; the length is judged by the segment that `request`
-        names.
+        Args:
+            path: the file, below the root.
+            request: names the segment by which the length is judged.
+
+        Raises:
+            MediaError: for what a header already shows.
         """
         return self._perform("probe", self._source(path), request)
 
@@ -238,8 +249,15 @@ class MediaLoader:
         """
         Decode the frames of a video, sampled and resized: the whole clip as the loader does it, or as `request` says.
 
-        `max_pixels` can only lower the limit. Raises [`MediaError`], and `ValueError` where `request` goes beyond the
-        loader's limits.
+        Args:
+            path: the file, below the root.
+            multiple: what the sides of a frame are multiples of, in pixels.
+            max_pixels: most pixels of a frame; it can only lower the limit.
+            request: segment, sampling and size.
+
+        Raises:
+            MediaError: for a file that cannot be used.
+            ValueError: where `request` goes beyond the loader's limits, or no frame is as small as `max_pixels`.
         """
         request.limits(self.limits)
         return self._load("video", self._source(path), *self._area(multiple, max_pixels, request), request)
@@ -256,16 +274,40 @@ class MediaLoader:
         Decode a picture of the media root, upright, and resize it as frames are; of `request` it follows the size.
 
         What shines through is white. Of several pictures in a file, the first is taken, with the note `"first-picture"`.
-        `max_pixels` can only lower the limit. Raises [`MediaError`].
+
+        Args:
+            path: the file, below the root.
+            multiple: what the sides of the picture are multiples of, in pixels.
+            max_pixels: most pixels of the picture; it can only lower the limit.
+            request: its size.
+
+        Raises:
+            MediaError: for a file that cannot be used.
+            ValueError: where no picture is as small as `max_pixels`.
         """
         return self._load("image", self._local(path, "pictures"), *self._area(multiple, max_pixels, request), request)
 
     def probe_image(self, path: str | os.PathLike) -> MediaInfo:
-        """Read what the header of a picture says, without decoding. Raises [`MediaError`] for what it already shows."""
+        """
+        Read what the header of the picture at `path` says, without decoding.
+
+        Raises:
+            MediaError: for what a header already shows.
+        """
         return self._perform("image-header", self._local(path, "pictures"))
 
     def check_image(self, path: str | os.PathLike, *, multiple: int = 28, request: ClipRequest = WHOLE) -> None:
-        """Check by its header, without decoding, that a picture has a size within the limits. Raises [`MediaError`]."""
+        """
+        Check by its header, without decoding, that a picture has a size within the limits.
+
+        Args:
+            path: the file, below the root.
+            multiple: what the sides of the picture are multiples of, in pixels.
+            request: its size.
+
+        Raises:
+            MediaError: for a file that cannot be used, or a picture too long and narrow for the limits.
+        """
         area, info = self._area(multiple, None, request), self.probe_image(path)
         asked = (request.resized_height or info.height, request.resized_width or info.width)
         try:
@@ -290,7 +332,12 @@ class MediaLoader:
         return source
 
     def frame_count(self, path: str | os.PathLike, *, request: ClipRequest = WHOLE) -> int:
-        """Count the frames that [`~MediaLoader.video`] will give, without decoding any. Raises [`MediaError`]."""
+        """
+        Count the frames that [`~MediaLoader.video`] will give of the file at `path` for a `request`, without decoding any.
+
+        Raises:
+            MediaError: for a file that cannot be used.
+        """
         return self._load("frames", self._source(path), request)
 
     def audio(
@@ -299,7 +346,16 @@ class MediaLoader:
         """
         Decode the mono waveform of an audio file or of a video's track; `None` for a valid file without a track.
 
-        That is counted under the note `"no-audio-track"`. Of `request` it follows the segment. Raises [`MediaError`].
+        That is counted under the note `"no-audio-track"`.
+
+        Args:
+            path: the file, below the root.
+            sampling_rate: samples per second of what is returned.
+            request: its segment.
+
+        Raises:
+            MediaError: for a file that cannot be used.
+            ValueError: for a sampling rate that is not positive.
         """
         if sampling_rate <= 0:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
@@ -307,7 +363,12 @@ class MediaLoader:
         return self._load("audio", self._source(path), sampling_rate, segment)
 
     def subtitle(self, path: str | os.PathLike) -> str:
-        """Read the plain text of a local subtitle file. Raises [`MediaError`]."""
+        """
+        Read the plain text of the subtitle file at `path`.
+
+        Raises:
+            MediaError: for a file that cannot be used.
+        """
         return self._load("subtitle", self._local(path, "subtitles"))
 
     def _decode(self, kind: str, source: Source, *options: Any) -> Picture | VideoClip | AudioClip | str | int | None:

@@ -9,9 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import ClipRequest, MediaInfo, Picture, Source
-from maple_trl.omni.media.containers import declared_bytes
-from maple_trl.omni.media.decode import MAX_SOURCE_PIXELS
+from maple_trl.omni.media.containers import check_whole
 from maple_trl.omni.media.formats import format_of, found_in
+from maple_trl.omni.media.opening import MAX_SOURCE_PIXELS
 from maple_trl.omni.media.sampling import MediaLimits, fit_size
 
 
@@ -42,7 +42,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers of headers raise whatever damaged ones lead them to
-        _check_length(source)
+        check_whole(source)
         raise _damaged(source, "Pillow", error) from error
     with picture:
         if picture.width * picture.height > MAX_SOURCE_PIXELS:
@@ -82,7 +82,7 @@ def image_header(source: Source, limits: MediaLimits) -> MediaInfo:
     """
     with _opened(source) as picture:
         if picture.format in ("GIF", "WEBP"):
-            _check_length(source)
+            check_whole(source)
         try:
             # Of a TIFF, Pillow gives the upright size.
             aside = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in _ASIDE
@@ -115,7 +115,7 @@ def decode_image(
     """
     with _opened(source) as picture:
         if picture.format in ("GIF", "WEBP"):
-            _check_length(source)
+            check_whole(source)
         notes = ["first-picture"] if picture.format in _SEVERAL and getattr(picture, "is_animated", False) else []
         _load(source, picture)
         try:
@@ -133,13 +133,6 @@ def decode_image(
     pixels = np.array(rgb)
     pixels.flags.writeable = False
     return Picture(pixels, source.path, tuple(notes))
-
-
-def _check_length(source: Source) -> None:
-    """Check a file by the length that its header declares, where its kind declares one."""
-    declared = declared_bytes(source.path)
-    if declared and source.identity and source.identity[-1] < declared:
-        raise source.error("truncated", f"has {source.identity[-1]} bytes of the {declared} that its header declares")
 
 
 def _load(source: Source, picture: Image.Image) -> None:

@@ -18,13 +18,11 @@ from xml.etree import ElementTree
 
 import pysubs2
 
+from maple_trl.modalities import SUBTITLE_SUFFIXES
 from maple_trl.omni.errors import MediaError
 
 
 MAX_BYTES = 16 << 20  # hours of dense dialogue; anything above is not a subtitle
-
-SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".dfxp", ".sbv", ".sub")
-"""Endings of the files that are read."""
 
 NOT_UTF8 = "subtitle-cp1252"
 """The note of a subtitle file that is no UTF-8 and was read as Windows-1252."""

@@ -1,5 +1,6 @@
 """What is done with one media file, here or in a decoder process. Imports FFmpeg, Pillow and NumPy, and no torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,17 +8,11 @@ import numpy as np
 
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import Source
-from maple_trl.omni.media.decode import (
-    count_frames,
-    decode_audio,
-    decode_video,
-    display_matrix,
-    opened_video,
-    probe,
-    upright,
-)
+from maple_trl.omni.media.decode import count_frames, decode_video, display_matrix, upright
+from maple_trl.omni.media.opening import opened_video, probe
 from maple_trl.omni.media.pictures import decode_image, image_header
 from maple_trl.omni.media.sampling import MAX_ASPECT_RATIO, MediaLimits
+from maple_trl.omni.media.sound import decode_audio
 
 
 @dataclass(frozen=True)
@@ -50,30 +45,12 @@ def perform(task: Task) -> Any:
         MemoryError: where there was not enough of it.
     """
     try:
-        return _perform(task)
+        options = {"picker": torchcodec_pictures} if task.kind == "video" and task.backend == "torchcodec" else {}
+        return _FUNCTIONS[task.kind](task.source, task.limits, *task.options, **options)
     except (MediaError, MemoryError):
         raise
     except Exception as error:  # no damaged file may end a run because nobody thought of how it is damaged
         raise task.source.error("unreadable", f"{type(error).__name__}: {error}") from error
-
-
-def _perform(task: Task) -> Any:
-    arguments = (task.source, task.limits, *task.options)
-    if task.kind == "video":
-        return decode_video(*arguments, picker=torchcodec_pictures if task.backend == "torchcodec" else None)
-    if task.kind == "audio":
-        return decode_audio(*arguments)
-    if task.kind == "probe":
-        return probe(*arguments)
-    if task.kind == "frames":
-        return count_frames(*arguments)
-    if task.kind == "image":
-        return decode_image(*arguments)
-    if task.kind == "image-header":
-        return image_header(*arguments)
-    if task.kind == "picture":
-        return one_picture(*arguments)
-    raise TypeError(f"no such task: {task.kind!r}")
 
 
 def one_picture(source: Source, limits: MediaLimits, width: int) -> np.ndarray:
@@ -100,3 +77,14 @@ def torchcodec_pictures(path: str, seconds: list[float]) -> list:
 
     batch = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1).get_frames_played_at(seconds)
     return [av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in batch.data.numpy()]
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "image": decode_image,
+    "video": decode_video,
+    "audio": decode_audio,
+    "probe": probe,
+    "image-header": image_header,
+    "frames": count_frames,
+    "picture": one_picture,
+}

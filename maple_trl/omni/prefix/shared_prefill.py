@@ -37,11 +37,8 @@ def last_position_alone(core: nn.Module) -> Iterator[None]:
             output.last_hidden_state = output.last_hidden_state[:, -1:]
         return output
 
-    handle = core.register_forward_hook(keep_last)
-    try:
+    with core.register_forward_hook(keep_last):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -97,15 +94,11 @@ def share_prefill(core: nn.Module, rows: Sequence[EncodedPrompt]) -> Iterator[No
             _give_each_row_its_prompt(cache, expand.to(hidden.device))
         return output
 
-    handles = [
+    with (
         core.register_forward_pre_hook(reduce, with_kwargs=True),
         core.register_forward_hook(restore, with_kwargs=True),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _give_each_row_its_prompt(cache: Cache, rows: Tensor) -> None:

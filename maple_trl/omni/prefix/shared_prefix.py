@@ -141,8 +141,7 @@ def packed_forward(
             f"The attention {core.config.get_text_config()._attn_implementation!r}, set since prompts began to be shared, "
             "cannot read packed rows: set it before training, or train with shared_prefix='off'"
         )
-    handle = core.register_forward_hook(suffixes_only)
-    try:
+    with core.register_forward_hook(suffixes_only):
         output = model(
             input_ids=batch.input_ids,
             position_ids=forward_position_ids(batch.position_ids),
@@ -152,8 +151,6 @@ def packed_forward(
             fused_lm_head=True,
             shared_prefix=replace(batch.layout, attention=attention),
         )
-    finally:
-        handle.remove()
     log_probs, entropy = (
         None if values is None else batch.unpack(values, *size) for values in (output.log_probs, output.entropy)
     )

@@ -197,15 +197,6 @@ def _short_windows(core: nn.Module) -> Iterator[None]:
             one.sliding_window = window
 
 
-def sharing_error(*args, **kwargs) -> float:
-    """Return what a [`Comparison`] finds as a multiple of what rounding explains; its arguments."""
-    comparison = Comparison(*args, **kwargs)
-    difference = comparison.difference()
-    if difference <= comparison.least_tolerance:
-        return difference / comparison.least_tolerance
-    return difference / comparison.tolerance()
-
-
 def prefill_difference(model: nn.Module, core: nn.Module, prompt: EncodedPrompt, serve: Serve) -> float:
     """Return how much the next token's log-probabilities differ on average when two rows read a prompt once."""
     with with_whole_inputs(model):
@@ -224,7 +215,7 @@ def _prefill_difference(
         return output
 
     rows = [prompt, prompt]
-    with share_prefill(core, rows), _hooked(core, add_expected), serve(model, rows[:1]):
+    with share_prefill(core, rows), core.register_forward_hook(add_expected), serve(model, rows[:1]):
         logits = model(**_prefill_inputs(core, prompt)).logits[:, -1]
     together, apart = logits.float().log_softmax(-1).split([2, 1])
     return _mean_difference(together, apart)
@@ -249,17 +240,8 @@ def _noting(core: nn.Module, place: int, alone: bool = False) -> Iterator[list[T
             output.last_hidden_state = noted[0]
         return output
 
-    with _hooked(core, note):
+    with core.register_forward_hook(note):
         yield noted
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _mean_difference(one: Tensor, other: Tensor) -> float:

@@ -108,8 +108,7 @@ def check_hint_visits(args: AvatarConfig, dataset: Any, warn: bool = True) -> No
     """
     if not args.hints or not isinstance(dataset, Dataset) or not len(dataset):
         return
-    prompts = args.generation_batch_size // args.num_generations
-    updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+    prompts, updates = args.prompts_per_rollout, args.steps_per_rollout
     # Shuffled, a prompt may be the last of an epoch and the first of the next.
     apart = updates if args.shuffle_dataset else updates * max(1, len(dataset) // prompts)
     if args.replay_max_age is not None and args.replay_max_age < apart:
@@ -120,7 +119,7 @@ def check_hint_visits(args: AvatarConfig, dataset: Any, warn: bool = True) -> No
         )
     warn = warn and args.process_index == 0
     if warn:
-        _tell_of_lost_completions(args, len(dataset))
+        _tell_of_lost_completions(args, len(dataset), ", and hints wait for one of a prompt's own")
     by_steps = args.max_steps / updates * prompts / len(dataset) if args.max_steps > 0 else None
     visits = args.num_train_epochs if by_steps is None else by_steps
     needed = args.first_hinted_visit
@@ -148,15 +147,16 @@ def _repeats(args: AvatarConfig, dataset: Dataset, prompts: int) -> int:
     return repeats * (1 + args.refill_rounds)
 
 
-def _tell_of_lost_completions(args: AvatarConfig, rows: int) -> None:
+def _tell_of_lost_completions(args: AvatarConfig, rows: int, why: str = "") -> None:
     written = rows * (args.num_generations - args.replayed_generations)
     if written > args.replay_capacity:
         logger.warning(
             "An epoch over %d rows writes at least %d completions, more than replay_capacity (%d): most are gone before their "
-            "prompt comes back, and hints wait for one of a prompt's own. Raise replay_capacity, or train on fewer rows.",
+            "prompt comes back%s. Raise replay_capacity, or train on fewer rows.",
             rows,
             written,
             args.replay_capacity,
+            why,
         )
 
 
@@ -199,8 +199,7 @@ def check_places(args: AvatarConfig, world: int) -> None:
     """
     if not args.replayed_generations:
         return
-    groups = args.generation_batch_size // args.num_generations
-    if not any(replayed_slots([args.replayed_generations] * groups, args.num_generations, world)):
+    if not any(replayed_slots([args.replayed_generations] * args.prompts_per_rollout, args.num_generations, world)):
         raise ValueError(
             f"Nothing can be replayed: each of the {world} processes has {args.generation_batch_size // world} "
             "completion(s) of a rollout, and all generate equally many. Raise per_device_train_batch_size or "
@@ -263,8 +262,7 @@ def check_visits(args: AvatarConfig, dataset: Any) -> None:
         )
     if args.replay_scope != "prompt" or not isinstance(dataset, Dataset):
         return
-    prompts = args.generation_batch_size // args.num_generations
-    updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+    prompts, updates = args.prompts_per_rollout, args.steps_per_rollout
     visits = args.max_steps / updates * prompts if args.max_steps > 0 else args.num_train_epochs * len(dataset)
     distinct = len({row_digest(row) for row in dataset}) if visits <= len(dataset) else 0
     if visits <= len(dataset) and distinct == len(dataset):
@@ -275,13 +273,7 @@ def check_visits(args: AvatarConfig, dataset: Any) -> None:
         )
         if args.max_steps <= 0:
             raise ValueError(text)
-        logger.warning("%s", text)
-    written = len(dataset) * (args.num_generations - args.replayed_generations)
-    if written > args.replay_capacity and args.process_index == 0:
-        logger.warning(
-            "An epoch over %d rows writes at least %d completions, more than replay_capacity (%d): most are gone before "
-            "their prompt comes back. Raise replay_capacity, or train on fewer rows.",
-            len(dataset),
-            written,
-            args.replay_capacity,
-        )
+        if args.process_index == 0:
+            logger.warning("%s", text)
+    if args.process_index == 0:
+        _tell_of_lost_completions(args, len(dataset))

@@ -7,8 +7,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
-from maple_trl.algorithms.replay import QUANTILES, SHARES, StratifiedReplayBuffer, experience_bytes
+from maple_trl.algorithms.experience import experience_bytes
+from maple_trl.algorithms.replay import StratifiedReplayBuffer
 from maple_trl.algorithms.replay_draws import DRAWS
+from maple_trl.algorithms.replay_tiers import QUANTILES, SHARES
 from maple_trl.algorithms.shaping import SHAPES
 from maple_trl.omni.host_memory import readable
 from maple_trl.trainers.avatar.replay_memory import REPLAY_SCOPES

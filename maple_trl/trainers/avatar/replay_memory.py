@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maple_trl.algorithms import Experience, HintTrigger, StratifiedReplayBuffer, Vcrs, replayed_slots
-from maple_trl.algorithms.replay import tier_of, tier_thresholds
+from maple_trl.algorithms.replay_tiers import tier_of, tier_thresholds
 
 
 REPLAY_SCOPES = ("tiers", "prompt", "buffer")
@@ -244,7 +244,7 @@ class ReplayMemory:
             self.vcrs.observe(group.key, [rewards[i] for i in fresh_of[number]])
         if self.hints is not None:
             thresholds = tier_thresholds(self.vcrs.baselines(), self.buffer.quantiles) if len(self.vcrs) else None
-            told = [number for number in fresh_of if any(rewards[i] == rewards[i] for i in fresh_of[number])]
+            told = [number for number, own in fresh_of.items() if not all(math.isnan(rewards[i]) for i in own)]
             for key in dict.fromkeys(rollout.groups[number].key for number in told):
                 self.hints.observe(key, self._is_stuck(key, thresholds))
         counts = rollout.groups_of(rollout.places(replayed=True)).bincount(minlength=len(rollout.groups)).tolist()
@@ -319,7 +319,7 @@ class ReplayMemory:
         for place, reward, row_scores in zip(places, rewards, scores, strict=True):
             number = place // rollout.group_size
             group = rollout.groups[number]
-            if reward != reward:  # NaN: no function could score it
+            if math.isnan(reward):  # no function could score it
                 self.unstorable += 1
                 continue
             self._pending[rollout.first_number + place] = Pending(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from math import ceil
@@ -20,7 +19,6 @@ from maple_trl.algorithms import (
     StratifiedSchedule,
     Vcrs,
     group_advantages,
-    informative_groups,
     policy_divergence,
     remaining_scale,
     replay_advantages,
@@ -29,8 +27,8 @@ from maple_trl.algorithms import (
 )
 from maple_trl.hub.papers import AVATAR
 from maple_trl.omni.encoded import EncodedPrompt
-from maple_trl.omni.errors import MediaError
-from maple_trl.omni.host_memory import hold_prompt, host_memory
+from maple_trl.omni.host_memory import host_memory
+from maple_trl.trainers.avatar.accounts import AccountsMixin
 from maple_trl.trainers.avatar.checks import (
     check_columns,
     check_dropout,
@@ -44,7 +42,9 @@ from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.avatar.gradient_terms import TermGradients
 from maple_trl.trainers.avatar.metrics import PassSums, pass_metrics
 from maple_trl.trainers.avatar.mixed_rollout import MixedRollout
-from maple_trl.trainers.avatar.replay_memory import Group, PassRecord, ReplayMemory, ReplayPlan
+from maple_trl.trainers.avatar.replay_memory import PassRecord, ReplayMemory, ReplayPlan
+from maple_trl.trainers.avatar.replayed_batch import replayed_batch
+from maple_trl.trainers.avatar.shown_rows import Shown, ShownRowsMixin
 from maple_trl.trainers.avatar.state import STATE_FILE, MemoryState, provenance
 from maple_trl.trainers.common.batch import (
     FRESH_SCALE_KEY,
@@ -54,39 +54,20 @@ from maple_trl.trainers.common.batch import (
     UNSCORABLE_KEY,
     Batch,
 )
-from maple_trl.trainers.common.checkpoint import LostPromptsError, StatePart
-from maple_trl.trainers.common.hinted_rows import (
-    HINT_COLUMN,
-    HINTED,
-    has_hint,
-    prompt_key,
-    row_digest,
-    row_key,
-    with_hint,
-)
-from maple_trl.trainers.common.rollout import (
-    Assignment,
-    PassInFlight,
-    Rollout,
-    RolloutInFlight,
-    Round,
-)
-from maple_trl.trainers.common.run_summary import Note, make_note, plural
+from maple_trl.trainers.common.checkpoint import StatePart
+from maple_trl.trainers.common.hinted_rows import HINT_COLUMN
+from maple_trl.trainers.common.rollout import Assignment, PassInFlight, Rollout, RolloutInFlight, Round
 from maple_trl.trainers.common.samplers import StratifiedSampler
-from maple_trl.trainers.common.tag_metrics import UNTAGGED, tag_number, totals_by_tag
+from maple_trl.trainers.common.tag_metrics import UNTAGGED
 from maple_trl.trainers.common.trl_compat import lent
 from maple_trl.trainers.mapo.trainer import MAPOTrainer
 
 
-logger = logging.getLogger(__name__)
-
-Shown = tuple[dict[str, Any], EncodedPrompt | None]
-"""A row and its prompt, `None` for a text-only model."""
-
-
-class AvatarTrainer(MAPOTrainer):
+class AvatarTrainer(ShownRowsMixin, AccountsMixin, MAPOTrainer):
     """
-    GRPO that replays completions, shapes advantages and gives hints to prompts that are stuck (AVATAR).
+    GRPO that replays completions, shapes advantages and gives hints to prompts that are stuck.
+
+    The method is that of AVATAR (arXiv 2508.03100), section 4.
 
     Each group mixes fresh completions with replayed ones, drawn by tier of difficulty out of a buffer. Replayed ones
     are held against a moving baseline of their own prompt (VCRS). Advantages are shaped over token positions (TAS).
@@ -139,10 +120,8 @@ class AvatarTrainer(MAPOTrainer):
 
     def _begin_run(self) -> None:
         super()._begin_run()
-        self._hinted_prompts: dict[str, EncodedPrompt | None] = {}
+        self._forget_rows()
         self._digests: dict[str, str] | None = None
-        self._numbers: dict[str, int] | None = None
-        self._tags: dict[str, int] = {}
         self._empty_memory()
         self._begin_passes()
 
@@ -168,82 +147,11 @@ class AvatarTrainer(MAPOTrainer):
             return super().row_order(dataset)
         schedule = StratifiedSchedule(
             (dataset or self.train_dataset)["tag"],
-            self.args.generation_batch_size // self.num_generations,
+            self.args.prompts_per_rollout,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
         return StratifiedSampler(schedule, self.num_generations, self._updates_per_rollout)
-
-    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedPrompt]]:
-        known = len(self.row_encoder.quarantined)
-        encoded = super().encode_rows(rows)
-        if len(self.row_encoder.quarantined) > known:
-            self._discard_quarantined()
-        return encoded
-
-    def _discard_quarantined(self) -> None:
-        """Discard stored completions of prompts in quarantine, which cannot be shown any more."""
-        reasons = {} if self.family is None else {prompt.key: prompt.detail for prompt in self.row_encoder.quarantined}
-        for key in self.memory.buffer.prompts() if reasons else ():
-            reason = reasons.get(prompt_key(key))
-            if reason is not None:
-                count = self.memory.buffer.discard(key)
-                logger.warning("%d completions of prompt %s are not replayed: %s", count, key, reason)
-
-    def _group_of(self, row: dict[str, Any], prompt: EncodedPrompt | None) -> Group:
-        key, number = row_key(row, prompt), -1
-        if prompt is not None:
-            registry = self.row_encoder.registries.get("train_dataset")
-            number = registry.row_number(prompt.key) if registry is not None and prompt.key in registry else -1
-        hintable = has_hint(row)
-        if hintable and prompt is not None and self.memory.may_hint(key):
-            hintable = self._hinted_prompt(row, prompt) is not None
-        return Group(key, number, tag_number(row.get("tag")), hintable)
-
-    def _hinted_prompt(self, row: dict[str, Any], prompt: EncodedPrompt) -> EncodedPrompt | None:
-        """Return the encoded prompt of a row with its hint; `None` where it cannot be encoded."""
-        key = row_key(row, prompt)
-        if key not in self._hinted_prompts:
-            try:
-                self._hinted_prompts[key] = self._encode_hinted(row, key)
-            except MediaError as error:
-                logger.warning("Prompt %s is shown without its hint: %s", key, error)
-                self._hinted_prompts[key] = None
-        return self._hinted_prompts[key]
-
-    def _encode_hinted(self, row: dict[str, Any], key: str) -> EncodedPrompt:
-        encoded = self.prompt_builder.encode(with_hint(row, self.args.hint_template))
-        return hold_prompt(replace(encoded, key=key + HINTED))
-
-    def _prompts_by_key(self, keys: list[str]) -> list[EncodedPrompt]:
-        plain = iter(super()._prompts_by_key([key for key in keys if not key.endswith(HINTED)]))
-        encoded: dict[str, EncodedPrompt] = {}
-        for key in dict.fromkeys(key for key in keys if key.endswith(HINTED)):
-            plain_key = key.removesuffix(HINTED)
-            try:
-                encoded[key] = self._encode_hinted(self._row_of(plain_key), plain_key)
-            except MediaError as error:
-                raise LostPromptsError([(prompt_key(plain_key), error)]) from error
-        return [encoded[key] if key.endswith(HINTED) else next(plain) for key in keys]
-
-    def _row_of(self, key: str) -> dict[str, Any]:
-        """Return the row of the data set that a key of the memory stands for."""
-        if self.family is None:
-            return self.train_dataset[self._text_row(key)]
-        rows = self.row_encoder.registries["train_dataset"].rows_of(prompt_key(key))
-        return next(row for row in rows if row_digest(row) == key.removeprefix(f"{prompt_key(key)}-"))
-
-    def _text_row(self, key: str) -> int:
-        if self._numbers is None:
-            self._numbers = {row_digest(row): i for i, row in enumerate(self.train_dataset)}
-        return self._numbers[key]
-
-    def _tag_of(self, experience: Experience) -> int:
-        """Return the tag of the row that a stored completion was written for, as a number."""
-        key = experience.prompt
-        if key not in self._tags:
-            self._tags[key] = tag_number(self._row_of(key).get("tag"))
-        return self._tags[key]
 
     # Rollout
 
@@ -312,59 +220,6 @@ class AvatarTrainer(MAPOTrainer):
         with lent(self, num_generations=1):
             return self._complete(flight)
 
-    def _with_own_prompts(
-        self, replayed: dict[int, tuple[dict[str, Any], EncodedPrompt | None, Experience]]
-    ) -> tuple[dict[int, tuple[dict[str, Any], EncodedPrompt | None, Experience | None]], set[int]]:
-        """
-        Put each replayed completion under the row and prompt that it was written for; a collective call.
-
-        Where media have gone, the completion stays in the place of its group, without a token that counts.
-
-        Args:
-            replayed: of this rank, by place: the row and prompt of the place, and the completion.
-
-        Returns:
-            the same with each completion's own row and prompt, and the places of all ranks whose media have gone.
-        """
-        shown: dict[tuple[str, bool], Shown] = {}
-        failed: dict[tuple[str, bool], MediaError] = {}
-        found, lost = {}, []
-        for place, (row, prompt, experience) in replayed.items():
-            form = experience.prompt, experience.hinted
-            if form not in shown and form not in failed:
-                try:
-                    shown[form] = self._row_and_prompt(row, prompt, *form)
-                except MediaError as error:
-                    failed[form] = error
-            if form in failed:
-                lost.append((place, prompt_key(experience.prompt), failed[form]))
-            found[place] = (*shown.get(form, (row, prompt)), None if form in failed else experience)
-        lost = gather_object(lost)
-        for _, key, error in lost:
-            self.row_encoder.registries["train_dataset"].add(key, error)
-        if lost:
-            self._write_quarantine()
-            self._discard_quarantined()
-        return found, {place for place, *_ in lost}
-
-    def _row_and_prompt(self, row: dict[str, Any], prompt: EncodedPrompt | None, key: str, hinted: bool) -> Shown:
-        if row_key(row, prompt) != key:
-            row = self._row_of(key)
-            prompt = None if self.family is None else self.prompt_builder.encode(row)
-        if prompt is None:
-            return row, None
-        if hinted and self._hinted_prompt(row, prompt) is None:
-            file = next(iter(self.row_encoder.spec(row).files), None)
-            raise MediaError("prompt-too-long", file, "the prompt cannot be shown with its hint")
-        return row, prompt
-
-    def _shown(self, row: dict[str, Any], prompt: EncodedPrompt | None, hinted: bool) -> Shown:
-        """Return a row and its prompt as they are shown to the model, with the hint where `hinted`."""
-        if not hinted:
-            return row, prompt
-        hinted_prompt = None if prompt is None else self._hinted_prompt(row, prompt)
-        return with_hint(row, self.args.hint_template), hinted_prompt
-
     def _mixed(
         self, plan: ReplayPlan, rollout: Rollout, experiences: dict[int, Experience], lost: set[int]
     ) -> MixedRollout:
@@ -395,6 +250,17 @@ class AvatarTrainer(MAPOTrainer):
         )
 
     def assign(self, rollout: Rollout) -> Assignment | None:
+        """
+        Scale rewards as [`MAPOTrainer.assign`] does, those of replayed completions against their prompts' baselines.
+
+        Those baselines are VCRS (AVATAR, arXiv 2508.03100, eq. 11); replayed completions are trained on whatever is filtered.
+
+        Args:
+            rollout (`Rollout`): the completions of all ranks, scored; of replayed ones the rewards that they once had.
+
+        Returns:
+            `Assignment` or `None`: `None` where nothing is replayed and no tag counts, so that TRL's advantages stay.
+        """
         if self.args.tag_aware:
             assigned = super().assign(rollout)
         elif self.args.replayed_generations:
@@ -490,49 +356,17 @@ class AvatarTrainer(MAPOTrainer):
     ) -> Batch:
         """Make a batch of replayed completions under their own prompts, with the fields of the batch `like`."""
         shown = [self._shown(row, prompt, e is not None and e.hinted) for row, prompt, e in replayed]
-        self.rollout_log.note_replayed(self, shown, [experience for *_, experience in replayed])
         prompts = [prompt for _, prompt in shown]
         if self.family is None:
             prompt_ids = self._tokenize_prompts([row["prompt"] for row, _ in shown])[0]
         else:
             prompt_ids = [prompt.input_ids for prompt in prompts]
-        pad = self._tokenizer.pad_token_id
-        rows = []
-        for ids, (_, _, experience) in zip(prompt_ids, replayed, strict=True):
-            prompt = torch.as_tensor(ids, dtype=like["prompt_ids"].dtype)[None]
-            tokens = torch.tensor([pad]) if experience is None else experience.completion_ids
-            completion = tokens.to(like["completion_ids"].dtype)[None]
-            counts = torch.full_like(completion, experience is not None, dtype=like["completion_mask"].dtype)
-            rows.append(
-                {
-                    "prompt_ids": prompt,
-                    "prompt_mask": torch.ones_like(prompt, dtype=like["prompt_mask"].dtype),
-                    "completion_ids": completion,
-                    "completion_mask": counts,
-                    "old_per_token_logps": torch.zeros(1, 1) if experience is None else experience.logps[None],
-                }
-            )
-        joined = Batch.concat(rows, pad)
-        chunk = Batch({name: value.to(self.accelerator.device) for name, value in joined.items()})
-        chunk["advantages"] = torch.zeros_like(like["advantages"][:1]).expand(len(rows))
-        chunk[REPLAYED_KEY] = torch.ones(len(rows), dtype=torch.long, device=self.accelerator.device)
-        if UNSCORABLE_KEY in like:
-            chunk[UNSCORABLE_KEY] = torch.zeros_like(chunk[REPLAYED_KEY])
-        if (
-            "sampling_per_token_logps" in like
-        ):  # what another engine had sampled is corrected for by the old log-probabilities
-            chunk["sampling_per_token_logps"] = chunk["old_per_token_logps"]
-        if "importance_sampling_ratio" in like:
-            token_ratios = like["importance_sampling_ratio"].size(1) == like["completion_ids"].size(1)
-            chunk["importance_sampling_ratio"] = torch.ones_like(
-                chunk["old_per_token_logps"] if token_ratios else chunk["old_per_token_logps"][:, :1]
-            )
-        if "ref_per_token_logps" in like:  # the penalty is on the fresh ones alone
-            chunk["ref_per_token_logps"] = torch.full_like(chunk["old_per_token_logps"], torch.nan)
+        experiences = [experience for *_, experience in replayed]
+        self.rollout_log.note_replayed(self, shown, experiences)
+        batch = replayed_batch(prompt_ids, experiences, like, self._tokenizer.pad_token_id)
         if self.family is not None:
-            chunk[PROMPTS_KEY] = prompts
-        chunk["num_items_in_batch"] = like["num_items_in_batch"]
-        return chunk
+            batch[PROMPTS_KEY] = prompts
+        return batch
 
     # Updates
 
@@ -720,85 +554,6 @@ class AvatarTrainer(MAPOTrainer):
             for name, value in self.memory.metrics().items():
                 self._metrics["train"][name] = [value]  # as things stand, not a mean since the last entry
         self._begin_passes()
-
-    # Metrics
-
-    def fired(self) -> list[Note]:
-        found, counts = super().fired(), self.tally.counts
-        if counts["replayed"]:
-            text = f"{plural(counts['replayed'], 'completion')} replayed beside {counts['generated']} generated"
-            found.append(make_note("replayed", counts["replayed"], text, generated=counts["generated"]))
-        if counts["hinted"] and self.memory.hints is not None:
-            known = self.memory.hints.metrics()
-            given, withdrawn = int(known["hint/given"]), int(known["hint/withdrawn"])
-            text = (
-                f"hints shown {plural(counts['hinted'], 'time')}, {plural(given, 'hint')} given to prompts that were stuck and "
-                f"{withdrawn} withdrawn"
-            )
-            found.append(make_note("hinted", counts["hinted"], text, given=given, withdrawn=withdrawn))
-        return found
-
-    def left_out(self) -> list[Note]:
-        found, counts, args = super().left_out(), self.tally.counts, self.args
-        if args.replayed_generations and counts["rollouts"] and not counts["replayed"]:
-            since = "a prompt's are replayed from its second visit on"
-            if args.replay_scope != "prompt":
-                of_tags = args.replay_scope == "tiers" and args.batching == "stratified"
-                since = f"a rollout replays what earlier ones{' of its tags' if of_tags else ''} stored"
-            text = (
-                f"replay never fired: nothing was replayed in {plural(counts['rollouts'], 'rollout')}, with "
-                f"{plural(len(self.memory.buffer), 'completion')} in the buffer ({since})"
-            )
-            found.append(make_note("replay_never_fired", 0, text, of=counts["rollouts"]))
-        if args.hints and counts["rollouts"] and not counts["hinted"]:
-            text = (
-                f"hints never fired: no prompt was shown with its hint in {plural(counts['rollouts'], 'rollout')} (hint_visits="
-                f"{args.hint_visits}, hint_below={args.hint_below:g})"
-            )
-            found.append(make_note("hints_never_fired", 0, text, of=counts["rollouts"]))
-        if self.memory.unstorable:
-            text = f"{plural(self.memory.unstorable, 'completion')} without a reward or a token could not be stored for replay"
-            found.append(make_note("unstorable", self.memory.unstorable, text))
-        return found
-
-    def _log_rollout(self, rollout: MixedRollout, advantages: Tensor) -> None:
-        fresh, replayed, shape = rollout.fresh, rollout.replayed, (-1, rollout.group_size)
-        everyone = torch.where(rollout.own, rollout.past, rollout.rewards.double()).view(shape)
-        fresh_only, mixed = ~rollout.informative, ~informative_groups(everyone)
-        rewards = rollout.rewards
-        task = rewards if self._task_reward is None else rollout.scores[:, self._task_reward]
-        places = rollout.wanted * rollout.group_size  # of the round that replays
-        strangers = replayed & ~rollout.own
-        self.tally.counts.update(
-            rollouts=1,
-            replayed=int(replayed.sum()),
-            hinted=int(rollout.hinted.sum()),
-            generated=int(fresh.sum()),
-        )
-        self._log_all(
-            {
-                "replay/zero_variance_fresh": float(fresh_only.float().mean()),
-                "replay/zero_variance_mixed": float(mixed.float().mean()),
-                "replay/hit_rate": rollout.filled(self.args.replayed_generations),
-                "replay/of_other_prompts": float(strangers.sum()) / places,
-                "replay/share": float(replayed.sum()) / places,
-                "replay/generated": float(fresh.sum()),
-                "rewardless": float(not (task.nan_to_num(nan=0.0) > 0).any()),
-            }
-        )
-        if self.memory.hints is not None:
-            self._log_all({"hint/rate": float(rollout.hinted.float().mean())})
-        prompt_tags = rollout.tags.view(shape)[:, 0]
-        self._means["train"].add(totals_by_tag("zero_variance_mixed", mixed.float(), prompt_tags))
-        if self.args.tag_aware:
-            return  # the rest is told already
-        values = {"reward": rewards}
-        if task is not rewards:
-            values["accuracy"] = task
-        values |= {"advantage_mean": advantages, "advantage_square": advantages.square()}
-        for name, value in values.items():
-            self._means["train"].add(totals_by_tag(name, value[fresh], rollout.tags[fresh]))
-        self._means["train"].add(totals_by_tag("zero_variance", fresh_only.float(), prompt_tags))
 
     # State
 

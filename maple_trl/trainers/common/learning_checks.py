@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maple_trl.algorithms import informative_groups
+from maple_trl.algorithms.replay_draws import SAME_REWARD
+
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +85,7 @@ class LearningChecks:
         """
         if not self._rewards:
             return
-        equal = not any(_differ(rewards) for rewards in self._rewards)
+        equal = not any(informative_groups(rewards).any() for rewards in self._rewards)
         values = torch.cat([rewards.flatten() for rewards in self._rewards])
         self._rewards = []
         if self.equal_rewards.observe(equal) and self.speaks:
@@ -121,18 +124,11 @@ class LearningChecks:
         self.zero_gradients = Streak(**state["zero_gradients"])
 
 
-def _differ(rewards_NG: Tensor) -> bool:
-    """Return whether two rewards of some group differ, as far as floats tell."""
-    highest = rewards_NG.nan_to_num(nan=-torch.inf).amax(dim=1)
-    lowest = rewards_NG.nan_to_num(nan=torch.inf).amin(dim=1)
-    return bool((highest - lowest > 1e-6).any())
-
-
 def _range(values: Tensor) -> str:
     values = values[~values.isnan()]
     if not len(values):
         return "no completion got a reward"
     low, high = float(values.min()), float(values.max())
-    if high - low <= 1e-6:
+    if high - low <= SAME_REWARD:
         return f"each is {low:.4g}"
     return f"in each prompt's group, from {low:.4g} to {high:.4g} over the last rollout"

@@ -67,11 +67,14 @@ _RANGES = {
     "pad_to_multiple_of": (1, True),
 }
 _MAPPINGS = (
-    *("generation_kwargs", "chat_template_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs"),
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "model_init_kwargs",
+    "gradient_checkpointing_kwargs",
     "lr_scheduler_kwargs",
 )
-# What a prompt is rendered with, whatever the user says.
 _LEAST_HOST_BYTES = 1 << 16  # less is a size whose unit was forgotten
+# What a prompt is rendered with, whatever the user says.
 _OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
 
@@ -394,6 +397,10 @@ class MediaConfig:
         """
         Check that answers are read in the form that `prompt_template` asks for.
 
+        Args:
+            rewards: functions, or names of them; those that are no `accuracy_reward` are not looked at.
+            columns: of the data set; one named `answer_format` says the form row by row.
+
         Raises:
             ValueError: with the form to set; all answers would count as wrong.
         """
@@ -440,7 +447,14 @@ class MediaConfig:
     def prompt_builder(
         self, family: PromptEncoder, loader: MediaLoader, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> PromptBuilder:
-        """Make the builder of prompts out of rows, for a model's family."""
+        """
+        Make the builder of prompts out of rows.
+
+        Args:
+            family: the model's, or a server's.
+            loader: what reads the rows' media.
+            chat_template_kwargs: further variables of the chat template.
+        """
         from maple_trl.omni.prompt import PromptBuilder
 
         return PromptBuilder(

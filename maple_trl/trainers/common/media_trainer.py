@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,20 +15,22 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.encoded import KINDS, EncodedPrompt
-from maple_trl.omni.families import OmniFamily, family_for, is_omni, unwrap
+from maple_trl.omni.families import OmniFamily, family_for, unwrap
 from maple_trl.omni.generation import savable
 from maple_trl.omni.host_memory import host_memory
-from maple_trl.omni.loading import hub_arguments, load_model, load_processor
-from maple_trl.omni.quantization import is_quantized, settle
+from maple_trl.omni.loading import load_model
+from maple_trl.omni.media.clips import NO_AUDIO
+from maple_trl.omni.prompt import SUBTITLE_SHORTENED
+from maple_trl.omni.quantization import describe
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import holds_evaluation, named, run_results
 from maple_trl.records.run_html import run_html
+from maple_trl.trainers.common.arguments import each_dataset
 from maple_trl.trainers.common.checkpoint import (
     ResumeError,
     check_resume_signature,
@@ -40,6 +41,7 @@ from maple_trl.trainers.common.media_config import MediaConfig
 from maple_trl.trainers.common.publishing import PublishingTrainer
 from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, write_quarantine
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
+from maple_trl.trainers.common.rollout_log import LiveLog
 from maple_trl.trainers.common.rows import RowEncoder
 from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError
 from maple_trl.trainers.common.run_summary import (
@@ -106,6 +108,17 @@ class MediaTrainer(PublishingTrainer):
             if weight.requires_grad and self.family.is_unread(name):
                 logger.info("%s stays as it is: no pass of the model reads it", name)
                 weight.requires_grad_(False)
+
+    def _finish_construction(self) -> None:
+        """Do what the trainers have in common after the parent's constructor."""
+        self.add_callback(LiveLog)
+        self._check_checkpointing()
+        self._keep_savable()
+        self.towers = self._make_tower_cache()
+        self._watch()
+        self._write_quarantine()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _check_checkpointing(self) -> None:
         """Check what the parent's constructor has made of gradient checkpointing; under ZeRO-3 it changes that itself."""
@@ -224,7 +237,7 @@ class MediaTrainer(PublishingTrainer):
         return self.state.global_step - self._first_step
 
     def training_step(self, model, *args, **kwargs):
-        """Make a training step, and check after the first ones that DDP waits for no gradient in vain."""
+        """Make a step as [`~transformers.Trainer.training_step`] does, and check that DDP waits for no gradient in vain."""
         loss = super().training_step(model, *args, **kwargs)
         if not self.steps_made:
             check_awaited(model)
@@ -241,6 +254,11 @@ class MediaTrainer(PublishingTrainer):
 
     def _serve(self, model: nn.Module, prompts: Sequence[EncodedPrompt], packed: bool = False):
         return serve_media(self.family, model, prompts, touch=self._touched, packed=packed, cache=self.towers)
+
+    @property
+    def _mode(self) -> str:
+        """The key of TRL's metrics under which the model's passes are logged."""
+        return "train" if self.model.training else "eval"
 
     @property
     def _spread(self) -> bool:
@@ -311,13 +329,12 @@ class MediaTrainer(PublishingTrainer):
 
     def _log_media(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Log media tokens of the generation batch over all ranks, and rows that were fed less than they asked for."""
-        mode = "train" if self.model.training else "eval"
         kinds = (*KINDS, "subtitle")
-        notes = {"no-audio-track": "rows_without_audio_track", "subtitle-shortened": "rows_with_shortened_subtitle"}
+        notes = {NO_AUDIO: "rows_without_audio_track", SUBTITLE_SHORTENED: "rows_with_shortened_subtitle"}
         local = [sum(prompt.media_tokens.get(kind, 0) for prompt in prompts) for kind in kinds]
         local += [sum(note in prompt.notes for prompt in prompts) for note in notes]
         total = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), reduction="sum").tolist()
-        metrics = self._metrics[mode]
+        metrics = self._metrics[self._mode]
         for name, value in zip(
             [f"media_tokens/{k}" for k in kinds] + [f"media/{n}" for n in notes.values()], total, strict=True
         ):
@@ -325,11 +342,11 @@ class MediaTrainer(PublishingTrainer):
         for note, clips in self.loader.notes.items():
             metrics[f"media/clips_{note}"].append(float(clips))
         metrics["media/quarantined_prompts"].append(float(len(self.row_encoder.quarantined)))
-        if mode == "train":
+        if self.model.training:
             self.tally.counts.update(dict(zip(notes.values(), total[len(kinds) :], strict=True)))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as the parent does, with what this process keeps in memory beside the numbers of a step."""
+        """Log as [`~transformers.Trainer.log`] does, with what this process keeps in memory beside a step's numbers."""
         if self.family is not None and "loss" in logs:
             logs = logs | host_memory().metrics()
         super().log(logs, *args, **kwargs)
@@ -338,7 +355,7 @@ class MediaTrainer(PublishingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        Train as [`~transformers.Trainer`] does.
+        Train as [`~transformers.Trainer.train`] does.
 
         `resume_from_checkpoint=True` goes on from the last complete checkpoint in `output_dir`, and begins anew where
         there is none, with a warning: the same script starts a job and restarts it.
@@ -449,6 +466,10 @@ class MediaTrainer(PublishingTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         check_parts(checkpoint, rank, world, self.replaceable_state)
 
+    def _resume_signature(self) -> dict[str, Any]:
+        """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
+        return {"processes": self.accelerator.num_processes, "quantization": describe(self.model)}
+
     def _run_epoch(self, *args, **kwargs):
         # The parent makes a step before it asks whether one was left.
         if self.args.max_steps > 0 and self.state.global_step >= self.args.max_steps:
@@ -528,76 +549,3 @@ def _types_kept(model: nn.Module) -> Iterator[None]:
 def telemetry_wanted() -> bool:
     """Return whether the environment asks for usage telemetry: `HF_HUB_DISABLE_TELEMETRY` is there, and says no."""
     return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off")
-
-
-def load_parts(
-    model: str | nn.Module, processing_class: ProcessorMixin | PreTrainedTokenizerBase | None, seed: int, options: dict
-) -> tuple[nn.Module, ProcessorMixin | PreTrainedTokenizerBase]:
-    """
-    Load the model and its processor where they are not given.
-
-    Raises:
-        TypeError: for something that is no model of transformers.
-        ValueError: when there is no processor, and the model does not know where it came from.
-    """
-    if not isinstance(model, str) and not (isinstance(model, nn.Module) and hasattr(unwrap(model), "config")):
-        raise TypeError(f"model must be a model of transformers, a folder or a Hub id, got {type(model).__name__}")
-    name = model if isinstance(model, str) else unwrap(model).config._name_or_path
-    if isinstance(model, str):
-        set_seed(seed)
-        model = load_model(model, **options)
-    elif is_quantized(model):
-        settle(unwrap(model))
-    if processing_class is None:
-        if not name:
-            raise ValueError("The model does not know where it was loaded from: pass its processing_class")
-        processing_class = load_processor(name, **hub_arguments(options))
-    return model, processing_class
-
-
-def own_config(args: Any, config_class: type, model: str | nn.Module, trainer: str) -> Any:
-    """
-    Copy a trainer's arguments, or make them where there are none.
-
-    Raises:
-        TypeError: for arguments of another class.
-    """
-    if args is None:
-        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
-        args = config_class(f"{name.rstrip('/').split('/')[-1]}-{trainer.replace(' ', '-')}")
-    if not isinstance(args, config_class):
-        raise TypeError(f"args must be of type {config_class.__name__}, got {type(args).__name__}")
-    if type(args) is not config_class and type(args).__module__.startswith("maple_trl.trainers."):
-        raise TypeError(
-            f"args is {type(args).__name__}, whose own options have no effect in the trainer of {config_class.__name__}"
-        )
-    return copy.copy(args)
-
-
-def each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> Any:
-    """Apply a function to a data set and its name, or to each of a dictionary of data sets."""
-    if isinstance(dataset, dict):
-        return {key: apply(part, f"{name}[{key!r}]") for key, part in dataset.items()}
-    return apply(dataset, name)
-
-
-def check_text_only(model: nn.Module, datasets: dict[str, Any], args: MediaConfig) -> None:
-    """Refuse an omni model, media columns or prompts of our own with a tokenizer, which would train on the text alone."""
-    for option in ("prompt_template", "system_prompt"):
-        if getattr(args, option) is not None:
-            raise ValueError(
-                f"{option} is for omni models, and processing_class is a tokenizer: write the prompts into the data set"
-            )
-    if is_omni(model):
-        raise ValueError(
-            f"processing_class is a tokenizer, but {type(unwrap(model)).__name__} reads media: pass the model's processor"
-        )
-    for name, dataset in datasets.items():
-        parts = dataset if isinstance(dataset, dict) else {name: dataset}
-        for part in parts.values():
-            columns = {*IMAGE_COLUMNS, "video", "audio", "subtitle"} & set(getattr(part, "column_names", None) or [])
-            if columns:
-                raise ValueError(
-                    f"{name} has the column {sorted(columns)[0]!r}, but processing_class is a tokenizer, which reads no "
-                    "media: use an omni model with its processor, or drop the column"
-                )

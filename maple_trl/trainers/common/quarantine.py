@@ -22,12 +22,21 @@ from maple_trl.files import write_atomically
 from maple_trl.modalities import Modality
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import ClipRequest
-from maple_trl.omni.prompt import PromptBuilder, PromptSpec, RowError
+from maple_trl.omni.prompt import PromptBuilder, RowError
+from maple_trl.omni.prompt_spec import PromptSpec
 from maple_trl.trainers.common.checkpoint import ResumeError
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
 
 logger = logging.getLogger(__name__)
+
+NAMED_FILES = 3
+"""Files that a summary of what is wrong with some names."""
+
+_SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
+_ROW_BYTES = 400  # of a key, and of the lists and tables that hold it
+_READ = 16  # rows that are read at once
+_FEWEST = 10  # rows from which a share of them says something
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,6 @@ class QuarantinedPrompt:
     reason: str
     path: str | None
     detail: str
-
-
-_SPOKEN = 10  # prompts that are named in the log; all are in quarantine.json
-_ROW_BYTES = 400  # of a key, and of the lists and tables that hold it
-_NAMED = 3  # files that a summary names
-_READ = 16  # rows that are read at once
-_FEWEST = 10  # rows from which a share of them says something
 
 
 class RowRegistry:
@@ -244,19 +246,20 @@ class RowRegistry:
 
     def summary(self) -> str:
         """Return counts of rows by reason, e.g. `3 rows quarantined (2 unreadable, 1 empty-file)`."""
-        counts = self.reasons()
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        return f"{counts.total()} rows quarantined" + (f" ({reasons})" if reasons else "")
+        reasons = self._named_reasons()
+        return f"{self.reasons().total()} rows quarantined" + (f" ({reasons})" if reasons else "")
+
+    def _named_reasons(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.reasons().most_common())
 
     def first_files(self) -> list[str]:
         """Return the first files that cannot be used, as their rows name them."""
         paths = dict.fromkeys(prompt.path for prompt in self.quarantined.values() if prompt.path)
-        return list(paths)[:_NAMED]
+        return list(paths)[:NAMED_FILES]
 
     def reasons_and_files(self) -> str:
         """Return reasons and first files, e.g. `(2 unreadable, 1 empty-file; first a.mp4, b.mp4)`."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons().most_common())
-        files = self.first_files()
+        reasons, files = self._named_reasons(), self.first_files()
         return f"({reasons}; first {', '.join(files)})" if files else f"({reasons})"
 
     def note_seen(self, keys: Iterable[str]) -> None:

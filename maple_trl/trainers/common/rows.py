@@ -15,13 +15,8 @@ from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import HostCache, host_memory
-from maple_trl.omni.prompt import (
-    PROMPT_COLUMNS,
-    PromptBuilder,
-    PromptSpec,
-    RowError,
-    prompt_columns,
-)
+from maple_trl.omni.prompt import PromptBuilder, RowError
+from maple_trl.omni.prompt_spec import PROMPT_COLUMNS, PromptSpec, prompt_columns
 from maple_trl.trainers.common.quarantine import QuarantinedPrompt, Ranks, RowRegistry
 from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
@@ -99,6 +94,10 @@ class RowEncoder:
     def kinds(self) -> frozenset[str]:
         """The kinds of media of the rows that are known: of the data sets, and of all ranks' batches; the same on all ranks."""
         return frozenset(self._met).union(*(registry.kinds for registry in self.registries.values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which rows of each data set are used, ready for JSON; each registry continues from its own."""
+        return {name: registry.state_dict() for name, registry in self.registries.items()}
 
     def note_kinds(self, specs: Iterable[PromptSpec]) -> None:
         """Note the kinds of media of rows that every rank knows."""

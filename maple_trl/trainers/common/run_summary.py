@@ -10,11 +10,10 @@ from typing import Any
 
 from maple_trl.files import read_json, write_atomically
 from maple_trl.trainers.common.learning_checks import LearningChecks
-from maple_trl.trainers.common.quarantine import RowRegistry
+from maple_trl.trainers.common.quarantine import NAMED_FILES, RowRegistry
 
 
 TALLY_FILE = "run_tally.json"
-_NAMED = 3  # files that a text names
 
 Note = dict[str, Any]
 """`kind`, `count`, `text` (a clause for people), and what else is known of it."""
@@ -113,7 +112,7 @@ def changed_notes(registries: Sequence[RowRegistry]) -> list[Note]:
     for registry in registries:
         files = sorted(registry.changed_files)
         if files:
-            named = ", ".join(files[:_NAMED]) + (", …" if len(files) > _NAMED else "")
+            named = ", ".join(files[:NAMED_FILES]) + (", …" if len(files) > NAMED_FILES else "")
             text = f"{registry.name}: {plural(len(files), 'file')} changed while the run read them ({named})"
             found.append(make_note("changed_files", len(files), text, dataset=registry.name, files=files))
     return found

@@ -139,8 +139,8 @@ class MAPOConfig(OmniGRPOConfig):
     zero_shot_accuracy: dict[str, float] | str | None = field(
         default=None,
         metadata={
-            "help": "Accuracy per tag before training, as a mapping (in JSON on the command line), for the first epoch of "
-            "the adaptive curriculum. Null: measured by a pass before training."
+            "help": "Accuracy per tag before training, in [0, 1], as a mapping (in JSON on the command line), for the first "
+            "epoch of the adaptive curriculum. Null: measured by a pass before training."
         },
     )
     zero_shot_questions: int = field(

@@ -74,7 +74,7 @@ class StepRecord:
 
 class MAPOTrainer(OmniGRPOTrainer):
     """
-    GRPO in which the required modality tag of a row decides how it is trained on (MAPLE).
+    GRPO in which the required modality tag of a row decides how it is trained on (MAPLE, arXiv 2602.11596, section 4).
 
     The tag decides what the row is fed, which rows share a batch, how its advantage is scaled, what its loss weighs,
     and when it is trained on.
@@ -190,7 +190,7 @@ class MAPOTrainer(OmniGRPOTrainer):
         self.sampling = DynamicSampling(args.dynamic_sampling, args.refill_rounds, args.revisit, args.revisit_after)
         self.schedule = StratifiedSchedule(
             self.train_dataset["tag"],
-            args.generation_batch_size // self.num_generations,
+            args.prompts_per_rollout,
             self.curriculum,
             stratified=args.batching == "stratified",
             granularity=args.curriculum_granularity,
@@ -298,7 +298,14 @@ class MAPOTrainer(OmniGRPOTrainer):
         return self.schedule.draw(batch.stratum, missing + -missing % step, multiple_of=step)
 
     def assign(self, rollout: Rollout) -> Assignment | None:
-        """Scale rewards within groups, tags or the rollout, and leave out groups that teach nothing."""
+        """
+        Scale rewards within groups, tags or the rollout, and leave out groups that teach nothing.
+
+        Scales are those of [`~maple_trl.algorithms.group_advantages`] (MAPLE 4.1), filters those of MAPLE 5.2.
+
+        Args:
+            rollout (`Rollout`): the completions of all ranks, scored.
+        """
         advantages = self._advantages(rollout)
         kept = self._kept_groups(rollout)
         self._learn(rollout, kept)

@@ -97,6 +97,16 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         if self.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching does not support media; leave it False")
 
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that a rollout shows, over all processes."""
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def steps_per_rollout(self) -> float:
+        """Optimizer steps that are made on a rollout."""
+        return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
+
     def _check_vllm(self) -> None:
         if not self.use_vllm:
             return

@@ -125,7 +125,7 @@ class EngineMixin:
         )
         tags = torch.tensor([tag_number(row.get("tag")) for row in flight.rows], device=summaries.device)
         metrics = ratio_metrics(self.accelerator.gather(summaries), self.accelerator.gather(tags))
-        self._log_all(metrics, "train" if self.model.training else "eval")
+        self._log_all(metrics, self._mode)
         if not self._engine_is_known:
             self._check_engine(logps, sampled, batch["completion_mask"])
 

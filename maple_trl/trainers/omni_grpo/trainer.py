@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
-import random
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,27 +15,21 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
-from trl.trainer.utils import pad
 
-from maple_trl.algorithms import left_alone, missing_scores, remaining_scale
-from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
+from maple_trl.modalities import IMAGE_COLUMNS, MEDIA_COLUMNS
 from maple_trl.omni.encoded import (
-    KINDS,
     EncodedPrompt,
     batch_position_ids,
     forward_position_ids,
 )
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.families import unwrap
-from maple_trl.omni.prefix.packed_attention import install, why_not_trained
 from maple_trl.omni.prefix.shared_prefix import PackedOutput, pack, packed_forward
-from maple_trl.omni.prefix.sharing import Comparison
-from maple_trl.omni.quantization import describe
-from maple_trl.omni.serving import serve_media
 from maple_trl.rewards import judge_callbacks
-from maple_trl.rewards.calls import RewardError, check_rewards, checked, find_rewards
+from maple_trl.rewards.calls import check_rewards, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.rollout.engine import Completions, EngineError
+from maple_trl.trainers.common.arguments import check_text_only, each_dataset, load_parts, own_config
 from maple_trl.trainers.common.batch import (
     PROMPTS_KEY,
     REPLAYED_KEY,
@@ -58,8 +47,7 @@ from maple_trl.trainers.common.checkpoint import (
     save_rollout,
     save_rows,
 )
-from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
-from maple_trl.trainers.common.missing_rewards import MissingRewards
+from maple_trl.trainers.common.media_trainer import MediaTrainer
 from maple_trl.trainers.common.quantized import model_options
 from maple_trl.trainers.common.rollout import (
     Assignment,
@@ -70,25 +58,25 @@ from maple_trl.trainers.common.rollout import (
     Round,
     UpdatesInFlight,
 )
-from maple_trl.trainers.common.rollout_log import LiveLog, RolloutLog
+from maple_trl.trainers.common.rollout_log import RolloutLog
 from maple_trl.trainers.common.run_errors import EngineLostError
 from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
 from maple_trl.trainers.common.sharding import held_back
-from maple_trl.trainers.common.tag_metrics import UNTAGGED, RunningMeans, tag_number, totals_by_tag
+from maple_trl.trainers.common.tag_metrics import RunningMeans
 from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.engines import EngineMixin, check_engine_is_there
+from maple_trl.trainers.omni_grpo.failed_rewards import FailedRewardMixin
+from maple_trl.trainers.omni_grpo.prompt_sharing import SharingMixin
+from maple_trl.trainers.omni_grpo.rewards import RewardMixin
 
 
 logger = logging.getLogger(__name__)
 
-_ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
-"""Losses that TRL averages over the rows of a micro-batch; `bnpo` is over its tokens, the others over a rollout's."""
 
-
-class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
+class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin, MediaTrainer, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] whose prompts can hold pictures, video, audio and subtitles, each row its own, in one batch.
 
@@ -130,8 +118,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
-    _read_columns: tuple[str, ...] = (*IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
-    _failed_is_zero = True  # TRL's way with a reward that failed, where there are neither media nor tags
+    _read_columns: tuple[str, ...] = (*MEDIA_COLUMNS, "tag", "audio_in_video")
 
     def __init__(
         self,
@@ -161,8 +148,6 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         args.check_answer_form(rewards, columns or ())
         model, processing_class = load_parts(model, processing_class, args.seed, init_kwargs)
 
-        self._sharing: bool | None = False
-        self._unshared: str | None = None  # why prompts are not shared, where they were to be
         self._flight = InFlight()  # of no row
         self._order: Sampler | None = None
         self._lookahead: LookaheadSampler | None = None
@@ -172,7 +157,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
             check_text_only(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, args)
         else:
             self._prepare_media(model, processing_class, args)
-            self._sharing = None if args.shared_prefix != "off" else False  # None: to be found out
+            self._sharing = None if args.shared_prefix != "off" else False
             train_dataset = self.row_encoder.register(train_dataset, "train_dataset")
             eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.row_encoder.register)
 
@@ -190,7 +175,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         if not any(isinstance(callback, JudgeCallback) for callback in self.callback_handler.callbacks):
             for callback in judge_callbacks(reward_funcs):
                 self.add_callback(callback)
-        self.add_callback(LiveLog)
+        self._finish_construction()
         self.rollout_log = RolloutLog(
             self.args.output_dir,
             self.args.rollout_log_size,
@@ -198,18 +183,11 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
             writes=self.accelerator.is_main_process,
             media_root=self.args.media_root,
         )
-        self._check_checkpointing()
-        self._keep_savable()
         self.engine = self._make_engine()
-        self.towers = self._make_tower_cache()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
             self.ref_model.requires_grad_(False)
-        self._watch()
-        self._write_quarantine()
         self._check_rollout_size()
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _check_rollout_size(self) -> None:
         """
@@ -217,7 +195,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
 
         Of fewer, TRL's sampler would make no step, and a schedule would repeat them.
         """
-        needed = self.args.generation_batch_size // self.num_generations
+        needed = self.args.prompts_per_rollout
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < needed:
             raise ValueError(
                 f"train_dataset has {len(self.train_dataset)} usable rows, but one rollout takes {needed} prompts "
@@ -245,7 +223,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
 
     def row_order(self, dataset: Dataset | None) -> Sampler | None:
         """
-        Say which rows the rollouts take: the hook that is called on every rank when a run begins.
+        Say which rows of the `dataset` the rollouts take: the hook that is called on every rank when a run begins.
 
         Returns:
             `Sampler`: yields each row once per completion, micro-batch and iteration, as TRL's does.
@@ -409,257 +387,6 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         return [None if row in failed else text for row, text in enumerate(texts)]
 
-    # Rewards
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """
-        Return the scores of all ranks' completions, shape (N, reward functions), and note the rollout that they make.
-
-        Besides the columns, rewards are handed `group_ids`, and `completion_logprobs` and `deficit_completions` where
-        one of them names such an argument: these cost a pass and a generation.
-        """
-        flight = self._flight
-        if flight.scores is not None:
-            return flight.scores
-        inputs = flight.rows
-        self.rollout_log.note(self, inputs, completion_ids_list)
-        columns = {}
-        if self._serving is not None:
-            columns["group_ids"] = [prompt.key for prompt in self._serving]
-        if self._rewards_want("completion_logprobs"):
-            columns["completion_logprobs"] = self._completion_logprobs(prompts, completion_ids_list)
-        if self._rewards_want("deficit_completions") and self._serving is not None:
-            columns["deficit_completions"] = self._deficit_completions(inputs)
-        inputs = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
-        with lent(self, reward_funcs=self._checked_rewards()):
-            scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        for name, values in zip(self.reward_func_names, scores.T, strict=True):
-            if values.isinf().any():
-                raise RewardError(
-                    f"The reward function {name!r} returned an infinite reward; use a finite one or None"
-                )
-        if self.model.training:
-            self._tally_rewards(inputs, scores)
-        tags, *tokens = self._facts(inputs, completion_ids_list)
-        scores = self._set_apart(flight, scores, tags)
-        rewards = self._total_rewards(scores)
-        flight.rollout = flight.scored(scores, rewards, tags, *tokens)
-        if self.model.training:
-            self.tally.checks.note_rewards(self._compared(rewards))
-        return scores
-
-    def _facts(self, rows: Sequence[dict[str, Any]], completion_ids: Sequence) -> Sequence[torch.Tensor]:
-        """
-        Gather what is known of all ranks' completions; four tensors of shape (N,).
-
-        They are the tag, as a number, and tokens of the completion, of its prompt's media and of its prompt.
-        """
-        if self._serving is None:
-            prompts = [(0, tokens) for tokens in self._flight.prompt_tokens]
-        else:
-            prompts = [(sum(p.media_tokens.get(kind, 0) for kind in KINDS), len(p)) for p in self._serving]
-        facts = [
-            [tag_number(row.get("tag")), len(ids), *tokens]
-            for row, ids, tokens in zip(rows, completion_ids, prompts, strict=True)
-        ]
-        return self.accelerator.gather(torch.tensor(facts, device=self.accelerator.device)).unbind(1)
-
-    def _tally_rewards(self, rows: Sequence[dict[str, Any]], scores: torch.Tensor) -> None:
-        """Count completions to which a reward function gave nothing, but for those that it is not meant for."""
-        missing, asked = scores.isnan(), torch.ones_like(scores, dtype=torch.bool)
-        if any(hasattr(reward, "is_for") for reward in self.reward_funcs):
-            asked = [
-                [not hasattr(reward, "is_for") or reward.is_for(row) for reward in self.reward_funcs] for row in rows
-            ]
-            asked = self.accelerator.gather(torch.tensor(asked, dtype=torch.long, device=scores.device)).bool()
-        for i, name in enumerate(self.reward_func_names):
-            self.tally.rewards[name] += int(asked[:, i].sum())
-            self.tally.unrewarded[name] += int((asked & missing)[:, i].sum())
-
-    def _compared(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Return rewards in the groups in which they are compared, of shape (groups, completions)."""
-        return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
-
-    def _checked_rewards(self) -> list[Any]:
-        """Wrap reward functions so that errors say by name what is wrong with them or with what they return."""
-        return [
-            function if isinstance(function, nn.Module) else checked(function, name)
-            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
-        ]
-
-    # Rewards that failed
-
-    def _begin_counts(self, args: OmniGRPOConfig) -> None:
-        self._missing = MissingRewards(args.process_index == 0)
-        self._step_counts = self._pass_made = False
-
-    @property
-    def missing_rewards(self) -> Counter[tuple[str, str]]:
-        """Count, by reward function and tag, completions of this run that it failed on: those of prompts that it scored in part."""
-        return self._missing.by_function
-
-    @property
-    def unscorable_completions(self) -> Counter[str]:
-        """Count, by tag, completions of this run that were left out because a reward of theirs failed."""
-        return self._missing.unscorable
-
-    def _set_apart(self, flight: RolloutInFlight, scores: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
-        """
-        Return the scores, all NaN for an unscorable completion, so that what follows leaves it out of every mean.
-
-        Args:
-            scores (`Tensor` of shape (N, reward functions)): over all ranks.
-            tags (`Tensor` of shape (N,)): as numbers.
-        """
-        if self._failed_is_zero and self.family is None and not (tags != UNTAGGED).any():
-            return scores
-        prompts = flight.groups(scores)
-        missing = missing_scores(scores, self.reward_weights, prompts, flight.applies)
-        unscorable = missing.any(dim=1) | scores.isnan().all(dim=1) | self._unanswered(flight)
-        flight.given, flight.unscorable = scores, unscorable
-        scores = scores.masked_fill(unscorable[:, None], torch.nan)
-        self._count_by_tag(scores, missing, unscorable, tags)
-        alone = left_alone(unscorable, prompts)
-        self._means["train" if self.model.training else "eval"].add(totals_by_tag("alone", alone.float(), tags))
-        self.rollout_log.note_rewards(self, self._total_rewards(scores).tolist())
-        return scores
-
-    def _count_by_tag(
-        self, scores: torch.Tensor, missing: torch.Tensor, unscorable: torch.Tensor, tags: torch.Tensor
-    ) -> None:
-        """
-        Add up, by tag, what reward functions gave and what they failed on.
-
-        Logged are the means `tag/<TAG>/rewards/<name>`, for rows that have tags, and the shares of completions that a
-        function failed on (`rewards/<name>/missing`) and that are left out for that (`tag/<TAG>/unscorable`).
-        """
-        training = self.model.training
-        means = self._means["train" if training else "eval"]
-        means.add(totals_by_tag("unscorable", unscorable.float(), tags))
-        for name, values, failed in zip(self.reward_func_names, scores.T, missing.T, strict=True):
-            means.add({f"rewards/{name}/missing": (float(failed.sum()), len(failed))})
-            if (tags != UNTAGGED).any():
-                means.add(totals_by_tag(f"rewards/{name}", values, tags))
-                means.add(totals_by_tag(f"rewards/{name}/missing", failed.float(), tags))
-            if training:
-                self._missing.observe(name, tags[failed].tolist(), self.state.global_step)
-        if training:
-            self._missing.leave_out(tags[unscorable].tolist())
-
-    def _mask_unscorable(self, batch: Batch, flight: RolloutInFlight) -> None:
-        """Mask the tokens of unscorable completions, which keep their places; a collective call if there are any."""
-        if flight.unscorable is None or not flight.unscorable.any():
-            return
-        for name, values in zip(self.reward_func_names, flight.given.T, strict=True):
-            replace_latest(self._logs["rewards"][name], values.tolist())
-        own = self._local(flight.unscorable)
-        batch[UNSCORABLE_KEY] = own.long()
-        batch["completion_mask"] = batch["completion_mask"].masked_fill(own[:, None], 0)
-        tokens = self._all_reduce(batch["completion_mask"].sum())
-        batch["num_items_in_batch"] = tokens.to(batch["num_items_in_batch"])
-
-    def _leave_out(self, chunks: list[Batch]) -> None:
-        """
-        Leave unscorable completions out of TRL's means over an optimizer step; a collective call.
-
-        TRL's means are over rows or micro-batches, and the losses are linear in the size of the advantage, so that a
-        factor in the advantages makes up for what does not count.
-        """
-        slots = self._micro_batches_of_a_mean(len(chunks))
-        counts = self._counts_of_mean(chunks).unflatten(0, (-1, slots)).sum(dim=1)
-        for i, (counted, everything) in enumerate(self._all_reduce(counts).tolist()):
-            scale = remaining_scale(counted, everything)
-            for chunk in chunks[i * slots : (i + 1) * slots]:
-                rows = chunk["advantages"]
-                chunk["advantages"] = rows * scale
-                chunk[SCALE_KEY] = torch.full_like(rows if rows.dim() == 1 else rows[:, 0], scale)
-
-    def _counts_of_mean(self, chunks: list[Batch]) -> torch.Tensor:
-        """Count what TRL's mean is over in each micro-batch: what can be scored of it, and all; shape (chunks, 2)."""
-        counts = []
-        for chunk in chunks:
-            scorable = int((chunk[UNSCORABLE_KEY] == 0).sum())
-            if self.loss_type in _ROW_MEANS:
-                counts.append([scorable, chunk.rows])
-            elif self.loss_type == "bnpo":
-                counts.append([int(scorable > 0), 1])
-            else:  # over tokens, of which none is left that does not count
-                counts.append([int(scorable > 0)] * 2)
-        return torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
-
-    def _micro_batches_of_a_mean(self, chunks: int) -> int:
-        """
-        Return the number of micro-batches that TRL's mean is over.
-
-        They are those of an optimizer step, or of the whole rollout where steps and rollouts do not end together.
-        """
-        slots = self.args.gradient_accumulation_steps
-        return chunks if not self.model.training or chunks % slots else slots
-
-    def _forget_gradients(self) -> None:
-        """
-        Let the optimizer step to come change nothing, since nothing could be scored.
-
-        A gradient of 0 would still move weights by momentum and decay. (A gradient scaler wants one all the same.)
-        """
-        if self.accelerator.scaler is None:
-            self.model.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def _completion_logprobs(self, prompts: list, completion_ids: list[list[int]]) -> list[list[float]]:
-        """Compute the log-probability of each token of this rank's completions under the policy."""
-        if self._serving is None:
-            prompt_ids = [torch.tensor(ids) for ids in self._tokenize_prompts(prompts)[0]]
-        else:
-            prompt_ids = [prompt.input_ids for prompt in self._serving]
-        completions = [torch.tensor(ids, dtype=torch.long) for ids in completion_ids]
-        sides = []
-        for rows, side in ((prompt_ids, "left"), (completions, "right")):
-            mask = [torch.ones_like(row) for row in rows]
-            sides.append((pad(rows, self._tokenizer.pad_token_id, side), pad(mask, 0, side)))
-        ids, mask = (torch.cat(pair, dim=1).to(self.accelerator.device) for pair in zip(*sides, strict=True))
-        training = self.model.training
-        batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        width = sides[1][0].size(1)
-        logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=batch_size)
-        return [row[: len(tokens)] for row, tokens in zip(logps.tolist(), completions, strict=True)]
-
-    def _rewards_want(self, argument: str) -> bool:
-        functions = [reward for reward in self.reward_funcs if not isinstance(reward, nn.Module)]
-        return any(argument in inspect.signature(reward).parameters for reward in functions)
-
-    @torch.no_grad()
-    def _deficit_completions(self, rows: Sequence[dict[str, Any]]) -> list[str | None]:
-        """
-        Sample an answer to each row without some of its tag's signals, once per prompt of this rank.
-
-        `None` where nothing can be taken away: a row without a tag, of one signal, or fed all signals whatever its tag.
-        """
-        deficits: dict[str, dict[str, Any]] = {}
-        for row, prompt in zip(rows, self._serving, strict=True):
-            tag = ModalityTag.parse(row["tag"]) if row.get("tag") else None
-            if prompt.key not in deficits and tag is not None and self.prompt_builder.modality_access == "required":
-                smaller = [other for other in ModalityTag if other.modalities < tag.modalities]
-                if smaller:
-                    draw = random.Random(f"{self.args.seed} {self._step} {prompt.key}")  # the same on every rank
-                    deficits[prompt.key] = {**row, "tag": draw.choice(smaller).value}
-        encoded = self.row_encoder.encode_each(list(deficits.values()))
-        completions = iter(self._sample([prompt for prompt in encoded if prompt is not None]))
-        texts = {
-            key: None if prompt is None else next(completions) for key, prompt in zip(deficits, encoded, strict=True)
-        }
-        return [texts.get(prompt.key) for prompt in self._serving]
-
-    def _total_rewards(self, scores: torch.Tensor) -> torch.Tensor:
-        """
-        Return the weighted sum of each completion's scores, shape (N,); NaN where all are, as for an unscorable one.
-
-        Args:
-            scores (`Tensor` of shape (N, reward functions)): NaN where a function gave no reward.
-        """
-        total = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
-        return total.masked_fill(scores.isnan().all(dim=1), torch.nan)
-
     # Ranks
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -707,103 +434,6 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         with self._serve(unwrapped, batch.prompts, packed=True):
             core, size = self.family.core(unwrapped), (len(prompts), width)
             return packed_forward(model, core, batch, size, self._packed_attention)
-
-    def _agree_on_sharing(self) -> None:
-        """Find out whether completions share their prompts, unless that is known; a collective call."""
-        if self._sharing is None:
-            self._sharing = self._try_sharing(self._probe_prompt())
-
-    def _probe_prompt(self) -> EncodedPrompt:
-        """Return what to compare on: the same on all ranks, and short however long the run's prompts are."""
-        return self.prompt_builder.probe()
-
-    def _try_sharing(self, prompt: EncodedPrompt) -> bool:
-        """
-        Return whether completions can share their prompts, after all ranks have compared both ways on a prompt.
-
-        Raises:
-            ValueError: when they cannot and `shared_prefix` is `"on"`.
-        """
-        level = logging.INFO if self.accelerator.is_main_process else logging.DEBUG
-        kinds = ", ".join((*prompt.kinds, "text"))
-        told = f"a prompt of {len(prompt)} tokens ({kinds}) passed once for two completions, and once for each"
-        logger.log(level, "shared_prefix=%r: comparing %s", self.args.shared_prefix, told)
-        began = time.perf_counter()
-        reason = self._why_apart(prompt)
-        seconds = time.perf_counter() - began
-        if reason is None:
-            logger.log(level, "Both ways agree, which took %.1f s to find: completions share their prompt", seconds)
-        elif self.args.shared_prefix == "on":
-            raise ValueError(f"shared_prefix='on', but prompts cannot be shared: {reason}")
-        else:
-            logger.warning("Each completion passes its prompt on its own (shared_prefix='auto'): %s", reason)
-            self._unshared = reason
-            return False
-        if self.aux_loss_enabled:
-            logger.warning(
-                "Training passes a prompt once per completion (shared_prefix): the loss that balances the experts counts it so. "
-                "router_aux_loss_coef=0 lets completions share it."
-            )
-        if self.args.per_device_train_batch_size % self.args.num_generations:
-            logger.warning(
-                "per_device_train_batch_size (%d) is not a multiple of num_generations (%d): a prompt is passed once for each "
-                "micro-batch that holds some of its completions",
-                self.args.per_device_train_batch_size,
-                self.args.num_generations,
-            )
-        return True
-
-    def _why_apart(self, prompt: EncodedPrompt) -> str | None:
-        """Return what keeps completions from sharing their prompt on any rank, `None` if nothing; a collective call."""
-        models = [unwrap(self.accelerator.unwrap_model(m)) for m in (self.model, self.ref_model) if m is not None]
-        reasons = gather_object([next(filter(None, map(self._why_not_packed, models)), None)])
-        if any(reasons):
-            return next(filter(None, reasons))
-        comparison = Comparison(
-            self.model,
-            self.family.core(self.accelerator.unwrap_model(self.model)),
-            prompt,
-            # Nothing is kept of clips that no row has.
-            partial(serve_media, self.family, touch=self._touched),
-            self.family.suppressed_ids,
-            self._packed_attention,
-        )
-        differences, failure = self._measure(comparison.difference)
-        if failure or all(value <= comparison.least_tolerance for value in differences):
-            return failure
-        tolerances, failure = self._measure(comparison.tolerance)
-        errors = [value / tolerance for value, tolerance in zip(differences, tolerances, strict=True)]
-        if failure or all(error <= 1 for error in errors):
-            return failure
-        error = next((error for error in errors if math.isnan(error)), max(errors))
-        return f"log-probabilities differ {error:.1f} times as much as rounding explains"
-
-    def _why_not_packed(self, model: nn.Module) -> str | None:
-        """Return why a model cannot be trained on packed rows, before it is tried."""
-        if not install(model):
-            return (
-                "the language model's attention is not sdpa, flex_attention or FlashAttention over whole sequences or windows "
-                "of them (FlashAttention: where tokens of a picture do not see each other both ways)"
-            )
-        attention = self._packed_attention or model.config.get_text_config()._attn_implementation
-        return why_not_trained(attention, self.accelerator.device)
-
-    @property
-    def _packed_attention(self) -> str | None:
-        """What computes attention in packed rows; `None` for what the model uses."""
-        return None if self.args.packed_attention == "model" else self.args.packed_attention
-
-    def _measure(self, measure: Callable[[], float]) -> tuple[list[float], str | None]:
-        """Return what each rank measures, and how one failed, if any did; a collective call."""
-        try:
-            mine: float | str = measure()
-        except RuntimeError as failure:  # a kernel does not take what it is given, or does not compile
-            logger.debug("Comparing shared prompts failed", exc_info=True)
-            first_line = str(failure).split("\n", 1)[0]
-            mine = f"comparing both ways ended with {type(failure).__name__}: {first_line}"
-        found = gather_object([mine])
-        failure = next((value for value in found if isinstance(value, str)), None)
-        return [math.nan if isinstance(value, str) else value for value in found], failure
 
     # Updates
 
@@ -899,8 +529,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         replace_latest(self._logs["advantages"], advantages.tolist())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._log_all(self._means[mode].take(), mode)
+        self._log_all(self._means[self._mode].take(), self._mode)
         super().log(logs, start_time)
 
     # State
@@ -918,6 +547,20 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         self._last_loaded_step = -1  # TRL's
 
     def train(self, *args, **kwargs):
+        """
+        Train as [`~transformers.Trainer.train`] does, anew or from a checkpoint.
+
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `output_dir`, and begins anew where
+        there is none, with a warning: the same script starts a job and restarts it.
+
+        Raises:
+            EngineLostError: when the engine that samples has gone; the message says where the run can go on from.
+            ResumeError: when this run cannot go on from the checkpoint: there is none, or it lacks weights, optimizer,
+                schedule or random numbers (`save_only_model`), or is of other data, batch sizes or processes.
+            TooManyQuarantinedError: when more rows than `max_quarantined_share` cannot be used.
+            NoStepError: when the run ends without an optimizer step.
+            ValueError: when `output_dir` holds an evaluation.
+        """
         self._distrust_engine()  # another run's steps have the same numbers
         # A run before this one may have stopped within a rollout.
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
@@ -938,7 +581,7 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
         folder = self._checkpoint_folder(trial)
         if self.family is not None and self.args.should_save:
-            save_rows(folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()})
+            save_rows(folder, self.row_encoder.state_dict())
         save_rollout(
             folder,
             self.accelerator.process_index,
@@ -961,10 +604,8 @@ class OmniGRPOTrainer(EngineMixin, MediaTrainer, GRPOTrainer):
         return [self._missing]
 
     def _resume_signature(self) -> dict[str, Any]:
-        """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
-        facts = {"processes": self.accelerator.num_processes, "quantization": describe(self.model)}
-        return facts | {name: getattr(self.args, name) for name in names}
+        return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:
         """Return the micro-batches of the last rollout while some updates on them are still to come, else `None`."""

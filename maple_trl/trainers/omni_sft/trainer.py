@@ -13,21 +13,20 @@ from torch.utils.data import get_worker_info
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
-from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import own_options
 from maple_trl.omni.prompt import RowError
-from maple_trl.omni.quantization import describe
+from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
+from maple_trl.trainers.common.arguments import check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.batch import PROMPTS_KEY
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
-from maple_trl.trainers.common.media_trainer import MediaTrainer, check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.media_trainer import MediaTrainer
 from maple_trl.trainers.common.quantized import model_options
-from maple_trl.trainers.common.rollout_log import LiveLog
-from maple_trl.trainers.omni_grpo.trainer import PROMPTS_KEY
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 
-_MEDIA_COLUMNS = ("prompt", "completion", *IMAGE_COLUMNS, "video", "audio", "subtitle", "tag", "audio_in_video")
+_READ_COLUMNS = ("completion", *PROMPT_COLUMNS)
 
 
 class OmniSFTTrainer(MediaTrainer, SFTTrainer):
@@ -42,14 +41,15 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             A model of a registered family. From a full Omni checkpoint the Thinker alone is loaded. The adapter of a
             `PeftModel` is trained on.
         args ([`OmniSFTConfig`], *optional*): configuration.
+        data_collator (`Callable`, *optional*): for a text-only model; rows with media bring their own.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `prompt` and `completion` (a text, or messages after a conversational prompt), and where they
             apply `image` or `images`, `video`, `audio`, `subtitle`, `tag` and `audio_in_video` (see
             [`~maple_trl.omni.prompt.PromptBuilder`]).
         eval_dataset: as in [`~trl.SFTTrainer`], with the same columns.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): loaded with the model if absent.
-        kwargs: the other arguments of [`~trl.SFTTrainer`]. With media, a data collator, a formatting function and
-            functions of the loss or of logits are rejected.
+        kwargs: the other arguments of [`~trl.SFTTrainer`]. With media, a formatting function and functions of the
+            loss or of logits are rejected, and so is `data_collator`.
 
     Raises:
         RowError: for the first row that cannot be trained on, with its number and field.
@@ -103,15 +103,8 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         if self.family is not None:
             # The loss is the parent's own, over the tokens of all micro-batches, whatever that of the model is over.
             self.model_accepts_loss_kwargs = True
-        self._check_checkpointing()
-        self.add_callback(LiveLog)
-        self._keep_savable()
-        self.towers = self._make_tower_cache()
-        self._watch()
-        self._write_quarantine()
+        self._finish_construction()
         self._check_batch_size()
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError("Nothing is left to train: every parameter of the model is frozen")
 
     def _check_batch_size(self) -> None:
         """
@@ -142,7 +135,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         usable = self.row_encoder.register(dataset, name)
         if isinstance(dataset, Dataset):
             dataset = self.row_encoder.registries[name].dataset  # as it is asked
-            read = dataset.select_columns([column for column in _MEDIA_COLUMNS if column in dataset.column_names])
+            read = dataset.select_columns([column for column in _READ_COLUMNS if column in dataset.column_names])
             for i, row in enumerate(read):
                 try:
                     self.completion_ids(row)
@@ -200,7 +193,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self.family is not None:
-            self._signature_columns = [*_MEDIA_COLUMNS]
+            self._signature_columns = [*_READ_COLUMNS]
 
     # Batches
 
@@ -306,17 +299,13 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         if self.family is not None:
             folder = self._checkpoint_folder(trial)
             if self.args.should_save:
-                save_rows(
-                    folder, {name: registry.state_dict() for name, registry in self.row_encoder.registries.items()}
-                )
+                save_rows(folder, self.row_encoder.state_dict())
             save_rollout(folder, self.accelerator.process_index, 0, None, self._resume_signature())
         super()._save_checkpoint(model, trial)
 
     def _resume_signature(self) -> dict[str, Any]:
-        """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        facts = {"processes": self.accelerator.num_processes, "quantization": describe(self.model)}
-        return facts | {name: getattr(self.args, name) for name in names}
+        return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
 
 def _completion_messages(completion: Any) -> list[dict[str, Any]]:

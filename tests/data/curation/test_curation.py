@@ -244,6 +244,7 @@ def test_what_a_part_answers_goes_by_name(clips, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quorum", [1, 2])
+@pytest.mark.matrix(cases=1)
 def test_votes_of_several_models(clips, tmp_path, quorum):
     """Voters that know this and that: what stays is what a count over all subsets says."""
 
@@ -286,6 +287,7 @@ def spoiled_text(text: str, kind: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_in_a_hundred_answers_is_malformed(clips, tmp_path):
     """Each is repaired, or its row goes by name; no other row is touched."""
     spoiled, lost = set(), set()

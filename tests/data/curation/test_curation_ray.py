@@ -21,6 +21,7 @@ def alone() -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_gives_what_the_local_engine_gives(clips, tmp_path, refused):  # noqa: F811 (Ray looks which address it has)
     pytest.importorskip("ray")
     if not alone():

@@ -352,6 +352,7 @@ def test_keys_that_come_too_fast_decide_on_nothing_unseen(opened, served):
     assert rows == ids[: len(rows)] and opened.row == ids[len(rows)] and 1 <= len(rows) <= 12
 
 
+@pytest.mark.long
 def test_two_reviewers_at_once(browser, served):
     """Each decides for themselves, sees nothing of the other before, and the disagreement after."""
     row = served.rows[12]["id"]
@@ -417,6 +418,7 @@ def test_a_broken_clip_says_why_and_a_caption_its_reference(browser, served):
 
 
 @pytest.mark.parametrize("row", ["VAS", "long"])
+@pytest.mark.matrix(cases=1)
 def test_all_of_it_is_seen_without_scrolling(browser, served, row):
     name = first_of(served, row) if row in ("VAS",) else row
     opened = Opened(browser, served.url, f"?reviewer=looker&row={name}")
@@ -504,6 +506,7 @@ def test_a_server_that_is_killed_loses_nothing(browser, clips, tmp_path):
     assert len(rows) == len(set(rows)) == told
 
 
+@pytest.mark.long
 def test_two_servers_on_one_log(browser, served, clips):
     """Two processes: what one writes, the other shows and keeps."""
     second = Served(served.folder, served.folder / "media" / "rows.parquet", "--log", served.folder / "review.log")
@@ -525,6 +528,7 @@ def test_two_servers_on_one_log(browser, served, clips):
         second.stop()
 
 
+@pytest.mark.long
 def test_the_token_is_asked_for(browser, clips, tmp_path):
     (tmp_path / "token.txt").write_text(TOKEN)
     served = Served(tmp_path, clips, "--log", tmp_path / "review.log", "--token_file", tmp_path / "token.txt")

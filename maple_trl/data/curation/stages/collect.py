@@ -10,11 +10,11 @@ from typing import Any
 from maple_trl.data.curation.config import CurationConfig
 from maple_trl.data.curation.errors import CurationError
 from maple_trl.data.curation.stage import Outcome, Row, Stage, Tools
-from maple_trl.data.hint_tables import SUFFIXES, RowTable
 from maple_trl.data.record_files import TableError
-from maple_trl.modalities import IMAGE_COLUMNS
+from maple_trl.data.row_tables import SUFFIXES, RowTable
+from maple_trl.modalities import IMAGE_COLUMNS, SUBTITLE_SUFFIXES
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media.subtitles import SUBTITLE_SUFFIXES, is_subtitle_file
+from maple_trl.omni.media.subtitles import is_subtitle_file
 
 
 def source_root(config: CurationConfig) -> Path:

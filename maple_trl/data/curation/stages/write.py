@@ -44,7 +44,7 @@ def write(
             counts.setdefault(kind, {})[split] = len(part)
             if part:
                 size = config.write.rows_per_file
-                replace_split(_tables(part, config), ROW_FEATURES.arrow_schema, len(part), folder, split, size)
+                replace_split(_tables(part, config), ROW_FEATURES.arrow_schema, folder, split, size)
             else:
                 for path in shards_of(folder, split):  # of an earlier run
                     path.unlink()

@@ -65,10 +65,5 @@ class FusionGain(evaluate.Metric):
                 )
         fused = fused_samples({tag: [by_tag[tag] for by_tag in scores.values()] for tag in ModalityTag})
         estimate = bootstrap_mean(fused, **options, clusters=[clips[sample] for sample in scores])
-        result = {
-            "fusion_gain": estimate.value,
-            "fusion_gain_low": estimate.low,
-            "fusion_gain_high": estimate.high,
-            "samples": estimate.count,
-        }
+        result = {**estimate.as_columns("fusion_gain"), "samples": estimate.count}
         return result if estimate.clips is None else {**result, "clips": estimate.clips}

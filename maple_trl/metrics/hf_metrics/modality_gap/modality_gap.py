@@ -39,8 +39,6 @@ class ModalityGap(evaluate.Metric):
         gaps = modality_gap_intervals(predictions, tags, **options)
         result: dict[str, Any] = {}
         for name, estimate in gaps.items():
-            result[name] = estimate.value
-            result[f"{name}_low"] = estimate.low
-            result[f"{name}_high"] = estimate.high
+            result |= estimate.as_columns(name)
         clips = gaps["mean"].clips
         return result if clips is None else {**result, "clips": clips}

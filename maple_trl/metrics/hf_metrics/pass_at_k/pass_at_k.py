@@ -40,9 +40,7 @@ class PassAtK(evaluate.Metric):
         result: dict[str, Any] = {}
         for tries in k if isinstance(k, Sequence) else [k]:
             estimate = pass_at_k_interval(samples, right, tries, **options)
-            result[f"pass@{tries}"] = estimate.value
-            result[f"pass@{tries}_low"] = estimate.low
-            result[f"pass@{tries}_high"] = estimate.high
+            result |= estimate.as_columns(f"pass@{tries}")
             if estimate.clips is not None:
                 result["clips"] = estimate.clips
         return result

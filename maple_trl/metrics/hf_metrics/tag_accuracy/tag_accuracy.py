@@ -44,11 +44,10 @@ class TagAccuracy(evaluate.Metric):
         }
         result: dict[str, Any] = {}
         for name, estimate in estimates.items():
-            result[name] = None if estimate is None else estimate.value
-            if estimate is not None:
-                result[f"{name}_low"] = estimate.low
-                result[f"{name}_high"] = estimate.high
-                result[f"{name}_count"] = estimate.count
-                if estimate.clips is not None:
-                    result[f"{name}_clips"] = estimate.clips
+            if estimate is None:
+                result[name] = None
+                continue
+            result |= {**estimate.as_columns(name), f"{name}_count": estimate.count}
+            if estimate.clips is not None:
+                result[f"{name}_clips"] = estimate.clips
         return {**result, "missing": list(measured.missing), "unscored": measured.unscored}
