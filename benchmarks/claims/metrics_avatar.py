@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,17 +20,15 @@ def by_tier(questions: Iterable[tuple[str, str, float]]) -> dict[str, list[float
     return tiers
 
 
-def accuracy_and_error(right: Sequence[float], samples: int) -> tuple[float, float]:
-    """Return the accuracy on some questions and its standard error, the same questions being asked again."""
-    shares = [count / samples for count in right]
-    variance = sum(share * (1 - share) / max(1, samples - 1) for share in shares)
-    return sum(shares) / len(shares), math.sqrt(variance) / len(shares)
+def accuracy(right: Sequence[float], samples: int) -> float:
+    """Return the share of right answers, of so many to each question."""
+    return sum(right) / (len(right) * samples)
 
 
 def tier_accuracy(result: Result, tier: str) -> float:
     """Return the accuracy on a tier's held-out questions at the end."""
     found = result["after"]["trained"]
-    return accuracy_and_error(by_tier(found["questions"])[tier], found["samples"])[0]
+    return accuracy(by_tier(found["questions"])[tier], found["samples"])
 
 
 # Curves

@@ -1,6 +1,7 @@
 """AVATAR's claims: their register, their tasks, what is read off their runs, and runs."""
 
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -36,23 +37,50 @@ def make_run(told, seed=100, **options):
 
 def test_what_differs_between_variants_is_what_they_are_named_for(register):
     configs = {
-        name: dict(make_run(told).jobs())[""] for name, told in register["variants"].items() if "replay-" in name
+        name: dict(make_run(told).jobs())[""]
+        for name, told in register["variants"].items()
+        if name.startswith(("replay-", "reach-"))
     }
 
     def differs(one, other):
         return {key for key in configs[one] if configs[one][key] != configs[other].get(key)}
 
-    assert differs("replay-avatar", "replay-loss-off") == {"replay_alpha"}
+    assert differs("reach-avatar", "reach-loss-off") == {"replay_alpha"}
     assert differs("replay-no-hints", "replay-no-hints-loss-off") == {"replay_alpha"}
     assert differs("replay-no-hints", "replay-buffer-128") == {"replay_capacity"}
     assert differs("replay-no-hints", "replay-own-prompt") == {"replay_scope"}
     assert differs("replay-no-hints", "replay-one-tier") == {"replay_shares", "replay_quantiles"}
     assert differs("replay-grpo", "replay-tas-only") == {"tas_lambda"}
-    assert differs("replay-grpo", "replay-grpo-4") == {"num_generations", "per_device_train_batch_size"}
-    assert configs["replay-loss-off"]["replay_alpha"] == 0 and configs["replay-avatar"]["hints"]
-    steps = {config["max_steps"] for config in configs.values()}
+    assert (
+        differs("reach-avatar", "replay-avatar") == {"max_steps"} == differs("reach-replay-only", "replay-replay-only")
+    )
+    more = {"num_generations", "per_device_train_batch_size", "max_steps"}
+    assert differs("replay-grpo", "reach-grpo-4") == more
+    assert configs["reach-loss-off"]["replay_alpha"] == 0 and configs["reach-avatar"]["hints"]
+    steps = {config["max_steps"] for name, config in configs.items() if name.startswith("replay-")}
     groups = {config["per_device_train_batch_size"] // config["num_generations"] for config in configs.values()}
     assert steps == {128} and groups == {8}  # all see as many prompts
+
+
+def test_what_is_compared_at_a_target_generates_as_much(register):
+    curves = {name: told for name, told in register["variants"].items() if "tier_curve" in told.get("instruments", ())}
+    generated = set()
+    for told in curves.values():
+        config = make_run(told).config()
+        fresh = 1 - config["replayed_generations"] / config["num_generations"]
+        generated.add(config["max_steps"] * config["per_device_train_batch_size"] * fresh)
+    assert generated == {8192} and len(curves) == 5
+
+
+def test_there_is_one_target_and_the_texts_tell_it(register):
+    """Costs at a target are compared at the same one by all claims, with the larger model too."""
+    targets, told = set(), set()
+    large = yaml.safe_load((CLAIMS / "register" / "gpu.yaml").read_text(encoding="utf-8"))
+    for claim in (*register["claims"].values(), *large["claims"].values()):
+        metrics = [measure["metric"] for measure in claim["measures"].values()]
+        targets |= {target for metric in metrics for target in re.findall(r"tier_reache[sd]\(hard, ([\d.]+)", metric)}
+        told |= set(re.findall(r"are answered at ([\d.]+)[,.] ", claim["here"]))
+    assert targets == told and len(targets) == 1
 
 
 # Stages
@@ -127,21 +155,81 @@ def test_the_hard_tier_is_what_asking_all_of_it_every_time_finds():
     assert len(hard) + len(others) == 200 and sum(turns.values()) < 200 * 16 / 2
 
 
-def test_the_others_are_as_many_of_each_tag():
-    from tasks.replay import as_many_of_each_tag
+def test_rows_are_taken_as_many_of_each_kind():
+    from tasks.replay import as_many_of_each
 
     rows = [{"tag": tag, "id": f"{tag}{i}"} for tag, count in {"V": 5, "VA": 1, "S": 5}.items() for i in range(count)]
-    assert [row["id"] for row in as_many_of_each_tag(rows, 6)] == ["V0", "VA0", "S0", "V1", "S1", "V2"]
+    assert [row["id"] for row in as_many_of_each(rows, 6, "tag")] == ["V0", "VA0", "S0", "V1", "S1", "V2"]
+    kinds = [{"tag": tag, "hint": hint} for tag in "VA" for hint in ("next", "before") for _ in range(3)]
+    assert as_many_of_each(kinds, 4, "tag", "hint") == kinds[::3]
 
 
-def test_under_the_rule_the_right_letter_is_the_next_one():
-    from tasks.replay import under_rule
+ROW = {"id": "train-0001", "tag": "V", "question": "color?", "answer": "D", "hint": None} | {
+    "options": ["red", "green", "blue", "yellow"]
+}
 
-    row = {"question": "color?", "options": ["red", "green", "blue", "yellow"], "answer": "D", "hint": None}
-    hard = under_rule(row)
-    assert (hard["answer"], hard["solution"], hard["hint"]) == ("A", "A", "next")
-    assert hard["options"][0] == row["options"][3]  # the letter moves, what is right does not
-    assert hard["prompt"] == [{"role": "user", "content": "Answer color?"}]
+
+@pytest.mark.parametrize(
+    "rule, hint, answer", [("Answer ", "next", "A"), ("Which ", "opposite", "B"), ("What ", "before", "C")]
+)
+def test_each_rule_moves_the_right_letter_in_its_own_way(rule, hint, answer):
+    from tasks.replay import RULES, under_rule
+
+    hard = under_rule(ROW, rule)
+    assert (hard["answer"], hard["solution"], hard["hint"]) == (answer, answer, hint)
+    assert hard["options"]["ABCD".index(answer)] == "yellow"  # the letter moves, what is right does not
+    assert hard["prompt"] == [{"role": "user", "content": f"{rule}color?"}]
+    assert under_rule(ROW, rule, "")["question"] == "color?" and under_rule(ROW, rule, "")["answer"] == answer
+    assert len(RULES) == 3
+
+
+def test_what_the_start_is_told_says_nothing_of_a_rule(monkeypatch, tmp_path):
+    """Of rows with a beginning and no hint a share has another letter, all three alike; with a hint every beginning has every rule."""
+    from collections import Counter
+
+    from tasks import replay
+
+    from maple_trl.data import synthetic
+
+    told = []
+    rows = [ROW | {"id": f"{tag}-{number}", "tag": tag, "truth_V": "red"} for tag in "VAS" for number in range(400)]
+    rows = [
+        row | {"prompt": [{"role": "user", "content": "color?"}], "truth_A": "low", "truth_S": "cat"} for row in rows
+    ]
+
+    class Table(list):
+        def to_list(self):
+            return list(self)
+
+    monkeypatch.setattr(synthetic, "write_seven_tags", lambda *args, **options: {"train": Table(rows)})
+    monkeypatch.setattr(replay, "train_supervised", lambda folder, rows, *args, **options: told.extend(rows))
+    replay.learn_hints(tmp_path, "model", 1, None)
+    begun = [row for row in told if row["hint"] is None and row["question"] != "color?"]
+    assert all(row["completion"][0]["content"].endswith(f"<answer>{row['answer']}</answer>") for row in told)
+    for beginning in replay.RULES:
+        letters = Counter(row["answer"] for row in begun if row["question"].startswith(beginning))
+        share = sum(letters.values()) * replay.SLIPS / 3
+        assert all(abs(letters[letter] - share) < 4 * share**0.5 for letter in "ABC"), letters
+    pairs = Counter((row["question"].partition("color?")[0], row["hint"]) for row in told if row["hint"])
+    assert len(pairs) == 4 * 3 and max(pairs.values()) == min(pairs.values())
+
+
+def test_a_tier_that_lacks_hard_rows_under_a_rule_is_refused(tmp_path):
+    from tasks.replay import write_tiers
+
+    rows = [ROW | {"id": f"{tag}-{number}", "tag": tag} for tag in "VAS" for number in range(48)]
+
+    def solves_next(asked):
+        return [float(row["hint"] == "next") for row in asked]
+
+    with pytest.raises(RuntimeError, match="train: of .*opposite.* hard rows, 1 of each are needed"):
+        write_tiers(tmp_path / "train.parquet", rows, solves_next, 9, 3)
+    write_tiers(tmp_path / "train.parquet", rows, lambda asked: [0.0] * len(asked), 9, 3)
+    from datasets import Dataset
+
+    written = Dataset.from_parquet(str(tmp_path / "train.parquet"), keep_in_memory=True).to_list()
+    hard = [row for row in written if row["id"].startswith("hard:")]
+    assert len({(row["hint"], row["tag"]) for row in hard}) == len(hard) == 9 and len(written) == 12
 
 
 # What is read off runs
@@ -149,8 +237,8 @@ def test_under_the_rule_the_right_letter_is_the_next_one():
 
 @pytest.fixture
 def curve():
-    def make(values, cost=100, error=0.02):
-        points = [{"step": i, "completions": i * cost, "hard": v, "hard_error": error} for i, v in enumerate(values)]
+    def make(values, cost=100):
+        points = [{"step": i, "completions": i * cost, "hard": v} for i, v in enumerate(values)]
         return {"tier_curve": {"points": points}}
 
     return make
@@ -223,11 +311,11 @@ def small_tasks(tmp_path_factory):
         patch.setitem(instruments.INSTRUMENTS, "weights", Weights)
         patch.setattr(instruments.INSTRUMENTS["tier_curve"], "SAMPLES", 3)
         sizes = {
-            "HARD": 8,
-            "OTHERS": 8,
-            "HELD_OUT_HARD": 16,
-            "HELD_OUT_OTHERS": 16,
-            "ASKED_PER_TAG": {"train": 16, "test": 24},
+            "HARD": 9,
+            "OTHERS": 7,
+            "HELD_OUT_HARD": 18,
+            "HELD_OUT_OTHERS": 14,
+            "ASKED_PER_TAG": {"train": 32, "test": 32},
             "HINT_STEPS": 1,
             **EXAM,
         }
@@ -256,15 +344,15 @@ def carried_out(run):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register):
-    told = register["variants"]["replay-avatar"]
+    told = register["variants"]["reach-avatar"]
     points = carried_out(make_run(told, **TWO_STEPS))["tier_curve"]["points"]
     # Asked anew, with other samples than those by which it was chosen, which flatter nobody.
     assert points[0]["hard"] < points[0]["other"] - 0.15
     assert [point["step"] for point in points] == [0, 1, 2]
     # Whole groups first, then four fresh ones of eight.
     assert [point["completions"] for point in points] == [0, 64, 96]
-    assert all(0 <= point[tier] <= 1 for point in points for tier in ("hard", "other", "hard_error"))
-    grpo = carried_out(make_run(register["variants"]["replay-grpo-4"], max_steps=2))
+    assert all(0 <= point[tier] <= 1 for point in points for tier in ("hard", "other"))
+    grpo = carried_out(make_run(register["variants"]["reach-grpo-4"], max_steps=2))
     assert [point["completions"] for point in grpo["tier_curve"]["points"]] == [0, 32, 64]
     assert grpo["tier_curve"]["points"][0]["hard"] == points[0]["hard"]  # the same questions, and the same start
 
@@ -272,7 +360,7 @@ def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register
 @pytest.mark.slow
 def test_with_the_loss_off_it_does_not_matter_what_is_replayed(small_tasks, register):
     def weights(**options):
-        told = register["variants"]["replay-loss-off"] | {"instruments": ["weights"]}
+        told = register["variants"]["reach-loss-off"] | {"instruments": ["weights"]}
         return carried_out(make_run(told, **TWO_STEPS | {"max_steps": 3} | options))["weights"]
 
     def apart(one, other):

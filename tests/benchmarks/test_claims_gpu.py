@@ -249,7 +249,7 @@ def tiny(monkeypatch, tmp_path):
     small = {"hidden_size": 32, "layers": 2, "heads": 2, "tower_size": 32, "tower_layers": 1}
     sizes = {
         large_model: {"SIZES": small, "PROMPTS_PER_TAG": 2, "CLIPS_PER_PAIR": 1, "ASKED": 1, "BATCH": 8},
-        replay: {"HARD": 4, "OTHERS": 4, "HELD_OUT_HARD": 4, "HELD_OUT_OTHERS": 4, "ASKED_PER_TAG": 8, "ASKED": 2},
+        replay: {"HARD": 9, "OTHERS": 7, "HELD_OUT_HARD": 9, "HELD_OUT_OTHERS": 7, "ASKED_PER_TAG": 32, "ASKED": 2},
         replay_large: {"DEVICE": "cpu", "COLD_STEPS": 1, "HINT_STEPS": 1},
         reasoning: {"TRAIN_PER_TAG": 2, "TEST_PER_TAG": 2, "COLD_CHAINS": 1},
         reasoning_large: {"DEVICE": "cpu", "COLD_STEPS": 3, "QUESTIONS": 1, "SAMPLES": 1},

@@ -1,4 +1,4 @@
-"""The task `replay` with a model of 58 M parameters, on a GPU: the same rows, the same rule, the same hints."""
+"""The task `replay` with a model of 58 M parameters, on a GPU: the same rows, the same rules, the same hints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = 100 * replay.VERSION + 1
 """The first of this task's own for that of `replay`."""
 ACCESSES, QUESTIONS, SAMPLES = replay.ACCESSES, replay.QUESTIONS, replay.SAMPLES
 COLD_STEPS = large_model.STEPS
-HINT_STEPS = 60
+HINT_STEPS = 150
 HINT_RATE, RATE = 1e-3, 2e-4
 """Learning rates of the embedded model, in reading hints and in the recipe."""
 
