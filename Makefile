@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := dev,plots
-WORKERS ?= 2
+WORKERS ?= 4
 MIN_COVERAGE ?= 90
 
 # The models of the tests and of the demo are tiny: one thread is several times faster than two that share a core.

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_letters, ascii_uppercase
 from typing import Any
 
-from maple_trl.metrics.answers import words
-
 
 _BRACKETED = re.compile(r"\[([^\[\]]{1,400})\]")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -75,7 +73,8 @@ _MARKED = re.compile(
     r"(?:\b[Oo]ption|\b[Cc]hoice|[Aa]nswer(?: is|:)?|[选選]|答案[是为為]?:?) ?\(?([A-Z])(?![A-Za-z0-9_'])",
 )
 _PARTED = re.compile(r"[,;\[({*$`]")
-BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
+_BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
+_WORDS = re.compile(r"\w+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
 
 
@@ -315,7 +314,7 @@ def _plain(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return f" {' '.join(words(text))} "
+    return f" {' '.join(_WORDS.findall(text.casefold()))} "
 
 
 def _contradicts(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
@@ -341,8 +340,8 @@ def _names_second_option(rest: str, letter: str) -> bool:
 
 def _letters(text: str) -> list[str]:
     """Return the letters of a text that lists nothing but single letters (`B, C or D`); else none."""
-    parts = [part for part in BETWEEN_LETTERS.split(text) if part and part not in ("or", "and")]
-    return parts if all(len(part) == 1 and part in ascii_letters for part in parts) else []
+    words = [word for word in _BETWEEN_LETTERS.split(text) if word and word not in ("or", "and")]
+    return words if all(len(word) == 1 and word in ascii_letters for word in words) else []
 
 
 def answer_key(answer: str | None, options: Any = None) -> tuple | None:

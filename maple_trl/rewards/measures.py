@@ -9,15 +9,7 @@ from string import ascii_letters
 from typing import Any
 
 from maple_trl.metrics.answers import ANSWER_METRICS, count_measures, rouge_f1, set_f1, word_error_rate
-from maple_trl.rewards.answers import (
-    ANSWER_FORMATS,
-    BETWEEN_LETTERS,
-    completion_text,
-    grade_answer,
-    number,
-    row_options,
-    solution_text,
-)
+from maple_trl.rewards.answers import ANSWER_FORMATS, completion_text, grade_answer, number, row_options, solution_text
 from maple_trl.rewards.judge import OpenAIJudge
 from maple_trl.rewards.text_scores import rouge_mean, word_error_score
 
@@ -25,6 +17,7 @@ from maple_trl.rewards.text_scores import rouge_mean, word_error_score
 METRIC_COLUMN = "answer_metric"
 
 _FIRST_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
+_BETWEEN = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
 _LED = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")
 
 Measured = tuple[float | None, dict[str, float]]
@@ -41,7 +34,7 @@ def told_number(answer: str | None) -> float | None:
 
 def told_letters(answer: str | None) -> frozenset[str]:
     """Return the letters that an answer lists: alone (`A, C and F`), or each before its text (`A. happy, C. calm`)."""
-    words = [word for word in BETWEEN_LETTERS.split(answer or "") if word and word.lower() not in ("and", "or")]
+    words = [word for word in _BETWEEN.split(answer or "") if word and word.lower() not in ("and", "or")]
     if all(len(word) == 1 and word in ascii_letters for word in words):
         return frozenset(word.upper() for word in words)
     led = [_LED.match(part) for part in re.split(r"[,;\n]+", answer or "") if part.strip()]
