@@ -1,12 +1,8 @@
 """Which cases `make test` runs, and which it leaves to `make test-long`: none is in neither."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import planted_tests
 
 
-TESTS = Path(__file__).parent
 PLANTED = """
 import pytest
 
@@ -32,16 +28,12 @@ def test_a_usual_one():
 
 
 def ran(folder, *words):
-    command = [sys.executable, "-m", "pytest", "-rPs", "-p", "no:cacheprovider", "-W", "ignore", *words, str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "PYTEST_ADDOPTS": ""}
-    shown = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    shown = planted_tests.run(folder, PLANTED, "-rPs", *words)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     return sorted(line for line in shown.stdout.splitlines() if line.startswith("ran ")), shown.stdout
 
 
 def test_every_case_is_run_by_one_of_the_two(tmp_path):
-    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
-    (tmp_path / "test_it.py").write_text(PLANTED)
     usual, told = ran(tmp_path)
     long, _ = ran(tmp_path, "-m", "long")
     assert usual == ["ran a 0", "ran b 2", "ran in a class 0", "ran usual"]

@@ -1,5 +1,6 @@
 """`--dry_run`: what is said is what would be done; no server is asked, no file is written, and mistakes are refused."""
 
+import contextlib
 import json
 import math
 import os
@@ -53,9 +54,10 @@ sys.addaudithook(_note)  # for as long as the process lives; it looks on while a
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(tmp_path_factory):
     """Libraries make folders of their own when they are imported."""
-    assert cli.main(["train", "--config", "demo", "--dry_run"]) == 0
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):  # here may be a run of the demo
+        assert cli.main(["train", "--config", "demo", "--dry_run"]) == 0
 
 
 @pytest.fixture

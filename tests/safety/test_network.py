@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import datasets
 import outbound
+import planted_tests
 import programs
 import pytest
 import requests
@@ -96,11 +97,7 @@ def test_of_a_library_that_keeps_its_errors_to_itself():
 
 
 def test_an_attempt_fails_the_test_even_if_its_error_is_swallowed(tmp_path):
-    (tmp_path / "test_it.py").write_text(SWALLOWED)
-    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_it.py")]
-    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    shown = planted_tests.run(tmp_path, SWALLOWED, "-q")
     assert shown.returncode == 1 and "1 passed, 1 error" in shown.stdout
     assert "reached for what is not on this machine:" in shown.stdout and "connect to 192.0.2.1:80" in shown.stdout
 
