@@ -6,6 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := dev,plots
+# More than cores: tests wait for the processes that they start.
 WORKERS ?= 4
 MIN_COVERAGE ?= 90
 

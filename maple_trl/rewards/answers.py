@@ -73,6 +73,7 @@ _MARKED = re.compile(
     r"(?:\b[Oo]ption|\b[Cc]hoice|[Aa]nswer(?: is|:)?|[选選]|答案[是为為]?:?) ?\(?([A-Z])(?![A-Za-z0-9_'])",
 )
 _PARTED = re.compile(r"[,;\[({*$`]")
+# Nothing here comes from other modules of ours: results carry a version for what this one does, by a digest of its code.
 _BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
 _WORDS = re.compile(r"\w+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
