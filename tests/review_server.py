@@ -5,9 +5,17 @@ import re
 import signal
 import socket
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import programs
+import pytest
+
+
+# Looked for and not imported: that takes seconds, and the page runs in another process.
+needs_gradio = pytest.mark.skipif(
+    find_spec("gradio") is None, reason="no Gradio for the page (pip install 'maple-trl[review]')"
+)
 
 
 class Served:

@@ -34,7 +34,10 @@ def imports(module: str, source: str, modules=MODULES) -> set[str]:
     return {name for name in found if name in modules and name not in (module, "maple_trl")}
 
 
-GRAPH = {module: imports(module, path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+@pytest.fixture(scope="module")
+def graph():
+    """What each module imports."""
+    return {module: imports(module, path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
 
 
 def wrong_ways(graph: dict[str, set[str]]) -> list[str]:
@@ -45,22 +48,22 @@ def wrong_ways(graph: dict[str, set[str]]) -> list[str]:
     return [f"{a} -> {b}" for a, uses in inner.items() for b in uses if b != "maple_trl.train" and place(b) > place(a)]
 
 
-def test_each_folder_imports_only_from_those_above_it():
-    assert wrong_ways(GRAPH) == []
+def test_each_folder_imports_only_from_those_above_it(graph):
+    assert wrong_ways(graph) == []
 
 
-def test_a_step_of_training_imports_no_reports():
+def test_a_step_of_training_imports_no_reports(graph):
     seen, waiting = set(), ["maple_trl.trainers.mapo.trainer", "maple_trl.trainers.avatar.trainer"]
     while waiting:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            waiting += GRAPH[module]
+            waiting += graph[module]
     assert {name.split(".")[1] for name in seen} <= set(ORDER[: ORDER.index("trainers") + 1])
 
 
-def test_no_module_leads_back_to_itself():
-    TopologicalSorter(GRAPH).prepare()
+def test_no_module_leads_back_to_itself(graph):
+    TopologicalSorter(graph).prepare()
 
 
 def test_what_stands_at_the_root():

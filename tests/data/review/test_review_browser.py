@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from browsers import chromium, needs_chromium
 from PIL import Image
-from review_server import Served
+from review_server import Served, needs_gradio
 from review_sets import caption_row, question_row, write_rows
 
 from maple_trl.data.review.log import ReviewLog
@@ -22,8 +22,7 @@ EVIL = (
 TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
 TOKEN = "a-token-of-24-characters"
 
-pytest.importorskip("gradio", reason="no Gradio for the page (pip install 'maple-trl[review]')")
-pytestmark = [pytest.mark.slow, needs_chromium]
+pytestmark = [pytest.mark.slow, needs_chromium, needs_gradio]
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ from urllib.parse import quote
 import av
 import pyarrow.parquet as pq
 import pytest
-from review_server import Served
+from review_server import Served, needs_gradio
 from review_sets import question_row, write_rows
 
 
-pytest.importorskip("gradio", reason="no Gradio for the page (pip install 'maple-trl[review]')")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_gradio]
 
 SECRET = b"this must not be told"
 TOKEN = "a-token-of-24-characters"
@@ -175,7 +174,7 @@ def test_nothing_else_can_be_asked_for(served):
 
 def test_the_same_paths_are_found_without_the_gate(served, tmp_path, monkeypatch):
     """Negative control: Gradio left to itself gives away what the gate refuses."""
-    gradio = pytest.importorskip("gradio")
+    import gradio
     from fastapi import FastAPI
     from starlette.testclient import TestClient
 
