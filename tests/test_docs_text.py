@@ -17,7 +17,8 @@ from datasets import Dataset
 from maple_trl import AvatarConfig, MAPOConfig, MAPOTrainer, OmniGRPOConfig, __version__
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.data.schema import ROW_FEATURES
-from maple_trl.jobs.options import OmniModelConfig, OmniScriptArguments, parse_args
+from maple_trl.jobs.model_config import OmniModelConfig
+from maple_trl.jobs.options import OmniScriptArguments, parse_args
 from maple_trl.omni.loading import resolve_checkpoint
 
 

@@ -17,7 +17,9 @@ from tasks import digest, load_task
 
 import maple_trl
 from maple_trl.files import read_json, write_atomically
-from maple_trl.jobs.options import config_files, make_parser, option_keys, trainer_of
+from maple_trl.jobs.config_files import config_files
+from maple_trl.jobs.option_parser import option_keys
+from maple_trl.jobs.options import make_parser, trainer_of
 from maple_trl.jobs.stages import load_plan
 
 

@@ -16,7 +16,7 @@ from maple_trl.jobs.help_format import HelpFormatter
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
 
 if TYPE_CHECKING:
-    from maple_trl.jobs.options import OptionParser
+    from maple_trl.jobs.option_parser import OptionParser
 
 STATUSES = {
     DONE: "done",
@@ -84,7 +84,7 @@ class Command:
             declared (`bool`, *optional*, defaults to `False`):
                 Read dataclasses that are heavy to import from their sources: for the help and for completions.
         """
-        from maple_trl.jobs.options import OptionParser
+        from maple_trl.jobs.option_parser import OptionParser
 
         kinds = []
         for title, place in self.options.items():

@@ -26,7 +26,9 @@ class TrainCommand(Command):
             trainers (`Sequence[str]`, *optional*): with the options of these trainers.
         """
         from maple_trl.jobs.declared import declared_class
-        from maple_trl.jobs.options import TRAINERS, OmniModelConfig, OmniScriptArguments, OptionParser, config_class
+        from maple_trl.jobs.model_config import OmniModelConfig
+        from maple_trl.jobs.option_parser import OptionParser
+        from maple_trl.jobs.options import TRAINERS, OmniScriptArguments, config_class
 
         kinds = {"job": OmniScriptArguments, "model": OmniModelConfig}
         for name in trainers:
@@ -59,8 +61,9 @@ class TrainCommand(Command):
         if not words:
             return refuse(self.name, "name a job: --config FILE (maple-trl train --help)")
         from maple_trl.hub.errors import PublishError
+        from maple_trl.jobs.command_line import take_switch
         from maple_trl.jobs.errors import SetupError
-        from maple_trl.jobs.options import parse_args, take_switch
+        from maple_trl.jobs.options import parse_args
         from maple_trl.jobs.stages import load_plan, run_stages
         from maple_trl.rewards import JudgeUnavailableError
         from maple_trl.trainers.common.run_errors import RunStoppedError

@@ -14,7 +14,8 @@ from maple_trl.jobs.options import SUPERVISED
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from maple_trl.jobs.options import OmniModelConfig, OmniScriptArguments
+    from maple_trl.jobs.model_config import OmniModelConfig
+    from maple_trl.jobs.options import OmniScriptArguments
     from maple_trl.omni.families import PromptEncoder
     from maple_trl.omni.prompt import PromptBuilder
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig

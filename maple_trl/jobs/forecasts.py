@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from maple_trl.jobs.data import BUILTIN_DATASETS, check_split, evaluates, find_tables
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments
+from maple_trl.jobs.model_config import OmniModelConfig
+from maple_trl.jobs.options import SUPERVISED, OmniScriptArguments
 from maple_trl.jobs.tables import SUFFIXES, table_rows
 from maple_trl.modalities import ModalityTag
 

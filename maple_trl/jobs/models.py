@@ -17,7 +17,7 @@ from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.files import digest, files_digest
 from maple_trl.jobs.checks import adapter_base, quantization_options
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import check_quantization
+from maple_trl.jobs.model_config import check_quantization
 from maple_trl.omni.adapters import fetch_adapter, load_adapter, processor_beside
 from maple_trl.omni.checkpoints import check_checkpoint, reach, read_config
 from maple_trl.omni.families import OmniFamily, family_for

@@ -23,7 +23,8 @@ from maple_trl.jobs.checks import (
 )
 from maple_trl.jobs.data import evaluates, first_rows, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import SUPERVISED, OmniModelConfig, OmniScriptArguments, parse_args, trainer_class
+from maple_trl.jobs.model_config import OmniModelConfig
+from maple_trl.jobs.options import SUPERVISED, OmniScriptArguments, parse_args, trainer_class
 from maple_trl.jobs.rewards import close_rewards, load_rewards
 from maple_trl.modalities import SCOPES
 from maple_trl.records.metrics_log import first_and_last, whole_log, write_metrics

@@ -22,7 +22,8 @@ from maple_trl import cli, train
 from maple_trl.cli.env import print_report
 from maple_trl.files import _umask, write_atomically
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import OmniModelConfig, OmniScriptArguments, parse_args
+from maple_trl.jobs.model_config import OmniModelConfig
+from maple_trl.jobs.options import OmniScriptArguments, parse_args
 from maple_trl.records.metrics_log import write_metrics
 from maple_trl.records.summary import print_summary
 from maple_trl.train import load_datasets, load_rewards

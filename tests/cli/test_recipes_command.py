@@ -8,8 +8,9 @@ import pytest
 
 from maple_trl import cli
 from maple_trl.jobs import recipe_files
+from maple_trl.jobs.command_line import take_config
+from maple_trl.jobs.config_files import config_files
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import config_files, take_config
 from maple_trl.jobs.recipe_files import find_config, recipe_file, recipe_names, recipe_title, recipes_folder
 
 

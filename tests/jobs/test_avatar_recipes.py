@@ -11,7 +11,8 @@ from chat_server import ChatServer, say
 from maple_trl import cli
 from maple_trl.data import load_seven_tags
 from maple_trl.jobs import train
-from maple_trl.jobs.options import config_files, parse_args
+from maple_trl.jobs.config_files import config_files
+from maple_trl.jobs.options import parse_args
 from maple_trl.jobs.stages import load_plan
 
 

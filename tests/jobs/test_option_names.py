@@ -11,10 +11,12 @@ from maple_trl.cli.data_qa_plus import QAPlusArguments
 from maple_trl.cli.eval import read_job
 from maple_trl.cli.report import ReportArguments
 from maple_trl.evaluation.options import EvalOptions
+from maple_trl.jobs.command_line import take_option
 from maple_trl.jobs.difficulty import DifficultyArguments, DifficultyOptions
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.eval_job import EvalArguments, EvalMedia
-from maple_trl.jobs.options import OmniScriptArguments, OptionParser, option_keys, read_options, take_option
+from maple_trl.jobs.option_parser import OptionParser, option_keys
+from maple_trl.jobs.options import OmniScriptArguments, read_options
 
 
 COMMANDS = {
@@ -75,7 +77,7 @@ def example(action):
     special |= {"subtitle_template": "<{subtitle}>", "completion_template": "<{solution}>", "trainer": "omni_sft"}
     if action.dest in special:
         return special[action.dest], special[action.dest]
-    if kind in ("dict", "_json_object") or action.dest == "dataset_filter":
+    if kind in ("dict", "json_object") or action.dest == "dataset_filter":
         return {"tag": ["V"]}, '{"tag": ["V"]}'
     number = {"confidence": 0.5, "top_p": 0.5, "min_p": 0.5, "max_failures": 0.5, "temperature": 0.5}
     number |= {"keep_above": 0.5, "keep_at_most": 0.5}

@@ -8,7 +8,8 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig
 from maple_trl.chat import ChatOptions
-from maple_trl.jobs.options import OmniModelConfig, OmniScriptArguments, parse_args
+from maple_trl.jobs.model_config import OmniModelConfig
+from maple_trl.jobs.options import OmniScriptArguments, parse_args
 from maple_trl.jobs.stages import resolved_options
 from maple_trl.records.options import INHERITED, deciding, not_deciding
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig

@@ -21,8 +21,9 @@ from PIL import Image
 from maple_trl.chat.structured import NoObjectError, read_object
 from maple_trl.data.record_files import TableError, read_records
 from maple_trl.data.validation import validate_tables
+from maple_trl.jobs.config_files import read_config
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import parse_args, read_config
+from maple_trl.jobs.options import parse_args
 from maple_trl.jobs.tables import read_tables
 from maple_trl.metrics.answers import rouge_f1, word_error_rate, words
 from maple_trl.modalities import ModalityTag
