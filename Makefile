@@ -19,7 +19,7 @@ SOURCES := maple_trl tests examples notebooks benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-fuzz test-long test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims notebooks constraints clean
+.PHONY: help install demo test coverage test-fast test-fuzz test-long test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims notebooks constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,20 +29,24 @@ install: $(STAMP) ## Make .venv and install the package with the extras dev and 
 demo: $(STAMP) ## Train the embedded tiny model on the embedded set; results and report.html go to runs/demo, anew each time
 	$(BIN)/maple-trl train --config recipes/demo.yaml --overwrite
 
-# torch.compile cannot trace functions that count their lines.
-test: $(STAMP) ## Run the tests and require 90 % line coverage
-	$(BIN)/python -m slipcover --source maple_trl --omit "*/packed_attention.py" --format json --out .coverage.json \
-		-m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python $(TESTS)
+
+# A third slower. torch.compile cannot trace functions that count their lines.
+coverage: $(STAMP) ## Run the tests and require that they run 90 % of the lines
+	$(BIN)/python -m slipcover --source maple_trl --omit "*/packed_attention.py" --format json --out .coverage.json $(TESTS)
 	$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json --skip-covered --fail-under $(MIN_COVERAGE)
 
-test-fast: $(STAMP) ## Run the tests but for the slow ones, without coverage: what one runs while working
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
+test-fast: $(STAMP) ## Run the tests but for the slow ones: what one runs while working
+	$(BIN)/python $(TESTS) -m "not slow" -q
 
 test-fuzz: $(STAMP) ## Run the tests that feed damaged data to readers and parsers, with more and other examples
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(WORKERS) --dist load tests/safety/test_fuzzing.py -q
 
-test-long: $(STAMP) ## Run what `make test` leaves out: the other cases of matrices, and experiments of minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests -m long
+test-long: $(STAMP) ## Run what `make test` leaves out: other cases of matrices, experiments of minutes, and new examples of properties
+	HYPOTHESIS_PROFILE=others $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests -m "long or hypothesis"
 
 test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with, for minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/benchmarks -m claims

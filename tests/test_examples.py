@@ -187,7 +187,6 @@ def beside(request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "avatar_stages.py"])
-@pytest.mark.matrix(cases=2)
 def test_a_script_trains_the_embedded_model(name, beside, tmp_path, monkeypatch):
     options, server = beside
     monkeypatch.setenv("OPENAI_API_KEY", "none")

@@ -106,6 +106,7 @@ def test_the_wheel_holds_recipes_license_and_command(unpacked):
     assert dict(parser["console_scripts"]) == {"maple-trl": "maple_trl.cli:main"}
 
 
+@pytest.mark.long
 def test_the_demo_would_run_from_the_wheel_outside_the_checkout(unpacked, tmp_path):
     """With its own recipes and model, in a folder that holds nothing."""
     environment = {**os.environ, "PYTHONPATH": str(unpacked), "XDG_CACHE_HOME": str(tmp_path / "cache")}

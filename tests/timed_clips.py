@@ -55,6 +55,14 @@ class Timed:
                 end = begins
         return end
 
+    def recorded(self, start: float, end: float) -> float:
+        """Seconds of sound that the file holds between two of its times."""
+        seconds, begins = 0.0, max(start, self.sound_start)
+        for gap, goes_on in [*sorted(self.gaps), (min(end, self.sound_end),) * 2]:
+            seconds += max(0.0, min(gap, end, self.sound_end) - begins)
+            begins = max(begins, goes_on)
+        return seconds
+
     def shown_at(self, number: int) -> float:
         return self.video_start + number / self.fps
 

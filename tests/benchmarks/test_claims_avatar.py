@@ -357,6 +357,7 @@ def test_the_hard_tier_is_hard_and_runs_are_measured_on_it(small_tasks, register
     assert grpo["tier_curve"]["points"][0]["hard"] == points[0]["hard"]  # the same questions, and the same start
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_with_the_loss_off_it_does_not_matter_what_is_replayed(small_tasks, register):
     def weights(**options):

@@ -368,6 +368,7 @@ def job(claims, task, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_is_rewarded_with_noise_and_scale(claims, job, tmp_path):
     from maple_trl.jobs.options import parse_args

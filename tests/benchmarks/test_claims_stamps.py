@@ -317,6 +317,7 @@ def test_names_that_two_languages_share_are_left_out(tiny, fetcher, modules):
     assert not any(name == "Taxi" for _, name in texts)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_runs_train_on_it(tiny, modules, tmp_path):
     few = {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4}

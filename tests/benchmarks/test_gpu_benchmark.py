@@ -34,6 +34,7 @@ def run(script, file, *options):
     return status, json.loads(file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 def test_every_part_runs_and_says_that_it_means_nothing(script, tmp_path, capsys):
     status, result = run(script, tmp_path / "gpu.json")
     parts = result["parts"]

@@ -180,6 +180,7 @@ def test_other_processes_print_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.matrix(cases=1)
 @pytest.mark.parametrize("quiet", [True, False])
 def test_callbacks_of_ones_own_go_on(quiet, seven_tags, capsys):
     """In Python a trainer prints as it always has, until it is told; a printer added by hand stays."""

@@ -150,6 +150,7 @@ def test_an_adapter_is_trained_on_beside_few_bits(tmp_path):
     assert first.keys() == second.keys() and any(not torch.equal(v, second[n]) for n, v in first.items())
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_only_with_its_own_bits(tmp_path, capsys):
     assert train(tmp_path, *NF4, "--save_strategy", "steps", "--save_steps", "1") == 0
     capsys.readouterr()

@@ -311,6 +311,7 @@ def test_a_step_on_real_clips_in_all_seven_tags(daily_omni, tmp_path):
     assert dict(trainer.loader.decodes) == {(kind, clip): 1 for clip in clips for kind in ("video", "audio")}
 
 
+@pytest.mark.long
 def test_a_step_on_real_clips_with_interleaved_audio(daily_omni, tmp_path):
     rows = seven_rows(daily_omni)
     rows = rows.add_column("audio_in_video", [row["tag"] == "VA" for row in rows])  # VAS stays separate

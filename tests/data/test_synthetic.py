@@ -219,6 +219,7 @@ def test_which_file_was_drawn_says_nothing_to_tags_without_its_modalities(writte
         assert tail_probability(majority_table_hits(train, test), len(test)) > 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_leaky_rule_is_caught(written, signals):
     """Negative control of the statistic: two rules that look right but make a modality superfluous."""

@@ -107,6 +107,7 @@ def test_seven_rows_of_a_clip_give_its_gain(run, monkeypatch):
     assert (gain["count"], gain["clips"], gain["left_out"]) == (3, 3, 0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_access_is_judged_against_the_clips_reference_for_it(run, monkeypatch):
     """Every row under every access: J(V) of a clip is against its reference from V, whichever row asked."""

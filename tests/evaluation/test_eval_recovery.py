@@ -59,6 +59,7 @@ def test_an_interrupt_says_how_to_go_on(judged, tmp_path, monkeypatch, capsys):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+@pytest.mark.long
 def test_two_processes_are_killed_and_two_or_one_go_on(judged, tmp_path):
     words = [*judged, "--limit", "14"]
     with socket.socket() as free:

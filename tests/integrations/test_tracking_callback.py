@@ -59,6 +59,7 @@ def event_folder(output):
     return file.parent
 
 
+@pytest.mark.long
 @needs_tensorboard
 @needs_plots
 def test_tensorboard_gets_plots_and_tables(seven_tags, tmp_path):

@@ -328,7 +328,7 @@ def test_adapters_go_from_stage_to_stage_with_the_stage_s_beginning_as_reference
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if is_plan(AVATAR / name) and name != "stages.yaml"])
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_a_tiny_twin_runs_a_step(name, tmp_path):
     """Its last stage, from the embedded model; the stages before it are those of other rows."""
     words = [

@@ -366,6 +366,7 @@ def test_a_job_whose_judge_is_down_ends_with_code_1_and_a_checkpoint(job, maple,
     assert summary["steps"] == 4 and int(checkpoint.name.split("-")[1]) < 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stages_take_such_rewards_and_go_on_with_a_judge_that_moved(job, maple, tmp_path):
     plan = {"stages": ["first.yaml"], "output_dir": str(tmp_path / "all")}

@@ -70,7 +70,7 @@ def data(seven_tags):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("family", TAGS)
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_two_steps_and_a_resume(family, trainer, data, tmp_path, capsys):
     out = tmp_path / "out"
     options = OPTIONS | TRAINERS[trainer] | {"trainer": trainer, "output_dir": str(out), "media_root": str(data)}

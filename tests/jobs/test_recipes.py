@@ -511,7 +511,7 @@ ADDED += [f"full_without_{axis}" for axis in ("aggregation", "clipping", "filter
 
 
 @pytest.mark.parametrize("name", ["mupo", "full_recipe", "caption_best", *ADDED])
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_a_tiny_recipe_runs(name, tmp_path):
     words = ["--config", RECIPES / "tiny" / f"{name}.yaml", "--output_dir", tmp_path, "--max_steps", 2, "--use_cpu"]
     words += ["true", "--evaluate_before_after", "false", "--logging_steps", 1, "--per_device_train_batch_size", 16]
@@ -533,6 +533,7 @@ def test_a_tiny_recipe_runs(name, tmp_path):
         assert any("tag/all/accuracy_reward_crw/similarity" in entry for entry in logged)
 
 
+@pytest.mark.long
 def test_the_recipes_of_table_4_take_a_set_of_three_strata(tmp_path):
     """As `maple-trl data qa-plus` makes them: `tag` is what a row is fed, `required_tag` what its question needs."""
     splits, root = load_datasets(OmniScriptArguments(dataset_name="builtin:seven-tags"))

@@ -90,6 +90,7 @@ def test_a_folder_of_shards_is_trained_on(job, tmp_path, capsys, streaming):
     assert ("streamed" in text) == streaming
 
 
+@pytest.mark.matrix(cases=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["mapo", "avatar"])
 def test_the_other_trainers_take_the_columns_of_the_schema(job, capsys, trainer):

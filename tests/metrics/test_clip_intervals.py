@@ -86,6 +86,7 @@ class TestCoverage:
             covered.append(found.low <= 0.58 <= found.high)
         assert np.mean(covered) < COVERS[0] - 0.1
 
+    @pytest.mark.long
     @pytest.mark.slow
     @pytest.mark.parametrize(("clips", "nested"), [(20, False), (68, True)])
     @pytest.mark.matrix(cases=1)

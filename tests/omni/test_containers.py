@@ -138,6 +138,7 @@ def amplitude(wave, frequency=440.0, rate=16000):
 # What is read
 
 
+@pytest.mark.matrix(cases=5)
 @pytest.mark.parametrize("name", VIDEOS)
 def test_a_video_of_every_container(folder, loader, name):
     demuxer, options = VIDEOS[name]

@@ -102,6 +102,7 @@ def test_a_clip_that_eats_memory_costs_its_row(folder):
     assert quarantined(trainer.args.output_dir) == [("large.mp4", "decoder-memory", [2])]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_equals_one_that_was_never_stopped(folder, tmp_path):
     def run(name, steps, **options):
         options |= PLAIN | {
@@ -126,6 +127,7 @@ def test_a_run_that_goes_on_equals_one_that_was_never_stopped(folder, tmp_path):
     assert not parts.loader.decodes["audio", str(folder / "victim.flac")]
 
 
+@pytest.mark.matrix(cases=1)
 @pytest.mark.parametrize(
     ("number", "reason"), [(signal.SIGKILL, "decoder-crashed"), (signal.SIGSTOP, "decode-timeout")]
 )

@@ -136,6 +136,7 @@ def test_clips_and_tasks_cross_and_nothing_else_does():
 # A file that ends its decoder
 
 
+@pytest.mark.matrix(cases=1)
 @linux
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_signal_costs_the_file_alone(folder, number):
@@ -195,6 +196,7 @@ def test_a_process_that_ends_or_stops_while_idle_blames_no_file(folder, monkeypa
 # Threads, forks, ends
 
 
+@pytest.mark.long
 @linux
 def test_threads_keep_all_processes_busy_and_decode_a_clip_once(folder):
     loader, clips = MediaLoader(folder, backend="pyav", cache_bytes=1 << 30), []

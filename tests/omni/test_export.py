@@ -299,6 +299,7 @@ def test_what_does_not_fit_is_refused_by_name(case, message, runs, tmp_path, cap
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.long
 def test_the_original_is_taken_from_where_the_adapter_says(runs, tmp_path):
     original, _ = runs["qwen2_5_omni"]
     folder = adapter(tmp_path / "adapter", original, "qwen2_5_omni")

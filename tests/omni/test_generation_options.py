@@ -188,7 +188,7 @@ def undisturbed(ways):
 
 
 @pytest.mark.parametrize("name", NASTY)
-@pytest.mark.matrix(cases=18)
+@pytest.mark.matrix(cases=9)
 def test_no_option_of_a_checkpoint_reaches_sampling(name, ways, undisturbed, checkpoint):
     """In every way of sampling what would be felt there; of the others each in one way, and in sets in all of them, below."""
     config = written(checkpoint, {name: NASTY[name]})
@@ -205,6 +205,7 @@ def test_no_set_of_options_of_a_checkpoint_reaches_sampling(ways, undisturbed, c
     assert sample(ways[way], config) == undisturbed[way], way
 
 
+@pytest.mark.long
 def test_without_the_guard_they_would_be_felt(ways, undisturbed, checkpoint, monkeypatch):
     """The negative control: what the tests above would see."""
 

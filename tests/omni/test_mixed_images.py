@@ -106,6 +106,7 @@ def test_pixels_alone_move_the_log_probs(name, folder, seven_tags):
     assert (logps[0] - logps[1]).abs().max() > 1e-3
 
 
+@pytest.mark.matrix(cases=4)
 @pytest.mark.parametrize("name", SEEING)
 def test_media_stand_in_any_order(name, folder, seven_tags):
     model, processor, builder = setup(name, folder)
@@ -156,7 +157,7 @@ def test_placeholders_of_pictures_equal_features_and_a_difference_raises(name, f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEEING)
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_packed_rows_with_pictures_have_the_gradients_of_rows_apart(name, folder, seven_tags):
     rows = picture_rows(name, seven_tags[1])
     errors, gradients, expected = compare(name, folder, rows)
@@ -169,7 +170,7 @@ def test_packed_rows_with_pictures_have_the_gradients_of_rows_apart(name, folder
 
 
 @pytest.mark.parametrize("name", SEEING)
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_rows_that_share_their_pictures_are_answered_as_rows_apart(name, folder, seven_tags):
     model, processor, builder = setup(name, folder)
     prompts = [builder.encode(row) for row in picture_rows(name, seven_tags[1])]
@@ -187,7 +188,7 @@ def test_rows_that_share_their_pictures_are_answered_as_rows_apart(name, folder,
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("name", SEEING)
-@pytest.mark.matrix(cases=6)
+@pytest.mark.matrix(cases=3)
 def test_frozen_towers_read_each_picture_once(name, place, folder, seven_tags, tmp_path):
     world = World(name, folder, picture_rows(name, seven_tags[1]))
     without = world.logits(None)
@@ -224,7 +225,7 @@ def test_a_touched_tower_of_pictures_moves_nothing(name, folder, seven_tags):
 
 
 @pytest.mark.parametrize("name", [*SEEING, "phi4_multimodal"])
-@pytest.mark.matrix(cases=5)
+@pytest.mark.matrix(cases=2)
 def test_large_pictures_are_made_smaller_until_they_fit(name, tmp_path):
     """Also where a picture's tokens cover less than a patch of a frame, or a count that is no multiple of it."""
     noise = np.random.default_rng(0).integers(0, 256, (800, 1200, 3), dtype=np.uint8)

@@ -315,6 +315,7 @@ def text_prompt(ids):
     return EncodedPrompt("text", ids, torch.arange(len(ids))[None])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_beyond_4096_tokens_a_row_is_another_in_a_batch(tiny):
     """Why there is a limit: with a longer row beside it, a row has other logits; below it has not."""

@@ -43,7 +43,7 @@ def few(model):
 @pytest.mark.parametrize("towers_too", [False, True])
 @pytest.mark.parametrize("options", [NESTED, INT8], ids=["nested", "int8"])
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.matrix(cases=9)
+@pytest.mark.matrix(cases=4)
 def test_the_language_model_alone_has_few_bits(folders, name, options, towers_too):
     plain, processor = build_tiny(name)
     family = family_for(plain, processor)
@@ -196,7 +196,7 @@ OUTLIERS = {**INT8, "llm_int8_threshold": 1.0}  # columns of which any token dec
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [NF4, NESTED, INT8, OUTLIERS], ids=["nf4", "nested", "int8", "outliers"])
 @pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni", "qwen2_audio"])
-@pytest.mark.matrix(cases=8)
+@pytest.mark.matrix(cases=4)
 def test_sharing_is_told_from_positions_one_too_far(folders, seven_tags, name, options, dtype):
     compute = {"bnb_4bit_compute_dtype": dtype} if "load_in_4bit" in options else {}
     found = comparison(folders, seven_tags, name, dtype, options | compute)
@@ -248,6 +248,7 @@ def keys_of(folder, name, options, cache=None):
 ALL = {"quantize_towers": True}
 
 
+@pytest.mark.long
 def test_towers_of_other_bits_share_no_features(folders, monkeypatch):
     folder = folders["qwen2_5_omni"]
     kinds = [{}, *({"quantization_config": q, **ALL} for q in (NF4, NESTED, FP4, INT8))]

@@ -275,6 +275,7 @@ def process(*words, processes=1, **environment):
     return Ranks(processes, command, log, environment).wait(), log.read_text()
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_without_a_step_twice(job):
     run(*parse_args(["--config", "job.yaml", "--output_dir", "whole"]), last=False)
     # In the fifth rollout: the checkpoint is of the fourth step.

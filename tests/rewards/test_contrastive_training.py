@@ -206,6 +206,7 @@ def check_logs(trainer, inner, similarity):
         assert "rewards/inner_crw/mean" in entry
 
 
+@pytest.mark.long
 def test_without_a_bonus_the_run_is_that_of_the_inner_reward(train, similarity):
     """`Inner` names `deficit_completions` itself, so that all three runs sample the same."""
     plain = Inner()

@@ -89,6 +89,7 @@ def informative_half(completions, tag, **kwargs):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 @pytest.mark.matrix(cases=1)
 def test_completions_that_are_dropped_have_no_ratio(mode, clips, tmp_path):

@@ -121,6 +121,7 @@ def test_a_prompt_that_fails_twice_is_left_out(instead, reason, clips, tmp_path)
     assert any("engine-failed" in note["text"] for note in trainer.left_out())
 
 
+@pytest.mark.long
 def test_a_run_whose_server_breaks_goes_on_from_where_it_stopped(clips, tmp_path, undisturbed):
     with StandIn(choose=lambda number, row: 500 if number >= 8 else None) as server:
         with pytest.raises(

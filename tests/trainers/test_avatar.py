@@ -230,16 +230,20 @@ def hard_rows(data, tmp_path_factory):
     return asked.select(hardest)
 
 
-@pytest.fixture(scope="module")
-def hard_runs(data, hard_rows, tmp_path_factory):
-    """16 visits of each of the hard prompts, with and without replay."""
+def run_hard(data, hard_rows, tmp_path_factory, visits):
+    """So many visits of each of the hard prompts, with and without replay."""
     runs = {}
     for name, options in (("replay", {}), ("none", {"replayed_generations": 0})):
         diary = Diary()
-        options |= {"max_steps": 32, "learning_rate": 1e-6, "seed": 3}
+        options |= {"max_steps": 2 * visits, "learning_rate": 1e-6, "seed": 3}
         runs[name] = make(data[0], tmp_path_factory.mktemp(name), hard_rows, diary, **options), diary
         runs[name][0].train()
     return runs
+
+
+@pytest.fixture(scope="module")
+def hard_runs(data, hard_rows, tmp_path_factory):
+    return run_hard(data, hard_rows, tmp_path_factory, visits=4)
 
 
 def alike(rewards):
@@ -263,20 +267,28 @@ def recorded_zero_variance(trainer, diary):
     return shares
 
 
-def test_replay_halves_the_groups_that_teach_nothing(hard_runs):
+def test_groups_that_teach_nothing_are_counted(hard_runs):
     trainer, diary = hard_runs["replay"]
     shares = recorded_zero_variance(trainer, diary)
+    assert len({share for pair in shares for share in pair}) > 1
     for entry, (fresh, everyone) in zip(logs(trainer), shares, strict=True):
         assert entry["replay/zero_variance_fresh"] == entry["frac_reward_zero_std"] == pytest.approx(fresh)
         assert entry["replay/zero_variance_mixed"] == pytest.approx(everyone)
+    plain, plain_diary = hard_runs["none"]
+    groups = [fresh for fresh, _ in recorded_zero_variance(plain, plain_diary)]
+    assert [entry["frac_reward_zero_std"] for entry in logs(plain)] == pytest.approx(groups)
+
+
+@pytest.mark.long
+def test_replay_halves_the_groups_that_teach_nothing(data, hard_rows, tmp_path_factory):
+    runs = run_hard(data, hard_rows, tmp_path_factory, visits=16)
+    shares = recorded_zero_variance(*runs["replay"])
     warm = shares[len(shares) // 2 :]
     before, after = (fmean(values) for values in zip(*warm, strict=True))
     print(f"zero variance: fresh {before:.3f}, mixed {after:.3f}")
     assert before > 0.5 and after < before / 2
     # Nor would eight fresh completions do as well.
-    plain, plain_diary = hard_runs["none"]
-    groups = [fresh for fresh, _ in recorded_zero_variance(plain, plain_diary)]
-    assert [entry["frac_reward_zero_std"] for entry in logs(plain)] == pytest.approx(groups)
+    groups = [fresh for fresh, _ in recorded_zero_variance(*runs["none"])]
     grpo = fmean(groups[len(groups) // 2 :])
     print(f"zero variance of GRPO with eight fresh completions: {grpo:.3f}")
     assert grpo > 0.25 and after < grpo / 2
@@ -431,7 +443,7 @@ def test_advantages_against_a_loop(data, build, options, reference):
 
 
 @pytest.mark.parametrize(("generations", "replayed"), [(8, 0), (8, 6), (4, 3), (2, 1)])
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_other_splits(data, build, generations, replayed):
     options = {"num_generations": generations, "per_device_train_batch_size": 2 * generations, "max_steps": 5}
     trainer = build(take(data[1], VAS=2), Worth(), replayed_generations=replayed, **options)
@@ -533,6 +545,7 @@ def test_adapters_train_with_replay(data, build):
     assert logs(trainer)[-1]["replay/ratio_max"] > 1
 
 
+@pytest.mark.long
 def test_half_precision_trains_with_replay(data, build):
     trainer = build(take(data[1], VAS=4), Worth(), bf16=True, max_steps=4, learning_rate=0.0)
     trainer.train()
@@ -659,6 +672,7 @@ def test_an_evaluation_neither_replays_nor_writes(data, build):
     assert len(trainer.generate_completions(rows.to_list())) == 4 and contents(trainer) == before
 
 
+@pytest.mark.long
 def test_a_second_run_begins_anew(data, build):
     trainer = build(take(data[1], VAS=2, S=2), Worth(), max_steps=3)
     trainer.train()

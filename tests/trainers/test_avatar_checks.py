@@ -55,6 +55,7 @@ def test_a_buffer_that_an_epoch_fills_is_told(data, tmp_path, caplog):
 # Hints that could never be shown
 
 
+@pytest.mark.matrix(cases=2)
 @pytest.mark.parametrize(
     ("options", "fits"),
     [

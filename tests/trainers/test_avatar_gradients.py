@@ -639,7 +639,7 @@ OMNI_CASES = {
 
 
 @pytest.mark.parametrize("name", OMNI_CASES)
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_gradients_of_an_omni_model(name, omni_model, seven_tags, tmp_path):
     options, terms = OMNI_CASES[name]
     training = train_omni(omni_model, seven_tags, tmp_path, steps=steps_for(options), **options)
@@ -782,6 +782,7 @@ def test_ratios_move_with_the_policy(text_model, tmp_path):
     assert min(ratio_errors(train_text(text_model, tmp_path))) > 1e-3
 
 
+@pytest.mark.matrix(cases=2)
 @pytest.mark.parametrize("kind", ["text", "conversation", "omni"])
 def test_replayed_rows_have_the_prompt_that_they_were_written_under(
     kind, text_model, omni_model, seven_tags, tmp_path

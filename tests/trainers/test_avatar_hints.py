@@ -168,6 +168,7 @@ def test_a_prompt_that_the_policy_still_moves_on_gets_none(data, build, options)
     assert logs(trainer)[-1]["hint/given"] == 0 and logs(trainer)[-1]["hint/stuck_prompts"] >= 2
 
 
+@pytest.mark.long
 def test_a_slow_policy_or_a_wide_limit_gives_the_hint(data, build):
     """Controls: the limit decides, and nothing else of the run before."""
     rows = with_hints(take(data[1], VAS=2, S=2), HINT, HINT, None, None)
@@ -189,6 +190,7 @@ def test_hints_off_show_none(data, build):
     assert not any(name.startswith("hint/") for name in logs(trainer)[-1])
 
 
+@pytest.mark.long
 def test_prompts_that_do_well_are_not_stuck_though_all_are_of_the_hard_tier(data, build):
     rows = with_hints(take(data[1], S=4), HINT, HINT, HINT, HINT)
     trainer = build(rows, Diary(lambda row, copy, call: 1.0))

@@ -293,6 +293,7 @@ def test_rewards_by_tag_are_of_the_fresh_completions(run):
         assert entry["reward"] == (pytest.approx(fmean(known), abs=1e-6) if known else None)
 
 
+@pytest.mark.long
 def test_a_longer_interval_weighs_its_steps_alike(data, run, tmp_path):
     """The same run, logged every third step. Rows weigh alike by tag, steps alike where a step has one value."""
     each, diary = run
@@ -394,7 +395,7 @@ def test_loss_profile_against_a_loop(run):
     ],
 )
 @pytest.mark.parametrize("replayed", [4, 0])
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_the_profile_has_the_shape_of_the_weights(data, tmp_path, options, shape, replayed):
     """Completions of eleven tokens each, by a policy that does not move."""
     options = options | {"max_completion_length": 11, "generation_kwargs": {"min_new_tokens": 11}}

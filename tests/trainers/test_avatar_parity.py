@@ -121,6 +121,7 @@ def plain(tmp_path_factory):
     return run_trl("text", tmp_path_factory.mktemp("plain"), max_completion_length=12)
 
 
+@pytest.mark.matrix(cases=3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -390,6 +390,7 @@ def broken_run(folder, output, rows, **options):
     return trainer, trainer.prompt_builder.spec(rows[0]).key
 
 
+@pytest.mark.long
 def test_a_clip_that_was_deleted_before_the_resume(data, tmp_path, tmp_path_factory, caplog):
     folder = clips(data[0], tmp_path_factory.mktemp("fewer") / "set")
     rows = take(data[1], VAS=2, AS=2)
@@ -404,6 +405,7 @@ def test_a_clip_that_was_deleted_before_the_resume(data, tmp_path, tmp_path_fact
     assert not any(row["key"] == key for batch in trainer.trained for row in batch)
 
 
+@pytest.mark.long
 def test_a_clip_that_was_deleted_in_the_middle_of_a_rollout(data, tmp_path, tmp_path_factory):
     """Completions of the rollout that were still to be trained on cannot be shown any more."""
     folder = clips(data[0], tmp_path_factory.mktemp("fewer") / "set")
@@ -468,6 +470,7 @@ def test_checkpoints_hold_no_pixels_and_no_pickles_of_replay(saved):
 # The command line
 
 
+@pytest.mark.long
 def test_the_command_line_resumes(data, tmp_path):
     folder, rows = data
     take(rows, VAS=2, AS=2).to_json(folder / "few.jsonl")

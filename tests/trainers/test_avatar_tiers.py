@@ -137,6 +137,7 @@ def share_of_hard(trainer, hard):
     return sum(replayed) / len(replayed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hard_share", [0.8, 0.1])
 @pytest.mark.matrix(cases=1)
 def test_shares_decide_how_often_hard_prompts_come_back(data, tmp_path, hard_share):

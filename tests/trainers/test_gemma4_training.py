@@ -33,7 +33,7 @@ def moved(trainer, family):
 
 @pytest.mark.parametrize("kind", [MAPO, Avatar])
 @pytest.mark.parametrize("family", ["gemma4", "gemma4_unified"])
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_the_other_trainers_share_prompts(family, kind, seven_tags, tmp_path):
     folder, dataset = seven_tags
     rows, _ = readable(family, dataset)
@@ -44,7 +44,7 @@ def test_the_other_trainers_share_prompts(family, kind, seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("family", GEMMA)
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_a_resumed_run_ends_with_the_weights_of_a_whole_one(family, seven_tags, tmp_path):
     folder, dataset = seven_tags
     rows, _ = readable(family, dataset)
@@ -74,7 +74,7 @@ def test_adapters_train_with_shared_prompts(seven_tags, tmp_path):
 
 
 @pytest.mark.parametrize("family", GEMMA)
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_fine_tuning_moves_all_parts(family, seven_tags, tmp_path):
     """What the loss is, is tested with all families; here that it falls, and that a run goes on from its first step."""
     folder, dataset = seven_tags

@@ -238,6 +238,7 @@ def test_texts_of_a_large_data_set_are_not_gathered(seven_tags):
 # Commands
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_and_an_evaluation_take_a_budget(seven_tags, tmp_path, capsys):
     folder, rows = seven_tags

@@ -78,7 +78,7 @@ def logged(trainer, metric):
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_a_run_with_pictures_goes_on_where_it_stopped(kind, folder, seven_tags, tmp_path):
     data = table("qwen2_5_omni", seven_tags[1])
     steps = {"max_steps": 8, "save_steps": 5} if kind == "avatar" else {}  # in the middle of a rollout with replay
@@ -104,7 +104,7 @@ def test_a_run_with_pictures_goes_on_where_it_stopped(kind, folder, seven_tags, 
 
 
 @pytest.mark.parametrize("name", SEEING)
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=1)
 def test_pictures_alone_move_the_vision_tower(name, folder, seven_tags, tmp_path):
     rows = [row for row in picture_rows(name, seven_tags[1]) if row["tag"] == "V" and row["video"] is None]
     tower = next(iter(towers_of(build_tiny(name)[0].base_model)))
@@ -127,7 +127,7 @@ def other_pictures(row, name):
 
 
 @pytest.mark.parametrize("name", SEEING)
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=1)
 def test_the_supervised_loss_is_that_of_rows_alone(name, folder, seven_tags, tmp_path):
     data = table(name, seven_tags[1])
     options = {"per_device_train_batch_size": len(data), "gradient_accumulation_steps": 1, "max_steps": 1}

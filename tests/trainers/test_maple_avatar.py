@@ -496,7 +496,7 @@ def test_the_reference_is_that_of_avatar(name, text_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", MAPO_ALONE)
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_the_reference_is_that_of_mapo(name, text_model, tmp_path):
     options, terms = MAPO_ALONE[name]
     training = train_text(text_model, tmp_path, text_rows(**SOME_ALIKE), kind=MAPO, **options)
@@ -606,7 +606,7 @@ def stored_in(trainer):
 
 
 @pytest.mark.parametrize("case", MATRIX)
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_every_strata_aggregation_and_surrogate(case, text_model, tmp_path):
     options, terms = both(*case)
     rows = text_rows(**SOME_ALIKE)

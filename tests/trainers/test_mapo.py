@@ -583,6 +583,7 @@ def test_the_adaptive_order_of_later_epochs_follows_the_rewards(seven_tags, buil
             assert entry[f"tag/{tag}/priority"] == pytest.approx(bernoulli_kl(share), rel=1e-5)
 
 
+@pytest.mark.matrix(cases=2)
 @pytest.mark.parametrize("granularity", [None, "cycle", "epoch"])
 def test_the_adaptive_curriculum_goes_round_by_round(seven_tags, build, granularity):
     """One batch of each tag, the hardest first; on request all batches of a tag together."""
@@ -830,7 +831,7 @@ def whole_weights(family, *values):
 @pytest.mark.parametrize(
     ("family", "lora"), [whole_weights(name, False) for name in FAMILIES] + [(name, True) for name in FAMILIES]
 )
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=1)
 def test_the_head_computes_in_float32(seven_tags, build, family, lora):
     data, _ = readable(family, seven_tags[1])
     model, processor = build_tiny(family)
@@ -852,7 +853,7 @@ def test_the_head_computes_in_float32(seven_tags, build, family, lora):
 
 
 @pytest.mark.parametrize("family", map(whole_weights, FAMILIES))
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=1)
 def test_a_bfloat16_checkpoint_keeps_the_float32_head_exactly(seven_tags, build, family, tmp_path):
     data, _ = readable(family, seven_tags[1])
 

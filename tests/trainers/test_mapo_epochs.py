@@ -200,6 +200,7 @@ def test_epochs_save_evaluate_and_log_when_they_end(seven_tags, build, tmp_path,
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == ends
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", STEPS)
 @pytest.mark.matrix(cases=1)
 def test_nothing_is_left_to_do_after_the_last_checkpoint(seven_tags, build, tmp_path, mode):

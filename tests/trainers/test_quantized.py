@@ -88,7 +88,7 @@ def losses(trainer):
 
 @pytest.mark.parametrize("quantized", KINDS)
 @pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_adapters_are_trained_and_nothing_else(build, kind, quantized):
     trainer = build(kind, KINDS[quantized])
     gradients, weights = [], []
@@ -125,7 +125,7 @@ def test_supervised(seven_tags, tmp_path, checkpoint, quantized):
 
 @pytest.mark.parametrize("quantized", KINDS)
 @pytest.mark.parametrize("kind", ["mapo", "avatar"])
-@pytest.mark.matrix(cases=2)
+@pytest.mark.matrix(cases=1)
 def test_sharing_prompts_is_training_as_without(build, kind, quantized, monkeypatch):
     """Of 4 bits in float32 as exactly as of whole weights; training with 8 bits on a CPU computes with what they stand for."""
 

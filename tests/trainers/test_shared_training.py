@@ -173,6 +173,7 @@ def from_disk(tmp_path, family="qwen2_5_omni"):
     return prepared
 
 
+@pytest.mark.long
 def test_with_a_reference_model_on_mixed_batches(seven_tags, tmp_path):
     folder, dataset = seven_tags
     options = {"beta": 0.1, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 4}
@@ -720,7 +721,7 @@ IN_FLOAT32 = ("qwen2_5_omni", "gemma4")
         for bf16 in (False, True)
     ],
 )
-@pytest.mark.matrix(cases=6)
+@pytest.mark.matrix(cases=2)
 def test_auto_shares_where_both_ways_agree(family, bf16, seven_tags, tmp_path, caplog):
     """Also under autocast to bfloat16, which TRL switches on unless told otherwise."""
     folder, dataset = seven_tags
@@ -772,7 +773,7 @@ def measured(family_name, folder, rows, precision, monkeypatch):
         for precision in ("float32", "mixed", "bfloat16")
     ],
 )
-@pytest.mark.matrix(cases=3)
+@pytest.mark.matrix(cases=2)
 def test_the_comparison_tells_rounding_from_faults(family, precision, seven_tags, monkeypatch):
     folder, dataset = seven_tags
     spec = FAMILIES[family]
@@ -803,6 +804,7 @@ def test_other_attention_falls_back(seven_tags, tmp_path, caplog):
         trained(folder, rows, tmp_path, "on", **prepared())
 
 
+@pytest.mark.long
 def test_towers_may_have_an_attention_of_their_own(seven_tags, tmp_path):
     """Their own kernels, beside prompts that are shared: the same numbers."""
     folder, dataset = seven_tags

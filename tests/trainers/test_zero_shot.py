@@ -118,6 +118,7 @@ def asked(build, reward, **options):
     return trainer.asked
 
 
+@pytest.mark.long
 def test_other_media_limits_are_measured_anew(build):
     diary = Diary(by_tag)
     assert asked(build, diary) == 6
@@ -148,6 +149,7 @@ def test_another_reward_is_measured_anew(build):
     assert asked(build, reward_named("lenient", "two")) == 0
 
 
+@pytest.mark.long
 def test_another_callable_object_is_measured_anew(build):
     """Such a reward has no qualified name of its own."""
     exact, lenient = Diary(by_tag), Diary(by_tag)

@@ -242,6 +242,7 @@ def test_what_a_part_answers_goes_by_name(clips, tmp_path):
     assert account.dropped == {"smaller-tag": 6, "trivial": 3, "unsolved": 3} and account.rows_in == 48
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("quorum", [1, 2])
 @pytest.mark.matrix(cases=1)
@@ -400,6 +401,7 @@ def test_a_server_that_refuses_stops_the_run(clips, tmp_path, capsys):
     assert len(all_rows(tmp_path / "out", "questions")) == 42
 
 
+@pytest.mark.long
 def test_what_servers_fail_on_may_be_left_out(clips, tmp_path):
     """One clip's pictures are too much for a server, whatever is tried."""
     with CurationServer() as server:
@@ -447,6 +449,7 @@ def test_a_dry_run_counts_what_a_run_then_does(clips, tmp_path, capsys):
         assert "To come, at most" in told.out and "filter: 42 of 42" in told.err
 
 
+@pytest.mark.long
 def test_some_stages_alone(clips, tmp_path, capsys):
     with CurationServer() as server:
         path = write_config(tmp_path, server.url)

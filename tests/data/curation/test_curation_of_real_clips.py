@@ -52,6 +52,7 @@ def review(folder: Path) -> tuple[str, str]:
     return desk.data.ids[places["V"]], desk.data.ids[places["AS"]]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_from_real_clips_to_a_step_of_training(daily_omni, tmp_path, capsys):
     table = tmp_path / "clips.jsonl"

@@ -299,7 +299,7 @@ def test_a_question_is_edited(opened, served):
 def test_rows_are_chosen_by_tag_and_state(opened, served):
     from playwright.sync_api import TimeoutError as TooLate
 
-    def choose(place, text):
+    def choose(place, text, told):
         before = opened.turn()
         for _ in range(10):  # a list closes when what was asked before is drawn meanwhile
             opened.page.evaluate("document.activeElement.blur()")
@@ -307,6 +307,7 @@ def test_rows_are_chosen_by_tag_and_state(opened, served):
             try:
                 opened.page.click(f"[role=option]:has-text('{text}') >> nth=0", timeout=3000, force=True)
                 opened.wait_for_turn_after(before, timeout=6000)
+                opened.page.wait_for_function("told => location.search.includes(told)", arg=told, timeout=6000)
                 return
             except TooLate:
                 continue
@@ -315,18 +316,18 @@ def test_rows_are_chosen_by_tag_and_state(opened, served):
     ids = [row["id"] for row in served.rows]
     vas = [row["id"] for row in served.rows if row["tag"] == "VAS"]
     opened.key("3", "Enter")
-    choose("#tag-filter", "VAS")
+    choose("#tag-filter", "VAS", "tag=VAS")
     assert opened.row == (ids[2] if ids[2] in vas else vas[0]) and f"of {len(vas)} VAS decided" in opened.text(
         ".progress"
     )
-    choose("#tag-filter", "all tags")
-    choose("#show-filter", "decided by me")
+    choose("#tag-filter", "all tags", "tag=all")
+    choose("#show-filter", "decided by me", "show=reviewed")
     seen = []
     for _ in range(2):
         seen.append(opened.row)
         opened.key("ArrowRight")
     assert set(seen) <= set(ids[:2]) and "no further row" in opened.text("#message")
-    choose("#show-filter", "unreviewed")
+    choose("#show-filter", "unreviewed", "show=unreviewed")
     opened.key("ArrowLeft", "ArrowLeft", "ArrowLeft")
     assert opened.row == ids[2], "the first one that is undecided"
     assert "show=unreviewed" in opened.page.url and "tag=all" in opened.page.url
