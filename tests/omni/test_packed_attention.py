@@ -289,9 +289,7 @@ def test_the_kernels_of_gpus(name, heads, key_heads):
     "backend",
     [
         "eager",  # traced as for GPUs, and run without machine code, which takes a minute to make
-        pytest.param(
-            "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-        ),
+        pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")),
     ],
 )
 def test_flex_attention_compiled(backend, monkeypatch):
