@@ -48,10 +48,24 @@ LEFT_OUT = {
 }
 
 
+def left_out(item):
+    """Why a test is not run, or `None`."""
+    asked = item.config.option.markexpr
+    return next(
+        (why for marker, why in LEFT_OUT.items() if item.get_closest_marker(marker) and marker not in asked), None
+    )
+
+
 def pytest_runtest_setup(item):
-    for marker, reason in LEFT_OUT.items():
-        if item.get_closest_marker(marker) and marker not in item.config.option.markexpr:
-            pytest.skip(reason)
+    if (reason := left_out(item)) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def tested(request):
+    """Tells of a test of this file with which values of a parameter it is run, so that no more is made for it."""
+    own = [item for item in request.session.items if item.path == request.path and left_out(item) is None]
+    return lambda test, name: {item.callspec.params[name] for item in own if item.originalname == test}
 
 
 def pytest_configure(config):

@@ -12,7 +12,7 @@ from typing import Any
 from metrics import Censored, Metric, MissingValueError
 from register import Claim, Measure, Register
 from runs import Run, questions_file, read_result, source
-from scores import whole
+from scores import left_out, whole
 from verdicts import CANT_TELL, ClaimVerdict, Finding, Sample, judge, judge_claim, judge_once
 
 
@@ -69,7 +69,7 @@ class Evidence:
             _, result, questions = self._read(file)
             clips = max(questions["clips"]) + 1
             groups = [range(first, clips, GROUPS) for first in range(min(GROUPS, clips))]
-            self._without[file] = [whole(result, questions, group) for group in groups]
+            self._without[file] = left_out(result, questions, groups)
         return self._without[file]
 
     def _read(self, file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -27,7 +27,8 @@ def caption_fusion_gain(result: Result) -> float:
     whole = [scores for scores in by_clip.values() if len(scores) == len(ModalityTag)]
     if not whole:
         raise ValueError(f"none of {len(by_clip)} clips was asked with all seven inputs; the fusion gain needs them")
-    return fusion_gain({tag.value: [scores[tag.value] for scores in whole] for tag in ModalityTag})
+    names = [tag.value for tag in ModalityTag]
+    return fusion_gain({name: [scores[name] for scores in whole] for name in names})
 
 
 def caption_disparity(result: Result) -> float:

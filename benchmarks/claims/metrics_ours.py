@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -72,12 +73,15 @@ def required_accuracy(result: Mapping[str, Any], tag: str) -> float | None:
     return _mean(score for _, required, _, _, score in _answers(result) if required == str(tag))
 
 
+@functools.cache
+def _family(tag: str) -> str:
+    return ModalityTag.parse(tag).arity
+
+
 def family_accuracy(result: Mapping[str, Any], family: str) -> float | None:
     """Accuracy over all inputs of the questions that require one signal (`uni`), two (`bi`), three (`tri`) or several (`multi`)."""
     families = ("bi", "tri") if family == "multi" else (family,)
-    return _mean(
-        score for _, required, _, _, score in _answers(result) if ModalityTag.parse(required).arity in families
-    )
+    return _mean(score for _, required, _, _, score in _answers(result) if _family(required) in families)
 
 
 def several_over_one(result: Mapping[str, Any]) -> float | None:

@@ -71,24 +71,44 @@ def whole(result: Mapping[str, Any], questions: Mapping[str, Any], without: Coll
         The result with, for each access in `after`: `accuracy` by tag and as `all`, `counts` of questions behind each, and
         `questions`: id, tag and the sum of the scores of its answers, of each that has one.
     """
-    after = {access: one | _read(one, questions, without) for access, one in result["after"].items()}
-    stages = [whole(stage, questions, without) for stage in result.get("stages", ())]
-    return dict(result) | {"after": after} | ({"stages": stages} if stages else {})
+    return left_out(result, questions, [without])[0]
 
 
-def _read(told: Mapping[str, Any], questions: Mapping[str, Any], without: Collection[int]) -> dict[str, Any]:
-    sums: dict[str, list[float]] = {"all": []}
-    kept = []
+def left_out(
+    result: Mapping[str, Any], questions: Mapping[str, Any], groups: Sequence[Collection[int]]
+) -> list[dict[str, Any]]:
+    """Return a result as [`whole`] does, without each group of clips in turn."""
+    scored = {access: _scored(one, questions) for access, one in result["after"].items()}
+    stages = [left_out(stage, questions, groups) for stage in result.get("stages", ())]
+    found = []
+    for number, clips in enumerate(groups):
+        after = {access: one | _summed(scored[access], clips) for access, one in result["after"].items()}
+        of_stages = {"stages": [stage[number] for stage in stages]} if stages else {}
+        found.append(dict(result) | {"after": after} | of_stages)
+    return found
+
+
+Scored = list[tuple[int, str, float, list[Any]]]
+
+
+def _scored(told: Mapping[str, Any], questions: Mapping[str, Any]) -> Scored:
+    """Return clip, tag, mean score, and what metrics read, of each question that has a score."""
     each = zip(questions["ids"], questions["tags"], questions["clips"], decoded_scores(told), strict=True)
-    for name, tag, clip, score in each:
-        if score is None or clip in without:
-            continue
-        kept.append([name, tag, score * told["samples"]])
-        for group in ("all", tag):
-            sums.setdefault(group, []).append(score)
+    return [
+        (clip, tag, score, [name, tag, score * told["samples"]])
+        for name, tag, clip, score in each
+        if score is not None
+    ]
+
+
+def _summed(scored: Scored, without: Collection[int]) -> dict[str, Any]:
+    kept = [row for row in scored if row[0] not in without]
+    sums: dict[str, list[float]] = {"all": [row[2] for row in kept]}
+    for _, tag, score, _ in kept:
+        sums.setdefault(tag, []).append(score)
     known = {group: own for group, own in sums.items() if own}
     return {
         "accuracy": {group: sum(own) / len(own) for group, own in known.items()},
         "counts": {group: len(own) for group, own in known.items()},
-        "questions": kept,
+        "questions": [row[3] for row in kept],
     }

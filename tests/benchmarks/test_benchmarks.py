@@ -43,6 +43,7 @@ def step_time(tmp_path_factory):
     return json.loads(file.read_text(encoding="utf-8")), done.stdout
 
 
+@pytest.mark.long
 def test_step_time_says_what_ran_where(step_time):
     result, _ = step_time
     assert result["benchmark"] == "step_time" and result["seed"] == TINY["seed"]

@@ -131,6 +131,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "way"),
     [("phi4_multimodal", "ddp"), *((name, "fsdp2") for name in ("phi4_multimodal", "video_llama_3", "qwen2_5_vl"))],

@@ -20,8 +20,8 @@ from tiny_models import build_tiny
 
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer, cli
 from maple_trl.chat.cache import ChatCache
+from maple_trl.jobs.config_files import read_config as read_job
 from maple_trl.jobs.errors import SetupError
-from maple_trl.jobs.options import read_config as read_job
 from maple_trl.omni.adapters import load_adapter
 from maple_trl.omni.checkpoints import CheckpointError
 from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint

@@ -11,7 +11,7 @@ from test_mapo_resume import per_step, waiting
 from test_processes import by_tag, worst
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 TAGS = ("VA", "AS")

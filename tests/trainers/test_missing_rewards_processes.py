@@ -7,7 +7,7 @@ from test_mapo_processes import PLAIN
 from test_processes import by_tag, worst
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 TAGS = ("S", "VA", "VAS")

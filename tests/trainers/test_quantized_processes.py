@@ -6,7 +6,7 @@ from jobs.runner import Job, changes, facts, once, weights, write_inputs
 from test_processes import TAGS, by_tag, step_options, worst
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 KINDS = {

@@ -84,19 +84,19 @@ def equal_run(name, world, rows):
     return run | {"rows": own}
 
 
-def runs(world, rows, out=None):
+def runs(world, rows, out=None, names=(*EQUAL, "sft"), long=True):
     told = [row | {"completion": row["solution"]} for row in rows]
     sft = {"name": "sft", "trainer": "sft", "rows": told, "options": SFT | {"per_device_train_batch_size": 4 // world}}
-    equal = [*(equal_run(name, world, rows) for name in EQUAL), sft]
+    equal = [equal_run(name, world, rows) for name in EQUAL if name in names] + [sft] * ("sft" in names)
     if world == 1:
         return equal
-    long = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": LONG}
     saved = {"trainer": "mapo", "reward": "of_completion", "options": SAVED}
     whole = saved | {"name": "whole", "options": SAVED | {"save_strategy": "steps", "save_steps": 1}}
     half = saved | {"name": "half", "resume": str(out / "whole" / "checkpoint-1")}
-    long["options"] = LONG | {"encoder_cache_dir": str(out.with_suffix(".towers"))}
+    options = LONG | {"encoder_cache_dir": str(out.with_suffix(".towers"))}
+    longer = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": options}
     probed = saved | {"name": "probed", "refused": True, "options": SAVED | {"gradient_probe": 8}}
-    return [*equal, long, whole, half, *([] if out.name == "ddp" else [probed])]
+    return [*equal, *[longer] * long, whole, half, *([] if out.name == "ddp" else [probed])]
 
 
 def launcher(config: Path) -> list[str]:
@@ -106,21 +106,25 @@ def launcher(config: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, tested):
+    # What two further tests compare with is there in any case.
+    names = {*tested("test_four_processes_train_as_one_does", "name"), "stratified"}
+    wanted = {"names": names, "long": bool(tested("test_four_processes_finish_and_agree", "way"))}
+
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
         write_pictures(folder / "media")
-        Job(1, folder, "one", rows, runs(1, rows)).wait()
+        Job(1, folder, "one", rows, runs(1, rows, **wanted)).wait()
         waiting = equal_run("stratified", WORLD, rows) | {"name": "waiting"}
         waiting["options"] = waiting["options"] | {"ddp_find_unused_parameters": False}
-        planned = [*runs(WORLD, rows, folder / "ddp"), waiting]
+        planned = [*runs(WORLD, rows, folder / "ddp", **wanted), waiting]
         Job(launcher(CONFIGS / "ddp.yaml"), folder, "ddp", rows, planned, variables=PATIENCE).wait()
         shared = PATIENCE | {"ACCELERATE_TORCH_DEVICE": "cpu"}
         apart = equal_run("stratified", WORLD, rows) | {
             "name": "apart",
             "undone": "common.media_trainer:keep_head_whole",
         }
-        planned = [*runs(WORLD, rows, folder / "fsdp2"), apart]
+        planned = [*runs(WORLD, rows, folder / "fsdp2", **wanted), apart]
         Job(launcher(CONFIGS / "fsdp2.yaml"), folder, "fsdp2", rows, planned, variables=shared).wait()
 
     return once(tmp_path_factory, "scale", make)
@@ -204,6 +208,7 @@ def assert_refused(results, way):
     assert told == "gradient_probe reads whole gradients, which FSDP and DeepSpeed do not keep: set it to 0"
 
 
+@pytest.mark.long  # of the long run
 def test_the_folder_for_features_is_said_to_be_unused_where_towers_are_spread(results):
     unused = "encoder_cache_dir: nothing is kept there"
     assert unused in (results / "fsdp2.log").read_text() and unused not in (results / "ddp.log").read_text()

@@ -461,6 +461,7 @@ def test_all_of_it_is_seen_without_scrolling(browser, served, row):
     opened.close()
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_loses_nothing(browser, clips, tmp_path):
     """Kill -9 in the middle of actions, twice; a page that is left open goes on with the server that follows."""
     words = [clips, "--log", tmp_path / "review.log", "--reviewer", "ann"]
