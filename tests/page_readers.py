@@ -58,7 +58,8 @@ def rows_in(folder):
             "source": SOURCES[i % len(SOURCES)],
             "completion": f"<think>So.</think><answer>{row['answer']}</answer>",
         }
-        row |= {"audio_cues": "A tone.", "hint": "Look at the colour."} | dict.fromkeys(REFERENCES, "A shape moves.")
+        row |= {"question_type": "multiple choice", "audio_cues": "A tone.", "hint": "Look at the colour."}
+        row |= dict.fromkeys(REFERENCES, "A shape moves.")
     return pa.Table.from_pylist(rows)
 
 
