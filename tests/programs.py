@@ -125,6 +125,8 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "HF_ENDPOINT" in environment:  # which was read when the client was imported
+        importlib.reload(importlib.import_module("huggingface_hub.constants"))
     for number, name, path in ((1, "stdout", output), (2, "stderr", errors or output)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
@@ -224,6 +226,26 @@ def write_stand_in(folder: str | os.PathLike) -> Path:
     )
     path.chmod(0o755)
     return path
+
+
+def write_launchers(folder: str | os.PathLike) -> Path:
+    """Writes what a shell finds as `maple-trl`, and as launchers that start copies of the server; returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = write_stand_in(folder)
+    for name, command in {
+        "maple-trl": f"{sys.executable} -m maple_trl.cli",
+        "accelerate": f"{copy} -m accelerate.commands.accelerate_cli",
+        "torchrun": f"{copy} -m torch.distributed.run",
+    }.items():
+        write_tool(folder / name, f'exec {command} "$@"')
+    return folder
+
+
+def write_tool(path: Path, command: str) -> None:
+    """Writes a command of a shell as a program."""
+    path.write_text(f"#!/bin/bash\n{command}\n")
+    path.chmod(0o755)
 
 
 def stand_in(server: Mapping[str, Any]) -> None:

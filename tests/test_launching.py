@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from jobs.runner import write_inputs
-from programs import LIMIT, ON_CPU, write_stand_in
+from programs import LIMIT, ON_CPU, write_launchers, write_tool
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -124,18 +124,11 @@ def job(tmp_path_factory):
         "evaluate_before_after": False,
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(settings))
-    write_stand_in(folder)
-    tools = {
-        "accelerate": f'exec "{folder}/python" -m accelerate.commands.accelerate_cli "$@"',
-        "torchrun": f'exec "{folder}/python" -m torch.distributed.run "$@"',
-        "scontrol": "echo 127.0.0.1; echo elsewhere",
-        # Two nodes, one after the other; the first word is an option of its own.
-        "srun": 'shift; SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"; first=$?; wait $! && exit $first',
-    }
-    (folder / "bin").mkdir()
-    for name, command in tools.items():
-        (folder / "bin" / name).write_text(f"#!/bin/bash\n{command}\n")
-        (folder / "bin" / name).chmod(0o755)
+    tools = write_launchers(folder / "bin")
+    write_tool(tools / "scontrol", "echo 127.0.0.1; echo elsewhere")
+    # Two nodes, one after the other; the first word is an option of its own.
+    nodes = 'shift; SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"; first=$?; wait $! && exit $first'
+    write_tool(tools / "srun", nodes)
     return folder
 
 
@@ -143,7 +136,9 @@ def run_on_two(job, command, **variables):
     """Run a command of a shell; two machines have one process each. Returns its log."""
     log = job / "log"
     environment = (
-        os.environ | ON_CPU | {"PATH": f"{job / 'bin'}:{os.environ['PATH']}", "PYTHON_EXEC": str(job / "python")}
+        os.environ
+        | ON_CPU
+        | {"PATH": f"{job / 'bin'}:{os.environ['PATH']}", "PYTHON_EXEC": str(job / "bin" / "python")}
     )
     with log.open("w") as output:
         done = subprocess.run(

@@ -81,8 +81,8 @@ def make_command(build: Callable[[], argparse.ArgumentParser]) -> PlainCommand:
             "maple-trl completion tcsh > ~/.maple-trl.tcsh",
         ),
         notes="""\
-The first line is for the shell that is open, the others for those that come: bash finds its file by itself, zsh where ~/.zfunc
-is in fpath before compinit, and tcsh when ~/.tcshrc sources it. The script knows the options of all trainers; print it anew after an
-upgrade.""",
+The first line is for the shell that is open, the others for those that come, where their folders are there (else: mkdir -p):
+bash finds its file by itself, zsh where ~/.zfunc is in fpath before compinit, and tcsh when ~/.tcshrc sources it. The script
+knows the options of all trainers; print it anew after an upgrade.""",
         arguments={"SHELL": {"choices": SHELLS, "help": "bash, zsh or tcsh"}},
     )
