@@ -127,6 +127,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
     os.environ.update(environment)
     if "HF_ENDPOINT" in environment:  # which was read when the client was imported
         importlib.reload(importlib.import_module("huggingface_hub.constants"))
+        importlib.import_module("huggingface_hub.hf_api").api.endpoint = environment["HF_ENDPOINT"]
     for number, name, path in ((1, "stdout", output), (2, "stderr", errors or output)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
