@@ -1,4 +1,4 @@
-"""Packages that a job's options need."""
+"""What a job's options ask for is there: trackers, kernels, and an optimizer that can be made."""
 
 from __future__ import annotations
 

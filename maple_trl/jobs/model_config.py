@@ -121,8 +121,6 @@ def check_quantization(options: Any) -> None:
 
 
 _QUANT_TYPES = ("nf4", "fp4")
-
-
 _STORAGES = ("uint8", "int8", "float16", "float32", "float64", "bfloat16")
 
 

@@ -44,9 +44,9 @@ CPU_SECONDS = 3.0
 
 
 def bounded(examples):
-    """As many examples, always the same; of the profile `long` its own."""
-    calm = {"suppress_health_check": list(HealthCheck), "database": None, "deadline": None}
-    return settings(**calm) if LONG else settings(max_examples=examples, derandomize=True, **calm)
+    """As many examples; of the profile `long` its own. Whether they are the same each time is the profile's."""
+    calm = {"suppress_health_check": list(HealthCheck), "database": None}
+    return settings(**calm) if LONG else settings(max_examples=examples, **calm)
 
 
 @contextmanager
