@@ -25,9 +25,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
 # The same examples each time, so that what was green stays green until the code changes.
-settings.register_profile("unhurried", parent=settings.default, deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("unhurried", parent=settings.default, deadline=None, max_examples=25, derandomize=True)
 # `make test-long` and `make test-fuzz`: other examples every time, and of readers and parsers many more.
-settings.register_profile("others", parent=settings.get_profile("unhurried"), derandomize=False)
+settings.register_profile("others", parent=settings.get_profile("unhurried"), max_examples=100, derandomize=False)
 settings.register_profile("long", parent=settings.get_profile("others"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unhurried"))
 

@@ -249,6 +249,7 @@ def test_a_script_under_accelerate_launch(tmp_path):
     check_trained(tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_script_on_two_processes(tmp_path):
     """By the line of the folder's README."""

@@ -161,6 +161,7 @@ def assert_two_processes(out):
     assert json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_slurm_script_starts_a_launcher_on_each_machine(job):
     port = next(port for port in iter(free_port, None) if 20000 <= port < 40000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,15 @@ def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Itera
             if file not in done:
                 done.add(file)
                 yield Wanted(name, seed)
+
+
+def digest(register: Register, results: Path) -> str:
+    """Return what all files of a register and of its results together are known by, in 16 hexadecimal digits."""
+    told = hashlib.sha256()
+    for top, files in ((register.folder, register.files), (results, sorted(results.glob("*/*.json")))):
+        for file in files:
+            told.update(f"{file.relative_to(top).as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return told.hexdigest()[:16]
 
 
 def forget_other_code(results: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from defaults import BETTER, RULE, judge_alternative, read_defaults, settings_beside
-from evidence import Evidence, forgotten
+from evidence import Evidence, digest, forgotten
 from instruments import INSTRUMENTS
 from metrics import MissingValueError
 from plots import drawn_curves, forest
@@ -29,6 +29,7 @@ NOT_MEASURED, IN_PART, NOT_RUN = "not measured", "measured in part", "not run"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 NO_CLAIM = "No claim is registered."
 COMMAND = "python benchmarks/claims"
+DIGEST = "Its files and those of the results have together the digest"
 SHOWN = 2
 """Measures of a claim that its row shows; the others stand in its section."""
 
@@ -150,6 +151,7 @@ class Page:
             f"Written by `{COMMAND} report` from the register (`benchmarks/claims/register.yaml` and `register/`) and the "
             "results beside it; not edited by hand.",
             f"The register is that of commit {commit}." if commit else "The register is not committed.",
+            f"{DIGEST} `{digest(self.register, self.evidence.results)}`.",
             "All runs but those of claims that need a GPU train tiny omni models on one CPU thread: they tell whether an effect "
             "is there, not how large it is for a model of billions of parameters.",
             "All runs of a task begin with the same weights and have the same rows to train on. Seeds differ in the order of rows "

@@ -3,7 +3,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.advantages import SCOPES, group_advantages
@@ -45,7 +45,6 @@ def built(rows, scope, **options):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@settings(deadline=None)
 @given(rows=rows)
 def test_equals_the_formula(scope, rows):
     result = built(rows, scope)
@@ -54,7 +53,6 @@ def test_equals_the_formula(scope, rows):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@settings(deadline=None)
 @given(data=st.data(), rows=rows)
 def test_order_of_rows_does_not_matter(scope, data, rows):
     order = data.draw(st.permutations(range(len(rows))))
@@ -63,7 +61,6 @@ def test_order_of_rows_does_not_matter(scope, data, rows):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@settings(deadline=None)
 @given(rows=rows, prompt=st.integers(-3, 4))
 @pytest.mark.matrix(cases=2)
 def test_unscorable_completions_change_nothing(scope, rows, prompt):
@@ -85,7 +82,6 @@ def test_scopes_differ():
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@settings(deadline=None)
 @given(reward=st.floats(-10, 10, width=32), count=st.integers(1, 9))
 def test_equal_rewards_have_no_advantage(scope, reward, count):
     assert built([(reward, 7, "VA")] * count, scope).tolist() == [0.0] * count
@@ -98,7 +94,6 @@ def test_a_single_scorable_completion_has_no_spread():
     assert built([(3.0, 1, "V"), (1.0, 2, "V")], "tag_whitened")[0] > 0.7
 
 
-@settings(deadline=None)
 @given(rows=rows)
 def test_tags_in_any_form(rows):
     tags = list(ModalityTag)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.aggregation import AGGREGATIONS, row_coefficients, stratum_totals
@@ -41,7 +41,6 @@ def summed_loss(rows, coefficients):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@settings(deadline=None)
 @given(rows=rows, weights=weights)
 def test_coefficients_make_a_sum_the_loss(aggregation, rows, weights):
     coefficients = row_coefficients(*columns(rows), weights, aggregation, MAX_LENGTH)
@@ -51,7 +50,6 @@ def test_coefficients_make_a_sum_the_loss(aggregation, rows, weights):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@settings(deadline=None)
 @given(data=st.data(), rows=rows, weights=weights)
 def test_any_split_adds_up_to_the_loss_of_the_whole(aggregation, data, rows, weights):
     parts = data.draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows)))
@@ -109,7 +107,6 @@ def test_worked_numbers():
     assert coefficients("prompt") == pytest.approx([0.5 / 30, 0.5 / 30, 0.5 / 30, 1 / 10])
 
 
-@settings(deadline=None)
 @given(rows=rows)
 def test_totals_count_rows_and_tokens(rows):
     totals = stratum_totals(*columns(rows), STRATA)

@@ -2,7 +2,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.curriculum import CURRICULA, TagCurriculum
@@ -38,7 +38,6 @@ def naive_adaptive_order(tags, steps, window, zero_shot):
     return order
 
 
-@settings(deadline=None)
 @given(tags=some_tags, steps=steps, window=st.integers(1, 6), zero_shot=accuracies)
 def test_adaptive_order_follows_the_rules(tags, steps, window, zero_shot):
     curriculum = TagCurriculum("adaptive", window, zero_shot)
@@ -48,7 +47,6 @@ def test_adaptive_order_follows_the_rules(tags, steps, window, zero_shot):
 
 
 @pytest.mark.parametrize("strategy", CURRICULA)
-@settings(deadline=None)
 @given(tags=some_tags, steps=steps, seed=st.integers(0, 99))
 def test_every_order_holds_each_tag_once(strategy, tags, steps, seed):
     curriculum = TagCurriculum(strategy)
@@ -97,7 +95,6 @@ def test_a_first_epoch_and_a_later_one():
     assert curriculum.order(["V", "A", "VAS"], random.Random(0)) == ["V", "VAS", "A"]
 
 
-@settings(deadline=None)
 @given(before=steps, after=steps, window=st.integers(1, 6), zero_shot=accuracies)
 def test_a_saved_state_goes_on_alike(before, after, window, zero_shot):
     """Also where the accuracies, measured before training, are known from the state alone."""

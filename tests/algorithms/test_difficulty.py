@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.difficulty import bernoulli_kl, beta_histogram_kl, tag_difficulty, values_by_tag
@@ -46,7 +46,6 @@ def test_the_ends_are_finite():
     assert bernoulli_kl(0.0, eps=1e-3) == bernoulli_kl(1e-3)
 
 
-@settings(deadline=None)
 @given(p=st.floats(0, 1), q=st.floats(0, 1))
 def test_harder_tags_are_farther_from_the_target(p, q):
     low, high = sorted((p, q))
@@ -54,7 +53,6 @@ def test_harder_tags_are_farther_from_the_target(p, q):
         assert bernoulli_kl(low) >= bernoulli_kl(high) >= 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(off_border, st.just(1.0)), min_size=1, max_size=30))
 def test_histogram_equals_the_formula(rewards):
     expected = naive_histogram_kl(rewards)
@@ -79,7 +77,6 @@ def test_borders_count_to_the_upper_bin():
     assert beta_histogram_kl([0.96]) != beta_histogram_kl([0.95])
 
 
-@settings(deadline=None)
 @given(rewards=st.lists(st.sampled_from([0.0, 1.0]), min_size=1), unscored=st.integers(0, 5), data=st.data())
 def test_unscored_completions_are_left_out(rewards, unscored, data):
     mixed = data.draw(st.permutations(rewards + [math.nan] * unscored))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.sampling import DynamicSampling, informative_groups
@@ -21,7 +21,6 @@ def naive(group, tolerance=1e-6):
     return any(abs(a - b) > tolerance for a in group for b in group if not (math.isnan(a) or math.isnan(b)))
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 6), data=st.data())
 def test_a_group_is_informative_when_two_of_its_rewards_differ(size, data):
     groups = data.draw(st.lists(st.lists(rewards, min_size=size, max_size=size), min_size=1, max_size=8))
@@ -87,7 +86,6 @@ def see(sampling, rollout):
     sampling.observe(rows, ["VA"] * len(rows), varied, varied)
 
 
-@settings(deadline=None)
 @given(visits)
 def test_the_last_visit_of_a_row_counts(visits):
     """Where a row stands several times in one rollout, one informative group is enough."""
@@ -124,7 +122,6 @@ def test_lists_must_have_one_length():
 visit = st.one_of(st.none(), st.sampled_from(["solved", "wrong", "varied"]))
 
 
-@settings(deadline=None)
 @given(
     revisit=st.sampled_from(["all", "unsolved", "informative"]),
     after=st.integers(1, 3),
@@ -183,7 +180,6 @@ def test_metrics_count_the_groups_of_the_last_rollout():
     }
 
 
-@settings(deadline=None)
 @given(visits, visits)
 def test_the_memory_survives_a_round_trip_through_json(before, after):
     sampling, restored = (DynamicSampling("mid", revisit="informative") for _ in range(2))

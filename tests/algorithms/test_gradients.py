@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -32,7 +32,6 @@ def observed(observations, window):
     return moments
 
 
-@settings(deadline=None)
 @given(observations=observations, window=st.sampled_from([1.5, 4, 100, math.inf]))
 def test_moments_equal_the_formula(observations, window):
     expected = {}
@@ -70,7 +69,6 @@ def test_the_estimate_is_unbiased_for_short_windows():
     assert sum(plain) / 800 < 4.5
 
 
-@settings(deadline=None)
 @given(vector=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=4), count=st.integers(2, 20))
 def test_equal_vectors_have_no_variance(vector, count):
     metrics = observed([(vector, None)] * count, 7).metrics()
@@ -89,7 +87,6 @@ def test_vectors_that_are_not_finite_are_passed_over():
     assert moments.metrics()["tag/all/grad_variance"] == pytest.approx(2.0)
 
 
-@settings(deadline=None)
 @given(before=observations, after=observations)
 def test_saved_moments_go_on_alike(before, after):
     original, restored = observed(before, 5), GradientMoments(5)
@@ -146,7 +143,6 @@ def parameters(*shapes, grad=True):
 shapes = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), min_size=1, max_size=5)
 
 
-@settings(deadline=None)
 @given(shapes=shapes, count=st.integers(1, 40), seed=st.integers(0, 5))
 def test_sample_reads_distinct_coordinates(shapes, count, seed):
     named = parameters(*shapes)

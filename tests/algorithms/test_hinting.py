@@ -91,7 +91,7 @@ class TriggerMachine(RuleBasedStateMachine):
 
 
 TestTrigger = TriggerMachine.TestCase
-TestTrigger.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestTrigger.settings = settings(stateful_step_count=25)
 
 
 def stuck_for(visits, divergence=0.0, trigger=None):

@@ -5,7 +5,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms import (
@@ -68,7 +68,6 @@ def rewards_of(scores, prompts, weights):
     return (scores * weights).nansum(dim=1).masked_fill(unscorable, NAN)
 
 
-@settings(deadline=None, max_examples=200)
 @given(batches())
 def test_rewards_are_those_of_the_rule_in_words(batch):
     scores, prompts, weights, _ = batch
@@ -114,7 +113,6 @@ def loss_of(rewards, prompts, tags, lengths, values, scope, aggregation):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@settings(deadline=None, max_examples=100)
 @given(batch=batches(), aggregation=st.sampled_from(AGGREGATIONS), data=st.data())
 @pytest.mark.matrix(cases=2)
 def test_losses_are_over_what_can_be_scored(scope, batch, aggregation, data):

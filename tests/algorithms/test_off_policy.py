@@ -3,7 +3,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.off_policy import (
@@ -37,7 +37,6 @@ def counts_of(slots, size):
     return [sum(slots[i : i + size]) for i in range(0, len(slots), size)]
 
 
-@settings(deadline=None)
 @given(rollout=rollouts())
 def test_ranks_replay_equally_many_and_no_group_more_than_wanted(rollout):
     wanted, size, ranks = rollout
@@ -52,14 +51,12 @@ def test_ranks_replay_equally_many_and_no_group_more_than_wanted(rollout):
     assert all(one for one, other in zip(alone, slots, strict=True) if other)
 
 
-@settings(deadline=None)
 @given(rollout=rollouts())
 def test_one_rank_gets_all_that_is_wanted(rollout):
     wanted, size, _ = rollout
     assert counts_of(replayed_slots(wanted, size), size) == wanted
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 16), data=st.data())
 def test_a_group_is_spread_evenly(size, data):
     """Any stretch of its places holds the share of it, give or take less than one."""
@@ -131,7 +128,6 @@ def two_lists(pairs):
     return [torch.tensor(values, dtype=torch.float64) for values in ([r for r, _ in pairs], [b for _, b in pairs])]
 
 
-@settings(deadline=None)
 @given(pairs=rewards, limit=st.none() | st.floats(0.1, 5), eps=st.sampled_from([1e-4, 0.1]))
 def test_replayed_advantages_equal_the_formula(pairs, limit, eps):
     found = replay_advantages(*two_lists(pairs), limit=limit, eps=eps)
@@ -203,7 +199,6 @@ def sample_mean(rows):
     [(token_mean, lambda rows: sum(map(len, rows))), (sample_mean, len)],
     ids=["tokens", "samples"],
 )
-@settings(deadline=None)
 @given(fresh=completions, replayed=completions, filled=st.floats(0.01, 1), alpha=st.floats(0, 3))
 def test_one_scaled_mean_is_the_sum_of_both_terms(mean, count, fresh, replayed, filled, alpha):
     assume(fresh or replayed)
@@ -228,7 +223,6 @@ def test_a_single_replayed_completion_does_not_weigh_as_much_as_all_fresh_ones()
 # Ratios
 
 
-@settings(deadline=None)
 @given(ratios=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20))
 def test_effective_share_equals_the_formula(ratios):
     share = effective_share(torch.tensor(ratios, dtype=torch.float64))
@@ -246,7 +240,6 @@ def test_effective_share_at_its_ends():
 distributions = st.lists(st.floats(0.05, 1), min_size=2, max_size=6).map(lambda v: [x / sum(v) for x in v])
 
 
-@settings(deadline=None)
 @given(current=distributions, data=st.data())
 def test_divergence_has_the_expectation_of_the_kl(current, data):
     """Exactly, by summing over all tokens that the behaviour policy may write."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.experience import Experience
@@ -65,7 +65,6 @@ def filled(count=30, rows_seed=0, **options):
 # The baseline
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(prompts, st.lists(st.floats(-5, 5) | st.just(math.nan), max_size=4)), max_size=30))
 def test_the_baseline_is_the_mean_of_the_latest_rewards(visits):
     vcrs, seen = Vcrs(window=6), {}
@@ -130,7 +129,6 @@ def naive_tier(baseline, baselines, quantiles):
     return "hard" if below < hard else "medium" if below < medium else "easy"
 
 
-@settings(deadline=None)
 @given(
     baselines=st.lists(rewards | st.floats(-1, 1), min_size=1, max_size=60),
     quantiles=st.sampled_from([(0.4, 0.75), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0.07, 0.29)]),
@@ -173,7 +171,6 @@ def test_the_tier_of_a_prompt():
 # Capacities
 
 
-@settings(deadline=None)
 @given(capacity=st.integers(1, 400), parts=st.lists(st.integers(0, 20), min_size=3, max_size=3).filter(any))
 def test_capacities_add_up_and_are_off_by_less_than_one(capacity, parts):
     shares = {tier: part / sum(parts) for tier, part in zip(TIERS, parts, strict=True)}
@@ -237,7 +234,6 @@ commands = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
 @given(commands=commands, capacity=st.integers(1, 14), max_age=st.integers(0, 30))
 def test_keeps_what_a_naive_buffer_keeps(commands, capacity, max_age):
     vcrs = Vcrs(window=2)
@@ -327,7 +323,6 @@ def buffer_of(rewards_, **options):
     return buffer
 
 
-@settings(deadline=None)
 @given(st.lists(rewards, max_size=12), st.lists(rewards | st.just(math.nan), max_size=4), st.integers(0, 6))
 def test_a_group_has_variance_where_the_buffer_allows_it(stored, fresh, count):
     buffer = buffer_of(stored)

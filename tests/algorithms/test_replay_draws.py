@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import combinations, permutations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_replay import experience, marks, observed
 
@@ -160,7 +160,6 @@ def test_what_is_stored_does_not_steer_the_tiers():
     assert held["easy"] == held["hard"] and found.count("hard") > 1.4 * found.count("easy")
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(DRAWS), st.integers(0, 24), st.integers(0, 50), st.sets(st.sampled_from(list(BASELINES))))
 def test_batches_have_no_one_twice_and_only_whom_they_may(draw, count, seed, excluded):
     buffer, vcrs, _ = filled(each=8, seed=seed)
@@ -177,7 +176,6 @@ def test_batches_have_no_one_twice_and_only_whom_they_may(draw, count, seed, exc
     assert found == marks(again.sample_batch(count, 0, **options | {"baselines": vcrs}))
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 24), st.integers(0, 50))
 def test_a_balanced_batch_is_balanced_over_its_tiers(count, seed):
     buffer, vcrs, _ = filled(each=120, seed=seed)

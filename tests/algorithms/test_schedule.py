@@ -10,7 +10,7 @@ from itertools import groupby
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 from trl.trainer.utils import RepeatSampler
@@ -56,7 +56,6 @@ def rounds(names):
 # Coverage
 
 
-@settings(deadline=None)
 @given(tags=tag_lists, options=options, curriculum=curricula, seen=st.lists(difficulties, max_size=6), data=st.data())
 def test_every_row_comes_once_an_epoch_besides_the_counted_fillers(tags, options, curriculum, seen, data):
     skipped = data.draw(st.lists(st.sets(st.integers(0, len(tags) - 1)), min_size=3, max_size=3))
@@ -101,7 +100,6 @@ def check_strata(tags, options, batches):
         assert not any(batch.filled for batch in batches[:-1])
 
 
-@settings(deadline=None)
 @given(tags=tag_lists, options=options)
 def test_a_filler_is_another_row_as_long_as_there_is_one(tags, options):
     schedule = StratifiedSchedule(tags, **options)
@@ -126,7 +124,6 @@ def test_an_epoch_that_would_leave_out_all_rows_visits_all(caplog):
     assert "epoch 1 visits all again" in caplog.text
 
 
-@settings(deadline=None)
 @given(tags=tag_lists, options=options, curriculum=curricula, data=st.data())
 def test_rows_that_are_drawn_leave_the_epoch(tags, options, curriculum, data):
     schedule = StratifiedSchedule(tags, curriculum=curriculum, **options)
@@ -209,7 +206,6 @@ def test_the_adaptive_order_is_that_at_the_beginning_of_the_epoch():
     assert strata(epoch_of(schedule)) == ["V", "V", "VA", "VA", "A", "A"]
 
 
-@settings(deadline=None)
 @given(
     tags=st.lists(st.sampled_from(list(ModalityTag)), min_size=1, max_size=25),
     batch_size=st.integers(1, 4),
@@ -292,7 +288,6 @@ def drive(schedule, curriculum, steps, seed):
     return seen
 
 
-@settings(deadline=None)
 @given(tags=tag_lists, options=options, strategy=st.sampled_from(list(CURRICULA)), steps=st.integers(0, 15))
 def test_peeking_changes_nothing(tags, options, strategy, steps):
     curriculum = TagCurriculum(strategy)
@@ -306,7 +301,6 @@ def test_peeking_changes_nothing(tags, options, strategy, steps):
     assert seen is None or seen == following
 
 
-@settings(deadline=None)
 @given(
     tags=tag_lists,
     options=options,
@@ -408,7 +402,6 @@ def test_tags_may_be_spelt_in_any_way():
 # Ranks
 
 
-@settings(deadline=None)
 @given(world=st.integers(1, 4), copies=st.integers(1, 4), factor=st.integers(1, 3), repeats=st.integers(1, 3))
 def test_ranks_get_what_trl_and_accelerate_deal_out(world, copies, factor, repeats):
     prompts = world * factor

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.shaping import SHAPES, tas_weights
@@ -47,7 +47,6 @@ def tensor_of(mask, dtype=torch.bool):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(deadline=None)
 @given(mask=masks, lam=lambdas)
 def test_equals_the_formula(shape, mask, lam):
     weights = tas_weights(tensor_of(mask), lam, shape)
@@ -83,7 +82,6 @@ def test_a_single_token_weighs_one(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(mask=masks)
-@settings(deadline=None)
 def test_lambda_zero_is_the_mask(shape, mask):
     assert torch.equal(tas_weights(tensor_of(mask), 0.0, shape), tensor_of(mask).float())
 
@@ -95,7 +93,6 @@ def test_masks_of_any_kind(dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(deadline=None)
 @given(mask=masks, lam=lambdas)
 def test_a_row_knows_nothing_of_the_others_nor_of_its_padding(shape, mask, lam):
     together = tas_weights(tensor_of(mask), lam, shape)
@@ -105,7 +102,6 @@ def test_a_row_knows_nothing_of_the_others_nor_of_its_padding(shape, mask, lam):
         assert torch.equal(weights[kept], alone)
 
 
-@settings(deadline=None)
 @given(length=st.integers(2, 40), lam=lambdas)
 def test_shapes_mirror_each_other(length, lam):
     weights = {shape: tas_weights(torch.ones(1, length), lam, shape)[0] for shape in SHAPES}

@@ -2,7 +2,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms.weights import HISTORIES, AdaptiveTagWeights
@@ -34,7 +34,6 @@ def naive_weights(steps, window, history, eps=1e-4):
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-@settings(deadline=None)
 @given(steps=steps, window=st.integers(1, 12))
 def test_equals_the_formula(history, steps, window):
     weights = AdaptiveTagWeights(window, history)
@@ -74,7 +73,6 @@ def test_histories_differ():
     assert pooled.weight("A") > 0.5 == per_tag.weight("A")
 
 
-@settings(deadline=None)
 @given(steps=steps)
 def test_a_harder_tag_of_a_step_weighs_more(steps):
     weights = AdaptiveTagWeights(window=100)
@@ -92,7 +90,6 @@ def test_a_window_shorter_than_a_step_cannot_overflow():
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-@settings(deadline=None)
 @given(before=steps, after=steps, window=st.integers(1, 6))
 @pytest.mark.matrix(cases=1)
 def test_a_saved_state_goes_on_alike(history, before, after, window):

@@ -56,6 +56,7 @@ def test_step_time_says_what_ran_where(step_time):
     assert [tokens["audio"] for tokens in result["sizes"]["media_tokens"]] == pytest.approx([12.5] * GROUPS, abs=1)
 
 
+@pytest.mark.long
 def test_step_time_sides_compute_the_same(step_time):
     agreement = step_time[0]["agreement"]
     assert agreement["same_completions"]
@@ -171,6 +172,7 @@ def test_replay_buffer_is_measured(tmp_path):
     assert "300 experiences of 16 tokens" in output
 
 
+@pytest.mark.long
 def test_tables_are_converted_and_validated(tmp_path):
     result, output = run_benchmark("data_tables", tmp_path, "--rows", "100")
     assert [size["rows"] for size in result["sizes"]] == [20, 100] and "100 rows" in output

@@ -75,6 +75,7 @@ def test_rows_are_those_of_the_small_models(register):
     assert {one.number for one in every} == {2, 12, 16} and len(every) == 8
 
 
+@pytest.mark.long
 def test_the_device_decides_runs_of_these_tasks_alone(register, monkeypatch):
     from tasks import load_task
 

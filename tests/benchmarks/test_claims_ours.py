@@ -240,6 +240,7 @@ def trained(task, options, instruments):
     return trainer, cost.result(), moved, {name: one.result() for name, one in watched.items()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_unmodified_trl_trains_no_tower_on_the_prompts_that_ours_trains_both_on(sketch):
     from instruments_ours import UnmodifiedTRL

@@ -15,9 +15,9 @@ import claim_sets
 import programs
 import pytest
 from claim_sets import CLAIMS, known_tasks, write_register, write_results
-from evidence import Evidence, Wanted, forget_other_code, forgotten, wanted_runs
+from evidence import Evidence, Wanted, digest, forget_other_code, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
-from page import Page
+from page import DIGEST, Page
 from register import IS_THERE, read_register
 from runs import source
 from scores import decoded_scores, encoded_scores, rounded, whole
@@ -498,8 +498,28 @@ def test_a_result_without_some_clips_has_the_accuracy_of_the_others():
     assert rounded({"a": [1.234567, float("nan")], "b": 3}) == {"a": [1.2346, None], "b": 3}
 
 
-def test_the_page_in_docs_is_what_the_results_say(tmp_path):
+def test_the_page_in_docs_is_of_this_register_and_these_results():
     """Whoever changes the register or adds results writes the report anew."""
+    told = (CLAIMS.parents[1] / "docs" / "claims.md").read_text()
+    assert f"{DIGEST} `{digest(read_register(), CLAIMS / 'results')}`.\n" in told
+
+
+def test_one_more_result_or_another_number_is_another_digest(evidence):
+    write_results(evidence, "new", BETTER)
+    seen = {digest(evidence.register, evidence.results)}
+    (file, *_) = sorted(evidence.results.glob("*/*.json"))
+    (evidence.results / file.parent.name / "more.json").write_text("{}")
+    seen.add(digest(evidence.register, evidence.results))
+    file.write_text(file.read_text().replace("0", "1", 1))
+    seen.add(digest(evidence.register, evidence.results))
+    file.unlink()
+    seen.add(digest(evidence.register, evidence.results))
+    assert len(seen) == 4
+
+
+@pytest.mark.long
+def test_the_page_in_docs_is_what_the_results_say(tmp_path):
+    """With this code; the digest that the page tells does not know the code."""
     done = programs.run([CLAIMS, "report", "--docs", tmp_path, "--readme", tmp_path / "README.md"])
     assert done.returncode == 0, done.stderr
 

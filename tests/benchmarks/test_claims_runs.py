@@ -176,6 +176,7 @@ def test_a_signal_ends_runs_and_leaves_nothing(evidence, python, tmp_path, numbe
     assert not list(temporary.glob("claims-runs-*"))
 
 
+@pytest.mark.long
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(evidence, python):
     done = programs.run(words(evidence, "broken", "--seeds", "0"), python)
     assert done.returncode == 1

@@ -69,6 +69,7 @@ def test_the_headline_is_the_smallest_of_the_details(benchmark):
     assert "share_of_bound: " in output and "whole step" in output
 
 
+@pytest.mark.long
 def test_figures_follow_from_the_times_and_the_operations(benchmark):
     passes = benchmark[0]["passes"][str(PROMPT)]
     for name in ("train", "log_probs", "generate"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import programs
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -44,7 +44,6 @@ PATIENCE = 1500  # seconds: a machine that does other things as well is several 
 # The schedule
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     kinds=st.sets(st.sampled_from(sorted(KINDS)), min_size=1),
@@ -317,7 +316,6 @@ def samples(grows, steps=60, noise=2 << 20, seed=0, **changes):
     return record(samples=found)
 
 
-@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**32))
 def test_noise_is_no_leak_and_a_leak_is_one(seed):
     assert not failing(flat(samples(0, seed=seed), 60)[0])

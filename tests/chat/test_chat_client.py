@@ -23,7 +23,7 @@ from email.utils import formatdate
 import numpy as np
 import pytest
 from chat_server import ChatServer, drip, half, hang_up, in_turn, raw, say, status
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jobs.fill_cache import fill
 from scipy.io import wavfile
@@ -448,7 +448,6 @@ def test_the_object_is_found_among_other_text():
             read_object(text, SCHEMA)
 
 
-@settings(max_examples=60, deadline=None)
 @given(before=st.text(max_size=60), after=st.text(alphabet=st.characters(exclude_characters="{}"), max_size=60))
 def test_text_around_an_object_does_no_harm(before, after):
     before, after = before.replace("</think>", "").replace('"', ""), after.replace("</think>", "")

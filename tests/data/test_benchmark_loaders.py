@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import build_tiny
@@ -409,7 +409,6 @@ JSON = st.sampled_from(ODD) | st.recursive(
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 @pytest.mark.matrix(cases=3)
 def test_any_value_in_any_field_gives_rows_or_names_its_place(name, data):

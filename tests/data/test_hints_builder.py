@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer, hang_up, in_turn, say, status
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -168,7 +168,6 @@ plain_text = st.text(alphabet="klmnvwxz ", min_size=1, max_size=30).map(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     answer=st.lists(st.text("bcdefgh", min_size=3, max_size=7), min_size=1, max_size=3).map(" ".join),
     disguise=st.sampled_from(DISGUISES),
@@ -183,7 +182,6 @@ def test_an_answer_is_found_in_every_disguise(answer, disguise, before, after):
     assert leaks_answer(f"{before}, {after}", "Which?", answer) is None  # and only there
 
 
-@settings(max_examples=300, deadline=None)
 @given(number=st.integers(0, 9999), shift=st.integers(1, 500))
 def test_a_number_is_found_and_its_neighbours_are_not(number, shift):
     for text in (str(number), f"{number:,}", f"{number}.0", full_width(str(number))):
@@ -191,7 +189,6 @@ def test_a_number_is_found_and_its_neighbours_are_not(number, shift):
         assert leaks_answer(f"There are {text} of them", "How many?", str(number + shift)) is None
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     hint=st.text(max_size=300),
     prompt=st.text(max_size=200),

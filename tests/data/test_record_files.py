@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.data import record_files
@@ -21,7 +21,6 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=4), max_size=5),
     st.integers(1, 40),

@@ -38,7 +38,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(ROWS, st.integers(1, 5))
 def test_rows_come_back_from_shards(rows, shard_rows):
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.data.splits import balanced, clips_for_test
@@ -19,7 +19,6 @@ def distance(rows, test, share):
     return sum(abs(inside[tag] - share * total[tag]) / total[tag] for tag in total)
 
 
-@settings(deadline=None)
 @given(ROWS, st.floats(0, 0.5), st.integers(0, 5), st.randoms())
 def test_clips_for_test(rows, share, seed, rng):
     test = clips_for_test([clip for clip, _ in rows], [tag for _, tag in rows], share, seed)

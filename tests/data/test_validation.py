@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -303,7 +303,6 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.dictionaries(st.sampled_from([*ROW_FEATURES, "completion"]), JSON, max_size=8), min_size=1, max_size=4)
 )
@@ -317,7 +316,6 @@ def test_whatever_stands_in_a_table_is_told(rows):
     json.dumps(report.as_dict())
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.fixed_dictionaries(
         {
@@ -426,6 +424,7 @@ def test_messages_of_a_csv_file_stand_as_json(tmp_path):
         assert read is None or isinstance(read["prompt"][0], list) == (not faults)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """But for the digests of ids and clips, which are said to take about 200 bytes a row; a row here is of 4 kB."""

@@ -4,7 +4,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.evaluation import evaluation_results, superset_scores
@@ -99,7 +99,6 @@ def naive(rows):
         max_size=8,
     )
 )
-@settings(max_examples=60, deadline=None)
 def test_against_the_two_means_written_out(rows):
     macro = results(over_accesses(rows), TAGS)["superset_macro"]
     expected = naive(rows)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from chat_server import ChatServer, say
 from eval_runs import MODEL, evaluate, lines_of, result_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t
 from sklearn.metrics import mean_absolute_error, root_mean_squared_error
@@ -53,7 +53,6 @@ COUNTS = st.lists(
 
 
 @given(COUNTS)
-@settings(max_examples=40, deadline=None)
 def test_counts_as_scikit_learn_has_them(rows):
     found = results([counted(*row) for row in rows], samples=2)["accesses"]["required"]["metrics"]
     for group in ("all", "event", "object"):

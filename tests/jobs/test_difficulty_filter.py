@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from chat_server import ChatServer, completion, status
 from eval_runs import SMALL
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl import cli
@@ -88,7 +88,6 @@ def table_of(folder, name):
 
 
 @given(st.integers(0, 8), st.floats(0, 0.9), st.floats(0, 1))
-@settings(max_examples=200)
 def test_which_accuracies_stay(right, above, width):
     at_most = above + (1 - above) * width
     reason = reason_to_drop(Measured(0, "0", "V", right / 8, 8), above, at_most)

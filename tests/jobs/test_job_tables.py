@@ -107,7 +107,7 @@ def alike(value, stored):
     return value == stored
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.dictionaries(st.sampled_from(["prompt", "solution", "x"]), VALUES, min_size=1), min_size=1, max_size=5
@@ -216,7 +216,7 @@ def test_csv_cells_are_texts_and_conversations_stand_as_json(tmp_path):
 CELLS = st.text(st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), max_size=8)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=4),
     st.sampled_from([(".csv", ","), (".csv", ";"), (".tsv", "\t")]),

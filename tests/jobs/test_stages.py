@@ -448,6 +448,7 @@ def test_an_empty_cell_of_a_template_is_named(job):
 # Two processes
 
 
+@pytest.mark.long
 def test_two_processes_run_the_stages_in_step(job):
     """They share the rows of a step, meet a broken clip together, and end with the weights of one process."""
     rows = Dataset.from_parquet("data/train.parquet")

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
@@ -49,7 +49,6 @@ def edits(a, b):
 
 
 @given(WORDS | st.just([]), WORDS)
-@settings(deadline=None)
 def test_word_errors_are_edits_by_words_of_the_truth(told, truth):
     assert word_error_rate(" ".join(told), " ".join(truth)) == pytest.approx(edits(told, truth) / len(truth))
 
@@ -67,7 +66,6 @@ def f1(shared, told, truth):
 
 
 @given(WORDS, WORDS)
-@settings(deadline=None, max_examples=40)
 def test_rouge_by_hand(told, truth):
     found = rouge_f1(" ".join(told), " ".join(truth))
     pairs = [Counter(zip(words, words[1:], strict=False)) for words in (told, truth)]

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.evaluation import (
@@ -202,7 +202,6 @@ class TestPairedTest:
 
 class TestValues:
     @given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0, 1)), min_size=1, max_size=30))
-    @settings(deadline=None)
     def test_error_against_leaving_out_by_hand(self, rows):
         clips, scores = [row[0] for row in rows], [row[1] for row in rows]
         names = sorted(set(clips))

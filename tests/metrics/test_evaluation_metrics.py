@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.evaluation import (
@@ -97,7 +97,6 @@ class TestTable1:
 
 
 class TestPassAtK:
-    @settings(deadline=None)
     @given(st.data())
     def test_equals_exact_combinatorics(self, data):
         n = data.draw(st.integers(1, 60))
@@ -217,7 +216,6 @@ class TestBootstrap:
 
 
 class TestTagAccuracies:
-    @settings(deadline=None)
     @given(st.lists(st.tuples(st.one_of(st.none(), scores_in_tenths), st.sampled_from([*TAGS, "av", None, ""]))))
     def test_against_counting_by_hand(self, rows):
         scores, tags = [row[0] for row in rows], [row[1] for row in rows]
@@ -271,7 +269,6 @@ class TestTagAccuracies:
 
 
 class TestModalityGap:
-    @settings(deadline=None)
     @given(
         st.lists(st.floats(0.01, 1), min_size=7, max_size=7),
         st.lists(st.integers(1, 500), min_size=7, max_size=7),
@@ -439,7 +436,6 @@ def test_training_efficiency():
 
 
 class TestEmbeddingSpread:
-    @settings(deadline=None)
     @given(st.lists(st.sampled_from(TAGS), min_size=1, max_size=15), st.integers(0, 1000))
     def test_against_all_pairs(self, tags, seed):
         vectors = np.random.default_rng(seed).normal(size=(len(tags), 4))
@@ -486,7 +482,6 @@ class TestEmbeddingSpread:
 
 
 class TestClipSpread:
-    @settings(deadline=None)
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(TAGS)), max_size=12), st.integers(0, 1000))
     def test_against_all_pairs(self, captions, seed):
         captions = [("a", "V"), ("a", "A"), *captions]
@@ -523,14 +518,12 @@ class TestClipSpread:
 
 
 class TestCompareRuns:
-    @settings(deadline=None)
     @given(st.integers(0, 40), st.integers(0, 40))
     def test_mcnemar_equals_the_binomial_sum(self, first_only, second_only):
         m = first_only + second_only
         tail = sum(Fraction(math.comb(m, i), 2**m) for i in range(min(first_only, second_only) + 1))
         assert mcnemar_exact(first_only, second_only) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-12)
 
-    @settings(deadline=None)
     @given(st.integers(0, 7), st.integers(0, 7), st.integers(0, 5))
     def test_on_right_or_wrong_scores_both_tests_are_the_same(self, better, worse, same):
         first = [0] * better + [1] * worse + [1] * (same + 1)
@@ -541,7 +534,6 @@ class TestCompareRuns:
         assert exact.p_value == pytest.approx(flipped.p_value, abs=1e-12)
         assert (exact.better, exact.worse, exact.count) == (better, worse, better + worse + same + 1)
 
-    @settings(deadline=None, max_examples=50)
     @given(st.lists(st.tuples(scores_in_tenths, scores_in_tenths), min_size=1, max_size=8))
     def test_permutation_equals_all_exchanges(self, pairs):
         first, second = zip(*pairs, strict=True)

@@ -8,7 +8,7 @@ import av
 import media_files as files
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.data.benchmarks.base import CLIP_SUFFIXES
@@ -227,7 +227,6 @@ SCALES = {
 }
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     channels=st.integers(1, 64),
     kind=st.sampled_from(sorted(SCALES)),

@@ -15,7 +15,7 @@ import faults
 import media_files as files
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.omni.errors import REASONS, MediaError
@@ -87,7 +87,6 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(values)
 def test_values_cross_unchanged(value):
     from maple_trl.omni.media.decoder_process import read_arrays, write_arrays

@@ -197,7 +197,7 @@ def test_no_option_of_a_checkpoint_reaches_sampling(name, ways, undisturbed, che
         assert sample(ways[way], config) == undisturbed[way], way
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(names=st.sets(st.sampled_from(sorted(NASTY)), min_size=2, max_size=12), number=st.integers(0, 4))
 def test_no_set_of_options_of_a_checkpoint_reaches_sampling(ways, undisturbed, checkpoint, names, number):
     config = written(checkpoint, {name: NASTY[name] for name in names})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
@@ -38,7 +38,6 @@ OPERATIONS = st.lists(
     rows=st.lists(st.integers(0, PROMPTS - 1), min_size=2, max_size=6),
     operations=OPERATIONS,
 )
-@settings(max_examples=60, deadline=None)
 def test_it_holds_what_transformers_layer_holds(tokens, rows, operations):
     generator = torch.Generator().manual_seed(0)
     layer = filled(generator, tokens)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maple_trl.omni import towers
@@ -120,7 +120,6 @@ def play(memory, limit, bounds, done):
 FEW = [("put", 0, 0, 40), ("put", 1, 0, 40), ("get", 0, 0), ("put", 1, 1, 40)]
 
 
-@settings(max_examples=80)
 @given(st.integers(1, 120), st.tuples(sizes, sizes, sizes), steps)
 @example(80, (80, 80, 80), FEW)
 @example(80, (80, 80, 80), [("put", 0, 0, 30), ("put", 0, 1, 30), ("get", 0, 0), ("put", 0, 2, 30)])

@@ -74,7 +74,7 @@ def expected(size, degrees: int, hflip: bool, vflip: bool) -> np.ndarray:
     st.sampled_from([(112, 168), (168, 112), (112, 112)]),
     st.sampled_from([None, Fraction(2, 1), Fraction(1, 2)]),
 )
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 def test_pictures_are_turned_and_mirrored_as_the_file_says(
     tmp_path_factory, suffix, degrees, hflip, vflip, size, pixel_aspect
 ):

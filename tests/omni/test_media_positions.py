@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build_tiny
 
@@ -63,7 +63,6 @@ WAYS = ((True, ("video",)), (False, ("video", "audio")), (False, ("audio", "vide
     st.floats(0.1, 9.0),
     st.integers(1, 3),
 )
-@settings(max_examples=60, deadline=None)
 def test_even_pictures_from_the_start_stand_where_the_model_puts_them(name, way, pairs, step, seconds, width):
     """Tokens are the processor's and positions `get_rope_index`'s, in all the ways that a prompt can have media."""
     model, processor, family = world(name)
@@ -92,7 +91,6 @@ steps_between = st.lists(st.floats(0.02, 4.0), min_size=2, max_size=10).filter(l
 
 
 @given(st.sampled_from(OMNI), steps_between, st.floats(0, 12), st.floats(0.1, 9.0), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
 def test_pictures_beside_sound_stand_at_their_own_times(name, steps, late, seconds, width):
     _, processor, family = world(name)
     times = late + np.cumsum([0.0, *steps[1:]])

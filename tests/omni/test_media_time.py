@@ -186,8 +186,6 @@ def check(folder: Path, clip: Timed, limits: MediaLimits, request: ClipRequest) 
     (None, None),
 )
 @settings(
-    max_examples=100,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a clip is small as it is
 )

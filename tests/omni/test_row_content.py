@@ -8,7 +8,7 @@ import av
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
@@ -278,7 +278,6 @@ PIECES = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(PIECES, st.permutations(range(3)), st.sampled_from([None, "V", "A", "VA"]))
 def test_random_marks(build, pieces, order, tag):
     count = {kind: sum(mark == kind for _, mark in pieces) for kind in ("video", "audio")}
@@ -302,7 +301,6 @@ def test_random_marks(build, pieces, order, tag):
     assert shown(build, row) == expected + "?"
 
 
-@settings(deadline=None)
 @given(st.integers(0, 4), st.integers(0, 4), st.sampled_from(["video", "audio"]))
 def test_marks_and_files_must_be_as_many(build, marks, files, kind):
     row = ask(f"<{kind}>" * marks + "?", **{kind: [{"video": "v0.mp4", "audio": "a0.wav"}[kind]] * files})

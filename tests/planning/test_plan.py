@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omni_runs import build_trainer, one_row_per_tag
 from peft import LoraConfig
@@ -202,7 +202,6 @@ def seconds(setup) -> float:
     return sum(phase.seconds for phase in make_plan(setup).phases)
 
 
-@settings(deadline=None, max_examples=60)
 @given(setups())
 def test_more_of_anything_takes_more(setup):
     memory, time = make_plan(setup).memory.peak, seconds(setup)
@@ -220,7 +219,6 @@ def test_more_of_anything_takes_more(setup):
         assert make_plan(replace(setup, dtype="float32")).memory.peak >= memory
 
 
-@settings(deadline=None, max_examples=60)
 @given(setups())
 def test_what_saves_does_save(setup):
     rows = replace(setup, shared_prefix=False)
@@ -236,7 +234,6 @@ def test_what_saves_does_save(setup):
     assert (seconds(setup) > 0) == plan.engine_fits
 
 
-@settings(deadline=None, max_examples=30)
 @given(setups())
 def test_advice_is_true(setup):
     plan = make_plan(setup)

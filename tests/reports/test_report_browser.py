@@ -361,6 +361,7 @@ def strokes(pdf):
     return found
 
 
+@pytest.mark.long
 def test_paper_shows_every_chart(browser, trained):
     """Of a page that was never scrolled, and is dark on the screen."""
     page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="dark")
@@ -597,6 +598,7 @@ def test_the_policy_of_the_page_stops_what_gets_in(browser, tmp_path):
 # Two runs, and many completions
 
 
+@pytest.mark.long
 def test_two_runs_stand_side_by_side(browser, trained, tmp_path):
     write_report([trained, evil_run(tmp_path / "other")], tmp_path / "two.html")
     opened = Opened(browser, tmp_path / "two.html")

@@ -302,6 +302,7 @@ def test_a_killed_run_goes_on_without_a_step_twice(job):
     assert files_of("killed") == ["00000000.parquet"]
 
 
+@pytest.mark.long
 def test_two_processes_write_one_file_with_all_completions(job):
     ended = process("--output_dir", "shared", "--max_steps", "2", "--save_strategy", "no", processes=2)
     assert ended[0] == 0, ended[1][-3000:]

@@ -1,7 +1,7 @@
 r"""The ways to write an option: `[B]`, `**B**`, `\boxed{B}`, `选B`, `The answer is B.`; and what is none of them."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.rewards import AccuracyReward, accuracy_reward
@@ -105,7 +105,6 @@ def test_verbs_announce_a_letter_and_no_article(form):
     st.sampled_from(["", " ", "\n", "\t "]),
     st.sampled_from(["", "x", " a red square"]),
 )
-@settings(deadline=None, max_examples=300)
 def test_random_wrappings_of_a_letter(letter, marks, end, saying, space, text):
     answer = letter
     for mark in marks:
@@ -248,7 +247,6 @@ WORDS = "a A dog I cat runs the The man of option answer is red it and or then B
 
 
 @given(st.lists(st.sampled_from(WORDS), min_size=2, max_size=12).map(" ".join), st.sampled_from(["", ".", "!", "?"]))
-@settings(deadline=None, max_examples=300)
 def test_random_prose_without_a_marked_letter(words, end):
     """Only what announces a lone letter and nothing else may be read as one."""
     text = words + end
@@ -259,7 +257,6 @@ def test_random_prose_without_a_marked_letter(words, end):
 
 
 @given(st.text(max_size=60))
-@settings(deadline=None, max_examples=300)
 def test_any_text_is_read_as_one_letter_at_most_and_never_raises(text):
     for form in ("{}", "**{}**", "The answer is {}", "选{}", r"\boxed{{{}}}"):
         answer = form.format(text)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from media_files import picture
 from PIL import Image
@@ -62,7 +62,6 @@ _CLIPS = st.lists(st.integers(1, 4), max_size=3)
 
 
 @given(_CLIPS, _CLIPS, _CLIPS, st.booleans(), st.data())
-@settings(max_examples=60, deadline=None)
 def test_every_placeholder_belongs_to_one_clip(images, videos, audios, mixed, data):
     """Pictures and clips one after the other, or all tokens in any order."""
     clips = [[3] * n for n in images] + [[1] * n for n in videos] + [[2] * n for n in audios]
@@ -172,7 +171,6 @@ def test_the_config_of_an_engine(family):
 
 
 @given(st.integers(0, 40), st.sampled_from([1e-3, 1e-6]))
-@settings(max_examples=40, deadline=None)
 def test_sums_survive_fusing_and_show_any_step(which, step):
     """Split, joined and reordered they are the same; one changed weight in a thousand is seen."""
     stream = torch.Generator().manual_seed(which)
@@ -251,7 +249,6 @@ def test_options_that_do_not_fit(options, message, tmp_path):
     ),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
 def test_ratios_against_plain_arithmetic(rows, sequences):
     logps, sampled, mask = (
         torch.tensor([[token[i] for token in row] for row in rows], dtype=torch.float64) for i in range(3)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omni_runs import build_config, build_trainer, one_row_per_tag, spread_reward
 from tiny_models import build_tiny, build_tiny_text
@@ -24,7 +24,6 @@ from maple_trl.trainers.common.rollout import InFlight
 
 
 @given(sizes=st.lists(st.integers(1, 9), max_size=12), most=st.integers(1, 10))
-@settings(max_examples=200, deadline=None)
 def test_pieces_are_all_rows_in_order_and_prompts_are_cut_only_where_they_are_larger(sizes, most):
     prompts = [number for number, size in enumerate(sizes) for _ in range(size)]
     pieces = cut_into_pieces(prompts, most)

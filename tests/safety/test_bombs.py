@@ -315,6 +315,7 @@ def test_what_claims_or_becomes_too_much_is_refused_within_bounds(tmp_path, pool
     assert peak(pool) < BYTES + OVERHEAD
 
 
+@pytest.mark.long
 def test_what_is_measured_would_see_more(tmp_path, pool):
     """The control: a decoder process that is allowed more takes more, and this shows."""
     text = PngImagePlugin.PngInfo()

@@ -62,6 +62,14 @@ RUNS = {
     },
 }
 UNEQUAL = ("unequal", "unequal-spanning")
+SELDOM = ("spanning-most", "wide", "stratified", "tiers-stratified")
+
+
+def some(names):
+    """Parameters of which those that are dear and much like others are left to `make test-long`."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in SELDOM else name for name in names]
+
+
 LONG = {
     "max_steps": 6,
     "learning_rate": 1e-3,
@@ -77,7 +85,7 @@ LONG = {
 }
 
 
-def plan(world, rows):
+def plan(world, rows, names):
     runs = []
 
     def add(name, rows_of_rollout, accumulation=2, reward="of_completion", rows=rows, **options):
@@ -91,6 +99,8 @@ def plan(world, rows):
         runs.append(run | {"options": PLAIN | sizes | options})
 
     for name, options in RUNS.items():
+        if name not in names:
+            continue
         options = dict(options)
         used = [rows[0], rows[1]] if name.startswith("spanning") else rows
         add(name, options.pop("rows"), rows=[row | {"known": True} for row in used], **options)
@@ -100,22 +110,26 @@ def plan(world, rows):
     told = [row | {"known": i != 0} for i, row in enumerate(rows[:3])]
     add("unequal-spanning", 24, accumulation=1, rows=told, reward="where_known", num_generations=8)
     if world == 2:
-        options = {name: value for name, value in RUNS["wide"].items() if name != "rows"}
+        options = {name: value for name, value in RUNS["passes"].items() if name != "rows"}
         add("unsynced", 16, rows=[row | {"known": True} for row in rows], **options)
         runs[-1]["unsynced"] = True
     return runs
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, tested):
+    names = tested("test_two_processes_give_the_same_losses_and_weights", "name")
+    # What further tests compare, or look at.
+    names |= {"spanning", "passes", "buffer", "tiers", "hints"}
+
     def prepare(folder):
         inputs = write_inputs(folder)
         rows = by_tag(inputs, ("VA", "AS", "VA", "AS"))
         rows = [row | {"hint": f"hint {i}" if i % 2 else None} for i, row in enumerate(rows)]
         long = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": LONG}
-        alone = Job(1, folder, "1", rows, plan(1, rows))
+        alone = Job(1, folder, "1", rows, plan(1, rows, names))
         alone.wait()
-        Job(2, folder, "2", rows, [*plan(2, rows), long]).wait()
+        Job(2, folder, "2", rows, [*plan(2, rows, names), long]).wait()
         killed = Job(2, folder, "killed", rows, [long | {"hold_at": 3}])
         killed.wait_for("long.held")
         (folder / "status.json").write_text(json.dumps(killed.kill()))
@@ -161,7 +175,7 @@ def assert_same_weights(results, name):
     assert any(value.norm() > 1e-4 for value in one.values())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS))
 def test_two_processes_give_the_same_losses_and_weights(results, name):
     assert_same_weights(results, name)
     for alone, shared in zip(
@@ -179,7 +193,7 @@ def test_two_processes_give_the_same_losses_and_weights(results, name):
     assert all(torch.equal(value, other[key]) for key, value in weights(results / "2", name).items())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS))
 def test_two_processes_replay_the_same_completions(results, name):
     (alone,) = trained(results, 1, name)
     shared = trained(results, 2, name)
@@ -189,21 +203,21 @@ def test_two_processes_replay_the_same_completions(results, name):
     assert sum(counts[0]) == sum(counts[1]) > 0
 
 
-@pytest.mark.parametrize("name", [*RUNS, *UNEQUAL, "unsynced", "long"])
+@pytest.mark.parametrize("name", some([*RUNS, *UNEQUAL, "unsynced", "long"]))
 def test_both_ranks_remember_the_same(results, name):
     first, second = told(results, 2, name, 0), told(results, 2, name, 1)
     assert first["known"] == second["known"] and len(first["known"]) == len(per_step(first))
     assert first["known"][-1]["experiences"] and first["known"][-1]["vcrs"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS))
 def test_two_processes_remember_what_one_does(results, name):
     one, two = told(results, 1, name)["known"], told(results, 2, name)["known"]
     assert close(one, two)
     assert not close(one[:-1], two[1:])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS))
 def test_two_processes_write_the_same_advantages(results, name):
     """Of fresh and replayed completions, into the files of the rollouts."""
 
@@ -225,7 +239,7 @@ def test_two_processes_write_the_same_advantages(results, name):
     assert past and any(abs(advantage) > 1e-3 for advantage in past)
 
 
-@pytest.mark.parametrize("name", ["spanning", "spanning-most"])
+@pytest.mark.parametrize("name", some(["spanning", "spanning-most"]))
 def test_a_group_lies_on_both_ranks(results, name):
     replayed = RUNS[name]["replayed_generations"]
     first, second = trained(results, 2, name)
@@ -281,8 +295,8 @@ def test_a_group_without_anything_stored_on_both_ranks(results):
 
 
 def test_the_comparison_notices_other_completions(results):
-    assert worst(changes(results / "1", "wide"), changes(results / "2", "stratified"))[0] > 0.01
-    assert not close(told(results, 1, "wide")["known"], told(results, 2, "unsynced")["known"])
+    assert worst(changes(results / "1", "passes"), changes(results / "2", "hints"))[0] > 0.01
+    assert not close(told(results, 1, "passes")["known"], told(results, 2, "unsynced")["known"])
 
 
 # Kill and resume

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omni_runs import DEFAULTS, build_trainer
 from tiny_models import build_tiny, build_tiny_text
@@ -129,7 +129,6 @@ def test_mapo_compares_the_prompts_of_a_tag_with_each_other(caplog, tmp_path):
     assert not {"equal_rewards", "zero_gradient"} & found["batch"]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 6))
 def test_a_streak_is_what_counting_by_hand_finds(happened, limit):
     streak = Streak(limit)

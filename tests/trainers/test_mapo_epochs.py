@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jobs.runner import Job, changes, facts, once, write_inputs
 from omni_runs import spread_reward
@@ -49,7 +49,6 @@ def build(seven_tags, tmp_path):
 # The schedule
 
 
-@settings(deadline=None)
 @given(
     tags=st.lists(st.sampled_from(list(ModalityTag)), min_size=1, max_size=30),
     multiple=st.integers(1, 4),

@@ -6,7 +6,7 @@ from statistics import fmean, pstdev, stdev
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_mapo import DEFAULTS, Diary, G, Watched, logs, tags_in, take, varied
 from tiny_models import build_tiny
@@ -176,7 +176,6 @@ numbers = st.floats(-2, 2, width=32)
     length=st.integers(0, 4),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_clipped_tokens_against_a_loop(advantages, low, high, surrogate, length, data):
     near = st.sampled_from([1.0, 1 - low, 1 + high, high])
     row = st.lists(st.one_of(near, st.floats(0, 4, width=32)), min_size=length, max_size=length)

@@ -104,17 +104,20 @@ def long_run(rows):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The same plan on one, two and four processes."""
+def results(tmp_path_factory, tested):
+    """The same plan on one and two processes, and, where that is looked at, on four."""
+    # Two of them serve as controls in any case.
+    names = {"mixed", "early", *tested("test_any_number_of_processes_gives_the_same_gradient", "name")}
+    worlds = {1, 2, *tested("test_any_number_of_processes_gives_the_same_gradient", "world")}
 
     def make(folder):
         rows = write_inputs(folder)
         few = by_tag(rows, TAGS)
         of_three = [row for row in rows if row["tag"] in ("S", "VA", "A")]
         jobs = []
-        for world in WORLDS:
+        for world in sorted(worlds):
             of_one_tag = [row for row in rows if row["tag"] == "VAS"]
-            runs = gradient_runs(world, few, of_one_tag)
+            runs = [run for run in gradient_runs(world, few, of_one_tag) if run["name"] in names]
             if world in IDLE_WORLDS:
                 runs += alike_runs(world, rows[:12])
             if world == 2:
@@ -123,7 +126,8 @@ def results(tmp_path_factory):
             if world == 2:
                 for job in jobs:  # four more at the same time would be too many for the memory of a small machine
                     job.wait()
-        jobs[-1].wait()
+        for job in jobs[2:]:
+            job.wait()
 
     return once(tmp_path_factory, "mapo-processes", make)
 
@@ -156,7 +160,16 @@ KEPT = {
     "stratified-early": 12,
 }
 NO_VIDEO = ("early-one", "early-passes", "early-waiting", "checkpointing")  # only prompt 3 is trained on
-CASES = [(name, world) for name in KEPT for world in WORLDS[1:] if world < 4 or name in ON_FOUR]
+USUAL = [
+    (name, 2)
+    for name in ("mixed", "adaptive", "early", "early-most", "early-one", "early-passes", "refill", "stratified-early")
+]
+CASES = [
+    (name, world) if (name, world) in USUAL else pytest.param(name, world, marks=pytest.mark.long)
+    for name in KEPT
+    for world in WORLDS[1:]
+    if world < 4 or name in ON_FOUR
+]
 
 
 @pytest.mark.parametrize(("name", "world"), CASES)
@@ -182,6 +195,7 @@ def test_ranks_share_the_kept_rows_and_no_others(results, name, world):
     assert sorted(row for rows in ranks for row in rows) == sorted(alone)
 
 
+@pytest.mark.long
 def test_the_kept_rows_lay_on_few_ranks(results):
     """What the names of the runs promise: without sharing, ranks would have trained on very different numbers."""
     kept = {"early": [4, 4, 0, 0], "early-most": [0, 4, 4, 4], "early-one": [0, 0, 0, 4]}
@@ -193,7 +207,9 @@ def test_the_kept_rows_lay_on_few_ranks(results):
         assert [sum(map(varied.get, ids)) for ids in used] == expected
 
 
-@pytest.mark.parametrize(("name", "world"), [case for case in CASES if case[0] not in ("checkpointing", "sapo")])
+@pytest.mark.parametrize(
+    ("name", "world"), [case for case in CASES if not {"checkpointing", "sapo"} & set(getattr(case, "values", case))]
+)
 def test_rows_of_dropped_groups_are_in_no_forward_pass_of_any_rank(results, name, world):
     # The log-probabilities that a second pass needs; ranks that must not run ahead of others compute as many rows as these.
     before_training = {"early-passes": 4, "early-waiting": 4 * world}.get(name, 0)

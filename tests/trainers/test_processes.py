@@ -105,20 +105,26 @@ def long_run(name, **extra):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, tested):
     """Results of the same plan on one process and on two."""
+    names = tested("test_two_processes_give_the_gradient_of_one", "name")
+    names |= {"full-2-dapo", "rank-reward", "unsynced", "pictures", "other pictures"}  # of further tests
 
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
         save_tiny("qwen3_omni", folder / "experts")
         write_pictures(folder / "media")
         save_tiny("gemma4", folder / "gemma4")
-        one = Job(1, folder, "one", rows, gradient_runs(1, folder) + picture_runs(1, rows))
+        runs = {
+            world: [run for run in gradient_runs(world, folder) + picture_runs(world, rows) if run["name"] in names]
+            for world in (1, 2)
+        }
+        one = Job(1, folder, "one", rows, runs[1])
         resumed = long_run("half", resume=str(folder / "two" / "whole" / "checkpoint-2"))
         pieces = long_run("pieces")
         pieces["options"] |= {"generation_batch": 3}
         long_runs = [long_run("whole"), resumed, pieces]
-        two = Job(2, folder, "two", rows, gradient_runs(2, folder) + picture_runs(2, rows) + long_runs)
+        two = Job(2, folder, "two", rows, runs[2] + long_runs)
         one.wait()
         two.wait()
 
@@ -135,9 +141,16 @@ def worst(one, two):
 
 
 NAMES = ["-".join(map(str, combination)) for combination in COMBINATIONS]
+SELDOM = ("full-1-grpo", "lora-2-grpo", "checkpointing", "experts", "pictures alone", "reentrant", "whole-usual")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "checkpointing", "experts", "gemma4", *PICTURES])
+def some(cases):
+    """Parameters of which those that are dear and much like others are left to `make test-long`."""
+    told = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.long] * (case[0] in SELDOM)) for case in told]
+
+
+@pytest.mark.parametrize("name", some([*NAMES, "experts", "gemma4", "checkpointing", *PICTURES]))
 def test_two_processes_give_the_gradient_of_one(results, name):
     for rank in (0, 1):
         told = facts(results / "two", name, rank)
@@ -153,13 +166,14 @@ def test_two_processes_give_the_gradient_of_one(results, name):
     assert all(torch.equal(value, other[key]) for key, value in weights(results / "two", name).items())
 
 
-def test_a_tower_runs_for_no_kind_that_no_row_has(results):
+@pytest.mark.parametrize(
+    ("name", "kinds"), some([("pictures", 2), ("no pictures", 1), ("pictures alone", 1), ("other pictures", 2)])
+)
+def test_a_tower_runs_for_no_kind_that_no_row_has(results, name, kinds):
     """Ranks that wait for each other pass the vision tower once for each kind that some row has, whatever their own have."""
-    passes = {name: [facts(results / "two", name, rank) for rank in (0, 1)] for name in PICTURES}
-    kinds = {"pictures": 2, "no pictures": 1, "pictures alone": 1, "other pictures": 2}
-    for name, told in passes.items():
-        assert [fact["seen"] for fact in told] == [kinds[name] * len(fact["passes"]) for fact in told], name
-        assert told[0]["passes"], name
+    told = [facts(results / "two", name, rank) for rank in (0, 1)]
+    assert [fact["seen"] for fact in told] == [kinds * len(fact["passes"]) for fact in told]
+    assert told[0]["passes"]
 
 
 def test_the_comparison_sees_another_picture(results):
@@ -211,8 +225,9 @@ WAITING = {"ddp_find_unused_parameters": False}
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
+def started(tmp_path_factory, tested):
     """Results of steps on rows without video, and without any media, of a plain process and of one under a launcher."""
+    names = {"unread", *tested("test_a_launcher_may_start_one_process", "name")}
 
     def make(folder):
         rows = by_tag(write_inputs(folder), ("A", "S", "S", "A"))
@@ -231,6 +246,7 @@ def started(tmp_path_factory):
             for name, options in (("usual", {}), ("waiting", WAITING))
         ]
         runs += [run("unread", **WAITING) | {"lora": False, "unread": True}]
+        runs = [run for run in runs if run["name"] in names]
         jobs = [Job(1, folder, "plain", rows, runs), Job(1, folder, "launched", rows, runs, distributed=True)]
         for job in jobs:
             job.wait()
@@ -240,10 +256,12 @@ def started(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "find_unused"),
-    [
-        *(("usual", True), ("checkpointing", True), ("waiting", False), ("reentrant", False), ("dropping", False)),
-        *(("whole-usual", True), ("whole-waiting", False)),
-    ],
+    some(
+        [
+            *(("usual", True), ("checkpointing", True), ("waiting", False), ("reentrant", False), ("dropping", False)),
+            *(("whole-usual", True), ("whole-waiting", False)),
+        ]
+    ),
 )
 def test_a_launcher_may_start_one_process(started, name, find_unused):
     """DDP wraps the model there too, and waits for the gradients of towers that the rows have no media for."""

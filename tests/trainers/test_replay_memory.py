@@ -8,7 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.algorithms import HintTrigger, StratifiedReplayBuffer, Vcrs
@@ -210,7 +210,6 @@ def test_two_groups_of_one_prompt():
 # In any order
 
 
-@settings(deadline=None, max_examples=40)
 @given(data=st.data(), ranks=st.integers(1, 3))
 def test_the_order_of_micro_batches_and_ranks_does_not_matter(data, ranks):
     """Shuffled rows, shared in any way: the buffer and what it will draw are the same."""

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 from datasets import Dataset, Video
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from media_files import tone, write_video
 from omni_runs import build_trainer
@@ -130,7 +130,6 @@ def check_copies(builder, rows):
         assert told(encoder.spec, row) == told(builder.spec, row)
 
 
-@settings(max_examples=400, deadline=None)
 @given(place=st.sampled_from(PLACES), values=st.lists(st.sampled_from(VALUES), min_size=2, max_size=6))
 def test_rows_that_differ_in_one_place_are_told_apart(builder, place, values):
     check_copies(builder, [changed(place, value) for value in values])

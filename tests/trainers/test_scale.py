@@ -190,9 +190,11 @@ def test_four_processes_finish_twenty_steps_and_agree(way, tmp_path):
     assert_finished(tmp_path, way, "longer", 20)
 
 
-@pytest.mark.parametrize("name", [*EQUAL, "sft"])
+@pytest.mark.parametrize(
+    "name",
+    ["stratified", *(pytest.param(name, marks=pytest.mark.long) for name in [*EQUAL, "sft"] if name != "stratified")],
+)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.matrix(cases=2)
 def test_four_processes_train_as_one_does(results, way, name):
     assert_equal(results, way, name)
 

@@ -32,7 +32,7 @@ KINDS = {
 }
 
 
-def long_runs():
+def long_runs(kinds):
     return [
         {
             "name": f"{name}-{shared}",
@@ -40,6 +40,7 @@ def long_runs():
             "options": {**LONG, **options, "shared_prefix": shared},
         }
         for name, options in KINDS.items()
+        if name in kinds
         for shared in SHARED
     ]
 
@@ -66,11 +67,13 @@ def one_step(world):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, tested):
+    kinds = {"odd", *tested("test_sharing_changes_nothing_on_two_processes", "name")}
+
     def make(folder):
         rows = by_tag(write_inputs(folder), TAGS)
         one = Job(1, folder, "one", rows, one_step(1))
-        two = Job(2, folder, "two", rows, one_step(2) + long_runs())
+        two = Job(2, folder, "two", rows, one_step(2) + long_runs(kinds))
         one.wait()
         two.wait()
 
@@ -84,7 +87,7 @@ def logged(told):
     return [{name: entry[name] for name in LOGGED if name in entry} for entry in told["log"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*list(KINDS)[:-1], pytest.param("avatar", marks=pytest.mark.long)])
 def test_sharing_changes_nothing_on_two_processes(results, name):
     out = results / "two"
     for rank in (0, 1):

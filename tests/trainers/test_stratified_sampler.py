@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
@@ -33,7 +33,6 @@ def rollouts_of(order, prompts, copies, repeats):
     return found
 
 
-@settings(deadline=None)
 @given(
     batches=st.integers(1, 4),
     prompts=sizes,
@@ -51,7 +50,6 @@ def test_one_tag_is_the_order_of_trl(batches, prompts, copies, repeats, shuffle,
         assert list(ours) == list(theirs)
 
 
-@settings(deadline=None)
 @given(rows=st.integers(2, 20), prompts=sizes, seed=st.integers(0, 99))
 def test_where_a_batch_is_short_trl_leaves_its_rows_out(rows, prompts, seed):
     """One tag still: ours begins alike and fills the last batch."""
@@ -61,7 +59,6 @@ def test_where_a_batch_is_short_trl_leaves_its_rows_out(rows, prompts, seed):
     assert set(ours) == set(range(rows)) and len(ours) == -(-rows // prompts) * prompts * 4
 
 
-@settings(deadline=None)
 @given(tags=tag_lists, prompts=sizes, copies=copies, repeats=repeats, shuffle=st.booleans(), seed=st.integers(0, 99))
 def test_every_row_each_epoch_and_one_tag_a_rollout(tags, prompts, copies, repeats, shuffle, seed):
     sampler = sampler_of(tags, prompts, copies, repeats, shuffle=shuffle, seed=seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
@@ -76,7 +76,6 @@ def of_prompts(names):
     return batch, {id(prompt): name for name, prompt in prompts.items()}
 
 
-@settings(deadline=None, max_examples=200)
 @given(mixtures())
 def test_each_step_has_its_share_of_the_groups_and_of_the_single_rows(mixture):
     steps, size, names = mixture
@@ -107,7 +106,6 @@ def splits(draw):
     return even_parts(total, world), steps, slots, largest, draw(st.integers(1, 4))
 
 
-@settings(deadline=None, max_examples=300)
 @given(splits())
 def test_micro_batches_of_all_ranks(split):
     rows_per_rank, steps, slots, largest, group = split
@@ -139,7 +137,6 @@ def test_micro_batches_of_all_ranks(split):
         assert sum(bool(chunk) for chunk in ranks[0][step : step + slots]) == -(-most // largest), "as few as can be"
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 4), st.integers(1, 3))
 def test_groups_are_not_cut(group, rows, most_groups, world):
     largest = group * most_groups
@@ -199,7 +196,6 @@ def round_of(rows, prompt, completion, first):
 shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(shapes)
 def test_rounds_are_padded_as_trl_pads(shapes):
     rounds = [round_of(*shape, first=1000 * (i + 1)) for i, shape in enumerate(shapes)]

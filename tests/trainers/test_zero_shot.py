@@ -235,6 +235,7 @@ def visited(results, name):
     return [tag for (tag,) in tags]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["main", "other", "random", "again"])
 def test_all_processes_hold_what_the_first_one_scored(results, name):
     first, second = (facts(results, name, rank) for rank in (0, 1))

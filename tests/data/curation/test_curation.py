@@ -15,7 +15,7 @@ import yaml
 from chat_server import status
 from curation_server import WORD, CurationServer, kind_of, question_key, servers, signals_in, subsets, violation
 from datasets import load_dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from media_files import cut, tone, write_video
 
@@ -191,7 +191,6 @@ def brute_force(tag: str, voters: int, quorum: int, knows) -> bool:
     return answered(tag) and not any(answered(subset) for subset in subsets(tag))
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.sampled_from(list(ModalityTag)), st.randoms(use_true_random=False), st.floats(0, 1))
 def test_reasons_to_drop_against_all_subsets(tag, rng, known):
     table = {subset: rng.random() < known for subset in [tuple(tag.value), *subsets(tag.value)]}

@@ -196,6 +196,7 @@ def test_a_row_is_looked_at_as_another_tag(opened, served):
     assert opened.errors == []
 
 
+@pytest.mark.long
 def test_the_space_key_plays_and_pauses(opened):
     opened.key("Shift+Digit4")
     opened.page.wait_for_function("document.querySelector('#clip').readyState > 2")
@@ -333,6 +334,7 @@ def test_rows_are_chosen_by_tag_and_state(opened, served):
     assert "show=unreviewed" in opened.page.url and "tag=all" in opened.page.url
 
 
+@pytest.mark.long
 def test_a_page_that_is_loaded_again_shows_the_same(opened):
     opened.key("5", "ArrowRight", "ArrowLeft", "ArrowLeft")
     row, name = opened.row, opened.page.input_value("#reviewer input, #reviewer textarea")
@@ -417,6 +419,7 @@ def test_a_broken_clip_says_why_and_a_caption_its_reference(browser, served):
     opened.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", ["VAS", "long"])
 @pytest.mark.matrix(cases=1)
 def test_all_of_it_is_seen_without_scrolling(browser, served, row):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, load_dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from review_sets import desk_of, question_row, seen, write_rows
 
@@ -298,7 +298,6 @@ def test_the_card_shows_every_kind_of_decision_once_one_has_decided(desk):
 # Agreement
 
 
-@settings(deadline=None, max_examples=150)
 @given(pairs=st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), max_size=30))
 def test_kappa_is_that_of_scikit_learn(pairs):
     metrics = pytest.importorskip("sklearn.metrics")

@@ -76,7 +76,7 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
 def test_any_order_of_actions_undo_and_torn_lines(tmp_path, steps):
     """Two open logs take turns; a line of each is cut now and then, as a kill leaves it."""
