@@ -83,11 +83,24 @@ def test_faults_are_found():
     assert run_notebooks.faults(notebook, "x" * 300_001) == ["takes 300001 bytes, more than 300000"]
 
 
+def kinds(notebook):
+    """What each cell of code shows, by the types of its outputs."""
+    return [[sorted(output.get("data", {})) for output in cell.outputs] for cell in code_of(notebook)]
+
+
+@pytest.mark.long
+@notebooks
+def test_all_of_it_runs(path, tmp_path):
+    """And shows as much as it did."""
+    notebook = run_notebooks.execute(path, str(tmp_path))
+    assert run_notebooks.faults(notebook, nbformat.writes(notebook), [str(tmp_path)]) == []
+    assert kinds(notebook) == kinds(nbformat.read(path, as_version=4))
+
+
 @pytest.mark.slow
 def test_the_quick_start_runs(tmp_path):
     """In a kernel of its own; a trainer shows itself, its curves are a picture, and its table tells of rewards."""
     (path,) = [path for path in NOTEBOOKS if path.stem == "quick_start"]
-    kept = nbformat.read(path, as_version=4)
     shorter = path.read_text(encoding="utf-8")
     for usual, fewer in (("max_steps=35", "max_steps=4"), ("logging_steps=7", "logging_steps=1")):
         assert shorter.count(usual) == 1
@@ -95,8 +108,7 @@ def test_the_quick_start_runs(tmp_path):
     (tmp_path / path.name).write_text(shorter, encoding="utf-8")
     notebook = run_notebooks.execute(tmp_path / path.name, str(tmp_path))
     assert run_notebooks.faults(notebook, nbformat.writes(notebook), [str(tmp_path)]) == []
-    kinds = [[sorted(output.get("data", {})) for output in cell.outputs] for cell in code_of(notebook)]
-    assert kinds == [[sorted(output.get("data", {})) for output in cell.outputs] for cell in code_of(kept)]
+    assert kinds(notebook) == kinds(nbformat.read(path, as_version=4))
     html = [
         output.data.get("text/html", "") for cell in code_of(notebook) for output in cell.outputs if "data" in output
     ]

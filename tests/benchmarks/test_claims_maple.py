@@ -254,6 +254,7 @@ def trainer(tmp_path):
     return make
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),

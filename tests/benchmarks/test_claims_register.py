@@ -40,6 +40,7 @@ def test_claims_are_chosen_by_name_and_number(register):
         register.choose(["better", "soner"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_is_registered_can_be_run():
     register = read_register(CLAIMS)

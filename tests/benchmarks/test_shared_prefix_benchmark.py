@@ -103,6 +103,7 @@ def test_operations_are_those_that_pytorch_counts(benchmark):
     assert all(ratio == pytest.approx(1.0, abs=0.005) for ratio in counted.values())
 
 
+@pytest.mark.long
 def test_the_way_of_the_real_sizes(script, monkeypatch):
     """Half precision and gradient checkpointing in train mode, which generation in its midst must not meet."""
     make_config = script.sizes.make_config

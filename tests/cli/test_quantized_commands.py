@@ -142,6 +142,7 @@ def test_the_recipe_of_a_small_card_runs_tiny(tmp_path):
     assert {name: options[name] for name in few} == {name: real[name] for name in few}
 
 
+@pytest.mark.long
 def test_an_adapter_is_trained_on_beside_few_bits(tmp_path):
     assert train(tmp_path, *NF4) == 0
     first = adapter(tmp_path)

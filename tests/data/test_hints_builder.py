@@ -198,6 +198,7 @@ def test_any_text_has_a_verdict(hint, prompt, solution):
     assert leaks_answer(hint, prompt, solution) in (None, *LEAKS)
 
 
+@pytest.mark.long
 def test_long_texts_take_linear_time():
     """50 kB of what could make patterns backtrack; a quadratic pattern would take minutes."""
     for piece in ("a ", "(A", "A. ", "option ", "- ", "one hundred ", "<", '"', "r...", "</"):

@@ -241,6 +241,7 @@ def test_a_leaky_rule_is_caught(written, signals):
         assert leaks(train, test, signals) == expected
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_subtitle_that_follows_the_color_is_caught(written, signals):
     """Negative control on the signals: a word that depends on the colour lets the subtitle answer V questions."""
@@ -444,6 +445,7 @@ def script():
     return module
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_the_tiny_model_is_repeatable(script, written):
     folder, tables = written

@@ -349,6 +349,7 @@ def test_the_recipe_of_both_has_all_of_both():
     assert args.steps_per_generation > args.gradient_accumulation_steps  # else nothing is ever clipped
 
 
+@pytest.mark.long
 def test_the_recipe_of_both_runs(tmp_path):
     words = ["--config", BOTH, "--output_dir", tmp_path, "--max_steps", 8, "--use_cpu", "true", "--logging_steps", 1]
     words += ["--evaluate_before_after", "false", "--per_device_train_batch_size", 16, "--zero_shot_questions", 2]

@@ -615,6 +615,7 @@ class TestCompareRuns:
             align_runs({"a": 1}, {"a": 1, "z": 0})
 
 
+@pytest.mark.long
 def test_ten_thousand_questions():
     rng = np.random.default_rng(0)
     tags = rng.choice(TAGS, 10_000).tolist()

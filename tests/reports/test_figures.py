@@ -425,6 +425,7 @@ def test_entries_count_as_often_as_they_have_steps(tmp_path):
 # Accuracy by length
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_gain_by_length_of_two_evaluations(tmp_path):
     """Question by question from `rows.parquet`; the bins are given."""

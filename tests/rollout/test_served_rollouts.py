@@ -92,6 +92,7 @@ def test_a_prompt_that_fails_once_is_asked_for_again(clips, tmp_path, undisturbe
     assert equal(weights, undisturbed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("instead", "reason"),
     [(RuntimeError("no such codec"), "RuntimeError: no such codec"), (9.0, "no answer within 4 seconds")],

@@ -705,6 +705,7 @@ def test_a_run_after_one_that_broke_begins_anew(data, build):
     assert logs(trainer)[0]["replay/size"] == 2 * G
 
 
+@pytest.mark.long
 def test_the_age_limit_holds_in_a_run(data, build):
     """All prompts are visited at every step, so what was written at the one before has age 1."""
     rows = take(data[1], VAS=2, S=2)

@@ -445,6 +445,7 @@ def test_a_clip_that_is_deleted_during_the_run(data, tmp_path, tmp_path_factory,
 # The folder
 
 
+@pytest.mark.long
 def test_a_checkpoint_holds_no_more_than_the_capacity(data, tmp_path):
     rows = take(data[1], VAS=2, AS=2)
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "replay_capacity": 40}

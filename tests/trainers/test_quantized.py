@@ -210,6 +210,7 @@ def test_no_input_is_kept_for_weights_that_have_no_gradient(build, quantized, mo
     assert (kept > 0) == (quantized == "int8")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quantized", KINDS)
 @pytest.mark.matrix(cases=1)
 def test_a_resumed_run_is_the_whole_run(build, tmp_path, quantized):

@@ -264,6 +264,7 @@ def test_the_answer_is_shown_when_it_is_asked_for(opened, served):
     assert opened.page.locator("#right-answer").count() == 0, "of the next row it is not shown"
 
 
+@pytest.mark.long
 def test_a_question_is_edited(opened, served):
     row = served.rows[0]
     opened.key("e")
