@@ -14,7 +14,7 @@ from typing import Any
 
 from values import Censored, MissingValueError, area_under, point_name
 
-from maple_trl.jobs.errors import did_you_mean
+from maple_trl.messages import did_you_mean
 from maple_trl.metrics.gaps import modality_gap
 
 

@@ -16,7 +16,7 @@ from metrics import Metric, read_metric
 from runs import HERE, KEPT, Run, is_kept
 from tasks import load_task
 
-from maple_trl.jobs.errors import did_you_mean
+from maple_trl.messages import did_you_mean
 
 
 PAPERS = ("MAPLE", "AVATAR", "ours")

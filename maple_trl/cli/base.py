@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from maple_trl.cli.failures import CLOSED, DONE, FAILED, INTERRUPTED, WRONG, asks_for_help, fail, refuse
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.help_format import HelpFormatter
+from maple_trl.messages import did_you_mean
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -205,8 +206,6 @@ class PlainParser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Read a command line; raise SetupError for what is unknown, naming the closest option."""
-        from maple_trl.jobs.errors import did_you_mean
-
         values, unknown = self.parse_known_args(list(words))
         if unknown:
             kind = "argument" if unknown[0].startswith("-") else "value"

@@ -33,8 +33,8 @@ from maple_trl.cli import (
 from maple_trl.cli import eval as evaluation
 from maple_trl.cli.base import Command, add_help, statuses_text
 from maple_trl.cli.failures import CLOSED, DONE, INTERRUPTED, asks_for_help, fail, refuse
-from maple_trl.jobs.errors import did_you_mean
 from maple_trl.jobs.help_format import HelpFormatter
+from maple_trl.messages import did_you_mean
 
 
 # Nothing heavier than the standard library is imported up here: `maple-trl --help` answers at once.

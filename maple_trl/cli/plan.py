@@ -199,7 +199,7 @@ def _trained_parts(arguments: PlanArguments) -> tuple[str, ...]:
 
 
 def _read_gpu(name: str, card: CardArguments) -> Gpu:
-    from maple_trl.jobs.errors import did_you_mean
+    from maple_trl.messages import did_you_mean
     from maple_trl.planning.setup import PlanError
 
     found = next((gpu for known, gpu in GPUS.items() if known.lower() == name.lower()), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from maple_trl.data.benchmarks.prompts import ANSWER_KINDS, PROMPT_STYLES, PromptStyle
+from maple_trl.messages import did_you_mean
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.errors import RowError
 from maple_trl.omni.templates import Asking, PromptTemplate
@@ -134,11 +134,9 @@ def read_template(value: str | Mapping[str, str]) -> Asking:
     if value in PROMPT_TEMPLATES:
         return PROMPT_TEMPLATES[value]
     if "{" not in value and len(value.split()) == 1:
-        close = difflib.get_close_matches(value, PROMPT_TEMPLATES, 1)
-        advice = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(
             f"there is no set of templates {value!r}, and as a text it names no column; there are "
-            f"{', '.join(PROMPT_TEMPLATES)}{advice}"
+            f"{', '.join(PROMPT_TEMPLATES)}{did_you_mean(value, PROMPT_TEMPLATES)}"
         )
     return PromptTemplate({"default": value})
 

@@ -18,25 +18,33 @@ from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from string import ascii_uppercase
 from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from cachetools import LRUCache
-from datasets import Features, List, Value
 
 from maple_trl.data.benchmarks.options import described
 from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
+from maple_trl.data.row_rules import (
+    Fault,
+    content_faults,
+    is_blank,
+    listed,
+    picture_fault,
+    prompt_faults,
+    provenance_faults,
+    read_tag,
+    signals,
+    stratum_faults,
+    type_faults,
+    unread_subtitle,
+)
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import ShardError, find_shards, split_of
-from maple_trl.modalities import IMAGE_COLUMNS, STRATA, SUBTITLE_SUFFIXES, Modality, ModalityTag
-from maple_trl.omni.content import MARK
-from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media.clips import Source
-from maple_trl.omni.media.subtitles import is_subtitle_file, unread_file
-from maple_trl.omni.media.tasks import Task, perform
+from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
+from maple_trl.omni.media.subtitles import is_subtitle_file
 
 
 KINDS: Mapping[str, str] = MappingProxyType(
@@ -65,16 +73,10 @@ REQUIRED = ("id", "clip", "tag", "source", "prompt")
 
 _MEDIA = ("video", "audio")
 _SPLITS = ("train", "validation", "test")  # of a file that is no shard
-_ROLES = ("system", "user", "assistant")
 _FURTHER = ("completion",)  # a column that is not of the schema, and says that a row is neither question nor caption
 _ROWS_AT_ONCE = 1000
 _PATHS_AT_HAND = 20_000
-_LETTERS = re.compile(r"[A-Z](,[A-Z])*")
-_DIGEST = re.compile(r"[0-9a-f]{8,64}")
 _SHOWN = 10
-
-Fault = tuple[str, str, str]
-"""Kind, field and message."""
 
 
 @dataclass(frozen=True)
@@ -344,32 +346,21 @@ class _RowChecker:
 
     def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
         """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
-        faults = [
-            ("type", name, f"must be {_type_name(ROW_FEATURES[name])}, but is {described(row[name])}")
-            for name in untyped
-            if row.get(name) is not None and not _is(row[name], ROW_FEATURES[name])
-        ]
+        faults = type_faults(row, untyped)
         if faults:  # the rest is about values of the right type
             return sorted(faults)
-        empty = [name for name in REQUIRED if _blank(row.get(name)) and name not in self.missing]  # told of the file
+        empty = [name for name in REQUIRED if is_blank(row.get(name)) and name not in self.missing]  # told of the file
         faults += [("empty", name, "must be filled, but is empty") for name in empty]
-        tag = _tag(row, "tag", faults)
-        required = _tag(row, "required_tag", faults)
-        faults += _stratum_faults(row, tag, required)
-        faults += _prompt_faults(row)
-        faults += self._content_faults(row, tag)
+        tag = read_tag(row, "tag", faults)
+        required = read_tag(row, "required_tag", faults)
+        faults += stratum_faults(row, tag, required)
+        faults += prompt_faults(row)
+        faults += content_faults(row, tag)
         faults += self._id_faults(row.get("id"), number)
         faults += self._split_faults(row, number)
         faults += self._media_faults(row, tag)
-        faults += _provenance_faults(row, self.columns)
+        faults += provenance_faults(row, self.columns)
         return faults
-
-    def _content_faults(self, row: Mapping[str, Any], tag: ModalityTag | None) -> list[Fault]:
-        if not _blank(row.get("question")):
-            return _answer_faults(row)
-        if _blank(row.get("reference")) and row.get("completion"):
-            return []  # of a table for supervised training
-        return _reference_faults(row, tag)
 
     def _id_faults(self, name: str | None, number: int) -> list[Fault]:
         if not name:
@@ -406,7 +397,7 @@ class _RowChecker:
             if path is not None:
                 faults += self._path_faults(name, path)
         for name in IMAGE_COLUMNS:
-            for path in _listed(row.get(name)):
+            for path in listed(row.get(name)):
                 faults += self._path_faults(name, path, is_picture=True)
         if all(row.get(name) for name in IMAGE_COLUMNS):
             faults.append(
@@ -443,171 +434,3 @@ class _RowChecker:
             return f"that is a link which leads out of {self.root}"
         fault = picture_fault(self.root / path) if is_picture else None
         return fault and f"that is no picture that can be fed: {fault}"
-
-
-def signals(row: Mapping[str, Any]) -> frozenset[Modality]:
-    """Return the signals that a row has a medium for: a picture counts as seen, a video's sound as heard."""
-    has = {
-        Modality.VIDEO: any(row.get(name) for name in ("video", *IMAGE_COLUMNS)),
-        Modality.AUDIO: bool(row.get("audio") or row.get("video")),
-        Modality.SUBTITLE: not _blank(row.get("subtitle")),
-    }
-    return frozenset(modality for modality, there in has.items() if there)
-
-
-def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip()) or value == []
-
-
-def _tag(row: Mapping[str, Any], name: str, faults: list[Fault]) -> ModalityTag | None:
-    if _blank(row.get(name)):
-        return None
-    try:
-        return ModalityTag.parse(row[name])
-    except ValueError:
-        faults.append(("tag", name, f"must be one of {', '.join(ModalityTag)}, but is {described(row[name])}"))
-        return None
-
-
-def _stratum_faults(row: Mapping[str, Any], tag: ModalityTag | None, required: ModalityTag | None) -> list[Fault]:
-    stratum = row.get("stratum")
-    if stratum is None:
-        return []
-    if stratum not in STRATA:
-        return [("stratum", "stratum", f"must be exact, superset or deficit, but is {described(stratum)}")]
-    if tag is None or required is None:
-        return (
-            [] if required or row.get("required_tag") else [("stratum", "required_tag", "is empty beside a stratum")]
-        )
-    is_superset = tag.modalities > required.modalities
-    right = "exact" if tag == required else "superset" if is_superset else "deficit"
-    message = f"is {stratum}, but a row that needs {required} and is fed {tag} is {right}"
-    return [] if stratum == right else [("stratum", "stratum", message)]
-
-
-def picture_fault(path: Path) -> str | None:
-    """Return why a file is no picture that can be fed, by what its header says; `None` where it is one."""
-    try:
-        size = path.stat().st_size
-        if not size:
-            return "empty-file: 0 bytes"
-        perform(Task("image-header", Source(path.name, str(path), (0, size))))
-    except MediaError as error:
-        return f"{error.reason}: {error.detail}"
-    except OSError as error:
-        return str(error)
-    return None
-
-
-def unread_subtitle(text: str, root: Path | None) -> str | None:
-    """Return why a subtitle's text would be refused as the name of a file that is not read; `None` where it is text."""
-    reason = unread_file(text.strip(), os.devnull if root is None else str(root))
-    endings = ", ".join(SUBTITLE_SUFFIXES)
-    return (
-        reason
-        and f"{reason}; files that are read end in {endings}, and text must not look like a name (end it with a full stop)"
-    )
-
-
-def mark_fault(row: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the marks `<video>`, `<audio>`, `<subtitle>` and `<image>` of a row's prompt: each needs its medium."""
-    marks = Counter(mark for message in row["prompt"] for mark in MARK.findall(message["content"]))
-    has = {"video": row.get("video"), "audio": row.get("audio") or row.get("video"), "subtitle": row.get("subtitle")}
-    counts = {kind: int(bool(medium)) for kind, medium in has.items()}
-    counts["image"] = max(len(_listed(row.get(name))) for name in IMAGE_COLUMNS)
-    for kind, number in marks.items():
-        if number != counts[kind]:
-            return f"holds {number} <{kind}> mark(s), but the row has {counts[kind]} of that; each medium stands at its one mark"
-    return None
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _prompt_faults(row: Mapping[str, Any]) -> list[Fault]:
-    prompt = row.get("prompt")
-    if not prompt:
-        return []
-    for message in prompt:
-        if message is None:
-            return [("prompt", "prompt", "has a null in place of a message")]
-        if message.get("role") not in _ROLES:
-            known = f"must have messages of {', '.join(_ROLES)}"
-            return [("prompt", "prompt", f"{known}, but has one of {described(message.get('role'))}")]
-        if _blank(message.get("content")):
-            return [("prompt", "prompt", f"has an empty message of the {message['role']}")]
-    if not any(message["role"] == "user" for message in prompt):
-        return [("prompt", "prompt", "has no message of the user, which is what the model is asked")]
-    fault = mark_fault(row)
-    return [] if fault is None else [("prompt", "prompt", fault)]
-
-
-def _answer_faults(row: Mapping[str, Any]) -> list[Fault]:
-    answer, solution, options = row.get("answer"), row.get("solution"), row.get("options")
-    for name, value in (("answer", answer), ("solution", solution)):
-        if _blank(value):
-            return [("answer", name, "must be filled for a question, but is empty")]
-    faults: list[Fault] = []
-    if answer != solution:
-        faults.append(("answer", "solution", f"is {described(solution)}, but must be the answer, {described(answer)}"))
-    if not options:
-        return faults
-    if not 2 <= len(options) <= len(ascii_uppercase):
-        faults.append(("answer", "options", f"must be 2 to 26 texts, or none at all, but are {len(options)}"))
-    empty = next((i for i, option in enumerate(options[:26]) if _blank(option)), None)
-    if empty is not None:
-        faults.append(("answer", "options", f"must be texts, but option {ascii_uppercase[empty]} is empty"))
-    letters = ascii_uppercase[: len(options)]
-    given = str(answer).split(",")
-    if not _LETTERS.fullmatch(str(answer)) or set(given) - set(letters) or len(set(given)) < len(given):
-        right = f"must be the letter of an option ({', '.join(letters)})"
-        faults.append(("answer", "answer", f"{right}, or several joined by commas, but is {described(answer)}"))
-    return faults
-
-
-def _reference_faults(row: Mapping[str, Any], tag: ModalityTag | None) -> list[Fault]:
-    if _blank(row.get("reference")):
-        return [("reference", "reference", "is empty, and so is 'question': a row is a question or a caption")]
-    missing = [f"reference_{letter.lower()}" for letter in tag or "" if _blank(row.get(f"reference_{letter.lower()}"))]
-    return [
-        ("reference", name, f"must be filled for a caption of {tag}: what this signal alone tells") for name in missing
-    ]
-
-
-def _provenance_faults(row: Mapping[str, Any], columns: set[str]) -> list[Fault]:
-    faults: list[Fault] = []
-    for entry in row.get("provenance") or ():
-        entry = entry or {}
-        name, by = entry.get("field"), (entry.get("model"), entry.get("reviewer"))
-        if name not in columns:
-            message = f"has an entry of {described(name)}, which is no column"
-        elif all(map(_blank, by)):
-            message = f"has an entry of {name!r} without model and reviewer: it must say who wrote or changed it"
-        elif entry.get("prompt_hash") is not None and not _DIGEST.fullmatch(entry["prompt_hash"]):
-            found = described(entry["prompt_hash"])
-            message = f"has for {name!r} the prompt_hash {found}, which must be 8 to 64 hexadecimal digits"
-        else:
-            continue
-        faults.append(("provenance", "provenance", message))
-    return faults
-
-
-# Types
-
-
-def _is(value: Any, feature: Any) -> bool:
-    """Return whether a value that is not `None` is of a column's type."""
-    if isinstance(feature, Value):
-        return isinstance(value, str)
-    if isinstance(feature, List):
-        return isinstance(value, list) and all(item is None or _is(item, feature.feature) for item in value)
-    return isinstance(value, Mapping) and all(
-        value.get(name) is None or _is(value[name], member) for name, member in feature.items()
-    )
-
-
-def _type_name(feature: Features | Any) -> str:
-    if isinstance(feature, List):
-        return "a list of " + ("texts" if isinstance(feature.feature, Value) else f"{{{', '.join(feature.feature)}}}")
-    return "a text"

@@ -6,11 +6,11 @@ import hashlib
 import inspect
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.files import digest
+from maple_trl.packages import installed_versions
 
 
 if TYPE_CHECKING:
@@ -81,13 +81,7 @@ def describe_function(function: Callable) -> dict[str, str | None]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that touch an answer; `None` for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"python": platform.python_version(), **installed_versions(PACKAGES)}
 
 
 def device_name(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from maple_trl.hub.names import is_repository, published_name, shareable
 from maple_trl.hub.papers import AVATAR, MAPLE, TRL_CITATION
 from maple_trl.hub.results import Measured, find_results
 from maple_trl.omni.families import family_class
+from maple_trl.packages import installed_versions
 
 
 CARD, FACTS = "README.md", "model_card.json"
@@ -141,13 +141,7 @@ class CardFacts:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a run depends on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name, version in installed_versions(_PACKAGES).items() if version is not None}
 
 
 def is_edited(folder: str | os.PathLike[str]) -> bool:

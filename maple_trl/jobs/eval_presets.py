@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.jobs.errors import SetupError, did_you_mean
+from maple_trl.jobs.errors import SetupError
+from maple_trl.messages import did_you_mean
 
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maple_trl.jobs.errors import SetupError, did_you_mean
+from maple_trl.jobs.errors import SetupError
+from maple_trl.messages import did_you_mean
 
 
 if TYPE_CHECKING:

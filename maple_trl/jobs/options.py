@@ -16,10 +16,11 @@ from maple_trl.jobs.command_line import take_config, take_option
 from maple_trl.jobs.config_files import config_files, take_env
 from maple_trl.jobs.config_values import checked_values
 from maple_trl.jobs.declared import declared_class, load_class
-from maple_trl.jobs.errors import SetupError, did_you_mean
+from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.installed import check_installed
 from maple_trl.jobs.model_config import OmniModelConfig
 from maple_trl.jobs.option_parser import OptionParser, option_keys
+from maple_trl.messages import did_you_mean
 
 
 if TYPE_CHECKING:

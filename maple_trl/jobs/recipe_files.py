@@ -6,7 +6,7 @@ import itertools
 import re
 from pathlib import Path
 
-from maple_trl.jobs.errors import did_you_mean
+from maple_trl.messages import did_you_mean
 
 
 # Nothing heavier than the standard library up here: the help of commands passes through this module.

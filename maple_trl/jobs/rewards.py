@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.jobs.errors import SetupError, did_you_mean
+from maple_trl.jobs.errors import SetupError
+from maple_trl.messages import did_you_mean
 from maple_trl.records.options import KEY_NAMES, not_deciding
 
 

@@ -18,9 +18,10 @@ from typing import Any
 from maple_trl.files import as_json, write_atomically
 from maple_trl.jobs.command_line import take_config, take_option
 from maple_trl.jobs.config_files import config_files
-from maple_trl.jobs.errors import SetupError, did_you_mean
+from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.option_parser import option_keys
 from maple_trl.jobs.options import SUPERVISED, make_parser, parse_args, trainer_of
+from maple_trl.messages import did_you_mean
 from maple_trl.records.run_folder import named, run_results
 from maple_trl.records.summary import left_out_line
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from maple_trl.messages import did_you_mean
 from maple_trl.omni.families.base import unwrap
 from maple_trl.omni.prefix.shared_prefill import last_position_alone
 
@@ -133,9 +133,7 @@ def check_generation_options(options: Mapping[str, Any], settings: Mapping[str, 
         if name in _CLOSED and value not in _NEUTRAL.get(name, (None, False)):
             raise ValueError(f"{place}: {name}={value!r} is not supported: {_CLOSED[name]}")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            advice = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{place}: GenerationConfig has no option {name!r}{advice}")
+            raise ValueError(f"{place}: GenerationConfig has no option {name!r}{did_you_mean(name, known)}")
     strings = options.get("stop_strings")
     texts = [strings] if isinstance(strings, str) else strings
     if strings is not None and not (

@@ -16,9 +16,10 @@ from PIL import Image
 
 from maple_trl import cli
 from maple_trl.data.record_files import TableError
+from maple_trl.data.row_rules import signals
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
-from maple_trl.data.validation import KINDS, signals, validate_tables
+from maple_trl.data.validation import KINDS, validate_tables
 from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.jobs.tables import read_tables
 from maple_trl.modalities import Modality

@@ -17,9 +17,10 @@ from maple_trl.data.benchmarks.options import described
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.converters.base import CONVERTERS, Converter, Place, Sample
 from maple_trl.data.record_files import TableError
+from maple_trl.data.row_rules import mark_fault, unread_subtitle
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import SHARD_ROWS, ShardWriter
-from maple_trl.data.validation import mark_fault, text_digest, unread_subtitle
+from maple_trl.data.validation import text_digest
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.media.subtitles import is_subtitle_file
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 import types
@@ -19,6 +18,7 @@ from maple_trl.chat import ChatClient, ChatOptions, ChatSetupError
 from maple_trl.data.benchmarks.prompts import PROMPT_STYLES
 from maple_trl.data.curation.errors import CurationError
 from maple_trl.data.curation.prompts import QUESTION_TYPES
+from maple_trl.messages import did_you_mean
 from maple_trl.modalities import Modality, ModalityTag
 
 
@@ -276,9 +276,8 @@ def _check_keys(place: str, content: Any, known: Sequence[str], required: Sequen
         raise CurationError(f"{at}must be a mapping with {', '.join(known)}, got {_short(content)}")
     for name in content:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            advice = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            raise CurationError(f"{at}there is no key {name!r}; {advice}")
+            advice = did_you_mean(str(name), known, otherwise=f"there are {', '.join(known)}")
+            raise CurationError(f"{at}there is no key {name!r}{advice}")
     for name in required:
         if content.get(name) is None:
             raise CurationError(f"{at}the key {name!r} is missing")
