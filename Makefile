@@ -19,7 +19,7 @@ SOURCES := maple_trl tests examples notebooks benchmarks scripts
 BENCHES := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test coverage test-fast test-fuzz test-long test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims notebooks constraints clean
+.PHONY: help install demo test coverage test-fast test-fuzz test-long test-notebooks test-claims test-latest test-packages test-vllm test-deepspeed check docs bench claims notebooks constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,9 @@ test-fuzz: $(STAMP) ## Run the tests that feed damaged data to readers and parse
 
 test-long: $(STAMP) ## Run what `make test` leaves out: other cases of matrices, experiments of minutes, and new examples of properties
 	HYPOTHESIS_PROFILE=others $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests -m "long or hypothesis"
+
+test-notebooks: $(STAMP) ## Run all notebooks as they stand, and hold what they show to what is kept of it
+	$(BIN)/python -m pytest -n 2 tests/test_notebooks.py -m long
 
 test-claims: $(STAMP) ## Run the tests that make what runs of claims begin with, for minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/benchmarks -m claims
