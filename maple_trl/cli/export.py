@@ -23,7 +23,7 @@ class ExportArguments:
         default="thinker",
         metadata={
             "help": "of an Omni model: thinker, which answers with text, or full, with the talker and vocoder of the original. "
-            "Of a family without a talker the model is written whole either way it is trained"
+            "A family without a talker is always written whole"
         },
     )
     original: str | None = field(

@@ -90,7 +90,6 @@ class PlanArguments:
         default=None, metadata={"help": "share of a card that vLLM takes (0.3; of a server's 0.9)"}
     )
     vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "cards of an engine"})
-    vllm_enable_sleep_mode: bool = field(default=False, metadata={"help": "vLLM gives its memory back for training"})
     gpus_per_node: int = field(default=8, metadata={"help": "cards that are linked directly"})
     judge_calls: float = field(default=0, metadata={"help": "calls of a judge for each completion"})
     judge_seconds: float = field(default=2.0, metadata={"help": "time of a call"})
@@ -168,7 +167,7 @@ def read_setup(arguments: PlanArguments, card: CardArguments, rates: RateArgumen
     audio = arguments.audio_tokens if arguments.audio_tokens is not None else bool(model.audio) * arguments.prompt // 8
     same = ("gpus", "prompt", "completion", "num_generations", "per_device_train_batch_size", "num_iterations", "beta")
     same += ("gradient_accumulation_steps", "gradient_checkpointing", "dtype", "optim", "sharding", "rollout_gpus")
-    same += ("vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "attn_implementation", "gpus_per_node")
+    same += ("vllm_tensor_parallel_size", "attn_implementation", "gpus_per_node")
     same += ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "quantize_towers")
     same += ("judge_calls", "judge_seconds", "judge_concurrency", "media_workers", "media_prefetch")
     utilization = arguments.vllm_gpu_memory_utilization

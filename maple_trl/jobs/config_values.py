@@ -32,8 +32,8 @@ def checked_values(
             raise SetupError(f"{path}: {names[action.dest]} and {key} are one option; give one of them")
         if action.nargs == "+" and value is not None and not isinstance(value, list):
             value = [value]
-        if value is False and key.endswith("_strategy"):
-            value = "no"  # YAML reads a bare no as false
+        if isinstance(value, bool):
+            value = _as_word(key, value)
         several = isinstance(value, list) and action.nargs in ("+", "*")
         if plain and option_type(action) == "str" and not several:
             value = _as_text(action, key, value, path)
@@ -49,6 +49,13 @@ def checked_values(
             value = not value
         checked[action.dest] = value
     return checked
+
+
+def _as_word(key: str, value: bool) -> bool | str:
+    """Return the word that was meant where YAML reads it as true or false: a bare no, on or off."""
+    if key == "shared_prefix":
+        return "on" if value else "off"
+    return "no" if key.endswith("_strategy") and not value else value
 
 
 def _as_number(action, key: str, value: Any, path: str) -> Any:

@@ -95,8 +95,6 @@ def remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "gradient_checkpointing true", replace(setup, gradient_checkpointing=True)
     if not setup.shared_prefix:
         yield "shared_prefix on", replace(setup, shared_prefix=True)
-    if setup.rollout == "vllm_colocate" and not setup.vllm_enable_sleep_mode:
-        yield "vllm_enable_sleep_mode true", replace(setup, vllm_enable_sleep_mode=True)
     batch = setup.per_device_train_batch_size
     if batch % 2 == 0:
         halved = replace(

@@ -67,7 +67,8 @@ class Setup:
         sharding: one of `SHARDINGS`.
         rollout: one of `ROLLOUTS`.
         rollout_gpus: cards of a vLLM server.
-        vllm_gpu_memory_utilization, vllm_tensor_parallel_size, vllm_enable_sleep_mode: TRL's.
+        vllm_gpu_memory_utilization, vllm_tensor_parallel_size: TRL's.
+        vllm_enable_sleep_mode: TRL's, which trainers with media refuse; for plans of published runs by other systems.
         attn_implementation: transformers'.
         gpus_per_node: cards that are linked directly.
         judge_calls, judge_seconds, judge_concurrency: calls of a judge for each completion, the time of one, and how many

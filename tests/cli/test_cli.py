@@ -224,7 +224,8 @@ def test_values_that_yaml_reads_in_its_own_way(tmp_path, monkeypatch):
         f"""
         output_dir: {tmp_path}
         bf16: false
-        save_strategy: no            # YAML reads a bare no as false
+        save_strategy: no            # YAML reads a bare no as false, and a bare on as true
+        shared_prefix: on
         learning_rate: 1e-5          # and this as text
         rewards: accuracy_reward
         num_frames: null
@@ -233,7 +234,7 @@ def test_values_that_yaml_reads_in_its_own_way(tmp_path, monkeypatch):
         """,
     )
     script_args, training_args, _ = parse_args(["--config", str(path)])
-    assert str(training_args.save_strategy.value) == "no"
+    assert str(training_args.save_strategy.value) == "no" and training_args.shared_prefix == "on"
     assert training_args.learning_rate == 1e-5
     assert script_args.rewards == ["accuracy_reward"]
     assert (training_args.num_frames, training_args.video_fps) == (None, 2)

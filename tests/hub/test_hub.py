@@ -480,6 +480,8 @@ def test_the_commands_of_the_docs_run(hub, run, tmp_path, capsys):
     name = "Qwen/Qwen2.5-Omni-7B"
     hub.publish(name, {path.name: path.read_bytes() for path in original.iterdir()})
     shutil.copytree(run, tmp_path / "runs/demo")
+    assert "max_steps: 200" in (ROOT / "recipes/demo.yaml").read_text()  # the last checkpoint of `make demo`
+    (tmp_path / "runs/demo/checkpoint-2").rename(tmp_path / "runs/demo/checkpoint-200")
     model, processor = build_tiny("qwen2_5_omni")
     model.name_or_path = model.config._name_or_path = name
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -501,5 +503,5 @@ def test_the_commands_of_the_docs_run(hub, run, tmp_path, capsys):
         )
     card = ModelCard.load(tmp_path / "exported/full/README.md")
     assert card.data.base_model == name and card.data["base_model_relation"] == "finetune"
-    assert "step-2" in hub.repositories["me/demo"].branches and hub.repositories["me/demo"].private
-    assert "2 steps" in hub.files("me/demo", "step-2")["README.md"].decode()
+    assert "step-200" in hub.repositories["me/demo"].branches and hub.repositories["me/demo"].private
+    assert "2 steps" in hub.files("me/demo", "step-200")["README.md"].decode()
