@@ -18,8 +18,8 @@ from maple_trl.evaluation.options import ALL, EvalOptions
 from maple_trl.evaluation.sampling import StreamSampler, sample_stream
 from maple_trl.omni.encoded import KINDS, EncodedPrompt, generation_position_ids, tensor_bytes
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.generation import check_generation_options, own_options
-from maple_trl.omni.prefix.shared_prefill import share_prefill
+from maple_trl.omni.generation import check_generation_options, end_tokens, own_options
+from maple_trl.omni.prefix.shared_prefill import grows_cache, share_prefill
 from maple_trl.omni.prefix.sharing import prefill_difference, probe_prompt
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.serving import serve_media
@@ -96,7 +96,7 @@ class Evaluator(BaseEvaluator):
             for name in names
             for sample in range(options.samples)
         ]
-        shared = options.shared_prompt and options.samples > 1
+        shared = options.shared_prompt and options.samples > 1 and grows_cache(self.generation_config)
         with (
             own_options(self.model, self.family.tokenizer, self.generation_config) as sampling,
             share_prefill(self.core, rows) if shared else nullcontext(),
@@ -157,7 +157,7 @@ class Evaluator(BaseEvaluator):
         prompts = []
         for number in range(min(len(self.rows), _FIRST)):
             try:
-                prompts.append(builder.encode(self.rows[number]))
+                prompts.append(builder.encode(self._fed(number, ALL)[1]))
             except (MediaError, RowError):  # named when the row has its turn
                 continue
             if len(prompts[-1].kinds) == len(self.family.placeholder_ids):
@@ -183,8 +183,7 @@ def _generation_config(model: nn.Module, family: Any, options: EvalOptions):
         check_generation_options(options.generation, {}, "generation")
     except ValueError as error:
         raise EvaluationError(str(error)) from error
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), family.tokenizer.eos_token_id} - {None}
+    ends = end_tokens(model, family.tokenizer)
     if not ends:
         raise EvaluationError("the model names no end token: neither its generation config nor its tokenizer does")
     pad = family.tokenizer.pad_token_id
@@ -194,9 +193,9 @@ def _generation_config(model: nn.Module, family: Any, options: EvalOptions):
             **options.generation,
             "do_sample": False,  # the sampler below draws, and leaves one token to choose from
             "max_new_tokens": options.max_new_tokens,
-            "pad_token_id": min(ends) if pad is None else pad,
+            "pad_token_id": ends[0] if pad is None else pad,
             "bos_token_id": family.tokenizer.bos_token_id,
-            "eos_token_id": sorted(ends),
+            "eos_token_id": ends,
             # A sampled media token would be taken for media by the next forward.
             "suppress_tokens": sorted(suppressed),
         }

@@ -14,7 +14,7 @@ from maple_trl.data.prompt_templates import read_template, texts_of
 from maple_trl.omni.adapters import load_whole
 from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids
 from maple_trl.omni.families import family_for
-from maple_trl.omni.generation import own_options
+from maple_trl.omni.generation import end_tokens, own_options
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.prompt import PromptBuilder
@@ -159,11 +159,12 @@ class OmniPipeline:
         prompt = self.encode(row)
         tokenizer, device = self.family.tokenizer, self.family.core(self.model).get_input_embeddings().weight.device
         ids = prompt.input_ids[None].to(device)
+        ends = end_tokens(self.model, tokenizer)
         settings = {
             "do_sample": False,
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": ends,
+            "pad_token_id": ends[0] if tokenizer.pad_token_id is None and ends else tokenizer.pad_token_id,
             "suppress_tokens": sorted(self.family.suppressed_ids),
         }
         config = GenerationConfig(**(settings | generation))

@@ -155,6 +155,12 @@ def check_values(options: Mapping[str, Any]) -> None:
             processor(value)
 
 
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a completion, in order: those of the model's generation config, and the tokenizer's own."""
+    told = model.generation_config.eos_token_id
+    return sorted({*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id} - {None})
+
+
 def savable(config: GenerationConfig) -> GenerationConfig:
     """
     Return the config, or what can be saved of it.

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maple_trl.files import as_json, write_atomically
-
-
-CRITICAL_STEPS_FILE = "critical_steps.json"
+from maple_trl.records.run_folder import CRITICAL_STEPS_FILE
 
 
 def write_critical_steps(folder: Path, found: Mapping[str, Any]) -> Path:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maple_trl.files import differences, write_atomically, write_table
-from maple_trl.records.run_folder import holds_evaluation, named, run_results
+from maple_trl.records.run_folder import CRITICAL_STEPS_FILE, EMBEDDINGS_FILE, holds_evaluation, named, run_results
 
 
 class EvaluationError(ValueError):
@@ -150,7 +150,8 @@ class EvalStore:
         note = self.folder / "evaluation.json"
         if overwrite and note.is_file():
             shutil.rmtree(self.batches, ignore_errors=True)
-            for name in ("rows.parquet", "result.json", "run.json"):
+            # The last two tell of the completions that are removed with it.
+            for name in ("rows.parquet", "result.json", "run.json", CRITICAL_STEPS_FILE, EMBEDDINGS_FILE):
                 (self.folder / name).unlink(missing_ok=True)
             note.unlink()
         if note.is_file():

@@ -8,7 +8,10 @@ import shutil
 from pathlib import Path
 
 
-_FILES = ("summary.json", "metrics.jsonl", "trainer_state.json")
+CRITICAL_STEPS_FILE, EMBEDDINGS_FILE = "critical_steps.json", "embeddings.parquet"
+"""What tells of the completions of a run or an evaluation, and goes where those go."""
+
+_FILES = ("summary.json", "metrics.jsonl", "trainer_state.json", CRITICAL_STEPS_FILE, EMBEDDINGS_FILE)
 _WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
 )

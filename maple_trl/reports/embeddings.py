@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from maple_trl.records.run_folder import EMBEDDINGS_FILE
 from maple_trl.reports.folders import ReportError, RunData
 from maple_trl.reports.series import TAGS
 
 
-EMBEDDINGS_FILE = "embeddings.parquet"
 _DIMENSIONS = 1024
 _CHARACTERS = 2000  # of a completion
 _TOKENS = 512  # of a text that a model reads

@@ -204,10 +204,12 @@ class TrainerPositions:
         for feature in mm_features:
             if feature.data is not None and POSITIONS in feature.data:
                 given = feature.data[POSITIONS].data.reshape(3, -1).long()
+                # As in training, text goes on from the prompt's last position, which a video's frames may lie beyond.
+                last = given[:, -1].max()
                 # More tokens than the prompt's: the completion of a request that was interrupted.
-                later = given.max() + 1 + torch.arange(len(input_tokens) - given.size(1))
+                later = last + 1 + torch.arange(len(input_tokens) - given.size(1))
                 positions = torch.cat([given, later.expand(3, -1)], dim=1)
-                return positions, int(positions.max()) + 1 - len(input_tokens)
+                return positions, int(last) + 1 - given.size(1)
         return super().get_mrope_input_positions(input_tokens, mm_features, *args, **kwargs)  # type: ignore[misc]
 
 

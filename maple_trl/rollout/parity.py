@@ -21,6 +21,7 @@ from maple_trl.data.synthetic import FRAME_RATE, SAMPLING_RATE, write_clip
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids
 from maple_trl.omni.families import family_for
 from maple_trl.omni.families.base import OmniFamily
+from maple_trl.omni.generation import end_tokens
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
@@ -186,7 +187,7 @@ def _generation(
         accelerator=Accelerator(cpu=not torch.cuda.is_available()),
         processing_class=processor,
         family=family,
-        ends=[tokenizer.eos_token_id],
+        ends=end_tokens(model, tokenizer),
         run_seed=0,
         max_completion_length=completion,
         gpu_memory_utilization=0.3,

@@ -9,16 +9,22 @@ import pytest
 import torch
 
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.data.prompt_templates import read_template
 from maple_trl.evaluation import EvalOptions, EvaluationError, evaluation_results, load_evaluation, parse_access
+from maple_trl.evaluation import evaluator as evaluator_module
 from maple_trl.evaluation.evaluator import Evaluator
 from maple_trl.evaluation.identity import rows_digest, weights_digest
+from maple_trl.evaluation.pipeline import OmniPipeline
 from maple_trl.evaluation.sampling import StreamSampler, sample_stream
 from maple_trl.files import differences, files_digest
 from maple_trl.omni.families import family_for
+from maple_trl.omni.generation import end_tokens
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
+from maple_trl.omni.prefix.sharing import probe_prompt
 from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.records.evaluations import LINES, EvalStore
+from maple_trl.records.run_folder import CRITICAL_STEPS_FILE, EMBEDDINGS_FILE
 from maple_trl.rewards import accuracy_reward, extract_answer
 
 
@@ -124,6 +130,39 @@ def test_a_shared_prompt_changes_nothing(parts):
     assert completions(shared) == completions(apart)
     assert [line["inputs"] for line in shared] == [line["inputs"] for line in apart]
     evaluator(parts).check_shared_prompt()
+
+
+def test_samples_of_a_cache_that_cannot_grow_have_a_prompt_each(parts):
+    rows = parts[2][:3]
+    static = ask(parts, rows, samples=2, max_new_tokens=4, generation={"cache_implementation": "static"})
+    assert completions(static) == completions(ask(parts, rows, samples=2, max_new_tokens=4))
+
+
+def test_the_check_of_shared_prompts_looks_at_what_is_asked(parts, monkeypatch):
+    model, builder, rows = parts
+    asked = PromptBuilder(builder.family, builder.loader, template=read_template("{question}"))
+    bare = [{name: value for name, value in row.items() if name != "prompt"} for row in rows]
+    looked_at = []
+    monkeypatch.setattr(
+        evaluator_module, "probe_prompt", lambda prompts: looked_at.extend(prompts) or probe_prompt(prompts)
+    )
+    evaluator((model, asked, bare)).check_shared_prompt()
+    assert {"video", "audio"} <= {kind for prompt in looked_at[1:] for kind in prompt.kinds}
+
+
+def test_answers_end_with_any_end_token_of_the_model(parts, monkeypatch):
+    """The turns of some models end with another token than their tokenizer's."""
+    model, builder, rows = parts
+    pipeline = OmniPipeline(model, builder.family.processor, str(default_folder()), num_frames=4, max_pixels=3136)
+    whole = pipeline(rows[0], max_new_tokens=14)
+    tokenizer = builder.family.tokenizer
+    first, *rest = tokenizer.encode(whole, add_special_tokens=False)
+    assert rest
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, first])
+    assert pipeline(rows[0], max_new_tokens=14) == tokenizer.decode([first])
+    assert end_tokens(model, tokenizer) == sorted([tokenizer.eos_token_id, first])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    assert end_tokens(model, tokenizer) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("shortest", [0, 20])  # tokens; a prompt without media has fewer
@@ -323,8 +362,12 @@ def test_a_folder_keeps_whole_batches_alone(tmp_path):
     assert not store.batches.exists()
     with pytest.raises(EvaluationError, match=r"another evaluation: seed: 0, not 1\. Name another folder"):
         store.begin({"seed": 1})
+    about = [store.folder / name for name in (CRITICAL_STEPS_FILE, EMBEDDINGS_FILE)]
+    for file in (*about, store.folder / "notes.txt"):
+        file.write_bytes(b"x")
     store.begin({"seed": 1}, overwrite=True)
     assert not store.complete
+    assert not any(file.exists() for file in about) and (store.folder / "notes.txt").exists()
     with pytest.raises(FileNotFoundError):
         load_evaluation(tmp_path / "out")
 

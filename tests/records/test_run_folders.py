@@ -181,7 +181,7 @@ def test_results_are_told_from_other_files(tmp_path):
     assert run_results(tmp_path) == ["checkpoint-9", "checkpoint-10"]  # an empty folder of completions is none
     (tmp_path / "rollouts" / "0.parquet").write_text("x")
     files = ["summary.json", "metrics.jsonl", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
-    files += ["adapter_model.safetensors", "pytorch_model.bin"]
+    files += ["adapter_model.safetensors", "pytorch_model.bin", "critical_steps.json", "embeddings.parquet"]
     for name in (*files, *kept):
         if not (tmp_path / name).is_dir():
             (tmp_path / name).write_text("x")

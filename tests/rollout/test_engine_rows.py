@@ -1,6 +1,7 @@
 """What engines are handed: rows over the wire, names and sums of weights, sampling options."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,19 @@ from vllm_runs import OPTIONS
 
 from maple_trl import OmniGRPOConfig
 from maple_trl.algorithms import raw_ratios, summarise_ratios
-from maple_trl.omni.encoded import EncodedPrompt
+from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids
 from maple_trl.omni.families import OmniFamily, family_for
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
-from maple_trl.rollout.engine_models import ENGINE_MODELS, engine_config, engine_model, engine_weights, tied_name
+from maple_trl.rollout.engine_models import (
+    ENGINE_MODELS,
+    POSITIONS,
+    TrainerPositions,
+    engine_config,
+    engine_model,
+    engine_weights,
+    tied_name,
+)
 from maple_trl.rollout.engine_rows import EngineItem, EngineRow, pack_rows, unpack_rows
 from maple_trl.rollout.sampling_options import vllm_options
 from maple_trl.rollout.weight_sums import compare_sums, sum_weights
@@ -91,6 +100,19 @@ def test_other_positions_make_another_clip():
     shifted = prompt([5, 5, 1, 1, 6], video=[2])
     digests = [EngineRow.of(p, Placeholders()).items["video"][0].digest for p in (one, later, shifted)]
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_completions_go_on_where_those_of_training_do():
+    """The last frames of a long clip lie beyond the text that follows it."""
+    row = prompt([5, 1, 1, 6, 7], video=[2])
+    row.position_ids = torch.tensor([[0, 1, 52, 2, 3]] * 3)
+    feature = SimpleNamespace(data={POSITIONS: SimpleNamespace(data=row.position_ids)})
+    for begun in (0, 2):  # tokens of a completion that was interrupted
+        tokens = row.input_ids.tolist() + [8] * begun
+        positions, lag = TrainerPositions().get_mrope_input_positions(tokens, [feature])
+        trained = batch_position_ids([row], len(row), begun + 1)[:, 0]
+        assert positions.tolist() == trained[:, :-1].tolist()
+        assert len(tokens) + lag == trained[0, -1] == 4 + begun
 
 
 @pytest.mark.parametrize("kinds", [(), ("image",), ("video",), ("audio",), ("image", "video", "audio")])

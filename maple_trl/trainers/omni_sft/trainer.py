@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
-from maple_trl.omni.generation import own_options
+from maple_trl.omni.generation import end_tokens, own_options
 from maple_trl.omni.prompt import RowError
 from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
 from maple_trl.trainers.common.arguments import check_text_only, each_dataset, load_parts, own_config
@@ -283,7 +283,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
             "temperature": args.temperature,
             "top_p": args.top_p,
             "top_k": 0,
-            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_id": end_tokens(self.accelerator.unwrap_model(self.model), tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "suppress_tokens": sorted(suppressed),
