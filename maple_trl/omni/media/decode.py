@@ -203,10 +203,8 @@ def _choose(
         line = _timeline(source, container, stream, last, deadline)
     seconds = line.pts * float(line.tick) - zero
     end = float(line.end * line.tick) - zero
-    if (
-        not line.complete and stop is None
-    ):  # until the next picture, which was met beyond the limit, the last one is shown
-        end = max(end, max(start, float(seconds[0])) + limits.max_seconds + 1)
+    if not line.complete:  # until the next picture, which was met beyond the limit, the last one is shown
+        end = max(end, max(start, float(seconds[0])) + limits.max_seconds + 1 if stop is None else stop)
     if line.complete and declared_end is not None and (stop is None or stop > end):
         if end < declared_end - zero - max(END_SLACK, line.longest_gap):
             raise source.error("truncated", f"pictures up to {end:.2f} s of {declared_end - zero:.2f} s")
