@@ -141,6 +141,15 @@ def test_a_sound_without_a_length_in_its_header(tmp_path):
     assert loader(path, max_seconds=30).audio(path.name).source_seconds is None
 
 
+@pytest.mark.parametrize("seconds", [20, 31, 35])
+def test_parts_whose_lengths_are_rounded_are_not_trimmed(tmp_path, seconds):
+    """Three parts of 35 s have 186666.7 samples each: rounded one by one, a sample more than 35 s."""
+    path = media_files.write_audio(tmp_path / "a.wav", media_files.tone(40, 16000))
+    clip = loader(path, max_seconds=seconds).audio(path.name)
+    assert clip.notes == ("sound-spread",) and clip.source_seconds == 40
+    assert seconds * 16000 - 1 <= len(clip.waveform) <= seconds * 16000
+
+
 @pytest.mark.parametrize(
     "name, codec", [("a.flac", "flac"), ("a.mp3", "libmp3lame"), ("a.ogg", "libopus"), ("a.m4a", "aac")]
 )

@@ -20,6 +20,7 @@ from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.errors import REASONS
 from maple_trl.omni.media import decode, opening
+from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.containers import declared_bytes
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
@@ -117,6 +118,23 @@ def test_pictures_of_a_variable_rate_keep_their_own_times(tmp_path):
     np.testing.assert_allclose(clip.timestamps, [0.0, 0.5, 1.3, 2.9], atol=1e-6)
     evenly = np.linspace(0, 2.9, 4)
     assert np.abs(clip.timestamps - evenly).max() > 0.4  # negative control: evenly spaced times would be wrong
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_reading_that_stops_early_makes_no_rate_variable(tmp_path, name):
+    """Of reordered pictures the last one read is shown after some that were not: no gap of the file's."""
+    reordered = {"gop": 96, "codec_options": {"x264-params": "bframes=3:b-adapt=0:scenecut=0"}}
+    for kind, pts in (("even", range(0, 384, 4)), ("uneven", [4 * n + n % 3 for n in range(96)])):
+        path = files.write_video(tmp_path / f"{kind}-{name}", 96, pts=pts, time_base=Fraction(1, 96), **reordered)
+        with av.open(str(path)) as container:
+            stored = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
+        assert stored != sorted(stored)
+    trim = MediaLimits(max_seconds=1, overlong="trim")
+    for limits, request in ((MediaLimits(), {}), (MediaLimits(), {"start": 1.0, "end": 2.0}), (trim, {})):
+        loader = MediaLoader(tmp_path, limits, backend="pyav", workers=0)
+        even, uneven = (loader.video(f"{kind}-{name}", request=ClipRequest(**request)) for kind in ("even", "uneven"))
+        assert "variable-frame-rate" not in even.notes
+        assert "variable-frame-rate" in uneven.notes
 
 
 def test_sampling_by_rate_and_its_cap(tmp_path):

@@ -482,6 +482,33 @@ def test_a_segment_that_goes_on_after_the_end_is_noted(tmp_path):
         assert loader.notes["segment-shortened"] == 1
 
 
+# Milliseconds: two pictures are on screen for long, and the second can be sought.
+HELD = [0, 1000, 2000, 3000, 4000, 5000, 30000, 31000, 60000, 61000]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("start", "end", "times"),
+    [(0, 12, [0, 2, 3, 5]), (2, 12, [0, 1, 2, 3]), (4, 5.5, [0, 1]), (8, 12, [0, 0]), (40, 45, [0, 0])],
+)
+def test_a_segment_may_end_while_a_picture_is_held(tmp_path, suffix, start, end, times):
+    """Whether the container says how long a picture is shown (mp4) or the next one does (Matroska), it is there."""
+    path = files.write_video(
+        tmp_path / f"held.{suffix}", 10, pts=HELD, time_base=Fraction(1, 1000), codec_options={"bf": "0"}
+    )
+    with av.open(str(path)) as container:
+        longest = max(packet.duration * packet.time_base for packet in container.demux(video=0) if packet.duration)
+    assert longest == 29 if suffix == "mp4" else longest < 1
+    with MediaLoader(tmp_path, MediaLimits(num_frames=4), backend="pyav", workers=0) as loader:
+        clip = loader.video(path, request=ClipRequest(start=start, end=end))
+        assert (clip.timestamps.tolist(), clip.duration, clip.notes) == (times, end - start, ("resized",))
+        shown = files.picture(sum(stamp <= 1000 * start for stamp in HELD) - 1, 48, 64)
+        assert clip.frames[0, -1, -1].mean() == pytest.approx(shown[-1, -1].mean(), abs=4)
+        # Negative control: nothing says that the last picture is held.
+        with pytest.raises(MediaError, match="its pictures end at 6"):
+            loader.video(path, request=ClipRequest(start=63, end=64))
+
+
 def test_two_segments_of_a_clip_are_two_entries(tmp_path):
     path = write(tmp_path / "clip.mkv", Timed())
     with MediaLoader(tmp_path, backend="pyav", workers=0) as loader:

@@ -42,19 +42,25 @@ class Timeline:
     """
     What the packets tell without decoding: when pictures are shown (in ticks, sorted), and which are key frames.
 
-    `complete` unless reading stopped where what follows is not used. `in_order`: the k-th picture that the decoder
-    gives is shown at the k-th time, and its own time stamp is a guess. `sought`: it begins at a key frame within the
-    file. `damaged`: pictures that are not whole, or are made from one that is not.
+    `until`: all pictures shown up to then (in seconds) are in it; infinite unless reading stopped where what follows
+    is not used. `in_order`: the k-th picture that the decoder gives is shown at the k-th time, and its own time stamp
+    is a guess. `sought`: it begins at a key frame within the file. `damaged`: pictures that are not whole, or are made
+    from one that is not.
     """
 
     pts: np.ndarray
     keys: list[int]
     end: int
     tick: Fraction
-    complete: bool
+    until: float
     in_order: bool
     sought: bool = False
     damaged: frozenset[int] = frozenset()
+
+    @property
+    def complete(self) -> bool:
+        """Whether reading went on to the end of the file."""
+        return self.until == math.inf
 
     @property
     def longest_gap(self) -> float:
@@ -64,7 +70,8 @@ class Timeline:
     @property
     def variable(self) -> bool:
         """Whether the frame rate varies by more than 5 % and by more than millisecond time stamps explain."""
-        gaps = np.diff(self.pts) * float(self.tick)
+        seconds = self.pts * float(self.tick)
+        gaps = np.diff(seconds[seconds <= self.until])  # beyond, pictures are missing that are stored after later ones
         return len(gaps) > 1 and bool(np.max(np.abs(gaps - np.median(gaps))) > max(0.0015, 0.05 * np.median(gaps)))
 
 
@@ -78,7 +85,7 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
     in_order = container.format.name in IN_ORDER
     shown: dict[int, bool] = {}
     damaged, lost = set(), False
-    end, latest, stop, complete = 0, None, None, True
+    end, latest, stop, until = 0, None, None, math.inf
     for packet in container.demux(stream):
         deadline.check()
         # A transport stream may have lost a packet, or been joined from pieces, which looks alike: what follows is there.
@@ -95,7 +102,7 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
                 raise source.error("unreadable", back)
         stop = last(decoding) if stop is None else stop
         if decoding > stop + 1:  # 1 s: pictures are stored out of order
-            complete = False
+            until = stop
             break
         shown[pts] = packet.is_keyframe
         lost = packet.is_corrupt or (lost and not packet.is_keyframe)
@@ -110,7 +117,7 @@ def _timeline(source: Source, container, stream, last: Callable[[float], float],
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((stream.guessed_rate or 25) * stream.time_base)
         end = int(pts[-1] + max(1, round(float(usual))))
     keys = sorted(tick for tick, key in shown.items() if key)
-    return Timeline(pts, keys, end, stream.time_base, complete, in_order, damaged=frozenset(damaged))
+    return Timeline(pts, keys, end, stream.time_base, until, in_order, damaged=frozenset(damaged))
 
 
 class _SeekMissed(Exception):
@@ -196,10 +203,8 @@ def _choose(
         line = _timeline(source, container, stream, last, deadline)
     seconds = line.pts * float(line.tick) - zero
     end = float(line.end * line.tick) - zero
-    if (
-        not line.complete and stop is None
-    ):  # until the next picture, which was met beyond the limit, the last one is shown
-        end = max(end, max(start, float(seconds[0])) + limits.max_seconds + 1)
+    if not line.complete:  # until the next picture, which was met beyond the limit, the last one is shown
+        end = max(end, max(start, float(seconds[0])) + limits.max_seconds + 1 if stop is None else stop)
     if line.complete and declared_end is not None and (stop is None or stop > end):
         if end < declared_end - zero - max(END_SLACK, line.longest_gap):
             raise source.error("truncated", f"pictures up to {end:.2f} s of {declared_end - zero:.2f} s")

@@ -223,7 +223,8 @@ def _spread(
             piece, told = _heard(source, container, main_track(container, "audio"), limits, rate, part)
         pieces.append(piece)
         notes |= dict.fromkeys(note for note in told if note != SEGMENT_SHORTENED)
-    return np.concatenate(pieces), [*notes, SOUND_SPREAD], whole
+    most = round(limits.max_seconds * rate)  # the length of each part is rounded, of which all may go up
+    return np.concatenate(pieces)[:most], [*notes, SOUND_SPREAD], whole
 
 
 def _heard(
