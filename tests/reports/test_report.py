@@ -23,6 +23,7 @@ from hypothesis.extra.numpy import arrays
 
 from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.modalities import SUBTITLE_SUFFIXES
 from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import ReportError, write_report
 from maple_trl.reports.embeddings import text_vectors, write_embeddings
@@ -592,6 +593,17 @@ def test_media_are_linked_only_below_their_root(tmp_path):
     unknown = MediaTable(None, tmp_path, 1)
     unknown.add("video", "a.mp4")
     assert "--media-root" in unknown.entries[0]["why"]
+
+
+@pytest.mark.parametrize("suffix", SUBTITLE_SUFFIXES)
+def test_a_subtitle_file_of_each_kind_is_linked_to(tmp_path, suffix):
+    (tmp_path / f"words{suffix}").write_text("a dog")
+    table = MediaTable(tmp_path, tmp_path, thumbnails=0)
+    for name in (f"words{suffix}", f"I said\nwords{suffix}"):
+        table.add("subtitle", name)
+    file, text = table.entries
+    assert (file["href"], file["text"]) == (f"words{suffix}", "a dog")
+    assert text["text"] == f"I said\nwords{suffix}" and "href" not in text
 
 
 def test_a_script_that_poses_as_a_clip_gives_no_picture(tmp_path):
