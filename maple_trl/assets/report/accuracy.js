@@ -163,7 +163,7 @@ function compared(body) {
   for (const found of REPORT.comparisons) {
     const { name } = REPORT.runs[found.run];
     if (found.missing) { body.append(node("p", { class: "missing", text: MANY ? `${name}: ${found.missing}` : found.missing })); continue; }
-    if (!found.same_data) body.append(node("p", { class: "note", text: `${MANY ? `${name}: the` : "The"} evaluations are not of the same rows: only questions with equal names and tags are compared.` }));
+    if (!found.same_data) body.append(node("p", { class: "note", text: `${MANY ? `${name}: the` : "The"} evaluations are not of the same rows: only questions with equal ${found.by_name ? "names" : "prompts, media, solutions"} and tags are compared.` }));
     for (const [access, c] of Object.entries(found.accesses)) rows.push([name, access, c]);
   }
   const scale = scaleOf(rows.map(([, , c]) => c).filter((c) => !c.missing));
