@@ -42,6 +42,7 @@ def print_results(result: Mapping[str, Any], folder: str | Path) -> None:
     table.add_section()
     for name in ("scored", "errors", "unscored", "lacking"):
         add(name, lambda found, name=name: found["counts"][name])
+    add("samples unscored", lambda found: sum(found["ungraded_samples"].values()))
     add("clips", lambda found: found["accuracy"].get("sample_mean", {}).get("clips"))
     console.print(table)
     if "sample_mean" in result["over_inputs"]:

@@ -32,7 +32,7 @@ _METRICS = ("ACC", "OBOA", "MAE", "RMSE", "answered", "F1", "exact", "WER", "rou
 
 @dataclass
 class _Question:
-    """A question under one access: the scores of its samples, or why there are none."""
+    """A question under one access: the scores of its samples, why others have none, or why there are no samples."""
 
     row: int
     tag: str | None
@@ -47,11 +47,17 @@ class _Question:
     solution: str | None = None
     sound: tuple[float, float] | None = None
     scores: list[float] = field(default_factory=list)
+    ungraded: list[str] = field(default_factory=list)
     measures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def mean(self) -> float:
         return math.fsum(self.scores) / len(self.scores) if self.scores else math.nan
+
+    def mean_if(self, score: float) -> float:
+        """Return the mean if every sample without a score, or the question without a sample, had this one."""
+        missing = len(self.ungraded) or int(not self.scores)
+        return (math.fsum(self.scores) + missing * score) / (len(self.scores) + missing)
 
 
 def evaluation_results(
@@ -67,7 +73,8 @@ def evaluation_results(
 
     A question's score is the mean of its samples, so that accuracy is pass@1 estimated from all of them (MAPLE,
     arXiv 2602.11596, 3.1). A question whose media are broken (`error`) or that could not be graded (`unscored`) is in no
-    mean: it is counted, and `bounds` say what the accuracy would be if all such were wrong and if all were right. A
+    mean: it is counted, and `bounds` say what the accuracy would be if all such were wrong and if all were right. So are
+    the samples of other questions that could not be graded: the mean of such a question is that of the samples that were. A
     question that lacks a signal of an access (`lacking`) does not belong to that access, nor to its bounds.
 
     Intervals rest on clips where the lines name them: an estimate says how many (`clips`) beside its questions (`count`).
@@ -113,6 +120,8 @@ def evaluation_results(
             question.scores.append(line["score"])
             for name, value in _measures(line["extra"]):
                 question.measures[name].append(value)
+        elif line["sample"] is not None:
+            question.ungraded.append(line["reason"] or "")
         if line["sample"] is not None:
             _count_completion(completions[line["access"]], line)
             texts[line["access"], line["row"]].append(line["completion"])
@@ -191,7 +200,8 @@ def _access_results(questions: list[_Question], samples: int, options: Mapping[s
     Returns:
         `accuracy` over all questions (`sample_mean`), as the plain mean over tags (`tag_mean`), by tag and by category;
         `metrics`, what benchmarks measure beyond it; `bounds`; `pass_at_k`; `modality_gap` by weighting; `tag_disparity`;
-        `counts` of questions, over all and by tag; `sound`, how much of it was fed.
+        `counts` of questions, over all and by tag; `reasons`, why questions have no score; `ungraded_samples`, samples
+        without a score by reason, of scored questions too; `sound`, how much of it was fed.
     """
     belonging = [question for question in questions if question.status != "lacking"]
     scores = np.array([question.mean for question in belonging])
@@ -201,9 +211,9 @@ def _access_results(questions: list[_Question], samples: int, options: Mapping[s
         "accuracy": _or_reason(lambda: _accuracy(belonging, scores, tags, clips, options)),
         "metrics": _metrics(belonging, options),
         "bounds": {
-            "sample_mean": _bounds(scores),
+            "sample_mean": _bounds(belonging),
             "per_tag": {
-                tag: _bounds(scores[[other == tag for other in tags]]) for tag in map(str, ModalityTag) if tag in tags
+                tag: _bounds([q for q in belonging if q.tag == tag]) for tag in map(str, ModalityTag) if tag in tags
             },
         },
         "pass_at_k": _pass_at_k(belonging, samples, options),
@@ -222,6 +232,7 @@ def _access_results(questions: list[_Question], samples: int, options: Mapping[s
         "counts": _counts(questions)
         | {"per_tag": {tag or "": _counts([q for q in questions if q.tag == tag]) for tag in _present(questions)}},
         "reasons": dict(sorted(Counter(q.reason for q in questions if q.status != "scored").items())),
+        "ungraded_samples": dict(sorted(Counter(reason for q in questions for reason in q.ungraded).items())),
         "sound": _sound_fed(questions),
     }
 
@@ -320,13 +331,12 @@ def _accuracy(
     }
 
 
-def _bounds(scores: np.ndarray) -> dict[str, float] | None:
-    """Return the mean if all that have no score were wrong, and if all were right."""
-    if not len(scores):
+def _bounds(questions: Sequence[_Question]) -> dict[str, float] | None:
+    """Return the mean if all that have no score, samples and questions, were wrong, and if all were right."""
+    if not questions:
         return None
-    known = scores[~np.isnan(scores)]
-    total, unknown = math.fsum(known), len(scores) - len(known)
-    return {"low": total / len(scores), "high": (total + unknown) / len(scores)}
+    ends = {"low": 0.0, "high": 1.0}
+    return {end: math.fsum(q.mean_if(score) for q in questions) / len(questions) for end, score in ends.items()}
 
 
 def _pass_at_k(questions: list[_Question], samples: int, options: Mapping[str, Any]) -> dict[str, Any]:

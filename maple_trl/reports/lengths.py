@@ -12,7 +12,7 @@ from maple_trl.files import as_json
 from maple_trl.metrics.intervals import bootstrap_mean
 from maple_trl.metrics.significance import compare_runs
 from maple_trl.reports.folders import RunData
-from maple_trl.reports.questions import question_means
+from maple_trl.reports.questions import NOT_NAMED, question_means, share_names
 from maple_trl.reports.rollouts import Rollouts, clip_names, question_names
 from maple_trl.reports.sections import Section, lines_by_phase, missing, no_rollouts, task_rewards
 
@@ -110,17 +110,18 @@ def _gains(first_run: RunData, second_run: RunData, bounds: Sequence[int]) -> Se
     pair = (first_run, second_run)
     if not all(run.kind == "evaluation" and run.table is not None for run in pair):
         return missing("A gain by length needs two evaluations, of the same questions.")
-    (first, clips), (second, more) = (question_means(run, "score") for run in pair)
-    lengths = [question_means(run, "completion_tokens")[0] for run in pair]
+    by_name = share_names(*pair)
+    (first, clips), (second, more) = (question_means(run, "score", by_name) for run in pair)
+    lengths = [question_means(run, "completion_tokens", by_name)[0] for run in pair]
     clips = more | clips
     access = next((access for access in first_run.accesses if access in first and access in second), None)
     if access is None:
-        return missing("The evaluations have no access in common.")
+        return missing("The evaluations have no access in common." if by_name else NOT_NAMED)
     both = [
         key for key in first[access] if key in second[access] and all(key in own.get(access, {}) for own in lengths)
     ]
     if not both:
-        return missing("The runs have scored no question in common.")
+        return missing("The runs have scored no question in common." if by_name else NOT_NAMED)
     tokens = [sum(own[access][key] for own in lengths) / 2 for key in both]
     bins = []
     for label, own in _binned(tokens, bin_starts(tokens, bounds)):

@@ -17,6 +17,7 @@ from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.clips import Source
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.media.sampling import MediaLimits
+from maple_trl.omni.media.subtitles import is_subtitle_file
 from maple_trl.omni.media.tasks import Task
 from maple_trl.omni.media.workers import WORKERS, decoder_pool
 
@@ -24,7 +25,6 @@ from maple_trl.omni.media.workers import WORKERS, decoder_pool
 MEDIA = ("image", "video", "audio", "subtitle")
 """Columns that name what a completion was shown."""
 
-_SUBTITLES = (".srt", ".vtt", ".json")
 _WIDTH = 160
 _SHOWN = 800  # characters of a subtitle
 
@@ -56,7 +56,7 @@ class MediaTable:
         return self._numbers[kind, name]
 
     def _entry(self, kind: str, name: str) -> dict[str, Any]:
-        if kind == "subtitle" and not name.lower().endswith(_SUBTITLES):
+        if kind == "subtitle" and not is_subtitle_file(name):
             return {"kind": kind, "name": "subtitle text", "text": name[:_SHOWN]}
         stored = stored_path(name)
         if stored is not None:

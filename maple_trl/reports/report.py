@@ -25,7 +25,7 @@ from maple_trl.reports.folders import ReportError, RunData, read_run
 from maple_trl.reports.lengths import length_gains, length_sections
 from maple_trl.reports.media import MediaTable
 from maple_trl.reports.projection import PROJECTIONS, project
-from maple_trl.reports.questions import question_means
+from maple_trl.reports.questions import NOT_NAMED, question_means, share_names
 from maple_trl.reports.rollouts import Rollouts, pack, packed, rollouts_of
 from maple_trl.reports.sections import all_sections, missing, near_perfect, no_rollouts
 from maple_trl.reports.series import TAGS, Series, end_means, series_of, sharing_steps, thinned
@@ -358,15 +358,17 @@ def comparison(first_run: RunData, second_run: RunData) -> dict[str, Any]:
     """
     Compare two evaluations in pairs, by access, over the questions that both have scored.
 
-    A question is the row with the same id and the same tag; `left_out` counts those that only one run has scored. Where the
-    runs name clips, signs are flipped and the interval is made by clip; `clips` says how many there are.
+    A question is the row with the same id and the same tag; where the runs are not of the same rows and ids are row numbers
+    (`by_name` is false), what has the same prompt, media, solution and tag. `left_out` counts those that only one run has
+    scored. Where the runs name clips, signs are flipped and the interval is made by clip; `clips` says how many there are.
     """
     runs = (first_run, second_run)
     if not all(run.kind == "evaluation" and run.table is not None for run in runs):
         return missing(
             "A paired test needs two evaluations: the completions of training runs are not of the same questions."
         )
-    (first, clips), (second, more_clips) = (question_means(run, "score") for run in runs)
+    by_name = share_names(*runs)
+    (first, clips), (second, more_clips) = (question_means(run, "score", by_name) for run in runs)
     clips = more_clips | clips
     found = {}
     for access in [access for access in runs[0].accesses if access in first and access in second]:
@@ -380,15 +382,15 @@ def comparison(first_run: RunData, second_run: RunData) -> dict[str, Any]:
                 clusters=[clips.get(key) for key in both],
             )
         except UndefinedMetricError:
-            found[access] = missing("The runs have scored no question in common.")
+            found[access] = missing("The runs have scored no question in common." if by_name else NOT_NAMED)
             continue
         names = ("difference", "low", "high", "p_value", "test", "better", "worse", "count", "clips")
         left_out = len(first[access]) + len(second[access]) - 2 * len(both)
         found[access] = {name: getattr(result, name) for name in names} | {"left_out": left_out}
     if not found:
-        return missing("The evaluations have no access in common.")
+        return missing("The evaluations have no access in common." if by_name else NOT_NAMED)
     data = [(run.result or {}).get("data", {}).get("sha256") for run in runs]
-    return {"accesses": found, "same_data": data[0] == data[1]}
+    return {"accesses": found, "same_data": data[0] == data[1], "by_name": by_name}
 
 
 def render(data: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any] | None], live: float | None = None) -> str:

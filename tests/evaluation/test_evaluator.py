@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from maple_trl.cli.eval_print import print_results
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.data.prompt_templates import read_template
 from maple_trl.evaluation import EvalOptions, EvaluationError, evaluation_results, load_evaluation, parse_access
@@ -339,6 +341,34 @@ def test_partly_scored_questions():
     assert found["accuracy"]["sample_mean"]["value"] == pytest.approx((0.75 + 1) / 2)
     assert found["pass_at_k"]["1"]["value"] == pytest.approx(0.75)  # a score of 0.5 is not right
     assert "question 0 has n=2" in found["pass_at_k"]["3"]["undefined"]
+
+
+def test_ungraded_samples_are_counted_told_and_wrong_or_right_in_the_bounds(capsys):
+    """Four questions of five samples, of which one was graded, as right."""
+    lines = lines_from(
+        [("V", "required", [1.0, None, None, None, None])] * 3 + [("A", "required", [None, 1.0] + [None] * 3)]
+    )
+    reasons = ["no-judge" if score is None else None for score in lines["score"].to_pylist()]
+    lines = lines.set_column(lines.schema.get_field_index("reason"), "reason", pa.array(reasons))
+    result = evaluation_results(lines, ["required"], 5)
+    found = result["accesses"]["required"]
+    assert found["ungraded_samples"] == {"no-judge": 16} and found["completions"]["all"] == 20
+    assert (found["counts"]["scored"], found["counts"]["unscored"], found["reasons"]) == (4, 0, {})
+    assert found["accuracy"]["sample_mean"]["value"] == 1.0
+    assert (
+        found["bounds"]["sample_mean"] == found["bounds"]["per_tag"]["A"] == {"low": pytest.approx(0.2), "high": 1.0}
+    )
+    print_results(result | {"left_out": []}, "out")
+    assert re.search(r"samples unscored\W+16\b", capsys.readouterr().out)
+
+
+def test_samples_and_questions_without_a_score_in_the_bounds():
+    asked = [("V", "required", [0.5, 1.0, None]), ("V", "required", [None] * 3), ("V", "required", "error")]
+    found = evaluation_results(lines_from([*asked, ("V", "required", "lacking")]), ["required"], 3)["accesses"][
+        "required"
+    ]
+    assert found["bounds"]["sample_mean"] == pytest.approx({"low": 0.5 / 3, "high": (2.5 / 3 + 1 + 1) / 3})
+    assert sum(found["ungraded_samples"].values()) == 4
 
 
 # The folder

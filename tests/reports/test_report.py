@@ -23,12 +23,16 @@ from hypothesis.extra.numpy import arrays
 
 from maple_trl import cli
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.modalities import SUBTITLE_SUFFIXES
+from maple_trl.records.evaluations import LINES
 from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import ReportError, write_report
 from maple_trl.reports.embeddings import text_vectors, write_embeddings
-from maple_trl.reports.folders import read_run
+from maple_trl.reports.folders import RunData, read_run
+from maple_trl.reports.lengths import length_gains
 from maple_trl.reports.media import MediaTable
 from maple_trl.reports.projection import principal_components
+from maple_trl.reports.report import comparison
 from maple_trl.reports.rollouts import packed, rollouts_of
 from maple_trl.reports.sections import near_perfect
 from maple_trl.reports.series import series_of, thinned
@@ -366,6 +370,62 @@ def test_two_evaluations_are_compared_question_by_question(evaluations, tmp_path
         assert set(run["projection"]["tag"]) <= set(TAGS)
 
 
+def evaluated(rows, sha256, ids=None, columns=LINES.names):
+    """An evaluation of rows given as (question, score); without ids their numbers stand in for these."""
+    lines = [
+        dict.fromkeys(LINES.names)
+        | {"id": str(i) if ids is None else ids[i], "row": i, "tag": "V", "access": "required", "status": "scored"}
+        | {"sample": 0, "completion": "", "completion_tokens": 4, "score": score, "notes": []}
+        | {"prompt": text, "solution": "A", "video": ["a.mp4"], "clip": "a.mp4"}
+        for i, (text, score) in enumerate(rows)
+    ]
+    result = {"accesses": {"required": {}}, "data": {"sha256": sha256}}
+    table = pa.Table.from_pylist(lines, LINES).select(list(columns))
+    return RunData(Path("."), "run", "evaluation", True, "", table=table, result=result)
+
+
+def test_rows_without_ids_are_paired_by_what_they_ask():
+    """A table and a part of it, as `--dataset_filter` leaves it: all its rows have other numbers."""
+    rows = [(f"question {i}", float(i % 3 == 0)) for i in range(20)]
+    whole, part = evaluated(rows, "whole"), evaluated(rows[10:], "part")
+    for pair in ((whole, part), (part, whole)):
+        compared = comparison(*pair)
+        found = compared["accesses"]["required"]
+        assert (found["count"], found["left_out"], found["better"], found["worse"]) == (10, 10, 0, 0)
+        assert not compared["by_name"] and not compared["same_data"]
+        (gained,) = length_gains(pair)
+        assert [(one["count"], one["difference"]) for one in gained["bins"]] == [(10, 0.0)]
+    # Of two rows that are alike in all that they ask, the mean counts.
+    twice = comparison(whole, evaluated([rows[0], (rows[0][0], 0.0)], "twice"))["accesses"]["required"]
+    assert (twice["count"], twice["difference"]) == (1, -0.5)
+
+
+def test_numbers_of_other_rows_are_not_compared():
+    rows = [(f"question {i}", 1.0) for i in range(4)]
+    older = [name for name in LINES.names if name != "prompt"]  # as folders of an older version
+    others = [evaluated([(f"another {text}", 0.0) for text, _ in rows], "b"), evaluated(rows[1:], "b", columns=older)]
+    for other in others:
+        compared = comparison(evaluated(rows, "a"), other)
+        told = compared.get("missing") or compared["accesses"]["required"]["missing"]
+        assert "rows are told by their number alone" in told and "column id" in told
+        assert length_gains([evaluated(rows, "a"), other]) == [{"run": 1, "missing": told}]
+
+
+def test_names_and_numbers_of_the_same_rows_are_kept_when_prompts_differ():
+    """Another template asks the same questions."""
+    rows = [(f"question {i}", float(i < 2)) for i in range(4)]
+    asked = [(f"Please: {text}", score) for text, score in rows]
+    names = ["d", "c", "b", "a"]
+    named = comparison(evaluated(rows, "a", names), evaluated(asked[1:], "b", names[1:]))
+    numbered = comparison(evaluated(rows, "a"), evaluated(asked, "a"))
+    assert named["by_name"] and numbered["by_name"]
+    assert [one["accesses"]["required"]["count"] for one in (named, numbered)] == [3, 4]
+    assert [one["accesses"]["required"]["difference"] for one in (named, numbered)] == [0, 0]
+    # Names of one table may be numbers of another.
+    mixed = comparison(evaluated(rows, "a"), evaluated(rows[1:], "b", ["0", "7", "8"]))
+    assert not mixed["by_name"] and mixed["accesses"]["required"]["difference"] == 0
+
+
 def test_an_evaluation_that_is_going_on(evaluations, tmp_path):
     """Batches that are done are counted as `result.json` counts them in the end."""
     live = tmp_path / "live"
@@ -592,6 +652,17 @@ def test_media_are_linked_only_below_their_root(tmp_path):
     unknown = MediaTable(None, tmp_path, 1)
     unknown.add("video", "a.mp4")
     assert "--media-root" in unknown.entries[0]["why"]
+
+
+@pytest.mark.parametrize("suffix", SUBTITLE_SUFFIXES)
+def test_a_subtitle_file_of_each_kind_is_linked_to(tmp_path, suffix):
+    (tmp_path / f"words{suffix}").write_text("a dog")
+    table = MediaTable(tmp_path, tmp_path, thumbnails=0)
+    for name in (f"words{suffix}", f"I said\nwords{suffix}"):
+        table.add("subtitle", name)
+    file, text = table.entries
+    assert (file["href"], file["text"]) == (f"words{suffix}", "a dog")
+    assert text["text"] == f"I said\nwords{suffix}" and "href" not in text
 
 
 def test_a_script_that_poses_as_a_clip_gives_no_picture(tmp_path):

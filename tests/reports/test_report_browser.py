@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browsers import chromium, needs_chromium
@@ -15,9 +16,11 @@ from PIL import Image
 
 from maple_trl import AvatarConfig, AvatarTrainer, cli
 from maple_trl.data import default_folder, load_seven_tags
+from maple_trl.evaluation import evaluation_results
 from maple_trl.omni.embedded import store
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.records.critical_steps import write_critical_steps
+from maple_trl.records.evaluations import LINES
 from maple_trl.records.rollouts import write_rollout
 from maple_trl.reports import write_report
 from maple_trl.reports.report import end_live
@@ -457,6 +460,32 @@ def test_an_evaluation_shows_its_questions_clips_and_errors(browser, tmp_path):
     assert opened.heights_of_charts() == opened.heights
     assert opened.errors == []
     page.close()
+
+
+def test_samples_without_a_score_and_rows_without_ids_are_told(browser, tmp_path):
+    """Of two questions one sample of three was graded, and the second evaluation is of the second row alone."""
+    for folder, rows in (("whole", [0, 1]), ("part", [1])):
+        lines = [
+            dict.fromkeys(LINES.names)
+            | {"id": str(i), "row": i, "tag": "V", "access": "required", "sample": sample, "completion": "?"}
+            | {"status": "unscored" if sample else "scored", "score": None if sample else 1.0, "notes": []}
+            | {"reason": "no-judge" if sample else None, "prompt": f"question {row}", "solution": "A"}
+            for i, row in enumerate(rows)
+            for sample in range(3)
+        ]
+        table = pa.Table.from_pylist(lines, LINES)
+        (tmp_path / folder).mkdir()
+        pq.write_table(table, tmp_path / folder / "rows.parquet")
+        result = evaluation_results(table, ["required"], 3) | {"data": {"sha256": folder}}
+        (tmp_path / folder / "result.json").write_text(json.dumps(result))
+    write_report([tmp_path / "whole", tmp_path / "part"], tmp_path / "two.html")
+    opened = Opened(browser, tmp_path / "two.html")
+    told = opened.page.inner_text("#accuracy")
+    assert "samples not gradable\t4 of 6: 4 no-judge" in told and "samples not gradable\t2 of 3: 2 no-judge" in told
+    assert told.count("all questions, were errors and what is not gradable wrong or right\t33.3 % to 100.0 %") == 2
+    assert "only questions with equal prompts, media, solutions and tags are compared" in told
+    assert opened.errors == []
+    opened.page.close()
 
 
 @pytest.mark.long

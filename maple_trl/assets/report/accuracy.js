@@ -96,6 +96,14 @@ function withInterval(estimate) {
   return percent(estimate.value) + (known ? ` (${(100 * estimate.low).toFixed(1)} to ${(100 * estimate.high).toFixed(1)})` : "");
 }
 
+// How many samples have no score, and why; results of older versions do not say.
+function ungraded(one) {
+  const reasons = Object.entries(one.ungraded_samples || {});
+  if (!reasons.length) return "0";
+  const all = reasons.reduce((sum, [, count]) => sum + count, 0);
+  return `${all} of ${one.completions.all}: ${reasons.map(([reason, count]) => `${count} ${reason}`).join(", ")}`;
+}
+
 // A row a measure, a column an access: that is as wide as there are accesses, however many measures there are.
 function measures(body, run, index) {
   body.append(runTitle(index));
@@ -110,9 +118,11 @@ function measures(body, run, index) {
     ["modality gap, by questions", gap("sample")], ["modality gap, by tags", gap("tag")],
     ["questions scored", (one) => String(one.counts.scored)], ["clips", (one) => String((one.accuracy.sample_mean || {}).clips || "–")],
   ];
-  const odd = [["errors", "errors"], ["not gradable", "unscored"], ["lacking a signal", "lacking"]].filter(([, name]) => found.some((one) => one.counts[name]));
-  rows.push(...odd.map(([label, name]) => [label, (one) => String(one.counts[name])]));
-  if (odd.length) rows.push(["all questions, were errors wrong or right", bounds]);
+  const count = (name) => (one) => String(one.counts[name]);
+  const odd = [["errors", count("errors")], ["not gradable", count("unscored")], ["lacking a signal", count("lacking")], ["samples not gradable", ungraded]];
+  const there = odd.filter(([, value]) => found.some((one) => value(one) !== "0"));
+  rows.push(...there);
+  if (there.length) rows.push(["all questions, were errors and what is not gradable wrong or right", bounds]);
   else rows.push(["errors, not gradable, lacking a signal", () => "none"]);
   body.append(table(null, [["access", ...Object.keys(run.accuracy.accesses)], ...rows.map(([name, value]) => [name, ...found.map(value)])]));
   for (const [access, one] of Object.entries(run.accuracy.accesses)) {
@@ -153,7 +163,7 @@ function compared(body) {
   for (const found of REPORT.comparisons) {
     const { name } = REPORT.runs[found.run];
     if (found.missing) { body.append(node("p", { class: "missing", text: MANY ? `${name}: ${found.missing}` : found.missing })); continue; }
-    if (!found.same_data) body.append(node("p", { class: "note", text: `${MANY ? `${name}: the` : "The"} evaluations are not of the same rows: only questions with equal names and tags are compared.` }));
+    if (!found.same_data) body.append(node("p", { class: "note", text: `${MANY ? `${name}: the` : "The"} evaluations are not of the same rows: only questions with equal ${found.by_name ? "names" : "prompts, media, solutions"} and tags are compared.` }));
     for (const [access, c] of Object.entries(found.accesses)) rows.push([name, access, c]);
   }
   const scale = scaleOf(rows.map(([, , c]) => c).filter((c) => !c.missing));
