@@ -1,8 +1,13 @@
 """What the trainer hands to reward functions besides the columns of the rows: groups and log-probabilities."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from datasets import Dataset
 from omni_runs import build_trainer, one_row_per_tag, spread_reward
+from programs import Ranks
 from tiny_models import build_tiny_text
 
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
@@ -114,3 +119,51 @@ def test_each_reward_is_logged_by_tag(seven_tags):
             assert abs(entry[name] - sum(values) / len(values)) < 1e-5
     everything = [v for values in known.values() for v in values]
     assert abs(entry["tag/all/rewards/graded_reward"] - sum(everything) / len(everything)) < 1e-5
+
+
+# Several ranks
+
+
+@pytest.fixture(scope="module")
+def votes(tmp_path_factory):
+    """What each rank has found, of one process and of two."""
+    found = {}
+    for world in (1, 2):
+        out = tmp_path_factory.mktemp(f"votes-{world}")
+        job, log = Path(__file__).parents[1] / "jobs" / "vote_job.py", out / "log"
+        assert Ranks(world, [job, out], log).wait() == 0, log.read_text()[-6000:]
+        found[world] = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["omni", "omni-spread", "mapo-early", "avatar", "text"])
+def test_a_group_votes_as_a_whole_whatever_ranks_hold_it(votes, name):
+    (one,), two = (votes[world] for world in (1, 2))
+    assert two[0][name] == two[1][name]
+    first, second = one[name], two[0][name]
+    assert len(first["scores"]) == (3 if name == "avatar" else 1)
+    for alone, shared in zip(first["scores"], second["scores"], strict=True):
+        assert shared[:3] == alone[:3] and alone[0] == alone[1] == alone[2]
+        # A function that compares nothing is called with each rank's own.
+        assert shared[3] == [value / 2 for value in alone[3]]
+    # What is logged of them is this rank's, once.
+    assert first["told"] == second["told"]
+    scores = [values[0] for values in first["scores"]]
+    if name == "avatar":  # replayed completions keep the scores that they have, and have no vote
+        assert scores == [[1, 1, 0, 0, 0, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+    elif name == "omni-spread":
+        assert first["told"] == [4] * 12
+        assert scores[0][:4] in ([1, 0, 1, 0], [0, 1, 0, 1]) and scores[0][4:8] in ([1, 1, 0, 0], [0, 0, 1, 1])
+        assert sum(scores[0][8:]) == 1
+    else:
+        assert scores == [[1, 1, 1, 1, 0, 0, 0, 0]] and first["told"] == [8] * 8
+
+
+@pytest.mark.slow
+def test_ranks_with_unequal_shares_gather_what_they_compare(votes):
+    first, second = (rank["uneven"] for rank in votes[2])
+    a, *b = [0, "a.mp4"], [1, "b.mp4"], [2, "b.mp4"], [3, "b.mp4"]
+    assert first == {"keys": [[a, *b], [0, 1, 2]], "no keys": [[a, *b], [0, 1, 2]]}
+    assert second == {"keys": [b, [2]], "no keys": [[a, *b], [3]]}
+    assert votes[1][0]["uneven"] == {"keys": [[a], [0]], "no keys": [[a], [0]]}

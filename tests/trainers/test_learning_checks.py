@@ -111,13 +111,17 @@ def test_rewards_that_differ_between_prompts_alone_teach_nothing(caplog, tmp_pat
 
 
 def test_mapo_compares_the_prompts_of_a_tag_with_each_other(caplog, tmp_path):
-    """Where a whole rollout is the scope of an advantage, the same rewards do teach something."""
+    """
+    Where a prompt's completions are held against the rollout, the same rewards do teach something.
+
+    The scope `tag` takes the deviation of the tag, but the mean of the prompt.
+    """
 
     def of_row(id, **_):
         return [float(one == id[0]) for one in id]
 
     found = {}
-    for scope in ("group", "batch"):
+    for scope in ("group", "tag", "batch"):
         model, processor = build_tiny("qwen2_5_omni")
         options = DEFAULTS | SMALL | {"per_device_train_batch_size": 8, "max_steps": ZERO_GRADIENTS}
         rows = Dataset.from_list([question(subtitle=f"word {i}", id=str(i)) for i in range(8)])
@@ -125,7 +129,7 @@ def test_mapo_compares_the_prompts_of_a_tag_with_each_other(caplog, tmp_path):
         trainer = MAPOTrainer(model, of_row, args, rows, processing_class=processor)
         trainer.train()
         found[scope] = {note["kind"] for note in trainer.left_out()}
-    assert {"equal_rewards", "zero_gradient"} <= found["group"]
+    assert {"equal_rewards", "zero_gradient"} <= found["group"] & found["tag"]
     assert not {"equal_rewards", "zero_gradient"} & found["batch"]
 
 

@@ -33,6 +33,7 @@ from maple_trl.algorithms import (
     stratum_totals,
     tag_difficulty,
 )
+from maple_trl.algorithms.advantages import lifts_equal_rewards
 from maple_trl.algorithms.schedule import MIXED
 from maple_trl.hub.papers import MAPLE
 from maple_trl.modalities import ModalityTag
@@ -486,7 +487,8 @@ class MAPOTrainer(OmniGRPOTrainer):
     # Metrics
 
     def _compared(self, rewards: Tensor) -> Tensor:
-        if self.args.advantage_scope == "group" or self.num_generations == 1:
+        # `tag` takes the deviation of other prompts too, but the mean of a prompt's own: alike is 0 there as well.
+        if self.num_generations == 1 or not lifts_equal_rewards(self.args.advantage_scope):
             return super()._compared(rewards)
         return rewards.view(1, -1)  # also among the prompts of a rollout
 

@@ -16,6 +16,7 @@ from maple_trl.omni.encoded import KINDS
 from maple_trl.rewards.calls import RewardError, checked
 from maple_trl.trainers.common.tag_metrics import tag_number
 from maple_trl.trainers.common.trl_compat import lent
+from maple_trl.trainers.omni_grpo.whole_groups import WholeGroups
 
 
 class RewardMixin:
@@ -26,7 +27,8 @@ class RewardMixin:
         Return the scores of all ranks' completions, shape (N, reward functions), and note the rollout that they make.
 
         Besides the columns, rewards are handed `group_ids`, and `completion_logprobs` and `deficit_completions` where
-        one of them names such an argument: these cost a pass and a generation.
+        one of them names such an argument: these cost a pass and a generation. One that names `group_ids` compares
+        completions: it is called with the whole of this rank's groups, the others with this rank's completions.
         """
         flight = self._flight
         if flight.scores is not None:
@@ -41,7 +43,8 @@ class RewardMixin:
         if self._rewards_want("deficit_completions") and self._serving is not None:
             columns["deficit_completions"] = self._deficit_completions(inputs)
         inputs = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
-        with lent(self, reward_funcs=self._checked_rewards()):
+        groups = self._whole_groups(inputs, prompts, completions, completion_ids_list)
+        with lent(self, reward_funcs=self._checked_rewards(groups)):
             scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for name, values in zip(self.reward_func_names, scores.T, strict=True):
             if values.isinf().any():
@@ -90,12 +93,37 @@ class RewardMixin:
         """Return rewards in the groups in which they are compared, of shape (groups, completions)."""
         return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
 
-    def _checked_rewards(self) -> list[Any]:
-        """Wrap reward functions so that errors say by name what is wrong with them or with what they return."""
-        return [
-            function if isinstance(function, nn.Module) else checked(function, name)
-            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+    def _checked_rewards(self, groups: WholeGroups | None) -> list[Any]:
+        """
+        Wrap reward functions so that errors say by name what is wrong with them or with what they return.
+
+        Args:
+            groups: what those that compare completions are called with; `None`: this rank's completions.
+        """
+        found = []
+        for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True):
+            if not isinstance(function, nn.Module):
+                compares, function = _names(function, "group_ids"), checked(function, name)
+                function = groups.called_with(function) if groups is not None and compares else function
+            found.append(function)
+        return found
+
+    def _whole_groups(
+        self, rows: Sequence[dict[str, Any]], prompts: list, completions: list, completion_ids: list[list[int]]
+    ) -> WholeGroups | None:
+        """
+        Gather the completions that rewards compare with this rank's; a collective call.
+
+        `None` where no reward compares any, which is so on all ranks or on none, or this process has all of them.
+        """
+        if self.accelerator.num_processes == 1 or not self._rewards_want("group_ids"):
+            return None
+        told = [
+            row | {"prompts": prompt, "completions": completion, "completion_ids": ids}
+            for row, prompt, completion, ids in zip(rows, prompts, completions, completion_ids, strict=True)
         ]
+        keys = None if self._serving is None else [prompt.key for prompt in self._serving]
+        return WholeGroups.gathered(told, keys, self.accelerator.process_index)
 
     def _total_rewards(self, scores: torch.Tensor) -> torch.Tensor:
         """
@@ -129,8 +157,7 @@ class RewardMixin:
         return [row[: len(tokens)] for row, tokens in zip(logps.tolist(), completions, strict=True)]
 
     def _rewards_want(self, argument: str) -> bool:
-        functions = [reward for reward in self.reward_funcs if not isinstance(reward, nn.Module)]
-        return any(argument in inspect.signature(reward).parameters for reward in functions)
+        return any(_names(reward, argument) for reward in self.reward_funcs if not isinstance(reward, nn.Module))
 
     @torch.no_grad()
     def _deficit_completions(self, rows: Sequence[dict[str, Any]]) -> list[str | None]:
@@ -153,3 +180,7 @@ class RewardMixin:
             key: None if prompt is None else next(completions) for key, prompt in zip(deficits, encoded, strict=True)
         }
         return [texts.get(prompt.key) for prompt in self._serving]
+
+
+def _names(reward: Any, argument: str) -> bool:
+    return argument in inspect.signature(reward).parameters
