@@ -1,5 +1,5 @@
 """
-`vote_job.py OUT`: trainings on scripted answers, alone or as one of several ranks.
+`vote_job.py OUT NAME ...`: trainings on scripted answers, of these names, alone or as one of several ranks.
 
 Each rank writes `OUT/RANK.json`: by run the scores of each rollout, one list per reward function, and what the completions
 table has been told beside them.
@@ -118,7 +118,7 @@ def uneven(rank: int, world: int) -> dict:
 
 def main() -> None:
     out, state = Path(sys.argv[1]), PartialState(cpu=True)
-    found = {name: train(name, out, state.num_processes) for name in RUNS}
+    found = {name: train(name, out, state.num_processes) for name in sys.argv[2:]}
     found["uneven"] = uneven(state.process_index, state.num_processes)
     (out / f"{state.process_index}.json").write_text(json.dumps(found))
     state.destroy_process_group()

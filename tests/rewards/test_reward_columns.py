@@ -124,20 +124,27 @@ def test_each_reward_is_logged_by_tag(seven_tags):
 # Several ranks
 
 
+RUNS = [
+    "avatar",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("omni", "omni-spread", "mapo-early", "text")),
+]
+
+
 @pytest.fixture(scope="module")
-def votes(tmp_path_factory):
+def votes(tmp_path_factory, tested):
     """What each rank has found, of one process and of two."""
+    names = sorted(tested("test_a_group_votes_as_a_whole_whatever_ranks_hold_it", "name"))
     found = {}
     for world in (1, 2):
         out = tmp_path_factory.mktemp(f"votes-{world}")
         job, log = Path(__file__).parents[1] / "jobs" / "vote_job.py", out / "log"
-        assert Ranks(world, [job, out], log).wait() == 0, log.read_text()[-6000:]
+        assert Ranks(world, [job, out, *names], log).wait() == 0, log.read_text()[-6000:]
         found[world] = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["omni", "omni-spread", "mapo-early", "avatar", "text"])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_group_votes_as_a_whole_whatever_ranks_hold_it(votes, name):
     (one,), two = (votes[world] for world in (1, 2))
     assert two[0][name] == two[1][name]
