@@ -605,6 +605,8 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
 
     def _resume_signature(self) -> dict[str, Any]:
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
+        # By which Trainer tells from the number of steps how many micro-batches were drawn.
+        names = (*names, "gradient_accumulation_steps")
         return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:
