@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from aiohttp import web
+from datasets import Dataset
 from peft import LoraConfig
 from stand_in_server import StandIn
 from vllm_runs import BOUND, build, one_of_each
@@ -14,6 +15,7 @@ from maple_trl.rollout import vllm_generation
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
 from maple_trl.rollout.engine_models import engine_weights
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
+from maple_trl.trainers.common.hinted_rows import prompt_key
 from maple_trl.trainers.common.run_errors import EngineLostError
 
 
@@ -80,6 +82,39 @@ def test_an_answer_that_the_engine_fails_on_is_none(clips, tmp_path):
         answers = trainer.generate_completions(rows)
     tags = [row["tag"] for row in rows]
     assert answers[tags.index("V")] is None and isinstance(answers[tags.index("S")], str)
+
+
+def failed_at_once(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("hinted", [True, False])
+def test_a_prompt_on_which_the_engine_fails_leaves_with_what_is_stored_of_it(hinted, clips, tmp_path):
+    """With its hint or without, and by the end of the step: a resumed run would not have its completions either."""
+    row = clips[1][clips[1]["tag"].index("S")]
+    asked = [[{"role": "user", "content": text}] for text in ("which word is it", "which letter is it")]
+    rows = [
+        {**row, "prompt": prompt, "hint": hint} for prompt, hint in zip(asked, ("quartz zebra", None), strict=True)
+    ]
+    options = {"replayed_generations": 2, "replay_scope": "prompt", "max_steps": 3}
+    options |= {"hints": True, "hint_visits": 1} if hinted else {}  # at the third visit
+    clips = clips[0], Dataset.from_list(rows)
+    with StandIn() as server:
+        trainer = make("avatar", clips, tmp_path, server, reward=failed_at_once, learning_rate=0.0, **options)
+        tokenizer = trainer.processing_class.tokenizer
+
+        def choose(number, row):
+            text = tokenizer.decode(row.token_ids)
+            fails = "zebra" in text if hinted else "which word" in text and number > 4
+            return RuntimeError("no such codec") if fails else None
+
+        server.choose = choose
+        trainer.train()
+    key = trainer.prompt_builder.spec(rows[0]).key
+    (left_out,) = json.loads((tmp_path / "quarantine.json").read_text())
+    assert left_out | {"key": key, "rows": [0], "reason": "engine-failed"} == left_out
+    assert trainer.state.log_history[-2]["replay/discarded"] == 6  # of the two visits before
+    assert [prompt_key(stored) == key for stored in trainer.memory.buffer.prompts()] == [False]
 
 
 def informative_half(completions, tag, **kwargs):

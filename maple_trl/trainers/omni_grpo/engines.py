@@ -19,6 +19,7 @@ from maple_trl.rollout.vllm_engine import generation_class
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.batch import Batch
 from maple_trl.trainers.common.checkpoint import is_complete
+from maple_trl.trainers.common.hinted_rows import prompt_key
 from maple_trl.trainers.common.rollout import RolloutInFlight
 from maple_trl.trainers.common.sampling_checks import MOST_DIFFERENCE, ratio_metrics
 from maple_trl.trainers.common.tag_metrics import tag_number
@@ -160,14 +161,14 @@ class EngineMixin:
         """
         Mark the completions of all ranks that the engine did not give, shape (N,); a collective call.
 
-        Their prompts go into quarantine.
+        Their prompts go into quarantine, with or without a hint.
         """
         failed = torch.zeros(len(flight.rows), dtype=torch.bool, device=self.accelerator.device)
         failed[list(flight.failed)] = True
         failed = self.accelerator.gather(failed)
         registry = self.row_encoder.registries.get("train_dataset") if self.family is not None else None
         if registry is not None and failed.any():
-            own = {flight.prompts[row].key: reason for row, reason in flight.failed.items()}
+            own = {prompt_key(flight.prompts[row].key): reason for row, reason in flight.failed.items()}
             for key, reason in [item for items in gather_object([own]) for item in items.items()]:
                 if key in registry:
                     file = next(iter(self.row_encoder.spec(registry.row_of(key)).files), None)
