@@ -142,6 +142,26 @@ def test_completions_that_are_dropped_have_no_ratio(mode, clips, tmp_path):
     assert logged["sampling/sampling_logp_difference/max"] < 0.5
 
 
+def test_an_engine_is_compared_once_there_is_a_completion_to_compare(clips, tmp_path, monkeypatch):
+    """All groups of the first rollout are dropped, and with them what the policy makes of them."""
+    with StandIn() as server:
+        complete, seen = server.complete, []
+
+        def of_another_model(row, count, sampling):
+            return [[ids, [logp - 1.0 for logp in logps]] for ids, logps in complete(row, count, sampling)]
+
+        def alike_at_first(completions, **_):
+            seen.append(len(completions))
+            return [0.5 if len(seen) == 1 else i % 4 / 4 for i in range(len(completions))]
+
+        options = {"batching": "mixed", "dynamic_sampling": "early", "max_steps": 3, "per_device_train_batch_size": 28}
+        trainer = make("mapo", clips, tmp_path, server, reward=alike_at_first, **options)
+        monkeypatch.setattr(server, "complete", of_another_model)
+        with pytest.raises(EngineLostError, match=r"differ from the trainer's by \d\.\d\d on average"):
+            trainer.train()
+    assert len(seen) == 2 and trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -134,17 +134,21 @@ class EngineMixin:
         """
         Check a first rollout's log-probabilities against the trainer's, on all ranks; a collective call.
 
+        A rollout without a token to compare, as all its groups have been dropped, leaves the check to the next one.
+
         Raises:
             EngineError: when they differ by more than rounding and sampling options explain.
         """
         counted = mask.bool() & ~(logps - sampled).isnan()
         difference = torch.where(counted, (logps - sampled).abs(), 0.0).double()
         total, tokens = self._all_reduce(torch.stack([difference.sum(), counted.sum().double()])).tolist()
-        mean = total / max(tokens, 1.0)
+        if not tokens:
+            return
+        mean = total / tokens
         if mean > MOST_DIFFERENCE and not self._cuts_sampling:
             raise EngineError(
-                f"vLLM's log-probabilities differ from the trainer's by {mean:.2f} on average in the first rollout: it "
-                "samples from another model. `maple-trl parity` shows for which prompts"
+                f"vLLM's log-probabilities differ from the trainer's by {mean:.2f} on average in the first rollout to "
+                "compare: it samples from another model. `maple-trl parity` shows for which prompts"
             )
         self._engine_is_known = True
 
