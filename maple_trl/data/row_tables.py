@@ -112,7 +112,7 @@ def _with_text_column(table: pa.Table, name: str, values: Sequence[str | None]) 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same table
     try:
         write(scratch)
         with open(scratch, "rb") as file:

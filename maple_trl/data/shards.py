@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from glob import escape as glob_escape
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
+from filelock import FileLock, Timeout
 
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.files import flush
@@ -320,6 +322,35 @@ def make_folder(folder: Path) -> bool:
     return not there
 
 
+@contextmanager
+def hold_split(folder: Path, split: str) -> Iterator[None]:
+    """
+    Hold a split of a folder alone; the folder is made where it is missing, and goes again where nothing was written into it.
+
+    Raises:
+        ShardError: when another process holds it, and where there cannot be such a folder.
+    """
+    made = make_folder(folder)
+    lock = FileLock(folder / f".{split}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ShardError(
+            f"{folder}: another process is writing split {split!r}; wait for its end, or name another folder"
+        ) from error
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of a system that does not remove open files: the next one takes it
+            os.unlink(lock.lock_file)  # while it is held: who has opened it meanwhile finds it gone, and makes another
+        lock.release()
+        with suppress(OSError):  # it holds something, or somebody else was faster
+            if made:
+                folder.rmdir()
+
+
 def replace_split(
     tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, split: str, shard_rows: int
 ) -> list[Path]:
@@ -335,8 +366,18 @@ def replace_split(
 
     Returns:
         `list[Path]`: the shards.
+
+    Raises:
+        ShardError: when another process is writing the split, and where the folder cannot be written.
     """
-    make_folder(folder)
+    with hold_split(folder, split):
+        return replace_held_split(tables, schema, folder, split, shard_rows)
+
+
+def replace_held_split(
+    tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, split: str, shard_rows: int
+) -> list[Path]:
+    """Do what [`replace_split`] does, for a caller that holds the split ([`hold_split`]) and writes more than its shards."""
     scratch = folder / f".{split}.partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir()

@@ -26,6 +26,7 @@ from maple_trl.data.hint_leaks import LEAKS, split_options
 from maple_trl.data.hint_prompts import Problem, clean_hint
 from maple_trl.data.hints import HintError, HintOptions, build_hints, leaks_answer
 from maple_trl.data.plain_words import number_value, words
+from maple_trl.data.row_tables import _write_whole
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.train import load_datasets
@@ -265,6 +266,23 @@ def test_every_format_keeps_its_rows_and_gains_hints(tmp_path, source, target):
     split = load_datasets(OmniScriptArguments(dataset_name=str(tmp_path / target)))[0]["train"]
     assert split.column_names == [*rows[0], "hint"]
     assert [{name: value for name, value in got.items() if name != "hint"} for got in split] == rows
+
+
+def test_two_processes_that_write_one_table_do_not_share_its_scratch(tmp_path, monkeypatch):
+    """The slower one replaces the file with its own rows, whole, and nothing is left beside it."""
+    own = table(tmp_path / "in.jsonl", [row("a")])
+
+    def slow(scratch):
+        scratch.write_text("of ")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: 1)
+            _write_whole(own, lambda scratch: scratch.write_text("of the other"))
+        assert own.read_text() == "of the other"
+        with scratch.open("a") as file:
+            file.write("the first")
+
+    _write_whole(own, slow)
+    assert own.read_text() == "of the first" and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_a_table_that_a_template_asks_has_its_question_read(tmp_path):

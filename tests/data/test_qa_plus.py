@@ -22,7 +22,7 @@ from maple_trl import cli
 from maple_trl.data import qa_plus
 from maple_trl.data.none_answers import NONE_ANSWERS, plain_option, says_none, speaks_of_others
 from maple_trl.data.qa_plus import Plan, QAPlusError, QAPlusOptions, build_qa_plus
-from maple_trl.data.shards import write_shards
+from maple_trl.data.shards import ShardError, hold_split, write_shards
 from maple_trl.data.validation import table_files, validate_tables
 from maple_trl.modalities import ModalityTag
 
@@ -495,6 +495,16 @@ def test_nothing_is_replaced_by_what_failed(tmp_path, monkeypatch):
     with pytest.raises(ValueError):
         build_qa_plus(table(questions(9)), tmp_path, "train", QAPlusOptions(), overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_one_of_two_that_build_a_split_at_once_is_refused(tmp_path):
+    """Its notes are not mixed into those of the first, either."""
+    with hold_split(tmp_path / "out", "train"):
+        (tmp_path / "out" / ".left_out-train.partial").write_text("of the first")
+        with pytest.raises(ShardError, match="another process is writing split 'train'"):
+            build_qa_plus(table(questions(3)), tmp_path / "out", "train", QAPlusOptions())
+        assert (tmp_path / "out" / ".left_out-train.partial").read_text() == "of the first"
+    build_qa_plus(table(questions(3)), tmp_path / "out", "train", QAPlusOptions())
 
 
 BUILD = """
