@@ -94,6 +94,12 @@ class _Items:
                     raise TableError(f"{self.path}, record {number}: nothing stands behind the last comma")
             elif self.peek() != "]":
                 raise TableError(f"{self.path}, record {number}: not JSON (expected a comma or the end of the list)")
+        self.at += 1
+        if self.peek():  # as where two lists were put one behind the other, of which the second would be lost
+            raise TableError(
+                f"{self.path}, record {number}: something stands behind the ] that ends the list; expected one list alone, or "
+                "one object a line"
+            )
 
     def peek(self) -> str:
         """Return the next character that is not blank; empty at the end."""
@@ -118,6 +124,8 @@ class _Items:
                 if cut and self._more():
                     continue
                 raise TableError(f"{self.path}, record {number}: not JSON ({error.msg})") from error
+            except ValueError as error:  # a number of more digits than Python reads
+                raise TableError(f"{self.path}, record {number}: a number that cannot be read ({error})") from error
             if end == len(self.text) and self._more():  # a number may go on
                 continue
             self.at = end
