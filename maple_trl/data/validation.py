@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from cachetools import LRUCache
 
 from maple_trl.data.benchmarks.options import described
-from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
+from maple_trl.data.record_files import CUT_TEXT, RECORD_SUFFIXES, TableError, cut_field, read_records
 from maple_trl.data.row_rules import (
     Fault,
     content_faults,
@@ -50,7 +50,7 @@ from maple_trl.omni.media.subtitles import is_subtitle_file
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "column": "a column that must be there is missing",
-        "type": "a value of another type than its column",
+        "type": "a value of another type than its column, or a text with half of a character",
         "empty": "a field that must be filled is empty",
         "id": "an id that another row has",
         "tag": "a tag or required tag that is none of the seven",
@@ -338,6 +338,7 @@ class _RowChecker:
 
     def __init__(self, file: Path, root: Path | None, seen: _Seen):
         self.split = split_of(file) or (file.stem if file.stem in _SPLITS else None)
+        self.may_be_cut = file.suffix.lower() != ".parquet"  # texts of Parquet are UTF-8
         self.root = root
         self.seen = seen
         self.there: LRUCache[tuple[str, bool], str | None] = LRUCache(_PATHS_AT_HAND)
@@ -347,6 +348,8 @@ class _RowChecker:
     def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
         """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
         faults = type_faults(row, untyped)
+        if self.may_be_cut and (cut := cut_field(row)) is not None:
+            faults.append(("type", cut, CUT_TEXT))
         if faults:  # the rest is about values of the right type
             return sorted(faults)
         empty = [name for name in REQUIRED if is_blank(row.get(name)) and name not in self.missing]  # told of the file

@@ -268,6 +268,16 @@ def test_every_format_keeps_its_rows_and_gains_hints(tmp_path, source, target):
     assert [{name: value for name, value in got.items() if name != "hint"} for got in split] == rows
 
 
+@pytest.mark.parametrize("target", ["out.parquet", "out.jsonl"])
+def test_half_of_a_character_is_refused_before_anything_is_asked(tmp_path, target):
+    rows = [row("a"), row("b", note={"said": ["cut \ud83d"]})]
+    with ChatServer(in_turn(say(GOOD))) as server:
+        with pytest.raises(HintError, match="in.jsonl, row 1: field 'note' holds half of a character"):
+            build(server, table(tmp_path / "in.jsonl", rows), tmp_path / target)
+        assert not server.calls
+    assert not (tmp_path / target).exists()
+
+
 def test_two_processes_that_write_one_table_do_not_share_its_scratch(tmp_path, monkeypatch):
     """The slower one replaces the file with its own rows, whole, and nothing is left beside it."""
     own = table(tmp_path / "in.jsonl", [row("a")])

@@ -290,6 +290,24 @@ def test_types_are_checked_where_the_file_does_not_ensure_them(tmp_path):
     assert validate_tables([tmp_path / "t.parquet"]).counts == {"type": 2}
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_half_of_a_character_is_named_wherever_it_stands(tmp_path, name):
+    """JSON can spell it, and no file of text can hold it."""
+    rows = [
+        question(0, question="What is 😀?"),
+        question(1, prompt=asked("cut \ud83d")),
+        question(2, options=["red", "\ude00"]),
+        question(3) | {"further": {"deep": ["\ud83d"]}},
+    ]
+    text = json.dumps(rows) if name == "t.json" else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(text)
+    report = validate_tables([tmp_path / name])
+    assert found(report) == [("type", "prompt", 1), ("type", "options", 2), ("type", "further", 3)]
+    assert {problem.message for problem in report.shown["type"]} == {
+        "holds half of a character (a surrogate without the other), which is no text"
+    }
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

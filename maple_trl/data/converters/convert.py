@@ -16,7 +16,7 @@ from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
 from maple_trl.data.benchmarks.options import described
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.converters.base import CONVERTERS, Converter, Place, Sample
-from maple_trl.data.record_files import TableError
+from maple_trl.data.record_files import CUT_TEXT, TableError, cut_field
 from maple_trl.data.row_rules import mark_fault, unread_subtitle
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import SHARD_ROWS, ShardWriter
@@ -316,7 +316,8 @@ class _Rows:
             **sample.further,
             "prompt": self._prompt(sample),  # last, so that a fault is told of what it is made from
         }
-        _check_text(row)
+        if (cut := cut_field(row)) is not None:
+            raise FieldError(cut, CUT_TEXT)
         if sample.pictures and self.options.pictures == "clips":
             row["prompt"] = [
                 {**turn, "content": turn["content"].replace("<image>", "<video>")} for turn in row["prompt"]
@@ -419,27 +420,3 @@ def _signals(sample: Sample) -> frozenset[Modality]:
         Modality.SUBTITLE: bool(sample.subtitle or sample.text),
     }
     return frozenset(modality for modality, there in has.items() if there)
-
-
-def _check_text(row: Mapping[str, Any]) -> None:
-    """Check that every text of a row can be written as UTF-8."""
-    for name, value in row.items():
-        for text in _texts(value):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise FieldError(
-                    name, "holds half of a character (a surrogate without the other), which is no text"
-                ) from error
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        if not value.isascii():
-            yield value
-    elif isinstance(value, Mapping):
-        for member in value.values():
-            yield from _texts(member)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
