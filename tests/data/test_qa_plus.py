@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from qa_sets import TAGS, faults, question, questions, table
 from maple_trl import cli
 from maple_trl.data import qa_plus
 from maple_trl.data.none_answers import NONE_ANSWERS, plain_option, says_none, speaks_of_others
+from maple_trl.data.qa_items import Files
 from maple_trl.data.qa_plus import Plan, QAPlusError, QAPlusOptions, build_qa_plus
 from maple_trl.data.shards import ShardError, hold_split, write_shards
 from maple_trl.data.validation import table_files, validate_tables
@@ -264,6 +266,43 @@ def test_rows_that_are_no_questions_are_counted_and_named():
         match="none of 10 rows is a question with options: 1 caption .the first, 'caption': it has field 'reference'",
     ):
         made_of(rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"solution": "green"}, "field 'solution' must be the letter of an option .A, B, C, D., but is 'green'"),
+        ({"solution": "C"}, "field 'solution' is 'C', but must mean the same option as 'answer', 'B'"),
+        ({"answer": "green"}, "field 'answer' must be the letter of an option"),
+        ({"answer": None, "solution": None}, "field 'answer' must be the letter of an option"),
+    ],
+)
+def test_a_solution_that_would_not_follow_the_replaced_option(fields, message):
+    """Of a deficit row the right answer would score 0: rewards read the solution, which is not written anew."""
+    noted = []
+    rows = [question("good"), question("bad") | fields]
+    plan = Plan(table(rows), QAPlusOptions(), None, lambda *found: noted.append(found))
+    assert plan.summary.left_out == {"no answer": {"count": 1, "ids": ["bad"]}}
+    assert re.match(message, noted[0][3])
+
+
+def test_a_solution_alone_or_in_another_form_of_the_letter():
+    rows = [question("one") | {"answer": None}, question("two") | {"solution": "(B)"}, question("three", solution="")]
+    assert made_of(rows)[1].summary.left_out == {}
+
+
+def test_media_outside_the_root_are_not_there(tmp_path):
+    """Training reads below the root alone."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for path in (root / "in.mp4", tmp_path / "out.mp4"):
+        path.touch()
+    (root / "link.mp4").symlink_to(tmp_path / "out.mp4")
+    files = Files(root)
+    assert files("in.mp4") and files(["in.mp4"]) and files("../root/in.mp4")
+    for path in ("../out.mp4", str(tmp_path / "out.mp4"), "link.mp4", "in.mp4\0", "x" * 5000, ".", "absent.mp4"):
+        assert not files(path) and not files(["in.mp4", path]), path
+    assert Files(None)("../out.mp4")  # nobody looks
 
 
 def test_what_a_question_requires_comes_before_what_it_is_fed():
