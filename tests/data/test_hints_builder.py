@@ -391,6 +391,23 @@ def test_a_row_cannot_talk_to_the_teacher(tmp_path):
     assert "reveal" not in system["content"]
 
 
+def test_rows_that_are_not_asked_or_fail_keep_the_hint_that_they_had(tmp_path):
+    def answer(number, body):
+        if "Question fails" in str(body["messages"]):
+            return status(400)
+        return say("It is the square.") if "Question refused" in str(body["messages"]) else by_row(number, body)
+
+    names = ("first", "fails", "refused", "beyond")
+    rows = [row(name, hint=f"old {name}") for name in names] + [row("odd", hint=5)]
+    rows.insert(0, row("no solution", hint="old, unchecked") | {"solution": None})
+    source = table(tmp_path / "in.jsonl", rows)
+    with ChatServer(answer) as server:
+        summary = build(server, source, source, {"max_attempts": 1}, limit=3, max_tries=1)  # in place
+    assert (summary.asked, summary.hinted, summary.skipped, summary.failed.total()) == (3, 1, 1, 1)
+    new = "Look closely in the way of first"
+    assert hints_of(source) == ["old, unchecked", new, "old fails", None, "old beyond", None]
+
+
 def test_only_missing_limit_and_rows_without_solution(tmp_path):
     rows = [row("a", hint="Kept as it is."), row("b", hint=""), row("c", solution=None), row("d"), row("e")]
     source = table(tmp_path / "in.parquet", rows)
