@@ -25,7 +25,7 @@ from maple_trl.files import flush
 SHARD_ROWS = 50_000
 _GROUP_ROWS = 1000  # in memory at once, and the row groups of a file, so that the same rows are the same bytes
 _SPLIT = re.compile(r"\w+(\.\w+)*")  # what the datasets library takes
-_SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\.parquet")
+_SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\.(parquet|jsonl?|[ct]sv)")
 
 
 class ShardError(ValueError):
@@ -297,9 +297,31 @@ def check_whole(paths: Sequence[Path], split: str) -> None:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that the name of a shard (`path`) says; `None` for any other file."""
+    """Return the split that the name of a shard (`path`), of whatever format, says; `None` for any other file."""
     match = _SHARD.fullmatch(path.name)
     return match["split"] if match else None
+
+
+def split_files(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
+    """
+    Return the files of a split of a folder that training reads: one such as `train.parquet`, or else its shards; may be none.
+
+    Args:
+        folder: where they lie.
+        split: its name.
+        suffixes: endings, the preferred one first; the files of one alone are taken.
+
+    Raises:
+        ShardError: when a shard is missing.
+    """
+    for suffix in suffixes:
+        whole = folder / f"{split}{suffix}"
+        if whole.is_file():
+            return [whole]
+        if shards := sorted(folder.glob(f"{split}-*-of-*{suffix}")):
+            check_whole(shards, split)
+            return shards
+    return []
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:

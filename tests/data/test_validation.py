@@ -19,8 +19,9 @@ from maple_trl.data.record_files import TableError
 from maple_trl.data.row_rules import signals
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
-from maple_trl.data.validation import KINDS, validate_tables
+from maple_trl.data.validation import KINDS, table_files, validate_tables
 from maple_trl.evaluation.served_prompts import MessageEncoder
+from maple_trl.jobs.data import find_tables
 from maple_trl.jobs.tables import read_tables
 from maple_trl.modalities import Modality
 from maple_trl.omni.media.loader import MediaError, MediaLoader
@@ -423,6 +424,25 @@ def test_a_folder_of_shards_is_read_as_training_reads_it(tmp_path):
     (tmp_path / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(TableError, match="the shards of split 'train' are not one whole set"):
         validate_tables([tmp_path])
+
+
+def test_of_a_folder_each_split_is_read_as_training_reads_it(tmp_path):
+    """Shards of one split and a file of another; a file of the same split comes before its shards."""
+    write_shards([question(number, split=None) for number in range(2)], tmp_path)
+    Dataset.from_list([question(0, split=None), question(7, split=None)]).to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "test.jsonl").write_text("never read")
+    report = validate_tables([tmp_path])
+    assert (report.rows, report.counts) == (4, {"id": 1, "split": 1})
+    assert report.passed_over == [str(tmp_path / "test.jsonl")]
+    Dataset.from_list([question(5)]).to_parquet(tmp_path / "train.parquet")
+    report = validate_tables([tmp_path])
+    assert (report.rows, report.counts) == (3, {}) and len(report.passed_over) == 2
+    taken = find_tables(tmp_path, ("train", "test"))
+    assert sorted(path for files in taken.values() for path in files) == table_files(tmp_path)
+    # Tables of other names are read where there are no shards.
+    (tmp_path / "train-00000-of-00001.parquet").unlink()
+    Dataset.from_list([question(8)]).to_parquet(tmp_path / "more.parquet")
+    assert [path.name for path in table_files(tmp_path)] == ["more.parquet", "test.parquet", "train.parquet"]
 
 
 def test_messages_of_a_csv_file_stand_as_json(tmp_path):
