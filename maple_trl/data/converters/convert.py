@@ -230,7 +230,7 @@ class _Rows:
         self.root = root
         self.beside = beside
         self.summary = summary
-        self.names: Counter[int] = Counter()
+        self.names: dict[int, int] = {}  # those given, and the last number behind each
 
     def of_record(self, record: tuple[dict[str, Any], Path, int], split: str | None) -> list[dict[str, Any]]:
         """Return the rows of a record: none where it is left out."""
@@ -284,9 +284,12 @@ class _Rows:
     def _name(self, sample: Sample) -> str:
         number = self.summary.records
         name = f"{self.converter.name}-{sample.name if sample.name is not None else f'{number:07}'}"
-        digest = text_digest(name)
-        self.names[digest] += 1
-        return name if self.names[digest] == 1 else f"{name}-{self.names[digest]}"
+        own, digest = name, text_digest(name)
+        while text_digest(own) in self.names:  # a record may be called what another one becomes: a, a, a-2
+            self.names[digest] += 1
+            own = f"{name}-{self.names[digest]}"
+        self.names[text_digest(own)] = 1
+        return own
 
     def _row(
         self, sample: Sample, name: str, tag: ModalityTag, has: frozenset[Modality], split: str | None
