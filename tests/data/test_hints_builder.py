@@ -88,6 +88,36 @@ def test_leaks_of_an_option(hint, reason):
 
 
 @pytest.mark.parametrize(
+    ("hint", "reason"),
+    [
+        ("Look for a dark green square", "option-text"),
+        ("Look for the yellow star", "option-text"),
+        ("Two of them are dark: which?", None),  # as one of two words of that option
+        ("It is neither A nor C.", "names-option"),
+        ("B and D", "names-option"),
+        ("Is there a red circle?", None),
+        (GOOD, None),
+    ],
+)
+def test_leaks_of_one_of_several_right_options(hint, reason):
+    for solution in ("B,D", "D, B", "<answer>B,D</answer>"):
+        assert leaks_answer(hint, QUESTION, solution) == reason, solution
+    assert leaks_answer("Look for the yellow star", QUESTION, "B") is None  # Negative control
+
+
+@pytest.mark.parametrize(
+    ("hint", "solution", "reason"),
+    [
+        ("Which of them are red?", "A,C", "option-text"),  # what the right ones share tells them from the wrong ones
+        ("Look for the dog, who says E,F", "E,F", "answer-text"),  # no options of this question
+    ],
+)
+def test_several_right_options_are_told_from_the_wrong_ones(hint, solution, reason):
+    assert leaks_answer(hint, "What?\nA. red car\nB. blue car\nC. red bike\nD. blue bike", solution) == reason
+    assert leaks_answer("A and C", "What is seen?", "A,C") == "names-option"  # as of a letter without options
+
+
+@pytest.mark.parametrize(
     "hint",
     [
         GOOD,
