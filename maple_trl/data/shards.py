@@ -399,7 +399,15 @@ def replace_split(
 def replace_held_split(
     tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, split: str, shard_rows: int
 ) -> list[Path]:
-    """Do what [`replace_split`] does, for a caller that holds the split ([`hold_split`]) and writes more than its shards."""
+    """
+    Do what [`replace_split`] does, for a caller that holds the split ([`hold_split`]) and writes more than its shards.
+
+    Args:
+        tables, schema, folder, split, shard_rows: as of [`replace_split`].
+
+    Returns:
+        `list[Path]`: the shards.
+    """
     scratch = folder / f".{split}.partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir()
