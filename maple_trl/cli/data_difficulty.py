@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from maple_trl.cli.base import Command
 from maple_trl.cli.eval import EVALUATION_ERRORS
-from maple_trl.cli.failures import FAILED
+from maple_trl.cli.failures import FAILED, WRONG
 
 
 # Nothing heavier than the standard library up here: the help of every command passes through this module.
@@ -83,7 +83,7 @@ model in this process repeats the batch that was not finished. Other bounds ask 
         "media, as in a training job": "maple_trl.jobs.eval_job:EvalMedia",
     },
     required=("model_name_or_path", "dataset_name", "output_dir"),
-    errors=EVALUATION_ERRORS,
+    errors={**EVALUATION_ERRORS, "maple_trl.data.shards:ShardError": WRONG},
     writes=lambda arguments, *_: arguments.output_dir,
     stopped="the same command goes on from what is answered",
     again="the same command goes on from what is answered",

@@ -40,7 +40,7 @@ class HintArguments(ServerArguments):
         default=None, metadata={"help": "folder of videos and subtitles (that of the input)"}
     )
     limit: int | None = field(default=None, metadata={"help": "ask for the first N rows only"})
-    only_missing: bool = field(default=False, metadata={"help": "keep the hints that the input already has"})
+    only_missing: bool = field(default=False, metadata={"help": "ask only for rows that have no hint yet"})
     max_tries: int = field(default=3, metadata={"help": "hints asked for, a row"})
     max_words: int = field(default=60, metadata={"help": "longest hint"})
     chunk: int = field(default=64, metadata={"help": "rows asked and noted together"})
@@ -116,7 +116,8 @@ COMMAND = Command(
     run=run,
     description="""\
 Adds a column `hint`: a teacher behind an OpenAI-compatible endpoint sees prompt, answer and, where asked, captions and
-frames, and says where to look. Hints that give the answer away are refused.""",
+frames, and says where to look. Hints that give the answer away are refused. Rows that are not asked, or fail, keep the hint that
+they had.""",
     examples=(
         "maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME --dry_run",
         "maple-trl data hints --dataset_name train.parquet --output hinted.parquet --model NAME "

@@ -42,16 +42,20 @@ def run(arguments: PushArguments, named: argparse.Namespace) -> int:
             return tell(forecast_upload(named.folder, named.repository, arguments.media_root), arguments.json)
         published = publish(named.folder, named.repository, **given)
     except InvalidRowsError as error:
-        print_report(error.report)
+        print_report(error.report, _LEFT_OUT)
         return refuse("data push", error, FAILED)
     if arguments.json:
         print(json.dumps(asdict(published), indent=2))
         return 0
     print(f"{published.rows} rows in {len(published.files) - 1} shards: {published.url}")
+    for path in published.left_out:
+        print(f"{_LEFT_OUT}: {path}")
     if published.removed:
         print(f"removed {len(published.removed)} shards of an earlier upload")
     return 0
 
+
+_LEFT_OUT = "not uploaded, as it is no shard"
 
 COMMAND = Command(
     name="data push",

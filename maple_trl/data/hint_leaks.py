@@ -30,6 +30,7 @@ _MARKUP = re.compile(
 _WRAPPED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?|([A-Za-z])\)")
 _LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.):])\s+(\S.*)", re.DOTALL)
+_CAPITAL = re.compile(r"[A-Z]")
 _OPTION_MARK = re.compile(r"(?:^|(?<=\s))[(\[]?([A-Z])[.):\]]+\s+", re.MULTILINE)
 
 _KIND = r"(?:option|choice|alternative)"
@@ -56,8 +57,8 @@ def leaks_answer(hint: str, prompt_text: str, solution: Any, *, max_words: int =
         prompt_text (`str`):
             The question as the student reads it, with its options (`A. …`, `(A) …`) where it has any.
         solution (`Any`):
-            An option (`"B"`, `"(B)"`, `"B. text"`), a number or its text, or any other text; as the accuracy reward
-            takes it.
+            An option (`"B"`, `"(B)"`, `"B. text"`), several (`"A,C"`), a number or its text, or any other text; as the
+            accuracy reward takes it.
         max_words (`int`, *optional*, defaults to 60):
             Longest hint; at most 15 characters a word count.
 
@@ -71,7 +72,11 @@ def leaks_answer(hint: str, prompt_text: str, solution: Any, *, max_words: int =
         return "too-long"
     if _MARKUP.search(same_shapes(hint)):
         return "markup"
-    problem = _Problem.read(prompt_text, solution)
+    reasons = (_leak(hint, problem) for problem in _Problem.read_each(prompt_text, solution))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _leak(hint: str, problem: _Problem) -> str | None:
     if problem.letter is not None and _names_option(hint, problem.letters):
         return "names-option"
     if problem.number is not None and _holds_number(hint, problem.number):
@@ -94,6 +99,22 @@ class _Problem:
     @property
     def letters(self) -> str:
         return "".join(sorted({*(self.options or "ABCD"), self.letter}))
+
+    @classmethod
+    def read_each(cls, prompt_text: str, solution: Any) -> list[_Problem]:
+        """Read one problem, or of a solution of several letters (`A,C`) one for each, of whose options the other right ones are none."""
+        question, options = split_options(prompt_text)
+        text = str(solution).strip()
+        wrapped = _WRAPPED.fullmatch(text)
+        letters = re.split(r"\s*,\s*", (wrapped[1] if wrapped else text).strip())
+        if len(letters) < 2 or not all(map(_CAPITAL.fullmatch, letters)) or (options and set(letters) - set(options)):
+            return [cls.read(prompt_text, solution)]
+        wrong = {letter: option for letter, option in options.items() if letter not in letters}
+        texts = [options.get(letter, "") for letter in letters]
+        return [
+            cls(question, {**wrong, letter: text} if options else {}, letter, text, number_value(text))
+            for letter, text in zip(letters, texts, strict=True)
+        ]
 
     @classmethod
     def read(cls, prompt_text: str, solution: Any) -> _Problem:

@@ -32,9 +32,9 @@ class HintOptions:
         max_words (`int`, *optional*, defaults to 60):
             Longest hint.
         limit (`int`, *optional*):
-            Ask for the first rows only; the others are written without a hint.
+            Ask for the first rows only; the others keep the hint that they have, if any.
         only_missing (`bool`, *optional*, defaults to `False`):
-            Keep the hints that the input already has.
+            Ask only for rows to which the input gives no hint.
         chunk (`int`, *optional*, defaults to 64):
             Rows whose pictures are in memory at a time.
 

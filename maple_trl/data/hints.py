@@ -40,6 +40,8 @@ def build_hints(
     """
     Write a table with a column `hint`: text, or null where there is none.
 
+    Rows that are not asked, or fail, keep the hint that they had.
+
     Each finished row is noted in `OUTPUT.progress.jsonl` at once, so that a run that was killed goes on where it was; with
     a cache in the client's options, no answer that had arrived is paid for twice either. Failed rows are asked again by
     the next run.
@@ -113,10 +115,10 @@ class _Builder:
         self.summary = HintSummary(rows=len(self.table))
 
     def run(self, on_progress: Callable[[int, int], None]) -> HintSummary:
-        hints = self.table.column(HINT_COLUMN) if HINT_COLUMN in self.table.columns else [None] * len(self.table)
-        if not self.options.only_missing:
-            hints = [None] * len(self.table)
-        rows = self._rows(hints)
+        nothing: list[str | None] = [None] * len(self.table)
+        former = self.table.column(HINT_COLUMN) if HINT_COLUMN in self.table.columns else nothing
+        hints = [hint if isinstance(hint, str) and hint.strip() else None for hint in former]
+        rows = self._rows(hints if self.options.only_missing else nothing)
         done = self._read_progress()
         waiting = []
         for row in rows:
@@ -128,7 +130,8 @@ class _Builder:
         on_progress(len(rows) - len(waiting), len(rows))
         self._ask_all(waiting, on_progress, len(rows))
         for row in rows:
-            hints[row.index] = row.hint
+            if row.failure is None:  # what was not answered says nothing against the hint that the row had
+                hints[row.index] = row.hint
             self.summary.hinted += row.hint is not None
             self.summary.refused.update([row.leak] if row.leak else [])
             self.summary.failed.update([row.failure] if row.failure else [])
@@ -146,7 +149,7 @@ class _Builder:
         columns = {name: self.table.column(name) for name in names}
         rows = []
         for index in range(len(self.table)):
-            if isinstance(hints[index], str) and hints[index].strip():
+            if hints[index] is not None:
                 self.summary.kept += 1
                 continue
             if self.options.limit is not None and len(rows) >= self.options.limit:

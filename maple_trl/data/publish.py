@@ -10,7 +10,7 @@ from pathlib import Path
 
 from maple_trl.data.dataset_card import count_contents, render_card
 from maple_trl.data.shards import find_shards
-from maple_trl.data.validation import ValidationReport, validate_tables
+from maple_trl.data.validation import ValidationReport, tables_in, validate_tables
 from maple_trl.hub.errors import PublishError, hub_errors
 from maple_trl.hub.names import check_repository
 
@@ -43,12 +43,14 @@ class Published:
         files: paths in the repository.
         removed: shards of an earlier upload that are not part of this one.
         rows: how many.
+        left_out: tables of the folder that are no shards.
     """
 
     url: str
     files: tuple[str, ...]
     removed: tuple[str, ...]
     rows: int
+    left_out: tuple[str, ...] = ()
 
 
 def publish(
@@ -92,7 +94,7 @@ def publish(
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
         operations += [CommitOperationAdd(CARD, card.encode()), *map(CommitOperationDelete, old)]
         commit = api.create_commit(made.repo_id, operations, commit_message=message, repo_type="dataset")
-    return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows)
+    return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows, tuple(report.passed_over))
 
 
 def check_upload(
@@ -101,12 +103,16 @@ def check_upload(
     """
     Return the shards of a folder by split, and what is known of their rows; nothing is asked of the Hub.
 
+    Tables of the folder that are no shards, and so would not be uploaded, are named as passed over.
+
     Raises:
         InvalidRowsError, PublishError, ShardError: as [`publish`].
     """
     check_repository(repository)
     shards = find_shards(folder)
-    report = validate_tables([path for paths in shards.values() for path in paths], media_root)
+    files = [path for paths in shards.values() for path in paths]
+    report = validate_tables(files, media_root)
+    report.passed_over += [str(path) for path in tables_in(Path(folder)) if path not in files]
     if report.counts:
         raise InvalidRowsError(folder, report)
     return shards, report

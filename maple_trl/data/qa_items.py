@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from maple_trl.data.benchmarks.options import FormError, read_letter
+from maple_trl.data.benchmarks.options import FormError, described, read_letter
 from maple_trl.data.benchmarks.prompts import PromptStyle
 from maple_trl.data.none_answers import plain_option, says_none, speaks_of_others
 from maple_trl.modalities import ModalityTag
@@ -76,16 +77,20 @@ class Files:
     Says which files are there.
 
     Args:
-        root: the media root; `None` takes every file for there.
+        root: the media root, below which alone training reads; `None` takes every file for there.
     """
 
     def __init__(self, root: str | Path | None):
-        self._root = None if root is None else Path(root)
+        self._root = None if root is None else os.path.realpath(root)
         self._is_there = lru_cache(1 << 16)(self._look)  # rows of one clip stand together
 
     def _look(self, path: str) -> bool:
         assert self._root is not None
-        return (self._root / path).is_file()
+        try:
+            real = os.path.realpath(os.path.join(self._root, path))
+            return os.path.commonpath([self._root, real]) == self._root and os.path.isfile(real)
+        except (OSError, ValueError):  # too long a name, a zero byte
+            return False
 
     def __call__(self, cell: Any) -> bool:
         """Return whether a cell names files, and all of them are there."""
@@ -143,13 +148,25 @@ def _tag(row: Mapping[str, Any]) -> ModalityTag:
 def _right(row: Mapping[str, Any], options: Sequence[Any]) -> int:
     if not 2 <= len(options) <= 26 or not all(isinstance(text, str) and text.strip() for text in options):
         raise NotAnItem("bad options", "field 'options' must hold 2 to 26 texts")
-    answer = row.get("answer") if row.get("answer") not in (None, "") else row.get("solution")
-    if isinstance(answer, str) and len(answer) == 1 and answer in ascii_uppercase[: len(options)]:
-        return ascii_uppercase.index(answer)
+    given = {name: row.get(name) for name in ("answer", "solution") if row.get(name) not in (None, "")}
+    places = [_place(name, value, options) for name, value in (given or {"answer": None}).items()]
+    if places[0] != places[-1]:  # rewards read the one, and the option of the other is replaced
+        raise NotAnItem(
+            "no answer",
+            f"field 'solution' is {described(given['solution'])}, but must mean the same option as 'answer', "
+            f"{described(given['answer'])}",
+        )
+    return places[0]
+
+
+def _place(name: str, value: Any, options: Sequence[str]) -> int:
+    """Return the place of the option whose letter a field says; a text would be wrong once its option is replaced."""
+    if isinstance(value, str) and len(value) == 1 and value in ascii_uppercase[: len(options)]:
+        return ascii_uppercase.index(value)
     try:
-        return ascii_uppercase.index(read_letter(answer, options))
+        return ascii_uppercase.index(read_letter(value, options))
     except FormError as error:
-        raise NotAnItem("no answer", f"field 'answer' {error}") from None
+        raise NotAnItem("no answer", f"field {name!r} {error}") from None
 
 
 def _signals(row: Mapping[str, Any], files: Files) -> str:

@@ -32,7 +32,7 @@ from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.none_answers import NONE_ANSWERS
 from maple_trl.data.qa_items import COLUMNS, Files, Item, NotAnItem, read_item, replace_options, write_prompt
 from maple_trl.data.schema import ROW_FEATURES
-from maple_trl.data.shards import make_folder, replace_split, shards_of
+from maple_trl.data.shards import hold_split, replace_held_split, shards_of
 from maple_trl.files import digest, write_atomically
 from maple_trl.modalities import STRATA, ModalityTag
 
@@ -466,27 +466,30 @@ def build_qa_plus(
 
     Raises:
         QAPlusError: as of [`Plan`], and when the split is there already.
-        ShardError: when the folder cannot be written.
+        ShardError: when the folder cannot be written, or another process is writing the split.
     """
     folder = Path(folder)
+    _check_split_unused(folder, split, overwrite)  # before anything is read
+    with hold_split(folder, split):
+        _check_split_unused(folder, split, overwrite)  # another process may have been at its end
+        scratch = folder / f".left_out-{split}.partial"
+        try:
+            with open(scratch, "w", encoding="utf-8") as file:
+                plan = Plan(source, options, media_root, lambda *found: file.write(_line(*found)), split)
+            summary = plan.summary
+            files = replace_held_split(plan.tables(), plan.features.arrow_schema, folder, split, options.shard_rows)
+            os.replace(scratch, folder / f"left_out-{split}.jsonl")
+        finally:
+            scratch.unlink(missing_ok=True)
+        summary.files = [path.name for path in files]
+        described = {"options": asdict(options), "none_answers": digest(NONE_ANSWERS)[:16], **asdict(summary)}
+        write_atomically(folder / f"qa_plus-{split}.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _check_split_unused(folder: Path, split: str, overwrite: bool) -> None:
     if not overwrite and (there := shards_of(folder, split)):
         raise QAPlusError(f"{there[0]} is there already; name another folder, or replace the split with overwrite")
-    made = make_folder(folder)
-    scratch = folder / f".left_out-{split}.partial"
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            plan = Plan(source, options, media_root, lambda *found: file.write(_line(*found)), split)
-        summary = plan.summary
-        files = replace_split(plan.tables(), plan.features.arrow_schema, folder, split, options.shard_rows)
-        os.replace(scratch, folder / f"left_out-{split}.jsonl")
-    finally:
-        scratch.unlink(missing_ok=True)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-    summary.files = [path.name for path in files]
-    described = {"options": asdict(options), "none_answers": digest(NONE_ANSWERS)[:16], **asdict(summary)}
-    write_atomically(folder / f"qa_plus-{split}.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
-    return summary
 
 
 def _line(place: int, name: Any, reason: str, detail: str) -> str:

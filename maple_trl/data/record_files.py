@@ -17,6 +17,9 @@ class TableError(ValueError):
     """A table that cannot be read or written as asked; the message names the file, and the row where there is one."""
 
 
+CUT_TEXT = "holds half of a character (a surrogate without the other), which is no text"
+"""What is wrong with a field that [`cut_field`] finds."""
+
 _CHUNK = 1 << 20  # characters read at once
 _ROWS_AT_ONCE = 64  # a row may carry whole pictures and sounds
 _MAX_CELL = 64 << 20  # characters; the reader's own limit is 128 KiB, which an answer with thoughts may exceed
@@ -42,6 +45,36 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         raise TableError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     except (OSError, pa.ArrowException, csv.Error) as error:
         raise TableError(f"cannot read {path}: {error}") from error
+
+
+def cut_field(row: Mapping[str, Any]) -> str | None:
+    """Return the first field of a row that holds half of a character, as JSON can spell it; `None` where all texts are whole."""
+    for name, value in row.items():
+        if any(map(_is_cut, _texts({name: value}))):
+            return name.encode(errors="backslashreplace").decode()  # it may be the name itself that cannot be printed
+    return None
+
+
+def _is_cut(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value that are not plain ASCII, names of members among them."""
+    if isinstance(value, str):
+        if not value.isascii():
+            yield value
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            yield from _texts(name)
+            yield from _texts(member)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -94,6 +127,12 @@ class _Items:
                     raise TableError(f"{self.path}, record {number}: nothing stands behind the last comma")
             elif self.peek() != "]":
                 raise TableError(f"{self.path}, record {number}: not JSON (expected a comma or the end of the list)")
+        self.at += 1
+        if self.peek():  # as where two lists were put one behind the other, of which the second would be lost
+            raise TableError(
+                f"{self.path}, record {number}: something stands behind the ] that ends the list; expected one list alone, or "
+                "one object a line"
+            )
 
     def peek(self) -> str:
         """Return the next character that is not blank; empty at the end."""
@@ -118,6 +157,8 @@ class _Items:
                 if cut and self._more():
                     continue
                 raise TableError(f"{self.path}, record {number}: not JSON ({error.msg})") from error
+            except ValueError as error:  # a number of more digits than Python reads
+                raise TableError(f"{self.path}, record {number}: a number that cannot be read ({error})") from error
             if end == len(self.text) and self._more():  # a number may go on
                 continue
             self.at = end

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maple_trl.data.record_files import TableError, read_records
+from maple_trl.data.record_files import CUT_TEXT, TableError, cut_field, read_records
 
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
@@ -29,7 +29,7 @@ class RowTable:
             `.parquet`, `.jsonl` (an object a line) or `.json` (a list of objects, or an object a line).
 
     Raises:
-        TableError: when there is no such file, or it is no such table.
+        TableError: when there is no such file, it is no such table, or a text of a row is none that a file can hold.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -48,6 +48,9 @@ class RowTable:
             self.columns = list(self._table.column_names)
         else:
             self._rows = list(read_records(self.path))
+            for number, row in enumerate(self._rows):  # no table could be written of them, whatever was done with it
+                if (cut := cut_field(row)) is not None:
+                    raise TableError(f"{self.path}, row {number}: field {cut!r} {CUT_TEXT}; mend or remove it")
             self.columns = list(dict.fromkeys(name for row in self._rows for name in row))
 
     def __len__(self) -> int:
@@ -112,7 +115,7 @@ def _with_text_column(table: pa.Table, name: str, values: Sequence[str | None]) 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same table
     try:
         write(scratch)
         with open(scratch, "rb") as file:

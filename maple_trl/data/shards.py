@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from glob import escape as glob_escape
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
+from filelock import FileLock, Timeout
 
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.files import flush
@@ -23,7 +25,7 @@ from maple_trl.files import flush
 SHARD_ROWS = 50_000
 _GROUP_ROWS = 1000  # in memory at once, and the row groups of a file, so that the same rows are the same bytes
 _SPLIT = re.compile(r"\w+(\.\w+)*")  # what the datasets library takes
-_SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\.parquet")
+_SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\.(parquet|jsonl?|[ct]sv)")
 
 
 class ShardError(ValueError):
@@ -295,9 +297,31 @@ def check_whole(paths: Sequence[Path], split: str) -> None:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that the name of a shard (`path`) says; `None` for any other file."""
+    """Return the split that the name of a shard (`path`), of whatever format, says; `None` for any other file."""
     match = _SHARD.fullmatch(path.name)
     return match["split"] if match else None
+
+
+def split_files(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
+    """
+    Return the files of a split of a folder that training reads: one such as `train.parquet`, or else its shards; may be none.
+
+    Args:
+        folder: where they lie.
+        split: its name.
+        suffixes: endings, the preferred one first; the files of one alone are taken.
+
+    Raises:
+        ShardError: when a shard is missing.
+    """
+    for suffix in suffixes:
+        whole = folder / f"{split}{suffix}"
+        if whole.is_file():
+            return [whole]
+        if shards := sorted(folder.glob(f"{split}-*-of-*{suffix}")):
+            check_whole(shards, split)
+            return shards
+    return []
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
@@ -320,6 +344,35 @@ def make_folder(folder: Path) -> bool:
     return not there
 
 
+@contextmanager
+def hold_split(folder: Path, split: str) -> Iterator[None]:
+    """
+    Hold a split of a folder alone; the folder is made where it is missing, and goes again where nothing was written into it.
+
+    Raises:
+        ShardError: when another process holds it, and where there cannot be such a folder.
+    """
+    made = make_folder(folder)
+    lock = FileLock(folder / f".{split}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ShardError(
+            f"{folder}: another process is writing split {split!r}; wait for its end, or name another folder"
+        ) from error
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of a system that does not remove open files: the next one takes it
+            os.unlink(lock.lock_file)  # while it is held: who has opened it meanwhile finds it gone, and makes another
+        lock.release()
+        with suppress(OSError):  # it holds something, or somebody else was faster
+            if made:
+                folder.rmdir()
+
+
 def replace_split(
     tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, split: str, shard_rows: int
 ) -> list[Path]:
@@ -335,8 +388,26 @@ def replace_split(
 
     Returns:
         `list[Path]`: the shards.
+
+    Raises:
+        ShardError: when another process is writing the split, and where the folder cannot be written.
     """
-    make_folder(folder)
+    with hold_split(folder, split):
+        return replace_held_split(tables, schema, folder, split, shard_rows)
+
+
+def replace_held_split(
+    tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, split: str, shard_rows: int
+) -> list[Path]:
+    """
+    Do what [`replace_split`] does, for a caller that holds the split ([`hold_split`]) and writes more than its shards.
+
+    Args:
+        tables, schema, folder, split, shard_rows: as of [`replace_split`].
+
+    Returns:
+        `list[Path]`: the shards.
+    """
     scratch = folder / f".{split}.partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir()

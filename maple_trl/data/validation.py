@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from cachetools import LRUCache
 
 from maple_trl.data.benchmarks.options import described
-from maple_trl.data.record_files import RECORD_SUFFIXES, TableError, read_records
+from maple_trl.data.record_files import CUT_TEXT, RECORD_SUFFIXES, TableError, cut_field, read_records
 from maple_trl.data.row_rules import (
     Fault,
     content_faults,
@@ -42,7 +42,7 @@ from maple_trl.data.row_rules import (
     unread_subtitle,
 )
 from maple_trl.data.schema import ROW_FEATURES
-from maple_trl.data.shards import ShardError, find_shards, split_of
+from maple_trl.data.shards import ShardError, split_files, split_of
 from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
 from maple_trl.omni.media.subtitles import is_subtitle_file
 
@@ -50,7 +50,7 @@ from maple_trl.omni.media.subtitles import is_subtitle_file
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "column": "a column that must be there is missing",
-        "type": "a value of another type than its column",
+        "type": "a value of another type than its column, or a text with half of a character",
         "empty": "a field that must be filled is empty",
         "id": "an id that another row has",
         "tag": "a tag or required tag that is none of the seven",
@@ -112,7 +112,7 @@ class ValidationReport:
         rows, files: how many were read.
         counts: problems by kind, all of them.
         shown: the first problems of each kind.
-        passed_over: files of the folders that are no shards, and were not read.
+        passed_over: tables of the folders that were not read, as training does not take them.
     """
 
     rows: int = 0
@@ -176,10 +176,13 @@ def validate_tables(
 
 def table_files(path: Path, passed_over: list[str] | None = None) -> list[Path]:
     """
-    List the tables of a path: itself, or those of a folder, in order: shards where it has any, as training reads it.
+    List the tables of a path: itself, or those of a folder that training reads, in order.
+
+    Of a split that is there as shards, or as a file such as `test.parquet`, these are the ones that training takes
+    ([`~maple_trl.data.shards.split_files`]). Tables of another name are read where the folder has no shards.
 
     Args:
-        passed_over: gets the tables of a folder of shards that are none, such as the notes beside them.
+        passed_over: gets the tables of a folder that are not read, such as notes beside shards.
 
     Raises:
         TableError: when there is none, or a shard is missing.
@@ -187,25 +190,36 @@ def table_files(path: Path, passed_over: list[str] | None = None) -> list[Path]:
     if path.is_file() and path.suffix.lower() in RECORD_SUFFIXES:
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in RECORD_SUFFIXES and file.is_file())
-        if any(map(split_of, found)):
-            shards = _whole_shards(path)
+        found = tables_in(path)
+        taken = _taken(path, found)
+        if taken:
             if passed_over is not None:
-                passed_over += [str(file) for file in found if file not in shards]
-            return shards
-        if found:
-            return found
+                passed_over += [str(file) for file in found if file not in taken]
+            return sorted(taken)
         raise TableError(f"{path} holds no table ({', '.join(RECORD_SUFFIXES)})")
     raise TableError(
         f"{path}: a table is one of {', '.join(RECORD_SUFFIXES)}" if path.exists() else f"there is no table {path}"
     )
 
 
-def _whole_shards(folder: Path) -> list[Path]:
+def tables_in(folder: Path) -> list[Path]:
+    """List all tables of a folder, whatever they are, in order."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in RECORD_SUFFIXES and file.is_file())
+
+
+def _taken(folder: Path, found: Sequence[Path]) -> set[Path]:
+    splits = {split for split in map(_split_of, found) if split is not None}
     try:
-        return [path for paths in find_shards(folder).values() for path in paths]
+        taken = {split: split_files(folder, split, RECORD_SUFFIXES) for split in splits}
     except ShardError as error:
         raise TableError(str(error)) from error
+    further = [] if any(map(split_of, found)) else [file for file in found if not taken.get(_split_of(file) or "")]
+    return {file for files in taken.values() for file in files} | set(further)
+
+
+def _split_of(file: Path) -> str | None:
+    """Return the split that a file is of by its name."""
+    return split_of(file) or (file.stem if file.stem in _SPLITS else None)
 
 
 def _note(report: ValidationReport, shown: int, file: Path, row: int | None, fault: Fault) -> None:
@@ -337,7 +351,8 @@ class _RowChecker:
     """Checks the rows of one file."""
 
     def __init__(self, file: Path, root: Path | None, seen: _Seen):
-        self.split = split_of(file) or (file.stem if file.stem in _SPLITS else None)
+        self.split = _split_of(file)
+        self.may_be_cut = file.suffix.lower() != ".parquet"  # texts of Parquet are UTF-8
         self.root = root
         self.seen = seen
         self.there: LRUCache[tuple[str, bool], str | None] = LRUCache(_PATHS_AT_HAND)
@@ -347,6 +362,8 @@ class _RowChecker:
     def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
         """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
         faults = type_faults(row, untyped)
+        if self.may_be_cut and (cut := cut_field(row)) is not None:
+            faults.append(("type", cut, CUT_TEXT))
         if faults:  # the rest is about values of the right type
             return sorted(faults)
         empty = [name for name in REQUIRED if is_blank(row.get(name)) and name not in self.missing]  # told of the file

@@ -123,14 +123,19 @@ def find_tables(path: Path, wanted: Sequence[str]) -> dict[str, list[Path]]:
     Return the files of the splits that a local data set has; a single file is the first of them.
 
     Raises:
-        SetupError: when there is none for the first split.
+        SetupError: when there is none for the first split, or a shard is missing.
     """
+    from maple_trl.data.shards import ShardError, split_files
+
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise SetupError(f"{path}: a data file is one of {', '.join(SUFFIXES)}")
         return {wanted[0]: [path]}
     # Not load_dataset(folder): it would take the media files beside the tables for the data.
-    files = {split: _shards(path, split) for split in wanted}
+    try:
+        files = {split: split_files(path, split, SUFFIXES) for split in wanted}
+    except ShardError as error:
+        raise SetupError(str(error)) from error
     if not files[wanted[0]]:
         there = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         raise SetupError(
@@ -138,29 +143,6 @@ def find_tables(path: Path, wanted: Sequence[str]) -> dict[str, list[Path]]:
             + (f"; it has {', '.join(there)}" if there else " and no other table either")
         )
     return {split: shards for split, shards in files.items() if shards}
-
-
-def _shards(folder: Path, split: str) -> list[Path]:
-    """
-    Find the file of one split, `train.parquet`, or its shards, such as `train-00000-of-00002.parquet`.
-
-    Raises:
-        SetupError: when a shard is missing.
-    """
-    from maple_trl.data.shards import ShardError, check_whole
-
-    for suffix in SUFFIXES:
-        whole = folder / f"{split}{suffix}"
-        if whole.is_file():
-            return [whole]
-        shards = sorted(folder.glob(f"{split}-*-of-*{suffix}"))
-        if shards:
-            try:
-                check_whole(shards, split)
-            except ShardError as error:
-                raise SetupError(str(error)) from error
-            return shards
-    return []
 
 
 def filter_rows(dataset: Dataset, allowed: Mapping[str, Sequence], name: str, strict: bool = True) -> Dataset:

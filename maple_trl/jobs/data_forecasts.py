@@ -101,7 +101,8 @@ def forecast_upload(folder: str, repository: str, media_root: str | None = None)
     size = sum(path.stat().st_size for path in files)
     counts = ", ".join(f"{split} in {many(len(paths), 'shard')}" for split, paths in shards.items())
     return Forecast(
-        reads=[f"{folder}: {many(report.rows, 'row')}, {counts}; no problem found"],
+        reads=[f"{folder}: {many(report.rows, 'row')}, {counts}; no problem found"]
+        + [f"not uploaded, as it is no shard: {path}" for path in report.passed_over],
         asks=[
             f"the Hub, for {repository}: upload of {many(len(files), 'shard')} ({size_of(size)}) and a card, in one commit"
         ],

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
-from maple_trl.data.shards import replace_split, shards_of
+from maple_trl.data.shards import hold_split, replace_held_split, replace_split, shards_of
 from maple_trl.evaluation.options import EvalOptions
 from maple_trl.files import write_atomically
 from maple_trl.jobs.errors import SetupError
@@ -146,6 +146,7 @@ def filter_by_difficulty(
 
     Raises:
         SetupError, EvaluationError: when it is described wrongly.
+        ShardError: when another process is writing the rows, and where they cannot be written.
     """
     split = arguments.dataset_test_split or "train"
     folder = Path(arguments.output_dir or ".")
@@ -163,21 +164,24 @@ def filter_by_difficulty(
         reason = reason_to_drop(measured, arguments.keep_above, arguments.keep_at_most)
         kept += [measured] if reason is None else []
         dropped += [] if reason is None else [(measured, reason)]
-    files = _write_rows(questions.dataset, kept, folder, split, arguments.shard_rows)
-    _write_dropped(dropped, folder, split, arguments.shard_rows)
-    by_reason: dict[str, Counter[str]] = defaultdict(Counter)
-    for measured, reason in dropped:
-        by_reason[reason][measured.tag] += 1
-    summary = DifficultySummary(
-        rows=len(found),
-        kept=_by_tag(Counter(measured.tag for measured in kept)),
-        dropped={reason: _by_tag(counts) for reason, counts in sorted(by_reason.items())},
-        files=[path.name for path in files],
-        media_root=questions.media_root,
-    )
-    described = {"keep_above": arguments.keep_above, "keep_at_most": arguments.keep_at_most}
-    described |= {"samples": options.samples, **dataclasses.asdict(summary)}
-    write_atomically(folder / f"difficulty-{split}.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    with hold_split(folder, split):  # rows, what was dropped and the counts are of one run
+        files = _write_rows(questions.dataset, kept, folder, split, arguments.shard_rows)
+        _write_dropped(dropped, folder, split, arguments.shard_rows)
+        by_reason: dict[str, Counter[str]] = defaultdict(Counter)
+        for measured, reason in dropped:
+            by_reason[reason][measured.tag] += 1
+        summary = DifficultySummary(
+            rows=len(found),
+            kept=_by_tag(Counter(measured.tag for measured in kept)),
+            dropped={reason: _by_tag(counts) for reason, counts in sorted(by_reason.items())},
+            files=[path.name for path in files],
+            media_root=questions.media_root,
+        )
+        described = {"keep_above": arguments.keep_above, "keep_at_most": arguments.keep_at_most}
+        described |= {"samples": options.samples, **dataclasses.asdict(summary)}
+        write_atomically(
+            folder / f"difficulty-{split}.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+        )
     return summary
 
 
@@ -245,7 +249,7 @@ def _write_rows(dataset: Dataset, kept: list[Measured], folder: Path, split: str
             yield pa.table(columns).cast(features.arrow_schema)
             start += len(table)
 
-    return replace_split(tables(), features.arrow_schema, folder, split, shard_rows)
+    return replace_held_split(tables(), features.arrow_schema, folder, split, shard_rows)
 
 
 def _write_dropped(dropped: list[tuple[Measured, str]], folder: Path, split: str, shard_rows: int) -> None:

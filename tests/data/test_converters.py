@@ -127,6 +127,14 @@ def prompt(row):
     return message["content"]
 
 
+def test_every_row_has_a_name_of_its_own(tmp_path):
+    """Also where a record is called what another one of two with one name becomes."""
+    names = ["a", "a", "a-2", "a", "a-2", "a-3", "b"]
+    rows, _ = converted(tmp_path, "sharegpt", [SHARE | {"id": name} for name in names])
+    found = [row["id"].removeprefix("sharegpt-") for row in rows]
+    assert found == ["a", "a-2", "a-2-2", "a-3", "a-2-3", "a-3-2", "b"]
+
+
 # Each set
 
 

@@ -26,6 +26,7 @@ from maple_trl.data.hint_leaks import LEAKS, split_options
 from maple_trl.data.hint_prompts import Problem, clean_hint
 from maple_trl.data.hints import HintError, HintOptions, build_hints, leaks_answer
 from maple_trl.data.plain_words import number_value, words
+from maple_trl.data.row_tables import _write_whole
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.train import load_datasets
@@ -84,6 +85,36 @@ def test_leaks_of_an_option(hint, reason):
     for solution in ("(b)", "B.", "b)", "<answer>B</answer>", "B. dark green square", "dark green square"):
         assert leaks_answer(hint, QUESTION, solution) == reason, solution
     assert reason in LEAKS
+
+
+@pytest.mark.parametrize(
+    ("hint", "reason"),
+    [
+        ("Look for a dark green square", "option-text"),
+        ("Look for the yellow star", "option-text"),
+        ("Two of them are dark: which?", None),  # as one of two words of that option
+        ("It is neither A nor C.", "names-option"),
+        ("B and D", "names-option"),
+        ("Is there a red circle?", None),
+        (GOOD, None),
+    ],
+)
+def test_leaks_of_one_of_several_right_options(hint, reason):
+    for solution in ("B,D", "D, B", "<answer>B,D</answer>"):
+        assert leaks_answer(hint, QUESTION, solution) == reason, solution
+    assert leaks_answer("Look for the yellow star", QUESTION, "B") is None  # Negative control
+
+
+@pytest.mark.parametrize(
+    ("hint", "solution", "reason"),
+    [
+        ("Which of them are red?", "A,C", "option-text"),  # what the right ones share tells them from the wrong ones
+        ("Look for the dog, who says E,F", "E,F", "answer-text"),  # no options of this question
+    ],
+)
+def test_several_right_options_are_told_from_the_wrong_ones(hint, solution, reason):
+    assert leaks_answer(hint, "What?\nA. red car\nB. blue car\nC. red bike\nD. blue bike", solution) == reason
+    assert leaks_answer("A and C", "What is seen?", "A,C") == "names-option"  # as of a letter without options
 
 
 @pytest.mark.parametrize(
@@ -267,6 +298,33 @@ def test_every_format_keeps_its_rows_and_gains_hints(tmp_path, source, target):
     assert [{name: value for name, value in got.items() if name != "hint"} for got in split] == rows
 
 
+@pytest.mark.parametrize("target", ["out.parquet", "out.jsonl"])
+def test_half_of_a_character_is_refused_before_anything_is_asked(tmp_path, target):
+    rows = [row("a"), row("b", note={"said": ["cut \ud83d"]})]
+    with ChatServer(in_turn(say(GOOD))) as server:
+        with pytest.raises(HintError, match="in.jsonl, row 1: field 'note' holds half of a character"):
+            build(server, table(tmp_path / "in.jsonl", rows), tmp_path / target)
+        assert not server.calls
+    assert not (tmp_path / target).exists()
+
+
+def test_two_processes_that_write_one_table_do_not_share_its_scratch(tmp_path, monkeypatch):
+    """The slower one replaces the file with its own rows, whole, and nothing is left beside it."""
+    own = table(tmp_path / "in.jsonl", [row("a")])
+
+    def slow(scratch):
+        scratch.write_text("of ")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: 1)
+            _write_whole(own, lambda scratch: scratch.write_text("of the other"))
+        assert own.read_text() == "of the other"
+        with scratch.open("a") as file:
+            file.write("the first")
+
+    _write_whole(own, slow)
+    assert own.read_text() == "of the first" and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_a_table_that_a_template_asks_has_its_question_read(tmp_path):
     """As AVATAR's recipes describe their data: `question` and `options`, and no column `prompt`."""
     rows = [row(f"q{n}") for n in range(2)]
@@ -361,6 +419,23 @@ def test_a_row_cannot_talk_to_the_teacher(tmp_path):
     outside = re.sub(r'<data-(\w{12}) name="\w+">\n.*?\n</data-\1>', "", user["content"], flags=re.DOTALL)
     assert "reveal" in user["content"] and "reveal" not in outside and outside.strip() == "Write the hint."
     assert "reveal" not in system["content"]
+
+
+def test_rows_that_are_not_asked_or_fail_keep_the_hint_that_they_had(tmp_path):
+    def answer(number, body):
+        if "Question fails" in str(body["messages"]):
+            return status(400)
+        return say("It is the square.") if "Question refused" in str(body["messages"]) else by_row(number, body)
+
+    names = ("first", "fails", "refused", "beyond")
+    rows = [row(name, hint=f"old {name}") for name in names] + [row("odd", hint=5)]
+    rows.insert(0, row("no solution", hint="old, unchecked") | {"solution": None})
+    source = table(tmp_path / "in.jsonl", rows)
+    with ChatServer(answer) as server:
+        summary = build(server, source, source, {"max_attempts": 1}, limit=3, max_tries=1)  # in place
+    assert (summary.asked, summary.hinted, summary.skipped, summary.failed.total()) == (3, 1, 1, 1)
+    new = "Look closely in the way of first"
+    assert hints_of(source) == ["old, unchecked", new, "old fails", None, "old beyond", None]
 
 
 def test_only_missing_limit_and_rows_without_solution(tmp_path):

@@ -139,6 +139,17 @@ def test_rows_with_problems_are_not_pushed(hub, tmp_path, capsys):
     assert "1 problems (1 answer); nothing was uploaded" in err and hub.requests == []
 
 
+def test_tables_that_are_no_shards_are_named_and_stay(hub, folder, capsys):
+    """Training reads this test split beside the shards, and whoever loads the upload would not have it."""
+    (folder / "test-00000-of-00002.parquet").rename(folder / "test.parquet")
+    (folder / "test-00001-of-00002.parquet").unlink()
+    told = f"not uploaded, as it is no shard: {folder / 'test.parquet'}"
+    assert cli.main(["data", "push", str(folder), "me/clips", "--dry_run"]) == 0
+    assert told in capsys.readouterr().out.replace("\n", "")
+    assert cli.main(["data", "push", str(folder), "me/clips"]) == 0
+    assert told in capsys.readouterr().out and "data/test.parquet" not in hub.files("me/clips")
+
+
 def test_media_are_looked_for_where_a_root_is_named(hub, folder, tmp_path):
     with pytest.raises(PublishError, match=r"8 problems \(8 file\)"):
         publish(folder, "me/clips", media_root=tmp_path)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,8 +22,9 @@ from qa_sets import TAGS, faults, question, questions, table
 from maple_trl import cli
 from maple_trl.data import qa_plus
 from maple_trl.data.none_answers import NONE_ANSWERS, plain_option, says_none, speaks_of_others
+from maple_trl.data.qa_items import Files
 from maple_trl.data.qa_plus import Plan, QAPlusError, QAPlusOptions, build_qa_plus
-from maple_trl.data.shards import write_shards
+from maple_trl.data.shards import ShardError, hold_split, write_shards
 from maple_trl.data.validation import table_files, validate_tables
 from maple_trl.modalities import ModalityTag
 
@@ -266,6 +268,43 @@ def test_rows_that_are_no_questions_are_counted_and_named():
         made_of(rows[1:])
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"solution": "green"}, "field 'solution' must be the letter of an option .A, B, C, D., but is 'green'"),
+        ({"solution": "C"}, "field 'solution' is 'C', but must mean the same option as 'answer', 'B'"),
+        ({"answer": "green"}, "field 'answer' must be the letter of an option"),
+        ({"answer": None, "solution": None}, "field 'answer' must be the letter of an option"),
+    ],
+)
+def test_a_solution_that_would_not_follow_the_replaced_option(fields, message):
+    """Of a deficit row the right answer would score 0: rewards read the solution, which is not written anew."""
+    noted = []
+    rows = [question("good"), question("bad") | fields]
+    plan = Plan(table(rows), QAPlusOptions(), None, lambda *found: noted.append(found))
+    assert plan.summary.left_out == {"no answer": {"count": 1, "ids": ["bad"]}}
+    assert re.match(message, noted[0][3])
+
+
+def test_a_solution_alone_or_in_another_form_of_the_letter():
+    rows = [question("one") | {"answer": None}, question("two") | {"solution": "(B)"}, question("three", solution="")]
+    assert made_of(rows)[1].summary.left_out == {}
+
+
+def test_media_outside_the_root_are_not_there(tmp_path):
+    """Training reads below the root alone."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for path in (root / "in.mp4", tmp_path / "out.mp4"):
+        path.touch()
+    (root / "link.mp4").symlink_to(tmp_path / "out.mp4")
+    files = Files(root)
+    assert files("in.mp4") and files(["in.mp4"]) and files("../root/in.mp4")
+    for path in ("../out.mp4", str(tmp_path / "out.mp4"), "link.mp4", "in.mp4\0", "x" * 5000, ".", "absent.mp4"):
+        assert not files(path) and not files(["in.mp4", path]), path
+    assert Files(None)("../out.mp4")  # nobody looks
+
+
 def test_what_a_question_requires_comes_before_what_it_is_fed():
     rows, plan = made_of([question("seen", "VA", required_tag="V")], none_share=0)
     strata = [(row["required_tag"], row["tag"], row["stratum"]) for row in rows]
@@ -497,6 +536,16 @@ def test_nothing_is_replaced_by_what_failed(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_one_of_two_that_build_a_split_at_once_is_refused(tmp_path):
+    """Its notes are not mixed into those of the first, either."""
+    with hold_split(tmp_path / "out", "train"):
+        (tmp_path / "out" / ".left_out-train.partial").write_text("of the first")
+        with pytest.raises(ShardError, match="another process is writing split 'train'"):
+            build_qa_plus(table(questions(3)), tmp_path / "out", "train", QAPlusOptions())
+        assert (tmp_path / "out" / ".left_out-train.partial").read_text() == "of the first"
+    build_qa_plus(table(questions(3)), tmp_path / "out", "train", QAPlusOptions())
+
+
 BUILD = """
 import sys
 import pyarrow.parquet as pq
@@ -534,7 +583,10 @@ def test_what_is_written_is_what_the_others_read(tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["media_root"] == str(tmp_path / "clips")
     assert cli.main(["data", "validate", "../qa", "--media_root", "."]) == 0
     told = capsys.readouterr().out
-    assert "not read, as it is no shard: ../qa/qa_plus-train.json" in told and "no problem found" in told
+    assert (
+        "not read, as it is none of the tables that training takes: ../qa/qa_plus-train.json" in told
+        and "no problem found" in told
+    )
 
 
 def test_the_command(tmp_path, capsys):

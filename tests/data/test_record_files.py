@@ -44,7 +44,7 @@ def test_all_forms_of_files(tmp_path):
     rows = [{"a": "1", "b": "x, y"}, {"a": "2", "b": None}]
     Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "t.json").write_text("\ufeff " + json.dumps(rows), encoding="utf-8")
+    (tmp_path / "t.json").write_text("\ufeff " + json.dumps(rows) + " \n\n", encoding="utf-8")
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "t.csv").write_text('a,b\r\n1,"x, y"\r\n2,\r\n')
     for path in sorted(tmp_path.iterdir()):
@@ -61,6 +61,11 @@ def test_all_forms_of_files(tmp_path):
         ("t.json", '[{"a": 1},]', "record 1: nothing stands behind the last comma"),
         ("t.json", '[{"a": 1}, {"a": "', "record 1: not JSON"),
         ("t.json", '[{"a": 1}', "record 1: not JSON"),
+        ("t.json", '[{"a": 1}, {"a": 2}]\n[{"a": 3}]', "t.json, record 2: something stands behind the ]"),
+        ("t.json", '[{"a": 1}] x', "t.json, record 1: something stands behind the ]"),
+        ("t.json", '[]\n\n{"a": 1}', "t.json, record 0: something stands behind the ]"),
+        ("t.json", f'[{{"a": 1}}, {{"a": {"9" * 5000}}}]', "t.json, record 1: .*digits"),
+        ("t.jsonl", f'{{"a": 1}}\n{{"a": {"9" * 5000}}}', "t.jsonl, line 2: .*digits"),
         ("t.json", '{"a": 1}\n{"a":', "line 2: .*one object a line"),
         ("t.jsonl", '{"a": 1}\n[]', "line 2: expected an object, got list"),
         ("t.csv", "a,b\n1\n", "line 2: another number of cells"),

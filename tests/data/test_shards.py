@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -197,3 +198,31 @@ def test_what_is_left_when_a_split_could_not_be_replaced(tmp_path, monkeypatch, 
             find_shards(tmp_path)
     replace_split([tables["new"]], schema, tmp_path, "train", 1)
     assert pa.concat_tables(map(pq.read_table, find_shards(tmp_path)["train"])).equals(tables["new"])
+
+
+def test_one_of_two_that_write_a_split_at_once_is_refused(tmp_path):
+    """The second comes while the first is within its rows, and neither mixes with the other."""
+    schema = pa.schema([("id", pa.string())])
+    within, refused, found = threading.Event(), threading.Event(), []
+
+    def tables():
+        for i in range(3):
+            yield pa.table({"id": [f"a{i}"] * 3}, schema)
+            within.set()
+            assert refused.wait(30)
+
+    first = threading.Thread(target=lambda: found.extend(replace_split(tables(), schema, tmp_path, "train", 2)))
+    first.start()
+    try:
+        assert within.wait(30)
+        with pytest.raises(ShardError, match="another process is writing split 'train'"):
+            replace_split([pa.table({"id": ["b"] * 9}, schema)], schema, tmp_path, "train", 2)
+        replace_split([pa.table({"id": ["c"]}, schema)], schema, tmp_path, "test", 2)  # another split waits for nobody
+    finally:
+        refused.set()
+        first.join(30)
+    assert find_shards(tmp_path)["train"] == found
+    rows = [name for path in found for name in pq.read_table(path)["id"].to_pylist()]
+    assert rows == ["a0"] * 3 + ["a1"] * 3 + ["a2"] * 3
+    assert not list(tmp_path.glob(".*"))
+    replace_split([pa.table({"id": ["b"]}, schema)], schema, tmp_path, "train", 2)  # nobody holds it any more

@@ -19,8 +19,9 @@ from maple_trl.data.record_files import TableError
 from maple_trl.data.row_rules import signals
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import write_shards
-from maple_trl.data.validation import KINDS, validate_tables
+from maple_trl.data.validation import KINDS, table_files, validate_tables
 from maple_trl.evaluation.served_prompts import MessageEncoder
+from maple_trl.jobs.data import find_tables
 from maple_trl.jobs.tables import read_tables
 from maple_trl.modalities import Modality
 from maple_trl.omni.media.loader import MediaError, MediaLoader
@@ -290,6 +291,24 @@ def test_types_are_checked_where_the_file_does_not_ensure_them(tmp_path):
     assert validate_tables([tmp_path / "t.parquet"]).counts == {"type": 2}
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_half_of_a_character_is_named_wherever_it_stands(tmp_path, name):
+    """JSON can spell it, and no file of text can hold it."""
+    rows = [
+        question(0, question="What is 😀?"),
+        question(1, prompt=asked("cut \ud83d")),
+        question(2, options=["red", "\ude00"]),
+        question(3) | {"further": {"deep": ["\ud83d"]}},
+    ]
+    text = json.dumps(rows) if name == "t.json" else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(text)
+    report = validate_tables([tmp_path / name])
+    assert found(report) == [("type", "prompt", 1), ("type", "options", 2), ("type", "further", 3)]
+    assert {problem.message for problem in report.shown["type"]} == {
+        "holds half of a character (a surrogate without the other), which is no text"
+    }
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -405,6 +424,25 @@ def test_a_folder_of_shards_is_read_as_training_reads_it(tmp_path):
     (tmp_path / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(TableError, match="the shards of split 'train' are not one whole set"):
         validate_tables([tmp_path])
+
+
+def test_of_a_folder_each_split_is_read_as_training_reads_it(tmp_path):
+    """Shards of one split and a file of another; a file of the same split comes before its shards."""
+    write_shards([question(number, split=None) for number in range(2)], tmp_path)
+    Dataset.from_list([question(0, split=None), question(7, split=None)]).to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "test.jsonl").write_text("never read")
+    report = validate_tables([tmp_path])
+    assert (report.rows, report.counts) == (4, {"id": 1, "split": 1})
+    assert report.passed_over == [str(tmp_path / "test.jsonl")]
+    Dataset.from_list([question(5)]).to_parquet(tmp_path / "train.parquet")
+    report = validate_tables([tmp_path])
+    assert (report.rows, report.counts) == (3, {}) and len(report.passed_over) == 2
+    taken = find_tables(tmp_path, ("train", "test"))
+    assert sorted(path for files in taken.values() for path in files) == table_files(tmp_path)
+    # Tables of other names are read where there are no shards.
+    (tmp_path / "train-00000-of-00001.parquet").unlink()
+    Dataset.from_list([question(8)]).to_parquet(tmp_path / "more.parquet")
+    assert [path.name for path in table_files(tmp_path)] == ["more.parquet", "test.parquet", "train.parquet"]
 
 
 def test_messages_of_a_csv_file_stand_as_json(tmp_path):

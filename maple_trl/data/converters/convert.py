@@ -16,7 +16,7 @@ from maple_trl.data.benchmarks.media import UnusableMedium, existing, locate
 from maple_trl.data.benchmarks.options import described
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.converters.base import CONVERTERS, Converter, Place, Sample
-from maple_trl.data.record_files import TableError
+from maple_trl.data.record_files import CUT_TEXT, TableError, cut_field
 from maple_trl.data.row_rules import mark_fault, unread_subtitle
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import SHARD_ROWS, ShardWriter
@@ -230,7 +230,7 @@ class _Rows:
         self.root = root
         self.beside = beside
         self.summary = summary
-        self.names: Counter[int] = Counter()
+        self.names: dict[int, int] = {}  # those given, and the last number behind each
 
     def of_record(self, record: tuple[dict[str, Any], Path, int], split: str | None) -> list[dict[str, Any]]:
         """Return the rows of a record: none where it is left out."""
@@ -284,9 +284,12 @@ class _Rows:
     def _name(self, sample: Sample) -> str:
         number = self.summary.records
         name = f"{self.converter.name}-{sample.name if sample.name is not None else f'{number:07}'}"
-        digest = text_digest(name)
-        self.names[digest] += 1
-        return name if self.names[digest] == 1 else f"{name}-{self.names[digest]}"
+        own, digest = name, text_digest(name)
+        while text_digest(own) in self.names:  # a record may be called what another one becomes: a, a, a-2
+            self.names[digest] += 1
+            own = f"{name}-{self.names[digest]}"
+        self.names[text_digest(own)] = 1
+        return own
 
     def _row(
         self, sample: Sample, name: str, tag: ModalityTag, has: frozenset[Modality], split: str | None
@@ -316,7 +319,8 @@ class _Rows:
             **sample.further,
             "prompt": self._prompt(sample),  # last, so that a fault is told of what it is made from
         }
-        _check_text(row)
+        if (cut := cut_field(row)) is not None:
+            raise FieldError(cut, CUT_TEXT)
         if sample.pictures and self.options.pictures == "clips":
             row["prompt"] = [
                 {**turn, "content": turn["content"].replace("<image>", "<video>")} for turn in row["prompt"]
@@ -419,27 +423,3 @@ def _signals(sample: Sample) -> frozenset[Modality]:
         Modality.SUBTITLE: bool(sample.subtitle or sample.text),
     }
     return frozenset(modality for modality, there in has.items() if there)
-
-
-def _check_text(row: Mapping[str, Any]) -> None:
-    """Check that every text of a row can be written as UTF-8."""
-    for name, value in row.items():
-        for text in _texts(value):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise FieldError(
-                    name, "holds half of a character (a surrogate without the other), which is no text"
-                ) from error
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        if not value.isascii():
-            yield value
-    elif isinstance(value, Mapping):
-        for member in value.values():
-            yield from _texts(member)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)

@@ -121,9 +121,13 @@ def _check_question(new: dict[str, Any]) -> None:
     if len({text.casefold() for text in options}) < len(options):
         raise EditError("two options are the same")
     letters = ascii_uppercase[: len(options)]
-    new["answer"] = new["answer"].upper()
-    if new["answer"] not in list(letters):
-        raise EditError(f"the right answer is {new['answer']!r}; it is one of the letters {', '.join(letters)}")
+    given = [letter.strip() for letter in new["answer"].upper().split(",")]
+    new["answer"] = ",".join(given)
+    if set(given) - set(letters) or len(set(given)) < len(given):
+        raise EditError(
+            f"the right answer is {new['answer']!r}; it is one of the letters {', '.join(letters)}, or several of them joined "
+            "by commas"
+        )
 
 
 def _following(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

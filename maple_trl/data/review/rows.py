@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maple_trl.data.row_tables import SUFFIXES, RowTable, TableError
+from maple_trl.data.validation import table_files, tables_in
 from maple_trl.files import digest
 from maple_trl.modalities import ModalityTag
 
@@ -35,8 +36,8 @@ class ReviewSet:
 
     Args:
         path (`str` or `os.PathLike`):
-            A `.parquet`, `.json` or `.jsonl` file; a folder with such files (Parquet alone where there is one), also
-            in its folder `data`; or a folder made by `save_to_disk`.
+            A `.parquet`, `.json` or `.jsonl` file; a folder with such files (Parquet alone where there is one, and shards
+            alone where a split has them), also in its folder `data`; or a folder made by `save_to_disk`.
 
     Attributes:
         tables (`list[tuple[str, pa.Table]]`): name without ending, and rows, of each file.
@@ -129,11 +130,19 @@ def _read(path: Path) -> list[tuple[str, pa.Table]]:
     if not path.is_dir():
         return [(path.stem, _table(path))]
     for folder in (path, path / "data"):
-        for suffix in SUFFIXES if folder.is_dir() else ():
-            files = sorted(file for file in folder.glob(f"*{suffix}") if file.is_file())
-            if files:
-                return [(file.stem, _table(file)) for file in files]
+        files = _files(folder) if folder.is_dir() else []
+        for suffix in SUFFIXES:
+            if of_suffix := [file for file in files if file.suffix == suffix]:
+                return [(file.stem, _table(file)) for file in of_suffix]
     raise ReviewError(f"{path} holds no table; rows are read from {', '.join(SUFFIXES)} files in it")
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the tables of a folder that training reads: beside shards lie notes, and rows that a filter has dropped."""
+    try:
+        return table_files(folder) if tables_in(folder) else []
+    except TableError as error:
+        raise ReviewError(str(error)) from error
 
 
 def _stored(path: Path) -> list[tuple[str, pa.Table]]:

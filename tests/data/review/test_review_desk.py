@@ -50,6 +50,23 @@ def test_a_set_is_read_from_files_folders_and_what_datasets_writes(tmp_path, row
     assert expected.row(7)["question"] == "Which colour has shape 7?" and expected.index_of("row-7") == 7
 
 
+def test_beside_shards_nothing_else_is_taken_for_rows(tmp_path):
+    """As `data difficulty` leaves its folder: the rows that it dropped have an id and a tag, too."""
+    rows = [question_row(number) for number in range(4)]
+    dropped = tmp_path / "dropped-train-00000-of-00001.parquet"
+    write_rows(tmp_path / "train-00000-of-00002.parquet", rows[:2])
+    write_rows(tmp_path / "train-00001-of-00002.parquet", rows[2:3])
+    pq.write_table(pa.table({"id": ["row-3"], "tag": ["V"], "reason": ["too hard"]}), dropped)
+    (tmp_path / "difficulty-train.json").write_text("{}")
+    assert ReviewSet(tmp_path).ids == ["row-0", "row-1", "row-2"]
+    (tmp_path / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(ReviewError, match="the shards of split 'train' are not one whole set"):
+        ReviewSet(tmp_path)
+    (tmp_path / "train-00001-of-00002.parquet").rename(tmp_path / "data-of-mine.parquet")
+    dropped.unlink()
+    assert ReviewSet(tmp_path).ids == ["row-2"]  # Negative control: a table of any name where there are no shards.
+
+
 def test_tables_beside_media_are_told_from_subtitles(clips):
     found = ReviewSet(clips)  # seven_tags.json lies beside the Parquet file
     assert len(found) == 28 and set(found.tags) == {"V", "A", "S", "VA", "VS", "AS", "VAS"}
@@ -116,6 +133,9 @@ def test_the_prompt_follows_question_and_options():
         "prompt": "Which hue?\nA. red\nB. teal\nC. blue\nAnswer with the letter.",
     }
     assert checked_edit(row, {"question": row["question"], "answer": "A"}) == {}
+    several = question_row(0, answer="C,A", solution="C,A")  # as validation allows it
+    assert checked_edit(several, {"question": several["question"] + "!"}).keys() == {"question", "prompt"}
+    assert checked_edit(row, {"answer": "b, d"}) == {"answer": "B,D"}
     only = row | {"prompt": [{"role": "user", "content": row["question"]}]}
     assert checked_edit(only, {"options": ["a", "b"]}) == {"options": ["a", "b"]}, "a prompt without options stays"
     by_hand = checked_edit(row, {"question": "New?", "prompt": "All new."})
@@ -142,7 +162,10 @@ def test_options_are_found_in_other_forms_of_prompts(form):
         ({"question": " "}, "a question needs a text"),
         ({"answer": ""}, "a question needs a right answer"),
         ({"answer": "E"}, "one of the letters A, B, C, D"),
-        ({"answer": "AB"}, "one of the letters"),
+        ({"answer": "AB"}, "one of the letters A, B, C, D, or several of them joined by commas"),
+        ({"answer": "A,E"}, "one of the letters"),
+        ({"answer": "A,A"}, "one of the letters"),
+        ({"answer": "A,"}, "one of the letters"),
         ({"options": ["one"]}, "1 options"),
         ({"options": ["one", "One", "two"]}, "two options are the same"),
         ({"options": [str(i) for i in range(27)]}, "27 options"),
