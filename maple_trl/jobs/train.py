@@ -524,8 +524,9 @@ def _evaluate(
     """Measure the accuracy by tag of answers that the policy samples now; every process takes part."""
     from maple_trl.evaluation import sampled_accuracy
     from maple_trl.rewards import AccuracyReward, accuracy_reward
+    from maple_trl.rewards.routing import innermost
 
-    rewards = getattr(trainer, "reward_funcs", ())
+    rewards = map(innermost, getattr(trainer, "reward_funcs", ()))
     # Answers are read in the form that the job rewards, or else asks for.
     template = trainer.args.template()
     form = None if template is None else template.answer_format

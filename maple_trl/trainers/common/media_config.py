@@ -15,6 +15,7 @@ from maple_trl.omni.machine_memory import local_processes, machine_memory
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
 from maple_trl.rewards.accuracy import AccuracyReward, accuracy_reward
+from maple_trl.rewards.routing import innermost
 
 
 if TYPE_CHECKING:
@@ -76,13 +77,6 @@ _MAPPINGS = (
 _LEAST_HOST_BYTES = 1 << 16  # less is a size whose unit was forgotten
 # What a prompt is rendered with, whatever the user says.
 _OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
-
-
-def _innermost(reward: Any) -> Any:
-    """Return the reward function that others are wrapped around."""
-    while getattr(reward, "reward", None) is not None:
-        reward = reward.reward
-    return reward
 
 
 def _check_numbers(config: object) -> None:
@@ -408,7 +402,7 @@ class MediaConfig:
         wanted = None if template is None else template.answer_format
         if wanted is None or "answer_format" in columns:
             return
-        for reward in map(_innermost, rewards):
+        for reward in map(innermost, rewards):
             if isinstance(reward, AccuracyReward) or reward in (accuracy_reward, "accuracy_reward"):
                 form = getattr(reward, "answer_format", "tags")
                 if form != wanted:
