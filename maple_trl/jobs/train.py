@@ -427,8 +427,13 @@ def run(
         if trainer.is_world_process_zero() and trainer.state.log_history:
             write_metrics(_log_of(trainer), metrics_path)
     train_seconds = time.monotonic() - train_started
-    after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
-    unpublished = _save(trainer)
+    unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
+    try:
+        after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
+    except Exception:
+        if unpublished is not None and trainer.is_world_process_zero():
+            print(unpublished, flush=True)  # what is raised tells of the evaluation alone
+        raise
     summary = {
         "before": before and before.accuracy,
         "after": after and after.accuracy,
@@ -444,7 +449,6 @@ def run(
         "left_out": trainer.left_out() + _unusable_questions(after),
     }
     if trainer.is_world_process_zero():
-        trainer.processing_class.save_pretrained(training_args.output_dir)
         plot_path = _place(script_args.plot_file, training_args, "training.png")
         summary_path = _place(script_args.summary_file, training_args, "summary.json")
         _draw(_log_of(trainer), summary["before"], summary["after"], plot_path)
@@ -464,7 +468,9 @@ def run(
 
 
 def _save(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> PublishError | None:
-    """Save the model, and upload it where that is asked for; return what stopped the upload, once all results are written."""
+    """Save the model and its processor, and upload them where that is asked for; return what stopped the upload."""
+    if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
     try:
         trainer.save_model(trainer.args.output_dir)
     except PublishError as error:

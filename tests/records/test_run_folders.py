@@ -132,6 +132,26 @@ def test_a_checkpoint_of_weights_alone_is_refused_before_the_model_loads(data, t
     assert train(data, tmp_path / "next", "--max_steps", 1, "--model_name_or_path", model) == 0
 
 
+def test_an_evaluation_that_fails_after_training_costs_no_model(data, tmp_path, capsys, monkeypatch):
+    from maple_trl import evaluation
+
+    asked = []
+
+    def sampled(*_, **__):
+        asked.append(sorted(run_results(tmp_path / "run")))
+        if len(asked) == 2:
+            raise RuntimeError("the clips have gone")
+        return evaluation.SampledAccuracy({"all": 0.0}, {"all": 1}, 0)
+
+    monkeypatch.setattr(evaluation, "sampled_accuracy", sampled)
+    words = ["--max_steps", 1, "--save_strategy", "no", "--evaluate_before_after", "true", "--report", "false"]
+    assert train(data, tmp_path / "run", *words) == 1
+    assert "RuntimeError: the clips have gone" in last_line(capsys.readouterr().err)
+    assert "model.safetensors" not in asked[0] and "model.safetensors" in asked[1]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train(data, tmp_path / "next", "--max_steps", 1, "--model_name_or_path", tmp_path / "run") == 0
+
+
 def test_evaluations_and_runs_do_not_share_a_folder(data, finished, tmp_path, capsys):
     before = contents(finished)
     for words in ([], ["--overwrite"]):
