@@ -23,6 +23,7 @@ from maple_trl.jobs.checks import (
 )
 from maple_trl.jobs.data import evaluates, first_rows, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.folder_lock import hold_folder
 from maple_trl.jobs.model_config import OmniModelConfig
 from maple_trl.jobs.options import SUPERVISED, OmniScriptArguments, parse_args, trainer_class
 from maple_trl.jobs.rewards import close_rewards, load_rewards
@@ -387,10 +388,23 @@ def run(
         [`~maple_trl.trainers.common.media_trainer.MediaTrainer.left_out`]).
 
     Raises:
-        SetupError: when the arguments name something that is not there; nothing has been trained then.
+        SetupError: when the arguments name something that is not there, or another job is writing into `output_dir`; nothing
+            has been trained then.
         RunStoppedError: when the run was stopped, or made no step.
         PublishError: when it was not uploaded (`push_to_hub`); everything else has been written.
     """
+    # What the folder holds is looked at, removed and written by one job at a time.
+    with hold_folder(training_args.output_dir, training_args):
+        return _run(script_args, training_args, model_args, last)
+
+
+def _run(
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+    last: bool,
+) -> dict[str, Any]:
+    """Run a job, whose folder is its own, as [`run`] says."""
     from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
     from maple_trl.trainers.common.resume_checks import check_parts
