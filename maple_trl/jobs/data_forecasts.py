@@ -103,7 +103,9 @@ def forecast_upload(folder: str, repository: str, media_root: str | None = None)
     return Forecast(
         reads=[f"{folder}: {many(report.rows, 'row')}, {counts}; no problem found"],
         asks=[
-            f"the Hub, for {repository}: upload of {many(len(files), 'shard')} ({size_of(size)}) and a card, in one commit"
+            f"the Hub, for {repository}: upload of {many(len(files), 'shard')} ({size_of(size)}) and a card, in one commit; what "
+            f"an earlier upload has there of {', '.join(shards)} is removed, other splits stay, and so does a README.md that a "
+            "person has written or changed"
         ],
         numbers={"rows": report.rows, "files": len(files), "bytes": size},
     )
