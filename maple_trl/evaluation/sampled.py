@@ -47,12 +47,21 @@ def choose_questions(rows: Sequence[Row], per_tag: int, seed: int = 0) -> list[R
         per_tag: most rows of a tag.
         seed: what the choice is drawn by.
     """
-    by_tag: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_tag[_tag(row)].append(row)
+    by_tag: dict[str, list[int]] = defaultdict(list)
+    for number, tag in enumerate(_tags(rows)):
+        by_tag[tag].append(number)
     order = [*map(str, ModalityTag), ""]
     draw = random.Random(seed)
-    return [row for tag in order if tag in by_tag for row in draw.sample(by_tag[tag], min(per_tag, len(by_tag[tag])))]
+    drawn = [draw.sample(by_tag[tag], min(per_tag, len(by_tag[tag]))) for tag in order if tag in by_tag]
+    return [rows[number] for numbers in drawn for number in numbers]
+
+
+def _tags(rows: Sequence[Row]) -> list[str]:
+    """Read the tags; of a table that column alone, as its pictures would be decoded and its rows be kept."""
+    columns = getattr(rows, "column_names", None)
+    if isinstance(columns, list) and "tag" in columns:
+        return [_tag({"tag": tag}) for tag in rows["tag"]]
+    return [_tag(row) for row in rows]
 
 
 def sampled_accuracy(

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from maple_trl.modalities import SCOPES
 from maple_trl.records.metrics_log import first_and_last, whole_log, write_metrics
 from maple_trl.records.options import chosen, without_keys
 from maple_trl.records.run_folder import (
+    ZERO_SHOT_FILE,
     holds_evaluation,
     is_inside,
     is_unfinished,
@@ -342,6 +343,8 @@ def check_output_dir(
     results = run_results(folder)
     if not results or (checkpoint is not None and is_inside(checkpoint, folder)):
         return False
+    if results == [ZERO_SHOT_FILE] and not script_args.overwrite:
+        return False  # a run that came no further; one that would measure the same goes on from there
     if _resumes_by_itself(training_args) and all(map(is_unfinished, results)):
         return True
     if not script_args.overwrite:
@@ -423,7 +426,7 @@ def _run(
     if checkpoint is None:
         trainer.check_quarantine()
     if replaces:
-        _remove_results(trainer)
+        _remove_results(trainer, keep=() if script_args.overwrite else (ZERO_SHOT_FILE,))
     if trainer.is_world_process_zero():
         options = json.dumps(as_json(_options(script_args, training_args, model_args)), indent=2, default=str)
         write_atomically(Path(training_args.output_dir, "args.json"), options + "\n")
@@ -521,10 +524,10 @@ def _written(folder: str, files: Sequence[Path]) -> list[str]:
     return [*dict.fromkeys([*names, *paths])]
 
 
-def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> None:
+def _remove_results(trainer: OmniGRPOTrainer | OmniSFTTrainer, keep: Collection[str]) -> None:
     """Make `output_dir` free, once everything that could stop the job has been built."""
     if trainer.is_world_process_zero():
-        removed = remove_results(trainer.args.output_dir)
+        removed = remove_results(trainer.args.output_dir, keep)
         whose = "this run, which had no whole checkpoint," if _resumes_by_itself(trainer.args) else "another run"
         print(f"overwrite: removed {named(removed)} of {whose} from {trainer.args.output_dir}")
     trainer.accelerator.wait_for_everyone()

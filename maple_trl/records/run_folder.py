@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 
 CRITICAL_STEPS_FILE, EMBEDDINGS_FILE = "critical_steps.json", "embeddings.parquet"
 """What tells of the completions of a run or an evaluation, and goes where those go."""
 
-_FILES = ("summary.json", "metrics.jsonl", "trainer_state.json", CRITICAL_STEPS_FILE, EMBEDDINGS_FILE)
+ZERO_SHOT_FILE = "zero_shot.json"
+"""The accuracy of the untrained model by tag; a run that would measure the same reads it there."""
+
+_FILES = (
+    "summary.json",
+    "metrics.jsonl",
+    "trainer_state.json",
+    CRITICAL_STEPS_FILE,
+    EMBEDDINGS_FILE,
+    ZERO_SHOT_FILE,
+)
 _WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
 )
@@ -35,7 +46,7 @@ def _is_result(path: Path) -> bool:
 
 def is_unfinished(result: str) -> bool:
     """Return whether a result, by its name, is one that a run leaves before it ends, and not what it is made for."""
-    return result in ("metrics.jsonl", "rollouts") or bool(re.fullmatch(r"checkpoint-\d+", result))
+    return result in ("metrics.jsonl", "rollouts", ZERO_SHOT_FILE) or bool(re.fullmatch(r"checkpoint-\d+", result))
 
 
 def _natural(name: str) -> list[int | str]:
@@ -62,9 +73,9 @@ def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> b
     return path == folder or folder in path.parents
 
 
-def remove_results(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove what [`run_results`] names, and nothing else; return the names."""
-    results = run_results(folder)
+def remove_results(folder: str | os.PathLike[str], keep: Collection[str] = ()) -> list[str]:
+    """Remove what [`run_results`] names but for `keep`, and nothing else; return the names."""
+    results = [name for name in run_results(folder) if name not in keep]
     for name in results:
         path = Path(folder, name)
         if path.is_dir() and not path.is_symlink():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from omni_runs import build_trainer
@@ -24,6 +25,7 @@ def test_questions_are_at_most_so_many_of_each_tag_and_repeatable(tags, per_tag,
     rows = [row(i, tag) for i, tag in enumerate(tags)]
     chosen = choose_questions(rows, per_tag, seed)
     assert chosen == choose_questions(rows, per_tag, seed)
+    assert chosen == choose_questions(Dataset.from_list(rows), per_tag, seed)
     assert len({r["id"] for r in chosen}) == len(chosen)
     for tag in set(tags):
         assert sum(r["tag"] == tag for r in chosen) == min(per_tag, tags.count(tag))

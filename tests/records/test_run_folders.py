@@ -16,6 +16,7 @@ from maple_trl import cli
 from maple_trl.hub.publish import commit_operations
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.folder_lock import hold_folder
+from maple_trl.jobs.train import check_output_dir
 from maple_trl.records.evaluations import EvalStore, EvaluationError
 from maple_trl.records.run_folder import holds_evaluation, remove_results, run_results
 
@@ -261,6 +262,22 @@ def test_in_python_a_folder_is_used_again_with_a_warning(tmp_path, caplog):
     assert len(said()) == 1
 
 
+def test_accuracies_before_training_do_not_stand_in_the_way_alone(tmp_path):
+    """A run that was stopped before its first log entry would have to measure them once more."""
+
+    def replaces(resume=None, overwrite=False):
+        script = SimpleNamespace(overwrite=overwrite, dataset_name="data")
+        training = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=resume)
+        return check_output_dir(script, training, SimpleNamespace(model_name_or_path="model"), None)
+
+    (tmp_path / "zero_shot.json").write_text("x")
+    assert not replaces() and not replaces(resume="auto") and replaces(overwrite=True)
+    (tmp_path / "metrics.jsonl").write_text("x")
+    assert replaces(resume="auto") and replaces(overwrite=True)
+    with pytest.raises(SetupError, match=r"holds results of another run \(metrics.jsonl, zero_shot.json\)"):
+        replaces()
+
+
 def test_results_are_told_from_other_files(tmp_path):
     kept = ["quarantine.json", "config.json", "train.jsonl", "model.py", "checkpoint-x", "notes.txt"]
     names = ["checkpoint-10", "checkpoint-9", "rollouts"]
@@ -270,13 +287,16 @@ def test_results_are_told_from_other_files(tmp_path):
     (tmp_path / "rollouts" / "0.parquet").write_text("x")
     files = ["summary.json", "metrics.jsonl", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     files += ["adapter_model.safetensors", "pytorch_model.bin", "critical_steps.json", "embeddings.parquet"]
+    files += ["zero_shot.json"]
     for name in (*files, *kept):
         if not (tmp_path / name).is_dir():
             (tmp_path / name).write_text("x")
     assert set(run_results(tmp_path)) == {*names, *files}
     (tmp_path / "metrics.jsonl").write_text("")  # of a run that came to nothing
     assert "metrics.jsonl" not in run_results(tmp_path)
-    remove_results(tmp_path)
+    remove_results(tmp_path, keep=("zero_shot.json",))
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "metrics.jsonl", "zero_shot.json"}
+    assert remove_results(tmp_path) == ["zero_shot.json"]
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "metrics.jsonl"}
     assert run_results(tmp_path / "nowhere") == []
 

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from aiohttp import web
+from datasets import Dataset
 from peft import LoraConfig
 from stand_in_server import StandIn
 from vllm_runs import BOUND, build, one_of_each
@@ -14,6 +15,7 @@ from maple_trl.rollout import vllm_generation
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
 from maple_trl.rollout.engine_models import engine_weights
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
+from maple_trl.trainers.common.hinted_rows import prompt_key
 from maple_trl.trainers.common.run_errors import EngineLostError
 
 
@@ -82,6 +84,39 @@ def test_an_answer_that_the_engine_fails_on_is_none(clips, tmp_path):
     assert answers[tags.index("V")] is None and isinstance(answers[tags.index("S")], str)
 
 
+def failed_at_once(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("hinted", [True, False])
+def test_a_prompt_on_which_the_engine_fails_leaves_with_what_is_stored_of_it(hinted, clips, tmp_path):
+    """With its hint or without, and by the end of the step: a resumed run would not have its completions either."""
+    row = clips[1][clips[1]["tag"].index("S")]
+    asked = [[{"role": "user", "content": text}] for text in ("which word is it", "which letter is it")]
+    rows = [
+        {**row, "prompt": prompt, "hint": hint} for prompt, hint in zip(asked, ("quartz zebra", None), strict=True)
+    ]
+    options = {"replayed_generations": 2, "replay_scope": "prompt", "max_steps": 3}
+    options |= {"hints": True, "hint_visits": 1} if hinted else {}  # at the third visit
+    clips = clips[0], Dataset.from_list(rows)
+    with StandIn() as server:
+        trainer = make("avatar", clips, tmp_path, server, reward=failed_at_once, learning_rate=0.0, **options)
+        tokenizer = trainer.processing_class.tokenizer
+
+        def choose(number, row):
+            text = tokenizer.decode(row.token_ids)
+            fails = "zebra" in text if hinted else "which word" in text and number > 4
+            return RuntimeError("no such codec") if fails else None
+
+        server.choose = choose
+        trainer.train()
+    key = trainer.prompt_builder.spec(rows[0]).key
+    (left_out,) = json.loads((tmp_path / "quarantine.json").read_text())
+    assert left_out | {"key": key, "rows": [0], "reason": "engine-failed"} == left_out
+    assert trainer.state.log_history[-2]["replay/discarded"] == 6  # of the two visits before
+    assert [prompt_key(stored) == key for stored in trainer.memory.buffer.prompts()] == [False]
+
+
 def informative_half(completions, tag, **kwargs):
     return [
         sum(map(ord, c[0]["content"])) % 11 / 11 if t in ("V", "S") else 0.5
@@ -105,6 +140,26 @@ def test_completions_that_are_dropped_have_no_ratio(mode, clips, tmp_path):
     # Random models put some weight on media tokens, which the engine cannot sample.
     assert 0.5 < logged["tag/all/importance_ratio/min"] <= logged["tag/all/importance_ratio/max"] <= 1 + BOUND
     assert logged["sampling/sampling_logp_difference/max"] < 0.5
+
+
+def test_an_engine_is_compared_once_there_is_a_completion_to_compare(clips, tmp_path, monkeypatch):
+    """All groups of the first rollout are dropped, and with them what the policy makes of them."""
+    with StandIn() as server:
+        complete, seen = server.complete, []
+
+        def of_another_model(row, count, sampling):
+            return [[ids, [logp - 1.0 for logp in logps]] for ids, logps in complete(row, count, sampling)]
+
+        def alike_at_first(completions, **_):
+            seen.append(len(completions))
+            return [0.5 if len(seen) == 1 else i % 4 / 4 for i in range(len(completions))]
+
+        options = {"batching": "mixed", "dynamic_sampling": "early", "max_steps": 3, "per_device_train_batch_size": 28}
+        trainer = make("mapo", clips, tmp_path, server, reward=alike_at_first, **options)
+        monkeypatch.setattr(server, "complete", of_another_model)
+        with pytest.raises(EngineLostError, match=r"differ from the trainer's by \d\.\d\d on average"):
+            trainer.train()
+    assert len(seen) == 2 and trainer.state.global_step == 1
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import math
 from collections import Counter, defaultdict
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean, pstdev, stdev
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -446,6 +448,8 @@ def test_advantages_against_a_loop(data, build, options, reference):
 @pytest.mark.matrix(cases=1)
 def test_other_splits(data, build, generations, replayed):
     options = {"num_generations": generations, "per_device_train_batch_size": 2 * generations, "max_steps": 5}
+    if generations - replayed == 1:  # which alone has no advantage in its group
+        options["advantage_scope"] = "batch"
     trainer = build(take(data[1], VAS=2), Worth(), replayed_generations=replayed, **options)
     trainer.train()
     rows = [len(call["rows"]) for call in trainer.generated]
@@ -601,6 +605,25 @@ def test_completions_without_a_reward_are_not_stored(data, build):
         for row in batch:
             assert row["key"] != key or not any(row["advantage"])
     assert all(math.isfinite(entry["loss"]) for entry in logs(trainer))
+
+
+def test_a_column_that_a_reward_begins_to_log_later_stands_beside_its_completions(data, build):
+    """As the grade of a judge for rows of some tags: once some is replayed, a rollout brings fewer than the table holds."""
+
+    class Noting(Diary):
+        def __call__(self, completions, log_extra, **columns):
+            if len(self.calls) > 1:
+                log_extra("said", [completion[0]["content"] for completion in completions])
+            return super().__call__(completions, **columns)
+
+    trainer = build(take(data[1], S=4), Noting(spread), log_completions=True, num_completions_to_print=2)
+    trainer.train()
+    tables = [pq.read_table(path) for path in sorted(Path(trainer.args.output_dir, "completions").iterdir())]
+    assert ["said" in table.column_names for table in tables] == [False, False, True, True]
+    fresh = 4 * G // 2
+    for table, known in zip(tables[2:], (fresh, 2 * fresh), strict=True):
+        texts = [completion[0]["content"] for completion in table["completion"].to_pylist()]
+        assert table["said"].to_pylist() == [None] * (4 * G - known) + texts[4 * G - known :]
 
 
 def test_a_run_without_any_reward_changes_nothing_and_ends(data, build):

@@ -102,6 +102,19 @@ REFUSED = [
         for name, options in (("replay_alpha", {}), ("tas_lambda", {}), ("hint_max_kl", HINTS))
         for value in (-0.5, math.inf, math.nan)
     ),
+    *(
+        (
+            options | {"num_generations": size, "replayed_generations": size - 1},
+            rf"replayed_generations={size - 1} leaves 1 fresh completion of {size}, and advantage_scope='{scope}' compares at "
+            rf"least 2 .*Choose replayed_generations of at most {size - 2}, or more num_generations{ways}$",
+        )
+        for size in (2, 4)
+        for scope, options, ways in (
+            ("group", {}, ", or advantage_scope='batch', or advantage_group='mixed'"),
+            ("tag", {"method": "mapo"}, ", or advantage_scope='batch'"),
+            ("group", {"dynamic_sampling": "early"}, ""),
+        )
+    ),
     ({"replay_min_size": 0}, "replay_min_size must be at least 1, got 0"),
     (
         {"replay_capacity": 8, "replay_min_size": 9},
@@ -207,7 +220,16 @@ ACCEPTED = [
     GRPO | {"batching": "stratified"},
     OFF | {"loss_type": "bnpo"},
     {"replay_alpha": 0.0},
-    {"replayed_generations": 7},
+    {"replayed_generations": 6},
+    *(
+        {"num_generations": size, "replayed_generations": size - 1} | options
+        for size in (2, 4)
+        for options in (
+            {"advantage_scope": "batch"},
+            {"advantage_scope": "tag_whitened"},
+            *({"advantage_group": "mixed", "replay_scope": scope} for scope in ("tiers", "prompt", "buffer")),
+        )
+    ),
     *({"replay_draw": name} for name in ("uniform", "diverse", "balanced", "priority")),
     *({"replay_scope": name} for name in ("tiers", "prompt", "buffer")),
     {"replay_gradient_steps": 0},

@@ -510,6 +510,7 @@ HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 TWO_STEPS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
 FOUR_STEPS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
 SPARSE = {"reward": sometimes_graded}
+LONE, OF_LONE = {"replayed_generations": 3, "advantage_scope": "batch"}, {"replayed": 3, "scope": "batch"}
 TIERS, OF_TIERS = {"replay_scope": "tiers"}, {"scope_of_replay": "tiers"}
 
 
@@ -533,7 +534,7 @@ CASES = {
         {"replayed_generations": 3, "advantage_group": "mixed"},
         {"replayed": 3, "group": "mixed"},
     ),
-    "dapo, partly filled": (SPARSE | {"replayed_generations": 3}, {"replayed": 3}),
+    "dapo, partly filled": (SPARSE, {}),
     "dapo, sequence ratios": ({"importance_sampling_level": "sequence"}, {"sequence": True}),
     "grpo": (GRPO, GRPO),
     "grpo, half alpha, penalty": (GRPO | {"replay_alpha": 0.5, "beta": 0.1}, GRPO | {"alpha": 0.5, "beta": 0.1}),
@@ -556,8 +557,8 @@ CASES = {
         OF_TIERS | {"alpha": 0.5, "beta": 0.1},
     ),
     "tiers, grpo, two steps, partly filled": (
-        TIERS | GRPO | TWO_STEPS | SPARSE | {"replayed_generations": 3, "replay_draw": "diverse"},
-        OF_TIERS | GRPO | {"replayed": 3},
+        TIERS | GRPO | TWO_STEPS | SPARSE | LONE | {"replay_draw": "diverse"},
+        OF_TIERS | GRPO | OF_LONE,
     ),
     "sapo, half alpha": (SAPO | {"replay_alpha": 0.5}, SAPO | {"alpha": 0.5}),
     "judged, dapo, two micro-batches, penalty": (JUDGED | HALVES | {"beta": 0.1}, {"beta": 0.1}),
@@ -567,7 +568,7 @@ CASES = {
     ),
     "judged, dr_grpo, mixed groups": (JUDGED | DR_GRPO | {"advantage_group": "mixed"}, DR_GRPO | {"group": "mixed"}),
     "judged, sapo, whole batch": (JUDGED | SAPO | {"advantage_scope": "batch"}, SAPO | {"scope": "batch"}),
-    "judged, one fresh": (JUDGED | {"replayed_generations": 3}, {"replayed": 3}),
+    "judged, one fresh": (JUDGED | LONE, OF_LONE),
     "no shaping": ({"tas_lambda": 0.0}, {"lam": 0.0}),
     "linear shaping": ({"tas_shape": "linear_decay", "tas_lambda": 2.0}, {"shape": "linear_decay", "lam": 2.0}),
     "short window, low limit": (
@@ -671,9 +672,9 @@ def test_what_is_replayed_reaches_the_towers(omni_model, seven_tags, tmp_path):
 @pytest.fixture(scope="module")
 def plain_run(text_model, tmp_path_factory):
     """A run whose replayed rows have moved away, with rollouts that could be served in part alone."""
-    options = SPARSE | GRPO | OWN_CLIP | {"replay_alpha": 0.5, "replayed_generations": 3, "beta": 0.1}
+    options = SPARSE | GRPO | OWN_CLIP | {"replay_alpha": 0.5, "beta": 0.1}
     training = train_text(text_model, tmp_path_factory.mktemp("plain"), **options)
-    formula = Formula(**GRPO, **CLIPS, alpha=0.5, replayed=3, beta=0.1)
+    formula = Formula(**GRPO, **CLIPS, alpha=0.5, beta=0.1)
     model = reference_for("text")
     return training, model, rollouts_of(training, model, sometimes_graded, formula), formula
 

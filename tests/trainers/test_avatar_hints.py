@@ -1,7 +1,9 @@
 """Hints in a training run: when a prompt gets its hint, who sees it, and how what was written under it is replayed."""
 
 from itertools import groupby
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -135,6 +137,16 @@ def test_what_was_written_under_the_hint_is_marked_and_replayed_under_it(run):
             mixed += len({row["key"] for row in past}) > 1
             replayed_hinted_later += sum(row["key"].endswith("+hint") for row in past) * (step > 5)
     assert mixed and replayed_hinted_later
+
+
+def test_a_prompt_is_one_group_of_the_kept_completions_with_its_hint_and_without(run):
+    trainer, _, ids = run
+    files = sorted(Path(trainer.args.output_dir, "rollouts").glob("*.parquet"))
+    lines = [line for file in files for line in pq.read_table(file).to_pylist()]
+    assert {line["hinted"] for line in lines if line["id"] == ids[0]} == {True, False}
+    key = {one: key for key, one in ids_by_key(trainer).items()}
+    for number, one in enumerate(ids):
+        assert {(line["group"], line["row"]) for line in lines if line["id"] == one} == {(key[one], number)}
 
 
 def test_under_the_other_prompt_they_would_have_other_probabilities(run):

@@ -632,7 +632,7 @@ def everything(text_model, tmp_path_factory):
 def mixed(text_model, tmp_path_factory):
     """Rollouts of several tags, in which replayed completions have other tags than the groups that they stand in."""
     options, terms = both("tag", "sample", "dapo", "one step, unscorable")
-    options |= {"rollouts": 5, "replayed_generations": 3, "replay_capacity": 10}  # fewer than are asked for
+    options |= {"rollouts": 5, "replay_capacity": 7}  # fewer than are asked for
     training = train_text(text_model, tmp_path_factory.mktemp("mixed"), text_rows(), **options)
     return training, check(training, "text", terms), terms, options
 
@@ -838,7 +838,7 @@ REFUSED = [
     ({"loss_type": "vespo", "method": "mapo"}, ("loss_type", "vespo"), {"loss_type": "cispo"}),
     (
         {"replayed_generations": 7} | EARLY,  # of 8
-        ("replayed_generations", "dynamic_sampling", "at least 2"),
+        ("replayed_generations", "advantage_scope", "at least 2"),
         {"replayed_generations": 6},
     ),
     ({"difficulty": "continuous"}, ("difficulty", "loss_strata"), {"loss_strata": "batch"}),

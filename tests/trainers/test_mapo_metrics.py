@@ -14,6 +14,7 @@ from tiny_models import build_tiny
 from maple_trl import MAPOConfig
 from maple_trl.algorithms import clipped_tokens
 from maple_trl.trainers.common.checkpoint import ResumeError
+from maple_trl.trainers.common.tag_metrics import RunningMeans
 
 
 pytestmark = pytest.mark.slow
@@ -251,6 +252,17 @@ def test_surrogates_that_do_not_clip_log_no_share(seven_tags, build, surrogate):
     trainer.train()
     for entry in logs(trainer):
         assert not tags_in(entry, "clip_fraction") and "all" in tags_in(entry, "entropy")
+
+
+@pytest.mark.parametrize("partner", ["rewards/r_mean", None])
+def test_a_square_without_its_mean_is_an_ordinary_name(partner):
+    """A reward may be called so: only what is squared beside its mean becomes a deviation."""
+    means = RunningMeans()
+    means.add({"tag/all/rewards/r_square": (3.0, 2)} | ({f"tag/all/{partner}": (2.0, 2)} if partner else {}))
+    means.add({"tag/all/rewards/r_square": (1.0, 2)} | ({f"tag/all/{partner}": (0.0, 2)} if partner else {}))
+    deviation = {"tag/all/rewards/r_mean": 0.5, "tag/all/rewards/r_std": 0.75**0.5}
+    assert means.take() == (pytest.approx(deviation) if partner else {"tag/all/rewards/r_square": 1.0})
+    assert means.take() == {}
 
 
 # The gradient probe

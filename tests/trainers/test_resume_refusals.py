@@ -1,5 +1,6 @@
 """A run goes on from a whole checkpoint or not at all: what is missing is named, for every trainer."""
 
+import json
 import shutil
 
 import pytest
@@ -171,6 +172,28 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
         check_resume_signature(str(tmp_path), 0, written)
         with pytest.raises(ResumeError, match=f"{told}.*, and with the same trainer"):
             check_resume_signature(str(tmp_path), 0, now)
+
+
+def test_another_number_of_micro_batches_a_step_is_named(tmp_path):
+    """With the size of a rollout fixed, all else is the same, and other rows would be passed over as done."""
+    options = {"generation_batch_size": 16, "max_steps": 6, "save_steps": 6, "max_completion_length": 2}
+    make("omni_grpo", tmp_path / "run", gradient_accumulation_steps=4, **options).train()
+    more = options | {"max_steps": 7}
+    checkpoint = copy(tmp_path / "run", tmp_path / "copy", 6)
+    again = make("omni_grpo", tmp_path / "again", gradient_accumulation_steps=2, **more)
+    told = r"other settings: gradient_accumulation_steps 4 -> 2\. Resume with those\."
+    with pytest.raises(ResumeError, match=told):
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert not again.state.log_history
+
+    # A checkpoint of before does not say how many there were, and goes on.
+    state = checkpoint / "rollout_0.json"
+    written = json.loads(state.read_text())
+    del written["geometry"]["gradient_accumulation_steps"]
+    state.write_text(json.dumps(written))
+    again = make("omni_grpo", tmp_path / "again", gradient_accumulation_steps=4, **more)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.state.global_step == 7 and again.steps_made == 1
 
 
 def test_text_alone_is_held_to_the_same(tmp_path):

@@ -70,7 +70,7 @@ def make(kind, folder):
     trainer, config = KINDS[kind]
     model, processor = build_tiny("qwen2_5_omni")
     group = {} if kind == "omni_sft" else {"num_generations": 2}
-    group |= {"replayed_generations": 1} if kind == "avatar" else {}
+    group |= {"replayed_generations": 1, "advantage_group": "mixed"} if kind == "avatar" else {}
     args = config(
         output_dir=str(folder), media_root=str(folder), per_device_train_batch_size=2, **group, **QUIET_ON_CPU
     )

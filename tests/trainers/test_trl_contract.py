@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import inspect
+import math
+from collections import deque
 
 import pytest
 import torch
@@ -154,6 +156,21 @@ def test_attributes_that_we_read(tmp_path):
         assert f"self.{name}" in body, name
     for name in ("steps_per_generation", "generation_batch_size", "generation_kwargs", "chat_template_kwargs"):
         assert hasattr(GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), name), name
+
+
+def test_columns_of_completions_are_made_as_long_as_the_prompts():
+    from maple_trl.trainers.common.trl_compat import fit_columns
+
+    def column(values):
+        return deque(values, maxlen=4)
+
+    extra = {"late": column("c"), "whole": column("xyz"), "of two functions": column("abcd")}
+    rewards = {"whole": column([1.0, 2.0, 3.0]), "late": column([1.0])}
+    logs = {"prompt": column("abc"), "rewards": rewards, "extra": extra}
+    fit_columns(logs)
+    assert list(map(list, extra.values())) == [[None, None, "c"], list("xyz"), list("bcd")]
+    assert list(rewards["whole"]) == [1.0, 2.0, 3.0]
+    assert len(rewards["late"]) == 3 and math.isnan(rewards["late"][0])
 
 
 def test_packages_are_looked_for_once(monkeypatch):

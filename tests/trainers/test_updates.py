@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trl import GRPOTrainer
 
 from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 from maple_trl.trainers.common.updates import even_parts, micro_batches, owners
@@ -220,6 +221,24 @@ def test_rounds_are_padded_as_trl_pads(shapes):
     for name, value in rounds[0].items():
         if isinstance(value, torch.Tensor):
             assert joined[name].dtype == value.dtype
+
+
+def test_a_row_weighs_the_same_in_a_sequence_loss_beside_a_wider_round():
+    """TRL adds up logarithms of the ratios of all tokens, padding among them."""
+
+    def phi(batch):
+        ratios, mask = batch["importance_sampling_ratio"], batch["completion_mask"]
+        return GRPOTrainer.get_gamma_weights(
+            batch["advantages"][:, None], torch.zeros_like(ratios), mask, ratios
+        ).flatten()
+
+    rounds = [round_of(2, 3, width, 1000 * width) for width in (4, 6)]
+    for part in rounds:
+        part["importance_sampling_ratio"] = torch.rand(part["completion_ids"].shape) / 5 + 0.9
+    before = torch.cat([phi(part) for part in rounds])
+    assert torch.allclose(phi(Batch.concat(rounds, PAD)), before) and before.min() > 0.1
+    of_rows = [Batch(part, importance_sampling_ratio=torch.full((2, 1), 0.9)) for part in rounds]
+    assert Batch.concat(of_rows, PAD)["importance_sampling_ratio"].tolist() == [[pytest.approx(0.9)]] * 4
 
 
 def test_one_round_stays_as_it_is():

@@ -2,6 +2,9 @@
 
 import json
 import math
+import threading
+from functools import partial
+from pathlib import Path
 
 import pytest
 from jobs.runner import Job, facts, once, write_inputs
@@ -9,6 +12,9 @@ from test_mapo import DEFAULTS, Diary, Watched, follow, take
 from tiny_models import build_tiny
 
 from maple_trl import MAPOConfig
+from maple_trl.chat import ChatOptions
+from maple_trl.rewards import AccuracyReward, AnswerJudge, ContrastiveRewardWeighting, for_tags
+from maple_trl.rewards.identity import reward_identity
 
 
 pytestmark = pytest.mark.slow
@@ -20,13 +26,17 @@ EPOCH = {"curriculum": "adaptive", "max_steps": -1, "num_train_epochs": 1, "lear
 
 @pytest.fixture
 def build(seven_tags, tmp_path):
-    """A trainer on two rows of V, S and AS, which make one step each; more arguments are fields of the config."""
+    """
+    A trainer on two rows of V, S and AS, which make one step each, one of them with columns `mended`; more arguments are
+    fields of the config.
+    """
 
-    def make(reward, **options):
+    def make(reward, mended=None, **options):
         folder, data = seven_tags
         model, processor = build_tiny("qwen2_5_omni")
         options = {"output_dir": str(tmp_path / "run"), "media_root": str(folder), **DEFAULTS, **EPOCH, **options}
         rows = take(data, V=2, S=2, AS=2)
+        rows = rows.map(lambda row, i: mended if i == 3 else {}, with_indices=True) if mended else rows
         given = {"train_dataset": rows, "processing_class": processor}
         return Watched(model, reward, MAPOConfig(**options), **given)
 
@@ -147,6 +157,73 @@ def test_another_reward_is_measured_anew(build):
     assert asked(build, reward_named("lenient", "one")) == 6
     assert asked(build, reward_named("lenient", "two")) == 6
     assert asked(build, reward_named("lenient", "two")) == 0
+
+
+def test_a_mended_solution_or_option_of_the_reward_is_measured_anew(build):
+    assert asked(build, AccuracyReward("tags")) == 6
+    assert asked(build, AccuracyReward("tags")) == 0
+    assert asked(build, AccuracyReward("brackets")) == 6
+    assert asked(build, AccuracyReward("brackets"), mended={"solution": "another"}) == 6
+    assert asked(build, AccuracyReward("brackets"), mended={"solution": "another"}) == 0
+
+
+class Keyed:
+    """A reward of options in several forms, and of what it keeps while it runs."""
+
+    def __init__(self, inner, strict=True, words=(), table=None):
+        self.inner, self._strict, self.words, self.table = inner, strict, words, table
+        self.mode = "strict" if strict else "lax"
+        self.lock, self.trainer, self.calls = threading.Lock(), None, []
+
+    def __call__(self, completions, **_):
+        self.calls.append(len(completions))
+        return [0.5] * len(completions)
+
+
+def test_a_reward_is_told_by_its_name_and_options():
+    told = reward_identity(Keyed(partial(exact, scale=0.5), words={"b", "a"}, table={"y": 1, "x": Path("z")}))
+    name = [__name__, "exact", "exact"]
+    options = {
+        "_strict": True,
+        "inner": ["partial", name, [], [["scale", 0.5]]],
+        "mode": "strict",
+        "table": [["x", "z"], ["y", 1]],
+        "words": ["a", "b"],
+    }
+    # So it is in every process: there are no addresses in it.
+    assert told == [__name__, None, None, "Keyed", options] and json.loads(json.dumps(told)) == told
+    used = Keyed(exact)
+    used([None, None])
+    assert reward_identity(used) == reward_identity(Keyed(exact))
+    others = [
+        Keyed(exact),
+        Keyed(partial(exact, scale=0.25)),
+        Keyed(exact, strict=False),
+        Keyed(exact, table={"x": [1, 2]}),
+        Keyed(Keyed(exact)),
+        Keyed(Keyed(exact, words=["a"])),
+        Keyed(exact).__call__,
+        Keyed(exact, words=["a"]).__call__,
+        partial(exact, scale=0.25),
+        exact,
+        for_tags(exact, ["V", "A"]),
+        for_tags(exact, ["A"], "exact_for_V_A"),
+        ContrastiveRewardWeighting(exact, 0.5, 0.5, exact),
+        ContrastiveRewardWeighting(exact, 0.6, 0.5, exact),
+    ]
+    assert len({json.dumps(reward_identity(other)) for other in others}) == len(others)
+
+
+def test_a_judge_that_has_moved_is_the_same():
+    def judge(**options):
+        options = {"model": "m", "base_url": "http://here:1/v1", **options}
+        return reward_identity(AnswerJudge(ChatOptions(**options)))
+
+    assert judge() == judge(base_url="http://there:2/v1", concurrency=2) != judge(model="n")
+
+
+def exact(completions, scale=1.0, **_):
+    return [scale] * len(completions)
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
+from maple_trl.algorithms.advantages import lifts_equal_rewards
 from maple_trl.algorithms.experience import experience_bytes
 from maple_trl.algorithms.replay import StratifiedReplayBuffer
 from maple_trl.algorithms.replay_draws import DRAWS
@@ -345,12 +346,23 @@ class AvatarConfig(MAPOConfig):
                 f"dynamic_sampling={self.dynamic_sampling!r} says which groups teach something before anything is replayed "
                 "in them: it needs advantage_group='fresh'"
             )
+        self._check_lone_completions()
+
+    def _check_lone_completions(self) -> None:
+        """Refuse groups whose only fresh completion is its own baseline: it would have no advantage, and train nothing."""
         fresh = self.num_generations - self.replayed_generations
-        if fresh < 2 and self.dynamic_sampling != "none":
-            raise ValueError(
-                f"dynamic_sampling={self.dynamic_sampling!r} compares the fresh completions of a group, of which replayed_"
-                f"generations={self.replayed_generations} leaves {fresh} of {self.num_generations}: it needs at least 2"
-            )
+        # In a mixed group the replayed completions of its own prompt are in the baseline too, where any are drawn.
+        if fresh > 1 or self.advantage_group == "mixed" or lifts_equal_rewards(self.advantage_scope):
+            return
+        ways = [f"replayed_generations of at most {self.num_generations - 2}", "more num_generations"]
+        if self.dynamic_sampling == "none":  # which goes with neither of these
+            ways += ["advantage_scope='batch'"]
+            ways += ["advantage_group='mixed'"] if self.advantage_scope == "group" else []
+        raise ValueError(
+            f"replayed_generations={self.replayed_generations} leaves {fresh} fresh completion of {self.num_generations}, and "
+            f"advantage_scope={self.advantage_scope!r} compares at least 2 of a prompt: one alone has no advantage, and trains "
+            f"nothing. Choose {', or '.join(ways)}"
+        )
 
     def _check_unused(self) -> None:
         """Refuse options that would silently do nothing."""

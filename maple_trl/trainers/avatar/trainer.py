@@ -550,6 +550,8 @@ class AvatarTrainer(ShownRowsMixin, AccountsMixin, MAPOTrainer):
             self._log_all(self._terms.metrics(lambda tensor: self.accelerator.reduce(tensor, "mean")))
         if self.args.replayed_generations:
             self.memory.write([written for written, _ in found])
+            # The engine fails within a rollout, of which completions are stored until now. A resumed run discards at once.
+            self._discard_quarantined()
             host_memory().hold("replay", self.memory, self.memory.nbytes)
             for name, value in self.memory.metrics().items():
                 self._metrics["train"][name] = [value]  # as things stand, not a mean since the last entry

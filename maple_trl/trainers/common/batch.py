@@ -20,6 +20,9 @@ REPLAYED_KEY = "replayed"
 NUMBER_KEY = "completion_numbers"
 FRESH_SCALE_KEY = "fresh_scale"
 
+# TRL takes the logarithm of ratios, and adds up those of padding too (`loss_type="vespo"`).
+_FILLERS = {"importance_sampling_ratio": 1}
+
 
 class Batch(dict[str, Any]):
     """
@@ -117,7 +120,7 @@ class Batch(dict[str, Any]):
                 joined[name] = torch.cat(values)
             else:
                 width = max(value.size(1) for value in values)
-                filler = pad_token_id if name.endswith("_ids") else 0
+                filler = pad_token_id if name.endswith("_ids") else _FILLERS.get(name, 0)
                 left = name.startswith("prompt_")
                 joined[name] = torch.cat([_widened(value, width, filler, left) for value in values])
         return joined

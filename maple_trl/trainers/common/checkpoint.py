@@ -16,6 +16,7 @@ from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 
 
 _SIGNATURE = "geometry"  # its name in the files of checkpoints
+_NOTED_LATER = ("gradient_accumulation_steps",)  # which checkpoints of earlier versions may not say
 
 
 class ResumeError(ValueError):
@@ -93,10 +94,14 @@ def check_resume_signature(folder: str, rank: int, resume_signature: dict[str, A
     """
     Check that a checkpoint was written by a run with the same `resume_signature`; see [`save_rollout`].
 
+    What an earlier version did not write down is taken to be the same.
+
     Raises:
         ResumeError: when the checkpoint holds no state for this rank, or was written with other numbers.
     """
     written = _read_state(folder, rank)[_SIGNATURE]
+    unsaid = [name for name in _NOTED_LATER if name in resume_signature and name not in written]
+    written |= {name: resume_signature[name] for name in unsaid}
     # Of both: what the checkpoint's trainer had, this one may not know, and would go on without.
     changed = [
         f"{name} {written.get(name)} -> {resume_signature.get(name)}"

@@ -28,7 +28,7 @@ from maple_trl.omni.prompt import SUBTITLE_SHORTENED
 from maple_trl.omni.quantization import describe
 from maple_trl.omni.serving import serve_media
 from maple_trl.omni.towers import TowerCache
-from maple_trl.records.run_folder import holds_evaluation, named, run_results
+from maple_trl.records.run_folder import ZERO_SHOT_FILE, holds_evaluation, named, run_results
 from maple_trl.records.run_html import run_html
 from maple_trl.trainers.common.arguments import each_dataset
 from maple_trl.trainers.common.checkpoint import (
@@ -423,7 +423,8 @@ class MediaTrainer(PublishingTrainer):
         folder = self.args.output_dir
         if holds_evaluation(folder):
             raise ValueError(f"output_dir: {folder} holds an evaluation; name another folder for the training run")
-        results = run_results(folder)
+        # The accuracies alone are of a run that came no further.
+        results = [] if (found := run_results(folder)) == [ZERO_SHOT_FILE] else found
         if fresh and results and not self.state.global_step and self.accelerator.is_main_process:
             logger.warning(
                 "output_dir: %s holds results of another run (%s), which this one replaces in part: "

@@ -22,7 +22,7 @@ from maple_trl.records import metrics_log
 from maple_trl.records.metrics_log import whole_log, write_metrics
 from maple_trl.records.rollouts import ROLLOUTS, rollout_of, write_rollout
 from maple_trl.rewards.answers import completion_text
-from maple_trl.trainers.common.hinted_rows import HINTED, row_digest
+from maple_trl.trainers.common.hinted_rows import HINTED, prompt_key, row_digest
 
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | 
     facts = {name: as_text(row.get(name)) for name in ("id", "tag", "solution")} | {"clip": clip_of(row)}
     if prompt is None:
         return facts | {"group": row_digest(row), "prompt": prompt_text(row["prompt"]), "hinted": None}
-    group = prompt.key.removesuffix(HINTED)
+    group = prompt_key(prompt.key)  # the same with a hint and without
     registry = trainer.row_encoder.registries.get("train_dataset")
     spec = trainer.row_encoder.spec(row)
     return facts | {

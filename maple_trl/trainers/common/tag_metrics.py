@@ -96,10 +96,11 @@ class RunningMeans:
             self._totals[name] = (before + total, rows + count)
 
     def take(self) -> dict[str, float]:
-        """Return the means, and begin anew; `…_square` and `…_mean` give the standard deviation as `…_std`."""
+        """Return the means, and begin anew; `…_square` beside a `…_mean` gives the standard deviation as `…_std`."""
         means = {name: total / count for name, (total, count) in self._totals.items()}
         self._totals.clear()
         for name in [name for name in means if name.endswith("_square")]:
             stem = name.removesuffix("_square")
-            means[f"{stem}_std"] = max(means.pop(name) - means[f"{stem}_mean"] ** 2, 0.0) ** 0.5
+            if f"{stem}_mean" in means:  # else it is what someone calls a reward or a metric
+                means[f"{stem}_std"] = max(means.pop(name) - means[f"{stem}_mean"] ** 2, 0.0) ** 0.5
         return means

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,6 +78,21 @@ def lent(owner: Any, **settings: Any) -> Iterator[None]:
         yield
     finally:
         vars(owner).update(own)
+
+
+def fit_columns(logs: Mapping[str, Any]) -> None:
+    """
+    Make the columns that TRL keeps for `log_completions` as long as the prompts beside them.
+
+    TRL makes a table of them, which takes columns of one length. One that a reward function began to log later lacks the
+    oldest entries, until so many completions came that these are gone; one that two functions log has too many.
+    """
+    count = len(logs["prompt"])
+    for columns, nothing in ((logs["rewards"], math.nan), (logs["extra"], None)):
+        for column in columns.values():
+            while len(column) > count:
+                column.popleft()
+            column.extendleft([nothing] * (count - len(column)))
 
 
 def replace_latest(logged: deque, values: Sequence[float]) -> None:

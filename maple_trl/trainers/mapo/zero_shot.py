@@ -15,10 +15,13 @@ from accelerate.utils import gather_object
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
-from maple_trl.evaluation import sampled_accuracy
+from maple_trl.evaluation import choose_questions, sampled_accuracy
 from maple_trl.files import write_atomically
 from maple_trl.records.options import deciding
+from maple_trl.records.run_folder import ZERO_SHOT_FILE
 from maple_trl.rewards.calls import checked
+from maple_trl.rewards.identity import reward_identity
+from maple_trl.trainers.common.hinted_rows import row_digest
 from maple_trl.trainers.common.media_config import MediaConfig
 
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ZERO_SHOT_FILE = "zero_shot.json"
 _SAMPLING = (
     "seed",
     "zero_shot_questions",
@@ -62,7 +64,8 @@ def zero_shot_accuracy(trainer: OmniGRPOTrainer, task_reward: int, weights: list
     """
     Measure the accuracy of the untrained policy on training prompts, by tag; a collective call.
 
-    It is read from `zero_shot.json` in the output folder where the same measurement has been made before. The main
+    It is read from `zero_shot.json` in the output folder where the same measurement has been made before: of the same
+    questions and solutions, with the same options and weights, by the same reward as [`reward_identity`] tells it. The main
     process alone scores.
 
     Args:
@@ -138,12 +141,15 @@ def _unlogged(*_: Any) -> None:
 
 
 def _identity(trainer: OmniGRPOTrainer, task_reward: int, weights: list[float]) -> str:
-    reward = trainer.reward_funcs[task_reward]
+    args = trainer.args
+    # Beside its prompt a row has the columns that the reward is handed, of which the solution is one.
+    asked = choose_questions(trainer.train_dataset, args.zero_shot_questions, args.seed)
     facts = [
         trainer.row_encoder.registries["train_dataset"].state_dict()["content"],
-        [getattr(reward, name, None) for name in ("__module__", "__qualname__", "__name__")],
-        [getattr(trainer.args, name) for name in _SAMPLING],
-        deciding(trainer.args, MediaConfig),
+        [row_digest(row) for row in asked],
+        reward_identity(trainer.reward_funcs[task_reward]),
+        [getattr(args, name) for name in _SAMPLING],
+        deciding(args, MediaConfig),
         weights,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()

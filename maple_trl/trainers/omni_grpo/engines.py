@@ -19,6 +19,7 @@ from maple_trl.rollout.vllm_engine import generation_class
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.batch import Batch
 from maple_trl.trainers.common.checkpoint import is_complete
+from maple_trl.trainers.common.hinted_rows import prompt_key
 from maple_trl.trainers.common.rollout import RolloutInFlight
 from maple_trl.trainers.common.sampling_checks import MOST_DIFFERENCE, ratio_metrics
 from maple_trl.trainers.common.tag_metrics import tag_number
@@ -133,17 +134,21 @@ class EngineMixin:
         """
         Check a first rollout's log-probabilities against the trainer's, on all ranks; a collective call.
 
+        A rollout without a token to compare, as all its groups have been dropped, leaves the check to the next one.
+
         Raises:
             EngineError: when they differ by more than rounding and sampling options explain.
         """
         counted = mask.bool() & ~(logps - sampled).isnan()
         difference = torch.where(counted, (logps - sampled).abs(), 0.0).double()
         total, tokens = self._all_reduce(torch.stack([difference.sum(), counted.sum().double()])).tolist()
-        mean = total / max(tokens, 1.0)
+        if not tokens:
+            return
+        mean = total / tokens
         if mean > MOST_DIFFERENCE and not self._cuts_sampling:
             raise EngineError(
-                f"vLLM's log-probabilities differ from the trainer's by {mean:.2f} on average in the first rollout: it "
-                "samples from another model. `maple-trl parity` shows for which prompts"
+                f"vLLM's log-probabilities differ from the trainer's by {mean:.2f} on average in the first rollout to "
+                "compare: it samples from another model. `maple-trl parity` shows for which prompts"
             )
         self._engine_is_known = True
 
@@ -160,14 +165,14 @@ class EngineMixin:
         """
         Mark the completions of all ranks that the engine did not give, shape (N,); a collective call.
 
-        Their prompts go into quarantine.
+        Their prompts go into quarantine, with or without a hint.
         """
         failed = torch.zeros(len(flight.rows), dtype=torch.bool, device=self.accelerator.device)
         failed[list(flight.failed)] = True
         failed = self.accelerator.gather(failed)
         registry = self.row_encoder.registries.get("train_dataset") if self.family is not None else None
         if registry is not None and failed.any():
-            own = {flight.prompts[row].key: reason for row, reason in flight.failed.items()}
+            own = {prompt_key(flight.prompts[row].key): reason for row, reason in flight.failed.items()}
             for key, reason in [item for items in gather_object([own]) for item in items.items()]:
                 if key in registry:
                     file = next(iter(self.row_encoder.spec(registry.row_of(key)).files), None)

@@ -64,7 +64,7 @@ from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
 from maple_trl.trainers.common.sharding import held_back
 from maple_trl.trainers.common.tag_metrics import RunningMeans
-from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
+from maple_trl.trainers.common.trl_compat import fit_columns, lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.engines import EngineMixin, check_engine_is_there
@@ -530,6 +530,7 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._log_all(self._means[self._mode].take(), self._mode)
+        fit_columns(self._logs)
         super().log(logs, start_time)
 
     # State
@@ -605,6 +606,8 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
 
     def _resume_signature(self) -> dict[str, Any]:
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
+        # By which Trainer tells from the number of steps how many micro-batches were drawn.
+        names = (*names, "gradient_accumulation_steps")
         return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:
