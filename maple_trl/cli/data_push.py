@@ -47,11 +47,18 @@ def run(arguments: PushArguments, named: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(asdict(published), indent=2))
         return 0
-    print(f"{published.rows} rows in {len(published.files) - 1} shards: {published.url}")
+    shards = len(published.files) - (not published.own_card)
+    print(f"{published.rows} rows in {shards} shards: {published.url}")
     for path in published.left_out:
         print(f"{_LEFT_OUT}: {path}")
     if published.removed:
         print(f"removed {len(published.removed)} shards of an earlier upload")
+    if published.kept:
+        print(f"left as they are, of an earlier upload: {', '.join(published.kept)}")
+    if published.own_card:
+        print(
+            "left as it is: README.md, which a person has written or changed; delete it there to have it written anew"
+        )
     return 0
 
 
@@ -71,7 +78,8 @@ uploaded.""",
     ),
     notes="""\
 The key is the one of the Hub's own tools: `hf auth login`, or the variable HF_TOKEN. Shards of an earlier upload are replaced in
-one commit; other files of the repository stay.""",
+one commit, those of the splits in FOLDER alone. Other splits and files of the repository stay, and so does its README.md where a
+person has written or changed it.""",
     statuses={
         FAILED: "a row has a problem, or the Hub failed",
         WRONG: "nothing can be uploaded, or described wrongly",

@@ -157,6 +157,8 @@ def read_setup(arguments: PlanArguments, card: CardArguments, rates: RateArgumen
         raise PlanError(f"vllm_mode must be colocate or server, got {arguments.vllm_mode!r}")
     if arguments.shared_prefix not in ("auto", "on", "off"):
         raise PlanError(f"shared_prefix must be auto, on or off, got {arguments.shared_prefix!r}")
+    if arguments.use_peft and arguments.lora_r < 1:
+        raise PlanError(f"lora_r must be at least 1 with use_peft, got {arguments.lora_r}")
     gpu, model = _read_gpu(arguments.gpu, card), read_model(arguments.model_name_or_path or "")
     rollout = f"vllm_{arguments.vllm_mode}" if arguments.use_vllm else "transformers"
     video = (

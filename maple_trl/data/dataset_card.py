@@ -11,10 +11,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from maple_trl.files import digest
+
 
 _COUNTED = ("tag", "split", "source", "question_type", "required_tag", "stratum")
 _SHOWN = 40  # values of one column
 _ROWS_AT_ONCE = 10_000
+_MARK = "<!-- written by maple-trl data push, "
 
 
 @dataclass
@@ -86,16 +89,21 @@ def _count_provenance(contents: Contents, cells: Iterable[list[dict[str, str | N
 
 
 def render_card(
-    contents: Contents, files: Mapping[str, Sequence[str]], repository: str, license: str | None = None
+    contents: Contents,
+    files: Mapping[str, Sequence[str]],
+    repository: str,
+    license: str | None = None,
+    kept: Sequence[str] = (),
 ) -> str:
     """
-    Render a card.
+    Render a card; its last line, which a page does not show, tells it from one that a person has changed.
 
     Args:
         contents: of the shards.
-        files: the shards' paths in the repository, by split.
+        files: the shards' paths in the repository, or patterns of them, by split.
         repository: its id.
         license: as the Hub calls it, e.g. `cc-by-4.0`.
+        kept: those of the splits that an earlier upload has left there, which are not counted.
     """
     head: dict[str, Any] = {} if license is None else {"license": license}
     head["configs"] = [
@@ -115,6 +123,8 @@ def render_card(
     lines += _table(
         "Splits", ("split", "rows", "bytes"), [(s, n, contents.bytes[s]) for s, n in contents.rows.items()]
     )
+    if kept:
+        lines += [f"Of an earlier upload, and not counted on this page: {', '.join(kept)}.", ""]
     for name in _COUNTED:
         counter = contents.counts[name]
         if counter and name != "split":
@@ -141,7 +151,18 @@ def render_card(
         "",
     ]
     lines += _table("Columns", ("column", "type"), list(contents.columns.items()))
-    return "\n".join(lines).rstrip() + "\n"
+    text = "\n".join(lines).rstrip() + "\n"
+    return f"{text}\n{_mark(text)}\n"
+
+
+def is_rendered(card: str) -> bool:
+    """Return whether a card is one of [`render_card`], and as that has written it."""
+    text, mark, _ = card.rpartition(f"\n{_MARK}")
+    return bool(mark) and card == f"{text}\n{_mark(text)}\n"
+
+
+def _mark(text: str) -> str:
+    return f"{_MARK}{digest(text)[:16]} -->"
 
 
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maple_trl.data.dataset_card import count_contents, render_card
+from maple_trl.data.dataset_card import count_contents, is_rendered, render_card
 from maple_trl.data.shards import find_shards
 from maple_trl.data.validation import ValidationReport, tables_in, validate_tables
 from maple_trl.hub.errors import PublishError, hub_errors
 from maple_trl.hub.names import check_repository
 
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 _FOLDER = "data"
 CARD = "README.md"
+_SHARD = re.compile(rf"{_FOLDER}/(?P<split>\w+(\.\w+)*)-\d{{5}}-of-\d{{5}}\.parquet")
 
 
 class InvalidRowsError(PublishError):
@@ -41,9 +46,11 @@ class Published:
     Attributes:
         url: of the commit.
         files: paths in the repository.
-        removed: shards of an earlier upload that are not part of this one.
+        removed: shards of the same splits of an earlier upload that are not part of this one.
         rows: how many.
         left_out: tables of the folder that are no shards.
+        own_card: whether the repository has a card that a person has written or changed, which stays.
+        kept: splits of an earlier upload that stay.
     """
 
     url: str
@@ -51,6 +58,8 @@ class Published:
     removed: tuple[str, ...]
     rows: int
     left_out: tuple[str, ...] = ()
+    own_card: bool = False
+    kept: tuple[str, ...] = ()
 
 
 def publish(
@@ -64,8 +73,9 @@ def publish(
     """
     Validate the shards of a folder and upload them; the key is the one that the Hub's own tools use.
 
-    The repository is made where there is none. Shards of an earlier upload are removed in the same commit; other files of
-    the repository stay.
+    The repository is made where there is none. Shards of an earlier upload are removed in the same commit where they are of a
+    split that is uploaded; other splits and files of the repository stay, and so does a card that a person has written or
+    changed.
 
     Args:
         folder: as [`~maple_trl.data.shards.ShardWriter`] writes it.
@@ -83,18 +93,31 @@ def publish(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     shards, report = check_upload(folder, repository, media_root)
-    files = {split: [f"{_FOLDER}/{path.name}" for path in paths] for split, paths in shards.items()}
-    card = render_card(count_contents(shards), files, repository, license)
+    local = {f"{_FOLDER}/{path.name}": path for paths in shards.values() for path in paths}
+    contents = count_contents(shards)
     api = HfApi()
     with hub_errors(f"cannot upload to {repository}"):
         made = api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
         there = api.list_repo_files(made.repo_id, repo_type="dataset")
-        old = _old_shards(there, [name for names in files.values() for name in names])
-        local = {f"{_FOLDER}/{path.name}": path for paths in shards.values() for path in paths}
+        own_card = CARD in there and not is_rendered(_read(api, made.repo_id, CARD))
+        old = _old_shards(there, list(local), shards)
+        kept = _other_splits(there, shards)
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
-        operations += [CommitOperationAdd(CARD, card.encode()), *map(CommitOperationDelete, old)]
+        operations += map(CommitOperationDelete, old)
+        if not own_card:
+            # Patterns, so that a card which a person changes later names the shards of later uploads too.
+            files = {split: [f"{_FOLDER}/{split}-*-of-*.parquet"] for split in (*shards, *kept)}
+            card = render_card(contents, files, repository, license, kept)
+            operations.append(CommitOperationAdd(CARD, card.encode()))
         commit = api.create_commit(made.repo_id, operations, commit_message=message, repo_type="dataset")
-    return Published(str(commit.commit_url), (*local, CARD), tuple(old), report.rows, tuple(report.passed_over))
+    uploaded = (*local, *(() if own_card else (CARD,)))
+    left_out = tuple(report.passed_over)
+    return Published(str(commit.commit_url), uploaded, tuple(old), report.rows, left_out, own_card, tuple(kept))
+
+
+def _read(api: HfApi, repository: str, name: str) -> str:
+    path = api.hf_hub_download(repository, name, repo_type="dataset")
+    return Path(path).read_bytes().decode("utf-8", errors="replace")  # line ends as they are
 
 
 def check_upload(
@@ -118,6 +141,12 @@ def check_upload(
     return shards, report
 
 
-def _old_shards(there: Sequence[str], new: Sequence[str]) -> list[str]:
-    shard = re.compile(rf"{_FOLDER}/\w+(\.\w+)*-\d{{5}}-of-\d{{5}}\.parquet")
-    return [name for name in there if shard.fullmatch(name) and name not in new]
+def _old_shards(there: Sequence[str], new: Sequence[str], splits: Container[str]) -> list[str]:
+    return [
+        name for name in there if (found := _SHARD.fullmatch(name)) and found["split"] in splits and name not in new
+    ]
+
+
+def _other_splits(there: Sequence[str], splits: Container[str]) -> list[str]:
+    found = dict.fromkeys(shard["split"] for name in there if (shard := _SHARD.fullmatch(name)))
+    return [split for split in found if split not in splits]

@@ -69,7 +69,7 @@ def _writer(facts: CardFacts, original: str | None, license: str | None, source:
             license=license or facts.license,
             parts=exported.parts if exported.parts == "full" else None,
             # It was measured of these weights, or of the adapter that is merged into them.
-            measured=[*facts.measured, *(asdict(table) for table in find_results(source))],
+            measured=[*facts.measured, *(asdict(table) for table in find_results(source, facts.dataset))],
         )
         plot = Path(source, "training.png")
         if plot.is_file():

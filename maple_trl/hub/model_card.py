@@ -165,7 +165,7 @@ def render_model_card(
         measured: further results.
     """
     kept = map(Measured.of, facts.measured)
-    results = [*measured, *kept, *(find_results(folder) if folder is not None else ())]
+    results = [*measured, *kept, *(find_results(folder, facts.dataset) if folder is not None else ())]
     base = facts.base_model
     on_hub = base if base is not None and is_repository(base) else None
     dataset = published_name(facts.dataset)

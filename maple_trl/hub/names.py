@@ -71,9 +71,24 @@ def published_name(name: str | None) -> str | None:
 
 def is_private(value: str) -> bool:
     """Return whether a text names a place on this machine, or a server."""
-    if _URL.match(value) or _PATH_WITHIN.search(value):
-        return True
+    return bool(_URL.match(value) or _PATH_WITHIN.search(value)) or _is_here(value)
+
+
+def _is_here(value: str) -> bool:
     return "\n" not in value and len(value) < 1000 and "/" in value and os.path.exists(value)
+
+
+def located(value: Any) -> Any:
+    """
+    Return options with the absolute paths of what they name by a relative one.
+
+    `runs/first` has the form of a Hub id too: seen from another folder nothing would tell that it is none.
+    """
+    if isinstance(value, Mapping):
+        return {key: located(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [located(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str) and _is_here(value) else value
 
 
 def shareable(value: Any, name: str = "") -> Any:

@@ -106,7 +106,10 @@ def _content(path: Path) -> Path | bytes:
     if path.name != ADAPTER_CONFIG:
         return path
     config = json.loads(path.read_text(encoding="utf-8"))
-    return _adapter_config(config, published_name(config.get("base_model_name_or_path")))
+    base = config.get("base_model_name_or_path")
+    if (path.parent / FACTS).is_file():
+        base = CardFacts.read(path.parent).trained_from or base  # PEFT writes a relative path as it was given
+    return _adapter_config(config, published_name(base))
 
 
 def _adapter_config(config: dict[str, Any], base_model: str | None) -> bytes:

@@ -90,18 +90,22 @@ class Measured:
         return found
 
 
-def find_results(folder: str | os.PathLike[str]) -> list[Measured]:
+def find_results(folder: str | os.PathLike[str], dataset: str | None = None) -> list[Measured]:
     """
     Return what was measured of the model in the folder of a run: evaluations in folders within it, and its own summary.
 
     An evaluation of another model, the base model for one, is left out.
+
+    Args:
+        folder: of the run.
+        dataset: the run's, where it is known by more than the name in its summary, which may be a relative path.
     """
     folder = Path(folder)
     found = []
     for inner in sorted(path for path in folder.glob("*") if path.is_dir()):
         if holds_evaluation(inner) and (inner / "result.json").is_file() and _is_of(inner, folder):
             found += read_evaluation(inner)
-    return found + _of_summary(folder / "summary.json")
+    return found + _of_summary(folder / "summary.json", dataset)
 
 
 def read_evaluation(folder: str | os.PathLike[str]) -> list[Measured]:
@@ -160,7 +164,7 @@ def _gap(found: Mapping[str, Any]) -> tuple[float, float | None, float | None] |
     return None if mean is None else (mean["value"], mean["low"], mean["high"])
 
 
-def _of_summary(path: Path) -> list[Measured]:
+def _of_summary(path: Path, known_as: str | None) -> list[Measured]:
     """Read the accuracies that a job sampled after training."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +175,7 @@ def _of_summary(path: Path) -> list[Measured]:
         return []
     rows = [tag for tag in (*map(str, ModalityTag), "all") if tag in accuracy and questions.get(tag)]
     accuracies = tuple(_wilson(tag, accuracy[tag], questions[tag]) for tag in rows)
-    dataset = published_name(summary.get("dataset"))
+    dataset = published_name(known_as or summary.get("dataset"))
     title = (dataset or "a local set").removeprefix("builtin:")
     how = "one answer to each question, sampled as in training; Wilson intervals of 95%, which take questions for independent"
     return [Measured(f"{title}, after training", dataset, None, accuracies, _plain_gap(accuracies), how)]

@@ -81,9 +81,15 @@ def take_env(config: dict[str, Any], path: str) -> dict[str, str]:
     Take `env`, the environment variables that a config file sets, out of its keys.
 
     Raises:
-        SetupError: when it is no mapping.
+        SetupError: when it is no mapping, or a variable has no text.
     """
     variables = config.pop("env", None) or {}
     if not isinstance(variables, Mapping):
         raise SetupError(f"{path}: env must be a mapping of variable names to values")
+    for name, value in variables.items():
+        if value is None or isinstance(value, Mapping | list):
+            raise SetupError(
+                f"{path}: env: {name} must be a text or a number, got {'null' if value is None else value}; an empty text is "
+                f'{name}: ""'
+            )
     return {name: str(value) for name, value in variables.items()}

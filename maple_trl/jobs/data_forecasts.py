@@ -104,7 +104,9 @@ def forecast_upload(folder: str, repository: str, media_root: str | None = None)
         reads=[f"{folder}: {many(report.rows, 'row')}, {counts}; no problem found"]
         + [f"not uploaded, as it is no shard: {path}" for path in report.passed_over],
         asks=[
-            f"the Hub, for {repository}: upload of {many(len(files), 'shard')} ({size_of(size)}) and a card, in one commit"
+            f"the Hub, for {repository}: upload of {many(len(files), 'shard')} ({size_of(size)}) and a card, in one commit; what "
+            f"an earlier upload has there of {', '.join(shards)} is removed, other splits stay, and so does a README.md that a "
+            "person has written or changed"
         ],
         numbers={"rows": report.rows, "files": len(files), "bytes": size},
     )

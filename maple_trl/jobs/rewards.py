@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 # Rewards that take parameters: a class stands behind their names.
 MADE = ("length_reward", "answer_judge", "caption_judge", "stepwise_reasoning_judge")
 # Functions that may be given parameters, and the class that takes them.
-WITH_PARAMETERS = {"accuracy_reward": "AccuracyReward", "object_place_reward": "ObjectPlaceReward"}
+WITH_PARAMETERS = {
+    "accuracy_reward": "AccuracyReward",
+    "object_place_reward": "ObjectPlaceReward",
+    "self_consistency_reward": "SelfConsistencyReward",
+}
 JUDGES = ("answer_judge", "caption_judge", "stepwise_reasoning_judge")
 
 _COMMON = ("reward", "name", "tags", "rows", "contrastive")
@@ -50,6 +54,7 @@ def read_entries(rewards: Any, place: str = "rewards") -> list[str | dict[str, A
             - `name`, by which it is logged;
             - for `accuracy_reward` `answer_format`, how completions mark their answer, and `text_scores`, which kinds of
               free-text answers are graded by word errors or ROUGE;
+            - for `self_consistency_reward` `answer_format`;
             - for `object_place_reward` `object_weight` and `synonyms`;
             - for a judge `server`, a mapping of [`~maple_trl.chat.ChatOptions`], or `local`, one of arguments of
               [`~maple_trl.rewards.LocalScorer`];

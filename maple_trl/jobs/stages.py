@@ -19,6 +19,7 @@ from maple_trl.files import as_json, write_atomically
 from maple_trl.jobs.command_line import take_config, take_option
 from maple_trl.jobs.config_files import config_files
 from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.folder_lock import hold_folder
 from maple_trl.jobs.option_parser import option_keys
 from maple_trl.jobs.options import SUPERVISED, make_parser, parse_args, trainer_of
 from maple_trl.messages import did_you_mean
@@ -196,12 +197,19 @@ def run_stages(plan: Plan) -> list[dict[str, Any]]:
         `list[dict]`: the summary of each stage (see [`~maple_trl.jobs.train.run`]).
 
     Raises:
-        SetupError: when a stage is described wrongly, or was begun or finished with other options.
+        SetupError: when a stage is described wrongly, or was begun or finished with other options, or when another process
+            is running these stages.
     """
+    jobs = [plan.parse(i) for i in range(len(plan.stages))]
+    with hold_folder(plan.output_dir, jobs[0][1]):
+        return _run_stages(plan, jobs)
+
+
+def _run_stages(plan: Plan, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
+    """Run the stages, whose folder is held."""
     from maple_trl.jobs import train
 
     state = StageState(plan)
-    jobs = [plan.parse(i) for i in range(len(plan.stages))]
     for i, job in enumerate(jobs):
         state.check(i, job)
     _check_jobs(plan, jobs, state.done)

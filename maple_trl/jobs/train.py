@@ -23,6 +23,7 @@ from maple_trl.jobs.checks import (
 )
 from maple_trl.jobs.data import evaluates, first_rows, load_datasets, prepare_data
 from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.folder_lock import hold_folder
 from maple_trl.jobs.model_config import OmniModelConfig
 from maple_trl.jobs.options import SUPERVISED, OmniScriptArguments, parse_args, trainer_class
 from maple_trl.jobs.rewards import close_rewards, load_rewards
@@ -390,10 +391,23 @@ def run(
         [`~maple_trl.trainers.common.media_trainer.MediaTrainer.left_out`]).
 
     Raises:
-        SetupError: when the arguments name something that is not there; nothing has been trained then.
+        SetupError: when the arguments name something that is not there, or another job is writing into `output_dir`; nothing
+            has been trained then.
         RunStoppedError: when the run was stopped, or made no step.
         PublishError: when it was not uploaded (`push_to_hub`); everything else has been written.
     """
+    # What the folder holds is looked at, removed and written by one job at a time.
+    with hold_folder(training_args.output_dir, training_args):
+        return _run(script_args, training_args, model_args, last)
+
+
+def _run(
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+    last: bool,
+) -> dict[str, Any]:
+    """Run a job, whose folder is its own, as [`run`] says."""
     from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
     from maple_trl.trainers.common.resume_checks import check_parts
@@ -430,8 +444,13 @@ def run(
         if trainer.is_world_process_zero() and trainer.state.log_history:
             write_metrics(_log_of(trainer), metrics_path)
     train_seconds = time.monotonic() - train_started
-    after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
-    unpublished = _save(trainer)
+    unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
+    try:
+        after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
+    except Exception:
+        if unpublished is not None and trainer.is_world_process_zero():
+            print(unpublished, flush=True)  # what is raised tells of the evaluation alone
+        raise
     summary = {
         "before": before and before.accuracy,
         "after": after and after.accuracy,
@@ -447,7 +466,6 @@ def run(
         "left_out": trainer.left_out() + _unusable_questions(after),
     }
     if trainer.is_world_process_zero():
-        trainer.processing_class.save_pretrained(training_args.output_dir)
         plot_path = _place(script_args.plot_file, training_args, "training.png")
         summary_path = _place(script_args.summary_file, training_args, "summary.json")
         _draw(_log_of(trainer), summary["before"], summary["after"], plot_path)
@@ -467,7 +485,9 @@ def run(
 
 
 def _save(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> PublishError | None:
-    """Save the model, and upload it where that is asked for; return what stopped the upload, once all results are written."""
+    """Save the model and its processor, and upload them where that is asked for; return what stopped the upload."""
+    if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
     try:
         trainer.save_model(trainer.args.output_dir)
     except PublishError as error:
@@ -527,8 +547,9 @@ def _evaluate(
     """Measure the accuracy by tag of answers that the policy samples now; every process takes part."""
     from maple_trl.evaluation import sampled_accuracy
     from maple_trl.rewards import AccuracyReward, accuracy_reward
+    from maple_trl.rewards.routing import innermost
 
-    rewards = getattr(trainer, "reward_funcs", ())
+    rewards = map(innermost, getattr(trainer, "reward_funcs", ()))
     # Answers are read in the form that the job rewards, or else asks for.
     template = trainer.args.template()
     form = None if template is None else template.answer_format

@@ -95,19 +95,34 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-KEY_NAMES = ("api_key", "key", "token", "secret", "password", "authorization")
+KEY_NAMES = (
+    *("api_key", "key", "token", "secret", "password", "authorization", "bearer", "credential", "pwd", "passwd"),
+    *("passphrase", "cookie"),
+)
 """Ends of the names under which people write keys; their values are shown and kept nowhere."""
+
+# And of those for several at once, in a list or by names of their own; `tokens` and `keys` alone are also other things.
+_SEVERAL = ("credentials", "secrets", "passwords", "api_keys", "apikeys", "access_keys", "secret_keys", "auth_tokens")
+_HIDDEN = "<hidden>"
+_IN_URL = re.compile(
+    rf"(?P<name>[?&](?:[\w.-]*?(?:{'|'.join((*KEY_NAMES, *_SEVERAL))}|signature|sig))=)[^&#\s\"']+", re.IGNORECASE
+)
 
 
 def is_key(name: str, value: Any) -> bool:
-    """Return whether an option holds a key, by its name."""
-    return isinstance(value, str) and name.lower().endswith(KEY_NAMES)
+    """Return whether an option holds a key, or several, by its name."""
+    name = name.lower().replace("-", "_")
+    if isinstance(value, str):
+        return name.endswith((*KEY_NAMES, *_SEVERAL))
+    return isinstance(value, Mapping | list | tuple) and bool(value) and name.endswith(_SEVERAL)
 
 
 def without_keys(value: Any) -> Any:
-    """Return options with keys hidden, and the credentials of addresses."""
+    """Return options with keys hidden, and those in addresses: `https://USER:KEY@HOST` and `https://HOST/?api_key=KEY`."""
     if isinstance(value, Mapping):
-        return {name: "<hidden>" if is_key(str(name), item) else without_keys(item) for name, item in value.items()}
+        return {name: _HIDDEN if is_key(str(name), item) else without_keys(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_keys(item) for item in value]
-    return re.sub(r"(?<=://)[^/@\s]+@", "<hidden>@", value) if isinstance(value, str) else value
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return _IN_URL.sub(rf"\g<name>{_HIDDEN}", re.sub(r"(?<=://)[^/@\s]+@", f"{_HIDDEN}@", value))

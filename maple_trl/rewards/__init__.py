@@ -24,7 +24,7 @@ from .measures import MeasuredReward
 from .places import ObjectPlaceReward, object_place_reward
 from .reasoning_judge import StepwiseReasoningJudge
 from .routing import for_rows, for_tags
-from .self_consistency import self_consistency_reward
+from .self_consistency import SelfConsistencyReward, self_consistency_reward
 from .similarity import BertScoreSimilarity
 
 
@@ -60,6 +60,7 @@ __all__ = [
     "ObjectPlaceReward",
     "OpenAIJudge",
     "RewardError",
+    "SelfConsistencyReward",
     "StepwiseReasoningJudge",
     "accuracy_reward",
     "box_iou_reward",

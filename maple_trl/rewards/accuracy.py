@@ -77,7 +77,7 @@ def accuracy_reward(
     options = row_options(options, choices, len(completions))
     formats = [answer_format] * len(completions) if isinstance(answer_format, str) else answer_format
     return [
-        grade_answer(_reader(form or "tags")(completion_text(completion)), row_solution, texts)
+        grade_answer(answer_reader(form or "tags")(completion_text(completion)), row_solution, texts)
         for completion, row_solution, texts, form in zip(completions, solution, options, formats, strict=True)
     ]
 
@@ -85,7 +85,8 @@ def accuracy_reward(
 accuracy_reward.required_columns = ("solution",)
 
 
-def _reader(answer_format: Any) -> Callable[[str], str | None]:
+def answer_reader(answer_format: Any) -> Callable[[str], str | None]:
+    """Return what reads the answer of a completion in one form; ValueError for a form that is none."""
     if answer_format not in ANSWER_FORMATS:
         raise ValueError(f"answer_format must be one of {', '.join(ANSWER_FORMATS)}, got {answer_format!r}")
     return ANSWER_FORMATS[answer_format]
@@ -129,7 +130,7 @@ class AccuracyReward:
         text_scores: Mapping[str, str] | None = None,
         type_column: str = "problem_type",
     ):
-        self.extract = _reader(answer_format)
+        self.extract = answer_reader(answer_format)
         self.answer_format = answer_format
         if text_scores is not None and (not isinstance(text_scores, Mapping) or not text_scores):
             raise ValueError(

@@ -14,6 +14,7 @@ from maple_trl import rewards as known
 from maple_trl.records.notes import FAILED
 
 from .errors import RewardError
+from .judge import inner_judge
 from .judge_limits import JudgeUnavailableError
 
 
@@ -45,7 +46,7 @@ def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> 
         name: how errors call the data set.
 
     Raises:
-        RewardError: for a function that TRL's call does not fit, or that needs a column that is not there.
+        RewardError: for a function that TRL's call does not fit, or that needs a column that is not there, or was told of one.
     """
     for reward in rewards:
         if isinstance(reward, str) and reward in known.__all__:
@@ -62,6 +63,14 @@ def check_rewards(rewards: Iterable[Any], columns: Sequence[str], name: str) -> 
                 f"the reward {_name(reward)!r} needs a column {lacking[0]!r}, which {name} has not; its columns: "
                 f"{', '.join(columns) or 'none'}"
             )
+        judge = inner_judge(reward)
+        if judge is not None:
+            try:
+                judge.check_columns(columns)
+            except ValueError as error:
+                raise RewardError(
+                    f"the reward {_name(reward)!r}: {error}; columns of {name}: {', '.join(columns) or 'none'}"
+                ) from error
         if inspect.isclass(reward):
             raise RewardError(f"the reward {_name(reward)!r} is a class, not a function: {_FORM}")
         _check_call(reward, columns)

@@ -36,7 +36,7 @@ class CaptionJudge(OpenAIJudge):
         reference_column (`str`, *optional*, defaults to `"reference"`):
             The reference caption. A row without one is not scored; of a tag of one signal, that signal's reference does.
         unimodal_columns (`Mapping[str, str]`, *optional*):
-            Column by signal; default is `{"V": "reference_v", "A": "reference_a", "S": "reference_s"}`. They may be
+            Column by signal; default is `{"V": "reference_v", "A": "reference_a", "S": "reference_s"}`, which may be
             missing.
         tag_column (`str`, *optional*, defaults to `"tag"`):
             The row's tag. A row without one is graded by its reference caption alone.
@@ -77,6 +77,11 @@ class CaptionJudge(OpenAIJudge):
         self.unimodal_columns = {Modality(signal): column for signal, column in names.items()}
         self.reference_column, self.tag_column = reference_column, tag_column
         self.columns = (reference_column,)
+        self.named_columns = {
+            f"unimodal_columns, {signal}": column for signal, column in (unimodal_columns or {}).items()
+        }
+        if tag_column != "tag":
+            self.named_columns["tag_column"] = tag_column
 
     def judged_text(self, text: str) -> str | None:
         """Return the caption in the `text` of a completion."""

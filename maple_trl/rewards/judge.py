@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult, ChatUsage, fence
+from maple_trl.messages import did_you_mean
 from maple_trl.rewards.answers import completion_text
 from maple_trl.rewards.judge_limits import FailureWindow, JudgeUnavailableError
 from maple_trl.rewards.judge_prompts import SCALE
@@ -104,6 +105,8 @@ class OpenAIJudge(ABC):
     default_characters = 16_000
     columns: tuple[str, ...] = ()
     """Columns that the data set must have."""
+    named_columns: Mapping[str, str] = {}
+    """Columns that whoever made the judge has named, by the argument; a name that leads to none is a mistake."""
     guideline = ""
     """Text whose copies earn nothing."""
     scale: tuple[float, ...] | None = SCALE
@@ -137,6 +140,21 @@ class OpenAIJudge(ABC):
         self.scorer = _as_scorer(scorer)
         self.counts: Counter = Counter()
         self.guard(None)
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """
+        Check, before a run, that the judge finds in a data set what it was told to look for.
+
+        Args:
+            columns (`Sequence[str]`): of the data set.
+
+        Raises:
+            ValueError: naming the argument and the column that is not there.
+        """
+        for argument, column in self.named_columns.items():
+            if column not in columns:
+                advice = did_you_mean(str(column), list(columns))
+                raise ValueError(f"{argument} names a column {column!r}, which there is not{advice}")
 
     # What subclasses say
 

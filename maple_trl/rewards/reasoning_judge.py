@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat import ChatOptions, fence, image_block, text_block
@@ -94,6 +94,7 @@ class StepwiseReasoningJudge(OpenAIJudge):
         **kwargs: Any,
     ):
         super().__init__(scorer, **kwargs)
+        given = cue_columns
         cue_columns = CUE_COLUMNS if cue_columns is None else cue_columns
         if not isinstance(cue_columns, Mapping):
             raise ValueError(f"cue_columns must map axes to columns, e.g. {CUE_COLUMNS}, got {cue_columns!r}")
@@ -114,8 +115,28 @@ class StepwiseReasoningJudge(OpenAIJudge):
         self.scale = None if free_grades else SCALE
         self.frames, self.loader, self.max_pixels = frames, loader, max_pixels
         self.video_column, self.tag_column = video_column, tag_column
+        self.named_columns = {f"cue_columns, {axis}": column for axis, column in (given or {}).items()}
+        others = {"video_column": (video_column, "video"), "tag_column": (tag_column, "tag")}
+        self.named_columns |= {name: column for name, (column, default) in others.items() if column != default}
         self.guideline = reasoning_system(tuple(REASONING_AXES), True, sees_solution, free_grades)
         self._pictures = host_memory().cache("judges", _PICTURE_BYTES)
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """
+        Check as other judges do, and that there is a column to grade by.
+
+        Args:
+            columns (`Sequence[str]`): of the data set.
+
+        Raises:
+            ValueError: naming the columns of which one must be there, or the argument whose column is not.
+        """
+        super().check_columns(columns)
+        if not self.sees_solution and not self.frames and not set(self.cue_columns.values()) & set(columns):
+            raise ValueError(
+                f"one of the columns {', '.join(self.cue_columns.values())} must be there, by which reasoning is graded; name "
+                "others with cue_columns, or show pictures (frames)"
+            )
 
     def _check_columns(self, columns: Mapping[str, Any]) -> None:
         super()._check_columns(columns)

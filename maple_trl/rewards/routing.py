@@ -179,6 +179,13 @@ class _AsyncRoutedReward(_RoutedReward):
         return self._spread(await self.reward(**arguments) if chosen else [], chosen, len(completions))
 
 
+def innermost(reward: Any) -> Any:
+    """Return the reward function that others are wrapped around."""
+    while getattr(reward, "reward", None) is not None:
+        reward = reward.reward
+    return reward
+
+
 def is_reward_function(reward: Any) -> bool:
     """Return whether something is called as a reward function: a model and a class, which TRL takes or calls too, are not."""
     from torch import nn

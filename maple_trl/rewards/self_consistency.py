@@ -10,7 +10,8 @@ from typing import Any
 
 from maple_trl.modalities import MEDIA_COLUMNS
 
-from .answers import answer_key, completion_text, extract_answer, row_options
+from .accuracy import answer_reader
+from .answers import answer_key, completion_text, row_options
 
 
 def self_consistency_reward(
@@ -22,6 +23,7 @@ def self_consistency_reward(
     completion_logprobs: list[Sequence[float] | None] | None = None,
     options: list | None = None,
     choices: list | None = None,
+    answer_format: str | list = "tags",
     **kwargs: Any,
 ) -> list[float]:
     r"""
@@ -54,6 +56,8 @@ def self_consistency_reward(
         options, choices (`list`, *optional*):
             N times the row's options (see [`~maple_trl.rewards.answers.option_texts`]); in a row that has them only
             the choice of one of them, by letter or text, is an answer. `choices` is read if there are no `options`.
+        answer_format (`str`, *optional*, defaults to `"tags"`):
+            How a completion marks its answer, as in [`accuracy_reward`]; a dataset column of that name says it row by row.
         **kwargs:
             The other dataset columns.
 
@@ -62,7 +66,7 @@ def self_consistency_reward(
 
     Raises:
         ValueError: when the groups can't be told: neither `group_ids` nor `prompts`, or prompts with objects that can't
-            be compared by content; or when a column is not as long as `completions`.
+            be compared by content; when a column is not as long as `completions`; or for another format.
 
     Example:
     ```python
@@ -83,9 +87,10 @@ def self_consistency_reward(
                 f"self_consistency_reward: {name} must have one entry per completion ({len(completions)}), got "
                 f"{len(column)}"
             )
+    formats = [answer_format] * len(completions) if isinstance(answer_format, str) else answer_format
     keys = [
-        answer_key(extract_answer(completion_text(completion)), texts)
-        for completion, texts in zip(completions, options, strict=True)
+        answer_key(answer_reader(form or "tags")(completion_text(completion)), texts)
+        for completion, texts, form in zip(completions, options, formats, strict=True)
     ]
     members = defaultdict(list)
     for index, group in enumerate(group_ids):
@@ -96,6 +101,49 @@ def self_consistency_reward(
         for i in indices:
             rewards[i] = float(keys[i] is not None and keys[i] == consensus)
     return rewards
+
+
+class SelfConsistencyReward:
+    """
+    [`self_consistency_reward`] for completions that mark their answer in one form.
+
+    Args:
+        answer_format (`str`, *optional*, defaults to `"tags"`):
+            As in [`accuracy_reward`].
+
+    Raises:
+        ValueError: for another format.
+
+    Example:
+    ```python
+    >>> from maple_trl.rewards import SelfConsistencyReward
+
+    >>> reward = SelfConsistencyReward("brackets")
+    >>> reward(prompts=["Which?"] * 3, completions=["It is [B]", "[b]", "[C]"])
+    [1.0, 1.0, 0.0]
+    ```
+    """
+
+    __name__ = "self_consistency_reward"  # what TRL logs it by
+
+    def __init__(self, answer_format: str = "tags"):
+        self.extract = answer_reader(answer_format)
+        self.answer_format = answer_format
+
+    def __call__(
+        self,
+        prompts: list | None = None,
+        completions: list[str] | list[list[dict[str, Any]]] = None,
+        completion_ids: list[list[int]] | None = None,
+        *,
+        group_ids: list[Hashable] | None = None,
+        completion_logprobs: list[Sequence[float] | None] | None = None,
+        **kwargs: Any,
+    ) -> list[float]:
+        """Score completions as [`self_consistency_reward`] does; its arguments, of which the trainer sees what is asked for."""
+        columns = {**kwargs, "group_ids": group_ids, "completion_logprobs": completion_logprobs}
+        columns["answer_format"] = self.answer_format
+        return self_consistency_reward(prompts, completions, completion_ids, **columns)
 
 
 def _consensus(keys: list[tuple | None], logprobs: list[Sequence[float] | None]) -> tuple | None:

@@ -176,6 +176,11 @@ def test_the_recipe_parses_and_overrides_win():
         ("- max_steps", "must hold a mapping"),
         ("a: [", "is not a YAML file"),
         ("env: 3", "env must be a mapping"),
+        (
+            "env: {CUDA_VISIBLE_DEVICES: }",
+            "env: CUDA_VISIBLE_DEVICES must be a text or a number, got null; an empty text is",
+        ),
+        ("env: {A_VARIABLE: [1]}", "env: A_VARIABLE must be a text or a number, got [1]"),
         ("rewards: []", "reward_funcs must name at least one"),
         ("eval_questions_per_tag: 0", "eval_questions_per_tag must be positive, got 0"),
         ("freeze_vision: true\nuse_peft: true", "freeze_vision has no effect with use_peft"),

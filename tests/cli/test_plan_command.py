@@ -92,6 +92,7 @@ def test_options_of_a_file(capsys, tmp_path):
         (["--prompt", "100", "--video_tokens", "200"], "cannot hold 200 of video"),
         (["--vllm_mode", "remote"], "vllm_mode must be colocate or server, got 'remote'"),
         (["--shared_prefix", "maybe"], "shared_prefix must be auto, on or off"),
+        (["--use_peft", "true", "--lora_r", "0"], "lora_r must be at least 1 with use_peft, got 0"),
         (["--gpu_memory", "0"], "gpu_memory must be positive, got 0"),
         (["--prompts", "3"], "unknown argument --prompts; did you mean --prompt?"),
         (["--gpus", "many"], "invalid int value: 'many'"),

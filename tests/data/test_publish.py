@@ -117,7 +117,7 @@ def test_a_second_push_replaces_the_shards_and_nothing_else(hub, folder, tmp_pat
     repository.commit(
         repository.commits[repository.head] | {"data/notes.txt": hub.put(b"mine"), "own.parquet": hub.put(b"x")}
     )
-    write_shards(ROWS[:2], tmp_path / "fewer")
+    write_shards([ROWS[0], ROWS[5]], tmp_path / "fewer")
     published = publish(tmp_path / "fewer", "me/clips")
     assert sorted(published.removed) == [
         f"data/{path.name}" for paths in find_shards(folder).values() for path in paths
@@ -127,8 +127,50 @@ def test_a_second_push_replaces_the_shards_and_nothing_else(hub, folder, tmp_pat
         "data/notes.txt",
         "own.parquet",
         "data/train-00000-of-00001.parquet",
+        "data/test-00000-of-00001.parquet",
     }
     assert len(repository.commits) == 4  # made, pushed, the user's own, pushed in one
+
+
+@pytest.mark.slow
+def test_a_split_that_is_pushed_alone_leaves_the_others(hub, folder, tmp_path, capsys, refused):
+    publish(folder, "me/clips", license="cc-by-4.0")
+    write_shards(ROWS[:1], tmp_path / "train")
+    assert cli.main(["data", "push", str(tmp_path / "train"), "me/clips", "--license", "cc-by-4.0"]) == 0
+    out = capsys.readouterr().out
+    assert "1 rows in 1 shards" in out and "left as they are, of an earlier upload: test" in out
+    assert {name for name in hub.files("me/clips") if name.startswith("data/")} == {
+        "data/train-00000-of-00001.parquet",
+        *(f"data/{path.name}" for path in find_shards(folder)["test"]),
+    }
+    assert "not counted on this page: test." in hub.files("me/clips")["README.md"].decode()
+    loaded = load_dataset("me/clips", cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 1, "test": 3}
+
+
+@pytest.mark.parametrize("own", [b"# Mine\n", None])
+def test_a_card_that_a_person_wrote_or_changed_stays(own, hub, folder, tmp_path, capsys):
+    publish(folder, "me/clips")
+    repository, first = hub.repositories["me/clips"], hub.files("me/clips")["README.md"]
+    assert publish(folder, "me/clips", license="mit").own_card is False  # nobody has changed it
+    written = hub.files("me/clips")["README.md"]
+    assert written != first and b"license: mit" in written
+    own = own or written.replace(b"## Use", b"Filmed by us.\n\n## Use")
+    repository.commit(repository.commits[repository.head] | {"README.md": hub.put(own)})
+    write_shards(ROWS[:1], tmp_path / "train")
+    assert cli.main(["data", "push", str(tmp_path / "train"), "me/clips"]) == 0
+    assert hub.files("me/clips")["README.md"] == own
+    out = capsys.readouterr().out
+    assert "1 rows in 1 shards" in out and "left as it is: README.md, which a person has written or changed" in out
+
+
+def test_a_dry_run_and_the_help_say_what_is_replaced(folder, capsys):
+    assert cli.main(["data", "push", str(folder), "me/clips", "--dry_run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "an earlier upload has there of test, train is removed, other splits stay" in told and "README.md" in told
+    assert cli.main(["data", "push", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "those of the splits in FOLDER alone" in told and "README.md where a person has" in told
 
 
 def test_rows_with_problems_are_not_pushed(hub, tmp_path, capsys):

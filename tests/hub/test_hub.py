@@ -25,11 +25,11 @@ from tiny_models import build_tiny, build_tiny_text
 from maple_trl import OmniPipeline, OmniSFTConfig, OmniSFTTrainer, cli
 from maple_trl.hub.errors import PublishError
 from maple_trl.hub.model_card import CardFacts, render_model_card
-from maple_trl.hub.publish import push_model
+from maple_trl.hub.publish import check_upload, push_model
 from maple_trl.jobs import train as jobs
 from maple_trl.omni import checkpoints
 from maple_trl.omni.adapters import load_whole
-from maple_trl.omni.loading import load_model, load_processor
+from maple_trl.omni.loading import load_model, load_processor, resolve_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -505,3 +505,32 @@ def test_the_commands_of_the_docs_run(hub, run, tmp_path, capsys):
     assert card.data.base_model == name and card.data["base_model_relation"] == "finetune"
     assert "step-200" in hub.repositories["me/demo"].branches and hub.repositories["me/demo"].private
     assert "2 steps" in hub.files("me/demo", "step-200")["README.md"].decode()
+
+
+def test_relative_paths_are_not_taken_for_names_on_the_hub_from_elsewhere(tmp_path):
+    shutil.copytree(resolve_checkpoint("builtin:tiny-omni"), tmp_path / "runs" / "sft")
+    rows = copy_small_set(tmp_path / "data" / "rows")
+    for split in ("train", "test"):
+        rows.to_json(tmp_path / "data" / "rows" / f"{split}.jsonl")
+    words = "--trainer omni_sft --completion_template <answer>{solution}</answer> --model_name_or_path runs/sft --output_dir runs/rl "
+    words += (
+        "--dataset_name data/rows --media_root data/rows --use_cpu true --bf16 false --dtype float32 --report_to none "
+    )
+    words += (
+        "--use_peft true --lora_r 2 --max_steps 1 --max_pixels 3136 --num_frames 4 --gradient_checkpointing false "
+    )
+    words += "--per_device_train_batch_size 4 --gradient_accumulation_steps 1 --save_strategy steps --save_steps 1 "
+    words += "--evaluate_before_after true --eval_questions_per_tag 1 --report false"
+    with chdir(tmp_path):
+        assert cli.main(["train", *words.split()]) == 0
+    assert (
+        json.loads((tmp_path / "runs" / "rl" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "runs/sft"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    with chdir(tmp_path / "elsewhere"):  # where neither is
+        for folder in (tmp_path / "runs" / "rl", tmp_path / "runs" / "rl" / "checkpoint-1"):
+            card = str(render_model_card(CardFacts.read(folder), folder))
+            assert "runs/sft" not in card and "data/rows" not in card, card
+            (config,) = [one for one in check_upload(folder, "me/rl") if one.path_in_repo == "adapter_config.json"]
+            assert json.loads(config.path_or_fileobj)["base_model_name_or_path"] is None

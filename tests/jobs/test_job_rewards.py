@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
@@ -16,6 +17,7 @@ from test_judge_training import grade, judged
 from maple_trl import cli
 from maple_trl import rewards as library
 from maple_trl.chat import ChatClient
+from maple_trl.jobs import train
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import OmniScriptArguments, parse_args
 from maple_trl.jobs.rewards import close_rewards, load_rewards, read_entries, what_is_learned
@@ -36,6 +38,7 @@ URL = "http://127.0.0.1:9/v1"
 SERVER = {"model": "scripted", "base_url": URL}
 JUDGE = {"reward": "caption_judge", "server": SERVER}
 CONTRAST = {"alpha": 0.5, "tau": 0.7, "model": str(get_model_path()), "num_layers": 5}
+WORDS = {"alpha": 0.5, "tau": 0.5, "model": "builtin:words"}
 LENGTH = {"reward": "length_reward", "soft_limit": 80, "hard_limit": 100}
 
 
@@ -348,6 +351,21 @@ def test_a_job_with_judge_weighting_and_routing_from_its_file_alone(job, maple, 
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(left) > 10 and not any(KEY.encode() in path.read_bytes() for path in left)
     assert KEY not in shown.stdout + shown.stderr + again.out + again.err
+
+
+@pytest.mark.parametrize(
+    "wrapped", [{}, {"tags": ["V"]}, {"contrastive": WORDS}, {"tags": ["V"], "contrastive": WORDS}]
+)
+def test_a_job_evaluates_in_the_answer_form_that_it_rewards(wrapped):
+    entries = ["format_reward", {"reward": "accuracy_reward", "answer_format": "brackets"} | wrapped]
+    trainer = SimpleNamespace(
+        reward_funcs=load_rewards(entries),
+        args=SimpleNamespace(template=lambda: None, seed=0),
+        generate_completions=lambda rows: ["so [B]"] * len(rows),
+    )
+    row = {"prompt": [{"role": "user", "content": "q"}], "solution": "B", "options": ["r", "g"], "tag": "V"}
+    measured = train._evaluate(trainer, [row, row], SimpleNamespace(eval_questions_per_tag=5))
+    assert measured.accuracy == {"V": 1.0, "all": 1.0}
 
 
 @pytest.mark.slow

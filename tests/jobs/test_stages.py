@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from jobs.runner import once
 from media_files import copy_small_set, cut
 from programs import Ranks
@@ -340,6 +341,13 @@ def test_the_last_stage_is_checked_before_the_first_starts(text, message, job, m
     with pytest.raises(SetupError, match=message):
         run_stages(load_plan(["--config", "stages.yaml"]))
     assert not (job / "out" / "first").exists()
+
+
+def test_stages_that_another_process_runs_are_left_alone(job):
+    (job / "out").mkdir()
+    with FileLock(job / "out" / ".lock"), pytest.raises(SetupError, match="another job is writing into out"):
+        run_stages(load_plan(["--config", "stages.yaml"]))
+    assert [path.name for path in (job / "out").iterdir()] == [".lock"]
 
 
 def test_a_whole_model_after_an_adapter_is_refused(job):

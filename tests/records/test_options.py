@@ -8,10 +8,11 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from maple_trl import AvatarConfig, MAPOConfig, OmniGRPOConfig
 from maple_trl.chat import ChatOptions
+from maple_trl.hub.names import shareable
 from maple_trl.jobs.model_config import OmniModelConfig
 from maple_trl.jobs.options import OmniScriptArguments, parse_args
 from maple_trl.jobs.stages import resolved_options
-from maple_trl.records.options import INHERITED, deciding, not_deciding
+from maple_trl.records.options import INHERITED, deciding, not_deciding, without_keys
 from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 
@@ -86,3 +87,49 @@ def test_a_stage_may_go_on_with_what_changes_its_speed_alone():
     for name, value in OTHER.items():
         after = resolved_options(job(**{name: value}))
         assert {key for key in before if before[key] != after[key]} == {name}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "api_key",
+        "apikey",
+        "X-Api-Key",
+        "api_keys",
+        "access-keys",
+        "hf_token",
+        "bearer",
+        "Authorization",
+        "credentials",
+        "pwd",
+        "secrets",
+    ],
+)
+@pytest.mark.parametrize("value", ["sk-1", ["sk-1", "sk-2"], {"mine": "sk-1"}])
+def test_keys_are_hidden_by_the_names_that_people_give_them(name, value):
+    if not isinstance(value, str) and name not in ("api_keys", "access-keys", "credentials", "secrets"):
+        value = "sk-1"
+    options = {"server": {name: value, "api_key_env": "MY_KEY", "tokens_per_minute": 5, "stop_tokens": ["a"]}}
+    shown = without_keys(options)
+    assert "sk-" not in str(shown) and shown["server"][name] == "<hidden>"
+    assert {**shown["server"], name: value} == options["server"]  # nothing else is
+    assert "sk-" not in str(shareable(options))
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("https://h/v1?api_key=sk-1", "https://h/v1?api_key=<hidden>"),
+        ("https://h/v1?model=m&Token=sk-1&n=2#end", "https://h/v1?model=m&Token=<hidden>&n=2#end"),
+        (
+            "https://h/f?X-Amz-Credential=sk-1&X-Amz-Signature=sk-2",
+            "https://h/f?X-Amz-Credential=<hidden>&X-Amz-Signature=<hidden>",
+        ),
+        ("http://user:sk-1@h/v1?key=sk-2", "http://<hidden>@h/v1?key=<hidden>"),
+        ("see https://h/?subscription-key=sk-1 first", "see https://h/?subscription-key=<hidden> first"),
+        ("https://h/v1?model=m&design=d", "https://h/v1?model=m&design=d"),
+        ("what is the key?key=c", "what is the key?key=c"),
+    ],
+)
+def test_keys_in_addresses_are_hidden(url, shown):
+    assert without_keys([{"base_url": url}]) == [{"base_url": shown}]

@@ -1,14 +1,21 @@
 """One folder, one run: results of another run or an evaluation are never mixed with, nor replaced without a word."""
 
 import json
+import subprocess
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from filelock import FileLock
 from omni_runs import build_trainer
+from programs import Ranks
 
 from maple_trl import cli
+from maple_trl.hub.publish import commit_operations
 from maple_trl.jobs.errors import SetupError
+from maple_trl.jobs.folder_lock import hold_folder
 from maple_trl.jobs.train import check_output_dir
 from maple_trl.records.evaluations import EvalStore, EvaluationError
 from maple_trl.records.run_folder import holds_evaluation, remove_results, run_results
@@ -22,6 +29,7 @@ COMMON = (
     "--disable_tqdm true --gradient_checkpointing false --gradient_accumulation_steps 1 --per_device_train_batch_size 4 "
     "--logging_steps 1 --save_strategy steps --save_steps 1 --max_pixels 3136"
 )
+ONE = SimpleNamespace(process_index=0, world_size=1)
 GRPO = f"{COMMON} --num_generations 2 --max_completion_length 4"
 
 
@@ -133,6 +141,84 @@ def test_a_checkpoint_of_weights_alone_is_refused_before_the_model_loads(data, t
     # The way to go on from them.
     model = tmp_path / "run" / "checkpoint-1"
     assert train(data, tmp_path / "next", "--max_steps", 1, "--model_name_or_path", model) == 0
+
+
+def test_an_evaluation_that_fails_after_training_costs_no_model(data, tmp_path, capsys, monkeypatch):
+    from maple_trl import evaluation
+
+    asked = []
+
+    def sampled(*_, **__):
+        asked.append(sorted(run_results(tmp_path / "run")))
+        if len(asked) == 2:
+            raise RuntimeError("the clips have gone")
+        return evaluation.SampledAccuracy({"all": 0.0}, {"all": 1}, 0)
+
+    monkeypatch.setattr(evaluation, "sampled_accuracy", sampled)
+    words = ["--max_steps", 1, "--save_strategy", "no", "--evaluate_before_after", "true", "--report", "false"]
+    assert train(data, tmp_path / "run", *words) == 1
+    assert "RuntimeError: the clips have gone" in last_line(capsys.readouterr().err)
+    assert "model.safetensors" not in asked[0] and "model.safetensors" in asked[1]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train(data, tmp_path / "next", "--max_steps", 1, "--model_name_or_path", tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("words", [["--resume_from_checkpoint", "auto"], ["--overwrite"], []])
+def test_two_jobs_do_not_write_into_one_folder(words, data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "rollouts" / "part.parquet").write_text("of the job that goes on")
+    (folder / "metrics.jsonl").write_text("{}\n")
+    with FileLock(folder / ".lock"):
+        before = contents(folder)
+        assert train(data, folder, "--max_steps", 1, *words) == 2
+        assert f"output_dir: another job is writing into {folder}" in last_line(capsys.readouterr().err)
+        assert contents(folder) == before
+        # A dry run writes nothing, not even a lock.
+        assert train(data, tmp_path / "other", "--max_steps", 1, "--dry_run") == 0
+    assert not (tmp_path / "other").exists()
+
+
+def test_all_processes_of_a_job_learn_that_its_folder_is_not_free(tmp_path):
+    code = f"""
+from transformers import TrainingArguments
+from maple_trl.jobs.folder_lock import SetupError, hold_folder
+args = TrainingArguments({str(tmp_path)!r}, use_cpu=True)
+for _ in range(2):
+    try:
+        with hold_folder(args.output_dir, args):
+            print("held")
+    except SetupError as error:
+        print("refused:", error)
+"""
+    for taken, said in ((True, f"refused: output_dir: another job is writing into {tmp_path}"), (False, "held")):
+        with FileLock(tmp_path / ".lock") if taken else nullcontext():
+            assert Ranks(2, ["-c", code], tmp_path / "log").wait() == 0
+        assert (tmp_path / "log").read_text().count(said) == 4
+
+
+def test_a_killed_job_leaves_its_folder_free(tmp_path):
+    code = (
+        "import os, sys; from types import SimpleNamespace as S; from maple_trl.jobs.folder_lock import hold_folder\n"
+    )
+    code += (
+        "with hold_folder(sys.argv[1], S(process_index=0, world_size=1)): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SetupError, match="another job is writing"), hold_folder(tmp_path, ONE):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with hold_folder(tmp_path, ONE):
+        assert run_results(tmp_path) == []
+    (tmp_path / "config.json").write_text("{}")
+    assert [operation.path_in_repo for operation in commit_operations(tmp_path)] == ["config.json"]
+    assert [operation.path_in_repo for operation in commit_operations(tmp_path, "last")] == ["last/config.json"]
 
 
 def test_evaluations_and_runs_do_not_share_a_folder(data, finished, tmp_path, capsys):

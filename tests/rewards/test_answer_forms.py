@@ -1,9 +1,13 @@
 r"""The ways to write an option: `[B]`, `**B**`, `\boxed{B}`, `选B`, `The answer is B.`; and what is none of them."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maple_trl.jobs.eval_job import EvalMedia
+from maple_trl.jobs.rewards import load_rewards
 from maple_trl.rewards import AccuracyReward, accuracy_reward
 from maple_trl.rewards.answers import (
     answer_key,
@@ -331,3 +335,40 @@ def test_a_format_for_each_row_and_an_unknown_one():
     for make in (lambda: accuracy_reward(**columns, answer_format="boxed"), lambda: AccuracyReward("boxed")):
         with pytest.raises(ValueError, match="answer_format must be one of tags, brackets, got 'boxed'"):
             make()
+
+
+@pytest.mark.parametrize(
+    "entry, way",
+    [
+        (
+            "accuracy_reward",
+            "{reward: accuracy_reward, answer_format: brackets}; in Python AccuracyReward('brackets')",
+        ),
+        ("self_consistency_reward", "in Python SelfConsistencyReward('brackets')"),
+        (
+            {"reward": "self_consistency_reward", "tags": ["V"]},
+            "{reward: self_consistency_reward, answer_format: brackets}",
+        ),
+        ("format_reward", "It knows no other form: leave it out"),
+        ("temporal_iou_reward", "It knows no other form"),
+        ({"reward": "box_iou_reward", "rows": {"kind": ["where"]}}, "It knows no other form"),
+        ("object_place_reward", "It knows no other form"),
+        ({"reward": "object_place_reward", "object_weight": 0.2}, "It knows no other form"),
+    ],
+    ids=str,
+)
+def test_a_reward_that_reads_another_form_than_the_prompts_ask_for_is_refused(entry, way):
+    name = entry if isinstance(entry, str) else entry["reward"]
+    bracketed, tagged = EvalMedia(prompt_template="maple-qa"), EvalMedia(prompt_template="think")
+    rewards = load_rewards([entry])
+    with pytest.raises(ValueError, match=f"form 'brackets', and {name} reads 'tags'.*{re.escape(way)}"):
+        bracketed.check_answer_form(rewards)
+    with pytest.raises(ValueError, match=f"and {name} reads 'tags'"):
+        bracketed.check_answer_form([name])
+    tagged.check_answer_form(rewards)
+    bracketed.check_answer_form(rewards, ["answer_format"])
+    if name in ("accuracy_reward", "self_consistency_reward"):
+        told = load_rewards([{"reward": name, "answer_format": "brackets"}])
+        bracketed.check_answer_form(told)
+        with pytest.raises(ValueError, match=f"form 'tags', and {name} reads 'brackets'"):
+            tagged.check_answer_form(told)

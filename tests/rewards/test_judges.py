@@ -26,9 +26,11 @@ from maple_trl.rewards import (
     OpenAIJudge,
     StepwiseReasoningJudge,
     accuracy_reward,
+    for_rows,
     for_tags,
     judge_callbacks,
 )
+from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.rewards.judge_limits import FailureWindow
 from maple_trl.rewards.judge_texts import caption_text, read_plain_grades, think_block
 
@@ -624,3 +626,34 @@ def test_judges_are_found_in_what_is_wrapped_around_them():
     (callback,) = judge_callbacks(wrapped)
     assert callback.judges == judges
     assert judge_callbacks(accuracy_reward) == judge_callbacks(None) == []
+
+
+HAVE = ["prompt", "reference", "solution", "tag", "video", "audio_cues", "see"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "columns", "message"),
+    [
+        (StepwiseReasoningJudge, {}, ["prompt", "solution", "tag"], "one of the columns audio_cues, visual_objects, .* must be there"),
+        (StepwiseReasoningJudge, {"cue_columns": {"audio_cues": "audio_cue"}}, HAVE, "cue_columns, audio_cues names a column 'audio_cue', which there is not; did you mean audio_cues"),
+        (StepwiseReasoningJudge, {"cue_columns": {"audio_cues": "audio_cues", "caption": "cap"}}, HAVE, "cue_columns, caption names a column 'cap'"),
+        (StepwiseReasoningJudge, {"video_column": "vido"}, HAVE, "video_column names a column 'vido', which there is not; did you mean video"),
+        (CaptionJudge, {"tag_column": "tagg"}, HAVE, "tag_column names a column 'tagg', which there is not; did you mean tag"),
+        (CaptionJudge, {"unimodal_columns": {"V": "sees"}}, HAVE, "unimodal_columns, V names a column 'sees'"),
+        (StepwiseReasoningJudge, {}, HAVE, None),
+        (StepwiseReasoningJudge, {"sees_solution": True}, ["prompt", "solution"], None),
+        (StepwiseReasoningJudge, {"frames": 2, "loader": MediaLoader}, ["prompt", "video"], None),
+        (StepwiseReasoningJudge, {"cue_columns": {"caption": "see"}}, HAVE, None),
+        (CaptionJudge, {}, ["prompt", "reference"], None),
+        (CaptionJudge, {"unimodal_columns": {"V": "see"}}, HAVE, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_columns_that_a_judge_was_told_of_are_looked_for_before_the_run(kind, arguments, columns, message):
+    judge = kind(ChatOptions(model="m", base_url="http://127.0.0.1:9/v1"), **arguments)
+    for reward in (judge, for_rows(judge, "prompt", ["a"])):
+        if message is None:
+            check_rewards([reward], columns, "rows")
+        else:
+            with pytest.raises(RewardError, match=f"{reward.__name__}': {message}.*; columns of rows: prompt"):
+                check_rewards([reward], columns, "rows")

@@ -1,5 +1,6 @@
 """Self-consistency: the vote of a group, its ties, its groups, and what has no vote."""
 
+import inspect
 import math
 import random
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maple_trl.rewards import self_consistency_reward
+from maple_trl.rewards import SelfConsistencyReward, self_consistency_reward
 from maple_trl.rewards.answers import answer_key
 
 
@@ -229,3 +230,31 @@ def test_keys_tell_kinds_apart():
     keys = [answer_key(answer) for answer in ("B", "12", "b2", "red", "twelve")]
     assert keys == [("option", "B"), ("number", 12.0), ("text", "b2"), ("text", "red"), ("text", "twelve")]
     assert answer_key("blue", ["red", "blue"]) == answer_key("(b)", ["red", "blue"]) == ("option", "B")
+
+
+def test_answers_in_brackets_vote_too():
+    texts, prompts = ["[B]", "so [b]", "<think>[C]</think> **[B]**", "[C]"], ["q"] * 4
+    assert self_consistency_reward(prompts=prompts, completions=texts) == [0.0] * 4  # none has an answer in tags
+    assert self_consistency_reward(prompts=prompts, completions=texts, answer_format="brackets") == [1, 1, 1, 0]
+    reward = SelfConsistencyReward("brackets")
+    assert reward(prompts, texts, None) == [1, 1, 1, 0]
+    assert reward(completions=texts, group_ids=[0, 0, 1, 1], completion_logprobs=[None, None, [-2.0], [-1.0]]) == [
+        1,
+        1,
+        0,
+        1,
+    ]
+    # A column says it row by row; a row without a word of it has tags.
+    mixed = [*texts[:2], *said("B", "C")]
+    forms = ["brackets", "brackets", "tags", None]
+    assert self_consistency_reward(prompts=prompts, completions=mixed, answer_format=forms) == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="answer_format must be one of tags, brackets, got 'braces'"):
+        SelfConsistencyReward("braces")
+
+
+def test_the_trainer_sees_what_the_class_asks_for():
+    named = set(inspect.signature(SelfConsistencyReward()).parameters)
+    assert {
+        "group_ids",
+        "completion_logprobs",
+    } <= named and SelfConsistencyReward().__name__ == "self_consistency_reward"

@@ -15,6 +15,11 @@ from maple_trl.omni.machine_memory import local_processes, machine_memory
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS
 from maple_trl.rewards.accuracy import AccuracyReward, accuracy_reward
+from maple_trl.rewards.format import format_reward
+from maple_trl.rewards.localisation import box_iou_reward, temporal_iou_reward
+from maple_trl.rewards.places import ObjectPlaceReward, object_place_reward
+from maple_trl.rewards.routing import innermost
+from maple_trl.rewards.self_consistency import SelfConsistencyReward, self_consistency_reward
 
 
 if TYPE_CHECKING:
@@ -78,11 +83,24 @@ _LEAST_HOST_BYTES = 1 << 16  # less is a size whose unit was forgotten
 _OF_RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
 
-def _innermost(reward: Any) -> Any:
-    """Return the reward function that others are wrapped around."""
-    while getattr(reward, "reward", None) is not None:
-        reward = reward.reward
-    return reward
+# Rewards that read answers, by their names: the function, and the class behind it where there is one.
+_READERS: Mapping[str, tuple[Any, type | None]] = {
+    "accuracy_reward": (accuracy_reward, AccuracyReward),
+    "self_consistency_reward": (self_consistency_reward, SelfConsistencyReward),
+    "object_place_reward": (object_place_reward, ObjectPlaceReward),
+    "format_reward": (format_reward, None),
+    "temporal_iou_reward": (temporal_iou_reward, None),
+    "box_iou_reward": (box_iou_reward, None),
+}
+_IN_ANY_FORM = (AccuracyReward, SelfConsistencyReward)  # each takes `answer_format`
+
+
+def _way_to_read(name: str, wanted: str) -> str:
+    """Return what to do where a reward of ours reads answers in another form than the wanted one."""
+    kind = _READERS[name][1]
+    if kind in _IN_ANY_FORM:
+        return f"In a job's file: {{reward: {name}, answer_format: {wanted}}}; in Python {kind.__name__}({wanted!r})"
+    return "It knows no other form: leave it out, or take a prompt_template that asks for <answer>…</answer>, as think does"
 
 
 def _check_numbers(config: object) -> None:
@@ -398,25 +416,28 @@ class MediaConfig:
         Check that answers are read in the form that `prompt_template` asks for.
 
         Args:
-            rewards: functions, or names of them; those that are no `accuracy_reward` are not looked at.
+            rewards: functions, or names of them; those that are none of ours are not looked at.
             columns: of the data set; one named `answer_format` says the form row by row.
 
         Raises:
-            ValueError: with the form to set; all answers would count as wrong.
+            ValueError: with what to set instead; all answers would count as wrong.
         """
         template = self.template()
         wanted = None if template is None else template.answer_format
         if wanted is None or "answer_format" in columns:
             return
-        for reward in map(_innermost, rewards):
-            if isinstance(reward, AccuracyReward) or reward in (accuracy_reward, "accuracy_reward"):
-                form = getattr(reward, "answer_format", "tags")
-                if form != wanted:
-                    raise ValueError(
-                        f"prompt_template {self.prompt_template} asks for answers in the form {wanted!r}, and accuracy_reward "
-                        f"reads {form!r}: every answer would be wrong. In a job's file: "
-                        f"{{reward: accuracy_reward, answer_format: {wanted}}}; in Python AccuracyReward({wanted!r})"
+        problems = []
+        for reward in map(innermost, rewards):
+            for name, (function, kind) in _READERS.items():
+                ours = reward is function or reward == name or (kind is not None and isinstance(reward, kind))
+                if ours and (form := getattr(reward, "answer_format", "tags")) != wanted:
+                    problems.append(
+                        f"{name} reads {form!r}: every answer would be wrong. {_way_to_read(name, wanted)}"
                     )
+        if problems:
+            raise ValueError(
+                f"prompt_template {self.prompt_template} asks for answers in the form {wanted!r}, and {'. And '.join(problems)}"
+            )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

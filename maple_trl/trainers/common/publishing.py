@@ -16,6 +16,7 @@ from trl.trainer import base_trainer
 
 from maple_trl.hub.errors import hub_errors
 from maple_trl.hub.model_card import READING, CardFacts, render_model_card, versions
+from maple_trl.hub.names import located
 from maple_trl.hub.publish import Publisher
 from maple_trl.omni.families import OmniFamily, unwrap
 from maple_trl.records.options import chosen
@@ -71,18 +72,18 @@ class PublishingTrainer:
         facts = CardFacts(
             name=model_name,
             repository=hub_model_id,
-            trained_from=unwrap(model).config._name_or_path or None,
+            trained_from=located(unwrap(model).config._name_or_path or None),
             adapter=isinstance(model, PeftModel),
             architecture=type(unwrap(model)).__name__,
             model_type=unwrap(model).config.model_type,
             trainer=self._name,
             papers=[self._paper] if self._paper else [],
             tags=sorted(tags),
-            dataset=dataset_name,
+            dataset=located(dataset_name),
             steps=self.state.global_step,
-            recipe={**self.job_options, **options},
+            recipe=located({**self.job_options, **options}),
             rewards=self._reward_weights(),
-            reading={name: options[name] for name in READING if name in options},
+            reading=located({name: options[name] for name in READING if name in options}),
             versions=versions(),
             links={name: url for name, url in links.items() if url},
         )
