@@ -21,7 +21,7 @@ from maple_trl.data.benchmarks.options import described, shuffled
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.benchmarks.tables import find_tables, media_root, records
 from maple_trl.data.benchmarks.video import VIDEO_BENCHMARKS
-from maple_trl.data.record_files import TableError
+from maple_trl.data.record_files import CUT_TEXT, TableError, cut_field
 from maple_trl.data.schema import QUESTION_COLUMNS
 from maple_trl.modalities import Modality, ModalityTag
 
@@ -467,22 +467,9 @@ def _record_text(fields: Mapping[str, Any]) -> str:
     Raises:
         FieldError: for a field that no file of text can hold, which is a JSON file's alone.
     """
-    text = json.dumps(fields, ensure_ascii=False, default=_as_json)
-    if not _encodes(text):
-        parts = {
-            name: json.dumps({name: value}, ensure_ascii=False, default=_as_json) for name, value in fields.items()
-        }
-        name = next(name for name, part in parts.items() if not _encodes(part))
-        raise FieldError(name, "holds half of a character (a surrogate without the other), which is no text")
-    return text
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    if (name := cut_field(fields)) is not None:
+        raise FieldError(name, CUT_TEXT)
+    return json.dumps(fields, ensure_ascii=False, default=_as_json)
 
 
 def _as_json(value: Any) -> Any:
