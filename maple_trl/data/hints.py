@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from maple_trl.data.hint_options import HintError, HintOptions, HintSummary
 from maple_trl.data.hint_prompts import SYSTEM, Problem, ProblemError, clean_hint, first_messages, next_messages
 from maple_trl.data.record_files import TableError
 from maple_trl.data.row_tables import SUFFIXES, RowTable
+from maple_trl.locks import LockedError, held_file
 from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
@@ -61,14 +63,21 @@ def build_hints(
         `HintSummary`: what became of the rows.
 
     Raises:
-        HintError: for tables and columns that are not as they must be; nothing has been sent then.
+        HintError: for tables and columns that are not as they must be, and when another process is writing the table;
+            nothing has been sent then.
         ChatSetupError: when the client cannot work.
     """
     options = options or HintOptions()
     try:
         builder = _Builder(Path(input_file), Path(output_file), client, options)
-        with builder.loader:
+        with builder.loader, ExitStack() as stack:
+            if not client.options.dry_run:
+                stack.enter_context(builder.held_output())
             return builder.run(on_progress or (lambda *_: None))
+    except LockedError as error:
+        raise HintError(
+            f"{output_file}: another process is writing it; wait for its end, or name another file"
+        ) from error
     except TableError as error:
         raise HintError(str(error)) from error
 
@@ -113,6 +122,11 @@ class _Builder:
         except (FileNotFoundError, ValueError) as error:
             raise HintError(str(error)) from error
         self.summary = HintSummary(rows=len(self.table))
+
+    def held_output(self) -> AbstractContextManager[None]:
+        """Keep others from the table and from the file of progress, whose rows they would pay for once more."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        return held_file(self.target.with_name(f".{self.target.name}.lock"))
 
     def run(self, on_progress: Callable[[int, int], None]) -> HintSummary:
         nothing: list[str | None] = [None] * len(self.table)

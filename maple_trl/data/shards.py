@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape as glob_escape
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
-from filelock import FileLock, Timeout
 
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.files import flush
+from maple_trl.locks import LockedError, held_file
 
 
 SHARD_ROWS = 50_000
@@ -353,24 +353,23 @@ def hold_split(folder: Path, split: str) -> Iterator[None]:
         ShardError: when another process holds it, and where there cannot be such a folder.
     """
     made = make_folder(folder)
-    lock = FileLock(folder / f".{split}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ShardError(
-            f"{folder}: another process is writing split {split!r}; wait for its end, or name another folder"
-        ) from error
-    except OSError as error:
-        raise ShardError(f"{folder} cannot be written: {error}") from error
-    try:
+    with ExitStack() as stack:
+        if made:
+            stack.callback(_remove_empty, folder)
+        try:
+            stack.enter_context(held_file(folder / f".{split}.lock"))
+        except LockedError as error:
+            raise ShardError(
+                f"{folder}: another process is writing split {split!r}; wait for its end, or name another folder"
+            ) from error
+        except OSError as error:
+            raise ShardError(f"{folder} cannot be written: {error}") from error
         yield
-    finally:
-        with suppress(OSError):  # of a system that does not remove open files: the next one takes it
-            os.unlink(lock.lock_file)  # while it is held: who has opened it meanwhile finds it gone, and makes another
-        lock.release()
-        with suppress(OSError):  # it holds something, or somebody else was faster
-            if made:
-                folder.rmdir()
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something, or somebody else was faster
+        folder.rmdir()
 
 
 def replace_split(

@@ -6,11 +6,11 @@ import hashlib
 import inspect
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.files import digest
 from maple_trl.packages import installed_versions
+from maple_trl.rewards.identity import source_digest
 
 
 if TYPE_CHECKING:
@@ -68,15 +68,10 @@ def describe_function(function: Callable) -> dict[str, str | None]:
     """
     Return the name and the source file's SHA-256 of a function, or of the class of a callable object.
 
-    The whole file counts, for a function rests on what stands beside it. A scorer that asks a judge on a server does
-    so with a model that nothing here can pin.
+    A scorer that asks a judge on a server does so with a model that nothing here can pin.
     """
     owner = function if inspect.isfunction(function) or inspect.isclass(function) else type(function)
-    try:
-        source = hashlib.sha256(Path(inspect.getfile(owner)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        source = None
-    return {"name": f"{owner.__module__}:{owner.__qualname__}", "source_sha256": source}
+    return {"name": f"{owner.__module__}:{owner.__qualname__}", "source_sha256": source_digest(owner)}
 
 
 def versions() -> dict[str, str | None]:

@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from maple_trl.data.benchmarks import read_benchmark
@@ -36,6 +35,7 @@ from maple_trl.jobs.eval_presets import settle_template
 from maple_trl.jobs.models import LocalModel, ServedModel
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.jobs.scoring import Scoring
+from maple_trl.locks import LockedError, lock_file
 from maple_trl.omni.host_memory import host_memory
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder, RowError, check_template
@@ -65,6 +65,11 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     Raises:
         SetupError, EvaluationError: when the evaluation is described wrongly.
     """
+    with ExitStack() as held:
+        return _evaluate(job, held)
+
+
+def _evaluate(job: EvalJob, held: ExitStack) -> dict[str, Any] | None:
     started, clock = datetime.now(UTC), time.monotonic()
     state = PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=30))
     if job.limit is not None and job.limit < 1:
@@ -88,7 +93,6 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
         model.family.check_pixels(job.media.max_pixels)
     except ValueError as error:
         raise SetupError(str(error)) from error
-    lock = FileLock(store.folder / ".lock")
     try:
         with _loader(job, questions.media_root) as loader:
             builder = job.media.prompt_builder(model.family, loader, job.chat_template_kwargs)
@@ -106,7 +110,7 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
             }
             identity = _on_first(
                 state,
-                lambda: _begin(store, lock, _identity(job, questions, evaluator, model, scoring), run, job.overwrite),
+                lambda: _begin(store, held, _identity(job, questions, evaluator, model, scoring), run, job.overwrite),
             )
             resumed = sum(store.has(batch.number) for batch in evaluator.batches)
             state.wait_for_everyone()  # until all have counted
@@ -135,7 +139,6 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
     }
     _write_run(store, run)
     write_atomically(store.folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    lock.release()
     return result
 
 
@@ -179,15 +182,15 @@ def _on_first(state: PartialState, compute: Callable[[], Any]) -> Any:
 
 
 def _begin(
-    store: EvalStore, lock: FileLock, identity: dict[str, Any], run: Mapping[str, Any], overwrite: bool
+    store: EvalStore, held: ExitStack, identity: dict[str, Any], run: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Any]:
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvaluationError(f"--output: {store.folder} cannot be made a folder: {error.strerror}") from error
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        held.callback(lock_file(store.folder / ".lock").release)
+    except LockedError:
         raise EvaluationError(f"another evaluation is writing into {store.folder}") from None
     store.begin(identity, overwrite)
     _write_run(store, run)

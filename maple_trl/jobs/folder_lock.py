@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from maple_trl.jobs.errors import SetupError
+from maple_trl.locks import LockedError, lock_file
 
 
 if TYPE_CHECKING:
@@ -18,9 +16,6 @@ if TYPE_CHECKING:
 
 LOCK_FILE = ".lock"
 """Lies in the folder of a run, also after it; only who holds it open writes there, so that a killed job leaves none locked."""
-
-# What file systems say that know no locks; a job runs there without one, as it always could.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -37,9 +32,8 @@ def hold_folder(folder: str, args: TrainingArguments) -> Iterator[None]:
     Raises:
         SetupError: in all processes, when another job holds the folder, or it cannot be written into.
     """
-    lock = FileLock(Path(folder, LOCK_FILE))
-    try:
-        problem = [_acquire(lock, folder) if args.process_index == 0 else None]
+    with ExitStack() as held:
+        problem = [_hold(folder, held) if args.process_index == 0 else None]
         if args.world_size > 1:
             from accelerate.utils import broadcast_object_list  # loads torch, which a help text does without
 
@@ -47,19 +41,15 @@ def hold_folder(folder: str, args: TrainingArguments) -> Iterator[None]:
         if problem[0] is not None:
             raise SetupError(problem[0])
         yield
-    finally:
-        lock.release()
 
 
-def _acquire(lock: FileLock, folder: str) -> str | None:
+def _hold(folder: str, held: ExitStack) -> str | None:
     """Lock a folder; return why that is not possible."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
+        held.callback(lock_file(Path(folder, LOCK_FILE)).release)
+    except LockedError:
         return f"output_dir: another job is writing into {folder}; wait until it has ended or stop it, or name another folder"
-    except NotImplementedError:
-        return None
     except OSError as error:
-        return None if error.errno in _NO_LOCKS else f"output_dir: cannot write into {folder}: {error}"
+        return f"output_dir: cannot write into {folder}: {error}"
     return None

@@ -1,14 +1,16 @@
-"""What tells a reward function from others, in any process: its name, and the options that it was made with."""
+"""What tells a reward function from others, in any process: its name, its source, and the options that it was made with."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import os
 from collections.abc import Mapping, Set
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from maple_trl.records.options import not_deciding
@@ -21,11 +23,23 @@ def reward_identity(reward: Any) -> Any:
     """
     Describe a reward function by names and plain values, for JSON.
 
-    A function is told by its name alone: one that was rewritten under its name is the same. An object is told by its class
+    A function is told by its name and its source ([`source_digest`]), an object by its class with its source
     and by its options: attributes that are called as a parameter of its constructor, and numbers and texts under any name.
     Lists and mappings of other names are taken for what it has seen so far.
     """
     return _told(reward, _DEPTH)
+
+
+def source_digest(owner: Any) -> str | None:
+    """
+    Return the SHA-256 of the file in which a function or a class stands; `None` where there is none.
+
+    The whole file counts, for a function rests on what stands beside it.
+    """
+    try:
+        return hashlib.sha256(Path(inspect.getfile(owner)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return None
 
 
 def _told(value: Any, depth: int) -> Any:
@@ -48,8 +62,8 @@ def _told(value: Any, depth: int) -> Any:
     if inspect.ismethod(value):
         return [*names, _told(value.__self__, depth)]
     if inspect.isroutine(value) or inspect.isclass(value):
-        return names
-    names.append(type(value).__qualname__)
+        return [*names, source_digest(inspect.unwrap(value))]
+    names += [type(value).__qualname__, source_digest(type(value))]
     if not depth or hasattr(value, "named_parameters"):  # a network has no options, and a mode that changes
         return names
     return [*names, {name: _told(option, depth - 1) for name, option in sorted(_options(value).items())}]

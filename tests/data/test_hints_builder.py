@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -323,6 +324,32 @@ def test_two_processes_that_write_one_table_do_not_share_its_scratch(tmp_path, m
 
     _write_whole(own, slow)
     assert own.read_text() == "of the first" and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.slow
+def test_one_of_two_that_hint_the_same_table_is_refused(tmp_path, capsys):
+    """Before it pays for rows that the other one is asking for."""
+    source, output = table(tmp_path / "in.parquet", [row("a"), row("b")]), tmp_path / "out" / "out.parquet"
+    line, answering = ("--input", source, "--output", output), threading.Event()
+
+    def when_told(number, body):
+        answering.wait(60)
+        return by_row(number, body)
+
+    with ChatServer(when_told) as server:
+        first = programs.Program(command(server, *line), tmp_path / "log", variables=ENVIRONMENT)
+        deadline = time.monotonic() + 60
+        while not server.calls and time.monotonic() < deadline:
+            time.sleep(0.005)
+        second = run_here(capsys, server, *line)
+        assert second.returncode == 2 and f"{output}: another process is writing it" in second.stderr
+        assert len(server.calls) == 1
+        assert run_here(capsys, server, *line, "--dry_run").returncode == 0  # writes nothing
+        answering.set()
+        assert first.wait() == 0
+        # Negative control: once the first has ended there is nothing to refuse.
+        assert run_here(capsys, server, *line).returncode == 0 and len(server.calls) == 2
+    assert None not in hints_of(output) and not list(output.parent.glob("*.lock"))
 
 
 def test_a_table_that_a_template_asks_has_its_question_read(tmp_path):

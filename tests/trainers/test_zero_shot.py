@@ -1,5 +1,7 @@
 """Accuracy before training: scored once, for all processes alike, and measured again when anything behind it changes."""
 
+import hashlib
+import importlib.util
 import json
 import math
 import threading
@@ -159,6 +161,20 @@ def test_another_reward_is_measured_anew(build):
     assert asked(build, reward_named("lenient", "two")) == 0
 
 
+def test_a_reward_that_was_mended_under_its_name_is_measured_anew(build, tmp_path):
+    def written(body):
+        path = tmp_path / "own.py"
+        path.write_text(f"def exact(completions, **_):\n    return [{body}] * len(completions)\n")
+        spec = importlib.util.spec_from_file_location("own", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.exact
+
+    assert asked(build, written("0.5")) == 6
+    assert asked(build, written("0.5")) == 0
+    assert asked(build, written("0.25")) == 6
+
+
 def test_a_mended_solution_or_option_of_the_reward_is_measured_anew(build):
     assert asked(build, AccuracyReward("tags")) == 6
     assert asked(build, AccuracyReward("tags")) == 0
@@ -182,7 +198,8 @@ class Keyed:
 
 def test_a_reward_is_told_by_its_name_and_options():
     told = reward_identity(Keyed(partial(exact, scale=0.5), words={"b", "a"}, table={"y": 1, "x": Path("z")}))
-    name = [__name__, "exact", "exact"]
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    name = [__name__, "exact", "exact", source]
     options = {
         "_strict": True,
         "inner": ["partial", name, [], [["scale", 0.5]]],
@@ -191,7 +208,7 @@ def test_a_reward_is_told_by_its_name_and_options():
         "words": ["a", "b"],
     }
     # So it is in every process: there are no addresses in it.
-    assert told == [__name__, None, None, "Keyed", options] and json.loads(json.dumps(told)) == told
+    assert told == [__name__, None, None, "Keyed", source, options] and json.loads(json.dumps(told)) == told
     used = Keyed(exact)
     used([None, None])
     assert reward_identity(used) == reward_identity(Keyed(exact))

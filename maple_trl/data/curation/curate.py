@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from maple_trl.data.curation.asking import SPENT, Asker, Planner
 from maple_trl.data.curation.config import CurationConfig, check_machine
 from maple_trl.data.curation.engines import ENGINES, log_of, ray_running, read_log, run_local, run_ray
@@ -25,6 +23,7 @@ from maple_trl.data.curation.stages.collect import list_source, source_root
 from maple_trl.data.curation.stages.splits import assign_splits
 from maple_trl.data.curation.stages.write import CLIPS, write
 from maple_trl.files import write_atomically
+from maple_trl.locks import LockedError, held_file
 
 
 Progress = Callable[[str, int, int], None]
@@ -126,12 +125,11 @@ def curate(
     if dry_run:
         return _Run(config, "local", only, Planner(config), progress).go(source)
     config.work.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(config.work / "lock", timeout=0)
     try:
-        with lock:
+        with held_file(config.work / "lock"):
             _sweep(Path(config.output))
             return _Run(config, engine, only, Asker(config), progress).go(source)
-    except filelock.Timeout as error:
+    except LockedError as error:
         raise CurationError(f"output: another run writes into {config.output}; wait for its end") from error
 
 

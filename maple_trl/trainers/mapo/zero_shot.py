@@ -65,8 +65,8 @@ def zero_shot_accuracy(trainer: OmniGRPOTrainer, task_reward: int, weights: list
     Measure the accuracy of the untrained policy on training prompts, by tag; a collective call.
 
     It is read from `zero_shot.json` in the output folder where the same measurement has been made before: of the same
-    questions and solutions, with the same options and weights, by the same reward as [`reward_identity`] tells it. The main
-    process alone scores.
+    questions and solutions, with the same options and weights, by the same reward as
+    [`reward_identity`] tells it. The main process alone scores.
 
     Args:
         task_reward: number of the reward function.
