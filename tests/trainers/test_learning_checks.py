@@ -133,6 +133,29 @@ def test_mapo_compares_the_prompts_of_a_tag_with_each_other(caplog, tmp_path):
     assert not {"equal_rewards", "zero_gradient"} & found["batch"]
 
 
+def test_avatar_compares_a_prompts_completions_with_each_other_and_replayed_ones_with_their_baselines(tmp_path):
+    """Not those of two prompts, of which each has its own reward, the same for all that it is answered."""
+
+    def of_row(id, **_):
+        return [float(int(one) % 2) for one in id]
+
+    def learnt_at_first(id, trainer_state, **_):
+        """Replayed completions alone earned something else."""
+        return [float(trainer_state.global_step == 0)] * len(id)
+
+    found = {}
+    for reward, alpha in ((of_row, 1.0), (learnt_at_first, 1.0), (learnt_at_first, 0.0)):
+        model, processor = build_tiny("qwen2_5_omni")
+        options = DEFAULTS | SMALL | {"per_device_train_batch_size": 8, "max_steps": 3}
+        options |= {"num_generations": 4, "replayed_generations": 2, "replay_alpha": alpha}
+        rows = Dataset.from_list([question(subtitle=f"word {i}", id=str(i)) for i in range(2)])
+        args = AvatarConfig(str(tmp_path / f"{reward.__name__}{alpha}"), **options)
+        trainer = AvatarTrainer(model, reward, args, rows, processing_class=processor)
+        trainer.train()
+        found[reward, alpha] = trainer.tally.checks.equal_rewards.count
+    assert found == {(of_row, 1.0): 3, (learnt_at_first, 1.0): 1, (learnt_at_first, 0.0): 3}
+
+
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 6))
 def test_a_streak_is_what_counting_by_hand_finds(happened, limit):
     streak = Streak(limit)

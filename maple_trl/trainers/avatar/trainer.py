@@ -293,6 +293,12 @@ class AvatarTrainer(ShownRowsMixin, AccountsMixin, MAPOTrainer):
         advantages[fresh], advantages[replayed] = on_policy, off_policy
         return advantages
 
+    def _note_rewards(self, rollout: Rollout) -> None:
+        super()._note_rewards(rollout)
+        if self.args.replayed_generations and self.args.replay_alpha:
+            replayed = rollout.replayed
+            self.tally.checks.note_rewards(torch.stack([rollout.past, rollout.baselines], dim=1)[replayed])
+
     def _note_replayed_advantages(self, advantages: Tensor) -> None:
         """Take down the advantages of this rank's replayed completions, for the file of the rollout."""
         for r, own in self._flight.placed():

@@ -71,7 +71,8 @@ class LearningChecks:
         Take the rewards of a part of a rollout.
 
         Args:
-            rewards_NG (`Tensor` of shape (N, G)): a row per group in which rewards are compared; NaN for no reward.
+            rewards_NG (`Tensor` of shape (N, G)): a row per group in which rewards are compared, or of a reward and its
+                baseline; NaN for no reward.
         """
         self._rewards.append(rewards_NG.detach().cpu())
 

@@ -486,11 +486,11 @@ class MAPOTrainer(OmniGRPOTrainer):
 
     # Metrics
 
-    def _compared(self, rewards: Tensor) -> Tensor:
+    def _compared(self, rollout: Rollout) -> Tensor:
         # `tag` takes the deviation of other prompts too, but the mean of a prompt's own: alike is 0 there as well.
         if self.num_generations == 1 or not lifts_equal_rewards(self.args.advantage_scope):
-            return super()._compared(rewards)
-        return rewards.view(1, -1)  # also among the prompts of a rollout
+            return super()._compared(rollout)
+        return rollout.rewards.view(1, -1)  # also among the prompts of a rollout
 
     def left_out(self) -> list[Note]:
         found = super().left_out()

@@ -14,6 +14,7 @@ from trl.trainer.utils import pad
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.encoded import KINDS
 from maple_trl.rewards.calls import RewardError, checked
+from maple_trl.trainers.common.rollout import Rollout
 from maple_trl.trainers.common.tag_metrics import tag_number
 from maple_trl.trainers.common.trl_compat import lent
 from maple_trl.trainers.omni_grpo.whole_groups import WholeGroups
@@ -57,8 +58,6 @@ class RewardMixin:
         scores = self._set_apart(flight, scores, tags)
         rewards = self._total_rewards(scores)
         flight.rollout = flight.scored(scores, rewards, tags, *tokens)
-        if self.model.training:
-            self.tally.checks.note_rewards(self._compared(rewards))
         return scores
 
     def _facts(self, rows: Sequence[dict[str, Any]], completion_ids: Sequence) -> Sequence[torch.Tensor]:
@@ -89,9 +88,13 @@ class RewardMixin:
             self.tally.rewards[name] += int(asked[:, i].sum())
             self.tally.unrewarded[name] += int((asked & missing)[:, i].sum())
 
-    def _compared(self, rewards: torch.Tensor) -> torch.Tensor:
+    def _note_rewards(self, rollout: Rollout) -> None:
+        """Take down what rewards are compared with, which tells whether anything is learnt."""
+        self.tally.checks.note_rewards(self._compared(rollout))
+
+    def _compared(self, rollout: Rollout) -> torch.Tensor:
         """Return rewards in the groups in which they are compared, of shape (groups, completions)."""
-        return rewards.view(-1, self.num_generations) if self.num_generations > 1 else rewards.view(1, -1)
+        return rollout.rewards.view(-1, rollout.group_size if rollout.group_size > 1 else len(rollout.rewards))
 
     def _checked_rewards(self, groups: WholeGroups | None) -> list[Any]:
         """

@@ -263,6 +263,7 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
             flight.rounds.append(r)
         if self.model.training:
             flight.rollout = Rollout.joined([r.rollout for r in flight.rounds])
+            self._note_rewards(flight.rollout)
             assigned = self.assign(flight.rollout)
             if assigned is not None:
                 self._take_over(flight, assigned)
