@@ -162,7 +162,7 @@ def write_results(evidence, variant: str, accuracy: dict[int, float], **told) ->
             "packages": {},
             "minutes": 1.5,
             "after": {"trained": exam, "required": exam},
-            "cost": {"cpu_seconds": told.get("seconds", {}).get(seed, 50.0)},
+            "cost": dict.fromkeys(("cpu_seconds", "wall_seconds"), told.get("seconds", {}).get(seed, 50.0)),
             "log": {"entropy": [0.5, None, 0.25, 0.25]},
             "curve": {"points": [{"completions": at, "accuracy": {"all": one}} for at, one in points]},
         }

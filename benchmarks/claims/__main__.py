@@ -237,10 +237,11 @@ def _simulate(told: argparse.Namespace, register: Register) -> int:
     from simulate import REGISTERS, Setting, measured_setting, simulate, told_rates
 
     given = {"effect": told.effect, "seeds": told.between_seeds, "questions": told.between_questions}
-    measured = measured_setting(_evidence(told, register), Setting())
-    setting = replace(measured, **{name: value for name, value in given.items() if value is not None})
-    rates = simulate(register.rules, setting, told.registers or REGISTERS)
-    print("\n".join(told_rates(setting, rates, stated=setting == Setting())))
+    given = {name: value for name, value in given.items() if value is not None}
+    measured = replace(measured_setting(_evidence(told, register), Setting()), **given)
+    for setting in [measured] if given else dict.fromkeys([Setting(), measured]):
+        rates = simulate(register.rules, setting, told.registers or REGISTERS)
+        print("\n".join(told_rates(setting, rates, stated=setting == Setting())))
     if told.json:
         _write_json(told.json, {"setting": asdict(setting), **asdict(rates)})
     return 0

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from verdicts import CANT_TELL, ClaimVerdict, Finding, Sample, judge, judge_clai
 
 GROUPS = 32
 """Groups of clips that are left out in turn."""
+QUIET = 1.1
+"""Wall seconds to a CPU second up to which a run had a core to itself; CPU seconds, too, grow where it had not."""
 
 
 class Evidence:
@@ -120,7 +122,21 @@ class Evidence:
             finding = self._judged(measure, found[:look], judge_once if seeds is not None else judge)
             if not finding.wants_more:
                 break
+        if finding.estimate is not None and (told := self.not_comparable(measure, found[: finding.estimate.seeds])):
+            return replace(finding, verdict=CANT_TELL, small=False, reason=told, wants_more=False, withheld=True)
         return finding
+
+    def not_comparable(self, measure: Measure, seeds: Sequence[int]) -> str:
+        """Return why seconds of runs don't compare: other programs beside them, or other code; nothing where they do."""
+        if not measure.metric.reads_seconds:
+            return ""
+        pairs = [[self.read(name, seed) for name in measure.variants] for seed in seeds]
+        runs = [result for pair in pairs for result in pair]
+        disturbed = sum(one["cost"]["wall_seconds"] > QUIET * one["cost"]["cpu_seconds"] for one in runs)
+        mixed = sum(len({result.get("source") for result in pair}) > 1 for pair in pairs)
+        told = [f"{disturbed} of {len(runs)} runs had other programs beside them"] * (disturbed > 0)
+        told += [f"{mixed} of {len(pairs)} pairs are of different code"] * (mixed > 0)
+        return f"seconds that don't compare: {', and '.join(told)}" if told else ""
 
     def _judged(self, measure: Measure, seeds: Sequence[int], judged: Callable[..., Finding]) -> Finding:
         try:
@@ -189,7 +205,9 @@ def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Itera
         if verdict.verdict == CANT_TELL:
             whole_look = [one for one in claim.measures if evidence.seeds(one.variants, before) == list(before)]
             undecided = [
-                one for one in whole_look if found[one.name].verdict == CANT_TELL and found[one.name].estimate
+                one
+                for one in whole_look
+                if (told := found[one.name]).verdict == CANT_TELL and told.estimate and not told.withheld
             ]
             asked |= dict.fromkeys(name for one in undecided for name in one.variants)
     done: set[Path] = set()

@@ -52,6 +52,11 @@ class Metric:
         """Whether questions may stand behind it: those of `after`, which a function may read that names no part."""
         return not self.paths or any(path.split(".")[0] in ("after", "stages") for path in self.paths)
 
+    @property
+    def reads_seconds(self) -> bool:
+        """Whether it is of the seconds that whole runs took, which depend on what ran beside them."""
+        return "_seconds" in self.text
+
 
 def read_metric(text: str) -> Metric:
     """Read a dotted path (`after.trained.accuracy.all`), or a function with arguments (`reached(all, 0.6, completions)`)."""

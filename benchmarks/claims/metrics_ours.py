@@ -104,18 +104,19 @@ def superset_macro(result: Mapping[str, Any]) -> float | None:
     return _mean(statistics.fmean(own) for own in by_tag.values())
 
 
-def _counts(result: Mapping[str, Any], insufficient: bool, column: int) -> int:
-    return sum(row[column] for row in result["abstention"]["counts"] if (row[1] == "deficit") is insufficient)
+def _abstained(result: Mapping[str, Any], *strata: str) -> float:
+    rows = [row for row in result["abstention"]["counts"] if row[1] in strata]
+    return sum(row[3] for row in rows) / sum(row[2] for row in rows)
 
 
 def abstention_recall(result: Mapping[str, Any]) -> float:
     """Of the questions that lack a signal, the share that is answered with the none answer."""
-    return _counts(result, True, 3) / _counts(result, True, 2)
+    return _abstained(result, "deficit")
 
 
-def needless_abstention(result: Mapping[str, Any]) -> float:
-    """Of the questions that are fed enough, the share that is answered with the none answer all the same."""
-    return _counts(result, False, 3) / _counts(result, False, 2)
+def needless_abstention(result: Mapping[str, Any], stratum: str = "") -> float:
+    """Of the questions that are fed enough, of one stratum or of both, the share that is answered with the none answer all the same."""
+    return _abstained(result, *([stratum] if stratum else ["exact", "superset"]))
 
 
 def abstention_precision(result: Mapping[str, Any]) -> float | None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from defaults import BETTER, RULE, judge_alternative, read_defaults, settings_beside
-from evidence import Evidence, digest, forgotten
+from evidence import QUIET, Evidence, digest, forgotten
 from instruments import INSTRUMENTS
 from metrics import MissingValueError
 from plots import drawn_curves, forest
 from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
 from register import Claim, Measure
-from simulate import STATED, Setting
+from simulate import STATED, Setting, measured_setting
 from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding, no_effect
 
 from maple_trl.files import write_atomically
@@ -31,7 +31,7 @@ NO_CLAIM = "No claim is registered."
 COMMAND = "python benchmarks/claims"
 DIGEST = "Its files and those of the results have together the digest"
 SHOWN = 2
-"""Measures of a claim that its row shows; the others stand in its section."""
+"""Measures of a claim that its row shows, those that decide it first; the others stand in its section."""
 
 
 class Page:
@@ -85,15 +85,25 @@ class Page:
             told += f" (by {' or '.join(dict.fromkeys(f'{one.least:g}' for one, _ in against_it))})"
         if decided.failed:
             told += f"; **CONTROL FAILS: {', '.join(decided.failed)}**"
+        if decided.verdict != CANT_TELL:
+            controls = [found[one.name] for one in claim.measures if one.role == "control"]
+            unclear = sum(not lacks_runs(found[name]) for name in decided.open)
+            told += f"; {unclear} of {len(controls)} controls can't tell" * (unclear > 0) + "; no control" * (
+                not controls
+            )
         return told
 
     def here(self, claim: Claim) -> str:
         """Return what was measured of a claim, in a row."""
         found = self.found[claim.name][1]
         deciding = [one for one in claim.measures if one.role == "claim" and found[one.name].estimate]
-        told = [f"{one.name}: {shown_interval(found[one.name], one)}" for one in deciding[:SHOWN]]
-        if len(deciding) == 1:
-            told = [shown_interval(found[deciding[0].name], deciding[0])]
+        deciding.sort(key=lambda one: found[one.name].verdict != self.found[claim.name][0].verdict)
+        told = [
+            f"{one.name}: " * (len(deciding) > 1)
+            + shown_interval(found[one.name], one)
+            + " (not judged)" * found[one.name].withheld
+            for one in deciding[:SHOWN]
+        ]
         if not told:
             return "–"
         more = len(deciding) - SHOWN
@@ -169,16 +179,22 @@ class Page:
             + f"; {self.register.rules.confidence:.0%} over all looks, each at {1 - self.register.rules.level:.2%}. "
             f"Carry out what is missing with `{COMMAND} run`, see what is left with `{COMMAND} status`, and how often these "
             f"rules find effects that are there, or not there, with `{COMMAND} simulate`: where runs differ by {usual.seeds:g} from "
-            f"seed to seed, a difference of {usual.effect:g} in accuracy is found in at least {STATED['planted']:.0%} of cases, and "
-            f"one where there is none in at most {STATED['null']:.0%}. On a machine with a GPU, `{COMMAND} run gpu --workers 1` "
+            f"seed to seed, and two variants by {usual.questions:g} from question to question, a measure finds a difference of "
+            f"{usual.effect:g} in accuracy in at least {STATED['planted']:.0%} of cases, and one where there is none in at most "
+            f"{STATED['null']:.0%}.{self.measured_deviations()} A claim holds by all of its measures and does not by one: of many claims, "
+            "some do not by chance. On a machine with a GPU, `{COMMAND} run gpu --workers 1` "
             "carries out the claims that need one.",
             "",
             f"- **Interval.** {self.register.rules.interval}",
             f"- **Decision.** {self.register.rules.decision}",
             f"- **Stopping.** {self.register.rules.stopping}",
             "- **Verdicts on claims.** `does not (by 0.03)` says that an effect of 0.03 is excluded, and nothing of a smaller one. "
-            f"`{IN_PART}`: a measure that decides still lacks runs.",
-            "- **Plots.** Filled points decide, hollow ones are controls; grey ticks are the smallest effects that would matter. "
+            f"`{IN_PART}`: a measure that decides still lacks runs. `no control`: nothing rules out that the effect is something "
+            "else than what is claimed.",
+            "- **Seconds.** Those of whole runs are judged only where every run had a core to itself (at most "
+            f"{QUIET:g} wall seconds to a CPU second) and both of a pair are of the same code; they count the training process and "
+            "not those that decode media. Step times are taken in turns within one process.",
+            "- **Plots.** Filled points decide, hollow ones are controls or parts; grey ticks are the smallest effects that would matter. "
             "Bands of curves are 95 % intervals of each mean by itself; measures compare by seed, so that bands which overlap "
             "say nothing of them.",
         )
@@ -198,6 +214,17 @@ class Page:
         yield from self.made_with()
         yield from self.changes()
         yield from self.former()
+
+    def measured_deviations(self) -> str:
+        """Return by how much the results themselves differ; nothing without results."""
+        usual = Setting()
+        measured = measured_setting(self.evidence, usual)
+        if measured == usual:
+            return ""
+        return (
+            f" The accuracies on this page differ by {measured.seeds:.3f} and {measured.questions:.3f}; the command tells how "
+            "often an effect is found then."
+        )
 
     def defaults(self) -> Iterator[str]:
         """Yield which defaults of the configs the results bear on, and what they say of other values."""
@@ -287,7 +314,14 @@ class Page:
             (", ".join(f"{name} {one}" for name, one in sorted(result["packages"].items())), result.get("source", ""))
             for result in results
         )
-        yield from ("", "## Made with", "")
+        yield from (
+            "",
+            "## Made with",
+            "",
+            "A run is not made anew when code changes that is not meant to change its numbers: what it is known by has its options, "
+            "its task and its instruments, with their versions, and the seed.",
+            "",
+        )
         if not made:
             yield "No results."
         for (packages, source), count in sorted(made.items()):
@@ -324,6 +358,7 @@ class Page:
             f"- Command: `{COMMAND} run {claim.name}`",
         )
         yield from self.loud(decided, found)
+        yield from self.parts(claim, found)
         if claim.measures:
             head = [
                 "Measure",
@@ -358,6 +393,12 @@ class Page:
         told += [f"- Controls that can't tell: {', '.join(unclear)}."] if unclear else []
         return told + ([f"- Controls that are not measured: {', '.join(waiting)}."] if waiting else [])
 
+    def parts(self, claim: Claim, found: Mapping[str, Finding]) -> Iterator[str]:
+        """Yield what parts of what was changed do alone, where an effect of theirs is clear."""
+        for one in claim.measures:
+            if one.role == "part" and found[one.name].verdict == HOLDS:
+                yield f"- Of the effect, the part {one.name} has alone: {shown_interval(found[one.name], one)}."
+
     def measure_row(self, measure: Measure, found: Finding) -> str:
         """Return a measure's row."""
         none = f"{no_effect(measure.effect):g}"
@@ -378,7 +419,7 @@ class Page:
             verdict += f"; {found.censored} runs never got there"
         return _row(
             [
-                f"{measure.name} (control)" if measure.role == "control" else measure.name,
+                measure.name if measure.role == "claim" else f"{measure.name} ({measure.role})",
                 f"`{measure.metric.text}`",
                 self.side(measure, measure.of, found),
                 self.side(measure, measure.against, found),

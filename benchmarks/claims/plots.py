@@ -55,7 +55,7 @@ def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> Non
     for place, (measure, found) in enumerate(panel):
         estimate = found.estimate
         assert estimate is not None
-        control = measure.role == "control"
+        control = measure.role != "claim"
         color = ORANGE if control else BLUE
         axis.plot([estimate.low, estimate.high], [place, place], color=color, linewidth=1.5)
         axis.plot(estimate.value, place, "o", color=color, markerfacecolor="none" if control else color, markersize=5)
@@ -64,7 +64,7 @@ def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> Non
         ]
         for sign in signs:
             axis.plot(none + sign * measure.least, place, "|", color=GREY, markersize=12)
-    names = [f"{one.name} (control)" if one.role == "control" else one.name for one, _ in panel]
+    names = [one.name if one.role == "claim" else f"{one.name} ({one.role})" for one, _ in panel]
     axis.set_yticks(range(len(panel)), names)
     axis.set_ylim(len(panel) - 0.5, -0.5)
     if kind == "ratio":
@@ -126,7 +126,7 @@ class Curves:
 def curves_of(claim: Claim) -> list[Curves]:
     """Return the curves that a claim's measures are read off, in the order of the measures."""
     found: dict[tuple[str, str, str], dict[str, None]] = {}
-    for measure in sorted(claim.measures, key=lambda one: one.role == "control"):
+    for measure in sorted(claim.measures, key=lambda one: one.role != "claim"):
         instrument = next((path for path in measure.metric.paths if path in ("curve", "tier_curve")), None)
         if instrument is None:
             continue

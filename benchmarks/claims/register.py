@@ -22,7 +22,7 @@ from maple_trl.messages import did_you_mean
 PAPERS = ("MAPLE", "AVATAR", "ours")
 EFFECTS = ("difference", "ratio")
 EXPECTATIONS = ("above", "below", "equal", "not below", "not above")
-ROLES = ("claim", "control")
+ROLES = ("claim", "control", "part")
 NEEDS = {"gpu": "a GPU", "clips": "a folder of real clips with its `qa.json`, which MAPLE_CLIPS names"}
 """What a machine may lack, by the word in the register."""
 IS_THERE = {
@@ -103,7 +103,8 @@ class Measure:
         effect: `difference` or `ratio`; `as` in the file.
         expects: `above`, `below` or `equal`, of no effect.
         least: the smallest effect that would matter; of a ratio, its distance from 1.
-        role: `claim`, or `control`: what the effect is not.
+        role: `claim`; `control`: what the effect is not, or what must be there for it to mean anything; or `part`: what a part
+            of what was changed does alone, which decides nothing and can't fail.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,12 +111,13 @@ def _samples(scores_CSQ: NDArray[np.float64]) -> list[Sample]:
 
 
 def measured_setting(evidence: Evidence, setting: Setting) -> Setting:
-    """Return a setting with the deviations that the results on disk show, where there are enough of them."""
+    """Return a setting with the deviations of whole accuracies that the results on disk show, where there are enough of them."""
     looks = evidence.register.rules.looks
     between, questions = [], []
     for claim in evidence.register.claims.values():
         for measure in claim.measures:
-            if not (measure.metric.text.startswith("after.") and ".accuracy." in measure.metric.text):
+            accuracy = re.fullmatch(r"after\.(\w+)\.accuracy\.all", measure.metric.text)
+            if accuracy is None:
                 continue
             found = evidence.measure(measure).estimate
             if (
@@ -126,13 +128,15 @@ def measured_setting(evidence: Evidence, setting: Setting) -> Setting:
             ):
                 continue
             between.append(found.spread**2 / 2)
-            questions.append(found.evaluation**2)
+            questions.append(
+                found.evaluation**2 * len(evidence.read(measure.of, 0)["after"][accuracy[1]]["questions"])
+            )
     if not between:
         return setting
     return replace(
         setting,
         seeds=math.sqrt(statistics.fmean(between)),
-        questions=math.sqrt(statistics.fmean(questions) * setting.asked),
+        questions=math.sqrt(statistics.fmean(questions)),
     )
 
 

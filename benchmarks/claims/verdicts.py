@@ -170,6 +170,7 @@ class Finding:
         wants_more: whether seeds of the next look would be run.
         censored: runs of which only a bound is known.
         blurred: whether the questions leave more error in it than the rules allow.
+        withheld: whether it is not judged, because its runs can't be compared in what it is about.
     """
 
     verdict: str
@@ -179,6 +180,7 @@ class Finding:
     wants_more: bool = False
     censored: int = 0
     blurred: bool = False
+    withheld: bool = False
 
 
 def no_effect(effect: str) -> float:
