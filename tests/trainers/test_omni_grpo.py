@@ -695,6 +695,41 @@ def test_completions_are_logged(seven_tags, tmp_path):
     assert len(Dataset.from_parquet(str(table))) == 8
 
 
+def test_evaluations_log_by_the_name_of_their_data_set_and_beside_training(seven_tags, tmp_path):
+    """Of the same step, too; what is best can be told by one of the sets."""
+    folder, dataset = seven_tags
+    kept = dataset.filter(lambda row: row["tag"] == "S")
+
+    def by_set(prompts, id, **_):
+        return [1.0 if name in easy else 0.25 for name in id]
+
+    rows = [dict(row, id=f"{row['id']}-{number}") for number in range(2) for row in kept]
+    sets = {name: Dataset.from_list(part) for name, part in (("easy", rows[:1]), ("hard", rows[1:2]))}
+    easy = set(sets["easy"]["id"])
+    train = kept.map(lambda row: {"id": "trained"})
+    options = {"reward": by_set, "log_completions": True, "logging_steps": 1, "max_steps": 2, "eval_dataset": sets}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "save_strategy": "best"}
+    options |= {"metric_for_best_model": "eval_hard_reward", "output_dir": str(tmp_path)}
+    trainer = build_trainer(folder, train, **options)
+    trainer.train()
+    told = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
+    assert [(set(entry) & {"eval_easy_reward", "eval_hard_reward", "eval_reward"}).pop() for entry in told] == [
+        "eval_easy_reward",
+        "eval_hard_reward",
+    ]
+    assert told[0]["eval_easy_reward"] == 1.0 and told[1]["eval_hard_reward"] == 0.25 == trainer.state.best_metric
+    assert "eval_easy_completions/mean_length" in told[0] and "eval_easy_loss" in told[0]
+    written = {
+        str(path.relative_to(tmp_path / "completions").parent): set(Dataset.from_parquet(str(path))["by_set"])
+        for path in sorted((tmp_path / "completions").rglob("*_00002.parquet"))
+    }
+    assert written == {".": {0.25}, "eval_easy": {1.0}, "eval_hard": {0.25}}
+    files = {path.name for path in (tmp_path / "completions").iterdir()}
+    assert files == {"completions_00001.parquet", "completions_00002.parquet", "eval_easy", "eval_hard"}
+    assert set(trainer.evaluate(sets["hard"], metric_key_prefix="test")) >= {"test_reward", "test_loss"}
+    assert trainer.evaluate(sets["hard"])["eval_reward"] == 0.25
+
+
 def test_unused_columns_can_be_dropped(seven_tags):
     folder, dataset = seven_tags
     rows = Dataset.from_list(

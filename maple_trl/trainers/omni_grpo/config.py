@@ -57,7 +57,7 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
             "were fed, for the viewer of `maple-trl report`. When there are more, every second rollout is removed and "
             "left out from then on, then every other of these, so that the whole run stays visible. 0 keeps none. "
             "`log_completions` is TRL's own switch: it prints samples, and writes the last rollout before each log "
-            "entry, without the row."
+            "entry, without the row; those of evaluations lie in folders of `completions` by themselves."
         },
     )
 

@@ -64,10 +64,11 @@ from maple_trl.trainers.common.run_summary import Note, make_note
 from maple_trl.trainers.common.samplers import LookaheadSampler
 from maple_trl.trainers.common.sharding import held_back
 from maple_trl.trainers.common.tag_metrics import RunningMeans
-from maple_trl.trainers.common.trl_compat import fit_columns, lent, replace_latest, trl_expectations
+from maple_trl.trainers.common.trl_compat import lent, replace_latest, trl_expectations
 from maple_trl.trainers.common.updates import exchange_rows, update_batches
 from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
 from maple_trl.trainers.omni_grpo.engines import EngineMixin, check_engine_is_there
+from maple_trl.trainers.omni_grpo.evaluation_logs import EvaluationLogMixin
 from maple_trl.trainers.omni_grpo.failed_rewards import FailedRewardMixin
 from maple_trl.trainers.omni_grpo.prompt_sharing import SharingMixin
 from maple_trl.trainers.omni_grpo.rewards import RewardMixin
@@ -76,7 +77,9 @@ from maple_trl.trainers.omni_grpo.rewards import RewardMixin
 logger = logging.getLogger(__name__)
 
 
-class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin, MediaTrainer, GRPOTrainer):
+class OmniGRPOTrainer(
+    EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin, EvaluationLogMixin, MediaTrainer, GRPOTrainer
+):
     """
     [`~trl.GRPOTrainer`] whose prompts can hold pictures, video, audio and subtitles, each row its own, in one batch.
 
@@ -528,11 +531,6 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
 
     def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
         replace_latest(self._logs["advantages"], advantages.tolist())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._log_all(self._means[self._mode].take(), self._mode)
-        fit_columns(self._logs)
-        super().log(logs, start_time)
 
     # State
 
