@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
 from omni_runs import DEFAULTS, build_trainer
+from peft import LoraConfig
 from tiny_models import build_tiny, build_tiny_text
 
 from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, MAPOTrainer
@@ -154,6 +155,20 @@ def test_avatar_compares_a_prompts_completions_with_each_other_and_replayed_ones
         trainer.train()
         found[reward, alpha] = trainer.tally.checks.equal_rewards.count
     assert found == {(of_row, 1.0): 3, (learnt_at_first, 1.0): 1, (learnt_at_first, 0.0): 3}
+
+
+@pytest.mark.parametrize(
+    ("dropout", "options", "said"),
+    [(0.05, {"num_iterations": 2}, "num_iterations above 1"), (0.05, {"beta": 0.1}, "beta above 0"), (0.05, {}, None)]
+    + [(0.0, {"num_iterations": 2}, None)],
+)
+@pytest.mark.matrix(cases=4)
+def test_dropout_is_warned_of_where_its_noise_is_taken_for_a_ratio(dropout, options, said, caplog, tmp_path):
+    """On-policy a ratio is one whatever the mask."""
+    lora = LoraConfig(r=2, lora_dropout=dropout, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    of_text(varied, tmp_path, peft_config=lora, **options)
+    found = [record.message for record in caplog.records if "dropout layer(s)" in record.message]
+    assert len(found) == (said is not None) and (said is None or f"random, which {said} compare(s)" in found[0])
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 6))

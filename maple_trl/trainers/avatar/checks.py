@@ -17,6 +17,7 @@ from maple_trl.omni.content import read_content
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.trainers.avatar.config import AvatarConfig
 from maple_trl.trainers.common.hinted_rows import HINT_COLUMN, has_hint, row_digest, with_hint
+from maple_trl.trainers.common.learning_checks import dropout_layers
 from maple_trl.trainers.common.rows import check_row_tags
 
 
@@ -237,8 +238,7 @@ def check_dropout(args: AvatarConfig, model: nn.Module) -> None:
     """
     if not args.replayed_generations:
         return
-    dropouts = [name for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
-    if dropouts:
+    if dropouts := dropout_layers(model):
         raise ValueError(
             f"Replay compares log-probabilities over time, which {len(dropouts)} dropout layer(s) make random (first: "
             f"{dropouts[0]}): set lora_dropout to 0, or disable_dropout=True"

@@ -1,4 +1,4 @@
-"""Signs that a run goes on and learns nothing: each is said once, with the usual causes."""
+"""Signs that a run goes on and learns nothing, each said once with the usual causes, or learns from noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maple_trl.algorithms import informative_groups
 from maple_trl.algorithms.replay_draws import SAME_REWARD
@@ -123,6 +123,11 @@ class LearningChecks:
         """Continue from [`state_dict`]."""
         self.equal_rewards = Streak(**state["equal_rewards"])
         self.zero_gradients = Streak(**state["zero_gradients"])
+
+
+def dropout_layers(model: nn.Module) -> list[str]:
+    """Return the names of a model's layers with dropout."""
+    return [name for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
 
 
 def _range(values: Tensor) -> str:

@@ -20,6 +20,7 @@ from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.batch import Batch
 from maple_trl.trainers.common.checkpoint import is_complete
 from maple_trl.trainers.common.hinted_rows import prompt_key
+from maple_trl.trainers.common.learning_checks import dropout_layers
 from maple_trl.trainers.common.rollout import RolloutInFlight
 from maple_trl.trainers.common.sampling_checks import MOST_DIFFERENCE, ratio_metrics
 from maple_trl.trainers.common.tag_metrics import tag_number
@@ -112,6 +113,26 @@ class EngineMixin:
             self.args.generation_batch,
             lambda count: max(gather_object([count])),
         )
+
+    def _warn_of_dropout(self) -> None:
+        """Warn of dropout where log-probabilities are compared with others, as its noise is in what they differ by."""
+        args, layers = self.args, dropout_layers(self.model)
+        compared = {
+            "use_vllm": self.use_vllm,
+            "num_iterations above 1": args.num_iterations > 1,
+            "steps_per_generation above gradient_accumulation_steps": args.steps_per_generation
+            > args.gradient_accumulation_steps,
+            "beta above 0": args.beta > 0,
+        }
+        reasons = [name for name, is_so in compared.items() if is_so]
+        if layers and reasons and self.accelerator.is_main_process:
+            logger.warning(
+                "%d dropout layer(s) (first: %s) make log-probabilities random, which %s compare(s) with others: the noise is in "
+                "the importance ratios and in the KL divergence. Set lora_dropout to 0, or disable_dropout=True",
+                len(layers),
+                layers[0],
+                ", ".join(reasons),
+            )
 
     def _log_ratios(self, batch: Batch, flight: RolloutInFlight) -> None:
         """Log, by tag, how far the engine is from the policy, before TRL cuts anything; a collective call."""

@@ -187,6 +187,7 @@ class OmniGRPOTrainer(
             media_root=self.args.media_root,
         )
         self.engine = self._make_engine()
+        self._warn_of_dropout()
         if self.towers is not None and self.ref_model is not None:
             # TRL leaves it as it is loaded, and what towers make that ask for a gradient is not kept.
             self.ref_model.requires_grad_(False)
