@@ -1,6 +1,7 @@
 """What an engine is given of a model with adapters: what TRL's merge gives it, without TRL's changes to the model."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -61,11 +62,15 @@ def adapted(kind, form, dtype=torch.bfloat16, adapters=("default",)):
     return model
 
 
-def walk(model, kind=MergingGeneration):
+UNSHARDED = DistributedBackend(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)))
+SHARDED = SimpleNamespace(is_fsdp=False, is_zero3=True, gather_params=lambda weights: nullcontext())
+
+
+def walk(model, kind=MergingGeneration, backend=UNSHARDED):
     """The weights that a generation of this kind hands over, without the engine that it hands them to."""
     generation = object.__new__(kind)
     generation.model = model
-    generation._dist = DistributedBackend(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)))
+    generation._dist = backend
     return generation._iter_named_params()
 
 
@@ -162,6 +167,7 @@ def test_whole_modules_of_the_active_adapter_alone():
     model.set_adapter("without")
     assert torch.equal(dict(walk(model))["lm_head.weight"], model.get_output_embeddings().original_module.weight)
     model.set_adapter("default")
+    assert [name for name, _ in walk(model, backend=SHARDED)] == names  # by TRL's merge
     assert [name for name, _ in walk(model, VLLMGeneration) if "modules_to_save" in name] == [
         "lm_head.modules_to_save.ref.weight"
     ]
