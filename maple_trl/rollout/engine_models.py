@@ -148,14 +148,6 @@ def engine_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tied_name(model: nn.Module) -> str | None:
-    """Return the name of the embedding that is a model's head as well; `None` where they are two."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return None
-    return next(name for name, value in model.named_parameters() if value is embedding.weight)
-
-
 def engine_weights(
     weights: Iterable[tuple[str, Tensor]], known: EngineModel, tied: str | None
 ) -> Iterator[tuple[str, Tensor]]:

@@ -20,9 +20,9 @@ from maple_trl.rollout.engine_models import (
     EngineModel,
     engine_model,
     engine_weights,
-    tied_name,
     write_engine_folder,
 )
+from maple_trl.rollout.merged_weights import tied_name
 from maple_trl.rollout.vllm_server import write_weights
 
 

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, is_peft_model, set_seed
 from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 
 from maple_trl.omni.encoded import EncodedPrompt, unique_prompts
 from maple_trl.omni.families.base import OmniFamily, unwrap
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
-from maple_trl.rollout.engine_models import engine_model, engine_weights, tied_name
+from maple_trl.rollout.engine_models import engine_model, engine_weights
 from maple_trl.rollout.engine_rows import EngineRow
+from maple_trl.rollout.merged_weights import merged_weights, tied_name
 from maple_trl.rollout.sampling_options import vllm_options
 from maple_trl.rollout.weight_sums import WeightSummer, WeightSums, compare_sums
 
@@ -41,7 +42,27 @@ class Sampled:
     failure: str | None = None
 
 
-class OmniVLLMGeneration(VLLMGeneration):
+class MergingGeneration(VLLMGeneration):
+    """TRL's, whose transfers of weights leave the weights under an adapter as they are."""
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        if not is_peft_model(self.model):
+            yield from super()._iter_named_params()
+        elif self._dist.is_fsdp or self._dist.is_zero3:
+            # Shards of a layer cannot be merged by themselves: TRL merges the whole model. It knows copies of modules of the
+            # adapter "default" alone, and would send those of others under names that no engine has.
+            inactive = {
+                f"modules_to_save.{name}." for name in {*self.model.peft_config} - {*self.model.active_adapters}
+            }
+            for name, value in super()._iter_named_params():
+                if not any(copy in name for copy in inactive):
+                    yield name, value
+        else:
+            for name, value in merged_weights(self.model):
+                yield self._fix_param_name_to_vllm(name), value
+
+
+class OmniVLLMGeneration(MergingGeneration):
     """
     Samples completions of encoded prompts with vLLM.
 
@@ -105,7 +126,7 @@ class OmniVLLMGeneration(VLLMGeneration):
             try:
                 self._load(engine_weights(passed_on(), self.known, tied_name(self.plain_model)))
             finally:
-                for _ in named:  # where it has failed: other ranks gather with this one, and adapters are still merged
+                for _ in named:  # where it has failed: other ranks gather with this one
                     pass
 
         self._agreeing(load)

@@ -22,8 +22,9 @@ from trl.generation.vllm_client import VLLMClient
 
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
-from maple_trl.rollout.engine_models import engine_weights, tied_name
+from maple_trl.rollout.engine_models import engine_weights
 from maple_trl.rollout.engine_rows import EngineRow, pack_rows
+from maple_trl.rollout.merged_weights import tied_name
 from maple_trl.rollout.serve_rollouts import SAMPLE, STATE, WEIGHTS, WRONG_WEIGHTS
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration, Sampled
 from maple_trl.rollout.weight_sums import WeightSums

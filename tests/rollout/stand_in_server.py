@@ -16,8 +16,9 @@ from vllm_runs import reference_logits
 from maple_trl.omni.encoded import EncodedPrompt
 from maple_trl.omni.families import family_for
 from maple_trl.omni.loading import load_model, load_processor
-from maple_trl.rollout.engine_models import ENGINE_MODELS, engine_weights, tied_name
+from maple_trl.rollout.engine_models import ENGINE_MODELS, engine_weights
 from maple_trl.rollout.engine_rows import unpack_rows
+from maple_trl.rollout.merged_weights import tied_name
 from maple_trl.rollout.serve_rollouts import SAMPLE, STATE, WEIGHTS, WRONG_WEIGHTS
 from maple_trl.rollout.weight_sums import sum_weights
 

@@ -26,9 +26,9 @@ from maple_trl.rollout.engine_models import (
     engine_config,
     engine_model,
     engine_weights,
-    tied_name,
 )
 from maple_trl.rollout.engine_rows import EngineItem, EngineRow, pack_rows, unpack_rows
+from maple_trl.rollout.merged_weights import tied_name
 from maple_trl.rollout.sampling_options import vllm_options
 from maple_trl.rollout.weight_sums import compare_sums, sum_weights
 from maple_trl.trainers.common.sampling_checks import ratio_metrics

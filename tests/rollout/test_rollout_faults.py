@@ -7,13 +7,15 @@ import pytest
 import torch
 from aiohttp import web
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from stand_in_server import StandIn
 from vllm_runs import BOUND, build, one_of_each
 
+from maple_trl.omni.loading import load_model
 from maple_trl.rollout import vllm_generation
 from maple_trl.rollout.engine import EngineError, WrongWeightsError
 from maple_trl.rollout.engine_models import engine_weights
+from maple_trl.rollout.merged_weights import places
 from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
 from maple_trl.trainers.common.hinted_rows import prompt_key
 from maple_trl.trainers.common.run_errors import EngineLostError
@@ -292,6 +294,29 @@ def test_adapters_over_nccl(texts, tmp_path):
         generation._nccl = Wire(server)
         trainer.train()
     assert worst(trainer) <= BOUND
+
+
+def test_an_adapter_that_is_trained_on_leaves_its_base_alone(texts, tmp_path):
+    """In half precision, with a reference of its own, which has modules that no engine knows."""
+    base = load_model("builtin:tiny-omni", dtype="bfloat16")
+    targets = r".*language_model.*(q_proj|v_proj)"
+    adapters = LoraConfig(r=4, lora_alpha=16, target_modules=targets, modules_to_save=["language_model.norm"])
+    own = {name: value.detach().clone() for name, value in base.named_parameters()}
+    with StandIn() as server:
+        server.model.to(torch.bfloat16)
+        trainer = make("grpo", texts, tmp_path, server, model=get_peft_model(base, adapters), beta=0.1, max_steps=3)
+        assert set(trainer.model.peft_config) == {"default", "ref"}
+        trainer.train()
+        there = dict(server.model.named_parameters())
+    assert server.syncs == len(trainer.worst) == 3 and worst(trainer) < 0.5
+    left = {place.name: place for place in places(trainer.model.get_base_model())}
+    assert set(left) - set(own) == {"lm_head.weight"}  # which is the embedding
+    whole_module = "model.language_model.norm.weight"
+    assert [name for name in own if not torch.equal(left[name].weight, own[name])] == [whole_module]
+    # The engine has what the third rollout began with: merged layers, and the module as it was trained by then.
+    moved = {name for name, value in there.items() if not torch.equal(value, own[name])}
+    merged = {name for name, place in left.items() if place.layers and name.endswith(".weight")}
+    assert moved == merged | {whole_module}
 
 
 class Wire:

@@ -100,13 +100,16 @@ def compared(trainer_class):
 
 
 def build(kind, folder, dataset, model="builtin:tiny-omni", trainer=None, reward=spread_reward, **options):
-    """A trainer whose clips are in `folder`; vLLM's kernels for a CPU take heads of 32 and more, as this model has."""
+    """
+    A trainer whose clips are in `folder`, of a named model or of one that was made of the default; vLLM's kernels for a CPU
+    take heads of 32 and more, as that one has.
+    """
     trainer_class, config_class = KINDS[kind]
     given = {"peft_config": options.pop("peft_config")} if "peft_config" in options else {}
     options = OPTIONS | {"output_dir": str(folder / "run"), "media_root": str(folder), **options}
     return (trainer or compared(trainer_class))(
-        model=load_model(model, dtype="float32"),
-        processing_class=load_processor(model),
+        model=load_model(model, dtype="float32") if isinstance(model, str) else model,
+        processing_class=load_processor(model if isinstance(model, str) else "builtin:tiny-omni"),
         reward_funcs=reward,
         args=config_class(**options),
         train_dataset=dataset,
