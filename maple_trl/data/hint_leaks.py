@@ -5,9 +5,22 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
+from string import ascii_letters, ascii_uppercase
 from typing import Any
 
-from maple_trl.data.plain_words import STOP_WORDS, number_value, plain, same_shapes, stems, words
+from maple_trl.data.plain_words import (
+    NO_LETTER_BEFORE,
+    NO_LETTER_BEHIND,
+    is_common,
+    number_value,
+    plain,
+    same_shapes,
+    stems,
+    tells,
+    words,
+)
+from maple_trl.metrics.answers import UNSPACED, signs
 
 
 LEAKS: dict[str, str] = {
@@ -29,12 +42,22 @@ _MARKUP = re.compile(
 )
 _WRAPPED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?|([A-Za-z])\)")
-_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.):])\s+(\S.*)", re.DOTALL)
+_LETTER_AND_TEXT = re.compile(rf"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.):])(?:\s+|(?=[{UNSPACED}]))(\S.*)", re.DOTALL)
 _CAPITAL = re.compile(r"[A-Z]")
-_OPTION_MARK = re.compile(r"(?:^|(?<=\s))[(\[]?([A-Z])[.):\]]+\s+", re.MULTILINE)
+# The wide forms of East Asian texts, which need no space behind them, in those above.
+_WIDE_LETTERS = {chr(ord(letter) + 0xFEE0): letter for letter in ascii_letters}
+_WIDE_FORMS = str.maketrans(
+    _WIDE_LETTERS | dict.fromkeys("．。、", ".") | {"（": "(", "）": ")", "：": ":", "，": ","}
+)
+_OPTION_MARK = re.compile(
+    r"(?:^|(?<=[\s。？！；：]))[(\[（［【]?([A-ZＡ-Ｚ])"
+    rf"(?:[.):\]]+(?:\s+|(?=[{UNSPACED}]))|[．。、：）］】]+[.:]?\s*)",
+    re.MULTILINE,
+)
 
 _KIND = r"(?:option|choice|alternative)"
 _PLACE = r"(?:first|second|third|fourth|fifth|sixth|last|final|middle|1st|2nd|3rd|[4-9]th)"
+_KINDS_ELSEWHERE = same_shapes("选项|選項|选择|選擇|选|選|答案|答え|正解|選択肢|คำตอบ|ตัวเลือก|ข้อ")
 _NUMBER = r"(?:[1-9]|one|two|three|four|five|six)"
 _BY_POSITION = re.compile(
     rf"\b{_PLACE}\s+{_KIND}\b|\b{_KIND}\s*(?:number|no\.?|#)?\s*{_NUMBER}\b|\banswer\s+(?:number|no\.?|#)\s*{_NUMBER}\b"
@@ -51,13 +74,17 @@ def leaks_answer(hint: str, prompt_text: str, solution: Any, *, max_words: int =
     letters of a word, plural and verb endings, and numbers in digits or English words make no difference. A paraphrase
     in other words, or in another language, is not found.
 
+    In scripts without spaces between words (Han, kana, Thai, Lao, Khmer, Burmese) an answer is found wherever its characters
+    stand one behind the other. What sets an option apart are, of these, its Han characters alone. Short replies that are parts of
+    many words (`是`, `はい`) must stand apart. Numbers in words and options named by their position are known in English alone.
+
     Args:
         hint (`str`):
             The hint.
         prompt_text (`str`):
             The question as the student reads it, with its options (`A. …`, `(A) …`) where it has any.
         solution (`Any`):
-            An option (`"B"`, `"(B)"`, `"B. text"`), several (`"A,C"`), a number or its text, or any other text; as the
+            An option (`"B"`, `"(B)"`, `"B. text"`, `"B、text"`), several (`"A,C"`), a number or its text, or any other text; as the
             accuracy reward takes it.
         max_words (`int`, *optional*, defaults to 60):
             Longest hint; at most 15 characters a word count.
@@ -106,7 +133,7 @@ class _Problem:
         question, options = split_options(prompt_text)
         text = str(solution).strip()
         wrapped = _WRAPPED.fullmatch(text)
-        letters = re.split(r"\s*,\s*", (wrapped[1] if wrapped else text).strip())
+        letters = re.split(r"\s*[,，、]\s*", (wrapped[1] if wrapped else text).strip())
         if len(letters) < 2 or not all(map(_CAPITAL.fullmatch, letters)) or (options and set(letters) - set(options)):
             return [cls.read(prompt_text, solution)]
         wrong = {letter: option for letter, option in options.items() if letter not in letters}
@@ -124,13 +151,14 @@ class _Problem:
         )
         wrapped = _WRAPPED.fullmatch(text)
         text = wrapped[1].strip() if wrapped else text
-        alone, both = _LETTER.fullmatch(text), _LETTER_AND_TEXT.fullmatch(text)
+        marked = text.translate(_WIDE_FORMS)  # of the same length
+        alone, both = _LETTER.fullmatch(marked), _LETTER_AND_TEXT.fullmatch(marked)
         letter = None
         if alone:
             letter = (alone[1] or alone[2]).upper()
             text = options.get(letter, "")
         elif both:
-            letter, text = (both[1] or both[2]).upper(), both[3]
+            letter, text = (both[1] or both[2]).upper(), text[both.start(3) :]
         elif text:
             letter = next((name for name, option in options.items() if plain(option) == plain(text)), None)
         return cls(question, options, letter, text, number_value(text))
@@ -138,26 +166,27 @@ class _Problem:
 
 def split_options(prompt_text: str) -> tuple[str, dict[str, str]]:
     """
-    Split a question into its text and its options by letter; none where no `A. … B. …` stands in it.
+    Split a question into its text and its options by letter; none where no `A. … B. …` (or `A、…`) stands in it.
 
     The last such row counts, and the last option ends with its line.
     """
     marks = list(_OPTION_MARK.finditer(prompt_text))
-    starts = [index for index, mark in enumerate(marks) if mark[1] == "A"]
+    letters = [mark[1].translate(_WIDE_FORMS) for mark in marks]
+    starts = [index for index, letter in enumerate(letters) if letter == "A"]
     for start in reversed(starts[-_MAX_LISTS:]):
         run = [marks[start]]
-        for mark in marks[start + 1 :]:
-            if ord(mark[1]) == ord(run[-1][1]) + 1:
+        for mark, letter in zip(marks[start + 1 :], letters[start + 1 :], strict=True):
+            if ord(letter) == ord("A") + len(run):
                 run.append(mark)
         if len(run) < 2:
             continue
         options, last_end = {}, run[-1].end()
-        for mark, following in zip(run, [*run[1:], None], strict=True):
+        for letter, mark, following in zip(ascii_uppercase, run, [*run[1:], None], strict=False):
             if following is not None:
-                options[mark[1]] = prompt_text[mark.end() : following.start()].strip()
+                options[letter] = prompt_text[mark.end() : following.start()].strip()
             else:
                 line = prompt_text[mark.end() :].split("\n", 1)[0]
-                options[mark[1]], last_end = line.strip(), mark.end() + len(line)
+                options[letter], last_end = line.strip(), mark.end() + len(line)
         return prompt_text[: run[0].start()] + prompt_text[last_end:], options
     return prompt_text, {}
 
@@ -172,20 +201,25 @@ def _names_option(hint: str, letters: str) -> bool:
     capitals = letters.replace("A", "").replace("I", "")
     kinds = r"(?:option|choice|alternative|letter|answer|candidate|solution|pick|choose|select)s?"
     verb = r"(?:is|are|was|be|to\s+be|would\s+be|must\s+be|should\s+be)"
+    before, behind = rf"{NO_LETTER_BEFORE}(?<!')", rf"{NO_LETTER_BEHIND}(?!')"
     patterns = [
-        rf"[(\[{{\"'*_`]\s*{any_letter}\s*[)\]}}\"'*_`.]",
-        rf"(?:^|(?<=\s)){any_letter}[):](?!\w)",
+        rf"[(\[{{\"'*_`「『【〔]\s*{any_letter}\s*[)\]}}\"'*_`.」』】〕]",
+        rf"(?:^|(?<=\s)){any_letter}[):]{NO_LETTER_BEHIND}",
         rf"^\W*{any_letter}\W*$",
-        rf"\b(?i:{kinds})\b[\s:=\-\"'*(\[]*(?:(?i:{verb})\b)?[\s:=\-\"'*(\[]*{letter}(?!\w)",
+        rf"{NO_LETTER_BEFORE}(?i:{kinds}){NO_LETTER_BEHIND}[\s:=\-\"'*(\[]*(?:(?i:{verb})\b)?[\s:=\-\"'*(\[]*"
+        rf"{letter}{NO_LETTER_BEHIND}",
+        rf"(?:{_KINDS_ELSEWHERE})(?:是|为|為|は|が|คือ)?[\s:=\-\"'*(\[「『【〔]*{any_letter}{NO_LETTER_BEHIND}",
+        # Beside a character of a script without spaces, a single Latin letter is neither a word nor a part of one.
+        rf"(?<=[{UNSPACED}]){any_letter}{behind}|{before}{any_letter}(?=[{UNSPACED}])",
     ]
     if capitals:
-        patterns.append(rf"(?<![\w']){f'[{capitals}]'}(?![\w'])")
+        patterns.append(rf"{before}[{capitals}]{behind}")
     if (
         "A" in letters
     ):  # a capital A before a word is an article, unless that word is a verb or joins it to another letter
-        patterns.append(r"(?<![\w'])A(?![\w'])(?!\s+\w)")
+        patterns.append(rf"{before}A{behind}(?!\s+[^\W{UNSPACED}])")
         patterns.append(
-            r"(?<![\w'])A\s+(?:is|was|and|or|nor|not|fits|matches|holds|wins|must|cannot|can't|seems|looks)\b"
+            rf"{before}A\s+(?:is|was|and|or|nor|not|fits|matches|holds|wins|must|cannot|can't|seems|looks)\b"
         )
     return any(re.search(pattern, text) for pattern in patterns) or bool(_BY_POSITION.search(text))
 
@@ -204,9 +238,11 @@ def _holds_text(hint: str, problem: _Problem) -> bool:
         return problem.text in hint
     if len(answer) == 1 and answer[0] in ("a", "i"):
         return False
+    if is_common(answer):
+        return _stands_apart("".join(answer), hint)
     if _spelled(problem.text, hint) or _run_of(stems(answer), stems(said)):
         return True
-    telling = set(stems(word for word in answer if word not in STOP_WORDS))
+    telling = set(stems(filter(tells, answer)))
     telling -= set(stems(words(problem.question)))
     others = [text for letter, text in problem.options.items() if letter != problem.letter]
     own = telling - set(stems(words(" ".join(others))))
@@ -219,11 +255,38 @@ def _holds_text(hint: str, problem: _Problem) -> bool:
 
 
 def _spelled(answer: str, hint: str) -> bool:
-    """Return whether a hint spells the answer, whatever stands between letters: `r-e-d`, `R E D`, `redsquare`."""
-    letters = re.findall(r"[^\W_]", plain(answer))
-    if not letters or all(char.isdigit() for char in letters):  # "1, 2" is not 12
+    """
+    Return whether a hint spells the answer, whatever stands between letters: `r-e-d`, `R E D`, `redsquare`.
+
+    No letter stands around it, other than of a script without spaces.
+    """
+    letter, end = _spelling()
+    spelled, hint = "".join(letter.findall(plain(answer))), plain(hint)
+    if not spelled or all(map(str.isdigit, spelled)):  # "1, 2" is not 12
         return False
-    return re.search(r"(?<!\w)" + r"[\W_]*".join(map(re.escape, letters)) + r"(?:e?s)?(?!\w)", plain(hint)) is not None
+    places = [match.start() for match in letter.finditer(hint)]
+    letters = "".join(map(hint.__getitem__, places))
+    start = letters.find(spelled)
+    while start >= 0:
+        first, last = places[start], places[start + len(spelled) - 1]
+        if _BEGINNING.match(hint, first) and end.match(hint, last):
+            return True
+        start = letters.find(spelled, start + 1)
+    return False
+
+
+_BEGINNING = re.compile(rf"[{UNSPACED}]|{NO_LETTER_BEFORE}")
+
+
+@cache
+def _spelling() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return what a letter is, and where the last one of a spelling may stand."""
+    end = rf"(?:[{UNSPACED}]|.(?:e?s)?{NO_LETTER_BEHIND})(?![{signs()}])"
+    return re.compile(rf"[^\W_]|[{signs()}]"), re.compile(end)
+
+
+def _stands_apart(text: str, hint: str) -> bool:
+    return re.search(rf"(?<![\w{UNSPACED}]){re.escape(text)}(?![\w{UNSPACED}])", plain(hint)) is not None
 
 
 def _run_of(part: list[str], whole: list[str]) -> bool:

@@ -6,6 +6,9 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
+
+from maple_trl.metrics.answers import HAN, UNSPACED, signs
 
 
 # Letters of other scripts that look like Latin ones.
@@ -13,13 +16,26 @@ _SHAPES = str.maketrans(
     "АВСЕНІЈКМОРЅТХУавсеһіјкморѕтхуԁӏΑΒΕΖΗΙΚΜΝΟΡΤΥΧαβεικνορτυχ’‘‛´`“”„‐‑‒–—−",
     "ABCEHIJKMOPSTXYabcehijkmopstxydlABEZHIKMNOPTYXabeiknoptyx'''''\"\"\"------",
 )
-_WORD = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+(?![^\W_]))?|[^\W\d_]+(?:'[^\W\d_]+)*")
+# Marks that are no accents: the vowels of Indian and South East Asian scripts, and the voicing of kana.
+_LETTER_SIGN = re.compile(
+    "[\u0900-\u109f\u1700-\u17ff\u1900-\u1aaf\u1b00-\u1c4f\u3099\u309a\ua800-\uabff\U00011000-\U00011fff]"
+)
+_UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
+_HAN_WORD = re.compile(f"[{HAN}]")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 STOP_WORDS = frozenset(
     "a an the of to in on at is are was were be been it its this that these those and or for with by as from there their"
     " he she they his her has have had do does did".split()
 )
+
+# Such words of scripts without spaces; they and short replies are parts of other words, too.
+STOP_CHARACTERS = frozenset("的了是在有不没沒否对對吗嗎吧呢也都就与與和之这這那")
+_SHORT_REPLIES = frozenset(("はい", "いいえ", "ใช่", "ไม่", "ไม่ใช่"))
+
+NO_LETTER_BEFORE = rf"(?<![^\W{UNSPACED}])"
+NO_LETTER_BEHIND = rf"(?![^\W{UNSPACED}])"
+"""Where a word may begin and end, as patterns; a character of a script without spaces is no part of another word."""
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
@@ -34,7 +50,7 @@ _OTHERS = {"once": "1", "twice": "2", "thrice": "3", "dozen": "12", "half": "0.5
 def same_shapes(text: str) -> str:
     """Return `text` in compatibility form, without accents and invisible characters, look-alikes as Latin letters."""
     text = unicodedata.normalize("NFKD", text)
-    text = "".join(char for char in text if unicodedata.category(char) not in ("Mn", "Cf"))
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Cf") or _LETTER_SIGN.match(c))
     return unicodedata.normalize("NFKC", text).translate(_SHAPES)
 
 
@@ -44,8 +60,36 @@ def plain(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in plain form; numbers in digits, also where they were written in English words."""
-    return _with_digits([_canonical(word) for word in _WORD.findall(plain(text))])
+    """
+    Return the words of a text in plain form; numbers in digits, also where they were written in English words.
+
+    In a script without spaces each character is a word, with the signs on it.
+    """
+    return _with_digits([_canonical(word) for word in _word().findall(plain(text))])
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    letters = rf"[^\W\d_{UNSPACED}]+(?:[{signs()}]+[^\W\d_{UNSPACED}]*)*"
+    number = rf"\d+(?:[.,]\d+)*(?:e[+-]?\d+(?![^\W_{UNSPACED}]))?"
+    return re.compile(rf"{number}|[{UNSPACED}][{signs()}]*|{letters}(?:'{letters})*")
+
+
+def tells(word: str) -> bool:
+    """
+    Return whether a word of [`words`] says something where it stands apart from the others of its text.
+
+    Stop words do not, nor does a single letter of a script that has no spaces; a character of Chinese is a word, or most of one.
+    """
+    if _UNSPACED_WORD.match(word):
+        return _HAN_WORD.match(word) is not None and word not in STOP_CHARACTERS
+    return word not in STOP_WORDS
+
+
+def is_common(found: list[str]) -> bool:
+    """Return whether [`words`] are one short text that stands within many words of a script without spaces, such as `是` or `はい`."""
+    alone = len(found) == 1 and _UNSPACED_WORD.match(found[0]) and not _HAN_WORD.match(found[0])
+    return bool(alone) or STOP_CHARACTERS.issuperset(found) or "".join(found) in _SHORT_REPLIES
 
 
 def stems(texts: Iterable[str]) -> list[str]:

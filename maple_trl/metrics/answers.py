@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Set
 from functools import cache
 from importlib import import_module
@@ -17,7 +18,22 @@ model judges.
 
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 
-_WORD = re.compile(r"\w+")
+HAN = "\u3005-\u3007\u3021-\u3029\u3038-\u303c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Characters of Chinese, which other languages use too, as the inside of a character class."""
+
+UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
+    "\u0e81-\u0ece\u0edc-\u0edf"  # Lao
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa76\uaa7a-\uaa7f"  # Burmese
+    "\u1780-\u17d3\u17d7\u17dc\u17dd"  # Khmer
+    "\u3031-\u3035\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # kana
+    "\uff66-\uff9f\U0001aff0-\U0001b16f" + HAN
+)
+"""
+Letters and signs of the scripts that put no spaces between words, as the inside of a character class: Thai, Lao, Burmese,
+Khmer, kana and [`HAN`]. Their digits and punctuation are not among them.
+"""
+
 _EXACT = 1e-5
 _CAP = 100.0  # an error up to it is never capped
 
@@ -50,15 +66,33 @@ def set_f1(told: Set[Any], truth: Set[Any]) -> float:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, without case and punctuation."""
-    return _WORD.findall(text.casefold())
+    """
+    Return the words of a text, without case and punctuation.
+
+    In a script without spaces between words ([`UNSPACED`]) each character is one, with the vowel and tone signs on it; its
+    digits make numbers, as elsewhere. In other scripts signs belong to their word.
+    """
+    return _word().findall(unicodedata.normalize("NFC", text.casefold()))
+
+
+@cache
+def signs() -> str:
+    """Return the vowel signs, tones and accents that belong to the letter before them, as the inside of a character class."""
+    marks = (char for char in map(chr, range(0x300, 0x20000)) if unicodedata.category(char) in ("Mn", "Mc"))
+    return "".join(char for char in marks if not "\ufe00" <= char <= "\ufe0f")  # which choose a glyph
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    return re.compile(rf"[{UNSPACED}][{signs()}]*|[^\W{UNSPACED}]+(?:[{signs()}]+[^\W{UNSPACED}]*)*")
 
 
 def word_error_rate(told: str, truth: str) -> float:
     """
     Return the edits of words that lead from an answer to the truth, by words of the truth; it may pass 1.
 
-    Case and punctuation do not count. Of a truth without a word, nothing but the same text is free of errors.
+    Case and punctuation do not count. In scripts without spaces between words, it is the rate of wrong characters (see
+    [`words`]). Of a truth without a word, nothing but the same text is free of errors.
 
     Raises:
         ImportError: naming the extra with the package, where that is missing.
@@ -72,7 +106,8 @@ def rouge_f1(told: str, truth: str) -> dict[str, float]:
     """
     Return the F1 of shared words, of shared pairs of words, and of the longest common subsequence (ROUGE-1, -2, -L).
 
-    Words are not stemmed; case and punctuation do not count. Of a truth without a word, nothing but the same text scores.
+    Words are those of [`words`], not stemmed; case and punctuation do not count. Of a truth without a word, nothing but the
+    same text scores.
 
     Raises:
         ImportError: naming the extra with the package, where that is missing.

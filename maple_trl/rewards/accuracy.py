@@ -27,8 +27,9 @@ def accuracy_reward(
 
     An option must match exactly (case does not matter; `B`, `B.`, `(B)`, `[B]`, `**B**`, `\boxed{B}`, `The answer is B.`, `选B`
     and `B. text` name the same option, see [`~maple_trl.rewards.answers.option_letter`]), a number
-    `y` scores `max(0, 1 - |y' - y| / |y|)` (`y = 0` must be met exactly), other text must be equal up to case and white
-    space. No answer, several answers (in several tags, or `B or C` in one) and an answer inside the think block score
+    `y` scores `max(0, 1 - |y' - y| / |y|)` (`y = 0` must be met exactly; `12`, `$12$`, `\boxed{12}` and `The answer is 12.` are
+    the same, see [`~maple_trl.rewards.answers.read_number`]), other text must be equal up to case, white space and a final
+    stop. No answer, several answers (in several tags, or `B or C` or `12 or 13` in one) and an answer inside the think block score
     0, and so do look-alikes of letters and digits.
 
     A row with options is graded by its options: the text of the right one counts as much as its letter, and a letter

@@ -75,7 +75,20 @@ _MARKED = re.compile(
 _PARTED = re.compile(r"[,;\[({*$`]")
 # Nothing here comes from other modules of ours: results carry a version for what this one does, by a digest of its code.
 _BETWEEN_LETTERS = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
-_WORDS = re.compile(r"\w+")
+# As in `maple_trl.metrics.answers`: what is written without spaces between words.
+_HAN = "\u3005-\u3007\u3021-\u3029\u3038-\u303c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
+    "\u0e81-\u0ece\u0edc-\u0edf"  # Lao
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa76\uaa7a-\uaa7f"  # Burmese
+    "\u1780-\u17d3\u17d7\u17dc\u17dd"  # Khmer
+    "\u3031-\u3035\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # kana
+    "\uff66-\uff9f\U0001aff0-\U0001b16f" + _HAN
+)
+_WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")  # there each character is a word
+_RUNS = re.compile(r"\w+")
+_COMMON = "不没沒是有否对對的了在会會能"  # stand in texts of every kind
+_LISTED_LETTERS = re.compile(r"[A-Za-z](?: ?[,，、] ?[A-Za-z])+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
 
 
@@ -160,9 +173,7 @@ def option_letter(text: str) -> str | None:
 
 def _read_option(text: str) -> tuple[str, str] | None:
     """Read the letter that an answer names, and the text behind it."""
-    text = text.translate(_WIDE).strip()
-    for _ in range(2 if "\\" in text else 0):
-        text = _MACRO.sub(r"\1", text)
+    text = _without_macros(text.translate(_WIDE).strip())
     for _ in range(_PEELS):
         if len(text) <= 4:
             text = text.rstrip(" .!,;")
@@ -177,6 +188,12 @@ def _read_option(text: str) -> tuple[str, str] | None:
             return None
         text = peeled
     return None
+
+
+def _without_macros(text: str) -> str:
+    for _ in range(2 if "\\" in text else 0):
+        text = _MACRO.sub(r"\1", text)
+    return text
 
 
 def _marked_lead(text: str) -> tuple[str, str] | None:
@@ -225,12 +242,28 @@ def _peeled(text: str) -> str:
 
 
 def number(text: str) -> float | None:
-    """Return the finite number that a text consists of (`12`, `-3.5`, `1e3`, `1,200`), or `None`."""
-    text = text.strip()
+    """Return the finite number that a text consists of (`12`, `-3.5`, `−3.5`, `1e3`, `1,200`), or `None`."""
+    text = text.strip().replace("\N{MINUS SIGN}", "-")
     if not _NUMBER.fullmatch(text) or not any("0" <= char <= "9" for char in text.lower().split("e")[0]):
         return None
     value = float(text.replace(",", ""))
     return value if math.isfinite(value) else None
+
+
+def read_number(text: str) -> float | None:
+    r"""
+    Return the number that an answer consists of, as [`number`] reads it, in marks or behind words that announce it.
+
+    Marks and words are those of [`option_letter`]: `$12$`, `\boxed{12}`, `**12**`, `The answer is 12.`, `答案是12`.
+    `None` for anything else: other words (`12 apples`), a second number (`12 or 13`).
+    """
+    text = _without_macros(text.translate(_WIDE).strip())
+    for _ in range(_PEELS):
+        value, peeled = number(text.removesuffix(".")), _peeled(text)
+        if value is not None or peeled == text:
+            return value
+        text = peeled
+    return number(text)
 
 
 def option_texts(options: Any) -> dict[str, str]:
@@ -311,11 +344,15 @@ def _repeated(answer: str) -> tuple[str, str] | None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(" .")
+    return " ".join(text.casefold().split()).rstrip(" .。．｡")
 
 
-def _words(text: str) -> str:
-    return f" {' '.join(_WORDS.findall(text.casefold()))} "
+def _is_short(text: str) -> bool:
+    """Return whether a text in a script without spaces has fewer than two characters of Han, or four others, that tell it."""
+    if not re.search(f"[{_UNSPACED}]", text):
+        return False
+    telling = [char for char in text if char.isalnum() and char not in _COMMON]
+    return len(telling) + len(re.findall(f"[{_HAN}]", "".join(telling))) < 4
 
 
 def _contradicts(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
@@ -323,13 +360,18 @@ def _contradicts(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
     texts = {name: text.translate(_WIDE) for name, text in texts.items()}
     if _plain(rest) == _plain(texts[letter]):
         return False
-    own = _words(texts[letter])
-    others = {_words(text) for text in texts.values()} - {own, "  "}
+    # What is short stands within other words of such a script; it counts where it is all between two marks or spaces.
+    patterns = {name: _RUNS if _is_short(text) else _WORDS for name, text in texts.items()}
+    return any(
+        _speaks_of(rest, text, texts[letter], patterns[name]) for name, text in texts.items()
+    ) or _names_second_option(rest, letter)
+
+
+def _speaks_of(rest: str, other: str, own: str, words: re.Pattern[str]) -> bool:
+    """Return whether a text holds that of another option, word for word."""
+    rest, other, own = (f" {' '.join(words.findall(text.casefold()))} " for text in (rest, other, own))
     # "red" inside the own text "dark red" is no second option; "dark red" around the own text "red" is.
-    said, remaining = _words(rest), _words(rest).replace(own, " | ")
-    return any(other in (said if own in other else remaining) for other in others) or _names_second_option(
-        rest, letter
-    )
+    return other not in (own, "  ") and other in (rest if own in other else rest.replace(own, " | "))
 
 
 def _names_second_option(rest: str, letter: str) -> bool:
@@ -349,7 +391,7 @@ def answer_key(answer: str | None, options: Any = None) -> tuple | None:
     """
     Return what an answer says, such that two answers that say the same have equal keys.
 
-    `B`, `(b)` and `B. text` are one option, `12`, `12.0` and `1.2e1` one number, `Red  cat` and `red cat` one text.
+    `B`, `(b)` and `B. text` are one option, `12`, `12.0`, `1.2e1` and `$12$` one number, `Red  cat.` and `red cat` one text.
 
     Args:
         answer (`str`, *optional*):
@@ -369,16 +411,22 @@ def answer_key(answer: str | None, options: Any = None) -> tuple | None:
         return ("option", letter)
     if texts or option_letter(answer) is not None or len(_letters(answer)) > 1:
         return None
-    value = number(answer)
-    return ("text", " ".join(answer.casefold().split())) if value is None else ("number", value)
+    value = read_number(answer)
+    return ("text", _compared(answer)) if value is None else ("number", value)
+
+
+def _compared(text: str) -> str:
+    """Return a text without case, white space that is doubled, and a final stop; listed letters without any space."""
+    plain = _plain(text) or text
+    return re.sub("[ ,，、]+", ",", plain) if _LISTED_LETTERS.fullmatch(plain) else plain
 
 
 def grade_answer(answer: str | None, solution: Any, options: Any = None) -> float | None:
     """
     Grade one extracted answer against the row's solution.
 
-    Letters are ASCII ones or their wide forms, digits ASCII ones: look-alikes of other scripts and styles (Cyrillic `В`,
-    circled `Ⓑ`, `𝐁`) name no option and no number, and texts are compared without Unicode normalisation.
+    Letters are ASCII ones or their wide forms, digits ASCII ones, a minus also the sign U+2212: look-alikes of other scripts and
+    styles (Cyrillic `В`, circled `Ⓑ`, `𝐁`) name no option and no number, and texts are compared without Unicode normalisation.
 
     Args:
         answer (`str`, *optional*):
@@ -392,8 +440,9 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
 
     Returns:
         `float` or `None`: in `[0, 1]`; 1 for the right option (case does not matter), `max(0, 1 - |y' - y| / |y|)` for
-        a number `y != 0`, exact equality for `y = 0`, equality up to case and white space for other text. `None` when
-        there is no solution (`None`, NaN or blank): the row can't be graded.
+        a number `y != 0`, exact equality for `y = 0` (the answer's is [`read_number`]'s), equality up to case, white space and a
+        final stop for other text; a list of letters (`A, C` for `A,C`) needs their order. `None` when there is no solution
+        (`None`, NaN or blank): the row can't be graded.
     """
     expected = solution_text(solution)
     if expected is None:
@@ -409,11 +458,11 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
         return float(chosen_option(answer) == letter or answer == expected)
     truth = number(expected)
     if truth is not None:
-        value = number(answer)
+        value = read_number(answer)
         if value is None:
             return 0.0
         return float(value == 0.0) if truth == 0.0 else max(0.0, 1.0 - abs(value - truth) / abs(truth))
-    return float(answer.casefold().split() == expected.casefold().split())
+    return float(_compared(answer) == _compared(expected))
 
 
 def solution_text(solution: Any) -> str | None:

@@ -55,7 +55,8 @@ def echoes(text: str, original: str) -> bool:
     """
     Return whether a text is mostly a copy of another one: at least half of its runs of six words stand there too.
 
-    Case and punctuation do not matter. A text of fewer words is no copy.
+    Case and punctuation do not matter. A text of fewer words is no copy. In scripts without spaces between words each character
+    is one (see [`~maple_trl.metrics.answers.words`]).
     """
     runs = _runs(text)
     if not runs:

@@ -168,6 +168,73 @@ def test_leaks_of_other_answers(hint, solution, reason):
     assert leaks_answer(hint, "What happens, and how often?", solution) == reason
 
 
+ANIMALS = "谁在叫？\nA. 狗\nB. 猫\nC. 鸟"
+COLOURS = "什么颜色？\nA、一只红色的狗\nB、一只蓝色的狗\nC、一只红色的猫"
+
+
+@pytest.mark.parametrize(
+    ("hint", "question", "solution", "reason"),
+    [
+        ("仔细听声音，门口的狗在叫。", ANIMALS, "A", "option-text"),
+        ("仔细听声音，门口的 狗 在叫。", ANIMALS, "A、狗", "option-text"),
+        ("仔细听门口的声音。", ANIMALS, "A", None),
+        ("门口有猫。", ANIMALS, "A", None),
+        ("注意那只狗。", ANIMALS.replace(". ", "、"), "A", "option-text"),
+        ("注意那只狗。", ANIMALS.replace(". ", "．"), "（A）", "option-text"),
+        ("注意那只狗。", "谁在叫？（Ａ）狗（Ｂ）猫", "狗", "answer-text"),  # one behind the other: no list of options
+        ("注意那只狗。", "谁在叫？（Ａ）狗 （Ｂ）猫", "Ａ", "option-text"),
+        ("注意那只狗。", "谁在叫？\nA.狗\nB.猫", "A.狗", "option-text"),
+        ("找一把红色雨伞", "门口有什么？", "红色雨伞", "answer-text"),
+        ("找一把红-色 雨，伞", "门口有什么？", "红色雨伞", "answer-text"),
+        ("找一把红色的东西和雨伞", "门口有什么？", "红色雨伞", "answer-text"),  # its characters
+        ("找一把雨伞", "门口有什么？", "红色雨伞", None),
+        ("它像猫，是红的", COLOURS, "C", "option-text"),
+        ("看它是不是蓝的", COLOURS, "B", "option-text"),
+        ("看它是什么动物", COLOURS, "A", None),
+        ("そこの赤い車を見る", "何がある？", "赤い車", "answer-text"),
+        ("そこの車を見る", "何がある？", "赤い車", None),
+        ("ฟังเสียงสุนัขสีแดงหน้าบ้าน", "อะไร?", "สุนัขสีแดง", "answer-text"),
+        ("ฟังเสียงหน้าบ้านให้ดี", "อะไร?\nA. สีแดง\nB. สีดำ", "A", None),  # single letters tell nothing
+        ("ดูที่นกนี่", "อะไร?", "นกนี้", None),  # another tone is another word
+        ("ເບິ່ງໝາແດງ", "?", "ໝາແດງ", "answer-text"),
+        ("မြန်မာစာကိုကြည့်", "?", "မြန်မာ", "answer-text"),
+        ("看redsquare那里", "?", "red square", "answer-text"),
+        ("他走了3次", "几次？", "3", "number"),
+        # Short replies are parts of other words.
+        ("这是第一步，有没有声音？", "有人吗？\nA. 是\nB. 不是\nC. 没有", "A", None),
+        ("答：是。", "有人吗？\nA. 是\nB. 不是", "A", "option-text"),
+        ("これはいい", "いる？", "はい", None),
+        ("ไม่ใช่", "?", "ใช่", None),
+        ("दिल को देखो", "?", "दिल", "answer-text"),
+        ("दल को देखो", "?", "दिल", None),
+    ],
+)
+def test_leaks_in_scripts_without_spaces(hint, question, solution, reason):
+    assert leaks_answer(hint, question, solution) == reason
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        "选B",
+        "选 b",
+        "选b吧",
+        "答案是B",
+        "答案：b",
+        "应该是A选项",
+        "选 A 选项",
+        "B是对的",
+        "「b」",
+        "b选项",
+        "答えはＢ",
+        "ข้อbถูก",
+    ],
+)
+def test_letters_in_scripts_without_spaces(hint):
+    assert leaks_answer(hint, ANIMALS, "B") == "names-option"
+    assert leaks_answer(re.sub("[ABbＢ]", "", hint) + "看", ANIMALS, "B") is None
+
+
 def test_words_that_the_question_has_anyway_are_free():
     question = "Is the ball red?\nA. the ball is red\nB. the ball is blue"
     assert leaks_answer("Look at the ball when it is lit.", question, "A") is None
@@ -178,6 +245,15 @@ def test_words_that_the_question_has_anyway_are_free():
 def test_options_are_read_from_the_prompt():
     assert split_options("Pick: (A) red (B) green\nNow!") == ("Pick: \nNow!", {"A": "red", "B": "green"})
     assert split_options(QUESTION)[1]["D"] == "yellow star"
+    for text in (
+        "谁？\nA、狗\nB、猫\n从A、B中选。",
+        "谁？A．狗 B．猫",
+        "谁？\n【Ａ】狗\n【Ｂ】猫",
+        "谁？\nA.狗\nB.猫",
+        "谁？ Ａ：狗\nＢ：猫",
+    ):
+        assert split_options(text)[1] == {"A": "狗", "B": "猫"}
+    assert split_options("请选择：A、B、C、D") == ("请选择：A、B、C、D", {})
     for text in ("no options", "A. Einstein said", "See fig. B. It is", ""):
         assert split_options(text) == (text, {})
 

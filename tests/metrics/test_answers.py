@@ -1,6 +1,8 @@
 """Metrics of answers that are more than right or wrong, against scikit-learn, an own edit distance, and counts by hand."""
 
+import re
 import sys
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from maple_trl.metrics import answers
-from maple_trl.metrics.answers import count_measures, rouge_f1, set_f1, word_error_rate
+from maple_trl.metrics.answers import HAN, UNSPACED, count_measures, rouge_f1, set_f1, word_error_rate, words
+from maple_trl.rewards import answers as parser
 
 
 LETTERS = "ABCDEF"
@@ -80,6 +83,55 @@ def test_words_of_every_script_without_case_and_punctuation():
     assert rouge_f1("Собака бежит!", "собака бежит домой")["rouge1"] == pytest.approx(4 / 5)
     assert word_error_rate("…", "…") == 0 and word_error_rate("x", "…") == 1
     assert rouge_f1("…", "…")["rougeL"] == 1 and rouge_f1("x", "…")["rougeL"] == 0
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("今天天气很好。", list("今天天气很好")),
+        ("买3只狗dog，12个", ["买", "3", "只", "狗", "dog", "12", "个"]),
+        ("赤い車・ガード", ["赤", "い", "車", "ガ", "ー", "ド"]),
+        ("ที่นี่มี ๑๒", ["ที่", "นี่", "มี", "๑๒"]),  # tones and vowels stay with their letter
+        ("ພາສາລາວ", ["ພ", "າ", "ສ", "າ", "ລ", "າ", "ວ"]),
+        ("ខ្ញុំ៕", ["ខ្", "ញុំ"]),
+        ("မြန်မာ။", ["မြ", "န်", "မာ"]),
+        # With spaces between words: signs belong to them.
+        ("हिन्दी, दिल!", ["हिन्दी", "दिल"]),
+        ("مُحَمَّد", ["مُحَمَّد"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("cafe\u0301 Straße", ["café", "strasse"]),
+        ("❤\ufe0f 1\ufe0f\u20e3", ["1"]),
+        ("don't stop_here", ["don", "t", "stop_here"]),
+    ],
+)
+def test_words_of_scripts(text, found):
+    assert words(text) == found
+
+
+def test_without_spaces_the_rate_is_one_of_characters():
+    assert word_error_rate("今天天气真好", "今天天气很好") == pytest.approx(1 / 6)
+    assert word_error_rate("今天，天气很好", "今天天气很好！") == 0
+    assert word_error_rate("ไป", "ไม่") == pytest.approx(1 / 2) and word_error_rate("दल", "दिल") == 1
+    found = rouge_f1("今天天气真好", "今天天气很好")
+    assert found["rouge1"] == pytest.approx(5 / 6) and found["rouge2"] == pytest.approx(3 / 5)
+
+
+def test_the_scripts_without_spaces_are_those_of_unicode():
+    """By the names of all assigned characters: letters and signs of these scripts, neither digits nor punctuation."""
+    spaceless = re.compile(f"[{UNSPACED}]")
+    han = re.compile(f"[{HAN}]")
+    scripts = "THAI|LAO|MYANMAR|KHMER|HIRAGANA|KATAKANA|HENTAIGANA|CJK (UNIFIED|COMPATIBILITY) IDEOGRAPH"
+    others = "(VERTICAL )?(IDEOGRAPHIC|KANA) |HANGZHOU NUMERAL|MASU MARK|COMBINING KATAKANA"  # repetitions, numerals, voicing
+    for char in map(chr, range(0x32000)):
+        kind, name = unicodedata.category(char)[0], unicodedata.name(char, "")
+        if not name:
+            continue
+        if re.match(rf"(HALFWIDTH )?({scripts})\b", name) and kind in "LM":
+            assert spaceless.match(char), name
+            assert bool(han.match(char)) == name.startswith("CJK"), name
+        elif spaceless.match(char):
+            assert re.match(others, name) and not char.isdecimal(), name
+    assert spaceless.pattern == f"[{parser._UNSPACED}]" and han.pattern == f"[{parser._HAN}]"  # which keeps a copy
 
 
 @pytest.mark.parametrize("module, call", [("jiwer", word_error_rate), ("rouge_score.rouge_scorer", rouge_f1)])

@@ -278,6 +278,35 @@ def test_with_options_the_text_behind_the_letter_must_not_be_anothers():
     assert chosen_option("The answer is D. dark red", texts) == "D"
 
 
+UMBRELLAS = ["一只红色的狗", "一只蓝色的猫", "狗", "不是"]
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("A. 一只红色的狗，不是一只蓝色的猫", None),
+        ("A。一只蓝色的猫", None),
+        ("A. 我看到了一只蓝色的猫在叫", None),
+        ("B. 一只蓝色的猫，在门口", "B"),
+        ("A. 红色的狗", "A"),
+        ("A. 这是一只红色的狗，这不是第一次", "A"),  # `不是` is a part of what is said
+        ("A. 狗", None),
+        ("D. 不是", "D"),
+        ("C. 这只狗在叫", "C"),
+        ("C. 一只红色的狗", None),
+    ],
+)
+def test_texts_of_other_options_in_scripts_without_spaces(answer, letter):
+    assert chosen_option(answer, option_texts(UMBRELLAS)) == letter
+
+
+def test_texts_of_other_options_in_thai_and_kana():
+    thai, kana = option_texts(["รถสีแดง", "รถสีดำ"]), option_texts(["はい", "いいえ", "あかいくるま", "ねこ"])
+    assert chosen_option("A. รถสีแดงไม่ใช่รถสีดำ", thai) is None and chosen_option("A. รถสีแดงคันใหญ่", thai) == "A"
+    assert chosen_option("B. いいえ、これはいいものです", kana) == "B"
+    assert chosen_option("D. ねこ。あかいくるまではない", kana) is None
+
+
 @pytest.mark.parametrize(
     "form",
     ["{}, {}", "[{}] [{}]", "[{}][{}]", "**{}**, **{}**", "[{}] and [{}]", "({}) ({})", "{}，{}", "$ {} $ $ {} $"],

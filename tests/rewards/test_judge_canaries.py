@@ -122,6 +122,15 @@ def test_echoes():
     assert not echoes(" ".join([HONEST] * 3 + [RULES[:60]]), CAPTION_SYSTEM)
 
 
+def test_echoes_in_scripts_without_spaces():
+    guideline = "请比较候选描述与参考描述，指出遗漏和错误，然后逐项打分。"
+    assert echoes("请比较候选描述与参考描述 指出遗漏、和错误", guideline)
+    assert not echoes("一只棕色的狗在红色的门前等着，叫了两声。", guideline) and not echoes("打分", guideline)
+    assert echoes("เปรียบเทียบคำบรรยาย", "โปรดเปรียบเทียบคำบรรยายกับต้นฉบับ") and not echoes(
+        "สุนัขสีน้ำตาลเห่า", "โปรดเปรียบเทียบคำบรรยาย"
+    )
+
+
 # Shown to the judge
 
 

@@ -1,6 +1,7 @@
 """Format and accuracy rewards: the published rule, and the ways in which a policy would cheat it."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from maple_trl.modalities import ModalityTag
 from maple_trl.rewards import accuracy_reward, extract_answer, format_reward, grade_answer
-from maple_trl.rewards.answers import chosen_option, completion_text, number, option_letter, option_texts
+from maple_trl.rewards.answers import answer_key, chosen_option, completion_text, number, option_letter, option_texts
 
 
 def conversational(text):
@@ -264,6 +265,168 @@ def test_the_indefinite_article_names_no_option():
 def test_numbers(answer, solution, reward):
     (got,) = both_forms(accuracy_reward, [f"<think>x</think><answer>{answer}</answer>"], solution=[solution])
     assert got == pytest.approx(reward, abs=1e-12)
+
+
+NUMBER_FORMS = [
+    *(
+        "${}$",
+        "$ {} $",
+        "$${}$$",
+        r"\({}\)",
+        r"\[{}\]",
+        r"\boxed{{{}}}",
+        r"\fbox{{{}}}",
+        r"$\boxed{{\text{{{}}}}}$",
+        r"\mathrm{{{}}}",
+    ),
+    *("**{}**", "__{}__", "*{}*", "`{}`", '"{}"', "({})", "[{}]", "（{}）", "「{}」", "**{}**."),
+    *(
+        "The answer is {}",
+        "the answer is {}.",
+        "Answer: {}",
+        "**Answer:** {}",
+        "So the final answer is **{}**.",
+        "It is {}.",
+    ),
+    *("I would say {}", "{} is correct", r"The answer is $\boxed{{{}}}$.", "答案是{}", "答案：{}。", "正解は{}です"),
+]
+
+
+@pytest.mark.parametrize("form", [*NUMBER_FORMS, "{}", "{}."])
+def test_a_number_in_marks_or_announced(form):
+    for said, reward in (("12", 1.0), ("9", 0.75), ("1,200", 0.0), ("-12", 0.0), ("12.0", 1.0), ("1.2e1", 1.0)):
+        answer = f"<think>x</think><answer>{form.format(said)}</answer>"
+        assert both_forms(accuracy_reward, [answer], solution=["12"]) == [reward]
+        assert both_forms(accuracy_reward, [answer], solution=["zwölf"]) == [0.0]
+    assert answer_key(form.format("12")) == answer_key("12.0") == ("number", 12.0)
+
+
+@pytest.mark.parametrize(
+    "answer, solution, reward",
+    [
+        ("−5", "-5", 1.0),
+        ("-5", "−5", 1.0),
+        ("−5", "5", 0.0),
+        ("1e−1", "0.1", 1.0),
+        ("$−5$", "-5", 1.0),
+        ("−−5", "5", 0.0),
+    ],
+)
+def test_the_sign_minus(answer, solution, reward):
+    assert grade_answer(answer, solution) == reward
+
+
+NO_NUMBER = [
+    *(
+        "{} or 13",
+        "{}, 13",
+        "{} 13",
+        "{}/13",
+        "{}-13",
+        "{} and 13",
+        "13 or {}",
+        "{} apples",
+        "about {}",
+        "not {}",
+        "{} cm",
+        "{}%",
+    ),
+    *(
+        "x = {}",
+        "{} = {}",
+        "${}$ or $13$",
+        "${}$ $13$",
+        r"\boxed{{{}}} \boxed{{13}}",
+        r"\boxed{{{}}} or 13",
+        "**{}** or **13**",
+    ),
+    *(
+        "[{}] [13]",
+        "[{}, 13]",
+        "({})(13)",
+        '"{}" "13"',
+        "The answer is {} or 13",
+        "The answer is not {}",
+        "Answer: {}. Or 13.",
+    ),
+    *(
+        "The answer is {}. The answer is 13.",
+        "{} is correct, 13 too",
+        "{} is correct and 13 is correct",
+        "I choose {} and 13",
+    ),
+    *(
+        "答案是{}或13",
+        "答案是{}、13",
+        "There are {} dogs and 13 cats.",
+        "Of 20 dogs {} bark.",
+        "{}!",
+        "$1${}",
+        "{}$",
+        "**{}",
+        "1_{}",
+    ),
+]
+
+
+@pytest.mark.parametrize("form", NO_NUMBER)
+def test_a_number_beside_anything_else_is_none(form):
+    answer = form.format(*["12"] * form.count("{}"))
+    for solution in ("12", "13", "-13", "20", "1"):
+        assert grade_answer(answer, solution) == 0.0
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["12", "13", "-7", "or", "and", "is", "$", "**", ",", " ", "[", "]", "(", ")", ".", "the answer is "]
+        ),
+        max_size=9,
+    )
+)
+def test_naming_several_numbers_never_pays(pieces):
+    """Whatever stands around them: at most one of the numbers that a text names is what it says."""
+    text = "".join(pieces)
+    graded = [solution for solution in ("12", "13", "-7") if grade_answer(text, solution) == 1.0]
+    assert len(graded) <= 1
+    if graded:
+        assert {*re.findall("[0-9]+", text)} == {graded[0].strip("-")}
+
+
+@pytest.mark.parametrize(
+    "answer, solution, reward",
+    [
+        ("Yes.", "Yes", 1.0),
+        ("yes", "Yes.", 1.0),
+        ("A  cat .", "a cat", 1.0),
+        ("是的。", "是的", 1.0),
+        ("Yes!", "Yes", 0.0),
+        ("Yes, no.", "Yes", 0.0),
+        ("Yes. No.", "Yes", 0.0),
+        ("", ".", 0.0),
+        (".", ".", 1.0),
+        ("..", ".", 0.0),
+        ("", "B.C", 0.0),
+        # Several letters, in order.
+        ("A, C", "A,C", 1.0),
+        ("a ,c.", "A, C", 1.0),
+        ("A，C", "A,C", 1.0),
+        ("A、C", "A, C", 1.0),
+        ("C,A", "A,C", 0.0),
+        ("A or C", "A,C", 0.0),
+        ("A C", "A,C", 0.0),
+        ("A,B,C", "A,C", 0.0),
+        ("A", "A,C", 0.0),
+        ("A,C", "A", 0.0),
+        ("1, 200", "1,200", 0.0),
+        ("1,200", "1, 200", 0.0),
+        ("red,blue", "red, blue", 0.0),
+    ],
+)
+def test_texts(answer, solution, reward):
+    assert grade_answer(answer, solution) == reward
+    if reward:
+        assert grade_answer(answer, solution, ["red", "blue", "green"]) == reward
 
 
 @pytest.mark.parametrize("solution", [None, "", "  ", math.nan, "<answer></answer>"])

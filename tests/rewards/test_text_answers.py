@@ -50,6 +50,12 @@ def test_case_and_punctuation_are_no_errors():
     assert word_error_score("!", "!") == 1.0 and word_error_score("?", "!") == 0.0
 
 
+def test_texts_without_spaces_are_compared_by_characters():
+    assert word_error_score("今天天气真好", "今天天气很好") == pytest.approx(5 / 6)
+    assert rouge_mean("今天天气真好", "今天天气很好") == pytest.approx((5 / 6 + 3 / 5 + 5 / 6) / 3)
+    assert word_error_score("ไป", "今天") == 0.0 == rouge_mean("猫", "狗")
+
+
 # ROUGE
 
 
