@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ def completion(
             "total_tokens": prompt_tokens + completion_tokens,
         },
     }
+
+
+THINKING_REFUSES = ("max_tokens", "temperature", "top_p")
 
 
 # What a call can be answered with
@@ -66,6 +69,13 @@ def raw(content: bytes, content_type: str = "application/json") -> Action:
         return web.Response(body=content, content_type=content_type)
 
     return act
+
+
+def broken_off(text: str | None, error: Any, inside: bool = True) -> Action:
+    """An answer with status 200 that a server gave up: what there is of it, and an error in the choice or beside it."""
+    body = completion(text, "error")
+    (body["choices"][0] if inside else body)["error"] = error
+    return raw(json.dumps(body).encode())
 
 
 def hang_up() -> Action:
@@ -126,6 +136,22 @@ class Call:
             content = message["content"]
             parts += [content] if isinstance(content, str) else [block.get("text", "") for block in content]
         return "\n".join(parts)
+
+
+def thinking_model(answer: Callable[[int, dict], Action], refused: Sequence[str] = THINKING_REFUSES):
+    """As OpenAI's models that reason do: refuses the older name of the limit, and sampling, one field an answer."""
+
+    def choose(number, body):
+        for name in refused:
+            if name == "max_tokens" and name in body:
+                told = f"Unsupported parameter: '{name}' is not supported with this model. Use 'max_completion_tokens' instead."
+                return status(400, told, type="invalid_request_error", param=name, code="unsupported_parameter")
+            if body.get(name, 1) != 1:
+                told = f"Unsupported value: '{name}' does not support {body[name]} with this model. Only the default (1) value is supported."
+                return status(400, told, type="invalid_request_error", param=name, code="unsupported_value")
+        return answer(number, body)
+
+    return choose
 
 
 class ChatServer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import time
@@ -12,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.options import ChatOptions, ChatSetupError
+from maple_trl.chat.refusals import refused_field
 
 
 if TYPE_CHECKING:
@@ -21,18 +23,39 @@ if TYPE_CHECKING:
 _RETRYABLE = frozenset({"connection", "timeout", "rate-limited", "server-error", "invalid-response", "invalid-json"})
 _RETRYABLE |= {"empty"}
 _FILTER_CODES = ("content_filter", "content_policy_violation")
+# What servers call the end of an answer, beside OpenAI's names: Anthropic, Google, Mistral, DeepSeek, Zhipu, OpenRouter, vLLM
+# and SGLang have some of their own, and those in between pass them on.
+_CUT = ("length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded")
+_FILTERED = (
+    "content_filter",
+    "refusal",
+    "safety",
+    "recitation",
+    "blocklist",
+    "prohibited_content",
+    "spii",
+    "sensitive",
+)
+_BROKEN_OFF = ("error", "abort", "network_error", "insufficient_system_resource")
+# OpenAI answers so where a model has thought up to the limit, instead of with an empty text.
+_OUT_OF_TOKENS = "max_tokens or model output limit was reached"
 # A status with which servers turn down a field that they do not know.
 UNSUPPORTED_STATUSES = (400, 422, 501)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A usable answer, or the part of one that a [`CallFailure`] carries; token counts are `None` where not given."""
+    """
+    A usable answer, or the part of one that a [`CallFailure`] carries; token counts are `None` where not given.
+
+    `left_out` are fields of the request that it was given without.
+    """
 
     text: str | None = None
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class CallFailure(Exception):
@@ -45,6 +68,7 @@ class CallFailure(Exception):
         retry_after (`float`, *optional*): seconds that the server asks to wait.
         status (`int`, *optional*): HTTP status.
         reply (`Reply`, *optional*): what did come, for answers that are not usable.
+        field (`str`, *optional*): the field of the body that the model does not take, where that is why.
     """
 
     def __init__(
@@ -54,9 +78,10 @@ class CallFailure(Exception):
         retry_after: float | None = None,
         status: int | None = None,
         reply: Reply | None = None,
+        field: str | None = None,
     ):
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.reply = reason, detail, reply
+        self.reason, self.detail, self.reply, self.field = reason, detail, reply, field
         self.retry_after, self.status = retry_after, status
 
     @property
@@ -120,6 +145,9 @@ async def call(client: AsyncOpenAI, body: Mapping[str, Any], timeout: float) -> 
 def _status_failure(error: Any) -> CallFailure:
     """Return the failure that an HTTP status stands for (`error` is an `openai.APIStatusError`)."""
     status, code = error.status_code, error.code or ""
+    detail = f"HTTP {status}: {error.message.removeprefix(f'Error code: {status} - ')}"
+    if status == 400 and _OUT_OF_TOKENS in detail:
+        return CallFailure("truncated", detail, reply=Reply(finish_reason="length"))
     if status in (401, 403):
         reason = "unauthorized"
     elif status == 404:
@@ -132,8 +160,9 @@ def _status_failure(error: Any) -> CallFailure:
         reason = "server-error"
     else:
         reason = "content-filter" if code in _FILTER_CODES else "bad-request"
-    detail = f"HTTP {status}: {error.message.removeprefix(f'Error code: {status} - ')}"
-    return CallFailure(reason, detail, retry_after=retry_after(error.response.headers), status=status)
+    field = refused_field(detail, code, error.param) if status in UNSUPPORTED_STATUSES else None
+    wait = retry_after(error.response.headers)
+    return CallFailure(reason, detail, retry_after=wait, status=status, field=field)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -165,28 +194,61 @@ def read_reply(content: bytes) -> Reply:
     """
     try:
         body = json.loads(content)
-        if "choices" not in body and body.get("error"):  # some servers report errors with status 200
-            raise CallFailure("server-error", f"error object in a successful response: {json.dumps(body['error'])}")
+        error = body.get("error")  # some servers report errors with status 200
+        if error and not body.get("choices"):
+            raise _error_failure(error)
         choice, usage = body["choices"][0], body.get("usage")
         usage = usage if isinstance(usage, Mapping) else {}
-        message = choice["message"]
+        error = error or choice.get("error")  # in the middle of an answer, whose first part is there
+        message = choice.get("message") or {} if error else choice["message"]
         text, refusal = _text(message.get("content")), message.get("refusal")
         finish_reason = choice.get("finish_reason")
+        finish_reason = str(finish_reason) if finish_reason else None
         prompt_tokens, completion_tokens = (_count(usage.get(f"{part}_tokens")) for part in ("prompt", "completion"))
     except CallFailure:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         text = content.decode("utf-8", "replace")
         raise CallFailure("invalid-response", f"{type(error).__name__}: {error}; the body: {text}") from None
-    reply = Reply(text, str(finish_reason) if finish_reason else None, prompt_tokens, completion_tokens)
+    reply = Reply(text, finish_reason, prompt_tokens, completion_tokens)
+    if error:
+        raise _error_failure(error, reply)
     if refusal:
         raise CallFailure("refused", str(refusal), reply=reply)
-    if finish_reason == "content_filter":
-        raise CallFailure("content-filter", "the answer was stopped", reply=reply)
+    try:
+        reply = dataclasses.replace(reply, finish_reason=read_finish(finish_reason))
+    except CallFailure as failure:
+        failure.reply = reply
+        raise
     if not text or not text.strip():
-        reason = "truncated" if finish_reason == "length" else "empty"
+        reason = "truncated" if reply.finish_reason == "length" else "empty"
         raise CallFailure(reason, f"no text; finish_reason {finish_reason!r}", reply=reply)
     return reply
+
+
+def read_finish(finish_reason: str | None) -> str | None:
+    """
+    Return why an answer ended: `"length"` for every name of a limit, any other name as it is.
+
+    Raises:
+        CallFailure: for a name that says that the answer is not whole, for another reason than its length.
+    """
+    # Some write behind a colon what was filtered.
+    name = (finish_reason or "").partition(":")[0].strip().lower()
+    if name in _CUT:
+        return "length"
+    if name in _FILTERED:
+        raise CallFailure("content-filter", f"the answer was stopped; finish_reason {finish_reason!r}")
+    if name in _BROKEN_OFF:
+        raise CallFailure("server-error", f"the answer broke off; finish_reason {finish_reason!r}")
+    return finish_reason
+
+
+def _error_failure(error: Any, reply: Reply | None = None) -> CallFailure:
+    """Return the failure that an error object in the body of a successful call stands for."""
+    filtered = isinstance(error, Mapping) and error.get("code") in _FILTER_CODES
+    detail = f"error object in a successful response: {json.dumps(error)}"
+    return CallFailure("content-filter" if filtered else "server-error", detail, reply=reply)
 
 
 def _text(content: Any) -> str | None:

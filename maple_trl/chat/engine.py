@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maple_trl.chat.cache import ChatCache
+from maple_trl.chat.calls import CallFailure, read_finish
 from maple_trl.chat.messages import ChatRequest, estimate_tokens, request_body, request_key
 from maple_trl.chat.options import ApiKey, ChatOptions, ChatSetupError
 from maple_trl.chat.results import ChatResult, ChatUsage
@@ -84,7 +85,8 @@ class ChatEngine:
                 return ChatResult(reason="dry-run", source="none")
             result = await self._sender.send(request)
             if result.ok and self._cache is not None:
-                self._cache.put(key, {"text": result.text, "finish_reason": result.finish_reason})
+                kept = {"text": result.text, "finish_reason": result.finish_reason}
+                self._cache.put(key, kept | ({"left_out": list(result.left_out)} if result.left_out else {}))
             return result
         except Exception as error:  # a fault here costs one result, not the batch
             detail = self._key.redact(f"{type(error).__name__}: {error}")
@@ -95,10 +97,16 @@ class ChatEngine:
         if kept is None or not isinstance(kept.get("text"), str):
             return None
         try:
-            data = request.read(kept["text"])
-        except NoObjectError:
+            finish_reason = read_finish(kept.get("finish_reason"))
+            data = request.read(kept["text"], finish_reason)
+            left_out = tuple(map(str, kept.get("left_out", ())))
+        except (
+            NoObjectError,
+            CallFailure,
+            TypeError,
+        ):  # what an earlier version took for an answer, or no entry of ours
             return None
-        return ChatResult(kept["text"], data, source="cache", finish_reason=kept.get("finish_reason"))
+        return ChatResult(kept["text"], data, source="cache", finish_reason=finish_reason, left_out=left_out)
 
     def _count(self, results: Sequence[ChatResult]) -> None:
         usage = self._usage

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.options import ChatOptions, check_sampling
-from maple_trl.chat.structured import read_object
+from maple_trl.chat.structured import NoObjectError, read_object
 
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ class ChatRequest:
         sample (`int`, *optional*, defaults to 0):
             Tells requests apart that are equal on purpose, to get several answers. It is not sent.
         reader (`Callable`, *optional*):
-            Takes the text of an answer and gives `data`, where the last object that matches `json_schema` is not what
-            is wanted; raises [`~maple_trl.chat.structured.NoObjectError`] for a text that holds no answer. It is not sent,
-            and no part of what tells two requests apart.
+            Takes the text of an answer, and as `cut` whether it ends at the token limit, and gives `data`, where the last
+            object that matches `json_schema` is not what is wanted; raises
+            [`~maple_trl.chat.structured.NoObjectError`] for a text that holds no answer. It is not sent, and no part of
+            what tells two requests apart.
 
     Raises:
         ValueError: for a field of `sampling` that the client sets itself.
@@ -55,21 +56,33 @@ class ChatRequest:
     json_schema: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sample: int = 0
-    reader: Callable[[str], Any] | None = None
+    reader: Callable[..., Any] | None = None
 
     def __post_init__(self):
         check_sampling(self.sampling)
 
-    def read(self, text: str) -> Any:
+    def read(self, text: str, finish_reason: str | None = None) -> Any:
         """
         Read what was asked for out of the text of an answer; `None` for a request of plain text.
+
+        Args:
+            text (`str`):
+                What the model wrote.
+            finish_reason (`str`, *optional*):
+                Why it ended; `"length"` for one that was cut at the token limit, in which drafts do not count.
 
         Raises:
             NoObjectError: when it is not there.
         """
-        if self.reader is not None:
-            return self.reader(text)
-        return None if self.json_schema is None else read_object(text, self.json_schema)
+        cut = finish_reason == "length"
+        try:
+            if self.reader is not None:
+                return self.reader(text, cut=cut)
+            return None if self.json_schema is None else read_object(text, self.json_schema, cut)
+        except NoObjectError as error:
+            if cut:
+                raise NoObjectError(f"cut at the token limit: {error}") from None
+            raise
 
 
 def text_block(text: str) -> dict[str, Any]:

@@ -58,7 +58,9 @@ class ChatOptions:
             Send a request's JSON schema as `response_format`. `"auto"` leaves it out from the moment the server does
             not take it. The schema also stands in the prompt, for servers that ignore the field.
         sampling (`Mapping`, *optional*):
-            Further fields of the body, such as `{"temperature": 0, "max_tokens": 200}`.
+            Further fields of the body, such as `{"temperature": 0, "max_tokens": 200}`. Where a model refuses `max_tokens`
+            by name, `max_completion_tokens` is sent instead; a field of sampling that it refuses (`temperature`, `top_p`,
+            penalties, `seed`, …) is left out. A warning says so once, and results name what was `left_out`.
         cache_file (`str`, *optional*):
             SQLite file that keeps usable answers; without one nothing is kept. It belongs on a local disk.
         cache_bytes (`int`, *optional*, defaults to 1 GiB):

@@ -16,7 +16,7 @@ REASONS: dict[str, str] = {
     # what the server said
     "rate-limited": "too many requests (429), also after waiting as long as asked",
     "quota": "the account has no credit left (429, insufficient_quota)",
-    "server-error": "the server failed (5xx), or answered with an error object",
+    "server-error": "the server failed (5xx), answered with an error object, or gave up in the middle of an answer",
     "unauthorized": "the key is missing, wrong, or not allowed to do this (401, 403)",
     "not-found": "no such model or path (404)",
     "bad-request": "the request itself was not accepted, or cannot be sent",
@@ -40,7 +40,7 @@ class ChatResult:
     What became of one request.
 
     Attributes:
-        text (`str` or `None`): what the model wrote. Also set for `invalid-json` and `truncated`, where there was text.
+        text (`str` or `None`): what the model wrote. Also set where an answer is not usable, if there was text in it.
         data (`Any`): the object read out of the text, for a request with a `json_schema`.
         reason (`str` or `None`): a key of [`REASONS`]; `None` when the answer is usable.
         detail (`str`): what the server or the parser said. Holds no key.
@@ -48,7 +48,13 @@ class ChatResult:
         attempts (`int`): HTTP calls made for it.
         prompt_tokens (`int`): of the prompt, as the server counted them, over all attempts.
         completion_tokens (`int`): of the answer, likewise.
-        finish_reason (`str` or `None`): the server's, of the last answer.
+        last_prompt_tokens (`int` or `None`): of the prompt of the last answer alone; `None` where the server did not count
+            them, or nothing was sent.
+        last_completion_tokens (`int` or `None`): of the last answer alone, likewise.
+        finish_reason (`str` or `None`): the server's, of the last answer; `"length"` under whatever name it has for one that
+            was cut at a limit of tokens.
+        left_out (`tuple[str, ...]`): fields of the request that the model does not take, and that the answer was given
+            without (see [`~maple_trl.chat.ChatOptions`], `sampling`).
 
     Raises:
         KeyError: for a reason that is not among [`REASONS`].
@@ -62,7 +68,10 @@ class ChatResult:
     attempts: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    last_prompt_tokens: int | None = None
+    last_completion_tokens: int | None = None
     finish_reason: str | None = None
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.reason is not None and self.reason not in REASONS:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +14,7 @@ from maple_trl.chat.calls import UNSUPPORTED_STATUSES, CallFailure, Reply, call,
 from maple_trl.chat.limits import RateLimits
 from maple_trl.chat.messages import ChatRequest, estimate_tokens, request_body
 from maple_trl.chat.options import ApiKey, ChatOptions
+from maple_trl.chat.refusals import describe_refusal, left_out, without_refused
 from maple_trl.chat.results import ChatResult, ChatUsage
 from maple_trl.chat.structured import NoObjectError
 
@@ -17,6 +22,8 @@ from maple_trl.chat.structured import NoObjectError
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
+
+logger = logging.getLogger(__name__)
 
 DETAIL_CHARACTERS = 500
 
@@ -28,6 +35,11 @@ class _Spent:
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+@functools.cache  # several clients of a process may ask one model
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class ChatSender:
@@ -48,6 +60,7 @@ class ChatSender:
         self._openai = make_openai(options, key.reveal())
         self._slots = asyncio.Semaphore(options.concurrency)
         self._limits = RateLimits(options.requests_per_minute, options.tokens_per_minute)
+        self._refused: set[str] = set()
         # `None` until a request with a schema has shown whether the server takes the field.
         self._takes_schema: bool | None = {"auto": None, "always": True, "never": False}[options.structured]
 
@@ -88,7 +101,10 @@ class ChatSender:
             attempts=spent.calls,
             prompt_tokens=spent.prompt_tokens,
             completion_tokens=spent.completion_tokens,
+            last_prompt_tokens=reply.prompt_tokens,
+            last_completion_tokens=reply.completion_tokens,
             finish_reason=self._key.redact(reply.finish_reason or "") or None,
+            left_out=reply.left_out,
         )
 
     # Retries
@@ -110,7 +126,7 @@ class ChatSender:
         async with self._slots:
             reply = await self._exchange(request, spent)
         try:
-            return reply, request.read(self._key.redact(reply.text))
+            return reply, request.read(self._key.redact(reply.text), reply.finish_reason)
         except NoObjectError as error:
             reason = "truncated" if reply.finish_reason == "length" else "invalid-json"
             self._usage.faults[reason] += 1
@@ -138,7 +154,37 @@ class ChatSender:
         return reply
 
     async def _post(self, request: ChatRequest, structured: bool, spent: _Spent) -> Reply:
-        body = request_body(request, self._options, structured)
+        """
+        Send the request with the fields that the model takes.
+
+        A field that it refuses by name is left out, or sent under its newer name, and the request is sent again at once;
+        once one has been accepted so, others are sent so as well.
+        """
+        asked = request_body(request, self._options, structured)
+        refused = set(self._refused)
+        while True:
+            body = without_refused(asked, refused)
+            try:
+                reply = await self._send(body, spent)
+            except CallFailure as failure:
+                if failure.field in body:
+                    refused.add(failure.field)
+                    continue
+                if failure.reply is not None:  # not usable, but the request was accepted
+                    self._learn(asked, refused)
+                    failure.reply = dataclasses.replace(failure.reply, left_out=left_out(asked, refused))
+                raise
+            else:
+                self._learn(asked, refused)
+                return dataclasses.replace(reply, left_out=left_out(asked, refused))
+
+    def _learn(self, body: Mapping[str, Any], refused: Set[str]) -> None:
+        for field in sorted(refused - self._refused):
+            place = self._options.base_url or "the API"
+            _warn_once(f"{self._options.model} at {place}: {describe_refusal(field, body[field])}")
+        self._refused |= refused
+
+    async def _send(self, body: Mapping[str, Any], spent: _Spent) -> Reply:
         await self._limits.acquire(estimate_tokens(body))
         self._usage.sent += 1
         self._usage.retries += spent.calls > 0

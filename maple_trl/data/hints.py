@@ -233,6 +233,9 @@ class _Builder:
                 if not result.ok:
                     row.failure, row.detail = result.reason, result.detail
                     continue
+                if result.finish_reason == "length":  # what was cut is no hint, and may be thoughts about the answer
+                    row.failure, row.detail = "truncated", "cut at the token limit; allow more tokens (max_tokens)"
+                    continue
                 hint, problem = clean_hint(result.text), row.problem
                 row.leak = leaks_answer(hint, problem.question, problem.solution, max_words=self.options.max_words)
                 if row.leak is None:

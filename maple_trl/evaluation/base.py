@@ -51,6 +51,7 @@ class Answer:
         tokens: of the completion; `None` where nobody counted them.
         prompt_tokens: likewise.
         ids: the tokens themselves; `None` where they are not known.
+        notes: what is special about it, beside the notes of its prompt.
     """
 
     text: str
@@ -58,6 +59,7 @@ class Answer:
     tokens: int | None
     prompt_tokens: int | None
     ids: list[int] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class BaseEvaluator(ABC):
@@ -156,7 +158,7 @@ class BaseEvaluator(ABC):
                 completion_tokens=answer.tokens,
                 prompt_tokens=answer.prompt_tokens,
                 extra=noted,
-                **read[number],
+                **read[number] | {"notes": [*read[number]["notes"], *answer.notes]},
             )
             lines.setdefault(number, []).append(line)
         return [line for number in batch.rows for line in lines[number]]

@@ -26,7 +26,12 @@ from maple_trl.records.evaluations import EvaluationError
 _OF_THE_ROW = ("bad-request", "content-filter", "refused")
 # The model wrote nothing: an answer as good as any other wrong one.
 _SILENT = ("empty", "truncated")
-_OWN_FIELDS = {"max_tokens": "--max-new-tokens", "seed": "--seed"}
+_OWN_FIELDS = {"max_tokens": "--max-new-tokens", "max_completion_tokens": "--max-new-tokens", "seed": "--seed"}
+# Tokens of an answer that a medium is tried with. A model that thinks may need the second number to get to the end of an
+# answer: of one that ends before, some servers count no tokens.
+_TRIED_TOKENS = (1, 2048)
+_MODEL_DEFAULT = "model-default-{}"
+"""The note of a sample that was drawn without a field of the request, because the model does not take it."""
 _SHOWN = 300  # characters of what a server said
 
 
@@ -104,13 +109,11 @@ def check_media(options: ChatOptions, kinds: Sequence[str], video_form: str) -> 
         "audio": [audio_block(np.sin(np.arange(8000) * 0.1).astype(np.float32), 16_000)],
     }
     contents = [[], *(probes[kind] for kind in kinds)]
-    sampling = {"max_tokens": 1, "temperature": 0}
-    requests = [
-        ChatRequest([{"role": "user", "content": [*blocks, text_block("Answer with one letter.")]}], sampling=sampling)
-        for blocks in contents
-    ]
     with ChatClient(dataclasses.replace(options, max_attempts=min(options.max_attempts, 2))) as client:
-        plain, *answers = client.complete_many(requests)
+        for limit in _TRIED_TOKENS:
+            plain, *answers = client.complete_many([_trial(blocks, limit) for blocks in contents])
+            if plain.reason != "truncated" or plain.last_prompt_tokens:
+                break
     if not _usable(plain):
         raise ServerError(f"{options.base_url} does not answer a text: {_told(plain)}")
     found = {}
@@ -119,14 +122,19 @@ def check_media(options: ChatOptions, kinds: Sequence[str], video_form: str) -> 
         if not _usable(answer):
             form = f" as {video_form}" if kind == "video" else ""
             raise ServerError(f"the server does not take {kind}{form}: {_told(answer)}. {advice}")
-        counted = [result.prompt_tokens / max(result.attempts, 1) for result in (plain, answer)]
+        counted = [result.last_prompt_tokens or 0 for result in (plain, answer)]
         if min(counted) > 0 and counted[1] <= counted[0]:
             raise ServerError(
-                f"the server ignores {kind}: a prompt has {counted[1]:g} tokens with it and {counted[0]:g} without. "
-                f"{advice}"
+                f"the server ignores {kind}: a prompt has {counted[1]} tokens with it and {counted[0]} without. {advice}"
             )
         found[kind] = min(counted) > 0
     return found
+
+
+def _trial(blocks: Sequence[Mapping[str, Any]], max_tokens: int) -> ChatRequest:
+    """Return the request that shows whether a server takes some media."""
+    content = [*blocks, text_block("Answer with one letter.")]
+    return ChatRequest([{"role": "user", "content": content}], sampling={"max_tokens": max_tokens})
 
 
 def _usable(result: ChatResult) -> bool:
@@ -225,14 +233,14 @@ class ServedEvaluator(BaseEvaluator):
 
 
 def _answer(result: ChatResult) -> Answer:
-    counted = result.prompt_tokens > 0
-    attempts = max(result.attempts, 1)
+    counted = bool(result.last_prompt_tokens)
     return Answer(
         # JSON can hold halves of surrogate pairs, which no file of text can.
         text=(result.text or "").encode("utf-8", "replace").decode("utf-8"),
         finish="length" if result.finish_reason == "length" else "end",
-        tokens=result.completion_tokens // attempts if counted else None,
-        prompt_tokens=result.prompt_tokens // attempts if counted else None,
+        tokens=(result.last_completion_tokens or 0) if counted else None,
+        prompt_tokens=result.last_prompt_tokens if counted else None,
+        notes=tuple(map(_MODEL_DEFAULT.format, result.left_out)),
     )
 
 

@@ -51,7 +51,7 @@ class EvalArguments:
     What an evaluation asks, of which model, and what becomes of the answers.
 
     Raises:
-        ValueError: for a negative number of errors, or not exactly one reward function.
+        ValueError: for a number that is out of range, or not exactly one reward function.
     """
 
     preset: str | None = field(
@@ -173,6 +173,10 @@ class EvalArguments:
     judge_server: str | None = field(
         default=None, metadata={"help": "where that model is: a URL, or local: in this process (the API's own)"}
     )
+    judge_max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "longest answer of that model, its thoughts included (2048; in this process 256)"},
+    )
     max_errors: int = field(default=0, metadata={"help": "rows with errors allowed"})
     confidence: float = field(default=0.95, metadata={"help": "of the intervals, between 0 and 1"})
     overwrite: bool = field(default=False, metadata={"help": "begin anew where the folder holds an evaluation"})
@@ -193,6 +197,8 @@ class EvalArguments:
     def __post_init__(self):
         if self.max_errors < 0:
             raise ValueError(f"--max-errors must be 0 or more, got {self.max_errors}")
+        if self.judge_max_tokens is not None and self.judge_max_tokens < 1:
+            raise ValueError(f"--judge_max_tokens must be 1 or more, got {self.judge_max_tokens}")
         if len(self.reward_funcs) != 1:
             raise ValueError(f"--reward_funcs: one reward scores the completions, got {len(self.reward_funcs)}")
 

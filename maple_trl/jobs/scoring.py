@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 LOCAL = "local"
 """As `judge_server`: the judge's model is loaded in this process."""
 
-_SAMPLING = {"temperature": 0, "max_tokens": 200}
+# Of a judge's answer: a verdict is some twenty tokens, and a judge that thinks first needs the room. One that does not ends
+# long before.
+_JUDGE_TOKENS = 2048
 
 
 class Scoring:
@@ -149,23 +151,27 @@ def _packages(metrics: set[str]) -> dict[str, str]:
 
 def _judge(job: EvalJob, entry: str | dict[str, Any], metrics: set[str]) -> dict[str, Any] | None:
     """
-    Return the entry of the judge that `--judge-model` and `--judge-server` describe; `None` where they are not given.
+    Return the entry of the judge that `--judge-model`, `--judge-server` and `--judge-max-tokens` describe; `None` where they are not given.
 
     It is the one that scores, or where rows are measured the one for their open answers.
     """
-    if job.judge_model is None and job.judge_server is None:
+    if job.judge_model is None and job.judge_server is None and job.judge_max_tokens is None:
         return None
     opens = _is_accuracy(entry) and "judge" in metrics
     if (entry not in JUDGES and not opens) or job.judge_model is None:
         raise SetupError(
             f"--judge-model, and where it is with --judge-server, are for --judge {' or '.join(JUDGES)}, and for open "
-            f"answers of a benchmark (rows whose {METRIC_COLUMN} is judge); a mapping says both itself"
+            f"answers of a benchmark (rows whose {METRIC_COLUMN} is judge), and so is --judge-max-tokens; a mapping says all "
+            "of it itself"
         )
     local = job.judge_server == LOCAL
     made: dict[str, Any] = {"reward": "answer_judge" if opens else entry}
     made[LOCAL if local else "server"] = {"model": job.judge_model}
-    if not local:
-        made["server"]["sampling"] = _SAMPLING
+    if local:
+        if job.judge_max_tokens is not None:
+            made[LOCAL]["max_new_tokens"] = job.judge_max_tokens
+    else:
+        made["server"]["sampling"] = {"temperature": 0, "max_tokens": job.judge_max_tokens or _JUDGE_TOKENS}
         if job.judge_server is not None:
             made["server"]["base_url"] = job.judge_server
     return _with_cache(made, job)

@@ -51,7 +51,7 @@ class CaptionJudge(OpenAIJudge):
     from maple_trl.chat import ChatOptions
     from maple_trl.rewards import CaptionJudge
 
-    options = ChatOptions(model="gpt-4o", cache_file="runs/judge.sqlite", sampling={"temperature": 0, "max_tokens": 100})
+    options = ChatOptions(model="gpt-4o", cache_file="runs/judge.sqlite", sampling={"temperature": 0, "max_tokens": 200})
     judge = CaptionJudge(options)
     trainer = MAPOTrainer(model, reward_funcs=[judge], callbacks=[judge.callback()], ...)
     ```

@@ -78,7 +78,8 @@ class OpenAIJudge(ABC):
         scorer (`ChatOptions`, `ChatClient` or `LocalScorer`):
             Where answers come from. Options without a `batch_timeout` get one of 600 s, so that a server that hangs
             cannot hold up the other ranks for longer. Name a `cache_file` to pay for nothing twice, and give `sampling`
-            such as `{"temperature": 0, "max_tokens": 200}`. Limits of concurrency and rates are those of one process.
+            such as `{"temperature": 0, "max_tokens": 200}`; a judge that thinks first needs a few thousand tokens, and an
+            answer that is cut before its verdict has failed. Limits of concurrency and rates are those of one process.
         name (`str`, *optional*):
             What TRL logs it by; default is the class's.
         max_failure_rate (`float`, *optional*, defaults to 0.2):

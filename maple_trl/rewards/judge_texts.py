@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maple_trl.chat.structured import NoObjectError, matching_objects
+from maple_trl.chat.structured import NoObjectError, after_thoughts, matching_objects
 from maple_trl.metrics.answers import words
 from maple_trl.rewards.answers import extract_answer
 
@@ -16,7 +16,6 @@ from maple_trl.rewards.answers import extract_answer
 # words in capitals in square brackets.
 _OPENING = re.compile(r"<(?=\S)|\[(?=/?[A-Z_]{3,}\])")
 _ANSWER = re.compile(r"<answer>.*?(?:</answer>|\Z)", re.DOTALL)
-_THINKING = re.compile(r"^.*</think>", re.DOTALL)
 # No minus sign between name and number: what is below the scale is not on it.
 _GRADE = re.compile(
     r"\W*([A-Za-z][A-Za-z_ /-]{0,40}?)[\s*`\"']*[:=][\s*`\"']*([01](?:\.[0-9]+)?)(?: ?/ ?1(?:\.0)?)?[\s*`\"'.,;]*"
@@ -79,8 +78,7 @@ def caption_text(text: str) -> str:
     answer = extract_answer(text)
     if answer is not None:
         return answer
-    rest = text.rpartition("</think>")[2]
-    return "" if "<think>" in rest else rest.strip()
+    return (after_thoughts(text) or "").strip()
 
 
 def think_block(text: str) -> str | None:
@@ -134,19 +132,21 @@ def verdict_schema(axes: Sequence[str], scale: Sequence[float] | None) -> dict[s
     }
 
 
-def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float] | None) -> dict[str, float]:
+def read_verdict(text: str, axes: Sequence[str], scale: Sequence[float] | None, cut: bool = False) -> dict[str, float]:
     """
     Read the grades in a judge's message: a JSON object, or lines where there is none (see [`read_plain_grades`]).
 
-    Several objects must agree. A judge may quote a verdict that the judged text holds, before its own or behind it.
+    Several objects must agree. A judge may quote a verdict that the judged text holds, before its own or behind it. A
+    message that was `cut` at the token limit has a verdict only where it ends with an object: lines have no end that could
+    be seen, and `0` may be what is left of `0.6`.
 
     Raises:
         NoObjectError: when there are no grades of the scale, or several that differ.
     """
     try:
-        found = matching_objects(text, verdict_schema(axes, scale))
+        found = matching_objects(text, verdict_schema(axes, scale), cut)
     except NoObjectError:
-        grades = read_plain_grades(text, axes, scale)
+        grades = None if cut else read_plain_grades(text, axes, scale)
         if grades is None:
             raise
         return grades
@@ -160,10 +160,10 @@ def read_plain_grades(text: str, axes: Sequence[str], scale: Sequence[float] | N
     Read the grades in an answer of lines such as `missing: 0.8` or `**Visual objects** = 1.0`.
 
     `None` unless every axis has one line, or several with the same grade, and every grade is of the scale: what is off
-    the scale is an invalid answer, not a number to be moved.
+    the scale is an invalid answer, not a number to be moved. `None` also for thoughts that were begun and not ended.
     """
     found: dict[str, set[float]] = {axis: set() for axis in axes}
-    for line in _THINKING.sub("", text[-_PLAIN_CHARACTERS:]).splitlines():
+    for line in (after_thoughts(text) or "")[-_PLAIN_CHARACTERS:].splitlines():
         match = _GRADE.fullmatch(line[:200].strip())
         if match is None:
             continue

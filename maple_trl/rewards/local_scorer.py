@@ -34,7 +34,7 @@ class LocalScorer:
         batch_size (`int`, *optional*, defaults to 8):
             Requests at once.
         max_new_tokens (`int`, *optional*, defaults to 256):
-            Longest answer.
+            Longest answer, thoughts included; a model that thinks needs a few thousand.
         model_kwargs (`dict`, *optional*):
             Further arguments of `from_pretrained`.
 
@@ -76,7 +76,8 @@ class LocalScorer:
         """
         Answer a batch of `requests`, as [`~maple_trl.chat.ChatClient.complete_many`] does.
 
-        A request that the model cannot take has `internal` as its reason.
+        A request that the model cannot take has `internal` as its reason, one whose answer was cut before it held what
+        was asked for `truncated`.
 
         Raises:
             OSError, ValueError: when the model cannot be loaded.
@@ -123,15 +124,22 @@ class LocalScorer:
         except Exception as error:  # a model can fail on its input in any way; that costs these requests, not the run
             return [ChatResult(reason="internal", detail=f"{type(error).__name__}: {error}"[:500])] * len(requests)
         outputs = [output[0] if isinstance(output, list) else output for output in outputs]
-        return [ChatResult(text=output["generated_text"], attempts=1) for output in outputs]
+        return [
+            ChatResult(
+                text=output["generated_text"], attempts=1, finish_reason="stop" if output["ended"] else "length"
+            )
+            for output in outputs
+        ]
 
     def _load(self) -> Any:
         if self._pipeline is None:
             from accelerate import PartialState
             from transformers import GenerationConfig, pipeline
 
+            task = "image-text-to-text" if self.pictures else "text-generation"
             self._pipeline = pipeline(
-                "image-text-to-text" if self.pictures else "text-generation",
+                task,
+                pipeline_class=_pipeline_class(task),
                 model=self.model,
                 device=PartialState().device if self.device is None else self.device,
                 dtype=self.dtype,
@@ -179,6 +187,28 @@ def _read(answer: ChatResult, request: ChatRequest) -> ChatResult:
     if not answer.ok:
         return answer
     try:
-        return dataclasses.replace(answer, data=request.read(answer.text))
+        return dataclasses.replace(answer, data=request.read(answer.text, answer.finish_reason))
     except NoObjectError as error:
-        return dataclasses.replace(answer, reason="invalid-json", detail=str(error))
+        reason = "truncated" if answer.finish_reason == "length" else "invalid-json"
+        return dataclasses.replace(answer, reason=reason, detail=str(error))
+
+
+class _EndTelling:
+    """A part of a pipeline that also says of each text whether it `ended` by itself or was cut."""
+
+    generation_config: Any
+
+    def postprocess(self, model_outputs: dict[str, Any], *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        records = super().postprocess(model_outputs, *args, **kwargs)
+        sequences = model_outputs["generated_sequence"].reshape(len(records), -1)
+        written = sequences[:, model_outputs["input_ids"].shape[-1] :].tolist()
+        ends = self.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        return [{**record, "ended": not ends.isdisjoint(ids)} for record, ids in zip(records, written, strict=True)]
+
+
+def _pipeline_class(task: str) -> type:
+    import transformers
+
+    names = {"text-generation": "TextGenerationPipeline", "image-text-to-text": "ImageTextToTextPipeline"}
+    return type("EndTellingPipeline", (_EndTelling, getattr(transformers, names[task])), {})

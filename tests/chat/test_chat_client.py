@@ -22,7 +22,7 @@ from email.utils import formatdate
 
 import numpy as np
 import pytest
-from chat_server import ChatServer, drip, half, hang_up, in_turn, raw, say, status
+from chat_server import ChatServer, broken_off, drip, half, hang_up, in_turn, raw, say, status, thinking_model
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs.fill_cache import fill
@@ -110,6 +110,64 @@ def test_a_fault_that_stays_has_a_name(action, reason, calls):
         assert len(server.calls) == chat.usage.sent == calls
         assert chat.usage.faults == {reason: calls} and chat.usage.failed == {reason: 1}
         assert reason in REASONS and result.detail
+
+
+LOST = {"code": 502, "message": "provider disconnected"}
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        (broken_off('{"score": 1}', LOST), "server-error"),
+        (broken_off(None, LOST), "server-error"),
+        (broken_off('{"score": 1}', LOST, inside=False), "server-error"),
+        (broken_off('{"score": 1}', {"code": "content_filter"}), "content-filter"),
+        *[(say('{"score": 1}', finish_reason=name), "server-error") for name in ("error", "abort", "network_error")],
+        (say('{"score": 1}', finish_reason="insufficient_system_resource"), "server-error"),
+        *[(say('{"score": 1}', finish_reason=name), "content-filter") for name in ("SAFETY", "sensitive", "refusal")],
+    ],
+)
+def test_an_answer_that_a_server_gave_up_is_none(tmp_path, action, reason):
+    """It has status 200 and reads like a whole one: nothing of it counts, nothing is kept, and it is asked for again."""
+    again = reason == "server-error"
+    choose = in_turn(action, say('{"score": 0}'))
+    with ChatServer(choose) as server, client(server, cache_file=tmp_path / "c", max_attempts=1) as chat:
+        (result,) = chat.complete_many([ask(json_schema=SCHEMA)])
+        assert (result.reason, result.data, result.prompt_tokens) == (reason, None, 10), result.detail
+        (result,) = chat.complete_many([ask(json_schema=SCHEMA)])
+        assert (result.data, result.source) == ({"score": 0}, "server")
+    with ChatServer(choose) as server, client(server) as chat:
+        assert [result.ok for result in chat.complete_many([ask(json_schema=SCHEMA)])] == [again]
+        assert len(server.calls) == 1 + again
+
+
+def test_an_answer_that_an_earlier_version_kept_is_asked_for_again(tmp_path):
+    cache = {"cache_file": tmp_path / "c"}
+    for finish, data in (
+        ("error", '{"score": 1}'),
+        ("MAX_TOKENS", 'maybe {"score": 1}, or'),
+        ("stop", '{"score": 1}'),
+    ):
+        with ChatServer(in_turn(say('{"score": 0}'))) as server, client(server, **cache) as chat:
+            chat.complete_many([ask(json_schema=SCHEMA)])
+            kept = ChatCache(tmp_path / "c")
+            ((key,),) = kept._connection.execute("SELECT key FROM answers").fetchall()
+            kept.put(key, {"text": data, "finish_reason": finish})
+            kept.close()
+            (result,) = chat.complete_many([ask(json_schema=SCHEMA)])
+            assert (result.data == {"score": 1}) == (finish == "stop") == (result.source == "cache")
+
+
+@pytest.mark.parametrize(
+    "name", ["length", "MAX_TOKENS", "model_length", "max_output_tokens", "model_context_window_exceeded"]
+)
+def test_a_limit_has_one_name(name):
+    answers = in_turn(say("cut of", finish_reason=name), say("", finish_reason=name), say('{"sc', finish_reason=name))
+    with ChatServer(answers) as server, client(server) as chat:
+        (plain,) = chat.complete_many([ask()])
+        assert (plain.ok, plain.text, plain.finish_reason) == (True, "cut of", "length")
+        assert chat.complete_many([ask("silent")])[0].reason == "truncated"
+        assert chat.complete_many([ask("rate", json_schema=SCHEMA)])[0].reason == "truncated"
 
 
 @pytest.mark.slow
@@ -429,6 +487,40 @@ def test_objects_that_do_not_match():
         assert chat.complete_many([ask(json_schema=SCHEMA)])[0].reason == "truncated"
 
 
+DRAFTS = (
+    '<think>\nMaybe {"score": 1}. But wait, there is a',
+    'Maybe {"score": 1}. But wait, there is a',  # the template has put <think> into the prompt
+    '{"score": 1}\n```\nBut wait',
+    '<think>a</think> <think>{"score": 1}',
+    "<think>" + "x" * 200_000 + '{"score": 1}',
+)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_draft_in_thoughts_that_were_cut_is_no_answer(tmp_path, draft):
+    with ChatServer(in_turn(say(draft, finish_reason="length"))) as server:
+        for calls in (1, 2):  # nothing is kept either
+            with client(server, cache_file=tmp_path / "c") as chat:
+                (result,) = chat.complete_many([ask(json_schema=SCHEMA)])
+            assert (result.reason, result.data, len(server.calls)) == ("truncated", None, calls)
+            assert "cut at the token limit" in result.detail and result.text == draft
+
+
+def test_an_answer_that_ends_at_the_limit_is_one():
+    whole = ('{"score": 0.25}', '<think>{"score": 1}</think>```json\n{"score": 0.25}\n```\n', '{"score": 0.25}\n``')
+    for text in whole:
+        with ChatServer(in_turn(say(text, finish_reason="length"))) as server, client(server) as chat:
+            assert chat.complete_many([ask(json_schema=SCHEMA)])[0].data == {"score": 0.25}, text
+    for (
+        text
+    ) in DRAFTS:  # of one that was not cut, what stands behind the object does no harm, but for thoughts without end
+        if "<think>" in text:
+            with pytest.raises(NoObjectError, match="begun and not ended"):
+                read_object(text, SCHEMA)
+        else:
+            assert read_object(text, SCHEMA) == {"score": 1}
+
+
 def test_the_object_is_found_among_other_text():
     for text in (
         '{"score": 0.25}',
@@ -452,6 +544,96 @@ def test_the_object_is_found_among_other_text():
 def test_text_around_an_object_does_no_harm(before, after):
     before, after = before.replace("</think>", "").replace('"', ""), after.replace("</think>", "")
     assert read_object(f'{before}\n{{"score": 0.75}}\n{after}', SCHEMA) == {"score": 0.75} or before.count("{") > 0
+
+
+# Fields that a model does not take
+
+LIMITED = {"max_tokens": 50, "temperature": 0, "top_p": 0.9, "stop": ["."]}
+
+
+def test_fields_that_a_model_refuses_are_learnt_once(tmp_path, caplog):
+    choose = thinking_model(lambda number, body: say("red"))
+    settings = {"sampling": LIMITED, "concurrency": 1, "cache_file": tmp_path / "c"}
+    with ChatServer(choose) as server, client(server, **settings) as chat:
+        results = chat.complete_many([ask(f"{i}?") for i in range(4)])
+        assert [result.text for result in results] == ["red"] * 4 and len(server.calls) == 7
+        body = server.calls[-1].body
+        assert body["max_completion_tokens"] == 50 and body["stop"] == ["."]
+        assert {"max_tokens", "temperature", "top_p"}.isdisjoint(body)
+        assert {result.left_out for result in results} == {("temperature", "top_p")}
+        first = results[0]  # of four calls one was answered
+        assert (first.attempts, first.prompt_tokens, first.last_prompt_tokens, first.last_completion_tokens) == (
+            4,
+            10,
+            10,
+            5,
+        )
+        (kept,) = chat.complete_many([ask("0?")])
+        assert (kept.source, kept.left_out) == ("cache", ("temperature", "top_p")) and len(server.calls) == 7
+    told = [record.getMessage() for record in caplog.records if "scripted at" in record.getMessage()]
+    assert len(told) == 3 and sum("max_completion_tokens is sent instead" in text for text in told) == 1
+    assert any("takes no temperature; temperature=0 is left out" in text for text in told)
+    # Negative control: another model is sent what was asked for.
+    with ChatServer(in_turn(say("red"))) as server, client(server, sampling=LIMITED) as chat:
+        assert chat.complete_many([ask()])[0].left_out == ()
+        assert {name: server.calls[0].body[name] for name in LIMITED} == LIMITED
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "litellm.UnsupportedParamsError: gpt-5 models don't support temperature=0. Only temperature=1 is supported.",
+        "openai does not support parameters: ['temperature'], for model=o3",
+        "`temperature` is deprecated for this model.",
+    ],
+)
+def test_a_refusal_in_other_words_is_understood(message):
+    choose = lambda number, body: status(400, message) if "temperature" in body else say("red")  # noqa: E731
+    with ChatServer(choose) as server, client(server, sampling={"temperature": 0}) as chat:
+        assert chat.complete_many([ask()])[0].left_out == ("temperature",) and len(server.calls) == 2
+
+
+def test_what_is_no_refusal_of_a_field_changes_nothing():
+    """A limit that is too high, a field whose absence would change the answer, and one that helps nothing to leave out."""
+    for error in (
+        {
+            "message": "max_tokens is too large: 50. This model supports at most 40 completion tokens.",
+            "param": "max_tokens",
+        },
+        {"message": "'stop' is not supported with this model.", "param": "stop", "code": "unsupported_parameter"},
+        {
+            "message": "'messages[0].role' does not support 'system'",
+            "param": "messages[0].role",
+            "code": "unsupported_value",
+        },
+    ):
+        with ChatServer(in_turn(status(400, **error))) as server, client(server, sampling=LIMITED) as chat:
+            assert chat.complete_many([ask()])[0].reason == "bad-request" and len(server.calls) == 1
+    refusal = status(400, "temperature is not supported", param="temperature", code="unsupported_parameter")
+    with ChatServer(in_turn(refusal, status(400, "no"), say("red"))) as server:
+        with client(server, sampling=LIMITED) as chat:
+            assert chat.complete_many([ask("a")])[0].reason == "bad-request"
+            assert chat.complete_many([ask("b")])[0].left_out == () and "temperature" in server.calls[-1].body
+
+
+def test_a_model_may_refuse_fields_and_the_schema():
+    answer = lambda number, body: status(400, "what?") if "response_format" in body else say('{"score": 1}')  # noqa: E731
+    with ChatServer(thinking_model(answer)) as server, client(server, sampling=LIMITED, concurrency=1) as chat:
+        results = chat.complete_many([ask(f"{i}", json_schema=SCHEMA) for i in range(3)])
+        assert [result.data for result in results] == [{"score": 1}] * 3
+        assert "response_format" not in server.calls[-1].body and "max_completion_tokens" in server.calls[-1].body
+        sent = len(server.calls)
+        chat.complete_many([ask("next", json_schema=SCHEMA)])
+        assert len(server.calls) == sent + 1
+
+
+def test_a_model_that_thought_up_to_the_limit_is_cut():
+    error = "Could not finish the message because max_tokens or model output limit was reached. Please try again."
+    with ChatServer(in_turn(status(400, error))) as server, client(server) as chat:
+        for request in (ask(), ask(json_schema=SCHEMA)):
+            (result,) = chat.complete_many([request])
+            assert (result.reason, result.finish_reason) == ("truncated", "length")
+        assert len(server.calls) == 2
 
 
 # Cache

@@ -375,6 +375,21 @@ def test_every_format_keeps_its_rows_and_gains_hints(tmp_path, source, target):
     assert [{name: value for name, value in got.items() if name != "hint"} for got in split] == rows
 
 
+@pytest.mark.parametrize("thoughts", ["The student needs a hint. Perhaps they should", f"<think>{GOOD} No,"])
+def test_a_hint_that_was_cut_is_none(tmp_path, thoughts):
+    """It may be thoughts about the answer; the row keeps what it had, and the next run asks with more room."""
+    source, target = (
+        table(tmp_path / "in.jsonl", [row("a", hint="Look."), row("b", hint=None)]),
+        tmp_path / "out.jsonl",
+    )
+    with ChatServer(in_turn(say(thoughts, finish_reason="length"))) as server:
+        summary = build(server, source, target, only_missing=False)
+        assert summary.failed == {"truncated": 2} and summary.hinted == 0 and len(server.calls) == 2
+        assert hints_of(target) == ["Look.", None]
+    with ChatServer(in_turn(say(GOOD))) as server:
+        assert build(server, source, target, only_missing=False).hinted == 2
+
+
 @pytest.mark.parametrize("target", ["out.parquet", "out.jsonl"])
 def test_half_of_a_character_is_refused_before_anything_is_asked(tmp_path, target):
     rows = [row("a"), row("b", note={"said": ["cut \ud83d"]})]

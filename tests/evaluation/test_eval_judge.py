@@ -6,7 +6,7 @@ from functools import partial
 
 import eval_runs
 import pytest
-from chat_server import ChatServer, say, status
+from chat_server import ChatServer, say, status, thinking_model
 from eval_runs import MODEL, lines_of, result_of, run_of
 
 from maple_trl.data import default_folder, load_seven_tags
@@ -62,6 +62,18 @@ def test_captions_are_graded_by_a_server(captions, tmp_path):
     assert run_of(tmp_path / "out")["judging"] is not None and (tmp_path / "out" / "judge.sqlite").is_file()
 
 
+def test_a_judge_that_thinks_has_room_and_its_own_sampling(captions, tmp_path):
+    words = [*captions, "--limit", "2", "--judge-model", "grader", "--judge-server"]
+    for more, limit in (([], 2048), (["--judge-max-tokens", "300"], 300)):
+        with ChatServer(thinking_model(grading)) as server:
+            assert evaluate(*words, server.url, *more, "--output", tmp_path / str(limit)) == 0
+            assert {call.body.get("max_completion_tokens") for call in server.calls} == {None, limit}
+            assert {call.body.get("max_tokens") for call in server.calls} == {None, limit}
+        found = result_of(tmp_path / str(limit))
+        assert found["scoring"]["score"]["entry"]["server"]["sampling"] == {"temperature": 0, "max_tokens": limit}
+        assert found["accesses"]["required"]["grades"] == pytest.approx(GRADES)
+
+
 def test_a_judge_that_fails_costs_nothing_twice(captions, tmp_path, capsys):
     """The evaluation stops, and goes on with the answers that had been given."""
     words = [*captions, "--limit", "5", "--judge"]
@@ -115,6 +127,8 @@ def test_a_judge_in_this_process(captions, tmp_path):
     [
         (["--judge", "caption_judge"], "caption_judge needs a model that judges: --judge_model NAME"),
         (["--judge", "caption_judge", "--judge-server", "http://127.0.0.1:9/v1"], "--judge-model, and where it is"),
+        (["--judge", "accuracy_reward", "--judge-max-tokens", "9"], "and so is --judge-max-tokens"),
+        (["--judge", "caption_judge", "--judge-model", "m", "--judge-max-tokens", "0"], "must be 1 or more, got 0"),
         (
             ["--judge", "accuracy_reward", "--judge-model", "m"],
             "--judge-model, and where it is with --judge-server, are for",

@@ -11,7 +11,7 @@ import eval_runs
 import numpy as np
 import pytest
 from aiohttp import web
-from chat_server import ChatServer, completion, say, status
+from chat_server import ChatServer, broken_off, completion, say, status, thinking_model
 from eval_runs import SMALL, lines_of, result_of
 from PIL import Image
 from test_judge_server import Served, needs_server
@@ -233,6 +233,7 @@ def test_nothing_answers(tmp_path, capsys):
         (["--dtype", "bfloat16", "--max-media-tokens", "9"], "--dtype, --max-media-tokens: no effect"),
         (["--server-video", "gif"], "must be one of images, video_url, got 'gif'"),
         (["--generation", '{"seed": 1}'], "generation: seed is set by --seed"),
+        (["--generation", '{"max_completion_tokens": 9}'], "max_completion_tokens is set by --max-new-tokens"),
         (["--generation", '{"n": 4}'], "sampling must not hold 'n'"),
         (["--server", "localhost:8000"], "base_url must look like http://HOST:PORT/v1"),
         (["--api-key-file", "nowhere"], "api_key_file nowhere: No such file"),
@@ -318,6 +319,68 @@ def test_odd_answers_are_answers(tmp_path):
     assert [line["completion"] for line in lines] == ["", "", "half ? of a pair", texts[3]]
     assert [line["finish"] for line in lines] == ["end", "length", "end", "end"]
     assert lines[3]["answer"] == "B"
+
+
+TEXT = [
+    "--data",
+    "builtin:seven-tags",
+    "--access",
+    "S",
+    "--max-new-tokens",
+    "14",
+    "--quiet",
+    "--filter",
+    '{"tag": ["S"]}',
+]
+
+
+def test_an_answer_that_the_server_gave_up_is_not_a_wrong_one(tmp_path, capsys):
+    words = [*TEXT, "--samples", "1", "--limit", "3", "--batch-size", "1", "--server"]
+    half = broken_off("<think>I hear", {"code": 502, "message": "provider disconnected"})
+    seen = Counter()
+
+    def once(body):
+        seen["calls"] += 1
+        return half if seen["calls"] == 2 else "<think>so</think><answer>B</answer>"
+
+    with ChatServer(answers(once)) as server:
+        assert evaluate(*words, server.url, "--output", tmp_path / "once") == 0
+    lines = lines_of(tmp_path / "once")
+    assert {line["answer"] for line in lines} == {"B"} and seen["calls"] == 4
+    assert {line["completion_tokens"] for line in lines} == {3}  # of the answer, not of what was given up too
+    with ChatServer(answers(lambda body: half)) as server:
+        assert evaluate(*words, server.url, "--output", tmp_path / "always") == 1
+    assert "the server failed: server-error: error object in a successful response" in capsys.readouterr().err
+
+
+def test_a_model_that_takes_no_sampling_is_asked_and_noted(tmp_path, caplog):
+    """OpenAI's models that reason: another name of the limit, no temperature, and no answer within one token."""
+    out_of_tokens = status(400, "Could not finish the message because max_tokens or model output limit was reached.")
+
+    def answer(number, body):
+        return out_of_tokens if body["max_completion_tokens"] == 1 else always("B")(number, body)
+
+    words = [*TEXT, "--samples", "2", "--limit", "2", "--temperature", "0.5", "--server"]
+    with ChatServer(thinking_model(answer)) as server:
+        assert evaluate(*words, server.url, "--output", tmp_path / "out") == 0
+        asked = [call.body for call in server.calls if is_question(call.body) and "max_completion_tokens" in call.body]
+    assert {body["max_completion_tokens"] for body in asked} == {14} and "temperature" not in asked[-1]
+    lines = lines_of(tmp_path / "out")
+    assert [line["answer"] for line in lines] == ["B"] * 4 and {line["completion_tokens"] for line in lines} == {3}
+    assert {tuple(line["notes"]) for line in lines} == {("model-default-temperature",)}
+    assert result_of(tmp_path / "out")["accesses"]["S"]["completions"]["note:model-default-temperature"] == 4
+    told = [text for text in caplog.messages if "takes no" in text]
+    assert len(told) == 2 and any("temperature=0.5 is left out" in text for text in told)
+
+
+def test_media_are_tried_with_a_model_that_takes_no_sampling(tmp_path, capsys):
+    """The calls that it refused count no tokens, and must not make a picture look as if it had been read."""
+    words = [*ASKED, "--limit", "2", "--concurrency", "1", "--filter", '{"tag": ["V"]}', "--server"]
+    with ChatServer(thinking_model(answers(lambda body: "B", sees=False), ("max_tokens", "temperature"))) as server:
+        assert evaluate(*words, server.url, "--output", tmp_path / "blind") == 1
+    assert "the server ignores video: a prompt has 15 tokens with it and 15 without" in capsys.readouterr().err
+    with ChatServer(thinking_model(always("B"), ("max_tokens", "temperature"))) as server:
+        assert evaluate(*words, server.url, "--output", tmp_path / "seeing") == 0
 
 
 # A real server

@@ -557,6 +557,15 @@ def test_a_judge_that_fails_is_counted(thinking_run, tmp_path, capsys):
     assert "critical_steps.json cannot be read" in found["critical"]["missing"]
 
 
+def test_a_step_that_a_judge_only_thought_of_is_none(thinking_run, tmp_path, capsys):
+    thoughts = ('<think>{"step": 2}? No, for', '{"step": 2}? No, for', '{"step": 2}')
+    with ChatServer(lambda number, body: say(thoughts[number % 3], finish_reason="length")) as server:
+        words = ("--concurrency", "1", "--samples", "9", "--no_cache")
+        assert asked(thinking_run, server, *words) == 1 and len(server.calls) == 9
+    (found,) = report(tmp_path, thinking_run)["runs"]
+    assert found["critical"]["count"] == 3 and found["critical"]["failed"] == {"truncated": 6}
+
+
 def test_refusals_of_the_command(tmp_path, capsys):
     run = write_run(tmp_path / "plain", [line(0, "V", "a", "<answer>B</answer>")])
     for words, why in (

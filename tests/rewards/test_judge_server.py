@@ -160,11 +160,31 @@ def test_a_model_in_this_process(taught):
 def test_a_model_that_gives_no_verdict(untaught):
     judge = CaptionJudge(LocalScorer(str(untaught), max_new_tokens=5), max_failure_rate=None)
     assert judge(completions=["A dog."], reference=[REFERENCE]) == [None]
-    assert judge.counts["failed/invalid-json"] == 1
+    assert judge.counts["failed/truncated"] == 1  # noise has no end
     judge.max_failure_rate, judge.min_requests = 0.0, 1
     judge.guard(None)
-    with pytest.raises(JudgeUnavailableError, match="invalid-json: 1; the first: no JSON object in it"):
+    why = "truncated: 1; the first: cut at the token limit: no JSON object in it"
+    with pytest.raises(JudgeUnavailableError, match=why):
         judge(completions=["A cat."], reference=[REFERENCE])
+
+
+def test_a_verdict_behind_which_a_model_goes_on_until_it_is_cut(taught):
+    """Its own end is no end any more, so that it says its verdict and goes on, as a model does that only thinks of one."""
+    scorer = LocalScorer(str(taught), max_new_tokens=6)
+    request = CaptionJudge(scorer).question("A dog.", {"reference": REFERENCE})
+    request = ChatRequest(request.messages, verdict_schema(request.axes, SCALE))
+    (whole,) = scorer.complete_many([request])
+    assert whole.ok and whole.finish_reason == "stop"
+    longer = LocalScorer(str(taught), max_new_tokens=6)
+    pipeline = longer._load()
+    word = pipeline.tokenizer("dog", add_special_tokens=False)["input_ids"][-1]
+    for config in (pipeline.generation_config, pipeline.model.generation_config):
+        config.eos_token_id, config.pad_token_id = len(pipeline.tokenizer) - 2, 0
+        config.forced_eos_token_id = word  # what stands last is no verdict
+    (cut,) = longer.complete_many([request])
+    assert cut.text.startswith(whole.text) and cut.text != whole.text
+    assert (cut.reason, cut.finish_reason, cut.data) == ("truncated", "length", None)
+    assert longer.usage.failed == {"truncated": 1}
 
 
 def test_a_local_model_takes_pictures(seven_tags, tmp_path):
@@ -177,7 +197,7 @@ def test_a_local_model_takes_pictures(seven_tags, tmp_path):
         judge = StepwiseReasoningJudge(scorer, frames=2, loader=loader, max_failure_rate=None)
         columns = {"video": [row["video"]], "tag": ["V"]}
         assert judge(completions=["<think>a red disc</think>"], **columns) == [None]
-        assert judge.counts["failed/invalid-json"] == 1, judge.counts
+        assert judge.counts["failed/truncated"] == 1, judge.counts
         frame = loader.video(row["video"]).frames[0]
     said = []
     for picture in (frame, 255 - frame):

@@ -215,6 +215,40 @@ def test_plain_lines_are_read_too():
     assert time.perf_counter() - start < 30  # a guard against exponential time, not a measurement
 
 
+LINES = "missing: 0.8\nerrors: 1.0\nfusion: 0.6"
+
+
+@pytest.mark.parametrize(
+    "thoughts",
+    [
+        f"<think>\nLet me draft.\n{LINES}\nHmm, but wait, the candidate says a giraffe, which is",
+        f"Let me draft.\n{LINES}\nHmm, but wait, the candidate says a giraffe, which is",
+        f"<think>\n{verdict(0.8, 1, 0.6)}\nHmm, but wait",
+        f"{verdict(0.8, 1, 0.6)}\nHmm, but wait",
+        LINES.removesuffix(".6"),  # 0 is what is left of 0.6
+    ],
+)
+def test_a_verdict_that_was_only_thought_of_earns_nothing(tmp_path, thoughts):
+    """Neither a draft in thoughts that were cut at the token limit nor a line that was: no reward, and nothing is kept."""
+    with ChatServer(in_turn(say(thoughts, finish_reason="length"))) as server:
+        judge = CaptionJudge(options(server, cache_file=tmp_path / "answers.sqlite"), max_failure_rate=None)
+        assert ask(judge, ["a cat"], reference="cat") == [None] == ask(judge, ["a cat"], reference="cat")
+        assert judge.counts["failed/truncated"] == 2 == len(server.calls)
+        judge.close()
+    # Negative controls: thoughts that were ended, and an object with which the message ends.
+    answers = (f"{thoughts}</think>{LINES}", "stop"), (f"{thoughts}</think>{verdict(0.8, 1, 0.6)}", "length")
+    for text, finish in answers:
+        with ChatServer(in_turn(say(text, finish_reason=finish))) as server:
+            judge = CaptionJudge(options(server))
+            assert ask(judge, ["a cat"], reference="cat") == [pytest.approx(0.8)]
+            judge.close()
+
+
+def test_open_thoughts_hold_no_grades():
+    assert read_plain_grades(f"<think>{LINES}\nWait", AXES, SCALE) is None
+    assert read_plain_grades(f"<think>no</think><think>\n{LINES}", AXES, SCALE) is None
+
+
 def test_a_server_that_answers_in_lines_is_asked_once(tmp_path):
     """Not again for JSON, and not by another process either."""
     with ChatServer(in_turn(say("Missing: 0.8\nErrors: 1.0\nFusion: 0.6"))) as server:

@@ -175,6 +175,8 @@ def test_judges_answers(text):
             lambda: read_verdict(text, ["missing", "wrong"], None),
             lambda: read_verdict(text, ["missing", "wrong"], [0.0, 0.5, 1.0]),
             lambda: read_object(text, schema),
+            lambda: read_verdict(text, ["missing", "wrong"], None, cut=True),
+            lambda: read_object(text, schema, cut=True),
         ):
             try:
                 assert all(0 <= value <= 1 for value in read().values() if read.__code__.co_names[0] == "read_verdict")

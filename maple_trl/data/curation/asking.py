@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from maple_trl.chat import ChatClient, ChatOptions, ChatRequest
+from maple_trl.chat import ChatClient, ChatOptions, ChatRequest, ChatResult
 from maple_trl.chat.messages import estimate_prompt_tokens, longest_answer, request_body, request_key, text_block
-from maple_trl.chat.structured import NoObjectError, read_object
+from maple_trl.chat.structured import NoObjectError
 from maple_trl.data.curation.config import CurationConfig
 from maple_trl.data.curation.logs import GrowingLog
 from maple_trl.data.curation.prompts import REPAIR, TASKS, Prompt
@@ -121,33 +121,34 @@ class Asker:
         Ask once, and once more where the answer is malformed, saying what is wrong with it.
 
         Raises:
-            DroppedError: `malformed`, where the second answer has not the form either, or a reason of `CONTENT_REASONS`.
+            DroppedError: `malformed`, where the second answer has not the form either, or a reason of `CONTENT_REASONS`,
+                `truncated` also where the second answer ended at the token limit before it had the form.
             ServerError: for any other reason of the client.
         """
         first = ChatRequest(ask.messages, ask.form, reader=_as_it_is)
         model, key = self._options[endpoint].model, request_key(first, self._options[endpoint])
-        text = await self._send(stage, endpoint, first)
-        data, problem = read_answer(text, ask)
+        answer = await self._send(stage, endpoint, first)
+        data, problem = read_answer(answer, ask)
         if problem is not None:
             said = [
-                {"role": "assistant", "content": text},
+                {"role": "assistant", "content": answer.text},
                 {"role": "user", "content": REPAIR.format(problem=problem)},
             ]
-            text = await self._send(stage, endpoint, dataclasses.replace(first, messages=[*ask.messages, *said]))
-            again, still = read_answer(text, ask)
+            answer = await self._send(stage, endpoint, dataclasses.replace(first, messages=[*ask.messages, *said]))
+            again, still = read_answer(answer, ask)
             if again is None and data is None:
-                raise DroppedError("malformed", still or "")
+                raise DroppedError("truncated" if answer.finish_reason == "length" else "malformed", still or "")
             told = (data, problem) if again is None else (again, still)
             return Told(told[0], model, ask.prompt.digest + key[:16], told[1], repaired=True)
         return Told(data, model, ask.prompt.digest + key[:16])
 
-    async def _send(self, stage: str, endpoint: str, request: ChatRequest) -> str:
+    async def _send(self, stage: str, endpoint: str, request: ChatRequest) -> ChatResult:
         (result,) = await self._client(endpoint).acomplete_many([request])
         if result.attempts:
             spent = {"prompt_tokens": result.prompt_tokens, "completion_tokens": result.completion_tokens}
             self._spent.add({"stage": stage, "endpoint": endpoint, "calls": result.attempts, **spent}, flush=False)
         if result.ok:
-            return result.text
+            return result
         if result.reason in CONTENT_REASONS:
             raise DroppedError(result.reason, result.detail)
         raise ServerError(endpoint, result.reason, result.detail)
@@ -207,17 +208,17 @@ class Planner:
         """Do nothing: nothing is open."""
 
 
-def read_answer(text: str, ask: Ask) -> tuple[Any, str | None]:
+def read_answer(answer: ChatResult, ask: Ask) -> tuple[Any, str | None]:
     """Return the object of an answer, `None` where there is none of its form, and what is wrong with it, if anything."""
     try:
-        data = read_object(text, ask.form)
+        data = ChatRequest((), ask.form).read(answer.text, answer.finish_reason)
     except NoObjectError as error:
         return None, str(error)
     data = _clean(data)
     return data, ask.check(data)
 
 
-def _as_it_is(text: str) -> str:
+def _as_it_is(text: str, cut: bool) -> str:
     """Take any text for an answer: a malformed one is kept, too, and asked about."""
     return text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chat_server import status
+from chat_server import ChatServer, in_turn, say, status
 from curation_server import WORD, CurationServer, kind_of, question_key, servers, signals_in, subsets, violation
 from datasets import load_dataset
 from hypothesis import given
@@ -23,7 +23,7 @@ from maple_trl import cli
 from maple_trl.chat import ChatOptions, ChatRequest
 from maple_trl.chat.messages import request_body
 from maple_trl.data.curation import CurationError, curate, make_config, read_config
-from maple_trl.data.curation.asking import Ask
+from maple_trl.data.curation.asking import Ask, Asker, DroppedError
 from maple_trl.data.curation.config import Asr
 from maple_trl.data.curation.evidence import show
 from maple_trl.data.curation.logs import GrowingLog
@@ -336,6 +336,33 @@ def test_a_question_that_stays_malformed_goes_alone(clips, tmp_path):
     assert account.dropped == {"malformed": 3} and account.rows_out == 3
     dropped = (tmp_path / "out" / "dropped.jsonl").read_text()
     assert "bell-V-av-event-alignment-1" in dropped and "two options are the same" in dropped
+
+
+@pytest.mark.parametrize(
+    ("second", "finish", "outcome"),
+    [
+        ('{"conflicts": [], "consistent": true}', "stop", True),
+        ('{"conflicts": [], "consistent": false}', "length", False),  # which ends with its object
+        ('Perhaps {"conflicts": [], "consistent": true}, or', "length", "truncated"),
+        ("<think>{}", "length", "truncated"),
+        ("<think>{}", "stop", "malformed"),
+    ],
+)
+def test_what_was_only_thought_of_is_asked_for_again(clips, tmp_path, second, finish, outcome):
+    draft = say('<think>First {"conflicts": [], "consistent": false}, but then', finish_reason="length")
+    with ChatServer(in_turn(draft, say(second, finish_reason=finish))) as server:
+        asker = Asker(read_config(write_config(tmp_path, server.url)))
+        question = Ask(PROMPTS[3], [{"type": "text", "text": "descriptions"}], ALIGN_FORM, {})
+        try:
+            for _ in range(2):  # the second time from what was kept
+                try:
+                    found = asyncio.run(asker.ask("align", "judge", question)).data["consistent"]
+                except DroppedError as error:
+                    found = error.reason
+                assert found == outcome and len(server.calls) == 2
+        finally:
+            asker.close()
+        assert "cut at the token limit" in server.calls[1].text
 
 
 def test_a_caption_goes_with_one_of_its_references(clips, tmp_path):
