@@ -202,8 +202,8 @@ def test_ass_keeps_neither_comments_nor_drawings():
 
 def test_windows_1252_is_read_and_counted(tmp_path):
     data = SRT.replace("first", "Größe \u201cneu\u201d").encode("cp1252")
-    text, notes = read_subtitle(data, "x")
-    assert text.startswith("Größe \u201cneu\u201d line\n") and notes == (NOT_UTF8,)
+    found = read_subtitle(data, "x")
+    assert found.text().startswith("Größe \u201cneu\u201d line\n") and found.notes == (NOT_UTF8,)
     for name in ("a.srt", "b.srt"):
         (tmp_path / name).write_bytes(data)
     (tmp_path / "c.SRT").write_text(SRT)
@@ -265,11 +265,16 @@ def ass(events):
         "[Script Info]\nScriptType: v4.00+\n\n[V4+ Styles]\nFormat: Name, Fontname\nStyle: Default,Arial\n\n[Events]\n"
     )
     head += "Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
-    return head + "".join(f"{kind}: 0,{at},9:00:00.00,Default,Ann,0,0,0,,{text}\n" for kind, at, text in events)
+    lines = (
+        f"{kind}: 0,{at},{''.join(end) or '9:00:00.00'},Default,Ann,0,0,0,,{text}\n" for kind, at, text, *end in events
+    )
+    return head + "".join(lines)
 
 
 def write_ass(cues, asides):
-    return ass([("Dialogue", f"0:{b // 60:02d}:{b % 60:02d}.00", r"\N".join(lines)) for b, lines in cues])
+    at = [(f"0:{b // 60:02d}:{b % 60:02d}.00", f"0:{(b + 1) // 60:02d}:{(b + 1) % 60:02d}.00") for b, _ in cues]
+    texts = [r"\N".join(lines) for _, lines in cues]
+    return ass([("Dialogue", begin, text, end) for (begin, end), text in zip(at, texts, strict=True)])
 
 
 def write_microdvd(cues, asides):
@@ -300,9 +305,10 @@ def expected_text(cues):
     asides=st.lists(st.sampled_from(ASIDES), min_size=1, max_size=3),
     end=st.sampled_from(["\n", "\r\n", "\r"]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    part=st.tuples(st.integers(0, 3000), st.integers(1, 1000)),
 )
 @pytest.mark.matrix(cases=2)
-def test_cues_come_back(format_, texts, begins, asides, end, encoding):
+def test_cues_come_back(format_, texts, begins, asides, end, encoding, part):
     if format_ in ("ass", "sub"):  # here braces, backslashes and bars are markup
         texts = [[line.translate(dict.fromkeys(map(ord, "{}\\/"))) for line in lines] for lines in texts]
     if format_ in ("vtt", "sbv"):  # a blank line ends the cue, and a line of times in a cue begins another
@@ -313,7 +319,13 @@ def test_cues_come_back(format_, texts, begins, asides, end, encoding):
     data = WRITERS[format_](cues, asides).replace("\n", end).encode(encoding)
     expected = expected_text(cues)
     if expected:
-        assert subtitle_text(data, f"a.{format_}") == expected
+        found = read_subtitle(data, f"a.{format_}")
+        assert found.text() == expected
+        first, last = (
+            part[0] + 0.5,
+            sum(part) + 0.5,
+        )  # cues last a second, from whole ones on, but for MicroDVD's 0.08 s
+        assert found.text([(first, last)]) == expected_text([cue for cue in cues if first - 1 < cue[0] < last])
     else:
         with pytest.raises(MediaError, match="no cue"):
             subtitle_text(data, f"a.{format_}")
