@@ -213,6 +213,46 @@ def test_windows_1252_is_read_and_counted(tmp_path):
     assert loader.notes == {"subtitle-cp1252": 2}
 
 
+@pytest.mark.parametrize(
+    ("said", "page"),
+    [
+        ("İyi günler, nasılsın / teşekkür ederim", "cp1254"),
+        ("Nasılsın?", "cp1254"),
+        ("Ağ bağlantısı kesildi, ne yapıyorsun şimdi?", "cp1254"),  # `ağ` becomes the Icelandic for `that`
+        ("Bună ziua, ce mai faceţi? Mulţumesc, şi dumneavoastră?", "cp1250"),
+        ("Nu ştiu ce să fac şi nici unde să mă duc.", "cp1250"),
+        ("Dobrý den, jak se máš? Děkuji, přátelé, všechno je v pořádku.", "cp1250"),
+        ("Jó napot kívánok! Köszönöm, jól vagyok, és ön? Örülök, hogy eljött a nővérével.", "cp1250"),
+        ("Gdje si bio? Čekao sam te cijeli dan, što se dogodilo? Dođi ovamo.", "cp1250"),
+        ("Labas, kaip sekasi? Ačiū, šiandien viskas gerai.", "cp1257"),
+        ("Labdien, kā jums klājas? Paldies, šodien viss ir labi.", "cp1257"),
+    ],
+)
+def test_other_code_pages_are_not_taken_for_windows_1252(said, page):
+    with pytest.raises(MediaError, match="convert the file to UTF-8"):
+        read_subtitle(f"1\n00:00:01,000 --> 00:00:02,000\n{said}\n".encode(page), "a.srt")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Ég veit það ekki. Hvað ertu að gera? Þú verður að koma, ýttu á þetta.",
+        "Eg veit tað ikki, hvat ger tú í dag? Hann býr í Føroyum.",
+        "Où êtes-vous allé ? Une œuvre naïve à Noël, ça suffit.",
+        "¿Dónde está el niño? Mañana, señor Agüero, en el 1º piso. La 2ª vez.",
+        "Não sei o que você está fazendo, então vamos à praia. nº 5",
+        "Perché non è più così? Città, virtù, lunedì però.",
+        "Hé, één moment, de coördinatie is geïnstalleerd.",
+        "Hvor er du? Jeg håber, du får en god dag på øen, ærligt.",
+        "Hyvää päivää, šakki on hyvä peli.",
+        "Guðmundsdóttir was there with the others, and nobody in the whole wide room said a single word to her about it.",
+    ],
+)
+def test_languages_of_windows_1252_are_read(said):
+    found = read_subtitle(f"1\n00:00:01,000 --> 00:00:02,000\n{said}\n".encode("cp1252"), "a.srt")
+    assert (found.text(), found.notes) == (said, (NOT_UTF8,))
+
+
 def test_utf16_without_a_mark():
     for encoding in ("utf-16-le", "utf-16-be"):
         assert subtitle_text(SRT.encode(encoding), "x").startswith("first line\n")

@@ -255,23 +255,56 @@ def _unicode(data: bytes) -> str:
 
 
 def _windows_1252(data: bytes) -> str | None:
-    """Decode text unless it must be something else: damaged UTF-8, or a script with few or no ASCII letters."""
+    """
+    Decode text unless it must be something else.
+
+    That is damaged UTF-8, a script with few or no ASCII letters, or a language that another code page is for, whose letters
+    would become others.
+    """
     try:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
         return None
-    words = re.findall(r"[^\W\d_]+", text)
+    words = re.findall(r"[^\W\d_ªº]+", text)
     foreign = sum(len(word) > 3 and not re.search("[a-zA-Z]", word) for word in words) > 0.05 * len(words)
     letters = "".join(words)
     foreign = foreign or sum(not letter.isascii() for letter in letters) > 0.75 * len(letters)
     foreign = foreign or len(_SIGN_WITHIN.findall(text)) > 0.01 * len(words)
+    foreign = foreign or not _is_western(words)
     utf8 = data.decode("utf-8", errors="replace")
     damaged = sum(not letter.isascii() for letter in utf8) > 2 * utf8.count("\ufffd")
     return None if foreign or damaged else text
 
 
-# Signs of Windows-1252 that are letters in other code pages.
-_SIGN_WITHIN = re.compile(r"[^\W\d_][\xa2-\xa9\xac\xae-\xb3\xb6-\xb9\xbc-\xbf][^\W\d_]")
+# Signs of Windows-1252 that are letters in other code pages: within a word, and those of ordinals before a letter.
+_SIGN_WITHIN = re.compile(r"[^\W\d_][\xa2-\xa9\xac\xae-\xb3\xb6-\xb9\xbc-\xbf][^\W\d_]|(?<!\d)[\xaa\xba][^\W\d_]")
+
+# Letters beside a to z of the languages that are written in Windows-1252. Those of the last two stand where other code pages
+# have letters of Turkish, Romanian, Croatian and the Baltic languages: one of their words has to be there.
+_WESTERN = [
+    ("àâæçéèêëîïôœùûüÿ", ()),  # French
+    ("äöüßéàè", ()),  # German
+    ("áéíñóúü", ()),  # Spanish
+    ("áâãàçéêíóôõúü", ()),  # Portuguese
+    ("àèéìíîòóù", ()),  # Italian
+    ("àçéèíïñóòúü", ()),  # Catalan and Occitan
+    ("áäâçéèëêíïîóöôúüûñà", ()),  # Dutch, Afrikaans, Luxembourgish
+    ("æøåéèêóòôáü", ()),  # Danish and Norwegian
+    ("åäöéàüšžõæø", ()),  # Swedish, Finnish and Estonian
+    ("áàéèíìóòúù", ()),  # Irish and Scottish Gaelic
+    ("çëéê", ()),  # Albanian, Basque
+    ("áðéíóúýþæöå", ("það", "þú", "ég", "ekki", "við", "þetta", "og")),  # Icelandic
+    ("áðíóúýæøå", ("tað", "eg", "ikki", "við", "hava", "og")),  # Faroese
+]
+
+
+def _is_western(words: list[str]) -> bool:
+    """Return whether there is a language in whose letters all words are, but for one of twenty, as of names."""
+    lowered = [word.lower() for word in words if not word.isascii()]
+    present = {word.lower() for word in words}
+    alphabets = [set(letters) for letters, proof in _WESTERN if not proof or present.intersection(proof)]
+    beyond = [{letter for letter in word if not letter.isascii()} for word in lowered]
+    return any(sum(not letters <= alphabet for letters in beyond) <= 0.05 * len(words) for alphabet in alphabets)
 
 
 # Formats
