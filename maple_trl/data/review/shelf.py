@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.content import row_parts
 from maple_trl.omni.errors import MediaError
+from maple_trl.omni.media.clips import Source
+from maple_trl.omni.media.pictures import opened_picture, upright_rgb
 from maple_trl.omni.media.subtitles import in_parts, is_subtitle_file, read_subtitle, subtitle_bytes, unread_file
 
 
@@ -193,10 +193,14 @@ class ClipShelf:
 
         def write(target: Path) -> None:
             try:
-                with Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")) as picture:
-                    picture.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE))
-                    ImageOps.exif_transpose(picture).convert("RGB").save(target, "JPEG", quality=92)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                with opened_picture(Source(names[number], str(path))) as picture:
+                    picture.draft("RGB", (_LARGEST_PICTURE, _LARGEST_PICTURE))  # a large JPEG is read smaller
+                    shown, _ = upright_rgb(picture)
+                shown.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE))
+                shown.save(target, "JPEG", quality=92)
+            except MediaError:
+                raise
+            except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: a damaged PNG
                 raise MediaError("unreadable", names[number], f"no picture that can be read: {error}") from error
 
         return self._kept(("image", _identity(path)), ".jpg", write)

@@ -162,7 +162,7 @@ def test_a_picture_is_upright_and_tells_nothing_else(shelf, media):
     with Image.open(copy) as made:
         assert made.size == (40, 60) and not made.getexif() and made.format == "JPEG"
     assert b"secret" in (media / "photo.jpg").read_bytes() and b"secret" not in copy.read_bytes()
-    with pytest.raises(MediaError, match="no picture that can be read"):
+    with pytest.raises(MediaError, match="no picture: name it in field 'video'"):
         shelf.image({"image": "clip.mp4"})
 
 
