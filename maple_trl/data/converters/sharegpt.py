@@ -5,10 +5,10 @@ Relied on: the documented forms of LLaVA (`{"id", "conversations": [{"from": "hu
 "video": …}`) and of ms-swift (`{"messages": [{"role", "content"}], "videos": […], "audios": […], "images": […]}`, `solution`).
 
 A last turn of the assistant is the column `completion`, and what comes before it is the prompt. The answer is what the record has as
-`solution`, a text or a number, as ms-swift's reward functions compare with it; such a conversation may end in a turn of the user. Without
-one, it is the assistant's whole last turn. Marks of media
-at the beginning or the end of a message are taken out, where media go anyway; within a text they stay, and so do all of them in a row with
-several pictures. A row has one clip and one sound. Pictures may be inside the table (`{"bytes", "path"}`): they are written out.
+`solution`, a text or a number, with which ms-swift's reward functions compare; such a conversation may end in a turn of the user. Without
+one, it is the assistant's whole last turn. Marks of media at the beginning or the end of a message are taken out, where media go anyway;
+within a text they stay, and so do all of them in a row with several pictures. A row has one clip and one sound. Pictures may be inside
+the table (`{"bytes", "path"}`): they are written out.
 """
 
 from __future__ import annotations
