@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 
 from maple_trl import AvatarConfig, MAPOConfig, MAPOTrainer, OmniGRPOConfig, __version__
+from maple_trl.cli import main
 from maple_trl.data import default_folder, load_seven_tags
 from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.jobs.model_config import OmniModelConfig
@@ -145,11 +146,14 @@ def test_a_table_of_ms_swift_and_a_score_of_verl_become_ours(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     talk = [{"role": "user", "content": "<video>What moves?"}, {"role": "assistant", "content": "B"}]
     Path("swift.jsonl").write_text(json.dumps({"messages": talk, "videos": ["clips/a.mp4"], "solution": "B"}) + "\n")
-    exec(block(page, "python", 1), {})  # noqa: S102
-    (row,) = Dataset.from_json("rows.jsonl")
-    assert row["prompt"] == talk[:1] and row["video"] == ["clips/a.mp4"] and row["solution"] == "B"
+    Path("swift").mkdir()
+    Path("swift.jsonl").rename("swift/swift.jsonl")
+    (command,) = re.findall(r"`(maple-trl data convert sharegpt [^`]*)`", page)
+    assert main(command.split()[1:]) == 0
+    (row,) = Dataset.from_parquet([str(file) for file in Path("rows").rglob("*.parquet")])
+    assert row["prompt"] == [talk[0] | {"content": "What moves?"}] and row["solution"] == "B"
     names = {}
-    exec(block(page, "python", 2), names)  # noqa: S102
+    exec(block(page, "python", 1), names)  # noqa: S102
     assert names["reward"]([[{"role": "assistant", "content": "it is B"}], "A"], ["B", "B"]) == [1.0, 0.0]
 
 

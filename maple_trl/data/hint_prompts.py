@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from maple_trl.chat.messages import fence, image_block, text_block
 from maple_trl.data.hint_leaks import LEAKS, split_options
 from maple_trl.modalities import IMAGE_COLUMNS
+from maple_trl.omni.content import read_content, row_parts
+from maple_trl.omni.errors import RowError
+from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.subtitles import is_subtitle_file
 
 
@@ -55,6 +58,9 @@ class Problem:
         extras (`tuple[tuple[str, str], ...]`): further columns, as (name, text).
         video (`str` or `None`): the row's video.
         images (`tuple[str, ...]`): the row's pictures.
+        segment (`ClipRequest`): the part of the video that the row is about.
+        parts (`tuple[tuple[float, float], ...]`): from when to when the parts of its clips are of whose subtitles the student
+            reads, in seconds; none: all.
     """
 
     question: str
@@ -62,6 +68,8 @@ class Problem:
     extras: tuple[tuple[str, str], ...] = ()
     video: str | None = None
     images: tuple[str, ...] = ()
+    segment: ClipRequest = ClipRequest()
+    parts: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], columns: Sequence[str] = ()) -> Problem | None:
@@ -79,7 +87,8 @@ class Problem:
             question = _with_options(question, row["options"])
         extras = tuple((name, _as_text(row[name])) for name in columns if row.get(name) not in (None, "", []))
         images = tuple(_named(row, "image", IMAGE_COLUMNS))
-        return cls(question, str(solution).strip(), extras, next(_named(row, "video", ("video",)), None), images)
+        video = next(_named(row, "video", ("video",)), None)
+        return cls(question, str(solution).strip(), extras, video, images, _segment(row), row_parts(row))
 
 
 def _prompt_text(prompt: Any) -> str:
@@ -134,6 +143,16 @@ def _named(row: Mapping[str, Any], kind: str, columns: Sequence[str]) -> Iterato
             yield file
 
 
+def _segment(row: Mapping[str, Any]) -> ClipRequest:
+    """Return the part of its first video that a row is about."""
+    try:
+        videos = [] if row.get("video") else read_content(row.get("prompt")).files["video"]
+    except RowError:
+        videos = []
+    request = videos[0].request if videos else ClipRequest()
+    return ClipRequest(start=request.start, end=request.end)
+
+
 def first_messages(
     problem: Problem, max_words: int, loader: MediaLoader | None = None, frames: int = 0, max_pixels: int = 200_704
 ) -> list[dict[str, Any]]:
@@ -153,14 +172,14 @@ def first_messages(
     parts = [fence("question", problem.question), fence("right_answer", problem.solution)]
     for name, text in problem.extras:
         if loader is not None and is_subtitle_file(text) and os.path.isfile(Path(loader.root, text)):
-            text = loader.subtitle(text)
+            text = loader.subtitle(text, problem.parts)
         parts.append(fence(re.sub(r"\W", "_", name), text))
     content: list[dict[str, Any]] = []
     if frames and loader is not None and problem.images:
         content.append(text_block(f"{len(problem.images)} picture(s) of the problem:"))
         content += [image_block(loader.image(image, max_pixels=max_pixels).pixels) for image in problem.images]
     if frames and loader is not None and problem.video:
-        clip = loader.video(problem.video, max_pixels=max_pixels)
+        clip = loader.video(problem.video, max_pixels=max_pixels, request=problem.segment)
         pictures, times = clip.frames[:frames], ", ".join(f"{time:.1f}" for time in clip.timestamps[:frames])
         content.append(text_block(f"{len(pictures)} pictures of the clip, at {times} seconds:"))
         content += [image_block(picture) for picture in pictures]

@@ -191,6 +191,8 @@ class _Builder:
         chat, options = self.client.options, self.options
         content = [SYSTEM, chat.model, dict(chat.sampling), options.max_tries, options.max_words, options.frames]
         content += [problem.question, problem.solution, problem.extras]
+        if not problem.segment.whole or problem.parts:  # keys of whole clips stay as they were
+            content.append([problem.segment.part, problem.parts])
         shown = (problem.video, *problem.images) if options.frames else (None,)
         for path in (*shown, *(text for _, text in problem.extras)):
             try:

@@ -201,10 +201,12 @@ def _media_blocks(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _picture(path: str) -> Any:
     """Return a picture as lmms-eval's models take it."""
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from maple_trl.omni.media.pictures import upright_rgb
 
     with Image.open(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return upright_rgb(picture)[0]
 
 
 def score_doc(doc: Mapping[str, Any], results: Sequence[str], score: Callable[..., Sequence[float | None]]) -> dict:

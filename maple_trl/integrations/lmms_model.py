@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from PIL import Image, ImageOps
+from PIL import Image
 
 from maple_trl.evaluation.evaluator import EvalOptions, Evaluator
 from maple_trl.integrations.lmms_bridge import ROOT_FIELD, BridgeError, require_lmms_eval, row_of
@@ -22,6 +22,7 @@ from maple_trl.modalities import ModalityTag
 from maple_trl.omni.families.base import family_for
 from maple_trl.omni.loading import load_model, load_processor
 from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.media.pictures import upright_rgb
 from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.prompt import PromptBuilder
 
@@ -201,7 +202,7 @@ class MapleModel(lmms):
             name = f"{len(os.listdir(self._written.name))}.png"
             if isinstance(value, str):
                 value = Image.open(value)
-            ImageOps.exif_transpose(value).convert("RGB").save(Path(self._written.name, name))
+            upright_rgb(value)[0].save(Path(self._written.name, name))
             return "image", name, True
         if not isinstance(value, str) or block["type"] not in ("video", "audio"):
             raise BridgeError(f"{place}: a block of type {block['type']!r} holds {type(value).__name__}, not a path")

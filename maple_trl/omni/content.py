@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maple_trl.omni.errors import RowError
 from maple_trl.omni.media.clips import ClipRequest
+
+
+if TYPE_CHECKING:
+    from maple_trl.omni.media.subtitles import Part
 
 
 MARK = re.compile(r"<(video|audio|subtitle|image)>")
@@ -169,6 +173,28 @@ def path_of(value: Any) -> Any:
     if isinstance(value, Mapping) and set(value) <= {"path", "bytes"} and value.get("bytes") is None:
         return value.get("path")
     return value
+
+
+def subtitle_parts(videos: Sequence[MediaFile], audios: Sequence[MediaFile]) -> tuple[Part, ...]:
+    """
+    Return the parts of a row's clips whose subtitles belong to it; none where that is all that its subtitle says.
+
+    They are those of its videos, or where it has none, of its sounds: whether or not it is fed them, so that a row reads
+    the same whatever its tag. Beside a whole clip, parts of others limit nothing.
+    """
+    requests = [file.request for file in videos or audios]
+    whole = any(request.whole for request in requests)
+    return () if whole else tuple(dict.fromkeys(request.part for request in requests))
+
+
+def row_parts(row: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Return [`subtitle_parts`] of a row that may lack columns, or be no prompt: then nothing limits its subtitle."""
+    try:
+        files = read_content(row.get("prompt")).files
+    except RowError:
+        return ()
+    whole = {kind: [MediaFile("")] if row.get(kind) else [] for kind in ("video", "audio")}
+    return subtitle_parts(*(files[kind] + whole[kind] for kind in ("video", "audio")))
 
 
 def _check_keys(block: Mapping[str, Any], kind: str, known: tuple[str, ...]) -> None:

@@ -83,13 +83,13 @@ def as_paths(dataset: Dataset | IterableDataset | Any) -> Dataset | IterableData
 
 
 def _undecoded(feature: Any) -> Any:
-    from datasets import Audio, Image, List, Video
+    from datasets import Audio, Image, LargeList, List, Video
 
     for kind in (Image, Video, Audio):
         if isinstance(feature, kind):
             return kind(decode=False)
-    if isinstance(feature, List):
-        return List(_undecoded(feature.feature))
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
     if isinstance(feature, dict):
         return {name: _undecoded(member) for name, member in feature.items()}
     return feature
@@ -97,9 +97,9 @@ def _undecoded(feature: Any) -> Any:
 
 def _embeds(feature: Any) -> bool:
     """Return whether a column holds bytes, or paths as those features store them."""
-    from datasets import Audio, Image, List, Value, Video
+    from datasets import Audio, Image, LargeList, List, Value, Video
 
-    if isinstance(feature, List):
+    if isinstance(feature, (List, LargeList)):
         return _embeds(feature.feature)
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
@@ -109,9 +109,9 @@ def _embeds(feature: Any) -> bool:
 
 
 def _texts(feature: Any) -> Any:
-    from datasets import List, Value
+    from datasets import LargeList, List, Value
 
-    return List(_texts(feature.feature)) if isinstance(feature, List) else Value("string")
+    return List(_texts(feature.feature)) if isinstance(feature, (List, LargeList)) else Value("string")
 
 
 def _reference(value: Any) -> Any:

@@ -26,7 +26,7 @@ REASONS: dict[str, str] = {
     "decoder-memory": "decoding needs more memory than a decoder process may have",
     "media-tokens": "the row's media take more tokens than the budget of one prompt",
     # rows
-    "no-signal": "nothing that the row's tag asks for is left",
+    "no-signal": "nothing that the row's tag asks for is left, or no cue of its subtitle in the part of the clip",
     "prompt-too-long": "the prompt does not fit, and media placeholders are never cut",
     "engine-failed": "the engine that samples completions failed on the prompt twice",
 }

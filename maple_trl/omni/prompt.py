@@ -17,15 +17,26 @@ from maple_trl.omni.content import (
     path_of,
     place_blocks,
     read_content,
+    subtitle_parts,
     with_tracks,
 )
 from maple_trl.omni.encoded import KINDS, EncodedPrompt
 from maple_trl.omni.errors import MediaError, RowError
 from maple_trl.omni.families import PromptEncoder
 from maple_trl.omni.host_memory import hold_prompt
-from maple_trl.omni.media.clips import NO_AUDIO, SOUND_SPREAD, AudioClip, ClipRequest, Picture, PromptMedia, VideoClip
+from maple_trl.omni.media.clips import (
+    NO_AUDIO,
+    NO_CUE,
+    SOUND_SPREAD,
+    TRIMMED,
+    AudioClip,
+    ClipRequest,
+    Picture,
+    PromptMedia,
+    VideoClip,
+)
 from maple_trl.omni.media.loader import MediaLoader
-from maple_trl.omni.media.subtitles import is_subtitle_file, unread_file
+from maple_trl.omni.media.subtitles import Part, in_parts, is_subtitle_file, unread_file
 from maple_trl.omni.prompt_media import MediaReader, noise_media
 from maple_trl.omni.prompt_spec import PromptSpec
 from maple_trl.omni.templates import Asking
@@ -169,6 +180,7 @@ class PromptBuilder:
             lacking = sorted(names.get(m, m.name.lower()) for m in tag.modalities - present)
             raise RowError(f"tag {tag} needs {' and '.join(lacking)}, but the row has no such field or content block")
         fed = tag.modalities if tag is not None and self.modality_access == "required" else present
+        parts = subtitle_parts(videos, own_audios) if subtitle is not None and is_subtitle_file(subtitle) else ()
         images, videos = (files if Modality.VIDEO in fed else () for files in (images, videos))
         audios = audio_source if Modality.AUDIO in fed else ()
         self._check_family({"image": images, "video": videos, "audio": audios}, tag)
@@ -196,6 +208,7 @@ class PromptBuilder:
             fed=fed,
             images=tuple(file.path for file in images),
             image_requests=tuple(file.request for file in images),
+            subtitle_parts=parts if Modality.SUBTITLE in fed else (),
         )
 
     def _files(self, row: Mapping[str, Any], kind: str, content: Content) -> tuple[MediaFile, ...]:
@@ -306,7 +319,10 @@ class PromptBuilder:
         interleaved = spec.interleaved and None not in audios
         if interleaved and parts:  # which no longer stand at the times of the pictures
             interleaved, spec = False, _with_own_place(spec)
-        subtitle = whole_subtitle = self._subtitle_text(spec)
+        subtitle = whole_subtitle = self._subtitle_text(
+            spec, trimmed=any(TRIMMED in c.notes for c in (*videos, *heard))
+        )
+        notes += (NO_CUE,) if spec.subtitle_file and not subtitle else ()
 
         prompt = self._encode_text(spec, seen, audios, subtitle, interleaved)
         while self._longest is not None and len(prompt) > self._longest:
@@ -386,10 +402,33 @@ class PromptBuilder:
     def _read_media(self, spec: PromptSpec) -> tuple[list[Picture], list[VideoClip], list[AudioClip | None]]:
         return MediaReader(self.family, self.loader).read(spec, self.max_media_tokens)
 
-    def _subtitle_text(self, spec: PromptSpec) -> str:
+    def check_subtitle(self, file: str, parts: tuple[Part, ...] = (), needed: bool = False) -> str:
+        """
+        Read what a row is fed of a subtitle file, as [`~maple_trl.omni.media.loader.MediaLoader.subtitle`] does.
+
+        Args:
+            needed: whether the row's tag asks for a subtitle.
+
+        Raises:
+            MediaError: for a file that cannot be used, and as `no-signal` where a subtitle is needed and nothing is said.
+        """
+        text = self.loader.subtitle(file, parts)
+        if needed and not text:
+            raise MediaError(
+                "no-signal", file, f"no cue is shown {in_parts(parts)}, the part of the clip that the row is about"
+            )
+        return text
+
+    def _subtitle_text(self, spec: PromptSpec, trimmed: bool) -> str:
+        """Return what is fed of the subtitle; of a row with a clip that was `trimmed`, what is shown before it ends."""
         if not spec.subtitle_file:
             return spec.subtitle or ""
-        text = self.loader.subtitle(spec.subtitle)
+        parts = spec.subtitle_parts
+        if trimmed:
+            most = self.loader.limits.max_seconds
+            parts = parts or tuple(request.part for request in spec.video_requests or spec.audio_requests)
+            parts = tuple((start, min(end, start + most)) for start, end in parts)
+        text = self.check_subtitle(spec.subtitle, parts, spec.needs_subtitle)
         token = self._media_token_in([text])
         if token:
             raise MediaError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from maple_trl.modalities import MEDIA_COLUMNS, Modality, ModalityTag
 from maple_trl.omni.media.clips import ClipRequest
-from maple_trl.omni.media.subtitles import is_subtitle_file
+from maple_trl.omni.media.subtitles import Part, is_subtitle_file
 
 
 PROMPT_COLUMNS = ("prompt", *MEDIA_COLUMNS, "tag", "audio_in_video")
@@ -34,6 +34,8 @@ class PromptSpec:
         images: the files of the blocks with pictures, in order.
         image_requests: what is wanted of each picture.
         subtitle: a file, or the text itself.
+        subtitle_parts: from when to when the parts of the row's clips are whose cues are fed of the file, in seconds; none:
+            all that it says.
         tag: the row's tag, where it has one.
         fed: the signals that the row is fed.
     """
@@ -49,11 +51,17 @@ class PromptSpec:
     fed: frozenset[Modality] = field(default_factory=frozenset)
     images: tuple[str, ...] = ()
     image_requests: tuple[ClipRequest, ...] = ()
+    subtitle_parts: tuple[Part, ...] = ()
 
     @property
     def subtitle_file(self) -> bool:
         """Whether the subtitle is a file rather than the text itself."""
         return self.subtitle is not None and is_subtitle_file(self.subtitle)
+
+    @property
+    def needs_subtitle(self) -> bool:
+        """Whether the row's tag asks for a subtitle, rather than that it is fed one that is there."""
+        return self.tag is not None and Modality.SUBTITLE in self.tag.modalities
 
     @property
     def clips(self) -> tuple[tuple[str, ClipRequest], ...]:
@@ -82,11 +90,13 @@ class PromptSpec:
         """A digest of the content: equal prompts have an equal key."""
         content = [self.messages, self.videos, self.audios, self.subtitle, self.interleaved, self.tag]
         requests = [self.video_requests, self.audio_requests]
-        # Keys of whole clips, and of rows without pictures, stay as they were before there were parts and pictures.
+        # Keys of whole clips and subtitles, and of rows without pictures, stay as they were before there was anything else.
         if any(request != ClipRequest() for kind in requests for request in kind):
             content.append([[asdict(request) for request in kind] for kind in requests])
         if self.images:
             content.append({"images": [[file, asdict(request)] for file, request in self.pictures]})
+        if self.subtitle_parts:
+            content.append({"subtitle_parts": self.subtitle_parts})
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

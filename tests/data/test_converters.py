@@ -491,6 +491,31 @@ def test_share_gpt(tmp_path):
     assert summary.left_out == {"several media of the kind audio; a row has one of it": 1}
 
 
+def test_share_gpt_takes_the_solution_that_a_record_has(tmp_path):
+    asked, said = {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "<think>B?</think>It is B."}
+    media = {"images": ["a.png"]}
+    records = [
+        {"messages": [asked, said], "solution": "B", **media},
+        {"messages": [asked], "solution": "<answer> 12 </answer>", **media},
+        {"messages": [said, asked], "solution": 12.0, **media},
+        {"messages": [asked, said], "solution": "", **media},
+    ]
+    rows, _ = converted(tmp_path, "sharegpt", records)
+    assert [row["solution"] for row in rows] == ["B", "12", "12", said["content"]]
+    assert [row["answer"] for row in rows] == [row["solution"] for row in rows]
+    assert [row["completion"] for row in rows] == [said["content"], None, None, said["content"]]
+    assert [[turn["role"] for turn in row["prompt"]] for row in rows] == [
+        ["user"],
+        ["user"],
+        ["assistant", "user"],
+        ["user"],
+    ]
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    with pytest.raises(ConversionError, match="'solution' must be a text"):
+        converted(wrong, "sharegpt", [records[0] | {"solution": ["B"]}])
+
+
 # What is malformed
 
 

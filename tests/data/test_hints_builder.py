@@ -19,6 +19,7 @@ from chat_server import ChatServer, hang_up, in_turn, say, status
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from media_files import write_video
 from PIL import Image
 
 from maple_trl import cli
@@ -29,6 +30,7 @@ from maple_trl.data.hints import HintError, HintOptions, build_hints, leaks_answ
 from maple_trl.data.plain_words import number_value, words
 from maple_trl.data.row_tables import _write_whole
 from maple_trl.jobs.options import OmniScriptArguments
+from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.train import load_datasets
 
@@ -501,6 +503,29 @@ def test_the_teacher_sees_problem_captions_and_frames(tmp_path, seven_tags):
     assert rows[0]["prompt"][0]["content"] in call.text and "a shape\na tone" in call.text
     assert f"A. {rows[0]['options'][0]}" in call.text and rows[0]["truth_S"] in call.text
     assert re.search(r'name="right_answer">\n' + rows[0]["solution"], call.text)
+
+
+def test_the_teacher_sees_the_part_of_the_clip_that_the_student_sees(tmp_path):
+    write_video(tmp_path / "clip.mp4", frames=24)
+    (tmp_path / "words.srt").write_text(
+        "1\n00:00:00,000 --> 00:00:00,500\nred\n\n2\n00:00:00,500 --> 00:00:01,000\ngreen\n"
+    )
+    part = {"type": "video", "video": "clip.mp4", "video_start": 0.5, "video_end": 0.9}
+    asked = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    source = table(tmp_path / "in.jsonl", [row("one", prompt=asked, subtitle="words.srt")])
+    with ChatServer(in_turn(say(GOOD))) as server:
+        assert build(server, source, tmp_path / "out.jsonl", columns=("subtitle",), frames=2).hinted == 1
+        (call,) = server.calls
+        part |= {"video_start": 0.0}
+        table(source, [row("one", prompt=asked, subtitle="words.srt")])
+        assert build(server, source, tmp_path / "out.jsonl", columns=("subtitle",), frames=2).resumed == 0
+    assert re.search(r'name="subtitle">\ngreen\n', call.text)
+    content = call.body["messages"][1]["content"]
+    shown = next(block["image_url"]["url"] for block in content if block["type"] == "image_url")
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))))
+    asked_for = ClipRequest(start=0.5, end=0.9)
+    whole = MediaLoader(tmp_path, MediaLimits(num_frames=2), workers=0).video("clip.mp4", request=asked_for).frames[0]
+    assert abs(seen.astype(int) - whole).mean() < 4
 
 
 def test_the_teacher_sees_pictures(tmp_path):

@@ -7,21 +7,27 @@ import math
 import re
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Audio, Dataset, Features, List, Value, Video
+from datasets import Audio, Dataset, Features, LargeList, List, Value, Video
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from media_files import tone, write_audio, write_video
 from omni_runs import build_trainer
+from PIL import Image
 
 from maple_trl import cli
+from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import OmniScriptArguments
 from maple_trl.jobs.tables import read_tables
 from maple_trl.omni import embedded
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.loader import MediaLoader
+from maple_trl.omni.prompt import PromptBuilder
 from maple_trl.train import load_datasets
+from maple_trl.trainers.common.rows import asked_rows
 
 
 QUESTION = [{"role": "user", "content": "what color"}]
@@ -272,6 +278,30 @@ def test_embedded_media_train_without_torchcodec(media):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["media/quarantined_prompts"] == 0 and log["media_tokens/video"] and log["media_tokens/audio"]
+
+
+def test_large_lists_hold_media_and_messages(media):
+    """As Polars writes lists: all of them are large."""
+    picture = io.BytesIO()
+    Image.new("RGB", (28, 28), "red").save(picture, "png")
+    cell = pa.struct({"bytes": pa.large_binary(), "path": pa.large_string()})
+    block = pa.struct({"type": pa.large_string(), "text": pa.large_string()})
+    message = pa.struct({"role": pa.large_string(), "content": pa.large_list(block)})
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what color"}]}]
+    columns = {
+        "images": pa.array([[{"bytes": picture.getvalue(), "path": None}] * 2], pa.large_list(cell)),
+        "prompt": pa.array([asked], pa.large_list(message)),
+    }
+    pq.write_table(pa.table(columns), media / "large.parquet")
+    given = Dataset.from_parquet(str(media / "large.parquet"))
+    assert isinstance(given.features["images"], LargeList) and isinstance(given.features["prompt"], LargeList)
+    for table in (given, given.to_iterable_dataset(), given.cast_column("images", LargeList(datasets.Image()))):
+        (row,) = embedded.as_paths(table)
+        assert len(row["images"]) == 2 and all(name.startswith("embedded:") for name in row["images"])
+    builder = PromptBuilder(MessageEncoder(), MediaLoader(media, workers=0), system_prompt="Be brief.")
+    (row,) = asked_rows(embedded.as_paths(given), builder, "rows")
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"] and row["prompt"][1:] == asked
+    assert len([block for block in builder.encode(row).messages[1]["content"] if block["type"] == "image_url"]) == 2
 
 
 def test_a_path_in_a_media_column_must_lie_below_the_root(media):

@@ -131,8 +131,8 @@ def test_another_decoder_is_not_asked_for_pictures_that_are_stored_turned(tmp_pa
     """torchcodec turns pictures, by its version, and mirrors none."""
     asked = []
 
-    def picker(path, seconds):
-        asked.append(path)
+    def picker(path, seconds, stream):
+        asked.append((path, stream))
         return [av.VideoFrame.from_ndarray(four_corners(112, 168), format="rgb24") for _ in seconds]
 
     plain = write(tmp_path / "plain.mp4")
@@ -140,7 +140,31 @@ def test_another_decoder_is_not_asked_for_pictures_that_are_stored_turned(tmp_pa
     for path, right in ((plain, "RGBW"), (turned, corners(expected((112, 168), 90, True, False)))):
         clip = decode.decode_video(Source(str(path), str(path)), ROOMY, 28, 784, 10**6, ClipRequest(), picker=picker)
         assert corners(clip.frames[0]) == right
-    assert asked == [str(plain)]
+    assert asked == [(str(plain), 0)]
+
+
+def test_another_decoder_is_told_which_stream_is_decoded(tmp_path):
+    """Sound stands first in the file, so that the video's number is not 0; its own choice may be cover art."""
+    path, told = tmp_path / "a.mkv", []
+    with av.open(str(path), "w") as out:
+        sound = out.add_stream("aac", rate=16000, layout="mono")
+        video = out.add_stream("libx264", rate=4, options={"crf": "0"})
+        video.width, video.height, video.pix_fmt = 168, 112, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+        silence.sample_rate, silence.pts = 16000, 0
+        out.mux([*sound.encode(silence), *sound.encode()])
+        for i in range(4):
+            frame = av.VideoFrame.from_ndarray(four_corners(112, 168), format="rgb24")
+            frame.pts = i
+            out.mux(video.encode(frame))
+        out.mux(video.encode())
+
+    def picker(path, seconds, stream):
+        told.append(stream)
+        return [av.VideoFrame.from_ndarray(four_corners(112, 168), format="rgb24") for _ in seconds]
+
+    decode.decode_video(Source(str(path), str(path)), ROOMY, 28, 784, 10**6, ClipRequest(), picker=picker)
+    assert told == [1]
 
 
 @pytest.mark.parametrize("degrees", [0, 90])

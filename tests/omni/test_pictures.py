@@ -9,6 +9,9 @@ import pytest
 from media_files import picture, tone, write_audio, write_video
 from PIL import Image
 
+from maple_trl.data.benchmarks.media import UnusableMedium, write_still
+from maple_trl.data.review.shelf import ClipShelf
+from maple_trl.integrations.lmms_bridge import ROOT_FIELD, doc_to_visual
 from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.loader import MediaError, MediaLimits, MediaLoader
 
@@ -249,3 +252,44 @@ def test_a_photograph_with_an_embedded_one_is_one_picture(loader, tmp_path):
     frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:], quality=100, subsampling=0)
     found = loader.image("a.mpo")
     assert not found.notes and np.abs(found.pixels.astype(int) - rgb()).mean() < 2
+
+
+# Copies of pictures, for a benchmark's clips, for other models and for a page
+
+
+def write_unusual(path):
+    """A picture that is black where it is seen through, or one of 16 bits of a dark gray."""
+    if path.stem == "clear":
+        Image.fromarray(np.dstack([rgb() // 8, np.tile([0, 255], (SIZE[0], SIZE[1] // 2))]).astype(np.uint8)).save(
+            path
+        )
+    else:
+        Image.fromarray(np.full(SIZE, 40 << 8, dtype=np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("name", ["clear.png", "deep.png"])
+def test_copies_show_the_picture_that_is_fed(loader, tmp_path, name):
+    write_unusual(tmp_path / name)
+    fed = loader.image(name).pixels.astype(int)
+    write_still(tmp_path / "still.mp4", (tmp_path / name).read_bytes())
+    (handed,) = doc_to_visual({ROOT_FIELD: str(tmp_path), "image": name, "tag": "V"})
+    with Image.open(ClipShelf(tmp_path, tmp_path / "copies").image({"image": name})) as copy:
+        shown = np.asarray(copy)
+    for pixels in (loader.video("still.mp4").frames[0], np.asarray(handed), shown):
+        assert pixels.shape == fed.shape and np.abs(pixels - fed).mean() < 6
+    assert fed.mean() < 200 and abs(fed - (255 if name == "deep.png" else 0)).mean() > 50  # another one is told apart
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jp2", "ppm", "tiff"])
+def test_each_format_that_is_fed_can_be_reviewed(tmp_path, suffix):
+    Image.fromarray(rgb()).save(tmp_path / f"a.{suffix}")
+    with Image.open(ClipShelf(tmp_path, tmp_path / "copies").image({"image": f"a.{suffix}"})) as copy:
+        assert np.abs(np.asarray(copy).astype(int) - rgb()).mean() < 12
+
+
+def test_pictures_that_are_not_fed_are_not_copied(loader, tmp_path):
+    Image.fromarray(np.zeros(SIZE, dtype=np.float32)).save(tmp_path / "a.tiff")
+    assert reason(lambda: loader.image("a.tiff"))[0] == "unreadable"
+    assert reason(lambda: ClipShelf(tmp_path, tmp_path / "copies").image({"image": "a.tiff"}))[0] == "unreadable"
+    with pytest.raises(UnusableMedium, match="32 bits"):
+        write_still(tmp_path / "a.mp4", (tmp_path / "a.tiff").read_bytes())

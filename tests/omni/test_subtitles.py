@@ -202,8 +202,8 @@ def test_ass_keeps_neither_comments_nor_drawings():
 
 def test_windows_1252_is_read_and_counted(tmp_path):
     data = SRT.replace("first", "Größe \u201cneu\u201d").encode("cp1252")
-    text, notes = read_subtitle(data, "x")
-    assert text.startswith("Größe \u201cneu\u201d line\n") and notes == (NOT_UTF8,)
+    found = read_subtitle(data, "x")
+    assert found.text().startswith("Größe \u201cneu\u201d line\n") and found.notes == (NOT_UTF8,)
     for name in ("a.srt", "b.srt"):
         (tmp_path / name).write_bytes(data)
     (tmp_path / "c.SRT").write_text(SRT)
@@ -211,6 +211,46 @@ def test_windows_1252_is_read_and_counted(tmp_path):
     for name in ("a.srt", "b.srt", "c.SRT", "a.srt"):
         loader.subtitle(name)
     assert loader.notes == {"subtitle-cp1252": 2}
+
+
+@pytest.mark.parametrize(
+    ("said", "page"),
+    [
+        ("İyi günler, nasılsın / teşekkür ederim", "cp1254"),
+        ("Nasılsın?", "cp1254"),
+        ("Ağ bağlantısı kesildi, ne yapıyorsun şimdi?", "cp1254"),  # `ağ` becomes the Icelandic for `that`
+        ("Bună ziua, ce mai faceţi? Mulţumesc, şi dumneavoastră?", "cp1250"),
+        ("Nu ştiu ce să fac şi nici unde să mă duc.", "cp1250"),
+        ("Dobrý den, jak se máš? Děkuji, přátelé, všechno je v pořádku.", "cp1250"),
+        ("Jó napot kívánok! Köszönöm, jól vagyok, és ön? Örülök, hogy eljött a nővérével.", "cp1250"),
+        ("Gdje si bio? Čekao sam te cijeli dan, što se dogodilo? Dođi ovamo.", "cp1250"),
+        ("Labas, kaip sekasi? Ačiū, šiandien viskas gerai.", "cp1257"),
+        ("Labdien, kā jums klājas? Paldies, šodien viss ir labi.", "cp1257"),
+    ],
+)
+def test_other_code_pages_are_not_taken_for_windows_1252(said, page):
+    with pytest.raises(MediaError, match="convert the file to UTF-8"):
+        read_subtitle(f"1\n00:00:01,000 --> 00:00:02,000\n{said}\n".encode(page), "a.srt")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Ég veit það ekki. Hvað ertu að gera? Þú verður að koma, ýttu á þetta.",
+        "Eg veit tað ikki, hvat ger tú í dag? Hann býr í Føroyum.",
+        "Où êtes-vous allé ? Une œuvre naïve à Noël, ça suffit.",
+        "¿Dónde está el niño? Mañana, señor Agüero, en el 1º piso. La 2ª vez.",
+        "Não sei o que você está fazendo, então vamos à praia. nº 5",
+        "Perché non è più così? Città, virtù, lunedì però.",
+        "Hé, één moment, de coördinatie is geïnstalleerd.",
+        "Hvor er du? Jeg håber, du får en god dag på øen, ærligt.",
+        "Hyvää päivää, šakki on hyvä peli.",
+        "Guðmundsdóttir was there with the others, and nobody in the whole wide room said a single word to her about it.",
+    ],
+)
+def test_languages_of_windows_1252_are_read(said):
+    found = read_subtitle(f"1\n00:00:01,000 --> 00:00:02,000\n{said}\n".encode("cp1252"), "a.srt")
+    assert (found.text(), found.notes) == (said, (NOT_UTF8,))
 
 
 def test_utf16_without_a_mark():
@@ -265,11 +305,16 @@ def ass(events):
         "[Script Info]\nScriptType: v4.00+\n\n[V4+ Styles]\nFormat: Name, Fontname\nStyle: Default,Arial\n\n[Events]\n"
     )
     head += "Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
-    return head + "".join(f"{kind}: 0,{at},9:00:00.00,Default,Ann,0,0,0,,{text}\n" for kind, at, text in events)
+    lines = (
+        f"{kind}: 0,{at},{''.join(end) or '9:00:00.00'},Default,Ann,0,0,0,,{text}\n" for kind, at, text, *end in events
+    )
+    return head + "".join(lines)
 
 
 def write_ass(cues, asides):
-    return ass([("Dialogue", f"0:{b // 60:02d}:{b % 60:02d}.00", r"\N".join(lines)) for b, lines in cues])
+    at = [(f"0:{b // 60:02d}:{b % 60:02d}.00", f"0:{(b + 1) // 60:02d}:{(b + 1) % 60:02d}.00") for b, _ in cues]
+    texts = [r"\N".join(lines) for _, lines in cues]
+    return ass([("Dialogue", begin, text, end) for (begin, end), text in zip(at, texts, strict=True)])
 
 
 def write_microdvd(cues, asides):
@@ -300,9 +345,10 @@ def expected_text(cues):
     asides=st.lists(st.sampled_from(ASIDES), min_size=1, max_size=3),
     end=st.sampled_from(["\n", "\r\n", "\r"]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    part=st.tuples(st.integers(0, 3000), st.integers(1, 1000)),
 )
 @pytest.mark.matrix(cases=2)
-def test_cues_come_back(format_, texts, begins, asides, end, encoding):
+def test_cues_come_back(format_, texts, begins, asides, end, encoding, part):
     if format_ in ("ass", "sub"):  # here braces, backslashes and bars are markup
         texts = [[line.translate(dict.fromkeys(map(ord, "{}\\/"))) for line in lines] for lines in texts]
     if format_ in ("vtt", "sbv"):  # a blank line ends the cue, and a line of times in a cue begins another
@@ -313,7 +359,13 @@ def test_cues_come_back(format_, texts, begins, asides, end, encoding):
     data = WRITERS[format_](cues, asides).replace("\n", end).encode(encoding)
     expected = expected_text(cues)
     if expected:
-        assert subtitle_text(data, f"a.{format_}") == expected
+        found = read_subtitle(data, f"a.{format_}")
+        assert found.text() == expected
+        first, last = (
+            part[0] + 0.5,
+            sum(part) + 0.5,
+        )  # cues last a second, from whole ones on, but for MicroDVD's 0.08 s
+        assert found.text([(first, last)]) == expected_text([cue for cue in cues if first - 1 < cue[0] < last])
     else:
         with pytest.raises(MediaError, match="no cue"):
             subtitle_text(data, f"a.{format_}")

@@ -215,7 +215,7 @@ def test_subtitles(text, encoding, more, before):
     data = text.encode(encoding, "replace")
     with within():
         try:
-            found, _ = read_subtitle(more + data if before else data + more, "a.srt")
+            found = read_subtitle(more + data if before else data + more, "a.srt").text()
             assert found.strip() and "\0" not in found
         except MediaError as error:
             assert error.reason == "bad-subtitle"

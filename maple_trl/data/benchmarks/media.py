@@ -9,9 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from maple_trl.data.benchmarks.base import Medium
+from maple_trl.omni.media.pictures import upright_rgb
 
 
 WRITTEN = "extracted"
@@ -104,9 +105,9 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     Pictures of more than 2048 pixels in width or height are made smaller, and sides are cut to even numbers.
 
     Raises:
-        ValueError: for a picture of less than 2 pixels in width or height.
+        ValueError: for a picture of less than 2 pixels in width or height, or with samples of 32 bits.
     """
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture, _ = upright_rgb(picture)
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     pixels = np.asarray(picture)
     pixels = np.ascontiguousarray(pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2])

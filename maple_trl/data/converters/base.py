@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +189,8 @@ def optional_text(record: Record, name: str) -> str | None:
 def answer_text(record: Record, name: str) -> str:
     """Read an open answer, which may stand in `<answer>` tags and may be a number."""
     value = record.get(name)
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.15g}"  # a whole number is one, where a table holds fractions too
     return str(unwrapped(record.name(name) if isinstance(value, int | float) else record.text(name)))
 
 

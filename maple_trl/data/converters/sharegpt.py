@@ -4,9 +4,11 @@ Conversations with media: ShareGPT's and LLaVA's turns, and messages with lists 
 Relied on: the documented forms of LLaVA (`{"id", "conversations": [{"from": "human", "value": "<video>\n…"}, {"from": "gpt", …}],
 "video": …}`) and of ms-swift (`{"messages": [{"role", "content"}], "videos": […], "audios": […], "images": […]}`, `solution`).
 
-The last turn must be the assistant's: it is `answer` and the column `completion`, and what comes before is the prompt. Marks of media
-at the beginning or the end of a message are taken out, where media go anyway; within a text they stay, and so do all of them in a row with
-several pictures. A row has one clip and one sound. Pictures may be inside the table (`{"bytes", "path"}`): they are written out.
+A last turn of the assistant is the column `completion`, and what comes before it is the prompt. The answer is what the record has as
+`solution`, a text or a number, with which ms-swift's reward functions compare; such a conversation may end in a turn of the user. Without
+one, it is the assistant's whole last turn. Marks of media at the beginning or the end of a message are taken out, where media go anyway;
+within a text they stay, and so do all of them in a row with several pictures. A row has one clip and one sound. Pictures may be inside
+the table (`{"bytes", "path"}`): they are written out.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record
-from maple_trl.data.converters.base import Converter, Place, Sample, first_of
+from maple_trl.data.converters.base import Converter, Place, Sample, answer_text, first_of
 from maple_trl.data.converters.turns import KINDS, block_files, read_turns, without_marks
 
 
@@ -56,15 +58,19 @@ def without_leading_marks(turns: list[dict[str, str]], media: Mapping[str, Any])
 def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
     name = first_of(record, "conversations", "messages", "conversation")
     turns = read_turns(record.get(name), name)
-    if turns[-1]["role"] != "assistant" or not any(turn["role"] == "user" for turn in turns):
+    solution = None if record.get("solution") in (None, "") else answer_text(record, "solution")
+    last = turns[-1]["role"]
+    if not any(turn["role"] == "user" for turn in turns) or last not in ("user", "assistant"):
+        raise FieldError(name, f"must have a turn of the user and end in one of the assistant, but ends in {last}")
+    if last == "user" and solution is None:
         raise FieldError(
-            name, f"must have a turn of the user and end in one of the assistant, but ends in {turns[-1]['role']}"
+            name, "must end in a turn of the assistant, or the record have a 'solution', but ends in user"
         )
     if turns[0]["role"] != "system" and isinstance(record.get("system"), str) and record.get("system").strip():
         turns.insert(0, {"role": "system", "content": record.text("system")})
-    *prompt, last = turns
+    said = turns.pop()["content"] if last == "assistant" else None
     media = media_of(record, name)
-    prompt = without_leading_marks(prompt, media)
+    prompt = without_leading_marks(turns, media)
     empty = next((turn for turn in prompt if not turn["content"].strip()), None)
     if empty is not None:
         raise FieldError(
@@ -74,12 +80,12 @@ def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
     yield Sample(
         clip=first_path(media) or f"{place.file.stem}-{place.number}",
         question=next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user"),
-        solution=last["content"].strip(),
+        solution=said.strip() if solution is None else solution,
         kind="text",
         name=own,
         messages=tuple(prompt),
         text=record.text("subtitle") if record.get("subtitle") else None,
-        further={"completion": last["content"]},
+        further={"completion": said},
         **media,
     )
 

@@ -177,13 +177,23 @@ def _check_columns(name: str, table: pa.Table) -> None:
         if column not in table.column_names:
             continue
         kind = table.schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        if not _is_text(kind):
             raise ReviewError(f"{name}: column {column} is {kind}; it must be text (a path, where it names a medium)")
     for column in (column for column in _LISTS if column in table.column_names):
         kind = table.schema.field(column).type
-        texts = pa.types.is_list(kind) and pa.types.is_string(kind.value_type)
-        if not (texts or pa.types.is_null(kind) or (pa.types.is_list(kind) and pa.types.is_null(kind.value_type))):
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not (pa.types.is_null(kind) or (is_list and _is_text(kind.value_type))):
             raise ReviewError(f"{name}: column {column} is {kind}; it must be a list of texts")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Return whether a column's cells are texts, or empty all of them; Polars and pandas write large ones, and views."""
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_null(kind)
+    )
 
 
 def _repeated(names: list[str]) -> list[str]:

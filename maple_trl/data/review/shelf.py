@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from maple_trl.modalities import IMAGE_COLUMNS
+from maple_trl.omni.content import row_parts
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media.subtitles import is_subtitle_file, read_subtitle, subtitle_bytes, unread_file
+from maple_trl.omni.media.clips import Source
+from maple_trl.omni.media.pictures import opened_picture, upright_rgb
+from maple_trl.omni.media.subtitles import in_parts, is_subtitle_file, read_subtitle, subtitle_bytes, unread_file
 
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*:")
@@ -145,7 +146,7 @@ class ClipShelf:
         Return the text of a row's subtitle, as a model is fed it; `None` where it has none.
 
         Raises:
-            MediaError: when it names a file that is none.
+            MediaError: when it names a file that is none, or one that says nothing in the part of the clip.
         """
         text = row.get("subtitle") or None
         if text is None:
@@ -154,8 +155,15 @@ class ClipShelf:
             if reason := unread_file(text.strip(), str(self.root)):
                 raise MediaError("bad-subtitle", text.strip(), f"{reason}, and is none that is read as a subtitle")
             return str(text)
-        path = self.resolve(text.strip())
-        return read_subtitle(subtitle_bytes(path), text.strip())[0]
+        name, parts = text.strip(), row_parts(row)
+        found = read_subtitle(subtitle_bytes(self.resolve(name)), name)
+        try:
+            said = found.text(parts)
+        except ValueError as error:
+            raise MediaError("bad-subtitle", name, str(error)) from error
+        if not said:
+            raise MediaError("no-signal", name, f"no cue is shown {in_parts(parts)}, the part of the clip")
+        return said
 
     # Copies
 
@@ -185,10 +193,14 @@ class ClipShelf:
 
         def write(target: Path) -> None:
             try:
-                with Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")) as picture:
-                    picture.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE))
-                    ImageOps.exif_transpose(picture).convert("RGB").save(target, "JPEG", quality=92)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                with opened_picture(Source(names[number], str(path))) as picture:
+                    picture.draft("RGB", (_LARGEST_PICTURE, _LARGEST_PICTURE))  # a large JPEG is read smaller
+                    shown, _ = upright_rgb(picture)
+                shown.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE))
+                shown.save(target, "JPEG", quality=92)
+            except MediaError:
+                raise
+            except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: a damaged PNG
                 raise MediaError("unreadable", names[number], f"no picture that can be read: {error}") from error
 
         return self._kept(("image", _identity(path)), ".jpg", write)

@@ -13,6 +13,7 @@ from maple_trl.omni.media.sampling import MediaLimits
 
 # What was special about a clip, in its notes.
 NO_AUDIO = "no-audio-track"
+NO_CUE = "no-cue-in-part"
 SEGMENT_SHORTENED = "segment-shortened"
 SOUND_SPREAD = "sound-spread"
 TRIMMED = "trimmed"
@@ -77,6 +78,11 @@ class ClipRequest:
     def whole(self) -> bool:
         """Whether it asks for the clip from its start to its end."""
         return not self.start and self.end is None
+
+    @property
+    def part(self) -> tuple[float, float]:
+        """From when to when the segment is, in seconds; infinite where it goes on to the clip's end."""
+        return self.start or 0.0, math.inf if self.end is None else self.end
 
     def limits(self, limits: MediaLimits) -> MediaLimits:
         """

@@ -126,13 +126,18 @@ class _SeekMissed(Exception):
 
 @dataclass(frozen=True)
 class _Choice:
-    """Which pictures are taken: their ticks, their times from the start of the file or segment, and what is special."""
+    """
+    Which pictures are taken.
+
+    It holds their ticks, their times from the start of the file or segment, what is special, and the number of their stream.
+    """
 
     line: Timeline
     ticks: list[int]
     seconds: list[float]
     duration: float
     notes: list[str]
+    stream: int
 
     @property
     def fps(self) -> float:
@@ -238,7 +243,7 @@ def _choose(
     if damaged := [float(seconds[i]) for i in chosen if int(line.pts[i]) in line.damaged]:
         raise source.error("unreadable", f"the picture at {damaged[0]:.2f} s is damaged: the stream has lost data")
     times = [max(0.0, float(seconds[i]) - start) for i in chosen]
-    return _Choice(line, [int(tick) for tick in line.pts[chosen]], times, duration, notes)
+    return _Choice(line, [int(tick) for tick in line.pts[chosen]], times, duration, notes, stream.index)
 
 
 def count_frames(source: Source, limits: MediaLimits, request: ClipRequest) -> int:
@@ -379,7 +384,8 @@ def decode_video(
         multiple (`int`): both sides become multiples of it.
         min_pixels, max_pixels (`int`): area of a frame.
         request (`ClipRequest`): segment and sampling that differ from the whole clip.
-        picker (`Callable`, *optional*): another decoder, called as `picker(path, seconds)`.
+        picker (`Callable`, *optional*): another decoder, called as `picker(path, seconds, stream)`, with the number of the
+            stream in the file.
 
     Raises:
         MediaError: `no-video-track`, `no-frames`, `truncated`, `unreadable`, `too-long`, `segment-outside`,
@@ -392,7 +398,8 @@ def decode_video(
     # torchcodec turns pictures, in some versions, and mirrors none: what is not upright as stored is left to PyAV.
     if picker is not None and not line.in_order and _stored_upright(source, limits):
         try:  # half a tick later: the float must not fall before the picture
-            pictures = picker(source.path, [float((tick + Fraction(1, 2)) * line.tick) for tick in wanted])
+            seconds = [float((tick + Fraction(1, 2)) * line.tick) for tick in wanted]
+            pictures = picker(source.path, seconds, choice.stream)
         except (RuntimeError, ValueError, IndexError) as error:
             raise source.error("unreadable", f"torchcodec: {error}") from error
         frames = [resize(picture) for picture in pictures]

@@ -16,9 +16,9 @@ import cachetools
 from maple_trl.omni.embedded import stored_path
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.host_memory import host_memory
-from maple_trl.omni.media.clips import NO_AUDIO, AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
+from maple_trl.omni.media.clips import NO_AUDIO, NO_CUE, AudioClip, ClipRequest, MediaInfo, Picture, Source, VideoClip
 from maple_trl.omni.media.sampling import MediaLimits, fit_size
-from maple_trl.omni.media.subtitles import read_subtitle, subtitle_bytes
+from maple_trl.omni.media.subtitles import Part, Subtitle, read_subtitle, subtitle_bytes
 from maple_trl.omni.media.tasks import Task, perform
 from maple_trl.omni.media.workers import LEAST_BYTES, WORKER_BYTES, WORKERS, decoder_pool
 
@@ -45,8 +45,8 @@ def torchcodec_problem() -> str | None:
 
 
 def _cost(key: Any, value: Any) -> int:
-    """Return the bytes of a cache entry; text, counts and `None` (no audio track) are small but not free."""
-    return getattr(value, "nbytes", None) or 64 + (len(value) if isinstance(value, str) else 0)
+    """Return the bytes of a cache entry; counts and `None` (no audio track) are small but not free."""
+    return getattr(value, "nbytes", None) or 64
 
 
 class MediaLoader:
@@ -362,24 +362,39 @@ class MediaLoader:
         segment = ClipRequest(start=request.start, end=request.end)  # other sampling of pictures is the same sound
         return self._load("audio", self._source(path), sampling_rate, segment)
 
-    def subtitle(self, path: str | os.PathLike) -> str:
+    def subtitle(self, path: str | os.PathLike, parts: Iterable[Part] = ()) -> str:
         """
-        Read the plain text of the subtitle file at `path`.
+        Read the plain text of a subtitle file: all of it, or what is shown during some parts of its clip.
+
+        That nothing is shown there is counted under the note `"no-cue-in-part"`.
+
+        Args:
+            path: the file, below the root.
+            parts: from when to when each is, in seconds; none: all.
 
         Raises:
-            MediaError: for a file that cannot be used.
+            MediaError: for a file that cannot be used, or whose times are not known where parts are asked for.
         """
-        return self._load("subtitle", self._local(path, "subtitles"))
+        source, parts = self._local(path, "subtitles"), tuple(parts)
+        subtitle: Subtitle = self._load("subtitle", source)
+        try:
+            text = subtitle.text(parts)
+        except ValueError as error:
+            raise source.error("bad-subtitle", str(error)) from error
+        self._note(source, () if text else (NO_CUE,))
+        return text
 
-    def _decode(self, kind: str, source: Source, *options: Any) -> Picture | VideoClip | AudioClip | str | int | None:
+    def _decode(
+        self, kind: str, source: Source, *options: Any
+    ) -> Picture | VideoClip | AudioClip | Subtitle | int | None:
         if kind == "frames":
             return self._perform("frames", source, *options)
         if kind == "subtitle":
             with self._lock:
                 self._count(kind, source)
-            text, notes = read_subtitle(subtitle_bytes(source.path), source.name)
-            self._note(source, notes)
-            return text
+            subtitle = read_subtitle(subtitle_bytes(source.path), source.name)
+            self._note(source, subtitle.notes)
+            return subtitle
         clip = self._perform(kind, source, *options)
         self._note(source, (NO_AUDIO,) if clip is None else clip.notes)
         return clip

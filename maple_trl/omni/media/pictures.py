@@ -28,7 +28,7 @@ _ASIDE = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
+def opened_picture(source: Source) -> Iterator[Image.Image]:
     """Open a picture of an accepted format and a size that is decoded; Pillow's errors become ours."""
     Image.init()
     limit = f"at most {MAX_SOURCE_PIXELS} pixels are decoded"
@@ -80,7 +80,7 @@ def image_header(source: Source, limits: MediaLimits) -> MediaInfo:
     Raises:
         MediaError: `not-media`, `truncated`, `frame-too-large`, `unreadable`.
     """
-    with _opened(source) as picture:
+    with opened_picture(source) as picture:
         if picture.format in ("GIF", "WEBP"):
             check_whole(source)
         try:
@@ -113,16 +113,16 @@ def decode_image(
     Raises:
         MediaError: `not-media`, `truncated`, `unreadable`, `frame-too-large`, `bad-aspect-ratio`.
     """
-    with _opened(source) as picture:
+    with opened_picture(source) as picture:
         if picture.format in ("GIF", "WEBP"):
             check_whole(source)
         notes = ["first-picture"] if picture.format in _SEVERAL and getattr(picture, "is_animated", False) else []
         _load(source, picture)
         try:
-            upright = ImageOps.exif_transpose(picture)
-        except Exception:  # as above
-            upright, notes = picture, [*notes, "bad-exif"]
-        rgb = _rgb(source, upright)
+            rgb, turnable = upright_rgb(picture)
+        except ValueError as error:
+            raise source.error("unreadable", str(error)) from error
+        notes += [] if turnable else ["bad-exif"]
     asked = rgb.size[::-1] if request.resized_height is None else (request.resized_height, request.resized_width)
     try:
         height, width = fit_size(*map(float, asked), multiple, min_pixels, max_pixels)
@@ -144,13 +144,30 @@ def _load(source: Source, picture: Image.Image) -> None:
         raise _damaged(source, f"begins as {picture.format}, but Pillow", error) from error
 
 
-def _rgb(source: Source, picture: Image.Image) -> Image.Image:
-    """Return 8-bit RGB: what shines through is white, and of 16 bits the upper 8 are kept."""
-    if picture.mode in _WIDE or (picture.mode == "I" and picture.format == "PNG"):
+def upright_rgb(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """
+    Return a picture as a model is fed it but for its size, and whether what it says of its orientation could be read.
+
+    It is turned upright, in 8-bit RGB: what shines through is white, and of 16 bits the upper 8 are kept.
+
+    Raises:
+        ValueError: for samples of 32 bits, whose range is not known. Of a picture that is not loaded yet, what Pillow
+            raises for damaged data.
+    """
+    picture.load()
+    try:
+        upright, turnable = ImageOps.exif_transpose(picture), True
+    except Exception:  # what a camera wrote beside the picture may be of any kind
+        upright, turnable = picture, False
+    return _rgb(upright, picture.format), turnable
+
+
+def _rgb(picture: Image.Image, form: str | None) -> Image.Image:
+    if picture.mode in _WIDE or (picture.mode == "I" and form == "PNG"):
         wide = np.asarray(picture).astype(np.int32)
         return Image.fromarray((wide.clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        raise source.error("unreadable", f"its samples have 32 bits (mode {picture.mode}) of no known range")
+        raise ValueError(f"its samples have 32 bits (mode {picture.mode}) of no known range")
     if picture.has_transparency_data:
         over = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")

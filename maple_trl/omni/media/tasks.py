@@ -70,12 +70,18 @@ def one_picture(source: Source, limits: MediaLimits, width: int) -> np.ndarray:
         return np.ascontiguousarray(upright(picture, display_matrix(frame)))
 
 
-def torchcodec_pictures(path: str, seconds: list[float]) -> list:
-    """Decode the frames shown at `seconds` by torchcodec, as PyAV frames: choice of times and resize stay the same."""
+def torchcodec_pictures(path: str, seconds: list[float], stream: int) -> list:
+    """
+    Decode the frames shown at `seconds` by torchcodec, as PyAV frames: choice of times and resize stay the same.
+
+    Args:
+        stream: the number of the video among the file's streams; torchcodec's own choice may be cover art.
+    """
     import av
     from torchcodec.decoders import VideoDecoder
 
-    batch = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1).get_frames_played_at(seconds)
+    decoder = VideoDecoder(path, stream_index=stream, dimension_order="NHWC", num_ffmpeg_threads=1)
+    batch = decoder.get_frames_played_at(seconds)
     return [av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in batch.data.numpy()]
 
 

@@ -21,7 +21,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from maple_trl.files import write_atomically
 from maple_trl.modalities import Modality
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.prompt import PromptBuilder, RowError
 from maple_trl.omni.prompt_spec import PromptSpec
 from maple_trl.trainers.common.checkpoint import ResumeError
@@ -133,7 +132,7 @@ class RowRegistry:
     def _probe(self, specs: dict[str, PromptSpec], progress: bool) -> None:
         files = sorted({file for spec in specs.values() for file in _files(spec)}, key=repr)
 
-        def probe(clip: tuple[str, str, ClipRequest]) -> tuple[tuple, MediaError | None, bool, bool]:
+        def probe(clip: tuple[str, str, Any]) -> tuple[tuple, MediaError | None, bool, bool]:
             """Return the file and what is asked of it, what is wrong, and whether it has pictures and sound."""
             file, kind, request = clip
             try:
@@ -146,7 +145,7 @@ class RowRegistry:
                 if kind == "image":
                     self.builder.check_image(file, request)
                 else:
-                    self.builder.loader.subtitle(file)
+                    self.builder.check_subtitle(file, *request)
                 return clip, None, False, False
             except MediaError as error:
                 return clip, error, False, False
@@ -360,11 +359,16 @@ def _fed(spec: PromptSpec) -> set[str]:
     return {*spec.kinds, *(["subtitle"] if Modality.SUBTITLE in spec.fed else [])}
 
 
-def _files(spec: PromptSpec) -> list[tuple[str, str, ClipRequest]]:
-    """Return a prompt's files, each with what it is (an image, a clip or a subtitle), and what is asked of it."""
+def _files(spec: PromptSpec) -> list[tuple[str, str, Any]]:
+    """
+    Return a prompt's files, each with what it is (an image, a clip or a subtitle), and what is asked of it.
+
+    Of a subtitle, these are the parts of its clip, and whether the row needs it.
+    """
     pictures = [(file, "image", request) for file, request in dict.fromkeys(spec.pictures)]
     clips = [(file, "clip", request) for file, request in spec.clips]
-    return [*pictures, *clips, *([(spec.subtitle, "subtitle", ClipRequest())] if spec.subtitle_file else [])]
+    subtitle = (spec.subtitle, "subtitle", (spec.subtitle_parts, spec.needs_subtitle))
+    return [*pictures, *clips, *([subtitle] if spec.subtitle_file else [])]
 
 
 def _without_texts(spec: PromptSpec) -> PromptSpec:

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
 
 from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
 from maple_trl.omni.embedded import as_paths
@@ -236,7 +236,7 @@ def _text(content: Any) -> str:
 def _prompt_feature(features: Features) -> Any:
     """Return the type of conversations in a table: that of its own, or texts."""
     own = features.get("prompt")
-    return own if isinstance(own, List) else _CONVERSATION
+    return own if isinstance(own, (List, LargeList)) else _CONVERSATION
 
 
 # Columns in which other libraries' data sets hold the question.

@@ -50,6 +50,18 @@ def test_a_set_is_read_from_files_folders_and_what_datasets_writes(tmp_path, row
     assert expected.row(7)["question"] == "Which colour has shape 7?" and expected.index_of("row-7") == 7
 
 
+def test_large_lists_are_read(tmp_path):
+    """As Polars writes them."""
+    large = {"id": pa.array(["a"], pa.large_string()), "tag": pa.array(["V"], pa.large_string())}
+    large["options"] = pa.array([["x", "y"]], pa.large_list(pa.large_string()))
+    pq.write_table(pa.table(large), tmp_path / "rows.parquet")
+    assert ReviewSet(tmp_path / "rows.parquet").row(0)["options"] == ["x", "y"]
+    numbers = pa.table({**large, "options": pa.array([[1, 2]], pa.large_list(pa.int64()))})
+    pq.write_table(numbers, tmp_path / "rows.parquet")
+    with pytest.raises(ReviewError, match="must be a list of texts"):
+        ReviewSet(tmp_path / "rows.parquet")
+
+
 def test_beside_shards_nothing_else_is_taken_for_rows(tmp_path):
     """As `data difficulty` leaves its folder: the rows that it dropped have an id and a tag, too."""
     rows = [question_row(number) for number in range(4)]

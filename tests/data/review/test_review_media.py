@@ -136,6 +136,23 @@ def test_a_subtitle_is_the_text_that_a_model_is_fed(shelf, media):
             shelf.subtitle({"subtitle": name})
 
 
+def test_the_subtitle_of_a_part_of_a_clip_is_what_a_model_is_fed(shelf, media):
+    cues = ("00:00:00,000 --> 00:00:00,200\nred", "00:00:00,200 --> 00:00:00,400\ngreen")
+    (media / "words.srt").write_text("\n\n".join(f"{number}\n{cue}" for number, cue in enumerate(cues, 1)))
+    (media / "frames.sub").write_text("{0}{5}red\n")
+
+    def row(start, subtitle="words.srt"):
+        block = {"type": "video", "video": "clip.mp4", "video_start": start, "video_end": None}
+        return {"prompt": [{"role": "user", "content": [block]}], "subtitle": subtitle}
+
+    assert shelf.subtitle(row(0.2)) == "green" and shelf.signals(row(0.3), "S").subtitle == "green"
+    assert shelf.subtitle(row(None)) == shelf.subtitle(row(0.2) | {"video": "clip.mp4"}) == "red\ngreen"
+    silent = shelf.signals(row(0.5), "S")
+    assert silent.subtitle is None and "no cue is shown from 0.5 s to the end" in silent.problems[0]
+    with pytest.raises(MediaError, match="numbers of frames"):
+        shelf.subtitle(row(0.2, "frames.sub"))
+
+
 def test_a_picture_is_upright_and_tells_nothing_else(shelf, media):
     image = Image.fromarray(picture(1, 40, 60))
     exif = Image.Exif()
@@ -145,7 +162,7 @@ def test_a_picture_is_upright_and_tells_nothing_else(shelf, media):
     with Image.open(copy) as made:
         assert made.size == (40, 60) and not made.getexif() and made.format == "JPEG"
     assert b"secret" in (media / "photo.jpg").read_bytes() and b"secret" not in copy.read_bytes()
-    with pytest.raises(MediaError, match="no picture that can be read"):
+    with pytest.raises(MediaError, match="no picture: name it in field 'video'"):
         shelf.image({"image": "clip.mp4"})
 
 
