@@ -407,6 +407,8 @@ class PromptBuilder:
         Read what a row is fed of a subtitle file, as [`~maple_trl.omni.media.loader.MediaLoader.subtitle`] does.
 
         Args:
+            file: path of the subtitle file.
+            parts: of the clips that the row is about; none: of the whole clip.
             needed: whether the row's tag asks for a subtitle.
 
         Raises:

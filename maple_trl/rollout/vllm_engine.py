@@ -16,7 +16,8 @@ class VLLMEngine:
     Samples with the engine that TRL's `vllm_generation` reaches, in this process or on a server.
 
     Attributes:
-        generation: [`~maple_trl.rollout.vllm_generation.OmniVLLMGeneration`], or TRL's own for a text-only model.
+        generation: [`~maple_trl.rollout.vllm_generation.OmniVLLMGeneration`], or of a text-only
+            model [`~maple_trl.rollout.vllm_generation.MergingGeneration`].
     """
 
     generation: Any

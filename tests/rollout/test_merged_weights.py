@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from omni_runs import build_trainer
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny_models import build_tiny
+from tiny_models import build_tiny, build_tiny_text
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl.distributed import DistributedBackend
@@ -240,3 +242,12 @@ def test_what_cannot_be_merged():
 def test_a_model_without_adapters():
     model = base("qwen2_5_omni")
     assert same(list(walk(model)), list(model.named_parameters()))
+
+
+def test_a_text_only_model_is_transferred_so_too(tmp_path):
+    model, tokenizer = build_tiny_text()
+    rows = Dataset.from_dict({"prompt": ["What?"] * 4})
+    trainer = build_trainer(tmp_path, rows, model=model, processing_class=tokenizer)
+    served = SimpleNamespace(use_vllm=True, vllm_engine_options=None)
+    assert trainer._vllm_generation(served) is MergingGeneration
+    assert trainer._vllm_generation(trainer.args) is None  # without vLLM there is none

@@ -16,7 +16,7 @@ from maple_trl.rollout import EngineError, RolloutEngine, TransformersEngine, VL
 from maple_trl.rollout.engine_models import engine_model
 from maple_trl.rollout.sampling_options import vllm_options
 from maple_trl.rollout.vllm_engine import generation_class
-from maple_trl.rollout.vllm_generation import OmniVLLMGeneration
+from maple_trl.rollout.vllm_generation import MergingGeneration, OmniVLLMGeneration
 from maple_trl.trainers.common.batch import Batch
 from maple_trl.trainers.common.checkpoint import is_complete
 from maple_trl.trainers.common.hinted_rows import prompt_key
@@ -66,7 +66,7 @@ class EngineMixin:
             args.generation_kwargs = {name: value for name, value in translated.items() if value}
 
     def _vllm_generation(self, args: OmniGRPOConfig) -> Callable[..., Any] | None:
-        """Return what makes TRL's access to vLLM; `None` for TRL's own, which takes no media."""
+        """Return what makes the access to vLLM; `None` without. That of a text-only model is TRL's but for adapters."""
         if not args.use_vllm:
             return None
         if self.family is None:
@@ -74,7 +74,7 @@ class EngineMixin:
                 raise ValueError(
                     "vllm_engine_options: TRL starts the engine of a text-only model, and takes none of them"
                 )
-            return None
+            return MergingGeneration
         if args.vllm_model_impl not in ("auto", "vllm"):
             raise ValueError(
                 f"vllm_model_impl={args.vllm_model_impl!r}: prompts with media take vLLM's own models ('auto')"
