@@ -16,7 +16,9 @@ from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 
 
 _SIGNATURE = "geometry"  # its name in the files of checkpoints
-_NOTED_LATER = ("gradient_accumulation_steps",)  # which checkpoints of earlier versions may not say
+_NOTED_LATER = ("gradient_accumulation_steps", "sync_ref_model")  # which checkpoints of earlier versions may not say
+REFERENCE_FILE = os.path.join("ref_model", "parameters.safetensors")
+"""A reference model that has moved; in a folder of its own, since some read all of a checkpoint's safetensors as the model's."""
 
 
 class ResumeError(ValueError):
