@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from trl import BEMACallback
 
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
-from maple_trl.trainers.common.checkpoint import REFERENCE_FILE, ResumeError
+from maple_trl.trainers.common.checkpoint import REFERENCE_FILE, ResumeError, last_complete_checkpoint
 from maple_trl.trainers.common.resume_checks import last_whole_checkpoint
 
 
@@ -80,6 +80,17 @@ class Forgetful(TrainerCallback):
         self.count += 1
 
 
+class Entropies(TrainerCallback):
+    """Notes by which entropy the controller decides after each step."""
+
+    def __init__(self, trainer):
+        self.trainer, self.seen = trainer, {}
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen[state.global_step] = self.trainer._last_world_entropy
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return save_tiny("qwen2_5_omni", tmp_path_factory.mktemp("model"))
@@ -114,19 +125,20 @@ def copy(folder, to, step=2):
 
 @pytest.fixture(scope="module")
 def run(path, tmp_path_factory):
-    """A run that nothing stops, and its folder with checkpoints 2 and 4."""
+    """A run that nothing stops, its folder with checkpoints 2 and 4, and its entropies."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = make(path, folder, callbacks=[Steps()])
+    entropies = Entropies(trainer)
     trainer.train()
     initial = load_file(path / "model.safetensors")
     moved = load_file(folder / "checkpoint-2" / REFERENCE_FILE)
     assert any(not torch.equal(moved[name], value) for name, value in initial.items() if name in moved)
-    return trainer, folder
+    return trainer, folder, entropies.seen
 
 
 def test_a_run_killed_once_its_checkpoint_counts_as_complete_goes_on_as_a_whole_one(run, path, tmp_path, monkeypatch):
     """TRL would have written the entropy's state then, and the reference never."""
-    whole, _ = run
+    whole, _, entropies = run
 
     def kill(**_):
         raise Killed
@@ -137,10 +149,11 @@ def test_a_run_killed_once_its_checkpoint_counts_as_complete_goes_on_as_a_whole_
             make(path, tmp_path, callbacks=[Steps()]).train()
     callbacks = [Steps(), Later(), Forgetful()]
     again = make(path, tmp_path, callbacks=callbacks)
+    found = Entropies(again)
     again.train(resume_from_checkpoint=True)
     assert again.steps_made == 2 and not differing(again, whole)
     assert logged(again) == logged(whole)
-    assert (again.entropy_coef, again._last_world_entropy) == (whole.entropy_coef, whole._last_world_entropy)
+    assert again.entropy_coef == whole.entropy_coef and found.seen == {step: entropies[step] for step in (3, 4)}
     assert [callback.count for callback in callbacks] == [STEPS, 2, 2]
     ended = json.loads((tmp_path / "checkpoint-4" / ENTROPY_FILE).read_text())
     assert ended == {"entropy_coef": whole.entropy_coef, "last_world_entropy": whole._last_world_entropy}
@@ -148,7 +161,7 @@ def test_a_run_killed_once_its_checkpoint_counts_as_complete_goes_on_as_a_whole_
 
 def test_a_trainer_that_failed_within_a_step_goes_on_as_a_whole_one(run, path, tmp_path):
     """The same object, whose reference has moved on, and which has seen the entropy of half a step."""
-    whole, _ = run
+    whole, _, entropies = run
     calls = []
 
     def fails_once(completions, **kwargs):
@@ -159,16 +172,33 @@ def test_a_trainer_that_failed_within_a_step_goes_on_as_a_whole_one(run, path, t
 
     fails_once.__name__ = spread_reward.__name__
     trainer = make(path, tmp_path, fails_once)
+    found = Entropies(trainer)
     with pytest.raises(ConnectionError, match="gone"):
         trainer.train()
     trainer.train(resume_from_checkpoint=True)
     assert trainer.steps_made == 2 and not differing(trainer, whole)
+    assert found.seen == entropies
     assert logged(trainer) == logged(whole)
+
+
+def test_a_checkpoint_that_is_written_over_does_not_count_meanwhile(run, path, tmp_path, monkeypatch):
+    """Killed between its weights and its optimizer, it is of two runs."""
+    _, folder, _ = run
+    earlier, later = copy(folder, tmp_path), copy(folder, tmp_path, 4)
+    assert last_complete_checkpoint(str(tmp_path)) == str(later)
+
+    def kill(*_):
+        raise Killed
+
+    monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", kill)
+    with pytest.raises(Killed):
+        make(path, tmp_path).train(resume_from_checkpoint=str(earlier))
+    assert (later / "optimizer.pt").exists() and last_complete_checkpoint(str(tmp_path)) == str(earlier)
 
 
 @pytest.mark.parametrize("name", ["reference", "entropy"])
 def test_with_the_state_that_a_run_begins_with_it_ends_elsewhere(run, path, tmp_path, name):
-    whole, folder = run
+    whole, folder, _ = run
     checkpoint = copy(folder, tmp_path)
     again = make(path, tmp_path)
     if name == "reference":
@@ -183,7 +213,7 @@ def test_with_the_state_that_a_run_begins_with_it_ends_elsewhere(run, path, tmp_
 
 
 def test_what_a_checkpoint_lacks_is_named_before_training(run, path, tmp_path):
-    _, folder = run
+    _, folder, _ = run
     trainer = make(path, tmp_path / "again")
     before = weights(trainer)
     for name, file in {"sync_ref_model": REFERENCE_FILE, "use_adaptive_entropy": ENTROPY_FILE}.items():
@@ -206,7 +236,7 @@ def test_what_a_checkpoint_lacks_is_named_before_training(run, path, tmp_path):
 
 
 def test_a_torn_reference_is_passed_over(run, tmp_path):
-    _, folder = run
+    _, folder, _ = run
     earlier, torn = copy(folder, tmp_path), copy(folder, tmp_path, 4) / REFERENCE_FILE
     assert last_whole_checkpoint(str(tmp_path), 1) == str(torn.parents[1])
     torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])

@@ -37,6 +37,7 @@ from maple_trl.trainers.common.checkpoint import (
     check_resume_signature,
     last_complete_checkpoint,
     load_rows,
+    reopen,
 )
 from maple_trl.trainers.common.media_config import MediaConfig
 from maple_trl.trainers.common.publishing import PublishingTrainer
@@ -512,6 +513,14 @@ class MediaTrainer(PublishingTrainer):
             os.makedirs(folder, exist_ok=True)
             self.tally.save(folder)
         super()._save_checkpoint(model, trial)
+
+    def _begin_checkpoint(self, trial: Any) -> str:
+        """Return the folder that a checkpoint is to be written into, which counts as incomplete from now on; a collective call."""
+        folder = self._checkpoint_folder(trial)
+        if self.args.should_save:
+            reopen(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
 
     def _checkpoint_folder(self, trial: Any) -> str:
         return os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")

@@ -593,7 +593,7 @@ class OmniGRPOTrainer(EngineMixin, RewardMixin, FailedRewardMixin, SharingMixin,
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
-        folder = self._checkpoint_folder(trial)
+        folder = self._begin_checkpoint(trial)
         if self.family is not None and self.args.should_save:
             save_rows(folder, self.row_encoder.state_dict())
         save_rollout(
