@@ -96,7 +96,10 @@ def runs(world, rows, out=None, names=(*EQUAL, "sft"), long=True):
     options = LONG | {"encoder_cache_dir": str(out.with_suffix(".towers"))}
     longer = {"name": "long", "trainer": "avatar", "reward": "in_thirds", "options": options}
     probed = saved | {"name": "probed", "refused": True, "options": SAVED | {"gradient_probe": 8}}
-    return [*equal, *[longer] * long, whole, half, *([] if out.name == "ddp" else [probed])]
+    moving = SAVED | {"beta": 0.1, "sync_ref_model": True}
+    following = saved | {"name": "following", "refused": True, "options": moving}
+    refused = {"ddp": [], "zero2": [probed]}.get(out.name, [probed, following])
+    return [*equal, *[longer] * long, whole, half, *refused]
 
 
 def launcher(config: Path) -> list[str]:
@@ -205,9 +208,12 @@ def test_a_run_goes_on_from_a_checkpoint_of_whole_weights(results, way):
 
 
 def assert_refused(results, way):
-    """A probe of whole gradients, which no rank has."""
+    """A probe of whole gradients, which no rank has, and a reference that moves, of which each has a part."""
     told = json.loads((results / way / "probed-refused.json").read_text())
     assert told == "gradient_probe reads whole gradients, which FSDP and DeepSpeed do not keep: set it to 0"
+    if way != "zero2":  # there each rank has all of the reference model
+        told = json.loads((results / way / "following-refused.json").read_text())
+        assert told.startswith("sync_ref_model: FSDP and ZeRO-3 spread the reference model over the processes")
 
 
 @pytest.mark.long  # of the long run

@@ -1,5 +1,6 @@
 """The private parts of TRL that the trainers rely on: a new TRL that moves one fails here, by name."""
 
+import ast
 import importlib.metadata
 import inspect
 import math
@@ -11,6 +12,7 @@ from accelerate.utils import is_peft_model
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import base_trainer, grpo_trainer
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
 
@@ -148,6 +150,31 @@ def test_state_is_loaded_in_the_order_we_rely_on():
     assert "return epochs_trained, steps_trained_in_current_epoch" in body
     save = inspect.getsource(Trainer._save_checkpoint)
     assert save.index("self._save_rng_state(output_dir)") < save.index("TRAINER_STATE_NAME")
+
+
+def test_what_trl_changes_beside_the_policy_is_what_a_checkpoint_keeps():
+    """The entropy's state, which it writes once a checkpoint counts as complete, and the parameters of a reference."""
+    save, load = map(inspect.getsource, (GRPOTrainer._save_checkpoint, GRPOTrainer._load_optimizer_and_scheduler))
+    assert save.index("super()._save_checkpoint(model, trial)") < save.index("if self.use_adaptive_entropy and")
+    assert '{"entropy_coef": self.entropy_coef, "last_world_entropy": self._last_world_entropy}' in save
+    assert all('"entropy_ctrl_state.json"' in body for body in (save, load))
+    assert "zip(target_model.parameters(), model.parameters()" in inspect.getsource(SyncRefModelCallback)
+
+
+def test_trl_changes_no_attribute_of_which_we_do_not_know():
+    """What a later TRL changes while it trains has to be in checkpoints, or to be found needless there: see docs/running.md."""
+    methods = ast.parse(inspect.getsource(GRPOTrainer)).body[0].body
+    stored = [
+        node.attr
+        for method in methods
+        if getattr(method, "name", "__init__") != "__init__"
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    ]
+    kept = {"_step", "_buffered_inputs", "entropy_coef", "_last_world_entropy"}
+    begun_anew = {"_entropy_window_stats", "_last_loaded_step", "_current_train_step_time", "_signature_columns"}
+    of_tools = {"environments", "_batch_environments", "_sync_tool_dicts", "_async_tool_dicts"}  # which we refuse
+    assert set(stored) == kept | begun_anew | of_tools
 
 
 def test_attributes_that_we_read(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,11 @@ from maple_trl.files import read_json
 from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 
 
+_LAST_FILE = "trainer_state.json"
 _SIGNATURE = "geometry"  # its name in the files of checkpoints
-_NOTED_LATER = ("gradient_accumulation_steps",)  # which checkpoints of earlier versions may not say
+_NOTED_LATER = ("gradient_accumulation_steps", "sync_ref_model")  # which checkpoints of earlier versions may not say
+REFERENCE_FILE = os.path.join("ref_model", "parameters.safetensors")
+"""A reference model that has moved; in a folder of its own, since some read all of a checkpoint's safetensors as the model's."""
 
 
 class ResumeError(ValueError):
@@ -184,10 +188,20 @@ def checkpoints(output_dir: str) -> list[tuple[int, str]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
+def reopen(checkpoint: str) -> None:
+    """
+    Let a checkpoint of an earlier run count as incomplete, before one of the same step is written over it file by file.
+
+    A run that is killed meanwhile would leave one of parts of both.
+    """
+    with suppress(FileNotFoundError):
+        os.remove(os.path.join(checkpoint, _LAST_FILE))
+
+
 def is_complete(checkpoint: str) -> bool:
     """Return whether a checkpoint's last file, `trainer_state.json`, was written to its end."""
     try:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        with open(os.path.join(checkpoint, _LAST_FILE), encoding="utf-8") as file:
             return isinstance(json.load(file), dict)
     except (OSError, ValueError):
         return False

@@ -31,11 +31,13 @@ from maple_trl.omni.towers import TowerCache
 from maple_trl.records.run_folder import ZERO_SHOT_FILE, holds_evaluation, named, run_results
 from maple_trl.records.run_html import run_html
 from maple_trl.trainers.common.arguments import each_dataset
+from maple_trl.trainers.common.callback_state import check_callbacks, restore_callbacks
 from maple_trl.trainers.common.checkpoint import (
     ResumeError,
     check_resume_signature,
     last_complete_checkpoint,
     load_rows,
+    reopen,
 )
 from maple_trl.trainers.common.media_config import MediaConfig
 from maple_trl.trainers.common.publishing import PublishingTrainer
@@ -466,6 +468,17 @@ class MediaTrainer(PublishingTrainer):
             check_resume_signature(checkpoint, self.accelerator.process_index, self._resume_signature())
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         check_parts(checkpoint, rank, world, self.replaceable_state)
+        check_callbacks(self.callback_handler.callbacks)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            restore_callbacks(self.callback_handler.callbacks, self.state.stateful_callbacks)
+        return trained
 
     def _resume_signature(self) -> dict[str, Any]:
         """Return what a checkpoint and the run that resumes it must have in common to go on where it stopped."""
@@ -500,6 +513,14 @@ class MediaTrainer(PublishingTrainer):
             os.makedirs(folder, exist_ok=True)
             self.tally.save(folder)
         super()._save_checkpoint(model, trial)
+
+    def _begin_checkpoint(self, trial: Any) -> str:
+        """Return the folder that a checkpoint is to be written into, which counts as incomplete from now on; a collective call."""
+        folder = self._checkpoint_folder(trial)
+        if self.args.should_save:
+            reopen(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
 
     def _checkpoint_folder(self, trial: Any) -> str:
         return os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from maple_trl.records.metrics_log import read_log
 from maple_trl.trainers.common.checkpoint import (
+    REFERENCE_FILE,
     ResumeError,
     checkpoints,
     complete_checkpoints,
@@ -111,7 +112,7 @@ def check_parts(checkpoint: str, rank: int, world: int, replaceable: Collection[
         ResumeError: naming what it lacks, or a file that is damaged or would run code.
     """
     check_pickles(checkpoint)
-    for name in sorted(set(os.listdir(checkpoint)) - set(replaceable)):
+    for name in sorted({*os.listdir(checkpoint), REFERENCE_FILE} - set(replaceable)):
         reason = _damage(os.path.join(checkpoint, name))
         if reason is not None:
             raise ResumeError(

@@ -72,6 +72,7 @@ from maple_trl.trainers.omni_grpo.evaluation_logs import EvaluationLogMixin
 from maple_trl.trainers.omni_grpo.failed_rewards import FailedRewardMixin
 from maple_trl.trainers.omni_grpo.prompt_sharing import SharingMixin
 from maple_trl.trainers.omni_grpo.rewards import RewardMixin
+from maple_trl.trainers.omni_grpo.trl_state import EntropyState, ReferenceState
 
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,11 @@ class OmniGRPOTrainer(
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 **kwargs,
+            )
+        if args.sync_ref_model and self._spread:
+            raise ValueError(
+                "sync_ref_model: FSDP and ZeRO-3 spread the reference model over the processes, and no checkpoint would keep what "
+                "it has become: use DDP or ZeRO-2, or set it to false"
             )
         if not any(isinstance(callback, JudgeCallback) for callback in self.callback_handler.callbacks):
             for callback in judge_callbacks(reward_funcs):
@@ -557,7 +563,8 @@ class OmniGRPOTrainer(
         Raises:
             EngineLostError: when the engine that samples has gone; the message says where the run can go on from.
             ResumeError: when this run cannot go on from the checkpoint: there is none, or it lacks weights, optimizer,
-                schedule or random numbers (`save_only_model`), or is of other data, batch sizes or processes.
+                schedule or random numbers (`save_only_model`), a reference model that has moved or the entropy's coefficient,
+                or is of other data, batch sizes or processes.
             TooManyQuarantinedError: when more rows than `max_quarantined_share` cannot be used.
             NoStepError: when the run ends without an optimizer step.
             ValueError: when `output_dir` holds an evaluation.
@@ -567,6 +574,9 @@ class OmniGRPOTrainer(
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._begin_counts(self.args)
         self._step, self._buffered_inputs, self._before_rollout = 0, None, []
+        # Nor is there to be anything of the micro-batches of a step that was not made.
+        self._entropy_window_stats = None
+        self._metrics["train"].clear()
         self.rollout_log.begin()
         try:
             return super().train(*args, **kwargs)
@@ -577,10 +587,12 @@ class OmniGRPOTrainer(
         if self.family is None:
             check_resume_signature(checkpoint, self.accelerator.process_index, self._resume_signature())
         super()._check_checkpoint(checkpoint)
+        for part in self._trl_parts():
+            part.check(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
-        folder = self._checkpoint_folder(trial)
+        folder = self._begin_checkpoint(trial)
         if self.family is not None and self.args.should_save:
             save_rows(folder, self.row_encoder.state_dict())
         save_rollout(
@@ -593,7 +605,8 @@ class OmniGRPOTrainer(
         if self.args.should_save:
             for part in self.state_parts():
                 part.save(folder)
-        super()._save_checkpoint(model, trial)
+        with lent(self, use_adaptive_entropy=False):  # whose state TRL would write over ours, after trainer_state.json
+            super()._save_checkpoint(model, trial)
 
     def state_parts(self) -> list[StatePart]:
         """
@@ -602,12 +615,25 @@ class OmniGRPOTrainer(
         It is called on every rank before a run goes on from a checkpoint, and on the one that writes when one is written.
         What overrides it adds to the list.
         """
-        return [self._missing]
+        return [self._missing, *self._trl_parts()]
+
+    def _trl_parts(self) -> list[ReferenceState | EntropyState]:
+        """Name what TRL's trainer changes itself beside policy and optimizer, as far as its options have it do so."""
+        parts: list[ReferenceState | EntropyState] = []
+        if self.args.sync_ref_model:
+            parts.append(ReferenceState(self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)))
+        if self.use_adaptive_entropy:
+            parts.append(
+                EntropyState(
+                    lambda: {"entropy_coef": self.entropy_coef, "last_world_entropy": self._last_world_entropy}
+                )
+            )
+        return parts
 
     def _resume_signature(self) -> dict[str, Any]:
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
         # By which Trainer tells from the number of steps how many micro-batches were drawn.
-        names = (*names, "gradient_accumulation_steps")
+        names = (*names, "gradient_accumulation_steps", "sync_ref_model")
         return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:

@@ -296,8 +296,8 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's: a checkpoint counts as complete once the parent has written trainer_state.json.
+        folder = self._begin_checkpoint(trial)
         if self.family is not None:
-            folder = self._checkpoint_folder(trial)
             if self.args.should_save:
                 save_rows(folder, self.row_encoder.state_dict())
             save_rollout(folder, self.accelerator.process_index, 0, None, self._resume_signature())
