@@ -385,7 +385,8 @@ class Page:
     def loud(self, decided: ClaimVerdict, found: Mapping[str, Finding]) -> list[str]:
         """Return what controls say, where they do not hold."""
         told = [
-            f"- **The control {name} fails: the effect may be something else than what is claimed.**"
+            f"- **The control {name} fails"
+            + (".**" if decided.verdict == DOES_NOT else ": the effect may be something else than what is claimed.**")
             for name in decided.failed
         ]
         waiting = [name for name in decided.open if lacks_runs(found[name])]
