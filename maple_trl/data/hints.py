@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,7 @@ def build_hints(
     options = options or HintOptions()
     try:
         builder = _Builder(Path(input_file), Path(output_file), client, options)
-        with builder.loader, ExitStack() as stack:
-            if not client.options.dry_run:
-                stack.enter_context(builder.held_output())
+        with builder.loader, nullcontext() if client.options.dry_run else builder.held_output():
             return builder.run(on_progress or (lambda *_: None))
     except LockedError as error:
         raise HintError(
