@@ -156,11 +156,7 @@ class ClipShelf:
                 raise MediaError("bad-subtitle", text.strip(), f"{reason}, and is none that is read as a subtitle")
             return str(text)
         name, parts = text.strip(), row_parts(row)
-        found = read_subtitle(subtitle_bytes(self.resolve(name)), name)
-        try:
-            said = found.text(parts)
-        except ValueError as error:
-            raise MediaError("bad-subtitle", name, str(error)) from error
+        said = read_subtitle(subtitle_bytes(self.resolve(name)), name).text(parts)
         if not said:
             raise MediaError("no-signal", name, f"no cue is shown {in_parts(parts)}, the part of the clip")
         return said

@@ -377,10 +377,7 @@ class MediaLoader:
         """
         source, parts = self._local(path, "subtitles"), tuple(parts)
         subtitle: Subtitle = self._load("subtitle", source)
-        try:
-            text = subtitle.text(parts)
-        except ValueError as error:
-            raise source.error("bad-subtitle", str(error)) from error
+        text = subtitle.text(parts)
         self._note(source, () if text else (NO_CUE,))
         return text
 

@@ -89,12 +89,14 @@ class Subtitle:
     The cues of a subtitle file.
 
     Attributes:
+        name: of the file, for errors.
         cues: in the order of their starts, each with text.
         notes: what was special about the file.
         in_seconds: whether the times are seconds; numbers of frames of which there is no telling when they are shown
             otherwise.
     """
 
+    name: str
     cues: tuple[Cue, ...]
     notes: tuple[str, ...] = ()
     in_seconds: bool = True
@@ -112,13 +114,15 @@ class Subtitle:
         twice. What only ends where a part begins, or begins where it ends, is not shown in it. Empty where nothing is.
 
         Raises:
-            ValueError: where parts are named and the file's times are numbers of frames.
+            MediaError: where parts are named and the file's times are numbers of frames.
         """
         wanted, lines = tuple(parts), list[str]()
         if wanted and not self.in_seconds:
-            raise ValueError(
+            raise MediaError(
+                "bad-subtitle",
+                self.name,
                 "its times are numbers of frames, and it does not say how many there are in a second, so that what is said "
-                f"{in_parts(wanted)} is not known: begin the file with a line such as {{1}}{{1}}25, or convert it to SubRip"
+                f"{in_parts(wanted)} is not known: begin the file with a line such as {{1}}{{1}}25, or convert it to SubRip",
             )
         for cue in self.cues:
             if not wanted or any(_is_shown(cue, *part) for part in wanted):
@@ -208,7 +212,7 @@ def read_subtitle(data: bytes, name: str) -> Subtitle:
     said = tuple(cue for cue in map(_tidy, _with_ends(cues)) if cue.text)
     if not said:
         raise MediaError("bad-subtitle", name, f"{_EXPECTED}; found no cue with text")
-    return Subtitle(said, notes, in_seconds=reader is not _frame_cues or _frame_rate(text) is not None)
+    return Subtitle(name, said, notes, in_seconds=reader is not _frame_cues or _frame_rate(text) is not None)
 
 
 def _with_ends(cues: list[Cue]) -> Iterator[Cue]:
