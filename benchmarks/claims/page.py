@@ -182,7 +182,7 @@ class Page:
             f"seed to seed, and two variants by {usual.questions:g} from question to question, a measure finds a difference of "
             f"{usual.effect:g} in accuracy in at least {STATED['planted']:.0%} of cases, and one where there is none in at most "
             f"{STATED['null']:.0%}.{self.measured_deviations()} A claim holds by all of its measures and does not by one: of many claims, "
-            "some do not by chance. On a machine with a GPU, `{COMMAND} run gpu --workers 1` "
+            f"some do not by chance. On a machine with a GPU, `{COMMAND} run gpu --workers 1` "
             "carries out the claims that need one.",
             "",
             f"- **Interval.** {self.register.rules.interval}",

@@ -282,5 +282,5 @@ def test_a_shared_prompt_trains_the_same_weights_and_a_planted_difference_is_see
     watch = small(trainer, None, None)
     alone = watch._trained("off")
     watch._job["learning_rate"] = 1e-2
-    faulty = differences(alone, watch._trained("on"))
+    faulty = differences(alone, watch._trained("auto"))
     assert faulty["weights"] > 1e-3

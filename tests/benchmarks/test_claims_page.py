@@ -77,6 +77,7 @@ def test_a_report_tells_what_was_found(evidence, tmp_path):
     row = next(line for line in page.splitlines() if "The new one answers more rightly." in line)
     assert f"+0.200 [{low:+.3f}, {high:+.3f}] | 5 | **holds**; **CONTROL FAILS: seconds**" in row
     assert "Of 2 claims: holds: 2. Claims with a control that fails: 1." in page
+    assert "`python benchmarks/claims run gpu --workers 1`" in page and not re.search(r"\{[A-Z]", page)
     cells = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines()}
     errors = [cells[f"| {name}"][7] for name in ("completions", "seconds (control)")]
     assert errors == ["not counted", "–"] and float(cells["| accuracy"][7].split()[0]) > 0

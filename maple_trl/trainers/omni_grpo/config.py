@@ -29,8 +29,8 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         default="auto",
         metadata={
             "help": "Pass a prompt through the model once for all completions of its group that stand in a batch: 'auto' "
-            "compares both ways on a short prompt and goes on without where they differ, 'on' raises there, 'off' passes "
-            "it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
+            "compares both ways on a short prompt and goes on without where they differ, 'on' raises there and also regroups "
+            "rollouts without media, which keep TRL's order otherwise, 'off' passes it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
         },
     )
     generation_batch: Annotated[int | None, "speed"] = field(
