@@ -121,8 +121,8 @@ def batch_position_ids(rows: Sequence[EncodedPrompt], prompt_width: int, complet
     """
     Return the positions of a left-padded batch of prompts, each followed by `completion_length` tokens of text.
 
-    Text after a prompt goes on counting from the prompt's last position in every rotary dimension, as
-    `get_rope_index` of the Qwen models does. Padding has position 0; it is masked wherever it could matter.
+    Text after a prompt, which ends in text, goes on counting from its last position in every rotary dimension. Padding has
+    position 0; it is masked wherever it could matter.
 
     Returns:
         `Tensor` of shape (R, B, prompt_width + completion_length).

@@ -196,7 +196,7 @@ class TrainerPositions:
         for feature in mm_features:
             if feature.data is not None and POSITIONS in feature.data:
                 given = feature.data[POSITIONS].data.reshape(3, -1).long()
-                # As in training, text goes on from the prompt's last position, which a video's frames may lie beyond.
+                # As in training, text goes on from the prompt's last position.
                 last = given[:, -1].max()
                 # More tokens than the prompt's: the completion of a request that was interrupted.
                 later = last + 1 + torch.arange(len(input_tokens) - given.size(1))

@@ -139,6 +139,49 @@ def test_pictures_without_interleaved_sound_keep_their_distances(name):
     np.testing.assert_allclose((placed - placed[0]).numpy(), np.array([0, 0.6, 6.5]) * per_second, atol=1)
 
 
+def counted(family, prompt, grids: list[tuple[int, int, int]], times: list[list[int]]) -> torch.Tensor:
+    """Positions by the rule that the Qwen models were trained by: whatever follows begins after the latest before it."""
+    ids, pads, begin, columns, i = prompt.input_ids.tolist(), set(family.placeholder_ids.values()), 0, [], 0
+    grids, times = iter(grids), iter(times)
+    while i < len(ids):
+        if ids[i] in pads:
+            (frames, height, width), at = next(grids), next(times)
+            block = [(at[t], y, x) for t in range(frames) for y in range(height) for x in range(width)]
+        else:
+            block = [(0, 0, 0)]
+        columns += [tuple(begin + part for part in place) for place in block]
+        begin, i = max(max(place) for place in columns) + 1, i + len(block)
+    return torch.tensor(columns).T
+
+
+clips_of_pairs = st.tuples(st.integers(1, 6), st.sampled_from([0.2, 0.5, 1.0, 3.0, 8.0]), st.integers(1, 3))
+
+
+@given(st.lists(clips_of_pairs, min_size=1, max_size=2))
+def test_what_follows_a_video_of_qwen2_5_vl_stands_after_its_last_picture(clips):
+    model, processor, family = world("qwen2_5_vl")
+    videos = [clip_at(family, [step * i for i in range(2 * pairs)], width) for pairs, step, width in clips]
+    prompt = family.encode("key", text(processor, *["video"] * len(clips)), PromptMedia(videos=videos))
+    per_second = family.config.vision_config.tokens_per_second
+    expected = counted(
+        family,
+        prompt,
+        [(pairs, 1, width) for pairs, _, width in clips],
+        [[int(2 * step * per_second * t) for t in range(pairs)] for pairs, step, _ in clips],
+    )
+    assert torch.equal(prompt.position_ids, expected)
+    # The control: transformers' own text after a video that lasts longer than it is wide stands among its pictures.
+    ids = prompt.input_ids[None]
+    theirs, _ = family.core(model).get_rope_index(
+        ids,
+        mm_token_type_ids=2 * (ids == family.placeholder_ids["video"]).int(),
+        video_grid_thw=torch.tensor([[pairs, 2, 2 * width] for pairs, _, width in clips]),
+        second_per_grid_ts=torch.tensor([2 * step for _, step, _ in clips]),
+    )
+    is_short = all(int(2 * step * per_second * (pairs - 1)) < width for pairs, step, width in clips)
+    assert torch.equal(theirs[:, 0], expected) is is_short
+
+
 def test_qwen3_vl_reads_the_times_of_the_file():
     """Its prompt names the middle of each pair of pictures, counted from the start of the file."""
     _, processor, family = world("qwen3_vl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from maple_trl.omni.families.base import OmniFamily, register_family
 
@@ -34,4 +35,21 @@ class Qwen2_5VLFamily(OmniFamily):
             attention_mask=torch.ones_like(ids),
             second_per_grid_ts=self.second_per_grid(media.videos) or None,
         )
-        return positions[:, 0]
+        return _counted_on(positions[:, 0], token_types[0])
+
+
+def _counted_on(positions: Tensor, token_types: Tensor) -> Tensor:
+    """
+    Have what follows a picture or a video begin after the latest of its positions, as these models were trained.
+
+    transformers 5 counts on from a video's height and width, so that what follows a longer one stands among its frames
+    (its `rope_deltas` and vLLM do not).
+
+    Args:
+        positions (`Tensor` of shape (R, T)): rotary positions of a prompt.
+        token_types (`Tensor` of shape (T,)): the kind of each token; changes where a picture or a video begins or ends.
+    """
+    positions = positions.clone()
+    for start in (token_types.diff().nonzero()[:, 0] + 1).tolist():
+        positions[:, start:] += positions[:, :start].max() + 1 - positions[:, start].min()
+    return positions
