@@ -184,7 +184,7 @@ REFUSED = [
         for name, value in WITHOUT_HINTS.items()
     ),
     *(
-        ({"loss_type": loss, name: 0.1}, f"{name}=0.1 has no effect with loss_type='{loss}'")
+        ({"loss_type": loss, "epsilon_high": 5.0, name: 0.1}, f"{name}=0.1 has no effect with loss_type='{loss}'")
         for loss, name in (("sapo", "replay_epsilon"), ("sapo", "replay_epsilon_high"), ("cispo", "replay_epsilon"))
     ),
     ({"tas_lambda": 0.0, "tas_shape": "uniform"}, "tas_shape='uniform' has no effect with tas_lambda=0"),
@@ -240,7 +240,8 @@ ACCEPTED = [
     {"replay_shares": {"easy": 0.0, "medium": 0.0, "hard": 1.0}},
     {"advantage_scope": "tag", "batching": "stratified"},
     {"hint_max_kl": 0.0, "hint_visits": 1, "hint_template": "{hint}", "hint_below": 0.5, "hints": True},
-    *({"loss_type": name} for name in ("dapo", "grpo", "dr_grpo", "cispo", "sapo")),
+    *({"loss_type": name} for name in ("dapo", "grpo", "dr_grpo", "sapo")),
+    {"loss_type": "cispo", "epsilon_high": 5.0},
     *({"tas_shape": name} for name in ("uniform", "linear_decay", "linear_incline", "inverse_parabolic")),
 ]
 

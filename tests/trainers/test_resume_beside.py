@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import BEMACallback
 
 from maple_trl import OmniGRPOConfig, OmniGRPOTrainer
 from maple_trl.trainers.common.checkpoint import REFERENCE_FILE, ResumeError, last_complete_checkpoint
 from maple_trl.trainers.common.resume_checks import last_whole_checkpoint
+from maple_trl.trainers.common.stop_checkpoint import StopCheckpoint
 
 
 pytestmark = pytest.mark.slow
@@ -96,9 +98,9 @@ def path(tmp_path_factory):
     return save_tiny("qwen2_5_omni", tmp_path_factory.mktemp("model"))
 
 
-def make(path, folder, reward=spread_reward, callbacks=(), **options):
+def make(path, folder, reward=spread_reward, callbacks=(), eval_dataset=None, **options):
     args = OmniGRPOConfig(**(DEFAULTS | OPTIONS | {"output_dir": str(folder)} | options))
-    return OmniGRPOTrainer(str(path), reward, args=args, train_dataset=ROWS, callbacks=list(callbacks))
+    return OmniGRPOTrainer(str(path), reward, args, ROWS, eval_dataset, callbacks=list(callbacks))
 
 
 def weights(trainer):
@@ -179,6 +181,48 @@ def test_a_trainer_that_failed_within_a_step_goes_on_as_a_whole_one(run, path, t
     assert trainer.steps_made == 2 and not differing(trainer, whole)
     assert found.seen == entropies
     assert logged(trainer) == logged(whole)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_job_that_is_asked_to_end_within_a_step_goes_on_as_a_whole_one(run, path, tmp_path, monkeypatch, ours):
+    """The control: transformers writes its checkpoint between a step's gradients and its update."""
+    whole, _, _ = run
+    if not ours:
+        monkeypatch.setattr(StopCheckpoint, "instead_of_transformers", lambda trainer: None)
+    calls = []
+
+    def asked_to_end(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 4:  # the second micro-batch of the second step
+            [callback] = [one for one in trainer.callback_handler.callbacks if isinstance(one, JITCheckpointCallback)]
+            callback.jit_manager.is_checkpoint_requested = True  # as a few seconds after SIGTERM
+        return spread_reward(completions)
+
+    asked_to_end.__name__ = spread_reward.__name__
+    trainer = make(path, tmp_path, asked_to_end, enable_jit_checkpoint=True, save_steps=100)
+    trainer.train()
+    assert trainer.state.global_step < STEPS and [file.name for file in tmp_path.glob("checkpoint-*")] == [
+        "checkpoint-2" if ours else "checkpoint-1"
+    ]
+    again = make(path, tmp_path, save_steps=100)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == STEPS and bool(differing(again, whole)) is not ours
+
+
+@pytest.mark.parametrize(("option", "value"), [("seed", 7), ("shuffle_dataset", False)])
+def test_a_run_whose_rows_would_come_in_another_order_is_refused(run, path, tmp_path, option, value):
+    _, folder, _ = run
+    checkpoint = copy(folder, tmp_path)
+    with pytest.raises(ResumeError, match=f"other settings: {option} "):
+        make(path, tmp_path, **{option: value}).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_evaluations_do_not_change_what_is_trained(run, path, tmp_path):
+    whole, _, _ = run
+    trainer = make(path, tmp_path, eval_strategy="steps", eval_steps=1, eval_dataset=ROWS.select(range(2)))
+    trainer.train()
+    assert sum("eval_reward" in entry for entry in trainer.state.log_history) == STEPS
+    assert not differing(trainer, whole)
 
 
 def test_a_checkpoint_that_is_written_over_does_not_count_meanwhile(run, path, tmp_path, monkeypatch):

@@ -314,6 +314,7 @@ class MediaConfig:
                 raise ValueError(_NO_BF16) from error
             raise
         _check_mappings(self)
+        self._settle_checkpointing()
         self._check_choice("modality_access", ("required", "all"))
         self._check_choice("media_check", ("probe", "none"))
         self._check_choice("media_backend", ("auto", "pyav", "torchcodec"))
@@ -337,6 +338,13 @@ class MediaConfig:
             raise ValueError(f"max_quarantined_share must be between 0 and 1, got {self.max_quarantined_share}")
         self.media_limits()
         self._check_host_memory()
+
+    def _settle_checkpointing(self) -> None:
+        """Name the kind of checkpointing where other options of it are given alone: torch would take the reentrant one."""
+        given = getattr(self, "gradient_checkpointing_kwargs", None)  # an evaluation has none
+        if given is not None and given.get("use_reentrant") is None:
+            settled = {**given, "use_reentrant": False}
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs = settled
 
     def _check_host_memory(self) -> None:
         """

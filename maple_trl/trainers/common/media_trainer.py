@@ -55,6 +55,7 @@ from maple_trl.trainers.common.run_summary import (
     unseen_note,
 )
 from maple_trl.trainers.common.sharding import check_awaited, keep_head_whole, name_present_layers
+from maple_trl.trainers.common.stop_checkpoint import StopCheckpoint
 
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class MediaTrainer(PublishingTrainer):
     def _finish_construction(self) -> None:
         """Do what the trainers have in common after the parent's constructor."""
         self.add_callback(LiveLog)
+        StopCheckpoint.instead_of_transformers(self)
         self._check_checkpointing()
         self._keep_savable()
         self.towers = self._make_tower_cache()

@@ -353,5 +353,3 @@ class MAPOConfig(OmniGRPOConfig):
             raise ValueError(
                 "ignore_data_skip must stay False: the schedule knows where it stands, nothing is skipped"
             )
-        if self.accelerator_config.split_batches:
-            raise ValueError("accelerator_config.split_batches must stay False: rollouts are shared by rank already")

@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from maple_trl.omni.generation import check_generation_options, check_values
 from maple_trl.rollout.sampling_options import OWN_ENGINE_OPTIONS, vllm_options
 from maple_trl.trainers.common.media_config import MediaConfig
+from maple_trl.trainers.omni_grpo.unfit_options import check_inherited, rate_by_reward
 
 
 @dataclass
@@ -29,8 +30,9 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
         default="auto",
         metadata={
             "help": "Pass a prompt through the model once for all completions of its group that stand in a batch: 'auto' "
-            "compares both ways on a short prompt and goes on without where they differ, 'on' raises there and also regroups "
-            "rollouts without media, which keep TRL's order otherwise, 'off' passes it once per completion. Takes a model whose attention is sdpa, flex_attention or FlashAttention."
+            "compares both ways on a short prompt and goes on without where they differ, 'on' raises there and also "
+            "regroups rollouts without media, which keep TRL's order otherwise, 'off' passes it once per completion. "
+            "Takes a model whose attention is sdpa, flex_attention or FlashAttention."
         },
     )
     generation_batch: Annotated[int | None, "speed"] = field(
@@ -77,7 +79,9 @@ class OmniGRPOConfig(MediaConfig, GRPOConfig):
     )
 
     def __post_init__(self):
+        rate_by_reward(self)
         super().__post_init__()
+        check_inherited(self)
         most = self.generation_batch
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
             raise ValueError(

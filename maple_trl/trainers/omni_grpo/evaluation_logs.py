@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maple_trl.trainers.common.trl_compat import fit_columns, lent
 
 
@@ -30,9 +32,10 @@ class EvaluationLogMixin:
         Evaluate as [`~transformers.Trainer.evaluate`] does.
 
         Metrics of one of several data sets are named after it: `eval_NAME_reward`. With `log_completions` its completions lie
-        in `OUTPUT_DIR/completions/eval_NAME`.
+        in `OUTPUT_DIR/completions/eval_NAME`. The random stream is left as it was: how often is evaluated does not change
+        what is trained.
         """
-        with lent(self, _metric_key_prefix=metric_key_prefix, _logs=_emptied(self._logs)):
+        with torch.random.fork_rng(), lent(self, _metric_key_prefix=metric_key_prefix, _logs=_emptied(self._logs)):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -360,6 +360,31 @@ class OmniGRPOTrainer(
 
     # Generation
 
+    def _generate(self, prompts: list):
+        generated = super()._generate(prompts)
+        if self._ends_at_strings:
+            self._correct_cut_share(generated[1])
+        return generated
+
+    @property
+    def _ends_at_strings(self) -> bool:
+        options = self.args.generation_kwargs or {}
+        return bool(options.get("stop_strings") or options.get("stop"))
+
+    def _correct_cut_share(self, completions: list[list[int]]) -> None:
+        """Log completions as cut where they are as long as may be: TRL takes all that end at a string for cut."""
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        most = self.args.max_completion_length
+        told = [[len(ids), len(ids) >= most and ids[-1] not in ends] for ids in completions]
+        lengths, cut = self.accelerator.gather(torch.tensor(told, device=self.accelerator.device)).T
+        whole = lengths[cut == 0].float() if (cut == 0).any() else torch.zeros(1)
+        values = {"clipped_ratio": cut.float().mean()} | {
+            f"{name}_terminated_length": of(whole)
+            for name, of in (("mean", torch.mean), ("min", torch.min), ("max", torch.max))
+        }
+        for name, value in values.items():
+            self._metrics[self._mode][f"completions/{name}"][-1] = float(value)
+
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if self.family is None:
             found = super()._tokenize_prompts(prompts)
@@ -632,8 +657,8 @@ class OmniGRPOTrainer(
 
     def _resume_signature(self) -> dict[str, Any]:
         names = ("generation_batch_size", "steps_per_generation", "num_generations", "num_iterations")
-        # By which Trainer tells from the number of steps how many micro-batches were drawn.
-        names = (*names, "gradient_accumulation_steps", "sync_ref_model")
+        # By which Trainer tells from the number of steps how many micro-batches were drawn, and in which order rows come.
+        names = (*names, "gradient_accumulation_steps", "sync_ref_model", "seed", "shuffle_dataset")
         return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
     def _pending_chunks(self) -> list[Batch] | None:

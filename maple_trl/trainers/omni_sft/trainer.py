@@ -304,7 +304,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def _resume_signature(self) -> dict[str, Any]:
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
         return super()._resume_signature() | {name: getattr(self.args, name) for name in names}
 
 
