@@ -21,8 +21,13 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl"
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+def write_atomically(path: str | os.PathLike[str], text: str, remade: bool = False) -> None:
+    """
+    Write a file so that a reader sees the old content or the new, never a part, after a power cut too.
+
+    Args:
+        remade: the file can be made anew from others, as a page of a report: the disk is not waited for.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():  # a device or a pipe, whose place a file must not take
         path.write_text(text, encoding="utf-8")
@@ -32,6 +37,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            if not remade:
+                file.flush()
+                os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
         os.chmod(scratch, 0o666 & ~_umask())
         os.replace(scratch, path)
     except BaseException:
@@ -67,7 +75,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     with open(scratch, "wb") as file:
         pq.write_table(table, file, compression="zstd")  # prompts repeat
         file.flush()
-        os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
+        os.fsync(file.fileno())  # as above
     os.replace(scratch, path)
 
 

@@ -114,7 +114,7 @@ class CardFacts:
 
     def write(self, folder: str | os.PathLike[str], card: ModelCard) -> None:
         """Write a card and the facts that it was made of into a folder."""
-        write_atomically(Path(folder, CARD), str(card))
+        write_atomically(Path(folder, CARD), str(card), remade=True)
         kept = {"facts": as_json(asdict(self)), "card": digest(str(card))}
         write_atomically(Path(folder, FACTS), json.dumps(kept, indent=2, default=str) + "\n")
 

@@ -118,7 +118,7 @@ def end_live(page: str | os.PathLike) -> None:
 
 def _write(path: str | os.PathLike, text: str) -> None:
     try:
-        write_atomically(path, text)
+        write_atomically(path, text, remade=True)
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror}") from error
 
