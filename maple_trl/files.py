@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, digests, and values as strict JSON knows them."""
+"""Files that appear whole or not at all, digests, and values as strict JSON and YAML know them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,37 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return None
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+class YamlKeyError(ValueError):
+    """A key of a YAML file that is given twice, or that cannot be one; the message names line and key."""
+
+
+def parse_yaml(text: str) -> Any:
+    """
+    Parse YAML as plain data.
+
+    Raises:
+        YamlKeyError: for a key that is written twice, of which YAML would silently take the last.
+        yaml.YAMLError: for what is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses keys that are no single names."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    raise YamlKeyError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be the name of an option")
+                if key in seen:
+                    raise YamlKeyError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # a SafeLoader: it builds plain data only
 
 
 def _umask() -> int:
