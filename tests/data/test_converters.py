@@ -525,6 +525,20 @@ def test_media_stand_where_the_conversation_has_them(tmp_path, case):
     assert row["question"] == re.sub("<[a-z]+>", "", said[-1]).strip()
 
 
+def test_tables_that_are_passed_over_are_named(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    record = {"messages": [{"role": "user", "content": "Q"}], "solution": "S", "video": "v"}
+    for name in ("a.jsonl", "b.json", "notes.txt"):
+        (source / name).write_text(json.dumps(record))
+    Dataset.from_list([record]).to_parquet(source / "c.parquet")
+    assert cli.main(["data", "convert", "sharegpt", str(source), str(tmp_path / "rows")]) == 0
+    told = capsys.readouterr().out.replace("\n", "")
+    assert all(f"not read beside {source / 'a.jsonl'}: {source / name}" in told for name in ("b.json", "c.parquet"))
+    assert "notes.txt" not in told and len(rows_of(tmp_path / "rows")) == 1
+    assert convert("sharegpt", source / "b.json", tmp_path / "one").passed_over == []
+
+
 def test_a_question_of_marks_alone_is_none(tmp_path):
     with pytest.raises(ConversionError, match="words beside the marks of media in the last turn of the user"):
         converted(
