@@ -385,7 +385,7 @@ def run(
 
     Returns:
         `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
-        `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job), `train_seconds`,
+        `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job, and of one that was resumed the training up to its checkpoint), `train_seconds`,
         `steps`, `model`, `dataset`, `learned` (reward and accuracy over the first and the last tenth of the log),
         `fired` and `left_out` (what was replayed and hinted; what was left out, failed or never fired; see
         [`~maple_trl.trainers.common.media_trainer.MediaTrainer.left_out`]).
@@ -443,7 +443,8 @@ def _run(
         close_rewards(getattr(trainer, "reward_funcs", []))
         if trainer.is_world_process_zero() and trainer.state.log_history:
             write_metrics(_log_of(trainer), metrics_path)
-    train_seconds = time.monotonic() - train_started
+    started -= trainer.clock.before  # the steps of former starts are among those of the run
+    train_seconds = time.monotonic() - train_started + trainer.clock.before
     unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
     try:
         after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
