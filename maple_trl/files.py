@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, digests, and values as strict JSON knows them."""
+"""Files that appear whole or not at all, digests, and values as strict JSON and YAML know them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,13 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maple_trl"
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+def write_atomically(path: str | os.PathLike[str], text: str, remade: bool = False) -> None:
+    """
+    Write a file so that a reader sees the old content or the new, never a part, after a power cut too.
+
+    Args:
+        remade: the file can be made anew from others, as a page of a report: the disk is not waited for.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():  # a device or a pipe, whose place a file must not take
         path.write_text(text, encoding="utf-8")
@@ -32,6 +37,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            if not remade:
+                file.flush()
+                os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
         os.chmod(scratch, 0o666 & ~_umask())
         os.replace(scratch, path)
     except BaseException:
@@ -52,6 +60,37 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.load(file)
 
 
+class YamlKeyError(ValueError):
+    """A key of a YAML file that is given twice, or that cannot be one; the message names line and key."""
+
+
+def parse_yaml(text: str) -> Any:
+    """
+    Parse YAML as plain data.
+
+    Raises:
+        YamlKeyError: for a key that is written twice, of which YAML would silently take the last.
+        yaml.YAMLError: for what is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses keys that are no single names."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    raise YamlKeyError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be the name of an option")
+                if key in seen:
+                    raise YamlKeyError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # a SafeLoader: it builds plain data only
+
+
 def _umask() -> int:
     """Return the process's umask; a scratch file is private, the finished one is not."""
     mask = os.umask(0)
@@ -67,7 +106,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     with open(scratch, "wb") as file:
         pq.write_table(table, file, compression="zstd")  # prompts repeat
         file.flush()
-        os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
+        os.fsync(file.fileno())  # as above
     os.replace(scratch, path)
 
 

@@ -88,6 +88,8 @@ def print_summary(summary: ConversionSummary, output: str) -> None:
         table.add_row(name, f"{number:,}")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
+    for path in summary.passed_over:
+        console.print(f"not read beside {summary.files[0]}: {path}; convert it by itself", markup=False)
     for told in summary.named:
         console.print(f"malformed: {told}", markup=False)
     if summary.malformed > len(summary.named):

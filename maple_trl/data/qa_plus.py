@@ -347,7 +347,8 @@ class Plan:
             chosen = self._chosen[start : start + len(table)]
             places, tags = np.nonzero(chosen)
             if len(places):
-                rows = table.select([name for name in COLUMNS if name in table.column_names]).to_pylist()
+                read = [name for name in (*COLUMNS, *_FOR_OPTIONS) if name in table.column_names]
+                rows = table.select(read).to_pylist()
                 made = [
                     self._row(start + int(place), rows[place], int(tag))
                     for place, tag in zip(places, tags, strict=True)
@@ -378,6 +379,8 @@ class Plan:
             "replaced": replaced,
             # It may lead to an option that is gone.
             "hint": None if replaced == "right" else row.get("hint"),
+            # Its thoughts may weigh an option that is gone.
+            "completion": None if replaced is not None else row.get("completion"),
         }
 
     def _table(self, rest: pa.Table, made: list[dict[str, Any]]) -> pa.Table:
@@ -392,7 +395,10 @@ class Plan:
 
 
 _ADDED = {name: Value("string") for name in ("required_tag", "stratum", "question_id", "replaced")}
-_MADE = ("id", "prompt", "options", "tag", "hint", *_ADDED)
+_FOR_OPTIONS = ("hint", "completion")
+"""Columns that were written with a question's options in view."""
+
+_MADE = ("id", "prompt", "options", "tag", *_FOR_OPTIONS, *_ADDED)
 """Columns in which the rows of a question differ."""
 
 

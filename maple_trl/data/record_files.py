@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,8 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from maple_trl.data.csv_rows import CSV_SUFFIXES, CsvError, csv_rows
 
 
 class TableError(ValueError):
@@ -22,14 +23,15 @@ CUT_TEXT = "holds half of a character (a surrogate without the other), which is 
 
 _CHUNK = 1 << 20  # characters read at once
 _ROWS_AT_ONCE = 64  # a row may carry whole pictures and sounds
-_MAX_CELL = 64 << 20  # characters; the reader's own limit is 128 KiB, which an answer with thoughts may exceed
 _BLANK = re.compile(r"\s*")
 _NEAR = 16  # characters from the end of a text at which what looks malformed may only be cut
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """
-    Read the records of a file: `.parquet`, `.jsonl` (an object a line), `.json` (a list of objects, or one a line), `.csv`.
+    Read the records of a file: `.parquet`, `.jsonl` (an object a line), `.json` (a list of objects, or one a line), `.csv`, `.tsv`.
+
+    The last two are read as training reads them, see [`~maple_trl.data.csv_rows.csv_rows`].
 
     Raises:
         TableError: when it cannot be read, naming the file, and record or line.
@@ -43,7 +45,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise TableError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
-    except (OSError, pa.ArrowException, csv.Error) as error:
+    except CsvError as error:
+        raise TableError(str(error)) from error
+    except (OSError, pa.ArrowException) as error:
         raise TableError(f"cannot read {path}: {error}") from error
 
 
@@ -172,23 +176,15 @@ def _as_record(value: Any, place: str) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Read records of texts; an empty cell is `None`."""
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        for cells in reader:
-            if None in cells or None in cells.values():
-                raise TableError(
-                    f"{path}, line {reader.line_num}: another number of cells than the header ({reader.fieldnames})"
-                )
-            yield {name: cell or None for name, cell in cells.items()}
+    for _, row in csv_rows(path):
+        yield row
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".parquet": _parquet,
     ".jsonl": _json_lines,
     ".json": _json,
-    ".csv": _csv,
+    **dict.fromkeys(CSV_SUFFIXES, _csv),
 }
 RECORD_SUFFIXES = tuple(_READERS)
 """Endings of files of records."""

@@ -7,7 +7,6 @@ of every row: a digest of its id and one of its clip with its split, about 200 b
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from bisect import bisect_right
@@ -143,7 +142,7 @@ def validate_tables(
     Validate tables together: ids are unique and clips stand in one split over all of them.
 
     Args:
-        tables: files (`.parquet`, `.jsonl`, `.json`, `.csv`), and folders of such files.
+        tables: files (`.parquet`, `.jsonl`, `.json`, `.csv`, `.tsv`), and folders of such files.
         media_root: where media must lie. Without it their paths are looked at, and not their files.
         shown: how many problems of each kind to keep.
         progress: called with the number of rows that were read.
@@ -242,8 +241,6 @@ def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
         yield from _parquet_tables(file, checker)
         return
     records = read_records(file)
-    if file.suffix.lower() == ".csv":
-        records = map(_with_messages, records)
     begin = 0
     while batch := list(islice(records, _ROWS_AT_ONCE)):
         names = dict.fromkeys(name for row in batch for name in row)
@@ -252,15 +249,6 @@ def _tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:
         checker.missing = (set(REQUIRED) if begin == 0 else checker.missing) - set(names)
         yield faults, _numbered(checker, batch, begin, set(ROW_FEATURES) & set(names))
         begin += len(batch)
-
-
-def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a CSV file with its prompt read as training reads it: messages stand there as JSON."""
-    prompt = row.get("prompt")
-    try:
-        return row | {"prompt": json.loads(prompt)} if prompt and prompt.lstrip().startswith("[") else row
-    except ValueError:
-        return row
 
 
 def _parquet_tables(file: Path, checker: _RowChecker) -> Iterator[_Found]:

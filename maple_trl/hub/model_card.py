@@ -18,6 +18,7 @@ from maple_trl.hub.papers import AVATAR, MAPLE, TRL_CITATION
 from maple_trl.hub.results import Measured, find_results
 from maple_trl.omni.families import family_class
 from maple_trl.packages import installed_versions
+from maple_trl.records.option_changes import read_changes
 
 
 CARD, FACTS = "README.md", "model_card.json"
@@ -114,7 +115,7 @@ class CardFacts:
 
     def write(self, folder: str | os.PathLike[str], card: ModelCard) -> None:
         """Write a card and the facts that it was made of into a folder."""
-        write_atomically(Path(folder, CARD), str(card))
+        write_atomically(Path(folder, CARD), str(card), remade=True)
         kept = {"facts": as_json(asdict(self)), "card": digest(str(card))}
         write_atomically(Path(folder, FACTS), json.dumps(kept, indent=2, default=str) + "\n")
 
@@ -193,6 +194,7 @@ def render_model_card(
         reads=_joined([_NAMES[kind] for kind in facts.kinds] + (["subtitles"] if facts.kinds else ["text"])),
         snippet=snippet(facts),
         recipe=_yaml(shareable(facts.recipe)),
+        changed=[] if folder is None else read_changes(folder),
         rewards=facts.rewards,
         results=results,
         citations=[*dict.fromkeys(paper["citation"] for paper in cited), TRL_CITATION],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maple_trl.files import YamlKeyError, parse_yaml
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.recipe_files import no_config, recipe_file
 
@@ -42,24 +43,10 @@ def read_config(path: str) -> dict[str, Any]:
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that is written twice, of which YAML would silently take the last."""
-
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if not isinstance(key, Hashable):
-                    raise SetupError(
-                        f"{path}: line {key_node.start_mark.line + 1}: {key!r} cannot be the name of an option"
-                    )
-                if key in seen:
-                    raise SetupError(f"{path}: line {key_node.start_mark.line + 1}: {key!r} is given twice")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
-
     try:
-        config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader: it builds plain data only
+        config = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except YamlKeyError as error:
+        raise SetupError(f"{path}: {error}") from error
     except OSError as error:
         further = no_config(path) if isinstance(error, FileNotFoundError) else ""
         raise SetupError(f"cannot read the config file {path}: {error.strerror or error}{further}") from error

@@ -112,7 +112,7 @@ def _evaluate(job: EvalJob, held: ExitStack) -> dict[str, Any] | None:
                 state,
                 lambda: _begin(store, held, _identity(job, questions, evaluator, model, scoring), run, job.overwrite),
             )
-            resumed = sum(store.has(batch.number) for batch in evaluator.batches)
+            done = [batch.number for batch in evaluator.batches if store.complete or store.has(batch.number)]
             state.wait_for_everyone()  # until all have counted
             if not store.complete:
                 if isinstance(model, LocalModel):
@@ -129,11 +129,11 @@ def _evaluate(job: EvalJob, held: ExitStack) -> dict[str, Any] | None:
     store.finish(len(evaluator.batches), evaluator.skipped)
     result = {**identity, **_results(store, job), "left_out": questions.left_out}
     run |= {
-        "seconds": round(time.monotonic() - clock, 2),
+        "seconds": round(time.monotonic() - clock, 2),  # of this start
         "processes": state.num_processes,
         "threads": torch.get_num_threads(),
         "batches": len(evaluator.batches),
-        "batches_done_before": resumed,
+        "batches_done_before": len(done),
         "server": job.server,
         "judging": scoring.spent,
     }

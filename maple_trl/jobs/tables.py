@@ -8,8 +8,6 @@ column that a row lacks is empty there, numbers beside texts are read as texts, 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,10 +24,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 """Endings of data files, the preferred one first."""
-
-_MAX_CELL = 64 << 20  # characters; the reader's own limit is 128 KiB, which a long prompt exceeds
-_CONVERSATIONS = ("prompt", "completion")
-_FILES = ("video", "audio", "image", "images")
 
 
 def read_tables(paths: Sequence[Path]) -> Dataset:
@@ -123,9 +117,14 @@ def _conformed(paths: Sequence[str], kinds: Mapping[str, Any], state: Any) -> It
 
 def table_rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of JSON and CSV files, each with its place for errors."""
+    # Not above: it brings `datasets`, and a job sets its variables first.
+    from maple_trl.data.csv_rows import CSV_SUFFIXES, CsvError, csv_rows
+
     for path in paths:
         try:
-            yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(path)
+            yield from (csv_rows if path.suffix.lower() in CSV_SUFFIXES else _json_rows)(path)
+        except CsvError as error:
+            raise SetupError(str(error)) from error
         except OSError as error:
             raise SetupError(f"cannot read {path}: {error}") from error
 
@@ -187,67 +186,6 @@ def _text(path: Path, data: bytes, number: int = 1) -> str:
     except UnicodeDecodeError as error:
         line = number + data.count(b"\n", 0, error.start)
         raise SetupError(f"{path}, line {line}: not UTF-8 ({error}); save the file as UTF-8") from error
-
-
-# CSV
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield rows of texts; a cell without one is empty, and conversations and lists of files stand as JSON."""
-    text = _text(path, path.read_bytes())
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    begin = 1  # a row with line breaks has several lines
-    try:
-        for cells in reader:
-            place = f"{path}, line {begin}"
-            begin = reader.line_num + 1
-            if not any(cells):
-                continue
-            if not header:
-                header = [name.strip() for name in cells]
-                if "" in header or len(set(header)) < len(header):
-                    raise SetupError(
-                        f"{place}: the header must name every column once, found {', '.join(map(repr, cells))}"
-                    )
-                continue
-            if len(cells) != len(header):
-                raise SetupError(
-                    f"{place}: {len(cells)} cells, and the header has {len(header)} ({', '.join(header)}); a text with "
-                    f"{delimiter!r} or a line break stands in double quotes"
-                )
-            yield place, {name: _cell(name, cell, place) for name, cell in zip(header, cells, strict=True)}
-    except csv.Error as error:
-        raise SetupError(f"{path}, line {begin}: {error}; are its quotes closed?") from error
-
-
-def _delimiter(text: str) -> str:
-    """Guess the delimiter: spreadsheets of some countries write semicolons."""
-    header = next(iter(text.lstrip().splitlines()), "")
-    names = {delimiter: [name.strip(' "') for name in header.split(delimiter)] for delimiter in ",;\t|"}
-    named = next((delimiter for delimiter in names if "prompt" in names[delimiter]), None)
-    return named or max(names, key=lambda delimiter: len(names[delimiter]))
-
-
-def _cell(name: str, cell: str, place: str) -> Any:
-    if not cell:
-        return None
-    if name == "audio_in_video" and cell.strip().lower() in ("true", "false"):
-        return cell.strip().lower() == "true"
-    if name not in (*_CONVERSATIONS, *_FILES) or not cell.lstrip().startswith("["):
-        return cell
-    try:
-        value = json.loads(cell)
-    except json.JSONDecodeError as error:
-        if cell.lstrip()[1:].lstrip().startswith("{") or name in _FILES:
-            raise SetupError(
-                f"{place}: column {name!r} begins like a list in JSON, and is none ({error}); write it with json.dumps"
-            ) from error
-        return cell
-    is_list_of = dict if name in _CONVERSATIONS else str
-    return value if value and all(isinstance(item, is_list_of) for item in value) else cell
 
 
 # Types

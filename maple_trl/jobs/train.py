@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -29,7 +30,8 @@ from maple_trl.jobs.options import SUPERVISED, OmniScriptArguments, parse_args, 
 from maple_trl.jobs.rewards import close_rewards, load_rewards
 from maple_trl.modalities import SCOPES
 from maple_trl.records.metrics_log import first_and_last, whole_log, write_metrics
-from maple_trl.records.options import chosen, without_keys
+from maple_trl.records.option_changes import told, write_options
+from maple_trl.records.options import chosen, not_deciding, without_keys
 from maple_trl.records.run_folder import (
     ZERO_SHOT_FILE,
     holds_evaluation,
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from maple_trl.trainers.omni_grpo.trainer import OmniGRPOTrainer
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
     from maple_trl.trainers.omni_sft.trainer import OmniSFTTrainer
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "OmniModelConfig",
@@ -385,7 +389,7 @@ def run(
 
     Returns:
         `dict`: the summary: `before` and `after` (sampled accuracy by tag and under `all`; `None` without
-        `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job), `train_seconds`,
+        `evaluate_before_after`), `questions` (how many stand behind each), `unusable` (left out for their media), `seconds` (the whole job, and of one that was resumed the training up to its checkpoint), `train_seconds`,
         `steps`, `model`, `dataset`, `learned` (reward and accuracy over the first and the last tenth of the log),
         `fired` and `left_out` (what was replayed and hinted; what was left out, failed or never fired; see
         [`~maple_trl.trainers.common.media_trainer.MediaTrainer.left_out`]).
@@ -428,10 +432,11 @@ def _run(
     if replaces:
         _remove_results(trainer, keep=() if script_args.overwrite else (ZERO_SHOT_FILE,))
     if trainer.is_world_process_zero():
-        options = json.dumps(as_json(_options(script_args, training_args, model_args)), indent=2, default=str)
-        write_atomically(Path(training_args.output_dir, "args.json"), options + "\n")
+        changed = _keep_options(checkpoint, script_args, training_args, model_args)
         describe_run(trainer, model_args.model_name_or_path)
         show_messages()
+        if changed:
+            logger.warning("options differ from those with which %s was trained: %s", checkpoint, told(changed))
     before = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
     metrics_path = _place(script_args.metrics_file, training_args, "metrics.jsonl")
     train_started = time.monotonic()
@@ -443,7 +448,8 @@ def _run(
         close_rewards(getattr(trainer, "reward_funcs", []))
         if trainer.is_world_process_zero() and trainer.state.log_history:
             write_metrics(_log_of(trainer), metrics_path)
-    train_seconds = time.monotonic() - train_started
+    started -= trainer.clock.before  # the steps of former starts are among those of the run
+    train_seconds = time.monotonic() - train_started + trainer.clock.before
     unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
     try:
         after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
@@ -499,6 +505,13 @@ def _save(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> PublishError | None:
 
 def _log_of(trainer: OmniGRPOTrainer | OmniSFTTrainer) -> list[Mapping[str, Any]]:
     return whole_log(trainer.state.log_history, Path(trainer.args.output_dir, "metrics.jsonl"))
+
+
+def _keep_options(checkpoint: str | None, *parts: Any) -> dict[str, list[Any]]:
+    """Write the options of a job, and return those that a start from a checkpoint has changed."""
+    options = json.loads(json.dumps(as_json(_options(*parts)), default=str))
+    undecided = {name for part in parts for name in not_deciding(type(part))}
+    return write_options(parts[1].output_dir, options, checkpoint, undecided)
 
 
 def _options(*parts: Any) -> dict[str, Any]:

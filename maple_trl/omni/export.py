@@ -53,6 +53,7 @@ _NOT_COPIED = (
     "pytorch_model.bin.index.json",
     "adapter_config.json",
     "args.json",
+    "option_changes.json",
     "summary.json",
 )
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}

@@ -194,8 +194,9 @@ class PromptBuilder:
         messages = content.messages
         if fed and not any(message["role"] == "user" for message in messages):
             raise RowError("field 'prompt' has no user message to put the media into")
-        if videos and audios and not own_audios and not content.places["audio"]:
-            messages = messages if interleaved else with_tracks(messages)
+        # A track stands behind its video, also in a row that hears it without seeing the video.
+        if audios and not own_audios and not content.places["audio"] and not interleaved:
+            messages = with_tracks(messages)
         return PromptSpec(
             messages=messages,
             videos=tuple(file.path for file in videos),

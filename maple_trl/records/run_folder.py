@@ -40,8 +40,10 @@ def run_results(folder: str | os.PathLike[str]) -> list[str]:
 def _is_result(path: Path) -> bool:
     if path.is_dir():
         return bool(re.fullmatch(r"checkpoint-\d+", path.name)) or (path.name == "rollouts" and any(path.iterdir()))
-    # An empty log is that of a run that came to nothing.
-    return (path.name in _FILES or bool(_WEIGHTS.fullmatch(path.name))) and path.stat().st_size > 0
+    if path.name not in _FILES and not _WEIGHTS.fullmatch(path.name):
+        return False
+    # An empty log is that of a run that came to nothing. A link to what is gone is there: a model would be saved through it.
+    return not path.exists() or path.stat().st_size > 0
 
 
 def is_unfinished(result: str) -> bool:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from maple_trl.evaluation.results import evaluation_results
 from maple_trl.records.evaluations import LINES
+from maple_trl.records.option_changes import CHANGES_FILE, read_changes, told
 from maple_trl.records.rollouts import ROLLOUTS, is_table_of, read_rollouts
 
 
@@ -28,7 +29,7 @@ _COLUMNS = tuple(name for name in LINES.names if name not in _EXTRA)
 _OF_AN_ACCESS = {"accuracy", "bounds", "pass_at_k", "modality_gap", "counts"}
 
 _READ = ("metrics.jsonl", "trainer_state.json", "args.json", "summary.json", "quarantine.json", "critical_steps.json")
-_READ += ("embeddings.parquet", "evaluation.json", "result.json", "rows.parquet", "run.json")
+_READ += (CHANGES_FILE, "embeddings.parquet", "evaluation.json", "result.json", "rows.parquet", "run.json")
 _TAIL = 1_000_000  # bytes at the end of a log that hold its last two entries
 _MARKS = ("metrics.jsonl", "trainer_state.json", "summary.json", "rollouts", "result.json", "evaluation.json")
 
@@ -201,6 +202,10 @@ def _read_training(folder: Path) -> RunData:
     run.table, run.media_root = table, media_root
     run.quarantine = _read_quarantine(folder / "quarantine.json", notes)
     run.options = _read_json(folder / "args.json", notes)
+    for entry in read_changes(folder):
+        notes.append(
+            f"Options were changed at step {entry['step']}, and those shown are the last: {told(entry['options'])}."
+        )
     return run
 
 

@@ -118,7 +118,7 @@ def end_live(page: str | os.PathLike) -> None:
 
 def _write(path: str | os.PathLike, text: str) -> None:
     try:
-        write_atomically(path, text)
+        write_atomically(path, text, remade=True)
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -341,7 +341,10 @@ def _evaluation_facts(run: RunData) -> list[tuple[str, Any]]:
         counts = found["counts"]
         text = f"{text or 'undefined'}; {counts['scored']} of {counts['questions']} questions scored"
         facts.append((f"accuracy, access {access}", text))
-    facts.append(("time", duration((run.summary or {}).get("seconds"))))
+    times = run.summary or {}
+    facts.append(
+        ("time of the last start" if times.get("batches_done_before") else "time", duration(times.get("seconds")))
+    )
     return [(name, value) for name, value in facts if value is not None]
 
 

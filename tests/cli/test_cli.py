@@ -453,6 +453,17 @@ def test_files_are_replaced_as_a_whole(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
+@pytest.mark.parametrize("remade", [False, True])
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch, remade):
+    """After a power cut a file whose content was not waited for may be empty, under the name of the old one."""
+    calls, path = [], tmp_path / "stages.json"
+    synced, replaced = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(("on disk", os.fstat(file).st_size)), synced(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append(("named", path.exists())), replaced(*paths)))
+    write_atomically(path, "whole", remade)
+    assert calls == [("on disk", 5)] * (not remade) + [("named", False)] and path.read_text() == "whole"
+
+
 def test_metrics_are_strict_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_metrics([{"step": 1, "reward": math.nan, "more": [math.inf, 2]}, {"step": 2}], path)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -661,11 +662,18 @@ def test_a_run_is_not_resumed_with_another_optimizer_or_from_damaged_files(here,
         file.write_bytes(whole)
     assert cli.main(words("train", again | {"optim": "adamw_torch"})) == 0
     assert "has no effect" not in caplog.text
-    # What the state of the optimizer overrules is told.
+    # What the state of the optimizer overrules is told, and so is each other option that was changed.
     shutil.rmtree("run/checkpoint-2")
+    clock = Path("run/checkpoint-1/run_clock.json")
+    clock.write_text(json.dumps({"seconds": json.loads(clock.read_text())["seconds"] + 1000}))
+    caplog.clear()
     assert cli.main(words("train", again | {"learning_rate": 0.5, "weight_decay": 0.25})) == 0
     assert "learning_rate is 0.5, which has no effect: run/checkpoint-1 was trained with 1e-06" in caplog.text
     assert "weight_decay is 0.25, which has no effect: run/checkpoint-1 was trained with 0.0" in caplog.text
+    for option in ("learning_rate 1e-06 -> 0.5", "weight_decay 0.0 -> 0.25"):
+        assert re.search(f"options differ from those with which .*checkpoint-1 was trained: .*{option}", caplog.text)
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["steps"] == 2 and summary["seconds"] > summary["train_seconds"] > 1000, "of the whole run"
 
 
 # The Hub

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import find_shards, write_shards
 from maple_trl.data.validation import validate_tables
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni.content import place_blocks, read_content
 from maple_trl.rewards import box_iou_reward, temporal_iou_reward
 from maple_trl.rewards.answers import extract_answer
 
@@ -481,7 +483,7 @@ def test_share_gpt(tmp_path):
     many = chat | {"audios": ["a.wav", "b.wav"]}
     rows, summary = converted(tmp_path, "sharegpt", [SHARE, chat, many], "data.json")
     assert [(message["role"], message["content"]) for message in rows[0]["prompt"]] == [
-        ("user", "What is it?"),
+        ("user", "<video>\nWhat is it?"),
         ("assistant", "A cat."),
         ("user", "What color?"),
     ]
@@ -489,6 +491,61 @@ def test_share_gpt(tmp_path):
     assert (rows[0]["id"], rows[0]["tag"], rows[0]["clip"]) == ("sharegpt-s1", "VA", "c/cat.mp4")
     assert rows[1]["prompt"][0] == {"role": "system", "content": "Be brief."} and rows[1]["tag"] == "A"
     assert summary.left_out == {"several media of the kind audio; a row has one of it": 1}
+
+
+PLACES = {  # what is said, the media, and where those stand in the messages that the chat template gets
+    "one question, marked as it would be without": (["<video>\nQ"], {"video": "v"}, "[video]Q"),
+    "the first question": (["<video>Q1", "A1", "Q2"], {"video": "v"}, "[video]Q1|A1|Q2"),
+    "the last question": (["Q1", "A1", "<video>Q2"], {"video": "v"}, "Q1|A1|[video]Q2"),
+    "no mark, as ms-swift reads it": (
+        ["Q1", "A1", "Q2"],
+        {"videos": ["v"], "audios": ["a"]},
+        "[video][audio]Q1|A1|Q2",
+    ),
+    "one kind marked": (["Q1", "A1", "<audio>Q2"], {"video": "v", "audio": "a"}, "[video]Q1|A1|[audio]Q2"),
+    "the clip as LLaVA-NeXT marks it": (["<image>\nQ1", "A1", "Q2"], {"video": "v"}, "[video]\nQ1|A1|Q2"),
+    "behind the text": (["Q <video>"], {"video": "v"}, "Q [video]"),
+    "in an order of its own": (["<video><image>Q"], {"video": "v", "image": "i"}, "[video][image]Q"),
+    "a turn without words": (["<image>", "A1", "Q2"], {"image": "i"}, "[image]|A1|Q2"),
+    "two pictures": (["<image>Q1", "A1", "<image>Q2"], {"images": ["i", "j"]}, "[image]Q1|A1|[image]Q2"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_media_stand_where_the_conversation_has_them(tmp_path, case):
+    said, media, placed = PLACES[case]
+    roles = ("user", "assistant") * len(said)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    [row], _ = converted(tmp_path, "sharegpt", [{"messages": messages, "solution": "S", **media}])
+    own_place = {"image": [True] * (len(row["images"] or ()) or bool(row["image"]))}
+    own_place |= {kind: [True] * bool(row[kind]) for kind in ("video", "audio")}
+    shown = place_blocks(read_content(row["prompt"]).messages, own_place, "")
+    texts = ["".join(block.get("text", f"[{block['type']}]") for block in turn["content"]) for turn in shown]
+    assert texts == placed.split("|")
+    assert row["question"] == re.sub("<[a-z]+>", "", said[-1]).strip()
+
+
+def test_tables_that_are_passed_over_are_named(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    record = {"messages": [{"role": "user", "content": "Q"}], "solution": "S", "video": "v"}
+    for name in ("a.jsonl", "b.json", "notes.txt"):
+        (source / name).write_text(json.dumps(record))
+    Dataset.from_list([record]).to_parquet(source / "c.parquet")
+    assert cli.main(["data", "convert", "sharegpt", str(source), str(tmp_path / "rows")]) == 0
+    told = capsys.readouterr().out.replace("\n", "")
+    assert all(f"not read beside {source / 'a.jsonl'}: {source / name}" in told for name in ("b.json", "c.parquet"))
+    assert "notes.txt" not in told and len(rows_of(tmp_path / "rows")) == 1
+    assert convert("sharegpt", source / "b.json", tmp_path / "one").passed_over == []
+
+
+def test_a_question_of_marks_alone_is_none(tmp_path):
+    with pytest.raises(ConversionError, match="words beside the marks of media in the last turn of the user"):
+        converted(
+            tmp_path,
+            "sharegpt",
+            [{"messages": [{"role": "user", "content": "<video>"}], "solution": "S", "video": "v"}],
+        )
 
 
 def test_share_gpt_takes_the_solution_that_a_record_has(tmp_path):

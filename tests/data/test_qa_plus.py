@@ -312,6 +312,18 @@ def test_what_a_question_requires_comes_before_what_it_is_fed():
     assert plan.summary.left_out == {}
 
 
+@pytest.mark.parametrize("replace", ["right", "wrong"])
+def test_what_was_written_for_the_old_options_goes_with_them(replace):
+    said = "<think>The other three are wrong.</think><answer>B</answer>"
+    told = [{"role": "assistant", "content": said}]
+    source = Dataset.from_list([question(f"q{i}", "V", completion=told) for i in range(4)])
+    rows, _ = made_of(source, none_share=0.5, replace=replace)
+    assert {row["replaced"] for row in rows} == {None, "right", replace}  # a deficit row always lacks the right one
+    assert {str(row["completion"]) for row in rows} == {"None", str(told)}
+    assert all((row["completion"] is None) == (row["replaced"] is not None) for row in rows)
+    assert all((row["hint"] is None) == (row["replaced"] == "right") for row in rows)
+
+
 def test_options_that_cannot_be_replaced_are_named():
     options = {
         "twice": ("red", "Blue ", " blue", "grey"),

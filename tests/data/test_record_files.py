@@ -47,6 +47,8 @@ def test_all_forms_of_files(tmp_path):
     (tmp_path / "t.json").write_text("\ufeff " + json.dumps(rows) + " \n\n", encoding="utf-8")
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "t.csv").write_text('a,b\r\n1,"x, y"\r\n2,\r\n')
+    (tmp_path / "t.tsv").write_text("a\tb\n1\tx, y\n2\t\n")
+    (tmp_path / "spreadsheet.csv").write_text("a;b\n1;x, y\n\n2;\n", encoding="utf-8-sig")
     for path in sorted(tmp_path.iterdir()):
         assert list(read_records(path)) == rows, path
     (tmp_path / "none.json").write_text("[]")
@@ -68,8 +70,9 @@ def test_all_forms_of_files(tmp_path):
         ("t.jsonl", f'{{"a": 1}}\n{{"a": {"9" * 5000}}}', "t.jsonl, line 2: .*digits"),
         ("t.json", '{"a": 1}\n{"a":', "line 2: .*one object a line"),
         ("t.jsonl", '{"a": 1}\n[]', "line 2: expected an object, got list"),
-        ("t.csv", "a,b\n1\n", "line 2: another number of cells"),
-        ("t.csv", 'a,b\n1,"2\n', "cannot read"),
+        ("t.csv", "a,b\n1\n", "line 2: 1 cells, and the header has 2"),
+        ("t.csv", 'a,b\n1,"2\n', "line 2: unexpected end of data"),
+        ("t.csv", "a,b,a\n1,2,3\n", "line 1: the header must name every column once"),
         ("t.txt", "a", "a file of records is one of"),
     ],
 )

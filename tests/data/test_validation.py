@@ -463,6 +463,21 @@ def test_messages_of_a_csv_file_stand_as_json(tmp_path):
         assert read is None or isinstance(read["prompt"][0], list) == (not faults)
 
 
+@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ";"), ("t.tsv", "\t"), ("t.csv", "|")])
+def test_a_table_that_trains_is_not_reported(tmp_path, name, delimiter):
+    """As spreadsheets write it, with pictures as a list."""
+    row = opened() | {"provenance": None}
+    row = {name: row[name] for name in ("id", "clip", "tag", "source", "question", "answer", "solution")}
+    row |= {"tag": "V", "images": json.dumps(["a.png", "b.png"]), "prompt": json.dumps(PROMPT)}
+    with open(tmp_path / name, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*row], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerow(row)
+    assert found(validate_tables([tmp_path / name])) == []
+    [read] = read_tables([tmp_path / name]).to_list()
+    assert read["images"] == ["a.png", "b.png"] and read["prompt"] == PROMPT
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):

@@ -15,7 +15,7 @@ from omni_runs import build_trainer
 from tiny_models import build_tiny
 
 from maple_trl.jobs.tables import read_tables
-from maple_trl.omni.content import SEGMENT_KEYS, read_content
+from maple_trl.omni.content import SEGMENT_KEYS, place_blocks, read_content
 from maple_trl.omni.families import family_for
 from maple_trl.omni.media.loader import MediaLimits, MediaLoader
 from maple_trl.omni.prompt import PromptBuilder, RowError
@@ -259,6 +259,19 @@ def test_marks_in_text_blocks_and_blocks_without_a_file_are_places(build):
     # Marks of one kind do not meddle with blocks of another.
     content = [{"type": "video", "video": "v0.mp4"}, {"type": "text", "text": "then <audio> that"}]
     assert shown(build, {"prompt": [{"role": "user", "content": content}], "audio": "a1.wav"}) == "(v0)then (a) that"
+
+
+@pytest.mark.parametrize(("tag", "first"), [("V", ["video"]), ("A", ["audio"]), ("VA", ["video", "audio"])])
+def test_a_track_stands_at_its_video_also_where_it_alone_is_fed(build, tag, first):
+    said = (("user", "<video>Who speaks?"), ("assistant", "A child."), ("user", "What does it say?"))
+    prompt = [{"role": role, "content": text} for role, text in said]
+    spec = build.spec({"prompt": prompt, "video": "v0.mp4", "tag": tag})
+    placed = place_blocks(spec.messages, {"video": [True] * len(spec.videos), "audio": [True] * len(spec.audios)}, "")
+    assert [[block["type"] for block in message["content"]] for message in placed] == [
+        [*first, "text"],
+        ["text"],
+        ["text"],
+    ]
 
 
 def test_marks_of_several_turns_are_counted_through(build):

@@ -60,6 +60,16 @@ def last_line(text):
     return text.strip().splitlines()[-1]
 
 
+def test_a_link_to_weights_that_are_gone_is_a_result(tmp_path):
+    """As of a cache that was cleaned: a new model would be saved through it, and a look at the folder must not fail."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone" / "blob")
+    (tmp_path / "notes.bin").symlink_to(tmp_path / "gone" / "notes")
+    (tmp_path / "metrics.jsonl").touch()
+    assert run_results(tmp_path) == ["model.safetensors"]
+    assert remove_results(tmp_path) == ["model.safetensors"] and run_results(tmp_path) == []
+    assert (tmp_path / "notes.bin").is_symlink()
+
+
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

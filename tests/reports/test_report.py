@@ -32,7 +32,7 @@ from maple_trl.reports.folders import RunData, read_run
 from maple_trl.reports.lengths import length_gains
 from maple_trl.reports.media import MediaTable
 from maple_trl.reports.projection import principal_components
-from maple_trl.reports.report import comparison
+from maple_trl.reports.report import _evaluation_facts, comparison
 from maple_trl.reports.rollouts import packed, rollouts_of
 from maple_trl.reports.sections import near_perfect
 from maple_trl.reports.series import series_of, thinned
@@ -864,3 +864,12 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     assert found["evaluation"]["questions"] == 21 and found["run"]["completions"] == 160
     assert found["run"]["bytes"] > 1e6 and "browser" not in found
     assert "no Chromium was found" in capsys.readouterr().out
+
+
+def test_the_time_of_an_evaluation_that_went_on_is_that_of_its_last_start():
+    def facts(**times):
+        run = RunData(Path("e"), "e", "evaluation", True, "now", summary={"seconds": 60.0, **times})
+        return dict(_evaluation_facts(run))
+
+    assert facts(batches_done_before=3)["time of the last start"] == facts(batches_done_before=0)["time"] == "60 s"
+    assert "time" not in facts(batches_done_before=3)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record
 from maple_trl.data.benchmarks.options import read_letter, read_options
 from maple_trl.data.converters.base import Converter, Place, Sample, answer_text, optional_text
-from maple_trl.data.converters.sharegpt import first_path, media_of, without_leading_marks
-from maple_trl.data.converters.turns import read_turns, without_marks
+from maple_trl.data.converters.sharegpt import first_path, media_of
+from maple_trl.data.converters.turns import read_turns, with_places, without_marks
 
 
 _NUMBERS = ("numerical", "regression", "counting")
@@ -37,8 +37,8 @@ def _avatar(record: Record, place: Place) -> Iterator[Sample]:
         turns = [turn for turn in read_turns(record.get("messages"), "messages") if turn["role"] != "assistant"]
         if not turns or turns[-1]["role"] != "user":
             raise FieldError("messages", "must have a turn of the user; or field 'question' must be filled")
-        turns = without_leading_marks(turns, media)
-        question, messages = turns[-1]["content"], tuple(turns)
+        turns = with_places(turns, media)
+        question, messages = without_marks(turns[-1]["content"]), tuple(turns)
     elif len(media["images"]) < 2:
         question = without_marks(question)
     kind = "option" if options else "number" if problem_type in _NUMBERS else "text"

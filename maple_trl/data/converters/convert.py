@@ -85,6 +85,7 @@ class ConversionSummary:
 
     Attributes:
         files: the tables that were read.
+        passed_over: tables of the set's forms beside them, which were not.
         media_root: the folder to which the media paths of the rows are relative.
         records: how many were read.
         rows: by split.
@@ -106,6 +107,7 @@ class ConversionSummary:
     named: list[str] = field(default_factory=list)
     pictures: int = 0
     missing: int = 0
+    passed_over: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything for JSON."""
@@ -155,6 +157,7 @@ def convert(
         raise ConversionError(f"media_root: there is no folder {root}")
     # Whole: jobs read '.' as the folder of the rows.
     summary = ConversionSummary([str(file) for file, _ in files], str(root.resolve()))
+    summary.passed_over = list(map(str, _others(converter, source, {file for file, _ in files})))
     rows = _Rows(converter, options, root, _below(root, folder), summary)
     features = Features({**ROW_FEATURES, **{name: Value("string") for name in converter.further}})
     with ShardWriter(output, features, options.shard_rows) as writer:
@@ -182,6 +185,8 @@ def find_files(converter: Converter, source: Path) -> list[tuple[Path, str | Non
     """
     Find the tables of a set: the one given, or those of a folder, with the split that each one is.
 
+    Of a split the files of the first glob count that has any: a set is published in one form, or in several with the same rows.
+
     Raises:
         ConversionError: when there is none, saying what was looked for.
     """
@@ -200,6 +205,13 @@ def find_files(converter: Converter, source: Path) -> list[tuple[Path, str | Non
         looked = ", ".join(glob for glob, _ in converter.tables)
         raise ConversionError(f"{source} holds no table of {converter.title}: looked for {looked}")
     return [(path, split) for split, paths in found.items() for path in paths]
+
+
+def _others(converter: Converter, source: Path, read: set[Path]) -> list[Path]:
+    """Return the tables of a folder that look like those of a set and are not read."""
+    if not source.is_dir():
+        return []
+    return sorted({path for glob, _ in converter.tables for path in source.glob(glob)} - read)
 
 
 def _records(

@@ -6,9 +6,9 @@ Relied on: the documented forms of LLaVA (`{"id", "conversations": [{"from": "hu
 
 A last turn of the assistant is the column `completion`, and what comes before it is the prompt. The answer is what the record has as
 `solution`, a text or a number, with which ms-swift's reward functions compare; such a conversation may end in a turn of the user. Without
-one, it is the assistant's whole last turn. Marks of media at the beginning or the end of a message are taken out, where media go anyway;
-within a text they stay, and so do all of them in a row with several pictures. A row has one clip and one sound. Pictures may be inside
-the table (`{"bytes", "path"}`): they are written out.
+one, it is the assistant's whole last turn. Marks of media keep their places: a clip of the first question stands there, before the answers
+that were given to it; of a record without marks too, which is how ms-swift reads it. In LLaVA-NeXT's records `<image>` is the clip's mark. A
+row has one clip and one sound. Pictures may be inside the table (`{"bytes", "path"}`): they are written out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from maple_trl.data.benchmarks.base import FieldError, LeaveOut, Record
 from maple_trl.data.converters.base import Converter, Place, Sample, answer_text, first_of
-from maple_trl.data.converters.turns import KINDS, block_files, read_turns, without_marks
+from maple_trl.data.converters.turns import KINDS, block_files, read_turns, with_places, without_marks
 
 
 def media_of(record: Record, turns: str) -> dict[str, Any]:
@@ -48,13 +48,6 @@ def first_path(media: Mapping[str, Any]) -> str | None:
     return paths[0] if paths else None
 
 
-def without_leading_marks(turns: list[dict[str, str]], media: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return turns without the marks that stand where media go anyway; of several pictures the marks tell the places."""
-    if len(media["images"]) > 1:
-        return turns
-    return [{**turn, "content": without_marks(turn["content"])} for turn in turns]
-
-
 def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
     name = first_of(record, "conversations", "messages", "conversation")
     turns = read_turns(record.get(name), name)
@@ -70,16 +63,14 @@ def _share_gpt(record: Record, place: Place) -> Iterator[Sample]:
         turns.insert(0, {"role": "system", "content": record.text("system")})
     said = turns.pop()["content"] if last == "assistant" else None
     media = media_of(record, name)
-    prompt = without_leading_marks(turns, media)
-    empty = next((turn for turn in prompt if not turn["content"].strip()), None)
-    if empty is not None:
-        raise FieldError(
-            name, f"must have words beside the marks of media in each turn, but one of the {empty['role']} has none"
-        )
+    prompt = with_places(turns, media)
+    question = without_marks(next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user"))
+    if not question.strip():
+        raise FieldError(name, "must have words beside the marks of media in the last turn of the user, but has none")
     own = None if record.get("id") is None else record.name("id")
     yield Sample(
         clip=first_path(media) or f"{place.file.stem}-{place.number}",
-        question=next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user"),
+        question=question,
         solution=said.strip() if solution is None else solution,
         kind="text",
         name=own,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maple_trl.data.benchmarks.base import FieldError
@@ -20,6 +21,7 @@ _ROLES = {
     "system": "system",
 }
 KINDS = ("video", "audio", "image")
+_MARK = re.compile(r"<(video|audio|image)>")
 _MARKS = re.compile(r"(\s*<(video|audio|image)>\s*)+")
 
 
@@ -29,6 +31,37 @@ def without_marks(text: str) -> str:
     text = text[begin.end() :] if begin else text
     end = next((match for match in _MARKS.finditer(text) if match.end() == len(text)), None)
     return text[: end.start()] if end else text
+
+
+def with_places(turns: Sequence[Mapping[str, str]], media: Mapping[str, Sequence[Any]]) -> list[dict[str, str]]:
+    """
+    Return turns in which every medium stands where the programs that write such conversations put it.
+
+    A mark keeps its place. Media of a kind without any mark stand before the first of several questions, as in ms-swift, and `<image>` is
+    the clip of a record that has one and no picture, as in LLaVA-NeXT. Marks that say no more than where media go anyway are left out: those
+    at the beginning of the last question, one of a kind, in the order of media without a place.
+
+    Args:
+        turns: of [`read_turns`], one of the user among them.
+        media: the files of the record, by the names of its fields: `images`, `video` and `audio`.
+    """
+    # In the order in which media without a place lead a row's last message of the user.
+    files = {"image": len(media["images"]), "video": len(media["video"]), "audio": len(media["audio"])}
+    if files["video"] and not files["image"]:
+        turns = [{**turn, "content": turn["content"].replace("<image>", "<video>")} for turn in turns]
+    placed = [dict(turn) for turn in turns]
+    asking = [turn for turn in placed if turn["role"] == "user"]
+    marks = Counter(kind for turn in placed for kind in _MARK.findall(turn["content"]))
+    if len(asking) > 1:
+        unplaced = "".join(f"<{kind}>" * number for kind, number in files.items() if not marks[kind])
+        asking[0]["content"] = unplaced + asking[0]["content"]
+    last = asking[-1]
+    begin = _MARKS.match(last["content"])
+    leading = [] if begin is None else _MARK.findall(begin.group())
+    usual = leading == [kind for kind in files if kind in leading]
+    if begin is not None and usual and all(marks[kind] == files[kind] == 1 for kind in leading):
+        last["content"] = last["content"][begin.end() :]
+    return placed
 
 
 def read_turns(value: Any, name: str) -> list[dict[str, str]]:

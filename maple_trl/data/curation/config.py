@@ -18,6 +18,7 @@ from maple_trl.chat import ChatClient, ChatOptions, ChatSetupError
 from maple_trl.data.benchmarks.prompts import PROMPT_STYLES
 from maple_trl.data.curation.errors import CurationError
 from maple_trl.data.curation.prompts import QUESTION_TYPES
+from maple_trl.files import YamlKeyError, parse_yaml
 from maple_trl.messages import did_you_mean
 from maple_trl.modalities import Modality, ModalityTag
 
@@ -218,7 +219,9 @@ def read_config(path: str | Path) -> CurationConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise CurationError(f"{path}: cannot be read: {error}") from error
     try:
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
+    except YamlKeyError as error:
+        raise CurationError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise CurationError(f"{path}: is no YAML: {error}") from error
     try:

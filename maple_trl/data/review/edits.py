@@ -14,6 +14,12 @@ from maple_trl.modalities import ModalityTag
 EDITABLE = ("question", "options", "answer", "reference", "reference_v", "reference_a", "reference_s", "prompt")
 
 
+_DERIVED = ("completion", "hint")
+"""Columns that were made for a question or caption as it was: what is learnt of it, and what leads to its answer."""
+
+_MADE_FOR = ("question", "options", "answer", "reference")
+
+
 class EditError(ReviewError):
     """A change that would leave a row that cannot be used."""
 
@@ -26,7 +32,12 @@ def fields(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(row: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with changes, and with what repeats a changed field: `solution`, `required_tag` and `prompt`."""
+    """
+    Return a row with changes, and with what follows from them.
+
+    `solution`, `required_tag` and `prompt` repeat a changed field, and so does a `completion` that is the old answer or caption and no
+    more. Any other `completion`, and the `hint`, were made for the question as it was and become `None` with it.
+    """
     new = dict(row) | {name: value for name, value in changes.items() if name != "prompt"}
     if "answer" in changes and "solution" in row:
         new["solution"] = changes["answer"]
@@ -35,7 +46,19 @@ def changed(row: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     if "prompt" in changes:
         old = row.get("prompt")
         new["prompt"] = changes["prompt"] if isinstance(old, str) else [{**old[0], "content": changes["prompt"]}]
+    if any(name in changes for name in _MADE_FOR):
+        new |= dict.fromkeys((name for name in _DERIVED if name in row), None)
+        said = row.get("completion")
+        repeated = (name for name in ("answer", "reference") if name in changes and said == row.get(name))
+        if said is not None and (name := next(repeated, None)) is not None:
+            new["completion"] = changes[name]
     return new
+
+
+def emptied(row: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """Return the columns that changes leave without a value, since what they held was made for the row as it was."""
+    new = changed(row, changes)
+    return [name for name in _DERIVED if row.get(name) is not None and new[name] is None]
 
 
 def checked_tag(row: Mapping[str, Any], tag: str) -> str:

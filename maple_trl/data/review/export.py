@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 from datasets import Features
 
 from maple_trl.data.review.desk import ReviewDesk
-from maple_trl.data.review.edits import changed
+from maple_trl.data.review.edits import changed, emptied
 from maple_trl.data.review.entries import Entry
 from maple_trl.data.review.outcomes import DECIDED, Outcome
 from maple_trl.data.review.rows import ReviewError
@@ -30,7 +31,8 @@ def export_rows(
     """
     Write the rows that a review keeps, with what it changed in them.
 
-    Each changed field gets a line in `provenance` for every reviewer who decided so. All other columns stay as they are.
+    Each changed field gets a line in `provenance` for every reviewer who decided so. All other columns stay as they are, but for a
+    `completion` and a `hint` that were made for a question which has changed, see [`~maple_trl.data.review.edits.changed`].
 
     Args:
         desk: the set and the log of its review.
@@ -39,8 +41,9 @@ def export_rows(
         undecided: one of `UNDECIDED_RULES`; kept rows stay as they were proposed.
 
     Returns:
-        `dict`: `files`, and rows: `written`, `rejected`, `changed`, and those without decision, `undecided_kept` or
-        `undecided_dropped`.
+        `dict`: `files`, and rows: `written`, `rejected`, `changed`, those without decision, `undecided_kept` or
+        `undecided_dropped`, and, where there are some, those that lost their `completion` or `hint`: `completion_emptied`,
+        `hint_emptied`.
 
     Raises:
         ReviewError: when nothing would be written, `output` would take the place of the set itself, or rows are undecided
@@ -56,10 +59,10 @@ def export_rows(
             "nothing was written"
         )
     targets = _targets(desk, Path(output))
-    tables, start = [], 0
+    tables, start, lost = [], 0, Counter()
     for name, table in desk.data.tables:
         part = found[start : start + table.num_rows]
-        tables.append((name, _written(desk, table, start, part, undecided == "keep")))
+        tables.append((name, _written(desk, table, start, part, undecided == "keep", lost)))
         start += table.num_rows
     if not sum(table.num_rows for _, table in tables):
         raise ReviewError(f"no row would be left under the rule {rule}; nothing was written")
@@ -76,6 +79,7 @@ def export_rows(
         "rejected": len(entries) - len(kept),
         "changed": sum(bool(entry.changes) for entry in kept),
         f"undecided_{'kept' if undecided == 'keep' else 'dropped'}": len(waiting),
+        **{f"{name}_emptied": count for name, count in sorted(lost.items())},
     }
 
 
@@ -99,9 +103,9 @@ def _targets(desk: ReviewDesk, output: Path) -> list[Path]:
 
 
 def _written(
-    desk: ReviewDesk, table: pa.Table, start: int, found: Sequence[Outcome], keep_undecided: bool
+    desk: ReviewDesk, table: pa.Table, start: int, found: Sequence[Outcome], keep_undecided: bool, lost: Counter[str]
 ) -> pa.Table:
-    """Return the rows of one table that are kept, changed."""
+    """Return the rows of one table that are kept, changed, and count columns that were emptied in `lost`."""
     kept, edits = [], {}
     for place, item in enumerate(found):
         if item.entry is None:
@@ -113,6 +117,7 @@ def _written(
     table = _with_provenance(table.take(pa.array(kept, pa.int64())))
     columns: dict[str, list[Any]] = {}
     for place, (row, entry, reviewers) in edits.items():
+        lost.update(emptied(row, entry.changes))
         for name, value in _new_values(row, entry, reviewers).items():
             if name not in columns:
                 columns[name] = table.column(name).to_pylist()

@@ -45,6 +45,7 @@ from maple_trl.trainers.common.quarantine import QuarantineCallback, Ranks, writ
 from maple_trl.trainers.common.resume_checks import check_optimizer, check_parts, find_checkpoint, options_of
 from maple_trl.trainers.common.rollout_log import LiveLog
 from maple_trl.trainers.common.rows import RowEncoder
+from maple_trl.trainers.common.run_clock import RunClock
 from maple_trl.trainers.common.run_errors import NoStepError, TooManyQuarantinedError
 from maple_trl.trainers.common.run_summary import (
     Note,
@@ -114,7 +115,8 @@ class MediaTrainer(PublishingTrainer):
 
     def _finish_construction(self) -> None:
         """Do what the trainers have in common after the parent's constructor."""
-        self.add_callback(LiveLog)
+        self._live_log = LiveLog()
+        self.add_callback(self._live_log)
         StopCheckpoint.instead_of_transformers(self)
         self._check_checkpointing()
         self._keep_savable()
@@ -183,7 +185,7 @@ class MediaTrainer(PublishingTrainer):
 
     def _watch(self) -> None:
         """Begin to count what the run leaves out, and to stop it for too much; after the parent's constructor."""
-        self.tally = RunTally(speaks=self.accelerator.is_main_process)
+        self.tally, self.clock = RunTally(speaks=self.accelerator.is_main_process), RunClock()
         if self.family is not None:
             self.add_callback(QuarantineCallback(self.too_many_quarantined))
 
@@ -382,7 +384,9 @@ class MediaTrainer(PublishingTrainer):
         if resume_from_checkpoint is not None:
             resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
             self.tally.load(resume_from_checkpoint)
+        self._live_log.checkpoint = resume_from_checkpoint
         self.check_quarantine()
+        self.clock = RunClock(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if not self.state.global_step:
             raise NoStepError(
@@ -514,6 +518,7 @@ class MediaTrainer(PublishingTrainer):
             folder = self._checkpoint_folder(trial)
             os.makedirs(folder, exist_ok=True)
             self.tally.save(folder)
+            self.clock.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _begin_checkpoint(self, trial: Any) -> str:

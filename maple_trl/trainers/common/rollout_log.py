@@ -263,17 +263,28 @@ class LiveLog(TrainerCallback):
 
     A resumed run writes the file anew from its checkpoint and goes on, so that no step stands in it twice. The last
     line may be incomplete in the file of a run that was killed. In memory, and in checkpoints, are the latest
-    [`~maple_trl.records.metrics_log.LOG_ENTRIES`] entries.
+    [`~maple_trl.records.metrics_log.LOG_ENTRIES`] entries; those before them are read in the file beside the checkpoint.
+
+    Attributes:
+        checkpoint: from which the run goes on, in its own output folder or in another.
     """
 
     def __init__(self) -> None:
+        self.checkpoint: str | None = None
         self._sizes: deque[int] = deque()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write the log of the checkpoint that the run goes on from, or an empty file."""
         if state.is_world_process_zero:
             path = Path(args.output_dir, METRICS_FILE)
-            write_metrics(whole_log(state.log_history, path), path)
+            beside = path if self.checkpoint is None else Path(self.checkpoint).absolute().parent / METRICS_FILE
+            log = whole_log(state.log_history, beside)
+            if len(state.log_history) >= metrics_log.LOG_ENTRIES and not beside.is_file():
+                first = log[0].get("step")
+                logger.warning(
+                    "%s is not there: the log of this run begins at step %s, and so do its curves", beside, first
+                )
+            write_metrics(log, path)
         self._sizes = deque(map(_entry_bytes, state.log_history))
 
     def on_log(self, args, state, control, **kwargs):

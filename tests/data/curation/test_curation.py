@@ -568,6 +568,17 @@ def test_servers_that_are_described_wrongly(clips, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_a_key_that_is_written_twice_is_refused(tmp_path):
+    """YAML takes the last of two sections: a day of calls would be spent by rules of which half were lost."""
+    path = tmp_path / "curation.yaml"
+    path.write_text("output: out\nfilter: {quorum: 2}\nsource: {path: clips}\nfilter: {voters: [text]}\n")
+    with pytest.raises(CurationError, match="curation.yaml: line 4: 'filter' is given twice"):
+        read_config(path)
+    path.write_text("filter:\n  quorum: 2\n  quorum: 3\n")
+    with pytest.raises(CurationError, match="curation.yaml: line 3: 'quorum' is given twice"):
+        read_config(path)
+
+
 def test_tables_of_clips(clips, tmp_path):
     """Names of one's own, a text for a subtitle, a file for the sound."""
     table = tmp_path / "clips.jsonl"

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from review_sets import desk_of, question_row, seen, write_rows
+from review_sets import caption_row, desk_of, question_row, seen, write_rows
 
 from maple_trl import cli
 from maple_trl.data.review.agreement import cohen_kappa
@@ -446,6 +446,29 @@ def test_the_reviewed_set_has_what_was_decided(reviewed, tmp_path):
         }
         assert all(line["model"] is None and line["prompt_hash"] is None for line in lines)
     assert Features.from_arrow_schema(pq.read_schema(tmp_path / "out.parquet")) == ROW_FEATURES
+
+
+def test_what_was_made_for_an_old_answer_goes_with_it(tmp_path):
+    """Thoughts and hints led to the answer that a reviewer found wrong; they must not be trained on beside the right one."""
+    thoughts = "<think>It is red.</think><answer>A</answer>"
+    rows = [
+        question_row(0, completion=thoughts, hint="Look at the red one."),
+        question_row(4, completion="A", hint=None),
+        question_row(8, completion=thoughts, hint="Look at the red one."),
+        caption_row(3, completion="Caption 3.", hint=None),
+    ]
+    path = tmp_path / "rows.parquet"
+    schema = Features({**ROW_FEATURES, "completion": Value("string")}).arrow_schema
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    desk = desk_of(path)
+    edits = [{"answer": "B"}, {"answer": "B"}, None, {"reference": "A better one."}]
+    for index, edit in enumerate(edits):
+        action, change = ("edit", {"edit": edit}) if edit else ("retag", {"tag": "VA"})
+        desk.decide(index, "ann", action, seen(desk, index), **change)
+    made = export_rows(desk, tmp_path / "out.parquet")
+    assert (made["completion_emptied"], made["hint_emptied"]) == (1, 1)
+    found = [(row["completion"], row["hint"]) for row in pq.read_table(tmp_path / "out.parquet").to_pylist()]
+    assert found == [(None, None), ("B", None), (thoughts, "Look at the red one."), ("A better one.", None)]
 
 
 def test_rules_and_undecided_rows(reviewed, tmp_path):

@@ -1,0 +1,110 @@
+"""Rows of CSV files, as people and spreadsheets write them: one reading for training, validation and conversion."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class CsvError(ValueError):
+    """A CSV file that cannot be read; the message names file and line."""
+
+
+CSV_SUFFIXES = (".csv", ".tsv")
+
+_MAX_CELL = (
+    64 << 20
+)  # characters; the reader's own limit is 128 KiB, which a long prompt or an answer with thoughts exceeds
+_CONVERSATIONS = ("prompt", "completion")
+_FILES = ("video", "audio", "image", "images")
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    Yield rows of texts, one at a time, each with its place for errors.
+
+    A cell without text is `None`, and conversations and lists of files stand as JSON. The delimiter of a `.csv` is guessed from its header.
+
+    Raises:
+        CsvError: for what is no such table.
+        OSError: when it cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(_first_line(file))
+            file.seek(0)
+            yield from _rows(path, csv.reader(file, delimiter=delimiter, strict=True), delimiter)
+    except UnicodeDecodeError as error:  # whose place is one within what was read ahead
+        raise CsvError(
+            f"{path}, line {_undecodable_line(path)}: not UTF-8 ({error}); save the file as UTF-8"
+        ) from error
+
+
+def _rows(path: Path, reader: Any, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
+    header: list[str] = []
+    begin = 1  # a row with line breaks has several lines
+    try:
+        for cells in reader:
+            place = f"{path}, line {begin}"
+            begin = reader.line_num + 1
+            if not any(cells):
+                continue
+            if not header:
+                header = [name.strip() for name in cells]
+                if "" in header or len(set(header)) < len(header):
+                    raise CsvError(
+                        f"{place}: the header must name every column once, found {', '.join(map(repr, cells))}"
+                    )
+                continue
+            if len(cells) != len(header):
+                raise CsvError(
+                    f"{place}: {len(cells)} cells, and the header has {len(header)} ({', '.join(header)}); a text with "
+                    f"{delimiter!r} or a line break stands in double quotes"
+                )
+            yield place, {name: _cell(name, cell, place) for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise CsvError(f"{path}, line {begin}: {error}; are its quotes closed?") from error
+
+
+def _first_line(file: Any) -> str:
+    return next((line for line in file if line.strip()), "")
+
+
+def _undecodable_line(path: Path) -> int:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _delimiter(header: str) -> str:
+    """Guess the delimiter: spreadsheets of some countries write semicolons."""
+    names = {delimiter: [name.strip(' "\r\n') for name in header.split(delimiter)] for delimiter in ",;\t|"}
+    named = next((delimiter for delimiter in names if "prompt" in names[delimiter]), None)
+    return named or max(names, key=lambda delimiter: len(names[delimiter]))
+
+
+def _cell(name: str, cell: str, place: str) -> Any:
+    if not cell:
+        return None
+    if name == "audio_in_video" and cell.strip().lower() in ("true", "false"):
+        return cell.strip().lower() == "true"
+    if name not in (*_CONVERSATIONS, *_FILES) or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        value = json.loads(cell)
+    except json.JSONDecodeError as error:
+        if cell.lstrip()[1:].lstrip().startswith("{") or name in _FILES:
+            raise CsvError(
+                f"{place}: column {name!r} begins like a list in JSON, and is none ({error}); write it with json.dumps"
+            ) from error
+        return cell
+    is_list_of = dict if name in _CONVERSATIONS else str
+    return value if value and all(isinstance(item, is_list_of) for item in value) else cell
