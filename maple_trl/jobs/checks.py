@@ -27,8 +27,10 @@ def check_files(script_args: OmniScriptArguments) -> None:
     Check that the files of results can be written.
 
     Raises:
-        SetupError: for a file of results that cannot be written, or is the one that the job reads.
+        SetupError: for a file of results that cannot be written, or is the one that the job reads, and for a plot whose ending
+            names no format.
     """
+    _check_ending(script_args.plot_file)
     for option in ("summary_file", "metrics_file", "plot_file"):
         path = getattr(script_args, option)
         if path is None:
@@ -44,6 +46,21 @@ def check_files(script_args: OmniScriptArguments) -> None:
             raise SetupError(f"{option}: cannot make the folder {folder}: {error.strerror}") from error
         if not os.access(path if os.path.exists(path) else folder, os.W_OK):
             raise SetupError(f"{option}: no permission to write {path}")
+
+
+def _check_ending(plot: str | None) -> None:
+    """Check that a plot's ending names a format that matplotlib writes; without matplotlib there is none, which the job says."""
+    if plot is None:
+        return
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        return
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if os.path.splitext(plot)[1].removeprefix(".").lower() not in known:
+        raise SetupError(
+            f"plot_file: the ending of {plot} says the format, and must be one of {', '.join(sorted(known))}"
+        )
 
 
 def check_writable(folder: str, option: str) -> None:

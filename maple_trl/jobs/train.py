@@ -437,14 +437,14 @@ def _run(
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        train_seconds = time.monotonic() - train_started
+        unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
     except ResumeError as error:
         raise SetupError(str(error)) from error
     finally:  # a run that is interrupted leaves what it had logged
         close_rewards(getattr(trainer, "reward_funcs", []))
         if trainer.is_world_process_zero() and trainer.state.log_history:
             write_metrics(_log_of(trainer), metrics_path)
-    train_seconds = time.monotonic() - train_started
-    unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
     try:
         after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
     except Exception:
@@ -468,8 +468,8 @@ def _run(
     if trainer.is_world_process_zero():
         plot_path = _place(script_args.plot_file, training_args, "training.png")
         summary_path = _place(script_args.summary_file, training_args, "summary.json")
-        _draw(_log_of(trainer), summary["before"], summary["after"], plot_path)
         write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
+        _draw(_log_of(trainer), summary["before"], summary["after"], plot_path)
         written = _written(training_args.output_dir, (metrics_path, summary_path, plot_path))
         print_summary(summary | {"written": written}, training_args.output_dir)
         if script_args.report:
@@ -569,22 +569,22 @@ def _place(path: str | None, training_args: OmniGRPOConfig | OmniSFTConfig, name
 
 
 def _report(folder: str) -> None:
-    """Write the report and say where; a job does not fail for want of it, nor of what it is made with."""
+    """Write the report and say where; a job does not fail for want of it, whatever stops it."""
     try:
-        from maple_trl.reports import ReportError, write_report
+        from maple_trl.reports import write_report
 
         path = write_report(folder, Path(folder, "report.html"))
-    except (ReportError, ImportError, OSError) as error:
-        print(f"no report: {error}")
+    except Exception as error:
+        print(f"no report: {error or type(error).__name__}")
     else:
         print(f"Report: {path}, to be opened in a browser")
 
 
 def _draw(log_history: list[dict], before: Mapping | None, after: Mapping | None, path: Path) -> None:
-    """Draw the plot; a job does not fail for want of matplotlib."""
-    from maple_trl.reports.plots import plot_training
-
+    """Draw the plot; a job does not fail for want of it, whatever stops it."""
     try:
+        from maple_trl.reports.plots import plot_training
+
         plot_training(log_history, before, after, path)
-    except ImportError as error:
-        print(f"no plot: {error}")
+    except Exception as error:
+        print(f"no plot: {error or type(error).__name__}")
