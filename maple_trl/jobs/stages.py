@@ -224,17 +224,13 @@ def _run_stages(plan: Plan, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
     """Run the stages, whose folder is held."""
     from maple_trl.jobs import train
 
-    state = StageState(plan, jobs[0][1].world_size)
-    for i, job in enumerate(jobs):
-        state.check(i, job)
+    state = check_state(plan, jobs)
     _check_jobs(plan, jobs, state.done)
     writes = jobs[0][1].process_index == 0
     for i in range(state.done, len(plan.stages)):
         # Anew: a job's configuration also sets variables that hold for the whole process.
         script_args, training_args, model_args = job = plan.parse(i)
-        training_args.resume_from_checkpoint = state.checkpoint(i)
-        # What a stage that was stopped before its first checkpoint has left is its own.
-        script_args.overwrite = script_args.overwrite or state.begun(i)
+        state.go_on(i, job)
         if writes:
             _announce(plan, i, training_args.resume_from_checkpoint)
         state.begin(i, job, write=writes)
@@ -250,23 +246,36 @@ def _run_stages(plan: Plan, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
     return state.summaries()
 
 
+def check_state(plan: Plan, jobs: Sequence[tuple]) -> StageState:
+    """
+    Return what is known of the stages, once it has been compared with their jobs, and these with each other.
+
+    Raises:
+        SetupError: when a stage was begun or finished with other options, its folder holds something else, or one would train
+            the whole model after another has written an adapter.
+    """
+    state = StageState(plan, jobs[0][1].world_size)
+    adapted = None
+    for i, job in enumerate(jobs):
+        state.check(i, job)
+        name, peft = plan.stages[i].name, job[2].use_peft
+        if adapted is not None and not peft:
+            raise SetupError(
+                f"stage {name}: use_peft is false, but stage {adapted} before it writes a LoRA adapter: set use_peft: "
+                "true, or train the whole model in all stages"
+            )
+        adapted = name if peft else None
+    return state
+
+
 def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
     """Check what can be known to be wrong before hours are spent on the stages before it."""
     from maple_trl.jobs.checks import check_rows
     from maple_trl.jobs.data import prepare_data
     from maple_trl.jobs.rewards import load_rewards
 
-    adapted = None
-    for i, (script_args, training_args, model_args) in enumerate(jobs):
-        name = plan.stages[i].name
-        if adapted is not None and not model_args.use_peft:
-            raise SetupError(
-                f"stage {name}: use_peft is false, but stage {adapted} before it writes a LoRA adapter: set use_peft: "
-                "true, or train the whole model in all stages"
-            )
-        adapted = name if model_args.use_peft else None
-        if i < done:
-            continue
+    for i in range(done, len(jobs)):
+        script_args, training_args, _ = jobs[i]
         try:
             rewards = []
             if script_args.trainer not in SUPERVISED:
@@ -274,7 +283,7 @@ def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
             train, _ = prepare_data(script_args, training_args)
             check_rows(script_args, training_args, train, rewards)
         except SetupError as error:
-            raise SetupError(f"stage {name}: {error}") from error
+            raise SetupError(f"stage {plan.stages[i].name}: {error}") from error
 
 
 def _release_memory() -> None:
@@ -419,6 +428,13 @@ class StageState:
             except ResumeError as error:
                 raise SetupError(f"stage {self.plan.stages[index].name}: {error}") from error
         return self._checkpoints[index]
+
+    def go_on(self, index: int, job: tuple) -> None:
+        """Let a stage's job go on where it was stopped."""
+        script_args, training_args, _ = job
+        training_args.resume_from_checkpoint = self.checkpoint(index)
+        # What a stage that was stopped before its first checkpoint has left is its own.
+        script_args.overwrite = script_args.overwrite or self.begun(index)
 
     def begin(self, index: int, job: tuple, write: bool) -> None:
         """Note with which options a stage runs, before it writes anything and fills some of them in."""

@@ -316,6 +316,25 @@ def checkpoint_to_resume(training_args: OmniGRPOConfig | OmniSFTConfig) -> str |
         raise SetupError(str(error)) from error
 
 
+def check_checkpoint(
+    checkpoint: str | None,
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+) -> None:
+    """Raise SetupError for a checkpoint that is not whole, or of another form than what is trained now."""
+    from maple_trl.trainers.common.checkpoint import ResumeError
+    from maple_trl.trainers.common.resume_checks import check_parts
+
+    if checkpoint is not None:
+        try:
+            replaceable = trainer_class(script_args.trainer).replaceable_state
+            check_parts(checkpoint, training_args.process_index, training_args.world_size, replaceable)
+        except ResumeError as error:
+            raise SetupError(str(error)) from error
+    check_resumed(checkpoint, model_args)
+
+
 def _resumes_by_itself(training_args: OmniGRPOConfig | OmniSFTConfig) -> bool:
     return str(training_args.resume_from_checkpoint).lower() == "auto"
 
@@ -410,18 +429,11 @@ def _run(
     """Run a job, whose folder is its own, as [`run`] says."""
     from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
-    from maple_trl.trainers.common.resume_checks import check_parts
 
     started = time.monotonic()
     checkpoint = checkpoint_to_resume(training_args)
     replaces = check_output_dir(script_args, training_args, model_args, checkpoint)
-    if checkpoint is not None:
-        try:
-            replaceable = trainer_class(script_args.trainer).replaceable_state
-            check_parts(checkpoint, training_args.process_index, training_args.world_size, replaceable)
-        except ResumeError as error:
-            raise SetupError(str(error)) from error
-    check_resumed(checkpoint, model_args)
+    check_checkpoint(checkpoint, script_args, training_args, model_args)
     trainer, test = build_trainer(script_args, training_args, model_args)
     if checkpoint is None:
         trainer.check_quarantine()

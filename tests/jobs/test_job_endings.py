@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from maple_trl.jobs import console, train
-from maple_trl.jobs.checks import check_files
+from maple_trl.jobs.checks import PLOT_ENDINGS, check_files
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.model_config import OmniModelConfig
 from maple_trl.jobs.options import OmniScriptArguments
@@ -15,6 +17,19 @@ from maple_trl.jobs.options import OmniScriptArguments
 
 needs_plots = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 LOG = [{"step": step, "reward": step / 4, "loss": 0.5} for step in (1, 2, 3)]
+
+
+@dataclass
+class Args:
+    """What a job looks at of its trainer's configuration at its end."""
+
+    output_dir: str
+    resume_from_checkpoint: str | None = None
+    process_index: int = 0
+    world_size: int = 1
+
+    def to_dict(self):
+        return asdict(self)
 
 
 class Trained:
@@ -27,6 +42,7 @@ class Trained:
         self.args = args
         self.state = SimpleNamespace(log_history=LOG, global_step=3)
         self.processing_class = SimpleNamespace(save_pretrained=lambda folder: None)
+        self.clock = SimpleNamespace(before=0.0)
         self.accelerator = SimpleNamespace(wait_for_everyone=lambda: None, end_training=lambda: None)
 
     def __getattr__(self, name):  # fired, left_out, check_quarantine, train
@@ -36,16 +52,13 @@ class Trained:
         return True
 
     def save_model(self, folder):
-        (self.args.folder / "model.safetensors").write_text("trained")
+        Path(folder, "model.safetensors").write_text("trained")
 
 
 @pytest.fixture
 def end(tmp_path, monkeypatch):
     """Run a job's end in a folder, with these options."""
-    args = SimpleNamespace(
-        output_dir=str(tmp_path), folder=tmp_path, resume_from_checkpoint=None, process_index=0, world_size=1
-    )
-    args.to_dict = dict
+    args = Args(str(tmp_path))
     monkeypatch.setattr(train, "build_trainer", lambda *job: (Trained(args), None))
     monkeypatch.setattr(console, "describe_run", lambda *_: None)
     monkeypatch.setattr(console, "show_messages", lambda: None)
@@ -99,7 +112,10 @@ def test_the_ending_of_a_plot_is_looked_at_before_training(tmp_path):
         return OmniScriptArguments(plot_file=str(tmp_path / name))
 
     for wrong in ("curve", "curve.foo", "runs.png/curve"):
-        with pytest.raises(SetupError, match="plot_file: the ending of .* must be one of .*pdf, .*png, .*svg"):
+        with pytest.raises(SetupError, match="plot_file: the ending of .* must be one of .png, .pdf, .svg"):
             check_files(options(wrong))
     for right in ("curve.png", "curve.PDF", "a.b/curve.svg"):
         check_files(options(right))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    assert {ending[1:] for ending in PLOT_ENDINGS} <= set(FigureCanvasAgg.get_supported_filetypes())

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from maple_trl import cli
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import parse_args
+from maple_trl.jobs.stage_forecasts import forecast_stages
 from maple_trl.jobs.stages import StageState, load_plan, run_stages
 from maple_trl.omni.loading import resolve_checkpoint
 from maple_trl.train import build_trainer
@@ -480,6 +481,23 @@ def test_a_stage_passes_over_a_torn_checkpoint(job, caplog):
     with pytest.raises(SetupError, match=told):
         run_stages(plan)
     assert torn.is_file()
+
+
+def test_a_dry_run_knows_what_is_done(job, capsys):
+    """The begun stage goes on from its checkpoint; a finished one is told as such, and what has changed is refused."""
+    plan, (checkpoint,) = begun(job, 2)
+    forecasts = forecast_stages(plan)
+    assert f"checkpoint {checkpoint}" in forecasts[0].reads and "the model of stage first" in forecasts[1].reads
+    with pytest.raises(SetupError, match="stage first was begun with other options: seed 3 -> 9"):
+        forecast_stages(load_plan(["--config", "stages.yaml", "--seed", "9"]))
+    shutil.copytree(resolve_checkpoint("builtin:tiny-omni"), job / "out" / "first", dirs_exist_ok=True)
+    StageState(plan, 1).finish(0, {}, write=True)
+    assert cli.main(["train", "--config", "stages.yaml", "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "Stage 1 of 3: first, which is done\n" in told and f"model {job / 'out' / 'first'} (" in told
+    (job / "third.yaml").write_text(THIRD + "rewards: [no_such_reward]\n")
+    with pytest.raises(SetupError, match="stage third: unknown reward 'no_such_reward'"):
+        forecast_stages(plan)
 
 
 def test_checkpoints_of_another_run_are_not_gone_on_from(job):
