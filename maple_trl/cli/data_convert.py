@@ -52,15 +52,15 @@ def run(arguments: ConvertArguments, named: argparse.Namespace) -> int:
     from maple_trl.cli.counting import Counting
     from maple_trl.data.converters import ConvertOptions, convert
 
-    if arguments.dry_run:
-        from maple_trl.cli.dry_run import tell
-        from maple_trl.jobs.data_forecasts import forecast_conversion
-
-        return tell(forecast_conversion(named.name, named.source, named.output, arguments.media_root), arguments.json)
     given = asdict(arguments)
     quiet = given.pop("json")
     del given["dry_run"]
     options = ConvertOptions(**{**given, "tags": tuple(arguments.tags)})
+    if arguments.dry_run:
+        from maple_trl.cli.dry_run import tell
+        from maple_trl.jobs.data_forecasts import forecast_conversion
+
+        return tell(forecast_conversion(named.name, named.source, named.output, options), arguments.json)
     with Counting("records read", quiet=quiet) as counting:
         summary = convert(named.name, named.source, named.output, options, counting.update)
     if arguments.json:

@@ -42,10 +42,13 @@ def tell_training(plan: Plan | None, words: Sequence[str]) -> int:
 
     if plan is None:
         return tell(forecast_training(parse_args(words)))
-    for i, stage in enumerate(plan.stages):
-        forecast = forecast_training(plan.parse(i), plan.stages[i - 1].name if i else None)
-        print(f"{'' if i == 0 else chr(10)}Stage {i + 1} of {len(plan.stages)}: {stage.name}")
-        _print(forecast)
+    from maple_trl.jobs.stage_forecasts import forecast_stages
+
+    for i, (stage, forecast) in enumerate(zip(plan.stages, forecast_stages(plan), strict=True)):
+        done = ", which is done" if forecast is None else ""
+        print(f"{'' if i == 0 else chr(10)}Stage {i + 1} of {len(plan.stages)}: {stage.name}{done}")
+        if forecast is not None:
+            _print(forecast)
     print(_END)
     return DONE
 

@@ -89,11 +89,11 @@ def _report(folder: str, file: str) -> int:
     """Write the report; what stops it costs nothing, as the numbers are there already."""
     path = Path(file or Path(folder, "report.html"))
     try:
-        from maple_trl.reports import ReportError, write_report
+        from maple_trl.reports import write_report
 
         write_report([folder], path)
-    except (ReportError, ImportError, OSError) as error:
-        print(f"maple-trl eval: no report: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"maple-trl eval: no report: {error or type(error).__name__}", file=sys.stderr)
         return 1
     print(f"report: {path}", file=sys.stderr)
     return 0

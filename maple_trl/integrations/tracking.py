@@ -12,7 +12,7 @@ import html
 import logging
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class TrackingCallback(TrainerCallback):
 
     Both are sent every so many optimizer steps, right after numbers were logged, and at the end. Where TRL sends a table
     itself (`log_completions` with trackio or W&B) none is added. Models write what stands in a table: its texts are
-    escaped, and cut at 1000 characters.
+    escaped, and cut at 1000 characters. What cannot be drawn or sent is left out from then on, with a warning: the run goes on.
 
     Args:
         trainer (`Trainer`): whose run it is; a TRL trainer for the table.
@@ -65,7 +65,7 @@ class TrackingCallback(TrainerCallback):
             raise ValueError(f"rows must be 0 or more, got {rows}")
         self.trainer, self.every_steps, self.rows = trainer, every_steps, rows
         self._sent_at = 0
-        self._draws = True
+        self._lost: set[str] = set()  # what is not tried again
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Note the step at which the run begins; called as [`~transformers.TrainerCallback.on_train_begin`]."""
@@ -90,28 +90,35 @@ class TrackingCallback(TrainerCallback):
         if not senders:
             return
         self._sent_at = state.global_step
-        picture, table = self._picture(state), self._table()
+        picture, table = self._tried("plots", self._picture, state), self._tried("tables", self._table)
         for name, sender in senders.items():
-            sender(picture, None if name != "tensorboard" and args_log_tables(args) else table, state.global_step)
+            told = None if name != "tensorboard" and args_log_tables(args) else table
+            self._tried(name, sender, picture, told, state.global_step)
+
+    def _tried(self, what: str, make: Callable[..., Any], *given: Any) -> Any:
+        """Return what comes of a call; `None`, with a warning, where it fails, and from then on: no run ends for an ornament."""
+        if what in self._lost:
+            return None
+        try:
+            return make(*given)
+        except Exception as error:
+            logger.warning("%s: nothing more is drawn or sent: %s", what, error or type(error).__name__)
+            self._lost.add(what)
+            return None
 
     def _senders(self, args: TrainingArguments) -> dict[str, Any]:
         """Return a sender for each tracker that is in use."""
         wanted = [name for name in TRACKERS if name in (args.report_to or [])]
-        found = {name: getattr(self, f"_{name}")() for name in wanted}
+        found = {name: self._tried(name, getattr(self, f"_{name}")) for name in wanted}
         return {name: sender for name, sender in found.items() if sender is not None}
 
     # What is sent
 
     def _picture(self, state: TrainerState) -> Image.Image | None:
-        if not self._draws or not reward_curves(state.log_history):
+        if not reward_curves(state.log_history):
             return None
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                path = plot_training(state.log_history, None, None, Path(folder, "training.png"))
-            except ImportError as error:
-                logger.warning("no plots: %s", error)
-                self._draws = False
-                return None
+            path = plot_training(state.log_history, None, None, Path(folder, "training.png"))
             with Image.open(path) as picture:
                 return picture.convert("RGB")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.jobs.errors import SetupError
@@ -22,13 +24,22 @@ if TYPE_CHECKING:
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 
-def check_files(script_args: OmniScriptArguments) -> None:
+PLOT_ENDINGS = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".ps", ".tif", ".tiff", ".webp")
+"""Formats of matplotlib; to ask itself would import it, which writes a cache of fonts into the user's folder."""
+
+
+def check_files(script_args: OmniScriptArguments, make: bool = True) -> None:
     """
     Check that the files of results can be written.
 
+    Args:
+        make: make their folders.
+
     Raises:
-        SetupError: for a file of results that cannot be written, or is the one that the job reads.
+        SetupError: for a file of results that cannot be written, or is the one that the job reads, and for a plot whose ending
+            names no format.
     """
+    _check_ending(script_args.plot_file)
     for option in ("summary_file", "metrics_file", "plot_file"):
         path = getattr(script_args, option)
         if path is None:
@@ -39,11 +50,25 @@ def check_files(script_args: OmniScriptArguments) -> None:
         if os.path.realpath(path) == os.path.realpath(script_args.dataset_name or ""):
             raise SetupError(f"{option}: {path} is the data set, which would be overwritten; name another file")
         try:
-            os.makedirs(folder, exist_ok=True)
+            if make:
+                os.makedirs(folder, exist_ok=True)
+            else:
+                check_writable(folder, option)
         except OSError as error:
             raise SetupError(f"{option}: cannot make the folder {folder}: {error.strerror}") from error
-        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        there = path if os.path.exists(path) else folder
+        if os.path.exists(there) and not os.access(there, os.W_OK):
             raise SetupError(f"{option}: no permission to write {path}")
+
+
+def _check_ending(plot: str | None) -> None:
+    """Check that a plot's ending names a format that matplotlib writes; without matplotlib there is none, which the job says."""
+    if plot is None or find_spec("matplotlib") is None:
+        return
+    if os.path.splitext(plot)[1].lower() not in PLOT_ENDINGS:
+        raise SetupError(
+            f"plot_file: the ending of {plot} says the format, and must be one of {', '.join(PLOT_ENDINGS)}"
+        )
 
 
 def check_writable(folder: str, option: str) -> None:
@@ -62,9 +87,13 @@ def check_rows(
     training_args: OmniGRPOConfig | OmniSFTConfig,
     train: Dataset,
     rewards: Sequence[Any],
+    whole: bool = True,
 ) -> None:
     """
     Check the columns of the training split against what is read of them.
+
+    Args:
+        whole: these are all rows; of some, what only all can say is not asked.
 
     Raises:
         SetupError: for a column that is missing or misspelt.
@@ -88,12 +117,12 @@ def check_rows(
         raise SetupError(f"{name} has no column 'tag', which mapo batches by; its columns: {', '.join(columns)}")
     _check_reward_options(training_args, rewards)
     if script_args.trainer == "avatar":
-        _check_hints(training_args, train)
+        _check_hints(training_args, train if whole else SimpleNamespace(column_names=columns))
     if not os.path.isdir(training_args.media_root):
         raise SetupError(f"media root {training_args.media_root!r} is not a folder (media_root)")
 
 
-def _check_hints(args: Any, train: Dataset) -> None:
+def _check_hints(args: Any, train: Any) -> None:
     from maple_trl.trainers.avatar.checks import check_hint_column, check_hint_visits
 
     try:
@@ -116,13 +145,18 @@ def _check_reward_options(args: OmniGRPOConfig | OmniSFTConfig, rewards: Sequenc
 
 
 def check_model(
-    model_args: OmniModelConfig, training_args: OmniGRPOConfig | OmniSFTConfig, train: Dataset, evaluates: bool
+    model_args: OmniModelConfig,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    train: Dataset,
+    evaluates: bool,
+    whole: bool = True,
 ) -> None:
     """
     Check the model's files, and that the rows are prompts for its family.
 
     Args:
         evaluates: whether its accuracy is measured, for which it must read media.
+        whole: these are all rows; of some neither their number is judged, nor whether their media are there.
 
     Raises:
         SetupError: when there is no such model, it is damaged or not supported, a row cannot be a prompt, or there are too
@@ -148,7 +182,7 @@ def check_model(
         check_checkpoint(name, options, processor=other is None, text=not evaluates)
         config = read_config(name, options)
     except (CheckpointError, ValueError) as error:
-        _check_prompts(MessageEncoder(), training_args, train)  # one that reads everything
+        _check_prompts(MessageEncoder(), training_args, train, whole)  # one that reads everything
         raise SetupError(f"model_name_or_path: {error}") from error
     family = family_class(config.model_type) or family_class(f"{config.model_type}_thinker")
     if family is not None:  # else it reads text alone
@@ -164,14 +198,14 @@ def check_model(
             if other is not None:
                 check_tokens(processor, config, other)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            _check_prompts(MessageEncoder(), training_args, train)
+            _check_prompts(MessageEncoder(), training_args, train, whole)
             raise SetupError(f"model_name_or_path: {error}") from error
         stand_in = family.stand_in(config, processor)
         try:
             stand_in.check_pixels(training_args.max_pixels)
         except ValueError as error:
             raise SetupError(str(error)) from error
-        asked = _check_prompts(stand_in, training_args, train)
+        asked = _check_prompts(stand_in, training_args, train, whole)
         try:
             check_template(_prompt_builder(stand_in, training_args), asked["prompt"], asked)
         except ValueError as error:
@@ -242,19 +276,23 @@ def _prompt_builder(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig)
     return args.prompt_builder(family, args.media_loader(backend="pyav"), args.chat_template_kwargs)
 
 
-def _check_prompts(family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset) -> Dataset:
+def _check_prompts(
+    family: PromptEncoder, args: OmniGRPOConfig | OmniSFTConfig, train: Dataset, whole: bool
+) -> Dataset:
     """Return the rows as they are asked."""
     from maple_trl.trainers.common.quarantine import RowRegistry, write_quarantine
     from maple_trl.trainers.common.rows import asked_rows
     from maple_trl.trainers.common.run_errors import TooManyQuarantinedError
 
     try:
-        probe = "paths" if args.media_check == "probe" else False
+        probe = "paths" if args.media_check == "probe" and whole else False
         builder = _prompt_builder(family, args)
         asked = asked_rows(train, builder, "train_dataset")
         registry = RowRegistry(asked, builder, probe=probe, progress=False)
     except ValueError as error:
         raise SetupError(str(error)) from error
+    if not whole:
+        return asked
     problem = registry.too_many(args.max_quarantined_share)
     if problem is not None:
         if args.process_index == 0:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 BUILTIN_DATASETS = ("builtin:seven-tags", "builtin:seven-tags-hints")
 _SHOWN = 20  # values of a column that an error lists
 _STREAMING = ("omni_grpo", "omni_sft")
-_CHECKED = 64  # rows of a stream that are checked before training
+CHECKED_ROWS = 64
+"""Rows of a stream that are checked before training, and those of a table before a dry run."""
 
 
 def load_datasets(
@@ -65,13 +66,19 @@ def load_datasets(
         raise SetupError(f"dataset_name: there is no file or folder {name}")
     else:
         folder, splits = None, _read_hub(name, script_args.dataset_config)
-    if script_args.dataset_config is not None and folder is not None:
-        raise SetupError(f"dataset_config is for data sets of the Hub, and has no effect with {name}; leave it out")
-    if streaming and (folder is None or name.startswith("builtin:")):
-        raise SetupError(f"dataset_streaming reads local Parquet files, and {name} is none; leave it out")
+    check_place(script_args, local=folder is not None)
     check_split(name, wanted[0], splits)
     root = media_root if folder is None or media_root != "." else str(folder.resolve())
     return {split: as_paths(splits[split]) for split in wanted if split in splits}, root
+
+
+def check_place(script_args: OmniScriptArguments | ScriptArguments, local: bool) -> None:
+    """Raise SetupError for options that have no effect with a data set of this machine, or of the Hub."""
+    name = str(script_args.dataset_name)
+    if script_args.dataset_config is not None and local:
+        raise SetupError(f"dataset_config is for data sets of the Hub, and has no effect with {name}; leave it out")
+    if script_args.dataset_streaming and (not local or name.startswith("builtin:")):
+        raise SetupError(f"dataset_streaming reads local Parquet files, and {name} is none; leave it out")
 
 
 def check_split(name: object, split: str, splits: Collection[str]) -> None:
@@ -216,7 +223,7 @@ def prepare_data(
         SetupError: when a data set, split or column that the arguments name is not there.
     """
     if script_args.dataset_streaming:
-        _check_streaming(script_args, training_args)
+        check_streaming(script_args, training_args)
     splits, training_args.media_root = load_datasets(script_args, training_args.media_root)
     train, test = script_args.dataset_train_split, script_args.dataset_test_split
     measures = evaluates(training_args) or script_args.evaluate_before_after
@@ -228,7 +235,7 @@ def prepare_data(
     for split in list(splits):
         try:
             makes_prompt = training_args.prompt_template is not None
-            splits[split] = _prepared(splits[split], script_args, split, split == train, makes_prompt)
+            splits[split] = prepare_rows(splits[split], script_args, split, split == train, makes_prompt)
         except SetupError:
             if split == train or measures:
                 raise
@@ -236,9 +243,20 @@ def prepare_data(
     return splits[train], splits.get(test)
 
 
-def _prepared(
+def prepare_rows(
     dataset: Dataset, script_args: OmniScriptArguments, split: str, strict: bool, makes_prompt: bool
 ) -> Dataset:
+    """
+    Filter the rows of a split, and add completions.
+
+    Args:
+        split (`str`): its name, for errors.
+        strict (`bool`): as of [`filter_rows`].
+        makes_prompt (`bool`): a template makes the column `prompt` of others.
+
+    Raises:
+        SetupError: for a column that is missing or misspelt, and what the filter refuses.
+    """
     from datasets import IterableDataset
 
     from maple_trl.trainers.common.rows import check_spelling
@@ -258,7 +276,8 @@ def _prepared(
     return dataset
 
 
-def _check_streaming(script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+def check_streaming(script_args: OmniScriptArguments, training_args: OmniGRPOConfig | OmniSFTConfig) -> None:
+    """Raise SetupError for a job that cannot read its rows as they are needed."""
     if script_args.trainer not in _STREAMING:
         why = (
             "batches rows by their tags"
@@ -313,7 +332,7 @@ def first_rows(dataset: Dataset | IterableDataset, at_least: int) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
     try:
-        rows = list(dataset.take(max(_CHECKED, at_least)))
+        rows = list(dataset.take(max(CHECKED_ROWS, at_least)))
     except (ValueError, OSError) as error:
         raise SetupError(f"train_dataset: {error}") from error
     if not rows:

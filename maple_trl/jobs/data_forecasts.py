@@ -12,32 +12,33 @@ from maple_trl.jobs.forecasts import Forecast, look_at_data, many, size_of
 
 
 if TYPE_CHECKING:
+    from maple_trl.data.converters import ConvertOptions
     from maple_trl.data.qa_plus import QAPlusOptions
 
 
 def forecast_conversion(
-    name: str, source: str | os.PathLike[str], output: str | os.PathLike[str], media_root: str | None = None
+    name: str, source: str | os.PathLike[str], output: str | os.PathLike[str], options: ConvertOptions
 ) -> Forecast:
     """
     Say what [`~maple_trl.data.converters.convert`] would do.
 
     Raises:
         ConversionError: for an unknown set, and one whose tables are not there.
-        SetupError: when the output holds something, or there is no media root.
+        SetupError: when the output holds something, or there is no media root, and for files of less than one row.
     """
     from maple_trl.data.converters import CONVERTERS
     from maple_trl.data.converters.convert import ConversionError, find_files
-    from maple_trl.data.shards import ShardError, check_unused
+    from maple_trl.data.shards import ShardError, ShardWriter
 
     try:
         converter = CONVERTERS.find(name)
     except ValueError as error:
         raise ConversionError(str(error)) from error
     files = [file for file, _ in find_files(converter, Path(source))]
-    if media_root is not None and not Path(media_root).is_dir():
-        raise SetupError(f"media_root: there is no folder {media_root}")
+    if options.media_root is not None and not Path(options.media_root).is_dir():
+        raise SetupError(f"media_root: there is no folder {options.media_root}")
     try:
-        check_unused(Path(output))
+        ShardWriter(output, shard_rows=options.shard_rows)  # which writes nothing before it is entered
     except ShardError as error:
         raise SetupError(str(error)) from error
     size = sum(file.stat().st_size for file in files)

@@ -80,6 +80,7 @@ def forecast_difficulty(arguments: DifficultyArguments, options: DifficultyOptio
     """
     folder = Path(arguments.output_dir or ".")
     split = arguments.dataset_test_split or "train"
+    _check_folder(folder, split)
     found = forecast_evaluation(_job(arguments, options, media, folder), split)
     found.writes.append(f"{folder}: {split}-….parquet, dropped-{split}-….parquet, difficulty-{split}.json")
     return found
@@ -151,8 +152,7 @@ def filter_by_difficulty(
     split = arguments.dataset_test_split or "train"
     folder = Path(arguments.output_dir or ".")
     job = _job(arguments, options, media, folder)
-    if not (folder / "evaluation" / "evaluation.json").is_file() and (there := shards_of(folder, split)):
-        raise SetupError(f"--output: {there[0]} is there already and is none of this command; name another folder")
+    _check_folder(folder, split)
     if run_evaluation(job) is None:
         return None
     questions = load_questions(job)
@@ -183,6 +183,12 @@ def filter_by_difficulty(
             folder / f"difficulty-{split}.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n"
         )
     return summary
+
+
+def _check_folder(folder: Path, split: str) -> None:
+    """Check that the rows of a split in a folder are those of an evaluation there."""
+    if not (folder / "evaluation" / "evaluation.json").is_file() and (there := shards_of(folder, split)):
+        raise SetupError(f"--output: {there[0]} is there already and is none of this command; name another folder")
 
 
 def _job(arguments: DifficultyArguments, options: DifficultyOptions, media: EvalMedia, folder: Path) -> EvalJob:

@@ -72,20 +72,11 @@ def run_evaluation(job: EvalJob) -> dict[str, Any] | None:
 def _evaluate(job: EvalJob, held: ExitStack) -> dict[str, Any] | None:
     started, clock = datetime.now(UTC), time.monotonic()
     state = PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=30))
-    if job.limit is not None and job.limit < 1:
-        raise SetupError(f"limit must be 1 or more, got {job.limit}")
-    if not 0 < job.confidence < 1:
-        raise SetupError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {job.confidence}")
+    check_described(job)
     store = EvalStore(job.output_dir)
-    store.check()
     questions = load_questions(job)
-    scoring = Scoring(job, questions.media_root, questions.rows)
-    if questions.rows:
-        try:
-            check_rewards([scoring.function], list(questions.rows[0]), questions.described["name"])
-        except RewardError as error:
-            raise SetupError(f"--judge: {error}") from error
-    _check_places(job, questions.media_root)
+    scoring = check_scoring(job, questions)
+    check_media_root(questions.media_root)
     if state.is_main_process and not job.quiet:
         show_messages()
     model = LocalModel(job, state) if job.server is None else ServedModel(job)
@@ -151,9 +142,51 @@ def _askable(builder: PromptBuilder, rows: Sequence[Mapping[str, Any]]) -> list[
     return found
 
 
-def _check_places(job: EvalJob, media_root: str) -> None:
-    """Check that results can be written and media found, before the model is loaded."""
-    check_writable(job.output_dir, "--output")
+def check_described(job: EvalJob) -> None:
+    """
+    Check what an evaluation says by itself, and that its results can be written.
+
+    Raises:
+        SetupError: for an option that is out of range or has no effect, and a folder that cannot be written into.
+        EvaluationError: for a folder that holds something else.
+    """
+    if job.limit is not None and job.limit < 1:
+        raise SetupError(f"limit must be 1 or more, got {job.limit}")
+    if not 0 < job.confidence < 1:
+        raise SetupError(f"confidence must be strictly between 0 and 1, e.g. 0.95, got {job.confidence}")
+    EvalStore(job.output_dir or ".").check()
+    check_writable(job.output_dir or ".", "--output")
+    if job.benchmark is None and job.tags is not None:
+        raise SetupError(
+            "--tags gives the questions of a benchmark other signals; rows of a table say it by themselves (tag)"
+        )
+    if job.benchmark is None and (job.pictures != "keep" or job.write_media):
+        raise SetupError(
+            "--pictures and --write_media are for a benchmark's own files; a table's media are read as they are"
+        )
+
+
+def check_columns(job: EvalJob, columns: Sequence[str], name: str) -> None:
+    """Raise SetupError for a column that is missing or misspelt in the data set that errors call `name`."""
+    try:
+        check_spelling(columns, name, makes_prompt=job.media.prompt_template is not None)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
+def check_scoring(job: EvalJob, questions: Questions) -> Scoring:
+    """Return what scores the completions; raise SetupError where it is described wrongly, or needs a column that is not there."""
+    scoring = Scoring(job, questions.media_root, questions.rows)
+    if questions.rows:
+        try:
+            check_rewards([scoring.function], list(questions.rows[0]), questions.described["name"])
+        except RewardError as error:
+            raise SetupError(f"--judge: {error}") from error
+    return scoring
+
+
+def check_media_root(media_root: str) -> None:
+    """Raise SetupError where there is no folder of media."""
     if not os.path.isdir(media_root):
         raise SetupError(f"media root {media_root!r} is not a folder (--media-root)")
 
@@ -253,14 +286,6 @@ def load_questions(job: EvalJob) -> Questions:
         SetupError: when there is no such data set, split or benchmark, or it holds no row.
     """
     root, described, left_out = job.media.media_root, {}, []
-    if job.benchmark is None and job.tags is not None:
-        raise SetupError(
-            "--tags gives the questions of a benchmark other signals; rows of a table say it by themselves (tag)"
-        )
-    if job.benchmark is None and (job.pictures != "keep" or job.write_media):
-        raise SetupError(
-            "--pictures and --write_media are for a benchmark's own files; a table's media are read as they are"
-        )
     if job.benchmark is None:
         split = job.dataset_test_split or "test"
         name = f"{job.dataset_name}, split {split!r}"
@@ -284,10 +309,7 @@ def load_questions(job: EvalJob) -> Questions:
             else ""
         )
         raise SetupError(f"{name} holds no row{why}")
-    try:
-        check_spelling(dataset.column_names, name, makes_prompt=job.media.prompt_template is not None)
-    except ValueError as error:
-        raise SetupError(str(error)) from error
+    check_columns(job, dataset.column_names, name)
     allowed = None
     if job.dataset_filter is not None:
         try:

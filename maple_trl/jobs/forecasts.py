@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maple_trl.jobs.data import BUILTIN_DATASETS, check_split, evaluates, find_tables
+from maple_trl.jobs.data import (
+    BUILTIN_DATASETS,
+    CHECKED_ROWS,
+    check_place,
+    check_split,
+    check_streaming,
+    evaluates,
+    filter_rows,
+    find_tables,
+    prepare_rows,
+)
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.model_config import OmniModelConfig
 from maple_trl.jobs.options import SUPERVISED, OmniScriptArguments
-from maple_trl.jobs.tables import SUFFIXES, table_rows
+from maple_trl.jobs.tables import SUFFIXES, count_rows, hold_rows, table_rows
 from maple_trl.modalities import ModalityTag
 
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
     from maple_trl.jobs.eval_job import EvalJob
     from maple_trl.trainers.omni_grpo.config import OmniGRPOConfig
     from maple_trl.trainers.omni_sft.config import OmniSFTConfig
 
 _BUILTIN_ROWS_OF_TAG = 64  # in each split of the embedded set
 _ADAM = 2  # moments beside each trained weight, in its type
+_NUMBER = "maple_trl row number"  # a column that no table has
 _OPENAI = "the API's own address (OPENAI_BASE_URL, else OpenAI)"
 
 
@@ -66,18 +82,27 @@ class Split:
         told: where they come from, for a reader.
         rows: how many pass the filter; `None` of a set that is not here yet.
         fetched: whether they would be downloaded.
+        first: the first of these rows, at most `CHECKED_ROWS`; `None` where they are not here, or cannot be typed by themselves.
+        problem: why the split cannot be used; it counts only where it is.
     """
 
     told: str
     rows: int | None
     fetched: bool = False
+    first: Dataset | None = None
+    problem: SetupError | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the first rows are all."""
+        return self.first is not None and len(self.first) == self.rows
 
 
 def look_at_data(
     name: str | None, splits: Sequence[str], allowed: Mapping[str, Sequence[Any]] | None = None
 ) -> dict[str, Split]:
     """
-    Count the rows of a data set; of Parquet its headers are read, and the columns of the filter.
+    Count the rows of a data set, and read the first; of Parquet beside these its headers, and the columns of the filter.
 
     Args:
         name: as `dataset_name`.
@@ -90,7 +115,8 @@ def look_at_data(
     if not name:
         raise SetupError("dataset_name is missing; for a first run: builtin:seven-tags")
     if name.startswith("builtin:"):
-        return {split: _builtin(name, split, allowed) for split in splits if split in ("train", "test")}
+        known = [split for split in splits if split in ("train", "test")]
+        return {split: _look(_builtin, name, split, allowed, split == splits[0]) for split in known}
     path = Path(name)
     if not path.exists():
         if name.startswith(("/", "./", "../", "~")) or path.suffix.lower() in SUFFIXES:
@@ -98,18 +124,33 @@ def look_at_data(
         return {splits[0]: Split(f"data set {name} of the Hub, which is not asked now", None, fetched=True)}
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _stored(path, splits, allowed)
-    return {split: _tables(files, split, allowed) for split, files in find_tables(path, splits).items()}
+    found = find_tables(path, splits)
+    return {split: _look(_tables, files, split, allowed, split == splits[0]) for split, files in found.items()}
 
 
-def _builtin(name: str, split: str, allowed: Mapping[str, Sequence[Any]] | None) -> Split:
-    from maple_trl.data.synthetic import default_folder
+def _look(
+    read: Callable[..., Split], source: Any, split: str, allowed: Mapping[str, Sequence[Any]] | None, strict: bool
+) -> Split:
+    """Look at a split; what is wrong with one that need not be used is kept for whoever does."""
+    try:
+        return read(source, split, allowed, strict)
+    except SetupError as error:
+        if strict:
+            raise
+        return Split(str(error), 0, problem=error)
+
+
+def _builtin(name: str, split: str, allowed: Mapping[str, Sequence[Any]] | None, strict: bool) -> Split:
+    from maple_trl.data.synthetic import add_hints, default_folder
 
     if name not in BUILTIN_DATASETS:
         raise SetupError(f"there is no embedded data set {name!r}; embedded: {', '.join(BUILTIN_DATASETS)}")
     folder = default_folder()
     file = folder / f"{split}.parquet"
     if file.is_file():
-        return _tables([file], split, allowed)
+        found = _tables([file], split, allowed, strict)
+        hinted = name.endswith("-hints") and found.first is not None
+        return replace(found, first=add_hints(found.first)) if hinted else found
     told = f"{name}, split {split}, which would be made in {folder} first"
     if not allowed:
         return Split(told, _BUILTIN_ROWS_OF_TAG * len(ModalityTag))
@@ -123,55 +164,108 @@ def _stored(path: Path, splits: Sequence[str], allowed: Mapping[str, Sequence[An
     found = load_from_disk(str(path))
     tables = found if isinstance(found, DatasetDict) else {splits[0]: found}
     check_split(path, splits[0], tables)
+
+    def read(rows: Dataset, split: str, allowed: Mapping[str, Sequence[Any]] | None, strict: bool) -> Split:
+        told = f"{path}, split {split}"
+        rows = filter_rows(rows, allowed, told, strict) if allowed else rows
+        first = rows.select(range(min(CHECKED_ROWS, len(rows))))
+        return Split(told, len(rows), first=_in_memory(lambda: first))
+
     return {
-        split: Split(
-            f"{path}, split {split}",
-            _passing(tables[split].select_columns(list(allowed)).to_list(), allowed)
-            if allowed
-            else len(tables[split]),
-        )
-        for split in splits
-        if split in tables
+        split: _look(read, tables[split], split, allowed, split == splits[0]) for split in splits if split in tables
     }
 
 
-def _tables(files: Sequence[Path], split: str, allowed: Mapping[str, Sequence[Any]] | None) -> Split:
+def _tables(files: Sequence[Path], split: str, allowed: Mapping[str, Sequence[Any]] | None, strict: bool) -> Split:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     size = sum(file.stat().st_size for file in files)
     told = f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''} ({size_of(size)}), split {split}"
-    if files[0].suffix.lower() != ".parquet":
-        columns: dict[str, None] = {}
-        rows = 0
-        for _, row in table_rows(files):
-            columns |= dict.fromkeys(row)
-            rows += _passes(row, allowed)
-        _check_columns(allowed, columns, told)
-        return Split(told, rows)
     try:
-        names = dict.fromkeys(name for file in files for name in pq.read_schema(file).names)
-        _check_columns(allowed, names, told)
-        if not allowed:
-            return Split(told, sum(pq.read_metadata(file).num_rows for file in files))
-        cells = (batch for file in files for batch in pq.ParquetFile(file).iter_batches(columns=list(allowed)))
-        return Split(told, sum(_passing(batch.to_pylist(), allowed) for batch in cells))
+        if files[0].suffix.lower() == ".parquet":
+            rows, first = _parquet_rows(files, told, allowed, strict)
+        else:
+            rows, first = _text_rows(files, told, allowed, strict)
     except (OSError, pa.ArrowException) as error:
         raise SetupError(f"cannot read {files[0]}: {error}") from error
+    return Split(told, rows, first=first)
 
 
-def _check_columns(allowed: Mapping[str, Any] | None, columns: Mapping[str, Any], told: str) -> None:
-    for column in allowed or {}:
+def _parquet_rows(
+    files: Sequence[Path], told: str, allowed: Mapping[str, Sequence[Any]] | None, strict: bool
+) -> tuple[int, Dataset | None]:
+    """Return how many rows pass the filter, and the first of them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    if not rows:
+        raise SetupError(f"cannot read {files[0]}: it holds no row")
+    # A shard may lack columns that another has.
+    schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
+    numbers: Sequence[int] = range(min(rows, CHECKED_ROWS))
+    if allowed:
+        _check_columns(allowed, dict.fromkeys(schema.names), told)
+        parts = [pq.ParquetFile(file).read(columns=list(allowed)) for file in files]  # of those that a shard has
+        passing = _passing(Dataset(pa.concat_tables(parts, promote_options="permissive")), told, allowed, strict)
+        rows, numbers = len(passing), passing[:CHECKED_ROWS]
+    batches = (batch for file in files for batch in pq.ParquetFile(file).iter_batches(batch_size=CHECKED_ROWS))
+    return rows, _in_memory(lambda: Dataset(_taken(batches, numbers, schema)))
+
+
+def _taken(batches: Iterable[pa.RecordBatch], numbers: Sequence[int], schema: pa.Schema) -> pa.Table:
+    """Return the rows of these numbers, which rise, with all columns."""
+    import pyarrow as pa
+
+    found, start = [schema.empty_table()], 0
+    for batch in batches if numbers else ():
+        here = [number - start for number in numbers if start <= number < start + len(batch)]
+        found += [pa.Table.from_batches([batch]).take(here)] if here else []
+        start += len(batch)
+        if start > numbers[-1]:
+            break
+    return pa.concat_tables(found, promote_options="permissive")
+
+
+def _text_rows(
+    files: Sequence[Path], told: str, allowed: Mapping[str, Sequence[Any]] | None, strict: bool
+) -> tuple[int, Dataset | None]:
+    """Do the same as [`_parquet_rows`] of JSON and CSV."""
+    rows, kinds = count_rows(files)
+    numbers: Sequence[int] = range(min(rows, CHECKED_ROWS))
+    if allowed:
+        _check_columns(allowed, kinds, told)
+        cells = hold_rows((row for _, row in table_rows(files)), {name: kinds[name] for name in allowed})
+        passing = _passing(cells, told, allowed, strict)
+        rows, numbers = len(passing), passing[:CHECKED_ROWS]
+    wanted = set(numbers)
+    chosen = (row for number, (_, row) in enumerate(table_rows(files)) if number in wanted)
+    return rows, _in_memory(lambda: hold_rows(islice(chosen, len(wanted)), kinds))
+
+
+def _in_memory(make: Callable[[], Dataset]) -> Dataset | None:
+    """Return rows with their media as texts; `None` where they cannot be typed by themselves, as all of a table may."""
+    import pyarrow as pa
+
+    from maple_trl.omni.embedded import as_paths
+
+    try:
+        return as_paths(make())
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        return None
+
+
+def _check_columns(allowed: Mapping[str, Any], columns: Mapping[str, Any], told: str) -> None:
+    for column in allowed:
         if column not in columns:
             raise SetupError(f"dataset_filter: {told} has no column {column!r}; its columns: {', '.join(columns)}")
 
 
-def _passes(row: Mapping[str, Any], allowed: Mapping[str, Sequence[Any]] | None) -> bool:
-    return all(row.get(column) in values for column, values in (allowed or {}).items())
-
-
-def _passing(rows: Sequence[Mapping[str, Any]], allowed: Mapping[str, Sequence[Any]] | None) -> int:
-    return sum(_passes(row, allowed) for row in rows)
+def _passing(cells: Dataset, told: str, allowed: Mapping[str, Sequence[Any]], strict: bool) -> list[int]:
+    """Return the numbers of the rows that the filter leaves, of a data set with its columns alone."""
+    numbered = cells.add_column(_NUMBER, list(range(len(cells))))
+    return list(filter_rows(numbered, allowed, told, strict)[_NUMBER])
 
 
 # Models
@@ -244,22 +338,30 @@ def forecast_training(
     """
     Say what a training job would do, in this process or in each of several.
 
+    The job's own checks are made as far as they load no model, make no file and need no network; of a table here, they
+    are given its first rows.
+
     Args:
         job: as [`~maple_trl.jobs.options.parse_args`] returns it.
         above (`str`, *optional*): the stage whose model this one begins with, which is not there yet.
 
     Raises:
-        SetupError: for what the job itself would refuse before it loads anything: data, model and output folder.
+        SetupError: for what the job itself would refuse before it loads anything: files, rewards, data, model and output
+            folder.
     """
-    from maple_trl.jobs.checks import check_resumed, check_writable
-    from maple_trl.jobs.train import check_output_dir, checkpoint_to_resume
+    from maple_trl.jobs.checks import check_files, check_quantized, check_writable
+    from maple_trl.jobs.train import check_checkpoint, check_output_dir, checkpoint_to_resume
 
     script, args, model = job
     found = Forecast()
     checkpoint = checkpoint_to_resume(args)
     replaces = check_output_dir(script, args, model, checkpoint)
-    check_resumed(checkpoint, model)
+    check_checkpoint(checkpoint, script, args, model)
     check_writable(args.output_dir, "output_dir")
+    check_files(script, make=False)
+    if script.dataset_streaming:
+        check_streaming(script, args)
+    check_quantized(model, args)
     begun = Model(f"the model of stage {above}", None) if above else look_at_model(model.model_name_or_path)
     found.reads.append(begun.told)
     found.asks += [f"the Hub, for the model {model.model_name_or_path}"] if begun.fetched else []
@@ -269,10 +371,44 @@ def forecast_training(
     )
     rows = _count_rows(found, splits, script, args)
     steps = _count_steps(found, script, args, rows)
+    _check_first_rows(splits[script.dataset_train_split], script, args, model, of_model=begun.weights is not None)
     if script.trainer not in SUPERVISED:
         _count_completions(found, script, args, steps)
     _tell_written(found, script, args, model, steps, begun.weights, replaces)
     return found
+
+
+def _check_first_rows(
+    split: Split, script: OmniScriptArguments, args: Any, model: OmniModelConfig, of_model: bool
+) -> None:
+    """Check the rewards, and the first rows against them and the model as the job checks all; `of_model`: its files are here."""
+    from maple_trl.jobs.checks import check_model, check_rows
+    from maple_trl.jobs.rewards import close_rewards, load_rewards
+
+    rewards = [] if script.trainer in SUPERVISED else load_rewards(script.reward_funcs, args)
+    try:
+        check_place(script, local=not split.fetched)
+        if split.first is None:
+            return
+        filtered = copy.copy(script)
+        filtered.dataset_filter = None  # which they have passed
+        rows = prepare_rows(split.first, filtered, script.dataset_train_split, True, args.prompt_template is not None)
+        looked = copy.copy(args)  # the media root of local data is set in it
+        looked.media_root = media_root_of(script.dataset_name, args.media_root)
+        check_rows(script, looked, rows, rewards, split.whole)
+        other = model.processor_name_or_path
+        if of_model and (other is None or os.path.exists(other)):
+            check_model(model, looked, rows, script.evaluate_before_after, whole=False)
+    finally:
+        close_rewards(rewards)
+
+
+def media_root_of(name: str, media_root: str) -> str:
+    """Return the folder that media of a data set of this machine are relative to, as a job finds it."""
+    path = Path(name)
+    if media_root != "." or not path.exists():
+        return media_root
+    return str((path if path.is_dir() else path.parent).resolve())
 
 
 def _count_rows(found: Forecast, splits: Mapping[str, Split], script: OmniScriptArguments, args: Any) -> int | None:
@@ -285,12 +421,12 @@ def _count_rows(found: Forecast, splits: Mapping[str, Split], script: OmniScript
             f"{script.dataset_name} has no split {test!r} to evaluate on; name another with dataset_test_split, or "
             "switch off evaluate_before_after and eval_strategy"
         )
+    if measures and test in splits and splits[test].problem is not None:
+        raise splits[test].problem
     found.asks += [f"the Hub, for the data set {script.dataset_name}"] if splits[train].fetched else []
     for split in splits if measures else [train]:
         found.reads.append(f"{splits[split].told}: {many(splits[split].rows, 'row')}")
     rows = splits[train].rows
-    if rows == 0:
-        raise SetupError(f"no row of {script.dataset_name} is left by dataset_filter {script.dataset_filter}")
     found.numbers["rows"] = rows
     return rows
 
@@ -363,7 +499,7 @@ def _tell_written(
     trained = None if weights is None or model.use_peft else weights * (2 if model.dtype != "float32" else 4)
     states = None if trained is None else trained * (1 + _ADAM)
     kept = "an adapter" if model.use_peft else "the model" + ("" if trained is None else f" ({size_of(trained)})")
-    removed = ", whose results of another run would be removed first" if replaces else ""
+    removed = ", whose former results would be removed first" if replaces else ""
     found.writes.append(f"{args.output_dir}: {kept}, args.json, summary.json, metrics.jsonl, training.png{removed}")
     count = _checkpoints(args, steps)
     size = None if states is None or count is None else count * states
@@ -395,19 +531,20 @@ def forecast_evaluation(job: EvalJob, split: str | None = None) -> Forecast:
     """
     Say what an evaluation would do.
 
+    The evaluation's own checks are made as far as they load no model, make no file and need no network; of a table here,
+    they are given its first rows.
+
     Args:
         split (`str`, *optional*): the split that is asked where the job names none.
 
     Raises:
-        SetupError: for what the evaluation itself would refuse before it loads anything.
+        SetupError, EvaluationError: for what the evaluation itself would refuse before it loads anything.
     """
-    from maple_trl.jobs.checks import check_writable
+    from maple_trl.jobs.evaluate import check_described
     from maple_trl.jobs.scoring import scoring_server
 
     found = Forecast()
-    check_writable(job.output_dir or ".", "output_dir")
-    if job.limit is not None and job.limit < 1:
-        raise SetupError(f"limit must be 1 or more, got {job.limit}")
+    check_described(job)
     if job.server is None:
         model = look_at_model(job.model_name_or_path)
         found.reads.append(model.told + (f", with the adapter {job.adapter}" if job.adapter else ""))
@@ -455,7 +592,26 @@ def _questions(found: Forecast, job: EvalJob, split: str) -> int | None:
     rows = splits[named].rows
     found.reads.append(f"{splits[named].told}: {many(rows, 'row')}")
     found.asks += [f"the Hub, for the data set {job.dataset_name}"] if splits[named].fetched else []
+    if splits[named].first is not None:
+        _check_asked(job, splits[named], named)
     return min(rows, job.limit or rows) if rows is not None else job.limit
+
+
+def _check_asked(job: EvalJob, split: Split, name: str) -> None:
+    """Check what scores against the first rows, as the evaluation checks all."""
+    from maple_trl.jobs.eval_presets import settle_template
+    from maple_trl.jobs.evaluate import Questions, check_columns, check_media_root, check_scoring
+    from maple_trl.rewards.measures import METRIC_COLUMN
+
+    rows, name = split.first, f"{job.dataset_name}, split {name!r}"
+    asked = len(rows) if job.limit is None else min(job.limit, len(rows))
+    whole = split.whole or asked == job.limit
+    settle_template(job, rows.column_names)
+    check_columns(job, rows.column_names, name)
+    root = media_root_of(job.dataset_name, job.media.media_root)
+    check_media_root(root)
+    if whole or METRIC_COLUMN not in rows.column_names:  # else rows that are not looked at may have other metrics
+        check_scoring(job, Questions(rows.select(range(asked)).to_list(), root, {"name": name})).close()
 
 
 def many(number: int | None, what: str) -> str:

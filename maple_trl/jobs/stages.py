@@ -17,7 +17,7 @@ from typing import Any
 
 from maple_trl.files import as_json, write_atomically
 from maple_trl.jobs.command_line import take_config, take_option
-from maple_trl.jobs.config_files import config_files
+from maple_trl.jobs.config_files import config_files, take_env
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.folder_lock import hold_folder
 from maple_trl.jobs.option_parser import option_keys
@@ -32,7 +32,7 @@ STATE_FILE = "stages.json"
 # Options that stages cannot share, and why.
 _RESERVED = {
     "trainer": "each stage's file names its own",
-    "resume_from_checkpoint": "stages go on by themselves where they stopped",
+    "resume_from_checkpoint": "stages go on by themselves where they stopped, as with auto",
     "summary_file": "each stage writes its own into its folder",
     "metrics_file": "each stage writes its own into its folder",
     "plot_file": "each stage writes its own into its folder",
@@ -66,11 +66,13 @@ class Plan:
     Attributes:
         path: the file that lists the stages.
         output_dir: holds a folder per stage, and `stages.json`.
+        environment: variables that its file sets, for all stages.
     """
 
     path: str
     output_dir: str
     stages: list[Stage]
+    environment: dict[str, str] = field(default_factory=dict)
 
     def folder(self, index: int) -> str:
         """Return the absolute path where a stage writes: adapters note the model that they belong to."""
@@ -88,7 +90,7 @@ class Plan:
         if index:
             words += ["--model_name_or_path", self.folder(index - 1)]
         try:
-            return parse_args(words, above=(self.path, dict(stage.common)))
+            return parse_args(words, above=(self.path, {**stage.common, "env": self.environment}))
         except SetupError as error:
             raise SetupError(f"stage {stage.name}: {error}") from error
 
@@ -99,7 +101,8 @@ def load_plan(argv: Sequence[str]) -> Plan | None:
 
     The file, or one that it extends, holds `stages`, a list of config files relative to the file that has it,
     `output_dir`, and options that override those of every stage whose trainer has them; `model_name_or_path` is that of
-    the first stage. So do options behind it on the command line, which win.
+    the first stage. So do options behind it on the command line, which win. Variables that it sets (`env`) are set with
+    each stage, and win over the stage's own.
 
     Args:
         argv (`Sequence[str]`): command line without the program's name.
@@ -111,12 +114,14 @@ def load_plan(argv: Sequence[str]) -> Plan | None:
     path, words = take_config(argv)
     if path is None:
         return None
-    config, listed = {}, path
-    for file, keys in config_files(path):
+    config, environment, listed = {}, {}, path
+    files = config_files(path)
+    if not any("stages" in keys for _, keys in files):
+        return None
+    for file, keys in files:
+        environment |= take_env(keys, file)
         config |= keys
         listed = file if "stages" in keys else listed
-    if "stages" not in config:
-        return None
     files = config.pop("stages")
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         raise SetupError(f"{path}: stages must be a list of config files, got {files!r}")
@@ -131,17 +136,20 @@ def load_plan(argv: Sequence[str]) -> Plan | None:
     if not isinstance(output_dir, str):
         raise SetupError(f"{path}: output_dir is missing; the stages write into folders of it")
     try:
-        parsers = [make_parser(trainer_of(stage.file)) for stage in stages]
+        # As declared: what libraries are loaded with, the first stage's variables decide.
+        parsers = [make_parser(trainer_of(stage.file), declared=True) for stage in stages]
     except SetupError as error:
         raise SetupError(f"{path}: {error}") from error
     _share_keys(path, config, stages, parsers)
     _share_words(words, stages, parsers)
-    return Plan(path, output_dir, stages)
+    return Plan(path, output_dir, stages, environment)
 
 
 def _share_keys(path: str, config: Mapping[str, Any], stages: list[Stage], parsers: list) -> None:
     """Give each stage the keys that its trainer knows."""
     for key, value in config.items():
+        if _is_what_stages_do(key, value):
+            continue
         _check_shareable(f"{path}: {key}", key)
         owners = [stage for stage, parser in zip(stages, parsers, strict=True) if key in option_keys(parser)]
         if not owners:
@@ -161,8 +169,10 @@ def _share_words(words: Sequence[str], stages: list[Stage], parsers: list) -> No
         else:
             groups[-1].append(word)
     for group in groups:
-        flag = group[0].split("=")[0]
+        flag, _, value = group[0].partition("=")
         key = flag.removeprefix("--").replace("-", "_")
+        if _is_what_stages_do(key, value or " ".join(group[1:])):
+            continue
         _check_shareable(flag, key)
         owners = [
             stage for stage, parser in zip(stages, parsers, strict=True) if flag in parser._option_string_actions
@@ -171,6 +181,11 @@ def _share_words(words: Sequence[str], stages: list[Stage], parsers: list) -> No
             raise SetupError(f"unknown option {flag}, which no stage's trainer has{_closest(key, parsers, '--')}")
         for stage in owners:
             stage.words += group
+
+
+def _is_what_stages_do(key: str, value: Any) -> bool:
+    """Return whether an option asks for no more than stages do anyway: scripts that start any job again give it to all."""
+    return key == "resume_from_checkpoint" and str(value).lower() == "auto"
 
 
 def _check_shareable(place: str, key: str) -> None:
@@ -188,7 +203,7 @@ def _closest(name: str, parsers: list, prefix: str = "") -> str:
 
 def run_stages(plan: Plan) -> list[dict[str, Any]]:
     """
-    Run the stages that are not done yet; the one that was stopped goes on from its last complete checkpoint.
+    Run the stages that are not done yet; the one that was stopped goes on from its last whole checkpoint.
 
     `stages.json` in the output folder says what is done, and with which options. All stages are checked before the
     first one starts. Every process of a distributed job must call this.
@@ -209,17 +224,13 @@ def _run_stages(plan: Plan, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
     """Run the stages, whose folder is held."""
     from maple_trl.jobs import train
 
-    state = StageState(plan)
-    for i, job in enumerate(jobs):
-        state.check(i, job)
+    state = check_state(plan, jobs)
     _check_jobs(plan, jobs, state.done)
     writes = jobs[0][1].process_index == 0
     for i in range(state.done, len(plan.stages)):
         # Anew: a job's configuration also sets variables that hold for the whole process.
         script_args, training_args, model_args = job = plan.parse(i)
-        training_args.resume_from_checkpoint = state.checkpoint(i)
-        # What a stage that was stopped before its first checkpoint has left is its own.
-        script_args.overwrite = script_args.overwrite or state.begun(i)
+        state.go_on(i, job)
         if writes:
             _announce(plan, i, training_args.resume_from_checkpoint)
         state.begin(i, job, write=writes)
@@ -235,23 +246,36 @@ def _run_stages(plan: Plan, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
     return state.summaries()
 
 
+def check_state(plan: Plan, jobs: Sequence[tuple]) -> StageState:
+    """
+    Return what is known of the stages, once it has been compared with their jobs, and these with each other.
+
+    Raises:
+        SetupError: when a stage was begun or finished with other options, its folder holds something else, or one would train
+            the whole model after another has written an adapter.
+    """
+    state = StageState(plan, jobs[0][1].world_size)
+    adapted = None
+    for i, job in enumerate(jobs):
+        state.check(i, job)
+        name, peft = plan.stages[i].name, job[2].use_peft
+        if adapted is not None and not peft:
+            raise SetupError(
+                f"stage {name}: use_peft is false, but stage {adapted} before it writes a LoRA adapter: set use_peft: "
+                "true, or train the whole model in all stages"
+            )
+        adapted = name if peft else None
+    return state
+
+
 def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
     """Check what can be known to be wrong before hours are spent on the stages before it."""
     from maple_trl.jobs.checks import check_rows
     from maple_trl.jobs.data import prepare_data
     from maple_trl.jobs.rewards import load_rewards
 
-    adapted = None
-    for i, (script_args, training_args, model_args) in enumerate(jobs):
-        name = plan.stages[i].name
-        if adapted is not None and not model_args.use_peft:
-            raise SetupError(
-                f"stage {name}: use_peft is false, but stage {adapted} before it writes a LoRA adapter: set use_peft: "
-                "true, or train the whole model in all stages"
-            )
-        adapted = name if model_args.use_peft else None
-        if i < done:
-            continue
+    for i in range(done, len(jobs)):
+        script_args, training_args, _ = jobs[i]
         try:
             rewards = []
             if script_args.trainer not in SUPERVISED:
@@ -259,7 +283,7 @@ def _check_jobs(plan: Plan, jobs: Sequence[tuple], done: int) -> None:
             train, _ = prepare_data(script_args, training_args)
             check_rows(script_args, training_args, train, rewards)
         except SetupError as error:
-            raise SetupError(f"stage {name}: {error}") from error
+            raise SetupError(f"stage {plan.stages[i].name}: {error}") from error
 
 
 def _release_memory() -> None:
@@ -320,12 +344,17 @@ class StageState:
     """
     What `stages.json` says: which stages are done, and with which options they were begun or finished.
 
+    Args:
+        plan: the stages.
+        world: how many processes are to go on from a checkpoint.
+
     Raises:
         SetupError: when the file is damaged or belongs to other stages.
     """
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, plan: Plan, world: int):
+        self.plan, self.world = plan, world
+        self._checkpoints: dict[int, str | None] = {}
         self.path = os.path.join(plan.output_dir, STATE_FILE)
         self.entries: list[dict[str, Any]] = []
         if os.path.exists(self.path):
@@ -359,7 +388,7 @@ class StageState:
                 )
             return
         entry = self.entries[index]
-        if not entry["done"] and _last_checkpoint(folder) is None:
+        if not entry["done"] and self.checkpoint(index) is None:
             return
         before, now = entry["options"], resolved_options(job)
         # Later stages start from the folder of the one before, which may have moved with all of them.
@@ -383,8 +412,29 @@ class StageState:
         return index < len(self.entries)
 
     def checkpoint(self, index: int) -> str | None:
-        """Return the checkpoint from which a stage goes on; `None` to begin it."""
-        return _last_checkpoint(self.plan.folder(index))
+        """
+        Return the checkpoint from which a stage goes on, past damaged ones; `None` to begin it.
+
+        Raises:
+            SetupError: when it has checkpoints, of which none is whole.
+        """
+        from maple_trl.trainers.common.checkpoint import ResumeError
+        from maple_trl.trainers.common.resume_checks import last_whole_checkpoint
+
+        if index not in self._checkpoints:  # looked for once: each damaged one is a warning
+            folder = self.plan.folder(index)
+            try:
+                self._checkpoints[index] = last_whole_checkpoint(folder, self.world, anew=f"delete {folder}")
+            except ResumeError as error:
+                raise SetupError(f"stage {self.plan.stages[index].name}: {error}") from error
+        return self._checkpoints[index]
+
+    def go_on(self, index: int, job: tuple) -> None:
+        """Let a stage's job go on where it was stopped."""
+        script_args, training_args, _ = job
+        training_args.resume_from_checkpoint = self.checkpoint(index)
+        # What a stage that was stopped before its first checkpoint has left is its own.
+        script_args.overwrite = script_args.overwrite or self.begun(index)
 
     def begin(self, index: int, job: tuple, write: bool) -> None:
         """Note with which options a stage runs, before it writes anything and fills some of them in."""
@@ -403,12 +453,6 @@ class StageState:
     def summaries(self) -> list[dict[str, Any]]:
         """Return what each finished stage measured."""
         return [entry["summary"] for entry in self.entries if entry["done"]]
-
-
-def _last_checkpoint(folder: str) -> str | None:
-    from maple_trl.trainers.common.checkpoint import last_complete_checkpoint
-
-    return last_complete_checkpoint(folder)
 
 
 def _holds_model(folder: str) -> bool:

@@ -38,14 +38,7 @@ def read_tables(paths: Sequence[Path]) -> Dataset:
 
     if paths[0].suffix.lower() == ".parquet":
         return _read_parquet(paths)
-    kinds: dict[str, Any] = {}
-    rows = 0
-    for _, row in table_rows(paths):
-        rows += 1
-        for name, value in row.items():
-            kinds[name] = _common(kinds.get(name), _kind(value))
-    if not rows or not kinds:
-        raise SetupError(f"cannot read {paths[0]}: it holds no row{' with a column' if rows else ''}")
+    _, kinds = count_rows(paths)
     for name in [name for name, kind in kinds.items() if kind == "text"]:
         logger.warning("%s: column %r holds numbers as well as texts; all are read as texts", paths[0], name)
     try:
@@ -61,6 +54,32 @@ def read_tables(paths: Sequence[Path]) -> Dataset:
         )
     except (OSError, ValueError, OverflowError, DatasetsError) as error:
         raise SetupError(f"cannot read {paths[0]}: {error.__cause__ or error}") from error
+
+
+def count_rows(paths: Sequence[Path]) -> tuple[int, dict[str, Any]]:
+    """
+    Return how many rows JSON and CSV files hold, and the kinds of their columns, for [`hold_rows`].
+
+    Raises:
+        SetupError: with file and line, for what cannot be read, and for files without a row.
+    """
+    kinds: dict[str, Any] = {}
+    rows = 0
+    for _, row in table_rows(paths):
+        rows += 1
+        for name, value in row.items():
+            kinds[name] = _common(kinds.get(name), _kind(value))
+    if not rows or not kinds:
+        raise SetupError(f"cannot read {paths[0]}: it holds no row{' with a column' if rows else ''}")
+    return rows, kinds
+
+
+def hold_rows(rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, Any]) -> Dataset:
+    """Return rows of JSON and CSV files as [`read_tables`] does, in memory alone, with the columns that `kinds` names."""
+    from datasets import Dataset
+
+    conformed = [{name: _as_kind(row.get(name), kind) for name, kind in kinds.items()} for row in rows]
+    return Dataset.from_list(conformed, features=_features(kinds))
 
 
 def _read_parquet(paths: Sequence[Path]) -> Dataset:

@@ -320,6 +320,25 @@ def checkpoint_to_resume(training_args: OmniGRPOConfig | OmniSFTConfig) -> str |
         raise SetupError(str(error)) from error
 
 
+def check_checkpoint(
+    checkpoint: str | None,
+    script_args: OmniScriptArguments,
+    training_args: OmniGRPOConfig | OmniSFTConfig,
+    model_args: OmniModelConfig,
+) -> None:
+    """Raise SetupError for a checkpoint that is not whole, or of another form than what is trained now."""
+    from maple_trl.trainers.common.checkpoint import ResumeError
+    from maple_trl.trainers.common.resume_checks import check_parts
+
+    if checkpoint is not None:
+        try:
+            replaceable = trainer_class(script_args.trainer).replaceable_state
+            check_parts(checkpoint, training_args.process_index, training_args.world_size, replaceable)
+        except ResumeError as error:
+            raise SetupError(str(error)) from error
+    check_resumed(checkpoint, model_args)
+
+
 def _resumes_by_itself(training_args: OmniGRPOConfig | OmniSFTConfig) -> bool:
     return str(training_args.resume_from_checkpoint).lower() == "auto"
 
@@ -414,18 +433,11 @@ def _run(
     """Run a job, whose folder is its own, as [`run`] says."""
     from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
-    from maple_trl.trainers.common.resume_checks import check_parts
 
     started = time.monotonic()
     checkpoint = checkpoint_to_resume(training_args)
     replaces = check_output_dir(script_args, training_args, model_args, checkpoint)
-    if checkpoint is not None:
-        try:
-            replaceable = trainer_class(script_args.trainer).replaceable_state
-            check_parts(checkpoint, training_args.process_index, training_args.world_size, replaceable)
-        except ResumeError as error:
-            raise SetupError(str(error)) from error
-    check_resumed(checkpoint, model_args)
+    check_checkpoint(checkpoint, script_args, training_args, model_args)
     trainer, test = build_trainer(script_args, training_args, model_args)
     if checkpoint is None:
         trainer.check_quarantine()
@@ -442,6 +454,8 @@ def _run(
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        train_seconds = time.monotonic() - train_started + trainer.clock.before
+        unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
     except ResumeError as error:
         raise SetupError(str(error)) from error
     finally:  # a run that is interrupted leaves what it had logged
@@ -449,8 +463,6 @@ def _run(
         if trainer.is_world_process_zero() and trainer.state.log_history:
             write_metrics(_log_of(trainer), metrics_path)
     started -= trainer.clock.before  # the steps of former starts are among those of the run
-    train_seconds = time.monotonic() - train_started + trainer.clock.before
-    unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
     try:
         after = _evaluate(trainer, test, script_args) if script_args.evaluate_before_after else None
     except Exception:
@@ -474,8 +486,8 @@ def _run(
     if trainer.is_world_process_zero():
         plot_path = _place(script_args.plot_file, training_args, "training.png")
         summary_path = _place(script_args.summary_file, training_args, "summary.json")
-        _draw(_log_of(trainer), summary["before"], summary["after"], plot_path)
         write_atomically(summary_path, json.dumps(as_json(summary), indent=2) + "\n")
+        _draw(_log_of(trainer), summary["before"], summary["after"], plot_path)
         written = _written(training_args.output_dir, (metrics_path, summary_path, plot_path))
         print_summary(summary | {"written": written}, training_args.output_dir)
         if script_args.report:
@@ -582,22 +594,22 @@ def _place(path: str | None, training_args: OmniGRPOConfig | OmniSFTConfig, name
 
 
 def _report(folder: str) -> None:
-    """Write the report and say where; a job does not fail for want of it, nor of what it is made with."""
+    """Write the report and say where; a job does not fail for want of it, whatever stops it."""
     try:
-        from maple_trl.reports import ReportError, write_report
+        from maple_trl.reports import write_report
 
         path = write_report(folder, Path(folder, "report.html"))
-    except (ReportError, ImportError, OSError) as error:
-        print(f"no report: {error}")
+    except Exception as error:
+        print(f"no report: {error or type(error).__name__}")
     else:
         print(f"Report: {path}, to be opened in a browser")
 
 
 def _draw(log_history: list[dict], before: Mapping | None, after: Mapping | None, path: Path) -> None:
-    """Draw the plot; a job does not fail for want of matplotlib."""
-    from maple_trl.reports.plots import plot_training
-
+    """Draw the plot; a job does not fail for want of it, whatever stops it."""
     try:
+        from maple_trl.reports.plots import plot_training
+
         plot_training(log_history, before, after, path)
-    except ImportError as error:
-        print(f"no plot: {error}")
+    except Exception as error:
+        print(f"no plot: {error or type(error).__name__}")

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import programs
 import pytest
-import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from run_checkpoints import write_checkpoint
 
 from maple_trl import cli, train
 from maple_trl.cli.env import print_report
@@ -367,14 +366,6 @@ def test_checkpoint_to_resume(tmp_path):
     Args.resume_from_checkpoint = str(tmp_path / "missing")
     with pytest.raises(SetupError, match="no folder"):
         train.checkpoint_to_resume(Args)
-
-
-def write_checkpoint(folder, ranks=2):
-    folder.mkdir(parents=True)
-    save_file({"w": torch.ones(4)}, folder / "model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(ranks))):
-        torch.save({"state": [1]}, folder / name)
-    (folder / "trainer_state.json").write_text("{}")
 
 
 def test_auto_goes_on_from_the_last_whole_checkpoint(tmp_path, caplog):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer, say
+from run_checkpoints import write_checkpoint
 
 from maple_trl import cli
 from maple_trl.data.shards import ShardWriter
@@ -26,6 +27,14 @@ ROWS = [
      "prompt": f"Which {i}?\nA. a\nB. b"}
     for i, tag in enumerate(["S", "S", "S", "VS", "VS", "AS"] * 2)
 ]  # fmt: skip
+
+# The same as a training job asks them.
+JOB_ROWS = [
+    row
+    | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    | {"video": "clip.mp4" if "V" in row["tag"] else None, "audio": "sound.wav" if "A" in row["tag"] else None}
+    for row in ROWS
+]
 
 
 # What is watched
@@ -67,7 +76,8 @@ def watch(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
-    Path("job.yaml").write_text("extends: demo\ndataset_name: rows.parquet\nevaluate_before_after: false\n")
+    pq.write_table(pa.Table.from_pylist(JOB_ROWS), tmp_path / "job.parquet")
+    Path("job.yaml").write_text("extends: demo\ndataset_name: job.parquet\nevaluate_before_after: false\n")
 
     def run(*words):
         global _watching
@@ -195,7 +205,7 @@ def test_a_training_job_is_counted(watch, tmp_path):
     judge = {"reward": "answer_judge", "server": {"model": "JUDGE", "base_url": "http://127.0.0.1:9/v1"}}
     keys = {
         "model_name_or_path": "builtin:tiny-omni",
-        "dataset_name": "rows.parquet",
+        "dataset_name": "job.parquet",
         "output_dir": "out",
         "bf16": False,
     }
@@ -243,11 +253,34 @@ def test_tables_are_counted_by_their_headers(tmp_path):
 
 
 def test_what_the_job_would_refuse_is_refused(watch, tmp_path, capsys):
+    """By the checks that it makes itself before it loads a model."""
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "summary.json").write_text("{}")
     (tmp_path / "done" / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "file").write_text("")
+    bare = [{name: value for name, value in row.items() if name not in ("solution", "tag")} for row in ROWS]
+    (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, bare)))
+    (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps({"question": "Which?", "solution": "A"}) for _ in ROWS))
+    torn = write_checkpoint(tmp_path / "torn" / "checkpoint-2", ranks=1) / "model.safetensors"
+    os.truncate(torn, torn.stat().st_size - 4)
+    asked = "eval --model builtin:tiny-omni --split train --data"
     for line, told in {
+        "train --config job.yaml --reward_funcs acuracy_reward": "unknown reward 'acuracy_reward'; there are",
+        "train --config job.yaml --dataset_name bare.jsonl": "needs a column 'solution', which bare.jsonl",
+        "train --config job.yaml --dataset_name asked.jsonl": "has no column 'prompt'",
+        "train --config job.yaml --plot_file file/plot.png": "plot_file: ",
+        "train --config job.yaml --dataset_name rows.parquet": "row 0: a row with media needs a conversational 'prompt'",
+        "train --config job.yaml --media_root nowhere": "media root 'nowhere' is not a folder",
+        'train --config job.yaml --dataset_filter {"tag":["VX"]}': "has 'VX' in column 'tag'",
+        "train --config job.yaml --output_dir torn --resume_from_checkpoint true": "model.safetensors is damaged",
+        f"{asked} rows.parquet --output_dir done": "holds a training run or a model",
+        f"{asked} rows.parquet --output_dir out --tags VA": "--tags gives the",
+        f"{asked} rows.parquet --output_dir out --confidence 2": "strictly between",
+        f"{asked} rows.parquet --output_dir out --judge nope": "unknown reward 'nope'",
+        f"{asked} bare.jsonl --output_dir out": "needs a column 'solution'",
+        "data convert sharegpt bare.jsonl out --pictures nope": "pictures must be one of",
+        "data convert sharegpt bare.jsonl out --tags XX": "XX",
+        "data convert sharegpt bare.jsonl out --shard_rows 0": "shard_rows must be 1 or more",
         "train --config job.yaml --output_dir done": "holds results of another run",
         "train --config job.yaml --output_dir file/out": "is a file",
         "train --config job.yaml --evaluate_before_after true": "has no split 'test' to evaluate on",
@@ -263,6 +296,23 @@ def test_what_the_job_would_refuse_is_refused(watch, tmp_path, capsys):
         last = capsys.readouterr().err.strip().splitlines()[-1:]
         assert status == 2 and told in "".join(last), (line, last)
         assert events == []
+
+
+def test_what_only_all_rows_can_say_is_not_said_of_the_first(tmp_path):
+    """A row far down has what the job asks for, or makes a column one of texts."""
+    rows = [{"prompt": f"Which {i}?", "tag": "S", "hint": None, "solution": i} for i in range(200)]
+    rows[150] |= {"tag": "V", "hint": "look", "solution": "a text"}
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = look_at_data(str(tmp_path), ("train",), {"tag": ["V", "S"]})["train"]
+    assert (found.rows, len(found.first), found.whole) == (200, 64, False)
+    assert list(found.first["solution"]) == [str(i) for i in range(64)]
+    found = look_at_data(str(tmp_path), ("train",), {"tag": ["V"]})["train"]
+    assert (found.rows, list(found.first["hint"]), found.whole) == (1, ["look"], True)
+    pq.write_table(pa.Table.from_pylist(rows[:150]), tmp_path / "test-00000-of-00002.parquet")
+    pq.write_table(pa.Table.from_pylist([{"tag": "V", "prompt": "far"}]), tmp_path / "test-00001-of-00002.parquet")
+    found = look_at_data(str(tmp_path), ("test",), {"tag": ["V"]})["test"]
+    assert (found.rows, list(found.first["prompt"]), found.whole) == (1, ["far"], True)
+    assert list(found.first["solution"]) == [None]  # a column that the other shard has
 
 
 def test_words():

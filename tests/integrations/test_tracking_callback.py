@@ -10,11 +10,13 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from omni_runs import build_trainer, one_row_per_tag
 from PIL import Image
+from transformers import TrainerState
 
 from maple_trl import MAPOTrainer, cli
 from maple_trl.integrations.tracking import (
@@ -181,6 +183,45 @@ def test_wandb_gets_plots_and_tables_offline(seven_tags, tmp_path, monkeypatch):
     assert len(pictures) == 2 and len(tables) == 2
     table = json.loads(tables[-1].read_text())
     assert table["columns"][:2] == ["prompt", "completion"] and len(table["data"]) == 3
+
+
+class Tracker:
+    """In the place of wandb: notes what is sent, or fails."""
+
+    run = "run"
+    Image = staticmethod(lambda picture: picture.size)
+
+    def __init__(self, fails=False):
+        self.sent, self.fails = [], fails
+
+    def Table(self, columns, data):
+        return data
+
+    def log(self, found):
+        self.sent.append(set(found) - {"train/global_step"})
+        if self.fails:
+            raise ConnectionError("the tracker is away")
+
+
+@needs_plots
+@pytest.mark.parametrize("fault", ["nothing", "no place for a picture", "a table that is none", "the tracker"])
+def test_no_run_ends_for_what_is_sent_of_it(fault, tmp_path, monkeypatch, caplog):
+    """What fails is told once and not tried again; the rest is sent."""
+    tracker = Tracker(fails=fault == "the tracker")
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    logs = {"prompt": ["p"], "completion": ["c"], "rewards": {"r": [1.0]}, "advantages": [0.0]}
+    if fault == "a table that is none":
+        logs["rewards"] = None
+    if fault == "no place for a picture":
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    args = SimpleNamespace(report_to=["wandb"], log_completions=False)
+    state = TrainerState(log_history=[{"step": 1, "reward": 0.5}], is_world_process_zero=True)
+    callback = TrackingCallback(SimpleNamespace(_logs=logs), every_steps=1)
+    for state.global_step in (1, 2, 3):
+        callback.on_log(args, state, None, {"loss": 1.0})
+    lost = {"no place for a picture": {PLOT}, "a table that is none": {TABLE}}.get(fault, set())
+    assert tracker.sent == [{PLOT, TABLE} - lost] * (1 if fault == "the tracker" else 3)
+    assert len(caplog.records) == (fault != "nothing")
 
 
 # Texts

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -18,12 +19,14 @@ from filelock import FileLock
 from jobs.runner import once
 from media_files import copy_small_set, cut
 from programs import Ranks
+from run_checkpoints import write_checkpoint
 from safetensors.torch import load_file
 
 from maple_trl import cli
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import parse_args
-from maple_trl.jobs.stages import load_plan, run_stages
+from maple_trl.jobs.stage_forecasts import forecast_stages
+from maple_trl.jobs.stages import StageState, load_plan, run_stages
 from maple_trl.omni.loading import resolve_checkpoint
 from maple_trl.train import build_trainer
 
@@ -297,6 +300,67 @@ def test_a_plan_may_extend_another(job):
     assert (plan.parse(0)[1].seed, plan.parse(0)[1].max_steps) == (11, 1)
 
 
+# What a scheduler's job hands to the launcher, a word a line, in the place of the launcher and of SLURM's commands.
+SLURM = {"scontrol": "echo a", "srun": 'shift; exec "$@"', "accelerate": 'printf "%s\\n" "$@"'}
+
+
+def test_a_requeued_job_goes_on_whether_it_has_stages_or_not(job):
+    """What our script adds for every job that is started again, every job takes."""
+    (job / "bin").mkdir()
+    for name, body in SLURM.items():
+        (job / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (job / "bin" / name).chmod(0o755)
+    slurm = {"PATH": f"{job / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_NNODES": "1"}
+    slurm |= {"SLURM_JOB_NODELIST": "a", "SLURM_NODEID": "0", "SLURM_RESTART_COUNT": "1"}
+    for file in ("stages.yaml", "third.yaml"):
+        line = ["bash", str(ROOT / "examples/slurm/train.sbatch"), file, "--seed", "9"]
+        words = subprocess.run(line, env=slurm, capture_output=True, text=True, check=True).stdout.split()
+        words = words[words.index("train") + 1 :]
+        assert words[-2:] == ["--resume_from_checkpoint", "auto"]
+        plan = load_plan(words)
+        if file == "stages.yaml":
+            assert [plan.parse(i)[1].seed for i in range(3)] == [9, 9, 9]
+        else:
+            assert plan is None and parse_args([*words, "--output_dir", "x"])[1].resume_from_checkpoint == "auto"
+
+
+@pytest.mark.parametrize("word", [["--resume-from-checkpoint=auto"], ["--resume_from_checkpoint", "AUTO"], None])
+def test_stages_may_be_told_to_do_what_they_do_by_themselves(word, job):
+    (job / "plan.yaml").write_text(
+        "stages: [first.yaml]\noutput_dir: out\n" + ("" if word else "resume_from_checkpoint: auto\n")
+    )
+    assert load_plan(["--config", "plan.yaml", *(word or [])]).parse(0)[1].resume_from_checkpoint is None
+
+
+def test_a_file_of_stages_sets_variables(job, monkeypatch):
+    """As a single job's does: those of the files that it extends too, and they win over a stage's own."""
+    for name in ("STAGE_ONE", "STAGE_TWO", "STAGE_THREE", "STAGE_OWN"):
+        monkeypatch.setenv(name, "before")
+    (job / "first.yaml").write_text(FIRST + "env: {STAGE_ONE: of the stage, STAGE_OWN: 1}\n")
+    (job / "above.yaml").write_text("env: {STAGE_TWO: above, STAGE_THREE: above}\n")
+    (job / "plan.yaml").write_text(
+        "extends: above.yaml\nstages: [first.yaml]\noutput_dir: out\nenv: {STAGE_ONE: of all, STAGE_TWO: 2}\n"
+    )
+    plan = load_plan(["--config", "plan.yaml"])
+    assert os.environ["STAGE_ONE"] == "before"
+    plan.parse(0)
+    assert [os.environ[f"STAGE_{name}"] for name in ("ONE", "TWO", "THREE", "OWN")] == ["of all", "2", "above", "1"]
+    (job / "plan.yaml").write_text("stages: [first.yaml]\noutput_dir: out\nenv: {STAGE_ONE: null}\n")
+    with pytest.raises(SetupError, match=r"plan.yaml: env: STAGE_ONE must be a text or a number, got null"):
+        load_plan(["--config", "plan.yaml"])
+
+
+def test_libraries_are_loaded_after_variables_are_set(job):
+    """`HF_HOME` and its like count when a library is imported."""
+    script = "import sys; from maple_trl.jobs.stages import load_plan; load_plan(['--config', 'stages.yaml']);"
+    script += (
+        " print([name for name in ('torch', 'transformers', 'huggingface_hub.constants') if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "text, words, message",
     [
@@ -374,9 +438,7 @@ def test_what_has_changed_is_refused(job):
     entries = state(job)
     entries.append({"name": "second", "done": False, "options": entries[0]["options"] | {"seed": 99}})
     (job / "out" / "stages.json").write_text(json.dumps({"stages": entries}))
-    checkpoint = job / "out" / "second" / "checkpoint-1"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    checkpoint = write_checkpoint(job / "out" / "second" / "checkpoint-1", ranks=1)
     (job / "two.yaml").write_text(both)
     with pytest.raises(
         SetupError, match="stage second was begun with other options: .*seed 99 -> 3.*or delete .*second"
@@ -392,6 +454,50 @@ def test_what_has_changed_is_refused(job):
     (job / "out" / "stages.json").write_text("{")
     with pytest.raises(SetupError, match=r"stages\.json cannot be read"):
         run_stages(load_plan(["--config", "one.yaml"]))
+
+
+def begun(job, *steps):
+    """A plan of which the first stage has begun, and written checkpoints."""
+    plan = load_plan(["--config", "stages.yaml"])
+    StageState(plan, 1).begin(0, plan.parse(0), write=True)
+    return plan, [write_checkpoint(job / "out" / "first" / f"checkpoint-{step}", ranks=1) for step in steps]
+
+
+def test_a_stage_passes_over_a_torn_checkpoint(job, caplog):
+    plan, (older, newer) = begun(job, 2, 4)
+    state = StageState(plan, 1)
+    state.check(0, plan.parse(0))
+    assert state.checkpoint(0) == str(newer) and not caplog.records
+    torn = newer / "model.safetensors"
+    os.truncate(torn, torn.stat().st_size - 4)
+    state = StageState(plan, 1)
+    state.check(0, plan.parse(0))
+    assert state.checkpoint(0) == str(older)
+    assert [f"{newer} is passed over" in record.message for record in caplog.records] == [True]
+    (older / "rng_state.pth").unlink()
+    told = (
+        f"stage first: .*none of the 2 complete checkpoints .* is whole. Delete {job / 'out' / 'first'} to begin anew"
+    )
+    with pytest.raises(SetupError, match=told):
+        run_stages(plan)
+    assert torn.is_file()
+
+
+def test_a_dry_run_knows_what_is_done(job, capsys):
+    """The begun stage goes on from its checkpoint; a finished one is told as such, and what has changed is refused."""
+    plan, (checkpoint,) = begun(job, 2)
+    forecasts = forecast_stages(plan)
+    assert f"checkpoint {checkpoint}" in forecasts[0].reads and "the model of stage first" in forecasts[1].reads
+    with pytest.raises(SetupError, match="stage first was begun with other options: seed 3 -> 9"):
+        forecast_stages(load_plan(["--config", "stages.yaml", "--seed", "9"]))
+    shutil.copytree(resolve_checkpoint("builtin:tiny-omni"), job / "out" / "first", dirs_exist_ok=True)
+    StageState(plan, 1).finish(0, {}, write=True)
+    assert cli.main(["train", "--config", "stages.yaml", "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "Stage 1 of 3: first, which is done\n" in told and f"model {job / 'out' / 'first'} (" in told
+    (job / "third.yaml").write_text(THIRD + "rewards: [no_such_reward]\n")
+    with pytest.raises(SetupError, match="stage third: unknown reward 'no_such_reward'"):
+        forecast_stages(plan)
 
 
 def test_checkpoints_of_another_run_are_not_gone_on_from(job):

@@ -54,11 +54,14 @@ def find_checkpoint(wanted: str | bool, output_dir: str) -> str:
     return wanted
 
 
-def last_whole_checkpoint(output_dir: str, world: int) -> str | None:
+def last_whole_checkpoint(output_dir: str, world: int, anew: str = "leave it out and set overwrite") -> str | None:
     """
     Find the newest checkpoint from which all processes can go on, past those that are damaged; each of these is a warning.
 
     `None` when none was written to its end, as for a first start.
+
+    Args:
+        anew: what errors say is to be done to begin anew.
 
     Raises:
         ResumeError: when there are complete checkpoints, and none is whole, or when the log says that the run went on after one
@@ -76,15 +79,15 @@ def last_whole_checkpoint(output_dir: str, world: int) -> str | None:
             return checkpoint
     if reasons:
         raise ResumeError(
-            f"resume_from_checkpoint: none of the {len(reasons)} complete checkpoints in {output_dir} is whole. Leave it "
-            "out and set overwrite to begin anew, or name another output_dir. The newest: "
+            f"resume_from_checkpoint: none of the {len(reasons)} complete checkpoints in {output_dir} is whole. "
+            f"{anew[0].upper()}{anew[1:]} to begin anew, or name another output_dir. The newest: "
             + reasons[0].removeprefix("resume_from_checkpoint: ")
         )
-    _check_never_finished(output_dir)
+    _check_never_finished(output_dir, anew)
     return None
 
 
-def _check_never_finished(output_dir: str) -> None:
+def _check_never_finished(output_dir: str, anew: str) -> None:
     """Check that the run was stopped while it wrote the checkpoints of which none is complete: they are removed otherwise."""
     log = os.path.join(output_dir, "metrics.jsonl")
     begun = checkpoints(output_dir)
@@ -96,8 +99,7 @@ def _check_never_finished(output_dir: str) -> None:
         raise ResumeError(
             f"resume_from_checkpoint: {newest} has no whole trainer_state.json, though the run went on from it to step "
             f"{reached} ({log}): it was damaged later. Bring the file back, train on from the weights alone "
-            f"(model_name_or_path={newest} and another output_dir), or leave resume_from_checkpoint out and set overwrite to "
-            "begin anew"
+            f"(model_name_or_path={newest} and another output_dir), or {anew} to begin anew"
         )
 
 
