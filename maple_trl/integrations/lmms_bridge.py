@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from maple_trl.modalities import IMAGE_COLUMNS
+from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
 
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ ROOT_FIELD = "maple_media_root"
 
 _MEDIA = {"image": ("V", IMAGE_COLUMNS), "video": ("V", ("video",)), "audio": ("A", ("audio",))}
 """By kind of medium, its letter in a tag and the columns that name it."""
-_ROW_FIELDS = ("id", "prompt", "tag", "subtitle", "video", "audio", *IMAGE_COLUMNS)
 
 _CODE = '''"""Functions of this folder's tasks. Written by maple_trl."""
 
@@ -231,7 +231,7 @@ def score_doc(doc: Mapping[str, Any], results: Sequence[str], score: Callable[..
 
 def row_of(doc: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row behind a document of ours (`doc`), with media paths below its root."""
-    return {name: doc[name] for name in _ROW_FIELDS if doc.get(name) is not None}
+    return {name: doc[name] for name in ("id", *PROMPT_COLUMNS) if doc.get(name) is not None}
 
 
 # Asking

@@ -6,6 +6,7 @@ What needs lmms-eval itself is skipped where it is not installed.
 
 import configparser
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from maple_trl.integrations.lmms_bridge import (
     score_doc,
     write_task,
 )
+from maple_trl.omni.prompt_spec import prompt_columns
 from maple_trl.rewards import accuracy_reward
 
 
@@ -80,6 +82,15 @@ def test_a_task_is_written(rows, task):
     assert [row_of(doc) for doc in documents(task)] == [
         {name: row[name] for name in ("id", "prompt", "tag", "subtitle", "video")} for row in rows
     ]
+
+
+def test_a_document_is_the_row_with_all_that_a_prompt_depends_on(tmp_path):
+    """Of each column that decides it: the one that is left out here once was the way in which sound stands."""
+    row = {"prompt": [{"role": "user", "content": "?"}], "audio_in_video": True, "tag": "VAS", "subtitle": "Yes."}
+    row |= {"video": "v.mp4", "audio": "a.wav", "image": "i.png", "images": ["j.png"], "solution": "B"}
+    write_task(tmp_path, "seven_tags", [row], tmp_path)
+    (doc,) = documents(tmp_path)
+    assert prompt_columns(row_of(doc)) == prompt_columns(row) and "solution" not in row_of(doc)
 
 
 def test_other_models_get_the_files_that_the_tag_feeds(task):
@@ -172,6 +183,20 @@ def test_the_entry_point_names_the_class():
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())
     assert registry.get_model_class("maple_trl") is MapleModel
+
+
+@needs_lmms
+def test_its_defaults_are_those_of_eval():
+    from maple_trl.integrations.lmms_model import MapleModel
+    from maple_trl.jobs.eval_job import EvalArguments, EvalMedia
+
+    media, model = EvalMedia(), MapleModel("builtin:tiny-omni", device="cpu")
+    own = model._builder(str(default_folder()))
+    with media.media_loader(str(default_folder())) as loader:
+        assert own.loader.limits == loader.limits and own.loader.backend == loader.backend
+        theirs = media.prompt_builder(model.family, loader, EvalArguments().chat_template_kwargs)
+    assert vars(own) | {"loader": loader} == vars(theirs)
+    assert inspect.signature(MapleModel).parameters["dtype"].default == EvalArguments().dtype
 
 
 @needs_lmms

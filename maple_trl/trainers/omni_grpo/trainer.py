@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
-from maple_trl.modalities import IMAGE_COLUMNS, MEDIA_COLUMNS
+from maple_trl.modalities import IMAGE_COLUMNS, INPUT_COLUMNS
 from maple_trl.omni.encoded import (
     EncodedPrompt,
     batch_position_ids,
@@ -122,7 +122,7 @@ class OmniGRPOTrainer(
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
-    _read_columns: tuple[str, ...] = (*MEDIA_COLUMNS, "tag", "audio_in_video")
+    _read_columns: tuple[str, ...] = INPUT_COLUMNS
 
     def __init__(
         self,
