@@ -42,6 +42,8 @@ class Gemma4Family(OmniFamily):
     }
     frames_per_token = 1
     times_in_text = True
+    thought_tokens = ("<|channel>", "<channel|>")
+    thought_heading = "thought"
 
     def __init__(self, model: nn.Module, processor: Any):
         self._leave_out(model.config)
