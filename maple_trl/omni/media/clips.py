@@ -16,6 +16,7 @@ NO_AUDIO = "no-audio-track"
 NO_CUE = "no-cue-in-part"
 SEGMENT_SHORTENED = "segment-shortened"
 SOUND_SPREAD = "sound-spread"
+TORCHCODEC_FAILED = "torchcodec-failed"
 TRIMMED = "trimmed"
 
 MAX_RESIZED_PIXELS = 1 << 24  # 4096 x 4096: what a row can ask for by name
