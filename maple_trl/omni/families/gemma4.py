@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,6 +107,8 @@ class Gemma4Family(OmniFamily):
         return super().encode(key, text, media, interleaved)
 
     def processor_kwargs(self, media, interleaved):
+        # Tokens are of one frame each, and none is needed twice.
+        media = replace(media, videos=[clip.without_repeat for clip in media.videos])
         kwargs = super().processor_kwargs(media, interleaved)
         if media.images:
             kwargs["images_kwargs"]["max_soft_tokens"] = self._room(media, "image")

@@ -129,6 +129,13 @@ class VideoClip:
     notes: tuple[str, ...] = ()
 
     @property
+    def without_repeat(self) -> "VideoClip":
+        """The same without its last frame, where that is the one before it again, as the loader gives an odd number."""
+        if len(self.timestamps) < 2 or self.timestamps[-1] != self.timestamps[-2]:
+            return self
+        return replace(self, frames=self.frames[:-1], timestamps=self.timestamps[:-1])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the frames."""
         return self.frames.nbytes + self.timestamps.nbytes
