@@ -12,6 +12,9 @@ IMAGE_COLUMNS = ("image", "images")
 MEDIA_COLUMNS = ("video", "audio", "subtitle", *IMAGE_COLUMNS)
 """Columns of a row that name its media."""
 
+INPUT_COLUMNS = (*MEDIA_COLUMNS, "tag", "audio_in_video")
+"""Columns of a row that decide what it is fed, and how: of one question, they tell two inputs apart."""
+
 SUBTITLE_SUFFIXES = (".srt", ".vtt", ".json", ".ass", ".ssa", ".ttml", ".dfxp", ".sbv", ".sub")
 """Endings of the files that are read as subtitles; any other text is the subtitle itself."""
 

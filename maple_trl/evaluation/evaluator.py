@@ -16,6 +16,7 @@ from maple_trl.evaluation.base import Answer, BaseEvaluator, Batch, Row
 from maple_trl.evaluation.inputs import sound_columns
 from maple_trl.evaluation.options import ALL, EvalOptions
 from maple_trl.evaluation.sampling import StreamSampler, sample_stream
+from maple_trl.omni.completions import completion_texts
 from maple_trl.omni.encoded import KINDS, EncodedPrompt, generation_position_ids, tensor_bytes
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.generation import check_generation_options, end_tokens, own_options
@@ -65,11 +66,10 @@ class Evaluator(BaseEvaluator):
     @torch.no_grad()
     def _answers(self, prompts: Mapping[int, EncodedPrompt], batch: Batch) -> dict[int, list[Answer]]:
         completions, stopped = self._generate(list(prompts.values()), [self.names[number] for number in prompts])
-        # Of no completion at all it would make one.
-        texts = self.family.processor.batch_decode(completions, skip_special_tokens=True) if completions else []
+        asked = [number for number in prompts for _ in range(self.options.samples)]
+        texts = completion_texts(self.family, completions, [prompts[number].input_ids for number in asked])
         ends = set(self.generation_config.eos_token_id)
         answers: dict[int, list[Answer]] = {number: [] for number in prompts}
-        asked = [number for number in prompts for _ in range(self.options.samples)]
         for number, text, ids, at_string in zip(asked, texts, completions, stopped, strict=True):
             finish = "end" if at_string or (ids and ids[-1] in ends) else "length"
             answers[number].append(Answer(text, finish, len(ids), len(prompts[number]), ids))

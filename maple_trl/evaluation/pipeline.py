@@ -12,6 +12,7 @@ from transformers import GenerationConfig, ProcessorMixin
 
 from maple_trl.data.prompt_templates import read_template, texts_of
 from maple_trl.omni.adapters import load_whole
+from maple_trl.omni.completions import completion_texts
 from maple_trl.omni.encoded import EncodedPrompt, generation_position_ids
 from maple_trl.omni.families import family_for
 from maple_trl.omni.generation import end_tokens, own_options
@@ -175,8 +176,8 @@ class OmniPipeline:
                 position_ids=generation_position_ids([prompt], len(prompt)).to(device),
                 generation_config=config,
             )
-        (completion,) = sampling.cut(output[:, len(prompt) :].tolist())
-        return tokenizer.decode(completion, skip_special_tokens=True)
+        (text,) = completion_texts(self.family, sampling.cut(output[:, len(prompt) :].tolist()), [prompt.input_ids])
+        return text
 
     def encode(self, row: Mapping[str, Any]) -> EncodedPrompt:
         """Return a row as the model reads it; errors as of [`OmniPipeline.__call__`]."""

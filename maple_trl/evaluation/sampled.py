@@ -127,8 +127,11 @@ def _scores(score: Callable, answered: list[tuple[Row, str]]) -> Sequence[float 
     if not answered:
         return []
     rows = [row for row, _ in answered]
-    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-    completions = [[{"role": "assistant", "content": text}] for _, text in answered]
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    completions = [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}] for row, text in answered
+    ]
     return score(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
 
 

@@ -202,7 +202,9 @@ class ServedEvaluator(BaseEvaluator):
         count = self.options.samples
         requests = [
             ChatRequest(
-                prompt.messages, sampling=self.generation | {"seed": self._seed(number, sample)}, sample=sample
+                prompt.messages,
+                sampling={**prompt.options, **self.generation, "seed": self._seed(number, sample)},
+                sample=sample,
             )
             for number, prompt in prompts.items()
             for sample in range(count)

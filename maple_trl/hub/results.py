@@ -21,6 +21,8 @@ from maple_trl.records.run_folder import holds_evaluation
 
 
 _CONFIDENCE = 0.95
+_WHOLE = {"top_p": 1, "top_k": 0, "min_p": 0}
+"""Options of sampling that cut the distribution, with the values that leave it whole."""
 
 
 class ResultsError(ValueError):
@@ -121,14 +123,14 @@ def read_evaluation(folder: str | os.PathLike[str]) -> list[Measured]:
         data, asking = result["data"], result["asking"]
         named = published_name(data.get("name"))
         title = data.get("benchmark") or (named or "a local set").removeprefix("builtin:")
-        sampled = "sampled answers" if result["generation"].get("do_sample") else "greedy answers"
         each = "" if asking["samples"] == 1 else f", {asking['samples']} to each question"
-        how = f"{sampled}{each}, seed {asking['seed']}, intervals of {result['confidence']:.0%}"
+        how = f"{each}, seed {asking['seed']}, intervals of {result['confidence']:.0%}"
         tables = []
         for access, found in result["accesses"].items():
             accuracies = _accuracies(found["accuracy"])
             if accuracies:
-                told = f"fed {'the signals of its tag' if access == 'required' else access}, {how}"
+                fed = "the signals of its tag" if access == "required" else access
+                told = f"fed {fed}, {_drawn(asking, found['completions'])}{how}"
                 gap = _gap(found["modality_gap"]["sample"])
                 tables.append(Measured(f"{title}, {access}", named, data.get("split"), accuracies, gap, told))
         return tables
@@ -137,6 +139,26 @@ def read_evaluation(folder: str | os.PathLike[str]) -> list[Measured]:
             f"{folder} holds no finished evaluation that can be read ({type(error).__name__}: {error}); give the same "
             "`maple-trl eval` command again to finish it"
         ) from error
+
+
+def _drawn(asking: Mapping[str, Any], completions: Mapping[str, Any]) -> str:
+    """
+    Say how answers were drawn.
+
+    `generation` of a result does not tell: here the evaluator's own sampler draws and `generate` never samples, and of a server
+    it holds the fields of a request.
+
+    Args:
+        asking: options of [`~maple_trl.evaluation.options.EvalOptions`].
+        completions: counts of an access, of notes too: a server's model may not take a field.
+    """
+    left = [name for name in ("temperature", *_WHOLE) if completions.get(f"note:model-default-{name}")]
+    if asking["temperature"] == 0 and "temperature" not in left:
+        return "greedy answers"
+    cuts = [name for name, whole in _WHOLE.items() if asking[name] != whole]
+    told = [f"{name} {asking[name]:g}" for name in ("temperature", *cuts) if name not in left]
+    told += [f"the model's own {' and '.join(left)}"] if left else []
+    return f"sampled answers ({', '.join(told)})"
 
 
 def _is_of(evaluation: Path, folder: Path) -> bool:
@@ -177,7 +199,7 @@ def _of_summary(path: Path, known_as: str | None) -> list[Measured]:
     accuracies = tuple(_wilson(tag, accuracy[tag], questions[tag]) for tag in rows)
     dataset = published_name(known_as or summary.get("dataset"))
     title = (dataset or "a local set").removeprefix("builtin:")
-    how = "one answer to each question, sampled as in training; Wilson intervals of 95%, which take questions for independent"
+    how = "one answer to each question, drawn as the run's options say; Wilson intervals of 95%, which take questions for independent"
     return [Measured(f"{title}, after training", dataset, None, accuracies, _plain_gap(accuracies), how)]
 
 

@@ -12,16 +12,22 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from maple_trl.modalities import IMAGE_COLUMNS
+from maple_trl.omni.content import place_blocks
+from maple_trl.omni.embedded import as_paths, stored_path
+from maple_trl.omni.errors import RowError
+from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from maple_trl.omni.prompt import PromptBuilder
 
 VERSION = "0.7.3"
 """The release that this bridge is written for: others moved their model interface."""
@@ -30,13 +36,11 @@ MODEL_NAME = "maple_trl"
 ROOT_FIELD = "maple_media_root"
 """Column that tells a document of ours from others; holds the folder of its media."""
 
-_MEDIA = {"image": ("V", IMAGE_COLUMNS), "video": ("V", ("video",)), "audio": ("A", ("audio",))}
-"""By kind of medium, its letter in a tag and the columns that name it."""
-_ROW_FIELDS = ("id", "prompt", "tag", "subtitle", "video", "audio", *IMAGE_COLUMNS)
+_KINDS = ("image", "video", "audio")
+"""Kinds of media, in the order in which lmms-eval hands them over beside a text."""
 
 _CODE = '''"""Functions of this folder's tasks. Written by maple_trl."""
 
-from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.integrations.lmms_bridge import doc_to_messages, doc_to_target, doc_to_text, doc_to_visual, score_doc
 from maple_trl.rewards import accuracy_reward
 
@@ -96,8 +100,8 @@ def write_task(
     Write rows as a task of lmms-eval: `NAME.jsonl`, `NAME.yaml` and the functions that they share.
 
     `lmms_eval --include_path FOLDER --tasks NAME` asks it of any of its models. A model of this package, asked by either
-    harness, reads the same prompts; another gets the media and the text in lmms-eval's own way, which does not tell a
-    video's sound from its pictures.
+    harness, reads the same prompts. Another gets the same signals in lmms-eval's own way, which does not tell a video's sound
+    from its pictures: media as files, each where it stands in the prompt, and the subtitle as text.
 
     Args:
         folder: where to write; made if absent.
@@ -110,18 +114,23 @@ def write_task(
         the YAML file.
 
     Raises:
-        ValueError: for an unusable name, and for a row without prompt or solution, naming it.
+        ValueError: for an unusable name, and for a row without prompt or solution or that cannot be asked, naming it.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"a task's name has letters, digits, '_' and '-' alone, got {name!r}")
+    root = os.path.realpath(media_root)
+    dataset = as_paths(dataset)
     for number, row in enumerate(dataset):
         if not _is_text_prompt(row.get("prompt")):
             raise ValueError(f"row {number}: field 'prompt' must be messages whose content is text")
         if row.get("solution") in (None, ""):
             raise ValueError(f"row {number}: field 'solution' is empty")
+        try:
+            _builder(root).spec(row)
+        except RowError as error:
+            raise ValueError(f"row {number}: {error}") from error
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    root = os.path.realpath(media_root)
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
         for row in dataset:
             file.write(json.dumps({**row, ROOT_FIELD: root}, ensure_ascii=False) + "\n")
@@ -156,12 +165,20 @@ def _is_text_prompt(prompt: Any) -> bool:
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
     """Return what the tag of a document (`doc`) feeds: pictures as such, then absolute paths of videos, then of sounds."""
-    return [block["url"] for block in _media_blocks(doc)]
+    blocks = [block for message in _messages(doc) for block in message["content"] if block["type"] in _KINDS]
+    return [_url(block) for block in sorted(blocks, key=lambda block: _KINDS.index(block["type"]))]
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Return the prompt's text of a document (`doc`); lmms-eval passes `lmms_eval_specific_kwargs` too, which are not used."""
-    return "\n".join(message["content"] for message in doc["prompt"])
+    """
+    Return the text of a document's prompt, with the subtitle that its tag feeds, and without marks of media.
+
+    Args:
+        doc: a row that the task's table holds.
+        lmms_eval_specific_kwargs: not used; lmms-eval passes it.
+    """
+    texts = [[block["text"] for block in message["content"] if block["type"] == "text"] for message in _messages(doc)]
+    return "\n".join(map("".join, texts))
 
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
@@ -171,41 +188,72 @@ def doc_to_target(doc: Mapping[str, Any]) -> str:
 
 def doc_to_messages(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> list[dict]:
     """
-    Return a document's prompt with its media before the last user message's text, as lmms-eval writes messages.
+    Return a document's prompt as lmms-eval writes messages: media and subtitle at their marks, or before the last question.
 
     Args:
         doc: a row that the task's table holds.
         lmms_eval_specific_kwargs: not used; lmms-eval passes it.
     """
-    messages = [
-        {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
-        for message in doc["prompt"]
+    return [
+        {
+            "role": message["role"],
+            "content": [{**block, "url": _url(block)} if "url" in block else block for block in message["content"]],
+        }
+        for message in _messages(doc)
     ]
-    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
-    messages[last]["content"] = _media_blocks(doc) + messages[last]["content"]
-    return messages
 
 
-def _media_blocks(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tag = doc.get("tag") or "VA"
-    blocks = []
-    for kind, (letter, columns) in _MEDIA.items():
-        cells = (doc.get(column) or () for column in columns)
-        files = [file for cell in cells for file in ([cell] if isinstance(cell, str) else cell)]
-        # Other models have no way to take the sound of a video alone.
-        if letter in tag or (kind == "video" and "A" in tag and not doc.get("audio")):
-            paths = [os.path.join(doc[ROOT_FIELD], file) for file in files]
-            blocks += [{"type": kind, "url": _picture(path) if kind == "image" else path} for path in paths]
-    return blocks
+def _messages(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """
+    Return a document's messages, whose blocks of media hold their path as `url`.
+
+    What is fed, and where it stands, is decided as for the models of this package. Other models have no way to take the
+    sound of a video alone: of its pictures and sound there is one block, and one for its sound alone.
+    """
+    builder = _builder(doc[ROOT_FIELD])
+    spec = builder.spec(row_of(doc))
+    subtitle = spec.subtitle or ""
+    if spec.subtitle_file:
+        subtitle = builder.check_subtitle(subtitle, spec.subtitle_parts, spec.needs_subtitle)
+    files = dict(zip(_KINDS, (spec.images, spec.videos, spec.audios), strict=True))
+    of_video = not doc.get("audio")
+    own_place = {kind: [True] * len(named) for kind, named in files.items()}
+    if of_video and spec.videos:
+        own_place["audio"] = [False] * len(spec.audios)
+    waiting = {kind: iter(named) for kind, named in files.items()}
+
+    def filled(block: Mapping[str, Any]) -> Mapping[str, Any]:
+        kind = block["type"]
+        if kind not in _KINDS:
+            return block
+        file = next(waiting[kind])
+        path = stored_path(file) or os.path.join(doc[ROOT_FIELD], file)
+        return {"type": "video" if kind == "audio" and of_video else kind, "url": path}
+
+    placed = place_blocks(spec.messages, own_place, subtitle, builder.subtitle_template)
+    return [{**message, "content": [filled(block) for block in message["content"]]} for message in placed]
 
 
-def _picture(path: str) -> Any:
-    """Return a picture as lmms-eval's models take it."""
+@lru_cache(maxsize=8)
+def _builder(root: str) -> PromptBuilder:
+    """Return what decides of rows below a media root what they feed, whatever model reads it."""
+    from maple_trl.evaluation.served_prompts import MessageEncoder
+    from maple_trl.omni.media.loader import MediaLoader
+    from maple_trl.omni.prompt import PromptBuilder
+
+    # No more than subtitles is read.
+    return PromptBuilder(MessageEncoder(), MediaLoader(root, cache_bytes=1 << 20, backend="pyav", workers=0))
+
+
+def _url(block: Mapping[str, Any]) -> Any:
+    """Return a medium as lmms-eval's models take it: a path, or a picture as such."""
+    if block["type"] != "image":
+        return block["url"]
     from PIL import Image
 
     from maple_trl.omni.media.pictures import upright_rgb
 
-    with Image.open(path) as picture:
+    with Image.open(block["url"]) as picture:
         return upright_rgb(picture)[0]
 
 
@@ -231,7 +279,7 @@ def score_doc(doc: Mapping[str, Any], results: Sequence[str], score: Callable[..
 
 def row_of(doc: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row behind a document of ours (`doc`), with media paths below its root."""
-    return {name: doc[name] for name in _ROW_FIELDS if doc.get(name) is not None}
+    return {name: doc[name] for name in ("id", *PROMPT_COLUMNS) if doc.get(name) is not None}
 
 
 # Asking

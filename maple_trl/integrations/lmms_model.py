@@ -47,8 +47,9 @@ class MapleModel(lmms):
             their messages as they are, a video without its track.
         on_error (`"raise"` or `"empty"`): stop at a question whose media or fields cannot be used, or answer it with
             nothing, which counts as wrong; `errors` lists them.
-        dtype, device, batch_size, num_frames, fps, max_frames, min_pixels, max_pixels, max_seconds, audio_in_video:
-            As in `maple-trl eval`. `num_frames` and `fps` exclude each other.
+        dtype, device, batch_size, num_frames, fps, max_frames, min_pixels, max_pixels, max_seconds, overlong_media, audio_in_video:
+            As in `maple-trl eval`, with the same defaults but for `batch_size`. `fps` and `max_seconds` are `video_fps`
+            and `max_media_seconds` there; `num_frames` and `fps` exclude each other.
         max_batch_size: not used; lmms-eval passes it.
 
     Attributes:
@@ -66,7 +67,7 @@ class MapleModel(lmms):
         media_root: str | None = None,
         tag: str | None = None,
         on_error: str = "raise",
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str | None = 1,
         num_frames: int | None = None,
@@ -75,6 +76,7 @@ class MapleModel(lmms):
         min_pixels: int = MediaLimits.min_pixels,
         max_pixels: int = MediaLimits.max_pixels,
         max_seconds: float = MediaLimits.max_seconds,
+        overlong_media: str = "spread",
         audio_in_video: bool = False,
         max_batch_size: Any = None,
     ):
@@ -96,6 +98,7 @@ class MapleModel(lmms):
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             max_seconds=max_seconds,
+            overlong=overlong_media,
         )
         self.audio_in_video = bool(audio_in_video)
         self.batch_size = int(batch_size or 1)
@@ -158,7 +161,7 @@ class MapleModel(lmms):
 
     def _builder(self, root: str) -> PromptBuilder:
         if root not in self._builders:
-            loader = MediaLoader(root, self.limits)
+            loader = MediaLoader(root, self.limits, backend="pyav")
             self._builders[root] = PromptBuilder(self.family, loader, audio_in_video=self.audio_in_video)
         return self._builders[root]
 

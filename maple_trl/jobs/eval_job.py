@@ -92,9 +92,10 @@ class EvalArguments:
         default=None, metadata={"help": "OpenAI-compatible endpoint where the model is, as http://127.0.0.1:8000/v1"}
     )
     server_video: str = field(
-        default="images",
+        default="timed_images",
         metadata={
-            "help": "how frames are sent there: images (each as a picture) or video_url (as one video, which vLLM reads)"
+            "help": "how frames are sent there: timed_images (each as a picture behind its time), images (without) or "
+            "video_url (as one video, which vLLM reads)"
         },
     )
     api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "variable with the server's key"})

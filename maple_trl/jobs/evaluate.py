@@ -45,7 +45,7 @@ from maple_trl.rewards.calls import RewardError, check_rewards
 from maple_trl.trainers.common.rows import check_spelling
 
 
-FORMAT = 6
+FORMAT = 7
 """Version of what `result.json` and `rows.parquet` hold."""
 
 

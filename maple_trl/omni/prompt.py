@@ -333,7 +333,7 @@ class PromptBuilder:
             notes += (SUBTITLE_SHORTENED,)
         if subtitle:
             prompt.media_tokens["subtitle"] = len(self.family.tokens(subtitle))
-        return hold_prompt(replace(prompt, tag=spec.tag, notes=notes, sound=_seconds_of(heard)))
+        return hold_prompt(replace(prompt, tag=spec.tag, notes=(*prompt.notes, *notes), sound=_seconds_of(heard)))
 
     def _encode_text(
         self,

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from maple_trl.modalities import MEDIA_COLUMNS, Modality, ModalityTag
+from maple_trl.modalities import INPUT_COLUMNS, Modality, ModalityTag
 from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.subtitles import Part, is_subtitle_file
 
 
-PROMPT_COLUMNS = ("prompt", *MEDIA_COLUMNS, "tag", "audio_in_video")
+PROMPT_COLUMNS = ("prompt", *INPUT_COLUMNS)
 """The columns that a prompt depends on."""
 
 

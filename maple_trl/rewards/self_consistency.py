@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from maple_trl.modalities import MEDIA_COLUMNS
+from maple_trl.modalities import INPUT_COLUMNS
 
 from .accuracy import answer_reader
 from .answers import answer_key, completion_text, row_options
@@ -167,8 +167,8 @@ def _groups_of_equal_prompts(prompts: list | None, columns: dict[str, Any]) -> l
         raise ValueError(
             "self_consistency_reward needs `group_ids` or `prompts` to tell which completions are a group"
         )
-    # Rows may share a question: then their media tell them apart.
-    parts = [prompts, *(columns[name] for name in MEDIA_COLUMNS if isinstance(columns.get(name), list))]
+    # Rows may share a question: then what they are fed tells them apart.
+    parts = [prompts, *(columns[name] for name in INPUT_COLUMNS if isinstance(columns.get(name), list))]
     return [_content(row) for row in zip(*parts, strict=True)]
 
 

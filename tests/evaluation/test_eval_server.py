@@ -107,11 +107,13 @@ def test_rows_are_sent_with_exactly_their_signals(tmp_path):
         calls = [call.body for call in server.calls if is_question(call.body)]
     assert len(calls) == 14
     with MediaLoader(default_folder(), MediaLimits(num_frames=4, max_pixels=3136), backend="pyav") as loader:
-        frames, sound = loader.video(row["video"]).frames, loader.audio(row.get("audio") or row["video"])
+        clip, sound = loader.video(row["video"]), loader.audio(row.get("audio") or row["video"])
+        frames, times = clip.frames, "".join(f"<{second:.1f} seconds>" for second in clip.timestamps)
         words_said = loader.subtitle(row["subtitle"])
     for access, sent in zip([tag for tag in TAGS for _ in range(2)], calls, strict=True):
         pictures = [block["image_url"]["url"] for block in blocks(sent, "image_url")]
         assert len(pictures) == (len(frames) if "V" in access else 0)
+        assert (times in text_of(sent)) == ("V" in access)
         for picture, frame in zip(pictures, frames, strict=False):
             prefix, data = picture.split(",")
             assert prefix == "data:image/jpeg;base64"
@@ -151,7 +153,9 @@ def test_numbers_follow_from_the_answers_and_repeat(tmp_path):
         assert found["accesses"][access]["accuracy"]["sample_mean"]["value"] == pytest.approx(share)
         assert found["accesses"][access]["completions"]["questions_with_equal_samples"] == 20
     assert (
-        found["device"] == "server" and found["model"]["name"] == "served" and found["model"]["video_as"] == "images"
+        found["device"] == "server"
+        and found["model"]["name"] == "served"
+        and found["model"]["video_as"] == "timed_images"
     )
     assert found["generation"] == {"max_tokens": 14, "temperature": 1.0, "top_p": 1.0}
     assert server.url not in json.dumps(found)
@@ -175,6 +179,8 @@ def test_a_vllm_server_is_told_all_that_decides_its_sampling(tmp_path):
     fields |= {"chat_template_kwargs": {"enable_thinking": False}, "presence_penalty": 0.1}
     assert result_of(tmp_path / "out")["generation"] == fields
     assert {name: sent[name] for name in fields} == fields
+    video = sent["media_io_kwargs"]["video"]
+    assert video["num_frames"] == 4 and video["fps"] > 1
     server_info = {"kind": "vllm", "root": "org/base", "max_length": 4096}
     assert result_of(tmp_path / "out")["model"]["server"] == server_info
 
@@ -194,7 +200,7 @@ def refusing(kind):
 @pytest.mark.parametrize(
     "choose, message",
     [
-        (refusing("image_url"), "the server does not take video as images: bad-request: HTTP 400"),
+        (refusing("image_url"), "the server does not take video as timed_images: bad-request: HTTP 400"),
         (refusing("input_audio"), "the server does not take audio: bad-request: HTTP 400"),
         (
             answers(lambda body: "B", hears=False),

@@ -48,6 +48,22 @@ def test_accuracy_by_tag_against_counting_by_hand():
     assert result.unusable == 1
 
 
+def test_a_reward_is_told_of_every_row_all_that_some_row_has():
+    """Questions given as mappings need not have the same columns; of a text the completion is a text."""
+    told = {}
+
+    def score(prompts, completions, **columns):
+        told.update(columns, completions=completions)
+        return [1.0] * len(prompts)
+
+    rows = [row(0, "V") | {"prompt": "Which?"}, row(1, "V") | {"choices": ["red", "blue"]}]
+    sampled_accuracy(lambda asked: [answer("A")] * 2, rows, score)
+    one = told["id"].index(1)
+    assert told["choices"][one] == ["red", "blue"] and told["choices"][1 - one] is None
+    assert told["completions"][one] == [{"role": "assistant", "content": answer("A")}]
+    assert told["completions"][1 - one] == answer("A")
+
+
 def test_rows_without_a_solution_do_not_count():
     rows = [row(0, "V"), row(1, "V", None)]
     result = sampled_accuracy(lambda asked: [answer("A")] * len(asked), rows, accuracy_reward)

@@ -26,6 +26,7 @@ from maple_trl import OmniPipeline, OmniSFTConfig, OmniSFTTrainer, cli
 from maple_trl.hub.errors import PublishError
 from maple_trl.hub.model_card import CardFacts, render_model_card
 from maple_trl.hub.publish import check_upload, push_model
+from maple_trl.hub.results import read_evaluation
 from maple_trl.jobs import train as jobs
 from maple_trl.omni import checkpoints
 from maple_trl.omni.adapters import load_whole
@@ -248,6 +249,23 @@ def test_an_evaluation_within_the_run_is_in_the_card(run, tmp_path):
         assert card.text.count(line) == 1, (tag, card.text)
     assert f"| {found['sample_mean']['count']} | {found['sample_mean']['clips']} |" in card.text
     assert "split `test`" in card.text and "a local set, required" in card.text and str(tmp_path) not in str(card)
+    assert ", sampled answers (temperature 1), 5 to each question, seed 0, intervals of 95%" in card.text
+
+    def told(asking, **counts):
+        """How the card tells of the same evaluation with other options, or samples with other notes."""
+        required = result["accesses"]["required"]
+        required = required | {"completions": required["completions"] | counts}
+        changed = result | {"asking": result["asking"] | asking, "accesses": {"required": required}}
+        (tmp_path / "run/eval/result.json").write_text(json.dumps(changed))
+        return read_evaluation(tmp_path / "run/eval")[0].how
+
+    assert ", greedy answers, seed 0" in told({"temperature": 0.0, "samples": 1})
+    cut = {"temperature": 0.8, "top_p": 0.95, "top_k": 20, "min_p": 0.1}
+    assert "(temperature 0.8, top_p 0.95, top_k 20, min_p 0.1)" in told(cut)
+    # A model behind a server that takes no temperature is not greedy, whatever was asked for.
+    refused = {"note:model-default-temperature": 1, "note:model-default-top_p": 1}
+    once = {"temperature": 0.0, "samples": 1}
+    assert ", sampled answers (the model's own temperature and top_p), seed" in told(once, **refused)
 
 
 def test_a_card_that_a_person_wrote_stays(hub, run, tmp_path):

@@ -6,6 +6,7 @@ What needs lmms-eval itself is skipped where it is not installed.
 
 import configparser
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -13,9 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
 from PIL import Image
 
 from maple_trl.data import default_folder, load_seven_tags
@@ -32,6 +35,8 @@ from maple_trl.integrations.lmms_bridge import (
     score_doc,
     write_task,
 )
+from maple_trl.omni import embedded
+from maple_trl.omni.prompt_spec import prompt_columns
 from maple_trl.rewards import accuracy_reward
 
 
@@ -82,19 +87,71 @@ def test_a_task_is_written(rows, task):
     ]
 
 
-def test_other_models_get_the_files_that_the_tag_feeds(task):
+def test_a_document_is_the_row_with_all_that_a_prompt_depends_on(tmp_path):
+    """Of each column that decides it: the one that is left out here once was the way in which sound stands."""
+    row = {"prompt": [{"role": "user", "content": "?"}], "audio_in_video": True, "tag": "VAS", "subtitle": "Yes."}
+    row |= {"video": "v.mp4", "audio": "a.wav", "images": ["i.png"], "solution": "B"}
+    write_task(tmp_path, "seven_tags", [row], tmp_path)
+    (doc,) = documents(tmp_path)
+    assert prompt_columns(row_of(doc)) == prompt_columns(row) and "solution" not in row_of(doc)
+
+
+def test_other_models_get_what_the_tag_feeds(task, tmp_path):
     for doc in documents(task):
         (message,) = doc_to_messages(doc)
         *media, text = message["content"]
+        said = [block["text"] for block in media if block["type"] == "text"]
+        media = [block for block in media if block["type"] != "text"]
         # The set has no sound files: the only way to another model's ear is the video.
         fed = doc["tag"] != "S"
         assert doc_to_visual(doc) == [block["url"] for block in media]
         assert [Path(block["url"]).is_file() and block["type"] for block in media] == ["video"] * fed
-        assert text == {"type": "text", "text": doc["prompt"][0]["content"]} and doc_to_text(doc) == text["text"]
-    own = {ROOT_FIELD: "/r", "prompt": [{"role": "user", "content": "?"}], "video": ["v.mp4"], "audio": ["a.wav"]}
-    assert doc_to_visual({**own, "tag": "A"}) == ["/r/a.wav"]
-    assert doc_to_visual({**own, "tag": "VA"}) == ["/r/v.mp4", "/r/a.wav"]
-    assert doc_to_visual({**own, "tag": "V"}) == ["/r/v.mp4"]
+        assert text == {"type": "text", "text": doc["prompt"][0]["content"]}
+        assert doc_to_text(doc) == "".join([*said, text["text"]])
+        # The subtitle shows the one of its words that the set says it does.
+        assert [doc["truth_S"] in words for words in said] == [True] * ("S" in doc["tag"]), doc
+    own = {ROOT_FIELD: str(tmp_path), "prompt": [{"role": "user", "content": "?"}], "video": ["v.mp4"]}
+    own |= {"audio": ["a.wav"], "subtitle": "Yes."}
+    video, sound = (str(tmp_path / name) for name in ("v.mp4", "a.wav"))
+    assert doc_to_visual({**own, "tag": "A"}) == [sound]
+    assert doc_to_visual({**own, "tag": "VA"}) == [video, sound]
+    assert doc_to_visual({**own, "tag": "V"}) == [video] and doc_to_text({**own, "tag": "V"}) == "?"
+    assert doc_to_text({**own, "tag": "S"}) == doc_to_text(own) == "Subtitles:\nYes.\n?"
+
+
+def test_other_models_get_media_and_subtitle_at_their_marks(tmp_path):
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "i.png")
+    text = "<video>First. <subtitle>\nThen <image>."
+    doc = {ROOT_FIELD: str(tmp_path), "prompt": [{"role": "user", "content": text}], "subtitle": "Yes.", "tag": "VS"}
+    doc |= {"video": {"path": "v.mp4", "bytes": None}, "images": [{"path": "i.png", "bytes": None}]}
+    (message,) = doc_to_messages(doc)
+    video, first, picture, last = message["content"]
+    assert video == {"type": "video", "url": str(tmp_path / "v.mp4")} and picture["url"].getpixel((0, 0)) == (
+        255,
+        0,
+        0,
+    )
+    assert (first["text"], last["text"]) == ("First. Yes.\nThen ", ".")
+    assert doc_to_text(doc) == "First. Yes.\nThen ." and len(doc_to_visual(doc)) == 2
+    assert doc_to_text({**doc, "tag": "V"}) == "First. \nThen ."
+    # A video's own sound: one block with its pictures, and at its own mark where it is fed alone.
+    heard = {**doc, "prompt": [{"role": "user", "content": "<video>See, <audio>hear."}], "images": None, "tag": "A"}
+    (message,) = doc_to_messages(heard)
+    assert message["content"] == [{"type": "text", "text": "See, "}, video, {"type": "text", "text": "hear."}]
+    (message,) = doc_to_messages({**heard, "tag": "VA"})
+    assert message["content"][0] == video and doc_to_text(heard) == "See, hear." and len(message["content"]) == 3
+
+
+def test_media_within_a_table_are_handed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "FOLDER", tmp_path / "kept")
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "i.png")
+    row = {"prompt": [{"role": "user", "content": "?"}], "tag": "V", "solution": "red"}
+    row["image"] = {"path": "i.png", "bytes": (tmp_path / "i.png").read_bytes()}
+    table = Dataset.from_list([row]).cast_column("image", datasets.Image())
+    (tmp_path / "i.png").unlink()
+    write_task(tmp_path, "seven_tags", table, tmp_path)
+    (doc,) = documents(tmp_path)
+    assert doc_to_visual(doc)[0].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_other_models_get_pictures_as_such(tmp_path):
@@ -129,6 +186,10 @@ def test_rows_that_are_no_task_are_named(rows, tmp_path):
         write_task(tmp_path, "t", [rows[0], {**rows[1], "solution": ""}], default_folder())
     with pytest.raises(ValueError, match="row 0: field 'prompt'"):
         write_task(tmp_path, "t", [{**rows[0], "prompt": "text"}], default_folder())
+    with pytest.raises(ValueError, match="row 0: tag S needs subtitle"):
+        write_task(tmp_path, "t", [{**rows[0], "tag": "S", "subtitle": None}], default_folder())
+    with pytest.raises(ValueError, match="row 0: field 'video' is dict; it must be a path"):
+        write_task(tmp_path, "t", [{**rows[0], "video": {"path": "v.mp4", "bytes": b"1"}}], default_folder())
 
 
 @pytest.mark.skipif(installed() is not None, reason="lmms-eval is installed")
@@ -172,6 +233,20 @@ def test_the_entry_point_names_the_class():
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())
     assert registry.get_model_class("maple_trl") is MapleModel
+
+
+@needs_lmms
+def test_its_defaults_are_those_of_eval():
+    from maple_trl.integrations.lmms_model import MapleModel
+    from maple_trl.jobs.eval_job import EvalArguments, EvalMedia
+
+    media, model = EvalMedia(), MapleModel("builtin:tiny-omni", device="cpu")
+    own = model._builder(str(default_folder()))
+    with media.media_loader(str(default_folder())) as loader:
+        assert own.loader.limits == loader.limits and own.loader.backend == loader.backend
+        theirs = media.prompt_builder(model.family, loader, EvalArguments().chat_template_kwargs)
+    assert vars(own) | {"loader": loader} == vars(theirs)
+    assert inspect.signature(MapleModel).parameters["dtype"].default == EvalArguments().dtype
 
 
 @needs_lmms

@@ -130,6 +130,17 @@ def test_pictures_videos_and_sounds_in_every_mixture(name):
     assert (logits[0, -5:] - other[-5:]).abs().max() > 1e-3
 
 
+def test_a_frame_that_the_loader_repeats_is_fed_once():
+    family = family_for(*build_tiny("gemma4"))
+    three = clip(np.random.default_rng(0), 3, 36, 36)
+    padded = dataclasses.replace(three, frames=three.frames[[0, 1, 2, 2]], timestamps=three.timestamps[[0, 1, 2, 2]])
+    once, twice = (
+        family.encode("k", text_of(family, m), m) for m in (PromptMedia(videos=[c]) for c in (three, padded))
+    )
+    assert torch.equal(once.input_ids, twice.input_ids) and once.media_tokens == twice.media_tokens
+    assert all(torch.equal(values, twice.media["video"][name]) for name, values in once.media["video"].items())
+
+
 @pytest.mark.parametrize("name", GEMMA)
 def test_padding_is_not_kept(name):
     """The processors make room for 70 tokens of each picture, and pad sounds to the longest."""

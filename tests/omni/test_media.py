@@ -627,6 +627,18 @@ def test_prefetch_fills_the_cache_and_leaves_errors_to_the_foreground(tmp_path):
     loader.close()
 
 
+@pytest.mark.parametrize(
+    "right, cancels", [(-1.0, True), (-0.999, True), (1.0, False), (0.0, False), (-0.5, False), (None, False)]
+)
+def test_channels_that_cancel_each_other_are_noted(tmp_path, right, cancels):
+    """Their mean is what is fed; silence (`None`) is no such thing."""
+    left = files.tone(1, 16000)[0] * (0 if right is None else 1)
+    files.write_audio(tmp_path / "a.wav", np.stack([left, left * (right or 0.0)]))
+    clip = MediaLoader(tmp_path).audio("a.wav")
+    assert ("channels-cancel" in clip.notes) == cancels
+    assert np.abs(clip.waveform).max() == pytest.approx(np.abs(left).max() * abs(1 + (right or 0)) / 2, abs=1e-3)
+
+
 # Backends, errors, header
 
 

@@ -143,6 +143,20 @@ def test_another_decoder_is_not_asked_for_pictures_that_are_stored_turned(tmp_pa
     assert asked == [(str(plain), 0)]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, IndexError])
+def test_a_clip_on_which_another_decoder_fails_is_decoded_as_without_it(error, tmp_path):
+    """Such as one whose pictures change their size, or whose end it places too early."""
+
+    def picker(path, seconds, stream):
+        raise error("Expected pre-allocated tensor of another shape")
+
+    path = write(tmp_path / "a.mp4")
+    asked = Source(str(path), str(path)), ROOMY, 28, 784, 10**6, ClipRequest()
+    one, other = decode.decode_video(*asked), decode.decode_video(*asked, picker=picker)
+    assert np.array_equal(one.frames, other.frames) and np.array_equal(one.timestamps, other.timestamps)
+    assert set(other.notes) - set(one.notes) == {"torchcodec-failed"}
+
+
 def test_another_decoder_is_told_which_stream_is_decoded(tmp_path):
     """Sound stands first in the file, so that the video's number is not 0; its own choice may be cover art."""
     path, told = tmp_path / "a.mkv", []

@@ -272,7 +272,8 @@ def test_copies_show_the_picture_that_is_fed(loader, tmp_path, name):
     write_unusual(tmp_path / name)
     fed = loader.image(name).pixels.astype(int)
     write_still(tmp_path / "still.mp4", (tmp_path / name).read_bytes())
-    (handed,) = doc_to_visual({ROOT_FIELD: str(tmp_path), "image": name, "tag": "V"})
+    asked = [{"role": "user", "content": "?"}]
+    (handed,) = doc_to_visual({ROOT_FIELD: str(tmp_path), "prompt": asked, "image": name, "tag": "V"})
     with Image.open(ClipShelf(tmp_path, tmp_path / "copies").image({"image": name})) as copy:
         shown = np.asarray(copy)
     for pixels in (loader.video("still.mp4").frames[0], np.asarray(handed), shown):

@@ -202,11 +202,11 @@ def test_prompts_are_compared_by_content(one, same, other):
     assert self_consistency_reward(prompts=two_groups, completions=texts) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("column", ["video", "audio", "subtitle", "image", "images"])
-def test_rows_that_share_a_question_are_told_apart_by_their_media(column):
+@pytest.mark.parametrize("column", ["video", "audio", "subtitle", "image", "images", "tag", "audio_in_video"])
+def test_rows_that_share_a_question_are_told_apart_by_what_they_are_fed(column):
     texts = said("B", "C", "C", "B")
-    media = {column: ["a", "a", "b", "b"]}
-    assert self_consistency_reward(prompts=["q"] * 4, completions=texts, **media) == [1, 0, 1, 0]
+    fed = {column: ["a", "a", "b", "b"]}
+    assert self_consistency_reward(prompts=["q"] * 4, completions=texts, **fed) == [1, 0, 1, 0]
     assert self_consistency_reward(prompts=["q"] * 4, completions=texts, other=["a", "a", "b", "b"]) == [1, 0, 0, 1]
 
 

@@ -145,6 +145,8 @@ class OmniFamily(PromptEncoder):
         unread: ends of the names of weights that no pass reads.
         passed_alone: kinds of media of which each clip passes its tower alone. Other kinds pass once for all clips of a batch.
         times_in_text: whether the processor writes the time of each picture of a video into the prompt.
+        thought_tokens: special tokens around what the model thinks, where it has any of its own.
+        thought_heading: the line that its thoughts begin with.
 
     Args:
         model (`nn.Module`): of one of the family's model types.
@@ -166,6 +168,8 @@ class OmniFamily(PromptEncoder):
     unread: ClassVar[tuple[str, ...]] = ()
     passed_alone: ClassVar[tuple[str, ...]] = ()
     times_in_text: ClassVar[bool] = False
+    thought_tokens: ClassVar[tuple[str, str] | None] = None
+    thought_heading: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, processor):
         self.config = model.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class Gemma4Family(OmniFamily):
     }
     frames_per_token = 1
     times_in_text = True
+    thought_tokens = ("<|channel>", "<channel|>")
+    thought_heading = "thought"
 
     def __init__(self, model: nn.Module, processor: Any):
         self._leave_out(model.config)
@@ -104,6 +107,8 @@ class Gemma4Family(OmniFamily):
         return super().encode(key, text, media, interleaved)
 
     def processor_kwargs(self, media, interleaved):
+        # Tokens are of one frame each, and none is needed twice.
+        media = replace(media, videos=[clip.without_repeat for clip in media.videos])
         kwargs = super().processor_kwargs(media, interleaved)
         if media.images:
             kwargs["images_kwargs"]["max_soft_tokens"] = self._room(media, "image")

@@ -33,8 +33,8 @@ class VideoLlama3Family(OmniFamily):
     times_in_text = True
 
     def processor_kwargs(self, media, interleaved):
-        # The last of an odd number of pictures comes twice; here a token covers one picture, and none is needed twice.
-        videos = [clip if _all_differ(clip.timestamps) else _without_last(clip) for clip in media.videos]
+        # A token covers one picture, and none is needed twice.
+        videos = [clip.without_repeat for clip in media.videos]
         return super().processor_kwargs(replace(media, videos=videos), interleaved)
 
     def image_token_count(self, height, width):
@@ -62,11 +62,3 @@ class VideoLlama3Family(OmniFamily):
         patch, merge = 3 * processor.temporal_patch_size * processor.patch_size**2, processor.merge_size
         values = (torch.zeros(merge**2, patch), torch.tensor([[1, merge, merge]]), torch.tensor([merge]))
         return dict(zip(self.media_names[kind], (*values, torch.ones(1, dtype=torch.bool)), strict=False))
-
-
-def _all_differ(seconds):
-    return len(seconds) < 2 or seconds[-1] != seconds[-2]
-
-
-def _without_last(clip):
-    return replace(clip, frames=clip.frames[:-1], timestamps=clip.timestamps[:-1])

@@ -16,6 +16,7 @@ NO_AUDIO = "no-audio-track"
 NO_CUE = "no-cue-in-part"
 SEGMENT_SHORTENED = "segment-shortened"
 SOUND_SPREAD = "sound-spread"
+TORCHCODEC_FAILED = "torchcodec-failed"
 TRIMMED = "trimmed"
 
 MAX_RESIZED_PIXELS = 1 << 24  # 4096 x 4096: what a row can ask for by name
@@ -126,6 +127,13 @@ class VideoClip:
     duration: float
     path: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def without_repeat(self) -> "VideoClip":
+        """The same without its last frame, where that is the one before it again, as the loader gives an odd number."""
+        if len(self.timestamps) < 2 or self.timestamps[-1] != self.timestamps[-2]:
+            return self
+        return replace(self, frames=self.frames[:-1], timestamps=self.timestamps[:-1])
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from maple_trl.omni.errors import MediaError
-from maple_trl.omni.media.clips import SEGMENT_SHORTENED, TRIMMED, ClipRequest, Source, VideoClip
+from maple_trl.omni.media.clips import SEGMENT_SHORTENED, TORCHCODEC_FAILED, TRIMMED, ClipRequest, Source, VideoClip
 from maple_trl.omni.media.opening import (
     END_SLACK,
     STAMP_RETURN,
@@ -385,7 +385,7 @@ def decode_video(
         min_pixels, max_pixels (`int`): area of a frame.
         request (`ClipRequest`): segment and sampling that differ from the whole clip.
         picker (`Callable`, *optional*): another decoder, called as `picker(path, seconds, stream)`, with the number of the
-            stream in the file.
+            stream in the file. Where it fails, PyAV decodes, with a note.
 
     Raises:
         MediaError: `no-video-track`, `no-frames`, `truncated`, `unreadable`, `too-long`, `segment-outside`,
@@ -395,13 +395,19 @@ def decode_video(
     choice, pixel_aspect = _chosen(source, limits, request, deadline)
     resize = _Resizer(source, multiple, min_pixels, max_pixels, pixel_aspect, request)
     line, wanted, notes = choice.line, choice.ticks, choice.notes
+    pictures = None
     # torchcodec turns pictures, in some versions, and mirrors none: what is not upright as stored is left to PyAV.
     if picker is not None and not line.in_order and _stored_upright(source, limits):
         try:  # half a tick later: the float must not fall before the picture
             seconds = [float((tick + Fraction(1, 2)) * line.tick) for tick in wanted]
             pictures = picker(source.path, seconds, choice.stream)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise source.error("unreadable", f"torchcodec: {error}") from error
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ):  # PyAV may read it: which rows there are is not the decoder's choice
+            notes.append(TORCHCODEC_FAILED)
+    if pictures is not None:
         frames = [resize(picture) for picture in pictures]
     else:
         try:

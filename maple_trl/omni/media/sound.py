@@ -37,9 +37,12 @@ PREROLL = 1.0  # seconds of sound decoded ahead of a segment: codecs need some f
 PART_SECONDS = 10.0  # of each part of a sound that is spread: some sentences
 
 
-def _mono(frame: "av.AudioFrame") -> np.ndarray:
-    """Average the channels of packed samples: PyAV counts the planes of 8 and more channels wrongly."""
-    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
+CANCELLED = 1e-3  # of the channels' mean power, 30 dB below: one channel of 24 alone leaves 42 times as much
+
+
+def _channels(frame: "av.AudioFrame") -> np.ndarray:
+    """Return packed samples, shape (n, channels): PyAV counts the planes of 8 and more channels wrongly."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Sound:
         at (`int`): place of the next sample, counted from the origin; `None` before the first.
         filled (`int`): samples that are complete.
         recorded (`int`): rate of the frames; `None` before the first.
+        power (`float`): sum of the squares of what was heard, as mean of the channels.
+        power_left (`float`): the same of their mean, which is all that is kept.
     """
 
     source: Source
@@ -59,6 +64,8 @@ class Sound:
     at: int | None = None
     filled: int = 0
     recorded: int | None = None
+    power: float = 0.0
+    power_left: float = 0.0
     pieces: list[np.ndarray] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -84,6 +91,8 @@ class Sound:
         """Take what the resampler still holds."""
         if self.at is not None:
             self._take(None)
+        if self.power_left < CANCELLED * self.power:  # channels in opposite phase
+            self._note("channels-cancel")
 
     def _move(self, place: int) -> None:
         """Go to where a frame says that it stands, if that is not where the one before ended."""
@@ -110,7 +119,11 @@ class Sound:
                 self._restart()
             self._kind = kind
         for piece in self._resampler.resample(frame):
-            self._put(_mono(piece))
+            channels = _channels(piece)
+            mono = channels.mean(axis=1, dtype=np.float32)
+            self.power += float(np.square(channels).mean(axis=1, dtype=np.float32).sum(dtype=np.float64))
+            self.power_left += float(np.square(mono).sum(dtype=np.float64))
+            self._put(mono)
 
     def _put(self, samples: np.ndarray) -> None:
         """Append what of `samples`, which stand at `at`, is not yet there."""

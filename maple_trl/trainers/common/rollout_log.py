@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from maple_trl.evaluation.inputs import as_text, fed_columns, prompt_text
 from maple_trl.files import as_json
 from maple_trl.metrics.clips import clip_of
+from maple_trl.omni.completions import completion_texts
 from maple_trl.omni.host_memory import deep_bytes, host_memory
 from maple_trl.records import metrics_log
 from maple_trl.records.metrics_log import whole_log, write_metrics
@@ -39,6 +40,7 @@ class Rolling(Protocol):
     """What is asked of a trainer whose completions are kept; the names that begin with `_` are TRL's, and `_serving`."""
 
     args: Any
+    family: Any
     model: Any
     state: Any
     reward_func_names: list[str]
@@ -138,7 +140,7 @@ class RolloutLog:
             self._replayed.append(
                 row_facts(trainer, row, prompt)
                 | {
-                    "completion": trainer._tokenizer.decode(ids, skip_special_tokens=True),
+                    "completion": _replayed_text(trainer, ids, prompt),
                     "tokens": len(ids),
                     "replayed": True,
                     "rewards": experience.rewards,
@@ -225,6 +227,12 @@ def row_facts(trainer: Rolling, row: Mapping[str, Any], prompt: EncodedPrompt | 
         "hinted": prompt.key.endswith(HINTED),
         **fed_columns(spec),
     }
+
+
+def _replayed_text(trainer: Rolling, ids: list[int], prompt: EncodedPrompt | None) -> str:
+    if trainer.family is None or prompt is None:
+        return trainer._tokenizer.decode(ids, skip_special_tokens=True)
+    return completion_texts(trainer.family, [ids], [prompt.input_ids])[0]
 
 
 def _fresh_lines(trainer: Rolling, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:

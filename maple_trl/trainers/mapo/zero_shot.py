@@ -19,6 +19,7 @@ from maple_trl.evaluation import choose_questions, sampled_accuracy
 from maple_trl.files import write_atomically
 from maple_trl.records.options import deciding
 from maple_trl.records.run_folder import ZERO_SHOT_FILE
+from maple_trl.rewards.answers import completion_text
 from maple_trl.rewards.calls import checked
 from maple_trl.rewards.identity import reward_identity
 from maple_trl.trainers.common.hinted_rows import row_digest
@@ -103,7 +104,7 @@ def _measure(trainer: OmniGRPOTrainer, task_reward: int) -> dict[str, float]:
     def score(completions: list, **columns: Any) -> list[float | None]:
         if not trainer.accelerator.is_main_process:
             return [0.0] * len(completions)
-        ids = [tokenizer.encode(completion[0]["content"], add_special_tokens=False) for completion in completions]
+        ids = [tokenizer.encode(completion_text(one), add_special_tokens=False) for one in completions]
         # Of one completion alone there is nothing to tell.
         named = {"completion_logprobs", "deficit_completions"} & set(inspect.signature(reward).parameters)
         columns |= {name: [None] * len(ids) for name in named}

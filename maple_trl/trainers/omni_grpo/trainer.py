@@ -16,7 +16,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
-from maple_trl.modalities import IMAGE_COLUMNS, MEDIA_COLUMNS
+from maple_trl.modalities import IMAGE_COLUMNS, INPUT_COLUMNS
+from maple_trl.omni.completions import completion_texts
 from maple_trl.omni.encoded import (
     EncodedPrompt,
     batch_position_ids,
@@ -122,7 +123,7 @@ class OmniGRPOTrainer(
     _tag_names = ["trl", "grpo", "omni", "maple-trl"]
     _name = "Omni GRPO"
     _config_class = OmniGRPOConfig
-    _read_columns: tuple[str, ...] = (*MEDIA_COLUMNS, "tag", "audio_in_video")
+    _read_columns: tuple[str, ...] = INPUT_COLUMNS
 
     def __init__(
         self,
@@ -406,6 +407,19 @@ class OmniGRPOTrainer(
             self._flight.failed = dict(self.engine.failed)
         return completions
 
+    def _generate(self, prompts: list):
+        generated = super()._generate(prompts)
+        if self.family is None:
+            return generated
+        # TRL runs thoughts and answer of some models together, and of others drops the thoughts.
+        prompt_ids, completion_ids, mask, _, *rest = generated
+        texts = completion_texts(self.family, completion_ids, prompt_ids)
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return prompt_ids, completion_ids, mask, completions, *rest
+
     def _sample(self, prompts: list[EncodedPrompt]) -> list[str | None]:
         idle = not prompts
         if idle and self.accelerator.num_processes == 1:
@@ -420,7 +434,7 @@ class OmniGRPOTrainer(
         failed = self.engine.failed
         for row, reason in failed.items():
             logger.warning("Prompt %s gets no answer: %s", prompts[row].key, reason)
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        texts = completion_texts(self.family, ids, prompt_ids)
         return [None if row in failed else text for row, text in enumerate(texts)]
 
     # Ranks

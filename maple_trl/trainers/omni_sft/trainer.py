@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
+from maple_trl.omni.completions import completion_texts
 from maple_trl.omni.embedded import as_paths
 from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_position_ids, generation_position_ids
 from maple_trl.omni.generation import end_tokens, own_options
@@ -270,7 +271,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         with own_options(model, tokenizer, config) as sampling, self._serve(model, prompts):
             sampled = model.generate(**inputs, generation_config=config)
         completions = sampling.cut(sampled[:, inputs["input_ids"].size(1) :].tolist())
-        return tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return completion_texts(self.family, completions, [prompt.input_ids for prompt in prompts])
 
     def _generation_config(self) -> GenerationConfig:
         args, tokenizer = self.args, self.family.tokenizer
