@@ -154,7 +154,7 @@ def test_a_server_gets_them_at_their_places(media, tmp_path):
         (False, True),
     ]
     kinds = [[kind for kind, _ in blocks(call)] for call in calls]
-    frames = ["image_url"] * 4
+    frames = ["text", "image_url"] * 4  # each behind its time
     assert kinds[0] == ["image_url", "text"]  # by rows, then by access
     assert kinds[1] == ["image_url", *frames, "input_audio", "text"] and kinds[2] == ["input_audio", "text"]
     assert [(kind, text if kind == "text" else "") for kind, text in blocks(calls[3])] == [

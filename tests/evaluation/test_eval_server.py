@@ -237,7 +237,7 @@ def test_nothing_answers(tmp_path, capsys):
     [
         (["--adapter", "a"], "--adapter: no effect on a model behind --server"),
         (["--dtype", "bfloat16", "--max-media-tokens", "9"], "--dtype, --max-media-tokens: no effect"),
-        (["--server-video", "gif"], "must be one of images, video_url, got 'gif'"),
+        (["--server-video", "gif"], "must be one of timed_images, images, video_url, got 'gif'"),
         (["--generation", '{"seed": 1}'], "generation: seed is set by --seed"),
         (["--generation", '{"max_completion_tokens": 9}'], "max_completion_tokens is set by --max-new-tokens"),
         (["--generation", '{"n": 4}'], "sampling must not hold 'n'"),

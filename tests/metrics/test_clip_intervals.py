@@ -335,7 +335,7 @@ class TestClipsOfRows:
         found = sampled_accuracy(
             lambda asked: [next(given[row["id"]]) for row in asked],
             rows,
-            lambda completions, **columns: [float(c[0]["content"] == "A") for c in completions],
+            lambda completions, **columns: [float(text == "A") for text in completions],
             samples=5,
         )
         assert found.accuracy == pytest.approx({"all": 15 / 30, "V": 0.5, "A": 0.5})

@@ -228,7 +228,7 @@ def waiting(checkpoint):
             "other-batching",
             "written by a run with other settings: batching stratified -> mixed, curriculum adaptive -> none. Resume with those",
         ),
-        ("other-seed", "mapo.json, schedule: the rows, their tags, the seed or the batching differ"),
+        ("other-seed", "written by a run with other settings: seed 42 -> 1. Resume with those"),
         ("other-history", "mapo.json, tag_weights: The state holds a 'pooled' history"),
     ],
 )

@@ -336,6 +336,7 @@ def test_a_served_model_is_asked_the_same(seven, expected, tmp_path):
     rows.to_json(tmp_path / "test.jsonl")
     words = ["--data", tmp_path, "--media-root", folder, "--prompt_template", "maple-caption", "--samples", "1"]
     words += ["--system-prompt", SYSTEM, "--model", "served", *SMALL, "--quiet", "--concurrency", "1"]
+    words += ["--server-video", "images"]  # no times among the words
     with ChatServer(always("B")) as server:
         assert evaluate(*words, "--server", server.url, "--output", tmp_path / "out") == 0
         calls = [call.body for call in server.calls if is_question(call.body)]

@@ -361,12 +361,6 @@ class OmniGRPOTrainer(
 
     # Generation
 
-    def _generate(self, prompts: list):
-        generated = super()._generate(prompts)
-        if self._ends_at_strings:
-            self._correct_cut_share(generated[1])
-        return generated
-
     @property
     def _ends_at_strings(self) -> bool:
         options = self.args.generation_kwargs or {}
@@ -409,6 +403,8 @@ class OmniGRPOTrainer(
 
     def _generate(self, prompts: list):
         generated = super()._generate(prompts)
+        if self._ends_at_strings:
+            self._correct_cut_share(generated[1])
         if self.family is None:
             return generated
         # TRL runs thoughts and answer of some models together, and of others drops the thoughts.
