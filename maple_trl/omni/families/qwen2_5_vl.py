@@ -42,8 +42,8 @@ def _counted_on(positions: Tensor, token_types: Tensor) -> Tensor:
     """
     Have what follows a picture or a video begin after the latest of its positions, as these models were trained.
 
-    transformers 5 counts on from a video's height and width, so that what follows a longer one stands among its frames
-    (its `rope_deltas` and vLLM do not).
+    transformers 5 counts on from a video's height and width, so that what follows a longer one stands among its frames;
+    vLLM does not.
 
     Args:
         positions (`Tensor` of shape (R, T)): rotary positions of a prompt.

@@ -401,11 +401,8 @@ def decode_video(
         try:  # half a tick later: the float must not fall before the picture
             seconds = [float((tick + Fraction(1, 2)) * line.tick) for tick in wanted]
             pictures = picker(source.path, seconds, choice.stream)
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-        ):  # PyAV may read it: which rows there are is not the decoder's choice
+        except (RuntimeError, ValueError, IndexError):
+            # PyAV may read it: which rows there are is not the decoder's choice.
             notes.append(TORCHCODEC_FAILED)
     if pictures is not None:
         frames = [resize(picture) for picture in pictures]

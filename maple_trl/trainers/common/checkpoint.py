@@ -18,12 +18,8 @@ from maple_trl.trainers.common.batch import PROMPTS_KEY, Batch
 
 _LAST_FILE = "trainer_state.json"
 _SIGNATURE = "geometry"  # its name in the files of checkpoints
-_NOTED_LATER = (
-    "gradient_accumulation_steps",
-    "sync_ref_model",
-    "seed",
-    "shuffle_dataset",
-)  # which checkpoints of earlier versions may not say
+# What checkpoints of earlier versions may not say.
+_NOTED_LATER = ("gradient_accumulation_steps", "sync_ref_model", "seed", "shuffle_dataset")
 REFERENCE_FILE = os.path.join("ref_model", "parameters.safetensors")
 """A reference model that has moved; in a folder of its own, since some read all of a checkpoint's safetensors as the model's."""
 
