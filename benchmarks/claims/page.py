@@ -18,11 +18,12 @@ from instruments import INSTRUMENTS
 from metrics import MissingValueError
 from plots import drawn_curves, forest
 from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
-from register import Claim, Measure
+from register import Claim, Measure, Register, RegisterError, load
 from simulate import STATED, Setting, measured_setting
 from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding, no_effect
 
 from maple_trl.files import write_atomically
+from maple_trl.messages import did_you_mean
 
 
 NOT_MEASURED, IN_PART, NOT_RUN = "not measured", "measured in part", "not run"
@@ -30,6 +31,7 @@ BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 NO_CLAIM = "No claim is registered."
 COMMAND = "python benchmarks/claims"
 DIGEST = "Its files and those of the results have together the digest"
+HEADLINES = Path(__file__).with_name("headlines.yaml")
 SHOWN = 2
 """Measures of a claim that its row shows, those that decide it first; the others stand in its section."""
 
@@ -136,6 +138,18 @@ class Page:
         head = ["", "Claim", "Task", "Paper", "Here, with 95 % interval", "Seeds", "Verdict"]
         rows = [self.row(claim) for claim in self.claims]
         return [_row(head), _row(["---"] * len(head)), *rows] if rows else []
+
+    def headlines(self, link: str) -> list[str]:
+        """Return the table of the claims that are known best; `link` leads to the page. Nothing of another register."""
+        if not self.register.is_ours:
+            return []
+        head = ["Claim", "Paper", "Here, with 95 % interval", "Verdict"]
+        rows = []
+        for name in read_headlines(self.register):
+            claim = self.register.claims[name]
+            told = [f"{claim.paper}: {claim.figure}", self.here(claim).replace(" below", ""), self.verdict(claim)]
+            rows.append(_row([f"[{claim.says}]({link}#{name}) ({self.tasks(claim)})", *told]))
+        return [_row(head), _row(["---"] * len(head)), *rows]
 
     def decided(self, link: str) -> list[str]:
         """Return a line for each claim on which there is a verdict, those that hold first; `link` leads to the page."""
@@ -489,6 +503,22 @@ class Page:
             )
 
 
+def read_headlines(register: Register, file: Path = HEADLINES) -> list[str]:
+    """
+    Return the names of the claims that README's table shows.
+
+    Raises:
+        RegisterError: for a claim that there is not, and one that stands twice.
+    """
+    names = load(file)[0]
+    for name in names:
+        if name not in register.claims:
+            raise RegisterError(f"{file.name}: there is no claim {name!r}{did_you_mean(name, register.claims)}")
+        if names.count(name) > 1:
+            raise RegisterError(f"{file.name}: {name} stands there twice")
+    return names
+
+
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -551,6 +581,8 @@ def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
         before, _, rest = text.partition(BEGIN)
         link = _link(docs.resolve() / "claims.md", readme.resolve().parent)
         told, decided = page.counts() if page.claims else NO_CLAIM, "\n".join(page.decided(link))
+        if headlines := "\n".join(page.headlines(link)):
+            told = f"{headlines}\n\n{told}"
         if decided:  # by `markdown` the site reads it as the list that it is elsewhere anyhow
             told += f"\n\n<details markdown><summary>Those with a verdict</summary>\n\n{decided}\n\n</details>"
         write_atomically(readme, f"{before}{BEGIN}\n\n{told}\n\n{END}{rest.partition(END)[2]}")

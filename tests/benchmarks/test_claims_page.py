@@ -17,8 +17,8 @@ import pytest
 from claim_sets import CLAIMS, known_tasks, write_register, write_results
 from evidence import Evidence, Wanted, digest, forget_other_code, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
-from page import DIGEST, Page
-from register import IS_THERE, read_register
+from page import BEGIN, DIGEST, Page, read_headlines
+from register import IS_THERE, RegisterError, read_register
 from runs import source
 from scores import decoded_scores, encoded_scores, rounded, whole
 from verdicts import CANT_TELL, DOES_NOT, HOLDS
@@ -544,6 +544,40 @@ def test_the_page_in_docs_is_of_this_register_and_these_results():
     """Whoever changes the register or adds results writes the report anew."""
     told = (CLAIMS.parents[1] / "docs" / "claims.md").read_text()
     assert f"{DIGEST} `{digest(read_register(), CLAIMS / 'results')}`.\n" in told
+
+
+def test_readmes_table_shows_the_claims_that_it_is_to_show_as_the_page_does():
+    root = CLAIMS.parents[1]
+
+    def rows(text, *places):
+        """Paper, effect and verdict of each claim; a control or a measure more may be told at another place."""
+        found = {}
+        for line in text.splitlines():
+            if line.startswith("| ") and (name := re.search(r"\]\((?:docs/claims\.md)?#([a-z-]+)\)", line)):
+                cells = line.split(" | ")
+                found.setdefault(name[1], [cells[place].replace(" below", "").removesuffix(" |") for place in places])
+        return found
+
+    shown = rows((root / "README.md").read_text().partition(BEGIN)[2].partition("<details")[0], 1, 2, 3)
+    page = rows((root / "docs" / "claims.md").read_text(), 3, 4, 6)
+    assert list(shown) == read_headlines(read_register()) and len(shown) > 9
+    assert shown == {name: page[name] for name in shown}
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        (
+            "[maple-gradient-variance, avatar-complations]",
+            "no claim 'avatar-complations'; did you mean avatar-completions",
+        ),
+        ("[avatar-shape, maple-gradient-variance, avatar-shape]", "avatar-shape stands there twice"),
+    ],
+)
+def test_headlines_are_claims_of_the_register(tmp_path, told, message):
+    (tmp_path / "headlines.yaml").write_text(told)
+    with pytest.raises(RegisterError, match=f"headlines.yaml: .*{message}"):
+        read_headlines(read_register(), tmp_path / "headlines.yaml")
 
 
 def test_one_more_result_or_another_number_is_another_digest(evidence):

@@ -455,6 +455,15 @@ def test_avatar(tmp_path):
     assert summary.left_out == {"no medium at all": 1}
 
 
+def test_answers_between_the_questions_of_avatars_records_stay(tmp_path):
+    said = [("user", "<video>What barks?"), ("assistant", "A dog."), ("user", "Where?"), ("assistant", "left")]
+    record = AVATAR | {"messages": [{"role": role, "content": text} for role, text in said]}
+    [row], _ = converted(tmp_path, "avatar-rl", json.dumps(record), "stage3.jsonl")
+    assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "user"]
+    assert row["prompt"][1]["content"] in ("A dog.", [{"type": "text", "text": "A dog."}])
+    assert row["question"] == "Where?" and row["answer"] == "left"
+
+
 def test_vast(tmp_path):
     silent = {"video_id": "def", "desc": "A wall.", "split": "test"}
     rows, _ = converted(tmp_path, "vast", [VAST, silent], "annotations.json")

@@ -390,6 +390,17 @@ def test_evaluation_and_completions(rows):
     assert len(experts.generate_completions(list(batch))) == 7
 
 
+def test_a_card_that_cannot_be_written_does_not_end_the_run(rows, tmp_path, caplog):
+    folder, dataset = rows
+    (tmp_path / "checkpoint-1" / "README.md").mkdir(parents=True)
+    trainer = build(folder, dataset, output_dir=tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train()
+    assert f"{tmp_path}/checkpoint-1: the model is saved, its card is not: [Errno 21]" in caplog.text
+    assert caplog.text.count("its card is not") == 1
+    assert {"model.safetensors", "trainer_state.json"} <= {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert (tmp_path / "checkpoint-2" / "README.md").is_file() and trainer.state.global_step == 2
+
+
 def test_the_model_card_tells_the_trainer(rows, tmp_path):
     folder, dataset = rows
     trainer = build(folder, dataset, output_dir=tmp_path, save_strategy="steps", save_steps=1)

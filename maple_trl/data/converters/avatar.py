@@ -34,7 +34,9 @@ def _avatar(record: Record, place: Place) -> Iterator[Sample]:
         raise LeaveOut("no medium at all")
     question, messages = optional_text(record, "question"), ()
     if question is None:
-        turns = [turn for turn in read_turns(record.get("messages"), "messages") if turn["role"] != "assistant"]
+        turns = read_turns(record.get("messages"), "messages")
+        if turns[-1]["role"] == "assistant":  # the answer, which the solution says
+            turns.pop()
         if not turns or turns[-1]["role"] != "user":
             raise FieldError("messages", "must have a turn of the user; or field 'question' must be filled")
         turns = with_places(turns, media)

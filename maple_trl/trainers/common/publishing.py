@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from maple_trl.hub.publish import Publisher
 from maple_trl.omni.families import OmniFamily, unwrap
 from maple_trl.records.options import chosen
 from maple_trl.trainers.common.trl_compat import lent
+
+
+logger = logging.getLogger(__name__)
 
 
 class PublishingTrainer:
@@ -108,8 +112,12 @@ class PublishingTrainer:
         with lent(self.args, hub_token=None):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            with lent(self.args, output_dir=output_dir or self.args.output_dir):
-                self.create_model_card(self._model_name_of(output_dir))
+            folder = output_dir or self.args.output_dir
+            try:
+                with lent(self.args, output_dir=folder):
+                    self.create_model_card(self._model_name_of(output_dir))
+            except Exception as error:  # the weights are there; a run does not end for want of a page about them
+                logger.warning("%s: the model is saved, its card is not: %s", folder, error or type(error).__name__)
 
     def _model_name_of(self, folder: str | None) -> str:
         own = folder is None or os.path.basename(os.path.normpath(folder)).startswith("checkpoint-")
