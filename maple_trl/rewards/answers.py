@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from string import ascii_letters, ascii_uppercase
 from typing import Any
@@ -28,6 +30,10 @@ _WIDE = str.maketrans(
     | dict.fromkeys("】」』〕", "] ")
     | dict.fromkeys("“”„«»", '"')
     | dict.fromkeys("‘’", "'")
+)
+# Of an option in a row: the letter, marked as an option's, and its text, with or without a space between.
+_LISTED_OPTION = re.compile(
+    r"(?:[(（]([A-Za-zＡ-Ｚａ-ｚ])[)）][.:．：。、]?|([A-Za-zＡ-Ｚａ-ｚ])[.):．。：、）])\s*(\S.*)", re.DOTALL
 )
 _PAIRS = [
     ("[[", "]]"),
@@ -117,6 +123,16 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
     return "\n".join(texts)
 
 
+def without_wide_forms(text: str) -> str:
+    """Return a text with wide letters, brackets and punctuation in their ASCII forms."""
+    return text.translate(_WIDE)
+
+
+def _visible(text: str) -> str:
+    """Return a text without characters that only steer how others are shown: zero-width spaces and joiners, byte-order marks."""
+    return text if text.isascii() else "".join(char for char in text if unicodedata.category(char) != "Cf")
+
+
 def extract_answer(text: str) -> str | None:
     """
     Return the content of the one `<answer>…</answer>` of a completion's `text`, stripped.
@@ -133,7 +149,7 @@ def extract_answer(text: str) -> str | None:
     before = _THINK_TAG.findall(text[: match.start()])
     after = _THINK_TAG.findall(text[match.end() :])
     inside_think = (before and before[-1] == "<think>") or (after and after[0] == "</think>")
-    return None if inside_think else match[1].strip()
+    return None if inside_think else _visible(match[1]).strip()
 
 
 def extract_bracketed(text: str) -> str | None:
@@ -147,7 +163,7 @@ def extract_bracketed(text: str) -> str | None:
     outside = text.rsplit("</think>", 1)[-1]
     if "<think>" in outside:
         return None
-    found = [content.strip() for content in _BRACKETED.findall(outside) if content.strip()]
+    found = [content.strip() for content in map(_visible, _BRACKETED.findall(outside)) if content.strip()]
     options = [content for content in found if option_letter(content) is not None]
     said = {option_letter(content) for content in options} if options else {content.casefold() for content in found}
     return (options or found)[-1] if len(said) == 1 else None
@@ -173,7 +189,7 @@ def option_letter(text: str) -> str | None:
 
 def _read_option(text: str) -> tuple[str, str] | None:
     """Read the letter that an answer names, and the text behind it."""
-    text = _without_macros(text.translate(_WIDE).strip())
+    text = _without_macros(without_wide_forms(text).strip())
     for _ in range(_PEELS):
         if len(text) <= 4:
             text = text.rstrip(" .!,;")
@@ -257,7 +273,7 @@ def read_number(text: str) -> float | None:
     Marks and words are those of [`option_letter`]: `$12$`, `\boxed{12}`, `**12**`, `The answer is 12.`, `答案是12`.
     `None` for anything else: other words (`12 apples`), a second number (`12 or 13`).
     """
-    text = _without_macros(text.translate(_WIDE).strip())
+    text = _without_macros(without_wide_forms(text).strip())
     for _ in range(_PEELS):
         value, peeled = number(text.removesuffix(".")), _peeled(text)
         if value is not None or peeled == text:
@@ -272,28 +288,32 @@ def option_texts(options: Any) -> dict[str, str]:
 
     Args:
         options (`Sequence[str]` or `Mapping[str, str]`):
-            The texts in the order of their letters, with or without them (`"red"` or `"A. red"`), or the texts by
-            letter; a letter without a text (`None`) is left out.
+            The texts in the order of their letters, with or without them (`"red"`, or `"A. red"`, `"(A) red"`, `"A、红"`
+            where every one has its own), or the texts by letter; a letter without a text (`None`) is left out. Numbers
+            are their texts.
 
     Returns:
         `dict[str, str]`: texts by upper-case letter; empty for a row without options, and for a column of that name
         that holds anything else.
     """
     if isinstance(options, Mapping):
-        texts = {
-            key.strip().upper(): text for key, text in options.items() if isinstance(key, str) and text is not None
-        }
+        given = {key.strip().upper(): text for key, text in options.items() if isinstance(key, str)}
     elif isinstance(options, Sequence) and not isinstance(options, str) and len(options) <= len(ascii_uppercase):
-        texts = dict(zip(ascii_uppercase, options, strict=False))
+        given = dict(zip(ascii_uppercase, options, strict=False))
     else:
         return {}
+    texts = {
+        letter: str(text) if isinstance(text, int | float) else text
+        for letter, text in given.items()
+        if text is not None
+    }
     if len(texts) < 2 or not all(
         len(letter) == 1 and letter in ascii_uppercase and isinstance(text, str) for letter, text in texts.items()
     ):
         return {}
-    parted = {letter: _OPTION.fullmatch(text.strip()) for letter, text in texts.items()}
-    if all(match and match[5] and option_letter(match[0]) == letter for letter, match in parted.items()):
-        return {letter: match[5] for letter, match in parted.items()}
+    parted = {letter: _LISTED_OPTION.fullmatch(text.strip()) for letter, text in texts.items()}
+    if all(match and option_letter(match[1] or match[2]) == letter for letter, match in parted.items()):
+        return {letter: match[3] for letter, match in parted.items()}
     return texts
 
 
@@ -309,8 +329,8 @@ def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | 
     The forms of [`option_letter`] count, but not where the text behind the letter names a second option (`B. or C.`,
     `(B) (C)`, `B. red, C. blue`). That is seen by the letters alone; with the options' texts it is certain: the text
     behind the letter may not hold another option's text, the letter must be one of theirs, and an option may also be
-    chosen by its text (case, white space and a full stop at the end do not matter). One letter several times (`B, B`,
-    `[B] [B]`) is that letter.
+    chosen by its text (case, white space and a full stop at the end do not matter; a text of one letter, such as a name of a
+    note, that is also the letter of an option is that letter). One letter several times (`B, B`, `[B] [B]`) is that letter.
 
     Args:
         answer (`str`):
@@ -322,29 +342,35 @@ def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | 
         `str` or `None`: the upper-case letter; `None` when the answer chooses none or several.
     """
     match = _OPTION.fullmatch(answer.strip())
-    if texts and not (match and not match[5]):
-        named = [name for name, text in texts.items() if _plain(text) and _plain(text) == _plain(answer)]
-        if len(named) == 1:
-            return named[0]
+    if texts and not (match and not match[5]) and (named := _named_option(answer, texts)):
+        return named
     read = _repeated(answer) or _read_option(answer)
-    if read is None or (texts and read[0] not in texts):
+    if read is None:
         return None
     letter, rest = read
+    if texts and letter not in texts:
+        return None if rest else _named_option(letter, texts)
     if not rest:
         return letter
     return None if (_contradicts(rest, letter, texts) if texts else _names_second_option(rest, letter)) else letter
 
 
+def _named_option(answer: str, texts: Mapping[str, str]) -> str | None:
+    """Return the letter of the one option whose text an answer is."""
+    named = [name for name, text in texts.items() if _plain(text) and _plain(text) == _plain(answer)]
+    return named[0] if len(named) == 1 else None
+
+
 def _repeated(answer: str) -> tuple[str, str] | None:
     """Return the letter of an answer that says nothing but one letter several times (`B, B`, `[B] [B]`)."""
-    answer = answer.translate(_WIDE)
+    answer = without_wide_forms(answer)
     letters = _letters(answer)
     once = {letter.upper() for letter in letters}
     return (once.pop(), "") if len(letters) > 1 == len(once) and _PARTED.search(answer) else None
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(" .。．｡")
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(" .。．｡")
 
 
 def _is_short(text: str) -> bool:
@@ -357,7 +383,7 @@ def _is_short(text: str) -> bool:
 
 def _contradicts(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
     """Return whether the text behind the letter of an option speaks of another one."""
-    texts = {name: text.translate(_WIDE) for name, text in texts.items()}
+    texts = {name: without_wide_forms(text) for name, text in texts.items()}
     if _plain(rest) == _plain(texts[letter]):
         return False
     # What is short stands within other words of such a script; it counts where it is all between two marks or spaces.
@@ -426,7 +452,8 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
     Grade one extracted answer against the row's solution.
 
     Letters are ASCII ones or their wide forms, digits ASCII ones, a minus also the sign U+2212: look-alikes of other scripts and
-    styles (Cyrillic `В`, circled `Ⓑ`, `𝐁`) name no option and no number, and texts are compared without Unicode normalisation.
+    styles (Cyrillic `В`, circled `Ⓑ`, `𝐁`) name no option and no number. Texts are compared in Unicode's form NFC, in which an
+    accent is a part of its letter, and without invisible characters.
 
     Args:
         answer (`str`, *optional*):
@@ -441,9 +468,19 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
     Returns:
         `float` or `None`: in `[0, 1]`; 1 for the right option (case does not matter), `max(0, 1 - |y' - y| / |y|)` for
         a number `y != 0`, exact equality for `y = 0` (the answer's is [`read_number`]'s), equality up to case, white space and a
-        final stop for other text; a list of letters (`A, C` for `A,C`) needs their order. `None` when there is no solution
-        (`None`, NaN or blank): the row can't be graded.
+        final stop for other text; a list of letters (`A, C` for `A,C`) needs their order. Where the row has no options, and
+        both solution and answer have a text behind their letter, one of these texts must hold the other (`E. faecalis` is not
+        `E. coli`). `None` when there is no solution (`None`, NaN or blank): the row can't be graded.
+
+    Raises:
+        ValueError: for a solution that is neither a text nor a number: a list, a mapping, a date.
     """
+    # Whose Python form nobody would answer.
+    if not isinstance(solution, str) and (hasattr(solution, "__len__") or isinstance(solution, datetime.date)):
+        raise ValueError(
+            f"a solution must be a text or a number, such as 'B', 'A, C' or 12, but is a {type(solution).__name__}: "
+            f"{solution!r:.60}"
+        )
     expected = solution_text(solution)
     if expected is None:
         return None
@@ -455,7 +492,7 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
     if right is not None:
         return float(chosen_option(answer, texts) == right)
     if letter is not None:
-        return float(chosen_option(answer) == letter or answer == expected)
+        return float((chosen_option(answer) == letter and _same_text(answer, expected)) or answer == expected)
     truth = number(expected)
     if truth is not None:
         value = read_number(answer)
@@ -465,10 +502,17 @@ def grade_answer(answer: str | None, solution: Any, options: Any = None) -> floa
     return float(_compared(answer) == _compared(expected))
 
 
+def _same_text(answer: str, solution: str) -> bool:
+    """Return whether the texts behind two equal letters can be one option's: where both have one, one holds the other."""
+    (_, one), (_, other) = _repeated(answer) or _read_option(answer), _read_option(solution)
+    one, other = (f" {' '.join(_WORDS.findall(_plain(text)))} " for text in (one, other))
+    return one in other or other in one or not one.strip() or not other.strip()
+
+
 def solution_text(solution: Any) -> str | None:
     """Return a row's solution as stripped text, without an `<answer>` wrapper; `None` for `None`, NaN and blank."""
     if solution is None or (isinstance(solution, float) and math.isnan(solution)):
         return None
-    text = str(solution).strip()
+    text = _visible(str(solution)).strip()
     wrapped = extract_answer(text)
     return (text if wrapped is None else wrapped) or None

@@ -9,16 +9,25 @@ from string import ascii_letters
 from typing import Any
 
 from maple_trl.metrics.answers import ANSWER_METRICS, count_measures, rouge_f1, set_f1, word_error_rate
-from maple_trl.rewards.answers import ANSWER_FORMATS, completion_text, grade_answer, number, row_options, solution_text
+from maple_trl.rewards.answers import (
+    ANSWER_FORMATS,
+    completion_text,
+    grade_answer,
+    number,
+    row_options,
+    solution_text,
+    without_wide_forms,
+)
 from maple_trl.rewards.judge import OpenAIJudge
 from maple_trl.rewards.text_scores import rouge_mean, word_error_score
 
 
 METRIC_COLUMN = "answer_metric"
 
-_FIRST_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
+_FIRST_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 _BETWEEN = re.compile(r"[\s,;/&+|.:()\[\]{}*$\"'`]+")
-_LED = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")
+_LED = re.compile(r"\s*\(?(?:([A-Z])[.):]|([a-z])[.):](?=\s)|([A-Z])\s*$)")  # not of "e.g."
+_PARTS = re.compile(r"[,;\n]+|\b(?:and|or)\s+(?=\(?[A-Za-z][.):])")
 
 Measured = tuple[float | None, dict[str, float]]
 """A score in [0, 1], or `None` where there is none; and what else was measured, by name."""
@@ -27,18 +36,19 @@ Measured = tuple[float | None, dict[str, float]]
 def told_number(answer: str | None) -> float | None:
     """Return the first number in an answer (`4`, `1,200`, `about 4 times`); `None` where it has none."""
     found = None if answer is None else number(answer)
-    if found is None and answer is not None and (match := _FIRST_NUMBER.search(answer.replace(",", ""))):
-        found = float(match[0])
+    if found is None and answer is not None and (match := _FIRST_NUMBER.search(answer)):
+        found = float(match[0].replace(",", ""))
     return found
 
 
 def told_letters(answer: str | None) -> frozenset[str]:
     """Return the letters that an answer lists: alone (`A, C and F`), or each before its text (`A. happy, C. calm`)."""
-    words = [word for word in _BETWEEN.split(answer or "") if word and word.lower() not in ("and", "or")]
+    told = without_wide_forms(answer or "")
+    words = [word for word in _BETWEEN.split(told) if word and word.lower() not in ("and", "or")]
     if all(len(word) == 1 and word in ascii_letters for word in words):
         return frozenset(word.upper() for word in words)
-    led = [_LED.match(part) for part in re.split(r"[,;\n]+", answer or "") if part.strip()]
-    return frozenset(match[1] for match in led if match) if led and led[0] else frozenset()
+    led = [_LED.match(part) for part in _PARTS.split(told) if part.strip()]
+    return frozenset(match[match.lastindex].upper() for match in led if match) if led and led[0] else frozenset()
 
 
 def _counted(answer: str | None, truth: str) -> Measured:

@@ -107,6 +107,12 @@ def test_intervals_are_by_clip():
         ("[B]", "B"),
         ("A. happy, C. calm", "AC"),
         ("A: glad; B: sad", "AB"),
+        ("a. happy, c. calm", "AC"),
+        ("A. happy and C. calm", "AC"),
+        ("A. happy, e.g. smiling", "A"),
+        ("Ａ，Ｃ", "AC"),
+        ("A、C", "AC"),
+        ("A、高兴，C、平静", "AC"),
         ("happy and calm", ""),
         ("", ""),
         (None, ""),
@@ -118,7 +124,16 @@ def test_letters_of_an_answer(answer, letters):
 
 @pytest.mark.parametrize(
     "answer, told",
-    [("4", 4), ("1,200", 1200), ("about 4 times, or 5", 4), ("-2.5", -2.5), ("many", None), (None, None)],
+    [
+        ("4", 4),
+        ("1,200", 1200),
+        ("about 4 times, or 5", 4),
+        ("-2.5", -2.5),
+        ("2,3", 2),
+        ("1,200,000 or 3", 1.2e6),
+        ("many", None),
+        (None, None),
+    ],
 )
 def test_the_number_of_an_answer(answer, told):
     assert told_number(answer) == told

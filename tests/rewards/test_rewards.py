@@ -1,5 +1,6 @@
 """Format and accuracy rewards: the published rule, and the ways in which a policy would cheat it."""
 
+import datetime
 import math
 import re
 
@@ -125,7 +126,7 @@ def test_right_option(answer):
         *("", " ", ":", ".", "()", "Thought process:", "A", "(A)", "A. B", "AB", "BB", "B C", "B, C", "A or B", "B/C"),
         *("B because", "the answer is not B", "option A", "A, B, C, D", "B.B", "((B))", "(B", "[A]", "*A*", "2"),
         # Look-alikes: Cyrillic, circled, bold, superscript. The wide `Ｂ` of East Asian texts is the letter.
-        *("В", "Ⓑ", "𝐁", "B\u200b", "ᴮ", "β", "Ａ"),
+        *("В", "Ⓑ", "𝐁", "ᴮ", "β", "Ａ"),
     ],
 )
 def test_wrong_option(answer):
@@ -201,12 +202,114 @@ def test_a_letter_is_a_letter_where_options_are_letters():
 
 
 @pytest.mark.parametrize(
-    "options", [None, [], ["red"], "red", "A. red", 3, [1, 2], {"V": 1}, {"first": "red"}, ["a"] * 27]
+    "options", [None, [], ["red"], "red", "A. red", 3, [{}, 2], {"V": 1}, {"first": "red"}, ["a"] * 27]
 )
 def test_other_columns_of_that_name_are_left_alone(options):
     assert option_texts(options) == {}
     assert grade_answer("B. red", "B", options) == 1.0
     assert grade_answer("9", "10", options) == 0.9
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        *(
+            ("A. red", "B. blue"),
+            ("A.red", "B.blue"),
+            ("A: red", "B: blue"),
+            ("A:red", "B:blue"),
+            ("(A) red", "(B) blue"),
+        ),
+        *(("(A)red", "(B)blue"), ("A) red", "B) blue"), ("a. red", "b. blue"), (" A. red ", "B. blue\n")),
+        *(
+            ("A、red", "B、blue"),
+            ("A．red", "B．blue"),
+            ("Ａ．red", "Ｂ．blue"),
+            ("（A）red", "（B）blue"),
+            ("A：red", "B：blue"),
+        ),
+    ],
+)
+def test_options_with_their_letters_are_told_from_their_texts(first, second):
+    assert option_texts([first, second]) == option_texts({"A": first, "B": second}) == {"A": "red", "B": "blue"}
+    for answer, right in (("A", 1.0), ("red", 1.0), ("A. red", 1.0), ("A. blue", 0.0), ("blue", 0.0), ("B", 0.0)):
+        assert grade_answer(answer, "A", [first, second]) == right
+        assert grade_answer(answer, "red", [first, second]) == right
+
+
+@pytest.mark.parametrize(
+    "options", [["A. red", "blue"], ["B. red", "A. blue"], ["A.", "B."], ["A red", "B blue"], ["A. red", "C. blue"]]
+)
+def test_letters_that_are_not_those_of_all_options_are_of_their_texts(options):
+    assert list(option_texts(options).values()) == options
+
+
+def test_options_may_be_numbers_and_padded():
+    assert option_texts([2, 3.5, 4]) == {"A": "2", "B": "3.5", "C": "4"}
+    for answer, right in (("4", 1.0), ("C", 1.0), ("C. 4", 1.0), ("5", 0.0), ("A", 0.0)):
+        assert grade_answer(answer, "4", [2, 3, 4, 5]) == grade_answer(answer, 4, [2, 3, 4, 5]) == right
+    assert option_texts(["red", "blue", None, None]) == option_texts({"A": "red", "B": "blue", "C": None})
+    assert grade_answer("red", "A", ["red", "blue", None]) == 1.0
+    assert grade_answer("A. blue", "A", ["red", "blue", None]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "options, solution, answer, right",
+    [
+        (["I", "II", "III", "IV"], "I", "A", 1.0),
+        (["I", "II", "III", "IV"], "A", "I", 1.0),
+        (["I", "II", "III", "IV"], "A", "II", 0.0),
+        (["I", "II", "III", "IV"], "II", "I", 0.0),
+        (["C", "D", "E", "F"], "D", "F", 1.0),  # the letter of F, whose text is no letter of the row's
+        (["C", "D", "E", "F"], "F", "D", 1.0),
+        (["C", "D", "E", "F"], "D", "D", 1.0),
+        (["C", "D", "E", "F"], "D", "C", 0.0),
+        (["x", "y", "z"], "A", "x", 1.0),
+        (["x", "y", "z"], "A", "**x**", 1.0),
+        (["x", "y", "z"], "A", "y", 0.0),
+        (["x", "X", "z"], "A", "x", 0.0),  # which of the two is not told
+    ],
+)
+def test_a_text_of_one_letter_is_a_text_where_the_row_has_no_such_letter(options, solution, answer, right):
+    assert grade_answer(answer, solution, options) == right
+    assert grade_answer(answer, f"<answer>{solution}</answer>", dict(zip("ABCD", options, strict=False))) == right
+
+
+@pytest.mark.parametrize(
+    "solution, answer, right",
+    [
+        *(
+            ("E. coli", "E. faecalis", 0.0),
+            ("J. Smith", "J. Doe", 0.0),
+            ("B. red", "B. blue", 0.0),
+            ("A：红色", "A：蓝色", 0.0),
+        ),
+        *(("E. coli", "E. coli", 1.0), ("E. coli", "e. Coli.", 1.0), ("B. red square", "B. The red square", 1.0)),
+        *(("B. red", "B", 1.0), ("B", "B. red", 1.0), ("B. red", "B, B", 1.0), ("A：红色", "A：是红色", 1.0)),
+    ],
+)
+def test_texts_behind_a_letter_count_in_a_row_without_options(solution, answer, right):
+    assert grade_answer(answer, solution) == right
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\ufeff", "\u200e", "\u00ad"])
+def test_invisible_characters_are_no_part_of_an_answer(hidden):
+    for said, solution in (("B", "B"), ("12", 12), ("red cat", "red cat")):
+        text = f"<answer>{said[:1]}{hidden}{said[1:]}</answer>"
+        assert accuracy_reward(completions=[text], solution=[solution]) == [1.0]
+        assert accuracy_reward(completions=[f"<answer>{said}</answer>"], solution=[f"{hidden}{solution}"]) == [1.0]
+    assert accuracy_reward(completions=[f"[B{hidden}]"], solution=["B"], answer_format="brackets") == [1.0]
+
+
+def test_an_accent_is_a_part_of_its_letter():
+    assert grade_answer("cafe\u0301", "café") == grade_answer("A", "cafe\u0301", ["café", "bar"]) == 1.0
+    assert grade_answer("cafe", "café") == 0.0
+
+
+@pytest.mark.parametrize("solution", [["Paris", "paris"], ["A"], {"A": 1}, datetime.datetime(2020, 1, 1), b"A"])
+def test_what_is_no_solution_is_refused(solution):
+    with pytest.raises(ValueError, match=f"text or a number, .* but is a {type(solution).__name__}: "):
+        accuracy_reward(completions=["<answer>A</answer>"], solution=[solution])
 
 
 def test_options_that_do_not_hold_the_solution_are_not_used():
