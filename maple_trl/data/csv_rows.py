@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 from collections.abc import Iterator
@@ -20,13 +21,14 @@ _MAX_CELL = (
 )  # characters; the reader's own limit is 128 KiB, which a long prompt or an answer with thoughts exceeds
 _CONVERSATIONS = ("prompt", "completion")
 _FILES = ("video", "audio", "image", "images")
+_OPTIONS = ("options", "choices")
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Yield rows of texts, one at a time, each with its place for errors.
 
-    A cell without text is `None`, and conversations and lists of files stand as JSON. The delimiter of a `.csv` is guessed from its header.
+    A cell without text is `None`. Conversations and lists of files stand as JSON, options so or as pandas writes a list. The delimiter of a `.csv` is guessed from its header.
 
     Raises:
         CsvError: for what is no such table.
@@ -96,6 +98,8 @@ def _cell(name: str, cell: str, place: str) -> Any:
         return None
     if name == "audio_in_video" and cell.strip().lower() in ("true", "false"):
         return cell.strip().lower() == "true"
+    if name in _OPTIONS:
+        return _list_of_options(cell)
     if name not in (*_CONVERSATIONS, *_FILES) or not cell.lstrip().startswith("["):
         return cell
     try:
@@ -108,3 +112,15 @@ def _cell(name: str, cell: str, place: str) -> Any:
         return cell
     is_list_of = dict if name in _CONVERSATIONS else str
     return value if value and all(isinstance(item, is_list_of) for item in value) else cell
+
+
+def _list_of_options(cell: str) -> Any:
+    """Return a list of texts or numbers that a cell spells; the cell where it spells none."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(cell.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, list) and value and all(isinstance(option, str | int | float) for option in value):
+            return value
+    return cell

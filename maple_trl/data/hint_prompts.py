@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.messages import fence, image_block, text_block
+from maple_trl.data.benchmarks.options import bare_options
 from maple_trl.data.hint_leaks import LEAKS, split_options
 from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.content import read_content, row_parts
 from maple_trl.omni.errors import RowError
 from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.subtitles import is_subtitle_file
+from maple_trl.omni.templates import option_lines
 
 
 if TYPE_CHECKING:
@@ -118,8 +120,7 @@ def _with_options(question: str, options: Any) -> str:
         raise ProblemError(f"field 'options' must be a list of at most 26 texts, got {type(options).__name__}")
     if split_options(question)[1]:
         return question
-    lines = (f"{chr(ord('A') + index)}. {option}" for index, option in enumerate(options))
-    return "\n".join([question, *lines])
+    return "\n".join([question, *option_lines(bare_options([str(option) for option in options]))])
 
 
 def _as_text(value: Any) -> str:

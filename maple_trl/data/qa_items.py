@@ -11,7 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from maple_trl.data.benchmarks.options import FormError, described, read_letter
+from maple_trl.data.benchmarks.options import FormError, bare_options, described, read_letter
 from maple_trl.data.benchmarks.prompts import PromptStyle
 from maple_trl.data.none_answers import plain_option, says_none, speaks_of_others
 from maple_trl.modalities import ModalityTag
@@ -35,7 +35,10 @@ COLUMNS = (
 )
 """The columns that are looked at."""
 
-_HEADS = tuple([form.format(letter) for letter in ascii_uppercase] for form in ("{}. ", "({}) ", "{}) ", "{}: "))
+_HEADS = tuple(
+    [form.format(letter) for letter in ascii_uppercase]
+    for form in ("{}. ", "({}) ", "{}) ", "{}: ", "{}.", "({})", "{})", "{}:", "{}、", "{}．", "{}：", "（{}）")
+)
 """What stands before an option in each form of its line, by letter."""
 
 
@@ -122,6 +125,7 @@ def read_item(row: Mapping[str, Any], style: PromptStyle | None, files: Files) -
         raise NotAnItem("open question", "field 'options' is empty")
     tag = _tag(row)
     right = _right(row, options)
+    options = bare_options(options)
     has_prompt = "prompt" in row  # a table without the column is asked by templates
     if style is None:
         if has_prompt:

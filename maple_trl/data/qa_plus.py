@@ -28,6 +28,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
+from maple_trl.data.benchmarks.options import bare_options
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.none_answers import NONE_ANSWERS
 from maple_trl.data.qa_items import COLUMNS, Files, Item, NotAnItem, read_item, replace_options, write_prompt
@@ -359,7 +360,10 @@ class Plan:
     def _row(self, place: int, row: Mapping[str, Any], column: int) -> dict[str, Any]:
         name, tag = str(row["id"]), _TAGS[column]
         stratum = STRATA[self._strata[place, column]]
-        right, options, replaced = int(self._draws.right[place]), row["options"], None
+        given = bare_options(
+            row["options"]
+        )  # their letters stand in the prompt; one that is replaced has none of its own
+        right, options, replaced = int(self._draws.right[place]), given, None
         if self._swapped[place, column]:
             replaced = "right" if stratum == "deficit" else self.options.replace
             options = _with_none(options, right, replaced, _keys(self.options.seed, f"words {tag}", name))
@@ -367,7 +371,7 @@ class Plan:
         if self._style is not None:
             prompt = write_prompt(prompt, row["question"], options, self._style)
         elif replaced is not None and "prompt" in row:
-            prompt = replace_options(prompt, row["options"], options)
+            prompt = replace_options(prompt, given, options)
         return {
             "id": f"{name}-{tag}",
             "prompt": prompt,

@@ -120,7 +120,14 @@ def fields_of(text: str) -> list[str]:
 
 
 def option_lines(options: Sequence[str], line: str = "{letter}. {text}") -> list[str]:
-    """Return options with their letters; those that have them already are left as they are."""
+    """
+    Return options with their letters; those that have them already are left as they are.
+
+    Raises:
+        RowError: for more options than letters.
+    """
+    if len(options) > len(ascii_uppercase):
+        raise RowError(f"column 'options' holds {len(options)} texts, and there are {len(ascii_uppercase)} letters")
     found = [_LETTERED.match(option) for option in options]
     if len(options) > 1 and all(
         match and match[1].upper() == letter for match, letter in zip(found, ascii_uppercase, strict=False)
@@ -171,8 +178,6 @@ def _value(row: Mapping[str, Any], name: str, said: str, fed: ModalityTag | None
     if name == OPTIONS and isinstance(value, list | tuple):
         if not value or not all(isinstance(option, str) for option in value):
             raise RowError(f"prompt_template names {{options}}, and column 'options' is {value!r:.100}, not texts")
-        if len(value) > len(ascii_uppercase):
-            raise RowError(f"column 'options' holds {len(value)} texts, and there are {len(ascii_uppercase)} letters")
         return "\n".join(option_lines(value))
     if value is None or value != value or (isinstance(value, str) and not value.strip()):  # of tables: NaN
         raise RowError(f"prompt_template names {{{name}}}, and column {name!r} is empty in this row")

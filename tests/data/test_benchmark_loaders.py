@@ -26,14 +26,16 @@ from maple_trl.data.benchmarks import (
     load_benchmark,
     read_benchmark,
 )
-from maple_trl.data.benchmarks.options import FormError, read_letter, read_options, shuffled
+from maple_trl.data.benchmarks.options import FormError, bare_options, read_letter, read_options, shuffled
 from maple_trl.data.daily_omni import load_daily_omni
+from maple_trl.data.hint_leaks import split_options
 from maple_trl.data.synthetic import make_tone
 from maple_trl.omni.families.base import family_for
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.media.sampling import MediaLimits
 from maple_trl.omni.prompt import PromptBuilder
-from maple_trl.rewards import accuracy_reward
+from maple_trl.omni.templates import option_lines
+from maple_trl.rewards import accuracy_reward, answers
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -436,6 +438,52 @@ def test_check_lists_every_fault(tmp_path):
     ]
     assert found.records == 4 and len(found.dataset) == 1 and [item.cause for item in found.left_out] == ["missing"]
     assert "no file gone.mp4; TOMATO: unpack" in check("tomato", tmp_path, missing_media="error").faults[-1]
+
+
+def test_questions_with_one_id_are_numbered_until_a_name_is_free(tmp_path):
+    names = ["a", "a", "a-2", "a", "a-2"]
+    published(tmp_path, "videomme", *({"question_id": name} for name in names))
+    found = [name.removeprefix("videomme-") for name in load_benchmark("videomme", tmp_path)["id"]]
+    assert found == ["a", "a-2", "a-2-2", "a-3", "a-2-3"]
+
+
+def test_whole_numbers_of_a_column_with_an_empty_cell(tmp_path):
+    """Which pandas turns into floats."""
+    published(tmp_path, "tomato", {"id": 3.0, "answer": 1.0}, {"id": 4.5}, {"answer": 1.5})
+    found = check("tomato", tmp_path)
+    assert [(row["id"], row["solution"]) for row in found.dataset] == [("tomato-3", "B")]
+    assert "field 'id' must be a text or a whole number, but is 4.5" in found.faults[0]
+    assert "field 'answer' must be the number of an option from 0 to" in found.faults[1]
+
+
+SPELLINGS = [
+    *(("A. red", "B. blue"), ("A.red", "B.blue"), ("A: red", "B: blue"), ("A:red", "B:blue"), ("(A) red", "(B) blue")),
+    *(
+        ("(A)red", "(B)blue"),
+        ("A) red", "B) blue"),
+        ("a. red", "b. blue"),
+        (" A. red ", "B. blue "),
+        ("A、red", "B、blue"),
+    ),
+    *(
+        ("A．red", "B．blue"),
+        ("Ａ．red", "Ｂ．blue"),
+        ("（A）red", "（B）blue"),
+        ("A：red", "B：blue"),
+        ("(A). red", "(B). blue"),
+    ),
+    *(("red", "blue"), ("A red", "B blue"), ("A. red", "blue"), ("B. red", "A. blue"), ("A. red", "C. blue")),
+]
+
+
+@pytest.mark.parametrize("options", SPELLINGS, ids="|".join)
+def test_all_who_read_options_tell_letters_from_texts_alike(options):
+    """What rewards compare with is what the builder of QA+ replaces, what hints are checked with, and what prompts show."""
+    texts = list(answers.option_texts(options).values())
+    assert bare_options(options) == texts and read_options(list(options)) == [text.strip() for text in texts]
+    if texts == ["red", "blue"]:
+        shown = "\n".join(option_lines(bare_options(options)))
+        assert split_options(f"Which?\n{shown}")[1] == {"A": "red", "B": "blue"}
 
 
 def test_missing_clips_are_counted_kept_or_refused(tmp_path, caplog):

@@ -377,6 +377,11 @@ def test_ave(tmp_path):
     assert len(set(CATEGORIES)) == 28
 
 
+def test_a_list_of_ave_that_begins_with_a_byte_order_mark(tmp_path):
+    rows, _ = converted(tmp_path, "ave", f"\ufeff{LINES}", "trainSet.txt")
+    assert [row["clip"] for row in rows] == ["RUh", "3jS", "VWi"]
+
+
 def test_ave_intervals_are_scored(tmp_path):
     rows, summary = converted(tmp_path, "ave-intervals", LINES, "Annotations.txt", split="test")
     assert [(row["solution"], row["split"]) for row in rows] == [("0-10", "test"), ("7-9", "test")]

@@ -260,6 +260,16 @@ def test_options_are_read_from_the_prompt():
         assert split_options(text) == (text, {})
 
 
+@pytest.mark.parametrize(
+    "options", [["A. red", "B. blue"], ["(A)red", "(B)blue"], ["A、red", "B、blue"], ["red", "blue"]]
+)
+def test_options_with_their_letters_are_shown_once_and_leaks_found(options):
+    problem = Problem.from_row({"prompt": "Which car?", "options": options, "solution": "B"})
+    assert problem.question == "Which car?\nA. red\nB. blue"
+    assert leaks_answer("Look at the blue car.", problem.question, "B") == "option-text"
+    assert leaks_answer("Look at the car in front.", problem.question, "B") is None
+
+
 def test_numbers_in_words():
     assert words("Twenty one cats, one hundred and two dogs, three four, zero") == [
         *("21", "cats", "102", "dogs", "3", "4", "0")

@@ -435,6 +435,21 @@ def test_prompts_are_kept_but_for_their_options(form):
     assert said["prompt"][1]["content"] == f"<video>Which colour?\n{new}\nAnswer in brackets, say [A]. red"
 
 
+@pytest.mark.parametrize("head", ["{}. ", "({}) ", "{}.", "{}、", "（{}）"])
+@pytest.mark.parametrize("style", ["keep", "think"])
+def test_options_with_their_letters_lose_them(head, style):
+    """Else the option that is replaced would be the one that has no letter of its own, or the only one with a single letter."""
+    lettered = [head.format(letter) + text for letter, text in zip("ABC", ("red", "green", "blue"), strict=True)]
+    lines = "\n".join(lettered)
+    row = question("q", "VA", lettered, 0) | {"prompt": [{"role": "user", "content": f"Which colour?\n{lines}"}]}
+    made, _ = made_of([row], exact=0, superset=0, prompt_style=style)
+    (said,) = made
+    assert said["options"][0] in NONE_ANSWERS and said["options"][1:] == ["green", "blue"]
+    own = head if style == "keep" else "{}. "
+    new = "\n".join(own.format(letter) + text for letter, text in zip("ABC", said["options"], strict=True))
+    assert f"\n{new}" in said["prompt"][0]["content"]
+
+
 def test_prompts_in_another_style():
     row = question("q") | {"prompt": [{"role": "user", "content": "What is seen in q?"}]}
     with pytest.raises(QAPlusError, match="1 prompt without options"):

@@ -26,6 +26,7 @@ from maple_trl.omni import embedded
 from maple_trl.omni.errors import MediaError
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.prompt import PromptBuilder
+from maple_trl.rewards import accuracy_reward
 from maple_trl.train import load_datasets
 from maple_trl.trainers.common.rows import asked_rows
 
@@ -217,6 +218,37 @@ def test_csv_cells_are_texts_and_conversations_stand_as_json(tmp_path):
         "audio_in_video": None,
         "images": ["a.png", "b.png"],
     }
+
+
+def test_options_in_csv_are_lists_in_json_or_as_pandas_writes_them(tmp_path):
+    (tmp_path / "train.csv").write_text(
+        'prompt,options,solution\nOne,"[""red"", ""blue""]",A\nTwo,"[\'red\', \'it\'\'s\']",A\nThree,"[\'a\', \'b\']",B\n'
+        'Four,"[2, 3]",B\nFive,,12\n'
+    )
+    rows = read(tmp_path)["train"]
+    assert rows["options"][0] == ["red", "blue"] and rows["options"][2:] == [["a", "b"], ["2", "3"], None]
+    said = [f"<answer>{text}</answer>" for text in ("red", "x", "a", "3", "12")]
+    assert accuracy_reward(completions=said, solution=rows["solution"], options=rows["options"]) == [1, 0, 0, 1, 1]
+
+
+def test_missing_cells_that_pandas_wrote_as_nan_are_empty(tmp_path):
+    rows = [
+        {"prompt": "One", "solution": "A", "subtitle": "Hi", "options": ["a", "b"], "score": 0.5, "place": 3},
+        {
+            "prompt": "Two",
+            "solution": math.nan,
+            "subtitle": math.nan,
+            "options": math.nan,
+            "score": math.nan,
+            "place": math.nan,
+        },
+    ]
+    write_lines(tmp_path / "train.jsonl", rows)
+    assert "NaN" in (tmp_path / "train.jsonl").read_text()
+    first, second = read(tmp_path)["train"].to_list()
+    assert first == rows[0]
+    assert [second[name] for name in ("solution", "subtitle", "options", "place")] == [None] * 4
+    assert math.isnan(second["score"])  # a column of numbers holds it as it is
 
 
 CELLS = st.text(st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), max_size=8)

@@ -52,6 +52,15 @@ TASKS = {
 CAPTION = {tag: FRAME.format(task, f"Subtitles: {SPOKEN}\n\n" if "S" in tag else "") for tag, task in TASKS.items()}
 
 
+@pytest.mark.parametrize("template", ["think", "answer", "brackets", "maple-qa"])
+def test_more_options_than_letters_are_refused(template):
+    row = {"question": "Which?", "options": [f"class {number}" for number in range(27)]}
+    with pytest.raises(RowError, match="column 'options' holds 27 texts, and there are 26 letters"):
+        read_template(template).render(row, ModalityTag.V)
+    row["options"].pop()
+    assert "Z. class 25" in read_template(template).render(row, ModalityTag.V)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("clips")

@@ -108,10 +108,12 @@ class Record:
         return value.strip()
 
     def name(self, name: str) -> str:
-        """Read a text or number that names something, as text."""
+        """Read a text or whole number that names something, as text; a column with an empty cell holds its numbers as floats."""
         value = self.fields.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-            raise FieldError(name, f"must be a text or a number, but is {self._described(name)}")
+            raise FieldError(name, f"must be a text or a whole number, but is {self._described(name)}")
         return str(value).strip()
 
     def path(self, name: str) -> str:

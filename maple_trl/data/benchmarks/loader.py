@@ -128,7 +128,7 @@ class _Options:
     shuffle_seed: int | None
     pictures: Pictures
     collect: bool = False
-    seen: Counter = field(default_factory=Counter)
+    seen: dict[str, int] = field(default_factory=dict)
 
 
 def load_benchmark(
@@ -331,9 +331,7 @@ def _rows(
         left_out.append(LeftOut(f"{benchmark.name}-{number:05}", place, str(reason), "form"))
         return []
     name = f"{benchmark.name}-{f'{number:05}' if question.name is None else question.name}"
-    options.seen[name] += 1
-    if options.seen[name] > 1:  # names have to tell questions apart
-        name = f"{name}-{options.seen[name]}"
+    name = _free(name, options.seen)
     has = _signals(question)
     rows = []
     for tag in options.tags or (ModalityTag.from_modalities(benchmark.tag.modalities & has),):
@@ -418,6 +416,16 @@ def _located(root: Path, media: Sequence[Medium], options: _Options, needed: boo
     return paths
 
 
+def _free(name: str, seen: dict[str, int]) -> str:
+    """Return a name that no question before has; one may be called what another one becomes: a, a, a-2."""
+    own = name
+    while own in seen:
+        seen[name] += 1
+        own = f"{name}-{seen[name]}"
+    seen[own] = 1
+    return own
+
+
 def _subtitle(root: Path, paths: list[str]) -> str | None:
     """Return a subtitle file's path; of a plain text its content."""
     if not paths:
@@ -425,7 +433,7 @@ def _subtitle(root: Path, paths: list[str]) -> str | None:
     if not paths[0].lower().endswith(".txt"):
         return paths[0]
     try:
-        return (root / paths[0]).read_text(encoding="utf-8").strip() or None
+        return (root / paths[0]).read_text(encoding="utf-8-sig").strip() or None
     except FileNotFoundError:
         return paths[0]
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
@@ -16,7 +17,10 @@ class FormError(ValueError):
     """A value that is not in its published form; the message says what it is and what it must be."""
 
 
-_LETTERED = re.compile(r"\s*\(?([A-Z])(?:\)(?:[.:](?=\s))?|[.:])\s*(\S.*)", re.DOTALL)
+# As rewards tell the letter of an option from its text (`maple_trl.rewards.answers.option_texts`).
+_LETTERED = re.compile(
+    r"\s*(?:[(（]([A-Za-zＡ-Ｚａ-ｚ])[)）][.:．：。、]?|([A-Za-zＡ-Ｚａ-ｚ])[.):．。：、）])\s*(\S.*)", re.DOTALL
+)
 _ANSWER_TAG = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
@@ -47,14 +51,22 @@ def read_options(value: Any, at_least: int = 2) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise FormError(f"must have a text as option {letter}, but has {text!r}")
     texts = [text.strip() for text in value]
-    matches = [_LETTERED.fullmatch(text) for text in texts]
-    first = [match[1] if match else None for match in matches]
-    if first == list(ascii_uppercase[: len(texts)]):
-        return [match[2].strip() for match in matches]
+    told = bare_options(texts)
+    if told != texts:
+        return told
     bare = [text for text in texts if re.fullmatch(r"\(?[A-Z][.):]+", text)]
     if bare:
         raise FormError(f"must have a text behind the letter of each option, but has {bare[0]!r}")
     return texts
+
+
+def bare_options(texts: Sequence[str]) -> list[str]:
+    """Return options without their letters, where every one has its own, in order (`A. red`, `(A)red`, `A、红`); else as they are."""
+    found = [_LETTERED.fullmatch(text.strip()) for text in texts]
+    letters = [unicodedata.normalize("NFKC", match[1] or match[2]).upper() if match else None for match in found]
+    if len(texts) < 2 or letters != list(ascii_uppercase[: len(texts)]):
+        return list(texts)
+    return [match[3] for match in found if match]
 
 
 def read_letter(value: Any, options: Sequence[str]) -> str:
@@ -111,6 +123,8 @@ def read_option_index(value: Any, options: Sequence[str]) -> str:
     Raises:
         FormError: when there is no such option.
     """
+    if isinstance(value, float) and value.is_integer():  # of a column with an empty cell
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(options):
         raise FormError(f"must be the number of an option from 0 to {len(options) - 1}, but is {described(value)}")
     return ascii_uppercase[value]

@@ -65,7 +65,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         TableError: when it cannot be read.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for line in file:
                 cells = line.rstrip("\r\n").split("&")
                 if line.strip() and cells != list(FIELDS):

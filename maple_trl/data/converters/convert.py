@@ -421,7 +421,7 @@ class _Rows:
         if not path.lower().endswith(".txt"):
             return path, False
         try:
-            text = (self.root / path).read_text(encoding="utf-8").strip()
+            text = (self.root / path).read_text(encoding="utf-8-sig").strip()
             return (text if unread_subtitle(text, self.root) is None else f"{text}."), False
         except UnicodeDecodeError as error:
             raise FieldError("subtitle", f"names {self.root / path}, which is not UTF-8 text: {error}") from error

@@ -122,7 +122,8 @@ def card_html(desk: ReviewDesk, view: View, index: int, reviewer: str) -> str:
     original, row = desk.data.row(index), desk.row(index, reviewer)
     standing = desk.standing(index)
     own = standing.get(reviewer)
-    options = list(zip(ascii_uppercase, row.get("options") or [], strict=False))
+    given = row.get("options") or []
+    options = list(zip([*ascii_uppercase, *map(str, range(27, len(given) + 1))], given, strict=False))
     answer = str(row.get("answer") or "").strip()
     references = {name: row.get(f"reference{name and '_' + name}") for name in ("", "v", "a", "s")}
     facts = {
