@@ -433,6 +433,7 @@ def _run(
     """Run a job, whose folder is its own, as [`run`] says."""
     from maple_trl.jobs.console import describe_run, show_messages
     from maple_trl.trainers.common.checkpoint import ResumeError
+    from maple_trl.trainers.common.run_errors import RunStoppedError
 
     started = time.monotonic()
     checkpoint = checkpoint_to_resume(training_args)
@@ -441,6 +442,11 @@ def _run(
     trainer, test = build_trainer(script_args, training_args, model_args)
     if checkpoint is None:
         trainer.check_quarantine()
+    else:  # before anything is written, and before the evaluation
+        try:
+            trainer.check_checkpoint(checkpoint)
+        except ResumeError as error:
+            raise SetupError(str(error)) from error
     if replaces:
         _remove_results(trainer, keep=() if script_args.overwrite else (ZERO_SHOT_FILE,))
     if trainer.is_world_process_zero():
@@ -454,13 +460,20 @@ def _run(
     train_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.was_asked_to_end:
+            raise RunStoppedError(
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as the job was asked to end; its "
+                "checkpoint is written, the model is not; with resume_from_checkpoint: auto, the same command goes on from there"
+            )
         train_seconds = time.monotonic() - train_started + trainer.clock.before
         unpublished = _save(trainer)  # before anything else that may fail: hours of training are in it
     except ResumeError as error:
         raise SetupError(str(error)) from error
     finally:  # a run that is interrupted leaves what it had logged
         close_rewards(getattr(trainer, "reward_funcs", []))
-        if trainer.is_world_process_zero() and trainer.state.log_history:
+        # A run that could not go on from its checkpoint has no more than that one's part of a log that is there.
+        went_on = checkpoint is None or trainer.steps_made or not metrics_path.exists()
+        if trainer.is_world_process_zero() and trainer.state.log_history and went_on:
             write_metrics(_log_of(trainer), metrics_path)
     started -= trainer.clock.before  # the steps of former starts are among those of the run
     try:

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from requests.adapters import HTTPAdapter
 from requests.exceptions import ChunkedEncodingError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from trl.generation.vllm_client import VLLMClient
@@ -106,13 +107,17 @@ class ServedGeneration(OmniVLLMGeneration):
                 self._ask("POST", WEIGHTS, self.server_timeout, json={"version": None})  # former ones are no more
                 self._nccl.update_named_params(self._weight_metadata, weights)
             else:
-                write_weights(weights, self.folder)
+                self._write(weights)
                 body["folder"] = str(self.folder)
             self._proven = self._ask("POST", WEIGHTS, self.server_timeout, json=body)["sums"]
-        except OSError as error:
-            raise EngineError(f"The weights could not be written for the server: {error}") from error
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        try:
+            write_weights(weights, self.folder)
+        except (OSError, SafetensorError) as error:  # of a full disk, safetensors raises its own
+            raise EngineError(f"The weights could not be written for the server: {error}") from error
 
     def _sums(self) -> WeightSums | None:
         return self._proven if self.accelerator.is_main_process else None

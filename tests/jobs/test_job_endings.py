@@ -37,6 +37,7 @@ class Trained:
 
     family = None
     reward_funcs = ()
+    was_asked_to_end = False
 
     def __init__(self, args):
         self.args = args

@@ -78,9 +78,10 @@ extends: second.yaml
 dataset_filter: {tag: [A, AS, S]}
 max_steps: 2
 """
-# A reward that waits for its end in the call that HOLD_AT names, and notes how many models the process holds.
+# A reward that waits for its end in the call that HOLD_AT names, asks its own job to end in that of TERM_AT, and notes how many
+# models the process holds.
 HELD = """
-import gc, os, time, zlib
+import gc, os, signal, time, zlib
 from pathlib import Path
 from transformers import PreTrainedModel
 
@@ -99,6 +100,9 @@ def spread(completion_ids, **_):
     if os.environ.get("HOLD_AT") == str(calls):
         Path("held").touch()
         time.sleep(600)
+    if os.environ.get("TERM_AT") == str(calls):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3.5)  # that long is waited for what would follow
     return [zlib.crc32(str(list(ids)).encode()) % 101 / 101 for ids in completion_ids]
 """
 
@@ -200,6 +204,26 @@ def test_a_killed_run_ends_with_the_weights_of_a_whole_one(killed):
     metrics = [(folder / name / "out/second/metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     losses = [[entry["loss"] for entry in map(json.loads, lines) if "loss" in entry] for lines in metrics]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_stage_that_is_asked_to_end_is_not_done_and_goes_on(killed, job, capsys, monkeypatch):
+    words = ["train", "--config", "lora.yaml", "--enable_jit_checkpoint", "true"]
+    monkeypatch.setenv("TERM_AT", "3")
+    assert cli.main(words) == 1
+    told = capsys.readouterr()
+    assert "stopped after step 3 of 4, as the job was asked to end" in told.err and "Stage 3 of 3" not in told.out
+    assert [entry["done"] for entry in state(job)] == [True, False]
+    second = job / "out" / "second"
+    assert not (second / "adapter_model.safetensors").exists() and not (second / "summary.json").exists()
+    seen = json.loads((second / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in seen if "loss" in entry] == [1, 2, 3]
+    monkeypatch.delenv("TERM_AT")
+    sys.modules.pop("held")
+    assert cli.main(words) == 0
+    assert "Stage 2 of 3: second, going on from checkpoint-3" in capsys.readouterr().out
+    for stage in ("second", "third"):
+        ours, whole = (weights(folder, stage, "adapter_model.safetensors") for folder in (job, killed[0] / "whole"))
+        assert equal(ours, whole)
 
 
 def test_an_adapter_goes_from_stage_to_stage(killed):

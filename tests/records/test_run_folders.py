@@ -117,6 +117,15 @@ def test_a_run_that_goes_on_needs_no_word_and_removes_nothing(data, finished, tm
     assert (folder / "checkpoint-1").is_dir() and "overwrite: removed" not in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_go_on_changes_nothing(data, finished, tmp_path, capsys):
+    folder = copy_of(finished, tmp_path)
+    before = contents(folder)
+    words = ["--max_steps", 3, "--resume_from_checkpoint", folder / "checkpoint-1", "--num_generations", 4]
+    assert train(data, folder, *words) == 2
+    assert "num_generations" in last_line(capsys.readouterr().err)
+    assert contents(folder) == before and "args.json" in map(str, before)
+
+
 def test_a_run_that_has_nothing_left_to_do_says_so(data, finished, tmp_path, capsys):
     folder = copy_of(finished, tmp_path)
     assert train(data, folder, "--max_steps", 2, "--resume_from_checkpoint", "true") == 0

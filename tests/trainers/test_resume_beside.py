@@ -207,6 +207,9 @@ def test_a_job_that_is_asked_to_end_within_a_step_goes_on_as_a_whole_one(run, pa
     again = make(path, tmp_path, save_steps=100)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == STEPS and bool(differing(again, whole)) is not ours
+    if ours:
+        assert trainer.was_asked_to_end and not again.was_asked_to_end
+        assert logged(again) == logged(whole)
 
 
 @pytest.mark.parametrize(("option", "value"), [("seed", 7), ("shuffle_dataset", False)])

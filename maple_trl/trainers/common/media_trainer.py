@@ -117,7 +117,7 @@ class MediaTrainer(PublishingTrainer):
         """Do what the trainers have in common after the parent's constructor."""
         self._live_log = LiveLog()
         self.add_callback(self._live_log)
-        StopCheckpoint.instead_of_transformers(self)
+        self._stop_checkpoint = StopCheckpoint.instead_of_transformers(self)
         self._check_checkpointing()
         self._keep_savable()
         self.towers = self._make_tower_cache()
@@ -451,8 +451,21 @@ class MediaTrainer(PublishingTrainer):
             )
         return last
 
-    def _checked_checkpoint(self, wanted: str) -> str:
-        """Find the checkpoint that is meant, and check it; what one rank finds wrong with it is raised on all."""
+    @property
+    def was_asked_to_end(self) -> bool:
+        """Whether the last training ended before its last step because the job was sent SIGTERM (`enable_jit_checkpoint`)."""
+        return self._stop_checkpoint is not None and self._stop_checkpoint.ended
+
+    def check_checkpoint(self, wanted: str) -> str:
+        """
+        Find the checkpoint that is meant, and check that the run can go on from it; every rank must call this.
+
+        Returns:
+            `str`: its path.
+
+        Raises:
+            ResumeError: on all ranks, for what one of them finds wrong with it.
+        """
         error, checkpoint = None, ""
         try:
             checkpoint = find_checkpoint(wanted, self.args.output_dir)
@@ -462,6 +475,11 @@ class MediaTrainer(PublishingTrainer):
         problems = [text for text in gather_object([error and str(error)]) if text]
         if problems:
             raise error or ResumeError(problems[0])
+        return checkpoint
+
+    def _checked_checkpoint(self, wanted: str) -> str:
+        """Find the checkpoint that is meant, check it, and take from it which rows the run has had."""
+        checkpoint = self.check_checkpoint(wanted)
         if self.family is not None:
             self._restore_rows(checkpoint)
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
