@@ -155,9 +155,7 @@ class Page:
         """Return a line for each claim on which there is a verdict, those that hold first; `link` leads to the page."""
         told = [(self.verdict(claim), claim) for claim in self.claims]
         return [
-            f"- {verdict}: [{claim.says}]({link}#{claim.name}) ({claim.paper}; here {self.here(claim)})".replace(
-                " below", ""
-            )
+            f"- {verdict}: [{claim.says}]({link}#{claim.name}) ({claim.paper}; here {self.here(claim).replace(' below', '')})"
             for wanted in (HOLDS, DOES_NOT)
             for verdict, claim in told
             if verdict.startswith(f"**{wanted}**")

@@ -564,6 +564,13 @@ def test_readmes_table_shows_the_claims_that_it_is_to_show_as_the_page_does():
     assert shown == {name: page[name] for name in shown}
 
 
+def test_readme_has_the_words_of_each_claim_that_it_tells():
+    readme = (CLAIMS.parents[1] / "README.md").read_text()
+    register, told = read_register(), set(re.findall(r"\]\(docs/claims\.md#([a-z0-9-]+)\)", readme))
+    missing = [name for name in told & set(register.claims) if f"[{register.claims[name].says}](" not in readme]
+    assert len(told & set(register.claims)) > 50 and missing == []
+
+
 @pytest.mark.parametrize(
     "told, message",
     [
