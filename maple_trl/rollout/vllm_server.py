@@ -110,6 +110,8 @@ class ServedGeneration(OmniVLLMGeneration):
                 self._write(weights)
                 body["folder"] = str(self.folder)
             self._proven = self._ask("POST", WEIGHTS, self.server_timeout, json=body)["sums"]
+        except requests.RequestException as error:  # of TRL's client, over NCCL
+            raise EngineError(f"The weights did not reach the server: {error}") from error
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
