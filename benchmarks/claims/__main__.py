@@ -171,7 +171,7 @@ def _looks(told: argparse.Namespace, runner: Runner, evidence: Evidence, claims:
 
 
 def _show_quick(evidence: Evidence, claims: Sequence[Claim]) -> None:
-    from page import shown_effect
+    from wording import shown_effect
 
     for claim in claims:
         _, found = evidence.claim(claim, QUICK_SEEDS)

@@ -123,7 +123,7 @@ class Evidence:
             if not finding.wants_more:
                 break
         if finding.estimate is not None and (told := self.not_comparable(measure, found[: finding.estimate.seeds])):
-            return replace(finding, verdict=CANT_TELL, small=False, reason=told, wants_more=False, withheld=True)
+            return replace(finding, verdict=CANT_TELL, nuance="", reason=told, wants_more=False, withheld=True)
         return finding
 
     def not_comparable(self, measure: Measure, seeds: Sequence[int]) -> str:

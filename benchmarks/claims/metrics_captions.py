@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
+from metrics_maple import disparity
 
 from maple_trl.metrics.accuracy import fusion_gain
-from maple_trl.metrics.gaps import tag_disparity
 from maple_trl.modalities import ModalityTag
 
 
@@ -33,9 +32,7 @@ def caption_fusion_gain(result: Result) -> float:
 
 def caption_disparity(result: Result) -> float:
     """Return the mean difference between the judge's scores of two tags (MAPLE, Fig. 5)."""
-    accuracy = result["after"]["required"]["accuracy"]
-    disparity = tag_disparity({tag.value: accuracy[tag.value] for tag in ModalityTag})
-    return float(disparity[np.triu_indices(len(ModalityTag), 1)].mean())
+    return disparity(result, "required")
 
 
 METRICS: dict[str, Callable[..., float]] = {

@@ -16,17 +16,28 @@ from defaults import BETTER, RULE, judge_alternative, read_defaults, settings_be
 from evidence import QUIET, Evidence, digest, forgotten
 from instruments import INSTRUMENTS
 from metrics import MissingValueError
+from papers import read_figures
 from plots import drawn_curves, forest
 from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
 from register import Claim, Measure, Register, RegisterError, load
 from simulate import STATED, Setting, measured_setting
-from verdicts import CANT_TELL, DOES_NOT, HOLDS, ClaimVerdict, Finding, no_effect
+from verdicts import CANT_TELL, DOES_NOT, EXCLUDED, HOLDS, ClaimVerdict, Finding
+from wording import (
+    NOT_MEASURED,
+    expected,
+    lacks_runs,
+    looks_for_an_effect,
+    shown_interval,
+    shown_number,
+    told_nuance,
+    where_it_lies,
+)
 
 from maple_trl.files import write_atomically
 from maple_trl.messages import did_you_mean
 
 
-NOT_MEASURED, IN_PART, NOT_RUN = "not measured", "measured in part", "not run"
+IN_PART, NOT_RUN = "measured in part", "not run"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 NO_CLAIM = "No claim is registered."
 COMMAND = "python benchmarks/claims"
@@ -48,6 +59,8 @@ class Page:
         self.evidence, self.register, self.docs = evidence, evidence.register, docs
         self.claims = list(self.register.claims.values())
         self.found = {claim.name: evidence.claim(claim) for claim in self.claims}
+        self.figures = read_figures(self.register) if self.register.is_ours else {}
+        """What papers report, by claim and measure."""
         self.plots = dict(self._plotted())
         """By name, as SVG."""
         self._registered = registered_at(self.register, self.claims)
@@ -56,7 +69,11 @@ class Page:
     def _plotted(self) -> Iterator[tuple[str, str]]:
         for claim in self.claims:
             found = self.found[claim.name][1]
-            shown = [(one, found[one.name]) for one in claim.measures if found[one.name].estimate is not None]
+            shown = [
+                (one, found[one.name], self.figure(claim, one))
+                for one in claim.measures
+                if found[one.name].estimate is not None
+            ]
             if shown:
                 yield claim.name, forest(shown)
                 if curves := drawn_curves(self.evidence, claim):
@@ -80,26 +97,24 @@ class Page:
             told += " (a second look is due)" * (told == CANT_TELL and any(each.wants_more for _, each in deciding))
         else:
             told = f"**{decided.verdict}**"
-        if decided.verdict == HOLDS and any(one_found.small for _, one_found in deciding):
-            told += ", smaller than would matter"
-        against_it = [each for each in deciding if each[1].verdict == DOES_NOT]
-        if against_it and all(map(falls_short, against_it)):
-            told += f" (by {' or '.join(dict.fromkeys(f'{one.least:g}' for one, _ in against_it))})"
+        nuances = [told_nuance(*each) for each in deciding if each[1].verdict == decided.verdict]
+        if nuances := list(dict.fromkeys(filter(None, nuances))):
+            told += f" ({'; '.join(nuances)})"
         if decided.failed:
             told += f"; **CONTROL FAILS: {', '.join(decided.failed)}**"
-        if decided.verdict != CANT_TELL:
-            controls = [found[one.name] for one in claim.measures if one.role == "control"]
-            unclear = sum(not lacks_runs(found[name]) for name in decided.open)
-            told += f"; {unclear} of {len(controls)} controls can't tell" * (unclear > 0) + "; no control" * (
-                not controls
-            )
-        return told
+        controls = [one for one in claim.measures if one.role == "control"]
+        unclear = [claim.measure(name) for name in decided.open if not lacks_runs(found[name])]
+        told += f"; {len(unclear)} of {len(controls)} controls can't tell" if unclear else ""
+        contrary = [f"{one.name} is {told_nuance(one, found[one.name])}" for one in unclear if found[one.name].nuance]
+        told += f": {', '.join(contrary)}" if contrary else ""
+        return told + "; no control" * (not controls and decided.verdict != CANT_TELL)
 
-    def here(self, claim: Claim) -> str:
-        """Return what was measured of a claim, in a row."""
+    def here(self, claim: Claim, more: str = "more below") -> str:
+        """Return what was measured of a claim, in a row; `more` is said of how many measures it does not show."""
         found = self.found[claim.name][1]
         deciding = [one for one in claim.measures if one.role == "claim" and found[one.name].estimate]
-        deciding.sort(key=lambda one: found[one.name].verdict != self.found[claim.name][0].verdict)
+        decided = self.found[claim.name][0].verdict
+        deciding.sort(key=lambda one: (found[one.name].verdict != decided, one.expects == "equal"))
         told = [
             f"{one.name}: " * (len(deciding) > 1)
             + shown_interval(found[one.name], one)
@@ -108,9 +123,9 @@ class Page:
         ]
         if not told:
             return "–"
-        more = len(deciding) - SHOWN
+        left = len(deciding) - SHOWN
         waiting = sum(lacks_runs(found[one.name]) for one in claim.measures if one.role == "claim")
-        return "; ".join(told + [f"{more} more below"] * (more > 0) + [f"{waiting} {NOT_MEASURED}"] * (waiting > 0))
+        return "; ".join(told + [f"{left} {more}"] * (left > 0) + [f"{waiting} {NOT_MEASURED}"] * (waiting > 0))
 
     def seeds(self, claim: Claim) -> str:
         """Return how many seeds stand behind a claim's measures."""
@@ -147,7 +162,7 @@ class Page:
         rows = []
         for name in read_headlines(self.register):
             claim = self.register.claims[name]
-            told = [f"{claim.paper}: {claim.figure}", self.here(claim).replace(" below", ""), self.verdict(claim)]
+            told = [f"{claim.paper}: {claim.figure}", self.here(claim, "more"), self.verdict(claim)]
             rows.append(_row([f"[{claim.says}]({link}#{name}) ({self.tasks(claim)})", *told]))
         return [_row(head), _row(["---"] * len(head)), *rows]
 
@@ -155,7 +170,7 @@ class Page:
         """Return a line for each claim on which there is a verdict, those that hold first; `link` leads to the page."""
         told = [(self.verdict(claim), claim) for claim in self.claims]
         return [
-            f"- {verdict}: [{claim.says}]({link}#{claim.name}) ({claim.paper}; here {self.here(claim).replace(' below', '')})"
+            f"- {verdict}: [{claim.says}]({link}#{claim.name}) ({claim.paper}; here {self.here(claim, 'more')})"
             for wanted in (HOLDS, DOES_NOT)
             for verdict, claim in told
             if verdict.startswith(f"**{wanted}**")
@@ -182,7 +197,7 @@ class Page:
             *self.warnings(),
             *self.table(),
             "",
-            f"{self.counts()}",
+            *self.counts(),
             "",
             "## How it is decided",
             "",
@@ -193,20 +208,23 @@ class Page:
             f"rules find effects that are there, or not there, with `{COMMAND} simulate`: where runs differ by {usual.seeds:g} from "
             f"seed to seed, and two variants by {usual.questions:g} from question to question, a measure finds a difference of "
             f"{usual.effect:g} in accuracy in at least {STATED['planted']:.0%} of cases, and one where there is none in at most "
-            f"{STATED['null']:.0%}.{self.measured_deviations()} A claim holds by all of its measures and does not by one: of many claims, "
+            f"{STATED['null']:.0%}.{self.measured_deviations()}{self.reaches()} A claim holds by all of its measures and does not by one: of many claims, "
             f"some do not by chance. On a machine with a GPU, `{COMMAND} run gpu --workers 1` "
             "carries out the claims that need one.",
             "",
-            f"- **Interval.** {self.register.rules.interval}",
+            f"- **Interval.** {self.register.rules.interval}{self.blurred()}",
             f"- **Decision.** {self.register.rules.decision}",
             f"- **Stopping.** {self.register.rules.stopping}",
-            "- **Verdicts on claims.** `does not (by 0.03)` says that an effect of 0.03 is excluded, and nothing of a smaller one. "
+            "- **Verdicts on claims.** `no effect of 0.03` says that one of this size is excluded, and nothing of a smaller one; `the other way "
+            "round`, that there is one, of the other sign. What is expected to be equal, or no worse, also holds where it is apart, or "
+            "below (above), `by less than` what would matter; the row says so. "
             f"`{IN_PART}`: a measure that decides still lacks runs. `no control`: nothing rules out that the effect is something "
             "else than what is claimed.",
             "- **Seconds.** Those of whole runs are judged only where every run had a core to itself (at most "
             f"{QUIET:g} wall seconds to a CPU second) and both of a pair are of the same code; they count the training process and "
             "not those that decode media. Step times are taken in turns within one process.",
-            "- **Plots.** Filled points decide, hollow ones are controls or parts; grey ticks are the smallest effects that would matter. "
+            "- **Plots.** Filled points decide, hollow ones are controls or parts, or are not judged; grey ticks are the smallest effects that would "
+            "matter, crosses what the paper reports. "
             "Bands of curves are 95 % intervals of each mean by itself; measures compare by seed, so that bands which overlap "
             "say nothing of them.",
         )
@@ -237,6 +255,27 @@ class Page:
             f" The accuracies on this page differ by {measured.seeds:.3f} and {measured.questions:.3f}; the command tells how "
             "often an effect is found then."
         )
+
+    def blurred(self) -> str:
+        """Return of how many measures the questions leave a larger error than is asked for; nothing where of none."""
+        findings = [one for claim in self.claims for one in self.found[claim.name][1].values() if one.estimate]
+        blurred = sum(one.blurred for one in findings)
+        told = (
+            f" In {blurred} of {len(findings)} measures the questions leave a larger error than the register asks for "
+        )
+        return told + "(**too large** in their rows); their intervals have it, and are wide by it." if blurred else ""
+
+    def reaches(self) -> str:
+        """Return how far intervals of differences in accuracy reach, by task; nothing where there are none."""
+        by_task: dict[str, list[float]] = {}
+        for claim in self.claims:
+            for one in claim.measures:
+                estimate = self.found[claim.name][1][one.name].estimate
+                if estimate and one.effect == "difference" and one.metric.text.endswith(".accuracy.all"):
+                    reach = (estimate.high - estimate.low) / 2
+                    by_task.setdefault(self.register.variants[one.of].task, []).append(reach)
+        told = ", ".join(f"{statistics.median(own):.3f} on `{task}`" for task, own in sorted(by_task.items()))
+        return f" Half an interval of a difference in accuracy is, in the median, {told}." if told else ""
 
     def defaults(self) -> Iterator[str]:
         """Yield which defaults of the configs the results bear on, and what they say of other values."""
@@ -270,14 +309,48 @@ class Page:
                     ]
                 )
 
-    def counts(self) -> str:
-        """Return how many claims have which verdict."""
-        told = [self.verdict(claim) for claim in self.claims]
-        plain = [re.split(r"[,;(]", one.replace("*", ""))[0].strip() for one in told]
+    def counts(self) -> list[str]:
+        """Return how many claims have which verdict, and what these rest on."""
+        plain = [re.split(r"[,;(]", self.verdict(claim).replace("*", ""))[0].strip() for claim in self.claims]
         order = (HOLDS, DOES_NOT, CANT_TELL, IN_PART, NOT_MEASURED, NOT_RUN)
-        failing = sum("CONTROL FAILS" in one for one in told)
+        failing = sum(bool(self.found[claim.name][0].failed) for claim in self.claims)
         counted = ", ".join(f"{one}: {plain.count(one)}" for one in order if one in plain)
-        return f"Of {len(self.claims)} claims: {counted or 'none'}. Claims with a control that fails: {failing}."
+        told = [f"Of {len(self.claims)} claims: {counted or 'none'}. Claims with a control that fails: {failing}."]
+        holding = [claim for claim, verdict in zip(self.claims, plain, strict=True) if verdict == HOLDS]
+        if holding:
+            failed = sum(bool(self.found[claim.name][0].failed) for claim in holding)
+            bare = sum(all(one.role != "control" for one in claim.measures) for claim in holding)
+            harmless = sum(not looks_for_an_effect(claim) for claim in holding)
+            told.append(
+                f"- Of those that hold, {failed} have a control that fails and {bare} have none; {harmless} say that nothing "
+                "is lost, or differs, which a change without any effect would pass too."
+            )
+        refused = [claim for claim, verdict in zip(self.claims, plain, strict=True) if verdict == DOES_NOT]
+        short = [claim for claim in refused if self._only_excludes(claim)]
+        if refused:
+            within = sum(any(self._holds_the_papers(claim, one) for one in claim.measures) for claim in short)
+            told.append(
+                f"- Of those that do not, {len(refused) - len(short)} are contradicted: an effect is the other way round, or "
+                f"worse by as much as would matter. {len(short)} only lack an effect of the size that was asked for, which says "
+                f"nothing of a smaller one; of these, the interval of {within} holds the paper's own figure."
+            )
+        return told
+
+    def _only_excludes(self, claim: Claim) -> bool:
+        """Tell whether all measures by which a claim does not hold exclude an effect of some size, and not that there is one."""
+        found = self.found[claim.name][1]
+        against_it = [found[one.name] for one in claim.measures if one.role == "claim"]
+        return all(one.nuance == EXCLUDED for one in against_it if one.verdict == DOES_NOT)
+
+    def _holds_the_papers(self, claim: Claim, measure: Measure) -> bool:
+        """Tell whether the interval of a measure that does not hold has what the paper reports of it."""
+        found, figure = self.found[claim.name][1][measure.name], self.figure(claim, measure)
+        lacks = found.verdict == DOES_NOT and measure.role == "claim" and found.estimate is not None
+        return lacks and figure is not None and found.estimate.low <= figure <= found.estimate.high
+
+    def figure(self, claim: Claim, measure: Measure) -> float | None:
+        """Return what the paper reports of a measure, where that is a number of the same kind."""
+        return self.figures.get(claim.name, {}).get(measure.name)
 
     def warnings(self) -> list[str]:
         """Return what makes results less than registered evidence."""
@@ -369,7 +442,7 @@ class Page:
             f"- Task: {self.tasks(claim)}",
             f"- Command: `{COMMAND} run {claim.name}`",
         )
-        yield from self.loud(decided, found)
+        yield from self.loud(claim, decided, found)
         yield from self.parts(claim, found)
         if claim.measures:
             head = [
@@ -379,13 +452,14 @@ class Page:
                 "Against",
                 "Expected",
                 "Effect",
+                "Paper",
                 "Seeds",
                 "Error of evaluation",
                 "Verdict",
             ]
             yield from ("", _row(head), _row(["---"] * len(head)))
             for measure in claim.measures:
-                yield self.measure_row(measure, found[measure.name])
+                yield self.measure_row(claim, measure, found[measure.name])
         for name, what in (
             (claim.name, "Effects with their intervals"),
             (f"{claim.name}-curves", "Learning curves, means over seeds with their 95 % intervals"),
@@ -394,15 +468,20 @@ class Page:
                 yield from ("", f"![{what}](claims/{name}.svg)")
         yield from self.rests_on(claim)
 
-    def loud(self, decided: ClaimVerdict, found: Mapping[str, Finding]) -> list[str]:
+    def loud(self, claim: Claim, decided: ClaimVerdict, found: Mapping[str, Finding]) -> list[str]:
         """Return what controls say, where they do not hold."""
+        doubt = ": the effect may be something else than what is claimed" * (decided.verdict != DOES_NOT)
         told = [
-            f"- **The control {name} fails"
-            + (".**" if decided.verdict == DOES_NOT else ": the effect may be something else than what is claimed.**")
+            f"- **The control {name} fails{doubt}**: {shown_interval(found[name], claim.measure(name))}, expected "
+            f"{expected(claim.measure(name))}."
             for name in decided.failed
         ]
         waiting = [name for name in decided.open if lacks_runs(found[name])]
-        unclear = [name for name in decided.open if name not in waiting]
+        unclear = [
+            name + f" ({shown_interval(found[name], claim.measure(name))})" * (found[name].estimate is not None)
+            for name in decided.open
+            if name not in waiting
+        ]
         told += [f"- Controls that can't tell: {', '.join(unclear)}."] if unclear else []
         return told + ([f"- Controls that are not measured: {', '.join(waiting)}."] if waiting else [])
 
@@ -412,20 +491,15 @@ class Page:
             if one.role == "part" and found[one.name].verdict == HOLDS:
                 yield f"- Of the effect, the part {one.name} has alone: {shown_interval(found[one.name], one)}."
 
-    def measure_row(self, measure: Measure, found: Finding) -> str:
+    def measure_row(self, claim: Claim, measure: Measure, found: Finding) -> str:
         """Return a measure's row."""
-        none = f"{no_effect(measure.effect):g}"
-        expected = f"{measure.expects} {none}, by {measure.least:g}"
-        if measure.expects == "equal":
-            expected = f"{none} ± {measure.least:g}"
-        elif measure.expects in ("not below", "not above"):
-            expected += " or more"
         parts = [path.split(".")[0] for path in measure.metric.paths]
         asks = any(getattr(INSTRUMENTS.get(part), "ASKS", False) for part in parts)
         evaluation = "not counted" if asks and found.estimate else "–"
         if found.estimate and not math.isnan(found.estimate.evaluation):
             evaluation = f"{found.estimate.evaluation:.2g}" + (" (**too large**)" if found.blurred else "")
-        verdict = found.verdict + (", smaller than would matter" if found.small else "")
+        verdict = ", ".join(filter(None, (found.verdict, told_nuance(measure, found))))
+        figure = self.figure(claim, measure)
         if found.reason:
             verdict += f" ({found.reason})"
         if found.censored:
@@ -436,8 +510,9 @@ class Page:
                 f"`{measure.metric.text}`",
                 self.side(measure, measure.of, found),
                 self.side(measure, measure.against, found),
-                f"{measure.effect} {expected}",
+                f"{measure.effect} {expected(measure)}",
                 shown_interval(found, measure) if found.estimate else "–",
+                "–" if figure is None else shown_number(figure, measure) + where_it_lies(figure, found),
                 str(found.estimate.seeds) if found.estimate else "–",
                 evaluation,
                 found.reason if lacks_runs(found) else verdict,
@@ -461,7 +536,9 @@ class Page:
         runs = self.runs(claim)
         if not runs:
             return
-        yield from ("", f"<details><summary>{len(runs)} runs</summary>", "")
+        codes = len({self.evidence.read(*run).get("source") for run in runs})
+        told = f"{len(runs)} runs" + f", by {codes} states of this package's code" * (codes > 1)
+        yield from ("", f"<details><summary>{told}</summary>", "")
         for name in dict.fromkeys(name for name, _ in runs):
             variant = self.register.variants[name]
             files = [
@@ -525,39 +602,6 @@ def _link(file: Path, docs: Path) -> str:
     return Path(os.path.relpath(file, docs.resolve())).as_posix()
 
 
-def lacks_runs(found: Finding) -> bool:
-    """Tell whether a measure has no value because its first look lacks runs."""
-    return found.estimate is None and found.reason.startswith(NOT_MEASURED)
-
-
-def falls_short(each: tuple[Measure, Finding]) -> bool:
-    """Tell whether a measure's interval excludes the smallest effect that would matter, and not that there is one at all."""
-    measure, found = each
-    if measure.expects not in ("above", "below") or found.estimate is None:
-        return False
-    none = no_effect(measure.effect)
-    return found.estimate.high >= none if measure.expects == "above" else found.estimate.low <= none
-
-
-def shown_interval(found: Finding, measure: Measure) -> str:
-    """Return an effect with its interval."""
-    estimate = found.estimate
-    if estimate is None:
-        return NOT_MEASURED
-    sign = "" if measure.effect == "ratio" else "+"
-    numbers = (estimate.value, estimate.low, estimate.high)
-    small = measure.effect != "ratio" and max(map(abs, numbers)) < 0.1
-    value, low, high = (
-        f"{one:{sign}.{4 if small else 3}{'f' if max(map(abs, numbers)) < 1000 else 'g'}}" for one in numbers
-    )
-    return f"{'× ' if measure.effect == 'ratio' else ''}{value} [{low}, {high}]"
-
-
-def shown_effect(found: Finding, measure: Measure) -> str:
-    """Return an effect, or why there is none, in a line on the screen."""
-    return shown_interval(found, measure) if found.estimate else f"no value: {found.reason}"
-
-
 # Files
 
 
@@ -578,7 +622,7 @@ def write_report(evidence: Evidence, docs: Path, readme: Path) -> list[Path]:
     if BEGIN in text and END in text.partition(BEGIN)[2]:
         before, _, rest = text.partition(BEGIN)
         link = _link(docs.resolve() / "claims.md", readme.resolve().parent)
-        told, decided = page.counts() if page.claims else NO_CLAIM, "\n".join(page.decided(link))
+        told, decided = "\n".join(page.counts()) if page.claims else NO_CLAIM, "\n".join(page.decided(link))
         if headlines := "\n".join(page.headlines(link)):
             told = f"{headlines}\n\n{told}"
         if decided:  # by `markdown` the site reads it as the list that it is elsewhere anyhow

@@ -19,7 +19,11 @@ GREY, BLUE, ORANGE = "#7d7d7d", "#3f83c9", "#c97a2b"
 """Legible on white and on black."""
 
 
-def forest(shown: Sequence[tuple[Measure, Finding]]) -> str:
+Shown = tuple[Measure, Finding, float | None]
+"""A measure, what is found of it, and what the paper reports of it."""
+
+
+def forest(shown: Sequence[Shown]) -> str:
     """Return a plot of effects with their intervals, as SVG; equal input gives equal bytes."""
     return as_svg(plotted, shown)
 
@@ -35,12 +39,12 @@ def as_svg(draw: Callable[..., Any], *of: Any) -> str:
     return stream.getvalue()
 
 
-def plotted(shown: Sequence[tuple[Measure, Finding]]) -> Any:
+def plotted(shown: Sequence[Shown]) -> Any:
     """Draw effects with their intervals: differences, then ratios."""
     from matplotlib.figure import Figure
 
-    kinds = [kind for kind in EFFECTS if any(one.effect == kind for one, _ in shown)]
-    panels = [[(one, found) for one, found in shown if one.effect == kind] for kind in kinds]
+    kinds = [kind for kind in EFFECTS if any(each[0].effect == kind for each in shown)]
+    panels = [[each for each in shown if each[0].effect == kind] for kind in kinds]
     heights = [0.9 + 0.3 * len(panel) for panel in panels]
     figure = Figure(figsize=(7, sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -49,30 +53,37 @@ def plotted(shown: Sequence[tuple[Measure, Finding]]) -> Any:
     return figure
 
 
-def _draw(axis: Any, kind: str, panel: Sequence[tuple[Measure, Finding]]) -> None:
+def _draw(axis: Any, kind: str, panel: Sequence[Shown]) -> None:
     none = no_effect(kind)
     axis.axvline(none, color=GREY, linewidth=1)
-    for place, (measure, found) in enumerate(panel):
+    for place, (measure, found, figure) in enumerate(panel):
         estimate = found.estimate
         assert estimate is not None
-        control = measure.role != "claim"
-        color = ORANGE if control else BLUE
+        color = BLUE if measure.role == "claim" else ORANGE
+        fill = color if measure.role == "claim" and not found.withheld else "none"
         axis.plot([estimate.low, estimate.high], [place, place], color=color, linewidth=1.5)
-        axis.plot(estimate.value, place, "o", color=color, markerfacecolor="none" if control else color, markersize=5)
+        axis.plot(estimate.value, place, "o", color=color, markerfacecolor=fill, markersize=5)
+        if figure is not None:
+            axis.plot(figure, place, "x", color=GREY, markersize=6)
         signs = {"above": (1,), "not above": (1,), "below": (-1,), "not below": (-1,), "equal": (-1, 1)}[
             measure.expects
         ]
         for sign in signs:
             axis.plot(none + sign * measure.least, place, "|", color=GREY, markersize=12)
-    names = [one.name if one.role == "claim" else f"{one.name} ({one.role})" for one, _ in panel]
+    names = [
+        one.name + f" ({one.role})" * (one.role != "claim") + " (not judged)" * found.withheld
+        for one, found, _ in panel
+    ]
     axis.set_yticks(range(len(panel)), names)
     axis.set_ylim(len(panel) - 0.5, -0.5)
     if kind == "ratio":
-        lows = [found.estimate.low for _, found in panel if found.estimate]
-        highs = [found.estimate.high for _, found in panel if found.estimate]
+        lows = [found.estimate.low for _, found, _ in panel if found.estimate]
+        highs = [found.estimate.high for _, found, _ in panel if found.estimate]
         if max(highs) / max(min(lows), 1e-12) > 20:
             axis.set_xscale("log")
-    axis.set_xlabel(f"{kind}, with its interval\ngrey ticks: the smallest effect that would matter", color=GREY)
+    told = f"{kind}, with its interval\ngrey ticks: the smallest effect that would matter"
+    told += "; crosses: the paper's" * any(figure is not None for _, _, figure in panel)
+    axis.set_xlabel(told, color=GREY)
     _bare(axis)
 
 

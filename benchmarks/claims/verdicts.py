@@ -13,6 +13,8 @@ from scipy.special import stdtrit
 
 
 HOLDS, DOES_NOT, CANT_TELL = "holds", "does not", "can't tell"
+SMALLER, REVERSED, EXCLUDED, CONTRARY = "smaller", "reversed", "excluded", "contrary"
+"""What an interval says beside the verdict on it; see [`nuance`]."""
 
 
 class Asked(Protocol):
@@ -165,7 +167,7 @@ class Finding:
 
     Attributes:
         estimate: `None` where there are too few runs, or no value.
-        small: whether it holds, and is all the same smaller than what would matter.
+        nuance: what its interval says beside the verdict; see [`nuance`].
         reason: why it can't tell, where that is not its interval's width.
         wants_more: whether seeds of the next look would be run.
         censored: runs of which only a bound is known.
@@ -175,7 +177,7 @@ class Finding:
 
     verdict: str
     estimate: Estimate | None = None
-    small: bool = False
+    nuance: str = ""
     reason: str = ""
     wants_more: bool = False
     censored: int = 0
@@ -188,24 +190,41 @@ def no_effect(effect: str) -> float:
     return 1.0 if effect == "ratio" else 0.0
 
 
-def decide(found: Estimate, asked: Asked) -> tuple[str, bool]:
-    """Return the verdict on an interval, and whether what holds is smaller than what would matter."""
+def decide(found: Estimate, asked: Asked) -> str:
+    """Return the verdict on an interval."""
     none = no_effect(asked.effect)
     low, high = none - asked.least, none + asked.least
     if asked.expects == "equal":
-        inside, beyond = low < found.low and found.high < high, found.high < low or found.low > high
-        return (HOLDS if inside else DOES_NOT if beyond else CANT_TELL), False
-    if asked.expects in ("not below", "not above"):  # no worse, by as much as would matter; better is as good
-        if asked.expects == "not below":
-            holds, beyond = low < found.low, found.high < low
-        else:
-            holds, beyond = found.high < high, high < found.low
-        return (HOLDS if holds else DOES_NOT if beyond else CANT_TELL), False
-    if asked.expects == "above":
-        holds, short = found.low > none, found.high < high
+        holds, does_not = low < found.low and found.high < high, found.high < low or found.low > high
+    elif asked.expects == "not below":  # no worse, by as much as would matter; better is as good
+        holds, does_not = low < found.low, found.high < low
+    elif asked.expects == "not above":
+        holds, does_not = found.high < high, high < found.low
+    elif asked.expects == "above":
+        holds, does_not = found.low > none, found.high < high
     else:
-        holds, short = found.high < none, found.low > low
-    return (HOLDS if holds else DOES_NOT if short else CANT_TELL), holds and short
+        holds, does_not = found.high < none, found.low > low
+    return HOLDS if holds else DOES_NOT if does_not else CANT_TELL
+
+
+def nuance(found: Estimate, asked: Asked, verdict: str) -> str:
+    """
+    Return what an interval says beside the verdict on it; nothing of most.
+
+    Returns:
+        `SMALLER`: what holds is smaller than what would matter. `REVERSED`: there is an effect, the other way round than
+        expected. `EXCLUDED`: there is none of the size that would matter, and perhaps a smaller one. `CONTRARY`: what is
+        expected to be equal, or no worse, is not, by less than what would matter or by nobody knows how much.
+    """
+    none = no_effect(asked.effect)
+    below, above = found.high < none, found.low > none
+    if asked.expects in ("above", "below"):
+        if verdict == DOES_NOT:
+            return REVERSED if below or above else EXCLUDED
+        farthest = found.high - none if asked.expects == "above" else none - found.low
+        return SMALLER if verdict == HOLDS and farthest < asked.least else ""
+    contrary = {"not below": below, "not above": above, "equal": below or above}[asked.expects]
+    return CONTRARY if contrary and verdict != DOES_NOT else ""
 
 
 def judge(of: Sample, against: Sample, asked: Asked, rules: Looks) -> Finding:
@@ -232,15 +251,15 @@ def judge_once(of: Sample, against: Sample, asked: Asked, rules: Looks, more: bo
         found = estimate(of, against, asked.effect, rules.level)
     except UndefinedEffectError as error:
         return Finding(CANT_TELL, reason=str(error), censored=censored)
-    verdict, small = decide(found, asked)
+    verdict = decide(found, asked)
     blurred = found.evaluation > rules.evaluation * asked.least
     barred = {(HOLDS, "above"): {"upper"}, (DOES_NOT, "above"): {"lower"}}
     barred |= {(HOLDS, "below"): {"lower"}, (DOES_NOT, "below"): {"upper"}}
     against_it = bounds & (barred.get((verdict, asked.expects), {"upper", "lower"}) | {"unknown"})
     if verdict != CANT_TELL and against_it:
         reason = f"{censored} of {2 * len(of.value)} runs never got there, and the bounds they give do not decide it"
-        return Finding(CANT_TELL, found, False, reason, more, censored, blurred)
-    return Finding(verdict, found, small, "", more and verdict == CANT_TELL, censored, blurred)
+        return Finding(CANT_TELL, found, "", reason, more, censored, blurred)
+    return Finding(verdict, found, nuance(found, asked, verdict), "", more and verdict == CANT_TELL, censored, blurred)
 
 
 def _bounds(of: Sample, against: Sample) -> set[str]:

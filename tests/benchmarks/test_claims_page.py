@@ -18,6 +18,7 @@ from claim_sets import CLAIMS, known_tasks, write_register, write_results
 from evidence import Evidence, Wanted, digest, forget_other_code, forgotten, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
 from page import BEGIN, DIGEST, Page, read_headlines
+from papers import read_figures
 from register import IS_THERE, RegisterError, read_register
 from runs import source
 from scores import decoded_scores, encoded_scores, rounded, whole
@@ -79,9 +80,12 @@ def test_a_report_tells_what_was_found(evidence, tmp_path):
     assert "Of 2 claims: holds: 2. Claims with a control that fails: 1." in page
     assert "`python benchmarks/claims run gpu --workers 1`" in page and not re.search(r"\{[A-Z]", page)
     cells = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines()}
-    errors = [cells[f"| {name}"][7] for name in ("completions", "seconds (control)")]
-    assert errors == ["not counted", "–"] and float(cells["| accuracy"][7].split()[0]) > 0
-    assert "**The control seconds fails" in page and "2 runs never got there" in page
+    errors = [cells[f"| {name}"][8] for name in ("completions", "seconds (control)")]
+    assert errors == ["not counted", "–"] and float(cells["| accuracy"][8].split()[0]) > 0
+    assert (
+        "**The control seconds fails: the effect may be something else than what is claimed**: × " in page
+        and "2 runs never got there" in page
+    )
     linked = re.findall(r"\((\S+\.(?:json|svg))\)", page)
     assert len(linked) == 2 * 10 + 3 and all((docs / file).is_file() for file in linked)
     written = (docs / "README.md").read_text()
@@ -185,9 +189,13 @@ def page_of(tmp_path, new, old, change):
 @pytest.mark.parametrize(
     ("new", "expects", "shown"),
     [
-        (WORSE, "above", "**does not** (by 0.1)"),  # nothing is there; of an effect below 0.1 nothing is said
-        (WORSE, "below", "**does not** (by 0.1)"),
-        (BETTER, "below", "**does not**"),  # the effect is there, and the other way round
+        (
+            WORSE,
+            "above",
+            "**does not** (no effect of 0.1)",
+        ),  # nothing is there; of an effect below 0.1 nothing is said
+        (WORSE, "below", "**does not** (no effect of 0.1)"),
+        (BETTER, "below", "**does not** (the other way round)"),
         (BETTER, "equal", "**does not**"),
         (BETTER, "not above", "**does not**"),
     ],
@@ -199,7 +207,10 @@ def test_a_claim_that_does_not_hold_says_of_which_effect(tmp_path, new, expects,
         del measures["seconds"]
 
     page, claim = page_of(tmp_path, new, WORSE, change)
-    assert page.verdict(claim) == f"{shown}; no control" and "does not: " in page.counts()
+    assert page.verdict(claim) == f"{shown}; no control"
+    contradicted, short = (0, 1) if "no effect" in shown else (1, 0)
+    assert f"- Of those that do not, {contradicted} are contradicted" in page.counts()[-1]
+    assert f" {short + 1} only lack an effect of the size" in page.counts()[-1]  # and the other claim
 
 
 def test_a_row_shows_what_decides_and_parts_are_no_controls(tmp_path):
@@ -213,10 +224,74 @@ def test_a_row_shows_what_decides_and_parts_are_no_controls(tmp_path):
 
     page, claim = page_of(tmp_path, BETTER, WORSE, change)
     assert page.here(claim).startswith("third: +0.200 [") and page.here(claim).endswith("]; 1 more below")
-    assert page.verdict(claim) == "**does not**"  # its control holds
+    assert page.here(claim, "more").endswith("]; 1 more")
+    assert page.verdict(claim) == "**does not** (the other way round)"  # its control holds
     section = "\n".join(page.section(claim))
     assert "- Of the effect, the part alone has alone: +0.200 [" in section and "the part nothing-alone" not in section
     assert "| alone (part) |" in section
+
+
+SLIGHTLY = {seed: value - 0.05 for seed, value in BETTER.items()}
+
+
+@pytest.mark.parametrize(
+    ("new", "expects", "least", "shown"),
+    [
+        (SLIGHTLY, "not below", 0.1, "**holds** (below, by less than 0.1); no control"),
+        (SLIGHTLY, "not below", 0.05, "can't tell (below, perhaps by 0.05 or more)"),
+        (SLIGHTLY, "equal", 0.1, "**holds** (apart, by less than 0.1); no control"),
+        (SLIGHTLY, "below", 0.1, "**holds** (smaller than would matter); no control"),
+        (BETTER, "not below", 0.1, "**holds**; no control"),
+    ],
+)
+@pytest.mark.matrix(cases=3)
+def test_a_loss_by_less_than_would_matter_is_told_with_the_verdict(tmp_path, new, expects, least, shown):
+    def change(measures):
+        measures["accuracy"] |= {"least": least, "expects": expects}
+        del measures["seconds"]
+
+    page, claim = page_of(tmp_path, new, BETTER, change)
+    assert page.verdict(claim) == shown
+    harmless = expects in ("not below", "equal")
+    assert page.counts()[1:] == [] or f" {int(harmless)} say that nothing is lost" in page.counts()[1]
+
+
+def test_an_open_control_that_differs_is_named_also_where_the_claim_can_not_tell(tmp_path):
+    def change(measures):
+        measures["drift"] = measures["accuracy"] | {"expects": "equal", "least": 0.05, "role": "control"}
+        measures["accuracy"] |= {"against": "late"}
+        measures["unclear"] = measures["accuracy"] | {"role": "control"}
+        del measures["seconds"]
+
+    page, claim = page_of(tmp_path, SLIGHTLY, BETTER, change)
+    write_results(page.evidence, "late", UNCLEAR)
+    page = Page(Evidence(page.register, page.evidence.results), tmp_path)
+    told = "can't tell (a second look is due); 2 of 2 controls can't tell: drift is apart, perhaps by 0.05 or more"
+    assert page.verdict(claim) == told
+    assert "- Controls that can't tell: drift (-0.05" in "\n".join(page.section(claim))
+
+
+def test_the_papers_figures_stand_beside_what_is_found(tmp_path):
+    page, claim = page_of(tmp_path, WORSE, WORSE, lambda measures: measures["accuracy"].update(least=0.1))
+    assert "– | 5 |" in next(line for line in page.section(claim) if line.startswith("| accuracy |"))
+    for figure, told in ((0.0, "+0.0000 (within)"), (0.2, "+0.2000 (outside)")):
+        page.figures = {"better": {"accuracy": figure}}
+        assert f"| {told} | 5 |" in next(line for line in page.section(claim) if line.startswith("| accuracy |"))
+        assert f"of these, the interval of {int(figure == 0)} holds the paper's own figure" in page.counts()[-1]
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ("avatar-complations: {tokens: 1}", "no claim 'avatar-complations'; did you mean avatar-completions"),
+        ("avatar-completions: {token: 1}", "avatar-completions has no measure 'token'; did you mean tokens"),
+        ("avatar-completions: {tokens: 80 %}", "avatar-completions.tokens must be a number, got '80 %'"),
+    ],
+)
+def test_figures_are_of_measures_of_the_register(tmp_path, told, message):
+    (tmp_path / "figures.yaml").write_text(told)
+    with pytest.raises(RegisterError, match=f"figures.yaml: .*{message}"):
+        read_figures(read_register(), tmp_path / "figures.yaml")
 
 
 def test_seconds_of_runs_that_were_disturbed_or_of_other_code_are_not_judged(evidence):
@@ -252,7 +327,7 @@ def test_a_claim_with_a_measure_that_lacks_runs_is_measured_in_part(tmp_path):
     assert page.verdict(claim) == "measured in part" and page.here(claim).endswith("; 1 not measured")
     section = "\n".join(page.section(claim))
     assert "| not measured (1 of 5 seeds) |" in section and "Controls that are not measured: control-late." in section
-    assert "measured in part: 1" in page.counts()
+    assert "measured in part: 1" in page.counts()[0]
     assert any("The new one answers more rightly." in row for row in page.table())
 
     def none_that_decides(measures):
@@ -370,7 +445,7 @@ def test_a_claim_whose_task_lacks_something_is_not_run(evidence, tmp_path, monke
     assert "0 runs are done, 0 failed, 0 are left" in done.stdout
     assert claims("status", evidence).stdout.count(f"not run, {needs}") == 2
     page = Page(Evidence(read_register(evidence.register.folder), evidence.results), tmp_path)
-    assert page.counts() == "Of 2 claims: not run: 2. Claims with a control that fails: 0."
+    assert page.counts() == ["Of 2 claims: not run: 2. Claims with a control that fails: 0."]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from scipy import stats
 from verdicts import (
     CANT_TELL,
+    CONTRARY,
     DOES_NOT,
+    EXCLUDED,
     HOLDS,
+    REVERSED,
+    SMALLER,
     Estimate,
     Finding,
     Sample,
@@ -22,6 +26,7 @@ from verdicts import (
     estimate,
     judge,
     judge_claim,
+    nuance,
     widened,
 )
 
@@ -160,32 +165,39 @@ def test_a_ratio_to_nothing_is_undefined():
 
 
 @pytest.mark.parametrize(
-    ("expects", "low", "high", "verdict", "small"),
+    ("expects", "low", "high", "verdict", "beside"),
     [
-        ("above", 0.01, 0.3, HOLDS, False),
-        ("above", 0.01, 0.09, HOLDS, True),
-        ("above", -0.05, 0.09, DOES_NOT, False),
-        ("above", -0.05, 0.11, CANT_TELL, False),
-        ("above", -0.5, -0.2, DOES_NOT, False),
-        ("below", -0.3, -0.01, HOLDS, False),
-        ("below", -0.09, 0.05, DOES_NOT, False),
-        ("below", -0.11, 0.05, CANT_TELL, False),
-        ("equal", -0.09, 0.09, HOLDS, False),
-        ("equal", -0.11, 0.09, CANT_TELL, False),
-        ("equal", 0.11, 0.2, DOES_NOT, False),
-        ("not below", -0.09, 0.05, HOLDS, False),
-        ("not below", 0.2, 0.5, HOLDS, False),  # where what is expected to be equal does not
-        ("not below", -0.11, 0.5, CANT_TELL, False),
-        ("not below", -0.3, -0.11, DOES_NOT, False),
-        ("not above", -0.5, 0.09, HOLDS, False),
-        ("not above", -0.5, 0.11, CANT_TELL, False),
-        ("not above", 0.11, 0.3, DOES_NOT, False),
+        ("above", 0.01, 0.3, HOLDS, ""),
+        ("above", 0.01, 0.09, HOLDS, SMALLER),
+        ("above", -0.05, 0.09, DOES_NOT, EXCLUDED),
+        ("above", -0.05, 0.11, CANT_TELL, ""),
+        ("above", -0.5, -0.2, DOES_NOT, REVERSED),
+        ("below", -0.3, -0.01, HOLDS, ""),
+        ("below", -0.09, -0.01, HOLDS, SMALLER),
+        ("below", -0.09, 0.05, DOES_NOT, EXCLUDED),
+        ("below", 0.01, 0.05, DOES_NOT, REVERSED),
+        ("below", -0.11, 0.05, CANT_TELL, ""),
+        ("equal", -0.09, 0.09, HOLDS, ""),
+        ("equal", 0.01, 0.09, HOLDS, CONTRARY),
+        ("equal", -0.11, 0.09, CANT_TELL, ""),
+        ("equal", -0.11, -0.09, CANT_TELL, CONTRARY),
+        ("equal", 0.11, 0.2, DOES_NOT, ""),
+        ("not below", -0.09, 0.05, HOLDS, ""),
+        ("not below", -0.09, -0.01, HOLDS, CONTRARY),
+        ("not below", 0.2, 0.5, HOLDS, ""),  # where what is expected to be equal does not
+        ("not below", -0.11, 0.5, CANT_TELL, ""),
+        ("not below", -0.11, -0.01, CANT_TELL, CONTRARY),
+        ("not below", -0.3, -0.11, DOES_NOT, ""),
+        ("not above", -0.5, 0.09, HOLDS, ""),
+        ("not above", 0.01, 0.09, HOLDS, CONTRARY),
+        ("not above", -0.5, 0.11, CANT_TELL, ""),
+        ("not above", 0.11, 0.3, DOES_NOT, ""),
     ],
 )
-def test_a_verdict_follows_from_the_interval(expects, low, high, verdict, small):
-    assert decide(interval(low, high), Asked(expects)) == (verdict, small)
-    ratio = interval(1 + low, 1 + high)
-    assert decide(ratio, Asked(expects, "ratio")) == (verdict, small)
+def test_a_verdict_follows_from_the_interval(expects, low, high, verdict, beside):
+    for found, effect in ((interval(low, high), "difference"), (interval(1 + low, 1 + high), "ratio")):
+        asked = Asked(expects, effect)
+        assert decide(found, asked) == verdict and nuance(found, asked, verdict) == beside
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 0.9))
@@ -194,11 +206,11 @@ def test_a_wider_interval_never_tells_the_opposite(value, reach, more, least):
     opposite |= {other: one for one, other in opposite.items()}
     for expects in opposite:
         asked = Asked(expects, "difference", least)
-        narrow, _ = decide(interval(value - reach, value + reach), asked)
-        wide, _ = decide(interval(value - reach - more, value + reach + more), asked)
+        narrow = decide(interval(value - reach, value + reach), asked)
+        wide = decide(interval(value - reach - more, value + reach + more), asked)
         assert wide in (narrow, CANT_TELL) or expects in ("above", "below") and (narrow, wide) == (HOLDS, DOES_NOT)
         turned = Asked(opposite[expects], "difference", least)
-        assert decide(interval(-value - reach, -value + reach), turned)[0] == narrow
+        assert decide(interval(-value - reach, -value + reach), turned) == narrow
 
 
 @given(values, st.sampled_from(["above", "below", "equal", "not below", "not above"]), st.randoms())
