@@ -26,12 +26,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from evidence import Evidence, Wanted, forget_other_code, wanted_runs
+from evidence import Evidence, Wanted, forget_other_code, wanted_anew, wanted_runs
 from provenance import uncommitted
 from register import Claim, Register, RegisterError, check_jobs, read_register
 from runner import Outcome, Runner, Stopped
 from runs import HERE, RESULTS, DamagedResultError
-from tasks import use_folders
+from tasks import prepared, start_of, use_folders
 from verdicts import CANT_TELL
 
 from maple_trl.files import write_atomically
@@ -167,6 +167,9 @@ def _looks(told: argparse.Namespace, runner: Runner, evidence: Evidence, claims:
         if look:
             print(f"{len(wanted)} runs of look {look + 1}: claims that can't tell", flush=True)
         outcomes.append(runner.go(wanted))
+        if anew := list(wanted_anew(evidence, claims, lambda task: start_of(prepared(task)))):
+            print(f"{len(anew)} runs once more, from the start that is made here: others of their pairs began from it")
+            outcomes.append(runner.go(anew))
     return outcomes
 
 

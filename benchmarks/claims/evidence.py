@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metrics import Censored, Metric, MissingValueError
+from metrics import Censored, MissingValueError
 from register import Claim, Measure, Register
 from runs import Run, questions_file, read_result, source
 from scores import left_out, whole
@@ -34,20 +34,20 @@ class Evidence:
     def __init__(self, register: Register, results: Path, quick: bool = False):
         self.register, self.results, self.quick = register, results, quick
         self._there: set[Path] = set()
-        self._runs: dict[tuple[str, int], tuple[Run, Path]] = {}
+        self._runs: dict[tuple[str, int, str], tuple[Run, Path]] = {}
         self._whole: dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
         self._without: dict[Path, list[dict[str, Any]]] = {}
 
-    def run(self, variant: str, seed: int) -> tuple[Run, Path]:
-        """Return a variant's run and where its result lies."""
-        if (variant, seed) not in self._runs:
+    def run(self, variant: str, seed: int, start: str = "") -> tuple[Run, Path]:
+        """Return a variant's run and where its result lies; `start` of one that was carried out once more, from another."""
+        if (variant, seed, start) not in self._runs:
             run = self.register.variants[variant].run(seed, self.quick)
-            self._runs[variant, seed] = run, run.file(self.results)
-        return self._runs[variant, seed]
+            self._runs[variant, seed, start] = run, run.file(self.results, start)
+        return self._runs[variant, seed, start]
 
-    def there(self, variant: str, seed: int) -> bool:
+    def there(self, variant: str, seed: int, start: str = "") -> bool:
         """Tell whether a run has a result; a damaged one is an error, not a run that is done."""
-        file = self.run(variant, seed)[1]
+        file = self.run(variant, seed, start)[1]
         if file not in self._there and read_result(file) is not None:
             self._there.add(file)
         return file in self._there
@@ -63,11 +63,34 @@ class Evidence:
 
     def read(self, variant: str, seed: int) -> dict[str, Any]:
         """Return a run's result, with the accuracies and questions of its task."""
-        return self._read(self.run(variant, seed)[1])[0]
+        return self.read_file(self.run(variant, seed)[1])
 
-    def without(self, variant: str, seed: int) -> list[dict[str, Any]]:
-        """Return a run's result without each group of clips in turn."""
-        file = self.run(variant, seed)[1]
+    def read_file(self, file: Path) -> dict[str, Any]:
+        """Return a result, as [`read`] does."""
+        return self._read(file)[0]
+
+    def by_start(self, variant: str, seed: int) -> dict[str, Path]:
+        """Return the results of a run by what it began from, the first one first; where none tells, by nothing."""
+        plain = self.run(variant, seed)[1]
+        again = {file.stem.partition("-")[2]: file for file in sorted(plain.parent.glob(f"{plain.stem}-*.json"))}
+        return {self.read_file(plain).get("start", ""): plain} | again
+
+    def pair(self, measure: Measure, seed: int) -> tuple[Path, ...]:
+        """
+        Return the results of a measure's variants for a seed that began from the same weights and tables.
+
+        A task that is made on another machine is another start, by rounding, and two runs are compared from the same one.
+        Nothing is returned where they have none in common.
+        """
+        files = tuple(self.run(name, seed)[1] for name in measure.variants)
+        if len({self.read_file(file).get("start") for file in files}) == 1:
+            return files
+        found = [self.by_start(name, seed) for name in measure.variants]
+        shared = next((start for start in found[0] if all(start in other for other in found)), None)
+        return () if shared is None else tuple(other[shared] for other in found)
+
+    def without(self, file: Path) -> list[dict[str, Any]]:
+        """Return a result without each group of clips in turn."""
         if file not in self._without:
             _, result, questions = self._read(file)
             clips = max(questions["clips"]) + 1
@@ -90,19 +113,21 @@ class Evidence:
             raise FileNotFoundError(f"{file} is missing: without it nobody knows which questions the scores are of")
         return found
 
-    def sample(self, metric: Metric, variant: str, seeds: Sequence[int]) -> Sample:
+    def sample(self, measure: Measure, variant: str, seeds: Sequence[int]) -> Sample:
         """
-        Return a metric of a variant's runs.
+        Return the metric of a measure of one of its variants, over seeds whose pairs have a start in common.
 
         Raises:
             MissingValueError: naming variant and seed.
         """
+        metric, place = measure.metric, measure.variants.index(variant)
         values, without = [], []
         for seed in seeds:
+            file = self.pair(measure, seed)[place]
             try:
-                values.append(metric.value(self.read(variant, seed)))
+                values.append(metric.value(self.read_file(file)))
                 if metric.reads_questions:
-                    without.append([metric.value(each) for each in self.without(variant, seed)])
+                    without.append([metric.value(each) for each in self.without(file)])
             except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
                 told = f"no {error}" if isinstance(error, KeyError) else error
                 raise MissingValueError(f"seed {seed} of {variant}: {told}") from error
@@ -112,16 +137,21 @@ class Evidence:
 
     def measure(self, measure: Measure, seeds: Sequence[int] | None = None) -> Finding:
         """Return what the runs say of a measure; with seeds told, by one look at those."""
-        found = self.seeds(measure.variants, seeds)
+        there = self.seeds(measure.variants, seeds)
+        apart = [seed for seed in there if not self.pair(measure, seed)]
+        found = there[: there.index(apart[0])] if apart else there
         looks = self.register.rules.looks if seeds is None else (len(found),)
         if len(found) < (least := max(2, looks[0])):
-            return Finding(CANT_TELL, reason="not measured" + (f" ({len(found)} of {least} seeds)" if found else ""))
+            told = f" ({len(found)} of {least} seeds)" if found else ""
+            return Finding(CANT_TELL, reason=f"not measured{told}{told_apart(apart)}")
         for look in looks:
             if look > len(found):
                 break
             finding = self._judged(measure, found[:look], judge_once if seeds is not None else judge)
             if not finding.wants_more:
                 break
+        if finding.wants_more and apart:
+            finding = replace(finding, reason=f"{finding.reason}{told_apart(apart)}".removeprefix("; "))
         if finding.estimate is not None and (told := self.not_comparable(measure, found[: finding.estimate.seeds])):
             return replace(finding, verdict=CANT_TELL, nuance="", reason=told, wants_more=False, withheld=True)
         return finding
@@ -130,7 +160,7 @@ class Evidence:
         """Return why seconds of runs don't compare: other programs beside them, or other code; nothing where they do."""
         if not measure.metric.reads_seconds:
             return ""
-        pairs = [[self.read(name, seed) for name in measure.variants] for seed in seeds]
+        pairs = [[self.read_file(file) for file in self.pair(measure, seed)] for seed in seeds]
         runs = [result for pair in pairs for result in pair]
         disturbed = sum(one["cost"]["wall_seconds"] > QUIET * one["cost"]["cpu_seconds"] for one in runs)
         mixed = sum(len({result.get("source") for result in pair}) > 1 for pair in pairs)
@@ -140,7 +170,7 @@ class Evidence:
 
     def _judged(self, measure: Measure, seeds: Sequence[int], judged: Callable[..., Finding]) -> Finding:
         try:
-            of = self.sample(measure.metric, measure.of, seeds)
+            of = self.sample(measure, measure.of, seeds)
             against = self._against(measure, seeds, of)
         except MissingValueError as error:
             return Finding(CANT_TELL, reason=str(error))
@@ -150,7 +180,7 @@ class Evidence:
         if isinstance(measure.against, float):
             same = [[measure.against] * len(left) for left in of.without]
             return Sample([measure.against] * len(seeds), same, [False] * len(seeds))
-        return self.sample(measure.metric, measure.against, seeds)
+        return self.sample(measure, measure.against, seeds)
 
     def claim(self, claim: Claim, seeds: Sequence[int] | None = None) -> tuple[ClaimVerdict, dict[str, Finding]]:
         """Return what the runs say of a claim, and of each of its measures."""
@@ -179,12 +209,18 @@ class Evidence:
         return {name: statistics.fmean(own) for name, own in found.items() if own}
 
 
+def told_apart(seeds: Sequence[int]) -> str:
+    """Return that pairs of some seeds began from different starts; nothing where there are none."""
+    return f"; runs of seed {', '.join(map(str, seeds))} began from different starts" if seeds else ""
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """A run that claims ask for."""
+    """A run that claims ask for; with `start`, once more from that one, for the sake of a run that began there."""
 
     variant: str
     seed: int
+    start: str = ""
 
 
 def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Iterator[Wanted]:
@@ -219,6 +255,24 @@ def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Itera
                 yield Wanted(name, seed)
 
 
+def wanted_anew(evidence: Evidence, claims: Sequence[Claim], start_here: Callable[[str], str]) -> Iterator[Wanted]:
+    """
+    Yield the runs that pairs lack which began from different starts, from the one that is made here.
+
+    Args:
+        start_here: returns what a task begins from here, by its name.
+    """
+    asked: dict[Wanted, None] = {}
+    for claim in claims:
+        for measure in claim.measures:
+            for seed in evidence.seeds(measure.variants):
+                if not evidence.pair(measure, seed):
+                    here = {name: start_here(evidence.register.variants[name].task) for name in measure.variants}
+                    lacking = [name for name in here if here[name] not in evidence.by_start(name, seed)]
+                    asked |= {Wanted(name, seed, here[name]): None for name in lacking}
+    yield from asked
+
+
 def digest(register: Register, results: Path) -> str:
     """Return what all files of a register and of its results together are known by, in 16 hexadecimal digits."""
     told = hashlib.sha256()
@@ -241,6 +295,10 @@ def forgotten(evidence: Evidence) -> list[tuple[Path, Mapping[str, Any]]]:
     """Return the results in the folder that no run of the register has."""
     register = evidence.register
     known = {evidence.run(name, seed)[1] for name in register.variants for seed in range(register.rules.looks[-1])}
+    again = {
+        file.with_name(f"{file.stem.partition('-')[0]}.json"): file for file in evidence.results.glob("*/*-*.json")
+    }
+    known |= {file for plain, file in again.items() if plain in known}
     files = sorted(set(evidence.results.glob("*/*.json")) - known)
     found = [(file, read_result(file)) for file in files if not file.name.startswith("questions-")]
     return [(file, result) for file, result in found if result is not None]

@@ -191,7 +191,7 @@ class Page:
             f"{DIGEST} `{digest(self.register, self.evidence.results)}`.",
             "All runs but those of claims that need a GPU train tiny omni models on one CPU thread: they tell whether an effect "
             "is there, not how large it is for a model of billions of parameters.",
-            "All runs of a task begin with the same weights and have the same rows to train on. Seeds differ in the order of rows "
+            "Runs that are compared begin with the same weights and have the same rows to train on. Seeds differ in the order of rows "
             "and in what is sampled: no interval counts how much another start, or another set, would change.",
             "",
             *self.warnings(),
@@ -355,14 +355,14 @@ class Page:
     def warnings(self) -> list[str]:
         """Return what makes results less than registered evidence."""
         told = [f"{file} is not as it is committed." for file in uncommitted(self.register)]
-        every = {self.evidence.run(*run)[1] for claim in self.claims for run in self.runs(claim)}
+        every = {file for claim in self.claims for *_, file in self.runs(claim)}
         if old := self.not_after(rules_at(self.register), every):
             told.append(
                 f"{old} of {len(every)} runs were not committed after the rules that decide: see the changes for why."
             )
         for claim in self.claims:
             at = self._registered.get(claim.name)
-            files = {self.evidence.run(name, seed)[1] for name, seed in self.runs(claim)}
+            files = {file for *_, file in self.runs(claim)}
             if old := self.not_after(at, files):
                 told.append(
                     f"{old} of {len(files)} runs of `{claim.name}` were not committed after its text in the register: see "
@@ -377,24 +377,19 @@ class Page:
 
     def mixed(self, claim: Claim) -> Iterator[str]:
         """Yield in what the runs of a claim differ beside what the register says."""
-        results = [self.evidence.read(name, seed) for name, seed in self.runs(claim)]
         of_package: dict[str, set[str]] = {}
-        starts: dict[str, set[str]] = {}
-        for result in results:
-            for package, version in result["packages"].items():
+        for *_, file in self.runs(claim):
+            for package, version in self.evidence.read_file(file)["packages"].items():
                 of_package.setdefault(package, set()).add(version)
-            starts.setdefault(result["task"], set()).add(result.get("start", ""))
         several = {package: own for package, own in of_package.items() if len(own) > 1}
         if several:
             told = "; ".join(f"{package} {', '.join(sorted(own))}" for package, own in sorted(several.items()))
             yield f"Runs of `{claim.name}` were made with different libraries, which change numbers: {told}."
-        for task in (task for task, own in starts.items() if len(own) > 1):
-            yield f"Runs of `{claim.name}` began from different starts of the task `{task}`, which was made anew in between."
 
     def made_with(self) -> Iterator[str]:
         """Yield the libraries and the states of this package that runs were made with."""
         runs = {run for claim in self.claims for run in self.runs(claim)}
-        results = [self.evidence.read(name, seed) for name, seed in sorted(runs)]
+        results = [self.evidence.read_file(file) for *_, file in sorted(runs)]
         made = Counter(
             (", ".join(f"{name} {one}" for name, one in sorted(result["packages"].items())), result.get("source", ""))
             for result in results
@@ -412,17 +407,17 @@ class Page:
         for (packages, source), count in sorted(made.items()):
             yield f"- {count} runs: {packages or 'libraries unknown'}; source {source or 'unknown'}"
 
-    def runs(self, claim: Claim) -> list[tuple[str, int]]:
-        """Return the runs that a claim's findings stand on, by variant and seed."""
+    def runs(self, claim: Claim) -> list[tuple[str, int, Path]]:
+        """Return the runs that a claim's findings stand on, by variant and seed, with their results."""
         found = self.found[claim.name][1]
         behind = {one.name: one_found.estimate for one in claim.measures if (one_found := found[one.name])}
         return sorted(
             {
-                (name, seed)
+                (name, seed, file)
                 for one in claim.measures
                 if (estimate := behind.get(one.name)) is not None
-                for name in one.variants
                 for seed in range(estimate.seeds)
+                for name, file in zip(one.variants, self.evidence.pair(one, seed), strict=True)
             }
         )
 
@@ -526,7 +521,7 @@ class Page:
         if found.estimate is None:
             return f"`{whose}`"
         try:
-            values = self.evidence.sample(measure.metric, whose, range(found.estimate.seeds)).value
+            values = self.evidence.sample(measure, whose, range(found.estimate.seeds)).value
         except MissingValueError:
             return f"`{whose}`"
         return f"`{whose}` {statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}"
@@ -536,16 +531,16 @@ class Page:
         runs = self.runs(claim)
         if not runs:
             return
-        codes = len({self.evidence.read(*run).get("source") for run in runs})
-        told = f"{len(runs)} runs" + f", by {codes} states of this package's code" * (codes > 1)
+        results = [self.evidence.read_file(file) for *_, file in runs]
+        codes = {one.get("source") for one in results}
+        starts = {(one["task"], one.get("start")) for one in results}
+        more = len(starts) - len({task for task, _ in starts})
+        told = f"{len(runs)} runs" + f", by {len(codes)} states of this package's code" * (len(codes) > 1)
+        told += f", from {more + 1} starts, both of a pair from the same" * (more > 0)
         yield from ("", f"<details><summary>{told}</summary>", "")
-        for name in dict.fromkeys(name for name, _ in runs):
+        for name in dict.fromkeys(name for name, *_ in runs):
             variant = self.register.variants[name]
-            files = [
-                f"[{seed}]({_link(self.evidence.run(name, seed)[1], self.docs)})"
-                for whose, seed in runs
-                if whose == name
-            ]
+            files = [f"[{seed}]({_link(file, self.docs)})" for whose, seed, file in runs if whose == name]
             options = ", ".join(f"{key}: {value}" for key, value in variant.options.items())
             what = f"`{variant.recipe}` on `{variant.task}`" + (f" with `{options}`" if options else "")
             what += "" if variant.trained else ", untrained"

@@ -136,7 +136,7 @@ class Runner:
         raise Stopped(number)
 
     def _is_there(self, one: Wanted) -> bool:
-        there = self.evidence.there(one.variant, one.seed)
+        there = self.evidence.there(one.variant, one.seed, one.start)
         if there:
             self.outcome.done.append(one)
         return there
@@ -148,7 +148,7 @@ class Runner:
             if len(runs) == self.batch:
                 break
             one = queue.popleft()
-            handle = lock(self.evidence.run(one.variant, one.seed)[1])
+            handle = lock(self.evidence.run(one.variant, one.seed, one.start)[1])
             if handle is None:
                 queue.append(one)
             elif self._is_there(one):  # another has just written it
@@ -159,7 +159,7 @@ class Runner:
             return False
         files: list[str] = []
         for one in runs:
-            run, result = self.evidence.run(one.variant, one.seed)
+            run, result = self.evidence.run(one.variant, one.seed, one.start)
             described = folder / f"{result.stem}.json"
             described.write_text(json.dumps(asdict(run), default=str), encoding="utf-8")
             files += [str(described), str(result)]
@@ -192,7 +192,7 @@ class Runner:
         said = active.output.read_text(encoding="utf-8", errors="replace")
         minutes = (time.monotonic() - active.began) / 60 / len(active.runs)
         for one, handle in active.runs.items():
-            key = self.evidence.run(one.variant, one.seed)[1].stem
+            key = self.evidence.run(one.variant, one.seed, one.start)[1].stem
             _, begun, own = said.partition(f"== {key}\n")
             if self._is_there(one):
                 self._tell(one, f"{minutes:.1f} min")
@@ -207,7 +207,7 @@ class Runner:
 
     def _tell(self, one: Wanted, what: str) -> None:
         gone = len(self.outcome.done) + len(self.outcome.failed)
-        self.say(f"[{gone}/{self._total}] {one.variant}, seed {one.seed}: {what}")
+        self.say(f"[{gone}/{self._total}] {one.variant}, seed {one.seed}{', once more' * bool(one.start)}: {what}")
 
     def _end_all(self) -> None:
         for active in self._active:

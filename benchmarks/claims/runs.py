@@ -188,9 +188,14 @@ class Run:
         told = json.dumps(self.identity(), sort_keys=True, default=str)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
-    def file(self, results: Path = RESULTS) -> Path:
-        """Return where the run's result lies, or would."""
-        return results / self.task / f"{self.key()}.json"
+    def file(self, results: Path = RESULTS, start: str = "") -> Path:
+        """
+        Return where the run's result lies, or would.
+
+        Args:
+            start: of a run that was carried out once more, what tells the start that it began from; see [`tasks.start_of`].
+        """
+        return results / self.task / f"{self.key()}{f'-{start}' * bool(start)}.json"
 
 
 @functools.cache

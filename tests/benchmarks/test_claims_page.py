@@ -15,7 +15,7 @@ import claim_sets
 import programs
 import pytest
 from claim_sets import CLAIMS, known_tasks, write_register, write_results
-from evidence import Evidence, Wanted, digest, forget_other_code, forgotten, wanted_runs
+from evidence import Evidence, Wanted, digest, forget_other_code, forgotten, wanted_anew, wanted_runs
 from metrics import Censored, MissingValueError, read_metric
 from page import BEGIN, DIGEST, Page, read_headlines
 from papers import read_figures
@@ -393,20 +393,60 @@ def edit(evidence, variant, seed, change):
     return file
 
 
-def test_runs_that_other_libraries_or_another_start_made_are_told(evidence, tmp_path):
-    write_decided(evidence)
+def made(evidence, **told):
     for name in ("new", "old"):
         for seed in range(5):
-            edit(
-                evidence, name, seed, lambda result: result.update(packages={"torch": "2.9"}, source="aa", start="bb")
-            )
+            edit(evidence, name, seed, lambda result: result.update(told))
+
+
+def test_runs_that_other_libraries_or_other_code_made_are_told(evidence, tmp_path):
+    write_decided(evidence)
+    made(evidence, packages={"torch": "2.9"}, source="aa", start="bb")
     page = "\n".join(Page(evidence, tmp_path).lines())
-    assert "10 runs: torch 2.9; source aa" in page and "Warning" not in page
-    edit(evidence, "old", 4, lambda result: result.update(packages={"torch": "2.10"}, source="cc", start="dd"))
+    assert "10 runs: torch 2.9; source aa" in page and "Warning" not in page and "<summary>10 runs</summary>" in page
+    edit(evidence, "old", 4, lambda result: result.update(packages={"torch": "2.10"}, source="cc"))
     page = "\n".join(Page(Evidence(evidence.register, evidence.results), tmp_path).lines())
     assert "Runs of `better` were made with different libraries, which change numbers: torch 2.10, 2.9." in page
-    assert "Runs of `sooner` began from different starts of the task `probe`" in page
     assert "1 runs: torch 2.10; source cc" in page
+    assert "<summary>10 runs, by 2 states of this package's code</summary>" in page
+
+
+def test_runs_are_compared_from_the_same_start_alone(evidence, tmp_path):
+    write_decided(evidence)
+    made(evidence, start="bb")
+    edit(evidence, "old", 4, lambda result: result.update(start="dd"))
+    apart = Evidence(evidence.register, evidence.results)
+    found = apart.claim(apart.register.claims["better"])[1]["accuracy"]
+    told = "not measured (4 of 5 seeds); runs of seed 4 began from different starts"
+    assert (found.verdict, found.estimate, found.reason) == (CANT_TELL, None, told)
+    chosen = apart.register.choose([])
+    assert list(wanted_anew(apart, chosen, lambda task: "dd")) == [Wanted("new", 4, "dd")]
+    assert list(wanted_anew(apart, chosen, lambda task: "ee")) == [Wanted("new", 4, "ee"), Wanted("old", 4, "ee")]
+
+    # What the other start makes of the same run stands beside it, and is what it is compared with.
+    first, beside = (apart.run("new", 4, start)[1] for start in ("", "dd"))
+    result = json.loads(first.read_text()) | {"start": "dd"}
+    result["after"]["trained"]["digits"] = "5" * 140
+    beside.write_text(json.dumps(result))
+    again = Evidence(evidence.register, evidence.results)
+    measure = again.register.claims["better"].measure("accuracy")
+    assert again.sample(measure, "new", range(5)).value == pytest.approx([*list(BETTER.values())[:4], 1.0], abs=0.005)
+    assert again.claim(again.register.claims["better"])[1]["accuracy"].estimate.seeds == 5
+    assert list(wanted_anew(again, chosen, lambda task: "ee")) == [] and forgotten(again) == []
+    page = "\n".join(Page(again, tmp_path).lines())
+    assert "<summary>10 runs, from 2 starts, both of a pair from the same</summary>" in page
+    assert f"[4](results/probe/{beside.name})" in page and first.name not in page
+
+
+def test_a_second_look_from_another_start_is_told(evidence, tmp_path):
+    write_results(evidence, "new", UNCLEAR | {seed + 5: share for seed, share in UNCLEAR.items()})
+    write_results(evidence, "old", WORSE | {seed + 5: share for seed, share in WORSE.items()})
+    edit(evidence, "old", 7, lambda result: result.update(start="dd"))
+    page = Page(evidence, tmp_path)
+    found = page.found["better"][1]["accuracy"]
+    assert (found.estimate.seeds, found.verdict) == (5, CANT_TELL)
+    assert found.reason == "runs of seed 7 began from different starts"
+    assert "can't tell (a second look is due)" in page.verdict(page.register.claims["better"])
 
 
 def test_without_matplotlib_a_report_says_so_and_writes_nothing(evidence, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -119,6 +120,31 @@ def test_the_same_seed_gives_the_same_result_whatever_its_process_did_before(thr
     assert without_seconds(first)["curve"] != without_seconds(other)["curve"] or first["after"] != other["after"]
     assert set(first["packages"]) == {"python", *PACKAGES} and len(first["start"]) == len(first["source"]) == 12
     assert first["cost"]["completions"] == 2 * 4 and first["recipe"] == "tiny/mapo_token"
+
+
+def test_a_run_is_carried_out_once_more_where_its_pair_began_from_another_start(three, folder, tmp_path):
+    """As where results come from another machine, on which the task's model is another one by rounding."""
+    own = write_register(tmp_path / "register")
+    rules = own / "register.yaml"
+    rules.write_text(rules.read_text().replace("looks: [5, 10]", "looks: [5]"))
+    evidence = Evidence(read_register(own), tmp_path / "results")
+    result = json.loads(three[0].read_text())
+    for variant in ("new", "old"):
+        for seed in range(5):
+            file = evidence.run(variant, seed)[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            elsewhere = {"start": "elsewhere"} if (variant, seed) == ("old", 3) else {}
+            file.write_text(json.dumps(result | elsewhere))
+    shutil.copy(three[0].with_name("questions-3.json"), file.parent)
+    again = evidence.run("old", 3, result["start"])[1]
+    cache = folder.parent / "cache"
+    command = [CLAIMS, "run", "better", "--register", own, "--cache", cache, "--results", evidence.results]
+    done = programs.run(command, timeout=LIMIT)
+    assert done.returncode == 0 and "[1/1] old, seed 3, once more: " in done.stdout, done.stderr
+    assert json.loads(again.read_text())["start"] == result["start"] and again.stem.endswith(f"-{result['start']}")
+    measure = evidence.register.claims["better"].measure("accuracy")
+    assert evidence.pair(measure, 3) == (evidence.run("new", 3)[1], again)
+    assert "once more" not in programs.run(command, timeout=LIMIT).stdout
 
 
 def test_a_result_is_small_and_its_questions_are_told_once(three):
