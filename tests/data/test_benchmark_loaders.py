@@ -584,6 +584,14 @@ def test_tags_that_the_caller_asks_for(tmp_path):
             load_benchmark("worldsense", tmp_path, tags=tags)
 
 
+def test_captions_in_a_text_file_begin_without_a_byte_order_mark(tmp_path):
+    clip = published(tmp_path, "daily-omni", {}) / "Videos" / CASES["daily-omni"][1]["video_id"]
+    (clip / "audio_revised_captions.txt").write_text("\ufeff\n", encoding="utf-8")  # says nothing
+    (clip / "audio_detail_captions.txt").write_text("A cat meows.\n", encoding="utf-8-sig")
+    (row,) = read_benchmark("daily-omni", tmp_path, tags=["VAS"]).dataset
+    assert row["subtitle"] == "A cat meows."
+
+
 def test_names_tell_questions_apart(tmp_path):
     published(tmp_path, "tomato", {}, {}, {})
     assert load_benchmark("tomato", tmp_path)["id"] == ["tomato-count-1", "tomato-count-1-2", "tomato-count-1-3"]
