@@ -18,6 +18,7 @@ from omni_runs import build_trainer
 from PIL import Image
 
 from maple_trl import cli
+from maple_trl.data.record_files import read_records
 from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import OmniScriptArguments
@@ -247,8 +248,11 @@ def test_missing_cells_that_pandas_wrote_as_nan_are_empty(tmp_path):
     assert "NaN" in (tmp_path / "train.jsonl").read_text()
     first, second = read(tmp_path)["train"].to_list()
     assert first == rows[0]
-    assert [second[name] for name in ("solution", "subtitle", "options", "place")] == [None] * 4
-    assert math.isnan(second["score"])  # a column of numbers holds it as it is
+    empty = ("solution", "subtitle", "options", "score", "place")
+    assert [second[name] for name in empty] == [None] * 5
+    write_lines(tmp_path / "list.json", [rows])
+    for name in ("train.jsonl", "list.json"):  # hints, validation and conversions read what training reads
+        assert list(read_records(tmp_path / name))[1] == {"prompt": "Two"} | dict.fromkeys(empty)
 
 
 CELLS = st.text(st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), max_size=8)
