@@ -121,6 +121,15 @@ def as_json(value: Any) -> Any:
     return value
 
 
+def row_constant(name: str) -> float | None:
+    """
+    Return what a bare `NaN` or `Infinity` in JSON is in a row, as `parse_constant` of Python's readers.
+
+    `NaN` is what pandas writes for an empty cell.
+    """
+    return None if name == "NaN" else float(name)
+
+
 def digest(value: Any) -> str:
     """Return the SHA-256 of a value's JSON text, keys sorted; what JSON does not know counts by its `str`."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)

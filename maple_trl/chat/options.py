@@ -197,7 +197,7 @@ def read_key(options: ChatOptions) -> ApiKey:
     if options.api_key_file is not None:
         place = f"api_key_file {os.fspath(options.api_key_file)}"
         try:
-            value = Path(options.api_key_file).read_text(encoding="utf-8").strip()
+            value = Path(options.api_key_file).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not text"
             raise ChatSetupError(f"{place}: {reason}") from None

@@ -116,7 +116,7 @@ def _serve(desk: ReviewDesk, arguments: ReviewArguments) -> int:
 def _token(arguments: ReviewArguments) -> str | None:
     if arguments.token_file:
         try:
-            return Path(arguments.token_file).read_text(encoding="utf-8").strip()
+            return Path(arguments.token_file).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeError) as error:
             raise SetupError(f"--token_file {arguments.token_file}: {getattr(error, 'strerror', error)}") from error
     return arguments.token or os.environ.get(TOKEN_VARIABLE) or None

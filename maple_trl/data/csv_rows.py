@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
+import tokenize
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from maple_trl.files import row_constant
 
 
 class CsvError(ValueError):
@@ -28,7 +34,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Yield rows of texts, one at a time, each with its place for errors.
 
-    A cell without text is `None`. Conversations and lists of files stand as JSON, options so or as pandas writes a list. The delimiter of a `.csv` is guessed from its header.
+    A cell without text is `None`. Conversations and lists of files stand as JSON, options so or as pandas or NumPy writes a list. The delimiter of a `.csv` is guessed from its header.
 
     Raises:
         CsvError: for what is no such table.
@@ -99,7 +105,7 @@ def _cell(name: str, cell: str, place: str) -> Any:
     if name == "audio_in_video" and cell.strip().lower() in ("true", "false"):
         return cell.strip().lower() == "true"
     if name in _OPTIONS:
-        return _list_of_options(cell)
+        return _list_of_options(name, cell, place)
     if name not in (*_CONVERSATIONS, *_FILES) or not cell.lstrip().startswith("["):
         return cell
     try:
@@ -114,13 +120,40 @@ def _cell(name: str, cell: str, place: str) -> Any:
     return value if value and all(isinstance(item, is_list_of) for item in value) else cell
 
 
-def _list_of_options(cell: str) -> Any:
+def _list_of_options(name: str, cell: str, place: str) -> Any:
     """Return a list of texts or numbers that a cell spells; the cell where it spells none."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (partial(json.loads, parse_constant=row_constant), _literal_list):
         try:
             value = read(cell.strip())
+        except JoinedTextsError as error:
+            raise CsvError(
+                f"{place}: column {name!r} has {error} side by side, which Python reads as one text; part options by commas, "
+                "or write the list with json.dumps"
+            ) from error
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(value, list) and value and all(isinstance(option, str | int | float) for option in value):
+        if isinstance(value, list) and value and all(isinstance(option, str | int | float | None) for option in value):
             return value
     return cell
+
+
+class JoinedTextsError(ValueError):
+    """A literal in which texts stand side by side without a comma; the message shows two of them."""
+
+
+def _literal_list(text: str) -> Any:
+    """
+    Read a list as Python writes it (`['red', 'blue']`) or NumPy (`['red' 'blue']`).
+
+    Raises:
+        JoinedTextsError: where some texts have no comma between them, or no space either.
+    """
+    value = ast.literal_eval(text)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+    inner = tokens[1:-1]
+    joined = next(((a, b) for a, b in pairwise(inner) if a.type == b.type == tokenize.STRING), None)
+    if joined is None:
+        return value
+    if any(token.type != tokenize.STRING for token in inner) or any(a.end == b.start for a, b in pairwise(inner)):
+        raise JoinedTextsError(" and ".join(token.string for token in joined))
+    return [ast.literal_eval(token.string) for token in inner]

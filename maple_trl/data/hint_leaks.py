@@ -42,7 +42,9 @@ _MARKUP = re.compile(
 )
 _WRAPPED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?|([A-Za-z])\)")
-_LETTER_AND_TEXT = re.compile(rf"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.):])(?:\s+|(?=[{UNSPACED}]))(\S.*)", re.DOTALL)
+_LETTER_AND_TEXT = re.compile(
+    rf"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])(?:[.)]|\s?:))(?:\s+|(?=[{UNSPACED}]))(\S.*)", re.DOTALL
+)
 _CAPITAL = re.compile(r"[A-Z]")
 # The wide forms of East Asian texts, which need no space behind them, in those above.
 _WIDE_LETTERS = {chr(ord(letter) + 0xFEE0): letter for letter in ascii_letters}
@@ -51,7 +53,7 @@ _WIDE_FORMS = str.maketrans(
 )
 _OPTION_MARK = re.compile(
     r"(?:^|(?<=[\s。？！；：]))[(\[（［【]?([A-ZＡ-Ｚ])"
-    rf"(?:[.):\]]+(?:\s+|(?=[{UNSPACED}]))|[．。、：）］】]+[.:]?\s*)",
+    rf"(?:(?:[.):\]]+(?:[ \u00a0\u202f]:)?|[ \u00a0\u202f]:)(?:\s+|(?=[{UNSPACED}]))|[．。、：）］】]+[.:]?\s*)",
     re.MULTILINE,
 )
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.chat.messages import fence, image_block, text_block
-from maple_trl.data.benchmarks.options import bare_options
+from maple_trl.data.benchmarks.options import described
 from maple_trl.data.hint_leaks import LEAKS, split_options
 from maple_trl.modalities import IMAGE_COLUMNS
 from maple_trl.omni.content import read_content, row_parts
 from maple_trl.omni.errors import RowError
 from maple_trl.omni.media.clips import ClipRequest
 from maple_trl.omni.media.subtitles import is_subtitle_file
+from maple_trl.omni.options import bare_options, plain_options
 from maple_trl.omni.templates import option_lines
 
 
@@ -116,11 +117,12 @@ def _prompt_text(prompt: Any) -> str:
 
 
 def _with_options(question: str, options: Any) -> str:
-    if not isinstance(options, Sequence) or isinstance(options, str) or len(options) > 26:
-        raise ProblemError(f"field 'options' must be a list of at most 26 texts, got {type(options).__name__}")
+    texts = plain_options(options) if isinstance(options, Sequence) and not isinstance(options, str) else None
+    if texts is None or len(texts) > 26 or not all(isinstance(text, str) for text in texts):
+        raise ProblemError(f"field 'options' must be a list of at most 26 texts, got {described(options)}")
     if split_options(question)[1]:
         return question
-    return "\n".join([question, *option_lines(bare_options([str(option) for option in options]))])
+    return "\n".join([question, *option_lines(bare_options(texts))])
 
 
 def _as_text(value: Any) -> str:

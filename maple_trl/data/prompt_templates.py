@@ -12,6 +12,7 @@ from maple_trl.data.benchmarks.prompts import ANSWER_KINDS, PROMPT_STYLES, Promp
 from maple_trl.messages import did_you_mean
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.errors import RowError
+from maple_trl.omni.options import plain_options
 from maple_trl.omni.templates import Asking, PromptTemplate
 
 
@@ -89,7 +90,9 @@ class StyledTemplate:
             raise RowError(
                 f"prompt_template {self.style.name} needs a text in column 'question', got {question!r:.60}"
             )
-        if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        if isinstance(options, list | tuple):
+            options = plain_options(options)
+        if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
             raise RowError(f"prompt_template {self.style.name} needs texts in column 'options', got {options!r:.60}")
         kind = row.get("answer_kind")  # a column of benchmarks
         if kind not in ANSWER_KINDS:

@@ -11,11 +11,12 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from maple_trl.data.benchmarks.options import FormError, bare_options, described, read_letter
+from maple_trl.data.benchmarks.options import FormError, described, read_letter
 from maple_trl.data.benchmarks.prompts import PromptStyle
 from maple_trl.data.none_answers import plain_option, says_none, speaks_of_others
 from maple_trl.modalities import ModalityTag
 from maple_trl.omni.media.subtitles import is_subtitle_file
+from maple_trl.omni.options import bare_options, plain_options
 
 
 COLUMNS = (
@@ -37,7 +38,23 @@ COLUMNS = (
 
 _HEADS = tuple(
     [form.format(letter) for letter in ascii_uppercase]
-    for form in ("{}. ", "({}) ", "{}) ", "{}: ", "{}.", "({})", "{})", "{}:", "{}、", "{}．", "{}：", "（{}）")
+    for form in (
+        "{}. ",
+        "({}) ",
+        "{}) ",
+        "{}: ",
+        "{} : ",
+        "{}\u00a0: ",
+        "{}\u202f: ",
+        "{}.",
+        "({})",
+        "{})",
+        "{}:",
+        "{}、",
+        "{}．",
+        "{}：",
+        "（{}）",
+    )
 )
 """What stands before an option in each form of its line, by letter."""
 
@@ -118,6 +135,8 @@ def read_item(row: Mapping[str, Any], style: PromptStyle | None, files: Files) -
     if name is None or name == "":
         raise NotAnItem("no id", "field 'id' is empty, and what becomes of a row is drawn by its id")
     options = row.get("options")
+    if isinstance(options, list):
+        options = plain_options(options)
     if not options:
         references = [field for field in COLUMNS if field.startswith("reference") and row.get(field)]
         if references and not row.get("question"):
@@ -150,7 +169,11 @@ def _tag(row: Mapping[str, Any]) -> ModalityTag:
 
 
 def _right(row: Mapping[str, Any], options: Sequence[Any]) -> int:
-    if not 2 <= len(options) <= 26 or not all(isinstance(text, str) and text.strip() for text in options):
+    if (
+        not isinstance(options, list)
+        or not 2 <= len(options) <= 26
+        or not all(isinstance(text, str) and text.strip() for text in options)
+    ):
         raise NotAnItem("bad options", "field 'options' must hold 2 to 26 texts")
     given = {name: row.get(name) for name in ("answer", "solution") if row.get(name) not in (None, "")}
     places = [_place(name, value, options) for name, value in (given or {"answer": None}).items()]

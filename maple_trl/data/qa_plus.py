@@ -28,7 +28,6 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from maple_trl.data.benchmarks.options import bare_options
 from maple_trl.data.benchmarks.prompts import PromptStyle, prompt_style
 from maple_trl.data.none_answers import NONE_ANSWERS
 from maple_trl.data.qa_items import COLUMNS, Files, Item, NotAnItem, read_item, replace_options, write_prompt
@@ -36,6 +35,7 @@ from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import hold_split, replace_held_split, shards_of
 from maple_trl.files import digest, write_atomically
 from maple_trl.modalities import STRATA, ModalityTag
+from maple_trl.omni.options import bare_options, plain_options
 
 
 KEEP = "keep"
@@ -360,9 +360,8 @@ class Plan:
     def _row(self, place: int, row: Mapping[str, Any], column: int) -> dict[str, Any]:
         name, tag = str(row["id"]), _TAGS[column]
         stratum = STRATA[self._strata[place, column]]
-        given = bare_options(
-            row["options"]
-        )  # their letters stand in the prompt; one that is replaced has none of its own
+        # Their letters stand in the prompt; one that is replaced has none of its own.
+        given = bare_options(plain_options(row["options"]))
         right, options, replaced = int(self._draws.right[place]), given, None
         if self._swapped[place, column]:
             replaced = "right" if stratum == "deficit" else self.options.replace

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maple_trl.data.csv_rows import CSV_SUFFIXES, CsvError, csv_rows
+from maple_trl.files import row_constant
 
 
 class TableError(ValueError):
@@ -92,7 +93,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line, parse_constant=row_constant)
                 except RecursionError as error:
                     raise TableError(f"{path}, line {number}: nested too deeply") from error
                 except ValueError as error:
@@ -117,7 +118,7 @@ class _Items:
         self.path = path
         self.file = file
         self.text, self.at = "", 0
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(parse_constant=row_constant)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.at += 1  # the bracket

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maple_trl.data.record_files import CUT_TEXT, TableError, cut_field, read_records
+from maple_trl.files import as_json
 
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
@@ -79,7 +80,7 @@ class RowTable:
         rows = self._rows if self._table is None else self._table.to_pylist()
         rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
         try:
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+            lines = [json.dumps(as_json(row), ensure_ascii=False, allow_nan=False) for row in rows]
         except (TypeError, ValueError) as error:
             raise TableError(f"{path}: the rows of {self.path} cannot be JSON ({error}); write .parquet") from error
         text = "".join(line + "\n" for line in lines)

@@ -44,6 +44,7 @@ from maple_trl.data.schema import ROW_FEATURES
 from maple_trl.data.shards import ShardError, split_files, split_of
 from maple_trl.modalities import IMAGE_COLUMNS, ModalityTag
 from maple_trl.omni.media.subtitles import is_subtitle_file
+from maple_trl.omni.options import plain_options
 
 
 KINDS: Mapping[str, str] = MappingProxyType(
@@ -349,6 +350,8 @@ class _RowChecker:
 
     def faults(self, number: int, row: Mapping[str, Any], untyped: set[str]) -> list[Fault]:
         """Return what is wrong with a row; `untyped` are the columns whose type the file does not ensure."""
+        if isinstance(row.get("options"), list):
+            row = {**row, "options": plain_options(row["options"])}
         faults = type_faults(row, untyped)
         if self.may_be_cut and (cut := cut_field(row)) is not None:
             faults.append(("type", cut, CUT_TEXT))

@@ -33,7 +33,7 @@ PACKAGES = (
 )
 
 
-PARSER_VERSION = 5
+PARSER_VERSION = 6
 """
 Version of how answers are read out of completions and compared with solutions (`maple_trl.rewards.answers`). It counts up
 with every change of that code: accuracies of two versions are not comparable.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from maple_trl.files import as_json
 from maple_trl.omni.content import place_blocks
 from maple_trl.omni.embedded import as_paths, stored_path
 from maple_trl.omni.errors import RowError
@@ -123,7 +124,7 @@ def write_task(
     for number, row in enumerate(dataset):
         if not _is_text_prompt(row.get("prompt")):
             raise ValueError(f"row {number}: field 'prompt' must be messages whose content is text")
-        if row.get("solution") in (None, ""):
+        if as_json(row.get("solution")) in (None, ""):  # of tables: NaN
             raise ValueError(f"row {number}: field 'solution' is empty")
         try:
             _builder(root).spec(row)
@@ -133,7 +134,7 @@ def write_task(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
         for row in dataset:
-            file.write(json.dumps({**row, ROOT_FIELD: root}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(as_json({**row, ROOT_FIELD: root}), ensure_ascii=False, allow_nan=False) + "\n")
     (folder / "maple_task.py").write_text(_CODE, encoding="utf-8")
     task = {
         "task": name,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maple_trl.files import row_constant
 from maple_trl.jobs.errors import SetupError
 
 
@@ -171,7 +171,7 @@ def _parsed(path: Path, number: int, data: bytes) -> Any:
     """Parse the JSON value that begins at a line."""
     text = _text(path, data, number)
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=row_constant)
     except json.JSONDecodeError as error:
         what = "one row as a JSON object a line, or one list of them"
         raise SetupError(
@@ -213,7 +213,7 @@ def _text(path: Path, data: bytes, number: int = 1) -> str:
 
 def _kind(value: Any) -> Any:
     """Return the type of a value: a name, `[type]` of a list's items, `{name: type}` of an object, or `None`."""
-    if value is None or _is_nan(value):
+    if value is None:
         return None
     if isinstance(value, list):
         item = None
@@ -225,11 +225,6 @@ def _kind(value: Any) -> Any:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return "text"
     return {bool: "bool", int: "int64", float: "float64", str: "string"}[type(value)]
-
-
-def _is_nan(value: Any) -> bool:
-    """Return whether a value is what pandas writes for a cell that is empty."""
-    return isinstance(value, float) and math.isnan(value)
 
 
 def _common(first: Any, second: Any) -> Any:
@@ -260,7 +255,7 @@ def _features(kinds: Mapping[str, Any]):
 
 def _as_kind(value: Any, kind: Any) -> Any:
     """Return a value as its column stores it."""
-    if value is None or (_is_nan(value) and kind != "float64"):
+    if value is None:
         return None
     if kind == "json":  # `datasets` stores its text; a text that spells JSON itself would be taken for that
         return json.dumps(value, ensure_ascii=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter, ascii_uppercase
@@ -13,13 +12,13 @@ from typing import Any, Protocol
 from maple_trl.modalities import Modality, ModalityTag
 from maple_trl.omni.content import SUBTITLE_MARK
 from maple_trl.omni.errors import RowError
+from maple_trl.omni.options import bare_options, plain_options
 
 
 DEFAULT = "default"
 """Key of the text for rows whose signals have none of their own."""
 
 SUBTITLE, OPTIONS = "subtitle", "options"
-_LETTERED = re.compile(r"\(?([A-Za-z])\s*[.):：、]\s*\S")
 
 
 class Asking(Protocol):
@@ -128,10 +127,7 @@ def option_lines(options: Sequence[str], line: str = "{letter}. {text}") -> list
     """
     if len(options) > len(ascii_uppercase):
         raise RowError(f"column 'options' holds {len(options)} texts, and there are {len(ascii_uppercase)} letters")
-    found = [_LETTERED.match(option) for option in options]
-    if len(options) > 1 and all(
-        match and match[1].upper() == letter for match, letter in zip(found, ascii_uppercase, strict=False)
-    ):
+    if bare_options(options) != list(options):
         return list(options)
     return [line.format(letter=letter, text=text) for letter, text in zip(ascii_uppercase, options, strict=False)]
 
@@ -176,9 +172,10 @@ def _value(row: Mapping[str, Any], name: str, said: str, fed: ModalityTag | None
         )
     value = row[name]
     if name == OPTIONS and isinstance(value, list | tuple):
-        if not value or not all(isinstance(option, str) for option in value):
+        texts = plain_options(value)
+        if not texts or not all(isinstance(option, str) for option in texts):
             raise RowError(f"prompt_template names {{options}}, and column 'options' is {value!r:.100}, not texts")
-        return "\n".join(option_lines(value))
+        return "\n".join(option_lines(texts))
     if value is None or value != value or (isinstance(value, str) and not value.strip()):  # of tables: NaN
         raise RowError(f"prompt_template names {{{name}}}, and column {name!r} is empty in this row")
     if isinstance(value, bool) or not isinstance(value, str | int | float):

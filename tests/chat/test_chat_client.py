@@ -885,10 +885,12 @@ def test_the_key_reaches_the_server_and_nothing_else(tmp_path, monkeypatch, capl
 def test_where_keys_come_from(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "from-env")
     (tmp_path / "key").write_text(f"{KEY}\n")
+    (tmp_path / "marked").write_text(f"{KEY}\n", encoding="utf-8-sig")
     with ChatServer(in_turn(say("red"))) as server:
         for options, sent in (
             ({}, "from-env"),
             ({"api_key_file": tmp_path / "key"}, KEY),
+            ({"api_key_file": tmp_path / "marked"}, KEY),
             ({"api_key_env": "NOT_SET"}, "none"),  # a local server; the variable of another one is not taken
         ):
             with client(server, **options) as chat:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -26,15 +27,20 @@ from maple_trl.data.benchmarks import (
     load_benchmark,
     read_benchmark,
 )
-from maple_trl.data.benchmarks.options import FormError, bare_options, read_letter, read_options, shuffled
+from maple_trl.data.benchmarks.options import FormError, read_letter, read_options, shuffled
 from maple_trl.data.daily_omni import load_daily_omni
-from maple_trl.data.hint_leaks import split_options
+from maple_trl.data.hint_leaks import leaks_answer, split_options
+from maple_trl.data.hint_prompts import Problem, ProblemError
+from maple_trl.data.prompt_templates import PROMPT_TEMPLATES
+from maple_trl.data.review.rows import shown_options
 from maple_trl.data.synthetic import make_tone
+from maple_trl.omni.errors import RowError
 from maple_trl.omni.families.base import family_for
 from maple_trl.omni.media.loader import MediaLoader
 from maple_trl.omni.media.sampling import MediaLimits
+from maple_trl.omni.options import bare_options, plain_options
 from maple_trl.omni.prompt import PromptBuilder
-from maple_trl.omni.templates import option_lines
+from maple_trl.omni.templates import PromptTemplate
 from maple_trl.rewards import accuracy_reward, answers
 
 
@@ -348,7 +354,7 @@ def test_a_renamed_field_is_named(name, field, tmp_path):
 MALFORMED = [
     ("daily-omni", {"Answer": "E"}, "field 'Answer' must be the letter of an option (A, B, C, D), but is 'E'"),
     ("daily-omni", {"Choice": ["A. x", "B."]}, "must have a text behind the letter of each option, but has 'B.'"),
-    ("daily-omni", {"Choice": ["A. x", 3]}, "field 'Choice' must have a text as option B, but has 3"),
+    ("daily-omni", {"Choice": ["A. x", None, "z"]}, "field 'Choice' must have a text as option B, but has None"),
     ("daily-omni", {"Choice": []}, "field 'Choice' must be a list of 2 to 26 options, but is list of 0 items"),
     ("daily-omni", {"Question": " "}, "field 'Question' must be a text, but is ' '"),
     ("daily-omni", {"video_id": "../etc"}, "field 'video_id' must be a path below the media root, but is '../etc'"),
@@ -472,18 +478,55 @@ SPELLINGS = [
         ("A：red", "B：blue"),
         ("(A). red", "(B). blue"),
     ),
+    *(
+        ("A : red", "B : blue"),
+        ("A\u00a0: red", "B\u202f: blue"),
+        ("(A) : red", "(B) : blue"),
+        ("A ：red", "B ：blue"),
+    ),
     *(("red", "blue"), ("A red", "B blue"), ("A. red", "blue"), ("B. red", "A. blue"), ("A. red", "C. blue")),
+    *((3, 4.5), ("red", 4), ("A. red", "B. blue", None), ("red", "blue", math.nan, None), ("red", "blue", "", " ")),
 ]
 
 
-@pytest.mark.parametrize("options", SPELLINGS, ids="|".join)
+@pytest.mark.parametrize("options", SPELLINGS, ids=lambda options: "|".join(map(str, options)))
 def test_all_who_read_options_tell_letters_from_texts_alike(options):
     """What rewards compare with is what the builder of QA+ replaces, what hints are checked with, and what prompts show."""
     texts = list(answers.option_texts(options).values())
-    assert bare_options(options) == texts and read_options(list(options)) == [text.strip() for text in texts]
+    assert bare_options(plain_options(options)) == texts and read_options(list(options)) == [t.strip() for t in texts]
+    row = {"question": "Which?", "prompt": "Which?", "options": list(options), "solution": "A"}
+    lettered = bare_options(plain_options(options)) != plain_options(options)
+    shown = PromptTemplate({"default": "{options}"}).render(row, None).split("\n")
+    assert shown == (plain_options(options) if lettered else [f"{x}. {t}" for x, t in zip("AB", texts, strict=True)])
+    styled = PROMPT_TEMPLATES["answer"].render(row, None).split("\n")
+    assert styled[0] == "Which?" and styled[1:-1] == shown and "one right option" in styled[-1]
+    hint = Problem.from_row(row)
+    assert hint.question == "\n".join(["Which?", *(f"{x}. {t}" for x, t in zip("AB", texts, strict=True))])
+    assert shown_options(row) == texts
     if texts == ["red", "blue"]:
-        shown = "\n".join(option_lines(bare_options(options)))
-        assert split_options(f"Which?\n{shown}")[1] == {"A": "red", "B": "blue"}
+        assert split_options(hint.question)[1] == {"A": "red", "B": "blue"}
+
+
+@pytest.mark.parametrize("form", ["{} : {}", "{}\u00a0: {}", "{}: {}", "({}) : {}"])
+def test_options_of_a_prompt_in_french_are_seen_in_it(form):
+    """So that a hint's teacher is not shown them twice, and a hint that names one is found."""
+    prompt = "Quelle couleur ?\n" + "\n".join(form.format(*pair) for pair in (("A", "rouge"), ("B", "bleu")))
+    assert split_options(prompt)[1] == {"A": "rouge", "B": "bleu"}
+    row = {"prompt": prompt, "options": ["A : rouge", "B : bleu"], "solution": "A : rouge"}
+    assert Problem.from_row(row).question == prompt
+    assert leaks_answer("Cherchez le rouge.", prompt, "A : rouge") == "option-text"
+
+
+def test_an_option_that_is_missing_in_between_is_no_padding():
+    for options in (["red", None, "blue"], ["red", math.nan, "blue"]):
+        with pytest.raises(FormError, match="must have a text as option B"):
+            read_options(options)
+        with pytest.raises(RowError, match="not texts"):
+            PromptTemplate({"default": "{options}"}).render({"options": options}, None)
+        with pytest.raises(ProblemError, match="field 'options' must be a list"):
+            Problem.from_row({"prompt": "Which?", "options": options, "solution": "A"})
+    assert read_options({"A": "red", "B": 4, "C": math.nan, "D": ""}) == ["red", "4"]
+    assert read_options("[3, 4, NaN]") == ["3", "4"]
 
 
 def test_missing_clips_are_counted_kept_or_refused(tmp_path, caplog):
@@ -582,6 +625,14 @@ def test_tags_that_the_caller_asks_for(tmp_path):
     for tags, words in (([], "tags is empty"), ("VA", "tags must be a list")):
         with pytest.raises(BenchmarkError, match=words):
             load_benchmark("worldsense", tmp_path, tags=tags)
+
+
+def test_captions_in_a_text_file_begin_without_a_byte_order_mark(tmp_path):
+    clip = published(tmp_path, "daily-omni", {}) / "Videos" / CASES["daily-omni"][1]["video_id"]
+    (clip / "audio_revised_captions.txt").write_text("\ufeff\n", encoding="utf-8")  # says nothing
+    (clip / "audio_detail_captions.txt").write_text("A cat meows.\n", encoding="utf-8-sig")
+    (row,) = read_benchmark("daily-omni", tmp_path, tags=["VAS"]).dataset
+    assert row["subtitle"] == "A cat meows."
 
 
 def test_names_tell_questions_apart(tmp_path):

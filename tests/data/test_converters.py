@@ -144,7 +144,7 @@ def test_daily_omni(tmp_path):
     clip = tmp_path / "source" / "Videos" / "abc"
     clip.mkdir(parents=True)
     (clip / "abc_video.mp4").write_bytes(b"x")
-    (clip / "audio_detail_captions.txt").write_text("A cat meows.\n")
+    (clip / "audio_detail_captions.txt").write_text("A cat meows.\n", encoding="utf-8-sig")
     rows, summary = converted(tmp_path, "daily-omni", [DAILY, DAILY], "qa.json", tags=("VA", "VAS"))
     assert [(row["id"], row["tag"], row["split"]) for row in rows] == [
         ("daily-omni-0000000-VA", "VA", "test"),

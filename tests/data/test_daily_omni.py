@@ -119,7 +119,7 @@ def test_complete_data_reports_nothing(tmp_path, caplog):
             {"Choice": ["A. x", "B. y", "C.", "D. w"]},
             "field 'Choice' must have a text behind the letter of each option",
         ),
-        ({"Choice": ["A. x", "B. y", 3, "D. w"]}, "field 'Choice' must have a text as option C, but has 3"),
+        ({"Choice": ["A. x", "B. y", [3], "D. w"]}, "field 'Choice' must have a text as option C, but has [3]"),
         ({"video_id": "../etc"}, "field 'video_id' must be a path below the media root, but is '../etc'"),
         ({"video_id": "a/b"}, "field 'video_id' must be a file name, but is 'a/b'"),
         ({"video_id": 7}, "field 'video_id' must be a path below the media root, but is 7"),

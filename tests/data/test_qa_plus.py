@@ -435,7 +435,7 @@ def test_prompts_are_kept_but_for_their_options(form):
     assert said["prompt"][1]["content"] == f"<video>Which colour?\n{new}\nAnswer in brackets, say [A]. red"
 
 
-@pytest.mark.parametrize("head", ["{}. ", "({}) ", "{}.", "{}、", "（{}）"])
+@pytest.mark.parametrize("head", ["{}. ", "({}) ", "{}.", "{}、", "（{}）", "{} : ", "{}\u00a0: "])
 @pytest.mark.parametrize("style", ["keep", "think"])
 def test_options_with_their_letters_lose_them(head, style):
     """Else the option that is replaced would be the one that has no letter of its own, or the only one with a single letter."""
@@ -448,6 +448,17 @@ def test_options_with_their_letters_lose_them(head, style):
     own = head if style == "keep" else "{}. "
     new = "\n".join(own.format(letter) + text for letter, text in zip("ABC", said["options"], strict=True))
     assert f"\n{new}" in said["prompt"][0]["content"]
+
+
+@pytest.mark.parametrize("given", [[3, 4, 5], ["3", "4", "5", None, ""], [3, 4, 5, None]])
+@pytest.mark.parametrize("style", ["keep", "think"])
+def test_options_that_are_numbers_or_padded(given, style):
+    row = question("q", "VA", ["3", "4", "5"], 0)
+    made, plan = made_of(Dataset.from_list([row | {"options": given}]), exact=0, superset=0, prompt_style=style)
+    (said,) = made
+    assert not plan.summary.left_out and said["options"][0] in NONE_ANSWERS and said["options"][1:] == ["4", "5"]
+    new = "\n".join(f"{letter}. {text}" for letter, text in zip("ABC", said["options"], strict=True))
+    assert f"\n{new}\n" in said["prompt"][0]["content"]
 
 
 def test_prompts_in_another_style():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from maple_trl.data import record_files
 from maple_trl.data.record_files import TableError, read_records
+from maple_trl.data.row_tables import RowTable
 
 
 JSON = st.recursive(
@@ -80,6 +82,23 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, error):
     (tmp_path / name).write_text(text)
     with pytest.raises(TableError, match=error):
         list(read_records(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_written_rows_are_json_where_those_read_hold_nan(tmp_path, source):
+    """A bare `NaN` is an empty cell of pandas' in JSON; Parquet stores it as a number."""
+    rows = [{"id": "a", "score": math.nan, "parts": [0.5, math.nan]}, {"id": "b", "score": 1.5, "parts": None}]
+    if source.endswith(".parquet"):
+        Dataset.from_list(rows).to_parquet(tmp_path / source)
+    else:
+        (tmp_path / source).write_text(
+            json.dumps(rows) if source.endswith(".json") else "\n".join(map(json.dumps, rows))
+        )
+    for target in ("out.jsonl", "out.json"):
+        RowTable(tmp_path / source).write(tmp_path / target, "hint", ["Look.", None])
+        assert "NaN" not in (tmp_path / target).read_text()
+        first, second = read_records(tmp_path / target)
+        assert first == {"id": "a", "score": None, "parts": [0.5, None], "hint": "Look."} and second["score"] == 1.5
 
 
 def test_what_is_no_text_and_what_is_not_there(tmp_path):

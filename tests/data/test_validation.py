@@ -68,7 +68,10 @@ def opened(**changes):
 RIGHT = [
     question(),
     question(options=["a"] * 26, answer="A,Z", solution="A,Z"),
+    question(options=["red", "blue", None, ""]),  # padded to the longest list of a table
+    question(options=["a"] * 26 + [None]),
     opened(),
+    opened(options=[None, None]),
     opened(options=[]),
     caption(),
     caption(tag="AS", video=None, audio="0.wav", reference_v=None, reference_a="A bark."),
@@ -123,7 +126,13 @@ WRONG = [
         "options",
         "2 to 26 texts, or none at all, but are 1",
     ),
-    (question(options=["red", ""]), "answer", "options", "option B is empty"),
+    (question(options=["red", "", "blue"]), "answer", "options", "option B is empty"),
+    (
+        question(options=["red", "", None], answer="A", solution="A"),
+        "answer",
+        "options",
+        "must be 2 to 26 texts, or none at all, but are 1",
+    ),
     (caption(reference=None), "reference", "reference", "a row is a question or a caption"),
     (caption(reference_s=None), "reference", "reference_s", "must be filled for a caption of VS"),
     (caption(tag="VAS"), "reference", "reference_a", "must be filled for a caption of VAS"),
@@ -272,6 +281,14 @@ def test_pictures_are_judged_as_training_judges_them(tmp_path):
             with pytest.raises(MediaError) as caught:
                 loader.probe_image(f"{number}.png")
             assert caught.value.reason == reason
+
+
+def test_options_may_be_numbers(tmp_path):
+    rows = [question(0, options=[3, 4.5, None]), question(1, options=[1, 2, 3])]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    Dataset.from_list([row | {"id": f"p{row['id']}"} for row in rows]).to_parquet(tmp_path / "p.parquet")
+    report = validate_tables([tmp_path / "t.jsonl", tmp_path / "p.parquet"])
+    assert report.rows == 4 and found(report) == []
 
 
 def test_types_are_checked_where_the_file_does_not_ensure_them(tmp_path):

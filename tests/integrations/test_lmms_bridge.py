@@ -8,6 +8,7 @@ import configparser
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -94,6 +95,17 @@ def test_a_document_is_the_row_with_all_that_a_prompt_depends_on(tmp_path):
     write_task(tmp_path, "seven_tags", [row], tmp_path)
     (doc,) = documents(tmp_path)
     assert prompt_columns(row_of(doc)) == prompt_columns(row) and "solution" not in row_of(doc)
+
+
+def test_a_task_is_json_where_a_table_holds_nan(rows, tmp_path):
+    """Which Parquet stores and JSON does not know."""
+    table = Dataset.from_list([{**rows[0], "score": math.nan, "parts": [math.inf, 1.0]}])
+    write_task(tmp_path, "t", table, default_folder())
+    (line,) = (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()
+    written = json.loads(line, parse_constant=pytest.fail)
+    assert (written["score"], written["parts"], written["solution"]) == (None, [None, 1.0], rows[0]["solution"])
+    with pytest.raises(ValueError, match="row 0: field 'solution' is empty"):
+        write_task(tmp_path, "t", [{**rows[0], "solution": math.nan}], default_folder())
 
 
 def test_other_models_get_what_the_tag_feeds(task, tmp_path):

@@ -7,6 +7,7 @@ import math
 import re
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from omni_runs import build_trainer
 from PIL import Image
 
 from maple_trl import cli
+from maple_trl.data.record_files import read_records
 from maple_trl.evaluation.served_prompts import MessageEncoder
 from maple_trl.jobs.errors import SetupError
 from maple_trl.jobs.options import OmniScriptArguments
@@ -220,15 +222,28 @@ def test_csv_cells_are_texts_and_conversations_stand_as_json(tmp_path):
     }
 
 
-def test_options_in_csv_are_lists_in_json_or_as_pandas_writes_them(tmp_path):
-    (tmp_path / "train.csv").write_text(
-        'prompt,options,solution\nOne,"[""red"", ""blue""]",A\nTwo,"[\'red\', \'it\'\'s\']",A\nThree,"[\'a\', \'b\']",B\n'
-        'Four,"[2, 3]",B\nFive,,12\n'
-    )
+def test_options_in_csv_are_lists_in_json_or_as_pandas_and_numpy_write_them(tmp_path):
+    with open(tmp_path / "train.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "options", "solution"])
+        numpy = str(np.array(["a red one", "it's", "blue"] * 6, dtype=object)), str(np.array(["a b", "c"]))
+        cells = ['["red", "blue"]', str(["red", "it's"]), "['a', 'b']", "[2, 3]", None, *numpy, '["red", "blue", NaN]']
+        writer.writerows([number, cell, "B"] for number, cell in enumerate(cells))
     rows = read(tmp_path)["train"]
-    assert rows["options"][0] == ["red", "blue"] and rows["options"][2:] == [["a", "b"], ["2", "3"], None]
-    said = [f"<answer>{text}</answer>" for text in ("red", "x", "a", "3", "12")]
-    assert accuracy_reward(completions=said, solution=rows["solution"], options=rows["options"]) == [1, 0, 0, 1, 1]
+    expected = [["red", "blue"], ["red", "it's"], ["a", "b"], ["2", "3"], None, ["a red one", "it's", "blue"] * 6]
+    assert rows["options"] == [*expected, ["a b", "c"], ["red", "blue", None]] and "\n" in numpy[0]
+    said = [f"<answer>{text}</answer>" for text in ("blue", "it's", "a", "3", "B", "B", "c", "red")]
+    scores = accuracy_reward(completions=said, solution=rows["solution"], options=rows["options"])
+    assert scores == [1, 1, 0, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("cell", ["['red', 'it''s']", "['red' 'blue', 'green']", "['red''blue']"])
+def test_options_without_a_comma_between_two_are_refused(tmp_path, cell):
+    """Python would read two of them as one."""
+    (tmp_path / "train.csv").write_text(f'prompt,options,solution\nOne,"{cell}",A\n')
+    named = r"train\.csv, line 2: column 'options' has '\w+' and '\w+' side by side, .* part options by commas"
+    with pytest.raises(SetupError, match=named):
+        read(tmp_path)
 
 
 def test_missing_cells_that_pandas_wrote_as_nan_are_empty(tmp_path):
@@ -247,8 +262,11 @@ def test_missing_cells_that_pandas_wrote_as_nan_are_empty(tmp_path):
     assert "NaN" in (tmp_path / "train.jsonl").read_text()
     first, second = read(tmp_path)["train"].to_list()
     assert first == rows[0]
-    assert [second[name] for name in ("solution", "subtitle", "options", "place")] == [None] * 4
-    assert math.isnan(second["score"])  # a column of numbers holds it as it is
+    empty = ("solution", "subtitle", "options", "score", "place")
+    assert [second[name] for name in empty] == [None] * 5
+    write_lines(tmp_path / "list.json", [rows])
+    for name in ("train.jsonl", "list.json"):  # hints, validation and conversions read what training reads
+        assert list(read_records(tmp_path / name))[1] == {"prompt": "Two"} | dict.fromkeys(empty)
 
 
 CELLS = st.text(st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), max_size=8)

@@ -208,7 +208,7 @@ def test_the_chat_template_is_checked_with_the_made_prompt(folder):
         ("{options}", {"options": []}, r"column 'options' is \[\], not texts"),
         ("{options}", {"options": None}, r"column 'options' is empty"),
         ("{options}", {"options": ["x"] * 27}, r"column 'options' holds 27 texts, and there are 26 letters"),
-        ("{options}", {"options": [1, 2]}, r"column 'options' is \[1, 2\], not texts"),
+        ("{options}", {"options": ["x", None, "y"]}, r"column 'options' is \['x', None, 'y'\], not texts"),
         ("x {subtitle}", {}, r"names \{subtitle\} for a row that is fed V, which has none; give texts by tag"),
         ({"A": "x", "VAS": "y"}, {}, r"no text for rows that are fed V, nor one under 'default'; it has A, VAS"),
         ("{question}", {"subtitle": None, "tag": "VS"}, r"tag VS needs subtitle"),
@@ -251,7 +251,9 @@ def test_json_of_a_command_line():
 
 def test_options_with_letters_keep_them():
     assert option_lines(["red", "blue"]) == ["A. red", "B. blue"]
-    for given_ in (["A. red", "B. blue"], ["(a) red", "(b) blue"], ["A) red", "B: blue"]):
+    wide = (["（A）red", "（B）blue"], ["A．red", "B．blue"], ["A、red", "B、blue"], ["Ａ：red", "Ｂ：blue"])
+    close = (["(A)red", "(B)blue"], [" A.red", "B.blue "], ["A : red", "B : blue"])
+    for given_ in (["A. red", "B. blue"], ["(a) red", "(b) blue"], ["A) red", "B: blue"], *wide, *close):
         assert option_lines(given_) == given_
     for given_ in (["A. red", "blue"], ["B. red", "A. blue"], ["A man", "Better"], ["A. red"]):
         assert option_lines(given_) == [f"{letter}. {text}" for letter, text in zip("AB", given_, strict=False)]

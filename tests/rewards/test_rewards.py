@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maple_trl.modalities import ModalityTag
-from maple_trl.rewards import accuracy_reward, extract_answer, format_reward, grade_answer
+from maple_trl.rewards import accuracy_reward, extract_answer, format_reward, grade_answer, self_consistency_reward
 from maple_trl.rewards.answers import answer_key, chosen_option, completion_text, number, option_letter, option_texts
 
 
@@ -228,6 +228,7 @@ def test_other_columns_of_that_name_are_left_alone(options):
             ("（A）red", "（B）blue"),
             ("A：red", "B：blue"),
         ),
+        *(("A : red", "B : blue"), ("A\u00a0: red", "B\u202f: blue"), ("(A) : red", "(B) : blue")),  # as in French
     ],
 )
 def test_options_with_their_letters_are_told_from_their_texts(first, second):
@@ -244,11 +245,38 @@ def test_letters_that_are_not_those_of_all_options_are_of_their_texts(options):
     assert list(option_texts(options).values()) == options
 
 
+@pytest.mark.parametrize("name", ["options", "choices"])
+@pytest.mark.parametrize("cell", ["red, blue", "A. red", 3, True])
+def test_options_that_are_no_list_are_refused(name, cell):
+    """Also where no completion gives an answer that they would be compared with."""
+    named = f"column '{name}' must hold lists of texts, .* but holds a {type(cell).__name__}: "
+    for reward in (accuracy_reward, self_consistency_reward):
+        with pytest.raises(ValueError, match=named):
+            reward(prompts=["p"] * 2, completions=["", "x"], solution=["A", "B"], **{name: [["red", "blue"], cell]})
+    for empty in (None, math.nan, "", " ", []):
+        assert accuracy_reward(completions=["<answer>B</answer>"], solution=["B"], **{name: [empty]}) == [1.0]
+
+
+def test_french_sets_a_space_before_the_colon():
+    assert [option_letter(text) for text in ("B : bleu", "B :", "(B) : bleu", "B\u202f: bleu", "B bleu")] == [
+        *"BBBB",
+        None,
+    ]
+    assert chosen_option("A : rouge, B : bleu") is None and chosen_option("A : rouge\nB : bleu") is None
+    assert chosen_option("A : rouge : vif") == "A"
+    for answer, right in (("A : rouge", 1.0), ("B : bleu", 0.0), ("A : rouge\nB : bleu", 0.0)):
+        assert grade_answer(answer, "A", ["A : rouge", "B : bleu"]) == grade_answer(answer, "A") == right
+    assert option_texts(["A : rouge", "C : bleu"]) == {"A": "A : rouge", "B": "C : bleu"}
+
+
 def test_options_may_be_numbers_and_padded():
     assert option_texts([2, 3.5, 4]) == {"A": "2", "B": "3.5", "C": "4"}
     for answer, right in (("4", 1.0), ("C", 1.0), ("C. 4", 1.0), ("5", 0.0), ("A", 0.0)):
         assert grade_answer(answer, "4", [2, 3, 4, 5]) == grade_answer(answer, 4, [2, 3, 4, 5]) == right
     assert option_texts(["red", "blue", None, None]) == option_texts({"A": "red", "B": "blue", "C": None})
+    assert len(option_texts(["red"] * 26 + [None])) == 26 and option_texts(["red"] * 27) == {}
+    for padding in (None, math.nan, "", " "):
+        assert option_texts(["A. red", "B. blue", padding, padding]) == {"A": "red", "B": "blue"}
     assert grade_answer("red", "A", ["red", "blue", None]) == 1.0
     assert grade_answer("A. blue", "A", ["red", "blue", None]) == 0.0
 
@@ -576,7 +604,7 @@ SOLUTIONS = st.one_of(
 
 
 OPTION_COLUMNS = st.one_of(
-    st.none(), st.lists(st.sampled_from(["red", "B", "12", "a cat", "A. x", ""]), max_size=4), TEXTS
+    st.none(), st.lists(st.sampled_from(["red", "B", "12", "a cat", "A. x", "", None, 3]), max_size=4), st.just(" ")
 )
 
 

@@ -23,6 +23,7 @@ from maple_trl.data.benchmarks.tables import find_tables, media_root, records
 from maple_trl.data.benchmarks.video import VIDEO_BENCHMARKS
 from maple_trl.data.record_files import CUT_TEXT, TableError, cut_field
 from maple_trl.data.schema import QUESTION_COLUMNS
+from maple_trl.files import as_json
 from maple_trl.modalities import Modality, ModalityTag
 
 
@@ -477,10 +478,10 @@ def _record_text(fields: Mapping[str, Any]) -> str:
     """
     if (name := cut_field(fields)) is not None:
         raise FieldError(name, CUT_TEXT)
-    return json.dumps(fields, ensure_ascii=False, default=_as_json)
+    return json.dumps(as_json(fields), ensure_ascii=False, allow_nan=False, default=_as_text)
 
 
-def _as_json(value: Any) -> Any:
+def _as_text(value: Any) -> Any:
     """Return a value for JSON: of embedded files the size, as a digest of the table covers their content."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import av
@@ -41,7 +42,7 @@ def existing(root: Path, medium: Medium) -> str | None:
 
 
 def _is_blank(path: Path) -> bool:
-    return path.suffix.lower() == ".txt" and not path.read_bytes().strip()
+    return path.suffix.lower() == ".txt" and not path.read_bytes().removeprefix(BOM_UTF8).strip()
 
 
 def locate(root: Path, medium: Medium, write: bool, as_clips: bool = False) -> str:

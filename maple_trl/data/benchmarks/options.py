@@ -7,20 +7,17 @@ import hashlib
 import json
 import random
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
+
+from maple_trl.omni.options import bare_options, is_no_option, plain_options
 
 
 class FormError(ValueError):
     """A value that is not in its published form; the message says what it is and what it must be."""
 
 
-# As rewards tell the letter of an option from its text (`maple_trl.rewards.answers.option_texts`).
-_LETTERED = re.compile(
-    r"\s*(?:[(（]([A-Za-zＡ-Ｚａ-ｚ])[)）][.:．：。、]?|([A-Za-zＡ-Ｚａ-ｚ])[.):．。：、）])\s*(\S.*)", re.DOTALL
-)
 _ANSWER_TAG = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
@@ -29,9 +26,9 @@ def read_options(value: Any, at_least: int = 2) -> list[str]:
     Read the texts of a question's options, in the order of their letters and without them.
 
     Args:
-        value: a list of texts (`"red"`, or `"A. red"`, `"(A) red"`, `"A: red"` where every one has its letter, in order), a
-            mapping from letters to texts (a `None` is an option that is not there; letters must follow each other from
-            A), or either of them written as JSON or as a Python literal.
+        value: a list of texts or numbers (`"red"`, or `"A. red"`, `"(A) red"`, `"A: red"` where every one has its letter, in
+            order; what pads it at its end is no option), a mapping from letters to texts (a `None` is an option that is
+            not there; letters must follow each other from A), or either of them written as JSON or as a Python literal.
         at_least: fewest options.
 
     Raises:
@@ -41,10 +38,12 @@ def read_options(value: Any, at_least: int = 2) -> list[str]:
     if isinstance(value, str):
         value = _literal(value)
     if isinstance(value, Mapping):
-        letters = sorted(str(letter) for letter, text in value.items() if text is not None)
+        letters = sorted(str(letter) for letter, text in value.items() if not is_no_option(text))
         if letters != list(ascii_uppercase[: len(letters)]):
             raise FormError(f"must have the letters A, B, C, … without gaps, but has {', '.join(letters) or 'none'}")
         value = [value[letter] for letter in letters]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = plain_options(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not at_least <= len(value) <= 26:
         raise FormError(f"must be a list of {at_least} to 26 options, but is {described(given)}")
     for letter, text in zip(ascii_uppercase, value, strict=False):
@@ -58,15 +57,6 @@ def read_options(value: Any, at_least: int = 2) -> list[str]:
     if bare:
         raise FormError(f"must have a text behind the letter of each option, but has {bare[0]!r}")
     return texts
-
-
-def bare_options(texts: Sequence[str]) -> list[str]:
-    """Return options without their letters, where every one has its own, in order (`A. red`, `(A)red`, `A、红`); else as they are."""
-    found = [_LETTERED.fullmatch(text.strip()) for text in texts]
-    letters = [unicodedata.normalize("NFKC", match[1] or match[2]).upper() if match else None for match in found]
-    if len(texts) < 2 or letters != list(ascii_uppercase[: len(texts)]):
-        return list(texts)
-    return [match[3] for match in found if match]
 
 
 def read_letter(value: Any, options: Sequence[str]) -> str:

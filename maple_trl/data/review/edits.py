@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from maple_trl.data.review.rows import ReviewError, prompt_text
+from maple_trl.data.review.rows import ReviewError, prompt_text, shown_options
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni.options import bare_options
 
 
 EDITABLE = ("question", "options", "answer", "reference", "reference_v", "reference_a", "reference_s", "prompt")
@@ -26,8 +27,9 @@ class EditError(ReviewError):
 
 def fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a row says in each field that can be changed, its prompt as text."""
-    return {name: row.get(name) for name in ("tag", *EDITABLE) if name != "prompt"} | {
-        "prompt": prompt_text(dict(row))
+    return {name: row.get(name) for name in ("tag", *EDITABLE)} | {
+        "options": shown_options(row) or None,
+        "prompt": prompt_text(dict(row)),
     }
 
 
@@ -126,7 +128,7 @@ def checked_edit(row: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 def _tidied(name: str, value: Any) -> Any:
     if name == "options":
         found = [" ".join(str(text).split()) for text in value or []]
-        return [text for text in found if text] or None
+        return bare_options([text for text in found if text]) or None
     text = str(value or "").strip()
     return text or None
 

@@ -12,7 +12,7 @@ import gradio as gr
 
 from maple_trl.data.review.desk import SHOWS, ReviewDesk, reviewer_name
 from maple_trl.data.review.edits import EDITABLE
-from maple_trl.data.review.rows import ReviewError, prompt_text
+from maple_trl.data.review.rows import ReviewError, prompt_text, shown_options
 from maple_trl.data.review.shelf import ClipShelf
 from maple_trl.data.review.view import (
     ASSETS,
@@ -337,7 +337,7 @@ def _form_value(row: dict[str, Any], name: str) -> Any:
     if name == "prompt":
         text = prompt_text(row)
     elif name == "options":
-        text = "\n".join(row.get("options") or [])
+        text = "\n".join(shown_options(row))
     else:
         text = row.get(name)
     used = name in row and (name in ("question", "options", "answer") or text is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from maple_trl.data.row_tables import SUFFIXES, RowTable, TableError
 from maple_trl.data.validation import table_files, tables_in
 from maple_trl.files import digest
 from maple_trl.modalities import ModalityTag
+from maple_trl.omni.options import bare_options, plain_options
 
 
 SEEN = ("prompt", "question", "options", "answer", "solution", "tag", "required_tag", "stratum")
@@ -49,7 +50,7 @@ class ReviewSet:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self.tables = _read(self.path)
+        self.tables = [(name, _with_option_texts(table)) for name, table in _read(self.path)]
         self.ids: list[str] = []
         self.tags: list[str] = []
         faults: list[str] = []
@@ -112,6 +113,11 @@ def row_digest(row: dict[str, Any]) -> str:
     return digest({name: row[name] for name in SEEN if row.get(name) is not None})[:16]
 
 
+def shown_options(row: Mapping[str, Any]) -> list[str]:
+    """Return a row's options as a reviewer reads and changes them: all without their letters, and without what pads their list."""
+    return bare_options([option or "" for option in plain_options(row.get("options") or [])])
+
+
 def prompt_text(row: dict[str, Any]) -> str | None:
     """Return the text of a prompt that is one user message, or a text; `None` of any other."""
     prompt = row.get("prompt")
@@ -161,9 +167,29 @@ def _table(path: Path) -> pa.Table:
             raise ReviewError(f"cannot read {path}: {error}") from error
     try:
         rows = RowTable(path)
-        return pa.table({name: rows.column(name) for name in rows.columns})
+        columns = {name: rows.column(name) for name in rows.columns}
+        if "options" in columns:
+            columns["options"] = list(map(_numbers_as_texts, columns["options"]))
+        return pa.table(columns)
     except (TableError, pa.ArrowException, TypeError) as error:
         raise ReviewError(str(error) if isinstance(error, TableError) else f"cannot read {path}: {error}") from error
+
+
+def _with_option_texts(table: pa.Table) -> pa.Table:
+    """Return a table whose options are texts where they are numbers."""
+    if "options" not in table.column_names:
+        return table
+    field = table.schema.field("options")
+    if not (_is_list(field.type) and (pa.types.is_integer(v := field.type.value_type) or pa.types.is_floating(v))):
+        return table
+    texts = pa.array(map(_numbers_as_texts, table["options"].to_pylist()), pa.list_(pa.string()))
+    # What the datasets library wrote about its columns no longer holds.
+    return table.set_column(table.column_names.index("options"), "options", texts).replace_schema_metadata(None)
+
+
+def _numbers_as_texts(options: Any) -> Any:
+    has_numbers = isinstance(options, list) and any(isinstance(option, int | float) for option in options)
+    return plain_options(options) if has_numbers else options
 
 
 def _check_columns(name: str, table: pa.Table) -> None:
@@ -181,9 +207,12 @@ def _check_columns(name: str, table: pa.Table) -> None:
             raise ReviewError(f"{name}: column {column} is {kind}; it must be text (a path, where it names a medium)")
     for column in (column for column in _LISTS if column in table.column_names):
         kind = table.schema.field(column).type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        if not (pa.types.is_null(kind) or (is_list and _is_text(kind.value_type))):
+        if not (pa.types.is_null(kind) or (_is_list(kind) and _is_text(kind.value_type))):
             raise ReviewError(f"{name}: column {column} is {kind}; it must be a list of texts")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:

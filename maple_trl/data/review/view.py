@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from maple_trl.data.review.desk import SHOWS, ReviewDesk, Shown
-from maple_trl.data.review.rows import prompt_text
+from maple_trl.data.review.rows import prompt_text, shown_options
 from maple_trl.data.review.shelf import ClipShelf
 from maple_trl.modalities import ModalityTag
 
@@ -122,7 +122,7 @@ def card_html(desk: ReviewDesk, view: View, index: int, reviewer: str) -> str:
     original, row = desk.data.row(index), desk.row(index, reviewer)
     standing = desk.standing(index)
     own = standing.get(reviewer)
-    given = row.get("options") or []
+    given = shown_options(row)
     options = list(zip([*ascii_uppercase, *map(str, range(27, len(given) + 1))], given, strict=False))
     answer = str(row.get("answer") or "").strip()
     references = {name: row.get(f"reference{name and '_' + name}") for name in ("", "v", "a", "s")}

@@ -394,7 +394,7 @@ class MediaConfig:
         name = self.system_prompt.strip()
         if name.endswith((".txt", ".md")) and len(name.splitlines()) == 1:
             try:
-                self.system_prompt = Path(name).read_text(encoding="utf-8").strip()
+                self.system_prompt = Path(name).read_text(encoding="utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"system_prompt: cannot read {name}: {getattr(error, 'strerror', None) or error}; what ends in .txt or .md "

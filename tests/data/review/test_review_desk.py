@@ -17,12 +17,13 @@ from review_sets import caption_row, desk_of, question_row, seen, write_rows
 from maple_trl import cli
 from maple_trl.data.review.agreement import cohen_kappa
 from maple_trl.data.review.desk import SHOWS, reviewer_name
-from maple_trl.data.review.edits import EditError, checked_edit, checked_tag
+from maple_trl.data.review.edits import EditError, checked_edit, checked_tag, fields
 from maple_trl.data.review.entries import Entry
 from maple_trl.data.review.export import export_rows
 from maple_trl.data.review.outcomes import settle
-from maple_trl.data.review.rows import ReviewError, ReviewSet, prompt_text, row_digest
+from maple_trl.data.review.rows import ReviewError, ReviewSet, prompt_text, row_digest, shown_options
 from maple_trl.data.review.summary import summarize
+from maple_trl.data.review.view import View, card_html
 from maple_trl.data.schema import ROW_FEATURES
 
 
@@ -58,8 +59,42 @@ def test_large_lists_are_read(tmp_path):
     assert ReviewSet(tmp_path / "rows.parquet").row(0)["options"] == ["x", "y"]
     numbers = pa.table({**large, "options": pa.array([[1, 2]], pa.large_list(pa.int64()))})
     pq.write_table(numbers, tmp_path / "rows.parquet")
+    assert ReviewSet(tmp_path / "rows.parquet").row(0)["options"] == ["1", "2"]
+    pq.write_table(
+        pa.table({**large, "options": pa.array([[{"a": 1}]])}),
+        tmp_path / "rows.parquet",
+    )
     with pytest.raises(ReviewError, match="must be a list of texts"):
         ReviewSet(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_options_that_are_numbers_or_padded_are_reviewed(tmp_path, suffix):
+    rows = [question_row(0, options=[3, 4, 5, None]), question_row(1, options=[6, 7, 8])]
+    if suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    else:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    desk = desk_of(tmp_path / f"rows{suffix}")
+    row = desk.data.row(0)
+    assert row["options"] == ["3", "4", "5"] and checked_edit(row, {"options": ["3", "4", "5"], "answer": "A"}) == {}
+    assert ">5<" in card_html(desk, View(look="V"), 0, "me") and "None" not in card_html(desk, View(look="V"), 0, "me")
+    padded = question_row(0, options=["red", "green", "blue", "yellow", None, ""])
+    assert fields(padded)["options"] == ["red", "green", "blue", "yellow"]
+
+
+def test_all_options_lose_their_letters_where_one_is_changed():
+    """Else the others' letters would be of their texts, since an option without a letter stands among them."""
+    for form in ("{}. {}", "（{}）{}", "{} : {}"):
+        lettered = [form.format(*pair) for pair in zip("ABCD", ["red", "green", "blue", "yellow"], strict=True)]
+        row = question_row(0, options=lettered)
+        row["prompt"] = [{"role": "user", "content": "\n".join([row["question"], *lettered])}]
+        shown = shown_options(row)
+        assert shown == ["red", "green", "blue", "yellow"] and checked_edit(row, {"options": shown}) == {}
+        assert checked_edit(row, {"options": lettered}) == {}
+        made = checked_edit(row, {"options": ["red", "teal", "blue", "yellow"]})
+        assert made["options"] == ["red", "teal", "blue", "yellow"]
+        assert made["prompt"] == row["prompt"][0]["content"].replace("green", "teal")
 
 
 def test_beside_shards_nothing_else_is_taken_for_rows(tmp_path):

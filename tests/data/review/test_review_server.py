@@ -268,7 +268,7 @@ def test_copies_take_no_more_than_their_bound(served):
 
 def test_the_token(clips, tmp_path):
     file = tmp_path / "token.txt"
-    file.write_text(TOKEN + "\n")
+    file.write_text(TOKEN + "\n", encoding="utf-8-sig")
     served = Served(tmp_path, clips, "--log", tmp_path / "review.log", "--token_file", file)
     try:
         assert served.ask("/")[0] == 303 and served.ask("/")[1]["location"] == "/login"
