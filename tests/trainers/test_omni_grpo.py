@@ -566,6 +566,26 @@ def test_the_best_checkpoint_is_loaded_at_the_end(seven_tags):
     assert set(load_file(f"{best}/model.safetensors")) - set(trainer.model.state_dict())
 
 
+def test_one_of_several_evaluation_sets_is_what_models_are_compared_by(seven_tags):
+    folder, dataset = seven_tags
+    rows = one_row_per_tag(dataset)
+    options = {
+        "max_steps": 2,
+        "eval_dataset": {"seen": rows.select(range(4)), "heard": rows.select(range(4, 7))},
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    with pytest.raises(ValueError, match="2 evaluation sets, each with its own: set it to seen_reward or heard_reward"):
+        build_trainer(folder, dataset, **options)
+    trainer = build_trainer(folder, dataset, metric_for_best_model="heard_reward", **options)
+    trainer.train()
+    told = [entry["eval_heard_reward"] for entry in trainer.state.log_history if "eval_heard_reward" in entry]
+    assert trainer.state.best_metric == max(told) and len(told) == 2
+
+
 def test_model_by_name_loads_its_own_processor(seven_tags, tmp_path):
     folder, dataset = seven_tags
     path = save_tiny("qwen2_5_omni", tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from maple_trl.modalities import MEDIA_COLUMNS
 from maple_trl.omni.families import is_omni, unwrap
@@ -65,6 +66,30 @@ def each_dataset(dataset: Any, name: str, apply: Callable[[Any, str], Any]) -> A
     if isinstance(dataset, dict):
         return {key: apply(part, f"{name}[{key!r}]") for key, part in dataset.items()}
     return apply(dataset, name)
+
+
+def check_compared_set(args: Any, eval_dataset: Any) -> None:
+    """
+    See that what compares models says which of several evaluation sets counts.
+
+    Transformers looks for it after the first evaluation, which ends the run.
+
+    Raises:
+        ValueError: naming the field and what would do.
+    """
+    compares = (
+        args.load_best_model_at_end
+        or args.save_strategy == SaveStrategy.BEST
+        or args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    )
+    if not (compares and isinstance(eval_dataset, dict)):
+        return
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if not any(metric.startswith(f"{name}_") for name in eval_dataset):
+        choice = " or ".join(f"{name}_{metric}" for name in eval_dataset)
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}, and there are {len(eval_dataset)} evaluation sets, each with its own: set it to {choice}"
+        )
 
 
 def check_text_only(model: nn.Module, datasets: dict[str, Any], args: MediaConfig) -> None:

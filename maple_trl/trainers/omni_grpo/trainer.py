@@ -30,7 +30,13 @@ from maple_trl.rewards import judge_callbacks
 from maple_trl.rewards.calls import check_rewards, find_rewards
 from maple_trl.rewards.judge_callback import JudgeCallback
 from maple_trl.rollout.engine import Completions, EngineError
-from maple_trl.trainers.common.arguments import check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.arguments import (
+    check_compared_set,
+    check_text_only,
+    each_dataset,
+    load_parts,
+    own_config,
+)
 from maple_trl.trainers.common.batch import (
     PROMPTS_KEY,
     REPLAYED_KEY,
@@ -139,6 +145,7 @@ class OmniGRPOTrainer(
             if kwargs.get(name):
                 raise ValueError(f"{type(self).__name__} does not support `{name}` in this version")
         args = own_config(args, self._config_class, model, self._name)
+        check_compared_set(args, eval_dataset)
         check_engine_is_there(args)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         quantization = kwargs.pop("quantization_config", None)

@@ -19,7 +19,13 @@ from maple_trl.omni.encoded import EncodedPrompt, batch_position_ids, forward_po
 from maple_trl.omni.generation import end_tokens, own_options
 from maple_trl.omni.prompt import RowError
 from maple_trl.omni.prompt_spec import PROMPT_COLUMNS
-from maple_trl.trainers.common.arguments import check_text_only, each_dataset, load_parts, own_config
+from maple_trl.trainers.common.arguments import (
+    check_compared_set,
+    check_text_only,
+    each_dataset,
+    load_parts,
+    own_config,
+)
 from maple_trl.trainers.common.batch import PROMPTS_KEY
 from maple_trl.trainers.common.checkpoint import save_rollout, save_rows
 from maple_trl.trainers.common.media_trainer import MediaTrainer
@@ -71,6 +77,7 @@ class OmniSFTTrainer(MediaTrainer, SFTTrainer):
         **kwargs: Any,
     ):
         args = own_config(args, OmniSFTConfig, model, self._name)
+        check_compared_set(args, eval_dataset)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         quantization = kwargs.pop("quantization_config", None)
         init_kwargs = model_options(model, init_kwargs, quantization, kwargs.get("peft_config"), args)
