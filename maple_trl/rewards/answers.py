@@ -385,8 +385,11 @@ def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | 
 
 
 def _named_option(answer: str, texts: Mapping[str, str]) -> str | None:
-    """Return the letter of the one option whose text an answer is."""
+    """Return the letter of the one option whose text an answer is, with or without its letter (`A.red`, as rows may spell it)."""
     named = [name for name, text in texts.items() if _plain(text) and _plain(text) == _plain(answer)]
+    if not named and (listed := _LISTED_OPTION.fullmatch(answer.strip())):
+        letter = unicodedata.normalize("NFKC", listed[1] or listed[2]).upper()
+        return letter if _plain(texts.get(letter, "")) == _plain(listed[3]) != "" else None
     return named[0] if len(named) == 1 else None
 
 

@@ -269,6 +269,15 @@ def test_french_sets_a_space_before_the_colon():
     assert option_texts(["A : rouge", "C : bleu"]) == {"A": "A : rouge", "B": "C : bleu"}
 
 
+@pytest.mark.parametrize("mark", ["A.{}", "A:{}", "A){}", "(A){}", "Ａ．{}"])
+def test_an_option_may_be_copied_as_its_row_spells_it(mark):
+    options = [mark.format("red"), mark.replace("A", "B").replace("Ａ", "Ｂ").format("dark red")]
+    assert option_texts(options) == {"A": "red", "B": "dark red"}
+    assert [grade_answer(answer, "B", options) for answer in options[::-1]] == [1.0, 0.0]
+    wrong = mark.replace("A", "B").replace("Ａ", "Ｂ").format("red")  # the letter of one, the text of the other
+    assert grade_answer(wrong, "B", options) == 0.0
+
+
 def test_options_may_be_numbers_and_padded():
     assert option_texts([2, 3.5, 4]) == {"A": "2", "B": "3.5", "C": "4"}
     for answer, right in (("4", 1.0), ("C", 1.0), ("C. 4", 1.0), ("5", 0.0), ("A", 0.0)):

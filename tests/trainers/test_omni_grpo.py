@@ -578,7 +578,9 @@ def test_one_of_several_evaluation_sets_is_what_models_are_compared_by(seven_tag
         "save_steps": 1,
         "load_best_model_at_end": True,
     }
-    with pytest.raises(ValueError, match="2 evaluation sets, each with its own: set it to seen_reward or heard_reward"):
+    with pytest.raises(
+        ValueError, match="2 evaluation sets, each with its own: set it to seen_reward or heard_reward"
+    ):
         build_trainer(folder, dataset, **options)
     trainer = build_trainer(folder, dataset, metric_for_best_model="heard_reward", **options)
     trainer.train()
