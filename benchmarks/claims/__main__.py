@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from evidence import Evidence, Wanted, forget_other_code, wanted_anew, wanted_runs
+from evidence import Evidence, Wanted, apart, forget_other_code, wanted_anew, wanted_runs
 from provenance import uncommitted
 from register import Claim, Register, RegisterError, check_jobs, read_register
 from runner import Outcome, Runner, Stopped
@@ -167,8 +167,13 @@ def _looks(told: argparse.Namespace, runner: Runner, evidence: Evidence, claims:
         if look:
             print(f"{len(wanted)} runs of look {look + 1}: claims that can't tell", flush=True)
         outcomes.append(runner.go(wanted))
-        if anew := list(wanted_anew(evidence, claims, lambda task: start_of(prepared(task)))):
-            print(f"{len(anew)} runs once more, from the start that is made here: others of their pairs began from it")
+        if time.monotonic() < runner.ends:
+            anew = list(wanted_anew(evidence, claims, lambda task: start_of(prepared(task))))
+            if anew:
+                print(
+                    f"{len(anew)} runs once more from the start that is made here, as others of their pairs",
+                    flush=True,
+                )
             outcomes.append(runner.go(anew))
     return outcomes
 
@@ -206,6 +211,8 @@ def _status(told: argparse.Namespace, register: Register) -> int:
         print(f"{claim.number:>3} {claim.name}: {len(runs) - len(open_runs)} of {len(runs)} runs, {left}", end="")
         print(f"; {verdict.verdict}" if not open_runs or verdict.verdict != CANT_TELL else "")
     print(f"{len(missing)} runs are left in all, {_hours(missing, minutes)}")
+    if pairs := len({(one.variants, seed) for one, seed in apart(evidence, register.choose(told.claims))}):
+        print(f"{pairs} pairs of runs began from different starts: `run` carries out once more what they lack")
     return 0
 
 

@@ -25,10 +25,13 @@ RULE = (
     "fails, and no measure of the same alternative is clear against it. The interval that speaks for an alternative is corrected "
     "(Bonferroni) for how many measures bear on the field, so that a field without any better value keeps its default in 95 of "
     "100 cases; those shown, and those that speak against it, are not. A measure of a claim with a control that fails speaks for "
-    "nothing. Where the measures can't tell, the source decides. Accuracy alone counts: filtering, which is for speed, can't win "
+    "nothing. Where measures of a field hold different costs equal (as many steps, as many generated completions), each of them must say "
+    "that an alternative is better. Where the measures can't tell, the source decides. Accuracy alone counts: filtering, which is for speed, can't win "
     "here. What both sides of a measure have beside the field, where that is not the default, stands behind it: the measure is about "
     "these settings, and its effect may be another with the defaults."
 )
+ANY, EACH = "any", "each"
+"""How many of an alternative's measures must say that it is better."""
 BETTER, WORSE, NO_CLEARER, OPEN = "better", "worse", "no clear difference", "not measured"
 
 
@@ -40,11 +43,13 @@ class Alternative:
     Attributes:
         signs: of each measure that bears on it, by claim and measure, 1 where an effect above none speaks for it, else -1.
         tests: how many measures bear on the field, those of its other alternatives included.
+        by_each: whether it is better only where each of its measures says so, as they hold different costs equal.
     """
 
     value: str
     signs: Mapping[tuple[str, str], int]
     tests: int
+    by_each: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,17 @@ def read_defaults(register: Register, file: Path = FILE) -> list[Default]:
             where = f"{file.name}: {config}.{field}"
             if field not in names:
                 raise RegisterError(f"{where}: the config has no such field")
-            if not isinstance(told, dict) or set(told) != {"default", "from", "alternatives"}:
+            if not isinstance(told, dict) or set(told) - {"by"} != {"default", "from", "alternatives"}:
                 got = ", ".join(told) if isinstance(told, dict) else repr(told)
                 raise RegisterError(f"{where}: must have default, from and alternatives, got {got or 'nothing'}")
+            if (by := told.get("by", ANY)) not in (ANY, EACH):
+                raise RegisterError(f"{where}: by must be {ANY} or {EACH}, got {by!r}")
             signs = {
                 _shown(value): {_measure(register, one, where): _sign(side, where) for one, side in by.items()}
                 for value, by in told["alternatives"].items()
             }
             tests = len({one for own_signs in signs.values() for one in own_signs})
-            alternatives = [Alternative(value, own_signs, tests) for value, own_signs in signs.items()]
+            alternatives = [Alternative(value, own_signs, tests, by == EACH) for value, own_signs in signs.items()]
             found.append(Default(config, field, told["default"], told["from"], alternatives))
     return found
 
@@ -153,6 +160,7 @@ def judge_alternative(
         said.append(0 if verdict.failed else speech)
     if not said:
         return OPEN
-    if 1 in said and -1 not in said:
+    needed = len(alternative.signs) if alternative.by_each else 1
+    if said.count(1) >= needed and -1 not in said:
         return BETTER
     return WORSE if -1 in said and 1 not in said else NO_CLEARER

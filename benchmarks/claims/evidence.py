@@ -72,8 +72,10 @@ class Evidence:
     def by_start(self, variant: str, seed: int) -> dict[str, Path]:
         """Return the results of a run by what it began from, the first one first; where none tells, by nothing."""
         plain = self.run(variant, seed)[1]
-        again = {file.stem.partition("-")[2]: file for file in sorted(plain.parent.glob(f"{plain.stem}-*.json"))}
-        return {self.read_file(plain).get("start", ""): plain} | again
+        found: dict[str, Path] = {}
+        for file in (plain, *sorted(plain.parent.glob(f"{plain.stem}-*.json"))):
+            found.setdefault(self.read_file(file).get("start", ""), file)
+        return found
 
     def pair(self, measure: Measure, seed: int) -> tuple[Path, ...]:
         """
@@ -140,7 +142,7 @@ class Evidence:
         there = self.seeds(measure.variants, seeds)
         apart = [seed for seed in there if not self.pair(measure, seed)]
         found = there[: there.index(apart[0])] if apart else there
-        looks = self.register.rules.looks if seeds is None else (len(found),)
+        looks = self.register.rules.looks if seeds is None else (len(there),)
         if len(found) < (least := max(2, looks[0])):
             told = f" ({len(found)} of {least} seeds)" if found else ""
             return Finding(CANT_TELL, reason=f"not measured{told}{told_apart(apart)}")
@@ -239,11 +241,13 @@ def wanted_runs(evidence: Evidence, claims: Sequence[Claim], look: int) -> Itera
         before = range(looks[look - 1])
         verdict, found = evidence.claim(claim, before)
         if verdict.verdict == CANT_TELL:
-            whole_look = [one for one in claim.measures if evidence.seeds(one.variants, before) == list(before)]
             undecided = [
                 one
-                for one in whole_look
-                if (told := found[one.name]).verdict == CANT_TELL and told.estimate and not told.withheld
+                for one in claim.measures
+                if (told := found[one.name]).verdict == CANT_TELL
+                and told.estimate
+                and told.estimate.seeds == len(before)
+                and not told.withheld
             ]
             asked |= dict.fromkeys(name for one in undecided for name in one.variants)
     done: set[Path] = set()
@@ -259,18 +263,31 @@ def wanted_anew(evidence: Evidence, claims: Sequence[Claim], start_here: Callabl
     """
     Yield the runs that pairs lack which began from different starts, from the one that is made here.
 
+    They are those of the first look, and of the second one where that is due.
+
     Args:
         start_here: returns what a task begins from here, by its name.
     """
     asked: dict[Wanted, None] = {}
-    for claim in claims:
-        for measure in claim.measures:
-            for seed in evidence.seeds(measure.variants):
-                if not evidence.pair(measure, seed):
-                    here = {name: start_here(evidence.register.variants[name].task) for name in measure.variants}
-                    lacking = [name for name in here if here[name] not in evidence.by_start(name, seed)]
-                    asked |= {Wanted(name, seed, here[name]): None for name in lacking}
+    for measure, seed in apart(evidence, claims):
+        here = {name: start_here(evidence.register.variants[name].task) for name in measure.variants}
+        lacking = [name for name in here if here[name] not in evidence.by_start(name, seed)]
+        asked |= {Wanted(name, seed, here[name]): None for name in lacking}
     yield from asked
+
+
+def apart(evidence: Evidence, claims: Sequence[Claim]) -> Iterator[tuple[Measure, int]]:
+    """Yield the measures and seeds whose pairs began from different starts, and that a finding waits for."""
+    for claim in claims:
+        verdict, found = evidence.claim(claim)
+        for measure in claim.measures:
+            finding = found[measure.name]
+            first_look = finding.estimate is None
+            if first_look or (finding.wants_more and verdict.verdict == CANT_TELL):
+                seeds = evidence.seeds(measure.variants)
+                for seed in seeds[: evidence.register.rules.looks[0]] if first_look else seeds:
+                    if not evidence.pair(measure, seed):
+                        yield measure, seed
 
 
 def digest(register: Register, results: Path) -> str:
@@ -295,10 +312,8 @@ def forgotten(evidence: Evidence) -> list[tuple[Path, Mapping[str, Any]]]:
     """Return the results in the folder that no run of the register has."""
     register = evidence.register
     known = {evidence.run(name, seed)[1] for name in register.variants for seed in range(register.rules.looks[-1])}
-    again = {
-        file.with_name(f"{file.stem.partition('-')[0]}.json"): file for file in evidence.results.glob("*/*-*.json")
-    }
-    known |= {file for plain, file in again.items() if plain in known}
+    again = evidence.results.glob("*/*-*.json")
+    known |= {file for file in again if file.with_name(f"{file.stem.partition('-')[0]}.json") in known}
     files = sorted(set(evidence.results.glob("*/*.json")) - known)
     found = [(file, read_result(file)) for file in files if not file.name.startswith("questions-")]
     return [(file, result) for file, result in found if result is not None]

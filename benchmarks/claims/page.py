@@ -21,9 +21,10 @@ from plots import drawn_curves, forest
 from provenance import added_at, register_commit, registered_at, rules_at, uncommitted
 from register import Claim, Measure, Register, RegisterError, load
 from simulate import STATED, Setting, measured_setting
-from verdicts import CANT_TELL, DOES_NOT, EXCLUDED, HOLDS, ClaimVerdict, Finding
+from verdicts import CANT_TELL, CONTRARY, DOES_NOT, EXCLUDED, HOLDS, ClaimVerdict, Finding
 from wording import (
     NOT_MEASURED,
+    by_name,
     expected,
     lacks_runs,
     looks_for_an_effect,
@@ -97,9 +98,11 @@ class Page:
             told += " (a second look is due)" * (told == CANT_TELL and any(each.wants_more for _, each in deciding))
         else:
             told = f"**{decided.verdict}**"
-        nuances = [told_nuance(*each) for each in deciding if each[1].verdict == decided.verdict]
-        if nuances := list(dict.fromkeys(filter(None, nuances))):
-            told += f" ({'; '.join(nuances)})"
+        spoken = [
+            (one.name, told_nuance(one, each) if each.verdict == decided.verdict or each.nuance == CONTRARY else "")
+            for one, each in deciding
+        ]
+        told += f" ({nuances})" if (nuances := by_name(spoken)) else ""
         if decided.failed:
             told += f"; **CONTROL FAILS: {', '.join(decided.failed)}**"
         controls = [one for one in claim.measures if one.role == "control"]
@@ -215,9 +218,11 @@ class Page:
             f"- **Interval.** {self.register.rules.interval}{self.blurred()}",
             f"- **Decision.** {self.register.rules.decision}",
             f"- **Stopping.** {self.register.rules.stopping}",
-            "- **Verdicts on claims.** `no effect of 0.03` says that one of this size is excluded, and nothing of a smaller one; `the other way "
-            "round`, that there is one, of the other sign. What is expected to be equal, or no worse, also holds where it is apart, or "
-            "below (above), `by less than` what would matter; the row says so. "
+            "- **Verdicts on claims.** `less than +0.03` (`more than × 0.9`) says that an effect as large as would matter is excluded, and "
+            "nothing of a smaller one, or of one of the other sign; `the other way round`, that there is one of the other sign; "
+            "`smaller than would matter`, that there is one, which is. What is expected to be equal, or no worse, also holds where it "
+            "is `apart` or `below` (`above`) `by less than` what would matter; `perhaps by` so much says that nobody knows. Where several "
+            "measures decide, their names stand before what is said of some. `A second look is due` where five seeds can't tell. "
             f"`{IN_PART}`: a measure that decides still lacks runs. `no control`: nothing rules out that the effect is something "
             "else than what is claimed.",
             "- **Seconds.** Those of whole runs are judged only where every run had a core to itself (at most "
@@ -322,31 +327,34 @@ class Page:
             bare = sum(all(one.role != "control" for one in claim.measures) for claim in holding)
             harmless = sum(not looks_for_an_effect(claim) for claim in holding)
             told.append(
-                f"- Of those that hold, {failed} have a control that fails and {bare} have none; {harmless} say that nothing "
-                "is lost, or differs, which a change without any effect would pass too."
+                f"- Of those that hold, {failed} have a control that fails, {bare} have no control at all; {harmless} say that "
+                "nothing is lost, or differs, which a change without any effect would pass too."
             )
         refused = [claim for claim, verdict in zip(self.claims, plain, strict=True) if verdict == DOES_NOT]
         short = [claim for claim in refused if self._only_excludes(claim)]
         if refused:
-            within = sum(any(self._holds_the_papers(claim, one) for one in claim.measures) for claim in short)
+            beside = [own for claim in short if (own := self._beside_the_papers(claim))]
+            within = sum(map(all, beside))
             told.append(
-                f"- Of those that do not, {len(refused) - len(short)} are contradicted: an effect is the other way round, or "
-                f"worse by as much as would matter. {len(short)} only lack an effect of the size that was asked for, which says "
-                f"nothing of a smaller one; of these, the interval of {within} holds the paper's own figure."
+                f"- Of those that do not, {len(refused) - len(short)} are contradicted: at least one measure goes the other way, or "
+                f"differs, or is worse, by as much as would matter. {len(short)} only lack an effect of the size that was asked for, "
+                f"which says nothing of a smaller one: the paper has a figure for {len(beside)} of these, which the intervals "
+                f"of {within} hold and those of {len(beside) - within} exclude."
             )
-        return told
+        return ["\n\n".join(told[:2]), *told[2:]]
 
     def _only_excludes(self, claim: Claim) -> bool:
-        """Tell whether all measures by which a claim does not hold exclude an effect of some size, and not that there is one."""
+        """Tell whether each measure by which a claim does not hold lacks an effect of some size, and may have a smaller one."""
         found = self.found[claim.name][1]
         against_it = [found[one.name] for one in claim.measures if one.role == "claim"]
         return all(one.nuance == EXCLUDED for one in against_it if one.verdict == DOES_NOT)
 
-    def _holds_the_papers(self, claim: Claim, measure: Measure) -> bool:
-        """Tell whether the interval of a measure that does not hold has what the paper reports of it."""
-        found, figure = self.found[claim.name][1][measure.name], self.figure(claim, measure)
-        lacks = found.verdict == DOES_NOT and measure.role == "claim" and found.estimate is not None
-        return lacks and figure is not None and found.estimate.low <= figure <= found.estimate.high
+    def _beside_the_papers(self, claim: Claim) -> list[bool]:
+        """Return of the measures by which a claim does not hold, and of which the paper has a figure, whether intervals hold it."""
+        found = self.found[claim.name][1]
+        against_it = [one for one in claim.measures if one.role == "claim" and found[one.name].verdict == DOES_NOT]
+        pairs = [(self.figure(claim, one), found[one.name].estimate) for one in against_it]
+        return [own.low <= figure <= own.high for figure, own in pairs if figure is not None and own is not None]
 
     def figure(self, claim: Claim, measure: Measure) -> float | None:
         """Return what the paper reports of a measure, where that is a number of the same kind."""
@@ -536,7 +544,9 @@ class Page:
         starts = {(one["task"], one.get("start")) for one in results}
         more = len(starts) - len({task for task, _ in starts})
         told = f"{len(runs)} runs" + f", by {len(codes)} states of this package's code" * (len(codes) > 1)
-        told += f", from {more + 1} starts, both of a pair from the same" * (more > 0)
+        told += f", from {len(starts)} starts" * (more > 0)
+        if more and any(len(one.variants) > 1 for one in claim.measures):
+            told += ", both of a pair from the same, so that a variant may have other runs in another row"
         yield from ("", f"<details><summary>{told}</summary>", "")
         for name in dict.fromkeys(name for name, *_ in runs):
             variant = self.register.variants[name]
@@ -637,7 +647,7 @@ def as_json(evidence: Evidence) -> dict[str, Any]:
             "verdict": decided.verdict,
             "controls_failed": list(decided.failed),
             "measures": {
-                name: {"verdict": one.verdict, "reason": one.reason, "censored": one.censored}
+                name: {"verdict": one.verdict, "nuance": one.nuance, "reason": one.reason, "censored": one.censored}
                 | (
                     {
                         "effect": one.estimate.value,

@@ -101,7 +101,7 @@ class Measure:
 
     Attributes:
         effect: `difference` or `ratio`; `as` in the file.
-        expects: `above`, `below` or `equal`, of no effect.
+        expects: `above`, `below`, `equal`, `not below` or `not above`, of no effect.
         least: the smallest effect that would matter; of a ratio, its distance from 1.
         role: `claim`; `control`: what the effect is not, or what must be there for it to mean anything; or `part`: what a part
             of what was changed does alone, which decides nothing and can't fail.
@@ -417,8 +417,10 @@ def _measure(name: str, part: _Part, variants: Mapping[str, Variant]) -> Measure
         _check_paths(part, metric, variants[variant])
     if measure.of == measure.against:
         raise part.error(f"against is {measure.of}, too: a variant differs from itself by nothing")
-    if len(tasks := {variants[one].task for one in measure.variants}) > 1 and metric.reads_questions:
-        raise part.error(f"of and against are asked other questions, those of {' and of '.join(sorted(tasks))}")
+    if len(tasks := {variants[one].task for one in measure.variants}) > 1:
+        raise part.error(
+            f"of and against are of different tasks, {' and '.join(sorted(tasks))}, and begin from different starts"
+        )
     return measure
 
 

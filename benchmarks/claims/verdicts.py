@@ -259,7 +259,8 @@ def judge_once(of: Sample, against: Sample, asked: Asked, rules: Looks, more: bo
     if verdict != CANT_TELL and against_it:
         reason = f"{censored} of {2 * len(of.value)} runs never got there, and the bounds they give do not decide it"
         return Finding(CANT_TELL, found, "", reason, more, censored, blurred)
-    return Finding(verdict, found, nuance(found, asked, verdict), "", more and verdict == CANT_TELL, censored, blurred)
+    beside = "" if against_it else nuance(found, asked, verdict)
+    return Finding(verdict, found, beside, "", more and verdict == CANT_TELL, censored, blurred)
 
 
 def _bounds(of: Sample, against: Sample) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from register import Claim, Measure
 from verdicts import CONTRARY, EXCLUDED, HOLDS, REVERSED, SMALLER, Finding, no_effect
 
@@ -24,7 +26,9 @@ def expected(measure: Measure) -> str:
     none = f"{no_effect(measure.effect):g}"
     if measure.expects == "equal":
         return f"{none} ± {measure.least:g}"
-    return f"{measure.expects} {none}, by {measure.least:g}" + " or more" * measure.expects.startswith("not ")
+    if measure.expects.startswith("not "):
+        return f"{measure.expects} {none}, by {measure.least:g} or more"
+    return f"{measure.expects} {none} ({measure.least:g} would matter)"
 
 
 def told_nuance(measure: Measure, found: Finding) -> str:
@@ -37,8 +41,25 @@ def told_nuance(measure: Measure, found: Finding) -> str:
     return {
         SMALLER: "smaller than would matter",
         REVERSED: "the other way round",
-        EXCLUDED: f"no effect of {measure.least:g}",
+        EXCLUDED: told_bound(measure),
     }.get(found.nuance, "")
+
+
+def told_bound(measure: Measure) -> str:
+    """Return on which side of the smallest effect that would matter an interval lies that excludes it."""
+    above = measure.expects == "above"
+    bound = no_effect(measure.effect) + (measure.least if above else -measure.least)
+    return ("less than " if above else "more than ") + (f"× {bound:g}" if measure.effect == "ratio" else f"{bound:+g}")
+
+
+def by_name(told: Sequence[tuple[str, str]]) -> str:
+    """Return what is told of each of several names, those of which the same is told together; of all the same without names."""
+    names: dict[str, list[str]] = {}
+    for name, what in told:
+        names.setdefault(what, []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{', '.join(own)}: {what}" for what, own in names.items() if what)
 
 
 def shown_number(number: float, measure: Measure) -> str:

@@ -62,6 +62,24 @@ def test_an_alternative_is_better_by_its_corrected_interval_alone(value, tests, 
     assert judge_alternative(other, nothing, register) == OPEN
 
 
+@pytest.mark.parametrize(
+    ("second", "by_each", "expected"),
+    [
+        ((-0.02, 0.01, 0.04), False, BETTER),
+        ((-0.02, 0.01, 0.04), True, NO_CLEARER),  # better for one cost alone
+        ((-0.09, -0.06, -0.03), True, BETTER),
+        (None, True, NO_CLEARER),
+    ],
+)
+def test_measures_that_hold_different_costs_equal_must_all_speak_for_an_alternative(second, by_each, expected):
+    names = [("avatar-ratio", "6-2"), ("avatar-ratio-completions", "6-2")]
+    other = Alternative("2", dict.fromkeys(names, -1), 1, by_each)
+    held = ClaimVerdict(HOLDS, (), ())
+    findings = [finding(-0.09, -0.06, -0.05), finding(*second) if second else Finding(CANT_TELL)]
+    found = {claim: (held, {name: one}) for (claim, name), one in zip(names, findings, strict=True)}
+    assert judge_alternative(other, found, read_register(CLAIMS)) == expected
+
+
 def test_an_alternative_is_corrected_for_all_that_bears_on_its_field():
     by_field = {(one.config, one.field): one for one in read_defaults(read_register(CLAIMS))}
     curriculum = by_field["MAPOConfig", "curriculum"].alternatives
@@ -98,6 +116,10 @@ def test_what_both_sides_of_a_measure_have_instead_of_a_default_is_told():
         ("MAPOConfig: {betta: {}}", "MAPOConfig.betta: the config has no such field"),
         ("MAPOConfig: {hints: {default: 1}}", "no such field|must have"),
         ("AvatarConfig: {hints: {default: 1}}", "must have default, from and alternatives"),
+        (
+            "AvatarConfig: {hints: {default: 1, from: x, by: all, alternatives: {}}}",
+            "by must be any or each, got 'all'",
+        ),
         ("AvatarConfig: {hints: }", "must have default, from and alternatives, got None"),
         (
             "AvatarConfig: {hints: {default: 1, from: x, alternatives: {2: {nothing.at-all: above}}}}",

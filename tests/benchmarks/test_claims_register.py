@@ -94,7 +94,7 @@ MISTAKES = {
     "itself": (lambda t: measure(t, against="new"), "against is new, too: a variant differs from itself by nothing"),
     "tasks": (
         lambda t: t["variants"]["old"].update(task="embedded"),
-        "of and against are asked other questions, those of embedded and of probe",
+        "of and against are of different tasks, embedded and probe, and begin from different starts",
     ),
     "path": (lambda t: measure(t, metric="gradient.norm"), "reads 'gradient', which is no instrument of new"),
     "log": (lambda t: measure(t, metric="mean(log.entrop)"), "reads 'entrop' of the log; kept of it is .*entropy"),

@@ -247,6 +247,14 @@ def test_a_bound_decides_only_in_its_direction(of, against, expects, verdict):
     assert bool(found.reason) == (verdict == CANT_TELL)
 
 
+def test_nothing_is_said_of_bounds_beside_a_verdict():
+    reached, never = [100.0, 110, 120, 105, 115], [105.0, 125, 135, 112, 128]
+    asked = Asked("equal", "ratio", 0.1)
+    assert judge(Sample(reached), Sample(never), asked, Rules()).nuance == CONTRARY
+    found = judge(Sample(reached), Sample(never, (), [True] * 5), asked, Rules())
+    assert (found.verdict, found.nuance) == (CANT_TELL, "")
+
+
 def test_an_evaluation_that_is_too_small_is_told():
     draw = np.random.default_rng(0)
     scores = draw.uniform(size=(5, 40))
