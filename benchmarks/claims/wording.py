@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from register import Claim, Measure
-from verdicts import CONTRARY, EXCLUDED, HOLDS, REVERSED, SMALLER, Finding, no_effect
+from verdicts import CONTRARY, DOES_NOT, EXCLUDED, HOLDS, REVERSED, SMALLER, Finding, no_effect
 
 
 NOT_MEASURED = "not measured"
@@ -33,8 +33,10 @@ def expected(measure: Measure) -> str:
 
 def told_nuance(measure: Measure, found: Finding) -> str:
     """Return in words what the interval of a measure says beside its verdict."""
-    if found.nuance == CONTRARY:
-        what = {"not below": "below", "not above": "above", "equal": "apart"}[measure.expects]
+    what = {"not below": "below", "not above": "above", "equal": "apart"}.get(measure.expects)
+    if what and found.verdict == DOES_NOT:
+        return f"{what}, by {measure.least:g} or more"
+    if what and found.nuance == CONTRARY:
         if found.verdict == HOLDS:
             return f"{what}, by less than {measure.least:g}"
         return f"{what}, perhaps by {measure.least:g} or more"

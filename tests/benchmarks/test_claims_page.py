@@ -192,8 +192,8 @@ def page_of(tmp_path, new, old, change):
         (WORSE, "above", "**does not** (less than +0.1)"),  # nothing is there; of a smaller effect nothing is said
         (WORSE, "below", "**does not** (more than -0.1)"),
         (BETTER, "below", "**does not** (the other way round)"),
-        (BETTER, "equal", "**does not**"),
-        (BETTER, "not above", "**does not**"),
+        (BETTER, "equal", "**does not** (apart, by 0.1 or more)"),
+        (BETTER, "not above", "**does not** (above, by 0.1 or more)"),
     ],
 )
 @pytest.mark.matrix(cases=3)
@@ -204,7 +204,7 @@ def test_a_claim_that_does_not_hold_says_of_which_effect(tmp_path, new, expects,
 
     page, claim = page_of(tmp_path, new, WORSE, change)
     assert page.verdict(claim) == f"{shown}; no control"
-    contradicted, short = (0, 1) if "than" in shown else (1, 0)
+    contradicted, short = (0, 1) if " than " in shown else (1, 0)
     assert f"- Of those that do not, {contradicted} are contradicted" in page.counts()[-1]
     assert f" {short + 1} only lack an effect of the size" in page.counts()[-1]  # and the other claim
 
