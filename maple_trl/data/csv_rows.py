@@ -132,7 +132,9 @@ def _list_of_options(name: str, cell: str, place: str) -> Any:
             ) from error
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(value, list) and value and all(isinstance(option, str | int | float | None) for option in value):
+        if value == []:
+            return None  # of an open question
+        if isinstance(value, list) and all(isinstance(option, str | int | float | None) for option in value):
             return value
     return cell
 
@@ -141,14 +143,23 @@ class JoinedTextsError(ValueError):
     """A literal in which texts stand side by side without a comma; the message shows two of them."""
 
 
+def _items(text: str) -> list[ast.expr]:
+    listed = ast.parse(text, mode="eval").body
+    if not isinstance(listed, ast.List):
+        raise ValueError("no list")
+    return listed.elts
+
+
 def _literal_list(text: str) -> Any:
     """
-    Read a list as Python writes it (`['red', 'blue']`) or NumPy (`['red' 'blue']`).
+    Read a list as Python writes it (`['red', 'blue']`; `nan` is `None`) or NumPy (`['red' 'blue']`).
 
     Raises:
         JoinedTextsError: where some texts have no comma between them, or no space either.
     """
-    value = ast.literal_eval(text)
+    if not text.startswith("["):
+        raise ValueError("no list")
+    value = [None if isinstance(one, ast.Name) and one.id == "nan" else ast.literal_eval(one) for one in _items(text)]
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
     inner = tokens[1:-1]
     joined = next(((a, b) for a, b in pairwise(inner) if a.type == b.type == tokenize.STRING), None)

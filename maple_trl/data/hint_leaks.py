@@ -53,7 +53,8 @@ _WIDE_FORMS = str.maketrans(
 )
 _OPTION_MARK = re.compile(
     r"(?:^|(?<=[\s。？！；：]))[(\[（［【]?([A-ZＡ-Ｚ])"
-    rf"(?:(?:[.):\]]+(?:[ \u00a0\u202f]:)?|[ \u00a0\u202f]:)(?:\s+|(?=[{UNSPACED}]))|[．。、：）］】]+[.:]?\s*)",
+    rf"(?:[.):\]]+(?:\s+|(?=[{UNSPACED}]))|[．。、：）］】]+[.:]?\s*|"
+    r"(?<=^[A-Z])[ \u00a0\u202f]:\s+)",  # French sets a space before the colon; within a line it may be who speaks
     re.MULTILINE,
 )
 

@@ -12,19 +12,24 @@ from typing import Any
 
 # As rewards tell the letter of an option from its text (`maple_trl.rewards.answers.option_texts`).
 _LETTERED = re.compile(
-    r"\s*(?:[(（]([A-Za-zＡ-Ｚａ-ｚ])[)）](?:[.．。、]|\s?[:：])?|([A-Za-zＡ-Ｚａ-ｚ])(?:[.)．。、）]|\s?[:：]))\s*(\S.*)",
+    r"\s*(?:[(（]([A-Za-zＡ-Ｚａ-ｚ])[)）](?:\s*[.．。、:：])?|([A-Za-zＡ-Ｚａ-ｚ])\s*[.)．。、）:：])\s*(\S.*)",
     re.DOTALL,
 )
 
 
 def plain_options(options: Sequence[Any]) -> list[Any]:
     """Return options with numbers as their texts, and without what pads their list at its end: `None`, NaN, blank texts."""
-    texts = [
-        str(option) if isinstance(option, int | float) and not is_no_option(option) else option for option in options
-    ]
+    texts = [_as_text(option) for option in options]
     while texts and is_no_option(texts[-1]):
         texts.pop()
     return texts
+
+
+def _as_text(option: Any) -> Any:
+    """Return a number as its text, a whole one without a point, as tables make 3.0 of 3; anything else as it is."""
+    if not isinstance(option, int | float) or is_no_option(option):
+        return option
+    return str(int(option) if isinstance(option, float) and option.is_integer() else option)
 
 
 def is_no_option(option: Any) -> bool:

@@ -17,9 +17,7 @@ _THINK_TAG = re.compile(r"</?think>")
 # Written out without re.IGNORECASE and without \d on purpose: with Unicode case folding the Kelvin sign would match K
 # and the long s would match S, and \d takes digits of every script.
 _OPTION = re.compile(
-    r"(?:([A-Za-z])(?:[.)]|\s?:)?|\(([A-Za-z])\)(?:\.|\s?:)?)|"
-    r"(?:([A-Za-z])(?:[.)]|\s?:)|\(([A-Za-z])\)(?:\.|\s?:)?)\s(.*)",  # French sets a space before the colon
-    re.DOTALL,
+    r"(?:([A-Za-z])[.):]?|\(([A-Za-z])\)[.:]?)|(?:([A-Za-z])[.):]|\(([A-Za-z])\)[.:]?)\s(.*)", re.DOTALL
 )
 # Wide letters, brackets and punctuation of East Asian texts, and typographic quotes, in their ASCII form. A mark that ends a
 # letter's part needs no space behind it there. Look-alikes of other scripts and styles stay what they are.
@@ -35,7 +33,7 @@ _WIDE = str.maketrans(
 )
 # Of an option in a row: the letter, marked as an option's, and its text, with or without a space between.
 _LISTED_OPTION = re.compile(
-    r"(?:[(（]([A-Za-zＡ-Ｚａ-ｚ])[)）](?:[.．。、]|\s?[:：])?|([A-Za-zＡ-Ｚａ-ｚ])(?:[.)．。、）]|\s?[:：]))\s*(\S.*)",
+    r"(?:[(（]([A-Za-zＡ-Ｚａ-ｚ])[)）](?:\s*[.．。、:：])?|([A-Za-zＡ-Ｚａ-ｚ])\s*[.)．。、）:：])\s*(\S.*)",
     re.DOTALL,
 )
 _PAIRS = [
@@ -73,7 +71,7 @@ _PEELS = 8  # wrappers around one answer
 # What in the text behind an option's letter names a second option: "(C)", "C)", "or C.", "C." where a line begins,
 # ", C" where one ends.
 _SECOND_OPTION = re.compile(
-    r"(?:^|[\s,;/])(?:\([A-Za-z]\)|[A-Z]\))|(?:^|[,;/] ?|\b(?:or|and) )[A-Z](?:\.| ?:)(?=\s|$)|(?:[,;/] ?|\bor )[A-Z]$",
+    r"(?:^|[\s,;/])(?:\([A-Za-z]\)|[A-Z]\))|(?:^|[,;/] ?|\b(?:or|and) )[A-Z][.:](?=\s|$)|(?:[,;/] ?|\bor )[A-Z]$",
     re.MULTILINE,
 )
 # Likewise in the other forms; here a letter that is the option's own names no second one.
@@ -292,27 +290,27 @@ def option_texts(options: Any) -> dict[str, str]:
     Args:
         options (`Sequence[str]` or `Mapping[str, str]`):
             The texts in the order of their letters, with or without them (`"red"`, or `"A. red"`, `"(A) red"`, `"A、红"`
-            where every one has its own), or the texts by letter; a letter without a text (`None`, NaN or blank) is left
-            out. Numbers are their texts.
+            where every one has its own), or the texts by letter; a letter without a text (`None`, NaN) is left out, as
+            are blank texts at the end. Numbers are their texts.
 
     Returns:
         `dict[str, str]`: texts by upper-case letter; empty for a row without options, and for a column of that name
         that holds anything else.
     """
+    options = options.tolist() if hasattr(options, "tolist") else options  # of NumPy
     if isinstance(options, Mapping):
         given = {key.strip().upper(): text for key, text in options.items() if isinstance(key, str)}
     elif isinstance(options, Sequence) and not isinstance(options, str):
-        places = [place for place, text in enumerate(options) if not _is_empty(text)]
-        if not places or places[-1] >= len(ascii_uppercase):
+        given = dict(zip(ascii_uppercase, options, strict=False))
+        if any(not _is_padding(option) for option in options[len(given) :]):
             return {}
-        given = {ascii_uppercase[place]: options[place] for place in places}
+        while given and _is_padding(next(reversed(given.values()))):
+            given.popitem()
     else:
         return {}
     texts = {
-        letter: str(text) if isinstance(text, int | float) else text
-        for letter, text in given.items()
-        if not _is_empty(text)
-    }
+        letter: _as_text(text) for letter, text in given.items() if text is not None and text == text
+    }  # NaN is not
     if len(texts) < 2 or not all(
         len(letter) == 1 and letter in ascii_uppercase and isinstance(text, str) for letter, text in texts.items()
     ):
@@ -323,32 +321,20 @@ def option_texts(options: Any) -> dict[str, str]:
     return texts
 
 
+def _is_padding(option: Any) -> bool:
+    """Return whether what stands in a list of options is none: `None`, NaN or a blank text."""
+    return option is None or option != option or (isinstance(option, str) and not option.strip())
+
+
+def _as_text(option: Any) -> Any:
+    """Return a number as its text, a whole one without a point, as tables make 3.0 of 3; anything else as it is."""
+    whole = isinstance(option, float) and option.is_integer()
+    return str(int(option) if whole else option) if isinstance(option, int | float) else option
+
+
 def row_options(options: list | None, choices: list | None, rows: int) -> list:
-    """
-    Return each row's options: the first of the columns `options` and `choices` there is, else `None` per row.
-
-    Raises:
-        ValueError: for a cell that is neither empty nor a list or mapping, as a text that lists options.
-    """
-    for name, column in (("options", options), ("choices", choices)):
-        if column is not None:
-            for cell in column:
-                if not _is_empty(cell) and (isinstance(cell, str) or not isinstance(cell, Sequence | Mapping)):
-                    raise ValueError(
-                        f"column {name!r} must hold lists of texts, such as ['red', 'blue'], or mappings from letters to texts, "
-                        f"but holds a {type(cell).__name__}: {cell!r:.60}"
-                    )
-            return column
-    return [None] * rows
-
-
-def _is_empty(value: Any) -> bool:
-    """Return whether a cell, or what stands in a list of options, is nothing: `None`, NaN or blank."""
-    return (
-        value is None
-        or (isinstance(value, float) and math.isnan(value))
-        or (isinstance(value, str) and not value.strip())
-    )
+    """Return each row's options: the first of the columns `options` and `choices` there is, else `None` per row."""
+    return next((column for column in (options, choices) if column is not None), [None] * rows)
 
 
 def chosen_option(answer: str, texts: Mapping[str, str] | None = None) -> str | None:

@@ -483,9 +483,19 @@ SPELLINGS = [
         ("A\u00a0: red", "B\u202f: blue"),
         ("(A) : red", "(B) : blue"),
         ("A ：red", "B ：blue"),
+        ("A  : red", "B  : blue"),
+        ("A . red", "B . blue"),
+        ("A ) red", "B ) blue"),
     ),
     *(("red", "blue"), ("A red", "B blue"), ("A. red", "blue"), ("B. red", "A. blue"), ("A. red", "C. blue")),
-    *((3, 4.5), ("red", 4), ("A. red", "B. blue", None), ("red", "blue", math.nan, None), ("red", "blue", "", " ")),
+    *(
+        (3, 4.5),
+        (3.0, 4.0),
+        ("red", 4),
+        ("A. red", "B. blue", None),
+        ("red", "blue", math.nan, None),
+        ("red", "blue", "", " "),
+    ),
 ]
 
 
@@ -507,7 +517,7 @@ def test_all_who_read_options_tell_letters_from_texts_alike(options):
         assert split_options(hint.question)[1] == {"A": "red", "B": "blue"}
 
 
-@pytest.mark.parametrize("form", ["{} : {}", "{}\u00a0: {}", "{}: {}", "({}) : {}"])
+@pytest.mark.parametrize("form", ["{} : {}", "{}\u00a0: {}", "{}: {}"])
 def test_options_of_a_prompt_in_french_are_seen_in_it(form):
     """So that a hint's teacher is not shown them twice, and a hint that names one is found."""
     prompt = "Quelle couleur ?\n" + "\n".join(form.format(*pair) for pair in (("A", "rouge"), ("B", "bleu")))
@@ -515,6 +525,10 @@ def test_options_of_a_prompt_in_french_are_seen_in_it(form):
     row = {"prompt": prompt, "options": ["A : rouge", "B : bleu"], "solution": "A : rouge"}
     assert Problem.from_row(row).question == prompt
     assert leaks_answer("Cherchez le rouge.", prompt, "A : rouge") == "option-text"
+    spoken = "Dialogue : A : Bonjour ! B : Salut ! Qui parle en premier ?"
+    assert Problem.from_row({"prompt": spoken, "options": ["lui", "elle"], "solution": "A"}).question.endswith(
+        "B. elle"
+    )
 
 
 def test_an_option_that_is_missing_in_between_is_no_padding():

@@ -228,13 +228,25 @@ def test_options_in_csv_are_lists_in_json_or_as_pandas_and_numpy_write_them(tmp_
         writer.writerow(["prompt", "options", "solution"])
         numpy = str(np.array(["a red one", "it's", "blue"] * 6, dtype=object)), str(np.array(["a b", "c"]))
         cells = ['["red", "blue"]', str(["red", "it's"]), "['a', 'b']", "[2, 3]", None, *numpy, '["red", "blue", NaN]']
+        cells += ["[]", "['red', nan]", "['a', 'b', None]"]
         writer.writerows([number, cell, "B"] for number, cell in enumerate(cells))
     rows = read(tmp_path)["train"]
     expected = [["red", "blue"], ["red", "it's"], ["a", "b"], ["2", "3"], None, ["a red one", "it's", "blue"] * 6]
-    assert rows["options"] == [*expected, ["a b", "c"], ["red", "blue", None]] and "\n" in numpy[0]
+    expected += [["a b", "c"], ["red", "blue", None], None, ["red", None], ["a", "b", None]]
+    assert rows["options"] == expected and "\n" in numpy[0]
+    rows = rows.select(range(8))
     said = [f"<answer>{text}</answer>" for text in ("blue", "it's", "a", "3", "B", "B", "c", "red")]
     scores = accuracy_reward(completions=said, solution=rows["solution"], options=rows["options"])
     assert scores == [1, 1, 0, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("cell", ['"red" "blue" "green"', "('a' 'b')", "{'a' 'b'}", "[2 3]", "[nan 'a'"])
+def test_what_spells_no_list_of_options_stays_a_text(tmp_path, cell):
+    with open(tmp_path / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "options", "solution"], ["One", cell, "A"]])
+    rows = read(tmp_path)["train"]
+    assert rows["options"][:] == [cell]
+    assert accuracy_reward(completions=["<answer>A</answer>"], solution=["A"], options=rows["options"]) == [1.0]
 
 
 @pytest.mark.parametrize("cell", ["['red', 'it''s']", "['red' 'blue', 'green']", "['red''blue']"])

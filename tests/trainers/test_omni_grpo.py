@@ -578,9 +578,8 @@ def test_one_of_several_evaluation_sets_is_what_models_are_compared_by(seven_tag
         "save_steps": 1,
         "load_best_model_at_end": True,
     }
-    with pytest.raises(
-        ValueError, match="2 evaluation sets, each with its own: set it to seen_reward or heard_reward"
-    ):
+    told = "of several evaluation sets each has its own: set it to eval_seen_reward or eval_heard_reward"
+    with pytest.raises(ValueError, match=told):
         build_trainer(folder, dataset, **options)
     trainer = build_trainer(folder, dataset, metric_for_best_model="heard_reward", **options)
     trainer.train()

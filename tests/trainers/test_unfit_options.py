@@ -6,7 +6,16 @@ from datasets import Dataset
 from omni_runs import DEFAULTS, spread_reward
 from tiny_models import save_tiny
 
-from maple_trl import AvatarConfig, AvatarTrainer, MAPOConfig, OmniGRPOConfig, OmniGRPOTrainer, OmniSFTConfig
+from maple_trl import (
+    AvatarConfig,
+    AvatarTrainer,
+    MAPOConfig,
+    OmniGRPOConfig,
+    OmniGRPOTrainer,
+    OmniSFTConfig,
+    OmniSFTTrainer,
+)
+from maple_trl.trainers.common.arguments import check_compared_set
 
 
 GRPO = {"grpo": OmniGRPOConfig, "mapo": MAPOConfig, "avatar": AvatarConfig}
@@ -58,6 +67,47 @@ def test_models_are_compared_by_their_reward(kind, tmp_path):
     assert (supervised.metric_for_best_model, supervised.greater_is_better) == ("loss", False)  # a likelihood
 
 
+ROWS = Dataset.from_list(
+    [{"prompt": [{"role": "user", "content": "which"}], "subtitle": f"word {i}", "tag": "S"} for i in range(8)]
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_tiny("qwen2_5_omni", tmp_path_factory.mktemp("model"))
+
+
+COMPARING = [
+    BEST | {"metric_for_best_model": "reward"},
+    {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "reward"},
+    {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "metric_for_best_model": "reward"},
+]
+
+
+@pytest.mark.parametrize("config", [OmniGRPOConfig, OmniSFTConfig])
+@pytest.mark.parametrize("options", COMPARING)
+def test_what_compares_models_names_one_of_several_evaluation_sets(config, options, tmp_path):
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "eval_steps": 2, "save_steps": 2}
+    args = config(**(common | options))
+    check_compared_set(args, ROWS)
+    check_compared_set(config(**common), {"one": ROWS, "two": ROWS})  # compares nothing
+    for names in (("one", "two"), ("eval_one", "eval_two")):
+        rows = dict.fromkeys(names, ROWS)
+        with pytest.raises(ValueError, match=f"set it to eval_{names[0]}_reward or eval_{names[1]}_reward"):
+            check_compared_set(args, rows)
+        args.metric_for_best_model = f"eval_{names[0]}_reward"
+        check_compared_set(args, rows)
+        args.metric_for_best_model = "reward"
+
+
+@pytest.mark.parametrize("trainer", [OmniGRPOTrainer, OmniSFTTrainer])
+def test_trainers_look_whose_metric_is_meant(trainer, path, tmp_path):
+    config = {OmniGRPOTrainer: OmniGRPOConfig, OmniSFTTrainer: OmniSFTConfig}[trainer]
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **BEST)
+    with pytest.raises(ValueError, match="of several evaluation sets each has its own"):
+        trainer(str(path), args=args, train_dataset=ROWS, eval_dataset={"one": ROWS, "two": ROWS})
+
+
 @pytest.mark.parametrize("config", [*GRPO.values(), OmniSFTConfig])
 @pytest.mark.parametrize("name", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
 def test_checkpointing_stays_the_kind_that_it_is(config, name, tmp_path):
@@ -67,16 +117,6 @@ def test_checkpointing_stays_the_kind_that_it_is(config, name, tmp_path):
     assert args.gradient_checkpointing_kwargs == settled == args.activation_checkpointing_kwargs
     args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{name: {"use_reentrant": True}})
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
-
-
-ROWS = Dataset.from_list(
-    [{"prompt": [{"role": "user", "content": "which"}], "subtitle": f"word {i}", "tag": "S"} for i in range(8)]
-)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_tiny("qwen2_5_omni", tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.slow

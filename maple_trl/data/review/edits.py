@@ -103,6 +103,10 @@ def checked_edit(row: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         if name not in EDITABLE:
             raise EditError(f"{name} cannot be edited; what can is {', '.join(EDITABLE)}")
         new[name] = _tidied(name, value)
+        if name == "options" and not all(old[name] or []):
+            if new[name] != [text for text in old[name] if text]:
+                raise EditError("an option is missing in between, and letters would be of other texts; reject the row")
+            new[name] = old[name]
         if new[name] != old[name] and name not in row:
             raise EditError(f"the set has no column {name}")
     if new["question"] is not None or old["question"] is not None:

@@ -86,9 +86,9 @@ def check_compared_set(args: Any, eval_dataset: Any) -> None:
         return
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if not any(metric.startswith(f"{name}_") for name in eval_dataset):
-        choice = " or ".join(f"{name}_{metric}" for name in eval_dataset)
+        choice = " or ".join(f"eval_{name}_{metric}" for name in eval_dataset)
         raise ValueError(
-            f"metric_for_best_model is {metric!r}, and there are {len(eval_dataset)} evaluation sets, each with its own: set it to {choice}"
+            f"metric_for_best_model is {metric!r}, and of several evaluation sets each has its own: set it to {choice}"
         )
 
 

@@ -83,6 +83,17 @@ def test_options_that_are_numbers_or_padded_are_reviewed(tmp_path, suffix):
     assert fields(padded)["options"] == ["red", "green", "blue", "yellow"]
 
 
+@pytest.mark.parametrize("gap", [None, ""])
+def test_an_option_that_is_missing_in_between_keeps_its_place(gap):
+    """Else the letters behind it would be of other texts."""
+    row = question_row(0, options=["red", gap, "blue", "green"], answer="C")
+    row["prompt"] = None
+    form = {"question": "Which one is it?", "options": ["red", "blue", "green"]}
+    assert checked_edit(row, form) == {"question": "Which one is it?"}
+    with pytest.raises(EditError, match="missing in between"):
+        checked_edit(row, form | {"options": ["red", "blue", "yellow"]})
+
+
 def test_all_options_lose_their_letters_where_one_is_changed():
     """Else the others' letters would be of their texts, since an option without a letter stands among them."""
     for form in ("{}. {}", "（{}）{}", "{} : {}"):
