@@ -57,9 +57,21 @@ def test_what_differs_between_variants_is_what_they_are_named_for(register):
     more = {"num_generations", "per_device_train_batch_size", "max_steps"}
     assert differs("replay-grpo", "reach-grpo-4") == more
     assert configs["reach-loss-off"]["replay_alpha"] == 0 and configs["reach-avatar"]["hints"]
-    steps = {config["max_steps"] for name, config in configs.items() if name.startswith("replay-")}
+    by_completions = {"replay-8-0-short", "replay-6-2-short", "replay-2-6-long", "replay-2-6-long-loss-off"}
+    steps = {
+        config["max_steps"]
+        for name, config in configs.items()
+        if name.startswith("replay-") and name not in by_completions
+    }
     groups = {config["per_device_train_batch_size"] // config["num_generations"] for config in configs.values()}
     assert steps == {128} and groups == {8}  # all see as many prompts
+    for name, same in (("8-0-short", "tas-only"), ("6-2-short", "6-2"), ("2-6-long", "2-6")):
+        assert differs(f"replay-{name}", f"replay-{same}") == {"max_steps"}
+    assert differs("replay-2-6-long", "replay-2-6-long-loss-off") == {"replay_alpha"}
+    # As many generated completions as four fresh of eight have in 128 steps: the first step has nothing to replay.
+    for name, fresh in (("8-0-short", 8), ("6-2-short", 6), ("2-6-long", 2)):
+        made = 64 + (configs[f"replay-{name}"]["max_steps"] - 1) * 8 * fresh
+        assert 0 <= made - (64 + 127 * 8 * 4) < 8 * fresh
 
 
 def test_what_is_compared_at_a_target_generates_as_much(register):
