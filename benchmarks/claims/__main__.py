@@ -169,13 +169,10 @@ def _looks(told: argparse.Namespace, runner: Runner, evidence: Evidence, claims:
         if look:
             print(f"{len(wanted)} runs of look {look + 1}: claims that can't tell", flush=True)
         outcomes.append(runner.go(wanted))
-        if time.monotonic() < runner.ends:
-            anew = list(wanted_anew(evidence, claims, lambda task: start_of(prepared(task))))
-            if anew:
-                print(
-                    f"{len(anew)} runs once more from the start that is made here, as others of their pairs",
-                    flush=True,
-                )
+        if time.monotonic() >= runner.ends:
+            continue  # a task's start may take long to make
+        if anew := list(wanted_anew(evidence, claims, lambda task: start_of(prepared(task)))):
+            print(f"{len(anew)} runs once more from the start that is made here, as others of their pairs", flush=True)
             outcomes.append(runner.go(anew))
     return outcomes
 

@@ -142,7 +142,7 @@ def speaks(finding: Finding, measure: Measure, sign: int, level: float, tests: i
     side = sign if estimate.value > none else -sign
     if side > 0:
         estimate = widened(estimate, measure.effect, level, tests)
-    clear = not estimate.low <= none <= estimate.high and abs(estimate.value - none) >= measure.least
+    clear = not estimate.holds(none) and abs(estimate.value - none) >= measure.least
     return side if clear else 0
 
 

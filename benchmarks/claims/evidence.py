@@ -140,20 +140,20 @@ class Evidence:
     def measure(self, measure: Measure, seeds: Sequence[int] | None = None) -> Finding:
         """Return what the runs say of a measure; with seeds told, by one look at those."""
         there = self.seeds(measure.variants, seeds)
-        apart = [seed for seed in there if not self.pair(measure, seed)]
-        found = there[: there.index(apart[0])] if apart else there
+        parted = [seed for seed in there if not self.pair(measure, seed)]
+        found = there[: there.index(parted[0])] if parted else there
         looks = self.register.rules.looks if seeds is None else (len(there),)
         if len(found) < (least := max(2, looks[0])):
             told = f" ({len(found)} of {least} seeds)" if found else ""
-            return Finding(CANT_TELL, reason=f"not measured{told}{told_apart(apart)}")
+            return Finding(CANT_TELL, reason=f"not measured{told}{told_apart(parted)}")
         for look in looks:
             if look > len(found):
                 break
             finding = self._judged(measure, found[:look], judge_once if seeds is not None else judge)
             if not finding.wants_more:
                 break
-        if finding.wants_more and apart:
-            finding = replace(finding, reason=f"{finding.reason}{told_apart(apart)}".removeprefix("; "))
+        if finding.wants_more and parted:
+            finding = replace(finding, reason=f"{finding.reason}{told_apart(parted)}".removeprefix("; "))
         if finding.estimate is not None and (told := self.not_comparable(measure, found[: finding.estimate.seeds])):
             return replace(finding, verdict=CANT_TELL, nuance="", reason=told, wants_more=False, withheld=True)
         return finding

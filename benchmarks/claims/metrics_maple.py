@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+
+from maple_trl.metrics.gaps import tag_disparity
 
 
 TAGS = ("V", "A", "S", "VA", "VS", "AS", "VAS")
@@ -36,8 +39,8 @@ def embedded_tier(result: Mapping[str, Any], access: str, tier: str) -> float:
 def disparity(result: Mapping[str, Any], access: str) -> float:
     """Return the mean difference between the accuracies of two tags (MAPLE, figures 4 and 5), asked with an access."""
     accuracy = result["after"][access]["accuracy"]
-    pairs = list(itertools.combinations((accuracy[tag] for tag in TAGS), 2))
-    return statistics.fmean(abs(one - other) for one, other in pairs)
+    differences = tag_disparity({tag: accuracy[tag] for tag in TAGS})
+    return float(differences[np.triu_indices(len(TAGS), 1)].mean())
 
 
 def weight_lead(result: Mapping[str, Any], part: str, *tags: str) -> float:

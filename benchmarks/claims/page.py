@@ -354,7 +354,7 @@ class Page:
         found = self.found[claim.name][1]
         against_it = [one for one in claim.measures if one.role == "claim" and found[one.name].verdict == DOES_NOT]
         pairs = [(self.figure(claim, one), found[one.name].estimate) for one in against_it]
-        return [own.low <= figure <= own.high for figure, own in pairs if figure is not None and own is not None]
+        return [own.holds(figure) for figure, own in pairs if figure is not None and own is not None]
 
     def figure(self, claim: Claim, measure: Measure) -> float | None:
         """Return what the paper reports of a measure, where that is a number of the same kind."""

@@ -75,6 +75,10 @@ class Estimate:
     evaluation: float
     freedom: float
 
+    def holds(self, effect: float) -> bool:
+        """Return whether an effect lies within the interval."""
+        return self.low <= effect <= self.high
+
 
 class UndefinedEffectError(ValueError):
     """Two values have no such effect, e.g. a ratio to 0."""

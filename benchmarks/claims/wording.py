@@ -73,7 +73,7 @@ def where_it_lies(figure: float, found: Finding) -> str:
     """Return whether a paper's figure lies within the interval that is found."""
     if found.estimate is None:
         return ""
-    return " (within)" if found.estimate.low <= figure <= found.estimate.high else " (outside)"
+    return " (within)" if found.estimate.holds(figure) else " (outside)"
 
 
 def shown_interval(found: Finding, measure: Measure) -> str:

@@ -308,9 +308,8 @@ def option_texts(options: Any) -> dict[str, str]:
             given.popitem()
     else:
         return {}
-    texts = {
-        letter: _as_text(text) for letter, text in given.items() if text is not None and text == text
-    }  # NaN is not
+    # NaN is not equal to itself.
+    texts = {letter: _as_text(text) for letter, text in given.items() if text is not None and text == text}
     if len(texts) < 2 or not all(
         len(letter) == 1 and letter in ascii_uppercase and isinstance(text, str) for letter, text in texts.items()
     ):
